@@ -206,6 +206,8 @@ class TrainState:
     """One line for the user: why it stopped, how the rows were changed, a warning that it cannot learn."""
     warnings: tuple[str, ...] = ()
     """The parts of ``message`` that are warnings."""
+    errors: tuple[str, ...] = ()
+    """The parts of ``message`` that are errors: why the training diverged."""
     kept_step: int | None = None
     """Step whose weights were restored after training diverged; None if that did not happen."""
     first_step: int = 0

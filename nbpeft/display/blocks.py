@@ -2,7 +2,7 @@
 
     Card     a frame with a title
     Line     a line of text; ``Text`` is a span of it with a tone
-    Table, Bar, BarChart, BarTable, Columns, Grid, HeatMap, Histogram, Tokens, Figures, Progress, LossChart,
+    Table, Bar, BarChart, BarTable, Columns, Commands, Grid, HeatMap, Histogram, Tokens, Figures, Progress, LossChart,
     SmallCharts, CurveChart, Details, Stack
 
 ``nbpeft.display.html`` renders them for a notebook, ``nbpeft.display.text`` for a terminal.
@@ -56,17 +56,7 @@ class Spark(Text):
 
 @dataclass(frozen=True)
 class Pill(Text):
-    """A status of one or two words in a rounded frame of its tone.
-
-    Attributes:
-        saved: the text to show instead in a saved notebook, where the status is no longer followed; empty for the same.
-    """
-
-    saved: str = ""
-
-
-CURRENT, SAVED = "nbpeft-current", "nbpeft-saved"
-"""CSS classes of text that is shown while a state is followed, and of the text that a saved notebook shows instead."""
+    """A status of one or two words in a rounded frame of its tone."""
 
 
 Span = str | Text
@@ -141,6 +131,17 @@ class Bar:
     end_label: str = ""
     note: str = ""
     thin: bool = False
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Commands to copy, each with what it does.
+
+    Attributes:
+        commands: (what it does, command).
+    """
+
+    commands: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -418,6 +419,7 @@ Block = (
     | BarChart
     | BarTable
     | Columns
+    | Commands
     | Grid
     | HeatMap
     | Histogram

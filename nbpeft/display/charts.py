@@ -12,11 +12,12 @@ from __future__ import annotations
 import base64
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from nbpeft.display import numbers, palette
+from nbpeft.display.crosshair import Column, columns
 from nbpeft.state import ENDED, Curve, TrainState
 
 Point = tuple[float, float]
@@ -29,11 +30,10 @@ RIGHT = 1.0
 """Margin to the right of the curves in percent of the width."""
 _SMALL_WIDTH, _SMALL_HEIGHT = 200, 40
 _SPARK_WIDTH, _SPARK_HEIGHT = 84, 22
-_SMOOTHING = 0.9
+_MOST_NEIGHBOURS = 10
+"""Most points on each side of a point that smoothing takes into account."""
 _DECADES = 100.0
 """A larger ratio of the largest to the smallest value is drawn on a logarithmic axis."""
-_STRIPS = 80
-"""Number of strips along the chart that have a tooltip with the values."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,36 @@ def decimate(points: Sequence[Point], buckets: int = 240) -> list[Point]:
     return kept
 
 
-def smooth(points: Sequence[Point], weight: float = _SMOOTHING) -> list[Point]:
-    """Returns the exponential moving average of the values, with bias correction at the start as in Adam.
+def smooth(points: Sequence[Point], *, logarithmic: bool = False) -> list[Point]:
+    """Returns the values of straight lines fitted to the points around each one.
+
+    Unlike an average of the values so far, this does not lag behind a loss that falls.
 
     Args:
-        points: (x, value) pairs.
-        weight: weight of the previous average, from 0 to less than 1.
+        points: (x, value) pairs with ascending x.
+        logarithmic: whether to smooth the logarithms, for a logarithmic axis; all values are positive.
     """
-    total = mass = 0.0
+    reach = min(_MOST_NEIGHBOURS, len(points) // 8 + 1)
+    placed = [(x - points[0][0], math.log(value) if logarithmic else value) for x, value in points]
+    sums = [(0.0, 0.0, 0.0, 0.0), *_running_sums(placed)]
     smoothed = []
-    for place, value in points:
-        total = weight * total + (1 - weight) * value
-        mass = weight * mass + (1 - weight)
-        smoothed.append((place, total / mass))
+    for number, (x, _) in enumerate(placed):
+        first, last = max(0, number - reach), min(len(placed), number + reach + 1)
+        count = last - first
+        x_sum, y_sum, square_sum, product_sum = (
+            after - before for before, after in zip(sums[first], sums[last], strict=True)
+        )
+        spread = square_sum - x_sum * x_sum / count
+        slope = (product_sum - x_sum * y_sum / count) / spread if spread > 0 else 0.0
+        fitted = (y_sum + slope * (count * x - x_sum)) / count
+        smoothed.append((points[number][0], math.exp(fitted) if logarithmic else fitted))
     return smoothed
+
+
+def _running_sums(points: Sequence[Point]) -> Iterable[tuple[float, float, float, float]]:
+    """Yields the sums of x, y, x² and xy up to each point."""
+    products = ((x, y, x * x, x * y) for x, y in points)
+    return itertools.accumulate(products, lambda total, more: tuple(map(sum, zip(total, more, strict=True))))
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
@@ -207,9 +223,7 @@ def _frame_of(train: TrainState) -> _Frame:
 
 def _loss_picture(train: TrainState, style: ChartStyle) -> Picture:
     raw, evaluated, frame = _finite(train.history), _finite(train.eval_history), _frame_of(train)
-    curve = smooth(raw)
-    if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
-        curve[-1] = (curve[-1][0], train.smoothed_loss)
+    curve = _inside(smooth(raw, logarithmic=frame.logarithmic), raw)
     curves, words = [], [frame.words()]
     if len(raw) > 1:
         curves.append(_path(frame.place(decimate(curve, 60)), style.line, "5", ".28"))
@@ -229,36 +243,15 @@ def is_logarithmic(train: TrainState) -> bool:
     return bool(values) and _spans_decades(min(values), max(values))
 
 
-def hover_values(train: TrainState) -> list[tuple[float, str]]:
-    """Returns the tooltips along the chart: (share of its width from 0 to 1, values there as text)."""
-    first, end = _begin(train), _end(train)
-    edges = [first + (end - first) * number / _STRIPS for number in range(_STRIPS + 1)]
-    evaluated = dict(train.eval_history)
-    strips: list[tuple[float, str]] = []
-    for low, high in itertools.pairwise(edges):
-        inside = [(step, value) for step, value in train.history if low < step <= high]
-        words = []
-        if inside:
-            step, value = inside[-1]
-            words = [f"step {step:,}: loss {numbers.loss(value)}"]
-            words += [f"eval loss {numbers.loss(evaluated[at])}" for at in evaluated if low < at <= high]
-            words += [_value_words(name, value) for name, value in _at(train.series, low, high)]
-        if not words and strips:  # a step is wider than a strip: extend the previous tooltip
-            strips[-1] = (strips[-1][0] + 1 / _STRIPS, strips[-1][1])
-        else:
-            strips.append((1 / _STRIPS, " · ".join(words)))
-    return strips
-
-
-def _at(series: Mapping[str, Curve], low: float, high: float) -> Iterator[tuple[str, float]]:
-    for name in ("learning rate", "gradient norm"):
-        inside = [value for step, value in series.get(name, ()) if low < step <= high]
-        if inside:
-            yield name, inside[-1]
-
-
-def _value_words(name: str, value: float) -> str:
-    return f"{name} {numbers.learning_rate(value) if name == 'learning rate' else numbers.metric(value)}"
+def loss_columns(train: TrainState) -> list[Column]:
+    """Returns the columns of the loss curve, with the values of a step each."""
+    raw, frame = _finite(train.history), _frame_of(train)
+    lines = [("loss", raw), ("smoothed", smooth(raw, logarithmic=frame.logarithmic) if len(raw) > 1 else [])]
+    lines += [("eval loss", _finite(train.eval_history))]
+    lines += [(name, _finite(train.series.get(name, ()))) for name in ("learning rate", "gradient norm")]
+    formats = {"learning rate": numbers.learning_rate, "gradient norm": numbers.metric}
+    named = [(name, points, formats.get(name, numbers.loss)) for name, points in lines]
+    return columns(named, [step for step, _ in (*raw, *lines[2][1])], frame.begin, frame.end)
 
 
 def small_chart(curve: Curve, train: TrainState) -> str:
@@ -420,7 +413,14 @@ def _no_curve(train: TrainState) -> str:
         return "the loss is not a finite number"
     if train.status in ENDED:
         return "no loss was logged" if train.step else "no step was finished"
-    return "waiting for the first loss"
+    return "no loss was logged yet" if train.step > train.first_step else "waiting for the first loss"
+
+
+def _inside(curve: list[Point], raw: Sequence[Point]) -> list[Point]:
+    """Returns a curve within the range of the values that it smooths: a fitted line may end beyond the axis."""
+    values = [value for _, value in raw] or [0.0]
+    low, high = min(values), max(values)
+    return [(place, min(max(value, low), high)) for place, value in curve]
 
 
 def _finite(points: Sequence[tuple[int, float]]) -> list[Point]:

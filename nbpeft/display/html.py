@@ -13,19 +13,22 @@ from html import escape
 
 from nbpeft.display import blocks, palette
 from nbpeft.display.charts import (
+    BOTTOM,
     RIGHT,
+    TOP,
     WIDTH,
-    hover_values,
     is_logarithmic,
     loss_chart,
+    loss_columns,
     loss_image,
     loss_left,
     small_chart,
     spark_image,
 )
+from nbpeft.display.crosshair import Column, with_crosshair
 from nbpeft.display.memory import label, part_message
 from nbpeft.display.numbers import count, plural, size
-from nbpeft.display.overlay import colour_of, overlay_chart, overlay_image, overlay_left, overlay_values
+from nbpeft.display.overlay import colour_of, overlay_chart, overlay_columns, overlay_image, overlay_left
 from nbpeft.display.palette import background
 from nbpeft.display.shares import bar_image, bar_table_image, grid_image
 from nbpeft.display.training import small_curves
@@ -35,9 +38,9 @@ _TONES = {
     "bold": f"color:{palette.STRONG};font-weight:600",
     "dim": f"color:{palette.DIM}",
     "accent": f"color:{palette.ACCENT};font-weight:600",
-    "success": f"color:{palette.SUCCESS}",
-    "error": f"color:{palette.ERROR}",
-    "warning": f"color:{palette.WARNING}",
+    "success": f"color:{palette.SUCCESS_TEXT}",
+    "error": f"color:{palette.ERROR_TEXT}",
+    "warning": f"color:{palette.WARNING_TEXT}",
     "code": palette.MONOSPACE,
 }
 _WRAPS = {
@@ -92,10 +95,6 @@ def span(item: blocks.Span) -> str:
         return escape(item)
     if not item.text:
         return ""
-    if isinstance(item, blocks.Pill) and item.saved:
-        now, then = span(replace(item, saved="")), span(replace(item, text=item.saved, tone="dim", saved=""))
-        hidden = f'<span class="{blocks.CURRENT}" style="display:none">{now}</span>'
-        return f'{hidden}<span class="{blocks.SAVED}">{then}</span>'
     if isinstance(item, blocks.Pill):
         return (
             f'<span style="{_TONES.get(item.tone, "")};font-weight:600;font-size:12px;white-space:nowrap;'
@@ -289,6 +288,18 @@ def _(block: blocks.Columns) -> str:
     )
 
 
+@to_html.register
+def _(block: blocks.Commands) -> str:
+    cells = "".join(
+        f'<span style="white-space:nowrap">{span(blocks.dim(label))}</span>'
+        f'<code style="overflow-wrap:anywhere;background:transparent;padding:0;color:{palette.TEXT};'
+        f'{palette.MONOSPACE};font-size:12px">{escape(command)}</code>'
+        for label, command in block.commands
+    )
+    grid = "display:grid;grid-template-columns:max-content minmax(0,1fr);gap:2px 14px;align-items:baseline"
+    return f'<div style="margin-top:4px;font-size:12px;{grid}">{cells}</div>'
+
+
 def _box(box: blocks.Box) -> str:
     text = "".join(_marked(piece) if changed else escape(piece) for piece, changed in box.runs)
     aside = span(blocks.dim(box.aside))
@@ -440,33 +451,19 @@ def _(block: blocks.Progress) -> str:
 def _(block: blocks.LossChart) -> str:
     train = block.train
     entries = [(palette.ACCENT, "", "loss"), (palette.ACCENT, ".35", "smoothed")]
-    entries += [(palette.EVALUATION, "", "eval loss, the best ringed")] if train.eval_history else []
+    entries += [(palette.EVALUATION, "", "eval loss (best circled)")] if train.eval_history else []
     legend = "".join(f"<span>{_swatch(colour, opacity)}{label}</span>" for colour, opacity, label in entries)
     scale = span(blocks.dim("log scale" if is_logarithmic(train) else ""))
     chart = loss_image(train) if train.status in ENDED else loss_chart(train)
-    settled = train.status in (*ENDED, "paused")  # a live chart is replaced too often for tooltips
-    values = _with_values(chart, hover_values(train), loss_left(train)) if settled else chart
     return (
-        f'<div style="margin-top:8px">{values}</div>'
+        f'<div style="margin-top:8px">{_with_values(chart, loss_columns(train), loss_left(train))}</div>'
         f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:2px;font-size:12px">{legend}{scale}</div>'
     )
 
 
-def _with_values(chart: str, values: Iterable[tuple[float, str]], left: float) -> str:
-    """Returns a chart with tooltips: invisible strips in front of it, in the same cell of a CSS grid.
-
-    If a sanitizer drops the grid, the strips have no height.
-
-    Args:
-        chart: the chart as HTML.
-        values: (share of the width of its curves, tooltip) of each strip.
-        left: space to the left of the curves in percent of its width.
-    """
-    strips = "".join(f'<div title="{escape(words)}" style="flex:{share:.4f} 1 0"></div>' for share, words in values)
-    return (
-        f'<div style="display:grid;max-width:{WIDTH}px"><div style="grid-area:1/1">{chart}</div>'
-        f'<div style="grid-area:1/1;display:flex;margin:0 {RIGHT:g}% 0 {left:g}%">{strips}</div></div>'
-    )
+def _with_values(chart: str, shown: Sequence[Column], left: float) -> str:
+    """Returns a chart with the values under the mouse; ``left`` is the space to the left of its curves in percent."""
+    return f'<div style="max-width:{WIDTH}px">{with_crosshair(chart, shown, left, RIGHT, TOP, BOTTOM)}</div>'
 
 
 @to_html.register
@@ -492,7 +489,7 @@ def _(block: blocks.CurveChart) -> str:
         legend += f"<span style='color:{palette.DIM}'>dashed: eval loss</span>"
     style = "display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:4px;font-size:12px"
     chart = overlay_chart(block.curves) if block.live else overlay_image(block.curves)
-    shown = chart if block.live else _with_values(chart, overlay_values(block.curves), overlay_left(block.curves))
+    shown = _with_values(chart, overlay_columns(block.curves), overlay_left(block.curves))
     return f'<div style="margin-top:8px">{shown}</div><div style="{style}">{legend}</div>'
 
 

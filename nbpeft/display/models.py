@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from nbpeft.display.blocks import Block, Card, Cell, Details, Line, Table, Text, bold, card, dim, line
 from nbpeft.display.memory import memory_bar
 from nbpeft.display.numbers import count, plural, share, short_count, size
+from nbpeft.display.training import training_text
 from nbpeft.errors import few
-from nbpeft.state import AdapterState, ModelState
+from nbpeft.state import ENDED, AdapterState, ModelState
 
 ADAPTER_HEAD = ("Adapter", "Modules", "Parameters", "State")
 ADAPTER_FIGURES = (2,)
@@ -62,23 +63,21 @@ def in_pool(model: ModelState) -> str:
     return f"{model.offloaded_count:,} more in the pool" if model.offloaded_count else ""
 
 
-def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
+def condition(adapter: AdapterState, *, brief: bool = False) -> str:
     """Returns the state of an adapter as text: ``active, trainable`` or ``inactive, not saved``.
 
     Args:
         adapter: the adapter.
-        with_active: whether to say that it is active. False is for narrow tables that show this in another way; there
-            ``not saved`` also replaces ``trainable`` and ``inactive``.
+        brief: whether ``not saved`` replaces ``trainable`` and ``inactive``, for narrow tables.
     """
     if adapter.merged:
         words = ["merged"]
     elif adapter.active:
-        words = ["active"] if with_active else []
-        words.append("trainable" if adapter.trainable else "frozen")
+        words = ["active", "trainable" if adapter.trainable else "frozen"]
     else:
         words = ["inactive", "frozen"] if adapter.frozen else ["inactive"]
     if adapter.unsaved:
-        words = [*(word for word in words if with_active or word not in ("trainable", "inactive")), "not saved"]
+        words = [*(word for word in words if not brief or word not in ("trainable", "inactive")), "not saved"]
     if adapter.scale != 1.0:
         words.append(f"×\u00a0{adapter.scale:g}")
     return ", ".join(words)
@@ -142,6 +141,14 @@ def model_card(model: ModelState | None, called: str | None = None, *, hint: str
         line(dim(hint)),
         aside=model_summary(model),
     )
+
+
+def training_now(model: ModelState) -> str:
+    """Returns which training runs on a model and how far it is; empty if none does."""
+    train = model.training
+    if train is None or train.status in ENDED:
+        return ""
+    return f"{training_text(train, brief=True)} (%lora watch shows its card)"
 
 
 def _adapters(model: ModelState, brief: bool) -> tuple[Block, ...]:

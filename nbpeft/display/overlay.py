@@ -9,12 +9,11 @@ from html import escape
 from nbpeft.display import palette
 from nbpeft.display.blocks import LabelledCurves
 from nbpeft.display.charts import BOTTOM, NEUTRAL, TOP, WIDTH, Picture, across, decimate, left_of, ticks
+from nbpeft.display.crosshair import Column, columns
 
 Point = tuple[float, float]
 
 HEIGHT = 260
-_STRIPS = 80
-"""Number of strips along the chart that have a tooltip with the values."""
 _COLOURS = (*(palette.PARTS[name] for name in list(palette.PARTS)[:7]), "#2b88e0")
 
 
@@ -42,26 +41,15 @@ def overlay_left(curves: Sequence[LabelledCurves]) -> float:
     return left_of(f"{tick:.4g}" for tick in _frame(curves)[1])
 
 
-def overlay_values(curves: Sequence[LabelledCurves]) -> list[tuple[float, str]]:
-    """Returns the tooltips along the chart: (share of its width from 0 to 1, losses there as text)."""
+def overlay_columns(curves: Sequence[LabelledCurves]) -> list[Column]:
+    """Returns the columns of the chart, with the losses of all curves at a step each."""
     _, _, right = _frame(curves)
-    strips: list[tuple[float, str]] = []
-    for number in range(_STRIPS):
-        low, high = right * number / _STRIPS, right * (number + 1) / _STRIPS
-        words = [words for curve in curves if (words := _at(curve, low, high))]
-        if not words and strips:  # a step is wider than a strip: extend the previous tooltip
-            strips[-1] = (strips[-1][0] + 1 / _STRIPS, strips[-1][1])
-        else:
-            strips.append((1 / _STRIPS, f"step {math.floor(high):,}: {' · '.join(words)}" if words else ""))
-    return strips
-
-
-def _at(curve: LabelledCurves, low: float, high: float) -> str:
-    """Returns label and last losses of a curve between two steps as text; empty if it has no loss there."""
-    label, *kinds = curve
-    last = [[value for step, value in points if low < step <= high][-1:] for points in kinds]
-    words = [f"{name}{value:.4g}" for name, values in zip(("", "eval "), last, strict=True) for value in values]
-    return f"{label} {', '.join(words)}" if words else ""
+    named = [
+        (f"{label}{kind}", _finite(points), "{:.4g}".format)
+        for label, *kinds in curves
+        for kind, points in zip(("", " eval"), kinds, strict=True)
+    ]
+    return columns(named, [step for _, points, _ in named for step, _ in points], 0.0, right)
 
 
 def _frame(curves: Sequence[LabelledCurves]) -> tuple[list[float], list[float], float]:

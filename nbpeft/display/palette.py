@@ -17,6 +17,12 @@ STRONG = "var(--jp-ui-font-color0, inherit)"
 TEXT = "var(--jp-ui-font-color1, inherit)"
 WARNING = "var(--jp-warn-color0, #b26a00)"
 
+ERROR_TEXT, SUCCESS_TEXT, WARNING_TEXT = (
+    f"color-mix(in srgb, {colour} {share}%, var(--jp-ui-font-color0, currentColor))"
+    for colour, share in ((ERROR, 80), (SUCCESS, 80), (WARNING, 70))
+)
+"""Colours of text, mixed with that of plain text: their contrast is at least 4.5:1 in the light and the dark theme."""
+
 PLAIN = {ACCENT: "#1976d2", ERROR: "#d32f2f", FILL: "rgba(128,128,128,.2)"}
 
 PARTS = {

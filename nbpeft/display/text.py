@@ -109,6 +109,11 @@ def _(block: blocks.Columns) -> RenderableType:
 
 
 @renderable.register
+def _(block: blocks.Commands) -> RenderableType:
+    return _grid(block.commands)
+
+
+@renderable.register
 def _(block: blocks.HeatMap) -> RenderableType:
     def shade(cell: tuple[float, str] | None) -> str:
         return " " if cell is None else "·░▒▓█"[min(int(cell[0] * 5), 4)]

@@ -11,6 +11,7 @@ from nbpeft.display.blocks import (
     Card,
     Cell,
     Columns,
+    Commands,
     CurveChart,
     Details,
     Figure,
@@ -28,6 +29,7 @@ from nbpeft.display.blocks import (
 )
 from nbpeft.display.charts import smooth
 from nbpeft.display.memory import memory_bar
+from nbpeft.display.next_steps import NextSteps
 from nbpeft.errors import cut
 from nbpeft.state import ENDED, Curve, MemberState, Sample, TrainState
 
@@ -42,17 +44,25 @@ _STATUS_TONES: dict[str, Tone] = {
 _WORDS = {"pausing": "pausing after this step", "stopping": "stopping after this step"}
 _MORE = "%lora traceback shows where it failed."
 _LONGEST_ANSWER = 400
+_ICONS: dict[Tone, str] = {"error": "✖", "warning": "⚠\ufe0e", "success": "✓"}  # the selector asks for text, not emoji
 
 
-def training_card(train: TrainState, *, model_name: str = "", hint: str = "", seen: str = "") -> Card:
-    """Returns a card of a run: figures, progress, messages, curves, samples and memory.
+def training_card(
+    train: TrainState,
+    *,
+    model_name: str = "",
+    hint: str = "",
+    seen: str = "",
+    next_steps: NextSteps | None = None,
+) -> Card:
+    """Returns a card of a run: figures, progress, messages, curves, samples, memory, and what to do next.
 
     Args:
         train: the run.
         model_name: name of its model.
         hint: how to stop the run if there are no buttons.
-        seen: the current time as text. A saved notebook shows it as the time at which a running run was last seen; see
-            ``Pill``.
+        seen: the current time as text, for a card in a file: it shows when a running run was last seen.
+        next_steps: what to do after the run.
     """
     begun = train.first_step
     planned = (train.total_steps or 0) - begun
@@ -61,38 +71,51 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "", se
         f"Training {_subject(train)}".strip(),
         _figures(train),
         Progress(done, train.status == "failed"),
-        line(*_message(train)),
-        line(dim(_MORE if train.status == "failed" else "")),
+        _notes(train),
         _curves(train),
         members_table(train) if train.members else SmallCharts(train),
         _samples(train),
         memory_bar(train.memory, thin=True) if train.memory is not None else None,
+        _following(next_steps) if next_steps is not None else None,
         line(dim(hint)),
-        aside=(dim(model_name), _pill(train, seen)),
+        aside=(dim(model_name), _status(train, seen)),
     )
 
 
-def _pill(train: TrainState, seen: str) -> Pill:
-    """Returns the status; for a running run also the text for a saved notebook."""
+def _status(train: TrainState, seen: str) -> Text:
+    """Returns the status; in a file, for a running run, when it was last seen."""
+    if not seen or train.status in ENDED:
+        return Pill(status_message(train), _status_tone(train))
     status = "" if train.status in ("starting", "running") else f" ({status_message(train)})"
-    saved = f"last seen {seen}, {_at(train)}{status}" if seen and train.status not in ENDED else ""
-    return Pill(status_message(train), _status_tone(train), saved=saved)
+    return dim(f"last seen {seen}, {_at(train)}{status}")
+
+
+def _following(steps: NextSteps) -> tuple[Block, ...]:
+    """Returns whether the adapter is saved, and the commands that follow a training."""
+    tone: Tone = "success" if steps.saved else "warning"
+    saved = "" if steps.saved is None else "saved" if steps.saved else "not saved"
+    mark = line(Text(f"{_ICONS[tone]} {saved}" if saved else "", tone), dim(steps.note))
+    return mark, *([Commands(steps.commands)] if steps.commands else [])
 
 
 def _at(train: TrainState) -> str:
     return f"step {train.step:,}" + (f" of {train.total_steps:,}" if train.total_steps else "")
 
 
-def _message(train: TrainState) -> tuple[Text, ...]:
-    """Returns the messages for the user: the error of a failed run, else warnings, then notes."""
+def _notes(train: TrainState) -> tuple[Block, ...]:
+    """Returns the messages for the user: errors, then warnings, one per line, then facts in one line."""
     if train.status == "failed":
-        return (Text(train.message, "error"),)
-    rest = train.message
-    for warning in train.warnings:
-        rest = rest.replace(warning, "")
-    notes = [part.strip() for part in rest.split(" · ") if part.strip()]
-    texts = (Text(" · ".join(train.warnings), "warning"), dim(" · ".join(notes)))
-    return tuple(text for text in texts if text.text)
+        return line(_problem(train.message, "error")), line(dim(_MORE))
+    facts = train.message
+    for problem in (*train.errors, *train.warnings):
+        facts = facts.replace(problem, "")
+    errors = [line(_problem(words, "error")) for words in train.errors]
+    warnings = [line(_problem(words, "warning")) for words in train.warnings]
+    return *errors, *warnings, line(dim(" · ".join(part.strip() for part in facts.split(" · ") if part.strip())))
+
+
+def _problem(words: str, tone: Tone) -> Text:
+    return Text(f"{_ICONS[tone]} {words}", tone)
 
 
 def _subject(train: TrainState) -> str:
@@ -110,7 +133,9 @@ def _curves(train: TrainState) -> Block:
 
 def _smoothed(curve: Curve) -> Curve:
     """Returns a smoothed curve: noise would hide which of several curves is lower."""
-    return tuple((int(step), value) for step, value in smooth(curve))
+    return tuple(
+        (int(step), value) for step, value in smooth([(step, value) for step, value in curve if math.isfinite(value)])
+    )
 
 
 def _figures(train: TrainState) -> Figures:
@@ -240,9 +265,10 @@ def _member_words(member: MemberState) -> str:
 
 
 def _status_tone(train: TrainState) -> Tone:
-    """Returns the tone of the status; ``warning`` for a run that ended with a warning."""
-    warned = train.warnings and train.status in ("finished", "stopped")
-    return "warning" if warned else _STATUS_TONES.get(train.status, "accent")
+    """Returns the tone of the status; that of the worst note for a run that has ended."""
+    if train.status in ("finished", "stopped") and (train.errors or train.warnings):
+        return "error" if train.errors else "warning"
+    return _STATUS_TONES.get(train.status, "accent")
 
 
 def status_message(train: TrainState) -> str:
@@ -250,12 +276,13 @@ def status_message(train: TrainState) -> str:
     return _WORDS.get(train.status, train.status)
 
 
-def training_text(train: TrainState, *, seen: str = "") -> str:
+def training_text(train: TrainState, *, seen: str = "", brief: bool = False) -> str:
     """Returns a run as one line of plain text.
 
     Args:
         train: the run.
         seen: the current time as text; see ``training_card``.
+        brief: whether to leave out the message.
     """
     total = f"/{train.total_steps}" if train.total_steps else ""
     status = f"last seen {seen}" if seen and train.status not in ENDED else status_message(train)
@@ -271,5 +298,5 @@ def training_text(train: TrainState, *, seen: str = "") -> str:
         parts.append(f"{numbers.clock(train.remaining)} left")
     else:
         parts.append(numbers.clock(train.elapsed))
-    parts += [train.message] if train.message else []
+    parts += [train.message] if train.message and not brief else []
     return f"training {f'{_subject(train)} ' if train.adapter else ''}{' · '.join(parts)}"

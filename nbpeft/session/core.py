@@ -146,6 +146,7 @@ class Session:
 
     # Runs on disk
     runs = _question(run_commands.runs)
+    find_run = _question(run_commands.find_run)
     resume = _command(run_commands.resume)
     kept_run = _question(run_commands.kept_run)
     rename_run = _question(run_commands.rename_run)

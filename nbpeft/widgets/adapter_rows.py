@@ -33,7 +33,7 @@ def adapter_row(adapter: AdapterState) -> str:
     first, *cells, _ = adapter_cells(adapter)
     below = first[1:] if isinstance(first, tuple) else ()
     name = Text(adapter.name, "bold" if adapter.active else "", adapter.name, "cut")
-    shown: list[Cell] = [(name, *below), *cells, condition(adapter, with_active=False)]
+    shown: list[Cell] = [(name, *below), *cells, condition(adapter, brief=True)]
     return grid_row(zip(shown, _COLUMNS, strict=True))
 
 

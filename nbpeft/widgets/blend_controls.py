@@ -11,6 +11,7 @@ from nbpeft.display.html import span, to_html
 from nbpeft.errors import NbpeftError
 from nbpeft.session.results.comparing import CompareResult
 from nbpeft.state import ModelState
+from nbpeft.widgets.aria import SLIDER
 from nbpeft.widgets.controls import (
     Command,
     Frame,
@@ -62,6 +63,7 @@ class Slider:
         self._slider.add_class("nbpeft-weight")
         self._slider.observe(weakly(command, "moved"), names="value")
         self.box = ipywidgets.HBox([label, self._slider], layout=ipywidgets.Layout(width="100%", align_items="center"))
+        self.box.add_class(SLIDER)
 
     @property
     def weight(self) -> float:

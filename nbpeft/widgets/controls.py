@@ -12,6 +12,7 @@ from nbpeft.display.blocks import Text, Tone
 from nbpeft.display.html import head, span
 from nbpeft.display.names import shortened
 from nbpeft.errors import ConfigError
+from nbpeft.widgets.aria import TOGGLES
 from nbpeft.widgets.lifetime import close_tree, shared, weakly
 from nbpeft.widgets.styles import style_sheet
 
@@ -100,6 +101,7 @@ class ToggleRow:
         self._buttons: dict[tuple[str, ...], Any] = {}
         self.box = ipywidgets.HBox([], layout=ipywidgets.Layout(margin=margin))
         self.box.add_class(f"nbpeft-{kind}")
+        self.box.add_class(TOGGLES)
 
     def draw(self, buttons: Mapping[tuple[str, ...], tuple[str, str]], on: Collection[tuple[str, ...]]) -> None:
         """Shows the buttons.

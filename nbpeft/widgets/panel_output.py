@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from nbpeft.widgets.aria import SCRIPT
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.lifetime import view_of
 
@@ -41,10 +42,14 @@ class PanelOutput:
     Args:
         state: Returns the state as a MIME bundle.
         lock: Locked while the state is drawn.
+        interval: The shortest time between two updates of the state, in seconds.
     """
 
-    def __init__(self, state: Callable[[], dict[str, str]], lock: threading.RLock) -> None:
+    def __init__(
+        self, state: Callable[[], dict[str, str]], lock: threading.RLock, *, interval: float | None = None
+    ) -> None:
         self._state, self._lock = state, lock
+        self._interval = INTERVAL if interval is None else interval
         self._name = f"nbpeft-{uuid.uuid4().hex[:12]}"
         self._outputs: tuple[Any, ...] = ()
         self._sent: dict[str, str] = {}
@@ -89,11 +94,23 @@ class PanelOutput:
                 self._timer.cancel()
             outputs, self._outputs = self._outputs, ()
             if outputs:
-                state, widgets = outputs
+                state, *widgets = outputs
                 state.update(leaving or self._state(), raw=True)
-                widgets.update(_EMPTY, raw=True)
+                for output in widgets:
+                    output.update(_EMPTY, raw=True)
 
-    def _send(self) -> None:
+    def only_state(self) -> None:
+        """Clears the widgets' output in the open page, sends the state, and continues to update it."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            state, *widgets = self._outputs or (None,)
+            self._outputs = () if state is None else (state,)
+            for output in widgets:
+                output.update(_EMPTY, raw=True)
+            self._send(again=False)
+
+    def _send(self, *, again: bool = True) -> None:
         with self._lock:
             self._timer = None
             if not self._outputs:
@@ -102,13 +119,13 @@ class PanelOutput:
             state = self._state()
             changed, self._sent = state != self._sent, state
             self._outputs[0].update(self._framed(), raw=True)
-            if changed:
-                wait = max(INTERVAL, min(_REST * (time.thread_time() - begun), _LONGEST))
+            if changed and again:
+                wait = max(self._interval, min(_REST * (time.thread_time() - begun), _LONGEST))
                 self._timer = threading.Timer(wait, self._send)
                 self._timer.daemon = True
                 self._timer.start()
 
     def _framed(self) -> dict[str, str]:
         """The state, with the class name by which the widgets' style rules hide it."""
-        framed = f'<style>{DEAD_WIDGETS}</style><div class="nbpeft-state {self._name}">{self._sent["text/html"]}</div>'
-        return {**self._sent, "text/html": framed}
+        state = f'<div class="nbpeft-state {self._name}">{self._sent["text/html"]}</div>'
+        return {**self._sent, "text/html": f"<style>{DEAD_WIDGETS}</style>{SCRIPT}{state}"}

@@ -12,6 +12,7 @@ from nbpeft.display.blocks import dim, line
 from nbpeft.display.html import span, to_html
 from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS
 from nbpeft.session.results.planning import PlanResult, PlanSettings
+from nbpeft.widgets.aria import SLIDER
 from nbpeft.widgets.controls import Command, Frame, html, labelled, settings_row
 from nbpeft.widgets.lifetime import close_tree, weakly
 
@@ -41,6 +42,7 @@ class LogSlider:
         name = html(span(dim(label)))
         name.add_class("nbpeft-label")
         self.box = ipywidgets.HBox([name, self._slider], layout=ipywidgets.Layout(width="100%", align_items="center"))
+        self.box.add_class(SLIDER)
 
     @property
     def value(self) -> int:

@@ -1,4 +1,4 @@
-"""The buttons Pause, Stop and Save now of one run. They work while the cell runs, and disappear when the run ends.
+"""The buttons Pause, Stop and Save now of one run. They work while the cell runs, and are hidden when the run ends.
 
 Pause and Resume are two buttons in one place, of which one is visible: a late click still has the meaning of the button
 that was clicked, even if the other one is visible by then. Resume replaces Pause only when the run has paused, so that
@@ -9,33 +9,23 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
-import uuid
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.display.blocks import CURRENT, SAVED
 from nbpeft.widgets.click_delivery import Delivery, deliver_clicks
-from nbpeft.widgets.environment import WIDGET_VIEW
-from nbpeft.widgets.lifetime import close_tree, view_of, weakly
-from nbpeft.widgets.styles import RUN_BUTTONS_CSS
+from nbpeft.widgets.lifetime import weakly
 
 if TYPE_CHECKING:
     from nbpeft.session import RunControl
 
 
-PERIOD = 30.0
-"""The shortest time for which a card counts as current without an update, in seconds."""
-
-
 class RunButtons:
-    """Shows the buttons and passes clicks on to the run's control until ``close``.
+    """Has the buttons in ``box``, and passes clicks on to the run's control until ``close``.
 
     A click is handled once: from the raw message if the kernel allows to inspect it (see ``click_delivery``),
     otherwise from the widget's handler. In the first case the kernel delivers the same click again, to the
-    handler, when the cell has ended, where it does nothing. The widgets stay open until then, hidden, because the
-    kernel would log an error about an unknown comm.
+    handler, when the cell has ended, where it does nothing. So ``close`` only hides the buttons: for a click on a
+    closed widget the kernel would log an error about an unknown comm.
 
     Args:
         control: Receives the requests to stop, pause, resume and save.
@@ -58,13 +48,7 @@ class RunButtons:
         self.members: dict[str, Any] = {}
         self.clones: dict[str, Any] = {}
         layout = ipywidgets.Layout(flex_flow="row wrap", overflow="visible")
-        self.name = f"nbpeft-{uuid.uuid4().hex[:12]}"
-        self._style = ipywidgets.HTML(layout=ipywidgets.Layout(display="none"))
-        self._period, self._card = -1, ""
-        self.box = ipywidgets.HBox([self._style, self.pause, self.resume, self.stop, self.save], layout=layout)
-        self.box.add_class("nbpeft-run")
-        self.box.add_class(f"{self.name}-view")
-        self.period()
+        self.box = ipywidgets.HBox([self.pause, self.resume, self.stop, self.save], layout=layout)
         self._requests: dict[Any, Callable[[], None]] = {}
         self._delivery: Delivery | None = None
         self._take(
@@ -79,7 +63,6 @@ class RunButtons:
         self._delivery = self._listen()
         self._previous_poll = control.deliver_clicks
         control.deliver_clicks = self._poll
-        self._display: Any = None
 
     def _take(self, requests: dict[Any, Callable[[], None]]) -> None:
         """Connects the buttons with the requests that their clicks make."""
@@ -105,33 +88,6 @@ class RunButtons:
         if requests:
             self._take(requests)
             self.box.children = (*self.box.children, *requests)
-
-    def period(self) -> int:
-        """The number of the current period of time, which becomes part of the class name of a card drawn now.
-
-        The style rules show a card of this period or the next as current. A card in a page that no update reaches, e.g.
-        one opened from a file, keeps its number, which is soon too old.
-        """
-        now = int(time.time() // PERIOD)
-        if now != self._period and not self._ended:
-            self._period = now
-            cards = [f"{self._alive} .{self.name}-{number}" for number in (now, now + 1)]
-            rules = [f"{', '.join(f'{card} .{CURRENT}' for card in cards)} {{ display: inline !important; }}"]
-            rules += [f"{', '.join(f'{card} .{SAVED}' for card in cards)} {{ display: none; }}"]
-            self._style.value = f"<style>{RUN_BUTTONS_CSS}{' '.join(rules)}</style>"
-        return now
-
-    @property
-    def _alive(self) -> str:
-        """The CSS selector of a page on which these widgets are connected."""
-        return f":root:has(.{self.name}-view:not(.jupyter-widgets-disconnected))"
-
-    def show(self) -> None:
-        """Displays the buttons in the running cell."""
-        from IPython.display import display
-
-        bundle = {WIDGET_VIEW: view_of(self.box), "text/plain": "Pause, Stop, Save now"}
-        self._display = display(bundle, raw=True, display_id=True)
 
     def sync(self, members: Iterable[str] = ()) -> None:
         """Updates labels and states of the buttons to the pending requests. May be called in any thread.
@@ -171,28 +127,16 @@ class RunButtons:
         if self._delivery is not None:
             self._delivery.peek()
 
-    def close(self, card: str = "") -> None:
-        """Removes the buttons. May be called twice.
-
-        Args:
-            card: The final state of the run, as HTML. A page that was closed before the run ended shows it in the place
-                of the buttons when it is opened again, instead of the state it was closed with.
-        """
+    def close(self) -> None:
+        """Hides the buttons and ignores later clicks. May be called twice."""
         if self._ended:
             return
-        self._ended, self._card = True, card
+        self._ended = True
         if self._control.deliver_clicks == self._poll:
             self._control.deliver_clicks = self._previous_poll
         if self._delivery is not None:
             self._delivery.close()
-        if self._display is not None:
-            self._display.update({"text/html": "", "text/plain": ""}, raw=True)
-        with self._lock:
-            waiting = self._seen > self._handled
-        if waiting:
-            _waiting.add(self)
-        else:
-            self._free()
+        self.box.layout.display = "none"
 
     def _listen(self) -> Delivery | None:
         listeners = self._listeners(self._requests)
@@ -215,11 +159,8 @@ class RunButtons:
             self._handled += 1
             missed = self._handled > self._seen  # its raw message was not inspected
             self._seen += missed
-            last = self._ended and self._handled >= self._seen
         if missed:
             self._ask(request)
-        if last:
-            self._free()
 
     def _ask(self, request: Callable[[], None]) -> None:
         if not self._ended:
@@ -230,41 +171,9 @@ class RunButtons:
             self._delivery.poll()
         self.sync()
 
-    def _free(self) -> None:
-        _waiting.discard(self)
-        if not self._card:
-            close_tree(self.box)
-            return
-        import ipywidgets
-
-        children = self.box.children
-        for child in children:
-            child.layout.display = "none"  # not closed: for a late click the kernel would log an unknown comm
-        hidden = f"<style>{self._alive} .{self.name} {{ display: none; }}</style>"
-        self.box.children = (ipywidgets.HTML(f"{hidden}{self._card}"), *children)
-        _left.append(self.box)
-        while len(_left) > _MOST_LEFT:
-            close_tree(_left.popleft())
-
 
 def _button(description: str, icon: str, tooltip: str, display: str | None = None) -> Any:
     import ipywidgets
 
     layout = ipywidgets.Layout(width="auto", display=display)
     return ipywidgets.Button(description=description, icon=icon, tooltip=tooltip, layout=layout)
-
-
-_left: deque[Any] = deque()
-"""The widgets that replace the buttons of runs that have ended."""
-_MOST_LEFT = 16
-
-
-def close_left() -> None:
-    """Closes the widgets that replace the buttons of ended runs."""
-    while _left:
-        close_tree(_left.popleft())
-
-
-_waiting: set[RunButtons] = set()
-"""Buttons of ended runs whose clicks the kernel has yet to deliver. Handlers have only weak references: this keeps the
-buttons alive."""

@@ -12,13 +12,16 @@ _BUTTON = f"""width: auto; height: 26px; line-height: 24px; margin: 0; padding: 
   border: 1px solid {BORDER}; border-radius: 4px; background: transparent; color: {TEXT}; font-size: 12px;
   box-shadow: none;"""
 
-RUN_BUTTONS_CSS = f"""
-.nbpeft-run {{ gap: 6px; padding: 2px 0 4px; }}
+RUN_CSS = f"""
+.nbpeft-run {{ overflow: visible; width: calc(100% - 20px); }}
+.nbpeft-run > .widget-hbox {{ gap: 6px; padding: 6px 0 4px; }}
+.nbpeft-run .widget-inline-hbox {{ height: auto; }}
+.nbpeft-run .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
 .nbpeft-run .jupyter-button {{ {_BUTTON} min-width: 88px; }}
 .nbpeft-run .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
 .nbpeft-run .jupyter-button:focus-visible {{ outline: 2px solid {ACCENT}; outline-offset: 1px; }}
 """
-"""Style rules of the buttons below a run's card."""
+"""Style rules of a run's card with its buttons."""
 
 PANEL_CSS = f"""
 .nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: calc(100% - 20px);
@@ -57,10 +60,11 @@ PANEL_CSS = f"""
 .nbpeft-choices .nbpeft-on + .jupyter-button.nbpeft-on {{ border-left-color: {ON_ACCENT}; }}
 .nbpeft-chips {{ gap: 6px; }}
 .nbpeft-chips .jupyter-button {{ border-radius: 13px; color: {DIM}; }}
-.nbpeft-chips .jupyter-button.nbpeft-on::before {{ content: "✓ "; }}
+.nbpeft-toggles .jupyter-button.nbpeft-on::before {{ content: "✓ "; }}
 .nbpeft-row, .nbpeft-head {{ border-bottom: 1px solid {BORDER}; align-items: center; overflow: visible; }}
 .nbpeft-head .widget-html-content {{ margin-right: {_ROW_BUTTONS}px; }}
-.nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT}; }}
+.nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT};
+  --jp-ui-font-color2: var(--jp-ui-font-color1); }}
 .nbpeft-row-buttons {{ flex-wrap: nowrap; width: {_ROW_BUTTONS}px; justify-content: flex-end; padding-right: 4px;
   box-sizing: border-box; }}
 .nbpeft-foot {{ padding-top: 6px; }}
@@ -96,6 +100,7 @@ PANEL_CSS = f"""
 .nbpeft-panel .nbpeft-label {{ flex: 0 0 24%; min-width: 60px; max-width: 200px; padding-right: 8px;
   box-sizing: border-box; overflow: hidden; }}
 .nbpeft-panel .widget-readout {{ min-width: 48px; max-width: 48px; box-sizing: border-box; }}
+.nbpeft-panel .noUi-handle {{ background: {ACCENT}; border-color: {ACCENT}; }}
 .nbpeft-weight .slider-container {{ position: relative; overflow: visible; }}
 .nbpeft-weight .slider-container::before {{ content: ""; position: absolute; left: 40%; top: -7px; width: 1px;
   height: 18px; background: {DIM}; }}

@@ -14,6 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbpeft.display import charts
+from nbpeft.display.blocks import LossChart
+from nbpeft.display.crosshair import MOST
+from nbpeft.display.html import to_html
+from tests.display.test_states import Reader
 from tests.widgets.fakes import train_state
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
@@ -39,11 +43,27 @@ def test_many_points_are_bounded_and_spikes_survive() -> None:
     assert kept == sorted(kept)
 
 
-def test_smoothing_starts_at_the_first_value_and_follows() -> None:
-    smoothed = charts.smooth([(0, 4.0), (1, 4.0), (2, 0.0)])
-    assert smoothed[0] == (0, 4.0)
-    assert smoothed[1][1] == pytest.approx(4.0)
-    assert 0 < smoothed[2][1] < 4
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 40, 480])
+def test_smoothing_does_not_lag_behind(count: int) -> None:
+    """A loss that falls evenly on its axis is its own smoothed curve, also at both ends."""
+    falling = [(7.0 * number, 5.0 - number / count) for number in range(count)]
+    assert charts.smooth(falling) == [(x, pytest.approx(value)) for x, value in falling]
+    decaying = [(x, 10.0 ** (value - 5)) for x, value in falling]
+    assert charts.smooth(decaying, logarithmic=True) == [(x, pytest.approx(value)) for x, value in decaying]
+
+
+def test_smoothing_removes_noise() -> None:
+    noisy = [(float(number), 1.0 + 0.1 * (-1) ** number) for number in range(200)]
+    assert max(abs(value - 1.0) for _, value in charts.smooth(noisy)[12:-12]) < 0.01
+    assert [x for x, _ in charts.smooth(noisy)] == [x for x, _ in noisy]
+
+
+def test_on_a_logarithmic_axis_the_logarithms_are_smoothed() -> None:
+    history = tuple((number, 10.0 ** (-number / 10)) for number in range(1, 41))
+    state = train_state(40, 40, history=history, eval_history=(), smoothed_loss=9.9)
+    assert charts.is_logarithmic(state)
+    smoothed, raw = re.findall(r'<path d="M([^"]*)"', charts.loss_chart(state))
+    assert smoothed == raw, "both are straight lines"
 
 
 @given(
@@ -89,7 +109,32 @@ def test_a_run_that_was_resumed_is_drawn_from_its_beginning(first: int) -> None:
     assert min(map(float, re.findall(r"-?\d+\.?\d*", " ".join(re.findall(r' d="([^"]*)"', svg))))) >= -1
     small = charts.small_chart(state.history, state)
     assert small == charts.small_chart(state.history, dataclasses.replace(state, first_step=0))
-    assert charts.hover_values(state) == charts.hover_values(dataclasses.replace(state, first_step=0))
+    assert charts.loss_columns(state) == charts.loss_columns(dataclasses.replace(state, first_step=0))
+
+
+@pytest.mark.parametrize("status", ["running", "paused", "finished"])
+def test_the_values_of_each_step_are_under_the_mouse(status: Any) -> None:
+    state = train_state(25, 40, status=status, series={"learning rate": ((24, 1e-3), (25, 5e-4))})
+    before, *shown, after = charts.loss_columns(state)
+    assert [column.text.partition("\n")[0] for column in shown] == [f"step {step}" for step in range(1, 26)]
+    assert shown[-1].text.split("\n")[1].startswith("loss 0.1") and "learning rate 5.0e-4" in shown[-1].text
+    assert "eval loss 0.102" not in shown[-1].text and "eval loss" in shown[19].text
+    assert sum(column.share for column in (before, *shown, after)) == pytest.approx(1)
+    assert before.text == after.text == ""
+    end, left = (40 if status != "finished" else 25), before.share
+    for step, column in enumerate(shown, 1):  # the crosshair is where the step is drawn
+        assert left + column.place * column.share == pytest.approx(step / end)
+        left += column.share
+        assert column.on_right == (step > end / 2)
+    page = to_html(LossChart(state))
+    assert page.count("data-at=") == 25 and ".nbpeft-at:hover::after{content:attr(data-at)" in page
+    assert Reader(page).text.count("loss") == 2, "the values are in attributes: without the style sheet nothing is seen"
+
+
+def test_a_long_run_has_few_columns_and_the_last_step_among_them() -> None:
+    shown = [column for column in charts.loss_columns(train_state(480, 500)) if column.text]
+    assert 50 <= len(shown) <= MOST and shown[-1].text.startswith("step 480")
+    assert [column.text for column in charts.loss_columns(train_state(0, 500)) if column.text] == []
 
 
 def test_losses_that_are_not_finite_are_left_out() -> None:

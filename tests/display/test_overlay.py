@@ -10,7 +10,7 @@ import pytest
 
 from nbpeft.display.blocks import CurveChart, LabelledCurves
 from nbpeft.display.html import to_html
-from nbpeft.display.overlay import colour_of, describe, overlay_chart, overlay_image
+from nbpeft.display.overlay import colour_of, describe, overlay_chart, overlay_columns, overlay_image
 from nbpeft.display.text import to_text
 
 FIRST = ("sql-1", ((1, 4.0), (2, 3.0), (3, 2.0)), ((2, 3.5),))
@@ -50,6 +50,18 @@ def test_without_numbers_it_says_so(curves: list[LabelledCurves]) -> None:
 
 def test_a_terminal_reads_where_each_ends() -> None:
     assert to_text(CurveChart((FIRST, SECOND))) == "training loss of sql-1 2 at step 3, a <b> 1 at step 3"
+
+
+def test_the_losses_of_all_runs_are_under_the_mouse() -> None:
+    texts = [column.text for column in overlay_columns([FIRST, SECOND]) if column.text]
+    assert texts == [
+        "step 1\nsql-1 4\na <b> 5",
+        "step 2\nsql-1 3\nsql-1 eval 3.5",
+        "step 3\nsql-1 2\na <b> 1",
+    ]
+    for live in (False, True):
+        page = to_html(CurveChart((FIRST, SECOND), live=live))
+        assert page.count("data-at=") == 3 and "a &lt;b&gt; 5" in page
 
 
 def test_a_run_of_one_step_is_drawn() -> None:

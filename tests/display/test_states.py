@@ -6,17 +6,20 @@ import dataclasses
 import math
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
-from nbpeft.display import numbers
-from nbpeft.display.blocks import Block, Line, Pill, Text
+from nbpeft.display import charts, numbers
+from nbpeft.display.blocks import Block, Pill, Text, Tone, dim, line
+from nbpeft.display.crosshair import style_rules
 from nbpeft.display.html import head, to_html
 from nbpeft.display.memory import memory_bar
 from nbpeft.display.models import adapter_cells, adapter_table, condition, model_card, model_text, modules
+from nbpeft.display.next_steps import NextSteps, next_steps
 from nbpeft.display.training import training_card, training_text
 from nbpeft.session.results import MemoryReport
-from nbpeft.state import AdapterState, MemoryPart, MemoryState
+from nbpeft.state import AdapterState, MemberState, MemoryPart, MemoryState, Sample, SessionState
 from nbpeft.widgets import styles
 from nbpeft.widgets.adapter_rows import adapter_row, row_head
 from tests.widgets.fakes import ADAPTERS, MEMORY, adapter, model, train_state
@@ -26,7 +29,10 @@ VOID = {"img", "br", "path", "circle", "wbr"}
 
 
 class Reader(HTMLParser):
-    """The text of some HTML; fails where tags do not match or a tag is not one of ours."""
+    """The text of some HTML; fails where tags do not match or a tag is not one of ours.
+
+    The one style sheet is that of the values under the mouse.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -39,7 +45,6 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag != "script"
-        assert tag != "style"
         self.attributes |= {name for name, _ in attrs}
         if tag not in VOID:
             self.open.append(tag)
@@ -51,7 +56,10 @@ class Reader(HTMLParser):
         self.attributes |= {name for name, _ in attrs}
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        if self.open[-1:] == ["style"]:
+            assert data == style_rules(charts.TOP, charts.BOTTOM)
+        else:
+            self.words.append(data)
 
     @property
     def text(self) -> str:
@@ -125,13 +133,13 @@ def test_a_method_says_what_its_settings_are(item: AdapterState, text: str) -> N
 @pytest.mark.parametrize(
     ("changes", "words", "in_panel"),
     [
-        ({"active": True}, "active, trainable", "trainable"),
-        ({"active": True, "trainable": False, "frozen": True}, "active, frozen", "frozen"),
-        ({"active": True, "scale": 0.5}, "active, trainable, ×\u00a00.5", "trainable, ×\u00a00.5"),
+        ({"active": True}, "active, trainable", "active, trainable"),
+        ({"active": True, "trainable": False, "frozen": True}, "active, frozen", "active, frozen"),
+        ({"active": True, "scale": 0.5}, "active, trainable, ×\u00a00.5", "active, trainable, ×\u00a00.5"),
         ({"trainable": False}, "inactive", "inactive"),
         ({"trainable": False, "frozen": True}, "inactive, frozen", "inactive, frozen"),
         ({"active": True, "merged": True}, "merged", "merged"),
-        ({"active": True, "unsaved": True}, "active, trainable, not saved", "not saved"),
+        ({"active": True, "unsaved": True}, "active, trainable, not saved", "active, not saved"),
         ({"trainable": False, "unsaved": True}, "inactive, not saved", "not saved"),
         ({"trainable": False, "frozen": True, "unsaved": True}, "inactive, frozen, not saved", "frozen, not saved"),
     ],
@@ -139,7 +147,7 @@ def test_a_method_says_what_its_settings_are(item: AdapterState, text: str) -> N
 )
 def test_the_state_of_an_adapter_in_words(changes: dict[str, object], words: str, in_panel: str) -> None:
     state = adapter("a", **changes)
-    assert condition(state) == words and condition(state, with_active=False) == in_panel
+    assert condition(state) == words and condition(state, brief=True) == in_panel
 
 
 def test_rows_and_their_head_have_the_same_columns() -> None:
@@ -240,17 +248,85 @@ def test_messages_are_shown() -> None:
     assert "stopping after this step" in read(training_card(train_state(status="stopping"))).text
 
 
-def test_a_warning_is_coloured_and_a_note_is_not() -> None:
-    """Also where the run has ended, whose status has the colour then."""
+@pytest.mark.parametrize(("kind", "tone", "icon"), [("warnings", "warning", "⚠\ufe0e"), ("errors", "error", "✖")])
+@pytest.mark.parametrize("status", ["running", "paused", "finished", "stopped"])
+def test_a_problem_has_an_icon_and_a_colour_and_a_fact_has_none(kind: str, tone: Tone, icon: str, status: Any) -> None:
+    """In one place, whether the run goes on or has ended; the status of one that has ended has the colour too."""
     message = "4 rows held out · the loss is NaN · goes on"
-    for status in ("running", "finished", "stopped"):
-        shown = training_card(train_state(status=status, message=message, warnings=("the loss is NaN",)))
-        expected = Line((Text("the loss is NaN", "warning"), Text("4 rows held out · goes on", "dim")))
-        assert expected in shown.blocks
-        assert (shown.aside[-1].tone == "warning") == (status != "running")
+    shown = training_card(train_state(status=status, message=message, **{kind: ("the loss is NaN",)}))
+    notes = (line(Text(f"{icon} the loss is NaN", tone)), line(dim("4 rows held out · goes on")))
+    assert notes in shown.blocks
+    assert (shown.aside[-1].tone == tone) == (
+        status in ("finished", "stopped") or (status, tone) == ("paused", "warning")
+    )
+
+
+def test_without_a_problem_the_status_is_that_of_a_success() -> None:
     assert training_card(train_state(status="finished", message="4 rows held out")).aside[-1] == Pill(
         "finished", "success"
     )
+
+
+def ended(**changes: Any) -> Any:
+    done = train_state(40, 40, status="finished", remaining=None, folder="nbpeft_runs/orders-3")
+    return dataclasses.replace(done, **changes)
+
+
+def following(train: Any, *models: Any) -> NextSteps | None:
+    return next_steps(train, SessionState(models or (model(),), "model"), "model")
+
+
+class TestWhatFollowsATraining:
+    def test_the_card_names_the_commands_and_says_whether_the_adapter_is_saved(self) -> None:
+        for unsaved, words in ((True, "⚠\ufe0e not saved"), (False, "✓ saved")):
+            steps = following(ended(), model(adapters=(adapter("orders", active=True, unsaved=unsaved),)))
+            assert steps is not None and steps.saved is not unsaved
+            text = read(training_card(ended(), next_steps=steps)).text
+            assert words in text and ("Save %lora save adapters/orders --name orders" in text) is unsaved
+            assert 'Ask %lora ask "your prompt" --adapter orders' in text
+            assert "Compare %lora panel compare" in text and "Ship %lora ship orders --for ollama" in text
+            assert "Resume" not in text and "--model" not in text
+
+    def test_nothing_follows_a_running_one_or_one_that_trained_nothing(self) -> None:
+        for train in (train_state(25), ended(status="stopped", step=0), ended(status="stopped", kept_step=0)):
+            assert following(train) is None
+        assert following(ended(adapter="")) is None
+
+    def test_with_several_models_the_commands_name_one(self) -> None:
+        trained = model(adapters=(adapter("orders", unsaved=True),))
+        steps = following(ended(samples=(Sample(3, 'Say "hi"', ""),)), trained, model("other"))
+        assert steps is not None
+        assert dict(steps.commands) == {
+            "Save": "%lora save adapters/orders --name orders --model model",
+            "Ask": "%lora ask \"Say 'hi'\" --adapter orders --model model",
+            "Compare": "%lora panel compare model",
+            "Ship": "%lora ship orders --for ollama --model model",
+        }
+
+    def test_of_a_sweep_the_best_adapter_is_named_and_of_several_adapters_all(self) -> None:
+        members = tuple(
+            MemberState(name, "finished", 40, eval_loss=loss) for name, loss in (("sql", 2.0), ("pirate", 1.0))
+        )
+        trained = model(adapters=(adapter("sql", unsaved=True), adapter("pirate", unsaved=True)))
+        swept = following(ended(adapter="sql, pirate", members=members), trained)
+        several = following(ended(adapter="sql, pirate"), trained)
+        assert swept is not None and several is not None
+        assert dict(swept.commands)["Save"] == "%lora save adapters/pirate --name pirate"
+        assert dict(several.commands)["Save"] == "%lora save adapters/sql+pirate"
+        assert dict(several.commands)["Ask"].endswith("--adapter sql,pirate")
+
+    def test_a_run_that_ended_early_can_be_resumed(self) -> None:
+        steps = following(ended(status="stopped", step=23))
+        assert steps is not None and dict(steps.commands)["Resume"] == "%lora resume orders-3"
+
+    def test_an_adapter_that_is_gone_or_was_trained_again_is_not_saved_by_name(self) -> None:
+        gone = following(ended(), model(adapters=()))
+        assert gone == NextSteps(None, "orders is not on the model model.", (("Restore", "%lora resume orders-3"),))
+        again = following(ended(), model(training=train_state(3, run_id="later")))
+        assert again == NextSteps(None, "orders was trained further in a later run.")
+        assert "saved" not in read(training_card(ended(), next_steps=again)).text
+        other = following(ended(), model(training=train_state(3, run_id="later", adapter="sql")))
+        assert other is not None and other.commands
 
 
 def test_lines_of_text() -> None:

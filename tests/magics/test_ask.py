@@ -113,6 +113,25 @@ def test_other_cells_run_while_it_trains(ready: Notebook, gate: Gate) -> None:
     ready.do("%lora use chat")
 
 
+def test_a_running_training_is_named_and_shown_again(ready: Notebook, gate: Gate) -> None:
+    run = ready.do(TRAIN)
+    assert gate.began.wait(60)
+    status = ready.do("%lora")
+    assert "training sql running: step 0" in str(status) and "(%lora watch shows its card)" in str(status)
+    assert "training sql running: step 0" in status._repr_html_()
+    for line in ("%lora watch", "%lora watch sql-1", "%lora panel training", "%lora panel training sql-1"):
+        shown = ready.run(line)
+        assert shown.error is None and shown.value is None and "training sql running: step 0" in shown.everything
+    assert ready.run("%lora watch nosuch").line.startswith("no run is called 'nosuch'")
+    gate.opened.set()
+    run.wait(60)
+    assert "training sql" not in str(ready.do("%lora"))
+    ended = ready.do("%lora watch")
+    assert str(ended).startswith("training sql finished: step 4/4") and "not saved" in ended._repr_html_()
+    assert "%lora save adapters/sql --name sql --model model" not in ended._repr_html_()
+    assert "%lora save adapters/sql --name sql" in ended._repr_html_()
+
+
 def test_unloading_the_extension_ends_it(ready: Notebook, gate: Gate) -> None:
     run = ready.do(TRAIN)
     gate.opened.set()

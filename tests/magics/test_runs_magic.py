@@ -66,6 +66,29 @@ def test_a_new_kernel_goes_on_where_the_last_was_killed(bare: Notebook, place: P
     assert "sql-1" in str(fresh.do("%lora runs"))
 
 
+def test_the_card_of_a_run_is_shown_without_its_kernel(bare: Notebook, place: Path, tmp_path: Path) -> None:
+    killed(4)
+    crashed = bare.do("%lora watch")
+    page = crashed._repr_html_()
+    assert "✖ crashed at step 4 of 6: its process ended" in page and ">stopped</span>" in page
+    assert "Resume</span>" in page and "%lora resume sql-1" in page and "4 / 6" in page
+    assert len(crashed.train.history) == 4 and crashed.train.series["learning rate"]
+    trained = prepare(bare).do(CELL)
+    bare.do(f'%lora save "{tmp_path / "saved"}" --name sql')
+    bare.do("%unload_ext nbpeft")
+    bare.do("%load_ext nbpeft")
+    ended = bare.do("%lora panel training sql-2")
+    assert ended.train.history == trained.state.history and ended.train.eval_loss == trained.eval_loss
+    page = ended._repr_html_()
+    assert "✓ saved" in page and f"%lora load {tmp_path / 'saved'} --name sql" in page
+    assert str(ended).startswith("training sql finished: step 6/6")
+    assert bare.run("%lora watch sql-9").line.startswith("no run is called 'sql-9'")
+
+
+def test_without_any_run_there_is_no_card(bare: Notebook) -> None:
+    assert "no training has run here, and none is kept in" in bare.run("%lora watch").line
+
+
 @pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("change", "told"),

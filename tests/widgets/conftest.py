@@ -28,10 +28,10 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[Output]:
 @pytest.fixture
 def no_widget_stays() -> Iterator[None]:
     """Fails where a test leaves widgets behind."""
-    from nbpeft.widgets.run_buttons import close_left
+    from nbpeft.widgets import training_panel
 
     before = set(live_widgets())
     yield
-    close_left()
+    training_panel.close_views()
     left = [type(widget).__name__ for key, widget in live_widgets().items() if key not in before]
     assert left == []

@@ -12,11 +12,12 @@ import pytest
 
 from nbpeft.display import charts
 from nbpeft.display.training import status_message, training_text
-from nbpeft.widgets import environment, run_buttons, show_run, training_panel
+from nbpeft.widgets import environment, run_buttons, run_outputs, show_run, training_panel
 from nbpeft.widgets.environment import WIDGET_VIEW
+from nbpeft.widgets.lifetime import close_tree
 from nbpeft.widgets.training_panel import RunView
 from tests.waiting import PATIENCE, wait_until
-from tests.widgets.fakes import FakeRun, FakeSession, model, simulate, train_state
+from tests.widgets.fakes import FakeRun, FakeSession, adapter, model, simulate, train_state
 from tests.widgets.support import Output, live_widgets
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
@@ -56,6 +57,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that stands still; no thread looks at it."""
     made = Clock()
     monkeypatch.setattr(training_panel, "time", made)
+    monkeypatch.setattr(run_outputs, "time", made)
     monkeypatch.setattr(RunView, "_tick", lambda self: None)
     return made
 
@@ -93,9 +95,9 @@ def test_updates_are_few(session: Any, outputs: list[Output], clock: Clock) -> N
 def test_a_change_of_status_is_drawn_at_once(session: Any, outputs: list[Output], clock: Clock) -> None:
     view = RunView(fake_run(session), session, "model", ui="html")
     view.start()
-    for status in ("running", "pausing", "paused", "stopping"):
+    for status in ("pausing", "paused", "stopping"):
         view.draw(train_state(1, status=status))
-        assert f">{status_message(train_state(1, status=status))}</span>" in outputs[0].last["text/html"]
+        assert f"({status_message(train_state(1, status=status))})</span>" in outputs[0].last["text/html"]
     view.close()
 
 
@@ -108,85 +110,118 @@ def test_equal_states_are_drawn_once(session: Any, outputs: list[Output], clock:
     view.close()
 
 
+def card_of(output: Output) -> str:
+    """The card in the widgets of an output."""
+    root = live_widgets()[output.bundles[0][WIDGET_VIEW]["model_id"]]
+    return str(root.children[1].value)
+
+
 def test_the_buttons_vanish_with_the_run(session: Any, outputs: list[Output]) -> None:
     shown(session, "widgets")
     simulate(session, steps=3, seconds=0)
-    card, buttons = outputs
-    assert WIDGET_VIEW in buttons.bundles[0]
-    assert buttons.last == {"text/html": "", "text/plain": ""}
+    card, widgets = outputs
+    assert WIDGET_VIEW in widgets.bundles[0]
+    assert widgets.last == {"text/html": "", "text/plain": ""}, "an open page has the card that is saved"
     assert WIDGET_VIEW not in str(card.bundles)
+    root = live_widgets()[widgets.bundles[0][WIDGET_VIEW]["model_id"]]
+    assert root.children[2].layout.display == "none"
+
+
+class TestAPageThatIsOpenedAgain:
+    """The page gets the widgets from the kernel, as they are now, and the rest from its file."""
+
+    def test_shows_the_run_as_it_is_now(self, session: Any, outputs: list[Output], clock: Clock) -> None:
+        view = RunView(fake_run(session), session, "model", ui="widgets")
+        view.start()
+        for step in (23, 24, 25):
+            view.draw(train_state(step, 120), at_once=True)
+        assert "25 / 120" in card_of(outputs[1]) and ">running</span>" in card_of(outputs[1])
+        assert "step 23 of 120" in outputs[0].last["text/html"], "the card that is saved is updated less often"
+        view.close()
+
+    def test_hides_the_card_of_its_file(self, session: Any, outputs: list[Output]) -> None:
+        view = RunView(fake_run(session), session, "model", ui="widgets")
+        view.start()
+        root = live_widgets()[outputs[1].bundles[0][WIDGET_VIEW]["model_id"]]
+        name = next(name for name in root._dom_classes if name.endswith("-view")).removesuffix("-view")
+        assert f'class="nbpeft-state {name}"' in outputs[0].last["text/html"]
+        assert f":root:has(.{name}-view:not(.jupyter-widgets-disconnected)) .{name}," in root.children[0].value
+        view.close()
+
+    def test_shows_the_end_if_the_run_has_ended(self, session: Any, outputs: list[Output]) -> None:
+        shown(session, "widgets")
+        simulate(session, steps=3, seconds=0)
+        assert ">finished</span>" in card_of(outputs[1]) and "3 / 3" in card_of(outputs[1])
+
+    def test_only_the_last_ends_are_kept(self, session: Any, outputs: list[Output]) -> None:
+        shown(session, "widgets")
+        for _ in range(training_panel._MOST_ENDED + 2):
+            simulate(session, steps=1, seconds=0)
+        assert len(training_panel._ended) == training_panel._MOST_ENDED
+        training_panel.close_views()
+        assert not training_panel._ended
 
 
 class TestASavedCard:
-    """What a notebook shows that was saved while the run went on; the page may have been closed meanwhile."""
-
-    @pytest.fixture(autouse=True)
-    def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-        now = [1_000_000.0]
-        monkeypatch.setattr("nbpeft.widgets.run_buttons.time.time", lambda: now[0])
-        monkeypatch.setattr("nbpeft.widgets.training_panel.time.strftime", lambda form: "2026-11-28 21:52")
-        return now
+    """What a notebook shows that was saved while the run went on, and is opened without its kernel."""
 
     @pytest.mark.parametrize(
         ("status", "more"), [("running", ""), ("paused", " (paused)"), ("stopping", " (stopping after this step)")]
     )
     @pytest.mark.parametrize("ui", ["html", "widgets"])
     def test_says_when_it_was_seen_last(
-        self, session: Any, outputs: list[Output], ui: Any, status: Any, more: str
+        self, session: Any, outputs: list[Output], clock: Clock, ui: Any, status: Any, more: str
     ) -> None:
         view = RunView(fake_run(session), session, "model", ui=ui)
         view.start()
         view.draw(train_state(23, 120, status=status), at_once=True)
         view.close()
         html, text = outputs[0].last["text/html"], outputs[0].last["text/plain"]
-        assert '"nbpeft-saved"><span' in html and f">last seen 2026-11-28 21:52, step 23 of 120{more}</span>" in html
-        current = html.partition("nbpeft-current")[2].partition("nbpeft-saved")[0]
-        assert current.startswith('" style="display:none"'), "which is seen where a live style sheet says so"
-        assert f">{status_message(train_state(23, status=status))}</span>" in current
-        assert "running" not in html.replace(current, "") and "running" not in text
+        assert f">last seen 2026-11-28 21:52, step 23 of 120{more}</span>" in html
+        assert "running" not in html + text
 
     def test_of_a_run_that_has_ended_says_so(self, session: Any, outputs: list[Output]) -> None:
-        shown(session)
+        shown(session, "widgets")
         simulate(session, steps=5, seconds=0)
         assert "last seen" not in outputs[0].last["text/html"] + outputs[0].last["text/plain"]
+        assert ">finished</span>" in outputs[0].last["text/html"]
 
-    def test_is_current_while_its_buttons_are_of_its_period(
-        self, session: Any, outputs: list[Output], clock: list[float]
-    ) -> None:
-        view = RunView(fake_run(session), session, "model", ui="widgets")
-        view.start()
-        buttons = view._buttons
-        assert buttons is not None
-        for _ in range(3):
-            view.draw(train_state(23, 120), at_once=True)
-            number, style = int(clock[0] // run_buttons.PERIOD), buttons._style.value
-            assert f'class="nbpeft-state {buttons.name} {buttons.name}-{number}"' in outputs[0].last["text/html"]
-            rules = [f"{buttons._alive} .{buttons.name}-{one} .nbpeft-current" for one in (number, number + 1)]
-            assert f"{', '.join(rules)} {{ display: inline !important; }}" in style
-            assert f".{buttons.name}-{number - 1} " not in style, "a page that no update reaches shows an older one"
-            clock[0] += run_buttons.PERIOD
-        view.close()
 
-    def test_a_page_that_is_opened_again_after_the_end_shows_the_end(self, session: Any, outputs: list[Output]) -> None:
-        shown(session, "widgets")
+class TestAFinishedCard:
+    @pytest.mark.parametrize("ui", ["html", "widgets"])
+    def test_says_that_the_adapter_is_not_saved_until_it_is(self, session: Any, outputs: list[Output], ui: Any) -> None:
+        session.change("model", adapters=(adapter("orders", active=True, unsaved=True),))
+        shown(session, ui)
         simulate(session, steps=3, seconds=0)
-        card, buttons = outputs
-        assert "finished" in card.last["text/html"] and "nbpeft-state" in card.last["text/html"]
-        assert buttons.last == {"text/html": "", "text/plain": ""}, "an open page has the card"
-        root = live_widgets()[buttons.bundles[0][WIDGET_VIEW]["model_id"]]
-        left, *unseen = root.children
-        assert unseen and all(child.layout.display == "none" for child in unseen), "they wait for late clicks"
-        name = next(name for name in root._dom_classes if name.endswith("-view")).removesuffix("-view")
-        assert f":root:has(.{name}-view:not(.jupyter-widgets-disconnected)) .{name} {{ display: none; }}" in left.value
-        assert "finished" in left.value and "3 / 3" in left.value and "Stop" not in left.value
+        cards = [lambda: outputs[0].last["text/html"]] + [lambda: card_of(outputs[1])] * (ui == "widgets")
+        for card in cards:
+            assert "not saved" in card() and "%lora save adapters/orders --name orders" in card()
+        session.change("model", adapters=(adapter("orders", active=True),))
+        for card in cards:
+            wait_until(lambda card=card: "not saved" not in card() and "✓ saved" in card())
+        session.delete("orders", model="model")
+        for card in cards:
+            wait_until(lambda card=card: "saved" not in card() and "orders is not on the model model." in card())
 
-    def test_only_the_last_ends_are_kept(self, session: Any, outputs: list[Output]) -> None:
-        shown(session, "widgets")
-        for _ in range(run_buttons._MOST_LEFT + 2):
-            simulate(session, steps=1, seconds=0)
-        assert len(run_buttons._left) == run_buttons._MOST_LEFT
-        training_panel.close_views()
-        assert not run_buttons._left
+    def test_is_not_drawn_again_for_other_changes(self, session: Any, outputs: list[Output]) -> None:
+        shown(session)
+        simulate(session, steps=3, seconds=0)
+        count = len(outputs[0].bundles)
+        session.use("sql", model="model")
+        assert len(outputs[0].bundles) == count
+
+
+@pytest.mark.parametrize("ui", ["html", "widgets"])
+def test_the_same_run_in_another_cell_leaves_its_last_state_and_a_line(
+    session: Any, outputs: list[Output], ui: Any
+) -> None:
+    run = fake_run(session)
+    show_run(run, session, "model", ui=ui)
+    second = show_run(run, session, "model", ui=ui)
+    assert training_panel.MOVED in outputs[0].last["text/html"]
+    assert WIDGET_VIEW not in outputs[1].last
+    assert training_panel._live[id(session), "model"] is second
+    second.close()
 
 
 def run_in_thread(session: Any, steps: int) -> tuple[FakeRun, threading.Thread]:
@@ -221,7 +256,7 @@ def test_the_buttons_pause_resume_and_stop(session: Any, outputs: list[Output]) 
     buttons.pause.click()
     wait_until(lambda: seen(buttons) == ["Resume", "Stop", "Save now"])
     assert run.state.status == "paused"
-    wait_until(lambda: "paused" in outputs[0].last["text/html"])
+    wait_until(lambda: ">paused</span>" in card_of(outputs[1]))
     before = run.state.step
     buttons.resume.click()
     wait_until(lambda: run.state.step > before)
@@ -270,7 +305,7 @@ def test_a_second_click_on_pause_pauses_too(
         for button in (*[buttons.pause] * 3, *[buttons.resume] * 2):
             button.click()  # the kernel's own delivery, when the cell is done
         assert not control.paused
-    buttons.close()
+    close_tree(buttons.box)
 
 
 def test_each_adapter_of_a_sweep_has_a_stop_and_a_clone_new_ones_too(session: Any, monkeypatch: Any) -> None:
@@ -308,6 +343,7 @@ def test_each_adapter_of_a_sweep_has_a_stop_and_a_clone_new_ones_too(session: An
     for button in (buttons.clones["a"], buttons.members["a-lr5e-5"]):
         button.click()  # the kernel's own delivery, when the cell is done
     assert not control.members_to_clone
+    close_tree(buttons.box)
 
 
 class SlowStep:
@@ -342,14 +378,14 @@ def test_a_click_shows_while_a_step_runs(session: Any, outputs: list[Output]) ->
     step = SlowStep(session)
     with step as buttons:
         buttons.pause.click()
-        wait_until(lambda: ">pausing after this step</span>" in outputs[0].last["text/html"])
+        wait_until(lambda: ">pausing after this step</span>" in card_of(outputs[1]))
         wait_until(lambda: seen(buttons) == ["Pausing…", "Stop", "Save now"] and buttons.pause.disabled)
         buttons.pause.click()  # again, impatiently
         assert step.run.control.paused
         buttons.save.click()
         wait_until(lambda: buttons.save.description == "Saving…")
         buttons.stop.click()
-        wait_until(lambda: ">stopping after this step</span>" in outputs[0].last["text/html"])
+        wait_until(lambda: ">stopping after this step</span>" in card_of(outputs[1]))
         wait_until(lambda: seen(buttons)[1] == "Stopping…" and buttons.stop.disabled)
         assert step.run.state.step == 1
     assert ">stopped</span>" in outputs[0].last["text/html"]
@@ -359,11 +395,14 @@ def test_the_clock_moves_while_a_step_runs(
     session: Any, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training_panel, "_TICK", 0.02)
+    drawn: list[Any] = []
+    monkeypatch.setattr(run_outputs.WidgetOutput, "draw", lambda self, train: drawn.append(train))
     shown(session, "widgets")
     step = SlowStep(session)
     with step:
-        count = len(outputs[0].bundles)
-        wait_until(lambda: len(outputs[0].bundles) >= count + 3)
+        count = len(drawn)
+        wait_until(lambda: len(drawn) >= count + 3)
+        assert drawn[-1].elapsed > drawn[count].elapsed
         assert step.run.state.step == 1
     wait_until(lambda: not ticking())
 
@@ -390,7 +429,7 @@ def test_a_click_shows_after_the_cell_of_a_training_in_the_background(session: A
         shell.user_ns["begin"] = lambda: show_run(run, session, "model", ui="html")
         shell.run_cell("view = begin();", store_history=False)
         run.control.pause()
-        wait_until(lambda: ">pausing after this step</span>" in outputs[0].last["text/html"])
+        wait_until(lambda: "(pausing after this step)</span>" in outputs[0].last["text/html"])
         shell.user_ns["view"].close()
         wait_until(lambda: not ticking())
     finally:
@@ -435,9 +474,7 @@ def test_drawing_that_is_slow_is_done_more_rarely(session: Any, outputs: list[Ou
     view.close()
 
 
-def test_a_click_that_comes_again_after_the_run_does_nothing(
-    session: Any, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_click_that_comes_again_after_the_run_does_nothing(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     listeners: dict[str, Any] = {}
 
     class Delivery:
@@ -452,19 +489,18 @@ def test_a_click_that_comes_again_after_the_run_does_nothing(
     monkeypatch.setattr(run_buttons, "deliver_clicks", deliver)
     run = FakeRun(session)
     buttons = run_buttons.RunButtons(run.control)
-    buttons.show()
     listeners[buttons.stop.comm.comm_id]()
     assert run.control.stop_requested
     buttons.close()
     assert buttons.stop.comm is not None  # lives on, unseen, for the kernel's own delivery
-    assert outputs[0].last["text/html"] == ""
+    assert buttons.box.layout.display == "none"
     following = FakeRun(session)
     others = run_buttons.RunButtons(following.control)
     buttons.stop.click()
     assert not following.control.stop_requested
-    assert buttons.stop.comm is None
-    others.close()
-    assert run_buttons._waiting == set()
+    for made in (buttons, others):
+        made.close()
+        close_tree(made.box)
 
 
 def test_a_new_run_takes_the_place_of_one_that_never_ended(session: Any, outputs: list[Output]) -> None:
@@ -538,7 +574,7 @@ def test_in_a_terminal_it_is_a_line(session: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_line_in_a_terminal_replaces_a_longer_one_and_never_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     stream = Terminal(True)
-    output = training_panel._TextOutput(stream)
+    output = run_outputs.TextOutput(stream)
     output.draw(train_state(25, 40))
     output.draw(train_state(25, 40, eval_loss=None, tokens_per_second=None))
     first, second = stream.getvalue().split("\r")[1:]

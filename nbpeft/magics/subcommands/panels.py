@@ -11,22 +11,31 @@ from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import ON_MODEL, subcommand
 from nbpeft.magics.subcommands.planning import show_plan_panel
 from nbpeft.magics.tokenize import reference
-from nbpeft.session import MemoryReport
+from nbpeft.session import MemoryReport, Result
 
-PANELS = ("adapters", "compare", "blend", "plan")
+PANELS = ("adapters", "compare", "blend", "plan", "training")
 """The panels of ``%lora panel``; the first one if none is named."""
 
 
 @subcommand(
     "panel",
-    "Show a panel: the adapters, with buttons to switch, save and delete them; or compare, blend, or plan memory.",
+    "Show a panel: the adapters, with buttons to switch, save and delete them; or compare, blend, plan memory, or the "
+    "card of a training.",
     argument("kind", nargs="?", metavar="PANEL", words=PANELS, completes="model", help=f"one of {', '.join(PANELS)}"),
-    argument("name", nargs="?", metavar="MODEL", completes="model", help=str(ON_MODEL.options["help"])),
+    argument(
+        "name",
+        nargs="?",
+        metavar="MODEL",
+        completes="model",
+        help=f"{ON_MODEL.options['help']}; for training, the run, as for watch",
+    ),
     example="%lora panel compare",
 )
 def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Show a panel; by default that of the adapters, as in ``%lora panel model``."""
     kind, variable = options.kind or PANELS[0], options.name
+    if kind == "training":
+        return show_training(notebook, variable)
     if kind == "plan":
         return show_plan_panel(notebook, variable, {})
     if kind not in PANELS:
@@ -38,6 +47,42 @@ def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
             raise CellError(f"%lora panel has no panel {kind!r}.{near} It has: {', '.join(PANELS)}{also}")
         kind, variable = PANELS[0], kind
     return show_panel(notebook, kind, variable)
+
+
+@subcommand(
+    "watch",
+    "Show the card of a training: live while it runs, else as it ended, also after its kernel has ended.",
+    argument(
+        "run", nargs="?", metavar="RUN", completes="run", help="the run (default: the running one, else the last)"
+    ),
+    example="%lora watch sql-3",
+)
+def watch(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Show the card of a training."""
+    return show_training(notebook, options.run)
+
+
+def show_training(notebook: NotebookContext, run: str | None) -> object:
+    """Show the card of a training.
+
+    Args:
+        notebook: the notebook.
+        run: name of the run; None for the running one, or else the last one.
+
+    Returns:
+        The card of a training that has ended; None for one that is running, whose card is shown live.
+
+    Raises:
+        CheckpointError: there is no such run.
+    """
+    found = notebook.session.find_run(run)
+    if isinstance(found, Result):
+        return found
+    from nbpeft.widgets import show_run
+
+    running, model_name = found
+    show_run(running, notebook.session, model_name, ui=notebook.ui)
+    return None
 
 
 def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **content: object) -> object:

@@ -21,11 +21,20 @@ from nbpeft.errors import (
 )
 from nbpeft.names import DEFAULT_ADAPTER
 from nbpeft.session.commands.adapters import load
+from nbpeft.session.commands.running import runs_by_name
 from nbpeft.session.commands.training import run_place, train_tracked
 from nbpeft.session.handles import is_module, rehandle, uncompiled
 from nbpeft.session.results import ModelRef
-from nbpeft.session.results.kept_runs import ResumeResult, RunChanged, RunsComparison, RunsResult, sorted_records
+from nbpeft.session.results.kept_runs import (
+    ResumeResult,
+    RunCard,
+    RunChanged,
+    RunsComparison,
+    RunsResult,
+    sorted_records,
+)
 from nbpeft.session.sweeps import restore
+from nbpeft.state import TrainState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +44,7 @@ if TYPE_CHECKING:
     from nbpeft.runs.store import RunStore
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.state import Curve
+    from nbpeft.training import Run
 
 _SAME = ("peft_type", "r", "lora_alpha")
 """Settings whose values must be equal for an adapter to be that of a run."""
@@ -123,6 +133,74 @@ def delete_run(ctx: SessionContext, name: str) -> RunChanged:
     """
     _store(ctx).delete(name)
     return RunChanged(f"deleted run {name}")
+
+
+def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | RunCard:
+    """Find a training to show: one that is running, or how one has ended.
+
+    Args:
+        ctx: context of the session.
+        run: name of the run; None for the one that is running, or else the last one.
+
+    Returns:
+        A running one and the name of its model, to be shown live; or the card of one that has ended, or that another
+        process runs.
+
+    Raises:
+        CheckpointNotFoundError: there is no such run.
+        CheckpointError: it cannot be read.
+    """
+    from nbpeft.runs.record import UNREADABLE
+
+    live = [(name, found) for name, found in runs_by_name(ctx).items() if run in (None, Path(found.folder).name)]
+    if live:
+        name, found = live[-1]
+        return found, name
+    for tracked in ctx.models.all():
+        train = tracked.training
+        last = train is not None and ctx.last_result is not None and ctx.last_result.state.run_id == train.run_id
+        if train is not None and (last if run is None else Path(train.folder).name == run):
+            return RunCard(train, tracked.name, ctx.state)
+    store = _store(ctx)
+    records = [one for one in store.records() if run is None and one.status != UNREADABLE]
+    if run is None and not records:
+        raise CheckpointNotFoundError(f"no training has run here, and none is kept in {store.place}")
+    record = records[0] if run is None else _record(store, run)
+    return RunCard(_state_of(store.find(record.name), record), record.model, record=record)
+
+
+def _state_of(folder: RunFolder, record: RunRecord) -> TrainState:
+    """Return the last state of a run, as far as its folder has it."""
+    from nbpeft.runs.record import CRASHED
+    from nbpeft.training.monitor.record import SERIES, Record
+
+    numbers, series, metrics = Record(), folder.series(record.step), folder.facts().get("metrics") or {}
+    numbers.resume(record.step, folder.entries())
+    numbers.collect()
+    crashed = f"crashed at {record.at}: its process ended" if record.status == CRASHED else ""
+    status: Any = "stopped" if crashed else record.status
+    return TrainState(
+        run_id=record.name,
+        adapter=record.adapter,
+        status=status,
+        step=record.step,
+        total_steps=record.total_steps,
+        epoch=numbers.epoch,
+        loss=record.loss,
+        eval_loss=record.eval_loss,
+        eval_step=numbers.evaluated[0] if numbers.evaluated else None,
+        best_step=record.best_step,
+        elapsed=record.seconds,
+        history=numbers.history.points(),
+        eval_history=numbers.eval_history.points(),
+        message=crashed or record.message,
+        errors=(crashed,) if crashed else (),
+        metrics={name: float(value) for name, value in metrics.items() if isinstance(value, int | float)},
+        series={name: points for name, points in series.items() if name in SERIES},
+        metric_history={name: points for name, points in series.items() if name not in SERIES},
+        samples=folder.samples(record.step),
+        folder=record.path,
+    )
 
 
 def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Mapping[str, Any]]:

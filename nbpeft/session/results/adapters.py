@@ -17,6 +17,7 @@ from nbpeft.display.models import (
     model_title,
     settings,
     trainable,
+    training_now,
     with_notes,
 )
 from nbpeft.display.numbers import count, size
@@ -280,6 +281,7 @@ class StatusReport(Result):
                 for item in model.adapters
             ]
             blocks += [columns(rows)] if rows else []
+            blocks += [training_now(model)] if training_now(model) else []
         return "\n".join([*blocks, *self._past(), *([f"busy: {self.state.busy}"] if self.state.busy else [])])
 
     def _past(self) -> tuple[str, ...]:
@@ -291,7 +293,7 @@ class StatusReport(Result):
 
     def view(self) -> Block:
         """Shows one card per model."""
-        cards = tuple(model_card(model) for model in self.state.models or (None,))
+        cards = [model_card(model, hint=training_now(model)) for model in self.state.models] or [model_card(None)]
         return Stack((*cards, *(line(Text(words, "warning")) for words in self._past())))
 
 

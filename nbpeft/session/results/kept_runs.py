@@ -10,11 +10,13 @@ from typing import Any
 
 from nbpeft._util.optional import needs
 from nbpeft.display.blocks import Block, Card, Cell, CurveChart, Spark, Stack, Table, Text, card, dim, line, notes
+from nbpeft.display.next_steps import kept_steps, next_steps
 from nbpeft.display.numbers import NONE, clock, loss, plural
+from nbpeft.display.training import training_card, training_text
 from nbpeft.errors import ConfigError, cut, did_you_mean, few
 from nbpeft.runs.record import BASE, METHOD, ROWS, UNREADABLE, RunRecord, differing
 from nbpeft.session.results.base import ModelResult, Result
-from nbpeft.state import Curve
+from nbpeft.state import Curve, SessionState, TrainState
 from nbpeft.training.monitor.result import TrainResult
 
 SORTS = ("time", "name", "status", "base", "method", "rows", "steps", "loss", "eval", "best", "seconds")
@@ -137,6 +139,39 @@ class RunsResult(Result):
         ]
         row_of = dict(zip(map(id, readable), rows, strict=True))
         return [row_of.get(id(record)) or _unreadable_row(record) for record in self.records]
+
+
+@dataclass(frozen=True, repr=False)
+class RunCard(Result):
+    """How a training has ended, or was seen last if another process runs it.
+
+    Attributes:
+        train: its last state.
+        model_name: name of its model.
+        state: state of the session that trained it; None if only the run's folder is left.
+        record: the record of its folder, in that case.
+    """
+
+    train: TrainState
+    model_name: str
+    state: SessionState | None = None
+    record: RunRecord | None = None
+
+    def __str__(self) -> str:
+        return training_text(self.train, seen=_now())
+
+    def view(self) -> Card:
+        """Shows the card of the training."""
+        following = None
+        if self.state is not None:
+            following = next_steps(self.train, self.state, self.model_name)
+        elif self.record is not None:
+            following = kept_steps(self.train, self.record.saved, has_checkpoint=bool(self.record.kept_steps))
+        return training_card(self.train, model_name=self.model_name, seen=_now(), next_steps=following)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M")
 
 
 @dataclass(frozen=True, repr=False)

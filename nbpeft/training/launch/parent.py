@@ -188,7 +188,7 @@ def _note_loss(run: Run, place: Any) -> None:
     saved_steps = RunFolder(Path(run.folder)).kept_steps() if run.folder else ()
     if any(saved_steps):
         run.lost += f"; run {Path(run.folder).name} can be resumed from step {saved_steps[0]:,}"
-    run.note(run.lost)
+    run.note(run.lost, warning=True)
 
 
 @contextlib.contextmanager

@@ -133,7 +133,9 @@ class Record:
         self.epoch: float | None = None
         self.learning_rate: float | None = None
         self.loss: float | None = None
-        self.token_count = 0.0
+        self.done_tokens = 0.0
+        """Input tokens of the steps that are done."""
+        self._begun_tokens = 0.0
         self.gradient_norm: float | None = None
         self.evaluated: tuple[int, float] | None = None
         self.metrics: dict[str, float] = {}
@@ -147,7 +149,8 @@ class Record:
         self._loss_total, self._loss_count = 0.0, 0
         self._pending: list[tuple[int, Number]] = []
         self._pending_norms: list[tuple[int, Number]] = []
-        self._pending_tokens: Number = 0
+        self._pending_done: Number = 0
+        self._pending_begun: Number = 0
         self._marks: deque[tuple[float, int, float]] = deque(maxlen=60)
 
     def resume(self, step: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -191,7 +194,11 @@ class Record:
         if loss is not None:
             self._pending.append((step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
         if tokens is not None:
-            self._pending_tokens = self._pending_tokens + (tokens.detach() if isinstance(tokens, Tensor) else tokens)
+            counted = tokens.detach() if isinstance(tokens, Tensor) else tokens
+            self._pending_begun = self._pending_begun + counted
+        if advanced:  # the tokens so far are those of steps that are done
+            self._pending_done, self._pending_begun = self._pending_done + self._pending_begun, 0
+            self.done_tokens, self._begun_tokens = self.done_tokens + self._begun_tokens, 0.0
         self.epoch = self.epoch if epoch is None else epoch
         if learning_rate is not None:
             self.learning_rate = learning_rate
@@ -240,6 +247,11 @@ class Record:
         self.series.setdefault(name, History(_SMALL)).add(self.step if step is None else step, value)
 
     @property
+    def token_count(self) -> float:
+        """The number of input tokens, with those of a step that is not done yet."""
+        return self.done_tokens + self._begun_tokens
+
+    @property
     def mean_loss(self) -> float | None:
         """The mean of all finite losses of the run; None before the first one."""
         return self._loss_total / self._loss_count if self._loss_count else None
@@ -247,7 +259,11 @@ class Record:
     @property
     def on_host(self) -> bool:
         """Whether ``collect`` would not have to wait for a device."""
-        values = [self._pending_tokens, *(value for _, value in (*self._pending, *self._pending_norms))]
+        values = [
+            self._pending_done,
+            self._pending_begun,
+            *(value for _, value in (*self._pending, *self._pending_norms)),
+        ]
         return not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
 
     def collect(self) -> int | None:
@@ -266,17 +282,19 @@ class Record:
         for (step, _), value in zip(norms, _numbers([norm for _, norm in norms]), strict=True):
             self.gradient_norm = value
             self.trace("gradient norm", value, step)
-        tokens, self._pending_tokens = self._pending_tokens, 0
-        self.token_count += float(tokens)
+        done, begun = _numbers([self._pending_done, self._pending_begun])
+        self.done_tokens, self._begun_tokens = self.done_tokens + done, self._begun_tokens + begun
+        self._pending_done = self._pending_begun = 0
         return first_nan
 
     def mark(self, elapsed: float) -> None:
-        """Stores the current progress, from which ``pace`` is computed.
+        """Stores the current progress, from which ``pace`` is computed, if a step was done since the last time.
 
         Args:
             elapsed: seconds since the start, without pauses.
         """
-        self._marks.append((elapsed, self.step, self.token_count))
+        if not self._marks or self.step > self._marks[-1][1]:
+            self._marks.append((elapsed, self.step, self.done_tokens))
 
     def forget_pace(self) -> None:
         """Clears the stored progress, e.g. after a pause, so that earlier steps do not affect the pace."""
@@ -295,7 +313,10 @@ class Record:
         if not overall and not self._marks:
             return None, None
         first = (0.0, self.first_step, 0.0) if overall else self._marks[0]
-        seconds, steps, tokens = elapsed - first[0], self.step - first[1], self.token_count - first[2]
+        last = (elapsed, self.step, self.token_count if overall else self.done_tokens)
+        if not overall and self._marks[-1][1] == self.step:  # the time of a step that is not done does not count
+            last = self._marks[-1]
+        seconds, steps, tokens = (end - start for start, end in zip(first, last, strict=True))
         return (seconds / steps if steps else None, tokens / seconds if seconds and tokens else None)
 
 

@@ -85,7 +85,7 @@ class TrainResult(Shown):
         if message and self.status != "stopped":
             parts.append(self.message)
         elif message:  # the rest of the message repeats that the run was stopped
-            parts += self.state.warnings
+            parts += (*self.state.errors, *self.state.warnings)
         return [part for part in parts if part]
 
 

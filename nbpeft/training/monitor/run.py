@@ -134,7 +134,7 @@ class Run:
         self._display_failed = False
         self._status: TrainStatus = "starting"
         self._notes: list[str] = []
-        self._severe: set[str] = set()
+        self._severe: dict[str, Literal["warning", "error"]] = {}
         self.diverged = ""
         self.kept_step: int | None = None
         self._divergence_noted = False
@@ -289,18 +289,19 @@ class Run:
                 self._warn(self._check.after_step(self.steps_done, last=last))
         self.publish()
 
-    def note(self, message: str, *, warning: bool = False) -> None:
+    def note(self, message: str, *, warning: bool = False, error: bool = False) -> None:
         """Adds a note to the line shown with the run, unless it is there already.
 
         Args:
             message: the note.
             warning: whether to show it as a warning: something went wrong, or the user has to act.
+            error: whether to show it as an error: the training diverged.
         """
         with self._lock:
             if message and message not in self._notes:
                 self._notes.append(message)
-            if message and warning:
-                self._severe.add(message)
+            if message and (warning or error):
+                self._severe[message] = "error" if error else "warning"
 
     def diverge(self, reason: str, kept_step: int, *, put_back: bool = False) -> None:
         """Records that the training diverged at this step, and which weights the model has now.
@@ -315,7 +316,7 @@ class Run:
             self._warnings.append(f"Training stopped: {reason}.")
             self.replaced_weights()
             if put_back:
-                self.note(f"{self.weights_of(kept_step)}, the last good ones, were restored", warning=True)
+                self.note(f"{self.weights_of(kept_step)}, the last good ones, were restored", error=True)
 
     def weights_of(self, step: int) -> str:
         """The weights of a step, as text."""
@@ -362,7 +363,7 @@ class Run:
         Args:
             token_count: the number of input tokens of all steps.
         """
-        self._record.token_count, self._came_back = token_count, True
+        self._record.done_tokens, self._came_back = token_count, True
 
     def wait_or_stop(self) -> bool:
         """Waits while paused; returns whether the loop should end."""
@@ -468,7 +469,7 @@ class Run:
             remaining=remaining,
             memory=self._memory_state,
             message=self._message(),
-            warnings=self._severe_notes(),
+            **self._severe_notes(),
         )
 
     def publish(self, *, force: bool = False) -> None:
@@ -511,7 +512,7 @@ class Run:
         reason = self.diverged or self.control.reason
         first = f"stopped at step {self._record.step:,}" + (f": {reason}" if reason else "")
         if self.diverged:
-            self._severe.add(first)
+            self._severe[first] = "error"
         return [first, *self._notes]
 
     @property
@@ -566,7 +567,8 @@ class Run:
             self._record.trace("memory", byte_count, step)
         first_nan = self._record.collect()
         if first_nan is not None and not self._divergence_noted and not any("NaN" in note for note in self._notes):
-            self._warn(f"The loss is NaN since step {first_nan}: try a lower learning rate, or check the labels.")
+            words = f"The loss is NaN since step {first_nan}: try a lower learning rate, or check the labels."
+            self._warn(words, error=True)
 
     def _catch_up(self) -> None:
         """Includes what was recorded too soon after the last publication, if that needs no waiting."""
@@ -626,11 +628,16 @@ class Run:
         saving = "saving after this step" if self.control.save_requested and self._ended is None else self._saved
         return " · ".join([*self._notes, *([saving] if saving else [])])
 
-    def _severe_notes(self) -> tuple[str, ...]:
-        """The parts of the message that are warnings."""
-        mirrored = () if self._mirrored is None else self._mirrored.warnings
-        own = [note for note in self._notes if note in self._severe]
-        return tuple(dict.fromkeys([*own, *([self._saved] if self._saved.startswith(_NOT_SAVED) else []), *mirrored]))
+    def _severe_notes(self) -> dict[str, tuple[str, ...]]:
+        """The parts of the message that are warnings and errors, as the fields of a state."""
+        mirrored = self._mirrored
+        warned = [note for note in self._notes if self._severe.get(note) == "warning"]
+        warned += [self._saved] if self._saved.startswith(_NOT_SAVED) else []
+        errors = [note for note in self._notes if self._severe.get(note) == "error"]
+        return {
+            "warnings": tuple(dict.fromkeys([*warned, *(mirrored.warnings if mirrored is not None else ())])),
+            "errors": tuple(dict.fromkeys([*errors, *(mirrored.errors if mirrored is not None else ())])),
+        }
 
     def _build(self) -> TrainState:
         if self._mirrored is not None:
@@ -641,7 +648,7 @@ class Run:
                 elapsed=self._elapsed(),
                 remaining=None if self._ended is not None else self._mirrored.remaining,
                 message=self._message(),
-                warnings=self._severe_notes(),
+                **self._severe_notes(),
             )
             return self._latest
         record, elapsed = self._record, self._elapsed()
@@ -669,7 +676,7 @@ class Run:
             eval_history=record.eval_history.points(),
             memory=self._memory_state,
             message=self._message(),
-            warnings=self._severe_notes(),
+            **self._severe_notes(),
             kept_step=self.kept_step,
             first_step=record.first_step,
             gradient_norm=record.gradient_norm,
@@ -683,9 +690,9 @@ class Run:
         )
         return self._latest
 
-    def _warn(self, message: str) -> None:
+    def _warn(self, message: str, *, error: bool = False) -> None:
         if message:
-            self.note(message, warning=True)
+            self.note(message, warning=True, error=error)
             self._warnings.append(message)  # emitted at the next publication, if no front end shows the run
 
     def _warn_once(self, message: str) -> None:

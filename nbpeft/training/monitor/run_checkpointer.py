@@ -253,7 +253,8 @@ class RunCheckpointer(TrainerCallback):
         if self.folder is not None and self._in_step and not self._run.diverged and step > self._saved_step >= 0:
             self._run.note(
                 f"the training ended while step {step + 1} changed the weights: the last checkpoint is that of step "
-                f"{self._saved_step}"
+                f"{self._saved_step}",
+                warning=True,
             )
 
     def _save_as_the_step_ended(self) -> None:

@@ -7,6 +7,7 @@ import importlib
 import io
 import netrc
 import os
+import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -29,7 +30,13 @@ PROJECT = "nbpeft"
 
 
 class Tracker(Protocol):
-    """A destination of metrics."""
+    """A destination of metrics.
+
+    Attributes:
+        place: where the metrics are, and the command that shows them.
+    """
+
+    place: str
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes the metrics of one step.
@@ -115,6 +122,7 @@ class TrackCallback(TrainerCallback):
             inside.check_stays(folder, name)
             with _quiet():
                 tracker = _OPENED[name](folder.name, folder, self._settings)
+            run.note(tracker.place)
             self._open[name] = tracker
             self._closing.callback(self._close, name, tracker)
 
@@ -159,6 +167,7 @@ class _TensorBoard:
         home = "torch.utils.tensorboard" if find_spec("tensorboard") is not None else "tensorboardX"
         chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
         place = Path(chosen, run_name) if chosen else folder / "tensorboard"
+        self.place = f"TensorBoard: tensorboard --logdir {_typed(place)}"
         self._writer: Any = importlib.import_module(home).SummaryWriter(str(place))
         self._writer.add_text("settings", "\n".join(f"    {name} = {value}" for name, value in settings.items()))
 
@@ -185,6 +194,9 @@ class _Wandb:
             reinit="create_new",
             settings=wandb.Settings(silent=True, console="off"),
         )
+        link = getattr(self._run, "url", None)
+        files = Path(str(getattr(self._run, "dir", folder))).parent
+        self.place = f"Weights & Biases: {link}" if link else f"Weights & Biases, offline: wandb sync {_typed(files)}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({**values, "train/global_step": step})
@@ -210,6 +222,7 @@ class _Trackio:
         self._run = self._trackio.init(
             project=project, name=run_name, config=dict(settings), resume="allow", embed=False
         )
+        self.place = f"Trackio: trackio show --project {shlex.quote(project)}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
@@ -219,6 +232,13 @@ class _Trackio:
 
 
 _OPENED: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+
+
+def _typed(place: Path) -> str:
+    """A path as it is typed in a shell, relative to the working directory if it is inside."""
+    with contextlib.suppress(ValueError, OSError):
+        place = place.absolute().relative_to(Path.cwd())
+    return shlex.quote(str(place))
 
 
 def _quiet() -> AbstractContextManager[object]:

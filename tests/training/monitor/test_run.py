@@ -79,6 +79,21 @@ def test_pace_and_time_left():
     assert run.state.remaining is None
 
 
+def test_the_speed_has_no_spike_at_the_first_step():
+    """A Trainer counts the tokens of a batch before its step, which takes seconds: they are no speed yet."""
+    loop, clock, seen = Loop(), Clock(), []
+    with track(loop.model, 100, clock=clock, publish=lambda state: seen.append(state.tokens_per_second)) as run:
+        for step in range(1, 6):
+            clock.advance(0.3)
+            run.record(0, tokens=torch.tensor(20))
+            clock.advance(1.7)
+            run.record(step, loss=loop.one())
+        speeds = [*filter(None, seen), *(value for _, value in run.state.series["tokens/s"])]
+        assert seen[:2] == [None, None] and len(speeds) > 8 and speeds == [pytest.approx(10.0)] * len(speeds)
+        run.record(0, tokens=20)
+        assert run.token_count == 120, "with those of a step that is not done"
+
+
 def test_losses_stay_tensors_until_they_are_published(monkeypatch):
     loop, clock = Loop(), Clock()
     transfers = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from nbpeft import AdaLoraConfig, get_peft_model, sweep
+from nbpeft.display import palette
 from nbpeft.display.html import to_html
 from nbpeft.display.training import training_card
 from nbpeft.engine.contract.trained import mark_saved
@@ -93,7 +95,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_weights(kind: Any,
     reason = f"stopped at step 6: the loss is {word}: try a lower learning rate, or check the labels"
     back = "the weights of step 4, the last good ones, were restored"
     assert (result.status, result.steps, result.kept_step) == ("stopped", 6, 4)
-    assert result.message == f"{reason} · {back}" and result.state.warnings == (reason, back)
+    assert result.message == f"{reason} · {back}" and result.state.errors == (reason, back)
     assert str(result).endswith(result.message)
     assert same_state(weights(model), kept.weights[4])
     assert model.manager.unsaved == {"default"}
@@ -126,7 +128,7 @@ def test_it_can_be_switched_off() -> None:
     model, _, result = trained(stop_on_divergence=False)
     assert (result.status, result.steps, result.kept_step) == ("finished", 12, None)
     assert not all(bool(value.isfinite().all()) for value in weights(model).values())
-    assert any("NaN" in warning for warning in result.state.warnings)
+    assert any("NaN" in warning for warning in result.state.errors)
 
 
 def test_weights_that_have_exploded_before_are_trained_on() -> None:
@@ -275,10 +277,12 @@ def test_in_the_background_too() -> None:
     session.close()
 
 
-def test_the_card_shows_warnings_as_warnings_and_notes_as_notes() -> None:
+def test_the_card_says_in_red_why_it_ended_and_in_grey_what_is_no_problem() -> None:
     _, _, result = trained(eval_data=4)
     html = to_html(training_card(result.state))
-    warning, note = (html.index(word) for word in ("the loss is NaN", "4 rows of 32 held out"))
-    assert "--jp-warn-color" in html[warning - 200 : warning] and "--jp-warn-color" not in html[warning:note]
+    for words in ("stopped at step 6: the loss is NaN", "the weights of step 4, the last good ones, were restored"):
+        assert f'<span style="color:{palette.ERROR_TEXT}">✖ {words}' in html
+    assert f"color:{palette.ERROR_TEXT};font-weight:600" in html and ">stopped</span>" in html, "the status is red, too"
+    assert re.search(f'<span style="color:{re.escape(palette.DIM)}">4 rows of 32 held out', html)
     running = to_html(training_card(Run(trainable(), 3).state))
     assert "held out" not in running

@@ -84,6 +84,15 @@ def test_tensorboard(tracked: Any) -> None:
     assert [event.value for event in events.Scalars("train/loss")] == losses(result)
     assert events.Scalars("eval/loss")[-1].value == pytest.approx(result.eval_loss, rel=1e-6)
     assert "train/learning_rate" in events.Tags()["scalars"]
+    place = Path(result.state.folder, "tensorboard")
+    assert f"TensorBoard: tensorboard --logdir {place}" in result.state.message
+    assert result.state.warnings == (), "where the metrics are is no problem"
+
+
+def test_a_place_is_written_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert trackers._typed(tmp_path / "runs" / "my run") == "'runs/my run'"
+    assert trackers._typed(tmp_path.parent) == str(tmp_path.parent)
 
 
 @pytest.mark.slow
@@ -102,6 +111,7 @@ def test_wandb_offline(tracked: Any) -> None:
     assert values["train/loss"] == losses(result)
     assert values["train/global_step"][:3] == [1, 2, 3]
     assert values["eval/loss"] == [pytest.approx(result.eval_loss)]
+    assert f"Weights & Biases, offline: wandb sync {file.parent}" in result.state.message
 
 
 def test_trackio(tracked: Any, trackio_dir: Path) -> None:
@@ -112,6 +122,7 @@ def test_trackio(tracked: Any, trackio_dir: Path) -> None:
     assert {name for name, _, _ in logged} == {Path(result.state.folder).name}
     assert [part["train/loss"] for _, _, part in logged if "train/loss" in part] == losses(result)
     assert [step for _, step, part in logged if "train/loss" in part] == [1, 2, 3]
+    assert f"Trackio: trackio show --project {folder.name}" in result.state.message
 
 
 def test_several_at_once_and_none_left_open(tracked: Any, trackio_dir: Path) -> None:
@@ -183,7 +194,7 @@ def test_a_tracker_that_fails_later_does_not_end_the_run(
     def broken(*args: Any) -> None:
         raise OSError("the network is down")
 
-    made = SimpleNamespace(log=lambda *args: None, close=lambda: None)
+    made = SimpleNamespace(place="TensorBoard: elsewhere", log=lambda *args: None, close=lambda: None)
     setattr(made, place, broken)
     monkeypatch.setitem(trackers._OPENED, "tensorboard", lambda *args: made)
     result, _ = tracked("tensorboard")

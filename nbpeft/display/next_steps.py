@@ -1,0 +1,98 @@
+"""What to do after a training: whether its adapter is saved, and the commands that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from nbpeft.errors import cut
+from nbpeft.state import ENDED, SessionState, TrainState
+
+_STEPS = (
+    ("Save", "%lora save adapters/{folder}{named}{model}"),
+    ("Ask", '%lora ask "{prompt}" --adapter {names}{model}'),
+    ("Compare", "%lora panel compare{target}"),
+    ("Ship", "%lora ship {name} --for ollama{model}"),
+)
+"""What to do with a trained adapter, and the command for it."""
+
+
+@dataclass(frozen=True)
+class NextSteps:
+    """What to do after a training.
+
+    Attributes:
+        saved: whether the adapter is saved as it is now; None if it is no longer on the model as this run trained it.
+        note: why there is nothing to save, or that nothing was trained.
+        commands: (what it does, command).
+    """
+
+    saved: bool | None
+    note: str = ""
+    commands: tuple[tuple[str, str], ...] = ()
+
+
+def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextSteps | None:
+    """Returns what to do with the adapter that a run has trained; None if it still runs, or has no adapter.
+
+    Args:
+        train: the run.
+        state: state of the session.
+        model_name: name of the run's model in the session.
+    """
+    best = min(train.members, key=lambda member: member.rank).name if train.members else train.adapter
+    names = tuple(name for name in best.split(", ") if name)
+    if train.status not in ENDED or not names:
+        return None
+    run = PurePath(train.folder).name if train.folder else ""
+    resume = f"%lora resume {run}"
+    model = state.model(model_name)
+    found = [item for item in model.adapters if item.name in names] if model is not None else []
+    last = model.training if model is not None else None
+    learned = (train.step if train.kept_step is None else train.kept_step) > train.first_step
+    if not learned:
+        return None
+    if len(found) < len(names):
+        where = f"{', '.join(names)} is not on the model {model_name}." if model_name else ""
+        return NextSteps(None, where, (("Restore", resume),) if run else ())
+    if last is not None and last.run_id != train.run_id and {*last.adapter.split(", ")} & {*names}:
+        return NextSteps(None, f"{', '.join(names)} was trained further in a later run.")
+    alone = len(state.models) == 1
+    one, several = names[0], len(names) > 1
+    words = {
+        "folder": "+".join(names),
+        "named": "" if several else f" --name {one}",
+        "names": ",".join(names),
+        "name": one,
+        "prompt": cut(train.samples[-1].prompt, 60).replace('"', "'") if train.samples else "your prompt",
+        "model": "" if alone else f" --model {model_name}",
+        "target": "" if alone else f" {model_name}",
+    }
+    saved = not any(item.unsaved for item in found)
+    commands = tuple((label, command.format_map(words)) for label, command in _STEPS if not (saved and label == "Save"))
+    unfinished = train.status != "finished" and bool(run) and train.kept_step is None
+    commands += (("Resume", resume),) if unfinished else ()
+    return NextSteps(saved, "", commands)
+
+
+def kept_steps(train: TrainState, saved: Mapping[str, str], *, has_checkpoint: bool) -> NextSteps | None:
+    """Returns what to do with the adapter of a run of which only the folder is left.
+
+    Args:
+        train: the run.
+        saved: adapter -> folder in which it was saved.
+        has_checkpoint: whether the run's folder has a checkpoint.
+    """
+    if train.status not in ENDED:
+        return None
+    if saved:
+        return NextSteps(
+            True, "", tuple(("Load", f"%lora load {_word(place)} --name {name}") for name, place in saved.items())
+        )
+    label = "Restore" if train.status == "finished" else "Resume"
+    return NextSteps(False, "", ((label, f"%lora resume {PurePath(train.folder).name}"),)) if has_checkpoint else None
+
+
+def _word(text: str) -> str:
+    return f'"{text}"' if " " in text else text
