@@ -98,7 +98,7 @@ class RunView:
         run.shown = "text" if self._shown_as == "text" else "card"
         self._output = self._open(run)
         self.draw(run.state)
-        if self._output is None:  # a line of text of a run that has ended
+        if self._shown_as == "text" and run.state.status in ENDED:
             return
         removals = [self._session.subscribe(self._published), run.control.on_request(self._wake.set)]
         self._unsubscribe = lambda: [remove() for remove in removals]
@@ -155,7 +155,7 @@ class RunView:
             previous = self._drawn
             changed = previous is None or previous.status != train.status
             due = at_once or changed or ended or now - self._drawn_at >= self._wait
-            if not due or (train == previous and not at_once):
+            if not due or train == previous:
                 return
             if ended:
                 self._next_steps = next_steps(train, self._session.state, self._model_name)

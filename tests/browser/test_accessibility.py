@@ -89,8 +89,7 @@ def test_sliders_and_toggles_say_what_they_are(open_notebook: Opener) -> None:
     batch = page.output(4).get_by_role("slider", name="batch", exact=True)
     expect(batch).to_have_attribute("aria-valuetext", page.output(4).locator(".widget-readout").first.inner_text())
     before = str(batch.get_attribute("aria-valuetext"))
-    batch.focus()
-    page.page.keyboard.press("ArrowRight")
+    batch.press("ArrowRight")
     expect(batch).not_to_have_attribute("aria-valuetext", before)
     expect(batch).to_have_attribute("aria-valuetext", page.output(4).locator(".widget-readout").first.inner_text())
     assert page.output(3).get_by_role("slider", name="orders").get_attribute("aria-valuetext") == "1.00"

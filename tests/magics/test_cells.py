@@ -268,7 +268,8 @@ def test_a_mistake_holds_no_model(notebook: Notebook) -> None:
 
 
 def test_without_torch_there_is_no_model(bare: Notebook) -> None:
-    assert "No variable holds a model yet" in bare.run("%%lora model\nr = 4").line
+    told = "No variable holds a model yet. Load one: model = AutoModelForCausalLM.from_pretrained("
+    assert told in bare.run("%%lora model\nr = 4").line
 
 
 def test_help_of_a_cell(notebook: Notebook) -> None:
