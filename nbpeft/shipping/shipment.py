@@ -188,7 +188,7 @@ def _adapter(manager: AdapterManager, name: str | None) -> str:
 def _check(verdict: Verdict, merged: bool) -> None:
     if merged and not verdict.as_merged:
         why = "; ".join(map(str, verdict.merged_obstacles))
-        raise AdapterError(f"{verdict.label} does not take the merged model: {why}", verdict=verdict)
+        raise AdapterError(f"{verdict.label} cannot load the merged model: {why}", verdict=verdict)
     if not merged and not verdict.as_adapter:
         raise AdapterError(str(verdict), verdict=verdict)
 
@@ -245,5 +245,5 @@ def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:
         if not facts.base_name:
             notes.append("the base model is from a folder, whose path is left out: load the base, then the adapter")
     if facts.scale != 1.0:
-        notes.append(f"its scale of {facts.scale:g} is part of what is written")
+        notes.append(f"its scale of {facts.scale:g} is included in the weights")
     return notes

@@ -102,7 +102,7 @@ def test_a_dry_run_touches_nothing(notebook: Notebook) -> None:
     trained = sum(p.numel() for p in notebook["model"].parameters() if p.requires_grad)
     assert preview.parameter_count == trained
     assert preview.byte_count == 4 * trained
-    assert "q_proj" in preview._repr_html_()
+    assert "q_<wbr>proj" in preview._repr_html_()
 
 
 def test_a_dry_run_shows_what_is_missing(notebook: Notebook) -> None:

@@ -54,7 +54,7 @@ def test_use_ends_off(trained: Notebook) -> None:
 
 
 def test_inspect_shows_where_an_adapter_changed_the_model(trained: Notebook) -> None:
-    assert str(trained.do("%lora inspect sql")).startswith("sql on model: moves 4 layers by ")
+    assert str(trained.do("%lora inspect sql")).startswith("sql on model: median weight change ")
     told = trained.run("%lora inspect sqll").line
     assert "'sqll' not found; the model has: 'chat', 'sql'. Did you mean 'sql'?" in told
 
