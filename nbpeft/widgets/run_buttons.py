@@ -40,9 +40,10 @@ class RunButtons:
     Args:
         control: Receives the requests to stop, pause, resume and save.
         members: Adapters of a sweep, each of which gets its own buttons Stop and Clone.
+        stop_tooltip: Shows Stop alone, with this tooltip, for work that can neither pause nor save.
     """
 
-    def __init__(self, control: RunControl, members: Iterable[str] = ()) -> None:
+    def __init__(self, control: RunControl, members: Iterable[str] = (), *, stop_tooltip: str = "") -> None:
         import ipywidgets
 
         self._control = control
@@ -53,7 +54,8 @@ class RunButtons:
 
         self.pause = _button("Pause", "pause", "Wait after this step")
         self.resume = _button("Resume", "play", "Continue the run", "none")
-        self.stop = _button("Stop", "stop", "End the run after this step and keep the weights trained so far")
+        kept = "End the run after this step and keep the weights trained so far"
+        self.stop = _button("Stop", "stop", stop_tooltip or kept)
         self.save = _button("Save now", "save", "Save the adapter after this step and continue")
         self.members: dict[str, Any] = {}
         self.clones: dict[str, Any] = {}
@@ -61,7 +63,8 @@ class RunButtons:
         self.name = f"nbpeft-{uuid.uuid4().hex[:12]}"
         self._style = ipywidgets.HTML(layout=ipywidgets.Layout(display="none"))
         self._period, self._card = -1, ""
-        self.box = ipywidgets.HBox([self._style, self.pause, self.resume, self.stop, self.save], layout=layout)
+        shown = [self.stop] if stop_tooltip else [self.pause, self.resume, self.stop, self.save]
+        self.box = ipywidgets.HBox([self._style, *shown], layout=layout)
         self.box.add_class("nbpeft-run")
         self.box.add_class(f"{self.name}-view")
         self.period()
