@@ -102,7 +102,7 @@ def columns_of(
 
     Args:
         model: the model, adapted or bare.
-        adapters: names of adapters, ``a+b`` for the sum of two; None for all.
+        adapters: names of adapters, ``a+b`` for the sum of two; ``base`` for the base model; None for all adapters.
         base: whether the base model is scored.
         others: whether there are other columns than those of the model.
 
@@ -129,6 +129,9 @@ def columns_of(
         note = "it is in the base weights, so that the base and other adapters cannot be scored: unmerge it first"
         return (Column(merged, manager.merged, as_it_is=True),), (f"only {merged!r} is scored: {note}",)
     names = list(manager.names) if given is None else list(dict.fromkeys(given))
+    if BASE in names and BASE not in manager.names:
+        names.remove(BASE)
+        base = True
     found = [_column(manager, name) for name in names]
     if base:
         found.insert(0, Column(BASE if BASE not in manager.names else f"({BASE})", row=BASE_NAME))

@@ -122,6 +122,14 @@ def test_a_merged_adapter_is_scored_alone() -> None:
         model.unmerge_adapter()
 
 
+def test_the_base_may_be_named_like_an_adapter() -> None:
+    assert scored(adapted(), ROWS[:2], adapters=["sql", "base"], base=False, max_new_tokens=1).columns == (
+        "base",
+        "sql",
+    )
+    assert scored(adapted(), ROWS[:2], adapters="base", base=False, max_new_tokens=1).columns == ("base",)
+
+
 def test_a_model_without_adapters_is_scored() -> None:
     model = llama()
     result = scored(model, max_new_tokens=LIMIT)
