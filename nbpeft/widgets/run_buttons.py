@@ -34,9 +34,10 @@ class RunButtons:
     Args:
         control: Receives the requests to stop, pause, resume and save.
         train: The first state; each adapter of a sweep gets a row with its figures and buttons Stop and Clone.
+        stop_tooltip: Shows Stop alone, with this tooltip, for work that can neither pause nor save.
     """
 
-    def __init__(self, control: RunControl, train: TrainState | None = None) -> None:
+    def __init__(self, control: RunControl, train: TrainState | None = None, *, stop_tooltip: str = "") -> None:
         import ipywidgets
 
         self._control = control
@@ -47,7 +48,8 @@ class RunButtons:
 
         self.pause = _button("Pause", "pause", "Wait after this step")
         self.resume = _button("Resume", "play", "Continue the run", "none")
-        self.stop = _button("Stop", "stop", "End the run after this step and keep the weights trained so far")
+        kept = "End the run after this step and keep the weights trained so far"
+        self.stop = _button("Stop", "stop", stop_tooltip or kept)
         self.save = _button("Save now", "save", "Save the adapter after this step and continue")
         self.members: dict[str, Any] = {}
         self.clones: dict[str, Any] = {}
@@ -56,7 +58,8 @@ class RunButtons:
         self.table = ipywidgets.VBox([self._titles], layout=ipywidgets.Layout(display="none"))
         self.table.add_class("nbpeft-members")
         layout = ipywidgets.Layout(flex_flow="row wrap", overflow="visible")
-        buttons = ipywidgets.HBox([self.pause, self.resume, self.stop, self.save], layout=layout)
+        shown = [self.stop] if stop_tooltip else [self.pause, self.resume, self.stop, self.save]
+        buttons = ipywidgets.HBox(shown, layout=layout)
         buttons.add_class("nbpeft-buttons")
         self.box = ipywidgets.VBox([buttons, self.table], layout=ipywidgets.Layout(overflow="visible"))
         self._requests: dict[Any, Callable[[], None]] = {}
