@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.display.html import to_html
-from nbpeft.widgets.environment import Ui, shown_as
+from nbpeft.widgets.environment import WIDGET_VIEW, Ui, shown_as
+from nbpeft.widgets.lifetime import view_of
 from nbpeft.widgets.run_buttons import RunButtons
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class LiveAnswers:
         self._shown_as = shown_as(ui)
         self._output: Any = None
         self._buttons: RunButtons | None = None
+        self._button_output: Any = None
 
     def stop_with(self, control: RunControl) -> None:
         """Shows a button that asks for a stop, where buttons can be shown.
@@ -34,8 +36,11 @@ class LiveAnswers:
             control: Receives the request.
         """
         if self._shown_as == "widgets":
+            from IPython.display import display
+
             self._buttons = RunButtons(control, stop_tooltip="Stop here and keep what is done")
-            self._buttons.show()
+            bundle = {WIDGET_VIEW: view_of(self._buttons.box), "text/plain": ""}
+            self._button_output = display(bundle, raw=True, display_id=True)
 
     def draw(self, result: Shown) -> None:
         """Shows the answers so far."""
@@ -53,6 +58,7 @@ class LiveAnswers:
         """Clears the output, and removes the button."""
         if self._buttons is not None:
             self._buttons.close()
+            self._button_output.update({"text/html": "", "text/plain": ""}, raw=True)
         output, self._output = self._output, None
         if output is not None:
             output.update({"text/html": "", "text/plain": ""}, raw=True)
