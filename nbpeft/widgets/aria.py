@@ -2,7 +2,7 @@
 
 ipywidgets has no traits for them, so a short script in the output next to the widgets sets them in the page. It also
 keeps the arrow keys of a slider from Notebook 7, which would take them for shortcuts. Where scripts are not allowed,
-the labels next to the sliders and the check marks of the toggles remain.
+the labels beside the sliders and the check marks of the toggles remain.
 """
 
 from __future__ import annotations

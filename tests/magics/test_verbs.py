@@ -245,7 +245,7 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         ("freeze nope", "'nope' not found"),
         (
             "panel nope",
-            "no panel 'nope'. Did you mean 'compare'? It has: adapters, compare, blend, plan; models: model",
+            "no panel 'nope'. Did you mean 'compare'? It has: adapters, compare, blend, plan, training; models: model",
         ),
         ("model --name sql", "'model', which is a variable; to adapt it: a cell that begins with %%lora model, or"),
         ("add model --name ''", "'' cannot name an adapter"),

@@ -267,7 +267,7 @@ def test_completion(trained: Notebook, tmp_path: Path) -> None:
     (tmp_path / "orders_v2").mkdir()
     (tmp_path / "orders_v2/adapter_config.json").touch()
     assert trained.complete(f"%lora swap {tmp_path}/ord") == [f"{tmp_path}/orders_v2/"]
-    assert trained.complete("%lora panel ") == ["adapters", "compare", "blend", "plan", "model"]
+    assert trained.complete("%lora panel ") == ["adapters", "compare", "blend", "plan", "training", "model"]
     assert trained.complete("%lora panel compare m") == ["model"]
 
 
