@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
+from nbpeft.names import PAIRS
 from nbpeft.training.data.row import (
     KNOWN_ROLES,
     SHAREGPT_ROLES,
@@ -72,7 +75,15 @@ class Labelled:
     label: Any
 
 
-Example = Plain | Pair | Chat | Labelled
+@dataclass(frozen=True)
+class Compared:
+    """Two completions of one prompt, of which the first is preferred."""
+
+    chosen: Pair | Chat
+    rejected: Pair | Chat
+
+
+Example = Plain | Pair | Chat | Labelled | Compared
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,38 @@ def _read_instruction(row: Row, chat: bool) -> Example:
     return _chat(row, Messages(turns, (None, None)), _system(row))
 
 
+def _read_compared(row: Row, chat: bool) -> Example:
+    given = {name: row.value(name) for name in ("chosen", "rejected")}
+    prompt = row.value("prompt") if row.columns.get("prompt", "prompt") in row.values else None
+    if not any(isinstance(value, str) for value in given.values()):
+        return _compared_chats(row, prompt)
+    texts = {name: row.text(name) for name in given}
+    if prompt is not None:
+        text = row.text("prompt")
+    else:  # what both begin with, up to the last blank: they differ in the word that follows
+        text = re.sub(r"\S*$", "", os.path.commonprefix([*texts.values()]))
+        texts = {name: completion[len(text) :] for name, completion in texts.items()}
+    unused = _tools_of_text(row)
+    return Compared(Pair(text, texts["chosen"], unused), Pair(text, texts["rejected"], unused))
+
+
+def _compared_chats(row: Row, prompt: Any) -> Compared:
+    """Two conversations. Without a prompt of its own, what both begin with is the prompt."""
+    chosen, rejected = row.messages("chosen"), row.messages("rejected")
+    before = _system(row)
+    begins = {part.messages[0]["role"] for part in (chosen, rejected) if part.messages}
+    if prompt is not None and begins <= {"assistant"}:
+        asked = Messages(({"role": "user", "content": prompt},), (None,)) if isinstance(prompt, str) else None
+        before = before.followed_by(row.messages("prompt") if asked is None else asked)
+    else:
+        pairs = zip(chosen.messages[:-1], rejected.messages[:-1], strict=False)
+        shared = next((place for place, (left, right) in enumerate(pairs) if left != right), None)
+        if shared is None:
+            shared = max(0, min(len(chosen.messages), len(rejected.messages)) - 1)
+        before, chosen, rejected = before.followed_by(chosen[:shared]), chosen[shared:], rejected[shared:]
+    return Compared(_chat(row, chosen, before), _chat(row, rejected, before))
+
+
 def _read_labelled(row: Row, chat: bool) -> Example:
     return Labelled(row.text("text"), row.optional("text_pair") or None, row.value("label"))
 
@@ -168,9 +211,13 @@ FORMS = (
 """The forms of rows for language models."""
 LABELLED = Form("text and label", ("text", "label"), _read_labelled, ("text_pair", WEIGHT))
 """The form of rows for text classifiers."""
+COMPARED = Form("chosen and rejected", ("chosen", "rejected"), _read_compared, ("prompt", "tools", "system", WEIGHT))
+"""The form of rows with two completions of one prompt, of which the first is preferred."""
+FORMS_OF = {"": FORMS, PAIRS: (COMPARED,)}
+"""Kind of rows -> its forms."""
 _EXPECTED = "prompt and completion, messages, text, instruction and output, conversations, or input_ids"
 _EXPECTED_LABELLED = "text and label (and text_pair), or input_ids and labels, to train a classifier"
-NAMES = tuple(dict.fromkeys(name for form in (*FORMS, LABELLED) for name in (*form.needs, *form.may)))
+NAMES = tuple(dict.fromkeys(name for form in (*FORMS, LABELLED, COMPARED) for name in (*form.needs, *form.may)))
 """The columns of all forms: the keys that ``columns`` may have."""
 
 
@@ -203,13 +250,16 @@ def keys_of(value: Any) -> tuple[str, ...]:
     return tuple(map(str, row_of(value, 0, {}).values))
 
 
-def form_of(columns: Sequence[str], mapping: Mapping[str, str], *, labelled: bool = False) -> Form | None:
+def form_of(
+    columns: Sequence[str], mapping: Mapping[str, str], *, labelled: bool = False, kind: str | None = ""
+) -> Form | None:
     """The form of rows with these columns; None for tokenised rows.
 
     Args:
         columns: the columns of the rows.
         mapping: name in a form -> column; only forms that use one of the names are considered.
         labelled: whether the rows are for a classifier.
+        kind: the kind of rows, see ``FORMS_OF``; None for any.
 
     Raises:
         TrainingError: there is no such form; the message names the columns and suggests a mapping.
@@ -217,11 +267,14 @@ def form_of(columns: Sequence[str], mapping: Mapping[str, str], *, labelled: boo
     available = {*columns, *mapping}
     if TOKENISED in available and (not mapping or TOKENISED in mapping):
         return None
-    for form in (LABELLED,) if labelled else FORMS:
+    for form in (LABELLED,) if labelled else (*FORMS, COMPARED) if kind is None else FORMS_OF[kind]:
         if available.issuperset(form.needs) and (
             not mapping or not mapping.keys().isdisjoint((*form.needs, *form.may))
         ):
             return form
+    if kind == PAIRS:
+        hint = _hint(columns, COMPARED.needs)
+        raise TrainingError(f"Expected columns chosen and rejected (and prompt); found {listed(columns)}.{hint}", columns=columns)
     expected, hint = (_EXPECTED_LABELLED, _hint(columns, LABELLED.needs)) if labelled else (_EXPECTED, _hint(columns))
     raise TrainingError(f"Expected columns {expected}; found {listed(columns)}.{hint}", columns=columns)
 
@@ -279,7 +332,7 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
     """A hint: a mapping of these columns that would work, or the nearest names."""
     lower = {column.lower(): column for column in columns}
     prompt = next((lower[name] for name in ("prompt", *_PROMPTS) if name in lower), None)
-    if {"chosen", "rejected"} <= lower.keys():
+    if {"chosen", "rejected"} <= lower.keys() and "chosen" not in needs:
         names = {"messages" if prompt is None else "completion": lower["chosen"]}
         names |= {} if prompt in (None, "prompt") else {"prompt": prompt}
         return (
@@ -287,7 +340,7 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
             f"each prompt: columns={names} takes the chosen ones."
         )
     completion = next((lower[name] for name in _COMPLETIONS if name in lower and lower[name] != prompt), None)
-    if prompt and completion and "label" not in needs:
+    if prompt and completion and "completion" in needs:
         return f" Say which is which: columns={{'prompt': {prompt!r:.40}, 'completion': {completion!r:.40}}}."
     known = (*NAMES, TOKENISED, "labels")
     nearest = next((hint for column in columns if column not in known and (hint := did_you_mean(column, known))), "")

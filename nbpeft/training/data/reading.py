@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError, in_one_line
-from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS
+from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import Encoded, Span, encode
@@ -16,6 +16,7 @@ from nbpeft.training.data.forms import (
     LABELLED,
     TEXT,
     Chat,
+    Compared,
     Example,
     Form,
     Labelled,
@@ -51,6 +52,7 @@ class ModelInputs:
         columns: columns of tokenised rows that it takes in addition to tokens and labels; None for all.
         unweighted: why rows cannot have different weights in the loss; empty if they can.
         tokens_only: why it takes no rows of text; empty if it does.
+        kind: the kind of rows that the objective of a training takes, see ``FORMS_OF``; None for any.
     """
 
     encoder_decoder: bool = False
@@ -59,6 +61,7 @@ class ModelInputs:
     columns: frozenset[str] | None = frozenset(("position_ids", _SECOND))
     unweighted: str = ""
     tokens_only: str = ""
+    kind: str | None = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class CodedRow:
             tokenizer, which keeps special tokens at the end.
         weight: The factor on the loss of ``label``.
         unused: The parts of the row that are not trained on.
+        rejected: The row with the rejected completion; None if there is one completion.
     """
 
     number: int
@@ -87,11 +91,15 @@ class CodedRow:
     more: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     unused: tuple[Unused, ...] = ()
+    rejected: CodedRow | None = None
 
     @property
     def row(self) -> dict[str, Any]:
         """The truncated row, as the collator takes it."""
         ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
+        if self.rejected is not None:
+            other = {f"{REJECTED}{name}": value for name, value in self.rejected.row.items()}
+            return {"input_ids": ids, "labels": labels, **other}
         if self.label is not None:
             weighted = {LOSS_WEIGHTS: self.weight} if self.weight != 1 else {}
             return {"input_ids": ids, "labels": self.label, **self.more, **weighted}
@@ -102,7 +110,8 @@ class CodedRow:
     @property
     def cut(self) -> bool:
         """Whether the row is too long and is truncated."""
-        return len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
+        rejected = self.rejected is not None and self.rejected.cut
+        return rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
 
     @property
     def learned_count(self) -> int:
@@ -113,7 +122,7 @@ class CodedRow:
     def missing(self) -> str:
         """Why there is nothing to train on; empty if there is something."""
         if self.reason or self.learned_count:
-            return self.reason
+            return self.reason or ("" if self.rejected is None else self.rejected.missing)
         return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
 
 
@@ -173,7 +182,9 @@ class Reading:
         for number, value in enumerate(self.rows):
             row = row_of(value, number, self.columns)
             coded = self._as_it_is(row) if self.form is None else self._coded(row, renderer, used)
-            weighted = coded.whole.weights is not None or coded.weight != 1
+            weighted = any(
+                part.whole.weights is not None or part.weight != 1 for part in (coded, coded.rejected) if part is not None
+            )
             if weighted and self.inputs.unweighted and not coded.missing:
                 raise row.error(f"its weight is neither 0 nor 1, and {self.inputs.unweighted}.")
             yield coded
@@ -190,6 +201,8 @@ class Reading:
         more = {name: row.whole_number(name) for name in self.inputs.numbers}
         if isinstance(example, Labelled):
             return self._labelled(row, example, more, weight, tuple(unused))
+        if isinstance(example, Compared):
+            return self._compared(row, example, renderer, "" if weight else "its weight is 0", weight, unused)
         read = (self.columns.get(name, name) for name in self.form.needs[:-1])  # context, without the part to train on
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
@@ -198,6 +211,18 @@ class Reading:
         return CodedRow(
             row.number, whole, self.limit, encoder_decoder, reason, None, more, unused=(*unused, *more_unused)
         )
+
+    def _compared(
+        self, row: Row, example: Compared, renderer: ChatRenderer, reason: str, weight: float, unused: list[Unused]
+    ) -> CodedRow:
+        """A row with two completions, each coded like that of a row with one."""
+        parts = []
+        for name, part in (("chosen", example.chosen), ("rejected", example.rejected)):
+            whole, missing, more = self._encoded(row, part, renderer)
+            missing = f"{name}: {missing}" if missing else ""
+            unused = [*unused, *more]
+            parts.append(CodedRow(row.number, whole, self.limit, reason=reason or missing, weight=weight))
+        return replace(parts[0], rejected=parts[1], unused=tuple(unused))
 
     def _check_good(self, row: Row) -> None:
         """Refuses a row whose label marks its completion as bad, as in preference data.
@@ -374,7 +399,7 @@ def reading(
     inputs = inputs or ModelInputs()
     available = columns_of(rows)
     mapping = checked_columns(columns, available)
-    form = form_of(available, columns or {}, labelled=inputs.classes is not None)
+    form = form_of(available, columns or {}, labelled=inputs.classes is not None, kind=inputs.kind)
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
     if form is None:
@@ -419,8 +444,11 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
 def rows_are_plain(rows: Any, tokenizer: Any, columns: Mapping[str, str] | None) -> bool | None:
     """As :func:`is_plain`, of opened rows."""
     found = columns_of(rows)
-    reader = Reading(rows, form_of(found, columns or {}), checked_columns(columns, found), tokenizer)
-    return None if reader.form is None else not isinstance(reader.example(first_row(rows), 0), Chat)
+    reader = Reading(rows, form_of(found, columns or {}, kind=None), checked_columns(columns, found), tokenizer)
+    if reader.form is None:
+        return None
+    example = reader.example(first_row(rows), 0)
+    return not isinstance(example.chosen if isinstance(example, Compared) else example, Chat)
 
 
 def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:

@@ -32,6 +32,7 @@ from nbpeft.training.data import (
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL, Classes
 from nbpeft.training.data.row import listed
+from nbpeft.training.objectives.objective import Objective
 
 if TYPE_CHECKING:
     from nbpeft.training.request import TrainRequest
@@ -97,11 +98,15 @@ def inputs_of(request: TrainRequest) -> ModelInputs:
     from nbpeft.training.transformers.trainer import why_unweighted  # here, as it imports transformers' Trainer
 
     own_batches = request.arguments.get("data_collator") is not None
-    return model_inputs(
+    inputs = model_inputs(
         request.model,
         all_columns=request.arguments.get("remove_unused_columns") is False,
         unweighted=why_unweighted(request.trainer_class, own_batches=own_batches),
     )
+    objective = request.objective
+    if not isinstance(objective, Objective) or not objective.rows:
+        return inputs
+    return replace(inputs, kind=objective.rows, unweighted=f"the loss of {objective.name} takes none")
 
 
 def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str = "") -> ModelInputs:

@@ -1,0 +1,25 @@
+"""What a training minimises: one file per objective, which names its rows, its fields, its loss and its curves.
+
+Another package adds an objective like a method: it derives a class from :class:`Objective` and calls ``register``.
+These files import torch only when a loss is computed, because completion lists their fields.
+
+Door, what other rooms import:
+
+    objective.py  The base class of objectives, and their registry
+    trainer.py    The Trainer that computes the loss of an objective
+    reference.py  The reference of an objective: the base, another adapter, or the weights at the beginning
+
+Inside:
+
+    collator.py   Batches of rows with a chosen and a rejected completion
+    dpo.py        Direct Preference Optimization
+    log_probs.py  Log-probabilities of completions, without the logits of all tokens in memory at once
+    usual.py      The objectives whose loss is the model's own: ``sft`` and ``classify``
+"""
+
+from nbpeft.training.objectives.dpo import Dpo
+from nbpeft.training.objectives.objective import register
+from nbpeft.training.objectives.usual import Classify, Sft
+
+for _objective in (Sft, Classify, Dpo):
+    register(_objective)
