@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +144,9 @@ def _read_compared(row: Row, chat: bool) -> Example:
     if prompt is not None:
         text = row.text("prompt")
     else:  # what both begin with, up to the last blank: they differ in the word that follows
-        text = re.sub(r"\S*$", "", os.path.commonprefix([*texts.values()]))
+        pairs = enumerate(zip(*texts.values(), strict=False))
+        differs = next((place for place, (left, right) in pairs if left != right), min(map(len, texts.values())))
+        text = re.sub(r"\S*$", "", texts["chosen"][:differs])
         texts = {name: completion[len(text) :] for name, completion in texts.items()}
     unused = _tools_of_text(row)
     return Compared(Pair(text, texts["chosen"], unused), Pair(text, texts["rejected"], unused))
@@ -274,7 +275,8 @@ def form_of(
             return form
     if kind == PAIRS:
         hint = _hint(columns, COMPARED.needs)
-        raise TrainingError(f"Expected columns chosen and rejected (and prompt); found {listed(columns)}.{hint}", columns=columns)
+        what = f"Expected columns chosen and rejected (and prompt); found {listed(columns)}.{hint}"
+        raise TrainingError(what, columns=columns)
     expected, hint = (_EXPECTED_LABELLED, _hint(columns, LABELLED.needs)) if labelled else (_EXPECTED, _hint(columns))
     raise TrainingError(f"Expected columns {expected}; found {listed(columns)}.{hint}", columns=columns)
 

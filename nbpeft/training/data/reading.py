@@ -21,6 +21,7 @@ from nbpeft.training.data.forms import (
     Form,
     Labelled,
     Pair,
+    Plain,
     check_roles,
     checked_columns,
     form_of,
@@ -182,9 +183,8 @@ class Reading:
         for number, value in enumerate(self.rows):
             row = row_of(value, number, self.columns)
             coded = self._as_it_is(row) if self.form is None else self._coded(row, renderer, used)
-            weighted = any(
-                part.whole.weights is not None or part.weight != 1 for part in (coded, coded.rejected) if part is not None
-            )
+            parts = [coded, *([coded.rejected] if coded.rejected is not None else [])]
+            weighted = any(part.whole.weights is not None or part.weight != 1 for part in parts)
             if weighted and self.inputs.unweighted and not coded.missing:
                 raise row.error(f"its weight is neither 0 nor 1, and {self.inputs.unweighted}.")
             yield coded
@@ -273,7 +273,7 @@ class Reading:
                 return Encoded(ids, labels), reason, unused
             text = example.prompt + example.completion
             return encode(self.tokenizer, text, [Span(len(example.prompt), len(text))]), reason, unused
-        assert not isinstance(example, Labelled)
+        assert isinstance(example, Plain)
         reason = "" if example.text.strip() else "the text is empty"
         return encode(self.tokenizer, example.text, [Span(0, len(example.text))], whole=True), reason, []
 

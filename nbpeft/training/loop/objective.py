@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from nbpeft.names import PAIRS, REJECTED
 from nbpeft.sweeps import Sweep, not_swept
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import Collator, columns_of
-from nbpeft.training.data.forms import COMPARED, form_of
+from nbpeft.training.data.forms import COMPARED, checked_columns, form_of
 from nbpeft.training.data.sources import first_row
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal
 from nbpeft.training.objectives.collator import PairCollator, stacked
@@ -97,7 +96,9 @@ def _of_the_rows(request: TrainRequest) -> tuple[type[Objective], str]:
         return objective_named("classify"), "the model is a classifier"
     if _are_pairs(request.data):
         return objective_named("dpo"), "the rows have chosen and rejected"
-    form = form_of(columns_of(request.data), request.columns or {}, kind=None)
+    columns = columns_of(request.data)
+    checked_columns(request.columns, columns)
+    form = form_of(columns, request.columns or {}, kind=None)
     if form is COMPARED:
         return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
     return objective_named("sft"), ""
@@ -105,7 +106,8 @@ def _of_the_rows(request: TrainRequest) -> tuple[type[Objective], str]:
 
 def _are_pairs(rows: Any) -> bool:
     """Whether rows are tokenised, with two completions each."""
-    return f"{REJECTED}input_ids" in columns_of(rows)
+    names = ("input_ids", "labels")
+    return {*names, *(f"{REJECTED}{name}" for name in names)} <= {*columns_of(rows)}
 
 
 def _check_model(request: TrainRequest, objective: Objective) -> None:
@@ -122,10 +124,10 @@ def _check_model(request: TrainRequest, objective: Objective) -> None:
         raise TrainingError(f"{name} trains adapters of nbpeft, which a {type(model).__name__} does not have")
     columns = columns_of(request.data)
     if "input_ids" in columns and not request.columns and not _are_pairs(request.data):
-        raise TrainingError(f"{name} takes rows of text with chosen and rejected, and these are tokenised", columns=columns)
+        what = f"{name} takes rows of text with chosen and rejected, and these are tokenised"
+        raise TrainingError(what, columns=columns)
     if not _are_pairs(request.data):
         form_of(columns, request.columns or {}, kind=objective.rows)
-        first_row(request.data)
 
 
 def _check_arguments(request: TrainRequest, objective: Objective) -> None:
@@ -217,13 +219,9 @@ def in_words(objective: Objective, reason: str, reference: str | None) -> str:
     if not objective.rows:
         return ""
     changed = ", ".join(f"{name}={value}" for name, value in objective.changed().items())
-    parts = [f"objective: {objective.name}" + (f" ({changed})" if changed else "") + (f", because {reason}" if reason else "")]
-    words = {BASE: "the base", START: "the adapter's weights at the beginning"}
+    because = f", because {reason}" if reason else ""
+    parts = [f"objective: {objective.name}{f' ({changed})' if changed else ''}{because}"]
+    words = {BASE: "the model without adapters", START: "the adapter's weights at the beginning"}
     if reference is not None:
         parts.append(f"reference: {reference}" + (f" ({words[reference]})" if reference in words else ""))
     return "; ".join(parts)
-
-
-def fields_of(objective: Objective) -> dict[str, Any]:
-    """Returns the objective's name and its changed fields, as arguments of a training."""
-    return {"objective": objective.name, **objective.changed()} if dataclasses.fields(objective) else {}

@@ -17,7 +17,7 @@ from nbpeft.engine.calls.model_calls import class_names, is_text_classifier
 from nbpeft.engine.tree.model_tree import embedding_of
 from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.losses import with_loss_weights
-from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.names import LOSS_WEIGHTS, REJECTED
 from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import (
     Collator,
@@ -106,7 +106,10 @@ def inputs_of(request: TrainRequest) -> ModelInputs:
     objective = request.objective
     if not isinstance(objective, Objective) or not objective.rows:
         return inputs
-    return replace(inputs, kind=objective.rows, unweighted=f"the loss of {objective.name} takes none")
+    rejected = {f"{REJECTED}{name}" for name in ("input_ids", "labels")}
+    taken = None if inputs.columns is None else inputs.columns | rejected
+    why = f"the loss of {objective.name} takes none"
+    return replace(inputs, kind=objective.rows, columns=taken, unweighted=why)
 
 
 def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str = "") -> ModelInputs:

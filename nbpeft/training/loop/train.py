@@ -29,6 +29,7 @@ from nbpeft.model.from_data.observing import modes_kept
 from nbpeft.model.saving import files
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
+from nbpeft.sweeps import swept
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
@@ -44,7 +45,7 @@ from nbpeft.training.monitor.failures import explain_failure, free_memory, is_ou
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows_are_those, mark_of_rows
-from nbpeft.training.objectives.objective import Objective
+from nbpeft.training.objectives.objective import Objective, fields_by_name
 from nbpeft.training.objectives.reference import reference_of
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.sweep.adapters import side_by_side
@@ -147,7 +148,8 @@ def train(
             adapter's weights at the beginning) or the name of another adapter. By default ``base`` for an adapter that
             does not change the model yet, and ``start`` for others.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and of the objective
-            (``beta``, ``loss_type``, …), and options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
+            (``beta``, ``loss_type``, …), and options of the Trainer (``callbacks``, ``compute_metrics``,
+            ``data_collator``, …).
             With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
 
     Raises:
@@ -168,7 +170,10 @@ def run_training(request: TrainRequest) -> TrainResult:
     """
     with needs("accelerate", "Training"):
         importlib.import_module("accelerate")
-    _can_train(request.model, request.adapter)
+    if request.members is None and not swept(request.given):  # a sweep activates its adapters first
+        known = fields_by_name()
+        plain = {name: value for name, value in request.arguments.items() if name not in known}
+        _checked(replace(request, arguments=plain))
     return _run(with_objective(request))
 
 

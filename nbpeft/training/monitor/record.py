@@ -14,8 +14,8 @@ from nbpeft.state import Curve
 
 Number = float | Tensor
 SERIES = ("learning rate", "gradient norm", "tokens/s", "memory")
-"""The names of curves in ``TrainState.series``, with those of an objective, such as ``rewards/margins``; all other curves
-are metrics."""
+"""The names of curves in ``TrainState.series``. Those of an objective, such as ``rewards/margins``, are there too; all
+other curves are metrics."""
 _SMALL = 60
 """The number of buckets of curves that are drawn small."""
 

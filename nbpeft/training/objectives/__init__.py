@@ -5,16 +5,16 @@ These files import torch only when a loss is computed, because completion lists 
 
 Door, what other rooms import:
 
+    collator.py   Batches of rows with a chosen and a rejected completion
+    log_probs.py  Log-probabilities of completions, without the logits of all tokens in memory at once
     objective.py  The base class of objectives, and their registry
-    trainer.py    The Trainer that computes the loss of an objective
     reference.py  The reference of an objective: the base, another adapter, or the weights at the beginning
+    trainer.py    The Trainer that computes the loss of an objective
 
 Inside:
 
-    collator.py   Batches of rows with a chosen and a rejected completion
-    dpo.py        Direct Preference Optimization
-    log_probs.py  Log-probabilities of completions, without the logits of all tokens in memory at once
-    usual.py      The objectives whose loss is the model's own: ``sft`` and ``classify``
+    dpo.py    Direct Preference Optimization
+    usual.py  The objectives whose loss is the model's own: ``sft`` and ``classify``
 """
 
 from nbpeft.training.objectives.dpo import Dpo

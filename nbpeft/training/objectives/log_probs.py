@@ -23,7 +23,7 @@ def log_probs(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_size: int 
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each of shape (rows, tokens).
         chunk_size: number of tokens whose logits are in memory at once; 0 for all.
     """
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
     if "use_cache" in inspect.signature(base_model_of(model).forward).parameters:
         inputs["use_cache"] = False
     targets = batch["labels"][:, 1:]

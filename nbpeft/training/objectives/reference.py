@@ -1,7 +1,7 @@
 """The reference of an objective: the base, another adapter, or the weights at the beginning.
 
 It needs no second model: the base is the model without its adapters, and the weights at the beginning are a copy of the
-trained ones. A checkpoint has that copy beside the optimizer's state, so that a resumed training has the same reference.
+trained ones. A checkpoint contains that copy, so that a resumed training has the same reference.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class Reference(ABC):
     def active(self) -> AbstractContextManager[Any]:
         """A block in which the model computes as the reference in this thread."""
 
+    @abstractmethod
     def write(self, folder: Path) -> None:
         """Writes what a resumed training needs into a checkpoint."""
 
+    @abstractmethod
     def read(self, folder: Path) -> None:
         """Restores the reference of the training that wrote a checkpoint.
 
@@ -66,6 +68,18 @@ class OfTheBase(Reference):
     def active(self) -> AbstractContextManager[Any]:
         """A block without adapters."""
         return self._manager.active_state.call(NO_ADAPTERS)
+
+    def write(self, folder: Path) -> None:
+        """Writes nothing, as the base does not change."""
+
+    def read(self, folder: Path) -> None:
+        """Checks that the checkpoint was written with this reference.
+
+        Raises:
+            CheckpointError: it was written with another one.
+        """
+        if (folder / _FILE).is_file():
+            raise CheckpointError(f"the training of {folder} had another reference than {self.name!r}")
 
 
 class OfAnAdapter(Reference):
@@ -195,16 +209,21 @@ def check_reference(model: nn.Module, given: Any, *, adapter: str | None, sweep:
         )
     manager.require_available(given)
     if given in trained and not sweep:
-        raise ConfigError(f"{given!r} is trained here: reference='start' is its weights at the beginning", field="reference")
+        raise ConfigError(
+            f"{given!r} is trained here: reference='start' is its weights at the beginning", field="reference"
+        )
 
 
 def _check_start(model: nn.Module, *, sharded: bool) -> None:
     if sharded:
-        raise ConfigError("fsdp shards the weights, of which reference='start' needs a copy: leave out one of the two", field="reference")
+        raise ConfigError(
+            "reference='start' needs a copy of the weights, which fsdp shards: reference='base', or leave fsdp out",
+            field="reference",
+        )
     if keeps_method_state(model):
         raise ConfigError(
-            "reference='start' needs a method whose state is its weights alone; this one prunes or draws: name another "
-            "reference, such as 'base'",
+            "reference='start' is a copy of the weights, and the method of this adapter has a state besides them: "
+            "reference='base', or the name of another adapter",
             field="reference",
         )
 

@@ -32,6 +32,9 @@ class ObjectiveTrainer(Trainer):
         **kwargs: arguments of ``nbpeft.Trainer``.
     """
 
+    objective: Objective
+    reference: Reference | None
+
     def __init__(self, *args: Any, objective: Objective, reference: Reference | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective, self.reference = objective, reference
@@ -146,10 +149,10 @@ class ObjectiveTrainer(Trainer):
         means: Any = torch.stack([self._sums[name].float() / batches for name in names])
         return dict(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
 
-    def _save_optimizer_and_scheduler(self, output_dir: str | None) -> None:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The Trainer's method; also writes the reference, for a resumed training."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.reference is not None and output_dir is not None and self.args.should_save:
+        if self.reference is not None and self.args.should_save:
             self.reference.write(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
