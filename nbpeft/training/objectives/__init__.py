@@ -9,7 +9,6 @@ Door, what other rooms import:
     log_probs.py  Log-probabilities of completions, without the logits of all tokens in memory at once
     objective.py  The base class of objectives, and their registry
     reference.py  The reference of an objective: the base, another adapter, or the weights at the beginning
-    trainer.py    The Trainer that computes the loss of an objective
 
 Inside:
 
