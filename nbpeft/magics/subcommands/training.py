@@ -60,7 +60,7 @@ OBJECTIVE = (
         "--objective",
         metavar="NAME",
         words=objective_names(),
-        help="sft, classify or dpo (default: as the rows are; dpo for chosen and rejected)",
+        help=f"{', '.join(objective_names())} (default: as the rows are; dpo for chosen and rejected)",
     ),
     argument(
         "--reference",

@@ -29,8 +29,8 @@ from nbpeft.training.objectives.reference import (
     reference_of,
     trains_only_adapters,
 )
-from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from nbpeft.training.request import TrainRequest
+from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from nbpeft.training.transformers.trainer import Trainer
 
 _OF_ONE_COMPLETION = {

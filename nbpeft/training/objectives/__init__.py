@@ -12,13 +12,17 @@ Door, what other rooms import:
 
 Inside:
 
+    cpo.py    Contrastive Preference Optimization, and SimPO
     dpo.py    Direct Preference Optimization
+    orpo.py   Odds Ratio Preference Optimization
     usual.py  The objectives whose loss is the model's own: ``sft`` and ``classify``
 """
 
+from nbpeft.training.objectives.cpo import Cpo, Simpo
 from nbpeft.training.objectives.dpo import Dpo
 from nbpeft.training.objectives.objective import register
+from nbpeft.training.objectives.orpo import Orpo
 from nbpeft.training.objectives.usual import Classify, Sft
 
-for _objective in (Sft, Classify, Dpo):
+for _objective in (Sft, Classify, Dpo, Orpo, Simpo, Cpo):
     register(_objective)

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbpeft.errors import ConfigError
 from nbpeft.names import PAIRS
-from nbpeft.training.objectives.objective import Completions, Objective
+from nbpeft.training.objectives.objective import DROPOUT, Completions, Objective, check_smoothing, curves
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_SMOOTHED = ("sigmoid", "robust")
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Dpo(Objective):
         default=0.0,
         metadata={"help": "Probability that chosen and rejected are swapped in the data; for sigmoid and robust."},
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Switch off dropout in the model and the adapter."})
+    disable_dropout: bool = DROPOUT
 
     def __post_init__(self) -> None:
         """Checks the fields.
@@ -56,18 +53,7 @@ class Dpo(Objective):
             ConfigError: a value is invalid, or not used by this ``loss_type``.
         """
         super().__post_init__()
-        if self.beta <= 0:
-            raise ConfigError(f"beta must be greater than 0, not {self.beta!r}", field="beta")
-        if self.label_smoothing and self.loss_type not in _SMOOTHED:
-            raise ConfigError(
-                f"loss_type={self.loss_type!r} has no label_smoothing; {' and '.join(map(repr, _SMOOTHED))} have",
-                field="label_smoothing",
-            )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(
-                f"label_smoothing must be at least 0 and less than 0.5, not {self.label_smoothing!r}",
-                field="label_smoothing",
-            )
+        check_smoothing(self, ("sigmoid", "robust"))
 
     def loss(self, chosen: Completions, rejected: Completions) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the losses of the rows of a batch, and its curves.
@@ -76,15 +62,8 @@ class Dpo(Objective):
             chosen: the chosen completions.
             rejected: the rejected completion of each row.
         """
-        rewards = [self.beta * part.log_ratios.detach() for part in (chosen, rejected)]
-        return self._losses(chosen, rejected), {
-            "rewards/chosen": rewards[0],
-            "rewards/rejected": rewards[1],
-            "rewards/margins": rewards[0] - rewards[1],
-            "rewards/accuracies": (rewards[0] > rewards[1]).float(),
-            "logps/chosen": chosen.log_probs.detach(),
-            "logps/rejected": rejected.log_probs.detach(),
-        }
+        rewards = [self.beta * part.log_ratios for part in (chosen, rejected)]
+        return self._losses(chosen, rejected), curves(*rewards, chosen.log_probs, rejected.log_probs)
 
     def _losses(self, chosen: Completions, rejected: Completions) -> Tensor:
         from torch.nn.functional import logsigmoid

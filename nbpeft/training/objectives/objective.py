@@ -22,11 +22,18 @@ class Completions:
         log_probs: sums over the tokens of each completion.
         reference: the same of the reference, without gradients; None if the objective has no reference.
         token_counts: number of tokens of each completion.
+        prompts: the same of the prompts, for an objective that learns them; else None.
     """
 
     log_probs: Tensor
     reference: Tensor | None
     token_counts: Tensor
+    prompts: Completions | None = None
+
+    @property
+    def averages(self) -> Tensor:
+        """The log-probabilities per token."""
+        return self.log_probs / self.token_counts
 
     @property
     def log_ratios(self) -> Tensor:
@@ -44,6 +51,7 @@ class Objective:
         name: the name by which a training chooses it.
         rows: the kind of rows it takes, ``PAIRS``; empty if the model computes the loss itself.
         uses_reference: whether its loss compares the trained weights with a reference.
+        learns_prompts: whether its loss needs the log-probabilities of the prompts of chosen completions, too.
         defaults: fields of ``TrainingArguments`` whose defaults differ with it.
         metrics: names of the metrics that are reported of evaluations.
     """
@@ -51,6 +59,7 @@ class Objective:
     name: ClassVar[str]
     rows: ClassVar[str] = ""
     uses_reference: ClassVar[bool] = False
+    learns_prompts: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {}
     metrics: ClassVar[tuple[str, ...]] = ()
 
@@ -86,6 +95,54 @@ class Objective:
         """The fields that differ from their defaults."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         return {item.name: values[item.name] for item in dataclasses.fields(self) if values[item.name] != item.default}
+
+
+DROPOUT: Any = dataclasses.field(default=True, metadata={"help": "Switch off dropout in the model and the adapter."})
+"""The field ``disable_dropout``."""
+
+
+def curves(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_log_probs: Tensor, rejected_log_probs: Tensor
+) -> dict[str, Tensor]:
+    """The curves of an objective with pairs, with the names of TRL's logs.
+
+    Args:
+        chosen_rewards: the rewards of the chosen completions, (rows,).
+        rejected_rewards: those of the rejected ones.
+        chosen_log_probs: the log-probabilities of the chosen completions.
+        rejected_log_probs: those of the rejected ones.
+    """
+    found = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "logps/chosen": chosen_log_probs,
+        "logps/rejected": rejected_log_probs,
+    }
+    return {name: values.detach() for name, values in found.items()}
+
+
+def check_smoothing(objective: Any, smoothed: tuple[str, ...]) -> None:
+    """Checks ``beta`` and ``label_smoothing`` of an objective with a ``loss_type``.
+
+    Args:
+        objective: the objective.
+        smoothed: the values of ``loss_type`` that use ``label_smoothing``.
+
+    Raises:
+        ConfigError: a value is out of range, or not used by the ``loss_type``.
+    """
+    share, kind = objective.label_smoothing, objective.loss_type
+    if objective.beta <= 0:
+        raise ConfigError(f"beta must be greater than 0, not {objective.beta!r}", field="beta")
+    if share and kind not in smoothed:
+        known = " and ".join(map(repr, smoothed))
+        raise ConfigError(f"loss_type={kind!r} has no label_smoothing; {known} have", field="label_smoothing")
+    if not 0 <= share < 0.5:
+        raise ConfigError(
+            f"label_smoothing must be at least 0 and less than 0.5, not {share!r}", field="label_smoothing"
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -14,9 +14,9 @@ from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.memory.checkpointing import is_checkpointing
 from nbpeft.model.from_data.observing import evaluated, modes_kept
-from nbpeft.names import REJECTED
+from nbpeft.names import IGNORED_LABEL, REJECTED
 from nbpeft.training.objectives.collator import stacked
-from nbpeft.training.objectives.log_probs import log_probs, token_counts
+from nbpeft.training.objectives.log_probs import log_probs, log_probs_of, token_counts
 from nbpeft.training.objectives.objective import Completions, Objective
 from nbpeft.training.objectives.reference import Reference
 from nbpeft.training.transformers.trainer import Trainer
@@ -62,13 +62,15 @@ class ObjectiveTrainer(Trainer):
         reference = self._of_the_reference(inputs, batch)
         # DistributedDataParallel traverses the tensors that a model returns, and cannot handle logits without data.
         chunk_size = self.loss_chunk_size if self.accelerator.num_processes == 1 else 0
+        labels, half = batch["labels"], len(batch["labels"]) // 2
+        learned = [labels, *([_prompts(batch)[:half]] if self.objective.learns_prompts else [])]
         with self.compute_loss_context_manager(), self._dropout():
-            found = log_probs(model, batch, chunk_size=chunk_size)
-        counts = token_counts(batch["labels"]).to(found.device)
-        half = len(found) // 2
+            found = log_probs_of(model, batch, learned, chunk_size=chunk_size)
+        counts = [token_counts(part).to(found[0].device) for part in learned]
+        prompts = Completions(found[1], None, counts[1]) if len(found) > 1 else None
         parts = [
-            Completions(found[part], None if reference is None else reference[part], counts[part])
-            for part in (slice(half), slice(half, None))
+            Completions(found[0][rows], None if reference is None else reference[rows], counts[0][rows], before)
+            for rows, before in ((slice(half), prompts), (slice(half, None), None))
         ]
         losses, curves = self.objective.loss(*parts)
         for name, values in curves.items():
@@ -160,3 +162,9 @@ class ObjectiveTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.reference is not None and checkpoint is not None:
             self.reference.read(Path(checkpoint))
+
+
+def _prompts(batch: Mapping[str, Tensor]) -> Tensor:
+    """Labels of the tokens that have none in a batch, without padding."""
+    learned = (batch["labels"] != IGNORED_LABEL) | (batch["attention_mask"] == 0)
+    return batch["input_ids"].masked_fill(learned, IGNORED_LABEL)

@@ -43,6 +43,12 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo-ipo": {"loss_type": "ipo"},
     "dpo-robust": {"loss_type": "robust", "label_smoothing": 0.1},
     "dpo-accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "cpo": {"beta": 0.5},
+    "cpo-hinge": {"loss_type": "hinge", "cpo_alpha": 0.3},
+    "cpo-ipo": {"loss_type": "ipo", "cpo_alpha": 0.0},
+    "cpo-smoothed": {"label_smoothing": 0.2},
+    "simpo": {"beta": 2.0, "simpo_gamma": 0.7},
+    "orpo": {"beta": 0.3},
 }
 """Objective and variant -> its fields."""
 
@@ -66,10 +72,21 @@ def trained(case: str, folder: str) -> Any:
     base = fields.pop("reference", "start") == "base"
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = filled(peft.get_peft_model(tiny_base(), config))
-    settings = trl.DPOConfig(output_dir=folder, bf16=False, gradient_checkpointing=False, save_strategy="no", **fields)
-    trainer = trl.DPOTrainer(
+    name, more = case.partition("-")[0], {}
+    if name == "dpo":
+        config_class, trainer_class, more = trl.DPOConfig, trl.DPOTrainer, {"ref_model": tiny_base() if base else None}
+    elif name == "orpo":
+        from trl.experimental.orpo import ORPOConfig as config_class
+        from trl.experimental.orpo import ORPOTrainer as trainer_class
+    else:
+        from trl.experimental.cpo import CPOConfig as config_class
+        from trl.experimental.cpo import CPOTrainer as trainer_class
+
+        fields |= {"loss_type": "simpo", "cpo_alpha": 0.0} if name == "simpo" else {}
+    settings = config_class(output_dir=folder, bf16=False, gradient_checkpointing=False, save_strategy="no", **fields)
+    trainer = trainer_class(
         model,
-        ref_model=tiny_base() if base else None,
+        **more,
         args=settings,
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tiny_tokenizer(),
