@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.memory.checkpointing import is_checkpointing
-from nbpeft.model.from_data.observing import evaluated, modes_kept
+from nbpeft.model.from_data.observing import evaluated
 from nbpeft.names import IGNORED_LABEL, REJECTED
+from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.objectives.collator import stacked
 from nbpeft.training.objectives.log_probs import log_probs, log_probs_of, token_counts
 from nbpeft.training.objectives.objective import Completions, Objective
@@ -64,7 +64,8 @@ class ObjectiveTrainer(Trainer):
         chunk_size = self.loss_chunk_size if self.accelerator.num_processes == 1 else 0
         labels, half = batch["labels"], len(batch["labels"]) // 2
         learned = [labels, *([_prompts(batch)[:half]] if self.objective.learns_prompts else [])]
-        with self.compute_loss_context_manager(), self._dropout():
+        self._switch_off_dropout()
+        with self.compute_loss_context_manager():
             found = log_probs_of(model, batch, learned, chunk_size=chunk_size)
         counts = [token_counts(part).to(found[0].device) for part in learned]
         prompts = Completions(found[1], None, counts[1]) if len(found) > 1 else None
@@ -97,24 +98,20 @@ class ObjectiveTrainer(Trainer):
         self._compared = inputs["input_ids"], found
         return found
 
-    @contextmanager
-    def _dropout(self) -> Iterator[None]:
-        """Switches off dropout, if the objective does.
+    def _switch_off_dropout(self) -> None:
+        """Switches off dropout, if the objective does, until the Trainer switches to training mode in the next step.
 
-        Layers with gradient checkpointing, and adapters without dropout, stay in training mode, which they need for
-        other things.
+        So it is off in backward too, where layers are computed again. Layers with gradient checkpointing, and adapters
+        without dropout, stay in training mode, which they need for other things.
         """
         model: Any = self.model
         if not getattr(self.objective, "disable_dropout", False):
-            yield
             return
-        checkpoints = is_checkpointing(model)
-        with modes_kept(model):
-            for module in called_modules(model):
-                kept = isinstance(module, Adapter) and not getattr(module, "dropout", 0)
-                if not (kept or (checkpoints and getattr(module, "gradient_checkpointing", False))):
-                    module.training = False
-            yield
+        checkpoints = is_checkpointing(base_of(model))
+        for module in called_modules(model):
+            kept = isinstance(module, Adapter) and not getattr(module, "dropout", 0)
+            if not (kept or (checkpoints and getattr(module, "gradient_checkpointing", False))):
+                module.training = False
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 import nbpeft
@@ -135,6 +136,45 @@ def test_accumulated_batches_have_the_losses_and_weights_of_whole_ones() -> None
     one = nbpeft.train(whole, ROWS, per_device_train_batch_size=4, **usual)
     two = nbpeft.train(parts, ROWS, per_device_train_batch_size=2, gradient_accumulation_steps=2, **usual)
     assert losses(two) == pytest.approx(losses(one), abs=1e-6)
+
+
+def test_dropout_is_off_in_layers_that_are_computed_again() -> None:
+    found = []
+    for config in ({}, {"gradient_checkpointing": True}, {"recompute": False}):
+        model = filled(new(lora_dropout=0.5))
+        nbpeft.train(model, ROWS, **FIELDS, **config)
+        found.append(weights(model))
+    assert all(torch.allclose(part, found[0][name], atol=1e-6) for other in found for name, part in other.items())
+
+
+def test_dropout_is_on_where_the_cell_says_so() -> None:
+    first = [
+        losses(nbpeft.train(filled(new(lora_dropout=0.5)), ROWS, disable_dropout=off, **FIELDS))[0]
+        for off in (False, True)
+    ]
+    assert abs(first[0] - LN2) > 1e-3 and first[1] == pytest.approx(LN2, abs=1e-6)
+
+
+def test_a_stream_of_preferences_is_trained_on() -> None:
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    result = nbpeft.train(new(), stream, **FIELDS)
+    assert (result.objective, result.reference, result.steps) == ("dpo", "base", 3)
+    assert losses(result)[0] == pytest.approx(LN2, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "IA3Config", "AdaLoraConfig", "VeraConfig"])
+def test_adapters_of_other_methods_start_at_ln_2_too(method: str) -> None:
+    more = {
+        "PromptTuningConfig": {"num_virtual_tokens": 3},
+        "IA3Config": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        "AdaLoraConfig": {"target_modules": ["q_proj"], "total_step": 3, "orth_reg_weight": 0.0},
+        "VeraConfig": {"target_modules": ["q_proj"], "r": 4},
+    }[method]
+    torch.manual_seed(1)
+    model = nbpeft.get_peft_model(tiny_base(), getattr(nbpeft, method)(task_type="CAUSAL_LM", **more)).train()
+    result = nbpeft.train(model, ROWS, **FIELDS)
+    assert losses(result)[0] == pytest.approx(LN2, abs=1e-5)
+    assert result.reference == ("start" if method == "PromptTuningConfig" else "base")
 
 
 def test_gradients_are_those_of_logits_as_a_whole() -> None:
