@@ -128,7 +128,21 @@ def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> 
         'say what they are called: --columns prompt="Ticket Text" completion=COLUMN' in ready.run("%lora data odd").line
     )
     ready["pairs"] = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    assert "--columns completion=chosen takes the chosen ones" in ready.run("%lora data pairs").line
+    line = ready.run("%%lora_train model --data pairs --tokenizer tok --objective sft\nmax_steps = 1").line
+    assert "--columns completion=chosen takes the chosen ones" in line
+    assert "<" in ready.do("%lora data pairs --tokenizer tok")._repr_html_()
+
+
+def test_preferences_are_shown_as_they_are_trained_on_and_the_cell_says_how(ready: Notebook) -> None:
+    ready["pairs"] = [{"prompt": "a b", "chosen": "b a", "rejected": "c"}] * 4
+    shown = ready.do("%lora data pairs --tokenizer tok")
+    assert shown.summary.form == "chosen and rejected" and "rejected" in shown._repr_html_()
+    cell = "%%lora_train model --data pairs --tokenizer tok --objective dpo --reference base\nmax_steps = 1\nbeta = 0.3"
+    result = ready.do(cell)
+    assert (result.objective, result.reference, result.loss) == ("dpo", "base", pytest.approx(0.6931, abs=1e-3))
+    assert "objective: dpo (beta=0.3); reference: base" in result.message
+    plan = ready.do("%lora plan model --data pairs --tokenizer tok --batch 2")
+    assert plan.settings.batch_size == 4 and any("counted as two sequences" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("source", ["sums.jsonl", "asked --columns prompt=question completion=answer"])

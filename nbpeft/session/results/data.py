@@ -109,7 +109,7 @@ class DataResult(Result):
             parts.append(f"{plural(row.cut_count, 'token')} cut")
         title = " · ".join(parts)
         if row.target:
-            return Tokens(title, row.spans), Tokens("to be answered", row.target)
+            return Tokens(title, row.spans), Tokens(row.target_title, row.target)
         return (Tokens(title, row.spans),)
 
     def _key(self) -> Tokens:

@@ -48,6 +48,13 @@ class Messages:
     weights: tuple[float | None, ...] = ()
     unused: tuple[str, ...] = ()
 
+    def __getitem__(self, part: slice) -> Messages:
+        return Messages(self.messages[part], self.weights[part], self.unused)
+
+    def followed_by(self, other: Messages) -> Messages:
+        """These messages and then others."""
+        return Messages(self.messages + other.messages, self.weights + other.weights, self.unused + other.unused)
+
 
 @dataclass(frozen=True)
 class Row:
