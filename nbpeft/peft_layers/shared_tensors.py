@@ -5,6 +5,8 @@ from __future__ import annotations
 from operator import attrgetter, itemgetter
 from typing import Any
 
+from torch import nn
+
 from nbpeft.engine.views.layer_attributes import PerAdapterView
 
 
@@ -20,7 +22,9 @@ def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | dict[s
         keys = dict.fromkeys(key for holder in holders.values() for key in holder._buffers)
         return {key: PerAdapterView(holders, key, itemgetter(key)) for key in keys}
     having = {
-        adapter: state for adapter, state in states.items() if name in state._parameters or name in state._buffers
+        adapter: state
+        for adapter, state in states.items()
+        if name in state._parameters or name in state._buffers or isinstance(state._modules.get(name), nn.ParameterDict)
     }
     found = PerAdapterView(having, name, attrgetter(name), lambda state, value: attrgetter(name)(state).copy_(value))
     return found if found and name.isidentifier() else None

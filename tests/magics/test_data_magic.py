@@ -186,8 +186,8 @@ def test_columns_are_quoted_as_one_likes_and_hints_can_be_pasted(ready: Notebook
         assert ready.do(f"%lora data {line}").summary.row_count == 4
     assert ready.do(f"%lora_train model --data {line} max_steps=1 --no-keep").steps == 1
     told = ready.do(f"%lora_train model --data odd {hint} --max-length 15 --skip-bad --no-keep max_steps=1").message
-    command = told.partition("(")[2].rpartition(" shows them)")[0]
-    assert ready.do(command).summary.row_count == 4 and "--skip-bad --columns" in command
+    command = told.partition("(%lora data")[2].rpartition(" shows them)")[0]
+    assert ready.do(f"%lora data{command}").summary.row_count == 4 and "--skip-bad --columns" in command
     assert "with spaces: prompt=" in ready.run("%lora data odd --columns prompt=Ticket Text completion=ID").line
 
 
@@ -209,7 +209,7 @@ def test_bad_rows_are_counted_and_left_out_on_request(ready: Notebook) -> None:
     ready["bad"] = [*PAIRS, {"prompt": "a", "completion": 3}, {"prompt": "a", "completion": 4}, {"prompt": "b"}]
     line = ready.run("%lora data bad").line
     assert line.startswith("3 of 11 rows cannot be read: rows 8, 9: 'completion' is an int (3), not text; row 10: ")
-    assert line.endswith("(skip_bad, --skip-bad).")
+    assert line.endswith("(--skip-bad).")
     assert ready.run("%lora_train model --data bad --no-keep max_steps=1").line == line
     shown = ready.do("%lora data bad --skip-bad")
     assert shown.summary.row_count == 8 and shown.notes[0].startswith("3 rows left out: row 8: ")

@@ -669,7 +669,7 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
             settings,
             callback.batch_shape,
             optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
-            step=callback.run.state.step,
+            step=trainer.state.global_step,  # reading the state of the run would allocate
             costs=step_settings(trainer),
         )
     raise failure  # out here it does not hold the frames of the old one
