@@ -277,6 +277,11 @@ def form_of(
         hint = _hint(columns, COMPARED.needs)
         what = f"Expected columns chosen and rejected (and prompt); found {listed(columns)}.{hint}"
         raise TrainingError(what, columns=columns)
+    lower = {column.lower(): column for column in columns}
+    if kind is None and not labelled and lower.keys() >= {*COMPARED.needs}:
+        names = {name: lower[name] for name in COMPARED.needs}
+        what = f"Expected columns chosen and rejected; found {listed(columns)}. Say which is which: columns={names}."
+        raise TrainingError(what, columns=columns)
     expected, hint = (_EXPECTED_LABELLED, _hint(columns, LABELLED.needs)) if labelled else (_EXPECTED, _hint(columns))
     raise TrainingError(f"Expected columns {expected}; found {listed(columns)}.{hint}", columns=columns)
 

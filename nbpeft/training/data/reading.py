@@ -100,7 +100,7 @@ class CodedRow:
         ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
         if self.rejected is not None:
             other = {f"{REJECTED}{name}": value for name, value in self.rejected.row.items()}
-            return {"input_ids": ids, "labels": labels, **other}
+            return {"input_ids": ids, "labels": labels, **self.more, **other}
         if self.label is not None:
             weighted = {LOSS_WEIGHTS: self.weight} if self.weight != 1 else {}
             return {"input_ids": ids, "labels": self.label, **self.more, **weighted}
@@ -202,7 +202,8 @@ class Reading:
         if isinstance(example, Labelled):
             return self._labelled(row, example, more, weight, tuple(unused))
         if isinstance(example, Compared):
-            return self._compared(row, example, renderer, "" if weight else "its weight is 0", weight, unused)
+            found = self._compared(row, example, renderer, "" if weight else "its weight is 0", weight)
+            return replace(found, more=more, unused=(*unused, *found.unused))
         read = (self.columns.get(name, name) for name in self.form.needs[:-1])  # context, without the part to train on
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
@@ -212,15 +213,13 @@ class Reading:
             row.number, whole, self.limit, encoder_decoder, reason, None, more, unused=(*unused, *more_unused)
         )
 
-    def _compared(
-        self, row: Row, example: Compared, renderer: ChatRenderer, reason: str, weight: float, unused: list[Unused]
-    ) -> CodedRow:
+    def _compared(self, row: Row, example: Compared, renderer: ChatRenderer, reason: str, weight: float) -> CodedRow:
         """A row with two completions, each coded like that of a row with one."""
-        parts = []
+        parts, unused = [], list[Unused]()
         for name, part in (("chosen", example.chosen), ("rejected", example.rejected)):
-            whole, missing, more = self._encoded(row, part, renderer)
+            whole, missing, more_unused = self._encoded(row, part, renderer)
+            unused += more_unused
             missing = f"{name}: {missing}" if missing else ""
-            unused = [*unused, *more]
             parts.append(CodedRow(row.number, whole, self.limit, reason=reason or missing, weight=weight))
         return replace(parts[0], rejected=parts[1], unused=tuple(unused))
 

@@ -124,7 +124,10 @@ def _check_model(request: TrainRequest, objective: Objective) -> None:
         raise TrainingError(f"{name} trains adapters of nbpeft, which a {type(model).__name__} does not have")
     columns = columns_of(request.data)
     if "input_ids" in columns and not request.columns and not _are_pairs(request.data):
-        what = f"{name} takes rows of text with chosen and rejected, and these are tokenised"
+        what = (
+            f"{name} takes rows of text with chosen and rejected, and these are tokenised: tokenised ones have "
+            f"input_ids, labels, {REJECTED}input_ids and {REJECTED}labels"
+        )
         raise TrainingError(what, columns=columns)
     if not _are_pairs(request.data):
         form_of(columns, request.columns or {}, kind=objective.rows)
@@ -135,6 +138,12 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
     for name, reason in _OF_ONE_COMPLETION.items():
         if given.get(name) not in (None, False, 0):
             raise ConfigError(f"{name} does not go with {objective.name}: {reason}", field=name)
+    if request.arguments.get("neftune_noise_alpha") and getattr(objective, "disable_dropout", False):
+        raise ConfigError(
+            "neftune_noise_alpha does not go with disable_dropout=True, which switches noise off, too: "
+            "disable_dropout=False",
+            field="neftune_noise_alpha",
+        )
     if request.trainer_class not in (Trainer, ObjectiveTrainer):
         raise ConfigError(
             f"objective={objective.name!r} has a Trainer of its own: leave trainer_class out", field="trainer_class"
