@@ -14,6 +14,7 @@ from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import Encoded, Span, encode
 from nbpeft.training.data.forms import (
     LABELLED,
+    MARGIN,
     TEXT,
     Chat,
     Compared,
@@ -198,11 +199,13 @@ class Reading:
             row.check_unused(name)
         self._check_good(row)
         weight = row.weight()
-        more = {name: row.whole_number(name) for name in self.inputs.numbers}
+        more: dict[str, Any] = {name: row.whole_number(name) for name in self.inputs.numbers}
         if isinstance(example, Labelled):
             return self._labelled(row, example, more, weight, tuple(unused))
         if isinstance(example, Compared):
             found = self._compared(row, example, renderer, "" if weight else "its weight is 0", weight)
+            if MARGIN in self.form.may and self.columns.get(MARGIN, MARGIN) in row.values:
+                more[MARGIN] = row.number_of(MARGIN)
             return replace(found, more=more, unused=(*unused, *found.unused))
         read = (self.columns.get(name, name) for name in self.form.needs[:-1])  # context, without the part to train on
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]

@@ -13,6 +13,7 @@ from typing import Any
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
 from nbpeft.names import IGNORED_LABEL
+from nbpeft.training.data.forms import COMPARED
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.tokenized import check_columns, named_rows
@@ -163,7 +164,7 @@ def summarize(
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
         unused=unused.lines(len(lengths)),
-        has_labels=reader.inputs.classes is not None,
+        has_labels=reader.inputs.classes is not None and reader.form is not COMPARED,
         unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
     )
 
