@@ -53,6 +53,9 @@ LOSS_WEIGHTS = "loss_weights"
 PAIRS = "pairs"
 """The kind of rows with a chosen and a rejected completion."""
 
+SCORED_PAIRS = "scored pairs"
+"""The kind of such rows that may have a ``margin``, by which the reward of the chosen completion is greater."""
+
 REJECTED = "rejected_"
 """Prefix of the keys of a rejected completion in a tokenized row and in a batch: ``rejected_input_ids``."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from operator import attrgetter, itemgetter
 from typing import Any
 
-from torch import nn
-
 from nbpeft.engine.views.layer_attributes import PerAdapterView
 
 
@@ -24,7 +22,7 @@ def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | dict[s
     having = {
         adapter: state
         for adapter, state in states.items()
-        if name in state._parameters or name in state._buffers or isinstance(state._modules.get(name), nn.ParameterDict)
+        if name in state._parameters or name in state._buffers or name in state._modules
     }
     found = PerAdapterView(having, name, attrgetter(name), lambda state, value: attrgetter(name)(state).copy_(value))
     return found if found and name.isidentifier() else None

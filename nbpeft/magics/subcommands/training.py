@@ -90,7 +90,8 @@ OBJECTIVE = (
         "--objective",
         metavar="NAME",
         words=objective_names(),
-        help=f"{', '.join(objective_names())} (default: as the rows are; dpo for chosen and rejected)",
+        help=f"{', '.join(objective_names())} (default: as the rows are; dpo for chosen and rejected, "
+        "reward for a classifier with one label)",
     ),
     argument(
         "--reference",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
-from nbpeft.names import PAIRS
+from nbpeft.names import PAIRS, SCORED_PAIRS
 from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.row import (
     KNOWN_ROLES,
@@ -21,6 +21,8 @@ from nbpeft.training.data.row import (
 )
 
 TOKENISED = "input_ids"
+MARGIN = "margin"
+"""The column with the margin of a row with two completions."""
 
 _PROMPTS = ("question", "query", "instruction", "input", "source", "context", "user")
 _COMPLETIONS = ("answer", "response", "output", "target", "completion", "solution", "assistant", "reply", "chosen")
@@ -219,11 +221,13 @@ LABELLED = Form("text and label", ("text", "label"), _read_labelled, ("text_pair
 """The form of rows for text classifiers."""
 COMPARED = Form("chosen and rejected", ("chosen", "rejected"), _read_compared, ("prompt", "tools", "system", WEIGHT))
 """The form of rows with two completions of one prompt, of which the first is preferred."""
-FORMS_OF = {"": FORMS, PAIRS: (COMPARED,)}
+SCORED = replace(COMPARED, may=(*COMPARED.may, MARGIN))
+"""The same with a number by which the chosen completion is better."""
+FORMS_OF = {"": FORMS, PAIRS: (COMPARED,), SCORED_PAIRS: (SCORED,)}
 """Kind of rows -> its forms."""
 _EXPECTED = "prompt and completion, messages, text, instruction and output, conversations, or input_ids"
 _EXPECTED_LABELLED = "text and label (and text_pair), or input_ids and labels, to train a classifier"
-NAMES = tuple(dict.fromkeys(name for form in (*FORMS, LABELLED, COMPARED) for name in (*form.needs, *form.may)))
+NAMES = tuple(dict.fromkeys(name for form in (*FORMS, LABELLED, SCORED) for name in (*form.needs, *form.may)))
 """The columns of all forms: the keys that ``columns`` may have."""
 
 
@@ -275,14 +279,20 @@ def form_of(
     available = {*columns, *mapping}
     if TOKENISED in available and (not mapping or TOKENISED in mapping):
         return None
-    for form in (LABELLED,) if labelled else (*FORMS, COMPARED) if kind is None else FORMS_OF[kind]:
+    usual = (LABELLED,) if labelled else FORMS
+    for form in FORMS_OF[kind] if kind else (*usual, *((COMPARED,) if kind is None else ())):
         if available.issuperset(form.needs) and (
             not mapping or not mapping.keys().isdisjoint((*form.needs, *form.may))
         ):
             return form
-    if kind == PAIRS:
+    if kind:
         hint = _hint(columns, COMPARED.needs)
         what = f"Expected columns chosen and rejected (and prompt); found {listed(columns)}.{hint}"
+        raise TrainingError(what, columns=columns)
+    lower = {column.lower(): column for column in columns}
+    if kind is None and not labelled and lower.keys() >= {*COMPARED.needs}:
+        names = {name: lower[name] for name in COMPARED.needs}
+        what = f"Expected columns chosen and rejected; found {listed(columns)}. Say which is which: columns={names}."
         raise TrainingError(what, columns=columns)
     expected, hint = (_EXPECTED_LABELLED, _hint(columns, LABELLED.needs)) if labelled else (_EXPECTED, _hint(columns))
     raise TrainingError(f"Expected columns {expected}; found {listed(columns)}.{hint}", columns=columns)

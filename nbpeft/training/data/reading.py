@@ -15,6 +15,7 @@ from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import Encoded, Span, encode
 from nbpeft.training.data.forms import (
     LABELLED,
+    MARGIN,
     TEXT,
     Chat,
     Compared,
@@ -104,7 +105,7 @@ class CodedRow:
         ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
         if self.rejected is not None:
             other = {f"{REJECTED}{name}": value for name, value in self.rejected.row.items()}
-            return {"input_ids": ids, "labels": labels, **other}
+            return {"input_ids": ids, "labels": labels, **self.more, **other}
         if self.label is not None:
             weighted = {LOSS_WEIGHTS: self.weight} if self.weight != 1 else {}
             return {"input_ids": ids, "labels": self.label, **self.more, **weighted}
@@ -225,11 +226,14 @@ class Reading:
             row.check_unused(name)
         self._check_good(row)
         weight = row.weight()
-        more = {name: row.whole_number(name) for name in self.inputs.numbers}
+        more: dict[str, Any] = {name: row.whole_number(name) for name in self.inputs.numbers}
         if isinstance(example, Labelled):
             return self._labelled(row, example, more, weight, tuple(unused))
         if isinstance(example, Compared):
-            return self._compared(row, example, renderer, "" if weight else "its weight is 0", weight, unused)
+            found = self._compared(row, example, renderer, "" if weight else "its weight is 0", weight)
+            if MARGIN in self.form.may and self.columns.get(MARGIN, MARGIN) in row.values:
+                more[MARGIN] = row.number_of(MARGIN)
+            return replace(found, more=more, unused=(*unused, *found.unused))
         read = (self.columns.get(name, name) for name in self.form.needs[:-1])  # context, without the part to train on
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
@@ -246,15 +250,13 @@ class Reading:
             system=system_of(example),
         )
 
-    def _compared(
-        self, row: Row, example: Compared, renderer: ChatRenderer, reason: str, weight: float, unused: list[Unused]
-    ) -> CodedRow:
+    def _compared(self, row: Row, example: Compared, renderer: ChatRenderer, reason: str, weight: float) -> CodedRow:
         """A row with two completions, each coded like that of a row with one."""
-        parts = []
+        parts, unused = [], list[Unused]()
         for name, part in (("chosen", example.chosen), ("rejected", example.rejected)):
-            whole, missing, more = self._encoded(row, part, renderer)
+            whole, missing, more_unused = self._encoded(row, part, renderer)
+            unused += more_unused
             missing = f"{name}: {missing}" if missing else ""
-            unused = [*unused, *more]
             coded = CodedRow(row.number, whole, self.limit, reason=reason or missing, weight=weight)
             parts.append(replace(coded, system=system_of(part)))
         return replace(parts[0], rejected=parts[1], unused=tuple(unused))

@@ -14,7 +14,7 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
 from nbpeft.names import IGNORED_LABEL
-from nbpeft.training.data.forms import LABELLED, PAIR
+from nbpeft.training.data.forms import COMPARED, LABELLED, PAIR
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
 from nbpeft.training.data.seen_formats import SeenFormats
@@ -177,7 +177,7 @@ def summarize(
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
         unused=(*unused.lines(len(lengths)), *formats.lines()),
-        has_labels=reader.inputs.classes is not None,
+        has_labels=reader.inputs.classes is not None and reader.form is not COMPARED,
         unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
         format=formats.format if reader.form not in (None, LABELLED) else None,
         for_template=_for_template(reader, formats.format),

@@ -12,7 +12,7 @@ from torch import nn
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.from_data.observing import device_of, evaluated, moved
-from nbpeft.names import PAIRS, REJECTED
+from nbpeft.names import REJECTED
 from nbpeft.sweeps import Sweep, not_swept
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import Collator, columns_of
@@ -92,12 +92,15 @@ def _check_fields(kind: type[Objective], given: Mapping[str, Any], fields: Mappi
 
 def _of_the_rows(request: TrainRequest) -> tuple[type[Objective], str]:
     """The objective that follows from the rows, and why."""
+    columns = columns_of(request.data)
+    checked_columns(request.columns, columns)
+    compared = {*COMPARED.needs} <= {*columns, *(request.columns or ())} or _are_pairs(request.data)
     if classes_of(request.model) is not None:
+        if compared and _scores(request.model):
+            return objective_named("reward"), "the rows have chosen and rejected, and the model has one label"
         return objective_named("classify"), "the model is a classifier"
     if _are_pairs(request.data):
         return objective_named("dpo"), "the rows have chosen and rejected"
-    columns = columns_of(request.data)
-    checked_columns(request.columns, columns)
     form = form_of(columns, request.columns or {}, kind=None)
     if form is COMPARED:
         return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
@@ -118,16 +121,29 @@ def _check_model(request: TrainRequest, objective: Objective) -> None:
         raise TrainingError(f"sft trains a language model, and {type(base_of(model)).__name__} is a classifier")
     if not objective.rows:
         return
-    if not is_causal(model):
+    if objective.scores and not _scores(model):
+        labels = getattr(getattr(base_of(model), "config", None), "num_labels", None)
+        what = f"{type(base_of(model)).__name__} {'is none' if classes_of(model) is None else f'has {labels}'}"
+        raise TrainingError(f"{name} trains a classifier of texts with one label (num_labels=1), and {what}")
+    if not objective.scores and not is_causal(model):
         raise TrainingError(f"{name} trains causal language models, and {type(base_of(model)).__name__} is none")
     if manager_of(model) is None:
         raise TrainingError(f"{name} trains adapters of nbpeft, which a {type(model).__name__} does not have")
     columns = columns_of(request.data)
     if "input_ids" in columns and not request.columns and not _are_pairs(request.data):
-        what = f"{name} takes rows of text with chosen and rejected, and these are tokenised"
+        what = (
+            f"{name} takes rows of text with chosen and rejected, and these are tokenised: tokenised ones have "
+            f"input_ids, labels, {REJECTED}input_ids and {REJECTED}labels"
+        )
         raise TrainingError(what, columns=columns)
     if not _are_pairs(request.data):
         form_of(columns, request.columns or {}, kind=objective.rows)
+
+
+def _scores(model: nn.Module) -> bool:
+    """Whether a model is a classifier of texts with one label."""
+    config: Any = getattr(base_of(model), "config", None)
+    return classes_of(model) is not None and config.num_labels == 1
 
 
 def _check_arguments(request: TrainRequest, objective: Objective) -> None:
@@ -135,6 +151,12 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
     for name, reason in _OF_ONE_COMPLETION.items():
         if given.get(name) not in (None, False, 0):
             raise ConfigError(f"{name} does not go with {objective.name}: {reason}", field=name)
+    if request.arguments.get("neftune_noise_alpha") and getattr(objective, "disable_dropout", False):
+        raise ConfigError(
+            "neftune_noise_alpha does not go with disable_dropout=True, which switches noise off, too: "
+            "disable_dropout=False",
+            field="neftune_noise_alpha",
+        )
     if request.trainer_class not in (Trainer, ObjectiveTrainer):
         raise ConfigError(
             f"objective={objective.name!r} has a Trainer of its own: leave trainer_class out", field="trainer_class"
@@ -205,7 +227,7 @@ def collator_of(objective: Objective, collator: Collator) -> Any:
         objective: the objective.
         collator: the collator of rows with one completion.
     """
-    return PairCollator(collator) if objective.rows == PAIRS else collator
+    return PairCollator(collator) if objective.rows else collator
 
 
 def in_words(objective: Objective, reason: str, reference: str | None) -> str:

@@ -116,7 +116,8 @@ def inputs_of(request: TrainRequest) -> ModelInputs:
     rejected = {f"{REJECTED}{name}" for name in ("input_ids", "labels")}
     taken = None if inputs.columns is None else inputs.columns | rejected
     why = f"the loss of {objective.name} takes none"
-    return replace(inputs, kind=objective.rows, columns=taken, unweighted=why)
+    classes = None if objective.scores else inputs.classes
+    return replace(inputs, kind=objective.rows, columns=taken, unweighted=why, classes=classes)
 
 
 def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str = "") -> ModelInputs:
@@ -276,7 +277,7 @@ def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> Prepared
         "causal": is_causal(model),
         "classes": inputs.classes,
     }
-    if inputs.classes is not None:
+    if classes_of(model) is not None:
         _check_padding(model, tokenizer)
     if isinstance(read.rows, StreamedRows):
         read.rows.check = partial(check_row, **check)

@@ -160,8 +160,9 @@ def train(
             each of them.
         replace: Save over another adapter that ``output_dir`` holds: one of another name, another base model or other
             tensors.
-        objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo`` or ``cpo``. By default it
-            follows from the rows: ``dpo`` if they have chosen and rejected. See :mod:`nbpeft.training.objectives`.
+        objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo`` or ``reward``. By
+            default it follows from the rows: if they have chosen and rejected it is ``dpo``, and ``reward`` for a
+            classifier with one label. See :mod:`nbpeft.training.objectives`.
         reference: What ``dpo`` compares the adapter with: ``base`` (the model without adapters), ``start`` (the
             adapter's weights at the beginning) or the name of another adapter. By default ``base`` for an adapter that
             does not change the model yet, and ``start`` for others.

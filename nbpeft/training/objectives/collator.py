@@ -29,10 +29,13 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Collates rows: ``input_ids``, ``rejected_input_ids`` etc., each of shape (rows, longest)."""
-        parts = [[{name: row[f"{prefix}{name}"] for name in _COLUMNS} for row in rows] for prefix in ("", REJECTED)]
-        both, count = self.collator([*parts[0], *parts[1]]), len(rows)
-        chosen = {name: values[:count] for name, values in both.items()}
-        return {**chosen, **{f"{REJECTED}{name}": values[count:] for name, values in both.items()}}
+        rejected = [{name: row[f"{REJECTED}{name}"] for name in _COLUMNS} for row in rows]
+        chosen = [{name: value for name, value in row.items() if not name.startswith(REJECTED)} for row in rows]
+        # Other columns, such as the task of a row, belong to both of its completions.
+        both = self.collator([*chosen, *({**row, **other} for row, other in zip(chosen, rejected, strict=True))])
+        count, sequences = len(rows), (*_COLUMNS, "attention_mask")
+        batch = {name: values[:count] for name, values in both.items()}
+        return {**batch, **{f"{REJECTED}{name}": both[name][count:] for name in sequences}}
 
 
 def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -42,4 +45,4 @@ def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         batch: a batch from a :class:`PairCollator`.
     """
     names = [name for name in batch if not name.startswith(REJECTED)]
-    return {name: torch.cat([batch[name], batch[f"{REJECTED}{name}"]]) for name in names}
+    return {name: torch.cat([batch[name], batch.get(f"{REJECTED}{name}", batch[name])]) for name in names}

@@ -63,7 +63,7 @@ class Dpo(Objective):
             rejected: the rejected completion of each row.
         """
         rewards = [self.beta * part.log_ratios for part in (chosen, rejected)]
-        return self._losses(chosen, rejected), curves(*rewards, chosen.log_probs, rejected.log_probs)
+        return self._losses(chosen, rejected), curves(rewards[0], rewards[1], chosen.log_probs, rejected.log_probs)
 
     def _losses(self, chosen: Completions, rejected: Completions) -> Tensor:
         from torch.nn.functional import logsigmoid

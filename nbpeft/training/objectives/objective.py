@@ -23,12 +23,14 @@ class Completions:
         reference: the same of the reference, without gradients; None if the objective has no reference.
         token_counts: number of tokens of each completion.
         prompts: the same of the prompts, for an objective that learns them; else None.
+        margins: the margins of the rows, if they have any.
     """
 
     log_probs: Tensor
     reference: Tensor | None
     token_counts: Tensor
     prompts: Completions | None = None
+    margins: Tensor | None = None
 
     @property
     def averages(self) -> Tensor:
@@ -49,8 +51,9 @@ class Objective:
 
     Attributes:
         name: the name by which a training chooses it.
-        rows: the kind of rows it takes, ``PAIRS``; empty if the model computes the loss itself.
+        rows: the kind of rows it takes, ``PAIRS`` or ``SCORED_PAIRS``; empty if the model computes the loss itself.
         uses_reference: whether its loss compares the trained weights with a reference.
+        scores: whether it trains the one logit of a classifier, and not the log-probabilities of a language model.
         learns_prompts: whether its loss needs the log-probabilities of the prompts of chosen completions, too.
         defaults: fields of ``TrainingArguments`` whose defaults differ with it.
         metrics: names of the metrics that are reported of evaluations.
@@ -59,6 +62,7 @@ class Objective:
     name: ClassVar[str]
     rows: ClassVar[str] = ""
     uses_reference: ClassVar[bool] = False
+    scores: ClassVar[bool] = False
     learns_prompts: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {}
     metrics: ClassVar[tuple[str, ...]] = ()

@@ -15,6 +15,7 @@ from nbpeft.memory.checkpointing import is_checkpointing
 from nbpeft.model.from_data.observing import evaluated
 from nbpeft.names import IGNORED_LABEL, REJECTED
 from nbpeft.training.adapters.adapted_model import base_of
+from nbpeft.training.data.forms import MARGIN
 from nbpeft.training.objectives.collator import stacked
 from nbpeft.training.objectives.log_probs import log_probs, log_probs_of, token_counts
 from nbpeft.training.objectives.objective import Completions, Objective
@@ -48,7 +49,7 @@ class ObjectiveTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
-            columns += [f"{REJECTED}{name}" for name in ("input_ids", "labels", "attention_mask")]
+            columns += [MARGIN, *(f"{REJECTED}{name}" for name in ("input_ids", "labels", "attention_mask"))]
 
     def compute_loss(
         self,
@@ -62,15 +63,25 @@ class ObjectiveTrainer(Trainer):
         reference = self._of_the_reference(inputs, batch)
         # DistributedDataParallel traverses the tensors that a model returns, and cannot handle logits without data.
         chunk_size = self.loss_chunk_size if self.accelerator.num_processes == 1 else 0
+        margins = batch.pop(MARGIN, None)
         labels, half = batch["labels"], len(batch["labels"]) // 2
         learned = [labels, *([_prompts(batch)[:half]] if self.objective.learns_prompts else [])]
         self._switch_off_dropout()
         with self.compute_loss_context_manager():
-            found = log_probs_of(model, batch, learned, chunk_size=chunk_size)
+            if self.objective.scores:
+                found = [model(**{name: part for name, part in batch.items() if name != "labels"}).logits[:, 0].float()]
+            else:
+                found = log_probs_of(model, batch, learned, chunk_size=chunk_size)
         counts = [token_counts(part).to(found[0].device) for part in learned]
         prompts = Completions(found[1], None, counts[1]) if len(found) > 1 else None
         parts = [
-            Completions(found[0][rows], None if reference is None else reference[rows], counts[0][rows], before)
+            Completions(
+                log_probs=found[0][rows],
+                reference=None if reference is None else reference[rows],
+                token_counts=counts[0][rows],
+                prompts=before,
+                margins=None if margins is None else margins[rows],
+            )
             for rows, before in ((slice(half), prompts), (slice(half, None), None))
         ]
         losses, curves = self.objective.loss(*parts)

@@ -155,6 +155,28 @@ def test_dropout_is_on_where_the_cell_says_so() -> None:
     assert abs(first[0] - LN2) > 1e-3 and first[1] == pytest.approx(LN2, abs=1e-6)
 
 
+def test_tokenised_rows_with_both_completions_are_taken_as_they_are() -> None:
+    ids = [TOKENIZER(ROWS[4]["prompt"] + ROWS[4][name])["input_ids"] + [1] for name in ("chosen", "rejected")]
+    labels = [[-100] * 3 + part[3:] for part in ids]
+    row = {"input_ids": ids[0], "labels": labels[0], "rejected_input_ids": ids[1], "rejected_labels": labels[1]}
+    found = [losses(nbpeft.train(filled(new()), [rows], reference="base", **FIELDS)) for rows in (row, ROWS[4])]
+    assert found[0] == found[1]
+
+
+def test_the_task_of_a_row_is_that_of_both_completions() -> None:
+    config = nbpeft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    rows = [{**row, "task_ids": number % 2} for number, row in enumerate(ROWS)]
+    torch.manual_seed(1)
+    model = nbpeft.get_peft_model(tiny_base(), config).train()
+    batches: list[Any] = []
+    handle = model.register_forward_pre_hook(lambda *call: batches.append(call[2].get("task_ids")), with_kwargs=True)
+    nbpeft.train(model, rows, per_device_train_batch_size=2, **FIELDS)
+    handle.remove()
+    assert batches and all(
+        part is not None and part.chunk(2)[0].tolist() == part.chunk(2)[1].tolist() for part in batches
+    )
+
+
 def test_a_stream_of_preferences_is_trained_on() -> None:
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
     result = nbpeft.train(new(), stream, **FIELDS)
@@ -272,12 +294,18 @@ WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
     "packing": ({"packing": True}, ConfigError, "packing does not go with dpo: its rows have two completions each"),
     "collator": ({"data_collator": list}, ConfigError, "data_collator does not go with dpo"),
     "metrics": ({"compute_metrics": list}, ConfigError, "compute_metrics does not go with dpo"),
+    "noise": ({"neftune_noise_alpha": 5.0}, ConfigError, "which switches noise off, too: disable_dropout=False"),
     "smoothing": ({"label_smoothing_factor": 0.1}, ConfigError, "its own field is label_smoothing"),
     "trainer": ({"trainer_class": type("Mine", (nbpeft.Trainer,), {})}, ConfigError, "leave trainer_class out"),
     "rows": (
         {"data": [{"prompt": "w1", "completion": "w2"}], "objective": "dpo"},
         TrainingError,
         "Expected columns chosen and rejected (and prompt); found 'prompt', 'completion'",
+    ),
+    "capitals": (
+        {"data": [{"Chosen": "w1", "Rejected": "w2"}]},
+        TrainingError,
+        "Say which is which: columns={'chosen': 'Chosen', 'rejected': 'Rejected'}.",
     ),
     "tokens": ({"data": [{"input_ids": [1, 2]}], "objective": "dpo"}, TrainingError, "and these are tokenised"),
     "sft": ({"objective": "sft"}, TrainingError, "columns={'completion': 'chosen'} takes the chosen ones"),

@@ -13,18 +13,20 @@ import pytest
 import torch
 
 import nbpeft
-from tests.training.objectives.trl_run import CASES, FIELDS, ROWS, filled
-from tests.training.trl_run import tiny_base, tiny_tokenizer
+from tests.training.objectives.trl_run import CASES, base_and_rows, filled
+from tests.training.trl_run import tiny_tokenizer
 
 torch.set_num_threads(1)
 RECORDED = Path(__file__).with_name("trl.json")
 """The results of ``trl_run.py`` with TRL 1.16, transformers 5.24 and torch 2.13."""
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
 
 def ours(case: str) -> dict[str, list[float]]:
     """The curves of nbpeft for the training of a case."""
-    model = filled(nbpeft.get_peft_model(tiny_base(), nbpeft.LoraConfig(**LORA))).train()
+    base, rows, fields = base_and_rows(case)
+    task = "SEQ_CLS" if case.startswith("reward") else "CAUSAL_LM"
+    model = filled(nbpeft.get_peft_model(base, nbpeft.LoraConfig(task_type=task, **LORA))).train()
     logged: list[dict[str, Any]] = []
 
     class Keep(nbpeft.training.RunCallback):
@@ -33,9 +35,7 @@ def ours(case: str) -> dict[str, list[float]]:
 
     keep = Keep(nbpeft.training.Run(model, None))
     objective = case.partition("-")[0]
-    nbpeft.train(
-        model, ROWS, objective=objective, tokenizer=tiny_tokenizer(), callbacks=[keep], **{**FIELDS, **CASES[case]}
-    )
+    nbpeft.train(model, rows, objective=objective, tokenizer=tiny_tokenizer(), callbacks=[keep], **fields)
     return {name: [entry[name] for entry in logged if name in entry] for name in logged[0]}
 
 

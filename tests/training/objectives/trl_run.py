@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from tests.training.trl_run import tiny_base, tiny_tokenizer
 
@@ -49,8 +50,19 @@ CASES: dict[str, dict[str, Any]] = {
     "cpo-smoothed": {"label_smoothing": 0.2},
     "simpo": {"beta": 2.0, "simpo_gamma": 0.7},
     "orpo": {"beta": 0.3},
+    "reward": {},
+    "reward-margin": {"center_rewards_coefficient": 0.1, "margin": True},
 }
 """Objective and variant -> its fields."""
+
+
+def base_and_rows(case: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
+    """The base model of a case, its rows, and the fields of its training."""
+    fields = {**FIELDS, **CASES[case]}
+    rows: list[dict[str, Any]] = ROWS
+    if fields.pop("margin", False):
+        rows = [{**row, "margin": 0.1 * number} for number, row in enumerate(ROWS)]
+    return tiny_base(LlamaForSequenceClassification if case.startswith("reward") else LlamaForCausalLM), rows, fields
 
 
 def filled(model: Any) -> Any:
@@ -68,13 +80,16 @@ def trained(case: str, folder: str) -> Any:
     import trl
     from datasets import Dataset
 
-    fields = {**FIELDS, **CASES[case]}
+    model, rows, fields = base_and_rows(case)
     base = fields.pop("reference", "start") == "base"
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = filled(peft.get_peft_model(tiny_base(), config))
+    task = "SEQ_CLS" if case.startswith("reward") else "CAUSAL_LM"
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type=task)
+    model = filled(peft.get_peft_model(model, config))
     name, more = case.partition("-")[0], {}
     if name == "dpo":
         config_class, trainer_class, more = trl.DPOConfig, trl.DPOTrainer, {"ref_model": tiny_base() if base else None}
+    elif name == "reward":
+        config_class, trainer_class = trl.RewardConfig, trl.RewardTrainer
     elif name == "orpo":
         from trl.experimental.orpo import ORPOConfig as config_class
         from trl.experimental.orpo import ORPOTrainer as trainer_class
@@ -88,7 +103,7 @@ def trained(case: str, folder: str) -> Any:
         model,
         **more,
         args=settings,
-        train_dataset=Dataset.from_list(ROWS),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
     )
     trainer.train()
