@@ -343,8 +343,6 @@ def test_what_layers_share_is_found_by_the_name_of_a_parameter_or_a_buffer() -> 
         view: Any = shared_by_name(states, name)
         assert view is not None and dict(view) == {key: getattr(states[key], name) for key in ("one", "other")}
     assert shared_by_name(states, "training") is None
-    parts = shared_by_name(states, "part")
-    assert parts is not None and dict(parts) == {key: states[key].part for key in ("one", "other")}
     view = shared_by_name(states, "drawn")
     assert view is not None
     view["one"] = torch.tensor([3.0])
