@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,7 +118,8 @@ def test_a_running_training_is_named_and_shown_again(ready: Notebook, gate: Gate
     status = ready.do("%lora")
     assert "training sql running: step 0" in str(status) and "(%lora watch shows its card)" in str(status)
     assert "training sql running: step 0" in status._repr_html_()
-    for line in ("%lora watch", "%lora watch sql-1", "%lora panel training", "%lora panel training sql-1"):
+    name = Path(run.state.folder).name
+    for line in ("%lora watch", f"%lora watch {name}", "%lora panel training", f"%lora panel training {name}"):
         shown = ready.run(line)
         assert shown.error is None and shown.value is None and "training sql running: step 0" in shown.everything
     assert ready.run("%lora watch nosuch").line.startswith("no run is called 'nosuch'")

@@ -173,7 +173,10 @@ class NoRows:
             [{"ID": "a", "Ticket Text ": "b"}],
             r"'. Or say what they are called: columns=\{'prompt': 'Ticket Text ', 'completion': 'COLUMN'\}",
         ),
-        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], r"\(DPO\).*: columns=\{'completion': 'chosen'\} takes"),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+            r"\(objective='dpo'\).*: columns=\{'completion': 'chosen'\} takes",
+        ),
         (
             [{"question": "a", "chosen": "b", "rejected": "c"}],
             r"columns=\{'completion': 'chosen', 'prompt': 'question'",
