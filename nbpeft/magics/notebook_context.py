@@ -37,6 +37,7 @@ class TrainingCell:
         tokenizer: expression of the tokenizer, if one was given.
         arguments: fields whose values can be written into a script.
         left_out: the names of the other fields.
+        notes: what a script does not do as the cell did.
     """
 
     data: str
@@ -44,6 +45,7 @@ class TrainingCell:
     tokenizer: str | None
     arguments: dict[str, Any] = field(repr=False)  # a token may be among them
     left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass

@@ -26,6 +26,8 @@ class Scorer:
         tokenizer: the tokenizer of the model.
         columns: as for ``score``.
         max_length: as for ``score``.
+        separator: as for ``score``.
+        skip_bad: as for ``score``.
 
     Attributes:
         name: name of the first metric.
@@ -47,9 +49,13 @@ class Scorer:
         tokenizer: Any = None,
         columns: Mapping[str, str] | None = None,
         max_length: int | None = None,
+        separator: str | None = None,
+        skip_bad: bool = False,
     ) -> None:
         self._metrics, self._tokenizer = metrics_of(metric, AnswerSettings()), tokenizer
-        self._read = read_rows(model, rows, self._metrics, tokenizer, columns=columns, max_length=max_length)
+        reading: dict[str, Any] = {"columns": columns, "max_length": max_length}
+        reading |= {"separator": separator, "skip_bad": skip_bad}
+        self._read = read_rows(model, rows, self._metrics, tokenizer, **reading)
         self.name, self.greater_is_better = self._metrics[0].name, self._metrics[0].greater_is_better
         self.metrics = tuple(item.name for item in self._metrics)
         self.notes = self._read.notes

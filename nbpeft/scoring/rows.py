@@ -16,6 +16,7 @@ from nbpeft.names import IGNORED_LABEL
 from nbpeft.scoring.metrics import Metric, Needs
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import is_stream, open_data
+from nbpeft.training.data.bad_rows import reason_of
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL
@@ -90,6 +91,8 @@ def read_rows(
     *,
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
+    separator: str | None = None,
+    skip_bad: bool = False,
 ) -> ScoredRows:
     """Reads rows as training does, and finds the reference of each.
 
@@ -100,6 +103,8 @@ def read_rows(
         tokenizer: the tokenizer of the model.
         max_length: as for ``prepare_data``; for metrics of losses and classes.
         columns: name -> the column in the data, as for ``prepare_data``.
+        separator: as for ``prepare_data``.
+        skip_bad: as for ``prepare_data``.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -109,18 +114,22 @@ def read_rows(
     needs = {metric.needs for metric in metrics}
     inputs = model_inputs(model)
     _check_model(model, inputs, needs, tokenizer)
-    opened = open_data(data)
+    opened = open_data(data, separator, skip_bad=skip_bad)
     reader, own = _reader(opened, tokenizer, needs, inputs, max_length, columns)
     values = list(itertools.islice(iter(opened), _STREAMED)) if is_stream(opened) else list(opened)
     if not values:
         raise TrainingError("The stream has no rows.")
-    reading_rows = _Rows(model, replace(reader, rows=values), own, metrics)
+    reading_rows = _Rows(model, replace(reader, rows=values, skip_bad=skip_bad), own, metrics)
     rows, left_out = [], []
     for number in range(len(values)):
         try:
             rows.append(reading_rows.read(number))
         except _Missing as reason:
             left_out.append((number, str(reason)))
+        except TrainingError as error:
+            if not skip_bad or error.details.get("index") != number:
+                raise
+            left_out.append((number, reason_of(error)))
     if not rows:
         raise TrainingError(f"None of the {plural(len(values), 'row')} can be scored: {named_rows(left_out)}.")
     _check_tokens(model, rows, inputs)

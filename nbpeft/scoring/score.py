@@ -22,6 +22,7 @@ from nbpeft.scoring.metrics import AnswerSettings, Metric, metrics_of, value_of
 from nbpeft.scoring.result import ScoreResult, Status
 from nbpeft.scoring.rows import ScoredRow, ScoredRows, read_rows
 from nbpeft.scoring.settings import Column, ScoreSettings, columns_of
+from nbpeft.training.data import separator_for
 from nbpeft.training.watching.generation import INTERVAL, evaluating
 
 Report = Callable[[ScoreResult], object]
@@ -46,6 +47,8 @@ def score(
     temperature: float | None = None,
     top_p: float | None = None,
     columns: Mapping[str, str] | None = None,
+    separator: str | None = None,
+    skip_bad: bool = False,
     max_length: int | None = None,
     also: Any = None,
     general: bool = False,
@@ -92,6 +95,8 @@ def score(
             are the same for the base and each adapter and do not depend on the batch.
         top_p: sample from the most likely tokens whose probabilities sum up to this value.
         columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
+        separator: what separates the cells of a ``.csv`` or ``.tsv`` file; by default it is detected.
+        skip_bad: leave out rows that cannot be read, and say which; by default they are refused.
         max_length: number of tokens to which rows are cut for ``loss``, ``perplexity`` and ``accuracy``; by default
             the tokenizer's limit, at most 1024.
         also: further rows, of which the loss is measured, to see what an adapter forgot.
@@ -121,9 +126,10 @@ def score(
         raise ConfigError("max_new_tokens is for metrics of answers: nothing is generated here")
     found, column_notes = columns_of(model, adapters, base, others=bool(folders))
     found += folder_columns(folders, [column.title for column in found])
-    read = read_rows(model, rows, metrics, tokenizer, max_length=max_length, columns=columns)
+    reading: dict[str, Any] = {"separator": separator, "skip_bad": skip_bad, "max_length": max_length}
+    read = read_rows(model, rows, metrics, tokenizer, columns=columns, **reading)
     state = Scoring(name, found, metrics, read, settings, [*column_notes, *read.notes])
-    further = _elsewhere(model, state, also, general, tokenizer, max_length)
+    further = _elsewhere(model, state, also, general, tokenizer, reading)
     limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
     parts = [state] if further is None else [state, further]
     steps = sum(part.steps for part in parts)
@@ -153,7 +159,7 @@ def score(
 
 
 def _elsewhere(
-    model: nn.Module, state: Scoring, also: Any, general: bool, tokenizer: Any, max_length: int | None
+    model: nn.Module, state: Scoring, also: Any, general: bool, tokenizer: Any, reading: Mapping[str, Any]
 ) -> Scoring | None:
     """The scoring of the loss on further rows; None if there are none.
 
@@ -167,7 +173,8 @@ def _elsewhere(
         return None
     metrics = metrics_of("loss", AnswerSettings())
     rows = _GENERAL.read_text(encoding="utf-8").strip().split("\n\n") if general else also
-    read = read_rows(model, rows, metrics, tokenizer, max_length=max_length)
+    separator = separator_for(rows, reading["separator"])
+    read = read_rows(model, rows, metrics, tokenizer, **{**reading, "separator": separator})
     title = "general text" if general else "the further rows"
     return Scoring(title, state.columns, metrics, read, state.settings, list(read.notes))
 

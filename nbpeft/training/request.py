@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from nbpeft.names import DEFAULT_SEED
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
-from nbpeft.training.data import is_amount, open_data
+from nbpeft.training.data import is_amount, open_data, separator_for
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.objectives.objective import Objective
@@ -120,11 +120,10 @@ class TrainRequest:
         """
         if self.is_open:
             return self
-        skip_bad, measured = bool(self.skip_bad), self.eval_data
+        skip_bad, measured = self.skip_bad, self.eval_data
         rows = open_data(self.data, self.separator, skip_bad=skip_bad)
         if measured is not None and not is_amount(measured):
-            separator = self.separator if isinstance(measured, str | os.PathLike) else None
-            measured = open_data(measured, separator, skip_bad=skip_bad)
+            measured = open_data(measured, separator_for(measured, self.separator), skip_bad=skip_bad)
         return replace(self, data=rows, eval_data=measured, is_open=True)
 
     def kept(self) -> dict[str, Any]:

@@ -92,3 +92,21 @@ def test_folders_are_found_by_a_pattern(ready: Notebook, tmp_path: Path) -> None
     line = "%lora score --data rows --max-new-tokens 1 --folders"
     assert ready.do(f"{line} {{runs}}/*/adapter/sql").columns == ("base", "chat", "sql", "one", "two")
     assert "there is no folder" in ready.run(f"{line} {{runs}}/x*/adapter").line
+
+
+def test_separator_and_bad_rows_are_as_in_training(ready: Notebook, tmp_path: Path) -> None:
+    table, lines = tmp_path / "held_out.csv", tmp_path / "bad.jsonl"
+    table.write_text("prompt@completion\n" + "".join(f"{row['prompt']}@{row['completion']}\n" for row in ROWS))
+    lines.write_text(
+        "no JSON\n" + "".join(json.dumps(row) + "\n" for row in ROWS) + '{"prompt": "a", "completion": 3}\n'
+    )
+    ready["table"], ready["lines"] = str(table), str(lines)
+    reading = "--separator @ --skip-bad"
+    result = ready.do(f"%lora score --data {{table}} --also {{lines}} {reading} --max-new-tokens 2")
+    assert len(result.items) == len(result.elsewhere.items) == len(ROWS)
+    assert "2 rows left out: row 0: bad.jsonl, line 1 is not JSON" in str(result)
+    assert "(--skip-bad)" in ready.run("%lora score --data {lines}").line
+    assert len(ready.do("%lora score --data {lines} --skip-bad --max-new-tokens 2").items) == len(ROWS)
+    line = f"%%lora_train model --data {{table}} --score {{lines}} --eval {{lines}} {reading} --no-keep"
+    result = ready.do(f"{line}\nmax_steps = 1")
+    assert "of the rows to score: 2 rows left out" in result.message and "of the evaluation rows: 2" in result.message

@@ -365,6 +365,21 @@ def test_patience_is_exported_and_samples_are_not(ready: Notebook, tmp_path: Pat
     assert '"patience": 2' in text and '"sample"' not in text and '"every"' not in text
 
 
+def test_a_script_has_neither_scores_nor_a_patience_by_them(ready: Notebook, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    from tests.char_tokenizer import CharTokenizer
+
+    ready["tok"], ready["short"] = CharTokenizer(), lambda answer, row: len(answer) < 2
+    ready["scored"] = Dataset.from_list([{"prompt": "a", "completion": "b"}] * 2)
+    line = "%lora_train model --data rows --tokenizer tok --score scored --metric short --patience 2 max_steps=1"
+    ready.do(f"{line} metric_for_best_model=short greater_is_better=True")
+    told = str(ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}"))
+    text = (tmp_path / "train.py").read_text()
+    assert not any(name in text for name in ('"score"', '"metric', '"patience"', '"greater'))
+    assert "the script does not stop early: the patience of the cell goes by scores" in told
+
+
 def test_processes_and_machines_are_said_in_the_line(ready: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[TrainRequest] = []
     monkeypatch.setattr(

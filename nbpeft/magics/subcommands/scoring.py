@@ -12,7 +12,17 @@ from typing import Any
 from nbpeft.errors import CellError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
-from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, ON_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.registry import (
+    COLUMNS,
+    DATA,
+    MAX_LENGTH,
+    ON_MODEL,
+    SEPARATOR,
+    SKIP_BAD,
+    TOKENIZER,
+    separator_of,
+    subcommand,
+)
 from nbpeft.magics.subcommands.asking import SAMPLING, sampling_of
 from nbpeft.names import METRICS
 
@@ -64,6 +74,8 @@ from nbpeft.names import METRICS
     argument("--general", action="store_true", help="the same with a general text that the package has"),
     MAX_LENGTH,
     COLUMNS,
+    SEPARATOR,
+    SKIP_BAD,
     TOKENIZER,
     ON_MODEL,
     example="%lora score --data held_out --metric exact --strip",
@@ -90,6 +102,8 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             general=options.general,
             folders=None if options.folders is None else _folders(options.folders),
             columns=None if options.columns is None else dict(options.columns),
+            separator=separator_of(options),
+            skip_bad=options.skip_bad,
             tokenizer=notebook.tokenizer(options.tokenizer),
             on_progress=live.draw,
             on_control=live.stop_with,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
 _OF_THIS_NOTEBOOK = ("sample", "every", "score", "metric", "processes", "machines")
 """Arguments that are not written into an exported script."""
+_BY_SCORES = ("patience", "metric_for_best_model", "greater_is_better")
+"""Arguments that are not written into it either if they go by scores."""
 EVAL = argument(
     *("--eval", "-e"),
     dest="eval_data",
@@ -192,14 +195,18 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     for name in ("track", "trainer_class", "replace"):
         if name not in options.fields:
             arguments.pop(name, None)
-    written = _of_the_best(arguments, result)
+    written = {name: value for name, value in _of_the_best(arguments, result).items() if name not in _OF_THIS_NOTEBOOK}
+    stops_by_scores = "score" in arguments and "patience" in written
+    for name in _BY_SCORES if stops_by_scores else ():
+        written.pop(name, None)
     left_out = notebook.session.unwritable(written)
     notebook.trained[options.target] = TrainingCell(
         data=options.data,
         eval_data=options.eval_data,
         tokenizer=options.tokenizer,
-        arguments={name: value for name, value in written.items() if name not in (*left_out, *_OF_THIS_NOTEBOOK)},
+        arguments={name: value for name, value in written.items() if name not in left_out},
         left_out=(*left_out, *(["--trainer"] if options.trainer is not None else [])),
+        notes=("the script does not stop early: the patience of the cell goes by scores",) if stops_by_scores else (),
     )
     return result
 
@@ -289,7 +296,7 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if cell.left_out:
         raise CellError(f"{', '.join(cell.left_out)}: objects of the notebook cannot be written into a script")
     data, eval_data, tokenizer = training_data(cell, notebook)
-    return notebook.session.export(
+    result = notebook.session.export(
         options.path,
         data,
         eval_data,
@@ -299,6 +306,7 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
         model=notebook.module(target),
         **cell.arguments,
     )
+    return dataclasses.replace(result, notes=(*result.notes, *cell.notes))
 
 
 def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookContext) -> tuple[Any, Any, Any]:

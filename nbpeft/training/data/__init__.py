@@ -26,6 +26,7 @@ from nbpeft.training.data.reading import columns_of as columns_of
 from nbpeft.training.data.reading import is_plain as is_plain
 from nbpeft.training.data.sources import is_stream as is_stream
 from nbpeft.training.data.sources import open_data as open_data
+from nbpeft.training.data.sources import separator_for as separator_for
 from nbpeft.training.data.split import hold_out as hold_out
 from nbpeft.training.data.split import is_amount as is_amount
 from nbpeft.training.data.summary import DataSummary as DataSummary

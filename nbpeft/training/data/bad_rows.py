@@ -35,6 +35,11 @@ def reason_of(error: TrainingError) -> str:
     return _WHERE.sub("", str(error)).rstrip(".")
 
 
+def kind_of(reason: str) -> str:
+    """A reason without its numbers, quoted texts and what is in brackets, the same for similar rows."""
+    return _VALUES.sub("", reason)
+
+
 def refusal(found: Sequence[tuple[int, TrainingError]], total: int, *, can_skip: bool) -> TrainingError:
     """The error for rows that cannot be read.
 
@@ -51,7 +56,7 @@ def refusal(found: Sequence[tuple[int, TrainingError]], total: int, *, can_skip:
         return TrainingError(f"{str(error).rstrip('.')}.{hint}" if hint else str(error), **details)
     first: dict[str, str] = {}
     reasons = [(at, reason_of(error)) for at, error in found]
-    named = [(at, first.setdefault(_VALUES.sub("", reason), reason)) for at, reason in reasons]
+    named = [(at, first.setdefault(kind_of(reason), reason)) for at, reason in reasons]
     return TrainingError(
         f"{'None of the' if whole else f'{len(found):,} of'} {total:,} rows {'can' if whole else 'cannot'} be read: "
         f"{named_rows(named, 3)}.{hint}",

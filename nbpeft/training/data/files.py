@@ -30,13 +30,13 @@ def suffix_of(path: str | os.PathLike[str]) -> str:
     return suffix if suffix in _READERS else ""
 
 
-def read_file(path: str | os.PathLike[str], separator: str | None = None, *, skip_bad: bool = False) -> Rows:
+def read_file(path: str | os.PathLike[str], separator: str | None = None, *, skip_bad: bool | None = False) -> Rows:
     """Reads all rows of a file.
 
     Args:
         path: the file.
         separator: what separates the cells of a CSV or TSV file; None detects it.
-        skip_bad: return lines that cannot be parsed as ``Unreadable``.
+        skip_bad: return lines that cannot be parsed as ``Unreadable``; None if that cannot be requested.
 
     Raises:
         TrainingError: there is no such file, or its content does not fit its suffix; names the lines.
@@ -59,7 +59,7 @@ def read_file(path: str | os.PathLike[str], separator: str | None = None, *, ski
         raise TrainingError(f"{place.name} has no rows.", path=str(place))
     bad = [row.why for row in rows if isinstance(row, Unreadable)]
     if bad and not (skip_bad and len(bad) < len(rows)):
-        hint = "" if len(bad) == len(rows) else f" {SKIP}"
+        hint = "" if len(bad) == len(rows) or skip_bad is None else f" {SKIP}"
         count = f"{len(bad):,} of {len(rows):,} rows cannot be read: " if len(bad) > 1 else ""
         raise TrainingError(f"{count}{'; '.join(bad[:_SHOWN])}.{hint}", path=str(place), bad=len(bad))
     return rows
@@ -73,8 +73,13 @@ def refuse_separator(path: str | os.PathLike[str], separator: str) -> None:
     """
     if not isinstance(separator, str) or len(separator) != 1 or separator in '"\r\n':
         raise TrainingError(f"separator must be one character, such as ';' or a tab, not {separator!r:.40}.")
-    if suffix_of(path) not in _SEPARATORS:
+    if not has_separator(path):
         raise TrainingError(f"separator is for {' and '.join(_SEPARATORS)} files, and {os.fspath(path)!r:.60} is none.")
+
+
+def has_separator(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a table of text, by its suffix."""
+    return suffix_of(path) in _SEPARATORS
 
 
 def _nearest(place: Path) -> str:

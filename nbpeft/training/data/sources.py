@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from nbpeft.errors import TrainingError, few, with_article
 from nbpeft.training.data.bad_rows import Unreadable
-from nbpeft.training.data.files import SUFFIXES, read_file, refuse_separator, suffix_of
+from nbpeft.training.data.files import SUFFIXES, has_separator, read_file, refuse_separator, suffix_of
 from nbpeft.training.data.hub import DatasetName, load_named, slice_of
 
 SOURCES = "a list of rows, a dataset, a DataFrame, a file or the name of a dataset"
@@ -20,7 +20,7 @@ _NAME = re.compile(r"(?P<place>[^\[\]:]+)(?::(?P<first>[\w.-]+))?(?::(?P<second>
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def open_data(data: Any, separator: str | None = None, *, skip_bad: bool = False) -> Any:
+def open_data(data: Any, separator: str | None = None, *, skip_bad: bool | None = False) -> Any:
     """Opens rows of any source.
 
     The result can be passed to it again and is then returned unchanged.
@@ -30,7 +30,8 @@ def open_data(data: Any, separator: str | None = None, *, skip_bad: bool = False
             polars, the path of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or the name of a
             dataset on the Hub: ``user/name``, ``user/name:split``, ``user/name:config:split[:1000]``.
         separator: what separates the cells of a ``.csv`` or ``.tsv`` file; None detects it.
-        skip_bad: keep lines of a file that cannot be parsed as rows that cannot be read.
+        skip_bad: keep lines of a file that cannot be parsed as rows that cannot be read; None if that cannot be
+            requested.
 
     Returns:
         A sequence with a length, or a stream that can only be iterated.
@@ -54,6 +55,17 @@ def open_data(data: Any, separator: str | None = None, *, skip_bad: bool = False
     if not is_stream(data) and len(data) == 0:
         raise TrainingError(f"The {'dataset' if hasattr(data, 'column_names') else 'data'} has no rows.")
     return data
+
+
+def separator_for(data: Any, separator: str | None) -> str | None:
+    """The separator for further data of a command; None for data that is no table of text and so has none.
+
+    Args:
+        data: rows, or where they are.
+        separator: the separator that was given; None if it is detected.
+    """
+    is_table = isinstance(data, str | os.PathLike) and has_separator(place_in(os.fspath(data)))
+    return separator if is_table else None
 
 
 def place_in(text: str) -> str:
@@ -83,7 +95,7 @@ def first_row(rows: Any) -> Any:
     return rows_read[0]
 
 
-def _named(text: str, separator: str | None, *, skip_bad: bool) -> Any:
+def _named(text: str, separator: str | None, *, skip_bad: bool | None) -> Any:
     text = os.path.expanduser(text)
     match = _NAME.fullmatch(text)
     place, part = (text, "") if match is None or os.path.exists(text) else (match["place"], match["part"] or "")

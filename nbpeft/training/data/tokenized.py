@@ -12,6 +12,7 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError
 from nbpeft.names import LOSS_WEIGHTS, REJECTED
+from nbpeft.training.data.bad_rows import kind_of
 from nbpeft.training.data.forms import LABELLED, row_of
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import (
@@ -109,9 +110,11 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         skipped: number of trainable rows at the start to skip, which are evaluation rows.
         unused: the counts of unused parts so far.
         formats: the forms of the rows read so far.
+        left_out: what is wrong with rows that are left out -> a line about the first such row.
 
     Attributes:
-        report: called with a line about a part of rows that is not trained on, once for each such part.
+        report: called with a line about a part of rows that is not trained on, once for each such part, and about the
+            first of the rows that are left out for the same reason.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         skipped: int = 0,
         unused: UnusedParts | None = None,
         formats: SeenFormats | None = None,
+        left_out: dict[str, str] | None = None,
     ) -> None:
         self._coded = coded
         self.check = check
@@ -128,6 +132,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         self.report: Callable[[str], None] = lambda line: None
         self._unused = unused or UnusedParts()
         self._formats = formats or SeenFormats()
+        self._left_out = {} if left_out is None else left_out
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         passed = 0
@@ -135,6 +140,10 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
             for part in self._unused.add(coded.unused):
                 self.report(line_of(part))
             if coded.missing:
+                kind = kind_of(coded.missing)
+                if kind not in self._left_out:
+                    self._left_out[kind] = f"rows left out, first row {coded.number}: {coded.missing}"
+                    self.report(self._left_out[kind])
                 continue
             self._formats.add(coded.system)
             passed += 1
@@ -149,7 +158,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         for coded in self._coded():
             self._unused.add(coded.unused)
             break
-        return "; ".join((*self._unused.lines(), *self._formats.lines()))
+        return "; ".join((*self._left_out.values(), *self._unused.lines(), *self._formats.lines()))
 
     @property
     def format(self) -> PromptFormat | None:
@@ -160,7 +169,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
 
     def after(self, count: int) -> StreamedRows:
         """The same stream without its first ``count`` trainable rows."""
-        return StreamedRows(self._coded, self.check, self.skipped + count, self._unused, self._formats)
+        return StreamedRows(self._coded, self.check, self.skipped + count, self._unused, self._formats, self._left_out)
 
 
 @dataclass(frozen=True)

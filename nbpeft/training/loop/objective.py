@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,14 +58,15 @@ def with_objective(request: TrainRequest) -> TrainRequest:
         return request
     fields = fields_by_name()
     given = {name: value for name, value in request.arguments.items() if name in fields}
+    own = getattr(request.arguments_class, "__dataclass_fields__", {})  # TRL's SFTConfig has a loss_type, too
     kind = None if request.objective is None else objective_named(request.objective)
     if kind is not None:
-        _check_fields(kind, given, fields)
+        given = _fields_of(kind, given, fields, own)
     request = request.opened()
     why = ""
     if kind is None:
         kind, why = _of_the_rows(request)
-        _check_fields(kind, given, fields)
+        given = _fields_of(kind, given, fields, own)
     objective = kind(**given)
     rest = {name: value for name, value in request.arguments.items() if name not in given}
     request = replace(request, objective=objective, objective_reason=why, arguments={**objective.defaults, **rest})
@@ -78,8 +79,12 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     return replace(request, trainer_class=ObjectiveTrainer)
 
 
-def _check_fields(kind: type[Objective], given: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, value in given.items():
+def _fields_of(
+    kind: type[Objective], given: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]], others: Container[str]
+) -> dict[str, Any]:
+    """The given fields of an objective; the others have to be fields of the arguments class."""
+    found = {name: value for name, value in given.items() if kind.name in fields[name] or name not in others}
+    for name, value in found.items():
         if kind.name not in fields[name]:
             raise ConfigError(
                 f"{name!r} is a field of {', '.join(fields[name])}, and this trains {kind.name}: leave it out, or "
@@ -88,6 +93,7 @@ def _check_fields(kind: type[Objective], given: Mapping[str, Any], fields: Mappi
             )
         if isinstance(value, Sweep):
             raise not_swept(name)
+    return found
 
 
 def _of_the_rows(request: TrainRequest) -> tuple[type[Objective], str]:

@@ -11,6 +11,7 @@ from transformers.training_args import TrainingArguments
 
 from nbpeft._util.hooks import new_scorer
 from nbpeft.errors import ConfigError, in_one_line
+from nbpeft.training.data import separator_for
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.watching.sampling import undisturbed
 
@@ -111,6 +112,8 @@ def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
         tokenizer=request.tokenizer,
         columns=request.columns,
         max_length=request.max_length,
+        separator=separator_for(request.score, request.separator),
+        skip_bad=bool(request.skip_bad),
     )
     if "loss" in scorer.metrics and request.eval_data is not None:
         raise ConfigError("eval_data measures the loss: leave out either it or the metric loss", field="metric")

@@ -106,6 +106,19 @@ def test_a_stream_ends_at_the_first_or_goes_on_on_request() -> None:
     assert len(list(prepare_data(Stream(), CHARACTERS, skip_bad=True))) == 2
 
 
+def test_rows_left_out_of_a_stream_are_named_once_for_each_reason() -> None:
+    result = train(trainable(), Stream(), tokenizer=CHARACTERS, max_steps=3, skip_bad=True)
+    assert result.message.count("rows left out, first row 1: 'completion' is an int (3), not text") == 1
+    assert "rows left out, first row 4: " in result.message and "row 3" not in result.message
+
+    class Longer(Stream):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(ROWS * 3)
+
+    held_out = train(trainable(), Longer(), 2, tokenizer=CHARACTERS, max_steps=1, skip_bad=True)
+    assert held_out.message.count("rows left out, first row 1: ") == 1
+
+
 def test_when_all_rows_are_bad_nothing_offers_to_leave_them_out() -> None:
     for count, beginning in ((3, "None of the 3 rows can be read: rows 0, 1, 2: "), (5000, "None of the 100 rows can")):
         with pytest.raises(TrainingError) as refused:
@@ -115,6 +128,9 @@ def test_when_all_rows_are_bad_nothing_offers_to_leave_them_out() -> None:
         prepare_data([BAD] * 2, CHARACTERS, skip_bad=True)
 
 
-def test_commands_that_cannot_leave_rows_out_do_not_offer_it() -> None:
+def test_commands_that_cannot_leave_rows_out_do_not_offer_it(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^Row 1: 'completion' is an int \(3\), not text\.$"):
         first_rows(trainable(), [GOOD, BAD], rows=2, tokenizer=CHARACTERS)
+    (tmp_path / "bad.jsonl").write_text(f"no JSON\n{json.dumps(GOOD)}\n")
+    with pytest.raises(TrainingError, match=r"^bad\.jsonl, line 1 is not JSON: [^.]*\.$"):
+        first_rows(trainable(), str(tmp_path / "bad.jsonl"), rows=2, tokenizer=CHARACTERS)

@@ -86,3 +86,8 @@ def test_a_conversation_with_an_answer_is_asked_without_it() -> None:
 def test_what_cannot_be_asked_is_one_line(rows: Any, sample: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         train(trainable(), rows, sample=sample, **SETTINGS)
+
+
+def test_a_number_asks_the_prompts_of_preferences_with_the_chosen_answers() -> None:
+    rows = [{"prompt": f"q{number} ", "chosen": " yes", "rejected": " no"} for number in range(3)]
+    assert samples(rows, sample=2) == [("q0 ", "yes"), ("q1 ", "yes")]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainingArguments
 
 import nbpeft
 from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
@@ -360,6 +360,28 @@ def test_only_causal_language_models_are_trained_on_preferences() -> None:
 def test_a_training_without_preferences_is_as_it_was() -> None:
     result = nbpeft.train(new(), [{"prompt": "w1 w2 ", "completion": "w3"}], **FIELDS)
     assert (result.objective, result.reference) == ("sft", None) and "objective" not in result.message
+
+
+@dataclass
+class OtherArguments(TrainingArguments):
+    loss_type: str = "nll"
+
+
+def test_a_field_of_the_arguments_class_may_have_the_name_of_an_objective_s_field() -> None:
+    rows = [{"prompt": "w1 w2 ", "completion": "w3"}]
+    seen: list[Any] = []
+
+    class Spy(nbpeft.Trainer):
+        def train(self, *args: Any, **options: Any) -> Any:
+            seen.append(self.args.loss_type)
+            return super().train(*args, **options)
+
+    nbpeft.train(new(), rows, trainer_class=Spy, arguments_class=OtherArguments, loss_type="dft", **FIELDS)
+    assert seen == ["dft"]
+    preferences = nbpeft.train(new(), ROWS, arguments_class=OtherArguments, loss_type="hinge", **FIELDS)
+    assert "dpo (loss_type=hinge)" in preferences.message
+    with pytest.raises(ConfigError, match="'loss_type' is a field of dpo"):
+        nbpeft.train(new(), rows, loss_type="dft", **FIELDS)
 
 
 @dataclass(frozen=True)
