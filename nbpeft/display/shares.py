@@ -26,7 +26,7 @@ _LONGEST = 26
 
 def bar_image(chart: BarChart) -> str:
     """Returns a bar chart as an ``<img>``: label, bar, share or value, and a figure at the right edge."""
-    left = 10 + _LETTER * min(max((len(label) for label, _, _ in chart.bars), default=0), _LONGEST)
+    left = 20 + _LETTER * min(max((len(label) for label, _, _ in chart.bars), default=0), _LONGEST)
     right = _WIDTH - (max([len(chart.figure), *(len(figure) for _, _, figure in chart.bars)]) * _LETTER + 8)
     whole = right - left - 60
     top = 24 if chart.figure else 2

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+from nbpeft._util.paths import from_here
 from nbpeft._util.optional import needs
 from nbpeft.display.blocks import Block, Card, Cell, CurveChart, Spark, Stack, Table, Text, card, dim, line, notes
 from nbpeft.display.next_steps import kept_steps, next_steps
@@ -124,9 +125,9 @@ class RunsResult(Result):
         settings = {name: values for name, values in differing(readable).items() if name not in _IN_COLUMNS}
         rows: list[tuple[Cell, ...]] = [
             (
-                (Text(record.name, "bold", tooltip=record.path, wrap="names"), dim(_origin(record))),
+                (Text(record.name, "bold", tooltip=str(from_here(Path(record.path))), wrap="names"), dim(_origin(record))),
                 Text(record.status, _TONES.get(record.status, ""), tooltip=record.message),
-                Text(_base(record), tooltip=_setting(record, BASE), wrap="names"),
+                Text(_base(record), wrap="names"),
                 _setting(record, METHOD),
                 f"{record.settings[ROWS]:,}" if isinstance(record.settings.get(ROWS), int) else NONE,
                 (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
@@ -288,7 +289,7 @@ class ResumeResult(ModelResult):
 
 def _unreadable_row(record: RunRecord) -> tuple[Cell, ...]:
     """Returns the row of a run that cannot be read, with the reason."""
-    name = Text(record.name, "bold", tooltip=record.path, wrap="names")
+    name = Text(record.name, "bold", tooltip=str(from_here(Path(record.path))), wrap="names")
     return name, Text(record.status, _TONES[record.status]), *[""] * (len(HEAD) - 3), Text(record.message, "dim")
 
 
