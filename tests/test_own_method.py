@@ -190,6 +190,15 @@ def test_a_shared_state_of_the_former_contract_is_refused() -> None:
         register(ShiftConfig, peft_type="FORMER", label="Former", shares=SharedTensors(Former))(Shift)
 
 
+def test_functions_of_configs_and_shared_states_that_were_renamed_are_refused() -> None:
+    config = type("FormerConfig", (ShiftConfig,), {"beside": None})
+    state = type("FormerState", (SharedState,), {"settle": None})
+    with pytest.raises(ConfigError, match=r"FormerConfig\.beside is now called reconciled"):
+        register(config, peft_type="FORMER", label="Former")(Shift)
+    with pytest.raises(ConfigError, match=r"FormerState\.settle is now called recompute_derived"):
+        register(ShiftConfig, peft_type="FORMER", label="Former", shares=SharedTensors(state))(Shift)
+
+
 @pytest.mark.usefixtures("registered")
 def test_what_it_takes_from_its_config_is_set_swapped_and_shown() -> None:
     model = nbpeft.get_peft_model(llama(), ShiftConfig(start=0.1))

@@ -205,12 +205,7 @@ def open_plain(root: Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o66
         with contextlib.suppress(FileNotFoundError):  # checked before too: opening a device can have effects
             _check_file(path, os.stat(leaf, dir_fd=parent, follow_symlinks=False), alone=writes)
         handle = os.open(leaf, flags | _FILE, mode, dir_fd=parent)
-    try:
-        _check_file(path, os.fstat(handle), alone=writes)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
+    return _checked(handle, path, alone=writes)
 
 
 def _check_file(path: Path, found: os.stat_result, *, alone: bool) -> None:
@@ -218,6 +213,16 @@ def _check_file(path: Path, found: os.stat_result, *, alone: bool) -> None:
         raise CorruptCheckpointError(f"{shown(path)} is {kind_of(found)}, not a plain file", path=str(path))
     if alone and found.st_nlink > 1:
         raise CorruptCheckpointError(f"{shown(path)} has a second name elsewhere, and is not written", path=str(path))
+
+
+def _checked(handle: int, path: Path, *, alone: bool) -> int:
+    """The descriptor of an open file; closes it and raises CorruptCheckpointError if it is not a plain file."""
+    try:
+        _check_file(path, os.fstat(handle), alone=alone)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
 
 
 def open_file(path: Path) -> int:
@@ -231,13 +236,7 @@ def open_file(path: Path) -> int:
         OSError: it cannot be opened.
     """
     _check_file(path, os.stat(path), alone=False)
-    handle = os.open(path, os.O_RDONLY | _FILE & ~_NO_LINK)
-    try:
-        _check_file(path, os.fstat(handle), alone=False)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
+    return _checked(os.open(path, os.O_RDONLY | _FILE & ~_NO_LINK), path, alone=False)
 
 
 def read_file(path: Path, most: int) -> bytes:

@@ -92,25 +92,18 @@ def smooth(points: Sequence[Point], *, logarithmic: bool = False) -> list[Point]
     """
     reach = min(_MOST_NEIGHBOURS, len(points) // 8 + 1)
     placed = [(x - points[0][0], math.log(value) if logarithmic else value) for x, value in points]
-    sums = [(0.0, 0.0, 0.0, 0.0), *_running_sums(placed)]
+    products = ([x for x, _ in placed], [y for _, y in placed], [x * x for x, _ in placed], [x * y for x, y in placed])
+    sums = [list(itertools.accumulate(values, initial=0.0)) for values in products]
     smoothed = []
     for number, (x, _) in enumerate(placed):
         first, last = max(0, number - reach), min(len(placed), number + reach + 1)
         count = last - first
-        x_sum, y_sum, square_sum, product_sum = (
-            after - before for before, after in zip(sums[first], sums[last], strict=True)
-        )
+        x_sum, y_sum, square_sum, product_sum = (up_to[last] - up_to[first] for up_to in sums)
         spread = square_sum - x_sum * x_sum / count
         slope = (product_sum - x_sum * y_sum / count) / spread if spread > 0 else 0.0
         fitted = (y_sum + slope * (count * x - x_sum)) / count
         smoothed.append((points[number][0], math.exp(fitted) if logarithmic else fitted))
     return smoothed
-
-
-def _running_sums(points: Sequence[Point]) -> Iterable[tuple[float, float, float, float]]:
-    """Yields the sums of x, y, x² and xy up to each point."""
-    products = ((x, y, x * x, x * y) for x, y in points)
-    return itertools.accumulate(products, lambda total, more: tuple(map(sum, zip(total, more, strict=True))))
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:

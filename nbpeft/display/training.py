@@ -9,7 +9,6 @@ from nbpeft.display.blocks import (
     Block,
     Box,
     Card,
-    Cell,
     Columns,
     Commands,
     CurveChart,
@@ -20,6 +19,7 @@ from nbpeft.display.blocks import (
     Pill,
     Progress,
     SmallCharts,
+    Span,
     Table,
     Text,
     Tone,
@@ -44,6 +44,7 @@ _STATUS_TONES: dict[str, Tone] = {
 _WORDS = {"pausing": "pausing after this step", "stopping": "stopping after this step"}
 _MORE = "%lora traceback shows where it failed."
 _LONGEST_ANSWER = 400
+_LONGEST_NAME = 24
 _ICONS: dict[Tone, str] = {"error": "✖", "warning": "⚠\ufe0e", "success": "✓"}  # the selector asks for text, not emoji
 
 
@@ -54,6 +55,7 @@ def training_card(
     hint: str = "",
     seen: str = "",
     next_steps: NextSteps | None = None,
+    members: bool = True,
 ) -> Card:
     """Returns a card of a run: figures, progress, messages, curves, samples, memory, and what to do next.
 
@@ -63,6 +65,7 @@ def training_card(
         hint: how to stop the run if there are no buttons.
         seen: the current time as text, for a card in a file: it shows when a running run was last seen.
         next_steps: what to do after the run.
+        members: whether to include the table of a sweep's adapters.
     """
     begun = train.first_step
     planned = (train.total_steps or 0) - begun
@@ -73,7 +76,7 @@ def training_card(
         Progress(done, train.status == "failed"),
         _notes(train),
         _curves(train),
-        members_table(train) if train.members else SmallCharts(train),
+        (members_table(train) if members else None) if train.members else SmallCharts(train),
         _samples(train),
         memory_bar(train.memory, thin=True) if train.memory is not None else None,
         _following(next_steps) if next_steps is not None else None,
@@ -149,10 +152,9 @@ def _figures(train: TrainState) -> Figures:
     used = sum(part.byte_count for part in memory.parts) if memory is not None else None
     peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
     several, evaluated, perplexity = bool(train.members), numbers.loss(train.eval_loss), _perplexity(train.eval_loss)
-    over = "over all steps" if several else "mean"
-    mean = f"{over} {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
+    mean = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
     figures = (
-        Figure("mean loss" if several else "loss", numbers.loss(train.loss), mean, 84),
+        _loss_of_the_best(train) if several else Figure("loss", numbers.loss(train.loss), mean, 84),
         Figure("lowest eval loss" if several else "eval loss", evaluated, _best_words(train), 84, perplexity),
         *(
             Figure(name, numbers.metric(value), f"at step {train.eval_step:,}" if train.eval_step else "", 70)
@@ -165,6 +167,12 @@ def _figures(train: TrainState) -> Figures:
     )
     ended = train.status in ENDED  # an ended run will not get the figures that it lacks
     return Figures(tuple(figure for figure in figures if not ended or figure.figure != numbers.NONE))
+
+
+def _loss_of_the_best(train: TrainState) -> Figure:
+    """Returns the loss of the best adapter of a sweep: a mean over good and bad ones says nothing."""
+    best = min(train.members, key=lambda member: member.rank)
+    return Figure("loss of the best", numbers.loss(best.smoothed_loss), cut(best.name, _LONGEST_NAME), 84, best.name)
 
 
 def _best_words(train: TrainState) -> str:
@@ -236,29 +244,38 @@ def _size(value: float) -> str:
     return numbers.size(int(value))
 
 
-def members_table(train: TrainState) -> Table:
-    """Returns a table of the adapters of a sweep, the best first, with curve colours and differing settings."""
+def member_rows(train: TrainState) -> tuple[tuple[str, ...], list[tuple[str, tuple[Span, ...]]], range]:
+    """Returns the adapters of a sweep, the best first, with curve colours and differing settings.
+
+    Returns:
+        The titles of the columns; name and cells of each adapter; the indices of the columns with figures.
+    """
     ranked = sorted(enumerate(train.members), key=lambda item: item[1].rank)
     fields = tuple(dict.fromkeys(field for member in train.members for field in member.settings))
     evaluated = any(member.eval_loss is not None for member in train.members)
     head = ("Adapter", *fields, "loss", *(("eval loss",) if evaluated else ()), "gradient norm", "")
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[tuple[str, tuple[Span, ...]]] = []
     for number, (place, member) in enumerate(ranked):
         figures = [member.smoothed_loss, *([member.eval_loss] if evaluated else [])]
-        name = Text(member.name, "bold" if number == 0 else "", curve=place)
+        name = Text(member.name, "bold" if number == 0 else "", wrap="names", curve=place)
         ended = "" if member.status == "training" else _member_words(member)
         ended += " · the best, active" if number == 0 and train.status in ENDED else ""
-        rows.append(
-            (
-                name,
-                *(member.settings.get(field, "") for field in fields),
-                *map(numbers.loss, figures),
-                numbers.NONE if member.gradient_norm is None else numbers.metric(member.gradient_norm),
-                Text(ended, "error" if member.status == "diverged" else "dim"),
-            )
+        cells: tuple[Span, ...] = (
+            name,
+            *(member.settings.get(field, "") for field in fields),
+            *map(numbers.loss, figures),
+            numbers.NONE if member.gradient_norm is None else numbers.metric(member.gradient_norm),
+            Text(ended, "error" if member.status == "diverged" else "dim"),
         )
+        rows.append((member.name, cells))
     figures_from = 1 + len(fields)
-    return Table(head, tuple(rows), right=tuple(range(figures_from, figures_from + 2 + evaluated)))
+    return head, rows, range(figures_from, figures_from + 2 + evaluated)
+
+
+def members_table(train: TrainState) -> Table:
+    """Returns a table of the adapters of a sweep; see ``member_rows``."""
+    head, rows, figures = member_rows(train)
+    return Table(head, tuple(cells for _, cells in rows), right=tuple(figures))
 
 
 def _member_words(member: MemberState) -> str:

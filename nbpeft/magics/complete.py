@@ -229,9 +229,11 @@ def _values(item: Argument, fragment: str, words: Sequence[Word], sources: Compl
             fragment, tuple(word for word in paths(fragment).words if _leads_to_adapter(word.strip('"')))
         )
     if item.completes == "data":
+        models = frozenset(sources.models())
+        rows = [name for name in sources.variables() if name not in models]
         endings = ("/", *DATA_SUFFIXES) if fragment else DATA_SUFFIXES
         fitting = [word for word in paths(fragment).words if word.rstrip('"').endswith(endings)]
-        return Suggestions(fragment, (*choose(fragment, sources.variables()).words, *fitting))
+        return Suggestions(fragment, (*choose(fragment, rows).words, *fitting))
     if item.completes == "source":
         files_and_folders = paths(fragment) if fragment else Suggestions(fragment, ())
         return Suggestions(fragment, choose(fragment, sources.models()).words + files_and_folders.words)

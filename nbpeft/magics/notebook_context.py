@@ -98,7 +98,7 @@ class NotebookContext:
             if not name.startswith("_") and is_module(value) and name not in known
         ]
 
-    def module(self, name: str, *, base: str = "…") -> Any:
+    def module(self, name: str, *, base: str = "user/name") -> Any:
         """Return the model in a variable, bare or adapted.
 
         Args:
@@ -311,15 +311,16 @@ class NotebookContext:
                 setattr(displayhook, attribute, None)
         forget_tracebacks(self.shell)
 
-    def _models_instead(self, name: str, base: str = "…") -> str:
+    def _models_instead(self, name: str, base: str = "user/name") -> str:
         models = self.model_names()
         similar = near(name, models)
         if similar:
             return f" Did you mean {' or '.join(map(repr, similar))}?"
         if models:
             return f" Models here: {', '.join(models)}."
-        load = f'{name} = AutoModelForCausalLM.from_pretrained("{base:.200}")'
-        return f" No variable holds a model yet: load one, e.g. with {load}"
+        variable = name if name.isidentifier() else "model"
+        load = f'{variable} = AutoModelForCausalLM.from_pretrained("{base:.200}")'
+        return f" No variable holds a model yet. Load one: {load}"
 
 
 def which_model(names: Sequence[str], command: str) -> CellError:

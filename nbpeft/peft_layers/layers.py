@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nbpeft.engine.changes.active_state import LayerState
 from nbpeft.engine.contract.adapter import Adapter, Rescales, delta_of, source_of, unconvertible_reason
 from nbpeft.engine.contract.base import Backend
+from nbpeft.engine.contract.registry import method_of_adapter
 from nbpeft.engine.views.layer_attributes import PerAdapterView
 from nbpeft.engine.wrappers.extension import add_attributes
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -66,9 +67,12 @@ class PeftLayer(AdaptedLayer):
         found = self._named().get(adapter)
         if isinstance(found, Rescales):
             found.rescale(found.trained_scaling * scale)
+        else:
+            self._warn_without_scaling([adapter], scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scalings of the active adapters here."""
+        self._warn_without_scaling(self.active_adapters, scale)
         for adapter in self._rescalable():
             adapter.rescale(float(adapter.scaling) * scale)
 
@@ -76,6 +80,15 @@ class PeftLayer(AdaptedLayer):
         """Divides the scalings of the active adapters here; without a factor, restores their trained scalings."""
         for adapter in self._rescalable():
             adapter.rescale(adapter.trained_scaling if scale is None else float(adapter.scaling) / scale)
+
+    def _warn_without_scaling(self, names: Sequence[str], scale: float) -> None:
+        """Warns if one of the adapters here has no scaling, so that a scale other than 1 has no effect on it."""
+        own = self._named()
+        for name in [] if scale == 1 else [name for name in names if name in own]:
+            method = None if isinstance(own[name], Rescales) else method_of_adapter(own[name])
+            if method is not None and method.shares.companion is None:  # token rows go with another adapter, as in PEFT
+                message = f"a scale of {scale:g} has no effect on adapter {name!r}: {method.label} has no scaling"
+                warnings.warn(message, stacklevel=3)
 
     def _rescalable(self) -> list[Rescales]:
         """The active adapters here that have a scaling."""

@@ -4,7 +4,6 @@ Nothing of the model changes: its adapters stay as active as they are, and its m
 
 Door, what other rooms import:
 
-    folders.py      Adapters in folders: a few of them are on the model at a time, by way of an adapter pool
     in_training.py  Scores of a model in training: the same rows, answered by the active adapters
     result.py       The result: scores with intervals, the items, paired tests, and how it is shown
     score.py        ``score(model, rows)``: rows are read, answered and compared with their references
@@ -12,6 +11,7 @@ Door, what other rooms import:
 Inside:
 
     answers.py      Answers to the rows: base and adapters in mixed batches, sorted by length
+    folders.py      Adapters in folders: a few of them are on the model at a time, by way of an adapter pool
     items.py        The parts of a result: scores with intervals, items, and what two columns differ in
     likelihoods.py  Losses, choices by likelihood, and classes, in mixed batches without generation
     metrics.py      The metrics, by name or as functions, and what each of them needs

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from nbpeft.scoring.metrics import Metric
 from nbpeft.scoring.rows import ScoredRow, decoded
-from nbpeft.scoring.settings import Column, ScoreSettings, batches, passes, serving_alone
+from nbpeft.scoring.settings import Column, ScoreSettings, batches, in_parts, passes, serving_alone
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, generate_tokens
 
@@ -84,23 +84,24 @@ def answer_rows(
     """
     lengths = [len(row.prompt_ids) for row in rows]
     size = settings.rows_together(len(columns))
-    for places in batches(lengths, lambda longest: size):
+
+    def answers_to(places: Sequence[int]) -> list[Answered] | None:
         found: list[Answered] = []
         for together in passes(columns):
+            some, chosen = [rows[place] for place in places], [columns[number] for number in together]
             answers = _one_pass(
-                model,
-                [rows[place] for place in places],
-                [columns[n] for n in together],
-                settings,
-                tokenizer=tokenizer,
-                limit=limit,
-                ends=ends,
-                should_stop=should_stop,
+                model, some, chosen, settings, tokenizer=tokenizer, limit=limit, ends=ends, should_stop=should_stop
             )
             if answers is None:
-                return
+                return None
             cells = [(place, column) for column in together for place in places]
             found += [(*cell, answer) for cell, answer in zip(cells, answers, strict=True)]
+        return found
+
+    for places in batches(lengths, lambda longest: size):
+        found = in_parts(answers_to, places)
+        if found is None:
+            return
         yield found
 
 

@@ -14,7 +14,7 @@ from nbpeft.engine.tree.model_tree import embedding_of, manager_of
 from nbpeft.model.from_data.observing import device_of, moved
 from nbpeft.model.handle.serving import serving_rows
 from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS
-from nbpeft.scoring.settings import Column, batches, passes, serving_alone
+from nbpeft.scoring.settings import Column, batches, in_parts, passes, serving_alone
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.loop.rows import collator_for, is_encoder_decoder
 
@@ -133,17 +133,19 @@ def _computed(
     def fits(longest: int) -> int:
         return min(size, _LOGITS // (max(1, longest) * vocabulary * len(columns)))
 
-    for places in batches([len(row["input_ids"]) for row in rows], fits):
+    def values_of(places: Sequence[int]) -> Outputs:
         found: Outputs = []
         for together in passes(columns):
             chosen = [columns[number] for number in together]
-            batch = collate([rows[place] for _ in chosen for place in places])
-            inputs = moved(batch, device)
+            inputs = moved(collate([rows[place] for _ in chosen for place in places]), device)
             with torch.no_grad(), _serving(model, chosen, len(places), inputs):
                 values = compute(inputs)
             cells = [(place, column) for column in together for place in places]
             found += [(*cell, value) for cell, value in zip(cells, values, strict=True)]
-        yield found
+        return found
+
+    for places in batches([len(row["input_ids"]) for row in rows], fits):
+        yield in_parts(values_of, places) or []
         if should_stop is not None and should_stop():
             return
 

@@ -147,7 +147,9 @@ def score(
         except KeyboardInterrupt:
             pass
     result = state.result("finished" if all(part.is_complete for part in parts) else "stopped")
-    return replace(result, elsewhere=further.result("finished") if further is not None and further.done else None)
+    if further is None or not further.is_complete:
+        return result
+    return replace(result, elsewhere=further.result("finished"))
 
 
 def _elsewhere(

@@ -16,6 +16,7 @@ from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.handle.serving import blended
+from nbpeft.training.monitor.failures import free_memory, is_out_of_memory
 
 BASE = "base"
 _ROWS, _SEQUENCES = 8, 32
@@ -101,7 +102,7 @@ def columns_of(
 
     Args:
         model: the model, adapted or bare.
-        adapters: names of adapters, ``a+b`` for the sum of two; None for all.
+        adapters: names of adapters, ``a+b`` for the sum of two; ``base`` for the base model; None for all adapters.
         base: whether the base model is scored.
         others: whether there are other columns than those of the model.
 
@@ -128,6 +129,9 @@ def columns_of(
         note = "it is in the base weights, so that the base and other adapters cannot be scored: unmerge it first"
         return (Column(merged, manager.merged, as_it_is=True),), (f"only {merged!r} is scored: {note}",)
     names = list(manager.names) if given is None else list(dict.fromkeys(given))
+    if BASE in names and BASE not in manager.names:
+        names.remove(BASE)
+        base = True
     found = [_column(manager, name) for name in names]
     if base:
         found.insert(0, Column(BASE if BASE not in manager.names else f"({BASE})", row=BASE_NAME))
@@ -184,3 +188,36 @@ def batches(lengths: Sequence[int], size: Callable[[int], int]) -> Iterator[list
         count = max(1, size(lengths[order[start]]))
         yield order[start : start + count]
         start += count
+
+
+def in_parts(compute: Callable[[Sequence[int]], list[Any] | None], places: Sequence[int]) -> list[Any] | None:
+    """Computes something for rows together, or in parts if the device has not enough memory for that.
+
+    Args:
+        compute: rows, by index -> the results; None if it was stopped.
+        places: the rows.
+
+    Returns:
+        The results of all parts; None if one was stopped.
+
+    Raises:
+        AdapterError: there is not enough memory for one row.
+    """
+    try:
+        return compute(places)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(places) == 1:
+            raise AdapterError(
+                "out of memory with one row: score fewer adapters at a time (adapters=…), or shorter answers "
+                "(max_new_tokens=…)"
+            ) from None
+    free_memory()  # out here the error no longer holds the tensors of the call
+    found: list[Any] = []
+    for part in (places[: len(places) // 2], places[len(places) // 2 :]):
+        results = in_parts(compute, part)
+        if results is None:
+            return None
+        found += results
+    return found

@@ -208,7 +208,7 @@ class Variables:
         were, them = ("was", "it") if len(past.adapters) == 1 else ("were", "them")
         fits = self._takes(past.variable, past.fingerprint)
         when = "" if fits else f" when {past.variable!r} holds the base model of before again"
-        self.note(f"{what}; {past.words} on it {were} trained and not saved: session.undo() brings {them} back{when}")
+        self.note(f"{what}; {past.words} on it {were} trained and not saved: session.undo() restores {them}{when}")
         for older in dropped:
             self.note(f"{older.words} of {older.name!r} took too much memory and is not kept any longer")
 

@@ -84,16 +84,19 @@ def chat_format_of(tokenizer: Any) -> ChatFormat | None:
     )
 
 
-def modelfile(source: str, adapter: str | None, chat: ChatFormat | None) -> str:
+def modelfile(source: str, adapter: str | None, chat: ChatFormat | None, system: str = "") -> str:
     """Returns the text of a Modelfile.
 
     Args:
         source: the base model's name in Ollama, or path of a GGUF file relative to the Modelfile.
         adapter: path of a GGUF adapter relative to the Modelfile, or None.
         chat: the chat format; None writes no template.
+        system: the system prompt; empty for none. One with three quotes cannot be written and is left out.
     """
     lines = [f"FROM {source}"]
     lines += [f"ADAPTER {adapter}"] if adapter else []
     if chat is not None:
         lines += [f'TEMPLATE """{chat.go_template()}"""', f'PARAMETER stop "{chat.end}"']
+    if system and '"""' not in system:
+        lines.append(f'SYSTEM """{system}"""')
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.checkpoint import NewFile, in_place_of
+from nbpeft.checkpoint import NewFile, in_place_of, prompt_format
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
@@ -144,7 +144,8 @@ def _plan(
     assert form is not None
     stored_as = _type(quantize, form.types, chosen.label)
     notes = list(verdict.notes)
-    texts = _modelfile(base, merged, tokenizer, notes) if chosen.name == "ollama" else []
+    system = getattr(prompt_format(manager.configs[facts.name]), "system", None) or ""
+    texts = _modelfile(base, merged, tokenizer, system, notes) if chosen.name == "ollama" else []
     package = _package(manager, facts, form, stored_as, tokenizer, texts)
     folder = Path(os.path.expanduser(os.fspath(to or f"{facts.name}-{chosen.name}")))
     notes += _format_notes(facts, form)
@@ -187,7 +188,7 @@ def _adapter(manager: AdapterManager, name: str | None) -> str:
 def _check(verdict: Verdict, merged: bool) -> None:
     if merged and not verdict.as_merged:
         why = "; ".join(map(str, verdict.merged_obstacles))
-        raise AdapterError(f"{verdict.label} does not take the merged model: {why}", verdict=verdict)
+        raise AdapterError(f"{verdict.label} cannot load the merged model: {why}", verdict=verdict)
     if not merged and not verdict.as_adapter:
         raise AdapterError(str(verdict), verdict=verdict)
 
@@ -220,14 +221,14 @@ def _package(
     return formats.single_file(facts, form.format)
 
 
-def _modelfile(base: str | None, merged: bool, tokenizer: Any, notes: list[str]) -> list[NewFile]:
+def _modelfile(base: str | None, merged: bool, tokenizer: Any, system: str, notes: list[str]) -> list[NewFile]:
     """Returns Ollama's Modelfile; for an adapter it has no template, because Ollama's base model has one."""
     if not merged:
-        return [NewFile.of_text("Modelfile", modelfile(str(base), f"./{GGUF_ADAPTER}", None))]
+        return [NewFile.of_text("Modelfile", modelfile(str(base), f"./{GGUF_ADAPTER}", None, system))]
     chat = chat_format_of(tokenizer)
     if chat is None:
         notes.append(_NO_TEMPLATE)
-    return [NewFile.of_text("Modelfile", modelfile(f"./{GGUF_MODEL}", None, chat))]
+    return [NewFile.of_text("Modelfile", modelfile(f"./{GGUF_MODEL}", None, chat, system))]
 
 
 def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:
@@ -244,5 +245,5 @@ def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:
         if not facts.base_name:
             notes.append("the base model is from a folder, whose path is left out: load the base, then the adapter")
     if facts.scale != 1.0:
-        notes.append(f"its scale of {facts.scale:g} is part of what is written")
+        notes.append(f"its scale of {facts.scale:g} is included in the weights")
     return notes

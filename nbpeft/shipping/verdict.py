@@ -50,10 +50,10 @@ class Verdict:
 
     def __str__(self) -> str:
         if self.as_adapter:
-            return f"{self.label} takes the adapter as it is"
+            return f"{self.label} loads the adapter directly"
         why = "; ".join(map(str, self.obstacles))
-        head = f"{self.label} does not take the adapter: {why}"
-        return f"{head}; it takes the merged model (merged=…)" if self.as_merged else head
+        head = f"{self.label} cannot load the adapter: {why}"
+        return f"{head}; it can load the merged model (merged=…)" if self.as_merged else head
 
 
 def verdict_of(engine: Engine, facts: AdapterFacts) -> Verdict:

@@ -1,7 +1,8 @@
 """What screen readers need and the widgets of ipywidgets lack: names and values of sliders, and pressed toggles.
 
-ipywidgets has no traits for them, so a short script in the output next to the widgets sets them in the page. Where
-scripts are not allowed, the labels beside the sliders and the check marks of the toggles remain.
+ipywidgets has no traits for them, so a short script in the output next to the widgets sets them in the page. It also
+keeps the arrow keys of a slider from Notebook 7, which would take them for shortcuts. Where scripts are not allowed,
+the labels beside the sliders and the check marks of the toggles remain.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SCRIPT = f"""\
       if (!handle || !label || !value) continue;
       set(handle, 'aria-label', label.textContent.trim());
       set(handle, 'aria-valuetext', value.textContent.trim());
+      set(handle, 'data-lm-suppress-shortcuts', 'true');
       set(value, 'role', 'textbox');
       set(value, 'aria-label', label.textContent.trim());
     }}

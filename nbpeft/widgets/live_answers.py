@@ -5,28 +5,46 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.display.html import to_html
-from nbpeft.widgets.environment import Ui, shown_as
+from nbpeft.widgets.environment import WIDGET_VIEW, Ui, shown_as
+from nbpeft.widgets.lifetime import view_of
+from nbpeft.widgets.run_buttons import RunButtons
 
 if TYPE_CHECKING:
     from nbpeft.display.shown import Shown
+    from nbpeft.session import RunControl
 
 HINT = "Interrupting the kernel keeps the answers so far."
 
 
 class LiveAnswers:
-    """Draws the answers so far in the running cell.
+    """Draws the answers so far, or another result so far, in the running cell.
 
     Args:
         ui: How to show them; as text nothing is shown before the answers are complete.
     """
 
     def __init__(self, *, ui: Ui = "auto") -> None:
-        self._silent = shown_as(ui) == "text"
+        self._shown_as = shown_as(ui)
         self._output: Any = None
+        self._buttons: RunButtons | None = None
+        self._button_output: Any = None
+
+    def stop_with(self, control: RunControl) -> None:
+        """Shows a button that asks for a stop, where buttons can be shown.
+
+        Args:
+            control: Receives the request.
+        """
+        if self._shown_as == "widgets":
+            from IPython.display import display
+
+            self._buttons = RunButtons(control, stop_tooltip="Stop here and keep what is done")
+            bundle = {WIDGET_VIEW: view_of(self._buttons.box), "text/plain": ""}
+            self._button_output = display(bundle, raw=True, display_id=True)
 
     def draw(self, result: Shown) -> None:
         """Shows the answers so far."""
-        if self._silent:
+        if self._shown_as == "text":
             return
         bundle = {"text/html": to_html(result.view()), "text/plain": HINT}
         if self._output is None:
@@ -37,7 +55,10 @@ class LiveAnswers:
             self._output.update(bundle, raw=True)
 
     def close(self) -> None:
-        """Clears the output."""
+        """Clears the output, and removes the button."""
+        if self._buttons is not None:
+            self._buttons.close()
+            self._button_output.update({"text/html": "", "text/plain": ""}, raw=True)
         output, self._output = self._output, None
         if output is not None:
             output.update({"text/html": "", "text/plain": ""}, raw=True)

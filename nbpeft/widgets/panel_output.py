@@ -32,8 +32,12 @@ _EMPTY = {"text/html": "", "text/plain": ""}
 DEAD_WIDGETS = """\
 .jp-OutputArea-child:has(.nbpeft-state) + .jp-OutputArea-child:not(:has(.jupyter-widgets *)),
 .nbpeft-panel.jupyter-widgets-disconnected, .nbpeft-run.jupyter-widgets-disconnected { display: none !important; }
+body.jp-Notebook .jp-OutputArea-child:has(.nbpeft-state) > .jp-OutputPrompt:empty { padding: 6px; flex-shrink: 0; }
 """
-"""Hides the view of widgets that are gone, if the output before it is a state."""
+"""Hides the view of widgets that are gone, if the output before it is a state.
+
+In a page that nbconvert has exported, the last rule aligns the state with results, whose prompts have a number.
+"""
 
 
 class PanelOutput:

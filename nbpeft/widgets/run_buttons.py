@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.display.blocks import Span, dim
+from nbpeft.display.html import span
+from nbpeft.display.training import member_rows
+from nbpeft.state import TrainState
 from nbpeft.widgets.click_delivery import Delivery, deliver_clicks
 from nbpeft.widgets.lifetime import weakly
 
@@ -29,10 +33,11 @@ class RunButtons:
 
     Args:
         control: Receives the requests to stop, pause, resume and save.
-        members: Adapters of a sweep, each of which gets its own buttons Stop and Clone.
+        train: The first state; each adapter of a sweep gets a row with its figures and buttons Stop and Clone.
+        stop_tooltip: Shows Stop alone, with this tooltip, for work that can neither pause nor save.
     """
 
-    def __init__(self, control: RunControl, members: Iterable[str] = ()) -> None:
+    def __init__(self, control: RunControl, train: TrainState | None = None, *, stop_tooltip: str = "") -> None:
         import ipywidgets
 
         self._control = control
@@ -43,12 +48,20 @@ class RunButtons:
 
         self.pause = _button("Pause", "pause", "Wait after this step")
         self.resume = _button("Resume", "play", "Continue the run", "none")
-        self.stop = _button("Stop", "stop", "End the run after this step and keep the weights trained so far")
+        kept = "End the run after this step and keep the weights trained so far"
+        self.stop = _button("Stop", "stop", stop_tooltip or kept)
         self.save = _button("Save now", "save", "Save the adapter after this step and continue")
         self.members: dict[str, Any] = {}
         self.clones: dict[str, Any] = {}
+        self._rows: dict[str, tuple[Any, Any]] = {}
+        self._titles = ipywidgets.HTML(layout=ipywidgets.Layout(margin="0"))
+        self.table = ipywidgets.VBox([self._titles], layout=ipywidgets.Layout(display="none"))
+        self.table.add_class("nbpeft-members")
         layout = ipywidgets.Layout(flex_flow="row wrap", overflow="visible")
-        self.box = ipywidgets.HBox([self.pause, self.resume, self.stop, self.save], layout=layout)
+        shown = [self.stop] if stop_tooltip else [self.pause, self.resume, self.stop, self.save]
+        buttons = ipywidgets.HBox(shown, layout=layout)
+        buttons.add_class("nbpeft-buttons")
+        self.box = ipywidgets.VBox([buttons, self.table], layout=ipywidgets.Layout(overflow="visible"))
         self._requests: dict[Any, Callable[[], None]] = {}
         self._delivery: Delivery | None = None
         self._take(
@@ -59,7 +72,7 @@ class RunButtons:
                 self.save: control.request_save,
             }
         )
-        self._add(members)
+        self._draw(train)
         self._delivery = self._listen()
         self._previous_poll = control.deliver_clicks
         control.deliver_clicks = self._poll
@@ -72,32 +85,49 @@ class RunButtons:
         if self._delivery is not None and (listeners := self._listeners(requests)) is not None:
             self._delivery.add(listeners)
 
-    def _add(self, members: Iterable[str]) -> None:
-        """Creates buttons for adapters of a sweep that have none yet, e.g. for a new clone."""
+    def _draw(self, train: TrainState | None) -> None:
+        """Shows the adapters of a sweep, the best first; adapters that have no row yet get one, e.g. a new clone."""
+        if train is None or not train.members:
+            return
+        head, rows, figures = member_rows(train)
+        self._titles.value = _row_of([dim(title) for title in head], figures)
         requests: dict[Any, Callable[[], None]] = {}
-        for name in members:
-            if name in self.members:
-                continue
-            stop = _button(f"Stop {name}", "stop", f"Stop training {name}; the others continue")
-            clone = _button(
-                f"Clone {name}", "clone", f"Continue training a copy of {name} as well, at half the learning rate"
-            )
-            self.members[name], self.clones[name] = stop, clone
-            requests[stop] = functools.partial(self._control.request_stop_of, name)
-            requests[clone] = functools.partial(self._control.request_clone_of, name)
+        for name, _ in rows:
+            if name not in self._rows:
+                requests |= self._row(name)
         if requests:
             self._take(requests)
-            self.box.children = (*self.box.children, *requests)
+        for name, cells in rows:
+            self._rows[name][1].value = _row_of(cells, figures)
+        wanted = (self._titles, *(self._rows[name][0] for name, _ in rows))
+        if self.table.children != wanted:
+            self.table.children = wanted
+        self.table.layout.display = None
 
-    def sync(self, members: Iterable[str] = ()) -> None:
+    def _row(self, name: str) -> dict[Any, Callable[[], None]]:
+        """Creates the row of an adapter, and returns its buttons with their requests."""
+        import ipywidgets
+
+        stop = _button("Stop", "stop", f"Stop training {name}; the others continue")
+        clone = _button("Clone", "clone", f"Train a copy of {name} as well, at half the learning rate")
+        cells = ipywidgets.HTML(layout=ipywidgets.Layout(margin="0", flex="1 1 auto", min_width="0"))
+        row = ipywidgets.HBox([cells, stop, clone])
+        row.add_class("nbpeft-member")
+        self._rows[name], self.members[name], self.clones[name] = (row, cells), stop, clone
+        return {
+            stop: functools.partial(self._control.request_stop_of, name),
+            clone: functools.partial(self._control.request_clone_of, name),
+        }
+
+    def sync(self, train: TrainState | None = None) -> None:
         """Updates labels and states of the buttons to the pending requests. May be called in any thread.
 
         Args:
-            members: All adapters of a sweep, including new ones.
+            train: The current state, with all adapters of a sweep; None if it has not changed.
         """
         control = self._control
         if not self._ended:
-            self._add(members)
+            self._draw(train)
         flags = (control.paused, control.waiting, control.stop_requested, control.save_requested)
         wanted = (*flags, control.members_to_stop, control.members_to_clone)
         with self._lock:
@@ -170,6 +200,22 @@ class RunButtons:
         if self._delivery is not None:
             self._delivery.poll()
         self.sync()
+
+
+def _row_of(cells: Sequence[Span], figures: Collection[int]) -> str:
+    """A row of the table of adapters as HTML.
+
+    Args:
+        cells: Its cells; the last one is the adapter's status.
+        figures: The indices of those with figures.
+    """
+    columns = f"minmax(90px,2fr) repeat({len(cells) - 2},minmax(64px,1fr)) minmax(90px,1.4fr)"
+    drawn = "".join(
+        f'<div style="padding:3px 6px{";text-align:right;white-space:nowrap" if place in figures else ""}">'
+        f"{span(cell)}</div>"
+        for place, cell in enumerate(cells)
+    )
+    return f'<div style="display:grid;grid-template-columns:{columns};align-items:center">{drawn}</div>'
 
 
 def _button(description: str, icon: str, tooltip: str, display: str | None = None) -> Any:

@@ -194,4 +194,4 @@ class _Row:
 
 def _inner(comparison: RunsComparison) -> str:
     view = comparison.view()
-    return head(view.title) + to_html(tuple(block for block in view.blocks if block is not None))
+    return head(view.title) + "".join(to_html(block) for block in view.blocks if block is not None)

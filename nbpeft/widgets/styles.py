@@ -8,17 +8,25 @@ from nbpeft.display.palette import ACCENT, BORDER, DIM, ERROR, FILL, FONT, ON_AC
 _ROW_BUTTONS = 164
 """Width of the buttons Save and Delete in a row, in pixels."""
 
+_MEMBER_BUTTONS = 168
+"""Width of the buttons Stop and Clone in the row of an adapter of a sweep, in pixels."""
+
 _BUTTON = f"""width: auto; height: 26px; line-height: 24px; margin: 0; padding: 0 10px; flex: 0 0 auto;
   border: 1px solid {BORDER}; border-radius: 4px; background: transparent; color: {TEXT}; font-size: 12px;
   box-shadow: none;"""
 
 RUN_CSS = f"""
 .nbpeft-run {{ overflow: visible; width: calc(100% - 20px); }}
-.nbpeft-run > .widget-hbox {{ gap: 6px; padding: 6px 0 4px; }}
+.nbpeft-buttons {{ gap: 6px; padding: 6px 0 4px; }}
 .nbpeft-run .widget-inline-hbox {{ height: auto; }}
 .nbpeft-run .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
 .nbpeft-run .jupyter-button {{ {_BUTTON} min-width: 88px; }}
 .nbpeft-run .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
+.nbpeft-members {{ width: 100%; max-width: {WIDTH}px; padding-bottom: 4px; {FONT}; color: {TEXT}; {SCROLLS} }}
+.nbpeft-members > * {{ min-width: 560px; border-bottom: 1px solid {BORDER}; overflow: visible; }}
+.nbpeft-members > .widget-html {{ padding-right: {_MEMBER_BUTTONS}px; box-sizing: border-box; }}
+.nbpeft-member {{ align-items: center; gap: 6px; padding: 2px 0; }}
+.nbpeft-run .nbpeft-member .jupyter-button {{ min-width: {_MEMBER_BUTTONS // 2 - 6}px; }}
 .nbpeft-run .jupyter-button:focus-visible {{ outline: 2px solid {ACCENT}; outline-offset: 1px; }}
 """
 """Style rules of a run's card with its buttons."""
@@ -63,7 +71,8 @@ PANEL_CSS = f"""
 .nbpeft-toggles .jupyter-button.nbpeft-on::before {{ content: "✓ "; }}
 .nbpeft-row, .nbpeft-head {{ border-bottom: 1px solid {BORDER}; align-items: center; overflow: visible; }}
 .nbpeft-head .widget-html-content {{ margin-right: {_ROW_BUTTONS}px; }}
-.nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT}; }}
+.nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT};
+  --jp-ui-font-color2: var(--jp-ui-font-color1); }}
 .nbpeft-row-buttons {{ flex-wrap: nowrap; width: {_ROW_BUTTONS}px; justify-content: flex-end; padding-right: 4px;
   box-sizing: border-box; }}
 .nbpeft-foot {{ padding-top: 6px; }}

@@ -98,7 +98,7 @@ class RunView:
         run.shown = "text" if self._shown_as == "text" else "card"
         self._output = self._open(run)
         self.draw(run.state)
-        if self._output is None:  # a line of text of a run that has ended
+        if self._shown_as == "text" and run.state.status in ENDED:
             return
         removals = [self._session.subscribe(self._published), run.control.on_request(self._wake.set)]
         self._unsubscribe = lambda: [remove() for remove in removals]
@@ -121,7 +121,7 @@ class RunView:
             return TextOutput()
         if self._shown_as == "html":
             return HtmlOutput(self._card)
-        self._buttons = RunButtons(run.control, [member.name for member in run.state.members])
+        self._buttons = RunButtons(run.control, run.state)
         return WidgetOutput(self._card, self._buttons, run.state)
 
     def _card(self, train: TrainState, seen: str) -> str:
@@ -129,7 +129,15 @@ class RunView:
         hint = self._left
         if not hint and self._shown_as == "html" and train.status not in ENDED:
             hint = " ".join(part for part in (INTERRUPT_HINT, widgets_hint()) if part)
-        content = training_card(train, model_name=self._model_name, hint=hint, seen=seen, next_steps=self._next_steps)
+        in_rows = self._buttons is not None and not seen  # the rows with the buttons have the table's content
+        content = training_card(
+            train,
+            model_name=self._model_name,
+            hint=hint,
+            seen=seen,
+            next_steps=self._next_steps,
+            members=not in_rows or train.status in ENDED,
+        )
         return to_html(content)
 
     def draw(self, train: TrainState, *, at_once: bool = False) -> None:
@@ -147,7 +155,7 @@ class RunView:
             previous = self._drawn
             changed = previous is None or previous.status != train.status
             due = at_once or changed or ended or now - self._drawn_at >= self._wait
-            if not due or (train == previous and not at_once):
+            if not due or train == previous:
                 return
             if ended:
                 self._next_steps = next_steps(train, self._session.state, self._model_name)
@@ -156,7 +164,7 @@ class RunView:
             self._wait = max(_INTERVAL, _SHARE * (time.perf_counter() - began))
             self._drawn, self._drawn_at = train, now
             if self._buttons is not None:
-                self._buttons.sync(member.name for member in train.members)
+                self._buttons.sync(train)
             if ended and self._run is not None:
                 self._end(train)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -46,13 +47,13 @@ def measured() -> Iterator[tuple[str, float, float]]:
     shell.user_ns["model"] = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
     shell.run_line_magic("load_ext", "nbpeft")
     for line, most in LINES:
-        yield f"%lora {line}", seconds(lambda line=line: shell.run_line_magic("lora", line)), most
+        yield f"%lora {line}", seconds(partial(shell.run_line_magic, "lora", line)), most
     from nbpeft.session import get_session
 
     planner = get_session().memory_planner(shell.user_ns["model"])
     for batch in (6, 16):
         moved = dataclasses.replace(planner.settings, batch_size=batch)
-        yield f"slider: batch {batch}", seconds(lambda moved=moved: planner.plan(moved)), SLIDER
+        yield f"slider: batch {batch}", seconds(partial(planner.plan, moved)), SLIDER
 
 
 def main() -> None:

@@ -48,20 +48,12 @@ def audit(page: NotebookPage) -> list[str]:
     """The serious findings in the outputs, one line each."""
     from axe_playwright_python.sync_playwright import Axe
 
-    context = {"include": [[".jp-OutputArea-output"]]}
-    found: dict[str, Any] = Axe().run(page.page, context).response
+    context = ".jp-OutputArea-output"
+    # JupyterLab's body has no height and hides what overflows it: axe takes all of the page's text for hidden.
+    page.page.evaluate("() => { document.body.style.overflow = 'visible'; }")
+    found: dict[str, Any] = Axe().run(page.page, context, {"resultTypes": ["violations", "passes"]}).response
     passed = {rule["id"]: len(rule["nodes"]) for rule in found["passes"]}
-    assert passed["color-contrast"] > 100 and passed["aria-input-field-name"] >= 5, "what was looked at"
-    import collections
-
-    print(
-        passed,
-        collections.Counter(
-            (r["id"], n["any"][0]["data"].get("messageKey") if n["any"] else "")
-            for r in found["incomplete"]
-            for n in r["nodes"]
-        ),
-    )
+    assert passed["color-contrast"] > 100 and passed["aria-input-field-name"] > 5, "what was looked at"
     return [
         f"{finding['id']}: {node['html'][:160]} {node['failureSummary'][:300]}"
         for finding in found["violations"]
@@ -76,6 +68,7 @@ def test_an_audit_has_no_serious_findings(open_notebook: Opener, pictures: Path,
     page.click("Save", cell=1)
     page.click("Send", cell=2)
     page.wait_for("answered in", cell=2)
+    page.page.set_viewport_size({"width": 1280, "height": 5000})  # what is scrolled away is not looked at
     for theme in ("light", "dark"):
         page.theme(theme)
         page.screenshot(pictures / f"accessible-{app}-{theme}.png")
@@ -96,8 +89,7 @@ def test_sliders_and_toggles_say_what_they_are(open_notebook: Opener) -> None:
     batch = page.output(4).get_by_role("slider", name="batch", exact=True)
     expect(batch).to_have_attribute("aria-valuetext", page.output(4).locator(".widget-readout").first.inner_text())
     before = str(batch.get_attribute("aria-valuetext"))
-    batch.focus()
-    page.page.keyboard.press("ArrowRight")
+    batch.press("ArrowRight")
     expect(batch).not_to_have_attribute("aria-valuetext", before)
     expect(batch).to_have_attribute("aria-valuetext", page.output(4).locator(".widget-readout").first.inner_text())
     assert page.output(3).get_by_role("slider", name="orders").get_attribute("aria-valuetext") == "1.00"

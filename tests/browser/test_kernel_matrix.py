@@ -19,7 +19,6 @@ pytestmark = pytest.mark.slow
 SET_UP = """\
 from fakes import FakeSession, simulate
 from nbpeft.widgets import AdaptersPanel, show_run, training_panel
-from nbpeft.widgets.run_buttons import _waiting
 session = FakeSession()
 
 def show(run, name):
@@ -110,12 +109,13 @@ class Notebook:
         other.stop_channels()
 
     def cards(self) -> list[str]:
-        """The HTML of the run's displays, as they were sent."""
-        return [
-            message["content"]["data"]["text/html"]
+        """The cards of the run in its widget, as they were sent."""
+        values = [
+            message["content"]["data"].get("state", {}).get("value")
             for message in self.messages
-            if "text/html" in message["content"].get("data", {})
+            if message["msg_type"] in ("comm_open", "comm_msg")
         ]
+        return [value for value in values if isinstance(value, str) and "Training orders" in value]
 
     def _take(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
@@ -188,7 +188,7 @@ def test_stop_ends_the_run_and_neither_the_next_cell_nor_the_next_run(notebook: 
     notebook.wait_for_end(following)
     assert "ENDED 15 finished" in notebook.text
     notebook.run("pass")
-    assert notebook.run("print('WAITING', len(_waiting), len(training_panel._live))").split()[-2:] == ["0", "0"]
+    assert notebook.run("print('LIVE', len(training_panel._live))").split()[-1] == "0"
     assert "No such comm" not in notebook.text
 
 
@@ -250,10 +250,10 @@ def test_the_buttons_leave_no_widget(notebook: Notebook) -> None:
         "print('WIDGETS', len(getattr(module, '_instances', None) or module.Widget.widgets))"
     )
     # How the last runs ended stays for a page that is opened again, until the extension is unloaded.
-    notebook.run("from nbpeft.widgets.run_buttons import close_left\nclose_left()")
+    notebook.run("training_panel.close_views()")
     before = notebook.run(count)
     notebook.run(RUN.format(steps=3, seconds=0.02))
-    notebook.run("close_left()")
+    notebook.run("training_panel.close_views()")
     assert notebook.run(count) == before
 
 

@@ -62,6 +62,20 @@ def test_scores_are_shown_and_stay_without_a_kernel(open_notebook: Opener, pictu
     page.check()
 
 
+def test_a_stop_keeps_what_is_scored(open_notebook: Opener, app: str) -> None:
+    setup = f"{SETUP}\nimport time\nslow = lambda answer, row: not time.sleep(0.02)\nrows = rows * 40"
+    page = open_notebook(setup, "%lora score --data rows --metric slow --max-new-tokens 4 --batch-size 2")
+    page.run_cell(0)
+    page.start_cell(1)
+    page.wait_for("so far: base", cell=1)
+    page.click("Stop", cell=1)
+    page.wait_for("stopped after", cell=1)
+    page.wait_idle()
+    assert "of 1,440 items" in page.output_text(1)
+    expect(page.button("Stop", cell=1)).to_have_count(0)
+    page.check()
+
+
 def test_a_notebook_that_is_not_trusted_shows_them_too(open_notebook: Opener, pictures: Path, app: str) -> None:
     page = open_notebook(shown=[{"text/html": orders()._repr_html_(), "text/plain": "hidden"}])
     page.wait_for("fixed 18, broke 3", cell=0)

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, expect
 
 from tests.browser.conftest import Opener
+from tests.browser.harness import NotebookPage
 
 pytestmark = pytest.mark.browser
 
@@ -37,22 +38,31 @@ AFTER = """\
 """
 
 
+def row(page: NotebookPage, name: str) -> Locator:
+    """The row of an adapter, with its buttons."""
+    return page.output(1).locator(".nbpeft-member").filter(has_text=re.compile(rf"{name}(?!-lr)"))
+
+
 @pytest.mark.parametrize("app", ["lab"], indirect=True)
 def test_one_is_stopped_another_cloned_and_all_stopped(open_notebook: Opener, pictures: Path) -> None:
     page = open_notebook(MODEL, TRAIN, AFTER)
     page.run_cell(0)
     page.start_cell(1)
     page.wait_for(re.compile(r"^[1-9]\d[\d,]* / 20,000$"), cell=1, timeout=90)
-    page.click("Stop codes-lr1e-4", cell=1)
+    row(page, "codes-lr1e-4").get_by_role("button", name="Stop").click()
     page.wait_for(re.compile(r"stopped at step \d+"), cell=1, timeout=60)
-    expect(page.button("Stop codes-lr1e-4", cell=1)).to_be_disabled()
+    expect(row(page, "codes-lr1e-4").get_by_role("button", name="Stop")).to_be_disabled()
     page.wait_for("running", cell=1)
-    page.click("Clone codes-lr1e-2", cell=1)
+    row(page, "codes-lr1e-2").get_by_role("button", name="Clone").click()
     page.wait_for(re.compile(r"codes-lr1e-2-lr5e-3"), cell=1)
-    expect(page.button("Stop codes-lr1e-2-lr5e-3", cell=1)).to_be_enabled(timeout=30_000)
-    for theme in ("light", "dark"):
-        page.theme(theme)
-        page.screenshot(pictures / f"sweep-running-{theme}.png")
+    expect(row(page, "codes-lr1e-2-lr5e-3").get_by_role("button", name="Stop")).to_be_enabled(timeout=30_000)
+    for width in (1280, 600):
+        page.page.set_viewport_size({"width": width, "height": 900})
+        if width == 600:  # what is left beside the file browser is 210 pixels wide
+            page.page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
+        for theme in ("light", "dark"):
+            page.theme(theme)
+            page.screenshot(pictures / f"sweep-running-{width}-{theme}.png")
     page.theme("light")
     page.click("Stop", cell=1)
     page.wait_idle()

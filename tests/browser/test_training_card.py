@@ -18,6 +18,7 @@ from tests.browser.test_background import MODEL, TRAIN
 pytestmark = pytest.mark.browser
 
 SAVE = "%lora save adapters/sql --name sql"
+LEFT = "node => Math.round(node.getBoundingClientRect().left)"
 STEPS = re.compile(r"^[1-9][\d,]* / 20,000$")
 
 
@@ -121,6 +122,8 @@ def test_a_card_without_its_kernel_says_when_it_was_seen(
         text = exported.locator("body").inner_text()
         assert "last seen" in text and "Error displaying" not in text and "VBox" not in text
         assert "loss" in values_under_the_mouse(exported, exported.locator("body"))[1]
+        added, trained = (exported.get_by_text(words, exact=True).first for words in ("sql: added", "Training sql"))
+        assert trained.evaluate(LEFT) == added.evaluate(LEFT), "cards are aligned"
         exported.screenshot(path=str(pictures / f"card-exported-{app}.png"), full_page=True)
     finally:
         exported.close()

@@ -455,7 +455,7 @@ def diffusers_configs(peft: Any, folder: str) -> list[Any]:
     model = unet()
     model.add_adapter(config(peft, 3, **fields), "one")
     model.save_lora_adapter(folder, adapter_name="one")
-    found = [noise(model)]
+    found: list[Any] = [noise(model)]
     for low in (True, False):
         model = unet()
         model.load_lora_adapter(
@@ -501,7 +501,7 @@ def diffusers_lokr(peft: Any, folder: str) -> list[Any]:
         if path.endswith(("to_q", "to_v")):
             (out, more), (inputs, rest) = (factorization(size, 2) for size in module.weight.shape)
             tensors[f"{path}.lokr_w1"], tensors[f"{path}.lokr_w2"] = torch.randn(out, inputs), torch.randn(more, rest)
-    found = [noise(model)]
+    found: list[Any] = [noise(model)]
     model.load_lora_adapter(tensors, prefix=None, adapter_name="one")
     found += [noise(model), sum(isinstance(module, LoKrLayer) for module in model.modules())]
     model.fuse_lora()

@@ -11,6 +11,8 @@ from nbpeft.display.shown import Shown
 from nbpeft.display.training import training_card
 from nbpeft.memory.suggest import Suggestion
 from nbpeft.model.saving.merge_export import LayerError, MergeErrors
+from nbpeft.scoring.items import MetricFacts, ScoreItem
+from nbpeft.scoring.result import ScoreResult
 from nbpeft.session.results import (
     AddResult,
     Check,
@@ -91,6 +93,15 @@ def _data(word: str) -> DataResult:
     )
 
 
+def _scores(word: str) -> ScoreResult:
+    """Scores of one item that an adapter fixed, and the loss on further rows."""
+    values = {word: {"base": 0.0, word: 1.0}}
+    item = ScoreItem(3, word, word, {"base": f"no {word}", word: word}, values, frozenset([word]))
+    facts = MetricFacts(word)
+    further = ScoreResult(word, ("base", word), (facts,), word, (item,), 1, notes=(word,))
+    return ScoreResult(word, ("base", word), (facts,), word, (item,), 1, notes=(word,), elsewhere=further)
+
+
 def _of_adapters(word: str) -> dict[str, Shown]:
     adapter, state, notes = _adapter(word), _state(word), (f"{word} has a note",)
     idle = dataclasses.replace(adapter, active=False)
@@ -135,6 +146,7 @@ def _of_answers_and_layers(word: str) -> dict[str, Shown]:
             word, f"adapters/{word}", adapter, 60, ("lm_head",), (), 0.012, state,
             PROMPT + word, ANSWERS["orders"], other + word, notes,
         ),
+        "scores": _scores(word),
         "compare": CompareResult(word, (PROMPT, word), columns, 1.94, 1, notes=notes),
         "data": _data(word),
         "inspect": InspectResult(word, word, changes, notes),

@@ -154,6 +154,7 @@ def test_a_chart_without_points_says_that_it_waits() -> None:
     [
         ({"status": "failed", "step": 0}, "no step was finished"),
         ({"status": "finished", "step": 3}, "no loss was logged"),
+        ({"status": "paused", "step": 1}, "no loss was logged yet"),
         ({"loss": math.nan}, "the loss is not a finite number"),
         ({"history": ((1, math.nan), (2, math.inf))}, "the loss is not a finite number"),
     ],

@@ -93,9 +93,7 @@ def test_mistakes_are_one_line(ready: Notebook) -> None:
 def test_other_cells_run_while_it_trains(ready: Notebook, gate: Gate) -> None:
     run = ready.do(TRAIN)
     assert isinstance(run, BackgroundRun) and gate.began.wait(60)
-    assert str(run) == (
-        "sql trains in the background while other cells run; %lora stop ends it, %lora result shows what came of it"
-    )
+    assert str(run) == ("started training sql in the background; %lora stop stops it, %lora result shows how it ended")
     for command in ("use chat", "delete chat", "merge", "unload", "copy sql x", "load somewhere"):
         assert ready.run(f"%lora {command}").line.startswith(("busy: training sql", "there is no folder"))
     assert ready.run("%lora_train model --data rows max_steps=1").line.startswith("busy: training sql")

@@ -20,7 +20,7 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
     ("said", "in_a_cell"),
     [
         ("'a' is not active; session.use('a') switches to it", "'a' is not active; %lora use a switches to it"),
-        ("they are off; session.on() brings them back", "they are off; %lora on brings them back"),
+        ("they are off; session.on() enables them again", "they are off; %lora on enables them again"),
         ("say which one is meant: model='a' or model='b'", "say which one is meant: --model a or --model b"),
         ("take another name, or replace it (replace=…)", "take another name, or replace it (--replace)"),
         ("give them (init_data=…)", "give them (--init-data)"),

@@ -151,6 +151,8 @@ def test_data_is_completed(ready: Notebook) -> None:
     assert "sums.jsonl" in ready.complete("%lora_train model --data su")
     assert ready.complete("%lora data su") == ["sums.jsonl"]
     assert {"rows", "sums.jsonl", '"with space.jsonl"'} <= {*ready.complete("%lora_train model --data ")}
+    assert "model" not in ready.complete("%lora_train model --data ")
+    assert "(default: the notebook's only one)" in " ".join(ready.run("%lora help lora_train").everything.split())
     assert '"with space.jsonl"' in ready.complete("%lora data wi")
     assert "rows" in ready.complete("%lora_train model --data ro")
     assert ready.complete("%lora data rows --columns pro") == ["prompt="]

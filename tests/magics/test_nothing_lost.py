@@ -125,7 +125,7 @@ def test_unsaved_training_is_marked_where_adapters_are_listed(trained: Notebook,
 def test_a_deleted_adapter_comes_back(trained: Notebook) -> None:
     before = weights(trained)
     said = str(trained.do("%lora delete sql"))
-    assert said == "deleted 'sql' [note: it was trained and not saved; %lora undo brings it back]"
+    assert said == "deleted 'sql' [note: it was trained and not saved; %lora undo restores it]"
     assert trained["model"].manager.names == ()
     assert str(trained.do("%lora undo")) == (
         "'sql' is back, as it was before it was deleted; its training is not saved"
@@ -141,9 +141,7 @@ def test_a_trained_adapter_is_reconfigured_and_comes_back(trained: Notebook) -> 
     assert all(map(torch.equal, before, weights(trained)))
     cell = "%%lora model --name sql{} \nr = 8\ntarget_modules = ['q_proj']"
     assert "its weights would be initialized again" in str(trained.do(cell.format(" --dry-run")))
-    assert "its weights are initialized again; %lora undo brings the trained ones back" in str(
-        trained.do(cell.format(""))
-    )
+    assert "its weights are initialized again; %lora undo restores the trained ones" in str(trained.do(cell.format("")))
     assert weights(trained)[0].shape[0] == 8
     trained.do("%lora undo")
     assert all(map(torch.equal, before, weights(trained)))
@@ -152,7 +150,7 @@ def test_a_trained_adapter_is_reconfigured_and_comes_back(trained: Notebook) -> 
 def test_an_adapter_starts_anew_and_comes_back(trained: Notebook) -> None:
     before = weights(trained)
     said = str(trained.do("%lora reset sql"))
-    assert said == "reset 'sql': its weights are initialized again [note: %lora undo brings the old ones back]"
+    assert said == "reset 'sql': its weights are initialized again [note: %lora undo restores the old ones]"
     assert not weights(trained)[1].any()
     trained.do("%lora undo")
     assert all(map(torch.equal, before, weights(trained)))

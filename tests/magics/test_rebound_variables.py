@@ -18,7 +18,7 @@ from tests.tiny_models import gpt2, llama, randomize
 
 TRAIN = "%%lora_train {} --data rows --adapter sql\nmax_steps = 2\nlearning_rate = 0.1"
 ADD = "%lora add {} --name {} r=2 target_modules=q_proj"
-LOST = "'model' holds another model now; 'sql'{} on it was trained and not saved: %lora undo brings it back"
+LOST = "'model' holds another model now; 'sql'{} on it was trained and not saved: %lora undo restores it"
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_what_was_trained_comes_back_onto_the_model_of_now(trained: Notebook) ->
     trained["model"] = llama()
     trained.do("%%lora model --name new\nr = 2\ntarget_modules = ['q_proj']")
     listed = str(trained.do("%lora"))
-    assert "model (before): the model is gone; undo brings back 'sql', trained and not saved" in listed
+    assert "model (before): the model is gone; undo restores 'sql', trained and not saved" in listed
     assert "model (before)" in trained.do("%lora")._repr_html_()
     assert str(trained.do("%lora undo")) == "'sql' is on model, as on the model before; its training is not saved"
     assert same(before, weights(trained)) and trained["model"].manager.unsaved == {"sql"}
@@ -184,7 +184,7 @@ def test_the_base_model_is_not_kept(trained: Notebook) -> None:
     del trained.shell.user_ns["model"]
     gc.collect()
     assert base() is None
-    words = "the model 'model' is gone; 'sql' on it was trained and not saved: %lora undo brings it back"
+    words = "the model 'model' is gone; 'sql' on it was trained and not saved: %lora undo restores it"
     assert words in trained.run("%lora").everything
     assert "load it again into 'model', or name a model" in trained.run("%lora undo").line
     trained["model"] = llama()

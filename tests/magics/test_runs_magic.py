@@ -261,3 +261,15 @@ def test_interrupting_a_resumed_run_leaves_the_adapted_model(bare: Notebook) -> 
     end()
     assert fresh["model"].manager.active == ("sql",)
     assert fresh.do("%lora resume").training.steps == 6
+
+
+def test_a_resumed_run_is_scored_on_the_rows_of_its_variable(bare: Notebook) -> None:
+    cell = CELL.replace("--eval held", "--score held --metric f1 --every 2")
+    killed(4, cell)
+    fresh = prepare(bare, adapter=False)
+    rows = fresh["held"]
+    fresh.do("del held")
+    assert fresh.run("%lora resume").line.endswith("give them again: %lora resume sql-1 --score ROWS")
+    fresh["held"] = rows
+    result = fresh.do("%lora resume")
+    assert [step for step, _ in result.training.state.metric_history["f1"]] == [2, 4, 6]

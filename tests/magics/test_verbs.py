@@ -54,7 +54,7 @@ def test_use_ends_off(trained: Notebook) -> None:
 
 
 def test_inspect_shows_where_an_adapter_changed_the_model(trained: Notebook) -> None:
-    assert str(trained.do("%lora inspect sql")).startswith("sql on model: moves 4 layers by ")
+    assert str(trained.do("%lora inspect sql")).startswith("sql on model: median weight change ")
     told = trained.run("%lora inspect sqll").line
     assert "'sqll' not found; the model has: 'chat', 'sql'. Did you mean 'sql'?" in told
 
@@ -245,7 +245,7 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         ("freeze nope", "'nope' not found"),
         (
             "panel nope",
-            "no panel 'nope'. Did you mean 'compare'? It has: adapters, compare, blend, plan; models: model",
+            "no panel 'nope'. Did you mean 'compare'? It has: adapters, compare, blend, plan, training; models: model",
         ),
         ("model --name sql", "'model', which is a variable; to adapt it: a cell that begins with %%lora model, or"),
         ("add model --name ''", "'' cannot name an adapter"),

@@ -265,8 +265,9 @@ def test_completion(trained: Notebook, tmp_path: Path) -> None:
     assert trained.complete('%lora compare "Hi" --tokenizer t') == ["tok"]
     assert trained.complete("%lora swap x --into s") == ["sql"]
     (tmp_path / "orders_v2").mkdir()
+    (tmp_path / "orders_v2/adapter_config.json").touch()
     assert trained.complete(f"%lora swap {tmp_path}/ord") == [f"{tmp_path}/orders_v2/"]
-    assert trained.complete("%lora panel ") == ["adapters", "compare", "blend", "plan", "model"]
+    assert trained.complete("%lora panel ") == ["adapters", "compare", "blend", "plan", "training", "model"]
     assert trained.complete("%lora panel compare m") == ["model"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from typing import Any
 
 import peft
@@ -104,6 +105,24 @@ def test_layers_with_trained_token_rows_have_nothing_to_scale() -> None:
     assert torch.equal(table(torch.arange(3)), before)
     scale_everywhere(ours, "unscale_layer")
     assert linear.scaling["default"] == 2.0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nbpeft.IA3Config(target_modules=["0"], feedforward_modules=[]),
+        nbpeft.OFTConfig(target_modules=["0"], oft_block_size=2),
+    ],
+)
+def test_a_scale_without_effect_is_named(other: Any) -> None:
+    """PEFT raises AttributeError for some methods, and warns for others."""
+    layer: Any = nbpeft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), other).get_base_model()[0]
+    for method, *arguments in (("set_scale", "default"), ("scale_layer",)):
+        with pytest.warns(UserWarning, match="a scale of 0.5 has no effect on adapter 'default': .* has no scaling"):
+            getattr(layer, method)(*arguments, 0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            getattr(layer, method)(*arguments, 1)
 
 
 def test_only_active_adapters_are_scaled() -> None:

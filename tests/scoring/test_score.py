@@ -122,6 +122,14 @@ def test_a_merged_adapter_is_scored_alone() -> None:
         model.unmerge_adapter()
 
 
+def test_the_base_may_be_named_like_an_adapter() -> None:
+    assert scored(adapted(), ROWS[:2], adapters=["sql", "base"], base=False, max_new_tokens=1).columns == (
+        "base",
+        "sql",
+    )
+    assert scored(adapted(), ROWS[:2], adapters="base", base=False, max_new_tokens=1).columns == ("base",)
+
+
 def test_a_model_without_adapters_is_scored() -> None:
     model = llama()
     result = scored(model, max_new_tokens=LIMIT)
@@ -375,6 +383,31 @@ def test_wrong_arguments_are_refused_before_anything_is_answered(
 ) -> None:
     with pytest.raises(error, match=message):
         scored(adapted(), **options)
+
+
+@pytest.mark.parametrize("metric", ["exact", "loss"])
+def test_rows_are_computed_in_parts_where_memory_is_short(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = adapted(), []
+    expected = scored(model, metric=metric, **({"max_new_tokens": 3} if metric == "exact" else {}))
+    forward = type(model).forward if metric == "loss" else type(model).generate
+    most = [7]
+
+    def short_of_memory(self: Any, *args: Any, **inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *args, **inputs)
+
+    monkeypatch.setattr(type(model), "forward" if metric == "loss" else "generate", short_of_memory)
+    options = {"max_new_tokens": 3} if metric == "exact" else {}
+    found = scored(model, metric=metric, **options)
+    assert max(sizes) > 7 and min(sizes) < 7
+    assert [item.values[metric] for item in found.items] == [
+        pytest.approx(item.values[metric], abs=1e-6) for item in expected.items
+    ]
+    most[0] = 1
+    with pytest.raises(AdapterError, match="out of memory with one row: score fewer adapters"):
+        scored(model, metric=metric, **options)
 
 
 def test_progress_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

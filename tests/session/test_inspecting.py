@@ -16,7 +16,7 @@ def test_most_changed_first_in_words_and_as_a_map(session: Session, two_adapters
     changes = [layer.relative for layer in result.ranked]
     assert changes == sorted(changes, reverse=True) and changes[0] > 0
     text, html = str(result), result._repr_html_()
-    assert text.startswith("pirate on model: moves 4 layers by ")
+    assert text.startswith("pirate on model: median weight change ")
     assert text.index(result.ranked[0].path) < text.index(result.ranked[1].path)
     assert html.count("border-radius:2px") == 4 and "self_attn.q_proj" in html
     darkest = html[: html.index("opacity:1.00")].rindex("title=")

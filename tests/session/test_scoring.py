@@ -45,6 +45,19 @@ def test_the_session_is_busy_meanwhile_and_free_afterwards(session: Session) -> 
     assert not session.state.busy
 
 
+def test_a_stop_may_be_requested_from_outside(session: Session) -> None:
+    controls: list[Any] = []
+
+    def own(answer: str, row: Any) -> bool:
+        controls[0].request_stop()
+        return True
+
+    result = session.score(
+        ROWS, metric=own, tokenizer=CharTokenizer(), max_new_tokens=2, batch_size=4, on_control=controls.append
+    )
+    assert (result.status, len(result.items)) == ("stopped", 4)
+
+
 def test_what_cannot_be_scored_is_refused(session: Session) -> None:
     with pytest.raises(UnknownAdapterError, match="sqll"):
         session.score(ROWS, adapters=["sqll"], tokenizer=CharTokenizer())

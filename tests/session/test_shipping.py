@@ -60,7 +60,7 @@ def test_refusals(session: Session, adapted: Any, tmp_path: Path) -> None:
     before = everything(adapted)
     with pytest.raises(AdapterError, match=r"there are several adapters; say which one to ship \(name=…\): sql, dora"):
         session.ship(engine="vllm", to=tmp_path / "served")
-    with pytest.raises(AdapterError, match=r"vLLM 0.26 does not take the adapter: DoRA on 2 layers"):
+    with pytest.raises(AdapterError, match=r"vLLM 0.26 cannot load the adapter: DoRA on 2 layers"):
         session.ship("dora", engine="vllm", to=tmp_path / "served")
     with pytest.raises(AdapterError, match="Adapter 'sq' not found"):
         session.ship("sq", engine="vllm", to=tmp_path / "served")

@@ -81,6 +81,16 @@ def test_the_form_of_the_rows_is_saved_loaded_and_carried_along(session: Session
     assert prompt_format(loaded.manager.configs["sum"]) == PromptFormat(True, "Be  brief |x|")
 
 
+def test_the_record_of_a_run_has_the_system_prompt(session: Session, model: Any, tmp_path: Path) -> None:
+    session.context.runs_dir = str(tmp_path)
+    session.train(None, [chat()] * 2, tokenizer=CHAT, max_steps=1)
+    (run,) = session.runs().records
+    assert run.settings["system prompt"] == "Be brief"
+    other = Session()
+    kept = other.load(f"{run.path}/checkpoint-1/orders", name="again", model=llama(), variable="model").model
+    assert other.ask("Hi", model=kept, **FEW).system == "Be brief"
+
+
 def test_plain_rows_are_asked_plainly_after_loading_too(session: Session, model: Any, tmp_path: Path) -> None:
     train(session, [{"prompt": "Hi", "completion": " you"}] * 2)
     session.save(tmp_path, name="orders")

@@ -166,7 +166,7 @@ class TestWhatIsNotGivenUp:
             session.combine({"chat": 1.0}, as_name="sql")
         session.combine({"chat": 1.0}, as_name="half")
         assert session.combine({"chat": 0.5}, as_name="half").notes == (
-            "it takes the place of the one before; session.undo() brings that back",
+            "it takes the place of the one before; session.undo() restores that",
         )
         session.unfreeze("half")
         session.train(model, token_rows(4), adapter="half", max_steps=1)
@@ -206,7 +206,7 @@ class TestUnsavedTraining:
 
     def test_is_named_when_it_is_deleted(self, session: Session, model: Any) -> None:
         assert session.delete("sql").notes == (
-            "it was trained and not saved; session.undo() brings it back",
+            "it was trained and not saved; session.undo() restores it",
             "'chat' is active now",
         )
         assert session.delete("chat").notes == ()
@@ -219,7 +219,7 @@ class TestUnsavedTraining:
         assert all(map(torch.equal, before, model.manager.parameters("sql"))) and state_of(session, "sql").unsaved
         assert model.manager.layers["model.layers.0.self_attn.q_proj"].adapter("sql").scaling == 32.0
         assert session.preview(model, OTHER, name="sql").notes == ("its weights would be initialized again",)
-        note = "its weights are initialized again; session.undo() brings the trained ones back"
+        note = "its weights are initialized again; session.undo() restores the trained ones"
         assert session.add(model, OTHER, name="sql").notes == (note,)
         assert not state_of(session, "sql").unsaved
         assert session.add(model, FIELDS, name="sql").notes == (note.replace("trained", "old"),)
@@ -232,7 +232,7 @@ class TestReset:
         config = model.manager.configs["chat"].to_dict()
         result = session.reset("chat")
         assert result.line == "reset 'chat': its weights are initialized again"
-        assert result.notes == ("session.undo() brings the old ones back",)
+        assert result.notes == ("session.undo() restores the old ones",)
         first, second = model.manager.parameters("chat")[:2]
         assert first.any() and not second.any(), "as a new LoRA adapter: A drawn, B zero"
         assert model.manager.names == ("chat", "sql") and model.manager.active == ("sql",)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from nbpeft.checkpoint import PromptFormat, set_prompt_format
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.shipping import ship
 from nbpeft.shipping.modelfile import CHAT_FORMATS, chat_format_of
@@ -66,6 +67,17 @@ def test_beside_a_base_goes_the_adapter(tmp_path: Path) -> None:
     assert not done.merged and done.stored_as == "f16"
     with pytest.raises(AdapterError, match="DoRA on 6 layers"):
         ship(adapted(use_dora=True), engine="ollama", base="smollm2:135m", to=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("system", "line"), [("Be brief", 'SYSTEM """Be brief"""\n'), ("", ""), (None, ""), ('"""', "")]
+)
+def test_the_system_prompt_of_the_training_rows_is_written(system: str | None, line: str, tmp_path: Path) -> None:
+    model = adapted()
+    set_prompt_format(model.manager.configs["sql"], PromptFormat(chat=True, system=system))
+    ship(model, engine="ollama", base="smollm2:135m", to=tmp_path / "served")
+    beginning = "FROM smollm2:135m\nADAPTER ./adapter.gguf\n"
+    assert (tmp_path / "served" / "Modelfile").read_text() == beginning + line
 
 
 def test_an_unknown_template_is_noted(tmp_path: Path) -> None:

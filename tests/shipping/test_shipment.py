@@ -217,7 +217,7 @@ def test_what_vllm_does_not_take_is_refused_with_a_remedy(case: str, tmp_path: P
     model = adapted(base_model("Llama", attention_bias=True), **fields)
     with pytest.raises(AdapterError, match=what) as caught:
         ship(model, engine="vllm", to=tmp_path / "served")
-    assert "vLLM 0.26 does not take the adapter" in str(caught.value)
+    assert "vLLM 0.26 cannot load the adapter" in str(caught.value)
     assert "merge it into the base" in str(caught.value) and "(merged=…)" in str(caught.value)
     assert not list(tmp_path.iterdir())
     planned = ship(model, engine="vllm", merged=True, dry_run=True)
@@ -274,7 +274,7 @@ def test_a_prompt_goes_to_peft_alone(name: str, tmp_path: Path) -> None:
         what = rf"{name}, 4 trained tokens in front of the input \(serve it with PEFT, or train LoRA\)$"
         with pytest.raises(AdapterError, match=what):
             ship(model, engine=engine, base="llama3.2:1b" if engine == "ollama" else None, to=tmp_path / "refused")
-        with pytest.raises(AdapterError, match="does not take the merged model: an adapter that cannot be merged"):
+        with pytest.raises(AdapterError, match="cannot load the merged model: an adapter that cannot be merged"):
             ship(model, engine=engine, merged=True, to=tmp_path / "refused")
     ship(model, engine="peft", to=tmp_path / "served")
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
@@ -302,7 +302,7 @@ def test_other_methods_and_other_programs(tmp_path: Path) -> None:
     assert config_of(tmp_path / "served")["peft_type"] == "IA3"
     with pytest.raises(AdapterError, match="a LlamaForCausalLM, which is not a component of a pipeline"):
         ship(adapted(), engine="diffusers", to=tmp_path / "other")
-    with pytest.raises(AdapterError, match=r"PEFT 0.21.2 does not take the merged model: PEFT loads no merged models"):
+    with pytest.raises(AdapterError, match=r"PEFT 0.21.2 cannot load the merged model: PEFT loads no merged models"):
         ship(adapted(), engine="peft", merged=True, to=tmp_path / "other")
 
 

@@ -25,9 +25,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is opened from here on, in order."""
     calls: list[Any] = []
 
-    def counted(data: Any) -> Any:
+    def counted(data: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(data)
-        return open_data(data)
+        return open_data(data, *arguments, **options)
 
     for name, module in list(sys.modules.items()):
         if name.startswith("nbpeft.") and vars(module).get("open_data") is open_data:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from nbpeft.widgets import AdaptersPanel, close_all
+from nbpeft.widgets import AdaptersPanel, aria, close_all
 from nbpeft.widgets import panel as panel_module
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.panel_output import PanelOutput
 from tests.waiting import PATIENCE
 from tests.widgets.fakes import FakeSession
 from tests.widgets.support import Output
+from tests.widgets.test_adapters_panel import walk
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 
@@ -99,6 +100,14 @@ def test_the_widgets_hide_the_state_by_its_name(outputs: list[Output]) -> None:
     (name,) = (kind.removesuffix("-view") for kind in panel.widget._dom_classes if kind.endswith("-view"))
     assert f'class="nbpeft-state {name}"' in outputs[0].last["text/html"]
     assert f".{name}," in style
+    panel.close()
+
+
+def test_the_script_for_screen_readers_comes_with_the_state_and_finds_the_widgets(outputs: list[Output]) -> None:
+    panel = shown(FakeSession())
+    assert aria.SCRIPT in outputs[0].last["text/html"]
+    classes = {name for part in walk(panel.widget) for name in part._dom_classes}
+    assert aria.TOGGLES in classes and f".{aria.TOGGLES} button" in aria.SCRIPT
     panel.close()
 
 

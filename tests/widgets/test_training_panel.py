@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
+import re
 import threading
 import time
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 
 from nbpeft.display import charts
-from nbpeft.display.training import status_message, training_text
+from nbpeft.display.html import to_html
+from nbpeft.display.training import status_message, training_card, training_text
+from nbpeft.state import MemberState
 from nbpeft.widgets import environment, run_buttons, run_outputs, show_run, training_panel
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.lifetime import close_tree
@@ -243,7 +247,7 @@ def ticking() -> bool:
 
 
 def seen(buttons: Any) -> list[str]:
-    return [button.description for button in buttons.box.children if button.layout.display != "none"]
+    return [button.description for button in buttons.box.children[0].children if button.layout.display != "none"]
 
 
 def test_the_buttons_pause_resume_and_stop(session: Any, outputs: list[Output]) -> None:
@@ -325,16 +329,19 @@ def test_each_adapter_of_a_sweep_has_a_stop_and_a_clone_new_ones_too(session: An
 
     monkeypatch.setattr(run_buttons, "deliver_clicks", deliver)
     control = FakeRun(session).control
-    buttons = run_buttons.RunButtons(control, ["a", "b"])
+    buttons = run_buttons.RunButtons(control, sweep_of("a", "b"))
     listeners[buttons.clones["a"].comm.comm_id]()
     assert control.members_to_clone == {"a"}
-    buttons.sync(["a", "b"])
+    buttons.sync(sweep_of("a", "b"))
     assert buttons.clones["a"].disabled and not buttons.clones["b"].disabled
     (request,) = control.take_clones()
     assert (request.source, request.name, request.rate_factor) == ("a", None, 0.5)
-    buttons.sync(["a", "b", "a-lr5e-5"])
+    buttons.sync(sweep_of("b", "a", "a-lr5e-5"))
     assert not buttons.clones["a"].disabled and buttons.members.keys() == {"a", "b", "a-lr5e-5"}
-    assert [button.description for button in buttons.box.children[-2:]] == ["Stop a-lr5e-5", "Clone a-lr5e-5"]
+    rows = buttons.table.children[1:]
+    assert [re.search(r"([\w-]+)</(?:b|span|div)>", row.children[0].value)[1] for row in rows] == ["b", "a", "a-lr5e-5"]
+    assert [button.description for button in rows[-1].children[1:]] == ["Stop", "Clone"]
+    assert rows[-1].children[1].tooltip.startswith("Stop training a-lr5e-5") and buttons.table.layout.display is None
     listeners[buttons.members["a-lr5e-5"].comm.comm_id]()
     assert control.members_to_stop == {"a-lr5e-5"}
     buttons.sync()
@@ -344,6 +351,22 @@ def test_each_adapter_of_a_sweep_has_a_stop_and_a_clone_new_ones_too(session: An
         button.click()  # the kernel's own delivery, when the cell is done
     assert not control.members_to_clone
     close_tree(buttons.box)
+
+
+def sweep_of(*names: str) -> Any:
+    """A state of a sweep, the best adapter first."""
+    members = tuple(
+        MemberState(name, "training", 3, {"learning_rate": "1e-4"}, smoothed_loss=1.0 + place)
+        for place, name in enumerate(names)
+    )
+    return dataclasses.replace(train_state(3), members=members)
+
+
+def test_a_live_card_leaves_the_adapters_of_a_sweep_to_the_rows_with_buttons() -> None:
+    state = sweep_of("codes-lr1e-4", "codes-lr1e-3")
+    live, saved = (to_html(training_card(state, members=members)) for members in (False, True))
+    assert "gradient norm" not in live and "gradient norm" in saved
+    assert "loss of the best" in live and "codes-lr1e-4" in live and "mean loss" not in saved
 
 
 class SlowStep:

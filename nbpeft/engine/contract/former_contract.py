@@ -89,12 +89,13 @@ def check_fields(label: str, given: Iterable[str], known: Iterable[str]) -> None
             raise ConfigError(f"{label}: register() takes no {name}.{did_you_mean(name, known)}", field=name)
 
 
-def check_classes(label: str, adapter_class: type[Any], state_class: type[Any] | None) -> None:
-    """Refuses an adapter class or a shared state that is written for the former contract.
+def check_classes(label: str, adapter_class: type[Any], config_class: type[Any], state_class: type[Any] | None) -> None:
+    """Refuses an adapter class, a config or a shared state that is written for the former contract.
 
     Args:
         label: of the method.
         adapter_class: class of its adapters.
+        config_class: class of its configs.
         state_class: class of the state that their layers share, or None.
 
     Raises:
@@ -105,6 +106,9 @@ def check_classes(label: str, adapter_class: type[Any], state_class: type[Any] |
         if name is not None:
             raise ConfigError(f"{label}: {cls.__name__}.{name} is no longer read: write {_MEMBERS[name]}", field=name)
         _check_capabilities(label, adapter_class, cls)
+    for owner, former, name in ((config_class, "beside", "reconciled"), (state_class, "settle", "recompute_derived")):
+        if owner is not None and hasattr(owner, former):
+            raise ConfigError(f"{label}: {owner.__name__}.{former} is now called {name}", field=former)
     if state_class is not None and "device" in _parameters(state_class.create):
         raise ConfigError(
             f"{label}: {state_class.__name__}.create now takes (config, site, tensors); site has shapes, "

@@ -145,7 +145,7 @@ def register(
 
     def decorate(cls: AdapterClass) -> AdapterClass:
         method = Method(label, peft_type, config_class, cls, **fields)
-        check_classes(label, cls, method.shares.state)
+        check_classes(label, cls, config_class, method.shares.state)
         clash = next((m for m in _methods if m.label == label and m.adapter_class is not cls), None)
         if clash is not None and clash.adapter_class.__qualname__ != cls.__qualname__:
             raise UnknownMethodError(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import take_hooks
 from nbpeft.engine.changes.active_state import ActiveState, LayerState
@@ -169,18 +169,23 @@ class LayerCommands:
         Returns:
             Whether any were moved.
         """
-        moved = False
+        moved: dict[nn.Module, nn.Module] = {}
         for wrapper, modules, name in before.places(before.without(tree)):
             new = modules.get(name)
-            if new is None or not isinstance(wrapper, AdaptedLayer) or new is wrapper.base_layer:
-                continue  # with its own layer in its place, it was taken out
-            only_prompts = all(isinstance(one, ModelAdapter) for one in wrapper.adapters._modules.values())
+            if new is None or not isinstance(wrapper, AdaptedLayer):
+                continue
             kind, old = resolve_layer_kind(new), wrapper.base_layer
-            if only_prompts and kind is wrapper.kind and kind.features(new)[1] == kind.features(old)[1]:
+            if wrapper not in moved:
+                only_prompts = all(isinstance(one, ModelAdapter) for one in wrapper.adapters._modules.values())
+                if new is old or not only_prompts:  # with its own layer in its place, the wrapper was taken out
+                    continue
+                if kind is not wrapper.kind or kind.features(new)[1] != kind.features(old)[1]:
+                    continue
                 wrapper.replace_base_layer(new, change)
+                moved[wrapper] = new
+            if moved[wrapper] is new:  # the same module can be in several places
                 change.set_item(modules, name, wrapper)
-                moved = True
-        return moved
+        return bool(moved)
 
     def see_off(self, names: Sequence[str], change: Transaction) -> None:
         """Unregisters adapters that are no longer in the module tree, and records them: they may come back."""

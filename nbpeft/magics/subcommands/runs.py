@@ -64,7 +64,7 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
         words = " ".join(" ".join(_SAID.get(name, (f"{name}={{{name}}}",))) for name in missing)
         message = f"run {record.name} used values that are not kept in a file; give them again"
         raise CellError(f"{message}: %lora resume {record.name} {words}")
-    model = notebook.module(target, base=source_of_base(record) or "…")
+    model = notebook.module(target, base=source_of_base(record) or "user/name")
     try:
         result = session.resume(record.name, model=model, variable=target, **given)
     except BaseException:

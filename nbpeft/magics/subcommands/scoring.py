@@ -20,7 +20,7 @@ from nbpeft.names import METRICS
 @subcommand(
     "score",
     "Score the base model and all adapters on rows with references, item by item, with intervals and paired tests. "
-    "Interrupting the kernel keeps what is scored.",
+    "Stop, or interrupting the kernel, keeps what is scored.",
     argument(
         "names",
         nargs="*",
@@ -92,6 +92,7 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             columns=None if options.columns is None else dict(options.columns),
             tokenizer=notebook.tokenizer(options.tokenizer),
             on_progress=live.draw,
+            on_control=live.stop_with,
             model=model,
             **given,
         )

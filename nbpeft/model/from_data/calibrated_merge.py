@@ -23,6 +23,10 @@ from nbpeft.model.saving.merge_deltas import LayerDelta, deltas_of
 _GRAM_BYTES = 2**30
 """Memory in bytes for the Gram matrices of inputs. Layers that do not fit need another pass over the data."""
 _NO_GRID = "no adapted layer is stored in 4 or 8 bits of bitsandbytes: merge_adapter merges the others as well"
+_UNEVEN = (
+    "blocks of the adapted 4-bit layers extend over several rows of the weight: use merge_adapter, which rounds each "
+    "number by itself"
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def merge_calibrated(
             if found is not None:
                 rounded[path], lost[path] = found
     if not rounded:
-        raise MergeError(_NO_GRID)
+        raise MergeError(_UNEVEN)
     with manager.transaction():
         manager.merge(names, safe=safe_merge)
         for path, stored in rounded.items():

@@ -180,8 +180,8 @@ def _with_names_in_base(config: AdapterConfig, model: PeftModel) -> AdapterConfi
         return config
     changed: dict[str, Any] = {}
     for field in _NAME_FIELDS:
-        value = getattr(config, field, None)
-        bare: Any = None
+        value: Any = getattr(config, field, None)
+        bare = value
         if isinstance(value, str):
             bare = without_prefix(value)
         elif isinstance(value, Mapping):

@@ -214,7 +214,7 @@ def weights_message(*, stays: bool, unsaved: bool, done: bool = True) -> str:
     which = "trained weights" if unsaved else "weights"
     if stays:
         return f"its {which} {'stay' if done else 'would stay'} as they are"
-    back = "session.undo() brings the trained ones back" if unsaved else "session.undo() brings the old ones back"
+    back = "session.undo() restores the trained ones" if unsaved else "session.undo() restores the old ones"
     return f"its weights {'are' if done else 'would be'} initialized again{'; ' + back if done else ''}"
 
 
@@ -459,7 +459,7 @@ def delete(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Comman
         with going.change():
             manager.remove(name)
         if going.kept.unsaved:
-            notes.append("it was trained and not saved; session.undo() brings it back")
+            notes.append("it was trained and not saved; session.undo() restores it")
         if name in before and manager.active and set(manager.active) - set(before):
             notes.append(f"{manager.active[0]!r} is active now")
         return ctx.result(tracked, f"deleted {name!r}", notes)

@@ -79,7 +79,7 @@ def combine(
         if type == "linear" and combined.relative_error > _LINEAR_NOTE:
             notes.append("linear mixes the factors of one adapter with another's; type exact keeps the true sum")
         if remade:
-            notes.append("it takes the place of the one before; session.undo() brings that back")
+            notes.append("it takes the place of the one before; session.undo() restores that")
         state = tracked.state()
         return CombineResult(
             tracked.name,

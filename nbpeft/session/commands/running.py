@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 UNTRACKED = "model"
 """Name for a model without adapters while a custom loop trains it."""
-_WAYS = "session.stop() ends it, session.result() shows what came of it"
+_WAYS = "session.stop() stops it, session.result() shows how it ended"
 
 
 def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) -> BackgroundRun:
@@ -55,7 +55,7 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
         state.gate = None if state.gate is gate else state.gate
         raise
     ctx.models.select(tracked)
-    return BackgroundRun(tracked.name, f"{names} trains in the background while other cells run; {_WAYS}", training)
+    return BackgroundRun(tracked.name, f"started training {names} in the background; {_WAYS}", training)
 
 
 def stop(ctx: SessionContext, model: str | None = None, *, adapter: str | None = None) -> RequestResult:

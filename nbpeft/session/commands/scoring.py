@@ -12,6 +12,7 @@ from nbpeft.session.prompts import chosen_tokenizer
 if TYPE_CHECKING:
     from nbpeft.scoring.result import ScoreResult
     from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.training import RunControl
 
 
 def score(
@@ -24,7 +25,7 @@ def score(
     base: bool = True,
     tokenizer: Any = None,
     on_progress: Callable[[ScoreResult], object] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    on_control: Callable[[RunControl], object] | None = None,
     model: ModelLike = None,
     **options: Any,
 ) -> ScoreResult:
@@ -41,7 +42,7 @@ def score(
         base: whether to score the base model, too.
         tokenizer: the model's tokenizer; the last one given if None.
         on_progress: called with the result so far, several times per second.
-        should_stop: called after each token; True ends the scoring early.
+        on_control: called with the control on which a stop can be requested from any thread.
         model: an adapted model.
         **options: further arguments of ``nbpeft.score``, e.g. ``strip`` or ``batch_size``.
 
@@ -51,11 +52,15 @@ def score(
         TrainingError: the rows cannot be read, or a metric fails on all rows of the first batch.
     """
     from nbpeft.scoring.score import score as score_rows
+    from nbpeft.training.monitor.control import RunControl
 
+    control = RunControl()
     tracked = ctx.find_adapted(model, command="score")
     names = None if adapters is None else listed(adapters, "expected the name of an adapter or a list of names")
     chosen = chosen_tokenizer(ctx, tracked, tokenizer)
     with ctx.command("scoring", slow=True) as notes:
+        if on_control is not None:
+            on_control(control)
         result = score_rows(
             tracked.model,
             rows,
@@ -64,7 +69,7 @@ def score(
             adapters=names,
             base=base,
             on_progress=on_progress,
-            should_stop=should_stop,
+            should_stop=control.wait_or_stop,
             progress=False,
             name=tracked.name,
             **options,

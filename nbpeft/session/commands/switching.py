@@ -36,7 +36,7 @@ def off(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
     tracked = ctx.models.get(model, command="off")
     with ctx.command("switching adapters off") as notes:
         tracked.manager.disable()
-        return ctx.result(tracked, f"adapters of {tracked.name} are off; session.on() brings them back", notes)
+        return ctx.result(tracked, f"adapters of {tracked.name} are off; session.on() enables them again", notes)
 
 
 def on(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:

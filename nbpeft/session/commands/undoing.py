@@ -124,7 +124,7 @@ def reset(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Command
     refuse_in_training(ctx, tracked, "reset")
     with ctx.command(f"resetting {name!r}") as notes:
         draw_anew(ctx, tracked, name)
-        notes.append("session.undo() brings the old ones back")
+        notes.append("session.undo() restores the old ones")
         return ctx.result(tracked, f"reset {name!r}: its weights are initialized again", notes)
 
 

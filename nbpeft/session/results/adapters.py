@@ -287,7 +287,7 @@ class StatusReport(Result):
     def _past(self) -> tuple[str, ...]:
         """Returns a line for each model that no longer exists and has adapters to restore."""
         return tuple(
-            f"{past.name}: the model is gone; undo brings back {past.adapters}, trained and not saved"
+            f"{past.name}: the model is gone; undo restores {past.adapters}, trained and not saved"
             for past in self.state.past
         )
 

@@ -209,7 +209,9 @@ class RunsComparison(Result):
         names = self._names()
         labelled = tuple(zip(names, self.curves, self.eval_curves, strict=True))
         width = range(1, 1 + len(names))
-        rows = tuple((name, *(Text(value, wrap="words") for value in values)) for name, *values in self._rows())
+        rows: tuple[tuple[Cell, ...], ...] = tuple(
+            (name, *(Text(value, wrap="words") for value in values)) for name, *values in self._rows()
+        )
         table = Table(("", *names), rows, right=tuple(width))
         same = None if self.differing else line(dim("Their settings are the same."))
         why = (line(dim(words)) for words in self._why_unreadable())

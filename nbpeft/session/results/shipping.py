@@ -50,7 +50,7 @@ class ShipResult(Result):
         rows += tuple((name, NONE, NONE) for name in done.texts)
         return card(
             f"{done.adapter} · {'shipped' if done.written else 'would be shipped'} for {done.engine}",
-            line(dim(f"{done.verdict.label} takes it {self._form()}; in {done.folder}")),
+            line(dim(f"{done.verdict.label} loads it {self._form()}; in {done.folder}")),
             Table(("File", "Weights", "Size"), rows, right=(2,)),
             *(line(Text(command, "code", wrap="as is")) for command in done.commands),
             notes(self.notes),

@@ -73,8 +73,8 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
         )
     prompts, wanted = zip(*asked, strict=True)
     batch = PromptBatch.of(prompts, request.tokenizer, base, chat=None if not isinstance(prompts[0], str) else False)
-    note = "" if evaluates else "the sampled prompts are training rows: no rows are held out for evaluation"
-    return SamplePrompts(batch, count, tuple(wanted), note)
+    source = "" if evaluates else "the sampled prompts are training rows: no rows are held out for evaluation"
+    return SamplePrompts(batch, count, tuple(wanted), source)
 
 
 def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, str]]:

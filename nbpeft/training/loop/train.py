@@ -205,8 +205,9 @@ def run_training(request: TrainRequest) -> TrainResult:
                 )
                 activation.note_format(model, rows)
                 run.output_dir = str(fields.get("output_dir", ""))
-                sampled = request.sample.note if isinstance(request.sample, SamplePrompts) else ""
-                said = _note(run, rows, settings, request.data_hint, sampled)
+                said = _note(run, rows, settings, request.data_hint)
+                for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
+                    run.note(note)
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
@@ -274,7 +275,7 @@ def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
         files.refuse_other_adapters(manager, home)
 
 
-def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str, sample_note: str) -> str:
+def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:
     """Adds notes about the rows and about slow dtypes to the run; returns the note about rows."""
     for part in (rows.train, rows.evaluation):
         if isinstance(part, StreamedRows):
@@ -282,7 +283,6 @@ def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: 
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
     note_on_rows += f" ({data_hint})" if data_hint and rows.notes else ""
     run.note(note_on_rows)
-    run.note(sample_note)
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
     return note_on_rows

@@ -469,7 +469,8 @@ class Run:
             remaining=remaining,
             memory=self._memory_state,
             message=self._message(),
-            **self._severe_notes(),
+            warnings=self._severe_notes("warning"),
+            errors=self._severe_notes("error"),
         )
 
     def publish(self, *, force: bool = False) -> None:
@@ -628,16 +629,14 @@ class Run:
         saving = "saving after this step" if self.control.save_requested and self._ended is None else self._saved
         return " · ".join([*self._notes, *([saving] if saving else [])])
 
-    def _severe_notes(self) -> dict[str, tuple[str, ...]]:
-        """The parts of the message that are warnings and errors, as the fields of a state."""
-        mirrored = self._mirrored
-        warned = [note for note in self._notes if self._severe.get(note) == "warning"]
-        warned += [self._saved] if self._saved.startswith(_NOT_SAVED) else []
-        errors = [note for note in self._notes if self._severe.get(note) == "error"]
-        return {
-            "warnings": tuple(dict.fromkeys([*warned, *(mirrored.warnings if mirrored is not None else ())])),
-            "errors": tuple(dict.fromkeys([*errors, *(mirrored.errors if mirrored is not None else ())])),
-        }
+    def _severe_notes(self, severity: Literal["warning", "error"]) -> tuple[str, ...]:
+        """The parts of the message that are warnings, or errors."""
+        notes = [note for note in self._notes if self._severe.get(note) == severity]
+        if severity == "warning" and self._saved.startswith(_NOT_SAVED):
+            notes.append(self._saved)
+        if self._mirrored is not None:
+            notes += self._mirrored.warnings if severity == "warning" else self._mirrored.errors
+        return tuple(dict.fromkeys(notes))
 
     def _build(self) -> TrainState:
         if self._mirrored is not None:
@@ -648,7 +647,8 @@ class Run:
                 elapsed=self._elapsed(),
                 remaining=None if self._ended is not None else self._mirrored.remaining,
                 message=self._message(),
-                **self._severe_notes(),
+                warnings=self._severe_notes("warning"),
+                errors=self._severe_notes("error"),
             )
             return self._latest
         record, elapsed = self._record, self._elapsed()
@@ -676,7 +676,8 @@ class Run:
             eval_history=record.eval_history.points(),
             memory=self._memory_state,
             message=self._message(),
-            **self._severe_notes(),
+            warnings=self._severe_notes("warning"),
+            errors=self._severe_notes("error"),
             kept_step=self.kept_step,
             first_step=record.first_step,
             gradient_norm=record.gradient_norm,

@@ -183,7 +183,7 @@ def export_script(
         "CONFIG": _fields(config, written) | _targets(model, config),
         "ARGUMENTS": {
             "output_dir": f"{target.stem}_output",
-            **arguments,
+            **{name: value for name, value in arguments.items() if rows.as_they_are or name not in _OF_READING},
             **{name: value for name, value in own.items() if value is not None},
         },
     }
@@ -238,6 +238,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
         raise TrainingError("a stream cannot be written next to a script: give the rows to train on")
     found = training_rows(opened)
     options: dict[str, Any] = {"max_length": request.max_length, "columns": request.columns}
+    options["skip_bad"] = request.skip_bad
     readings = [reading(part, tokenizer, **options, inputs=inputs_of(request)) for part in rows]
     loaded = None
     texts = [how for how in readings if how.form is not None]
@@ -262,6 +263,8 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
 
 
 _KINDS = ("data", "eval")
+_OF_READING = ("separator", "skip_bad")
+"""Arguments without effect on rows that are written in tokenized form."""
 
 
 def _written(target: Path, kind: str, text: str) -> Source:

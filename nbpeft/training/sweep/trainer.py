@@ -306,7 +306,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
             self._run.note(f"{request.source} was not cloned: {error}", warning=True)
             return
         self._run.adapter = ", ".join(self._group.names)
-        self._run.note(f"{clone.name} continues next to {request.source} from step {step:,}")
+        self._run.note(f"{clone.name} forked from {request.source} at step {step:,}")
 
 
 def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

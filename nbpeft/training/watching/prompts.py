@@ -18,10 +18,17 @@ class SamplePrompts:
         batch: the tokenised prompts.
         given: the argument ``sample`` of the training.
         wanted: the wanted answer to each prompt; empty if they are unknown.
-        note: where the prompts come from; empty if they were given.
+        source: where the prompts come from; empty if they were given.
     """
 
     batch: PromptBatch
     given: str | Sequence[Prompt] | int
     wanted: tuple[str, ...] = ()
-    note: str = ""
+    source: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Messages for the user: where the prompts come from, and with which system prompt they are sent."""
+        system = self.batch.system
+        sent = f"samples are asked with the system prompt {system!r:.80}" if system else ""
+        return tuple(note for note in (self.source, sent) if note)

@@ -189,7 +189,7 @@ def test_a_failure_while_it_is_put_on_leaves_the_model_as_it_was(monkeypatch: py
         raise RuntimeError("no memory")
 
     model = base("llama")
-    monkeypatch.setattr("nbpeft.engine.injection.build._create", fail)
+    monkeypatch.setattr("nbpeft.engine.methods.lora.lora.LoRA.create", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         nbpeft.get_peft_model(model, nbpeft.LoraConfig(**fields("llama")))
     assert model.config.num_hidden_layers == 3 and len(model.model.layers) == 3

@@ -44,7 +44,8 @@ def test_a_completion_that_is_labelled_as_bad_is_refused(tokenizer, labels, told
                 read(rows)
             line = str(caught.value)
             assert "\n" not in line and "or the column if it means something else." in line
-            assert told.partition(": ")[2] in line if rows.__class__ is list else "'label' is " in line
+            alone = line.startswith(told) or " rows can" in line  # several rows are counted
+            assert alone if rows.__class__ is list else "'label' is " in line
 
 
 def summaries(tokenizer):

@@ -31,6 +31,8 @@ class MyArguments(TrainingArguments):
 GIVEN: dict[str, Any] = {
     "max_length": 11,
     "columns": {"prompt": "question"},
+    "separator": ";",
+    "skip_bad": True,
     "patience": 3,
     "sample": ["Who?"],
     "every": 2,

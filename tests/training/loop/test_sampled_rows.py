@@ -48,6 +48,7 @@ def test_a_number_asks_held_out_rows_and_shows_the_wanted_answers() -> None:
     )
     assert all(f"<Be brief><{prompt}>" in tokenizer.seen for prompt, _ in found)
     result = train(trainable(), ROWS, eval_data=3, sample=2, **SETTINGS)
+    assert "samples are asked with the system prompt 'Be brief'" in result.message
     assert "held out" in result.message and "the sampled prompts are training rows" not in result.message
 
 

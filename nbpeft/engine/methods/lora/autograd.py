@@ -51,7 +51,7 @@ class Dropout:
         return self.training and self.probability > 0.0
 
     @property
-    def share(self) -> float:
+    def active_probability(self) -> float:
         """The probability in this call: 0 outside of training."""
         return self.probability if self.training else 0.0
 
@@ -365,7 +365,7 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Fact
     tensors = [x, weight, lora_A, lora_B, *([] if bias is None else [bias])]
     alike = all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    probability = dropout.share
+    probability = dropout.active_probability
     if not alike or trained or x.dtype not in _EXACT or probability >= 1.0:
         return None
     if composes() or torch.is_autocast_enabled(x.device.type):

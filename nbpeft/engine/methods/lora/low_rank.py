@@ -73,7 +73,7 @@ class LowRank:
         Returns:
             A tensor shaped like the layer's output, in the dtype of ``onto`` if that is given.
         """
-        lora_A, probability = factors[0], dropout.share
+        lora_A, probability = factors[0], dropout.active_probability
         if x.device != lora_A.device:
             x = x.to(lora_A.device)
         if probability < 1.0 and not composes():
@@ -153,7 +153,7 @@ class LowRankLookup(LowRank):
 
     def up(self, module: Any, hidden: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
         """The second step, with the scale of the embedding's output; see ``LowRank``."""
-        output: Tensor = super().up(module, hidden, lora_B, bias) * self.kind.output_scale(module, hidden.dtype)
+        output: Tensor = F.linear(hidden, lora_B, bias) * self.kind.output_scale(module, hidden.dtype)
         return output
 
 

@@ -132,7 +132,8 @@ def test_beside_low_rank_rows_switches_and_scales() -> None:
     session.set_scale("ia3", 1.0)
     torch.testing.assert_close(logits(model, ids), alone["ia3"])
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
-    layer.scale_layer(2.0)  # as PEFT's loop over layers does; vectors have no scaling
+    with pytest.warns(UserWarning, match="a scale of 2 has no effect on adapter 'ia3'"):
+        layer.scale_layer(2.0)  # as diffusers' loop over layers does
     torch.testing.assert_close(logits(model, ids), alone["ia3"])
     assert not isinstance(layer, nbpeft.LoraLayer)
     assert isinstance(model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj"), nbpeft.LoraLayer)
