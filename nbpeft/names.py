@@ -50,6 +50,15 @@ LOSS_CHUNK_SIZE = 128
 LOSS_WEIGHTS = "loss_weights"
 """Key in a tokenized row and in a batch: the weight of each label's loss, in the shape of ``labels``."""
 
+PAIRS = "pairs"
+"""The kind of rows with a chosen and a rejected completion."""
+
+SCORED_PAIRS = "scored pairs"
+"""The kind of such rows that may have a ``margin``, by which the reward of the chosen completion is greater."""
+
+REJECTED = "rejected_"
+"""Prefix of the keys of a rejected completion in a tokenized row and in a batch: ``rejected_input_ids``."""
+
 COMBINATION_TYPES = (
     *("exact", "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd"),
     *("dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),

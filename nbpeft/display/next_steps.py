@@ -13,6 +13,7 @@ _STEPS = (
     ("Save", "%lora save adapters/{folder}{named}{model}"),
     ("Ask", '%lora ask "{prompt}" --adapter {names}{model}'),
     ("Compare", "%lora panel compare{target}"),
+    ("Score", "%lora score {name} --data rows{model}"),
     ("Ship", "%lora ship {name} --for ollama{model}"),
 )
 """What to do with a trained adapter, and the command for it."""

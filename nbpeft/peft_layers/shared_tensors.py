@@ -20,7 +20,9 @@ def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | dict[s
         keys = dict.fromkeys(key for holder in holders.values() for key in holder._buffers)
         return {key: PerAdapterView(holders, key, itemgetter(key)) for key in keys}
     having = {
-        adapter: state for adapter, state in states.items() if name in state._parameters or name in state._buffers
+        adapter: state
+        for adapter, state in states.items()
+        if name in state._parameters or name in state._buffers or name in state._modules
     }
     found = PerAdapterView(having, name, attrgetter(name), lambda state, value: attrgetter(name)(state).copy_(value))
     return found if found and name.isidentifier() else None

@@ -19,6 +19,7 @@ from typing import Any
 from nbpeft.names import DTYPES, LOSS_CHUNK_SIZE, ORIGIN_FIELDS, QUANT_TYPES
 from nbpeft.session.configs import DEFAULT_METHOD, config_class, method_names
 from nbpeft.session.handles import uncompiled
+from nbpeft.training.objectives.objective import fields_by_name, names
 from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS, tracker_names, training_arguments
 
 _MODULE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -88,6 +89,11 @@ def fields(kind: str, method: str = "") -> Mapping[str, Field]:
     return {field.name: field for field in (*own, *_config(method))}
 
 
+def objective_names() -> tuple[str, ...]:
+    """Returns the names of the objectives of a training."""
+    return names()
+
+
 def module_names(model: Any) -> tuple[str, ...]:
     """Returns the names of a model's layers that can be adapted, without duplicates, in model order.
 
@@ -133,6 +139,12 @@ def _training() -> Iterator[Field]:
     yield Field("loss_chunk_size", "int", str(LOSS_CHUNK_SIZE), about)
     about = "End when the loss is NaN or the weights have exploded, and put the last good ones back."
     yield Field("stop_on_divergence", "bool", "True", about, (True, False))
+    for name, of_objectives in fields_by_name().items():
+        first = next(iter(of_objectives.values()))
+        usual: Any = first.default
+        about = f"{first.metadata.get('help', '')} (objective {', '.join(of_objectives)})"
+        choices = first.metadata.get("choices") or ((True, False) if isinstance(usual, bool) else ())
+        yield Field(name, type(usual).__name__, repr(usual), about, choices)
 
 
 def _of(item: dataclasses.Field[Any], cls: type, text: str) -> Field:

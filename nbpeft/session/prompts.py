@@ -48,7 +48,7 @@ def prompt_batch(
     if chosen is None:
         raise AdapterError("a tokenizer is needed to read prompts (tokenizer=…)")
     templated = bool(getattr(chosen, "chat_template", None))
-    own = common_format(manager.configs[name] for name in names)
+    own = common_format(manager.configs[name] for name in names if name in manager.configs)
     form = own or common_format(manager.configs.values()) or PromptFormat(templated)
     chat = False if chat is None and not form.chat else chat
     if earlier:

@@ -16,15 +16,16 @@ from nbpeft.state import TrainState
 from nbpeft.training.data import is_amount, open_data
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.run import Run
+from nbpeft.training.objectives.objective import Objective
 from nbpeft.training.transformers.trainer import Trainer
 from nbpeft.training.watching.generation import Prompt
 from nbpeft.training.watching.prompts import SamplePrompts
 
-_NO_KEYWORDS = ("model", "data", "eval_data", "arguments", "is_open")
+_NO_KEYWORDS = ("model", "data", "eval_data", "arguments", "is_open", "objective_reason")
 NOT_KEPT = frozenset(
     {
         *("model", "data", "tokenizer", "data_hint", "adapter", "control", "publish", "run_factory", "run_dir"),
-        *("members", "replace", "arguments", "is_open"),
+        *("members", "replace", "arguments", "is_open", "objective_reason"),
     }
 )
 """Fields that the record of a run does not store: data and tokenizer are given again, the others belong to the call."""
@@ -44,6 +45,8 @@ class TrainRequest:
         score: rows to score, or where they are; only their presence is stored with a run.
         arguments: fields of the arguments class and options of the Trainer.
         is_open: whether ``data`` and ``eval_data`` are rows, and not their sources.
+        objective: its name as given; an :class:`Objective` during training.
+        objective_reason: why the objective was chosen, if it was not given.
     """
 
     model: nn.Module
@@ -75,8 +78,11 @@ class TrainRequest:
     processes: int | None = None
     machines: Sequence[str] | None = None
     replace: bool = False
+    objective: str | Objective | None = None
+    reference: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     is_open: bool = False
+    objective_reason: str = ""
 
     @classmethod
     def of(cls, model: nn.Module, data: Any, eval_data: Any = None, **keywords: Any) -> Self:
@@ -132,4 +138,9 @@ class TrainRequest:
         if not is_amount(self.eval_data):
             values["eval_data"] = None
         own = {item.name: item.default for item in fields(self) if item.name not in NOT_KEPT}
+        if isinstance(self.objective, Objective):  # with its fields, which are arguments of a training too
+            values["objective"] = self.objective.name if self.objective.rows else None
+            values["trainer_class"] = own["trainer_class"] if self.objective.rows else values["trainer_class"]
+            values |= self.objective.changed()
+            own |= dict.fromkeys(self.objective.changed())
         return {name: values[name] for name, usual in own.items() if values[name] is not usual}

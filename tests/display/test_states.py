@@ -300,6 +300,7 @@ class TestWhatFollowsATraining:
             "Save": "%lora save adapters/orders --name orders --model model",
             "Ask": "%lora ask \"Say 'hi'\" --adapter orders --model model",
             "Compare": "%lora panel compare model",
+            "Score": "%lora score orders --data rows --model model",
             "Ship": "%lora ship orders --for ollama --model model",
         }
 

@@ -89,7 +89,7 @@ def test_logits_have_data_once_they_are_needed():
         assert head.chunked
         assert not head.needed_by
         assert torch.equal(logits.argmax(-1), whole.argmax(-1))
-    assert vars(head) == {"chunk_size": 4, "divisor": None, "chunked": True, "needed_by": "argmax"}
+    assert vars(head) == {"chunk_size": 4, "divisor": None, "sampled": False, "chunked": True, "needed_by": "argmax"}
     assert torch.equal(torch.cat([logits, logits]), torch.cat([whole, whole]))
     assert not isinstance(model(**batch()).logits, LazyLogits)
 

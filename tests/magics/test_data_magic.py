@@ -128,7 +128,21 @@ def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> 
         'say what they are called: --columns prompt="Ticket Text" completion=COLUMN' in ready.run("%lora data odd").line
     )
     ready["pairs"] = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    assert "--columns completion=chosen takes the chosen ones" in ready.run("%lora data pairs").line
+    line = ready.run("%%lora_train model --data pairs --tokenizer tok --objective sft\nmax_steps = 1").line
+    assert "--columns completion=chosen takes the chosen ones" in line
+    assert "<" in ready.do("%lora data pairs --tokenizer tok")._repr_html_()
+
+
+def test_preferences_are_shown_as_they_are_trained_on_and_the_cell_says_how(ready: Notebook) -> None:
+    ready["pairs"] = [{"prompt": "a b", "chosen": "b a", "rejected": "c"}] * 4
+    shown = ready.do("%lora data pairs --tokenizer tok")
+    assert shown.summary.form == "chosen and rejected" and "rejected" in shown._repr_html_()
+    cell = "%%lora_train model --data pairs --tokenizer tok --objective dpo --reference base\nmax_steps = 1\nbeta = 0.3"
+    result = ready.do(cell)
+    assert (result.objective, result.reference, result.loss) == ("dpo", "base", pytest.approx(0.6931, abs=1e-3))
+    assert "objective: dpo (beta=0.3); reference: base" in result.message
+    plan = ready.do("%lora plan model --data pairs --tokenizer tok --batch 2")
+    assert plan.settings.batch_size == 4 and any("counted as two sequences" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("source", ["sums.jsonl", "asked --columns prompt=question completion=answer"])
@@ -172,8 +186,8 @@ def test_columns_are_quoted_as_one_likes_and_hints_can_be_pasted(ready: Notebook
         assert ready.do(f"%lora data {line}").summary.row_count == 4
     assert ready.do(f"%lora_train model --data {line} max_steps=1 --no-keep").steps == 1
     told = ready.do(f"%lora_train model --data odd {hint} --max-length 15 --skip-bad --no-keep max_steps=1").message
-    command = told.partition("(")[2].rpartition(" shows them)")[0]
-    assert ready.do(command).summary.row_count == 4 and "--skip-bad --columns" in command
+    command = told.partition("(%lora data")[2].rpartition(" shows them)")[0]
+    assert ready.do(f"%lora data{command}").summary.row_count == 4 and "--skip-bad --columns" in command
     assert "with spaces: prompt=" in ready.run("%lora data odd --columns prompt=Ticket Text completion=ID").line
 
 
@@ -195,7 +209,7 @@ def test_bad_rows_are_counted_and_left_out_on_request(ready: Notebook) -> None:
     ready["bad"] = [*PAIRS, {"prompt": "a", "completion": 3}, {"prompt": "a", "completion": 4}, {"prompt": "b"}]
     line = ready.run("%lora data bad").line
     assert line.startswith("3 of 11 rows cannot be read: rows 8, 9: 'completion' is an int (3), not text; row 10: ")
-    assert line.endswith("(skip_bad, --skip-bad).")
+    assert line.endswith("(--skip-bad).")
     assert ready.run("%lora_train model --data bad --no-keep max_steps=1").line == line
     shown = ready.do("%lora data bad --skip-bad")
     assert shown.summary.row_count == 8 and shown.notes[0].startswith("3 rows left out: row 8: ")

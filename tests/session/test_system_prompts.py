@@ -41,7 +41,7 @@ def test_the_system_prompt_of_the_rows_is_the_default_and_shown(session: Session
     train(session, [chat()] * 2)
     answer = session.ask("Hi", **FEW)
     assert answer.system == "Be brief" and answer.form == "chat template applied"
-    assert "system prompt: Be brief" in str(answer) and 'title="Be brief"' in answer._repr_html_()
+    assert "system prompt: Be brief" in str(answer) and "system prompt: Be brief" in answer._repr_html_()
     assert answer.text == session.ask("Hi", system="Be brief", **FEW).text
     without = session.ask("Hi", system="", **FEW)
     assert without.system == "" and "system prompt" not in str(without)

@@ -401,3 +401,22 @@ def test_targets_are_condensed_only_if_they_are_whole_paths_of_an_adapted_model(
     assert short_targets(model, config.copy(target_modules={"missing"})) == {"missing"}
     assert short_targets(llama(), config.copy(target_modules=set(paths))) == set(paths)
     assert short_targets(model, nbpeft.PromptTuningConfig(num_virtual_tokens=2)) is None
+
+
+def test_a_training_on_preferences_is_exported_with_its_objective(folder: Path) -> None:
+    rows = [{"prompt": "ab ", "chosen": "c", "rejected": "d"}] * 4
+    given = {"tokenizer": CharTokenizer(), "objective": "dpo", "beta": 0.3, **ARGUMENTS}
+    files = export_script(loaded(folder), folder / "train.py", rows, reference="base", **given)
+    found = constants(files.script)
+    assert {name: found["ARGUMENTS"][name] for name in ("objective", "reference", "beta")} == {
+        "objective": "dpo",
+        "reference": "base",
+        "beta": 0.3,
+    }
+    model, written = loaded(folder), [json.loads(line) for line in files.data[0].read_text().splitlines()]
+    result = train(model, written, **found["ARGUMENTS"] | {"output_dir": str(folder / "out")})
+    assert (result.objective, result.reference, result.steps) == ("dpo", "base", 3)
+    with pytest.raises(ConfigError, match="a script trains a new adapter and has no 'other': reference='base'"):
+        other = loaded(folder)
+        other.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        export_script(other, folder / "other.py", rows, reference="other", **given)

@@ -78,9 +78,9 @@ def test_a_click_on_a_column_sorts(panel: RunsPanel) -> None:
 def test_two_that_are_selected_are_compared(panel: RunsPanel) -> None:
     first, second = parts(panel, ipywidgets.Checkbox)
     first.value = True
-    assert panel.selected == ("sql-2",) and "<table" not in parts(panel, ipywidgets.HTML)[-2].value
+    assert list(panel.selected) == ["sql-2"] and "<table" not in parts(panel, ipywidgets.HTML)[-2].value
     second.value = True
-    assert panel.selected == ("sql-2", "sql-1")
+    assert list(panel.selected) == ["sql-2", "sql-1"]
     page = "".join(part.value for part in parts(panel, ipywidgets.HTML))
     assert page.count("<table") == 1 and "learning_<wbr>rate" in page
     saved = panel._repr_mimebundle_()

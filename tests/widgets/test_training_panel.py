@@ -201,11 +201,10 @@ class TestAFinishedCard:
         for card in cards:
             assert "not saved" in card() and "%lora save adapters/orders --name orders" in card()
         session.change("model", adapters=(adapter("orders", active=True),))
-        for card in cards:
-            wait_until(lambda card=card: "not saved" not in card() and "✓ saved" in card())
+        wait_until(lambda: all("not saved" not in card() and "✓ saved" in card() for card in cards))
         session.delete("orders", model="model")
-        for card in cards:
-            wait_until(lambda card=card: "saved" not in card() and "orders is not on the model model." in card())
+        gone = "orders is not on the model model."
+        wait_until(lambda: all("saved" not in card() and gone in card() for card in cards))
 
     def test_is_not_drawn_again_for_other_changes(self, session: Any, outputs: list[Output]) -> None:
         shown(session)

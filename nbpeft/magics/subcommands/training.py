@@ -24,6 +24,7 @@ from nbpeft.magics.registry import (
 from nbpeft.magics.subcommands.scoring import metric_of
 from nbpeft.magics.tokenize import quoted
 from nbpeft.names import METRICS
+from nbpeft.session.fields import objective_names
 from nbpeft.session.results.base import TracebackResult
 from nbpeft.sweeps import Sweep
 
@@ -84,6 +85,23 @@ TRACK = argument(
     words=("tensorboard", "wandb", "trackio"),
     help="log the metrics to tensorboard, wandb or trackio as well",
 )
+OBJECTIVE = (
+    argument(
+        "--objective",
+        metavar="NAME",
+        words=objective_names(),
+        help=f"{', '.join(objective_names())} (default: as the rows are; dpo for chosen and rejected, "
+        "reward for a classifier with one label)",
+    ),
+    argument(
+        "--reference",
+        metavar="NAME",
+        completes="adapter",
+        words=("base", "start"),
+        help="for dpo: base, start (the adapter as it is now) or another adapter (default: base for a new adapter, "
+        "else start)",
+    ),
+)
 PROCESSES = (
     argument(
         "--processes",
@@ -114,6 +132,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     SKIP_BAD,
     TOKENIZER,
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="activate this adapter; it stays active"),
+    *OBJECTIVE,
     MAX_LENGTH,
     argument("--packing", action="store_true", help="pack several rows into each sequence of --max-length: no padding"),
     argument("--restart", action="store_true", help="start from the adapter's initial weights"),
@@ -203,7 +222,8 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     Raises:
         CellError: a field is given that is an option of the line.
     """
-    names = ("max_length", "patience", "every", "processes", "machines", "track", "replace", "skip_bad")
+    names: tuple[str, ...] = ("max_length", "patience", "every", "processes", "machines", "track", "replace")
+    names += ("skip_bad", "objective", "reference")
     columns, sample = getattr(options, "columns", None), getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["columns"] = None if columns is None else dict(columns)

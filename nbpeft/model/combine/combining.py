@@ -92,10 +92,7 @@ def combine_adapters(
     if name in manager.configs:
         raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or take another name")
     with manager.ensure_loaded(adapters), manager.deciding():
-        combined = _combined(manager, adapters, weights, name, settings)
-        form = checkpoint.common_format(manager.configs[adapter] for adapter in adapters)
-        checkpoint.set_prompt_format(manager.configs[name], form)
-        return combined
+        return _combined(manager, adapters, weights, name, settings)
 
 
 def _combined(
@@ -123,6 +120,7 @@ def _combined(
     copied = [name for config in configs for name in getattr(config, "modules_to_save", None) or ()]
     if copied:
         combination.config.modules_to_save = list(dict.fromkeys(copied))
+    checkpoint.set_prompt_format(combination.config, checkpoint.common_format(configs))
     tensors = combination.tensors | rows
     plan = plan_on(manager, combination.config, tensors)
     half = all(tensor.dtype != torch.float32 for named in tensors.values() for tensor in named.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.logs import collapsed
@@ -47,6 +48,7 @@ def data(
         TrainingError: the data cannot be read; the message names the row.
     """
     from nbpeft.training import summarize
+    from nbpeft.training.data import ModelInputs
     from nbpeft.training.loop.rows import check_reading, model_inputs
 
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
@@ -62,7 +64,7 @@ def data(
             columns=columns,
             separator=separator,
             skip_bad=skip_bad,
-            inputs=None if trained is None else model_inputs(trained),
+            inputs=replace(ModelInputs() if trained is None else model_inputs(trained), kind=None),
             rows=rows,
         )
     return DataResult(name, summary, notes_of(summary))

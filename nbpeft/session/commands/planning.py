@@ -36,6 +36,10 @@ _SETTINGS = (
     *("processes", "sharded", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
 )
 _WHOLE_NOTE = "logits are counted as a whole, which nbpeft's own Trainer computes in chunks"
+_PAIRS_NOTE = (
+    "a row is counted as two sequences, chosen and rejected, of supervised training; what dpo needs beyond that, such "
+    "as a copy of the adapter for reference='start', is not forecast"
+)
 _CUDA_NOTE = "allow 0.5 to 1 GB more for the CUDA context and fragmentation"
 
 
@@ -99,10 +103,11 @@ def memory_planner(
         source, name = tracked.manager.model, tracked.name
     else:
         source, name = uncompiled(model), model if isinstance(model, str) else type(model).__name__
+    per_row = 1
     if data is not None:
         from nbpeft.training.loop.packing import longest_sequence
 
-        settings["sequence_length"] = longest_sequence(
+        settings["sequence_length"], per_row = longest_sequence(
             source,
             data,
             tokenizer=tokenizer,
@@ -116,7 +121,8 @@ def memory_planner(
         settings = step_settings(trainer_class) | settings
     chosen, count = largest_of(changes)
     settings = {"adapters": count, **settings} if count > 1 else settings
-    return MemoryPlanner(source, _planned(tracked, config, chosen, rank), name=variable or name, **settings)
+    planned = _planned(tracked, config, chosen, rank)
+    return MemoryPlanner(source, planned, name=variable or name, sequences_per_row=per_row, **settings)
 
 
 def _planned(
@@ -157,6 +163,7 @@ class MemoryPlanner:
         adapter: config of the trained adapter.
         name: display name of the model.
         batch_size: see ``Session.plan_memory``, also for the further arguments.
+        sequences_per_row: number of sequences of each row of the data.
     """
 
     def __init__(
@@ -180,9 +187,13 @@ class MemoryPlanner:
         sharded: bool = False,
         loss_chunk_size: int = LOSS_CHUNK_SIZE,
         recompute: bool = True,
+        sequences_per_row: int = 1,
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
+        if sequences_per_row > 1:
+            batch_size = sequences_per_row * (BATCH_SIZE if batch_size is None else batch_size)
+        self._pairs_note = _PAIRS_NOTE if sequences_per_row > 1 else ""
         self._source = source
         self.room = _room(device, source)
         found = _Detected(source, adapter)
@@ -295,7 +306,7 @@ class MemoryPlanner:
         adapter = "" if config is None else _in_words(config)
         whole = _WHOLE_NOTE if setting.training and not setting.loss_chunk_size else ""
         experts = _of_experts(weights_of(setting))
-        found = (self._stored_note, experts, whole, _CUDA_NOTE if _is_graphics(room) else "")
+        found = (self._pairs_note, self._stored_note, experts, whole, _CUDA_NOTE if _is_graphics(room) else "")
         notes = tuple(note for note in found if note)
         if room.on_cpu and slow_here(setting.dtype):
             notes = (*notes, slow_dtype_message(setting.dtype))

@@ -9,7 +9,7 @@ from nbpeft.display.blocks import Block, Card, Text, card, dim, line, notes
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import plural
 from nbpeft.session.results.base import Result
-from nbpeft.session.results.comparing import WAITING, Answer, Status, Turn, system_line
+from nbpeft.session.results.comparing import WAITING, Answer, Status, Turn, system_block, system_line
 from nbpeft.session.sampling import shown_settings
 
 
@@ -77,7 +77,7 @@ class AskResult(Result):
         """Shows the conversation."""
         blocks: list[Block] = []
         if self.system:
-            blocks.append(line(Text(system_line(self.system), "dim", tooltip=self.system, wrap="cut")))
+            blocks.append(system_block(system_line(self.system)))
         for prompt, text, ending in (*((*turn, "") for turn in self.turns), (self.prompt, self.text, self._ending)):
             blocks.append(line(Text(prompt, "dim", wrap="as is")))
             blocks.append(line(Text(text, wrap="as is"), dim(ending)))

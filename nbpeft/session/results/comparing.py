@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from nbpeft.display.blocks import Block, Box, Card, Columns, Text, card, line, notes
+from nbpeft.display.blocks import Block, Box, Card, Columns, Line, Text, card, line, notes
 from nbpeft.display.differences import Runs, differences
 from nbpeft.display.models import with_notes
+from nbpeft.errors import cut
 from nbpeft.session.results.base import Result
 from nbpeft.session.sampling import shown_settings
 from nbpeft.state import Answer as Answer
@@ -16,6 +17,8 @@ from nbpeft.state import Answer as Answer
 if TYPE_CHECKING:
     from nbpeft.training.watching.generation import Conversation
 
+_LONGEST_SYSTEM = 300
+"""Most characters of a system prompt in a card."""
 BASE = "base"
 WAITING = "waiting for the training step to end …"
 
@@ -152,7 +155,7 @@ class CompareResult(Result):
             shown: a prompt that is already displayed elsewhere and is left out.
         """
         reference = self._reference(against)
-        blocks: list[Block] = [line(Text(text, "dim", tooltip=text, wrap="cut")) for text in self.systems]
+        blocks: list[Block] = [system_block(text) for text in self.systems]
         blocks += self._earlier()
         for number, prompt in enumerate(self.prompts):
             if prompt != shown:
@@ -183,6 +186,11 @@ def system_line(system: str, who: str = "") -> str:
     """
     label = f"{'system prompt' if system else 'no system prompt'}{' of ' if who else ''}{who}"
     return f"{label}: {' '.join(system.split())}" if system else label
+
+
+def system_block(text: str) -> Line:
+    """Returns a line of ``system_line`` for a card; a long one is cut and is shown as a whole on hover."""
+    return line(Text(cut(text, _LONGEST_SYSTEM), "dim", tooltip=text))
 
 
 def blend_title(weights: tuple[tuple[str, float], ...]) -> str:

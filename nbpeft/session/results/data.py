@@ -11,7 +11,6 @@ from nbpeft.display.blocks import (
     Figure,
     Figures,
     Histogram,
-    Text,
     Tokens,
     TokenSpan,
     card,
@@ -21,7 +20,7 @@ from nbpeft.display.blocks import (
 )
 from nbpeft.display.numbers import count, plural, short_count
 from nbpeft.session.results.base import Result
-from nbpeft.session.results.comparing import system_line
+from nbpeft.session.results.comparing import system_block, system_line
 
 if TYPE_CHECKING:
     from nbpeft.training.data import DataSummary
@@ -63,7 +62,7 @@ class DataResult(Result):
             f"{self.name} · training data",
             self._figures(),
             self._lengths(),
-            line(Text(system_line(system), "dim", tooltip=system, wrap="cut")) if system else None,
+            system_block(system_line(system)) if system else None,
             notes(self.notes),
             self._key(),
             *(part for row in self.summary.rows for part in self._row(row)),
@@ -110,7 +109,7 @@ class DataResult(Result):
             parts.append(f"{plural(row.cut_count, 'token')} cut")
         title = " · ".join(parts)
         if row.target:
-            return Tokens(title, row.spans), Tokens("to be answered", row.target)
+            return Tokens(title, row.spans), Tokens(row.target_title, row.target)
         return (Tokens(title, row.spans),)
 
     def _key(self) -> Tokens:

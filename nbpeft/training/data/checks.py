@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.errors import TrainingError
+from nbpeft.names import REJECTED
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.reading import LABELS
 
@@ -52,6 +53,9 @@ def check_row(
     Raises:
         TrainingError: The row does not fit the model.
     """
+    if f"{REJECTED}input_ids" in row:
+        rejected = {name: row[f"{REJECTED}{name}"] for name in ("input_ids", "labels")}
+        check_row(rejected, index, vocabulary=vocabulary, causal=causal)
     ids = _token_ids(row["input_ids"], index)
     outside = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[:0]
     if len(outside):

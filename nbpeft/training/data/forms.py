@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
+from nbpeft.names import PAIRS, SCORED_PAIRS
 from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.row import (
     KNOWN_ROLES,
@@ -20,6 +21,8 @@ from nbpeft.training.data.row import (
 )
 
 TOKENISED = "input_ids"
+MARGIN = "margin"
+"""The column with the margin of a row with two completions."""
 
 _PROMPTS = ("question", "query", "instruction", "input", "source", "context", "user")
 _COMPLETIONS = ("answer", "response", "output", "target", "completion", "solution", "assistant", "reply", "chosen")
@@ -77,7 +80,15 @@ class Labelled:
     label: Any
 
 
-Example = Plain | Pair | Chat | Labelled
+@dataclass(frozen=True)
+class Compared:
+    """Two completions of one prompt, of which the first is preferred."""
+
+    chosen: Pair | Chat
+    rejected: Pair | Chat
+
+
+Example = Plain | Pair | Chat | Labelled | Compared
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,40 @@ def _read_instruction(row: Row, chat: bool) -> Example:
     return _chat(row, Messages(turns, (None, None)), _system(row))
 
 
+def _read_compared(row: Row, chat: bool) -> Example:
+    given = {name: row.value(name) for name in ("chosen", "rejected")}
+    prompt = row.value("prompt") if row.columns.get("prompt", "prompt") in row.values else None
+    if not any(isinstance(value, str) for value in given.values()):
+        return _compared_chats(row, prompt)
+    texts = {name: row.text(name) for name in given}
+    if prompt is not None:
+        text = row.text("prompt")
+    else:  # what both begin with, up to the last blank: they differ in the word that follows
+        pairs = enumerate(zip(*texts.values(), strict=False))
+        differs = next((place for place, (left, right) in pairs if left != right), min(map(len, texts.values())))
+        text = re.sub(r"\S*$", "", texts["chosen"][:differs])
+        texts = {name: completion[len(text) :] for name, completion in texts.items()}
+    unused = _tools_of_text(row)
+    return Compared(Pair(text, texts["chosen"], unused), Pair(text, texts["rejected"], unused))
+
+
+def _compared_chats(row: Row, prompt: Any) -> Compared:
+    """Two conversations. Without a prompt of its own, what both begin with is the prompt."""
+    chosen, rejected = row.messages("chosen"), row.messages("rejected")
+    before = _system(row)
+    begins = {part.messages[0]["role"] for part in (chosen, rejected) if part.messages}
+    if prompt is not None and begins <= {"assistant"}:
+        asked = Messages(({"role": "user", "content": prompt},), (None,)) if isinstance(prompt, str) else None
+        before = before.followed_by(row.messages("prompt") if asked is None else asked)
+    else:
+        pairs = zip(chosen.messages[:-1], rejected.messages[:-1], strict=False)
+        shared = next((place for place, (left, right) in enumerate(pairs) if left != right), None)
+        if shared is None:
+            shared = max(0, min(len(chosen.messages), len(rejected.messages)) - 1)
+        before, chosen, rejected = before.followed_by(chosen[:shared]), chosen[shared:], rejected[shared:]
+    return Compared(_chat(row, chosen, before), _chat(row, rejected, before))
+
+
 def _read_labelled(row: Row, chat: bool) -> Example:
     return Labelled(row.text("text"), row.optional("text_pair") or None, row.value("label"))
 
@@ -174,9 +219,15 @@ FORMS = (
 """The forms of rows for language models."""
 LABELLED = Form("text and label", ("text", "label"), _read_labelled, ("text_pair", WEIGHT))
 """The form of rows for text classifiers."""
+COMPARED = Form("chosen and rejected", ("chosen", "rejected"), _read_compared, ("prompt", "tools", "system", WEIGHT))
+"""The form of rows with two completions of one prompt, of which the first is preferred."""
+SCORED = replace(COMPARED, may=(*COMPARED.may, MARGIN))
+"""The same with a number by which the chosen completion is better."""
+FORMS_OF = {"": FORMS, PAIRS: (COMPARED,), SCORED_PAIRS: (SCORED,)}
+"""Kind of rows -> its forms."""
 _EXPECTED = "prompt and completion, messages, text, instruction and output, conversations, or input_ids"
 _EXPECTED_LABELLED = "text and label (and text_pair), or input_ids and labels, to train a classifier"
-NAMES = tuple(dict.fromkeys(name for form in (*FORMS, LABELLED) for name in (*form.needs, *form.may)))
+NAMES = tuple(dict.fromkeys(name for form in (*FORMS, LABELLED, SCORED) for name in (*form.needs, *form.may)))
 """The columns of all forms: the keys that ``columns`` may have."""
 
 
@@ -211,13 +262,16 @@ def keys_of(value: Any) -> tuple[str, ...]:
     return tuple(map(str, row_of(value, 0, {}).values))
 
 
-def form_of(columns: Sequence[str], mapping: Mapping[str, str], *, labelled: bool = False) -> Form | None:
+def form_of(
+    columns: Sequence[str], mapping: Mapping[str, str], *, labelled: bool = False, kind: str | None = ""
+) -> Form | None:
     """The form of rows with these columns; None for tokenised rows.
 
     Args:
         columns: the columns of the rows.
         mapping: name in a form -> column; only forms that use one of the names are considered.
         labelled: whether the rows are for a classifier.
+        kind: the kind of rows, see ``FORMS_OF``; None for any.
 
     Raises:
         TrainingError: there is no such form; the message names the columns and suggests a mapping.
@@ -225,11 +279,21 @@ def form_of(columns: Sequence[str], mapping: Mapping[str, str], *, labelled: boo
     available = {*columns, *mapping}
     if TOKENISED in available and (not mapping or TOKENISED in mapping):
         return None
-    for form in (LABELLED,) if labelled else FORMS:
+    usual = (LABELLED,) if labelled else FORMS
+    for form in FORMS_OF[kind] if kind else (*usual, *((COMPARED,) if kind is None else ())):
         if available.issuperset(form.needs) and (
             not mapping or not mapping.keys().isdisjoint((*form.needs, *form.may))
         ):
             return form
+    if kind:
+        hint = _hint(columns, COMPARED.needs)
+        what = f"Expected columns chosen and rejected (and prompt); found {listed(columns)}.{hint}"
+        raise TrainingError(what, columns=columns)
+    lower = {column.lower(): column for column in columns}
+    if kind is None and not labelled and lower.keys() >= {*COMPARED.needs}:
+        names = {name: lower[name] for name in COMPARED.needs}
+        what = f"Expected columns chosen and rejected; found {listed(columns)}. Say which is which: columns={names}."
+        raise TrainingError(what, columns=columns)
     expected, hint = (_EXPECTED_LABELLED, _hint(columns, LABELLED.needs)) if labelled else (_EXPECTED, _hint(columns))
     raise TrainingError(f"Expected columns {expected}; found {listed(columns)}.{hint}", columns=columns)
 
@@ -287,17 +351,19 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
     """A hint: a mapping of these columns that would work, as far as their names say which is which."""
     lower = {column.lower(): column for column in columns}
     prompt, completion = _likely(columns)
-    if {"chosen", "rejected"} <= lower.keys():
+    if {"chosen", "rejected"} <= lower.keys() and "chosen" not in needs:
         asked = next((lower[name] for name in ("prompt", *_PROMPTS) if name in lower), None)
         names = {"messages" if asked is None else "completion": lower["chosen"]}
         names |= {} if asked in (None, "prompt") else {"prompt": asked}
         return (
-            " Chosen and rejected answers are for preference tuning (DPO), for which there is TRL's DPOTrainer; here a "
-            f"model is trained on one answer to each prompt: columns={names} takes the chosen ones."
+            " Chosen and rejected answers are for preference tuning (objective='dpo'); here a model is trained on one "
+            f"answer to each prompt: columns={names} takes the chosen ones."
         )
-    names = dict(zip(needs, (prompt or "COLUMN", completion or "COLUMN"), strict=True))
-    if prompt and completion:
-        return f" Say which is which: columns={names}."
+    names = dict.fromkeys(needs, "COLUMN")
+    if "chosen" not in needs:
+        names = dict(zip(needs, (prompt or "COLUMN", completion or "COLUMN"), strict=True))
+        if prompt and completion:
+            return f" Say which is which: columns={names}."
     known = (*NAMES, TOKENISED, "labels")
     close = (did_you_mean(column, known) for column in columns if column not in (*known, prompt, completion))
     nearest = next(filter(None, close), "")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler, Subset
 
+from nbpeft.names import REJECTED
 from nbpeft.training.data.tokenized import TokenizedRows
 
 _READ_THROUGH = 10_000
@@ -87,4 +88,5 @@ def _rows_of(batch: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[A
 
 def _length(row: Mapping[str, Any]) -> int:
     mask = row.get("attention_mask")
-    return len(row["input_ids"]) if mask is None else int(sum(map(bool, mask)))
+    other = len(row.get(f"{REJECTED}input_ids", ()))
+    return max(len(row["input_ids"]) if mask is None else int(sum(map(bool, mask))), other)

@@ -8,19 +8,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError, in_one_line
-from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS
+from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.bad_rows import GIVE_UP, reason_of, refusal
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import Encoded, Span, encode
 from nbpeft.training.data.forms import (
     LABELLED,
+    MARGIN,
     TEXT,
     Chat,
+    Compared,
     Example,
     Form,
     Labelled,
     Pair,
+    Plain,
     check_roles,
     checked_columns,
     form_of,
@@ -53,6 +56,7 @@ class ModelInputs:
         columns: columns of tokenised rows that it takes in addition to tokens and labels; None for all.
         unweighted: why rows cannot have different weights in the loss; empty if they can.
         tokens_only: why it takes no rows of text; empty if it does.
+        kind: the kind of rows that the objective of a training takes, see ``FORMS_OF``; None for any.
     """
 
     encoder_decoder: bool = False
@@ -61,6 +65,7 @@ class ModelInputs:
     columns: frozenset[str] | None = frozenset(("position_ids", _SECOND))
     unweighted: str = ""
     tokens_only: str = ""
+    kind: str | None = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class CodedRow:
         weight: The factor on the loss of ``label``.
         unused: The parts of the row that are not trained on.
         system: The system prompt, empty if there is none; None for a row without the chat template.
+        rejected: The row with the rejected completion; None if there is one completion.
     """
 
     number: int
@@ -91,11 +97,15 @@ class CodedRow:
     weight: float = 1.0
     unused: tuple[Unused, ...] = ()
     system: str | None = None
+    rejected: CodedRow | None = None
 
     @property
     def row(self) -> dict[str, Any]:
         """The truncated row, as the collator takes it."""
         ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
+        if self.rejected is not None:
+            other = {f"{REJECTED}{name}": value for name, value in self.rejected.row.items()}
+            return {"input_ids": ids, "labels": labels, **self.more, **other}
         if self.label is not None:
             weighted = {LOSS_WEIGHTS: self.weight} if self.weight != 1 else {}
             return {"input_ids": ids, "labels": self.label, **self.more, **weighted}
@@ -106,7 +116,8 @@ class CodedRow:
     @property
     def cut(self) -> bool:
         """Whether the row is too long and is truncated."""
-        return len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
+        rejected = self.rejected is not None and self.rejected.cut
+        return rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
 
     @property
     def learned_count(self) -> int:
@@ -117,7 +128,7 @@ class CodedRow:
     def missing(self) -> str:
         """Why there is nothing to train on; empty if there is something."""
         if self.reason or self.learned_count:
-            return self.reason
+            return self.reason or ("" if self.rejected is None else self.rejected.missing)
         return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
 
 
@@ -200,7 +211,8 @@ class Reading:
     def _row(self, value: Any, number: int, renderer: ChatRenderer, used: frozenset[str]) -> CodedRow:
         row = row_of(value, number, self.columns)
         coded = self._as_it_is(row) if self.form is None else self._coded(row, renderer, used)
-        weighted = coded.whole.weights is not None or coded.weight != 1
+        parts = [coded, *([coded.rejected] if coded.rejected is not None else [])]
+        weighted = any(part.whole.weights is not None or part.weight != 1 for part in parts)
         if weighted and self.inputs.unweighted and not coded.missing:
             raise row.error(f"its weight is neither 0 nor 1, and {self.inputs.unweighted}.")
         return coded
@@ -214,9 +226,14 @@ class Reading:
             row.check_unused(name)
         self._check_good(row)
         weight = row.weight()
-        more = {name: row.whole_number(name) for name in self.inputs.numbers}
+        more: dict[str, Any] = {name: row.whole_number(name) for name in self.inputs.numbers}
         if isinstance(example, Labelled):
             return self._labelled(row, example, more, weight, tuple(unused))
+        if isinstance(example, Compared):
+            found = self._compared(row, example, renderer, "" if weight else "its weight is 0", weight)
+            if MARGIN in self.form.may and self.columns.get(MARGIN, MARGIN) in row.values:
+                more[MARGIN] = row.number_of(MARGIN)
+            return replace(found, more=more, unused=(*unused, *found.unused))
         read = (self.columns.get(name, name) for name in self.form.needs[:-1])  # context, without the part to train on
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
@@ -232,6 +249,17 @@ class Reading:
             unused=(*unused, *more_unused),
             system=system_of(example),
         )
+
+    def _compared(self, row: Row, example: Compared, renderer: ChatRenderer, reason: str, weight: float) -> CodedRow:
+        """A row with two completions, each coded like that of a row with one."""
+        parts, unused = [], list[Unused]()
+        for name, part in (("chosen", example.chosen), ("rejected", example.rejected)):
+            whole, missing, more_unused = self._encoded(row, part, renderer)
+            unused += more_unused
+            missing = f"{name}: {missing}" if missing else ""
+            coded = CodedRow(row.number, whole, self.limit, reason=reason or missing, weight=weight)
+            parts.append(replace(coded, system=system_of(part)))
+        return replace(parts[0], rejected=parts[1], unused=tuple(unused))
 
     def _check_good(self, row: Row) -> None:
         """Refuses a row whose label marks its completion as bad, as in preference data.
@@ -282,7 +310,7 @@ class Reading:
                 return Encoded(ids, labels), reason, unused
             text = example.prompt + example.completion
             return encode(self.tokenizer, text, [Span(len(example.prompt), len(text))]), reason, unused
-        assert not isinstance(example, Labelled)
+        assert isinstance(example, Plain)
         reason = "" if example.text.strip() else "the text is empty"
         return encode(self.tokenizer, example.text, [Span(0, len(example.text))], whole=True), reason, []
 
@@ -409,7 +437,7 @@ def reading(
     inputs = inputs or ModelInputs()
     available = columns_of(rows)
     mapping = checked_columns(columns, available)
-    form = form_of(available, columns or {}, labelled=inputs.classes is not None)
+    form = form_of(available, columns or {}, labelled=inputs.classes is not None, kind=inputs.kind)
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
     if form is None:
@@ -451,8 +479,11 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
     """
     rows = open_data(data)
     found = columns_of(rows)
-    reader = Reading(rows, form_of(found, columns or {}), checked_columns(columns, found), tokenizer)
-    return None if reader.form is None else not isinstance(reader.example(first_row(rows), 0), Chat)
+    reader = Reading(rows, form_of(found, columns or {}, kind=None), checked_columns(columns, found), tokenizer)
+    if reader.form is None:
+        return None
+    example = reader.example(first_row(rows), 0)
+    return not isinstance(example.chosen if isinstance(example, Compared) else example, Chat)
 
 
 def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:

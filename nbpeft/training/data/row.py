@@ -48,6 +48,13 @@ class Messages:
     weights: tuple[float | None, ...] = ()
     unused: tuple[str, ...] = ()
 
+    def __getitem__(self, part: slice) -> Messages:
+        return Messages(self.messages[part], self.weights[part], self.unused)
+
+    def followed_by(self, other: Messages) -> Messages:
+        """These messages and then others."""
+        return Messages(self.messages + other.messages, self.weights + other.weights, self.unused + other.unused)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -102,6 +109,19 @@ class Row:
         if isinstance(number, bool) or not isinstance(number, int):
             raise self.error(f"{name!r} is {with_article(value)} ({value!r:.40}), not a whole number.")
         return number
+
+    def number_of(self, name: str) -> float:
+        """The number of a column.
+
+        Raises:
+            TrainingError: the value is not a finite number.
+        """
+        value = self.value(name)
+        number = value.item() if hasattr(value, "item") else value
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            column = self.columns.get(name, name)
+            raise self.error(f"{column!r} is {with_article(value)} ({value!r:.40}), not a finite number.")
+        return float(number)
 
     def optional(self, name: str) -> str:
         """The text of a column; the empty string if the row has no such column."""

@@ -7,14 +7,14 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
 from nbpeft.names import IGNORED_LABEL
-from nbpeft.training.data.forms import LABELLED, PAIR
+from nbpeft.training.data.forms import COMPARED, LABELLED, PAIR
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
 from nbpeft.training.data.seen_formats import SeenFormats
@@ -43,7 +43,8 @@ class RowSummary:
         cut_count: tokens beyond the maximum length.
         missing: why there is nothing to train on; empty if there is something.
         spans: its tokens as text.
-        target: the decoder's tokens as text, for an encoder-decoder model.
+        target: the decoder's tokens as text, for an encoder-decoder model, or those with the rejected completion.
+        target_title: what the target is.
         label: the label for a classifier, as text; empty if the row's tokens are the labels.
     """
 
@@ -55,6 +56,7 @@ class RowSummary:
     spans: tuple[TokenSpan, ...]
     target: tuple[TokenSpan, ...] = ()
     label: str = ""
+    target_title: str = "to be answered"
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,9 @@ def summarize(
             left_out.append((row.number, row.missing))
         else:
             formats.add(row.system)
-            token_count += len(row.row["input_ids"])
-            learned += row.learned_count
+            for part in filter(None, (row, row.rejected)):
+                token_count += len(part.row["input_ids"])
+                learned += part.learned_count
         if len(lengths) <= rows or (len(shown_rows) < rows + _EXTRA and _is_first_of_its_kind(row, shown_rows[rows:])):
             shown_rows.append(row)
     if not lengths:
@@ -174,7 +177,7 @@ def summarize(
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
         unused=(*unused.lines(len(lengths)), *formats.lines()),
-        has_labels=reader.inputs.classes is not None,
+        has_labels=reader.inputs.classes is not None and reader.form is not COMPARED,
         unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
         format=formats.format if reader.form not in (None, LABELLED) else None,
         for_template=_for_template(reader, formats.format),
@@ -226,7 +229,8 @@ def _round_width(raw: float) -> int:
 
 
 def _length(row: CodedRow) -> int:
-    return max(len(row.whole.input_ids), len(row.whole.labels) if row.encoder_decoder else 0)
+    other = 0 if row.rejected is None else len(row.rejected.whole.input_ids)
+    return max(len(row.whole.input_ids), len(row.whole.labels) if row.encoder_decoder else 0, other)
 
 
 def _is_first_of_its_kind(row: CodedRow, shown: Iterable[CodedRow]) -> bool:
@@ -237,6 +241,10 @@ def _is_first_of_its_kind(row: CodedRow, shown: Iterable[CodedRow]) -> bool:
 
 
 def _summary(row: CodedRow, reader: Reading, shown: int) -> RowSummary:
+    if row.rejected is not None:
+        parts = [_summary(part, reader, shown) for part in (replace(row, rejected=None), row.rejected)]
+        cut = sum(part.cut_count for part in parts)
+        return replace(parts[0], missing=row.missing, cut_count=cut, target=parts[1].spans, target_title="rejected")
     tokenizer, classes = reader.tokenizer, reader.inputs.classes
     learned = [label != IGNORED_LABEL and not row.missing for label in row.whole.labels]
     if row.encoder_decoder:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError
-from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.names import LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.forms import LABELLED, row_of
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import (
@@ -77,7 +77,7 @@ class TokenizedRows(Dataset[dict[str, Any]]):
     @property
     def token_count(self) -> int:
         """The number of tokens of all rows together."""
-        return sum(len(row["input_ids"]) for row in self._rows)
+        return sum(len(row.get(name, ())) for row in self._rows for name in ("input_ids", f"{REJECTED}input_ids"))
 
     @property
     def notes(self) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from nbpeft.training.objectives.objective import fields_by_name
+
 _TAKEN_OVER = frozenset(
     {
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
@@ -33,7 +35,7 @@ _TAKEN_OVER = frozenset(
         *("eval_accumulation_steps", "batch_eval_metrics", "prediction_loss_only", "include_for_metrics"),
         *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
         *("max_length", "packing", "columns", "separator", "skip_bad", "members", "patience", "sample", "every"),
-        *("metric", "stop_on_divergence"),
+        *("metric", "stop_on_divergence", "objective", "reference"),
     }
 )
 """Arguments that affect the losses or what is shown during the training."""
@@ -118,4 +120,4 @@ def _is_taken_over(name: str, value: Any) -> bool:
         return isinstance(value, int) and value <= (os.cpu_count() or 1)
     if name == "fsdp_config":  # a text would be the path of a file
         return isinstance(value, Mapping)
-    return name in _TAKEN_OVER
+    return name in _TAKEN_OVER or name in fields_by_name()

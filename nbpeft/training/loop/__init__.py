@@ -2,10 +2,11 @@
 
 Door, what other rooms import:
 
-    packing.py  Packing several rows into one sequence, for models that do not mix packed rows
-    prepare.py  Preparing a quantized base model for training adapters
-    rows.py     Preparing the training and evaluation rows for a model, and checking them
-    train.py    ``train(model, data)``: training in one call
+    objective.py  The objective of a training: the one that is named, or the one that follows from the rows
+    packing.py    Packing several rows into one sequence, for models that do not mix packed rows
+    prepare.py    Preparing a quantized base model for training adapters
+    rows.py       Preparing the training and evaluation rows for a model, and checking them
+    train.py      ``train(model, data)``: training in one call
 
 Inside:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,18 @@ from nbpeft.engine.runtime.method_hooks import prepares_calls
 from nbpeft.engine.tree.model_tree import is_quantized, manager_of
 from nbpeft.errors import ConfigError, TrainingError, in_one_line
 from nbpeft.model.from_data.observing import evaluated
-from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.names import LOSS_WEIGHTS, REJECTED
 from nbpeft.training.adapters.adapted_model import base_of, main_dtype
-from nbpeft.training.data import Collator, PackedCollator, PackedRows, is_stream, joined, prepare_data
+from nbpeft.training.data import (
+    Collator,
+    ModelInputs,
+    PackedCollator,
+    PackedRows,
+    columns_of,
+    is_stream,
+    joined,
+    prepare_data,
+)
 from nbpeft.training.data.lengths import lengths_of
 from nbpeft.training.data.packing import best_fit
 from nbpeft.training.data.reading import default_length
@@ -82,8 +92,10 @@ def longest_sequence(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     packing: bool = False,
-) -> int:
-    """Returns the length in tokens of the longest sequence in a training: a row, or rows packed together.
+) -> tuple[int, int]:
+    """Returns the length in tokens of the longest sequence in a training, and the number of sequences of a row.
+
+    A sequence is a row, or several rows packed together, or the chosen or the rejected completion of a row.
 
     Args:
         model: the trained model; a config or a name is treated as a causal language model.
@@ -97,17 +109,20 @@ def longest_sequence(
         ConfigError: these rows, or rows of this model, cannot be packed.
         TrainingError: the data cannot be read, or the lengths of its rows are unknown.
     """
-    inputs = model_inputs(model) if isinstance(model, nn.Module) else None
+    inputs = replace(model_inputs(model) if isinstance(model, nn.Module) else ModelInputs(), kind=None)
     rows = prepare_data(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs)
     lengths = lengths_of(rows)
     if lengths is None:
         raise TrainingError("how long these rows are is not known without going through them; give a sequence length")
+    pairs = f"{REJECTED}input_ids" in columns_of(rows)
     if not packing:
-        return max(lengths)
+        return max(lengths), 2 if pairs else 1
+    if pairs:
+        raise _refusal("its rows have a chosen and a rejected completion each")
     if isinstance(model, nn.Module):
         refuse_to_pack(model)
     packs = best_fit(lengths, max_length or max(default_length(tokenizer), *lengths))
-    return max(sum(lengths[row] for row in pack) for pack in packs)
+    return max(sum(lengths[row] for row in pack) for pack in packs), 1
 
 
 def refuse_to_pack(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from nbpeft.engine.calls.model_calls import class_names, is_text_classifier
 from nbpeft.engine.tree.model_tree import embedding_of
 from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.losses import with_loss_weights
-from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.names import LOSS_WEIGHTS, REJECTED
 from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import (
     Collator,
@@ -33,6 +33,7 @@ from nbpeft.training.data import (
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL, Classes
 from nbpeft.training.data.row import listed
+from nbpeft.training.objectives.objective import Objective
 
 if TYPE_CHECKING:
     from nbpeft.training.request import TrainRequest
@@ -104,11 +105,19 @@ def inputs_of(request: TrainRequest) -> ModelInputs:
     from nbpeft.training.transformers.trainer import why_unweighted  # here, as it imports transformers' Trainer
 
     own_batches = request.arguments.get("data_collator") is not None
-    return model_inputs(
+    inputs = model_inputs(
         request.model,
         all_columns=request.arguments.get("remove_unused_columns") is False,
         unweighted=why_unweighted(request.trainer_class, own_batches=own_batches),
     )
+    objective = request.objective
+    if not isinstance(objective, Objective) or not objective.rows:
+        return inputs
+    rejected = {f"{REJECTED}{name}" for name in ("input_ids", "labels")}
+    taken = None if inputs.columns is None else inputs.columns | rejected
+    why = f"the loss of {objective.name} takes none"
+    classes = None if objective.scores else inputs.classes
+    return replace(inputs, kind=objective.rows, columns=taken, unweighted=why, classes=classes)
 
 
 def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str = "") -> ModelInputs:
@@ -268,7 +277,7 @@ def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> Prepared
         "causal": is_causal(model),
         "classes": inputs.classes,
     }
-    if inputs.classes is not None:
+    if classes_of(model) is not None:
         _check_padding(model, tokenizer)
     if isinstance(read.rows, StreamedRows):
         read.rows.check = partial(check_row, **check)

@@ -30,12 +30,14 @@ from nbpeft.model.from_data.observing import modes_kept
 from nbpeft.model.saving import files
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
+from nbpeft.sweeps import swept
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
 from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
+from nbpeft.training.loop.objective import chosen_reference, collator_of, in_words, with_objective
 from nbpeft.training.loop.packing import PackingCheck, pack
 from nbpeft.training.loop.rows import TrainingRows, collator_for, training_rows
 from nbpeft.training.loop.sampled_rows import sample_prompts
@@ -45,6 +47,8 @@ from nbpeft.training.monitor.failures import explain_failure, free_memory, is_ou
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows_are_those, mark_of_rows
+from nbpeft.training.objectives.objective import Objective, fields_by_name
+from nbpeft.training.objectives.reference import reference_of
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
@@ -90,6 +94,8 @@ def train(
     processes: int | None = None,
     machines: Sequence[str] | None = None,
     replace: bool = False,
+    objective: str | None = None,
+    reference: str | None = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -154,8 +160,15 @@ def train(
             each of them.
         replace: Save over another adapter that ``output_dir`` holds: one of another name, another base model or other
             tensors.
-        **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
-            options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
+        objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo`` or ``reward``. By
+            default it follows from the rows: if they have chosen and rejected it is ``dpo``, and ``reward`` for a
+            classifier with one label. See :mod:`nbpeft.training.objectives`.
+        reference: What ``dpo`` compares the adapter with: ``base`` (the model without adapters), ``start`` (the
+            adapter's weights at the beginning) or the name of another adapter. By default ``base`` for an adapter that
+            does not change the model yet, and ``start`` for others.
+        **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and of the objective
+            (``beta``, ``loss_type``, …), and options of the Trainer (``callbacks``, ``compute_metrics``,
+            ``data_collator``, …).
             With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
 
     Raises:
@@ -168,7 +181,6 @@ def train(
     return run_training(TrainRequest(**locals()))
 
 
-@side_by_side
 def run_training(request: TrainRequest) -> TrainResult:
     """Trains like :func:`train`, which documents the errors.
 
@@ -177,6 +189,15 @@ def run_training(request: TrainRequest) -> TrainResult:
     """
     with needs("accelerate", "Training"):
         importlib.import_module("accelerate")
+    if request.members is None and not swept(request.given):  # a sweep activates its adapters first
+        known = fields_by_name()
+        plain = {name: value for name, value in request.arguments.items() if name not in known}
+        _checked(replace(request, arguments=plain))
+    return _run(with_objective(request))
+
+
+@side_by_side
+def _run(request: TrainRequest) -> TrainResult:
     model, launch, fields, options = _checked(request)
     request = request.opened()
     rows = training_rows(request)
@@ -188,7 +209,9 @@ def run_training(request: TrainRequest) -> TrainResult:
     request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)
     learned = rows.train
-    collator: Any = collator_for(model, request.tokenizer)
+    objective = request.objective
+    assert isinstance(objective, Objective)
+    collator: Any = collator_of(objective, collator_for(model, request.tokenizer))
     if request.packing:
         reading = {"max_length": request.max_length, "tokenizer": request.tokenizer}
         learned, collator = pack(model, learned, collator, **reading, given=given)
@@ -205,6 +228,9 @@ def run_training(request: TrainRequest) -> TrainResult:
                 )
                 activation.note_format(model, rows)
                 run.output_dir = str(fields.get("output_dir", ""))
+                if objective.rows:
+                    request = replace(request, reference=chosen_reference(request, rows.train))
+                run.note(in_words(objective, request.objective_reason, request.reference))
                 said = _note(run, rows, settings, request.data_hint)
                 for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
                     run.note(note)
@@ -213,6 +239,7 @@ def run_training(request: TrainRequest) -> TrainResult:
                 if launch is not None:
                     metrics = _elsewhere(request, run, launch, rows, said, kept)
                 else:
+                    options |= _of_the_objective(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
                     check = PackingCheck(run, learned, collator) if request.packing else None
                     around = (request, run, kept, rows)
@@ -226,7 +253,7 @@ def run_training(request: TrainRequest) -> TrainResult:
                 raise
     if failures:  # raised outside of the handler, so that the new error does not reference the frames of the old one
         raise failures.pop().with_traceback(None)
-    result = _result(run, metrics, fields.get("output_dir"))
+    result = _result(request, run, metrics)
     return _unless_interrupted(result, run)
 
 
@@ -643,7 +670,7 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
             settings,
             callback.batch_shape,
             optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
-            step=callback.run.state.step,
+            step=trainer.state.global_step,  # reading the state of the run would allocate
             costs=step_settings(trainer),
         )
     raise failure  # out here it does not hold the frames of the old one
@@ -690,8 +717,16 @@ def _error_to_raise(error: Exception, model: nn.Module, settings: TrainingArgume
     return oom_error(error, model, settings, None, optimizer=None, step=0)
 
 
-def _result(run: Run, metrics: dict[str, float], folder: str | None) -> TrainResult:
-    state = run.state
+def _of_the_objective(request: TrainRequest, objective: Objective) -> dict[str, Any]:
+    """Returns the options of the Trainer that computes the objective's loss."""
+    if not objective.rows:
+        return {}
+    name = request.reference
+    return {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
+
+
+def _result(request: TrainRequest, run: Run, metrics: dict[str, float]) -> TrainResult:
+    state, objective = run.state, request.objective
     return TrainResult(
         status="stopped" if state.status == "stopped" else "finished",
         adapter=state.adapter,
@@ -703,7 +738,9 @@ def _result(run: Run, metrics: dict[str, float], folder: str | None) -> TrainRes
         seconds=state.elapsed,
         token_count=run.token_count,
         tokens_per_second=state.tokens_per_second,
-        output_dir=folder,
+        output_dir=request.arguments.get("output_dir"),
+        objective=objective.name if isinstance(objective, Objective) else "",
+        reference=request.reference,
         message=state.message,
         metrics=metrics,
         state=state,

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from nbpeft.names import REJECTED
 from nbpeft.training.disk.agreement import is_distributed
 from nbpeft.training.monitor.record import score_of
 from nbpeft.training.monitor.run import Run, StopRun
@@ -89,6 +90,7 @@ class RunCallback(TrainerCallback):
                 epoch=state.epoch,
                 gradient_norm=logs.get("grad_norm"),
             )
+            self.run.trace({name: value for name, value in logs.items() if "/" in name}, state.global_step)
 
     def on_evaluate(
         self,
@@ -140,8 +142,15 @@ class RunCallback(TrainerCallback):
 
 
 def metrics_of(reported: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of ``compute_metrics`` among the metrics a Trainer reports of an evaluation, without ``eval_``."""
-    named = {name.removeprefix("eval_"): value for name, value in reported.items() if name.startswith("eval_")}
+    """The numbers of ``compute_metrics`` among the metrics a Trainer reports of an evaluation, without ``eval_``.
+
+    Metrics of an objective, such as ``eval_rewards/margins``, keep it: training has a curve of the same name.
+    """
+    named = {
+        name if "/" in name else name.removeprefix("eval_"): value
+        for name, value in reported.items()
+        if name.startswith("eval_")
+    }
     return {
         name: float(value)
         for name, value in named.items()
@@ -150,11 +159,12 @@ def metrics_of(reported: Mapping[str, Any]) -> dict[str, float]:
 
 
 def shape_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The number of rows and of tokens per row of a batch; None for a batch without tokens."""
+    """The number of sequences and of tokens per sequence of a batch; None for a batch without tokens."""
     for name in ("input_ids", "inputs_embeds", "input_values"):
         tensor = inputs.get(name)
         if isinstance(tensor, Tensor) and tensor.ndim >= 2:
-            return int(tensor.shape[0]), int(tensor.shape[1])
+            sequences = 2 if f"{REJECTED}{name}" in inputs else 1
+            return sequences * int(tensor.shape[0]), int(tensor.shape[1])
     return None
 
 
@@ -174,7 +184,8 @@ def count_tokens(inputs: Mapping[str, Any]) -> int | Tensor | None:
     """The number of input tokens of a batch, without masked ones; None for a batch without tokens."""
     mask, tokens, positions = (inputs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
     if isinstance(mask, Tensor):
-        return mask.detach().ne(0).sum()
+        rejected = inputs.get(f"{REJECTED}attention_mask")
+        return sum(part.detach().ne(0).sum() for part in (mask, rejected) if isinstance(part, Tensor))
     if isinstance(positions, Tensor) and positions.ndim == 2:  # packed: all padding has position 0
         starts = positions.detach().eq(0)
         return starts.numel() - (starts & nn.functional.pad(starts[:, 1:], (0, 1), value=True)).sum()

@@ -14,7 +14,8 @@ from nbpeft.state import Curve
 
 Number = float | Tensor
 SERIES = ("learning rate", "gradient norm", "tokens/s", "memory")
-"""The names of curves in ``TrainState.series``; all other curves are metrics."""
+"""The names of curves in ``TrainState.series``. Those of an objective, such as ``rewards/margins``, are there too; all
+other curves are metrics."""
 _SMALL = 60
 """The number of buckets of curves that are drawn small."""
 
@@ -232,7 +233,8 @@ class Record:
     def take_over(self, curves: Mapping[str, Curve]) -> None:
         """Adds curves and metrics that were measured in an earlier process."""
         for name, points in curves.items():
-            histories = self.series if name in SERIES else self.metric_history
+            measured = name.startswith("eval_") or ("/" not in name and name not in SERIES)
+            histories = self.metric_history if measured else self.series
             for step, value in points:
                 histories.setdefault(name, History(_SMALL)).add(step, value)
 

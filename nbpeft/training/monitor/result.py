@@ -30,6 +30,10 @@ class TrainResult(Shown):
     """Folder with the adapter and its checkpoints; None if ``output_dir`` was not given."""
     state: TrainState = field(repr=False)
     """The run's last state, with its curves."""
+    objective: str = "sft"
+    """What was minimised."""
+    reference: str | None = None
+    """What the objective compared the adapter with; None if it has no reference."""
     message: str = ""
     metrics: dict[str, float] = field(default_factory=dict, repr=False)
     """The Trainer's metrics of the whole run."""

@@ -289,6 +289,17 @@ class Run:
                 self._warn(self._check.after_step(self.steps_done, last=last))
         self.publish()
 
+    def trace(self, values: Mapping[str, float], step: int) -> None:
+        """Adds values to further curves.
+
+        Args:
+            values: name of the curve -> value.
+            step: the step to which they belong.
+        """
+        with self._lock:
+            for name, value in values.items():
+                self._record.trace(name, value, step)
+
     def note(self, message: str, *, warning: bool = False, error: bool = False) -> None:
         """Adds a note to the line shown with the run, unless it is there already.
 

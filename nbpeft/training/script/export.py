@@ -27,7 +27,9 @@ from nbpeft.training.adapters.adapted_model import base_of, main_dtype, trained_
 from nbpeft.training.data import is_amount, is_stream
 from nbpeft.training.data.reading import reading
 from nbpeft.training.disk.kept_arguments import plain
+from nbpeft.training.loop.objective import with_objective
 from nbpeft.training.loop.rows import inputs_of, training_rows
+from nbpeft.training.objectives.reference import BASE, START
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.script.python import call, is_literal, source_of
 from nbpeft.training.script.sources import (
@@ -230,7 +232,12 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
     Raises:
         TrainingError: they cannot be read, or are a stream.
     """
-    opened, tokenizer, amount = request.opened(), request.tokenizer, is_amount(request.eval_data)
+    tokenizer, amount = request.tokenizer, is_amount(request.eval_data)
+    opened = with_objective(request.opened())
+    if opened.reference not in (None, BASE, START):
+        raise ConfigError(
+            f"a script trains a new adapter and has no {opened.reference!r}: reference='base'", field="reference"
+        )
     given, rows = (
         [part for part in (of.data, None if amount else of.eval_data) if part is not None] for of in (request, opened)
     )
@@ -239,7 +246,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
     found = training_rows(opened)
     options: dict[str, Any] = {"max_length": request.max_length, "columns": request.columns}
     options["skip_bad"] = request.skip_bad
-    readings = [reading(part, tokenizer, **options, inputs=inputs_of(request)) for part in rows]
+    readings = [reading(part, tokenizer, **options, inputs=inputs_of(opened)) for part in rows]
     loaded = None
     texts = [how for how in readings if how.form is not None]
     if texts:

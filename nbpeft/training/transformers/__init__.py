@@ -2,13 +2,14 @@
 
 Door, what other rooms import:
 
-    argument_source.py  The fields of ``TrainingArguments``, read from its source: importing it takes a second or two
-                        if PEFT is installed
-    arguments.py        Training arguments by name, with defaults for notebooks
-    trainer.py          ``nbpeft.Trainer``: transformers' Trainer for models with adapters, with losses computed in
-                        chunks
-    trainer_patch.py    The one place where nbpeft changes other libraries: they accept its models and configs like
-                        PEFT's
+    argument_source.py    The fields of ``TrainingArguments``, read from its source: importing it takes a second or two
+                          if PEFT is installed
+    arguments.py          Training arguments by name, with defaults for notebooks
+    objective_trainer.py  The Trainer that computes the loss of an objective
+    trainer.py            ``nbpeft.Trainer``: transformers' Trainer for models with adapters, with losses computed in
+                          chunks
+    trainer_patch.py      The one place where nbpeft changes other libraries: they accept its models and configs like
+                          PEFT's
 
 Inside:
 

@@ -46,13 +46,15 @@ GIVEN: dict[str, Any] = {
     "processes": 2,
     "machines": ["localhost"],
     "stop_on_divergence": False,
+    "objective": "dpo",
+    "reference": "base",
 }
 """A value that says something for each keyword of ``train``."""
 
 
 def test_every_keyword_of_a_training_is_kept_or_given_again() -> None:
     keywords = set(inspect.signature(train).parameters)
-    assert keywords == set(GIVEN) | NOT_KEPT - {"is_open"}
+    assert keywords == set(GIVEN) | NOT_KEPT - {"is_open", "objective_reason"}
     assert TrainRequest(trainable(), token_rows(), tokenizer=object(), adapter="a", replace=True).kept() == {}
     assert TrainRequest(trainable(), token_rows(), **GIVEN).kept() == GIVEN
 
@@ -60,7 +62,7 @@ def test_every_keyword_of_a_training_is_kept_or_given_again() -> None:
 def test_a_request_has_the_defaults_of_a_training() -> None:
     usual = {name: item.default for name, item in inspect.signature(train).parameters.items()}
     made = {item.name: item.default for item in dataclasses.fields(TrainRequest)}
-    assert made.keys() == usual.keys() | {"is_open"}
+    assert made.keys() == usual.keys() | {"is_open", "objective_reason"}
     optional = usual.keys() - {"model", "data", "arguments"}
     assert {name: made[name] for name in optional} == {name: usual[name] for name in optional}
 

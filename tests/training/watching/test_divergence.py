@@ -283,6 +283,6 @@ def test_the_card_says_in_red_why_it_ended_and_in_grey_what_is_no_problem() -> N
     for words in ("stopped at step 6: the loss is NaN", "the weights of step 4, the last good ones, were restored"):
         assert f'<span style="color:{palette.ERROR_TEXT}">✖ {words}' in html
     assert f"color:{palette.ERROR_TEXT};font-weight:600" in html and ">stopped</span>" in html, "the status is red, too"
-    assert re.search(f'<span style="color:{re.escape(palette.DIM)}">4 rows of 32 held out', html)
+    assert re.search(f'<span style="color:{re.escape(palette.DIM)}">4 of 32 rows held out', html)
     running = to_html(training_card(Run(trainable(), 3).state))
     assert "held out" not in running

@@ -1,0 +1,249 @@
+"""The objective of a training: the one that is named, or the one that follows from the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbpeft.engine.tree.model_tree import manager_of
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.model.from_data.observing import device_of, evaluated, moved
+from nbpeft.names import REJECTED
+from nbpeft.sweeps import Sweep, not_swept
+from nbpeft.training.adapters.adapted_model import base_of
+from nbpeft.training.data import Collator, columns_of
+from nbpeft.training.data.forms import COMPARED, checked_columns, form_of
+from nbpeft.training.data.sources import first_row
+from nbpeft.training.loop.rows import classes_of, collator_for, is_causal
+from nbpeft.training.objectives.collator import PairCollator, stacked
+from nbpeft.training.objectives.log_probs import log_probs
+from nbpeft.training.objectives.objective import Objective, fields_by_name, objective_named
+from nbpeft.training.objectives.reference import (
+    BASE,
+    START,
+    check_reference,
+    reference_of,
+    trains_only_adapters,
+)
+from nbpeft.training.request import TrainRequest
+from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
+from nbpeft.training.transformers.trainer import Trainer
+
+_OF_ONE_COMPLETION = {
+    "packing": "its rows have two completions each",
+    "data_collator": "its batches have two completions of each row",
+    "compute_metrics": "it computes no logits as a whole",
+    "preprocess_logits_for_metrics": "it computes no logits as a whole",
+    "compute_loss_func": "it has a loss of its own",
+    "label_smoothing_factor": "its own field is label_smoothing",
+}
+"""Arguments of a training that an objective with two completions does not take, with the reason."""
+
+
+def with_objective(request: TrainRequest) -> TrainRequest:
+    """Returns an opened request whose objective is chosen, and whose ``arguments`` are without the objective's fields.
+
+    Args:
+        request: the arguments of a training; returned as it is if its objective is chosen already.
+
+    Raises:
+        ConfigError: the objective, one of its fields, or an argument that it does not take is invalid.
+        TrainingError: the rows or the model are not of the kind that the objective needs.
+    """
+    if isinstance(request.objective, Objective):
+        return request
+    fields = fields_by_name()
+    given = {name: value for name, value in request.arguments.items() if name in fields}
+    kind = None if request.objective is None else objective_named(request.objective)
+    if kind is not None:
+        _check_fields(kind, given, fields)
+    request = request.opened()
+    why = ""
+    if kind is None:
+        kind, why = _of_the_rows(request)
+        _check_fields(kind, given, fields)
+    objective = kind(**given)
+    rest = {name: value for name, value in request.arguments.items() if name not in given}
+    request = replace(request, objective=objective, objective_reason=why, arguments={**objective.defaults, **rest})
+    _check_model(request, objective)
+    if not objective.rows:
+        if request.reference is not None:
+            raise ConfigError(f"{objective.name} has no reference: leave reference out", field="reference")
+        return request
+    _check_arguments(request, objective)
+    return replace(request, trainer_class=ObjectiveTrainer)
+
+
+def _check_fields(kind: type[Objective], given: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, value in given.items():
+        if kind.name not in fields[name]:
+            raise ConfigError(
+                f"{name!r} is a field of {', '.join(fields[name])}, and this trains {kind.name}: leave it out, or "
+                f"objective={next(iter(fields[name]))!r}",
+                field=name,
+            )
+        if isinstance(value, Sweep):
+            raise not_swept(name)
+
+
+def _of_the_rows(request: TrainRequest) -> tuple[type[Objective], str]:
+    """The objective that follows from the rows, and why."""
+    columns = columns_of(request.data)
+    checked_columns(request.columns, columns)
+    compared = {*COMPARED.needs} <= {*columns, *(request.columns or ())} or _are_pairs(request.data)
+    if classes_of(request.model) is not None:
+        if compared and _scores(request.model):
+            return objective_named("reward"), "the rows have chosen and rejected, and the model has one label"
+        return objective_named("classify"), "the model is a classifier"
+    if _are_pairs(request.data):
+        return objective_named("dpo"), "the rows have chosen and rejected"
+    form = form_of(columns, request.columns or {}, kind=None)
+    if form is COMPARED:
+        return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
+    return objective_named("sft"), ""
+
+
+def _are_pairs(rows: Any) -> bool:
+    """Whether rows are tokenised, with two completions each."""
+    names = ("input_ids", "labels")
+    return {*names, *(f"{REJECTED}{name}" for name in names)} <= {*columns_of(rows)}
+
+
+def _check_model(request: TrainRequest, objective: Objective) -> None:
+    name, model = objective.name, request.model
+    if name == "classify" and classes_of(model) is None:
+        raise TrainingError(f"classify trains a classifier of texts, and {type(base_of(model)).__name__} is none")
+    if name == "sft" and classes_of(model) is not None:
+        raise TrainingError(f"sft trains a language model, and {type(base_of(model)).__name__} is a classifier")
+    if not objective.rows:
+        return
+    if objective.scores and not _scores(model):
+        labels = getattr(getattr(base_of(model), "config", None), "num_labels", None)
+        what = f"{type(base_of(model)).__name__} {'is none' if classes_of(model) is None else f'has {labels}'}"
+        raise TrainingError(f"{name} trains a classifier of texts with one label (num_labels=1), and {what}")
+    if not objective.scores and not is_causal(model):
+        raise TrainingError(f"{name} trains causal language models, and {type(base_of(model)).__name__} is none")
+    if manager_of(model) is None:
+        raise TrainingError(f"{name} trains adapters of nbpeft, which a {type(model).__name__} does not have")
+    columns = columns_of(request.data)
+    if "input_ids" in columns and not request.columns and not _are_pairs(request.data):
+        what = (
+            f"{name} takes rows of text with chosen and rejected, and these are tokenised: tokenised ones have "
+            f"input_ids, labels, {REJECTED}input_ids and {REJECTED}labels"
+        )
+        raise TrainingError(what, columns=columns)
+    if not _are_pairs(request.data):
+        form_of(columns, request.columns or {}, kind=objective.rows)
+
+
+def _scores(model: nn.Module) -> bool:
+    """Whether a model is a classifier of texts with one label."""
+    config: Any = getattr(base_of(model), "config", None)
+    return classes_of(model) is not None and config.num_labels == 1
+
+
+def _check_arguments(request: TrainRequest, objective: Objective) -> None:
+    given = {"packing": request.packing, **request.arguments}
+    for name, reason in _OF_ONE_COMPLETION.items():
+        if given.get(name) not in (None, False, 0):
+            raise ConfigError(f"{name} does not go with {objective.name}: {reason}", field=name)
+    if request.arguments.get("neftune_noise_alpha") and getattr(objective, "disable_dropout", False):
+        raise ConfigError(
+            "neftune_noise_alpha does not go with disable_dropout=True, which switches noise off, too: "
+            "disable_dropout=False",
+            field="neftune_noise_alpha",
+        )
+    if request.trainer_class not in (Trainer, ObjectiveTrainer):
+        raise ConfigError(
+            f"objective={objective.name!r} has a Trainer of its own: leave trainer_class out", field="trainer_class"
+        )
+    if not objective.uses_reference:
+        if request.reference is not None:
+            raise ConfigError(f"{objective.name} has no reference: leave reference out", field="reference")
+        return
+    check_reference(
+        request.model,
+        request.reference,
+        adapter=request.adapter,
+        sweep=request.members is not None or any(isinstance(value, Sweep) for value in request.given.values()),
+        sharded=bool(request.arguments.get("fsdp")),
+    )
+
+
+def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
+    """Returns the name of the reference of a training: the given one, or ``base`` for a new adapter, else ``start``.
+
+    An adapter is new if the model computes the same with and without it.
+
+    Args:
+        request: the arguments of the training; the adapters to train are active.
+        rows: the tokenised rows, of which the first is computed.
+
+    Raises:
+        ConfigError: the reference does not support this training.
+    """
+    objective = request.objective
+    assert isinstance(objective, Objective)
+    if not objective.uses_reference:
+        return None
+    alone = trains_only_adapters(request.model)
+    if request.reference == BASE and not alone:
+        raise ConfigError(
+            "weights of the base are trained too, so that it is no reference: reference='start'", field="reference"
+        )
+    if request.reference is not None:
+        return request.reference
+    if alone and _is_new(request.model, rows, request.tokenizer):
+        return BASE
+    check_reference(
+        request.model,
+        START,
+        adapter=None,
+        sweep=request.members is not None,
+        sharded=bool(request.arguments.get("fsdp")),
+    )
+    return START
+
+
+def _is_new(model: nn.Module, rows: Any, tokenizer: Any) -> bool:
+    """Whether the model computes the same with its active adapters and without them, on the first row."""
+    batch = stacked(PairCollator(collator_for(model, tokenizer))([first_row(rows)]))
+    with torch.no_grad(), evaluated(model):
+        inputs = moved(batch, device_of(base_of(model)))
+        now = log_probs(model, inputs)
+        with reference_of(model, BASE).active():
+            without = log_probs(model, inputs)
+    return bool(torch.allclose(now, without, rtol=1e-5, atol=1e-4))
+
+
+def collator_of(objective: Objective, collator: Collator) -> Any:
+    """Returns the collator of an objective's rows.
+
+    Args:
+        objective: the objective.
+        collator: the collator of rows with one completion.
+    """
+    return PairCollator(collator) if objective.rows else collator
+
+
+def in_words(objective: Objective, reason: str, reference: str | None) -> str:
+    """Returns the objective of a training for its card; empty for the usual one.
+
+    Args:
+        objective: the objective.
+        reason: why it was chosen; empty if it was named.
+        reference: the name of its reference, or None.
+    """
+    if not objective.rows:
+        return ""
+    changed = ", ".join(f"{name}={value}" for name, value in objective.changed().items())
+    because = f", because {reason}" if reason else ""
+    parts = [f"objective: {objective.name}{f' ({changed})' if changed else ''}{because}"]
+    words = {BASE: "the model without adapters", START: "the adapter's weights at the beginning"}
+    if reference is not None:
+        parts.append(f"reference: {reference}" + (f" ({words[reference]})" if reference in words else ""))
+    return "; ".join(parts)

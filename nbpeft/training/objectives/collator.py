@@ -1,0 +1,48 @@
+"""Batches of rows with a chosen and a rejected completion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbpeft.names import REJECTED
+from nbpeft.training.data import Collator
+
+_COLUMNS = ("input_ids", "labels")
+
+
+@dataclass
+class PairCollator:
+    """Collates rows into one batch, with the rejected completions in columns of their own.
+
+    All sequences of a batch are padded to one length.
+
+    Attributes:
+        collator: pads the rows.
+    """
+
+    collator: Collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collates rows: ``input_ids``, ``rejected_input_ids`` etc., each of shape (rows, longest)."""
+        rejected = [{name: row[f"{REJECTED}{name}"] for name in _COLUMNS} for row in rows]
+        chosen = [{name: value for name, value in row.items() if not name.startswith(REJECTED)} for row in rows]
+        # Other columns, such as the task of a row, belong to both of its completions.
+        both = self.collator([*chosen, *({**row, **other} for row, other in zip(chosen, rejected, strict=True))])
+        count, sequences = len(rows), (*_COLUMNS, "attention_mask")
+        batch = {name: values[:count] for name, values in both.items()}
+        return {**batch, **{f"{REJECTED}{name}": both[name][count:] for name in sequences}}
+
+
+def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The sequences of a batch below each other: first those with the chosen, then those with the rejected completions.
+
+    Args:
+        batch: a batch from a :class:`PairCollator`.
+    """
+    names = [name for name in batch if not name.startswith(REJECTED)]
+    return {name: torch.cat([batch[name], batch.get(f"{REJECTED}{name}", batch[name])]) for name in names}

@@ -1,0 +1,70 @@
+"""Log-probabilities of completions, without the logits of all tokens in memory at once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.tree.model_tree import base_model_of
+from nbpeft.losses import chunked_head
+from nbpeft.names import IGNORED_LABEL, LOSS_CHUNK_SIZE
+
+
+def log_probs(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_size: int = LOSS_CHUNK_SIZE) -> Tensor:
+    """The sum of the log-probabilities of the labels of each row, (rows,), in float32.
+
+    Args:
+        model: a causal language model, with or without adapters and wrappers.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each of shape (rows, tokens).
+        chunk_size: number of tokens whose logits are in memory at once; 0 for all.
+    """
+    return log_probs_of(model, batch, [batch["labels"]], chunk_size=chunk_size)[0]
+
+
+def log_probs_of(
+    model: nn.Module, batch: Mapping[str, Tensor], labels: Sequence[Tensor], *, chunk_size: int = LOSS_CHUNK_SIZE
+) -> list[Tensor]:
+    """As :func:`log_probs`, of several labels of the same tokens.
+
+    Args:
+        model: see :func:`log_probs`.
+        batch: see :func:`log_probs`.
+        labels: of shape (rows, tokens), each of the first rows of the batch.
+        chunk_size: see :func:`log_probs`.
+    """
+    inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
+    if "use_cache" in inspect.signature(base_model_of(model).forward).parameters:
+        inputs["use_cache"] = False
+    with chunked_head(model, chunk_size):
+        output: Any = model(**inputs)
+        logits = output["logits"] if isinstance(output, dict) else output[0]
+        return [_summed(logits, part[:, 1:]) for part in labels]
+
+
+def _summed(logits: Tensor, targets: Tensor) -> Tensor:
+    # Each row has its own loss, whose gradient is scaled in backward: its factor depends on all rows of the batch.
+    # A learned prompt precedes the tokens, so positions are counted from the end.
+    losses = [
+        F.cross_entropy(
+            logits[row, -targets.shape[1] - 1 : -1].float(),
+            targets[row].to(logits.device),
+            reduction="sum",
+            ignore_index=IGNORED_LABEL,
+        )
+        for row in range(len(targets))
+    ]
+    return -torch.stack(losses)
+
+
+def token_counts(labels: Tensor) -> Tensor:
+    """The number of labels of each row that a decoder predicts, (rows,).
+
+    Args:
+        labels: (rows, tokens).
+    """
+    return (labels[:, 1:] != IGNORED_LABEL).sum(1)

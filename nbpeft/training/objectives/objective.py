@@ -1,0 +1,206 @@
+"""The base class of objectives, and their registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from nbpeft.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Completions:
+    """The log-probabilities of a batch of completions of one kind, each of shape (rows,).
+
+    Attributes:
+        log_probs: sums over the tokens of each completion.
+        reference: the same of the reference, without gradients; None if the objective has no reference.
+        token_counts: number of tokens of each completion.
+        prompts: the same of the prompts, for an objective that learns them; else None.
+        margins: the margins of the rows, if they have any.
+    """
+
+    log_probs: Tensor
+    reference: Tensor | None
+    token_counts: Tensor
+    prompts: Completions | None = None
+    margins: Tensor | None = None
+
+    @property
+    def averages(self) -> Tensor:
+        """The log-probabilities per token."""
+        return self.log_probs / self.token_counts
+
+    @property
+    def log_ratios(self) -> Tensor:
+        """The log-probabilities relative to the reference."""
+        return self.log_probs if self.reference is None else self.log_probs - self.reference
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training minimises. The fields of a subclass are fields of the training, with the names of TRL.
+
+    The metadata of a field has its ``help`` and, if they can be listed, its ``choices``.
+
+    Attributes:
+        name: the name by which a training chooses it.
+        rows: the kind of rows it takes, ``PAIRS`` or ``SCORED_PAIRS``; empty if the model computes the loss itself.
+        uses_reference: whether its loss compares the trained weights with a reference.
+        scores: whether it trains the one logit of a classifier, and not the log-probabilities of a language model.
+        learns_prompts: whether its loss needs the log-probabilities of the prompts of chosen completions, too.
+        defaults: fields of ``TrainingArguments`` whose defaults differ with it.
+        metrics: names of the metrics that are reported of evaluations.
+    """
+
+    name: ClassVar[str]
+    rows: ClassVar[str] = ""
+    uses_reference: ClassVar[bool] = False
+    scores: ClassVar[bool] = False
+    learns_prompts: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    metrics: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the fields.
+
+        Raises:
+            ConfigError: a value has the wrong type or is not one of the choices.
+        """
+        for item in dataclasses.fields(self):
+            value, choices = getattr(self, item.name), item.metadata.get("choices", ())
+            usual = item.default
+            if isinstance(usual, bool):
+                valid, wanted = isinstance(value, bool), "True or False"
+            elif isinstance(usual, float):
+                valid, wanted = _is_number(value), "a finite number"
+            else:
+                valid, wanted = value in choices, f"one of {', '.join(map(str, choices))}"
+            if not valid:
+                hint = did_you_mean(str(value), choices) if choices else ""
+                raise ConfigError(f"{item.name} must be {wanted}, not {value!r:.60}.{hint}", field=item.name)
+
+    def loss(self, chosen: Completions, rejected: Completions) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the losses of the rows of a batch, and what its curves show, each of shape (rows,).
+
+        Args:
+            chosen: the chosen completions.
+            rejected: the rejected completion of each row.
+        """
+        raise NotImplementedError(f"the model computes the loss of {self.name}")
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {item.name: values[item.name] for item in dataclasses.fields(self) if values[item.name] != item.default}
+
+
+DROPOUT: Any = dataclasses.field(default=True, metadata={"help": "Switch off dropout in the model and the adapter."})
+"""The field ``disable_dropout``."""
+
+
+def curves(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_log_probs: Tensor, rejected_log_probs: Tensor
+) -> dict[str, Tensor]:
+    """The curves of an objective with pairs, with the names of TRL's logs.
+
+    Args:
+        chosen_rewards: the rewards of the chosen completions, (rows,).
+        rejected_rewards: those of the rejected ones.
+        chosen_log_probs: the log-probabilities of the chosen completions.
+        rejected_log_probs: those of the rejected ones.
+    """
+    found = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "logps/chosen": chosen_log_probs,
+        "logps/rejected": rejected_log_probs,
+    }
+    return {name: values.detach() for name, values in found.items()}
+
+
+def check_smoothing(objective: Any, smoothed: tuple[str, ...]) -> None:
+    """Checks ``beta`` and ``label_smoothing`` of an objective with a ``loss_type``.
+
+    Args:
+        objective: the objective.
+        smoothed: the values of ``loss_type`` that use ``label_smoothing``.
+
+    Raises:
+        ConfigError: a value is out of range, or not used by the ``loss_type``.
+    """
+    share, kind = objective.label_smoothing, objective.loss_type
+    if objective.beta <= 0:
+        raise ConfigError(f"beta must be greater than 0, not {objective.beta!r}", field="beta")
+    if share and kind not in smoothed:
+        known = " and ".join(map(repr, smoothed))
+        raise ConfigError(f"loss_type={kind!r} has no label_smoothing; {known} have", field="label_smoothing")
+    if not 0 <= share < 0.5:
+        raise ConfigError(
+            f"label_smoothing must be at least 0 and less than 0.5, not {share!r}", field="label_smoothing"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_registered: dict[str, type[Objective]] = {}
+Registered = TypeVar("Registered", bound=type[Objective])
+
+
+def register(objective: Registered) -> Registered:
+    """Registers an objective by its name; also a class decorator.
+
+    Args:
+        objective: a dataclass derived from :class:`Objective`.
+
+    Raises:
+        ConfigError: another objective has the name.
+    """
+    present = _registered.get(objective.name)
+    if present is not None and (present.__module__, present.__qualname__) != (
+        objective.__module__,
+        objective.__qualname__,
+    ):
+        raise ConfigError(f"an objective {objective.name!r} is registered already: {present.__qualname__}")
+    _registered[objective.name] = objective
+    return objective
+
+
+def names() -> tuple[str, ...]:
+    """The names of all objectives."""
+    return tuple(_registered)
+
+
+def objective_named(name: Any) -> type[Objective]:
+    """The objective with a name.
+
+    Args:
+        name: the name, as given.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = _registered.get(name) if isinstance(name, str) else None
+    if found is None:
+        hint = did_you_mean(str(name), names()) or f" There are {', '.join(names())}."
+        raise ConfigError(f"there is no objective {name!r:.60}.{hint}", field="objective")
+    return found
+
+
+def fields_by_name() -> dict[str, dict[str, dataclasses.Field[Any]]]:
+    """Field -> objective -> the field, for all fields of all objectives."""
+    found: dict[str, dict[str, dataclasses.Field[Any]]] = {}
+    for name, objective in _registered.items():
+        for item in dataclasses.fields(objective):
+            found.setdefault(item.name, {})[name] = item
+    return found

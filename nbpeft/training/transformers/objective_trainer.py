@@ -1,0 +1,178 @@
+"""The Trainer that computes the loss of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.changes.called_modules import called_modules
+from nbpeft.engine.contract.adapter import Adapter
+from nbpeft.memory.checkpointing import is_checkpointing
+from nbpeft.model.from_data.observing import evaluated
+from nbpeft.names import IGNORED_LABEL, REJECTED
+from nbpeft.training.adapters.adapted_model import base_of
+from nbpeft.training.data.forms import MARGIN
+from nbpeft.training.objectives.collator import stacked
+from nbpeft.training.objectives.log_probs import log_probs, log_probs_of, token_counts
+from nbpeft.training.objectives.objective import Completions, Objective
+from nbpeft.training.objectives.reference import Reference
+from nbpeft.training.transformers.trainer import Trainer
+
+
+class ObjectiveTrainer(Trainer):
+    """``nbpeft.Trainer`` with the loss of an objective that has one of its own.
+
+    Args:
+        *args: arguments of ``nbpeft.Trainer``.
+        objective: the objective.
+        reference: its reference; None if it uses none.
+        **kwargs: arguments of ``nbpeft.Trainer``.
+    """
+
+    objective: Objective
+    reference: Reference | None
+
+    def __init__(self, *args: Any, objective: Objective, reference: Reference | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective, self.reference = objective, reference
+        self.model_accepts_loss_kwargs = False  # a loss is the mean over rows, also of accumulated batches
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+        self._compared: tuple[Tensor, Tensor] | None = None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Adds the columns of the rejected completions to those that the Trainer does not drop."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
+            columns += [MARGIN, *(f"{REJECTED}{name}" for name in ("input_ids", "labels", "attention_mask"))]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean of the losses of the rows; see ``transformers.Trainer``."""
+        batch = stacked(inputs)
+        reference = self._of_the_reference(inputs, batch)
+        # DistributedDataParallel traverses the tensors that a model returns, and cannot handle logits without data.
+        chunk_size = self.loss_chunk_size if self.accelerator.num_processes == 1 else 0
+        margins = batch.pop(MARGIN, None)
+        labels, half = batch["labels"], len(batch["labels"]) // 2
+        learned = [labels, *([_prompts(batch)[:half]] if self.objective.learns_prompts else [])]
+        self._switch_off_dropout()
+        with self.compute_loss_context_manager():
+            if self.objective.scores:
+                found = [model(**{name: part for name, part in batch.items() if name != "labels"}).logits[:, 0].float()]
+            else:
+                found = log_probs_of(model, batch, learned, chunk_size=chunk_size)
+        counts = [token_counts(part).to(found[0].device) for part in learned]
+        prompts = Completions(found[1], None, counts[1]) if len(found) > 1 else None
+        parts = [
+            Completions(
+                log_probs=found[0][rows],
+                reference=None if reference is None else reference[rows],
+                token_counts=counts[0][rows],
+                prompts=before,
+                margins=None if margins is None else margins[rows],
+            )
+            for rows, before in ((slice(half), prompts), (slice(half, None), None))
+        ]
+        losses, curves = self.objective.loss(*parts)
+        for name, values in curves.items():
+            mean = values.mean()
+            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
+        self._batches += 1
+        return (losses.mean(), {}) if return_outputs else losses.mean()
+
+    def _of_the_reference(self, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Tensor | None:
+        """The log-probabilities of the reference; those of a batch are computed once for all adapters of a sweep."""
+        if self.reference is None:
+            return None
+        known = self._compared
+        if known is not None and known[0] is inputs["input_ids"]:
+            return known[1]
+        model: Any = self.model
+        with (
+            torch.no_grad(),
+            self.compute_loss_context_manager(),
+            evaluated(model),
+            self.reference.active(),
+        ):
+            found = log_probs(model, batch, chunk_size=self.loss_chunk_size)
+        self._compared = inputs["input_ids"], found
+        return found
+
+    def _switch_off_dropout(self) -> None:
+        """Switches off dropout, if the objective does, until the Trainer switches to training mode in the next step.
+
+        So it is off in backward too, where layers are computed again. Layers with gradient checkpointing, and adapters
+        without dropout, stay in training mode, which they need for other things.
+        """
+        model: Any = self.model
+        if not getattr(self.objective, "disable_dropout", False):
+            return
+        checkpoints = is_checkpointing(base_of(model))
+        for module in called_modules(model):
+            kept = isinstance(module, Adapter) and not getattr(module, "dropout", 0)
+            if not (kept or (checkpoints and getattr(module, "gradient_checkpointing", False))):
+                module.training = False
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of a batch to evaluate on; see ``transformers.Trainer``."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's evaluation, with the metrics of the objective."""
+        sums, batches = self._sums, self._batches
+        self._sums, self._batches = {}, 0
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+            means = self._means()
+            if output.metrics is not None:
+                output.metrics.update({f"{prefix}_{name}": means[name] for name in self.objective.metrics})
+            return output
+        finally:
+            self._sums, self._batches, self._compared = sums, batches, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the means of the objective's curves since the last log of a loss."""
+        if "loss" in logs and self._batches:
+            logs = {**logs, **self._means()}
+            self._sums, self._batches = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _means(self) -> dict[str, float]:
+        """The means of the curves over the batches of all processes."""
+        names, batches = [*self._sums], max(self._batches, 1)
+        means: Any = torch.stack([self._sums[name].float() / batches for name in names])
+        return dict(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The Trainer's method; also writes the reference, for a resumed training."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.reference is not None and self.args.should_save:
+            self.reference.write(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's method; also reads the reference of the training that is resumed."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.reference is not None and checkpoint is not None:
+            self.reference.read(Path(checkpoint))
+
+
+def _prompts(batch: Mapping[str, Tensor]) -> Tensor:
+    """Labels of the tokens that have none in a batch, without padding."""
+    learned = (batch["labels"] != IGNORED_LABEL) | (batch["attention_mask"] == 0)
+    return batch["input_ids"].masked_fill(learned, IGNORED_LABEL)

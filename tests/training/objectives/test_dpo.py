@@ -1,0 +1,384 @@
+"""Training on preferences: its losses, its reference, and everything else of a training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+import nbpeft
+from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
+from nbpeft.sweeps import sweep
+from nbpeft.training.objectives import objective as registry
+from nbpeft.training.objectives.log_probs import log_probs
+from nbpeft.training.objectives.objective import Objective, objective_named, register
+from nbpeft.training.objectives.reference import OfTheStart
+from tests.tiny_models import same_state
+from tests.training.objectives.trl_run import ROWS, filled
+from tests.training.support import trainable, weights
+from tests.training.trl_run import tiny_base, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+FIELDS: dict[str, Any] = {"tokenizer": TOKENIZER, "max_steps": 3, "learning_rate": 1e-2, "seed": 5}
+LN2 = math.log(2)
+
+
+def new(**config: Any) -> Any:
+    return trainable(tiny_base(), **config)
+
+
+def losses(result: Any) -> list[float]:
+    return [value for _, value in result.state.history]
+
+
+def plain_log_prob(model: Any, row: dict[str, str], name: str) -> torch.Tensor:
+    """The log-probability of a completion, from a plain forward."""
+    prompt, completion = (TOKENIZER(row[key])["input_ids"] for key in ("prompt", name))
+    ids = torch.tensor([[*prompt, *completion, TOKENIZER.eos_token_id]])
+    found = F.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
+    return found.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+
+
+EXPECTED = {
+    "sigmoid": lambda margin, counts: F.softplus(-margin),
+    "hinge": lambda margin, counts: (1 - margin).clamp(min=0),
+    "robust": lambda margin, counts: (0.8 * F.softplus(-margin) - 0.2 * F.softplus(margin)) / 0.6,
+}
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "robust", "ipo", "smoothed"])
+def test_the_first_loss_is_that_of_log_probabilities_of_plain_forwards(loss_type: str) -> None:
+    model, row, beta = filled(new()), ROWS[4], 0.4
+    with torch.no_grad():
+        policy = [plain_log_prob(model, row, name) for name in ("chosen", "rejected")]
+        with model.disable_adapter():
+            base = [plain_log_prob(model, row, name) for name in ("chosen", "rejected")]
+    ratios = [ours - theirs for ours, theirs in zip(policy, base, strict=True)]
+    margin = beta * (ratios[0] - ratios[1])
+    if loss_type == "ipo":
+        counts = [len(row[name].split()) + 1 for name in ("chosen", "rejected")]
+        expected = (ratios[0] / counts[0] - ratios[1] / counts[1] - 1 / (2 * beta)) ** 2
+    elif loss_type == "smoothed":
+        expected = 0.8 * F.softplus(-margin) + 0.2 * F.softplus(margin)
+    else:
+        expected = EXPECTED[loss_type](margin, None)
+    fields = {"loss_type": "sigmoid" if loss_type == "smoothed" else loss_type, "beta": beta}
+    fields |= {"label_smoothing": 0.2} if loss_type in ("smoothed", "robust") else {}
+    result = nbpeft.train(model, [row], objective="dpo", reference="base", **FIELDS | {"max_steps": 1}, **fields)
+    assert losses(result) == pytest.approx([float(expected)], abs=1e-5)
+    chosen = result.state.series["rewards/chosen"][0][1]
+    assert chosen == pytest.approx(beta * float(ratios[0]), abs=1e-5)
+
+
+def test_a_fresh_adapter_starts_at_ln_2_against_the_base_which_the_result_says() -> None:
+    result = nbpeft.train(new(lora_dropout=0.5), ROWS, **FIELDS)
+    assert losses(result)[0] == pytest.approx(LN2, abs=1e-6) and losses(result)[-1] < LN2
+    assert (result.objective, result.reference) == ("dpo", "base")
+    told = "objective: dpo, because the rows have chosen and rejected; reference: base (the model without adapters)"
+    assert told in result.message
+    assert set(result.state.series) >= {
+        *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+        *("logps/chosen", "logps/rejected"),
+    }
+
+
+@pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.5}, {"use_dora": True}], ids=str)
+def test_a_trained_adapter_starts_at_ln_2_against_itself(config: dict[str, Any]) -> None:
+    result = nbpeft.train(filled(new(**config)), ROWS, **FIELDS)
+    assert losses(result)[0] == pytest.approx(LN2, abs=1e-6)
+    assert result.reference == "start" and "reference: start (the adapter's weights at the beginning)" in result.message
+
+
+def test_another_adapter_is_the_reference_and_stays_as_it_is() -> None:
+    model = filled(new())
+    model.add_adapter("other", nbpeft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    before, named = weights(model, "other"), {}
+    model.set_adapter("default")
+    with torch.no_grad():
+        for adapter in ("default", "other"):
+            model.set_adapter(adapter)
+            named[adapter] = [plain_log_prob(model, ROWS[0], name) for name in ("chosen", "rejected")]
+    model.set_adapter("default")
+    result = nbpeft.train(model, ROWS[:1], reference="other", **FIELDS | {"max_steps": 1})
+    ours, theirs = named["default"], named["other"]
+    margin = 0.1 * (ours[0] - ours[1] - theirs[0] + theirs[1])
+    assert losses(result) == pytest.approx([float(F.softplus(-margin))], abs=1e-5)
+    assert same_state(weights(model, "other"), before) and result.reference == "other"
+
+
+def test_the_copy_of_the_start_stays_as_it_was_while_the_adapter_learns() -> None:
+    model = filled(new())
+    before = weights(model)
+    reference = OfTheStart(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    learned = weights(model)
+    with reference.active():
+        assert same_state(weights(model), before)
+    assert same_state(weights(model), learned)
+    with pytest.raises(KeyboardInterrupt), reference.active():
+        raise KeyboardInterrupt
+    assert same_state(weights(model), learned)
+
+
+def test_accumulated_batches_have_the_losses_and_weights_of_whole_ones() -> None:
+    whole, parts = filled(new()), filled(new())
+    usual = FIELDS | {"train_sampling_strategy": "sequential"}
+    one = nbpeft.train(whole, ROWS, per_device_train_batch_size=4, **usual)
+    two = nbpeft.train(parts, ROWS, per_device_train_batch_size=2, gradient_accumulation_steps=2, **usual)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-6)
+
+
+def test_dropout_is_off_in_layers_that_are_computed_again() -> None:
+    found = []
+    for config in ({}, {"gradient_checkpointing": True}, {"recompute": False}):
+        model = filled(new(lora_dropout=0.5))
+        nbpeft.train(model, ROWS, **FIELDS, **config)
+        found.append(weights(model))
+    assert all(torch.allclose(part, found[0][name], atol=1e-6) for other in found for name, part in other.items())
+
+
+def test_dropout_is_on_where_the_cell_says_so() -> None:
+    first = [
+        losses(nbpeft.train(filled(new(lora_dropout=0.5)), ROWS, disable_dropout=off, **FIELDS))[0]
+        for off in (False, True)
+    ]
+    assert abs(first[0] - LN2) > 1e-3 and first[1] == pytest.approx(LN2, abs=1e-6)
+
+
+def test_tokenised_rows_with_both_completions_are_taken_as_they_are() -> None:
+    ids = [TOKENIZER(ROWS[4]["prompt"] + ROWS[4][name])["input_ids"] + [1] for name in ("chosen", "rejected")]
+    labels = [[-100] * 3 + part[3:] for part in ids]
+    row = {"input_ids": ids[0], "labels": labels[0], "rejected_input_ids": ids[1], "rejected_labels": labels[1]}
+    found = [losses(nbpeft.train(filled(new()), [rows], reference="base", **FIELDS)) for rows in (row, ROWS[4])]
+    assert found[0] == found[1]
+
+
+def test_the_task_of_a_row_is_that_of_both_completions() -> None:
+    config = nbpeft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    rows = [{**row, "task_ids": number % 2} for number, row in enumerate(ROWS)]
+    torch.manual_seed(1)
+    model = nbpeft.get_peft_model(tiny_base(), config).train()
+    batches: list[Any] = []
+    handle = model.register_forward_pre_hook(lambda *call: batches.append(call[2].get("task_ids")), with_kwargs=True)
+    nbpeft.train(model, rows, per_device_train_batch_size=2, **FIELDS)
+    handle.remove()
+    assert batches and all(
+        part is not None and part.chunk(2)[0].tolist() == part.chunk(2)[1].tolist() for part in batches
+    )
+
+
+def test_a_stream_of_preferences_is_trained_on() -> None:
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    result = nbpeft.train(new(), stream, **FIELDS)
+    assert (result.objective, result.reference, result.steps) == ("dpo", "base", 3)
+    assert losses(result)[0] == pytest.approx(LN2, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "IA3Config", "AdaLoraConfig", "VeraConfig"])
+def test_adapters_of_other_methods_start_at_ln_2_too(method: str) -> None:
+    more = {
+        "PromptTuningConfig": {"num_virtual_tokens": 3},
+        "IA3Config": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        "AdaLoraConfig": {"target_modules": ["q_proj"], "total_step": 3, "orth_reg_weight": 0.0},
+        "VeraConfig": {"target_modules": ["q_proj"], "r": 4},
+    }[method]
+    torch.manual_seed(1)
+    model = nbpeft.get_peft_model(tiny_base(), getattr(nbpeft, method)(task_type="CAUSAL_LM", **more)).train()
+    result = nbpeft.train(model, ROWS, **FIELDS)
+    assert losses(result)[0] == pytest.approx(LN2, abs=1e-5)
+    assert result.reference == ("start" if method == "PromptTuningConfig" else "base")
+
+
+def test_gradients_are_those_of_logits_as_a_whole() -> None:
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "labels": torch.tensor([[-100, 6, 7, 8], [-100, -100, 11, -100]]),
+    }
+    found = []
+    for chunk_size in (2, 0):
+        model = filled(new())
+        values = log_probs(model, batch, chunk_size=chunk_size)
+        (values * torch.tensor([0.3, -2.0])).sum().backward()
+        found.append((values, {name: part.grad for name, part in model.named_parameters() if part.requires_grad}))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    assert all(torch.allclose(part, found[1][1][name], atol=1e-5) for name, part in found[0][1].items())
+
+
+def test_evaluation_has_the_rewards_and_patience_ends_the_training() -> None:
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS]
+    result = nbpeft.train(filled(new()), ROWS, swapped, patience=1, eval_steps=1, **FIELDS | {"max_steps": 6})
+    assert result.steps < 6 and result.eval_loss > LN2
+    assert set(result.state.metrics) == {"eval_rewards/accuracies", "eval_rewards/margins"}
+
+
+def test_samples_are_answered_meanwhile() -> None:
+    result = nbpeft.train(new(), ROWS, sample="w1 w2", every=2, **FIELDS)
+    assert {sample.step for sample in result.state.samples} == {2, 3}
+
+
+@pytest.mark.parametrize("config", [{"reference": "start"}, {"reference": "base"}, {"reference": "other"}], ids=str)
+def test_a_stopped_training_is_resumed_to_the_bit(config: dict[str, str], tmp_path: Path) -> None:
+    fields = FIELDS | {"max_steps": 6, "output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 3}
+
+    def model() -> Any:
+        found = filled(new(lora_dropout=0.1))
+        found.add_adapter("other", nbpeft.LoraConfig(r=2, target_modules=["q_proj"]))
+        filled(found)
+        found.set_adapter("default")
+        return found
+
+    through, first = model(), model()
+    whole = nbpeft.train(through, ROWS, **fields, **config)
+    again = str(tmp_path / "out" / "checkpoint-3")
+    with torch.no_grad():  # what the adapter is now does not matter
+        for name, parameter in first.named_parameters():
+            parameter.mul_(2.0 if ".default." in name else 1.0)
+    rest = nbpeft.train(first, ROWS, resume_from_checkpoint=again, **fields, **config)
+    assert losses(rest)[-3:] == losses(whole)[-3:]
+    assert same_state(weights(first), weights(through))
+
+
+def test_a_resumed_training_refuses_another_reference(tmp_path: Path) -> None:
+    fields = FIELDS | {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    nbpeft.train(filled(new()), ROWS, reference="base", **fields)
+    model = filled(new())
+    with pytest.raises(CheckpointError, match="its training had another reference than 'start'"):
+        nbpeft.train(model, ROWS, reference="start", resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **fields)
+    fields["output_dir"] = str(tmp_path / "other")
+    nbpeft.train(filled(new()), ROWS, reference="start", **fields)
+    again = str(tmp_path / "other" / "checkpoint-2")
+    with pytest.raises(CheckpointError, match="had another reference than 'base'"):
+        nbpeft.train(model, ROWS, reference="base", resume_from_checkpoint=again, **fields)
+
+
+def test_the_adapters_of_a_sweep_have_the_losses_that_each_has_alone() -> None:
+    model = new()
+    result = nbpeft.train(model, ROWS, **FIELDS | {"learning_rate": sweep(1e-2, 3e-2)})
+    assert (result.objective, result.reference) == ("dpo", "base")
+    for member, rate in zip(result.members, (1e-2, 3e-2), strict=True):
+        alone = nbpeft.train(new(), ROWS, **FIELDS | {"learning_rate": rate})
+        assert [value for _, value in member.history] == pytest.approx(losses(alone), abs=1e-6)
+
+
+def test_the_adapters_of_a_sweep_start_at_ln_2_against_the_one_they_start_from() -> None:
+    model = filled(new())
+    with pytest.raises(ConfigError, match="no common start: reference='base', or the name of the adapter"):
+        nbpeft.train(model, ROWS, **FIELDS | {"learning_rate": sweep(1e-2, 3e-2)})
+    assert tuple(model.peft_config) == ("default",)
+    result = nbpeft.train(model, ROWS, reference="default", **FIELDS | {"learning_rate": sweep(1e-2, 3e-2)})
+    assert [member.history[0][1] for member in result.members] == pytest.approx([LN2, LN2], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one() -> None:
+    one, two = filled(new()), filled(new())
+    usual = FIELDS | {"train_sampling_strategy": "sequential", "reference": "start"}
+    alone = nbpeft.train(one, ROWS, per_device_train_batch_size=4, **usual)
+    both = nbpeft.train(two, ROWS, per_device_train_batch_size=2, processes=2, **usual)
+    assert losses(both) == pytest.approx(losses(alone), abs=1e-5)
+    assert (both.objective, both.reference) == ("dpo", "start")
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
+    "packing": ({"packing": True}, ConfigError, "packing does not go with dpo: its rows have two completions each"),
+    "collator": ({"data_collator": list}, ConfigError, "data_collator does not go with dpo"),
+    "metrics": ({"compute_metrics": list}, ConfigError, "compute_metrics does not go with dpo"),
+    "noise": ({"neftune_noise_alpha": 5.0}, ConfigError, "which switches noise off, too: disable_dropout=False"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, ConfigError, "its own field is label_smoothing"),
+    "trainer": ({"trainer_class": type("Mine", (nbpeft.Trainer,), {})}, ConfigError, "leave trainer_class out"),
+    "rows": (
+        {"data": [{"prompt": "w1", "completion": "w2"}], "objective": "dpo"},
+        TrainingError,
+        "Expected columns chosen and rejected (and prompt); found 'prompt', 'completion'",
+    ),
+    "capitals": (
+        {"data": [{"Chosen": "w1", "Rejected": "w2"}]},
+        TrainingError,
+        "Say which is which: columns={'chosen': 'Chosen', 'rejected': 'Rejected'}.",
+    ),
+    "tokens": ({"data": [{"input_ids": [1, 2]}], "objective": "dpo"}, TrainingError, "and these are tokenised"),
+    "sft": ({"objective": "sft"}, TrainingError, "columns={'completion': 'chosen'} takes the chosen ones"),
+    "sft fields": (
+        {"data": ["w1 w2"], "beta": 0.2},
+        ConfigError,
+        "'beta' is a field of dpo, orpo, simpo, cpo, and this",
+    ),
+    "no objective": ({"objective": "dop"}, ConfigError, "there is no objective 'dop'. Did you mean 'dpo'"),
+    "classify": ({"objective": "classify"}, TrainingError, "classify trains a classifier of texts"),
+    "reference": ({"reference": "bas"}, ConfigError, "Did you mean 'base'?"),
+    "itself": ({"reference": "default"}, ConfigError, "reference='start' is its weights at the beginning"),
+    "sft reference": ({"data": ["w1 w2"], "reference": "base"}, ConfigError, "sft has no reference"),
+    "field": ({"bta": 0.1}, ConfigError, "'bta' is not a field"),
+    "beta": ({"beta": 0}, ConfigError, "beta must be greater than 0, not 0"),
+    "beta text": ({"beta": "high"}, ConfigError, "beta must be a finite number, not 'high'"),
+    "loss type": ({"loss_type": "sigmoi"}, ConfigError, "Did you mean 'sigmoid'?"),
+    "no smoothing": ({"loss_type": "hinge", "label_smoothing": 0.1}, ConfigError, "has no label_smoothing"),
+    "much smoothing": ({"label_smoothing": 0.5}, ConfigError, "less than 0.5"),
+    "dropout": ({"disable_dropout": 1}, ConfigError, "disable_dropout must be True or False"),
+    "swept": ({"beta": sweep(0.1, 0.2)}, ConfigError, "beta cannot be a sweep"),
+    "weights": ({"data": [{**ROWS[0], "weight": 0.5}]}, TrainingError, "the loss of dpo takes none"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_go_is_one_line_before_the_first_step(case: str) -> None:
+    given, error, told = WRONG[case]
+    model = new()
+    before = weights(model)
+    with pytest.raises(error) as caught:
+        nbpeft.train(model, given.get("data", ROWS), **FIELDS | {key: given[key] for key in given if key != "data"})
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert same_state(weights(model), before) and tuple(model.peft_config) == ("default",)
+
+
+def test_a_base_whose_biases_are_trained_is_no_reference() -> None:
+    config = tiny_base().config
+    config.attention_bias = True
+    model = trainable(LlamaForCausalLM(config), bias="all")
+    with pytest.raises(ConfigError, match=r"weights of the base are trained too, .* reference='start'"):
+        nbpeft.train(model, ROWS, reference="base", **FIELDS)
+    assert nbpeft.train(model, ROWS, **FIELDS).reference == "start"
+
+
+def test_only_causal_language_models_are_trained_on_preferences() -> None:
+    model = trainable(tiny_base(LlamaForSequenceClassification))
+    with pytest.raises(TrainingError, match="dpo trains causal language models, and LlamaForSequenceClassification is"):
+        nbpeft.train(model, ROWS, objective="dpo", **FIELDS)
+
+
+def test_a_training_without_preferences_is_as_it_was() -> None:
+    result = nbpeft.train(new(), [{"prompt": "w1 w2 ", "completion": "w3"}], **FIELDS)
+    assert (result.objective, result.reference) == ("sft", None) and "objective" not in result.message
+
+
+@dataclass(frozen=True)
+class Likelihood(Objective):
+    name: ClassVar[str] = "likelihood"
+    rows: ClassVar[str] = "pairs"
+    tilt: float = 1.0
+
+    def loss(self, chosen: Any, rejected: Any) -> Any:
+        return -self.tilt * chosen.log_probs, {"rewards/tilt": chosen.log_probs.detach()}
+
+
+def test_an_objective_of_another_package_has_its_own_fields_and_loss() -> None:
+    register(Likelihood)
+    try:
+        result = nbpeft.train(new(), ROWS[:1], objective="likelihood", tilt=2.0, **FIELDS | {"max_steps": 1})
+        assert losses(result)[0] == pytest.approx(-2 * result.state.series["rewards/tilt"][0][1])
+        assert result.reference is None and objective_named("likelihood") is Likelihood
+        with pytest.raises(ConfigError, match="'dpo' is registered already"):
+            register(type("Mine", (Likelihood,), {"name": "dpo"}))
+    finally:
+        registry._registered.pop("likelihood")

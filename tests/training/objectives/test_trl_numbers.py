@@ -1,0 +1,58 @@
+"""Losses, norms of gradients and curves of ten steps, as TRL's Trainers with PEFT have them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nbpeft
+from tests.training.objectives.trl_run import CASES, base_and_rows, filled
+from tests.training.trl_run import tiny_tokenizer
+
+torch.set_num_threads(1)
+RECORDED = Path(__file__).with_name("trl.json")
+"""The results of ``trl_run.py`` with TRL 1.16, transformers 5.24 and torch 2.13."""
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+def ours(case: str) -> dict[str, list[float]]:
+    """The curves of nbpeft for the training of a case."""
+    base, rows, fields = base_and_rows(case)
+    task = "SEQ_CLS" if case.startswith("reward") else "CAUSAL_LM"
+    model = filled(nbpeft.get_peft_model(base, nbpeft.LoraConfig(task_type=task, **LORA))).train()
+    logged: list[dict[str, Any]] = []
+
+    class Keep(nbpeft.training.RunCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            logged.extend([logs] if logs and "loss" in logs else [])
+
+    keep = Keep(nbpeft.training.Run(model, None))
+    objective = case.partition("-")[0]
+    nbpeft.train(model, rows, objective=objective, tokenizer=tiny_tokenizer(), callbacks=[keep], **fields)
+    return {name: [entry[name] for entry in logged if name in entry] for name in logged[0]}
+
+
+def same(theirs: dict[str, list[float]], found: dict[str, list[float]]) -> None:
+    for name, values in theirs.items():
+        assert found[name] == pytest.approx(values, rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ten_steps_have_the_recorded_numbers_of_trl(case: str) -> None:
+    same(json.loads(RECORDED.read_text("utf-8"))[case], ours(case))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_ten_steps_have_the_numbers_of_the_installed_trl(tmp_path: Path) -> None:
+    script, results = Path(__file__).with_name("trl_run.py"), tmp_path / "results.json"
+    subprocess.run([sys.executable, str(script), str(results)], check=True, cwd=Path(__file__).parents[3])
+    for case, theirs in json.loads(results.read_text("utf-8")).items():
+        same(theirs, ours(case))
