@@ -473,7 +473,7 @@ def test_what_a_file_may_not_decide_can_be_given_again(broken: Path, tmp_path: P
         ({"processes": 256}, "arguments that are not taken from its folder; give them again: processes=…"),
         ({"processes": 256, "machines": ["a", "b"]}, "give them again: processes=…, machines=…"),
         ({"deepspeed": "/etc/passwd"}, "give them again: deepspeed=…"),
-        ({"beta": 0.2}, "give them again: beta=…"),
+        ({"num_generations": 4}, "give them again: num_generations=…"),
     ],
 )
 def test_what_may_change_the_losses_is_asked_for(arguments: dict[str, Any], reported: str, broken: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def test_ten_steps_have_the_recorded_numbers_of_trl(case: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 def test_ten_steps_have_the_numbers_of_the_installed_trl(tmp_path: Path) -> None:
     script, results = Path(__file__).with_name("trl_run.py"), tmp_path / "results.json"
-    subprocess.run([sys.executable, str(script), str(results)], check=True, cwd=Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    subprocess.run([sys.executable, str(script), str(results)], check=True, env=environment)
     for case, theirs in json.loads(results.read_text("utf-8")).items():
         same(theirs, ours(case))

@@ -91,12 +91,13 @@ def trained(case: str, folder: str) -> Any:
     elif name == "reward":
         config_class, trainer_class = trl.RewardConfig, trl.RewardTrainer
     elif name == "orpo":
-        from trl.experimental.orpo import ORPOConfig as config_class
-        from trl.experimental.orpo import ORPOTrainer as trainer_class
-    else:
-        from trl.experimental.cpo import CPOConfig as config_class
-        from trl.experimental.cpo import CPOTrainer as trainer_class
+        from trl.experimental import orpo
 
+        config_class, trainer_class = orpo.ORPOConfig, orpo.ORPOTrainer
+    else:
+        from trl.experimental import cpo
+
+        config_class, trainer_class = cpo.CPOConfig, cpo.CPOTrainer
         fields |= {"loss_type": "simpo", "cpo_alpha": 0.0} if name == "simpo" else {}
     settings = config_class(output_dir=folder, bf16=False, gradient_checkpointing=False, save_strategy="no", **fields)
     trainer = trainer_class(
