@@ -14,7 +14,7 @@ NOTEBOOK = NOTEBOOKS / "02_your_own_data.ipynb"
 
 
 def test_02_goes_from_messy_files_to_a_shipped_adapter(tmp_path: Path) -> None:
-    steps = "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 40, 40, 48"
+    steps = "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 30, 30, 32"
     short = replaced(nbformat.read(NOTEBOOK, 4), {steps: "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 24, 3, 12"})
     executed = execute(short, tmp_path)
     assert 'Say which is which: --columns prompt="Ticket Text " completion=Team.' in _errors(executed)
