@@ -13,9 +13,9 @@ NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PROMPTED, ADAPTED = ("base model", "three examples", "ten examples"), ("adapter", "loaded", "merged")
 """What notebook 01 compares."""
 TASKS = ("records", "filters", "dates")
-"""What the adapters of notebook 04 are for."""
+"""What the adapters of notebook 05 are for."""
 PARAMETERS = {"LoRA": 4_884_480, "MiSS": 2_488_320, "OFT": 2_321_280, "(IA)³": 57_600, "VeRA": 209_280}
-"""How many parameters each method of notebook 09 trains."""
+"""How many parameters each method of notebook 10 trains."""
 
 
 def execute(notebook: Any, folder: Path, **environment: str) -> Any:

@@ -11,10 +11,10 @@ import pytest
 from tests.notebooks.support import NOTEBOOKS, PARAMETERS, execute, number, replaced, shortened, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
-NOTEBOOK = NOTEBOOKS / "09_choosing_a_method.ipynb"
+NOTEBOOK = NOTEBOOKS / "10_choosing_a_method.ipynb"
 
 
-def test_09_trains_five_methods_and_ships_one_as_a_lora(tmp_path: Path) -> None:
+def test_10_trains_five_methods_and_ships_one_as_a_lora(tmp_path: Path) -> None:
     short = replaced(shortened(nbformat.read(NOTEBOOK, 4), steps=1, rows=2), {"in range(5):": "in range(1):"})
     notebook = execute(short, tmp_path)
     found = summary(notebook)

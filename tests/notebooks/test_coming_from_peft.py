@@ -9,12 +9,12 @@ import pytest
 
 from tests.notebooks.support import NOTEBOOKS, execute, printed, replaced, summary
 
-NOTEBOOK = NOTEBOOKS / "08_coming_from_peft.ipynb"
+NOTEBOOK = NOTEBOOKS / "09_coming_from_peft.ipynb"
 
 
 @pytest.mark.slow
 @pytest.mark.real_model
-def test_08_runs_the_script_on_both_and_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+def test_09_runs_the_script_on_both_and_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     once = {"for library in libraries * 2:": "for library in libraries:", "for _ in range(6))": "for _ in range(1))"}
     notebook = execute(replaced(nbformat.read(NOTEBOOK, 4), once), tmp_path, NBPEFT_STEPS="4")
     found = summary(notebook)
@@ -24,7 +24,7 @@ def test_08_runs_the_script_on_both_and_goes_on_where_it_was_killed(tmp_path: Pa
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files
 
 
-def test_08_ships_the_results_of_a_full_run() -> None:
+def test_09_ships_the_results_of_a_full_run() -> None:
     notebook = nbformat.read(NOTEBOOK, 4)
     assert_alike(summary(notebook), steps=12)
     assert "crashed at step" in printed(notebook)

@@ -12,8 +12,8 @@ from tests.notebooks.support import NOTEBOOKS, execute, summary
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 
-def test_05_swaps_without_compiling_again(tmp_path: Path) -> None:
-    notebook = nbformat.read(NOTEBOOKS / "05_hot_swapping.ipynb", 4)
+def test_06_swaps_without_compiling_again(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOKS / "06_hot_swapping.ipynb", 4)
     found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="2"))
     assert float(found["largest difference of a logit"]) < 1e-2
     assert found["recompilations in 10 swaps"] == "0"

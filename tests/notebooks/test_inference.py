@@ -10,10 +10,10 @@ import pytest
 from tests.notebooks.support import NOTEBOOKS, execute, shortened, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
-NOTEBOOK = NOTEBOOKS / "03_adapter_inference.ipynb"
+NOTEBOOK = NOTEBOOKS / "04_adapter_inference.ipynb"
 
 
-def test_03_trains_what_is_missing_and_answers_alike_merged(tmp_path: Path) -> None:
+def test_04_trains_what_is_missing_and_answers_alike_merged(tmp_path: Path) -> None:
     found = summary(execute(shortened(nbformat.read(NOTEBOOK, 4), steps=2, rows=4), tmp_path))
     assert found["same answers merged"] == "4 of 4"
     assert found["score merged"] == found["score adapter"]

@@ -12,8 +12,8 @@ from tests.notebooks.support import NOTEBOOKS, TASKS, execute, summary
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 
-def test_04_switches_mixes_and_merges_adapters(tmp_path: Path) -> None:
-    notebook = nbformat.read(NOTEBOOKS / "04_many_adapters.ipynb", 4)
+def test_05_switches_mixes_and_merges_adapters(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOKS / "05_many_adapters.ipynb", 4)
     found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="2", NBPEFT_TEST_ORDERS="4"))
     assert float(found["largest difference of a logit, mixed and alone"]) < 1e-4
     names = ("base model", *TASKS, "mixed batch")

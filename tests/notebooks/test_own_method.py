@@ -10,10 +10,10 @@ import pytest
 from tests.notebooks.support import NOTEBOOKS, execute, shortened, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
-NOTEBOOK = NOTEBOOKS / "06_your_own_method.ipynb"
+NOTEBOOK = NOTEBOOKS / "07_your_own_method.ipynb"
 
 
-def test_06_trains_saves_loads_and_merges_the_method(tmp_path: Path) -> None:
+def test_07_trains_saves_loads_and_merges_the_method(tmp_path: Path) -> None:
     notebook = execute(shortened(nbformat.read(NOTEBOOK, 4), steps=2, rows=2), tmp_path)
     found = summary(notebook)
     assert found["score MoRA"] == found["score MoRA loaded"] == found["score MoRA merged"]

@@ -10,10 +10,10 @@ import pytest
 from tests.notebooks.support import NOTEBOOKS, execute, shortened, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
-NOTEBOOK = NOTEBOOKS / "02_qlora_training.ipynb"
+NOTEBOOK = NOTEBOOKS / "03_qlora_training.ipynb"
 
 
-def test_02_forecasts_trains_saves_and_merges(tmp_path: Path) -> None:
+def test_03_forecasts_trains_saves_and_merges(tmp_path: Path) -> None:
     found = summary(execute(shortened(nbformat.read(NOTEBOOK, 4), steps=2, rows=4), tmp_path))
     assert found["trained"].endswith(" s for 2 steps")
     assert sum(name.startswith("score ") for name in found) == 6

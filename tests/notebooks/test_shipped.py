@@ -38,8 +38,8 @@ def test_01_ships_the_results_of_a_full_run() -> None:
     assert sum(len(source.splitlines()) for source in codes[:first]) <= 20, "the first command comes early"
 
 
-def test_02_ships_the_results_of_a_full_run() -> None:
-    notebook = committed("02_qlora_training.ipynb")
+def test_03_ships_the_results_of_a_full_run() -> None:
+    notebook = committed("03_qlora_training.ipynb")
     found = summary(notebook)
     assert found["trained"].endswith(" s for 70 steps")
     assert all(value.endswith(" of 48") for name, value in found.items() if name.startswith("score "))
@@ -57,8 +57,8 @@ def test_02_ships_the_results_of_a_full_run() -> None:
     assert "does not fit" in plans[0] and "fits" in plans[1] and "does not fit" not in plans[1]
 
 
-def test_03_ships_the_results_of_a_full_run() -> None:
-    found = summary(committed("03_adapter_inference.ipynb"))
+def test_04_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("04_adapter_inference.ipynb"))
     assert share(found["score base model"]) < 0.2
     assert share(found["score adapter"]) >= 0.9
     assert found["score merged"] == found["score adapter"]
@@ -67,16 +67,16 @@ def test_03_ships_the_results_of_a_full_run() -> None:
     assert speed["with adapter"] < speed["merged"]
 
 
-def test_04_ships_the_results_of_a_full_run() -> None:
-    found = summary(committed("04_many_adapters.ipynb"))
+def test_05_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("05_many_adapters.ipynb"))
     for task in TASKS:
         alone = percent(found[f"score {task}, {task}"])
         assert alone > 60 and alone > percent(found[f"score base model, {task}"]) + 30
         assert abs(percent(found[f"score mixed batch, {task}"]) - alone) < 10
 
 
-def test_06_uses_public_names_and_ships_a_full_run() -> None:
-    notebook = committed("06_your_own_method.ipynb")
+def test_07_uses_public_names_and_ships_a_full_run() -> None:
+    notebook = committed("07_your_own_method.ipynb")
     source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert "nbpeft.engine" not in source and "nbpeft.session" not in source
     found = summary(notebook)
@@ -84,16 +84,16 @@ def test_06_uses_public_names_and_ships_a_full_run() -> None:
     assert share(found["score LoRA"]) > 0 and share(found["score MoRA"]) > 0
 
 
-def test_07_ships_the_results_of_a_full_run() -> None:
-    found = summary(committed("07_several_processes.ipynb"))
+def test_08_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("08_several_processes.ipynb"))
     base, notebook, processes = (
         percent(found[f"score {name}"]) for name in ("base model", "notebook", "two processes")
     )
     assert notebook > base + 20 and processes > base + 20
 
 
-def test_09_ships_the_results_of_a_full_run() -> None:
-    found = summary(committed("09_choosing_a_method.ipynb"))
+def test_10_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("10_choosing_a_method.ipynb"))
     for title in (*PARAMETERS, "OFT as LoRA"):
         assert share(found[f"score {title}"]) > 0.85, title
     memory = {title: number(found[f"memory {title}"]) for title in PARAMETERS}

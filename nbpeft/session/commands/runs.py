@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.paths import from_here
 from nbpeft.errors import (
     AdapterError,
     BaseMismatchError,
@@ -69,7 +70,7 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
     store = _store(ctx)
     if not names:
         records = sorted_records(tuple(store.records()), sort)
-        return RunsResult(str(store.place), records, tuple(map(_loss_curve, records)))
+        return RunsResult(str(from_here(store.place)), records, tuple(map(_loss_curve, records)))
     found = [_with_entries(store.find(name)) for name in dict.fromkeys(names)]
     if all(record.status == UNREADABLE for record, _ in found):
         raise _cannot_be_read(found[0][0])

@@ -84,7 +84,7 @@ class RunsResult(Result):
     """The saved runs.
 
     Attributes:
-        place: the folder of the runs.
+        place: the folder of the runs, relative to the working directory if it is inside.
         records: the runs, in display order.
         curves: the loss curve of each; empty if they were not read.
     """

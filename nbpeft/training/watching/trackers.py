@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from nbpeft._util.paths import from_here
 from nbpeft.checkpoint import inside
 from nbpeft.confidential import without_secrets
 from nbpeft.errors import ConfigError, did_you_mean, in_one_line
@@ -236,9 +237,7 @@ _OPENED: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "tracki
 
 def _typed(place: Path) -> str:
     """A path as it is typed in a shell, relative to the working directory if it is inside."""
-    with contextlib.suppress(ValueError, OSError):
-        place = place.absolute().relative_to(Path.cwd())
-    return shlex.quote(str(place))
+    return shlex.quote(str(from_here(place)))
 
 
 def _quiet() -> AbstractContextManager[object]:

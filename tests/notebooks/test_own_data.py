@@ -1,0 +1,30 @@
+"""The tutorial on one's own data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.notebooks.support import NOTEBOOKS, execute, percent, replaced, summary
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+NOTEBOOK = NOTEBOOKS / "02_your_own_data.ipynb"
+
+
+def test_02_goes_from_messy_files_to_a_shipped_adapter(tmp_path: Path) -> None:
+    steps = "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 30, 30, 32"
+    short = replaced(nbformat.read(NOTEBOOK, 4), {steps: "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 24, 3, 12"})
+    executed = execute(short, tmp_path)
+    assert 'Say which is which: --columns prompt="Ticket Text " completion=Team.' in _errors(executed)
+    found = summary(executed)
+    assert found["rows left out"] == "7"
+    assert percent(found["tickets right, team"].split(" (")[0]) > percent(found["tickets right, base"].split(" (")[0])
+    assert (tmp_path / "adapters/own-data/adapter_model.safetensors").is_file()
+    assert (tmp_path / "shipped/team/adapter_config.json").is_file()
+
+
+def _errors(notebook: nbformat.NotebookNode) -> str:
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    return "".join(output.text for output in outputs if output.get("name") == "stderr")
