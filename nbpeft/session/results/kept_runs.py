@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from nbpeft._util.paths import from_here
 from nbpeft._util.optional import needs
+from nbpeft._util.paths import from_here
 from nbpeft.display.blocks import Block, Card, Cell, CurveChart, Spark, Stack, Table, Text, card, dim, line, notes
 from nbpeft.display.next_steps import kept_steps, next_steps
 from nbpeft.display.numbers import NONE, clock, loss, plural
@@ -125,7 +125,10 @@ class RunsResult(Result):
         settings = {name: values for name, values in differing(readable).items() if name not in _IN_COLUMNS}
         rows: list[tuple[Cell, ...]] = [
             (
-                (Text(record.name, "bold", tooltip=str(from_here(Path(record.path))), wrap="names"), dim(_origin(record))),
+                (
+                    Text(record.name, "bold", tooltip=str(from_here(Path(record.path))), wrap="names"),
+                    dim(_origin(record)),
+                ),
                 Text(record.status, _TONES.get(record.status, ""), tooltip=record.message),
                 Text(_base(record), wrap="names"),
                 _setting(record, METHOD),
