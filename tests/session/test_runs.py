@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +413,17 @@ def test_listing_sorting_and_comparing(tmp_path: Path) -> None:
     assert {"Base model", "Method", "Rows"} <= set(re.findall(r">([^<>]+)</th>", table)) and "LoRA" in str(listed)
     assert "peft_type" not in table + page
     assert "<table" in table and "<script" not in table and "learning_rate 0.02" in table
+
+
+def test_the_step_of_the_best_loss_is_not_that_of_the_best_metric(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    session.train(model, rows(), token_rows(4), **ARGUMENTS | {"max_steps": 2})
+    listed = session.runs()
+    (record,) = listed.records
+    assert f"at step {record.best_step}" in str(listed)
+    by_metric = {**record.settings, "metric_for_best_model": "exact"}
+    for changes in ({"settings": by_metric}, {"best_loss": None}):
+        assert "at step" not in str(replace(listed, records=(replace(record, **changes),)))
 
 
 def test_the_table_as_a_dataframe(tmp_path: Path) -> None:

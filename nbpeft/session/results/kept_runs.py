@@ -135,7 +135,7 @@ class RunsResult(Result):
                 f"{record.settings[ROWS]:,}" if isinstance(record.settings.get(ROWS), int) else NONE,
                 (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
                 loss(record.loss),
-                (loss(record.best_loss), dim(f"at step {record.best_step:,}" if record.best_step is not None else "")),
+                (loss(record.best_loss), dim(_where_best(record))),
                 _spark(curves.get(record.name, ())),
                 _settings_words(settings, index),
             )
@@ -311,6 +311,12 @@ def _took(record: RunRecord) -> str:
 def _setting(record: RunRecord, name: str) -> str:
     """Returns a setting as text; a dash for a run that has none, e.g. of an earlier version."""
     return str(record.settings.get(name) or NONE)
+
+
+def _where_best(record: RunRecord) -> str:
+    """Returns the step of the lowest evaluation loss; empty if there is none, or the best step goes by a metric."""
+    metric = record.settings.get("metric_for_best_model") not in (None, "loss", "eval_loss")
+    return "" if metric or record.best_loss is None or record.best_step is None else f"at step {record.best_step:,}"
 
 
 def _base(record: RunRecord) -> str:

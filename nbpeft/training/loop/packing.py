@@ -26,7 +26,8 @@ from nbpeft.training.data import (
     columns_of,
     is_stream,
     joined,
-    prepare_data,
+    open_data,
+    prepared,
 )
 from nbpeft.training.data.lengths import lengths_of
 from nbpeft.training.data.packing import best_fit
@@ -110,7 +111,8 @@ def longest_sequence(
         TrainingError: the data cannot be read, or the lengths of its rows are unknown.
     """
     inputs = replace(model_inputs(model) if isinstance(model, nn.Module) else ModelInputs(), kind=None)
-    rows = prepare_data(data, tokenizer, max_length=max_length, columns=columns, inputs=inputs)
+    opened = open_data(data, skip_bad=None)  # no command that calls it can leave rows out
+    rows = prepared(opened, tokenizer, max_length=max_length, columns=columns, inputs=inputs).rows
     lengths = lengths_of(rows)
     if lengths is None:
         raise TrainingError("how long these rows are is not known without going through them; give a sequence length")

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from nbpeft.errors import TrainingError
 from nbpeft.training import prepare_data, train
 from nbpeft.training.data import summarize
+from nbpeft.training.loop.packing import longest_sequence
 from nbpeft.training.loop.rows import first_rows
 from tests.char_tokenizer import CharTokenizer
 from tests.training.support import trainable
@@ -134,3 +135,7 @@ def test_commands_that_cannot_leave_rows_out_do_not_offer_it(tmp_path: Path) -> 
     (tmp_path / "bad.jsonl").write_text(f"no JSON\n{json.dumps(GOOD)}\n")
     with pytest.raises(TrainingError, match=r"^bad\.jsonl, line 1 is not JSON: [^.]*\.$"):
         first_rows(trainable(), str(tmp_path / "bad.jsonl"), rows=2, tokenizer=CHARACTERS)
+    for data in ([GOOD, BAD], str(tmp_path / "bad.jsonl")):
+        with pytest.raises(TrainingError) as refused:
+            longest_sequence(trainable(), data, tokenizer=CHARACTERS)
+        assert "left out" not in str(refused.value)
