@@ -53,6 +53,7 @@ class ScoreCallback(TrainerCallback):
 
     Attributes:
         trainer: the Trainer, which logs the scores.
+        metrics: names of the scores.
     """
 
     trainer: Any = None
@@ -60,6 +61,7 @@ class ScoreCallback(TrainerCallback):
     def __init__(self, run: Run, model: nn.Module, scorer: Scorer, every: int | None) -> None:
         self._run, self._model, self._scorer, self._every = run, model, scorer, every
         self._failed = False
+        self.metrics = scorer.metrics
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Scores if it is due, and after the last step."""
