@@ -164,3 +164,8 @@ def test_evaluations_between_the_scores_do_not_decide_about_the_best_state() -> 
         RunCallback(run).on_evaluate(arguments, TrainerState(global_step=step), TrainerControl(), metrics)
     run.publish(force=True)
     assert run.state.best_step == 3
+
+
+def test_patience_by_a_metric_that_is_not_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"metric_for_best_model='exakt' is not measured: .* Did you mean 'exact'"):
+        trained(score=HELD_OUT, metric="exact", patience=2, metric_for_best_model="exakt")
