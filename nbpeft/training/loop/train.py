@@ -576,7 +576,7 @@ def _introduce(trainer: Any, around: Sequence[RunCheckpointer | TrackCallback], 
             guard.best = stops[0]
     for part in inside:
         if isinstance(part, ScoreCallback):
-            part.trainer = trainer
+            part.trainer, trainer.scored_metrics = trainer, part.metrics
     for keeper in around:
         if isinstance(keeper, RunCheckpointer):
             keeper.trainer = trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,10 +103,10 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Records the loss on evaluation data, and the values of ``compute_metrics``."""
         if metrics:
-            values = metrics_of(metrics)
-            self.run.evaluated(
-                metrics.get("eval_loss"), state.global_step, metrics=values, score=score_of(args, metrics)
-            )
+            values, score = metrics_of(metrics), score_of(args, metrics)
+            if score is None and args.metric_for_best_model:  # without the metric it is never the best
+                score = math.nan
+            self.run.evaluated(metrics.get("eval_loss"), state.global_step, metrics=values, score=score)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

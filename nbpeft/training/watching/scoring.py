@@ -10,7 +10,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from nbpeft._util.hooks import new_scorer
-from nbpeft.errors import ConfigError, in_one_line
+from nbpeft.errors import ConfigError, did_you_mean, in_one_line
 from nbpeft.training.data import separator_for
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.watching.sampling import undisturbed
@@ -53,6 +53,7 @@ class ScoreCallback(TrainerCallback):
 
     Attributes:
         trainer: the Trainer, which logs the scores.
+        metrics: names of the scores.
     """
 
     trainer: Any = None
@@ -60,6 +61,7 @@ class ScoreCallback(TrainerCallback):
     def __init__(self, run: Run, model: nn.Module, scorer: Scorer, every: int | None) -> None:
         self._run, self._model, self._scorer, self._every = run, model, scorer, every
         self._failed = False
+        self.metrics = scorer.metrics
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Scores if it is due, and after the last step."""
@@ -119,4 +121,11 @@ def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
         raise ConfigError("eval_data measures the loss: leave out either it or the metric loss", field="metric")
     if request.patience is not None and "metric_for_best_model" not in fields:
         fields |= {"metric_for_best_model": scorer.name, "greater_is_better": scorer.greater_is_better}
+    best = str(fields.get("metric_for_best_model")).removeprefix("eval_")
+    if request.patience is not None and request.eval_data is None and best not in scorer.metrics:
+        known, hint = ", ".join(scorer.metrics), did_you_mean(best, scorer.metrics)
+        raise ConfigError(
+            f"metric_for_best_model={best!r} is not measured: the scores are {known}.{hint}",
+            field="metric_for_best_model",
+        )
     return scorer

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from nbpeft import LoraConfig, get_peft_model, score, sweep, train
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.runs.store import RunStore
 from nbpeft.session import Session
+from nbpeft.training.monitor.callback import RunCallback
+from nbpeft.training.monitor.run import Run
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama, same_state, state
 
@@ -146,3 +150,22 @@ def test_a_run_keeps_its_scores_and_needs_the_rows_again(tmp_path: Path) -> None
         session.resume(**rest)
     result = session.resume(**rest, score=HELD_OUT).training
     assert [step for step, _ in result.state.metric_history["exact"]] == [2, 4, 6, 8]
+
+
+def test_evaluations_between_the_scores_do_not_decide_about_the_best_state() -> None:
+    evaluations = {"eval_data": HELD_OUT, "eval_strategy": "steps", "eval_steps": 2}
+    result = trained(score=HELD_OUT, metric="perplexity", every=3, patience=9, **evaluations)
+    assert [step for step, _ in result.state.eval_history] == [2, 4, 6]
+    assert [step for step, _ in result.state.metric_history["perplexity"]] == [3, 6]
+    run = Run(model(), 6)
+    arguments: Any = SimpleNamespace(metric_for_best_model="perplexity", greater_is_better=False)
+    for step, metrics in ((3, {"eval_perplexity": 9.0}), (4, {"eval_loss": 2.0}), (6, {"eval_perplexity": 10.0})):
+        run.record(step, loss=2.0)
+        RunCallback(run).on_evaluate(arguments, TrainerState(global_step=step), TrainerControl(), metrics)
+    run.publish(force=True)
+    assert run.state.best_step == 3
+
+
+def test_patience_by_a_metric_that_is_not_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"metric_for_best_model='exakt' is not measured: .* Did you mean 'exact'"):
+        trained(score=HELD_OUT, metric="exact", patience=2, metric_for_best_model="exakt")
