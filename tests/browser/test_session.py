@@ -249,8 +249,10 @@ def test_the_card_of_a_whole_run(open_notebook: Opener, pictures: Path, app: str
     text = page.output_text(2)
     for words in ("accuracy", "gradient norm", "learning rate", "tokens/s", "memory", "earlier answers", "finished"):
         assert words in text, words
-    strip = page.output(2).locator("div[title^='step 40']").first
-    expect(strip).to_have_attribute("title", re.compile(r"step 40: loss [\d.]+ · eval loss [\d.]+"))
+    strip = page.output(2).locator("div[data-at^='step 40']").first
+    expect(strip).to_have_attribute(
+        "data-at", re.compile(r"^step 40\s+loss [\d.]+\s+smoothed [\d.]+\s+eval loss [\d.]+")
+    )
     for theme in ("light", "dark"):
         page.theme(theme)
         for width in (1280, 800, 600):

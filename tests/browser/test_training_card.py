@@ -24,7 +24,7 @@ STEPS = re.compile(r"^[1-9][\d,]* / 20,000$")
 
 def card(page: NotebookPage) -> Locator:
     """The cards of the training that are seen; one, whether in a widget or in HTML."""
-    return page.output(1).get_by_text("Training sql").filter(visible=True)
+    return page.output(1).get_by_text("Training sql", exact=True).filter(visible=True)
 
 
 def steps(page: NotebookPage) -> int:

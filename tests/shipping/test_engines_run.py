@@ -24,7 +24,7 @@ UNEVEN: dict[str, Any] = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_p
 
 
 @pytest.fixture
-def reconciled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Imports a package from a folder of its own, until the test ends."""
 
     def imported(name: str, *requirements: str) -> Any:
