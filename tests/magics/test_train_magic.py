@@ -370,7 +370,10 @@ def test_a_script_has_neither_scores_nor_a_patience_by_them(ready: Notebook, tmp
 
     from tests.char_tokenizer import CharTokenizer
 
-    ready["tok"], ready["short"] = CharTokenizer(), lambda answer, row: len(answer) < 2
+    def short(answer: str, row: object) -> bool:
+        return len(answer) < 2
+
+    ready["tok"], ready["short"] = CharTokenizer(), short
     ready["scored"] = Dataset.from_list([{"prompt": "a", "completion": "b"}] * 2)
     line = "%lora_train model --data rows --tokenizer tok --score scored --metric short --patience 2 max_steps=1"
     ready.do(f"{line} metric_for_best_model=short greater_is_better=True")
