@@ -356,6 +356,14 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+class AsMapping(argparse.Action):
+    """Stores the pairs of a ``type=pair`` argument as a dict; for the ``action`` of an argument."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
+        """Stores the values of the argument, a list of pairs."""
+        setattr(namespace, self.dest, dict(values))
+
+
 def positive(text: str) -> int:
     """Parse a whole number of at least 1; for the ``type`` of an argument.
 

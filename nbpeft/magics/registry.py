@@ -10,7 +10,7 @@ from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
-from nbpeft.magics.parse import Argument, Subcommand, argument, pair, positive, prompt_text
+from nbpeft.magics.parse import Argument, AsMapping, Subcommand, argument, pair, positive, prompt_text
 from nbpeft.names import DEFAULT_ADAPTER
 
 Run = Callable[[argparse.Namespace, NotebookContext], object]
@@ -67,6 +67,7 @@ COLUMNS = argument(
     "--columns",
     nargs="+",
     type=pair,
+    action=AsMapping,
     metavar="NAME=COLUMN",
     words=tuple(f"{name}=" for name in (*_COLUMNS, "tools", "input_ids", "labels")),
     help="names of the columns, e.g. prompt=question completion=answer; with instruction=question output=answer the "
@@ -80,6 +81,16 @@ SEPARATOR = argument(
     help=r"what separates the cells of a .csv or .tsv file, e.g. ';', '|' or '\t' (default: it is detected)",
 )
 SKIP_BAD = argument("--skip-bad", action="store_true", help="leave out rows that cannot be read, and say how many")
+
+
+def answer_limit(usual: int | None, words: str) -> Argument:
+    """The option ``--max-new-tokens``.
+
+    Args:
+        usual: its default.
+        words: its help.
+    """
+    return argument("--max-new-tokens", "--tokens", type=positive, default=usual, metavar="N", help=words)
 
 
 def separator_of(options: argparse.Namespace) -> str | None:
@@ -156,11 +167,6 @@ def session_command(name: str, summary: str, *arguments: Argument, method: str =
         return getattr(notebook.session, method or name)(*values, model=notebook.chosen(options.model))
 
     subcommand(name, summary, *arguments, example=example)(run)
-
-
-def cell_command(name: str) -> Subcommand:
-    """The cell magic of that name."""
-    return _cells[name]
 
 
 def registered() -> tuple[dict[str, Subcommand], dict[str, Subcommand]]:

@@ -96,8 +96,7 @@ def _rows_to_start_from(options: argparse.Namespace, notebook: NotebookContext) 
     if options.init_data is None:
         return arguments
     data, tokenizer = notebook.data(options.init_data, "--init-data"), notebook.tokenizer(options.tokenizer)
-    columns = None if options.columns is None else dict(options.columns)
-    return {**arguments, "init_data": data, "tokenizer": tokenizer, "columns": columns}
+    return {**arguments, "init_data": data, "tokenizer": tokenizer}
 
 
 @subcommand(

@@ -8,8 +8,8 @@ from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
-from nbpeft.magics.parse import argument, positive, prompt_text
-from nbpeft.magics.registry import ON_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.parse import argument, prompt_text
+from nbpeft.magics.registry import ON_MODEL, TOKENIZER, answer_limit, subcommand
 from nbpeft.session.results.comparing import BASE
 
 PROMPT_HELP = r"in quotes, \n is a line break; or a variable or expression with a text or a list of messages"
@@ -58,14 +58,7 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
         help="the adapter that answers; several are summed; base is the model alone (default: the active one)",
     ),
     *SAMPLING,
-    argument(
-        "--max-new-tokens",
-        "--tokens",
-        type=positive,
-        default=256,
-        metavar="N",
-        help="limit of the answer (default: 256)",
-    ),
+    answer_limit(256, "limit of the answer (default: 256)"),
     argument("--continue", dest="go_on", action="store_true", help="continue the last conversation with this adapter"),
     argument("--new", action="store_true", help="start a new conversation, which is the default"),
     RAW,

@@ -11,7 +11,7 @@ from typing import Any
 from nbpeft.errors import CellError, ConfigError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive, prompt_text
-from nbpeft.magics.registry import ON_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.registry import ON_MODEL, TOKENIZER, answer_limit, subcommand
 from nbpeft.magics.subcommands.asking import CHAT, PROMPT_HELP, RAW, SAMPLING, SYSTEM, chat_of, sampling_of
 from nbpeft.magics.subcommands.panels import show_panel
 from nbpeft.names import COMBINATION_TYPES
@@ -89,9 +89,7 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
         completes="weight",
         help="a weighted sum as an additional column; may be repeated",
     ),
-    argument(
-        "--max-new-tokens", "--tokens", type=positive, default=64, metavar="N", help="limit of an answer (default: 64)"
-    ),
+    answer_limit(64, "limit of an answer (default: 64)"),
     SYSTEM,
     *SAMPLING,
     argument("--no-base", action="store_true", help="leave the base model out"),
@@ -149,14 +147,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
         completes="variable",
         help="called with the model; False or an exception undoes the swap",
     ),
-    argument(
-        "--max-new-tokens",
-        "--tokens",
-        type=positive,
-        default=32,
-        metavar="N",
-        help="limit of the answer to --check (default: 32)",
-    ),
+    answer_limit(32, "limit of the answer to --check (default: 32)"),
     argument("--replace", action="store_true", help="replace an adapter even if its training is not saved"),
     RAW,
     CHAT,

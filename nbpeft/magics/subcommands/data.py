@@ -40,7 +40,7 @@ def data(options: argparse.Namespace, notebook: NotebookContext) -> object:
         notebook.data(options.data, "data"),
         notebook.tokenizer(options.tokenizer),
         max_length=options.max_length,
-        columns=None if options.columns is None else dict(options.columns),
+        columns=options.columns,
         separator=separator_of(options),
         skip_bad=options.skip_bad,
         rows=options.rows,

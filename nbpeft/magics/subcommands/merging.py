@@ -52,7 +52,7 @@ def merge(options: argparse.Namespace, notebook: NotebookContext) -> object:
         raise CellError("%lora merge: --columns goes with --calibrate ROWS")
     if options.calibrate is not None:
         keywords["calibrate"] = notebook.data(options.calibrate, "--calibrate")
-        keywords["columns"] = None if options.columns is None else dict(options.columns)
+        keywords["columns"] = options.columns
     if options.to is not None or options.calibrate is not None:
         keywords["tokenizer"] = notebook.tokenizer(options.tokenizer)
     model = notebook.chosen(options.model)

@@ -128,7 +128,7 @@ def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
     settings |= {"changes": changes, "rank": options.rank}
     if options.data is not None:
         settings |= {"data": notebook.data(options.data, "--data"), "tokenizer": notebook.tokenizer(options.tokenizer)}
-        settings["columns"] = None if options.columns is None else dict(options.columns)
+        settings["columns"] = options.columns
     if options.panel:
         return show_plan_panel(notebook, options.target, settings)
     source, title = _source(options.target, notebook)

@@ -20,6 +20,7 @@ from nbpeft.magics.registry import (
     SEPARATOR,
     SKIP_BAD,
     TOKENIZER,
+    answer_limit,
     separator_of,
     subcommand,
 )
@@ -61,9 +62,7 @@ from nbpeft.names import METRICS
     ),
     argument("--no-base", action="store_true", help="leave the base model out"),
     argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
-    argument(
-        "--max-new-tokens", "--tokens", type=positive, metavar="N", help="limit of an answer (default: by the metric)"
-    ),
+    answer_limit(None, "limit of an answer (default: by the metric)"),
     *SAMPLING,
     argument(
         "--also",
@@ -101,7 +100,7 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             also=None if options.also is None else notebook.data(options.also, "--also"),
             general=options.general,
             folders=None if options.folders is None else _folders(options.folders),
-            columns=None if options.columns is None else dict(options.columns),
+            columns=options.columns,
             separator=separator_of(options),
             skip_bad=options.skip_bad,
             tokenizer=notebook.tokenizer(options.tokenizer),

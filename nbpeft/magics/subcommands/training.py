@@ -229,11 +229,10 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     Raises:
         CellError: a field is given that is an option of the line.
     """
-    names: tuple[str, ...] = ("max_length", "patience", "every", "processes", "machines", "track", "replace")
+    names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "machines", "track", "replace")
     names += ("skip_bad", "objective", "reference")
-    columns, sample = getattr(options, "columns", None), getattr(options, "sample", None)
+    sample = getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
-    line["columns"] = None if columns is None else dict(columns)
     line["sample"] = _samples(sample, notebook) if sample else None
     line["separator"] = separator_of(options) if getattr(options, "separator", None) else None
     score, metric = getattr(options, "score", None), getattr(options, "metric", None)
@@ -331,5 +330,5 @@ def _look(options: argparse.Namespace, arguments: Mapping[str, Any]) -> str:
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
     words += [f"--separator {quoted(options.separator)}"] if options.separator else []
     words += ["--skip-bad"] if options.skip_bad else []
-    pairs = [f"{name}={quoted(column)}" for name, column in options.columns or ()]
+    pairs = [f"{name}={quoted(column)}" for name, column in (options.columns or {}).items()]
     return " ".join([*words, *(["--columns", *pairs] if pairs else [])])
