@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,14 +63,14 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     if kind is not None:
         given = _fields_of(kind, given, fields, own)
     request = request.opened()
-    why = ""
+    columns, why = columns_of(request.data), ""
     if kind is None:
-        kind, why = _of_the_rows(request)
+        kind, why = _of_the_rows(request, columns)
         given = _fields_of(kind, given, fields, own)
     objective = kind(**given)
     rest = {name: value for name, value in request.arguments.items() if name not in given}
     request = replace(request, objective=objective, objective_reason=why, arguments={**objective.defaults, **rest})
-    _check_model(request, objective)
+    _check_model(request, objective, columns)
     if not objective.rows:
         if request.reference is not None:
             raise ConfigError(f"{objective.name} has no reference: leave reference out", field="reference")
@@ -96,16 +96,15 @@ def _fields_of(
     return found
 
 
-def _of_the_rows(request: TrainRequest) -> tuple[type[Objective], str]:
+def _of_the_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Objective], str]:
     """The objective that follows from the rows, and why."""
-    columns = columns_of(request.data)
     checked_columns(request.columns, columns)
-    compared = {*COMPARED.needs} <= {*columns, *(request.columns or ())} or _are_pairs(request.data)
+    compared = {*COMPARED.needs} <= {*columns, *(request.columns or ())} or _are_pairs(columns)
     if classes_of(request.model) is not None:
         if compared and _scores(request.model):
             return objective_named("reward"), "the rows have chosen and rejected, and the model has one label"
         return objective_named("classify"), "the model is a classifier"
-    if _are_pairs(request.data):
+    if _are_pairs(columns):
         return objective_named("dpo"), "the rows have chosen and rejected"
     form = form_of(columns, request.columns or {}, kind=None)
     if form is COMPARED:
@@ -113,13 +112,13 @@ def _of_the_rows(request: TrainRequest) -> tuple[type[Objective], str]:
     return objective_named("sft"), ""
 
 
-def _are_pairs(rows: Any) -> bool:
-    """Whether rows are tokenised, with two completions each."""
+def _are_pairs(columns: Sequence[str]) -> bool:
+    """Whether rows with these columns are tokenised, with two completions each."""
     names = ("input_ids", "labels")
-    return {*names, *(f"{REJECTED}{name}" for name in names)} <= {*columns_of(rows)}
+    return {*names, *(f"{REJECTED}{name}" for name in names)} <= {*columns}
 
 
-def _check_model(request: TrainRequest, objective: Objective) -> None:
+def _check_model(request: TrainRequest, objective: Objective, columns: Sequence[str]) -> None:
     name, model = objective.name, request.model
     if name == "classify" and classes_of(model) is None:
         raise TrainingError(f"classify trains a classifier of texts, and {type(base_of(model)).__name__} is none")
@@ -135,15 +134,15 @@ def _check_model(request: TrainRequest, objective: Objective) -> None:
         raise TrainingError(f"{name} trains causal language models, and {type(base_of(model)).__name__} is none")
     if manager_of(model) is None:
         raise TrainingError(f"{name} trains adapters of nbpeft, which a {type(model).__name__} does not have")
-    columns = columns_of(request.data)
-    if "input_ids" in columns and not request.columns and not _are_pairs(request.data):
+    if _are_pairs(columns):
+        return
+    if "input_ids" in columns and not request.columns:
         what = (
             f"{name} takes rows of text with chosen and rejected, and these are tokenised: tokenised ones have "
             f"input_ids, labels, {REJECTED}input_ids and {REJECTED}labels"
         )
         raise TrainingError(what, columns=columns)
-    if not _are_pairs(request.data):
-        form_of(columns, request.columns or {}, kind=objective.rows)
+    form_of(columns, request.columns or {}, kind=objective.rows)
 
 
 def _scores(model: nn.Module) -> bool:

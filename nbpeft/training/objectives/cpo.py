@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from nbpeft.errors import ConfigError
-from nbpeft.names import PAIRS
-from nbpeft.training.objectives.objective import DROPOUT, Completions, Objective, check_smoothing, curves
+from nbpeft.training.objectives.objective import (
+    DROPOUT,
+    Completions,
+    PairObjective,
+    check_smoothing,
+    curves,
+    smoothed_logistic,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +23,7 @@ _AVERAGED = ("ipo", "simpo")
 
 
 @dataclass(frozen=True)
-class Cpo(Objective):
+class Cpo(PairObjective):
     """Makes the chosen completions more likely than the rejected ones, and more likely at all, without a reference.
 
     Attributes:
@@ -31,9 +36,6 @@ class Cpo(Objective):
     """
 
     name: ClassVar[str] = "cpo"
-    rows: ClassVar[str] = PAIRS
-    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-6}
-    metrics: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
 
     beta: float = field(default=0.1, metadata={"help": "Factor on the margin of the log-probabilities."})
     loss_type: str = field(
@@ -79,15 +81,12 @@ class Cpo(Objective):
         return losses, curves(self.beta * parts[0], self.beta * parts[1], *parts)
 
     def _losses(self, margin: Tensor) -> Tensor:
-        from torch.nn.functional import logsigmoid
-
         if self.loss_type == "ipo":
             return (margin - 1 / (2 * self.beta)) ** 2
         if self.loss_type == "hinge":
             return (1 - self.beta * margin).relu()
         aim = self.simpo_gamma if self.loss_type == "simpo" else 0.0
-        scaled, share = self.beta * margin - aim, self.label_smoothing
-        return -(1 - share) * logsigmoid(scaled) - share * logsigmoid(-scaled)
+        return smoothed_logistic(self.beta * margin - aim, self.label_smoothing)
 
 
 @dataclass(frozen=True)

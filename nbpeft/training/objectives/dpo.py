@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from nbpeft.names import PAIRS
-from nbpeft.training.objectives.objective import DROPOUT, Completions, Objective, check_smoothing, curves
+from nbpeft.training.objectives.objective import (
+    DROPOUT,
+    Completions,
+    PairObjective,
+    check_smoothing,
+    curves,
+    smoothed_logistic,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Dpo(Objective):
+class Dpo(PairObjective):
     """Makes the chosen completions more likely, relative to the reference, than the rejected ones.
 
     Attributes:
@@ -25,10 +30,7 @@ class Dpo(Objective):
     """
 
     name: ClassVar[str] = "dpo"
-    rows: ClassVar[str] = PAIRS
     uses_reference: ClassVar[bool] = True
-    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-6}
-    metrics: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
 
     beta: float = field(
         default=0.1, metadata={"help": "Strength of the pull towards the reference; for ipo its regularization."}
@@ -77,6 +79,4 @@ class Dpo(Objective):
         share = self.label_smoothing
         if self.loss_type == "robust":
             return (share * logsigmoid(-margin) - (1 - share) * logsigmoid(margin)) / (1 - 2 * share)
-        if not share:
-            return -logsigmoid(margin)
-        return -(1 - share) * logsigmoid(margin) - share * logsigmoid(-margin)
+        return smoothed_logistic(margin, share)

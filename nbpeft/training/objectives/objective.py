@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.names import PAIRS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +102,15 @@ class Objective:
         return {item.name: values[item.name] for item in dataclasses.fields(self) if values[item.name] != item.default}
 
 
+@dataclass(frozen=True)
+class PairObjective(Objective):
+    """An objective that compares the chosen completion of each row with the rejected one."""
+
+    rows: ClassVar[str] = PAIRS
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-6}
+    metrics: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
+
+
 DROPOUT: Any = dataclasses.field(default=True, metadata={"help": "Switch off dropout in the model and the adapter."})
 """The field ``disable_dropout``."""
 
@@ -125,6 +135,20 @@ def curves(
         "logps/rejected": rejected_log_probs,
     }
     return {name: values.detach() for name, values in found.items()}
+
+
+def smoothed_logistic(margin: Tensor, share: float) -> Tensor:
+    """The logistic loss of margins, ``-log sigmoid(margin)``, with a share of the rows taken for swapped.
+
+    Args:
+        margin: of any shape.
+        share: ``label_smoothing``, from 0 to 0.5.
+    """
+    from torch.nn.functional import logsigmoid
+
+    if not share:
+        return -logsigmoid(margin)
+    return -(1 - share) * logsigmoid(margin) - share * logsigmoid(-margin)
 
 
 def check_smoothing(objective: Any, smoothed: tuple[str, ...]) -> None:

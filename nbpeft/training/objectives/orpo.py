@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from nbpeft.errors import ConfigError
-from nbpeft.names import PAIRS
-from nbpeft.training.objectives.objective import DROPOUT, Completions, Objective, curves
+from nbpeft.training.objectives.objective import DROPOUT, Completions, PairObjective, curves
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Orpo(Objective):
+class Orpo(PairObjective):
     """The next-token loss of prompt and chosen completion, and the odds of the chosen one against the rejected one.
 
     Attributes:
@@ -24,10 +22,7 @@ class Orpo(Objective):
     """
 
     name: ClassVar[str] = "orpo"
-    rows: ClassVar[str] = PAIRS
     learns_prompts: ClassVar[bool] = True
-    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-6}
-    metrics: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
 
     beta: float = field(default=0.1, metadata={"help": "Factor on the loss of the odds."})
     disable_dropout: bool = DROPOUT

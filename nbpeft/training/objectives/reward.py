@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbpeft.errors import ConfigError
 from nbpeft.names import SCORED_PAIRS
-from nbpeft.training.objectives.objective import DROPOUT, Completions, Objective, curves
+from nbpeft.training.objectives.objective import DROPOUT, Completions, PairObjective, curves
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Reward(Objective):
+class Reward(PairObjective):
     """Gives the chosen completions a greater reward than the rejected ones, by the row's ``margin`` if it has one.
 
     Attributes:
@@ -27,7 +27,6 @@ class Reward(Objective):
     rows: ClassVar[str] = SCORED_PAIRS
     scores: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4}
-    metrics: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
 
     center_rewards_coefficient: float = field(
         default=0.0, metadata={"help": "Factor on the squared sum of both rewards, which keeps them around 0."}
