@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nbpeft.display.shown import Shown
     from nbpeft.session import RunControl
 
+_EMPTY = {"text/html": "", "text/plain": ""}
 HINT = "Interrupting the kernel keeps the answers so far."
 
 
@@ -27,7 +28,7 @@ class LiveAnswers:
         self._shown_as = shown_as(ui)
         self._output: Any = None
         self._buttons: RunButtons | None = None
-        self._button_output: Any = None
+        self._outputs: list[Any] = []
 
     def stop_with(self, control: RunControl) -> None:
         """Shows a button that asks for a stop, where buttons can be shown.
@@ -36,11 +37,8 @@ class LiveAnswers:
             control: Receives the request.
         """
         if self._shown_as == "widgets":
-            from IPython.display import display
-
             self._buttons = RunButtons(control, stop_tooltip="Stop here and keep what is done")
-            bundle = {WIDGET_VIEW: view_of(self._buttons.box), "text/plain": ""}
-            self._button_output = display(bundle, raw=True, display_id=True)
+            self._show({**_EMPTY, WIDGET_VIEW: view_of(self._buttons.box)})
 
     def draw(self, result: Shown) -> None:
         """Shows the answers so far."""
@@ -48,17 +46,23 @@ class LiveAnswers:
             return
         bundle = {"text/html": to_html(result.view()), "text/plain": HINT}
         if self._output is None:
-            from IPython.display import display
-
-            self._output = display(bundle, raw=True, display_id=True)
+            self._output = self._show(bundle)
         else:
             self._output.update(bundle, raw=True)
 
     def close(self) -> None:
-        """Clears the output, and removes the button."""
+        """Clears the outputs, and hides the button."""
         if self._buttons is not None:
             self._buttons.close()
-            self._button_output.update({"text/html": "", "text/plain": ""}, raw=True)
-        output, self._output = self._output, None
-        if output is not None:
-            output.update({"text/html": "", "text/plain": ""}, raw=True)
+        self._output = None
+        while self._outputs:
+            self._outputs.pop().update(_EMPTY, raw=True)
+
+    def _show(self, bundle: dict[str, Any]) -> Any:
+        """Displays an output, which ``close`` clears."""
+        from IPython.display import display
+
+        output = display(bundle, raw=True, display_id=True)
+        if output is not None:  # outside a notebook there is none
+            self._outputs.append(output)
+        return output

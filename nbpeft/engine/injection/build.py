@@ -27,7 +27,7 @@ from nbpeft.engine.contract.registry import backend_named, backends, layer_kind_
 from nbpeft.engine.injection.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.injection.encoder_fast_paths import is_encoder_layer, refresh_fast_paths
 from nbpeft.engine.injection.plan import InjectionPlan, Target, make_adapters
-from nbpeft.engine.injection.replication import pending_replication, replicate_layers_, settle_layers
+from nbpeft.engine.injection.replication import pending_replication, replicate_layers_, undo_replication
 from nbpeft.engine.kernels.storage import StoredWeight, loaded
 from nbpeft.engine.tree.model_tree import Site, says_untied, site_at
 from nbpeft.engine.wrappers import fake_quant
@@ -434,7 +434,7 @@ def replace_modules(
     """
     _replace(model, replacements, change)
     if merged is not None:
-        settle_layers(model, change, keep=merged)
+        undo_replication(model, change, keep=merged)
     if release:
         _release_storage(model, change)
 

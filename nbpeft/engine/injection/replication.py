@@ -206,7 +206,7 @@ def replicate_layers_(model: nn.Module, layer_map: LayerMap, change: Transaction
         setattr(config, _PER_LAYER, [settings[_PER_LAYER][index] for index in order])
 
 
-def settle_layers(model: nn.Module, change: Transaction, *, keep: bool) -> None:
+def undo_replication(model: nn.Module, change: Transaction, *, keep: bool) -> None:
     """Undoes the replication of layers when no adapter needs it any more.
 
     Args:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.hub_access import hub_options
 from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.paths import from_here
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
 from nbpeft.names import DTYPES
 from nbpeft.session.checks import adapter_name, place_of
@@ -545,8 +547,8 @@ def _title(origin: _Origin, base: Any) -> str:
         return type(base).__name__
     if origin.loading.get("gguf_file"):
         return str(origin.loading["gguf_file"])
-    path = os.path.expanduser(origin.source)
-    if not os.path.isabs(path):
+    path = Path(origin.source).expanduser()
+    if not path.is_absolute():
         return origin.source
-    inside = os.path.relpath(path)
-    return os.path.basename(os.path.normpath(path)) if inside.startswith(os.pardir) else inside
+    inside = from_here(path)
+    return inside.name if inside.is_absolute() else str(inside)
