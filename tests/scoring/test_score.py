@@ -286,7 +286,7 @@ def test_rows_without_a_reference_are_named() -> None:
     with pytest.raises(TrainingError, match="None of the 1 row can be scored: row 0: it has no reference"):
         scored(adapted(), ["only text"])
     pairs = [{"prompt": "x", "chosen": "a", "rejected": "b"}]
-    with pytest.raises(TrainingError, match="no reference. If the references are in 'chosen': columns=") as refused:
+    with pytest.raises(TrainingError, match=r"no reference\. If the references are in 'chosen': columns=") as refused:
         scored(adapted(), pairs)
     assert "columns={'completion': 'chosen'}" in str(refused.value)
     result = scored(adapted(), pairs, columns={"completion": "chosen"}, max_new_tokens=2)

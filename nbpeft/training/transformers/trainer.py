@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from nbpeft.engine.calls.selective_recompute import selective_recompute
 from nbpeft.engine.tree.model_tree import base_model_of
-from nbpeft.errors import ConfigError, TrainingError, check_bool
+from nbpeft.errors import TrainingError, check_bool
 from nbpeft.losses import (
     ChunkedHead,
     LazyLogits,
