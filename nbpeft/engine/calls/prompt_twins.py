@@ -13,6 +13,7 @@ from torch import nn
 from nbpeft.engine.calls.model_calls import LayerHook
 from nbpeft.engine.contract.model_adapter import learns_prompt
 from nbpeft.engine.tree.model_tree import MANAGER, embedding_of, walk
+from nbpeft.engine.wrappers.extension import on_models
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.parameter_layer import twin_of
 
@@ -50,7 +51,7 @@ class _Twins:
         """The twin of a model, without the adapters' manager."""
         twin = self._made_of(module)
         copied: Any = _twin(module, {}) if twin is module else twin
-        for attribute in (MANAGER, "peft_config"):
+        for attribute in (MANAGER, *on_models):
             copied.__dict__.pop(attribute, None)
         return copied  # type: ignore[no-any-return]
 

@@ -56,6 +56,7 @@ class PromptLearningConfig(AdapterConfig):
     """Fields with a size; None for that of the model."""
     beside_embeddings: ClassVar[bool] = True
     """Whether its tokens are joined to the model's embeddings, so that they need the same number of features."""
+    learns_prompt: ClassVar[bool] = True
     encoded: ClassVar[bool] = True
     """Whether the network that computes the tokens is present; False in a copy for a file with only the tokens."""
 
@@ -68,11 +69,6 @@ class PromptLearningConfig(AdapterConfig):
         for name, values in self.choices.items():
             _check_choice(name, getattr(self, name), values)
         check_target_fields(self)
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        """True: it learns a prompt."""
-        return True
 
     @property
     def has_encoder(self) -> bool:

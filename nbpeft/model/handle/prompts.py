@@ -182,6 +182,6 @@ def prompt(manager: AdapterManager, batch_size: int, task_ids: Tensor | None) ->
 def _config(manager: AdapterManager, name: str) -> Any:
     manager.require(name)
     config = manager.configs[name]
-    if not config.is_prompt_learning:
+    if not config.learns_prompt:
         raise AdapterError(f"adapter {name!r} learns no prompt")
     return config
