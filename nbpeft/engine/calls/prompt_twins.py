@@ -30,10 +30,11 @@ def twin_without_prompts(model: nn.Module) -> nn.Module | None:
     wrappers = {id(site.wrapper): site.wrapper for site in walk(model) if isinstance(site.wrapper, AdaptedLayer)}
     prompted = {key for key, layer in wrappers.items() if any(map(learns_prompt, layer.adapters.values()))}
     embedding = embedding_of(model)
-    for key in {*prompted, id(embedding)} & wrappers.keys():
+    places = prompted if embedding is None else {*prompted, id(embedding)}
+    for key in places & wrappers.keys():
         if not all(map(learns_prompt, wrappers[key].adapters.values())):
             return None
-    return _Twins({*prompted, id(embedding)}).of(model)
+    return _Twins(places).of(model)
 
 
 class _Twins:

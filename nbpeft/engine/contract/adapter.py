@@ -272,7 +272,7 @@ class AdapterConfig:
 
         Args:
             model: the base model.
-            width: features of its input embedding.
+            width: features of its input embedding; 0 if it has none.
 
         Raises:
             ConfigError: the model's config lacks a size that is needed.

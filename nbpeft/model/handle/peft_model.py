@@ -257,8 +257,8 @@ class PeftModel(nn.Module):
         return prompts.tokens(self.manager)
 
     @property
-    def word_embeddings(self) -> nn.Module:
-        """The model's input embedding, if an adapter has a learned prompt."""
+    def word_embeddings(self) -> nn.Module | None:
+        """The model's input embedding, if an adapter has a learned prompt; None where a prefix found none."""
         return prompts.word_embeddings(self.manager)
 
     def get_prompt(
