@@ -269,8 +269,8 @@ def _extrapolated_peak(setting: Setting) -> Peak | None:
     """Return the peak extrapolated from a few layers; None if that is not possible."""
     if setting.architecture.layer_count <= SAMPLED_LAYERS or not (path := weights_of(setting).layers):
         return None
-    if setting.adapter_config is not None and setting.adapter_config.is_adaption_prompt:
-        return None  # only the last layers have adapters, so layers are not equal
+    if setting.adapter_config is not None and setting.adapter_config.on_last_layers:
+        return None  # layers are not equal
     try:
         return _run(setting, path)
     except TargetError:  # the config names later layers only

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.active_state import LayerState
-from nbpeft.engine.contract.adapter import Adapter, Rescales, delta_of, source_of, unconvertible_reason
+from nbpeft.engine.contract.adapter import Adapter, Rescales, TransformsInput, delta_of, source_of, unconvertible_reason
 from nbpeft.engine.contract.base import Backend
 from nbpeft.engine.contract.registry import method_of_adapter
 from nbpeft.engine.views.layer_attributes import PerAdapterView
@@ -108,6 +108,19 @@ class PeftLayer(AdaptedLayer):
     @property
     def _has_tokens_alone(self) -> bool:
         return all(adapter.peft.container for adapter in self._named().values())
+
+    @property
+    def is_feedforward(self) -> bool:
+        """Whether the (IA)³ adapters here scale the layer's input, and not its output.
+
+        Raises:
+            AttributeError: there are none.
+        """
+        for adapter in self._named().values():
+            method = method_of_adapter(adapter)
+            if method is not None and method.peft_type == "IA3":
+                return isinstance(adapter, TransformsInput)
+        raise AttributeError("the layer has no (IA)³ adapter, so there is no is_feedforward")
 
     @property
     def disable_adapters(self) -> bool:
