@@ -239,7 +239,7 @@ def shown(value: object, limit: int = 60) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """Returns a text, without its end where it is longer than ``limit`` characters."""
+    """Returns a text, cut at its end if it is longer than ``limit`` characters."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
@@ -249,7 +249,7 @@ def few(names: Iterable[object], count: int = 5, *, quoted: bool = True) -> str:
     Args:
         names: the names, or other objects.
         count: number of names to show.
-        quoted: show each as ``repr`` does, without its end where it is long; else as text, without its middle.
+        quoted: show each as its repr, and cut the end of a long one; else as text, and cut the middle.
     """
     items = list(names)
     more = f" and {len(items) - count} more" if len(items) > count else ""
@@ -262,7 +262,7 @@ def _unquoted(name: object) -> str:
 
 
 def near(word: str, choices: Iterable[str], count: int = 3, *, cutoff: float = 0.5) -> list[str]:
-    """Returns the choices most similar to a word, the best first; none for a word that is too long to be a name.
+    """Returns the choices most similar to a word, best first; an empty list if the word is too long to be a name.
 
     Args:
         word: the word.
