@@ -292,6 +292,20 @@ def with_article(value: object) -> str:
     return "None" if value is None else f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 
 
+def check_bool(name: str, value: object) -> None:
+    """Refuses a value that is neither True nor False, such as a text, which would count as true.
+
+    Args:
+        name: name of the argument.
+        value: its value.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, not {value!r:.60}", field=name)
+
+
 class PeftWarning(UserWarning):
     """Category, as in PEFT, of the warning that an adapter cannot be merged into its layer."""
 

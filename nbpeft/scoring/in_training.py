@@ -31,8 +31,7 @@ class Scorer:
 
     Attributes:
         name: name of the first metric.
-        greater_is_better: whether a greater value of it is better.
-        metrics: names of all metrics.
+        metrics: metric -> whether a greater value of it is better.
         notes: messages about rows that are left out or cut.
 
     Raises:
@@ -56,8 +55,8 @@ class Scorer:
         reading: dict[str, Any] = {"columns": columns, "max_length": max_length}
         reading |= {"separator": separator, "skip_bad": skip_bad}
         self._read = read_rows(model, rows, self._metrics, tokenizer, **reading)
-        self.name, self.greater_is_better = self._metrics[0].name, self._metrics[0].greater_is_better
-        self.metrics = tuple(item.name for item in self._metrics)
+        self.name = self._metrics[0].name
+        self.metrics = {item.name: item.greater_is_better for item in self._metrics}
         self.notes = self._read.notes
 
     def values(self, model: nn.Module, should_stop: Callable[[], bool]) -> dict[str, float]:

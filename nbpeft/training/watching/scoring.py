@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import nn
@@ -24,14 +24,12 @@ class Scorer(Protocol):
 
     Attributes:
         name: name of the metric that decides which state is the best.
-        greater_is_better: whether a greater value of it is better.
-        metrics: names of all metrics.
+        metrics: metric -> whether a greater value of it is better.
         notes: messages about the rows.
     """
 
     name: str
-    greater_is_better: bool
-    metrics: tuple[str, ...]
+    metrics: Mapping[str, bool]
     notes: tuple[str, ...]
 
     def values(self, model: nn.Module, should_stop: Callable[[], bool]) -> dict[str, float]:
@@ -61,7 +59,7 @@ class ScoreCallback(TrainerCallback):
     def __init__(self, run: Run, model: nn.Module, scorer: Scorer, every: int | None) -> None:
         self._run, self._model, self._scorer, self._every = run, model, scorer, every
         self._failed = False
-        self.metrics = scorer.metrics
+        self.metrics = tuple(scorer.metrics)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Scores if it is due, and after the last step."""
@@ -120,8 +118,10 @@ def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
     if "loss" in scorer.metrics and request.eval_data is not None:
         raise ConfigError("eval_data measures the loss: leave out either it or the metric loss", field="metric")
     if request.patience is not None and "metric_for_best_model" not in fields:
-        fields |= {"metric_for_best_model": scorer.name, "greater_is_better": scorer.greater_is_better}
+        fields["metric_for_best_model"] = scorer.name
     best = str(fields.get("metric_for_best_model")).removeprefix("eval_")
+    if best in scorer.metrics:  # transformers takes a greater value of all but losses as the better one
+        fields.setdefault("greater_is_better", scorer.metrics[best])
     if request.patience is not None and request.eval_data is None and best not in scorer.metrics:
         known, hint = ", ".join(scorer.metrics), did_you_mean(best, scorer.metrics)
         raise ConfigError(
