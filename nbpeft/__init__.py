@@ -69,9 +69,9 @@ def _add_peft_attributes() -> None:
 
 
 def _new_scorer(*args: Any, **options: Any) -> Any:
-    from nbpeft.scoring.in_training import Scorer
+    from nbpeft.scoring.in_training import RowScorer
 
-    return Scorer(*args, **options)
+    return RowScorer(*args, **options)
 
 
 when_engine_imported(_add_peft_attributes)

@@ -402,7 +402,7 @@ class Scoring:
             () if status == "running" else (*self.notes, *self._problems()),
             self.settings.seed,
             given if self.settings.draws else {},
-            self.done / self.steps,
+            self.done / self.steps if self.steps else 1.0,
         )
 
     def _item(self, place: int, row: ScoredRow) -> ScoreItem:
@@ -429,11 +429,15 @@ class Scoring:
 
     def _problems(self) -> list[str]:
         """What a person should know of the answers, one line for each problem."""
-        found = []
         cut = {column.title: sum(column.title in titles for titles in self._cut) for column in self.columns}
         if any(cut.values()):
             each = ", ".join(f"{title} {count}" for title, count in cut.items() if count)
-            found.append(f"answers cut at {plural(self._limit, 'token')} (max_new_tokens): {each}")
+            return [f"answers cut at {plural(self._limit, 'token')} (max_new_tokens): {each}", *self.failures()]
+        return self.failures()
+
+    def failures(self) -> list[str]:
+        """Which outputs are not numbers, and which answers are not counted because the metric failed."""
+        found = []
         for title, numbers in self._not_finite.items():
             rows = f"{'row' if len(numbers) == 1 else 'rows'} {few(sorted(set(numbers)), 5, quoted=False)}"
             found.append(f"{title}: its outputs are not numbers (NaN) at {rows}")
