@@ -114,7 +114,7 @@ class Grpo(Objective):
             "choices": ("group", "batch", "none", True, False),
         },
     )
-    reward_weights: Any = field(
+    reward_weights: list[float] | None = field(
         default=None, metadata={"help": "The factor on each reward; 1 by default.", "listed": True}
     )
     mask_truncated_completions: bool = field(

@@ -35,8 +35,9 @@ class Rewards:
 
     @property
     def note(self) -> str:
-        """A line about unused columns; empty if all are used."""
-        return f"columns that no reward takes: {', '.join(self.unused)}" if self.unused else ""
+        """A line about the functions, and the columns that none of them takes."""
+        unused = f"; columns not used: {', '.join(map(repr, self.unused))}" if self.unused else ""
+        return f"rewards: {', '.join(self.names)}{unused}"
 
     @classmethod
     def of(cls, given: Any, weights: Sequence[float] | None, columns: Sequence[str]) -> Rewards:
