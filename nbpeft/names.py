@@ -56,6 +56,9 @@ PAIRS = "pairs"
 SCORED_PAIRS = "scored pairs"
 """The kind of such rows with an optional ``margin``: by how much the chosen completion's reward exceeds the other's."""
 
+PROMPTS = "prompts"
+"""The kind of rows with a prompt alone, which the model in training answers."""
+
 REJECTED = "rejected_"
 """Prefix of the keys of a rejected completion in a tokenized row and in a batch: ``rejected_input_ids``."""
 

@@ -218,7 +218,7 @@ class LazyLogits(Tensor):
         unusual = [values[name] for name in ("weight", "size_average", "reduce") if values[name] is not None]
         if unusual or self.dim() != 2 or target.dim() != 1 or target.is_floating_point():
             return None
-        if values["reduction"] not in ("mean", "sum"):
+        if values["reduction"] not in ("mean", "sum", "none"):
             return None
         weights = None
         if isinstance(target, WeightedLabels):

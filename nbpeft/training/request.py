@@ -47,6 +47,7 @@ class TrainRequest:
         arguments: fields of the arguments class and options of the Trainer.
         is_open: whether ``data`` and ``eval_data`` are rows, and not their sources.
         objective: its name as given; an :class:`Objective` during training.
+        rewards: reward functions, as given; a :class:`Rewards` during training.
         objective_reason: why the objective was chosen, if it was not given.
     """
 
@@ -81,6 +82,7 @@ class TrainRequest:
     replace: bool = False
     objective: str | Objective | None = None
     reference: str | None = None
+    rewards: Any = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     is_open: bool = False
     objective_reason: str = ""
@@ -141,6 +143,7 @@ class TrainRequest:
             values["score"] = GIVEN_AGAIN
         if isinstance(self.sample, SamplePrompts):
             values["sample"] = self.sample.given
+        values["rewards"] = getattr(self.rewards, "functions", self.rewards)
         if not is_amount(self.eval_data):
             values["eval_data"] = None
         own = {item.name: item.default for item in fields(self) if item.name not in NOT_KEPT}
