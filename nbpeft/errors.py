@@ -29,17 +29,20 @@ and TrainingInterrupted, a KeyboardInterrupt.
 
 The classes also derive from the built-in error that PEFT raises in the same situation, so that
 ``except ValueError`` in existing code continues to work. The message is one line; the values it
-mentions are in ``details``.
+mentions are in ``details``. For programs, each class has a ``code``, its name in words
+(``UnknownAdapterError`` has ``unknown-adapter``), and each error ``to_dict()``.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from nbpeft.confidential import masked
+from nbpeft.jsonable import as_json
 
 _LONGEST_MESSAGE = 500
 _LONGEST_NAME, _LONGEST_NAMED = 200, 120
@@ -47,7 +50,39 @@ _MOST_CHOICES = 2_000
 """Most valid names that are compared with an unknown one, for speed."""
 
 
-class NbpeftError(Exception):
+class _Coded:
+    """An error that programs can read.
+
+    Attributes:
+        code: the name of its class in words, e.g. ``unknown-adapter``; it stays the same between versions.
+    """
+
+    code: ClassVar[str]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.code = re.sub(r"(?<=.)(?=[A-Z])", "-", cls.__name__.removesuffix("Error")).lower()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the error as JSON types: ``code``, ``type`` (its class), ``message`` and ``details``."""
+        details = as_json(getattr(self, "details", {}))
+        return {"code": self.code, "type": type(self).__name__, "message": str(self), "details": details}
+
+
+def error_as_json(error: BaseException) -> dict[str, Any]:
+    """Returns any error as ``NbpeftError.to_dict`` does; the code of one of Python or a library is ``unexpected``.
+
+    Args:
+        error: the error.
+    """
+    if isinstance(error, _Coded):
+        return error.to_dict()
+    message = shortened(masked(in_one_line(error)))
+    code = Interrupted.code if isinstance(error, KeyboardInterrupt) else "unexpected"
+    return {"code": code, "type": type(error).__name__, "message": message, "details": {}}
+
+
+class NbpeftError(_Coded, Exception):
     """Base class of all errors that nbpeft raises.
 
     Args:
@@ -161,7 +196,7 @@ class MissingPackageError(NbpeftError, ImportError):
     """An optional dependency that this feature needs is not installed."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(_Coded, KeyboardInterrupt):
     """An interruption (Ctrl-C, the kernel's stop button) ended a command.
 
     It keeps the notebook from running the cells queued after it. A notebook shows it as one line instead of a

@@ -30,6 +30,7 @@ from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import unwrapped
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, UnknownAdapterError, did_you_mean
+from nbpeft.jsonable import AsDict
 from nbpeft.model.handle.peft_model import PeftModel
 from nbpeft.model.saving.files import HUB_OPTIONS
 from nbpeft.model.swapping.device_cache import MB, DeviceCache
@@ -40,7 +41,7 @@ _RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class PoolStatistics:
+class PoolStatistics(AsDict):
     """State and counters of a pool.
 
     Attributes:
