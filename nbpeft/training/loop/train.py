@@ -50,6 +50,7 @@ from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows
 from nbpeft.training.objectives.objective import Objective, fields_by_name
 from nbpeft.training.objectives.reference import reference_of
 from nbpeft.training.request import TrainRequest
+from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
@@ -96,6 +97,7 @@ def train(
     replace: bool = False,
     objective: str | None = None,
     reference: str | None = None,
+    rewards: Any = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -156,12 +158,15 @@ def train(
             takes ``per_device_train_batch_size`` rows per step. ``fsdp=True`` shards the model over them.
         machines: Addresses of machines with the same folders, this one's first; ``processes`` is the number on each.
         replace: Overwrite another adapter in ``output_dir``: one with another name, base model or other tensors.
-        objective: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo`` or ``reward``. By default it follows
-            from the rows and the model: ``dpo`` for rows with chosen and rejected, or ``reward`` if the model is a
-            classifier with one label. See :mod:`nbpeft.training.objectives`.
+        objective: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``reward`` or ``grpo``. By default it
+            follows from the rows and the model: ``dpo`` for rows with chosen and rejected, ``reward`` if the model is
+            a classifier with one label, and ``grpo`` with ``rewards``. See :mod:`nbpeft.training.objectives`.
         reference: Reference of ``dpo``: ``base`` (the model without adapters), ``start`` (the adapter's weights at the
             beginning) or the name of another adapter. By default ``base`` for an adapter that does not change the
             model yet, and ``start`` for others.
+        rewards: For ``grpo``: a function, or several in a list, that score completions of the rows' prompts:
+            ``f(completions, prompts, **columns) -> list[float]``, as for TRL's GRPOTrainer. See
+            :mod:`nbpeft.training.rewards`.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and of the objective
             (``beta``, ``loss_type``, …), and options of the Trainer (``callbacks``, ``compute_metrics``,
             ``data_collator``, …). With ``output_dir`` the adapter is saved there at the end; without it, nothing is
@@ -198,8 +203,6 @@ def _run(request: TrainRequest) -> TrainResult:
     request = request.opened()
     rows = training_rows(request)
     _check_length_known(rows.train, fields)
-    if launch is not None and request.score is not None:
-        raise ConfigError("score needs a training in one process: score the adapter afterwards", field="score")
     scorer = scorer_of(request, fields)
     check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
     request = replace(request, sample=_sample_prompts(request, rows))
@@ -227,13 +230,16 @@ def _run(request: TrainRequest) -> TrainResult:
                 if objective.rows:
                     request = replace(request, reference=chosen_reference(request, rows.train))
                 run.note(objective_text(objective, request.objective_reason, request.reference))
+                if isinstance(request.rewards, Rewards):
+                    run.note(request.rewards.note)
+                    run.learns_from_rewards = True
                 rows_note = _note(run, rows, settings, request.data_hint)
                 for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
                     run.note(note)
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
-                    metrics = _fit_in_subprocesses(request, run, launch, rows, rows_note, kept)
+                    metrics = _fit_in_subprocesses(replace(request, score=scorer), run, launch, rows, rows_note, kept)
                 else:
                     options |= _objective_options(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
@@ -484,16 +490,18 @@ def _inner_callbacks(
 
     One of them ends a diverging training, or removes diverging adapters from a sweep.
     """
-    model, guarded = request.model, request.stop_on_divergence
+    model, guarded, group, patience = request.model, request.stop_on_divergence, request.members, request.patience
     found: list[TrainerCallback] = [] if check is None else [check]
-    found += callbacks_of(request.members, run, stop_on_divergence=guarded) or (
-        [DivergenceStop(run, model)] if guarded else []
-    )
-    found += [] if request.patience is None else [EarlyStop(run, model, request.patience)]
+    if isinstance(group, SideBySide):
+        found += callbacks_of(group, run, model, patience=patience, stop_on_divergence=guarded)
+    else:
+        found += [DivergenceStop(run, model)] if guarded else []
+        found += [] if patience is None else [EarlyStop(run, model, patience)]
     if scorer is not None:
         for note in scorer.notes:
             run.note(f"rows to score: {note}")
-        found.append(ScoreCallback(run, model, scorer, request.every))
+        members = (lambda: group.training) if isinstance(group, SideBySide) else None
+        found.append(ScoreCallback(run, model, scorer, request.every, members))
     prompts = request.sample
     return found + ([SampleCallback(run, model, prompts, request.every)] if isinstance(prompts, SamplePrompts) else [])
 
@@ -728,7 +736,8 @@ def _objective_options(request: TrainRequest, objective: Objective) -> dict[str,
     if not objective.rows:
         return {}
     name = request.reference
-    return {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
+    found = {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
+    return {**found, **({"rewards": request.rewards} if objective.generates else {})}
 
 
 def _result(request: TrainRequest, run: Run, metrics: dict[str, float]) -> TrainResult:
