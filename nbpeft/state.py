@@ -140,6 +140,7 @@ class Sample:
         answer: answer with the adapter at that step.
         base: answer of the base model.
         wanted: the wanted answer; empty if it is unknown.
+        reward: its reward, if the training learns from rewards.
     """
 
     step: int
@@ -147,6 +148,7 @@ class Sample:
     answer: str
     base: str = ""
     wanted: str = ""
+    reward: float | None = None
 
 
 MemberStatus = Literal["training", "finished", "stopped", "diverged"]

@@ -217,7 +217,10 @@ def checked_sample(given: Any) -> Sample | None:
     if not isinstance(given, dict) or not _is_step(given.get("step")):
         return None
     texts = [given.get(name, "") for name in ("prompt", "answer", "base", "wanted")]
-    return Sample(given["step"], *texts) if all(map(_is_unicode, texts)) else None
+    reward = given.get("reward")
+    if not all(map(_is_unicode, texts)) or not (reward is None or _is_number(reward)):
+        return None
+    return Sample(given["step"], *texts, reward=None if reward is None else float(reward))
 
 
 def _is_step(value: object) -> bool:

@@ -58,8 +58,8 @@ class RowScorer(Scorer):
         reading: dict[str, Any] = {"columns": columns, "max_length": max_length}
         reading |= {"separator": separator, "skip_bad": skip_bad}
         self._read = read_rows(model, rows, self._metrics, tokenizer, **reading)
-        self.name, self.greater_is_better = self._metrics[0].name, self._metrics[0].greater_is_better
-        self.metrics = tuple(item.name for item in self._metrics)
+        self.name = self._metrics[0].name
+        self.metrics = {item.name: item.greater_is_better for item in self._metrics}
         self.notes = self._read.notes
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.display.numbers import plural
-from nbpeft.errors import CheckpointError, ConfigError, TrainingError, few
+from nbpeft.errors import CheckpointError, ConfigError, TrainingError, check_bool, few
 from nbpeft.model.from_data.observing import progress as progress_bar
 from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit
 from nbpeft.scoring.folders import folder_columns, groups_of, loaded
@@ -117,6 +117,8 @@ def score(
         TrainingError: the rows cannot be read, or a metric fails on all rows of the first batch.
         AdapterError: there is no such adapter, or nothing to score.
     """
+    for argument, value in (("base", base), ("general", general), ("progress", progress)):
+        check_bool(argument, value)
     compared = AnswerSettings(strip, casefold, pattern, tolerance)
     settings = ScoreSettings(max_new_tokens, batch_size, seed, temperature, top_p)
     metrics = metrics_of(metric, compared)

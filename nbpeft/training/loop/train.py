@@ -50,6 +50,7 @@ from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows
 from nbpeft.training.objectives.objective import Objective, fields_by_name
 from nbpeft.training.objectives.reference import reference_of
 from nbpeft.training.request import TrainRequest
+from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
@@ -96,6 +97,7 @@ def train(
     replace: bool = False,
     objective: str | None = None,
     reference: str | None = None,
+    rewards: Any = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -160,12 +162,15 @@ def train(
             each of them.
         replace: Save over another adapter that ``output_dir`` holds: one of another name, another base model or other
             tensors.
-        objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo`` or ``reward``. By
-            default it follows from the rows: if they have chosen and rejected it is ``dpo``, and ``reward`` for a
-            classifier with one label. See :mod:`nbpeft.training.objectives`.
+        objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``reward`` or
+            ``grpo``. By default it follows from the rows: if they have chosen and rejected it is ``dpo``, and
+            ``reward`` for a classifier with one label; with ``rewards`` it is ``grpo``. See :mod:`nbpeft.training.objectives`.
         reference: What ``dpo`` compares the adapter with: ``base`` (the model without adapters), ``start`` (the
             adapter's weights at the beginning) or the name of another adapter. By default ``base`` for an adapter that
             does not change the model yet, and ``start`` for others.
+        rewards: For ``grpo``: a function, or several in a list, that score completions of the rows' prompts:
+            ``f(completions, prompts, **columns) -> list[float]``, as for TRL's GRPOTrainer. See
+            :mod:`nbpeft.training.rewards`.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and of the objective
             (``beta``, ``loss_type``, …), and options of the Trainer (``callbacks``, ``compute_metrics``,
             ``data_collator``, …).
@@ -229,6 +234,9 @@ def _run(request: TrainRequest) -> TrainResult:
                 if objective.rows:
                     request = replace(request, reference=chosen_reference(request, rows.train))
                 run.note(in_words(objective, request.objective_reason, request.reference))
+                if isinstance(request.rewards, Rewards):
+                    run.note(request.rewards.note)
+                    run.learns_from_rewards = True
                 said = _note(run, rows, settings, request.data_hint)
                 for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
                     run.note(note)
@@ -722,7 +730,8 @@ def _of_the_objective(request: TrainRequest, objective: Objective) -> dict[str, 
     if not objective.rows:
         return {}
     name = request.reference
-    return {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
+    found = {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
+    return {**found, **({"rewards": request.rewards} if objective.generates else {})}
 
 
 def _result(request: TrainRequest, run: Run, metrics: dict[str, float]) -> TrainResult:

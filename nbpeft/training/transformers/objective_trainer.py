@@ -40,8 +40,7 @@ class ObjectiveTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.objective, self.reference = objective, reference
         self.model_accepts_loss_kwargs = False  # a loss is the mean over rows, also of accumulated batches
-        self._sums: dict[str, Tensor] = {}
-        self._batches = 0
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._compared: tuple[Tensor, Tensor] | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -85,11 +84,22 @@ class ObjectiveTrainer(Trainer):
             for rows, before in ((slice(half), prompts), (slice(half, None), None))
         ]
         losses, curves = self.objective.loss(*parts)
-        for name, values in curves.items():
-            mean = values.mean()
-            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
-        self._batches += 1
+        self.add_to_curves({name: values.mean() for name, values in curves.items()})
         return (losses.mean(), {}) if return_outputs else losses.mean()
+
+    def add_to_curves(self, values: Mapping[str, Tensor]) -> None:
+        """Adds values to the means that are logged next.
+
+        Args:
+            values: name of the curve -> a scalar.
+        """
+        for name, value in values.items():
+            total, count = self._sums.get(name, (torch.zeros_like(value), 0))
+            self._sums[name] = total + value, count + 1
+
+    def log_probs_of_the_reference(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The log-probabilities of a batch, as the loss compares them with those of the reference."""
+        return log_probs(model, batch, chunk_size=self.loss_chunk_size)
 
     def _of_the_reference(self, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Tensor | None:
         """The log-probabilities of the reference; those of a batch are computed once for all adapters of a sweep."""
@@ -105,7 +115,7 @@ class ObjectiveTrainer(Trainer):
             evaluated(model),
             self.reference.active(),
         ):
-            found = log_probs(model, batch, chunk_size=self.loss_chunk_size)
+            found = self.log_probs_of_the_reference(model, batch)
         self._compared = inputs["input_ids"], found
         return found
 
@@ -134,8 +144,7 @@ class ObjectiveTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's evaluation, with the metrics of the objective."""
-        sums, batches = self._sums, self._batches
-        self._sums, self._batches = {}, 0
+        sums, self._sums = self._sums, {}
         try:
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
@@ -144,19 +153,19 @@ class ObjectiveTrainer(Trainer):
                 output.metrics.update({f"{prefix}_{name}": means[name] for name in self.objective.metrics})
             return output
         finally:
-            self._sums, self._batches, self._compared = sums, batches, None
+            self._sums, self._compared = sums, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of the objective's curves since the last log of a loss."""
-        if "loss" in logs and self._batches:
+        if "loss" in logs and self._sums:
             logs = {**logs, **self._means()}
-            self._sums, self._batches = {}, 0
+            self._sums = {}
         super().log(logs, *args, **kwargs)
 
     def _means(self) -> dict[str, float]:
         """The means of the curves over the batches of all processes."""
-        names, batches = [*self._sums], max(self._batches, 1)
-        means: Any = torch.stack([self._sums[name].float() / batches for name in names])
+        names = [*self._sums]
+        means: Any = torch.stack([total.float() / count for total, count in self._sums.values()])
         return dict(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

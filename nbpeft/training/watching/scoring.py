@@ -26,15 +26,13 @@ class Scorer(ABC):
 
     Attributes:
         name: name of the metric that decides which state is the best.
-        greater_is_better: whether a greater value of it is better.
-        metrics: names of all metrics.
+        metrics: metric -> whether a greater value of it is better.
         notes: messages about rows that are left out or cut.
         failures: messages about the last scores: outputs that are not numbers, answers on which a metric failed.
     """
 
     name: str
-    greater_is_better: bool
-    metrics: tuple[str, ...]
+    metrics: Mapping[str, bool]
     notes: tuple[str, ...]
     failures: tuple[str, ...] = ()
 
@@ -96,7 +94,7 @@ class ScoreCallback(TrainerCallback):
         self._run, self._model, self._scorer, self._every = run, model, scorer, every
         self._members = members
         self._failed = self._warned = False
-        self.metrics = scorer.metrics
+        self.metrics = tuple(scorer.metrics)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Scores if it is due, and after the last step."""
@@ -128,7 +126,7 @@ class ScoreCallback(TrainerCallback):
 
     def _rank(self, reported: Mapping[str, float]) -> float:
         value = reported[f"eval_{self._scorer.name}"]
-        return math.inf if math.isnan(value) else -value if self._scorer.greater_is_better else value
+        return math.inf if math.isnan(value) else -value if self._scorer.metrics[self._scorer.name] else value
 
     def _report(
         self,
@@ -188,8 +186,10 @@ def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
         raise ConfigError("eval_data measures the loss: leave out either it or the metric loss", field="metric")
     decides = request.patience is not None or request.members is not None
     if decides and "metric_for_best_model" not in fields:
-        fields |= {"metric_for_best_model": scorer.name, "greater_is_better": scorer.greater_is_better}
+        fields["metric_for_best_model"] = scorer.name
     best = str(fields.get("metric_for_best_model")).removeprefix("eval_")
+    if best in scorer.metrics:  # transformers takes a greater value of all but losses as the better one
+        fields.setdefault("greater_is_better", scorer.metrics[best])
     if decides and request.eval_data is None and best not in scorer.metrics:
         known, hint = ", ".join(scorer.metrics), did_you_mean(best, scorer.metrics)
         raise ConfigError(

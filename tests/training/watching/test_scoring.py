@@ -78,6 +78,14 @@ def test_a_smaller_loss_is_better_and_a_greater_share() -> None:
         assert seen[0].eval_strategy == "no"
 
 
+def test_a_score_that_is_named_by_hand_is_the_better_the_smaller_it_is_if_it_is_so() -> None:
+    for given, greater in (({}, False), ({"greater_is_better": True}, True)):
+        seen: list[Any] = []
+        options = {"metric": ["exact", "perplexity"], "metric_for_best_model": "perplexity", "every": 3}
+        trained(score=HELD_OUT, patience=5, callbacks=[Seeing(seen)], **options, **given)
+        assert (seen[0].metric_for_best_model, seen[0].greater_is_better) == ("perplexity", greater)
+
+
 class Seeing:
     """Notes the arguments with which a Trainer begins."""
 
