@@ -78,7 +78,10 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
 
 
 def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, str]]:
-    """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both, and prompts alone."""
+    """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both.
+
+    The wanted answer of a row with a prompt alone is empty.
+    """
     apart = rows.evaluation is not None and not is_amount(request.eval_data)
     source = request.eval_data if apart else request.data
     numbers = getattr(rows.train if rows.evaluation is None else rows.evaluation, "numbers", None)

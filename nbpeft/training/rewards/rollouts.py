@@ -70,7 +70,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Asked:
-    """Rows to complete, as an element of a batch; their columns may have any type, so they are not moved to a device."""
+    """Rows to complete, as an element of a batch that is not moved to a device: their columns may have any type."""
 
     rows: tuple[Mapping[str, Any], ...]
 

@@ -188,9 +188,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def log_probs_of_the_reference(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The log-probability of each token."""
-        return token_log_probs(
-            model, batch, temperature=self.objective.temperature, chunk_size=self.loss_chunk_size
-        )
+        return token_log_probs(model, batch, temperature=self.objective.temperature, chunk_size=self.loss_chunk_size)
 
     # Evaluation
 
