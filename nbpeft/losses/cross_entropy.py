@@ -46,8 +46,8 @@ def chunked_cross_entropy(
         ignore_index: target of rows that are left out.
         reduction: ``"mean"`` over the rows with a target, ``"sum"``, or ``"none"``.
         label_smoothing: share of the target probability that is distributed over all classes, 0 to 1.
-        divisor: the number by which the caller will divide a sum, if known; bfloat16 gradients are rounded after the
-            division then.
+        divisor: the number by which the caller will divide a sum, or None if unknown. If known, bfloat16 gradients are
+            divided by it before they are rounded.
         sampled: compute only the first two chunks and the last one: the others allocate the same memory as the second.
 
     Returns:

@@ -54,6 +54,7 @@ class RunRecord:
         saved: adapter -> folder in which it was saved after the run.
         saved_files: adapter -> size and modification time of the weights file in that folder when it was saved.
         kept_steps: steps of the checkpoints in descending order.
+        metrics: the last scores and values of ``compute_metrics``, by name.
     """
 
     name: str
@@ -74,6 +75,7 @@ class RunRecord:
     saved: Mapping[str, str] = field(default_factory=dict, hash=False)
     saved_files: Mapping[str, str] = field(default_factory=dict, hash=False)
     kept_steps: tuple[int, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def at(self) -> str:
@@ -121,6 +123,7 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
         saved=facts.get("saved") or {},
         saved_files=facts.get("saved_files") or {},
         kept_steps=tuple(kept_steps),
+        metrics={name: float(value) for name, value in (facts.get("metrics") or {}).items() if _is_number(value)},
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import nn
 from transformers import TrainingArguments
 
+from nbpeft.errors import check_bool
 from nbpeft.names import DEFAULT_SEED
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
@@ -95,7 +96,13 @@ class TrainRequest:
             data: training rows, or where they are.
             eval_data: evaluation rows, or where they are, or how many to hold out.
             **keywords: keyword arguments of ``train``, including those of the arguments class and the Trainer.
+
+        Raises:
+            ConfigError: one that must be True or False is something else.
         """
+        for item in fields(cls):
+            if isinstance(item.default, bool) and item.name in keywords:
+                check_bool(item.name, keywords[item.name])
         own = {item.name for item in fields(cls)}.difference(_NO_KEYWORDS)
         rest = {name: value for name, value in keywords.items() if name not in own}
         known = {name: value for name, value in keywords.items() if name in own}

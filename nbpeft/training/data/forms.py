@@ -394,6 +394,15 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
     return f"{nearest} Or say what they are called: columns={names}."
 
 
+def likely_completion(columns: Sequence[str]) -> str | None:
+    """Returns the column that likely has the completions, by its name; None if there is none.
+
+    Args:
+        columns: the columns of the rows.
+    """
+    return _likely(columns)[1]
+
+
 def _likely(columns: Sequence[str]) -> tuple[str | None, str | None]:
     """The columns that are likely the prompt and the completion, by their names or by a word in them."""
     lower = {column.lower(): column for column in columns}

@@ -208,8 +208,6 @@ def _run(request: TrainRequest) -> TrainResult:
     request = request.opened()
     rows = training_rows(request)
     _has_an_end(rows.train, fields)
-    if launch is not None and request.score is not None:
-        raise ConfigError("score works in one process: score the adapter when it is trained", field="score")
     scorer = scorer_of(request, fields)
     check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
     request = replace(request, sample=_sample_prompts(request, rows))
@@ -246,7 +244,7 @@ def _run(request: TrainRequest) -> TrainResult:
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
-                    metrics = _elsewhere(request, run, launch, rows, said, kept)
+                    metrics = _elsewhere(replace(request, score=scorer), run, launch, rows, said, kept)
                 else:
                     options |= _of_the_objective(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
@@ -488,16 +486,18 @@ def _inside(
 
     One of them ends a diverging training, or removes diverging adapters from a sweep.
     """
-    model, guarded = request.model, request.stop_on_divergence
+    model, guarded, group, patience = request.model, request.stop_on_divergence, request.members, request.patience
     found: list[TrainerCallback] = [] if check is None else [check]
-    found += callbacks_of(request.members, run, stop_on_divergence=guarded) or (
-        [DivergenceStop(run, model)] if guarded else []
-    )
-    found += [] if request.patience is None else [EarlyStop(run, model, request.patience)]
+    if isinstance(group, SideBySide):
+        found += callbacks_of(group, run, model, patience=patience, stop_on_divergence=guarded)
+    else:
+        found += [DivergenceStop(run, model)] if guarded else []
+        found += [] if patience is None else [EarlyStop(run, model, patience)]
     if scorer is not None:
         for note in scorer.notes:
             run.note(f"of the rows to score: {note}")
-        found.append(ScoreCallback(run, model, scorer, request.every))
+        members = (lambda: group.training) if isinstance(group, SideBySide) else None
+        found.append(ScoreCallback(run, model, scorer, request.every, members))
     prompts = request.sample
     return found + ([SampleCallback(run, model, prompts, request.every)] if isinstance(prompts, SamplePrompts) else [])
 
