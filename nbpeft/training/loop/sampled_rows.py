@@ -93,8 +93,8 @@ def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, 
         if isinstance(example, Compared):
             example = example.chosen
         if isinstance(example, Prompted):
-            asked = example.prompt
-            yield (asked if isinstance(asked, str) else asked.messages), ""
+            prompted = example.prompt
+            yield (prompted if isinstance(prompted, str) else prompted.messages), ""
         elif isinstance(example, Pair):
             yield example.prompt, example.completion.strip()
         elif isinstance(example, Chat) and example.tools is None:

@@ -50,8 +50,8 @@ def test_a_function_gets_what_it_takes_by_the_names_of_trl() -> None:
 
 def test_the_completion_of_a_conversation_is_a_message() -> None:
     seen: list[Any] = []
-    asked = [completion(0, "hello", [{"role": "user", "content": "hi"}])]
-    scored(lambda completions, prompts: seen.extend([completions, prompts]) or [0], completions=asked, columns=())
+    answered = [completion(0, "hello", [{"role": "user", "content": "hi"}])]
+    scored(lambda completions, prompts: seen.extend([completions, prompts]) or [0], completions=answered, columns=())
     assert seen == [[[{"role": "assistant", "content": "hello"}]], [[{"role": "user", "content": "hi"}]]]
 
 
