@@ -101,8 +101,8 @@ OBJECTIVE = (
         metavar="NAME",
         completes="adapter",
         words=("base", "start"),
-        help="for dpo, and grpo with beta: base, start (the adapter as it is now) or another adapter (default: base for a new adapter, "
-        "else start)",
+        help="for dpo, and grpo with beta: base, start (the adapter as it is now) or another adapter (default: base "
+        "for a new adapter, else start)",
     ),
 )
 REWARD = argument(

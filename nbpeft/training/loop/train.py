@@ -164,7 +164,8 @@ def train(
             tensors.
         objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``reward`` or
             ``grpo``. By default it follows from the rows: if they have chosen and rejected it is ``dpo``, and
-            ``reward`` for a classifier with one label; with ``rewards`` it is ``grpo``. See :mod:`nbpeft.training.objectives`.
+            ``reward`` for a classifier with one label; with ``rewards`` it is ``grpo``. See
+            :mod:`nbpeft.training.objectives`.
         reference: What ``dpo`` compares the adapter with: ``base`` (the model without adapters), ``start`` (the
             adapter's weights at the beginning) or the name of another adapter. By default ``base`` for an adapter that
             does not change the model yet, and ``start`` for others.

@@ -80,8 +80,10 @@ def base_and_rows(case: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]
 def completions_of(prompt: str, count: int) -> list[list[int]]:
     """Token ids of completions of a prompt, of which one has no end."""
     first = int(prompt.split()[0][1:])
-    found = [[10 + (7 * first + 3 * number + place) % 80 for place in range(1 + (first + number) % 5)]
-             for number in range(count)]
+    found = [
+        [10 + (7 * first + 3 * number + place) % 80 for place in range(1 + (first + number) % 5)]
+        for number in range(count)
+    ]
     return [[*tokens, 1] if number else tokens for number, tokens in enumerate(found)]
 
 
