@@ -340,7 +340,7 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """A diffusion transformer: its input are latents, which an embedding inside turns to hidden states."""
+    """A diffusion transformer: its inputs are latents, which its first layer maps to hidden states."""
 
     def __init__(self) -> None:
         super().__init__()
