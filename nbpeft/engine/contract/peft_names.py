@@ -25,7 +25,8 @@ class PeftNames:
         functions: method of an adapted layer -> function of the layer and the arguments.
         wrapped: parameters stored in a small module as its ``weight``: ``layer.core["default"].weight``.
         names_in_modules: parameter in ``wrapped`` -> its name in the module, if that is not ``weight``.
-        lists: parameters stored in a list, ``layer.core["default"][0]``: here ``core.0``, ``core.1``, …
+        lists: parameters stored in a list, ``layer.core["default"][0]``: here ``core.0``, ``core.1``, …; what is in
+            ``wrapped``, too, is a list of small modules.
         modules: further modules of PEFT's layers, besides those for ``wrapped``; see ``ShowsModules.peft_module``.
         constants: parameters that are neither saved nor read; they exist because PEFT counts them.
         container: module below the layer in which PEFT keeps the parameters, if not on the layer itself.

@@ -186,7 +186,7 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     """
     listed, _, number = own.partition(".")
     if listed in adapter.peft.lists:
-        return f"{listed}.{name}.{number}"
+        return f"{listed}.{name}.{number}{'.weight' if listed in adapter.peft.wrapped else ''}"
     inner = inner_adapters_of(adapter)
     if listed in inner:
         return shown_name(inner[listed], number, listed)
@@ -321,6 +321,26 @@ class ParameterListing(_Shows, nn.ParameterList):
 
     def _get_name(self) -> str:
         return "ParameterList"
+
+
+class ModuleListing(_FollowsMode, nn.ModuleList):
+    """The same if each is the ``weight`` of a module in PEFT: ``layer.peanut_encoders["default"][0].weight``.
+
+    Args:
+        adapter: the adapter.
+        name: name of the list; the parameters are the adapter's ``name.0``, ``name.1``, ….
+        base: the layer.
+    """
+
+    def __init__(self, adapter: Adapter, name: str, base: BaseLayer) -> None:
+        super().__init__(_leaf(adapter, own, base) for own in adapter._parameters if own.partition(".")[0] == name)
+        self.__dict__["adapter"] = adapter
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return (self.__dict__["adapter"],)
+
+    def _get_name(self) -> str:
+        return "ModuleList"
 
 
 class Container(_FollowsMode):
@@ -484,7 +504,8 @@ def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable
     for own in adapter.peft.modules:
         yield own, partial(_made, adapter, own, base)
     for own in adapter.peft.lists:
-        yield own, partial(ParameterListing, adapter, own)
+        wraps = own in adapter.peft.wrapped
+        yield own, partial(ModuleListing, adapter, own, base) if wraps else partial(ParameterListing, adapter, own)
     for own in list(adapter._parameters):
         if own in adapter.peft.wrapped:
             yield own, partial(_leaf, adapter, own, base)
@@ -541,7 +562,7 @@ def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: Ba
         AdapterError: the module would not be called, or would not be trained and saved with the adapter.
         ValueError: its weight has another shape.
     """
-    if not isinstance(shown, Observed | Remainder | ParameterListing):  # a module assigned earlier
+    if not isinstance(shown, Observed | Remainder | ParameterListing | ModuleListing):  # a module assigned earlier
         made = _leaf(adapter, own, base) if own in adapter._parameters else _made(adapter, own, base)
         shown = shown if made is None else made
     if not isinstance(module, nn.Module) or not isinstance(shown, Observed):
