@@ -135,7 +135,7 @@ def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
     """
     for name in names:
         if name in options.fields:
-            raise CellError(f"{name} is given in the magic's line, not in the cell")
+            raise CellError(f"{name} is an option of the magic's line, not a field of the cell")
 
 
 def fields_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def checked_facts(content: bytes) -> dict[str, Any]:
         raise CorruptCheckpointError("run.json is not JSON") from None
     if not isinstance(facts, dict) or facts.get("version") != VERSION:
         found = shown(facts.get("version"), 20) if isinstance(facts, dict) else "none"
-        raise CorruptCheckpointError(f"run.json is of version {found}, and {VERSION} is known here")
+        raise CorruptCheckpointError(f"run.json has version {found}; this nbpeft reads version {VERSION}")
     for field_name in ("adapter", "status"):
         if facts.get(field_name) is None:
             raise CorruptCheckpointError(f"run.json has no {field_name}")
@@ -267,15 +267,15 @@ _NAMES = (_is_list_of(_is_name(_LONGEST_NAME)), "a list of names")
 _MAPPING = (_is_mapping, f"a dictionary of at most {_MOST_FIELDS:,} names")
 _TEXTS = (
     lambda value: _is_mapping(value) and all(isinstance(text, str) for text in value.values()),
-    "a dictionary of texts",
+    "a dictionary of strings",
 )
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "status": (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)}"),
     "adapter": (_is_name(_LONGEST_TEXT), "names of adapters"),
     "model": (_is_name(_LONGEST_NAME), "the name of a variable"),
-    "message": (lambda value: isinstance(value, str), "a text"),
+    "message": (lambda value: isinstance(value, str), "a string"),
     "host": (_is_name(_LONGEST_TEXT), "the name of a host"),
-    "process": (lambda value: type(value) is int and 0 < value < 2**31, "the number of a process"),
+    "process": (lambda value: type(value) is int and 0 < value < 2**31, "a process id"),
     **dict.fromkeys(("step", "total_steps", "first_step", "best_step"), _STEP),
     **dict.fromkeys(("loss", "eval_loss", "best_loss"), _NUMBER),
     "seconds": (_is_seconds, "a number of seconds"),

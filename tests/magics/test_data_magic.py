@@ -120,7 +120,7 @@ def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> 
     ready["labelled"] = [{"text": "a b", "label": "yes", "id": 1}] * 4
     shown = ready.do("%lora data labelled --tokenizer tok")
     assert shown.notes[0] == "columns not used: 'id', 'label'" and "columns not used: " in shown._repr_html_()
-    assert "--columns prompt=text completion=label makes it answer with the label" in shown.notes[1]
+    assert "--columns prompt=text completion=label trains it to answer with the label" in shown.notes[1]
     told = ready.do("%%lora_train model --data labelled --tokenizer tok\nmax_steps = 1").message
     assert told == "columns not used: 'id', 'label' (%lora data labelled --tokenizer tok shows them)"
     ready["odd"] = [{"ID": "a", "Ticket Text": "b"}]
@@ -158,7 +158,7 @@ def test_a_training_from_a_file_is_exported(ready: Notebook, source: str) -> Non
 def test_a_stream_needs_a_number_of_steps(ready: Notebook) -> None:
     ready["stream"] = __import__("datasets").Dataset.from_list(PAIRS).to_iterable_dataset()
     told = ready.run("%%lora_train model --data stream --tokenizer tok\nlearning_rate = 1e-3").line
-    assert "say how many steps to train" in told and "max_steps" in told
+    assert "set the number of steps" in told and "max_steps" in told
 
 
 def test_data_is_completed(ready: Notebook) -> None:

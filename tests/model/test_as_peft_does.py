@@ -188,19 +188,29 @@ def deletes_the_active_one(model: Any) -> None:
 
 
 TOLD: list[tuple[Callable[[Any], object], dict[str, Any], str, str]] = [
-    (disables, {"bias": "all"}, "Careful, disabling", "'default' trains the base's biases (bias='all'), which stay"),
+    (
+        disables,
+        {"bias": "all"},
+        "Careful, disabling",
+        "'default' trained the base model's biases (bias='all'), which stay",
+    ),
     (
         lambda model: model.base_model.disable_adapter_layers(),
         {"bias": "lora_only"},
         "Careful, disabling",
-        "'default' trains the base's biases (bias='lora_only'), which stay",
+        "'default' trained the base model's biases (bias='lora_only'), which stay",
     ),
-    (deletes_the_active_one, {}, "was active which is now deleted", "'default' was active and is deleted: 'second' is"),
+    (
+        deletes_the_active_one,
+        {},
+        "was active which is now deleted",
+        "active adapter 'default' was deleted: 'second' is",
+    ),
     (
         lambda model: model.save_pretrained(tempfile.mkdtemp(), selected_adapters=["default"]),
         {"target_modules": ["embed_tokens"]},
         "Setting `save_embedding_layers` to `True`",
-        "embedding layers found in `target_modules`, model.embed_tokens: whole embeddings are saved along",
+        "embedding layers found in `target_modules`, model.embed_tokens: whole embeddings are saved too",
     ),
 ]
 

@@ -82,9 +82,11 @@ def test_a_loaded_adapter_acts_as_it_was_trained(tmp_path: Path) -> None:
     wanted = model.eval()(ids).logits
     again = PeftModel.from_pretrained(base(), tmp_path / "aware").eval()
     assert torch.equal(again(ids).logits, wanted)
-    with pytest.raises(MergeError, match="'default' learned with each number rounded by itself: merge without rows"):
+    with pytest.raises(
+        MergeError, match="'default' was trained with rounding to the nearest level: merge without rows"
+    ):
         merge_calibrated(again, [{"input_ids": ids}])
-    with pytest.warns(UserWarning, match="a copy in full precision has all of that"):
+    with pytest.warns(UserWarning, match="a full-precision copy gives other outputs"):
         merge_to_folder(again, None, tmp_path / "copy")
     merged = again.merge_and_unload()
     assert torch.equal(merged(ids).logits, wanted)

@@ -409,7 +409,7 @@ def test_a_file_whose_pairs_differ_is_read_as_it_is(make: Callable[[], Any], tmp
         if "lora" in name:
             nn.init.normal_(parameter, std=0.3)
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="though its config says ensure_weight_tying: they are loaded as they are"):
+    with pytest.warns(UserWarning, match="although its config has ensure_weight_tying: they are loaded untied"):
         ours = nbpeft.PeftModel.from_pretrained(make(), tmp_path).eval()
     torch.testing.assert_close(answers(ours), answers(theirs), atol=1e-5, rtol=1e-4)
     assert ours.get_nb_trainable_parameters()[0] == 0 and not ours.peft_config["default"].ensure_weight_tying
@@ -447,7 +447,7 @@ def test_tensors_that_differ_do_not_go_into_one_pair() -> None:
     ours = tied()
     before, tensors = state(ours), nbpeft.get_peft_model_state_dict(ours)
     other = {key: value + 1 if "lora_B" in key else value for key, value in tensors.items()}
-    with pytest.raises(CheckpointError, match=r"other tensors for lm_head than for model\.embed_tokens, which share"):
+    with pytest.raises(CheckpointError, match=r"different tensors for lm_head and model\.embed_tokens, which share"):
         nbpeft.set_peft_model_state_dict(ours, other)
     assert same_state(state(ours), before)
     head = {key: value * 2 for key, value in tensors.items() if "lm_head.lora" in key}

@@ -306,7 +306,7 @@ def test_what_has_no_factors_is_neither_swapped_nor_pooled(tmp_path: Path) -> No
     with pytest.raises(HotSwapError, match="the new adapter has trainable tokens"):
         hotswap_adapter(adapted(), tmp_path, "default")
     pooled = adapted()
-    with pytest.raises(AdapterError, match="load it by itself"):
+    with pytest.raises(AdapterError, match="load it without a pool"):
         AdapterPool(pooled, 10, adapters={"rows": tmp_path}).set_adapter("rows")
     assert same_state(state(model), before)
 
@@ -340,7 +340,7 @@ def test_rows_are_combined_by_their_changes(kind: str, tied: bool, tmp_path: Pat
 def test_rows_and_factors_of_one_embedding_make_no_adapter() -> None:
     model = rows()
     model.add_adapter("factors", LoraConfig(r=2, target_modules=["embed_tokens"]))
-    with pytest.raises(AdapterError, match="has trainable tokens of adapter 'default' and another change of 'factors'"):
+    with pytest.raises(AdapterError, match="has trainable tokens in adapter 'default' and another update in 'factors'"):
         model.add_weighted_adapter(["default", "factors"], [1.0, 1.0], "sum", combination_type="linear")
     model.merge_adapter()
     with pytest.raises(MergeError, match="unmerge before adapters with trainable tokens are combined"):

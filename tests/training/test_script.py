@@ -171,7 +171,7 @@ def test_a_changed_tokenizer_is_saved_beside_the_script(folder: Path) -> None:
     files = export_script(loaded(folder), folder / "u.py", ["ab", "cd"], tokenizer=CharTokenizer())
     assert "TOKENIZER" not in constants(files.script) and not (folder / "u_tokenizer").exists()
     assert json.loads(files.data[0].read_text().splitlines()[0])["input_ids"] == [65, 66, 96]
-    assert files.notes == ("the rows are tokenised: no script can load the tokenizer of this notebook",)
+    assert files.notes == ("the rows are tokenized: no script can load the tokenizer of this notebook",)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,9 @@ def test_no_value_is_read_as_code(folder: Path, text: str, monkeypatch: pytest.M
 def test_tokens_are_left_out_and_told(folder: Path) -> None:
     secret = "hf_" + "a1B2" * 8
     given = {"hub_token": secret, "hub_model_id": "me/sql", "report_to": [f"https://x/{secret}"], "run_name": "a"}
-    with pytest.warns(UserWarning, match=r"hub_token, report_to left out of the script.*HF_TOKEN") as told:
+    with pytest.warns(
+        UserWarning, match=r"hub_token, report_to left out, because a script must not contain secrets.*HF_TOKEN"
+    ) as told:
         files = export_script(loaded(folder), folder / "train.py", token_rows(2), **given, **ARGUMENTS)
     assert files.left_out == ("hub_token", "report_to")
     assert secret not in files.script.read_text() + repr(files) + str(told[0].message)
@@ -304,7 +306,7 @@ def test_a_file_that_was_not_exported_is_not_written_over_unasked(folder: Path, 
     else:
         script.write_text(present)
     before = None if script.is_dir() else script.read_text()
-    told = "train.py (was changed since it was exported|is there already and was not exported from here): take another"
+    told = "train.py (was edited since its export|exists already and is not an exported script): choose another"
     with pytest.raises(CheckpointError, match=told):
         export_script(model, script, token_rows(3), **ARGUMENTS)
     assert before is None or script.read_text() == before
@@ -416,7 +418,7 @@ def test_a_training_on_preferences_is_exported_with_its_objective(folder: Path) 
     model, written = loaded(folder), [json.loads(line) for line in files.data[0].read_text().splitlines()]
     result = train(model, written, **found["ARGUMENTS"] | {"output_dir": str(folder / "out")})
     assert (result.objective, result.reference, result.steps) == ("dpo", "base", 3)
-    with pytest.raises(ConfigError, match="a script trains a new adapter and has no 'other': reference='base'"):
+    with pytest.raises(ConfigError, match="a script trains a new adapter without 'other': set reference='base'"):
         other = loaded(folder)
         other.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
         export_script(other, folder / "other.py", rows, reference="other", **given)

@@ -139,8 +139,8 @@ def notes_of(summary: DataSummary) -> tuple[str, ...]:
     messages += summary.unused
     if summary.unused_label:
         messages.append(
-            "a language model is trained on the text, whatever its label: columns={'prompt': 'text', 'completion': "
-            "'label'} makes it answer with the label, and a classifier learns it as it is"
+            "a language model is trained on the text without its label: columns={'prompt': 'text', 'completion': "
+            "'label'} trains it to answer with the label; a classifier uses the labels as they are"
         )
     if summary.for_template:
         messages.append(

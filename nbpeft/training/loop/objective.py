@@ -1,4 +1,4 @@
-"""The objective of a training: the one that is named, or the one that follows from the rows."""
+"""Selects the objective of a training: the given one, or the one that follows from the rows."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ from nbpeft.training.rewards.trainer import RolloutTrainer
 from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from nbpeft.training.transformers.trainer import Trainer
 
-_OF_ANOTHER_LOSS = {
-    "compute_metrics": "it computes no logits as a whole",
-    "preprocess_logits_for_metrics": "it computes no logits as a whole",
-    "compute_loss_func": "it has a loss of its own",
+_OTHER_LOSS = {
+    "compute_metrics": "it does not compute complete logits",
+    "preprocess_logits_for_metrics": "it does not compute complete logits",
+    "compute_loss_func": "it has its own loss",
 }
-_OF_ONE_COMPLETION = {
-    "packing": "its rows have two completions each",
+_NOT_WITH_PAIRS = {
+    "packing": "each row has two completions",
     "data_collator": "its batches have two completions of each row",
-    **_OF_ANOTHER_LOSS,
-    "label_smoothing_factor": "its own field is label_smoothing",
+    **_OTHER_LOSS,
+    "label_smoothing_factor": "use its field label_smoothing",
 }
-"""Arguments of a training that an objective with two completions does not take, with the reason."""
-_OF_GIVEN_COMPLETIONS = {
+"""Arguments of a training that an objective with two completions does not accept, with the reason."""
+_NOT_WITH_GENERATION = {
     "packing": "its batches are completions that are generated before each step",
     "data_collator": "its batches are completions that are generated before each step",
-    **_OF_ANOTHER_LOSS,
-    "label_smoothing_factor": "no token of a completion is the right one",
+    **_OTHER_LOSS,
+    "label_smoothing_factor": "completions have no reference token",
     "auto_find_batch_size": "a batch has all completions of a prompt",
     "processes": "it trains in one process",
     "machines": "it trains in one process",
     "fsdp": "it trains in one process",
     "deepspeed": "it trains in one process",
 }
-"""Arguments that an objective does not take whose completions are generated, with the reason."""
+"""Arguments that an objective with generated completions does not accept, with the reason."""
 _OF_A_STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 """Arguments whose product is the number of completions of a step, with their defaults."""
 
@@ -91,7 +91,7 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     request = request.opened()
     columns, why = columns_of(request.data), ""
     if kind is None:
-        kind, why = _of_the_rows(request, columns)
+        kind, why = _from_rows(request, columns)
         given = _fields_of(kind, given, fields, own)
     objective = kind(**given)
     rest = {name: value for name, value in request.arguments.items() if name not in given}
@@ -99,7 +99,7 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     _check_model(request, objective, columns)
     if not objective.rows:
         if request.reference is not None:
-            raise ConfigError(f"{objective.name} has no reference: leave reference out", field="reference")
+            raise ConfigError(f"objective={objective.name!r} uses no reference: remove it", field="reference")
         return request
     _check_arguments(request, objective)
     if isinstance(objective, Grpo):
@@ -145,8 +145,8 @@ def _fields_of(
     for name, value in found.items():
         if kind.name not in fields[name]:
             raise ConfigError(
-                f"{name!r} is a field of {', '.join(fields[name])}, and this trains {kind.name}: leave it out, or "
-                f"objective={next(iter(fields[name]))!r}",
+                f"{name!r} is a field of {', '.join(fields[name])}, but the objective is {kind.name}: remove it, or "
+                f"set objective={next(iter(fields[name]))!r}",
                 field=name,
             )
         if isinstance(value, Sweep):
@@ -154,7 +154,7 @@ def _fields_of(
     return found
 
 
-def _of_the_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Objective], str]:
+def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Objective], str]:
     """The objective that follows from the rows, and why."""
     checked_columns(request.columns, columns)
     if request.rewards is not None:
@@ -179,35 +179,36 @@ def _of_the_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Ob
 
 
 def _are_pairs(columns: Sequence[str]) -> bool:
-    """Whether rows with these columns are tokenised, with two completions each."""
+    """Whether rows with these columns are tokenized, with two completions each."""
     names = ("input_ids", "labels")
     return {*names, *(f"{REJECTED}{name}" for name in names)} <= {*columns}
 
 
 def _check_model(request: TrainRequest, objective: Objective, columns: Sequence[str]) -> None:
-    name, model = objective.name, request.model
-    if name == "classify" and classes_of(model) is None:
-        raise TrainingError(f"classify trains a classifier of texts, and {type(base_of(model)).__name__} is none")
-    if name == "sft" and classes_of(model) is not None:
-        raise TrainingError(f"sft trains a language model, and {type(base_of(model)).__name__} is a classifier")
+    model, kind = request.model, type(base_of(request.model)).__name__
+    needs = f"objective={objective.name!r} needs"
+    if objective.name == "classify" and classes_of(model) is None:
+        raise TrainingError(f"{needs} a model for sequence classification; {kind} is not one")
+    if objective.name == "sft" and classes_of(model) is not None:
+        raise TrainingError(f"{needs} a language model; {kind} is a classifier")
     if not objective.rows:
         return
     if objective.scores and not _scores(model):
         labels = getattr(getattr(base_of(model), "config", None), "num_labels", None)
-        what = f"{type(base_of(model)).__name__} {'is none' if classes_of(model) is None else f'has {labels}'}"
-        raise TrainingError(f"{name} trains a classifier of texts with one label (num_labels=1), and {what}")
+        what = "is not one" if classes_of(model) is None else f"has {labels} labels"
+        raise TrainingError(f"{needs} a model for sequence classification with num_labels=1; {kind} {what}")
     if not objective.scores and not is_causal(model):
-        raise TrainingError(f"{name} trains causal language models, and {type(base_of(model)).__name__} is none")
+        raise TrainingError(f"{needs} a causal language model; {kind} is not one")
     if manager_of(model) is None:
-        raise TrainingError(f"{name} trains adapters of nbpeft, which a {type(model).__name__} does not have")
+        raise TrainingError(f"{needs} adapters of nbpeft, which a {type(model).__name__} does not have")
     if objective.generates:
         _check_generation(request, objective, columns)
     elif _are_pairs(columns):
         return
     elif "input_ids" in columns and not request.columns:
         what = (
-            f"{name} takes rows of text with chosen and rejected, and these are tokenised: tokenised ones have "
-            f"input_ids, labels, {REJECTED}input_ids and {REJECTED}labels"
+            f"{needs} rows of text with chosen and rejected, or tokenized rows with input_ids, labels, "
+            f"{REJECTED}input_ids and {REJECTED}labels"
         )
         raise TrainingError(what, columns=columns)
     form_of(columns, request.columns or {}, kind=objective.rows)
@@ -240,18 +241,18 @@ def _scores(model: nn.Module) -> bool:
 def _check_arguments(request: TrainRequest, objective: Objective) -> None:
     own = {name: getattr(request, name) for name in ("packing", "processes", "machines")}
     given = {**own, **request.arguments}
-    for name, reason in (_OF_GIVEN_COMPLETIONS if objective.generates else _OF_ONE_COMPLETION).items():
+    for name, reason in (_NOT_WITH_GENERATION if objective.generates else _NOT_WITH_PAIRS).items():
         if given.get(name) not in (None, False, 0):
-            raise ConfigError(f"{name} does not go with {objective.name}: {reason}", field=name)
+            raise ConfigError(f"{name} cannot be combined with {objective.name}: {reason}", field=name)
     if request.arguments.get("neftune_noise_alpha") and getattr(objective, "disable_dropout", False):
         raise ConfigError(
-            "neftune_noise_alpha does not go with disable_dropout=True, which switches noise off, too: "
+            "neftune_noise_alpha cannot be combined with disable_dropout=True, which disables the noise too: set "
             "disable_dropout=False",
             field="neftune_noise_alpha",
         )
     if request.trainer_class not in (Trainer, ObjectiveTrainer, RolloutTrainer):
         raise ConfigError(
-            f"objective={objective.name!r} has a Trainer of its own: leave trainer_class out", field="trainer_class"
+            f"objective={objective.name!r} has its own Trainer: remove trainer_class", field="trainer_class"
         )
     sweep = request.members is not None or any(isinstance(value, Sweep) for value in request.given.values())
     if sweep and objective.generates:
@@ -262,7 +263,7 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
     if not objective.reference_needed:
         if request.reference is not None:
             without = f" with beta={getattr(objective, 'beta', 0)}" if objective.uses_reference else ""
-            raise ConfigError(f"{objective.name}{without} has no reference: leave reference out", field="reference")
+            raise ConfigError(f"objective={objective.name!r}{without} uses no reference: remove it", field="reference")
         return
     check_reference(
         request.model,
@@ -280,7 +281,7 @@ def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
 
     Args:
         request: the arguments of the training; the adapters to train are active.
-        rows: the tokenised rows, of which the first is computed.
+        rows: the tokenized rows, of which the first is computed.
 
     Raises:
         ConfigError: the reference does not support this training.
@@ -292,7 +293,8 @@ def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
     alone = trains_only_adapters(request.model)
     if request.reference == BASE and not alone:
         raise ConfigError(
-            "weights of the base are trained too, so that it is no reference: reference='start'", field="reference"
+            "weights of the base are trained too, so it cannot be the reference: set reference='start'",
+            field="reference",
         )
     if request.reference is not None:
         return request.reference
@@ -335,7 +337,7 @@ def collator_of(objective: Objective, collator: Collator) -> Any:
     return PairCollator(collator) if objective.rows else collator
 
 
-def in_words(objective: Objective, reason: str, reference: str | None) -> str:
+def objective_text(objective: Objective, reason: str, reference: str | None) -> str:
     """Returns the objective of a training for its card; empty for the usual one.
 
     Args:

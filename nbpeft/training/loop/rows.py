@@ -90,7 +90,7 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     rows, notes, amount = read.rows, [read.notes] if read.notes else [], request.eval_data
     if not is_amount(amount):
         measured = PreparedRows(None) if amount is None else _prepared(request, amount, inputs)
-        notes += [f"of the evaluation rows: {measured.notes}"] if measured.notes else []
+        notes += [f"evaluation rows: {measured.notes}"] if measured.notes else []
         return TrainingRows(rows, measured.rows, tuple(notes))
     train, evaluation = hold_out(rows, amount, request.seed)
     if isinstance(rows, StreamedRows) and rows.notes:  # reading the held-out rows may have added notes
@@ -116,7 +116,7 @@ def inputs_of(request: TrainRequest) -> ModelInputs:
     rejected = {f"{REJECTED}{name}" for name in ("input_ids", "labels")}
     taken = None if inputs.columns is None else inputs.columns | rejected
     inputs = replace(inputs, numbers=()) if objective.generates else inputs
-    why = f"the loss of {objective.name} takes none"
+    why = f"the loss of {objective.name} does not support weights"
     classes = None if objective.scores else inputs.classes
     return replace(inputs, kind=objective.rows, columns=taken, unweighted=why, classes=classes)
 
@@ -131,7 +131,7 @@ def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str
     """
     base, numbers, classes = base_of(model), call_columns(model), classes_of(model)
     if classes is not None and classes.problem != SINGLE_LABEL:
-        unweighted = unweighted or f"the loss of {classes.problem} takes none"
+        unweighted = unweighted or f"the loss of {classes.problem} does not support weights"
     taken = {*inspect.signature(base.forward).parameters, *numbers}
     return ModelInputs(
         encoder_decoder=classes is None and is_encoder_decoder(model),
@@ -153,7 +153,7 @@ def _why_tokens_only(base: nn.Module) -> str:
         return ""
     labels = [name for name in inspect.signature(base.forward).parameters if name in _OWN_LABELS]
     return (
-        f"{type(base).__name__} is neither a language model nor a classifier of texts: it takes tokenised rows with "
+        f"{type(base).__name__} is neither a language model nor a text classifier: it needs tokenized rows with "
         f"{listed(('input_ids', *labels))}"
     )
 
@@ -295,7 +295,7 @@ def _check_loss(base: nn.Module) -> None:
     code = getattr(inspect.unwrap(type(base).forward), "__code__", None)
     if head and not head.endswith(_LANGUAGE_HEADS) and "loss_function" in getattr(code, "co_names", ()):
         raise TrainingError(
-            f"transformers chooses a loss by the name of the class and finds none for {type(base).__name__}: set "
+            f"transformers selects the loss by the name of the class and has none for {type(base).__name__}: set "
             f"loss_type = {head!r} on the base model."
         )
 
@@ -305,6 +305,6 @@ def _check_padding(model: nn.Module, tokenizer: Any) -> None:
     base: Any = base_of(model)
     if getattr(tokenizer, "pad_token_id", None) is None and getattr(base.config, "pad_token_id", None) is None:
         raise TrainingError(
-            f"{type(base).__name__} needs a padding token, and neither its config nor the tokenizer names one: "
+            f"{type(base).__name__} needs a padding token, but neither its config nor the tokenizer defines one: set "
             "tokenizer.pad_token = tokenizer.eos_token"
         )

@@ -29,7 +29,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     Raises:
         ConfigError: an argument is invalid, the model or tokenizer cannot generate answers, or the rows have no
             prompts.
-        AdapterError: the prompts cannot be tokenised.
+        AdapterError: the prompts cannot be tokenized.
     """
     given, every, tokenizer = request.sample, request.every, request.tokenizer
     is_count = isinstance(given, int) and not isinstance(given, bool)
@@ -37,7 +37,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     fits = isinstance(prompts, list | tuple) and all(isinstance(text, str) or is_conversation(text) for text in prompts)
     if not is_count and not (fits and prompts):
         raise ConfigError(
-            "sample must be a prompt (a text or a conversation), several in a list, or how many rows to ask, "
+            "sample must be a prompt (a text or a conversation), a list of prompts, or a number of rows, "
             f"not {given!r:.60}",
             field="sample",
         )
@@ -50,7 +50,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
         raise ConfigError("sample needs a tokenizer: pass tokenizer=…", field="sample")
     base: Any = base_of(request.model)
     if not hasattr(base, "generate"):
-        raise ConfigError(f"a {type(base).__name__} cannot answer prompts, so that there is nothing to sample")
+        raise ConfigError(f"sample needs a model that generates text, and a {type(base).__name__} has no generate()")
     if is_count:
         return _of_rows(request, rows, number, base)
     form = rows.format or PromptFormat(chat=True)
@@ -67,8 +67,8 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
     if not asked:
         where = "evaluation rows" if evaluates else "training rows"
         raise ConfigError(
-            f"sample={count} asks the prompts of rows, and none of the {where} has a prompt and an answer of its own: "
-            "give the prompts themselves",
+            f"sample={count} needs rows with a prompt and an answer, and none of the {where} has both: pass the "
+            "prompts instead",
             field="sample",
         )
     prompts, wanted = zip(*asked, strict=True)

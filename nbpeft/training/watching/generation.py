@@ -73,7 +73,7 @@ class PromptBatch:
             raise AdapterError("no prompt given")
         templated = bool(getattr(tokenizer, "chat_template", None))
         if not templated and (chat or any(not isinstance(prompt, str) for prompt in prompts)):
-            raise AdapterError("the tokenizer has no chat template: give prompts as plain text")
+            raise AdapterError("the tokenizer has no chat template: write prompts as plain text")
         chat = templated if chat is None else chat
         conversations = [_messages(prompt, system) if chat or not isinstance(prompt, str) else () for prompt in prompts]
         rows = [
@@ -386,7 +386,7 @@ def _messages(prompt: Prompt, system: str) -> Conversation:
             expected = "a text, or a conversation [{'role': 'user', 'content': '…'}, …]"
             raise AdapterError(f"a prompt is {expected}, not {shown(prompt)}")
         if messages[-1]["role"] == "assistant":
-            raise AdapterError("the conversation ends with the assistant's answer: ask without it (messages[:-1])")
+            raise AdapterError("the conversation ends with the assistant's answer: remove it (messages[:-1])")
     begins = messages[0]["role"] in ("system", "developer")
     return messages if begins or not system else ({"role": "system", "content": system}, *messages)
 

@@ -183,7 +183,7 @@ def test_wrong_arguments_are_told_in_one_line_before_anything_happens(tmp_path: 
     with pytest.raises(ConfigError, match="no device 'nowhere'"):
         hotswap_adapter(model, source, "default", torch_device="nowhere")
     for wrong in (None, dict.fromkeys(tensors, 3), {key: tensor.numpy() for key, tensor in tensors.items()}):
-        with pytest.raises(HotSwapError, match="state_dict must hold tensors"):
+        with pytest.raises(HotSwapError, match="state_dict must have tensors"):
             hotswap_adapter_from_state_dict(model, wrong, "default", own)  # type: ignore[arg-type]
     with pytest.raises(UnknownMethodError, match="LoraConfig of peft is not the config of a known method"):
         hotswap_adapter_from_state_dict(model, tensors, "default", peft.LoraConfig())  # type: ignore[arg-type]
@@ -258,7 +258,7 @@ def test_embeddings_that_the_file_brings_along(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         donor.save_pretrained(tmp_path / "other", save_embedding_layers=True)
         before = state(model)
-        with pytest.raises(HotSwapError, match=r"brings its own model\.embed_tokens\.weight"):
+        with pytest.raises(HotSwapError, match=r"has its own model\.embed_tokens\.weight"):
             hotswap_adapter(model, tmp_path / "other", "default")
     assert same_state(before, state(model)) and logits(model, tokens()).isfinite().all()
 

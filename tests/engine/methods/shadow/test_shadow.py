@@ -459,7 +459,7 @@ def test_what_fits_no_model_is_refused(base: str, fields: dict[str, Any], words:
 def test_it_is_shipped_as_a_folder_of_peft_alone(config: Any, tmp_path: Path) -> None:
     model = nbpeft.get_peft_model(wide(), config)
     for engine in ("transformers", "vllm"):
-        with pytest.raises(AdapterError, match="which acts on calls of the whole model"):
+        with pytest.raises(AdapterError, match="which changes the model's calls"):
             nbpeft.ship(model, engine=engine, to=tmp_path / engine)
         assert not (tmp_path / engine).exists()
     nbpeft.ship(model, engine="peft", to=tmp_path / "peft")
