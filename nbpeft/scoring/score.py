@@ -69,7 +69,8 @@ def score(
 
     Metrics of answers are ``exact``, ``contains``, ``startswith``, ``regex``, ``number`` (the last one of the answer),
     ``json`` (the share of right fields), ``json_valid`` and ``f1`` (of words). ``choice`` takes the option of the row
-    with the greatest likelihood, ``choice_norm`` divides it by the option's length in characters; ``loss`` and
+    with the greatest likelihood, ``choice_norm`` divides its logarithm by the option's length in characters, without
+    white space at its ends, as ``acc_norm`` of lm-eval does; ``loss`` and
     ``perplexity`` are those of the tokens that a training would learn, ``accuracy`` is for classifiers. A function
     ``(answer, row) -> bool | float`` is a metric of answers, too, and so is an object with the ``compute`` of Hugging
     Face's ``evaluate``, which is called for each item on its own.
@@ -373,7 +374,8 @@ class Scoring:
             for metric in self.metrics:
                 if metric.needs != "options":
                     continue
-                lengths = [len(text) if metric.name == "choice_norm" else 1 for text, _ in row.options]
+                # As in lm-eval, the space between prompt and option is no part of the option's length.
+                lengths = [len(text.strip()) or 1 if metric.name == "choice_norm" else 1 for text, _ in row.options]
                 chosen = min(losses, key=lambda number: losses[number][0] / lengths[number])
                 self._answers[place].setdefault(title, row.options[chosen][0])
                 self._values[place][metric.name][title] = chosen == row.right
