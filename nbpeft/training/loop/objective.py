@@ -62,7 +62,7 @@ _NOT_WITH_GENERATION = {
     "deepspeed": "it trains in one process",
 }
 """Arguments that an objective with generated completions does not accept, with the reason."""
-_OF_A_STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+_STEP_SIZE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 """Arguments whose product is the number of completions of a step, with their defaults."""
 
 
@@ -111,22 +111,22 @@ def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]
     """A request with checked reward functions, whose steps have all completions of their prompts."""
     arguments, copies = request.arguments, objective.num_generations
     if is_stream(request.data):
-        raise TrainingError(f"{objective.name} repeats prompts, and a stream yields each once: give a list of rows")
+        raise TrainingError(f"{objective.name} repeats prompts, but a stream yields each once: pass a list of rows")
     if getattr(arguments.get("train_sampling_strategy"), "value", arguments.get("train_sampling_strategy")) == GROUPED:
         raise ConfigError(
-            f"train_sampling_strategy={GROUPED!r} does not go with {objective.name}, whose batches are completions of "
-            "few prompts: 'random' or 'sequential'",
+            f"train_sampling_strategy={GROUPED!r} cannot be combined with {objective.name}, whose batches are "
+            "completions of few prompts: use 'random' or 'sequential'",
             field="train_sampling_strategy",
         )
-    rows, steps = (arguments.get(name, usual) for name, usual in _OF_A_STEP.items())
+    rows, steps = (arguments.get(name, usual) for name, usual in _STEP_SIZE.items())
     if type(rows) is int and type(steps) is int and rows * steps % copies:
         size = rows * steps
-        product = " x ".join(f"{name} ({number})" for name, number in zip(_OF_A_STEP, (rows, steps), strict=True))
+        product = " x ".join(f"{name} ({number})" for name, number in zip(_STEP_SIZE, (rows, steps), strict=True))
         near = next((number for number in range(copies - 1, 1, -1) if size % number == 0), None)
         choice = "" if near is None else f", or num_generations={near}"
         raise ConfigError(
             f"num_generations={copies} does not divide the {size} completions of a step ({product}): "
-            f"per_device_train_batch_size={-(-rows // copies) * copies}{choice}",
+            f"set per_device_train_batch_size={-(-rows // copies) * copies}{choice}",
             field="num_generations",
         )
     mapped = {column: name for name, column in (request.columns or {}).items()}
