@@ -150,6 +150,7 @@ class Session:
 
     # Runs on disk
     runs = _question(run_commands.runs)
+    runs_folder = _question(run_commands.runs_folder)
     find_run = _question(run_commands.find_run)
     resume = _command(run_commands.resume)
     kept_run = _question(run_commands.kept_run)
