@@ -86,9 +86,7 @@ def test_07_uses_public_names_and_ships_a_full_run() -> None:
 
 def test_08_ships_the_results_of_a_full_run() -> None:
     found = summary(committed("08_several_processes.ipynb"))
-    base, notebook, processes = (
-        percent(found[f"score {name}"]) for name in ("base", "dates", "two_processes")
-    )
+    base, notebook, processes = (percent(found[f"score {name}"]) for name in ("base", "dates", "two_processes"))
     assert notebook > base + 20 and processes > base + 20
     assert float(found["largest difference of a loss"]) < 1e-3
     different, count = map(int, found["answers right in one of the two only"].split(" of "))

@@ -565,7 +565,7 @@ def _fit(
                         block.enter_context(item)
                 metrics = _train(trainer, model, callback, options["args"])
             if keep and trainer is not None:
-                trainer.save_model()
+                _save_and_push(trainer, run)
                 for keeper in (part for part in outer if isinstance(part, RunCheckpointer)):
                     keeper.mark_saved(str(fields["output_dir"]))
         return metrics
@@ -581,6 +581,19 @@ def _fit(
             for owner in (trainer, trainer.callback_handler):
                 owner.model = owner.optimizer = owner.lr_scheduler = None
             trainer.model_wrapped = None
+
+
+def _save_and_push(trainer: Any, run: Run) -> None:
+    """Saves the adapter in ``output_dir``, and pushes it if the arguments say so; a hub that fails is a warning."""
+    if not trainer.args.push_to_hub:
+        trainer.save_model()
+        return
+    trainer.save_model(_internal_call=True)  # without its push
+    try:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+    except Exception as error:  # of the hub's client, of its HTTP client, or of what a broken hub answers
+        saved = f"the adapter is saved in {trainer.args.output_dir}, but was not pushed to {trainer.hub_model_id}"
+        run.note(f"{saved} ({reason_of(error)}); push it again", warning=True)
 
 
 def _connect(trainer: Any, outer: Sequence[RunCheckpointer | TrackCallback], inner: Sequence[Any]) -> None:
