@@ -261,7 +261,9 @@ def _asked(config: AdapterConfig) -> list[str]:
     if not form.chat:
         return ["", "Trained on text without a chat template: ask it with plain text."]
     system = f" and the system prompt {_code(masked(form.system))}" if form.system else ""
-    return ["", f"Trained with the chat template{system}: ask it in the same form."]
+    given = {name: masked(value) if isinstance(value, str) else value for name, value in form.variables.items()}
+    variables = f" with {_code(given)}" if given else ""
+    return ["", f"Trained with the chat template{variables}{system}: ask it in the same form."]
 
 
 def _listed_fields(config: AdapterConfig) -> list[str]:

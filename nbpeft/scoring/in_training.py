@@ -28,6 +28,7 @@ class Scorer:
         max_length: as for ``score``.
         separator: as for ``score``.
         skip_bad: as for ``score``.
+        variables: variables for the chat template, as far as it has them.
 
     Attributes:
         name: name of the first metric.
@@ -51,10 +52,11 @@ class Scorer:
         max_length: int | None = None,
         separator: str | None = None,
         skip_bad: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self._metrics, self._tokenizer = metrics_of(metric, AnswerSettings()), tokenizer
         reading: dict[str, Any] = {"columns": columns, "max_length": max_length}
-        reading |= {"separator": separator, "skip_bad": skip_bad}
+        reading |= {"separator": separator, "skip_bad": skip_bad, "usual_variables": variables}
         self._read = read_rows(model, rows, self._metrics, tokenizer, **reading)
         self.name, self.greater_is_better = self._metrics[0].name, self._metrics[0].greater_is_better
         self.metrics = tuple(item.name for item in self._metrics)

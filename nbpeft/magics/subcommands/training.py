@@ -11,6 +11,7 @@ from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import (
+    CHATS,
     COLUMNS,
     DATA,
     MAX_LENGTH,
@@ -18,6 +19,7 @@ from nbpeft.magics.registry import (
     SEPARATOR,
     SKIP_BAD,
     TOKENIZER,
+    chats_of,
     refuse_fields,
     separator_of,
     subcommand,
@@ -63,6 +65,11 @@ EVAL = argument(
     metavar="DATA",
     completes="data",
     help="evaluation rows, as for --data; or how many training rows to hold out: 0.1, or 64",
+)
+EVAL_BY = argument(
+    "--eval-by",
+    metavar="COLUMN",
+    help="rows with the same value in this column are all trained on or all held out by --eval",
 )
 SCORE = (
     argument(
@@ -133,6 +140,8 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     COLUMNS,
     SEPARATOR,
     SKIP_BAD,
+    *CHATS,
+    EVAL_BY,
     TOKENIZER,
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="activate this adapter; it stays active"),
     *OBJECTIVE,
@@ -230,7 +239,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         CellError: a field is given that is an option of the line.
     """
     names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "machines", "track", "replace")
-    names += ("skip_bad", "objective", "reference")
+    names += ("skip_bad", "objective", "reference", "eval_by")
     sample = getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["sample"] = _samples(sample, notebook) if sample else None
@@ -240,7 +249,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     line["metric"] = None if metric is None else [metric_of(word, notebook) for word in metric]
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
-    given = {name: value for name, value in line.items() if value is not None}
+    given = {name: value for name, value in {**line, **chats_of(options)}.items() if value is not None}
     refuse_fields(options, (*_RESERVED, *given))
     return {**options.fields, **given}
 
@@ -330,5 +339,9 @@ def _look(options: argparse.Namespace, arguments: Mapping[str, Any]) -> str:
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
     words += [f"--separator {quoted(options.separator)}"] if options.separator else []
     words += ["--skip-bad"] if options.skip_bad else []
+    given = chats_of(options)
+    variables = given.pop("chat_template_kwargs", {})
+    words += [f"--{name} {value}" for name, value in given.items()]
+    words += ["--template", *(f"{name}={quoted(str(value))}" for name, value in variables.items())] if variables else []
     pairs = [f"{name}={quoted(column)}" for name, column in (options.columns or {}).items()]
     return " ".join([*words, *(["--columns", *pairs] if pairs else [])])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
@@ -21,6 +21,8 @@ from nbpeft.training.data.row import (
 )
 
 TOKENISED = "input_ids"
+TEMPLATE = "chat_template_kwargs"
+"""The column with further variables of a row for the chat template, as in TRL."""
 MARGIN = "margin"
 """The column with the margin of a row with two completions."""
 
@@ -62,6 +64,8 @@ class Chat:
         first: index of the first message to train on.
         tools: the tools, for the chat template.
         unused: names of the parts of the messages that are not used.
+        template: further variables for the chat template.
+        masks: whether the reasoning of the assistant is read, but not trained on.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -69,6 +73,13 @@ class Chat:
     first: int = 0
     tools: Any = None
     unused: tuple[str, ...] = ()
+    template: Mapping[str, Any] = field(default_factory=dict)
+    masks: bool = False
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The arguments for ``apply_chat_template``."""
+        return dict(self.template) if self.tools is None else {**self.template, "tools": self.tools}
 
 
 @dataclass(frozen=True)
@@ -204,22 +215,30 @@ def _chat(row: Row, learned: Messages, before: Messages) -> Chat:
         first,
         row.tools(),
         tuple(dict.fromkeys((*before.unused, *learned.unused, *unused))),
+        row.variables(TEMPLATE),
     )
 
 
-PAIR = Form("prompt and completion", ("prompt", "completion"), _read_pair, ("tools", WEIGHT))
+PAIR = Form("prompt and completion", ("prompt", "completion"), _read_pair, ("tools", TEMPLATE, WEIGHT))
 TEXT = Form("text", ("text",), _read_text, (WEIGHT,))
 FORMS = (
-    Form("messages", ("messages",), _read_messages, ("tools", "system", WEIGHT)),
+    Form("messages", ("messages",), _read_messages, ("tools", "system", TEMPLATE, WEIGHT)),
     PAIR,
-    Form("conversations", ("conversations",), _read_conversations, ("system", "tools", WEIGHT)),
-    Form("instruction and output", ("instruction", "output"), _read_instruction, ("input", "system", "tools", WEIGHT)),
+    Form("conversations", ("conversations",), _read_conversations, ("system", "tools", TEMPLATE, WEIGHT)),
+    Form(
+        "instruction and output",
+        ("instruction", "output"),
+        _read_instruction,
+        ("input", "system", "tools", TEMPLATE, WEIGHT),
+    ),
     TEXT,
 )
 """The forms of rows for language models."""
 LABELLED = Form("text and label", ("text", "label"), _read_labelled, ("text_pair", WEIGHT))
 """The form of rows for text classifiers."""
-COMPARED = Form("chosen and rejected", ("chosen", "rejected"), _read_compared, ("prompt", "tools", "system", WEIGHT))
+COMPARED = Form(
+    "chosen and rejected", ("chosen", "rejected"), _read_compared, ("prompt", "tools", "system", TEMPLATE, WEIGHT)
+)
 """The form of rows with two completions of one prompt, of which the first is preferred."""
 SCORED = replace(COMPARED, may=(*COMPARED.may, MARGIN))
 """The same with a number by which the chosen completion is better."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from nbpeft.training.data.encoding import Encoded, Span, encode
 from nbpeft.training.data.forms import (
     LABELLED,
     MARGIN,
+    TEMPLATE,
     TEXT,
     Chat,
     Compared,
@@ -30,6 +32,7 @@ from nbpeft.training.data.forms import (
     keys_of,
     row_of,
 )
+from nbpeft.training.data.options import MASKED_REASONING, RowOptions, why_not_used
 from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
 from nbpeft.training.data.seen_formats import system_of
 from nbpeft.training.data.sources import first_row, is_stream, open_data
@@ -85,6 +88,9 @@ class CodedRow:
         unused: The parts of the row that are not trained on.
         system: The system prompt, empty if there is none; None for a row without the chat template.
         rejected: The row with the rejected completion; None if there is one completion.
+        dropped: Whether the row is left out because it is too long.
+        part: Which part of a row it is, 0 for the first.
+        part_count: The number of parts into which the row is split.
     """
 
     number: int
@@ -98,6 +104,9 @@ class CodedRow:
     unused: tuple[Unused, ...] = ()
     system: str | None = None
     rejected: CodedRow | None = None
+    dropped: bool = False
+    part: int = 0
+    part_count: int = 1
 
     @property
     def row(self) -> dict[str, Any]:
@@ -117,7 +126,27 @@ class CodedRow:
     def cut(self) -> bool:
         """Whether the row is too long and is truncated."""
         rejected = self.rejected is not None and self.rejected.cut
-        return rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
+        is_long = rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
+        return is_long and not self.dropped
+
+    def fitted(self, long: str) -> Iterator[CodedRow]:
+        """The row, or its parts, within the greatest length.
+
+        Each part begins with the last token of the part before, so that the part's own first token is predicted, too.
+
+        Args:
+            long: see ``RowOptions``.
+        """
+        if not self.cut or long == "cut":
+            yield self
+        elif long == "drop":
+            yield replace(self, dropped=True, reason=self.reason or f"longer than {self.limit} tokens (long='drop')")
+        else:
+            starts = range(0, len(self.whole.input_ids) - 1, max(1, self.limit - 1))
+            for part, start in enumerate(starts):
+                whole = self.whole.between(start, start + self.limit)
+                unused = () if part else self.unused
+                yield replace(self, whole=whole, part=part, part_count=len(starts), unused=unused)
 
     @property
     def learned_count(self) -> int:
@@ -145,6 +174,8 @@ class Reading:
         inputs: the inputs of the model.
         class_names: the dataset's names for labels that are numbers, if it has them.
         skip_bad: whether to leave out rows that cannot be read; None if that cannot be requested.
+        options: how rows are read otherwise.
+        group: the column by which rows are grouped for evaluation; empty if there is none.
     """
 
     rows: Any
@@ -155,6 +186,8 @@ class Reading:
     inputs: ModelInputs = field(default_factory=ModelInputs)
     class_names: tuple[str, ...] = ()
     skip_bad: bool | None = None
+    options: RowOptions = field(default_factory=RowOptions)
+    group: str = ""
 
     @property
     def has_template(self) -> bool:
@@ -165,7 +198,7 @@ class Reading:
     def used(self) -> frozenset[str]:
         """The columns that are read."""
         names = () if self.form is None else (*self.form.needs, *self.form.may, *self.inputs.numbers)
-        return frozenset(self.columns.get(name, name) for name in names)
+        return frozenset(self.columns.get(name, name) for name in names) | ({self.group} if self.group else set())
 
     def example(self, value: Any, number: int) -> Example:
         """The example of a row, before tokenisation.
@@ -177,8 +210,11 @@ class Reading:
         Raises:
             TrainingError: it does not have the form of the first row; names the row.
         """
+        return self._example(row_of(value, number, self.columns))
+
+    def _example(self, row: Row) -> Example:
         assert self.form is not None
-        return self.form.read(row_of(value, number, self.columns), self.has_template)
+        return self.options.applied(self.form.read(row, self.has_template))
 
     def coded(self) -> Iterator[CodedRow]:
         """Tokenises the rows one after the other; rows that are tokenised already get their masks and weights applied.
@@ -204,7 +240,7 @@ class Reading:
                     break
             else:
                 if self.skip_bad or not bad:
-                    yield coded
+                    yield from coded.fitted(self.options.long)
         if bad and not self.skip_bad:
             raise refusal(bad, number + 1, can_skip=self.skip_bad is not None)
 
@@ -219,7 +255,7 @@ class Reading:
 
     def _coded(self, row: Row, renderer: ChatRenderer, used: frozenset[str]) -> CodedRow:
         assert self.form is not None
-        example = self.form.read(row, self.has_template)
+        example = self._example(row)
         columns = [name for name, value in row.values.items() if name not in used and not is_nothing(value)]
         unused = [(COLUMNS, repr(name)) for name in columns]
         for name in columns:
@@ -358,7 +394,7 @@ class Reading:
         given_labels = None if name is None else values[name]
         weight = row.weight()
         reason = "" if weight else "its weight is 0"
-        unused = tuple((COLUMNS, repr(name)) for name in self.extra(row.values))
+        unused = tuple((COLUMNS, repr(name)) for name in self.extra(row.values) if name != self.group)
         more = self._kept(values)
         if self.inputs.classes is not None:
             label, weight = self._label(row, given_labels, name or "labels"), weight * row.weight(LOSS_WEIGHTS)
@@ -428,27 +464,38 @@ def reading(
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
     skip_bad: bool | None = None,
+    group: str | None = None,
+    **how: Any,
 ) -> Reading:
     """How opened rows are read; see :func:`prepare_data`.
 
     Raises:
+        ConfigError: an option is invalid, or has no effect on these rows.
         TrainingError: the rows have no known form, or a tokenizer is needed and missing.
     """
-    inputs = inputs or ModelInputs()
+    inputs, options = inputs or ModelInputs(), RowOptions(**how)
     available = columns_of(rows)
     mapping = checked_columns(columns, available)
     form = form_of(available, columns or {}, labelled=inputs.classes is not None, kind=inputs.kind)
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
+    common: dict[str, Any] = {"skip_bad": skip_bad, "options": options, "group": group or ""}
     if form is None:
-        return Reading(rows, None, mapping, tokenizer, inputs=inputs, skip_bad=skip_bad)
+        options.check(None, None, "")
+        return Reading(rows, None, mapping, tokenizer, inputs=inputs, **common)
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=available)
     inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in available))
     feature = (getattr(rows, "features", None) or {}).get(mapping.get("label", "label"))
     names = tuple(getattr(feature, "names", None) or ())
     limit = max_length or default_length(tokenizer)
-    return Reading(rows, form, mapping, tokenizer, limit, inputs, names, skip_bad)
+    found = Reading(rows, form, mapping, tokenizer, limit, inputs, names, **common)
+    if options != RowOptions():
+        example = None
+        with contextlib.suppress(TrainingError):  # a row that cannot be read, which is reported with the others
+            example = found.example(first_row(rows), 0)
+        options.check(form, example, str(getattr(tokenizer, "chat_template", "") or ""))
+    return found
 
 
 def default_length(tokenizer: Any) -> int:
@@ -502,11 +549,14 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
 
 
 def _encode_chat(chat: Chat, number: int, tokenizer: Any, renderer: ChatRenderer) -> tuple[Encoded, str, list[Unused]]:
-    check_roles(number, chat, str(getattr(tokenizer, "chat_template", "") or ""))
+    template = str(getattr(tokenizer, "chat_template", "") or "")
+    check_roles(number, chat, template)
+    if template and (why := why_not_used(chat.template, template)):
+        raise TrainingError(f"Row {number}: {TEMPLATE}: {why}", index=number)
     try:
         rendered = renderer.render(chat)
     except TrainingError as error:
-        if not getattr(tokenizer, "chat_template", None):  # an error of all rows, which names none of them
+        if not template:  # an error of all rows, which names none of them
             raise
         raise TrainingError(f"Row {number}: {error}", index=number) from None
     except Exception as error:  # a template runs code of its own and may raise anything to refuse a chat
@@ -514,6 +564,7 @@ def _encode_chat(chat: Chat, number: int, tokenizer: Any, renderer: ChatRenderer
             f"Row {number}: the chat template refuses it: {in_one_line(error) or type(error).__name__}", index=number
         ) from None
     unused = [(MESSAGES, name) for name in chat.unused] + [(UNPRINTED, name) for name in rendered.left_out]
+    unused += [MASKED_REASONING] if chat.masks else []
     return encode(tokenizer, rendered.text, rendered.spans, special=False), rendered.missing, unused
 
 

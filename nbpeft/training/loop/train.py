@@ -74,6 +74,11 @@ def train(
     columns: Mapping[str, str] | None = None,
     separator: str | None = None,
     skip_bad: bool = False,
+    learn: str = "all",
+    reasoning: str = "keep",
+    long: str = "cut",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    eval_by: str | None = None,
     data_hint: str = "",
     adapter: str | None = None,
     patience: int | None = None,
@@ -122,6 +127,14 @@ def train(
         separator: What separates the cells of a ``.csv`` or ``.tsv`` file, e.g. ``";"``; by default it is detected.
         skip_bad: Leave out rows that cannot be read, and say how many; by default they are refused. Rows with nothing
             to learn are always left out.
+        learn: The turns of the assistant in a chat to learn: ``all``, the ``last`` one, or the ``completion``, i.e. all
+            that follow the last message of the user.
+        reasoning: ``keep`` the reasoning of the assistant (``reasoning_content`` of a turn, or ``<think>`` in its
+            content) and learn it, ``mask`` it, so that it is read but not learned, or ``drop`` it.
+        long: Rows longer than ``max_length``: ``cut`` them, ``drop`` them, or ``split`` texts into several rows.
+        chat_template_kwargs: Variables for the chat template, e.g. ``{"enable_thinking": False}``. They are kept with
+            the adapter, which is asked with them. Those of a row, in a column of this name, come first.
+        eval_by: A column; rows with the same value are all trained on or all held out by ``eval_data``.
         data_hint: Where a person sees what was cut or left out; follows the note that says so.
         adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.

@@ -116,6 +116,7 @@ def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
         max_length=request.max_length,
         separator=separator_for(request.score, request.separator),
         skip_bad=bool(request.skip_bad),
+        variables=request.chat_template_kwargs,
     )
     if "loss" in scorer.metrics and request.eval_data is not None:
         raise ConfigError("eval_data measures the loss: leave out either it or the metric loss", field="metric")
