@@ -56,6 +56,12 @@ PAIRS = "pairs"
 SCORED_PAIRS = "scored pairs"
 """The kind of such rows that may have a ``margin``, by which the reward of the chosen completion is greater."""
 
+JUDGED = "judged"
+"""The kind of rows with a completion and a ``label`` that says whether it is good."""
+
+DESIRABLE = "desirable"
+"""The key of that label in a tokenized row and in a batch: 1 or 0."""
+
 REJECTED = "rejected_"
 """Prefix of the keys of a rejected completion in a tokenized row and in a batch: ``rejected_input_ids``."""
 

@@ -101,15 +101,15 @@ OBJECTIVE = (
         metavar="NAME",
         words=objective_names(),
         help=f"{', '.join(objective_names())} (default: as the rows are; dpo for chosen and rejected, "
-        "reward for a classifier with one label)",
+        "reward for a classifier with one label, kto for labels of good and bad completions)",
     ),
     argument(
         "--reference",
         metavar="NAME",
         completes="adapter",
         words=("base", "start"),
-        help="for dpo: base, start (the adapter as it is now) or another adapter (default: base for a new adapter, "
-        "else start)",
+        help="for dpo and kto: base, start (the adapter as it is now) or another adapter (default: base for a new "
+        "adapter, else start)",
     ),
 )
 PROCESSES = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
-from nbpeft.names import PAIRS, SCORED_PAIRS
+from nbpeft.names import JUDGED, PAIRS, SCORED_PAIRS
 from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.row import (
     KNOWN_ROLES,
@@ -19,6 +19,7 @@ from nbpeft.training.data.row import (
     listed,
     nearest_role,
 )
+from nbpeft.training.data.verdicts import LABEL
 
 TOKENISED = "input_ids"
 TEMPLATE = "chat_template_kwargs"
@@ -242,7 +243,9 @@ COMPARED = Form(
 """The form of rows with two completions of one prompt, of which the first is preferred."""
 SCORED = replace(COMPARED, may=(*COMPARED.may, MARGIN))
 """The same with a number by which the chosen completion is better."""
-FORMS_OF = {"": FORMS, PAIRS: (COMPARED,), SCORED_PAIRS: (SCORED,)}
+VERDICT = Form("prompt, completion and label", ("prompt", LABEL, "completion"), _read_pair, ("tools", TEMPLATE, WEIGHT))
+"""The form of rows with a completion of which a label says whether it is good."""
+FORMS_OF = {"": FORMS, PAIRS: (COMPARED,), SCORED_PAIRS: (SCORED,), JUDGED: (VERDICT,)}
 """Kind of rows -> its forms."""
 _EXPECTED = "prompt and completion, messages, text, instruction and output, conversations, or input_ids"
 _EXPECTED_LABELLED = "text and label (and text_pair), or input_ids and labels, to train a classifier"
@@ -305,8 +308,9 @@ def form_of(
         ):
             return form
     if kind:
-        hint = _hint(columns, COMPARED.needs)
-        what = f"Expected columns chosen and rejected (and prompt); found {listed(columns)}.{hint}"
+        needs = FORMS_OF[kind][0].needs
+        expected = "prompt, completion and label" if kind == JUDGED else "chosen and rejected (and prompt)"
+        what = f"Expected columns {expected}; found {listed(columns)}.{_hint(columns, needs)}"
         raise TrainingError(what, columns=columns)
     lower = {column.lower(): column for column in columns}
     if kind is None and not labelled and lower.keys() >= {*COMPARED.needs}:
@@ -370,7 +374,7 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
     """A hint: a mapping of these columns that would work, as far as their names say which is which."""
     lower = {column.lower(): column for column in columns}
     prompt, completion = _likely(columns)
-    if {"chosen", "rejected"} <= lower.keys() and "chosen" not in needs:
+    if {"chosen", "rejected"} <= lower.keys() and "chosen" not in needs and needs != VERDICT.needs:
         asked = next((lower[name] for name in ("prompt", *_PROMPTS) if name in lower), None)
         names = {"messages" if asked is None else "completion": lower["chosen"]}
         names |= {} if asked in (None, "prompt") else {"prompt": asked}
@@ -380,7 +384,8 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
         )
     names = dict.fromkeys(needs, "COLUMN")
     if "chosen" not in needs:
-        names = dict(zip(needs, (prompt or "COLUMN", completion or "COLUMN"), strict=True))
+        likely = (prompt, lower.get(LABEL), completion) if needs == VERDICT.needs else (prompt, completion)
+        names = {name: column or "COLUMN" for name, column in zip(needs, likely, strict=True)}
         if prompt and completion:
             return f" Say which is which: columns={names}."
     known = (*NAMES, TOKENISED, "labels")

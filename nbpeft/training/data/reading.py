@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError, in_one_line
-from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
+from nbpeft.names import DESIRABLE, IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.bad_rows import GIVE_UP, reason_of, refusal
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes
@@ -17,8 +17,10 @@ from nbpeft.training.data.encoding import Encoded, Span, encode
 from nbpeft.training.data.forms import (
     LABELLED,
     MARGIN,
+    PAIR,
     TEMPLATE,
     TEXT,
+    VERDICT,
     Chat,
     Compared,
     Example,
@@ -274,6 +276,9 @@ class Reading:
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
         whole, reason = whole.weighted(weight or 1.0), reason if weight else "its weight is 0"
+        if self.form is VERDICT:
+            good = self._verdict(row)
+            more[DESIRABLE], reason = float(bool(good)), reason or ("the label is empty" if good is None else "")
         return CodedRow(
             row.number,
             whole,
@@ -297,6 +302,30 @@ class Reading:
             parts.append(replace(coded, system=system_of(part)))
         return replace(parts[0], rejected=parts[1], unused=tuple(unused))
 
+    def _verdict(self, row: Row) -> bool | None:
+        """Whether the label of a row marks its completion as good; None for an empty cell.
+
+        Raises:
+            TrainingError: the label has another meaning.
+        """
+        label = row.value(LABEL)
+        good = None if is_nothing(label) else is_good(self._named(label))
+        if good is None and not is_nothing(label):
+            column = self.columns.get(LABEL, LABEL)
+            raise row.error(
+                f"{column!r} is {label!r:.40}; expected True or False, 1 or 0, 1 or -1, or 'good' or 'bad'."
+            )
+        return good
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether all rows have labels that mark completions as good or bad, and at least one is bad."""
+        column = self.columns.get(LABEL, LABEL)
+        if self.form is not PAIR or is_stream(self.rows) or column not in columns_of(self.rows):
+            return False
+        bad = any(is_good(self._named(label)) is False for label in labels_in(self.rows, column))
+        return bad and self._labels_are_verdicts
+
     def _check_good(self, row: Row) -> None:
         """Refuses a row whose label marks its completion as bad, as in preference data.
 
@@ -307,15 +336,15 @@ class Reading:
         """
         column = self.columns.get(LABEL, LABEL)
         label = row.values.get(column)
-        if self.form is LABELLED or self.form is TEXT or is_nothing(label) or is_good(self._named(label)) is not False:
+        if self.form in (LABELLED, TEXT, VERDICT) or is_nothing(label) or is_good(self._named(label)) is not False:
             return
         if self._labels_are_verdicts:
             named = self._named(label)
             name = "" if named is label else f" ({named})"
             raise row.error(
                 f"{column!r} is {label!r:.40}{name}: True and False, 1 and 0, 1 and -1 or 'good' and 'bad' mark good "
-                "and bad completions for preference tuning (KTO); here a model is trained on every completion: "
-                "remove the rows with bad ones, or the column if it means something else."
+                "and bad completions for preference tuning (objective='kto'); here a model is trained on every "
+                "completion: remove the rows with bad ones, or the column if it means something else."
             )
 
     @functools.cached_property
@@ -486,16 +515,33 @@ def reading(
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=available)
     inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in available))
-    feature = (getattr(rows, "features", None) or {}).get(mapping.get("label", "label"))
-    names = tuple(getattr(feature, "names", None) or ())
+    names = _class_names(rows, mapping)
     limit = max_length or default_length(tokenizer)
     found = Reading(rows, form, mapping, tokenizer, limit, inputs, names, **common)
+    if inputs.kind is None and found.is_judged:
+        found = replace(found, form=VERDICT)
     if options != RowOptions():
         example = None
         with contextlib.suppress(TrainingError):  # a row that cannot be read, which is reported with the others
             example = found.example(first_row(rows), 0)
         options.check(form, example, str(getattr(tokenizer, "chat_template", "") or ""))
     return found
+
+
+def are_judged(rows: Any, columns: Mapping[str, str]) -> bool:
+    """Whether rows with prompts and completions have labels that mark completions as good or bad.
+
+    Args:
+        rows: opened rows.
+        columns: name in the form -> column, where they differ.
+    """
+    return Reading(rows, PAIR, columns, class_names=_class_names(rows, columns)).is_judged
+
+
+def _class_names(rows: Any, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of labels that are numbers; empty if the dataset has none."""
+    feature = (getattr(rows, "features", None) or {}).get(columns.get(LABEL, LABEL))
+    return tuple(getattr(feature, "names", None) or ())
 
 
 def default_length(tokenizer: Any) -> int:

@@ -12,14 +12,15 @@ from torch import nn
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.from_data.observing import device_of, evaluated, moved
-from nbpeft.names import REJECTED
+from nbpeft.names import JUDGED, REJECTED
 from nbpeft.sweeps import Sweep, not_swept
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import Collator, columns_of
-from nbpeft.training.data.forms import COMPARED, checked_columns, form_of
+from nbpeft.training.data.forms import COMPARED, PAIR, checked_columns, form_of
+from nbpeft.training.data.reading import are_judged
 from nbpeft.training.data.sources import first_row
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal
-from nbpeft.training.objectives.collator import PairCollator, stacked
+from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, fields_by_name, objective_named
 from nbpeft.training.objectives.reference import (
@@ -34,7 +35,7 @@ from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from nbpeft.training.transformers.trainer import Trainer
 
 _OF_ONE_COMPLETION = {
-    "packing": "its rows have two completions each",
+    "packing": "its rows have two completions each, or a label",
     "data_collator": "its batches have two completions of each row",
     "compute_metrics": "it computes no logits as a whole",
     "preprocess_logits_for_metrics": "it computes no logits as a whole",
@@ -109,6 +110,8 @@ def _of_the_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Ob
     form = form_of(columns, request.columns or {}, kind=None)
     if form is COMPARED:
         return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
+    if form is PAIR and are_judged(request.data, checked_columns(request.columns, columns)):
+        return objective_named("kto"), "the rows have labels of good and bad completions"
     return objective_named("sft"), ""
 
 
@@ -134,13 +137,15 @@ def _check_model(request: TrainRequest, objective: Objective, columns: Sequence[
         raise TrainingError(f"{name} trains causal language models, and {type(base_of(model)).__name__} is none")
     if manager_of(model) is None:
         raise TrainingError(f"{name} trains adapters of nbpeft, which a {type(model).__name__} does not have")
-    if _are_pairs(columns):
+    if _are_pairs(columns) and objective.rows != JUDGED:
         return
     if "input_ids" in columns and not request.columns:
         what = (
             f"{name} takes rows of text with chosen and rejected, and these are tokenised: tokenised ones have "
             f"input_ids, labels, {REJECTED}input_ids and {REJECTED}labels"
         )
+        if objective.rows == JUDGED:
+            what = f"{name} takes rows of text with prompt, completion and label, and these are tokenised"
         raise TrainingError(what, columns=columns)
     form_of(columns, request.columns or {}, kind=objective.rows)
 
@@ -165,6 +170,11 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
     if request.trainer_class not in (Trainer, ObjectiveTrainer):
         raise ConfigError(
             f"objective={objective.name!r} has a Trainer of its own: leave trainer_class out", field="trainer_class"
+        )
+    if objective.rows == JUDGED and request.arguments.get("per_device_train_batch_size") == 1:
+        raise ConfigError(
+            f"{objective.name} compares the rows of a batch with each other: per_device_train_batch_size of at least 2",
+            field="per_device_train_batch_size",
         )
     if not objective.uses_reference:
         if request.reference is not None:
@@ -202,7 +212,7 @@ def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
         )
     if request.reference is not None:
         return request.reference
-    if alone and _is_new(request.model, rows, request.tokenizer):
+    if alone and _is_new(request, objective, rows):
         return BASE
     check_reference(
         request.model,
@@ -214,9 +224,10 @@ def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
     return START
 
 
-def _is_new(model: nn.Module, rows: Any, tokenizer: Any) -> bool:
+def _is_new(request: TrainRequest, objective: Objective, rows: Any) -> bool:
     """Whether the model computes the same with its active adapters and without them, on the first row."""
-    batch = stacked(PairCollator(collator_for(model, tokenizer))([first_row(rows)]))
+    model = request.model
+    batch = stacked(collator_of(objective, collator_for(model, request.tokenizer))([first_row(rows)]))
     with torch.no_grad(), evaluated(model):
         inputs = moved(batch, device_of(base_of(model)))
         now = log_probs(model, inputs)
@@ -225,13 +236,16 @@ def _is_new(model: nn.Module, rows: Any, tokenizer: Any) -> bool:
     return bool(torch.allclose(now, without, rtol=1e-5, atol=1e-4))
 
 
-def collator_of(objective: Objective, collator: Collator) -> Any:
+def collator_of(objective: Objective, collator: Collator, limit: int | None = None) -> Any:
     """Returns the collator of an objective's rows.
 
     Args:
         objective: the objective.
         collator: the collator of rows with one completion.
+        limit: number of tokens to which sequences are cut that the collator makes; None for no limit.
     """
+    if objective.rows == JUDGED:
+        return ShiftedCollator(PairCollator(collator), limit)
     return PairCollator(collator) if objective.rows else collator
 
 

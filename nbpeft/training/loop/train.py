@@ -34,6 +34,7 @@ from nbpeft.sweeps import swept
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
+from nbpeft.training.data.reading import default_length
 from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
@@ -173,12 +174,13 @@ def train(
             each of them.
         replace: Save over another adapter that ``output_dir`` holds: one of another name, another base model or other
             tensors.
-        objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo`` or ``reward``. By
-            default it follows from the rows: if they have chosen and rejected it is ``dpo``, and ``reward`` for a
-            classifier with one label. See :mod:`nbpeft.training.objectives`.
-        reference: What ``dpo`` compares the adapter with: ``base`` (the model without adapters), ``start`` (the
-            adapter's weights at the beginning) or the name of another adapter. By default ``base`` for an adapter that
-            does not change the model yet, and ``start`` for others.
+        objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``kto`` or
+            ``reward``. By default it follows from the rows: if they have chosen and rejected it is ``dpo``, and
+            ``reward`` for a classifier with one label; if they have labels of good and bad completions it is ``kto``.
+            See :mod:`nbpeft.training.objectives`.
+        reference: What ``dpo`` and ``kto`` compare the adapter with: ``base`` (the model without adapters), ``start``
+            (the adapter's weights at the beginning) or the name of another adapter. By default ``base`` for an adapter
+            that does not change the model yet, and ``start`` for others.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and of the objective
             (``beta``, ``loss_type``, …), and options of the Trainer (``callbacks``, ``compute_metrics``,
             ``data_collator``, …).
@@ -224,7 +226,8 @@ def _run(request: TrainRequest) -> TrainResult:
     learned = rows.train
     objective = request.objective
     assert isinstance(objective, Objective)
-    collator: Any = collator_of(objective, collator_for(model, request.tokenizer))
+    limit = request.max_length or (default_length(request.tokenizer) if request.tokenizer is not None else None)
+    collator: Any = collator_of(objective, collator_for(model, request.tokenizer), limit)
     if request.packing:
         reading = {"max_length": request.max_length, "tokenizer": request.tokenizer}
         learned, collator = pack(model, learned, collator, **reading, given=given)
