@@ -1,6 +1,6 @@
-"""The form of the rows that an adapter was trained on: kept with it, so that it is asked in the same form.
+"""The format of the rows that an adapter was trained on, so that prompts can use the same format.
 
-The form is an attribute of the adapter's config, which copies carry along, and is saved in the metadata of the tensor
+It is an attribute of the adapter's config that copies of the config keep, and it is saved in the metadata of the tensor
 file, which PEFT does not read.
 """
 
@@ -29,11 +29,11 @@ NOT_FOR_TEMPLATES = frozenset(
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """The form of the rows of a training.
+    """The format of the rows that an adapter is trained on.
 
     Attributes:
         chat: whether the chat template was applied.
-        system: the system prompt of all rows, empty if they have none; None if they have different ones.
+        system: the common system prompt of all rows; empty without one, None if the rows have different prompts.
         template: variables that the chat template gets, as JSON; empty for none.
     """
 
@@ -56,7 +56,7 @@ class PromptFormat:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> PromptFormat | None:
-        """Returns the form in a file's metadata; None if it is missing or invalid."""
+        """Returns the format in a file's metadata; None if it is missing or invalid."""
         chat, system = metadata.get(_CHAT), metadata.get(_SYSTEM)
         if chat not in ("true", "false") or len(system or "") > _LONGEST:
             return None
@@ -64,7 +64,7 @@ class PromptFormat:
 
 
 def prompt_format(config: AdapterConfig) -> PromptFormat | None:
-    """Returns the form of the rows that an adapter was trained on; None if it is unknown.
+    """Returns the format of the rows that an adapter was trained on; None if it is unknown.
 
     Args:
         config: config of the adapter.
@@ -74,20 +74,20 @@ def prompt_format(config: AdapterConfig) -> PromptFormat | None:
 
 
 def set_prompt_format(config: AdapterConfig, form: PromptFormat | None) -> None:
-    """Records the form of the rows that an adapter was trained on.
+    """Records the format of the rows that an adapter was trained on.
 
     Args:
         config: config of the adapter.
-        form: the form; None if it is unknown.
+        form: the format; None if it is unknown.
     """
     vars(config)[_ATTRIBUTE] = form
 
 
 def common_format(configs: Iterable[AdapterConfig]) -> PromptFormat | None:
-    """Returns the common form of the rows of several adapters; None if it is unknown, or only some used a template.
+    """Returns the common format of several adapters; None if it is unknown, or only some used a chat template.
 
     Args:
-        configs: configs of the adapters; those whose form is unknown do not count.
+        configs: configs of the adapters; those with an unknown format are ignored.
     """
     found = {form for config in configs if (form := prompt_format(config)) is not None}
     chats, systems = {form.chat for form in found}, {form.system for form in found}

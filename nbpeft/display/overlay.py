@@ -22,18 +22,19 @@ def colour_of(place: int) -> str:
     return _COLOURS[place % len(_COLOURS)]
 
 
-def overlay_image(curves: Sequence[LabelledCurves]) -> str:
+def overlay_image(curves: Sequence[LabelledCurves], metric: str = "") -> str:
     """Returns the curves in one chart, as a self-contained ``<img>``: losses as lines, evaluation losses dashed.
 
     Args:
         curves: (label, losses, evaluation losses) of each run; values that are not finite are left out.
+        metric: name of the metric whose values are given instead of losses.
     """
-    return _picture(curves).image(NEUTRAL)
+    return _picture(curves, metric).image(NEUTRAL)
 
 
-def overlay_chart(curves: Sequence[LabelledCurves]) -> str:
+def overlay_chart(curves: Sequence[LabelledCurves], metric: str = "") -> str:
     """Returns the same chart as an ``<svg>`` element."""
-    return _picture(curves).svg(NEUTRAL)
+    return _picture(curves, metric).svg(NEUTRAL)
 
 
 def overlay_left(curves: Sequence[LabelledCurves]) -> float:
@@ -59,7 +60,7 @@ def _frame(curves: Sequence[LabelledCurves]) -> tuple[list[float], list[float], 
     return steps, upwards, max(steps[-1], max((step for step, _ in points), default=1.0))
 
 
-def _picture(curves: Sequence[LabelledCurves]) -> Picture:
+def _picture(curves: Sequence[LabelledCurves], metric: str) -> Picture:
     lines = [(_finite(losses), _finite(evaluated)) for _, losses, evaluated in curves]
     points = [point for pair in lines for part in pair for point in part]
     steps, upwards, right = _frame(curves)
@@ -84,17 +85,17 @@ def _picture(curves: Sequence[LabelledCurves]) -> Picture:
             for x, y in (place(*point) for point in (*evaluated, *(losses if len(losses) == 1 else ())))
         ]
     levels = [(place(0, tick)[1], f"{tick:.4g}") for tick in upwards]
-    return Picture(describe(curves), levels, "".join(drawn), "".join(words), HEIGHT)
+    return Picture(describe(curves, metric), levels, "".join(drawn), "".join(words), HEIGHT)
 
 
-def describe(curves: Sequence[LabelledCurves]) -> str:
+def describe(curves: Sequence[LabelledCurves], metric: str = "") -> str:
     """Returns a description of the chart for screen readers."""
     ends = [
         f"{label} {points[-1][1]:.4g} at step {points[-1][0]:g}"
         for label, losses, _ in curves
         if (points := _finite(losses))
     ]
-    return f"training loss of {', '.join(ends)}" if ends else "no loss was logged"
+    return f"{metric or 'training loss'} of {', '.join(ends)}" if ends else "no loss was logged"
 
 
 def _axes(points: Sequence[Point]) -> tuple[list[float], list[float]]:

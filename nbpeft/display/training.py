@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from nbpeft.display import numbers
 from nbpeft.display.blocks import (
@@ -76,6 +77,7 @@ def training_card(
         Progress(done, train.status == "failed"),
         _notes(train),
         _curves(train),
+        _scores(train),
         (members_table(train) if members else None) if train.members else SmallCharts(train),
         _samples(train),
         memory_bar(train.memory, thin=True) if train.memory is not None else None,
@@ -134,6 +136,15 @@ def _curves(train: TrainState) -> Block:
     return CurveChart(curves, legend=False, live=train.status not in (*ENDED, "paused"))
 
 
+def _scores(train: TrainState) -> Block | None:
+    """Returns a chart of the metric by which the adapters of a sweep are ranked."""
+    metric = next((member.metric for member in train.members), "")
+    curves = tuple((member.name, member.metric_history.get(metric, ()), ()) for member in train.members)
+    if not any(len(curve) > 1 for _, curve, _ in curves):
+        return None
+    return CurveChart(curves, legend=False, live=train.status not in (*ENDED, "paused"), metric=metric)
+
+
 def _smoothed(curve: Curve) -> Curve:
     """Returns a smoothed curve: noise would hide which of several curves is lower."""
     return tuple(
@@ -157,8 +168,13 @@ def _figures(train: TrainState) -> Figures:
         _loss_of_the_best(train) if several else Figure("loss", numbers.loss(train.loss), mean, 84),
         Figure("lowest eval loss" if several else "eval loss", evaluated, _best_words(train), 84, perplexity),
         *(
-            Figure(name, numbers.metric(value), f"at step {train.eval_step:,}" if train.eval_step else "", 70)
-            for name, value in train.metrics.items()
+            Figure(
+                f"{name} of the best" if several else name,
+                numbers.metric(value),
+                f"at step {train.eval_step:,}" if train.eval_step else "",
+                70,
+            )
+            for name, value in _metrics(train).items()
         ),
         Figure("step", f"{train.step:,}{total}", " · ".join(filter(None, (epoch, begun))), 84),
         Figure("tokens/s", numbers.rate(train.tokens_per_second), "", 64),
@@ -167,6 +183,12 @@ def _figures(train: TrainState) -> Figures:
     )
     ended = train.status in ENDED  # an ended run will not get the figures that it lacks
     return Figures(tuple(figure for figure in figures if not ended or figure.figure != numbers.NONE))
+
+
+def _metrics(train: TrainState) -> Mapping[str, float]:
+    """Returns the last values of the metrics; in a sweep those of the best adapter."""
+    best = min(train.members, key=lambda member: member.rank, default=None)
+    return train.metrics if best is None or not best.metrics else best.metrics
 
 
 def _loss_of_the_best(train: TrainState) -> Figure:
@@ -253,7 +275,8 @@ def member_rows(train: TrainState) -> tuple[tuple[str, ...], list[tuple[str, tup
     ranked = sorted(enumerate(train.members), key=lambda item: item[1].rank)
     fields = tuple(dict.fromkeys(field for member in train.members for field in member.settings))
     evaluated = any(member.eval_loss is not None for member in train.members)
-    head = ("Adapter", *fields, "loss", *(("eval loss",) if evaluated else ()), "gradient norm", "")
+    metrics = tuple(dict.fromkeys(name for member in train.members for name in member.metrics))
+    head = ("Adapter", *fields, "loss", *(("eval loss",) if evaluated else ()), *metrics, "gradient norm", "")
     rows: list[tuple[str, tuple[Span, ...]]] = []
     for number, (place, member) in enumerate(ranked):
         figures = [member.smoothed_loss, *([member.eval_loss] if evaluated else [])]
@@ -264,12 +287,17 @@ def member_rows(train: TrainState) -> tuple[tuple[str, ...], list[tuple[str, tup
             name,
             *(member.settings.get(field, "") for field in fields),
             *map(numbers.loss, figures),
-            numbers.NONE if member.gradient_norm is None else numbers.metric(member.gradient_norm),
+            *(_metric(member.metrics.get(metric)) for metric in metrics),
+            _metric(member.gradient_norm),
             Text(ended, "error" if member.status == "diverged" else "dim"),
         )
         rows.append((member.name, cells))
     figures_from = 1 + len(fields)
-    return head, rows, range(figures_from, figures_from + 2 + evaluated)
+    return head, rows, range(figures_from, figures_from + 2 + evaluated + len(metrics))
+
+
+def _metric(value: float | None) -> str:
+    return numbers.NONE if value is None else numbers.metric(value)
 
 
 def members_table(train: TrainState) -> Table:
@@ -309,7 +337,7 @@ def training_text(train: TrainState, *, seen: str = "", brief: bool = False) -> 
         parts.append(f"loss {numbers.loss(train.loss)}")
     if train.eval_loss is not None:
         parts.append(f"eval loss {numbers.loss(train.eval_loss)}")
-    parts += [f"{name} {numbers.metric(value)}" for name, value in train.metrics.items()]
+    parts += [f"{name} {numbers.metric(value)}" for name, value in _metrics(train).items()]
     if train.tokens_per_second is not None:
         parts.append(f"{numbers.rate(train.tokens_per_second)} tokens/s")
     if train.remaining is not None and train.status not in ENDED:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbpeft.errors import CellError
+from nbpeft.magics.help import FOR_AGENTS
 from nbpeft.magics.notebook_context import DATA_SUFFIXES
 from nbpeft.magics.parse import Argument, Subcommand
 from nbpeft.magics.tokenize import Word, tokenize
@@ -95,8 +96,10 @@ def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: C
         sources: the sources of names.
     """
     words, fragment = split(before)
-    if not words or ([word.text for word in words] == [HELP]):
-        return choose(fragment, [*subcommands, *([] if words else [HELP])])
+    if not words:
+        return choose(fragment, [*subcommands, HELP])
+    if [word.text for word in words] == [HELP]:
+        return choose(fragment, [FOR_AGENTS] if fragment.startswith("-") else subcommands)
     command = subcommands.get(words[0].text)
     if command is None:
         return Suggestions(fragment, ())

@@ -16,7 +16,7 @@ from nbpeft.errors import CellError, Interrupted, NbpeftError, TrainingInterrupt
 from nbpeft.magics.body import excerpt, parse_body, with_fields
 from nbpeft.magics.cell_spelling import in_cell_spelling
 from nbpeft.magics.complete import CompletionSources, Values
-from nbpeft.magics.help import command_help, main_help
+from nbpeft.magics.help import FOR_AGENTS, agent_guide, command_help, main_help
 from nbpeft.magics.inspecting import describe
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import parse_arguments, parse_line
@@ -120,6 +120,8 @@ class NbpeftMagics(magic.Magics):
             word, _, rest = line.strip().partition(" ")
             if word in ("help", "?", "-h", "--help"):
                 name = rest.strip().lstrip("%")
+                if name == FOR_AGENTS:
+                    return agent_guide()
                 if f"lora_{name}" in CELLS and name not in SUBCOMMANDS:
                     name = f"lora_{name}"
                 if not name or name == "lora":

@@ -31,7 +31,6 @@ from nbpeft.state import MemoryPart
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-
 _UNPACKED_ON_LOADING = ("gguf",)
 """Formats that transformers converts to ordinary weights on loading, although the config still names them."""
 
@@ -108,7 +107,7 @@ def forecast(
 
     Args:
         model_or_config: a transformers model, its config, a folder, or a hub id.
-        adapter_config: config of the adapter; None for the model alone, which is trained as a whole then.
+        adapter_config: config of the adapter; None for the model alone, all of whose parameters are then trained.
         batch_size: sequences per step.
         sequence_length: tokens per sequence, including padding, i.e. the length of the longest row; with ``packing``
             the tokens of all rows in a sequence; in inference the tokens of prompt and answer.
@@ -289,7 +288,7 @@ class Stored:
 
 
 def stored_as(source: Any, config: Any) -> Stored:
-    """Return the storage format of a loaded model's linear layers, or the one that its config declares.
+    """Return the storage format of a loaded model's linear layers, or the format that a config declares.
 
     Args:
         source: the model; for anything else only the config is used.

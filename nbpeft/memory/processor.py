@@ -73,8 +73,8 @@ def slow_dtype(model: nn.Module) -> torch.dtype | None:
     """Return the half-precision dtype in which a model computes slowly, because this CPU has no instructions for it.
 
     Returns:
-        None if there is none, if the model is not on the CPU, or if there is an accelerator, to which the model may
-        still be moved.
+        None if the model has no such dtype, if it is not on the CPU, or if the machine has an accelerator, to which
+        the model may still be moved.
     """
     if torch.accelerator.is_available():
         return None

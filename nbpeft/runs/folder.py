@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
 import re
@@ -18,8 +17,8 @@ from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import NewFile, replace_files
 from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.staging import lock_folder
-from nbpeft.confidential import masked
 from nbpeft.errors import CheckpointError
+from nbpeft.jsonable import as_json
 from nbpeft.runs.record import (
     VERSION,
     RunRecord,
@@ -305,16 +304,4 @@ def _lines(content: bytes) -> Iterator[Any]:
 
 def _text(value: Any, indent: int | None = None) -> str:
     """Returns a value as strict JSON, with NaN as null and access tokens masked."""
-    return masked(json.dumps(_plain(value), indent=indent, ensure_ascii=False, default=str))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted((_plain(item) for item in value), key=repr)
-    return getattr(value, "value", value)
+    return json.dumps(as_json(value), indent=indent, ensure_ascii=False)

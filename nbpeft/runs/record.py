@@ -54,6 +54,7 @@ class RunRecord:
         saved: adapter -> folder in which it was saved after the run.
         saved_files: adapter -> size and modification time of the weights file in that folder when it was saved.
         kept_steps: steps of the checkpoints in descending order.
+        metrics: the last scores and values of ``compute_metrics``, by name.
     """
 
     name: str
@@ -74,6 +75,7 @@ class RunRecord:
     saved: Mapping[str, str] = field(default_factory=dict, hash=False)
     saved_files: Mapping[str, str] = field(default_factory=dict, hash=False)
     kept_steps: tuple[int, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def at(self) -> str:
@@ -121,6 +123,7 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
         saved=facts.get("saved") or {},
         saved_files=facts.get("saved_files") or {},
         kept_steps=tuple(kept_steps),
+        metrics={name: float(value) for name, value in (facts.get("metrics") or {}).items() if _is_number(value)},
     )
 
 
@@ -214,7 +217,10 @@ def checked_sample(given: Any) -> Sample | None:
     if not isinstance(given, dict) or not _is_step(given.get("step")):
         return None
     texts = [given.get(name, "") for name in ("prompt", "answer", "base", "wanted")]
-    return Sample(given["step"], *texts) if all(map(_is_unicode, texts)) else None
+    reward = given.get("reward")
+    if not all(map(_is_unicode, texts)) or not (reward is None or _is_number(reward)):
+        return None
+    return Sample(given["step"], *texts, reward=None if reward is None else float(reward))
 
 
 def _is_step(value: object) -> bool:

@@ -22,7 +22,7 @@ from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL
 from nbpeft.training.data.encoding import Span, encode
-from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles
+from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles, likely_completion
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.options import RowOptions, why_not_used
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, columns_of, reading
@@ -139,7 +139,8 @@ def read_rows(
                 raise
             left_out.append((number, reason_of(error)))
     if not rows:
-        raise TrainingError(f"None of the {plural(len(values), 'row')} can be scored: {named_rows(left_out)}.")
+        hint = _references_in(columns_of(opened), columns) if reader.form is _PROMPT else ""
+        raise TrainingError(f"None of the {plural(len(values), 'row')} can be scored: {named_rows(left_out)}.{hint}")
     _check_tokens(model, rows, inputs)
     notes = []
     if is_stream(opened) and len(values) == _STREAMED:
@@ -214,6 +215,13 @@ def _reader(
         names = {"prompt": prompt} if prompt != "prompt" else {}
         return Reading(opened, _PROMPT, names, tokenizer, inputs=inputs), own
     return reading(opened, tokenizer, max_length=max_length, columns=mapping or None, inputs=inputs), own
+
+
+def _references_in(available: Sequence[str], columns: Mapping[str, str] | None) -> str:
+    """A hint for rows with a prompt alone: the column that likely has the references; empty if there is none."""
+    found = likely_completion(available)
+    names = {**(columns or {}), "completion": found}
+    return f" If the references are in {found!r}: columns={names}." if found else ""
 
 
 def _read_prompt(row: Row, chat: bool) -> Pair | Chat:

@@ -14,7 +14,7 @@ from torch import nn
 from nbpeft.checkpoint import common_format
 from nbpeft.display.numbers import plural
 from nbpeft.engine.tree.model_tree import manager_of
-from nbpeft.errors import CheckpointError, ConfigError, TrainingError, few
+from nbpeft.errors import CheckpointError, ConfigError, TrainingError, check_bool, few
 from nbpeft.model.from_data.observing import progress as progress_bar
 from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit
 from nbpeft.scoring.folders import folder_columns, groups_of, loaded
@@ -122,6 +122,8 @@ def score(
         TrainingError: the rows cannot be read, or a metric fails on all rows of the first batch.
         AdapterError: there is no such adapter, or nothing to score.
     """
+    for argument, value in (("base", base), ("general", general), ("progress", progress)):
+        check_bool(argument, value)
     compared = AnswerSettings(strip, casefold, pattern, tolerance)
     settings = ScoreSettings(max_new_tokens, batch_size, seed, temperature, top_p)
     metrics = metrics_of(metric, compared)
@@ -414,7 +416,7 @@ class Scoring:
             () if status == "running" else (*self.notes, *self._problems()),
             self.settings.seed,
             given if self.settings.draws else {},
-            self.done / self.steps,
+            self.done / self.steps if self.steps else 1.0,
         )
 
     def _item(self, place: int, row: ScoredRow) -> ScoreItem:
@@ -441,11 +443,15 @@ class Scoring:
 
     def _problems(self) -> list[str]:
         """What a person should know of the answers, one line for each problem."""
-        found = []
         cut = {column.title: sum(column.title in titles for titles in self._cut) for column in self.columns}
         if any(cut.values()):
             each = ", ".join(f"{title} {count}" for title, count in cut.items() if count)
-            found.append(f"answers cut at {plural(self._limit, 'token')} (max_new_tokens): {each}")
+            return [f"answers cut at {plural(self._limit, 'token')} (max_new_tokens): {each}", *self.failures()]
+        return self.failures()
+
+    def failures(self) -> list[str]:
+        """Which outputs are not numbers, and which answers are not counted because the metric failed."""
+        found = []
         for title, numbers in self._not_finite.items():
             rows = f"{'row' if len(numbers) == 1 else 'rows'} {few(sorted(set(numbers)), 5, quoted=False)}"
             found.append(f"{title}: its outputs are not numbers (NaN) at {rows}")

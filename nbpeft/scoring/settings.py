@@ -140,6 +140,17 @@ def columns_of(
     return tuple(found), ()
 
 
+def adapter_columns(model: nn.Module, names: Sequence[str]) -> tuple[Column, ...]:
+    """The columns of adapters of a model.
+
+    Args:
+        model: the model.
+        names: the adapters.
+    """
+    manager = manager_of(model)
+    return tuple(_column(manager, name) for name in names)
+
+
 def _column(manager: Any, name: object) -> Column:
     """The column of an adapter, or of the sum of several.
 

@@ -62,6 +62,7 @@ class SessionContext:
         conversations: base model -> adapter -> its last conversation.
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
         last_traceback: traceback of the last command that failed, as text.
+        last_error: error of the last command that failed, as JSON types.
         history: adapters that commands deleted or replaced.
         notes: errors outside of commands, e.g. in a subscriber.
         changed: whether there are changes that were not published yet.
@@ -83,6 +84,7 @@ class SessionContext:
         self.conversations = weakref.WeakKeyDictionary()
         self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.last_traceback = ""
+        self.last_error: dict[str, Any] | None = None
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
         self.changed = False
         self.runs_dir: str | None = None

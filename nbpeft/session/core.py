@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from nbpeft.confidential import masked
+from nbpeft.errors import error_as_json
 from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.commands import (
     adapters,
@@ -35,6 +36,7 @@ from nbpeft.session.commands import runs as run_commands
 from nbpeft.session.commands.training import run_place
 from nbpeft.session.configs import combination_types, method_names
 from nbpeft.session.context import SessionContext
+from nbpeft.session.description import describe
 from nbpeft.session.fields import Field, fields
 from nbpeft.session.handles import uncompiled
 
@@ -182,10 +184,25 @@ class Session:
         """The traceback of the last command that failed, as text, so that it keeps no tensor alive."""
         return self.context.last_traceback
 
+    @property
+    def last_error(self) -> dict[str, Any] | None:
+        """The error of the last command that failed, as ``NbpeftError.to_dict`` returns it; None if none failed."""
+        return self.context.last_error
+
     def note_failure(self, error: BaseException) -> None:
         """Store the traceback of an error as text for ``last_traceback``; tokens in it are masked."""
         text = "".join(traceback.format_exception(error))
         self.context.last_traceback = masked(text[-_LONGEST_TRACEBACK:]).rstrip()
+        self.context.last_error = error_as_json(error)
+
+    def describe(self) -> str:
+        """Return the state of the session as JSON of at most 4 kB, for programs that drive a notebook.
+
+        It has the models with their adapters and trainings, the running command, the last result and error, and the
+        folder for runs. If there is too much, the models and adapters in use come first, and ``…_left_out`` counts
+        what is missing.
+        """
+        return describe(self.context)
 
     def subscribe(self, callback: Callable[[SessionState], object]) -> Callable[[], None]:
         """Call a function with every new state, until the returned function is called.

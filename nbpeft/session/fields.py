@@ -142,9 +142,12 @@ def _training() -> Iterator[Field]:
     for name, of_objectives in fields_by_name().items():
         first = next(iter(of_objectives.values()))
         usual: Any = first.default
-        about = f"{first.metadata.get('help', '')} (objective {', '.join(of_objectives)})"
+        others = [f"{other}: {item.default!r}" for other, item in of_objectives.items() if item.default != usual]
+        of = ", ".join(of_objectives) + (f"; default of {', '.join(others)}" if others else "")
+        about = f"{first.metadata.get('help', '')} (objective {of})"
         choices = first.metadata.get("choices") or ((True, False) if isinstance(usual, bool) else ())
-        yield Field(name, type(usual).__name__, repr(usual), about, choices)
+        kind = type(usual).__name__ if usual is not None else str(first.type)
+        yield Field(name, kind, repr(usual), about, choices)
 
 
 def _of(item: dataclasses.Field[Any], cls: type, text: str) -> Field:

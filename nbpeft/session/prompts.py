@@ -10,6 +10,8 @@ from nbpeft.errors import AdapterError
 from nbpeft.training.watching.generation import Conversation, Prompt, PromptBatch, continued
 
 if TYPE_CHECKING:
+    from nbpeft.engine.contract.adapter import AdapterConfig
+    from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.session.context import SessionContext
     from nbpeft.session.registry import TrackedModel
 
@@ -48,7 +50,7 @@ def prompt_batch(
     if chosen is None:
         raise AdapterError("a tokenizer is needed to read prompts (tokenizer=…)")
     templated = bool(getattr(chosen, "chat_template", None))
-    own = common_format(manager.configs[name] for name in names if name in manager.configs)
+    own = common_format(config for name in names if (config := _config(manager, name)) is not None)
     form = own or common_format(manager.configs.values()) or PromptFormat(templated)
     chat = False if chat is None and not form.chat else chat
     if earlier:
@@ -58,6 +60,13 @@ def prompt_batch(
         _check_system(system, prompts, applied=templated if chat is None else chat)
     default = (form.system or "") if system is None else system
     return PromptBatch.of(prompts, chosen, manager.model, chat=chat, system=default, template=form.variables)
+
+
+def _config(manager: AdapterManager, name: str) -> AdapterConfig | None:
+    """The config of an adapter of the model or of its pool; None for another name."""
+    if name in manager.configs or manager.provider is None:
+        return manager.configs.get(name)
+    return manager.provider.config_of(name)
 
 
 def chosen_tokenizer(ctx: SessionContext, tracked: TrackedModel, tokenizer: Any) -> Any:

@@ -112,7 +112,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
     deltas: dict[str, tuple[LayerKind, LowRankDelta]] = {}
     others: dict[str, int] = {}
     unmergeable, rows = "", False
-    prompt_tokens = int(getattr(config, "total_tokens", 0)) if config.is_prompt_learning else 0
+    prompt_tokens = int(getattr(config, "total_tokens", 0)) if config.learns_prompt else 0
     transforms_calls = method_of(config).transforms_calls
     for path, layer in manager.layers.items():
         if name not in layer.adapters._modules:

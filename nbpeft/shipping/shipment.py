@@ -14,6 +14,7 @@ from nbpeft.checkpoint import NewFile, in_place_of, prompt_format
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
+from nbpeft.jsonable import AsDict
 from nbpeft.model.saving.saved_places import note_written_over
 from nbpeft.shipping import formats
 from nbpeft.shipping.engines import ENGINES, Engine, Form
@@ -27,7 +28,7 @@ _NO_TEMPLATE = "the chat template is none of those known here: Ollama takes what
 
 
 @dataclass(frozen=True)
-class Shipment:
+class Shipment(AsDict):
     """A planned or written export.
 
     Attributes:

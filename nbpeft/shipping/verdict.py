@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nbpeft.jsonable import AsDict
 from nbpeft.shipping.engines import Engine, Form
 from nbpeft.shipping.facts import AdapterFacts
 
@@ -25,7 +26,7 @@ class Obstacle:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(AsDict):
     """Whether an engine can load one adapter.
 
     Attributes:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from nbpeft.widgets.adapters_panel import AdaptersPanel
 from nbpeft.widgets.blend_panel import BlendPanel
 from nbpeft.widgets.compare_panel import ComparePanel
+from nbpeft.widgets.environment import resender
 from nbpeft.widgets.live_answers import LiveAnswers
 from nbpeft.widgets.panel import close_panels
 from nbpeft.widgets.plan_panel import PlanPanel
@@ -38,5 +39,6 @@ __all__ = [
 
 def close_all() -> None:
     """Closes every panel and live view of this process; training runs continue."""
+    resender.close()
     close_views()
     close_panels()

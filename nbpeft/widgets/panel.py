@@ -11,8 +11,8 @@ from nbpeft.display.blocks import Block, Tone, dim, line
 from nbpeft.display.html import to_html
 from nbpeft.errors import BusyError, NbpeftError
 from nbpeft.state import ModelState, SessionState
-from nbpeft.widgets.environment import Ui, shown_as
-from nbpeft.widgets.lifetime import close_tree
+from nbpeft.widgets.environment import Ui, resender, shown_as
+from nbpeft.widgets.lifetime import close_tree, send_tree
 from nbpeft.widgets.panel_output import PanelOutput
 from nbpeft.widgets.styles import style_sheet
 
@@ -137,6 +137,14 @@ class Panel:
         if self._output is not None:
             self._output.changed()
         self.on_change()
+        resender.drawn(self)
+
+    def resend(self) -> None:
+        """Sends the widgets and the output that is saved with the notebook again."""
+        with self._lock:
+            if self._parts is not None and self._output is not None:
+                send_tree(self._parts.root)
+                self._output.resend()
 
     def _state(self, hint: str = AGAIN) -> dict[str, str]:
         """What is shown, as a MIME bundle that needs no widget."""
@@ -194,6 +202,7 @@ class Panel:
                 self._parts.message.show(words, tone)
             else:
                 self._parts.message.clear()
+        resender.drawn(self)
 
 
 class SessionPanel(Panel):

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TextIO
 
 from nbpeft.display.training import training_text
 from nbpeft.state import ENDED, TrainState
-from nbpeft.widgets.lifetime import close_tree
+from nbpeft.widgets.lifetime import close_tree, send_tree
 from nbpeft.widgets.panel_output import PanelOutput
 from nbpeft.widgets.run_buttons import RunButtons
 from nbpeft.widgets.styles import RUN_CSS
@@ -43,6 +43,9 @@ class RunOutput(Protocol):
 
     def draw(self, train: TrainState) -> None:
         """Shows a state."""
+
+    def resend(self) -> None:
+        """Sends the last state again."""
 
     def end(self) -> None:
         """Removes what only a running run needs; the last state stays, and further states may follow."""
@@ -77,6 +80,11 @@ class WidgetOutput:
         self._widget.value = self._card(train, "")
         self._output.changed()
 
+    def resend(self) -> None:
+        """Sends the widgets and the card that is saved again."""
+        send_tree(self.root)
+        self._output.resend()
+
     def end(self) -> None:
         """Hides the buttons. An open page shows the card that is saved, so that the file has no view of a widget."""
         self._buttons.close()
@@ -99,16 +107,22 @@ class HtmlOutput:
     def __init__(self, card: Card) -> None:
         self._card = card
         self._handle: Any = None
+        self._bundle: dict[str, str] = {}
 
     def draw(self, train: TrainState) -> None:
         """Shows a state."""
         from IPython.display import display
 
-        bundle = _bundle(self._card, train)
+        self._bundle = _bundle(self._card, train)
         if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
+            self._handle = display(self._bundle, raw=True, display_id=True)
         else:
-            self._handle.update(bundle, raw=True)
+            self.resend()
+
+    def resend(self) -> None:
+        """Sends the last state again."""
+        if self._handle is not None:
+            self._handle.update(self._bundle, raw=True)
 
     def end(self) -> None:
         """Does nothing."""
@@ -145,6 +159,9 @@ class TextOutput:
             self._stream.write(f"{line}\n")
             self._written_at = time.monotonic()
         self._stream.flush()
+
+    def resend(self) -> None:
+        """Does nothing."""
 
     def end(self) -> None:
         """Does nothing."""

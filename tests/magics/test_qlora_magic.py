@@ -346,7 +346,7 @@ def test_merging_into_a_copy(notebook: Notebook, tmp_path: Path) -> None:
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         assert torch.allclose(copy(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=2e-3)
-    assert "holds weights already" in notebook.run(f"%lora merge --to {out}").line
+    assert "already contains weights" in notebook.run(f"%lora merge --to {out}").line
     assert "--dtype goes with --to DIR" in notebook.run("%lora merge --dtype float32").line
     assert "--base goes with --to DIR" in notebook.run(f"%lora merge --base {out}").line
     assert "dtype is 'int4'" in notebook.run(f"%lora merge --to {tmp_path / 'b'} --dtype int4").line

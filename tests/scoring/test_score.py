@@ -285,6 +285,16 @@ def test_rows_without_a_reference_are_named() -> None:
     assert result.notes[0] == "1 row left out: row 2: it has no reference"
     with pytest.raises(TrainingError, match="None of the 1 row can be scored: row 0: it has no reference"):
         scored(adapted(), ["only text"])
+    pairs = [{"prompt": "x", "chosen": "a", "rejected": "b"}]
+    with pytest.raises(TrainingError, match=r"no reference\. If the references are in 'chosen': columns=") as refused:
+        scored(adapted(), pairs)
+    assert "columns={'completion': 'chosen'}" in str(refused.value)
+    result = scored(adapted(), pairs, columns={"completion": "chosen"}, max_new_tokens=2)
+    assert [item.reference for item in result.items] == ["a"]
+    for columns, named in (({}, "answer"), ({"prompt": "q"}, "reply")):
+        rows = [{columns.get("prompt", "prompt"): "x", named: "a", "id": "1"}]
+        with pytest.raises(TrainingError, match=f"'completion': '{named}'"):
+            scored(adapted(), rows, columns=columns or None)
 
 
 def test_cut_answers_are_counted() -> None:
@@ -363,6 +373,11 @@ def test_a_metric_that_fails_on_all_rows_ends_it_at_once() -> None:
     ("options", "error", "message"),
     [
         ({"batch_size": 0}, ConfigError, "batch_size must be a whole number of at least 1"),
+        ({"skip_bad": "yes"}, ConfigError, "skip_bad must be True or False, not 'yes'"),
+        ({"strip": "no"}, ConfigError, "strip must be True or False"),
+        ({"casefold": 1}, ConfigError, "casefold must be True or False"),
+        ({"base": "sql"}, ConfigError, "base must be True or False, not 'sql'"),
+        ({"general": "no"}, ConfigError, "general must be True or False"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens must be"),
         ({"seed": -1}, ConfigError, "seed must be"),
         ({"temperature": -1}, ConfigError, "temperature must be"),

@@ -9,6 +9,7 @@ import pytest
 
 from nbpeft.checkpoint import PromptFormat, prompt_format
 from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.model.swapping.pool import AdapterPool
 from nbpeft.session import Session
 from nbpeft.session.results.comparing import CompareResult
 from nbpeft.training.watching import generation
@@ -166,6 +167,31 @@ def test_a_template_that_refuses_a_system_prompt_is_one_line(session: Session, m
 
     with pytest.raises(AdapterError, match="the chat template refuses the prompt: System role not supported"):
         session.ask("Hi", system="x", tokenizer=NoSystem("yes"))
+
+
+def test_an_adapter_that_a_pool_has_not_loaded_is_asked_as_it_was_trained(
+    session: Session, model: Any, tmp_path: Path
+) -> None:
+    train(session, [chat()] * 2)
+    session.save(tmp_path / "a", name="orders")
+    train(session, [chat("Ahoy")] * 2, adapter="pirate")
+    session.save(tmp_path / "b", name="pirate")
+    other = Session()
+    pool = AdapterPool(llama(), 100, adapters={"brief": tmp_path / "a", "pirate": tmp_path / "b"})
+    other.watch(pool.model, name="model")
+    assert pool.resident == ()
+    assert other.ask("Hi", adapter="brief", **FEW).system == "Be brief"
+    pool.unregister("brief")
+    assert systems(other.compare("Hi", adapters=["pirate"], **FEW))["pirate"] == "Ahoy"
+    pool.close()
+
+
+def test_new_weights_have_no_system_prompt_and_the_old_ones_have_theirs_back(session: Session, model: Any) -> None:
+    train(session, [chat()] * 2)
+    session.reset("orders")
+    assert session.ask("Hi", **FEW).system == ""
+    session.undo()
+    assert session.ask("Hi", **FEW).system == "Be brief"
 
 
 class Loud(CharTokenizer):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import checkpoints_gradients, part_with_cache
-from nbpeft.engine.config.prompt_config import PromptLearningConfig, size_in
+from nbpeft.engine.config.prompt_config import WIDTHS, PromptLearningConfig, size_in
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
@@ -36,7 +36,7 @@ class CachedPrefixConfig(PromptLearningConfig):
             features = getattr(text, "head_dim", None)
             if not features:
                 all_heads = size_in(config, "num_attention_heads", ("num_attention_heads", "n_head", "num_heads"))
-                features = size_in(config, "token_dim", ("hidden_size", "n_embd", "d_model")) // all_heads
+                features = size_in(config, "token_dim", WIDTHS) // all_heads
             self.token_dim, self.num_attention_heads = features * heads, heads
         elif own[0] is None and own[1] is None and isinstance(features := getattr(text, "d_kv", None), int):
             self.token_dim = features * int(self.num_attention_heads or 1)
@@ -44,6 +44,8 @@ class CachedPrefixConfig(PromptLearningConfig):
 
 class CachedPrefix(ModelAdapter):
     """Keys and values of all layers; subclasses implement ``encoded``."""
+
+    needs_embedding: ClassVar[bool] = False
 
     def __init__(self, config: CachedPrefixConfig) -> None:
         super().__init__(config)

@@ -22,6 +22,8 @@ _SIZES = {
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
 """Field -> its possible names in configs of models."""
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+"""The possible names of the number of features of a token in configs of models."""
 
 
 @dataclass
@@ -56,6 +58,7 @@ class PromptLearningConfig(AdapterConfig):
     """Fields with a size; None for that of the model."""
     beside_embeddings: ClassVar[bool] = True
     """Whether its tokens are joined to the model's embeddings, so that they need the same number of features."""
+    learns_prompt: ClassVar[bool] = True
     encoded: ClassVar[bool] = True
     """Whether the network that computes the tokens is present; False in a copy for a file with only the tokens."""
 
@@ -68,11 +71,6 @@ class PromptLearningConfig(AdapterConfig):
         for name, values in self.choices.items():
             _check_choice(name, getattr(self, name), values)
         check_target_fields(self)
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        """True: it learns a prompt."""
-        return True
 
     @property
     def has_encoder(self) -> bool:
@@ -97,7 +95,7 @@ class PromptLearningConfig(AdapterConfig):
 
         Args:
             model: the base model.
-            width: features of its input embedding.
+            width: features of its input embedding; 0 if it has none.
 
         Raises:
             ConfigError: the model's config lacks a size, or ``token_dim`` does not fit the model.
@@ -111,7 +109,7 @@ class PromptLearningConfig(AdapterConfig):
         if self.num_transformer_submodules is None:
             both = self.task_type == TaskType.SEQ_2_SEQ_LM or getattr(config, "is_encoder_decoder", False)
             self.num_transformer_submodules = 2 if both else 1
-        self.token_dim = self.token_dim or width
+        self.token_dim = self.token_dim or width or size_in(config, "token_dim", WIDTHS)
         if self.beside_embeddings and self.token_dim != width:
             raise ConfigError(
                 f"token_dim is {self.token_dim}, but the tokens of the model have {width} features", field="token_dim"

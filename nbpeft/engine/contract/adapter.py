@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
@@ -153,6 +151,10 @@ class AdapterConfig:
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
     )
     """Fields that decide which modules an adapter has; hot-swapping another adapter into its slot keeps them."""
+    learns_prompt: ClassVar[bool] = False
+    """Whether the method learns a prompt: tokens, or cached states, in front of the input."""
+    on_last_layers: ClassVar[bool] = False
+    """Whether only the last layers of a model get adapters."""
 
     def __post_init__(self) -> None:
         hooks.configured()
@@ -229,16 +231,6 @@ class AdapterConfig:
         """
         return ""
 
-    @property
-    def is_prompt_learning(self) -> bool:
-        """Whether the method learns a prompt; PEFT's name."""
-        return False
-
-    @property
-    def is_adaption_prompt(self) -> bool:
-        """Whether the method adds attention over learned prompts inside the model; PEFT's name."""
-        return False
-
     def on_model(self, model: nn.Module, planned: Callable[[AdapterConfig], Any]) -> AdapterConfig:
         """Completes this config from the model, or from saved adapters that it names.
 
@@ -280,7 +272,7 @@ class AdapterConfig:
 
         Args:
             model: the base model.
-            width: features of its input embedding.
+            width: features of its input embedding; 0 if it has none.
 
         Raises:
             ConfigError: the model's config lacks a size that is needed.
@@ -375,21 +367,6 @@ class AdapterConfig:
         """
         return store_of(cls).read(pretrained_model_name_or_path, subfolder=subfolder, **options)
 
-    @classmethod
-    def from_peft_type(cls, **fields: Any) -> AdapterConfig:
-        """Builds a config of the class that ``peft_type`` names; of this class if there is no ``peft_type``.
-
-        With a ``peft_type``, unknown fields are left out with a warning.
-        """
-        return store_of(cls).make(fields) if fields.get("peft_type") is not None else cls(**fields)
-
-    @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """Reads the fields of a config file, unchecked; ``runtime_config`` is left out."""
-        with open(path_json_file, encoding="utf-8") as file:
-            fields: dict[str, Any] = json.load(file)
-        return {name: value for name, value in fields.items() if name != "runtime_config"}
-
     def save_pretrained(self, save_directory: str, **options: Any) -> None:
         """Writes ``adapter_config.json`` into a folder, atomically."""
         store_of(type(self)).write(self, save_directory, **options)
@@ -405,11 +382,6 @@ class AdapterConfig:
             The URL of the commit.
         """
         return store_of(type(self)).push(self, repo_id, **options)
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """PEFT's hook before a config is built from keywords; returns them, as the constructor checks them here."""
-        return kwargs
 
 
 _IN_USE = "_is_of_an_adapter"

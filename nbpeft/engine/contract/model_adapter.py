@@ -6,9 +6,10 @@ A ``ModelAdapter`` prepends trained vectors to what the model reads, in ``forwar
     decoder_tokens   the same for the decoder of an encoder-decoder model
     cached_states    keys and values at the start of the attention cache (a prefix)
 
-It is stored on the input embedding, whose output it does not change, so that it is moved, trained, saved and copied
-with the model like every other adapter. ``model_calls`` inserts its vectors into a call and extends the attention
-mask, positions and labels. Capabilities in addition to that:
+It is stored on the input embedding, or on the first layer of a model that has none where the method does not read it.
+That layer's output is not changed. So it is moved, trained, saved and copied with the model like every other adapter.
+``model_calls`` inserts its vectors into a call and extends the attention mask, positions and labels. Capabilities in
+addition to that:
 
     WeighsTokens     decides which tokens a language model learns, and the weight of each in the loss
     AddsInside       adds to the outputs of modules inside the model (``inner_calls``)
@@ -37,6 +38,7 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
     ``initialise`` overwrites those that depend on the model.
 
     Attributes:
+        needs_embedding: whether it reads the input embedding; other methods work on models without one, too.
         call_argument: name of a keyword argument of calls that only the adapter gets, as ``base.context``; or empty.
         token_count: number of embeddings that it prepends to the input.
         decoder_token_count: number of embeddings that it prepends to the input of an encoder-decoder model's decoder.
@@ -45,6 +47,7 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
 
     peft: ClassVar[PeftNames] = PeftNames(shown_as="prompt_encoder")
     call_argument: ClassVar[str] = ""
+    needs_embedding: ClassVar[bool] = True
     token_count: int = 0
     decoder_token_count: int = 0
     state_count: int = 0
@@ -105,7 +108,7 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
     @classmethod
     def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
         """Shapes of all parameters; see ``Adapter``."""
-        if not kind.takes_ids:
+        if cls.needs_embedding and not kind.takes_ids:
             raise ConfigError(f"{path} is no embedding, so {cls.__name__} has nothing to put tokens in front of")
         with torch.device("meta"):
             return {name: tuple(parameter.shape) for name, parameter in cls(config).named_in_files().items()}

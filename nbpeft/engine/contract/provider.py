@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from nbpeft.engine.contract.adapter import AdapterConfig
+
 
 class AdapterProvider(Protocol):
     """Loads adapters that are stored elsewhere (in host memory or files) onto the model."""
@@ -17,6 +19,10 @@ class AdapterProvider(Protocol):
 
     def can_provide(self, name: str) -> bool:
         """Whether it knows an adapter of this name."""
+        ...
+
+    def config_of(self, name: str) -> AdapterConfig | None:
+        """The config of an adapter, from its files if it is not on the model; None if it knows no such adapter."""
         ...
 
     def provide(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:

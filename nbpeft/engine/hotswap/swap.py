@@ -12,10 +12,11 @@ from nbpeft.engine.contract.manager_protocol import Manager
 from nbpeft.engine.contract.registry import companions, method_of
 from nbpeft.engine.hotswap.writes import Writes
 from nbpeft.errors import HotSwapError, in_one_line
+from nbpeft.jsonable import AsDict
 
 
 @dataclass(frozen=True)
-class Swapped:
+class Swapped(AsDict):
     """The result of a swap.
 
     Attributes:

@@ -384,8 +384,15 @@ def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[T
 def _plan_for_calls(
     model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site], *, strict: bool
 ) -> InjectionPlan:
-    """The plan for an adapter that changes calls of the whole model; it is stored on the input embedding."""
-    site = _embedding_site(model, sites)
+    """The plan for an adapter that changes calls of the whole model; it is stored on the input embedding.
+
+    In a model without one, what does not read it is stored on the first layer.
+    """
+    adapter_class: Any = method.adapter_class
+    embedding = site = _embedding_site(model, sites)
+    if site is None and not adapter_class.needs_embedding:
+        first = next(iter(adaptable_paths(sites)), None)
+        site = next((one for one in sites if one.path == first), None)
     if site is None or isinstance(site.wrapper, ModulesToSaveWrapper):
         why = (
             "trained as a whole by another adapter"
@@ -394,8 +401,7 @@ def _plan_for_calls(
         )
         raise TargetError(f"{method.label} needs the input embedding of {type(model).__name__}, which is {why}")
     kind, _ = resolve_parts(site, method)
-    config.fill_in_sizes(model, kind.features(site.module)[1])
-    adapter_class: Any = method.adapter_class
+    config.fill_in_sizes(model, 0 if embedding is None else kind.features(site.module)[1])
     adapter_class.check_model(config, model)
     copies = _copies(sites, config, guessed_heads(config), strict=strict)
     target = _target(site, config, method)
@@ -421,7 +427,8 @@ def _embedding_site(model: nn.Module, sites: Sequence[Site]) -> Site | None:
     embedding = embedding_of(model)
     if embedding is not None:
         return next((site for site in sites if site.module is frozen_module(embedding)), None)
-    rows = getattr(getattr(model, "config", None), "vocab_size", None)
+    config = getattr(model, "config", None)
+    rows = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
     tables = (site for site in sites if isinstance(site.module, nn.Embedding))
     return next((site for site in tables if site.module.num_embeddings == rows), None)
 

@@ -46,11 +46,11 @@ from nbpeft.engine.runtime.scopes import AdapterContext
 from nbpeft.engine.tree.adapted_tree import AdaptedTree, read_tree
 from nbpeft.engine.tree.model_tree import MANAGER, manager_of
 from nbpeft.engine.tree.tied_weights import untie_embeddings_
+from nbpeft.engine.wrappers.extension import on_models
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError, StaleModelError
 
-_ATTRIBUTES = (MANAGER, "peft_config")
 """Attributes that an adapted base model has in addition to its own."""
 _CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
 
@@ -253,9 +253,9 @@ class AdapterManager:
         """Returns a base model's manager; if it has none, attaches the given or a new manager."""
         attached = manager or manager_of(model) or cls(model)
         with attached.transaction(during_calls=True, quiet=True) as change:
-            change.keep_attributes(model, *_ATTRIBUTES)
-            # PEFT stores its configs there, and other libraries look for them.
-            model.__dict__.update(zip(_ATTRIBUTES, (attached, attached.configs), strict=True))
+            change.keep_attributes(model, MANAGER, *on_models)
+            shown = {attribute: getattr(attached, name) for attribute, name in on_models.items()}
+            model.__dict__.update({MANAGER: attached, **shown})
         return attached
 
     # The module tree
@@ -595,7 +595,7 @@ class AdapterManager:
         """
         with self.transaction(during_calls=True) as change:
             self.require(name)
-            factor = check_scale(name, scale, fixed=self.configs[name].is_prompt_learning)
+            factor = check_scale(name, scale, fixed=self.configs[name].learns_prompt)
             if name in self._merged:
                 raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
             self._keep_choice(change)
@@ -761,12 +761,12 @@ class AdapterManager:
         replace_modules(self.model, replacements, change, merged=bool(merged), release=True)
         change.set_requires_grad(self._was_trainable, True)
         change.keep_attributes(self, "_configs")
-        change.keep_attributes(self.model, *_ATTRIBUTES)
+        change.keep_attributes(self.model, MANAGER, *on_models)
         self.alive = False
         self._tree, self._configs, self._slots = AdaptedTree(), ByName(), {}
         self._was_trainable, self._selected, self._merged, self.unsaved = [], (), (), set()
         self.active_state.publish(NO_ADAPTERS)
-        for attribute in _ATTRIBUTES:
+        for attribute in (MANAGER, *on_models):
             self.model.__dict__.pop(attribute, None)
 
     def refuse_merged(self, what: str) -> None:

@@ -4,7 +4,7 @@ Door, what other rooms import:
 
     composite_layer.py  AdaptedComposite: the wrapper around a module that computes with several weights itself
                         (nn.MultiheadAttention)
-    extension.py        Lets rooms above the engine add the attributes that other libraries expect on wrappers
+    extension.py        Lets rooms above the engine add the attributes that other libraries expect
     factored_weight.py  A weight plus low-rank products that stay factored, so that only what a matrix product needs
                         is computed
     fake_quant.py       Quantization-aware training: the layer computes with the weight that merging the adapter would

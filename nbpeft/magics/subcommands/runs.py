@@ -13,7 +13,16 @@ from nbpeft.errors import AdapterError, CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, DATA, TOKENIZER, subcommand
-from nbpeft.magics.subcommands.training import EVAL, PROCESSES, REPLACE, SCORE, TRACK, TRAINER, training_arguments
+from nbpeft.magics.subcommands.training import (
+    EVAL,
+    PROCESSES,
+    REPLACE,
+    REWARD,
+    SCORE,
+    TRACK,
+    TRAINER,
+    training_arguments,
+)
 from nbpeft.session.handles import is_handle, uncompiled
 from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult, source_of_base
 
@@ -24,6 +33,7 @@ _SAID = {
     "metric": ("--metric", "METRIC"),
     "tokenizer": ("--tokenizer", "TOKENIZER"),
     "trainer_class": ("--trainer", "CLASS"),
+    "rewards": ("--reward", "FUNCTION"),
 }
 """Argument of a training -> the option of a line and its placeholder."""
 
@@ -40,6 +50,7 @@ _SAID = {
     COLUMNS,
     TOKENIZER,
     TRAINER,
+    REWARD,
     TRACK,
     REPLACE,
     *PROCESSES,

@@ -101,16 +101,25 @@ OBJECTIVE = (
         metavar="NAME",
         words=objective_names(),
         help=f"{', '.join(objective_names())} (default: as the rows are; dpo for chosen and rejected, "
-        "reward for a classifier with one label, kto for labels of good and bad completions)",
+        "reward for a classifier with one label, kto for labels of good and bad completions, grpo with --reward)",
     ),
     argument(
         "--reference",
         metavar="NAME",
         completes="adapter",
         words=("base", "start"),
-        help="for dpo and kto: base, start (the adapter as it is now) or another adapter (default: base for a new "
-        "adapter, else start)",
+        help="for dpo and kto, and grpo with beta: base, start (the adapter as it is now) or another adapter "
+        "(default: base for a new adapter, else start)",
     ),
+)
+REWARD = argument(
+    "--reward",
+    dest="rewards",
+    action="append",
+    metavar="FUNCTION",
+    completes="variable",
+    help="for grpo: a function f(completions, prompts, **columns) that returns a number for each completion; may be "
+    "repeated",
 )
 PROCESSES = (
     argument(
@@ -145,6 +154,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     TOKENIZER,
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="activate this adapter; it stays active"),
     *OBJECTIVE,
+    REWARD,
     MAX_LENGTH,
     argument("--packing", action="store_true", help="pack several rows into each sequence of --max-length: no padding"),
     argument("--restart", action="store_true", help="start from the adapter's initial weights"),
@@ -247,6 +257,8 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     score, metric = getattr(options, "score", None), getattr(options, "metric", None)
     line["score"] = None if score is None else notebook.data(score, "--score")
     line["metric"] = None if metric is None else [metric_of(word, notebook) for word in metric]
+    rewards = getattr(options, "rewards", None)
+    line["rewards"] = None if rewards is None else [notebook.value(word, "--reward") for word in rewards]
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
     given = {name: value for name, value in {**line, **chats_of(options)}.items() if value is not None}

@@ -20,11 +20,12 @@ from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, ConfigError, did_you_mean
+from nbpeft.jsonable import AsDict
 from nbpeft.state import LayerLoss
 
 
 @dataclass(frozen=True)
-class Combined:
+class Combined(AsDict):
     """A combined adapter and its approximation error.
 
     Attributes:

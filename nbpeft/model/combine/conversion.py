@@ -177,7 +177,7 @@ def _convertible(manager: AdapterManager, name: str) -> dict[str, AdaptedLayer]:
         ConversionError: there are none, or a LoRA cannot represent the adapter on one of them.
     """
     config: Any = manager.configs[name]
-    if config.is_prompt_learning:
+    if config.learns_prompt:
         raise ConversionError(f"{_NOTHING}: adapter {name!r} learns a prompt and changes no weight")
     if getattr(config, "bias", "none") != "none":
         raise ConversionError(

@@ -17,6 +17,7 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import is_quantized_layer, manager_of
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import ConfigError, MergeError
+from nbpeft.jsonable import AsDict
 from nbpeft.model.from_data.observing import evaluated, input_hooks
 from nbpeft.model.saving.merge_deltas import LayerDelta, deltas_of
 
@@ -30,7 +31,7 @@ _UNEVEN = (
 
 
 @dataclass(frozen=True)
-class CalibratedMerge:
+class CalibratedMerge(AsDict):
     """The error of a calibrated merge into quantized weights.
 
     Attributes:

@@ -81,14 +81,16 @@ def tokens(manager: AdapterManager) -> dict[str, Tensor]:
     return {str(name): torch.arange(_config(manager, str(name)).total_tokens) for name in encoders(manager)}
 
 
-def word_embeddings(manager: AdapterManager) -> nn.Module:
-    """Returns the model's input embedding.
+def word_embeddings(manager: AdapterManager) -> nn.Module | None:
+    """Returns the model's input embedding; None if a prefix found none.
 
     Raises:
         AttributeError: no adapter has a learned prompt.
     """
     encoders(manager)
     layer = _prompted(manager)[0]
+    if not layer.kind.takes_ids:
+        return None
     return layer.base_layer if layer.is_passed_over else layer
 
 
@@ -182,6 +184,6 @@ def prompt(manager: AdapterManager, batch_size: int, task_ids: Tensor | None) ->
 def _config(manager: AdapterManager, name: str) -> Any:
     manager.require(name)
     config = manager.configs[name]
-    if not config.is_prompt_learning:
+    if not config.learns_prompt:
         raise AdapterError(f"adapter {name!r} learns no prompt")
     return config

@@ -258,7 +258,7 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
         others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan),
         parameters=[target.path for target in plan.targets if target.is_bare],
-        found_anew={
+        recomputable={
             f"{target.path}.{name}"
             for target in plan.targets
             if issubclass(target.adapter_class, HasFixedTensors)

@@ -29,6 +29,7 @@ from nbpeft.engine.contract.adapter import rounds
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import is_quantized, manager_of
 from nbpeft.errors import AdapterError, ConfigError, MergeError
+from nbpeft.jsonable import AsDict
 from nbpeft.model.quantization.quantize import dtype_of
 from nbpeft.model.saving.merge_deltas import Deltas, LayerDelta, check_names, check_tied, deltas_in, deltas_of
 from nbpeft.model.saving.merge_weights import FolderWeights, LiveWeights, Weights, meta_model
@@ -63,7 +64,7 @@ class LayerError:
 
 
 @dataclass(frozen=True)
-class MergeErrors:
+class MergeErrors(AsDict):
     """The merge errors by layer and in total, for the full-precision copy and for quantizing again.
 
     An error that is small relative to the weight can be large relative to the delta: after quantizing again, an element
@@ -112,7 +113,7 @@ class MergeErrors:
 
 
 @dataclass(frozen=True)
-class MergedFolder:
+class MergedFolder(AsDict):
     """A merged model on disk.
 
     Attributes:

@@ -32,6 +32,7 @@ from nbpeft.session.results.kept_runs import (
     RunChanged,
     RunsComparison,
     RunsResult,
+    metric_names,
     sorted_records,
 )
 from nbpeft.session.sweeps import restore
@@ -78,6 +79,10 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
         records=tuple(record for record, _ in found),
         curves=tuple(curve_of(logged, "loss") for _, logged in found),
         eval_curves=tuple(curve_of(logged, "eval_loss") for _, logged in found),
+        metric_curves={
+            name: tuple(curve_of(logged, f"eval_{name}") for _, logged in found)
+            for name in metric_names(record for record, _ in found)
+        },
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -12,7 +12,7 @@ from nbpeft._util.optional import needs
 from nbpeft._util.paths import from_here
 from nbpeft.display.blocks import Block, Card, Cell, CurveChart, Spark, Stack, Table, Text, card, dim, line, notes
 from nbpeft.display.next_steps import kept_steps, next_steps
-from nbpeft.display.numbers import NONE, clock, loss, plural
+from nbpeft.display.numbers import NONE, clock, loss, metric, plural
 from nbpeft.display.training import training_card, training_text
 from nbpeft.errors import ConfigError, cut, did_you_mean, few
 from nbpeft.runs.record import BASE, METHOD, ROWS, UNREADABLE, RunRecord, differing
@@ -40,6 +40,7 @@ _TITLES = tuple(title for title, _ in HEAD)
 _IN_COLUMNS = (BASE, METHOD, ROWS, "peft_type")
 """Settings that have columns of their own."""
 _MOST_SETTINGS = 4
+_MOST_METRICS = 2
 _LONGEST_VALUE = 40
 _TONES: Mapping[str, Any] = {
     "failed": "error",
@@ -135,7 +136,7 @@ class RunsResult(Result):
                 f"{record.settings[ROWS]:,}" if isinstance(record.settings.get(ROWS), int) else NONE,
                 (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
                 loss(record.loss),
-                (loss(record.best_loss), dim(_where_best(record))),
+                (loss(record.best_loss), dim(_where_best(record)), dim(_metric_words(record))),
                 _spark(curves.get(record.name, ())),
                 _settings_words(settings, index),
             )
@@ -186,11 +187,13 @@ class RunsComparison(Result):
         records: the runs; a run that cannot be read has only the reason.
         curves: the loss curve of each.
         eval_curves: the evaluation loss curve of each.
+        metric_curves: metric -> the curve of each.
     """
 
     records: tuple[RunRecord, ...]
     curves: tuple[Curve, ...]
     eval_curves: tuple[Curve, ...]
+    metric_curves: Mapping[str, tuple[Curve, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def differing(self) -> dict[str, tuple[Any, ...]]:
@@ -219,7 +222,12 @@ class RunsComparison(Result):
         table = Table(("", *names), rows, right=tuple(width))
         same = None if self.differing else line(dim("Their settings are the same."))
         why = (line(dim(words)) for words in self._why_unreadable())
-        return card(plural(len(names), "run"), CurveChart(labelled) if len(names) else None, table, same, *why)
+        charts = [CurveChart(labelled)] if names else []
+        for name, curves in self.metric_curves.items():
+            if any(len(curve) > 1 for curve in curves):
+                drawn = tuple(zip(names, curves, [()] * len(names), strict=True))
+                charts.append(CurveChart(drawn, legend=False, metric=name))
+        return card(plural(len(names), "run"), *charts, table, same, *why)
 
     def _why_unreadable(self) -> list[str]:
         """Returns a line for each run that cannot be read."""
@@ -238,6 +246,7 @@ class RunsComparison(Result):
             ("loss", *(loss(record.loss) for record in self.records)),
             ("eval loss", *(loss(record.eval_loss) for record in self.records)),
             ("best eval loss", *(loss(record.best_loss) for record in self.records)),
+            *((name, *(_metric(record, name) for record in self.records)) for name in metric_names(self.records)),
             ("time", *(clock(record.seconds) for record in self.records)),
         ]
         others = {name: values for name, values in self.differing.items() if name not in _IN_COLUMNS}
@@ -304,6 +313,20 @@ def _origin(record: RunRecord) -> str:
     return started if record.name.startswith(f"{record.adapter}-") else f"{adapter}, {started}"
 
 
+def metric_names(records: Iterable[RunRecord]) -> tuple[str, ...]:
+    """Returns the names of the metrics that any of some runs has."""
+    return tuple(dict.fromkeys(name for record in records for name in record.metrics))
+
+
+def _metric(record: RunRecord, name: str) -> str:
+    return metric(record.metrics[name]) if name in record.metrics else NONE
+
+
+def _metric_words(record: RunRecord) -> str:
+    """Returns the scores of a run, e.g. ``exact 0.812``."""
+    return few([f"{name} {_metric(record, name)}" for name in record.metrics], _MOST_METRICS, quoted=False)
+
+
 def _took(record: RunRecord) -> str:
     return f"in {clock(record.seconds)}"
 
@@ -361,6 +384,6 @@ def _flat(cell: Any) -> str:
 
 
 def _fields(record: RunRecord) -> dict[str, Any]:
-    left_out = ("settings", "kept_steps", "saved", "saved_files")
-    own = {name: value for name, value in vars(record).items() if name not in left_out}
+    left_out = ("settings", "kept_steps", "saved", "saved_files", "metrics")
+    own = dict(record.metrics) | {name: value for name, value in vars(record).items() if name not in left_out}
     return {**own, **{name: value for name, value in record.settings.items() if name not in own}}

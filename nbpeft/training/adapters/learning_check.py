@@ -41,9 +41,11 @@ class LearningCheck:
     Args:
         model: The model in training; the check has only weak references to it and its parameters.
         adapter: The name of the trained adapters in messages; empty for a model without.
+        rewarded: Whether gradients are zero in steps in which all completions of a prompt have the same reward.
     """
 
-    def __init__(self, model: nn.Module, adapter: str) -> None:
+    def __init__(self, model: nn.Module, adapter: str, *, rewarded: bool = False) -> None:
+        self._rewarded = rewarded
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self._subject = f"adapter {adapter!r}" if adapter else "the model"
         named = dict(trainable(model))
@@ -154,7 +156,7 @@ class LearningCheck:
                 f"The first gradients of {self._subject} are not finite: is there a label that is not -100, "
                 "and would bf16 do instead of fp16?"
             )
-        if not bool(largest.any()):
+        if not bool(largest.any()) and not self._rewarded:
             return f"All first gradients of {self._subject} are zero: is there a label that is not -100?"
         return ""
 
@@ -176,10 +178,10 @@ class LearningCheck:
         pairs = ((_sample(parameter), self._before[name]) for name, parameter in self._parameters.items())
         if not all(torch.equal(now.to(before.device), before) for now, before in pairs):
             return ""
-        return (
-            f"No weight of {self._subject} has changed in {steps} step{'' if steps == 1 else 's'}: is the learning "
-            "rate zero, or was the optimizer made before the adapter?"
-        )
+        why = "is the learning rate zero, or was the optimizer made before the adapter?"
+        if self._rewarded:
+            why = "had all completions of a prompt the same reward, or is the learning rate zero?"
+        return f"No weight of {self._subject} has changed in {steps} step{'' if steps == 1 else 's'}: {why}"
 
 
 def have_exploded(parameters: Iterable[Tensor]) -> bool:

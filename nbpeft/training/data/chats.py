@@ -66,11 +66,7 @@ class ChatRenderer:
         Raises:
             TrainingError: there is no template, or it changes the text of a turn of the assistant.
         """
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise TrainingError(
-                "The tokenizer has no chat template: set tokenizer.chat_template, or give rows with prompt and "
-                "completion."
-            )
+        self._check_template()
         if not chat.messages:
             return RenderedChat("", missing="it has no messages")
         turns = [number for number in range(chat.first, len(chat.messages)) if _speaks(chat.messages[number])]
@@ -86,6 +82,22 @@ class ChatRenderer:
         spans = self._spans(chat, text, turns)
         learned = tuple(span for span in spans if span.weight)
         return RenderedChat(text, learned, names, "" if learned else "the weights of its turns are 0")
+
+    def prompt(self, chat: Chat) -> str:
+        """The text of a whole chat, with the generation prompt.
+
+        Raises:
+            TrainingError: there is no template.
+        """
+        self._check_template()
+        return self._text(tuple(self._flat(message) for message in chat.messages), chat.variables, prompt=True)
+
+    def _check_template(self) -> None:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise TrainingError(
+                "The tokenizer has no chat template: set tokenizer.chat_template, or give rows with prompt and "
+                "completion."
+            )
 
     def last_turn(self, chat: Chat) -> tuple[str, str]:
         """The text of a chat up to its last turn of the assistant, with the generation prompt; and that turn.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
-from nbpeft.names import JUDGED, PAIRS, SCORED_PAIRS
+from nbpeft.names import JUDGED, PAIRS, PROMPTS, SCORED_PAIRS
 from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.row import (
     KNOWN_ROLES,
@@ -100,7 +100,14 @@ class Compared:
     rejected: Pair | Chat
 
 
-Example = Plain | Pair | Chat | Labelled | Compared
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt that the model in training answers: a text, or a conversation that ends before the answer."""
+
+    prompt: str | Chat
+
+
+Example = Plain | Pair | Chat | Labelled | Compared | Prompted
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,16 @@ def _read_labelled(row: Row, chat: bool) -> Example:
     return Labelled(row.text("text"), row.optional("text_pair") or None, row.value("label"))
 
 
+def _read_prompt(row: Row, chat: bool) -> Example:
+    value = row.value("prompt")
+    if value is None or isinstance(value, str):
+        return Prompted(value or "")
+    asked = _chat(row, Messages(), row.messages("prompt"))
+    if asked.messages and asked.messages[-1]["role"] == "assistant":
+        raise row.error("the prompt ends with the assistant's answer: give it without.")
+    return Prompted(asked)
+
+
 def _tools_of_text(row: Row) -> tuple[str, ...]:
     """The name of the column of tools in a row without a chat, where no template can print them."""
     return () if row.tools() is None else (repr(row.columns.get("tools", "tools")),)
@@ -245,7 +262,9 @@ SCORED = replace(COMPARED, may=(*COMPARED.may, MARGIN))
 """The same with a number by which the chosen completion is better."""
 VERDICT = Form("prompt, completion and label", ("prompt", LABEL, "completion"), _read_pair, ("tools", TEMPLATE, WEIGHT))
 """The form of rows with a completion of which a label says whether it is good."""
-FORMS_OF = {"": FORMS, PAIRS: (COMPARED,), SCORED_PAIRS: (SCORED,), JUDGED: (VERDICT,)}
+PROMPTED = Form("prompt", ("prompt",), _read_prompt, ("tools", TEMPLATE))
+"""The form of rows with a prompt alone; all other columns are for reward functions."""
+FORMS_OF = {"": FORMS, PAIRS: (COMPARED,), SCORED_PAIRS: (SCORED,), JUDGED: (VERDICT,), PROMPTS: (PROMPTED,)}
 """Kind of rows -> its forms."""
 _EXPECTED = "prompt and completion, messages, text, instruction and output, conversations, or input_ids"
 _EXPECTED_LABELLED = "text and label (and text_pair), or input_ids and labels, to train a classifier"
@@ -302,11 +321,16 @@ def form_of(
     if TOKENISED in available and (not mapping or TOKENISED in mapping):
         return None
     usual = (LABELLED,) if labelled else FORMS
-    for form in FORMS_OF[kind] if kind else (*usual, *((COMPARED,) if kind is None else ())):
+    alone = (PROMPTED,) if {*columns} <= {*PROMPTED.needs, *PROMPTED.may} else ()
+    for form in FORMS_OF[kind] if kind else (*usual, *((COMPARED, *alone) if kind is None else ())):
         if available.issuperset(form.needs) and (
             not mapping or not mapping.keys().isdisjoint((*form.needs, *form.may))
         ):
             return form
+    if kind == PROMPTS:
+        raise TrainingError(
+            f"Expected a column prompt; found {listed(columns)}.{_hint(columns, PROMPTED.needs)}", columns=columns
+        )
     if kind:
         needs = FORMS_OF[kind][0].needs
         expected = "prompt, completion and label" if kind == JUDGED else "chosen and rejected (and prompt)"
@@ -385,13 +409,22 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
     names = dict.fromkeys(needs, "COLUMN")
     if "chosen" not in needs:
         likely = (prompt, lower.get(LABEL), completion) if needs == VERDICT.needs else (prompt, completion)
-        names = {name: column or "COLUMN" for name, column in zip(needs, likely, strict=True)}
-        if prompt and completion:
+        names = {name: column or "COLUMN" for name, column in zip(needs, likely, strict=False)}
+        if prompt and (completion or len(needs) == 1):
             return f" Say which is which: columns={names}."
     known = (*NAMES, TOKENISED, "labels")
     close = (did_you_mean(column, known) for column in columns if column not in (*known, prompt, completion))
     nearest = next(filter(None, close), "")
     return f"{nearest} Or say what they are called: columns={names}."
+
+
+def likely_completion(columns: Sequence[str]) -> str | None:
+    """Returns the column that likely has the completions, by its name; None if there is none.
+
+    Args:
+        columns: the columns of the rows.
+    """
+    return _likely(columns)[1]
 
 
 def _likely(columns: Sequence[str]) -> tuple[str | None, str | None]:

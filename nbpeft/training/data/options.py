@@ -9,7 +9,7 @@ from typing import Any
 
 from nbpeft.checkpoint.prompt_format import NOT_FOR_TEMPLATES
 from nbpeft.errors import ConfigError, did_you_mean
-from nbpeft.training.data.forms import TEXT, Chat, Compared, Example, Form, Pair
+from nbpeft.training.data.forms import TEXT, Chat, Compared, Example, Form, Pair, Prompted
 from nbpeft.training.data.row import WEIGHT, is_nothing
 from nbpeft.training.data.unused import MESSAGES, UnusedParts
 
@@ -84,7 +84,10 @@ class RowOptions:
             )
         if self.long != "cut" and form is None:
             raise ConfigError("long has no effect: tokenised rows are used whole", field="long")
+        if isinstance(example, Prompted) and self.learn != "all":
+            raise ConfigError("learn has no effect: generated completions are learned whole", field="learn")
         example = example.chosen if isinstance(example, Compared) else example
+        example = example.prompt if isinstance(example, Prompted) and isinstance(example.prompt, Chat) else example
         if isinstance(example, Chat) or (form is not None and example is None):
             why = why_not_used(self.chat_template_kwargs, template)
             if why:
@@ -104,6 +107,8 @@ class RowOptions:
         """
         if isinstance(example, Compared):
             return Compared(*(self.applied(part) for part in (example.chosen, example.rejected)))  # type: ignore[arg-type]
+        if isinstance(example, Prompted):
+            return Prompted(self.applied(example.prompt)) if isinstance(example.prompt, Chat) else example  # type: ignore[arg-type]
         if not isinstance(example, Chat):
             return example
         chat = replace(example, template={**self.chat_template_kwargs, **example.template})

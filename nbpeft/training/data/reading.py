@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from nbpeft.errors import TrainingError, in_one_line
 from nbpeft.names import DESIRABLE, IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
@@ -28,6 +28,7 @@ from nbpeft.training.data.forms import (
     Labelled,
     Pair,
     Plain,
+    Prompted,
     check_roles,
     checked_columns,
     form_of,
@@ -48,6 +49,7 @@ LABELS = ("labels", "label", "label_ids")
 """Columns of tokenised rows that may contain the labels; the first one that a row has is used."""
 _TOKENS = frozenset(("input_ids", "attention_mask", LOSS_WEIGHTS, WEIGHT, *MASKS))
 _SECOND = "token_type_ids"
+Rendered = TypeVar("Rendered")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class CodedRow:
         dropped: Whether the row is left out because it is too long.
         part: Which part of a row it is, 0 for the first.
         part_count: The number of parts into which the row is split.
+        asked: For a row with a prompt alone: the prompt and the other columns, as reward functions get them.
     """
 
     number: int
@@ -109,10 +112,13 @@ class CodedRow:
     dropped: bool = False
     part: int = 0
     part_count: int = 1
+    asked: Mapping[str, Any] | None = None
 
     @property
     def row(self) -> dict[str, Any]:
         """The truncated row, as the collator takes it."""
+        if self.asked is not None:
+            return {"input_ids": self.whole.input_ids, **self.asked}
         ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
         if self.rejected is not None:
             other = {f"{REJECTED}{name}": value for name, value in self.rejected.row.items()}
@@ -127,6 +133,8 @@ class CodedRow:
     @property
     def cut(self) -> bool:
         """Whether the row is too long and is truncated."""
+        if self.asked is not None:  # a longer prompt is left out: its end is what is answered
+            return False
         rejected = self.rejected is not None and self.rejected.cut
         is_long = rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
         return is_long and not self.dropped
@@ -158,7 +166,7 @@ class CodedRow:
     @property
     def missing(self) -> str:
         """Why there is nothing to train on; empty if there is something."""
-        if self.reason or self.learned_count:
+        if self.reason or self.asked is not None or self.learned_count:
             return self.reason or ("" if self.rejected is None else self.rejected.missing)
         return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
 
@@ -258,6 +266,8 @@ class Reading:
     def _coded(self, row: Row, renderer: ChatRenderer, used: frozenset[str]) -> CodedRow:
         assert self.form is not None
         example = self._example(row)
+        if isinstance(example, Prompted):
+            return self._prompted(row, example, renderer)
         columns = [name for name, value in row.values.items() if name not in used and not is_nothing(value)]
         unused = [(COLUMNS, repr(name)) for name in columns]
         for name in columns:
@@ -289,6 +299,36 @@ class Reading:
             more,
             unused=(*unused, *more_unused),
             system=system_of(example),
+        )
+
+    def _prompted(self, row: Row, example: Prompted, renderer: ChatRenderer) -> CodedRow:
+        """A row with a prompt alone; a prompt that is too long is left out."""
+        tools = self.columns.get("tools", "tools")
+        own = {self.columns.get(name, name) for name in (*self.form.needs, *self.form.may)} if self.form else set()
+        others = {name: value for name, value in row.values.items() if name not in own}
+        for name in others:
+            row.check_unused(name)
+        asked, unused = example.prompt, list[Unused]()
+        prompt: Any = asked
+        if isinstance(asked, str):
+            ids = list(self.tokenizer(asked)["input_ids"]) if asked.strip() else []
+            unused += [] if row.tools() is None else [(COLUMNS, repr(tools))]
+        else:
+            prompt = [dict(message) for message in asked.messages]
+            text = _rendered(asked, row.number, self.tokenizer, renderer.prompt) if prompt else ""
+            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if prompt else []
+            unused += [(MESSAGES, name) for name in asked.unused]
+        reason = "" if ids else "the prompt is empty"
+        if len(ids) > self.limit:
+            reason = f"its prompt has {len(ids):,} tokens, and at most {self.limit:,} are read"
+        return CodedRow(
+            row.number,
+            Encoded(ids, [IGNORED_LABEL] * len(ids)),
+            self.limit,
+            reason=reason,
+            unused=tuple(unused),
+            system=None if isinstance(asked, str) else system_of(asked),
+            asked={"prompt": prompt, "columns": others, "number": row.number},
         )
 
     def _compared(self, row: Row, example: Compared, renderer: ChatRenderer, reason: str, weight: float) -> CodedRow:
@@ -576,6 +616,8 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
     if reader.form is None:
         return None
     example = reader.example(first_row(rows), 0)
+    if isinstance(example, Prompted):
+        return isinstance(example.prompt, str)
     return not isinstance(example.chosen if isinstance(example, Compared) else example, Chat)
 
 
@@ -595,12 +637,20 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
 
 
 def _encode_chat(chat: Chat, number: int, tokenizer: Any, renderer: ChatRenderer) -> tuple[Encoded, str, list[Unused]]:
+    rendered = _rendered(chat, number, tokenizer, renderer.render)
+    unused = [(MESSAGES, name) for name in chat.unused] + [(UNPRINTED, name) for name in rendered.left_out]
+    unused += [MASKED_REASONING] if chat.masks else []
+    return encode(tokenizer, rendered.text, rendered.spans, special=False), rendered.missing, unused
+
+
+def _rendered(chat: Chat, number: int, tokenizer: Any, render: Callable[[Chat], Rendered]) -> Rendered:
+    """A rendered chat; errors name the row."""
     template = str(getattr(tokenizer, "chat_template", "") or "")
     check_roles(number, chat, template)
     if template and (why := why_not_used(chat.template, template)):
         raise TrainingError(f"Row {number}: {TEMPLATE}: {why}", index=number)
     try:
-        rendered = renderer.render(chat)
+        return render(chat)
     except TrainingError as error:
         if not template:  # an error of all rows, which names none of them
             raise
@@ -609,9 +659,6 @@ def _encode_chat(chat: Chat, number: int, tokenizer: Any, renderer: ChatRenderer
         raise TrainingError(
             f"Row {number}: the chat template refuses it: {in_one_line(error) or type(error).__name__}", index=number
         ) from None
-    unused = [(MESSAGES, name) for name in chat.unused] + [(UNPRINTED, name) for name in rendered.left_out]
-    unused += [MASKED_REASONING] if chat.masks else []
-    return encode(tokenizer, rendered.text, rendered.spans, special=False), rendered.missing, unused
 
 
 def _listed(value: Any) -> list[Any]:

@@ -14,13 +14,15 @@ from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.from_data.observing import device_of, evaluated, moved
 from nbpeft.names import JUDGED, REJECTED
 from nbpeft.sweeps import Sweep, not_swept
-from nbpeft.training.adapters.adapted_model import base_of
+from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import Collator, columns_of
-from nbpeft.training.data.forms import COMPARED, PAIR, checked_columns, form_of
+from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns, form_of
 from nbpeft.training.data.reading import are_judged
-from nbpeft.training.data.sources import first_row
+from nbpeft.training.data.sources import first_row, is_stream
+from nbpeft.training.loop.grouping import GROUPED
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
+from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, fields_by_name, objective_named
 from nbpeft.training.objectives.reference import (
@@ -31,18 +33,38 @@ from nbpeft.training.objectives.reference import (
     trains_only_adapters,
 )
 from nbpeft.training.request import TrainRequest
+from nbpeft.training.rewards.functions import Rewards
+from nbpeft.training.rewards.rollouts import PromptCollator
+from nbpeft.training.rewards.trainer import RolloutTrainer
 from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from nbpeft.training.transformers.trainer import Trainer
 
-_OF_ONE_COMPLETION = {
-    "packing": "its rows have two completions each, or a label",
-    "data_collator": "its batches have two completions of each row",
+_OF_ANOTHER_LOSS = {
     "compute_metrics": "it computes no logits as a whole",
     "preprocess_logits_for_metrics": "it computes no logits as a whole",
     "compute_loss_func": "it has a loss of its own",
+}
+_OF_ONE_COMPLETION = {
+    "packing": "its rows have two completions each, or a label",
+    "data_collator": "its batches have two completions of each row",
+    **_OF_ANOTHER_LOSS,
     "label_smoothing_factor": "its own field is label_smoothing",
 }
 """Arguments of a training that an objective with two completions does not take, with the reason."""
+_OF_GIVEN_COMPLETIONS = {
+    "packing": "its batches are completions that are generated before each step",
+    "data_collator": "its batches are completions that are generated before each step",
+    **_OF_ANOTHER_LOSS,
+    "label_smoothing_factor": "no token of a completion is the right one",
+    "auto_find_batch_size": "a batch has all completions of a prompt",
+    "processes": "it trains in one process",
+    "machines": "it trains in one process",
+    "fsdp": "it trains in one process",
+    "deepspeed": "it trains in one process",
+}
+"""Arguments that an objective does not take whose completions are generated, with the reason."""
+_OF_A_STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+"""Arguments whose product is the number of completions of a step, with their defaults."""
 
 
 def with_objective(request: TrainRequest) -> TrainRequest:
@@ -72,12 +94,51 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     rest = {name: value for name, value in request.arguments.items() if name not in given}
     request = replace(request, objective=objective, objective_reason=why, arguments={**objective.defaults, **rest})
     _check_model(request, objective, columns)
+    if not objective.generates and request.rewards is not None:
+        raise ConfigError(
+            f"rewards are for objective='grpo', and this trains {objective.name}: leave rewards out",
+            field="rewards",
+        )
     if not objective.rows:
         if request.reference is not None:
             raise ConfigError(f"{objective.name} has no reference: leave reference out", field="reference")
         return request
     _check_arguments(request, objective)
+    if isinstance(objective, Grpo):
+        return _with_rewards(request, objective, columns)
     return replace(request, trainer_class=ObjectiveTrainer)
+
+
+def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]) -> TrainRequest:
+    """A request with checked reward functions, whose steps have all completions of their prompts."""
+    arguments, copies = request.arguments, objective.num_generations
+    if is_stream(request.data):
+        raise TrainingError(f"{objective.name} repeats prompts, and a stream yields each once: give a list of rows")
+    if getattr(arguments.get("train_sampling_strategy"), "value", arguments.get("train_sampling_strategy")) == GROUPED:
+        raise ConfigError(
+            f"train_sampling_strategy={GROUPED!r} does not go with {objective.name}, whose batches are completions of "
+            "few prompts: 'random' or 'sequential'",
+            field="train_sampling_strategy",
+        )
+    rows, steps = (arguments.get(name, usual) for name, usual in _OF_A_STEP.items())
+    if type(rows) is int and type(steps) is int and rows * steps % copies:
+        size, product = (
+            rows * steps,
+            " x ".join(f"{name} ({arguments.get(name, usual)})" for name, usual in _OF_A_STEP.items()),
+        )
+        near = next((number for number in range(copies - 1, 1, -1) if size % number == 0), None)
+        choice = "" if near is None else f", or num_generations={near}"
+        raise ConfigError(
+            f"num_generations={copies} does not divide the {size} completions of a step ({product}): "
+            f"per_device_train_batch_size={-(-rows // copies) * copies}{choice}",
+            field="num_generations",
+        )
+    mapped = {column: name for name, column in (request.columns or {}).items()}
+    others = [name for name in columns if mapped.get(name, name) not in (*PROMPTED.needs, *PROMPTED.may)]
+    rewards = Rewards.of(request.rewards, objective.reward_weights, others)
+    if request.eval_data is not None and request.score is None:  # the loss says nothing: its rewards are relative
+        arguments = {"metric_for_best_model": "reward", "greater_is_better": True, **arguments}
+    return replace(request, trainer_class=RolloutTrainer, rewards=rewards, arguments=arguments)
 
 
 def _fields_of(
@@ -100,6 +161,8 @@ def _fields_of(
 def _of_the_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Objective], str]:
     """The objective that follows from the rows, and why."""
     checked_columns(request.columns, columns)
+    if request.rewards is not None:
+        return objective_named("grpo"), "rewards are given"
     compared = {*COMPARED.needs} <= {*columns, *(request.columns or ())} or _are_pairs(columns)
     if classes_of(request.model) is not None:
         if compared and _scores(request.model):
@@ -112,6 +175,12 @@ def _of_the_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Ob
         return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
     if form is PAIR and are_judged(request.data, checked_columns(request.columns, columns)):
         return objective_named("kto"), "the rows have labels of good and bad completions"
+    if form is PROMPTED:
+        raise ConfigError(
+            "the rows have prompts alone: give rewards, functions that score the completions of the model "
+            "(objective='grpo'), or rows with completions to learn",
+            field="rewards",
+        )
     return objective_named("sft"), ""
 
 
@@ -137,9 +206,11 @@ def _check_model(request: TrainRequest, objective: Objective, columns: Sequence[
         raise TrainingError(f"{name} trains causal language models, and {type(base_of(model)).__name__} is none")
     if manager_of(model) is None:
         raise TrainingError(f"{name} trains adapters of nbpeft, which a {type(model).__name__} does not have")
-    if _are_pairs(columns) and objective.rows != JUDGED:
+    if objective.generates:
+        _check_generation(request, objective, columns)
+    elif _are_pairs(columns) and objective.rows != JUDGED:
         return
-    if "input_ids" in columns and not request.columns:
+    elif "input_ids" in columns and not request.columns:
         what = (
             f"{name} takes rows of text with chosen and rejected, and these are tokenised: tokenised ones have "
             f"input_ids, labels, {REJECTED}input_ids and {REJECTED}labels"
@@ -150,6 +221,24 @@ def _check_model(request: TrainRequest, objective: Objective, columns: Sequence[
     form_of(columns, request.columns or {}, kind=objective.rows)
 
 
+def _check_generation(request: TrainRequest, objective: Objective, columns: Sequence[str]) -> None:
+    name, base = objective.name, base_of(request.model)
+    if not hasattr(base, "generate"):
+        raise TrainingError(f"{name} generates completions, and a {type(base).__name__} has no generate()")
+    if call_columns(request.model):
+        raise TrainingError(
+            f"{name} generates completions without {', '.join(call_columns(request.model))}, which the method of the "
+            "adapter needs"
+        )
+    if request.tokenizer is None or not hasattr(request.tokenizer, "decode"):
+        raise ConfigError(f"{name} needs a tokenizer: pass tokenizer=…", field="tokenizer")
+    if "prompt" not in {*columns, *(request.columns or ())} and "input_ids" in columns:
+        raise TrainingError(
+            f"{name} takes rows of text with a prompt, which reward functions get, and these are tokenised",
+            columns=columns,
+        )
+
+
 def _scores(model: nn.Module) -> bool:
     """Whether a model is a classifier of texts with one label."""
     config: Any = getattr(base_of(model), "config", None)
@@ -157,8 +246,9 @@ def _scores(model: nn.Module) -> bool:
 
 
 def _check_arguments(request: TrainRequest, objective: Objective) -> None:
-    given = {"packing": request.packing, **request.arguments}
-    for name, reason in _OF_ONE_COMPLETION.items():
+    own = {name: getattr(request, name) for name in ("packing", "processes", "machines")}
+    given = {**own, **request.arguments}
+    for name, reason in (_OF_GIVEN_COMPLETIONS if objective.generates else _OF_ONE_COMPLETION).items():
         if given.get(name) not in (None, False, 0):
             raise ConfigError(f"{name} does not go with {objective.name}: {reason}", field=name)
     if request.arguments.get("neftune_noise_alpha") and getattr(objective, "disable_dropout", False):
@@ -167,7 +257,7 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
             "disable_dropout=False",
             field="neftune_noise_alpha",
         )
-    if request.trainer_class not in (Trainer, ObjectiveTrainer):
+    if request.trainer_class not in (Trainer, ObjectiveTrainer, RolloutTrainer):
         raise ConfigError(
             f"objective={objective.name!r} has a Trainer of its own: leave trainer_class out", field="trainer_class"
         )
@@ -176,15 +266,22 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
             f"{objective.name} compares the rows of a batch with each other: per_device_train_batch_size of at least 2",
             field="per_device_train_batch_size",
         )
-    if not objective.uses_reference:
+    sweep = request.members is not None or any(isinstance(value, Sweep) for value in request.given.values())
+    if sweep and objective.generates:
+        raise ConfigError(
+            f"{objective.name} trains one adapter, whose completions are generated before each step: leave the sweep "
+            "out"
+        )
+    if not objective.reference_needed:
         if request.reference is not None:
-            raise ConfigError(f"{objective.name} has no reference: leave reference out", field="reference")
+            without = f" with beta={getattr(objective, 'beta', 0)}" if objective.uses_reference else ""
+            raise ConfigError(f"{objective.name}{without} has no reference: leave reference out", field="reference")
         return
     check_reference(
         request.model,
         request.reference,
         adapter=request.adapter,
-        sweep=request.members is not None or any(isinstance(value, Sweep) for value in request.given.values()),
+        sweep=sweep,
         sharded=bool(request.arguments.get("fsdp")),
     )
 
@@ -203,7 +300,7 @@ def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
     """
     objective = request.objective
     assert isinstance(objective, Objective)
-    if not objective.uses_reference:
+    if not objective.reference_needed:
         return None
     alone = trains_only_adapters(request.model)
     if request.reference == BASE and not alone:
@@ -226,8 +323,12 @@ def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
 
 def _is_new(request: TrainRequest, objective: Objective, rows: Any) -> bool:
     """Whether the model computes the same with its active adapters and without them, on the first row."""
-    model = request.model
-    batch = stacked(collator_of(objective, collator_for(model, request.tokenizer))([first_row(rows)]))
+    model, row = request.model, dict(first_row(rows))
+    collator = collator_for(model, request.tokenizer)
+    if "labels" in row:
+        batch = stacked(collator_of(objective, collator)([row]))
+    else:  # a prompt alone
+        batch = collator([{name: row["input_ids"] for name in ("input_ids", "labels")}])
     with torch.no_grad(), evaluated(model):
         inputs = moved(batch, device_of(base_of(model)))
         now = log_probs(model, inputs)
@@ -246,6 +347,8 @@ def collator_of(objective: Objective, collator: Collator, limit: int | None = No
     """
     if objective.rows == JUDGED:
         return ShiftedCollator(PairCollator(collator), limit)
+    if objective.generates:
+        return PromptCollator(collator)
     return PairCollator(collator) if objective.rows else collator
 
 

@@ -144,7 +144,7 @@ def refuse_to_pack(model: nn.Module) -> None:
     manager = manager_of(model)
     configs = {} if manager is None else {adapter: manager.configs[adapter] for adapter in manager.active}
     for adapter, config in configs.items():
-        if config.is_prompt_learning:
+        if config.learns_prompt:
             raise _refusal(f"adapter {adapter!r} puts tokens in front of each sequence, not of each row in it")
         if prepares_calls(config):
             raise _refusal(f"adapter {adapter!r} looks for something in each sequence, and would take it for one row")

@@ -124,6 +124,7 @@ def inputs_of(request: TrainRequest) -> ModelInputs:
         return inputs
     rejected = {f"{REJECTED}{name}" for name in ("input_ids", "labels")}
     taken = None if inputs.columns is None else inputs.columns | rejected
+    inputs = replace(inputs, numbers=()) if objective.generates else inputs
     why = f"the loss of {objective.name} takes none"
     classes = None if objective.scores else inputs.classes
     return replace(inputs, kind=objective.rows, columns=taken, unweighted=why, classes=classes)

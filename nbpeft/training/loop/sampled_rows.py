@@ -11,7 +11,7 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.errors import ConfigError
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import is_amount
-from nbpeft.training.data.forms import Chat, Compared, Pair
+from nbpeft.training.data.forms import Chat, Compared, Pair, Prompted
 from nbpeft.training.data.reading import reading
 from nbpeft.training.loop.rows import TrainingRows, inputs_of
 from nbpeft.training.request import TrainRequest
@@ -81,7 +81,7 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
 
 
 def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, str]]:
-    """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both."""
+    """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both, and prompts alone."""
     apart = rows.evaluation is not None and not is_amount(request.eval_data)
     source = request.eval_data if apart else request.data
     numbers = getattr(rows.train if rows.evaluation is None else rows.evaluation, "numbers", None)
@@ -94,7 +94,10 @@ def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, 
         example = reader.example(source[number], number)
         if isinstance(example, Compared):
             example = example.chosen
-        if isinstance(example, Pair):
+        if isinstance(example, Prompted):
+            asked = example.prompt
+            yield (asked if isinstance(asked, str) else asked.messages), ""
+        elif isinstance(example, Pair):
             yield example.prompt, example.completion.strip()
         elif isinstance(example, Chat) and example.tools is None:
             roles = [message["role"] for message in example.messages]

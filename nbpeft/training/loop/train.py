@@ -51,6 +51,7 @@ from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows
 from nbpeft.training.objectives.objective import Objective, fields_by_name
 from nbpeft.training.objectives.reference import reference_of
 from nbpeft.training.request import TrainRequest
+from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
@@ -102,6 +103,7 @@ def train(
     replace: bool = False,
     objective: str | None = None,
     reference: str | None = None,
+    rewards: Any = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -174,13 +176,16 @@ def train(
             each of them.
         replace: Save over another adapter that ``output_dir`` holds: one of another name, another base model or other
             tensors.
-        objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``kto`` or
-            ``reward``. By default it follows from the rows: if they have chosen and rejected it is ``dpo``, and
-            ``reward`` for a classifier with one label; if they have labels of good and bad completions it is ``kto``.
-            See :mod:`nbpeft.training.objectives`.
+        objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``kto``,
+            ``reward`` or ``grpo``. By default it follows from the rows: if they have chosen and rejected it is ``dpo``, and
+            ``reward`` for a classifier with one label; if they have labels of good and bad completions it is ``kto``;
+            with ``rewards`` it is ``grpo``. See :mod:`nbpeft.training.objectives`.
         reference: What ``dpo`` and ``kto`` compare the adapter with: ``base`` (the model without adapters), ``start``
             (the adapter's weights at the beginning) or the name of another adapter. By default ``base`` for an adapter
             that does not change the model yet, and ``start`` for others.
+        rewards: For ``grpo``: a function, or several in a list, that score completions of the rows' prompts:
+            ``f(completions, prompts, **columns) -> list[float]``, as for TRL's GRPOTrainer. See
+            :mod:`nbpeft.training.rewards`.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and of the objective
             (``beta``, ``loss_type``, …), and options of the Trainer (``callbacks``, ``compute_metrics``,
             ``data_collator``, …).
@@ -217,8 +222,6 @@ def _run(request: TrainRequest) -> TrainResult:
     request = request.opened()
     rows = training_rows(request)
     _has_an_end(rows.train, fields)
-    if launch is not None and request.score is not None:
-        raise ConfigError("score works in one process: score the adapter when it is trained", field="score")
     scorer = scorer_of(request, fields)
     check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
     request = replace(request, sample=_sample_prompts(request, rows))
@@ -247,13 +250,16 @@ def _run(request: TrainRequest) -> TrainResult:
                 if objective.rows:
                     request = replace(request, reference=chosen_reference(request, rows.train))
                 run.note(in_words(objective, request.objective_reason, request.reference))
+                if isinstance(request.rewards, Rewards):
+                    run.note(request.rewards.note)
+                    run.learns_from_rewards = True
                 said = _note(run, rows, settings, request.data_hint)
                 for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
                     run.note(note)
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
-                    metrics = _elsewhere(request, run, launch, rows, said, kept)
+                    metrics = _elsewhere(replace(request, score=scorer), run, launch, rows, said, kept)
                 else:
                     options |= _of_the_objective(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
@@ -495,16 +501,18 @@ def _inside(
 
     One of them ends a diverging training, or removes diverging adapters from a sweep.
     """
-    model, guarded = request.model, request.stop_on_divergence
+    model, guarded, group, patience = request.model, request.stop_on_divergence, request.members, request.patience
     found: list[TrainerCallback] = [] if check is None else [check]
-    found += callbacks_of(request.members, run, stop_on_divergence=guarded) or (
-        [DivergenceStop(run, model)] if guarded else []
-    )
-    found += [] if request.patience is None else [EarlyStop(run, model, request.patience)]
+    if isinstance(group, SideBySide):
+        found += callbacks_of(group, run, model, patience=patience, stop_on_divergence=guarded)
+    else:
+        found += [DivergenceStop(run, model)] if guarded else []
+        found += [] if patience is None else [EarlyStop(run, model, patience)]
     if scorer is not None:
         for note in scorer.notes:
             run.note(f"of the rows to score: {note}")
-        found.append(ScoreCallback(run, model, scorer, request.every))
+        members = (lambda: group.training) if isinstance(group, SideBySide) else None
+        found.append(ScoreCallback(run, model, scorer, request.every, members))
     prompts = request.sample
     return found + ([SampleCallback(run, model, prompts, request.every)] if isinstance(prompts, SamplePrompts) else [])
 
@@ -738,7 +746,8 @@ def _of_the_objective(request: TrainRequest, objective: Objective) -> dict[str, 
     if not objective.rows:
         return {}
     name = request.reference
-    return {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
+    found = {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
+    return {**found, **({"rewards": request.rewards} if objective.generates else {})}
 
 
 def _result(request: TrainRequest, run: Run, metrics: dict[str, float]) -> TrainResult:

@@ -93,11 +93,13 @@ class Run:
         lost: Why the model did not receive the weights that other processes trained; else the empty string.
         diverged: Why the training diverged, or the empty string.
         kept_step: The step whose weights were restored after divergence; else None.
+        learns_from_rewards: Whether gradients may be zero, as where all rewards are equal; set before it begins.
     """
 
     interval = 0.2
     memory_interval = 0.5
     most_samples = 40
+    most_rewarded = 20
 
     def __init__(
         self,
@@ -130,6 +132,7 @@ class Run:
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
         self.mirrors = self._came_back = False
         self.lost = ""
+        self.learns_from_rewards = False
         self._mirrored: TrainState | None = None
         self._display_failed = False
         self._status: TrainStatus = "starting"
@@ -141,6 +144,7 @@ class Run:
         self._warnings: list[str] = []
         self._saved = ""
         self._samples: deque[Sample] = deque(maxlen=self.most_samples)
+        self._rewarded: deque[Sample] = deque(maxlen=self.most_rewarded)
         self._latest: TrainState | None = None
         self._check: LearningCheck | None = None
         self._end_watching: Callable[[], None] = lambda: None
@@ -178,7 +182,7 @@ class Run:
             self._started = self._clock()
             model = self._model()
             if model is not None and not self.mirrors:
-                self._check = LearningCheck(model, self.adapter)
+                self._check = LearningCheck(model, self.adapter, rewarded=self.learns_from_rewards)
                 record = self._record  # not self: the hook must not keep the run alive
                 self._end_watching = watch_steps(model, lambda: record.step)
                 weakref.finalize(self, self._end_watching)
@@ -252,7 +256,13 @@ class Run:
         """
         with self._lock:
             self._record.take_over(curves)
-            self._samples.extend(samples)
+            for sample in samples:
+                (self._samples if sample.reward is None else self._rewarded).append(sample)
+
+    def rewarded(self, samples: Iterable[Sample]) -> None:
+        """Adds completions with their rewards; the last ``most_rewarded`` are kept."""
+        with self._lock:
+            self._rewarded.extend(samples)
 
     def sampled(self, samples: Iterable[Sample]) -> None:
         """Adds sampled answers; the last ``most_samples`` are kept."""
@@ -696,7 +706,7 @@ class Run:
             metrics=dict(record.metrics),
             metric_history={name: curve.points() for name, curve in record.metric_history.items()},
             best_step=record.best[0] if record.best else None,
-            samples=tuple(self._samples),
+            samples=(*self._samples, *self._rewarded),
             folder=self.folder,
             members=self.members(self._status_now()),
         )

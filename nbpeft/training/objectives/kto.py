@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Kto(Objective):
     """Makes good completions more likely, relative to the reference, and bad ones less likely.
 
-    How far the adapter is from the reference in general (the curve ``objective/kl``) is estimated in each batch from
+    How far the adapter is from the reference in general (the curve ``kl``) is estimated in each batch from
     completions of other rows: the prompt of a row is followed by the completion of the row before it.
 
     Attributes:
@@ -33,7 +33,7 @@ class Kto(Objective):
     uses_reference: ClassVar[bool] = True
     learns_second: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-6}
-    metrics: ClassVar[tuple[str, ...]] = ("rewards/margins", "objective/kl")
+    metrics: ClassVar[tuple[str, ...]] = ("rewards/margins", "kl")
 
     beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference."})
     desirable_weight: float = field(default=1.0, metadata={"help": "Factor on the losses of good completions."})
@@ -67,7 +67,7 @@ class Kto(Objective):
         losses = 1 - margin.where(good, -margin).sigmoid()
         weights = ratios.new_full(ratios.shape, self.undesirable_weight).masked_fill(good, self.desirable_weight)
         rewards, log_probs = self.beta * ratios.detach(), chosen.log_probs.detach()
-        found = {"objective/kl": kl.reshape(1)}
+        found = {"kl": kl.reshape(1)}
         for name, values in (("rewards", rewards), ("logps", log_probs)):
             found |= {f"{name}/chosen": values[good], f"{name}/rejected": values[~good]}
         if good.any() and not good.all():

@@ -54,9 +54,11 @@ class Objective:
 
     Attributes:
         name: the name by which a training chooses it.
-        rows: the kind of rows it takes, ``PAIRS`` or ``SCORED_PAIRS``; empty if the model computes the loss itself.
+        rows: the kind of rows it takes, ``PAIRS``, ``SCORED_PAIRS`` or ``PROMPTS``; empty if the model computes the loss
+            itself.
         uses_reference: whether its loss compares the trained weights with a reference.
         scores: whether it trains the one logit of a classifier, and not the log-probabilities of a language model.
+        generates: whether the model answers the rows' prompts, and reward functions score the answers.
         learns_prompts: whether its loss needs the log-probabilities of the prompts of chosen completions, too.
         defaults: fields of ``TrainingArguments`` whose defaults differ with it.
         learns_second: whether the second completion of each row has gradients; else it is computed
@@ -68,6 +70,7 @@ class Objective:
     rows: ClassVar[str] = ""
     uses_reference: ClassVar[bool] = False
     scores: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
     learns_prompts: ClassVar[bool] = False
     learns_second: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -82,12 +85,19 @@ class Objective:
         for item in dataclasses.fields(self):
             value, choices = getattr(self, item.name), item.metadata.get("choices", ())
             usual = item.default
+            if usual is None and value is None:
+                continue
             if isinstance(usual, bool):
                 valid, wanted = isinstance(value, bool), "True or False"
-            elif isinstance(usual, float):
-                valid, wanted = _is_number(value), "a finite number"
-            else:
+            elif choices:
                 valid, wanted = value in choices, f"one of {', '.join(map(str, choices))}"
+            elif isinstance(usual, int):
+                least = item.metadata.get("least", 0)
+                valid, wanted = type(value) is int and value >= least, f"a whole number of at least {least}"
+            elif item.metadata.get("listed"):
+                valid, wanted = isinstance(value, list | tuple) and all(map(_is_number, value)), "a list of numbers"
+            else:
+                valid, wanted = _is_number(value), "a finite number"
             if not valid:
                 hint = did_you_mean(str(value), choices) if choices else ""
                 raise ConfigError(f"{item.name} must be {wanted}, not {value!r:.60}.{hint}", field=item.name)
@@ -100,6 +110,11 @@ class Objective:
             rejected: the rejected completion of each row.
         """
         raise NotImplementedError(f"the model computes the loss of {self.name}")
+
+    @property
+    def reference_needed(self) -> bool:
+        """Whether its loss, with these fields, compares the trained weights with a reference."""
+        return self.uses_reference
 
     def changed(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""

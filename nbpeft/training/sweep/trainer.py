@@ -21,12 +21,16 @@ from nbpeft.model.handle.serving import serving_rows
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.adapters.extra_loss import loss_divisor
 from nbpeft.training.disk.kept_arguments import is_plain_value
+from nbpeft.training.monitor.callback import metrics_of
 from nbpeft.training.monitor.control import CloneRequest
+from nbpeft.training.monitor.record import score_of
 from nbpeft.training.monitor.run import Run
+from nbpeft.training.sweep.evaluations import SweepEvaluations
 from nbpeft.training.sweep.loss import NotApartError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.transformers.trainer import has_own_loss
 from nbpeft.training.watching.divergence import Seldom
+from nbpeft.training.watching.scoring import named_metrics
 
 _OF_A_GROUP = ("lr", "betas", "eps")
 """Optimizer options that are set per parameter group."""
@@ -39,9 +43,7 @@ _REFUSED = {
     "load_best_model_at_end": "the best adapter is active at the end, each with its last weights",
     "optimizers": "each adapter has its own; say which with optim=…",
     "optimizer_cls_and_kwargs": "each adapter has its own; say which with optim=…",
-    "patience": "stop an adapter when its curve says so",
     "sample": "compare the adapters when they are trained",
-    "score": "score the adapters when they are trained",
 }
 """Arguments that would affect all adapters together, with the reason or an alternative."""
 
@@ -176,15 +178,18 @@ class SideBySideTrainer(transformers.Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates each member that is trained; returns the outputs of the one with the lowest loss."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        members, outputs = self.group.training or list(self.group.members), []
+        members, outputs, found = self.group.training or list(self.group.members), [], {}
         try:
             for member in members:
                 self._evaluated = member
                 outputs.append(super().evaluation_loop(*args, **kwargs))
-                member.evaluated(self.state.global_step, (outputs[-1].metrics or {}).get(f"{prefix}_loss"))
+                found[member.name] = _reported(outputs[-1].metrics or {}, prefix)
+                member.evaluated(self.state.global_step, self.args, found[member.name])
         finally:
             self._evaluated = None
-        return min(outputs, key=partial(_rank, name=f"{prefix}_loss"))
+        if self.is_in_train:
+            self.log(named_metrics(found))
+        return min(outputs, key=partial(_rank, args=self.args, prefix=prefix))
 
     def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Predicts like the base class, with the member that is being evaluated."""
@@ -323,17 +328,22 @@ def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: dict(own) for name, own in named if isinstance(name, str) and isinstance(own, Mapping)}
 
 
-def callbacks_of(members: object, run: Run, *, stop_on_divergence: bool = False) -> list[SideBySideCallback]:
-    """Returns the callback of a sweep, or an empty list for other trainings.
+def callbacks_of(
+    members: SideBySide, run: Run, model: nn.Module, *, patience: int | None, stop_on_divergence: bool = False
+) -> list[TrainerCallback]:
+    """Returns the callbacks of a sweep.
 
     Args:
-        members: a SideBySide, or None.
+        members: its adapters.
         run: the run.
+        model: the model in training.
+        patience: number of evaluations without improvement after which an adapter stops.
         stop_on_divergence: whether to stop diverging members.
     """
-    if not isinstance(members, SideBySide):
-        return []
-    return [SideBySideCallback(members, run, stop_on_divergence=stop_on_divergence)]
+    return [
+        SideBySideCallback(members, run, stop_on_divergence=stop_on_divergence),
+        SweepEvaluations(members, run, model, patience),
+    ]
 
 
 def _factor(member: Member, steps: int) -> Any:
@@ -356,6 +366,15 @@ def _factor(member: Member, steps: int) -> Any:
     return schedule.lr_lambdas[0]
 
 
-def _rank(output: Any, name: str) -> float:
-    loss = output.metrics.get(name)
-    return float(loss) if loss is not None and math.isfinite(loss) else math.inf
+def _reported(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Returns the loss and the values of ``compute_metrics`` of an evaluation, by the names of a single one."""
+    named = {f"eval_{name.removeprefix(f'{prefix}_')}": value for name, value in metrics.items()}
+    values = {f"eval_{name}": value for name, value in metrics_of(named).items() if "/" not in name}
+    return values | ({"eval_loss": named["eval_loss"]} if named.get("eval_loss") is not None else {})
+
+
+def _rank(output: Any, args: TrainingArguments, prefix: str) -> float:
+    reported = _reported(output.metrics, prefix)
+    score = score_of(args, reported)
+    score = reported.get("eval_loss") if score is None else score
+    return score if score is not None and math.isfinite(score) else math.inf

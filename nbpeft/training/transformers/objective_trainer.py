@@ -41,7 +41,7 @@ class ObjectiveTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.objective, self.reference = objective, reference
         self.model_accepts_loss_kwargs = False  # a loss is the mean over rows, also of accumulated batches
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._compared: tuple[Tensor, Tensor] | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -88,11 +88,18 @@ class ObjectiveTrainer(Trainer):
         if not self.objective.learns_second and self.accelerator.num_processes > 1:
             parts[1] = self._of_all_processes(parts[1])
         losses, curves = self.objective.loss(*parts)
-        for name, values in curves.items():  # the sum of the means of batches, and the number of batches
-            mean = torch.stack([values.float().mean(), values.new_ones((), dtype=torch.float32)])
-            mean = mean if len(values) else torch.zeros_like(mean)
-            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
+        self.add_to_curves({name: values.mean() if len(values) else None for name, values in curves.items()})
         return (losses.mean(), {}) if return_outputs else losses.mean()
+
+    def add_to_curves(self, values: Mapping[str, Tensor | None]) -> None:
+        """Adds values to the means that are logged next.
+
+        Args:
+            values: name of the curve -> a scalar; None if the curve has no value for this batch.
+        """
+        for name, value in values.items():
+            total, count = self._sums.get(name, (torch.zeros((), device=self.args.device), 0))
+            self._sums[name] = (total, count) if value is None else (total + value, count + 1)
 
     def _log_probs(
         self, model: nn.Module, batch: Mapping[str, Tensor], learned: list[Tensor], chunk_size: int
@@ -112,6 +119,10 @@ class ObjectiveTrainer(Trainer):
         reference = None if part.reference is None else reduce(part.reference.mean()[None], "mean")
         return replace(part, log_probs=reduce(part.log_probs.mean()[None], "mean"), reference=reference)
 
+    def log_probs_of_the_reference(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The log-probabilities of a batch, as the loss compares them with those of the reference."""
+        return log_probs(model, batch, chunk_size=self.loss_chunk_size)
+
     def _of_the_reference(self, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Tensor | None:
         """The log-probabilities of the reference; those of a batch are computed once for all adapters of a sweep."""
         if self.reference is None:
@@ -126,7 +137,7 @@ class ObjectiveTrainer(Trainer):
             evaluated(model),
             self.reference.active(),
         ):
-            found = log_probs(model, batch, chunk_size=self.loss_chunk_size)
+            found = self.log_probs_of_the_reference(model, batch)
         self._compared = inputs["input_ids"], found
         return found
 
@@ -176,10 +187,11 @@ class ObjectiveTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _means(self) -> dict[str, float]:
-        """The means of the curves over the batches of all processes; without a curve that has no value in any."""
+        """The means of the curves over the batches of all processes; without those that have no value in any."""
         if not self._sums:
             return {}
-        sums: Any = self.accelerator.reduce(torch.stack([*self._sums.values()]), "sum")
+        parts = [torch.stack([total, torch.full_like(total, count)]).float() for total, count in self._sums.values()]
+        sums: Any = self.accelerator.reduce(torch.stack(parts), "sum")
         return {name: total / count for name, (total, count) in zip(self._sums, sums.tolist(), strict=True) if count}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -306,7 +306,7 @@ def test_a_config_without_the_class_joins_it() -> None:
 def test_what_the_ready_class_does_not_compute_is_refused(fields: dict[str, Any]) -> None:
     settings = LoraConfig(target_modules=["lin"], **fields)
     settings._register_custom_module({nn.Linear: linear_class(nbpeft)})
-    with pytest.raises(ConfigError, match=r"is not for a layer class of one's own \(OwnLinear\): leave it out"):
+    with pytest.raises(ConfigError, match=r"is not supported by custom layer classes \(OwnLinear\): leave it out"):
         get_peft_model(Net(), settings)
 
 

@@ -754,5 +754,40 @@ def test_an_embedding_that_is_not_named_is_found_by_its_size(method: Method, fie
     assert torch.equal(model(tokens(), **more).logits, expected(tokens(), **more).logits)
     model = unnamed()
     model.config.vocab_size += 1
+    if not method.adapter_class.needs_embedding:  # type: ignore[attr-defined]
+        return
     with pytest.raises(NbpeftError, match=r"config\.vocab_size"):
         get_peft_model(model, made(method, fields))
+
+
+def test_the_vocabulary_of_a_model_of_several_is_that_of_its_language_model() -> None:
+    model = llama()
+    model.config.text_config = LlamaConfig(vocab_size=model.config.vocab_size, hidden_size=32)
+    model.config.vocab_size = -1
+    model.get_input_embeddings = lambda: None
+    tuned = get_peft_model(model, nbpeft.PromptTuningConfig(num_virtual_tokens=3, num_layers=2, num_attention_heads=4))
+    assert tuned.word_embeddings is model.model.embed_tokens.base_layer
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if not method.adapter_class.needs_embedding])  # type: ignore[attr-defined]
+def test_a_prefix_needs_no_embedding(method: Method, tmp_path: Path) -> None:
+    """It lies on the first layer then, whose own adapters compute as before."""
+
+    def bare() -> Any:
+        made = seeded(lambda: LlamaModel(LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=64)))
+        made.embed_tokens, made.get_input_embeddings = None, lambda: None
+        return made
+
+    hidden = torch.randn(2, 5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(0))
+    model = get_peft_model(bare(), method.config_class(num_virtual_tokens=3)).eval()
+    randomize(model, scale=0.5)
+    prefixed = model(inputs_embeds=hidden)[0]
+    assert model.word_embeddings is None and not torch.equal(prefixed, bare()(inputs_embeds=hidden)[0])
+    model.save_pretrained(tmp_path)
+    model.add_adapter("factors", nbpeft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert torch.equal(model(inputs_embeds=hidden)[0], prefixed)
+    again = PeftModel.from_pretrained(bare(), tmp_path).eval()
+    assert torch.equal(again(inputs_embeds=hidden)[0], prefixed)
+    second = PeftModel.from_pretrained(again.get_base_model(), tmp_path).eval()
+    assert torch.equal(second(inputs_embeds=hidden)[0], prefixed)
+    assert torch.equal(again.unload()(inputs_embeds=hidden)[0], bare()(inputs_embeds=hidden)[0])

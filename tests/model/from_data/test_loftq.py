@@ -76,7 +76,7 @@ def test_what_fails_leaves_the_adapter_as_it_was(folder: Path, tmp_path: Path) -
         replace_lora_weights_loftq(model, folder, callback=fail)
     with pytest.raises(CheckpointNotFoundError, match="neither a folder"):
         replace_lora_weights_loftq(model, tmp_path / "none")
-    with pytest.raises(CheckpointNotFoundError, match=r"holds no model\.safetensors"):
+    with pytest.raises(CheckpointNotFoundError, match=r"contains neither model\.safetensors"):
         replace_lora_weights_loftq(model, tmp_path)
     model.manager.model.config._name_or_path = "some/model"
     with pytest.raises(CheckpointError, match="give model_path"):

@@ -45,7 +45,7 @@ def test_the_first_loss_is_that_of_log_probabilities_of_plain_forwards(beta: flo
     fields = FIELDS | {"max_steps": 1, "train_sampling_strategy": "sequential", "beta": beta, **weight}
     result = nbpeft.train(model, THREE, reference="base", **fields)
     assert losses(result) == pytest.approx([float(sum(expected) / 3)], abs=1e-5)
-    assert result.state.series["objective/kl"][0][1] == pytest.approx(float(kl), abs=1e-5)
+    assert result.state.series["kl"][0][1] == pytest.approx(float(kl), abs=1e-5)
     good = torch.stack([ratio for ratio, row in zip(found, THREE, strict=True) if row["label"]])
     assert result.state.series["rewards/chosen"][0][1] == pytest.approx(beta * float(good.mean()), abs=1e-5)
 
@@ -71,7 +71,7 @@ def test_rows_that_are_all_good_are_learned_by_sft_unless_kto_is_named() -> None
     assert nbpeft.train(new(), good, **FIELDS).objective == "sft"
     result = nbpeft.train(new(), good, good[:5], objective="kto", eval_steps=1, **FIELDS)
     assert result.objective == "kto" and "rewards/margins" not in result.state.series
-    assert "eval_objective/kl" in result.state.metrics and "eval_rewards/margins" not in result.state.metrics
+    assert "eval_kl" in result.state.metrics and "eval_rewards/margins" not in result.state.metrics
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
     assert nbpeft.train(new(), stream, objective="kto", **FIELDS).steps == 3
 
@@ -130,7 +130,7 @@ def test_two_processes_have_one_kl() -> None:
     parts = [ROWS[0:2], ROWS[2:4]]
     others = [{**row, "completion": part[place - 1]["completion"]} for part in parts for place, row in enumerate(part)]
     expected = ratios(model, others).mean().clamp(min=0)
-    assert result.state.series["objective/kl"][0][1] == pytest.approx(float(expected), abs=1e-5)
+    assert result.state.series["kl"][0][1] == pytest.approx(float(expected), abs=1e-5)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -59,6 +59,7 @@ class AdaptionPromptConfig(AdapterConfig):
     adapter_len: int | None = field(default=None)
     adapter_layers: int | None = field(default=None)
 
+    on_last_layers: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ()
     """Paths of the attentions in the model it was completed for."""
     features: ClassVar[int] = 0
@@ -75,11 +76,6 @@ class AdaptionPromptConfig(AdapterConfig):
         for name in ("adapter_len", "adapter_layers"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-
-    @property
-    def is_adaption_prompt(self) -> bool:
-        """True: it is one."""
-        return True
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
         """Looks for the attentions; see ``AdapterConfig``."""

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
+from nbpeft.engine.config.prompt_config import WIDTHS
 from nbpeft.engine.contract.adapter import TaskType
 from nbpeft.engine.tree.model_tree import bare_modules
 from nbpeft.errors import ConfigError, in_one_line, shortened, shown
 
 _LISTS = ("layers", "h")
 """Names of the list of blocks in models."""
-_WIDTHS = ("hidden_size", "n_embd", "d_model")
 _HEADS = ("score", "classifier")
 """Names of the head of a sequence classifier in models."""
 _PROJECTED = "causal_lm_with_hidden_projection"
@@ -57,7 +57,7 @@ def width_of(config: Any) -> int:
     Raises:
         ConfigError: the config does not have it.
     """
-    found = next((getattr(config, name) for name in _WIDTHS if hasattr(config, name)), None)
+    found = next((getattr(config, name) for name in WIDTHS if hasattr(config, name)), None)
     if not isinstance(found, int):
         raise ConfigError(f"{type(config).__name__} does not say its hidden_size")
     return found
@@ -185,7 +185,7 @@ def _mirrored(config: Any, backbone: Any) -> Recipe:
             "shadow_num_hidden_layers",
             ("num_hidden_layers", "n_layer", "num_layers"),
         ),
-        (config.shadow_hidden_size, "shadow_hidden_size", _WIDTHS),
+        (config.shadow_hidden_size, "shadow_hidden_size", WIDTHS),
         (config.shadow_intermediate_size, "shadow_intermediate_size", ("intermediate_size", "ffn_dim", "n_inner")),
         (
             config.shadow_num_attention_heads,
