@@ -37,16 +37,18 @@ class SideState:
     """The state of a network in one call of the model.
 
     Attributes:
-        start: the network's output, (rows, length, features); None once the call has ended.
-        current: the state before the next block.
+        start: the network's output, (rows, length, features); None once the call has ended, and where ``is_inside``.
+        is_inside: whether the network reads the input of the first block, and not that of the model.
+        current: the state before the next block; None before it is computed, and once the call has ended.
+        has_ended: whether the call has ended.
         learns: whether gradients are recorded in the call.
         kept: path of a block -> the state before it, as long as backward may recompute the block; None if blocks are
             not checkpointed.
     """
 
-    def __init__(self, start: Tensor, *, recomputes: bool) -> None:
-        self.start: Tensor | None = start
-        self.current: Tensor | None = start
+    def __init__(self, start: Tensor | None, *, recomputes: bool) -> None:
+        self.start = self.current = start
+        self.is_inside, self.has_ended = start is None, False
         self.learns = torch.is_grad_enabled()
         self.kept: WeakValueDictionary[str, _Kept] | None = WeakValueDictionary() if recomputes else None
 
@@ -68,9 +70,10 @@ class SideState:
     def end(self) -> None:
         """Releases the tensors of the call."""
         self.start = self.current = None
+        self.has_ended = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"start": None, "current": None, "learns": False, "kept": None}
+        return {**vars(self), "start": None, "current": None, "has_ended": True, "learns": False, "kept": None}
 
 
 class _SideCall(BeforeCall):
@@ -167,6 +170,9 @@ class _BeforeBlock(_BlockHook):
         adapter, run, scale = active
         state, again = run.before(self.path)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if run.is_inside and self.path == adapter.places[0] and (again or not run.has_ended):
+            state = adapter.state_of(hidden)  # again, too: the network is a part of what backward recomputes
+            run.current = run.current if again else state
         if state is None:
             raise AdapterError(f"{self.path} is called after the call of the model that the active adapter acts in")
         if run.learns and not again and not torch.is_grad_enabled():
@@ -195,6 +201,11 @@ class _BehindBlock(_BlockHook):
         state, again = run.before(self.path)
         if state is None:
             return
+        if run.is_inside and not isinstance(output, Tensor):
+            raise AdapterError(
+                f"{adapter.title} works with blocks of a diffusion transformer that return their hidden states alone, "
+                f"and {self.path} returns a {type(output).__name__}"
+            )
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         if not again:
             run.keep(self.path, hidden)

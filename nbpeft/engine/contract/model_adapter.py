@@ -256,16 +256,27 @@ class RunsBeside(ABC):
     last_loss: Tensor | None = None
 
     @abstractmethod
-    def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor:
-        """Computes the state before the first block.
+    def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor | None:
+        """Computes the state before the first block from the input of the model.
 
         Args:
             model: the base model.
             call: name -> argument of the call; changed in place if the cache must store what the network computes.
 
         Returns:
+            (rows, length, features); None if ``state_of`` computes it.
+        """
+
+    def state_of(self, hidden: Tensor) -> Tensor:
+        """Computes the state before the first block from the input of that block.
+
+        Args:
+            hidden: (rows, length, features).
+
+        Returns:
             (rows, length, features).
         """
+        raise NotImplementedError
 
     @abstractmethod
     def injected(self, path: str, hidden: Tensor, state: Tensor, scale: float) -> Tensor:

@@ -20,12 +20,14 @@ class PeftNames:
         layer: class name of a layer whose adapters are all of this method; empty for ``<peft_type>.<kind>``.
         layer_prefix: start of the names of its layer classes: ``HRA`` of ``HRALinear``.
         mappings: mappings that every layer has, even if they are empty there.
-        single_mapping: the one mapping that contains all parameters, if PEFT's layers have only that one.
         attributes: attribute of an adapted layer -> attribute of the adapter that it reads.
         functions: method of an adapted layer -> function of the layer and the arguments.
         wrapped: parameters stored in a small module as its ``weight``: ``layer.core["default"].weight``.
         names_in_modules: parameter in ``wrapped`` -> its name in the module, if that is not ``weight``.
-        lists: parameters stored in a list, ``layer.core["default"][0]``: here ``core.0``, ``core.1``, …
+        lists: parameters stored in a list, ``layer.core["default"][0]``: here ``core.0``, ``core.1``, …; what is in
+            ``wrapped``, too, is a list of small modules.
+        grouped: parameter -> attribute of the layer, and name in what it maps the adapter to, that PEFT has for it:
+            ``osf_svd_params.S_low`` for ``layer.osf_svd_params["default"]["S_low"]``.
         modules: further modules of PEFT's layers, besides those for ``wrapped``; see ``ShowsModules.peft_module``.
         constants: parameters that are neither saved nor read; they exist because PEFT counts them.
         container: module below the layer in which PEFT keeps the parameters, if not on the layer itself.
@@ -40,12 +42,12 @@ class PeftNames:
     layer: str = ""
     layer_prefix: str = ""
     mappings: tuple[str, ...] = ()
-    single_mapping: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     wrapped: tuple[str, ...] = ()
     names_in_modules: Mapping[str, str] = field(default_factory=dict)
     lists: tuple[str, ...] = ()
+    grouped: Mapping[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     container: str = ""

@@ -186,7 +186,10 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     """
     listed, _, number = own.partition(".")
     if listed in adapter.peft.lists:
-        return f"{listed}.{name}.{number}"
+        return f"{listed}.{name}.{number}{'.weight' if listed in adapter.peft.wrapped else ''}"
+    if own in adapter.peft.grouped:
+        group, _, part = adapter.peft.grouped[own].partition(".")
+        return f"{group}.{name}.{part}"
     inner = inner_adapters_of(adapter)
     if listed in inner:
         return shown_name(inner[listed], number, listed)
@@ -323,6 +326,26 @@ class ParameterListing(_Shows, nn.ParameterList):
         return "ParameterList"
 
 
+class ModuleListing(_FollowsMode, nn.ModuleList):
+    """The same if each is the ``weight`` of a module in PEFT: ``layer.peanut_encoders["default"][0].weight``.
+
+    Args:
+        adapter: the adapter.
+        name: name of the list; the parameters are the adapter's ``name.0``, ``name.1``, ….
+        base: the layer.
+    """
+
+    def __init__(self, adapter: Adapter, name: str, base: BaseLayer) -> None:
+        super().__init__(_leaf(adapter, own, base) for own in adapter._parameters if own.partition(".")[0] == name)
+        self.__dict__["adapter"] = adapter
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return (self.__dict__["adapter"],)
+
+    def _get_name(self) -> str:
+        return "ModuleList"
+
+
 class Container(_FollowsMode):
     """A module that contains parameters of adapters in PEFT, such as ``token_adapter``, with their attributes."""
 
@@ -445,8 +468,8 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
             slots.setdefault(own, {})[name] = (adapter, own)
         for own in list(adapter._parameters):
-            listed = own.partition(".")[0] in adapter.peft.lists
-            if not listed and own.removesuffix("_bias") not in adapter.peft.wrapped:
+            has_module = own in adapter.peft.grouped or own.partition(".")[0] in adapter.peft.lists
+            if not has_module and own.removesuffix("_bias") not in adapter.peft.wrapped:
                 parameters.setdefault((adapter.peft.container, own), {})[name] = (adapter, own)
     used = {"base_layer", *modules, *buffers, *(container or own for container, own in parameters)}
     for gone in shown.keys() - used:
@@ -484,7 +507,14 @@ def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable
     for own in adapter.peft.modules:
         yield own, partial(_made, adapter, own, base)
     for own in adapter.peft.lists:
-        yield own, partial(ParameterListing, adapter, own)
+        wraps = own in adapter.peft.wrapped
+        yield own, partial(ModuleListing, adapter, own, base) if wraps else partial(ParameterListing, adapter, own)
+    groups: dict[str, dict[str, Slot]] = {}
+    for own in [own for own in adapter._parameters if own in adapter.peft.grouped]:
+        group, _, part = adapter.peft.grouped[own].partition(".")
+        groups.setdefault(group, {})[part] = (adapter, own)
+    for group, slots in groups.items():
+        yield group, partial(ParameterMapping, slots)
     for own in list(adapter._parameters):
         if own in adapter.peft.wrapped:
             yield own, partial(_leaf, adapter, own, base)
@@ -541,7 +571,9 @@ def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: Ba
         AdapterError: the module would not be called, or would not be trained and saved with the adapter.
         ValueError: its weight has another shape.
     """
-    if not isinstance(shown, Observed | Remainder | ParameterListing):  # a module assigned earlier
+    if not isinstance(
+        shown, Observed | Remainder | ParameterListing | ModuleListing | ParameterMapping
+    ):  # a module assigned earlier
         made = _leaf(adapter, own, base) if own in adapter._parameters else _made(adapter, own, base)
         shown = shown if made is None else made
     if not isinstance(module, nn.Module) or not isinstance(shown, Observed):
@@ -647,7 +679,8 @@ def unfilled(method: Method, name: str, *, with_settings: bool) -> Any:
     own = method.adapter_class
     if name not in parameters and not with_settings:
         return None
-    if name in own.peft.wrapped or name in own.peft.modules:
+    groups = (place.partition(".")[0] for place in own.peft.grouped.values())
+    if name in (*own.peft.wrapped, *own.peft.modules, *groups):
         return AdapterDict()
     return ParameterMapping({}) if name in parameters else {} if name in (*settings, *own.peft.attributes) else None
 
@@ -670,12 +703,21 @@ def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
             use_shown(adapters, container._modules)
         elif isinstance(container, AdapterDict):
             for name, leaf in container._modules.items():
-                if isinstance(leaf, Remainder):
-                    adapters[name].__dict__["_modules"] = leaf._modules
-                elif isinstance(leaf, ParameterModule):
-                    own_name = adapters[name].peft.names_in_modules.get(shown_as, "weight")
-                    held = {own_name: shown_as, "bias": f"{shown_as}_bias"}
-                    given = {own: leaf.__dict__[key] for key, own in held.items() if key in leaf.__dict__}
-                    adapters[name].__dict__.update(given)
-                elif isinstance(leaf, ParameterListing):
-                    adapters[name].__dict__.update({own: leaf.__dict__[key] for key, own in leaf.owned.items()})
+                _use_leaf(adapters[name], shown_as, leaf)
+
+
+def _use_leaf(adapter: Any, shown_as: str, leaf: nn.Module) -> None:
+    """Assigns the tensors of the replica of a module that shows a part of an adapter; see ``use_shown``."""
+    own, held = adapter.__dict__, leaf.__dict__
+    if isinstance(leaf, Remainder):
+        own["_modules"] = leaf._modules
+    elif isinstance(leaf, ParameterModule):
+        names = {adapter.peft.names_in_modules.get(shown_as, "weight"): shown_as, "bias": f"{shown_as}_bias"}
+        own.update({name: held[key] for key, name in names.items() if key in held})
+    elif isinstance(leaf, ParameterListing):
+        own.update({name: held[key] for key, name in leaf.owned.items()})
+    elif isinstance(leaf, ModuleListing):
+        own.update({f"{shown_as}.{key}": one.__dict__["weight"] for key, one in leaf._modules.items()})
+    elif isinstance(leaf, ParameterMapping):
+        places = {f"{shown_as}.{key}": key for key in leaf._keys}
+        own.update({name: held[places[place]] for name, place in adapter.peft.grouped.items() if place in places})

@@ -92,7 +92,7 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
     from nbpeft.widgets import LiveAnswers
 
     with closing(LiveAnswers(ui=notebook.ui)) as live:
-        return notebook.session.score(
+        result = notebook.session.score(
             rows,
             metric=metrics,
             adapters=options.names or None,
@@ -111,6 +111,9 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             model=model,
             **given,
         )
+    from nbpeft.magics.paged_scores import PagedScores
+
+    return PagedScores.of(result, notebook) if result.items else result
 
 
 def metric_of(word: str, notebook: NotebookContext) -> Any:

@@ -202,10 +202,10 @@ def _read_prompt(row: Row, chat: bool) -> Example:
     value = row.value("prompt")
     if value is None or isinstance(value, str):
         return Prompted(value or "")
-    asked = _chat(row, Messages(), row.messages("prompt"))
-    if asked.messages and asked.messages[-1]["role"] == "assistant":
+    given = _chat(row, Messages(), row.messages("prompt"))
+    if given.messages and given.messages[-1]["role"] == "assistant":
         raise row.error("the prompt ends with the assistant's answer: give it without.")
-    return Prompted(asked)
+    return Prompted(given)
 
 
 def _tools_of_text(row: Row) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ class CodedRow:
         dropped: Whether the row is left out because it is too long.
         part: Which part of a row it is, 0 for the first.
         part_count: The number of parts into which the row is split.
-        asked: For a row with a prompt alone: the prompt and the other columns, as reward functions get them.
+        prompted: For a row with a prompt alone: the prompt and the other columns, as reward functions get them.
     """
 
     number: int
@@ -112,13 +112,13 @@ class CodedRow:
     dropped: bool = False
     part: int = 0
     part_count: int = 1
-    asked: Mapping[str, Any] | None = None
+    prompted: Mapping[str, Any] | None = None
 
     @property
     def row(self) -> dict[str, Any]:
         """The truncated row, as the collator takes it."""
-        if self.asked is not None:
-            return {"input_ids": self.whole.input_ids, **self.asked}
+        if self.prompted is not None:
+            return {"input_ids": self.whole.input_ids, **self.prompted}
         ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
         if self.rejected is not None:
             other = {f"{REJECTED}{name}": value for name, value in self.rejected.row.items()}
@@ -133,7 +133,7 @@ class CodedRow:
     @property
     def cut(self) -> bool:
         """Whether the row is too long and is truncated."""
-        if self.asked is not None:  # a longer prompt is left out: its end is what is answered
+        if self.prompted is not None:  # a longer prompt is left out: its end is what is answered
             return False
         rejected = self.rejected is not None and self.rejected.cut
         is_long = rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
@@ -166,7 +166,7 @@ class CodedRow:
     @property
     def missing(self) -> str:
         """Why there is nothing to train on; empty if there is something."""
-        if self.reason or self.asked is not None or self.learned_count:
+        if self.reason or self.prompted is not None or self.learned_count:
             return self.reason or ("" if self.rejected is None else self.rejected.missing)
         return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
 
@@ -308,16 +308,16 @@ class Reading:
         others = {name: value for name, value in row.values.items() if name not in own}
         for name in others:
             row.check_unused(name)
-        asked, unused = example.prompt, list[Unused]()
-        prompt: Any = asked
-        if isinstance(asked, str):
-            ids = list(self.tokenizer(asked)["input_ids"]) if asked.strip() else []
+        given, unused = example.prompt, list[Unused]()
+        prompt: Any = given
+        if isinstance(given, str):
+            ids = list(self.tokenizer(given)["input_ids"]) if given.strip() else []
             unused += [] if row.tools() is None else [(COLUMNS, repr(tools))]
         else:
-            prompt = [dict(message) for message in asked.messages]
-            text = _rendered(asked, row.number, self.tokenizer, renderer.prompt) if prompt else ""
+            prompt = [dict(message) for message in given.messages]
+            text = _rendered(given, row.number, self.tokenizer, renderer.prompt) if prompt else ""
             ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if prompt else []
-            unused += [(MESSAGES, name) for name in asked.unused]
+            unused += [(MESSAGES, name) for name in given.unused]
         reason = "" if ids else "the prompt is empty"
         if len(ids) > self.limit:
             reason = f"its prompt has {len(ids):,} tokens, and at most {self.limit:,} are read"
@@ -327,8 +327,8 @@ class Reading:
             self.limit,
             reason=reason,
             unused=tuple(unused),
-            system=None if isinstance(asked, str) else system_of(asked),
-            asked={"prompt": prompt, "columns": others, "number": row.number},
+            system=None if isinstance(given, str) else system_of(given),
+            prompted={"prompt": prompt, "columns": others, "number": row.number},
         )
 
     def _compared(self, row: Row, example: Compared, renderer: ChatRenderer, reason: str, weight: float) -> CodedRow:

@@ -83,6 +83,10 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     given = {name: value for name, value in request.arguments.items() if name in fields}
     own = getattr(request.arguments_class, "__dataclass_fields__", {})  # TRL's SFTConfig has a loss_type, too
     kind = None if request.objective is None else objective_named(request.objective)
+    if kind is not None and not kind.generates and request.rewards is not None:
+        raise ConfigError(
+            f"rewards are for objective='grpo', and this trains {kind.name}: leave rewards out", field="rewards"
+        )
     if kind is not None:
         given = _fields_of(kind, given, fields, own)
     request = request.opened()
@@ -94,11 +98,6 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     rest = {name: value for name, value in request.arguments.items() if name not in given}
     request = replace(request, objective=objective, objective_reason=why, arguments={**objective.defaults, **rest})
     _check_model(request, objective, columns)
-    if not objective.generates and request.rewards is not None:
-        raise ConfigError(
-            f"rewards are for objective='grpo', and this trains {objective.name}: leave rewards out",
-            field="rewards",
-        )
     if not objective.rows:
         if request.reference is not None:
             raise ConfigError(f"{objective.name} has no reference: leave reference out", field="reference")
@@ -122,10 +121,8 @@ def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]
         )
     rows, steps = (arguments.get(name, usual) for name, usual in _OF_A_STEP.items())
     if type(rows) is int and type(steps) is int and rows * steps % copies:
-        size, product = (
-            rows * steps,
-            " x ".join(f"{name} ({arguments.get(name, usual)})" for name, usual in _OF_A_STEP.items()),
-        )
+        size = rows * steps
+        product = " x ".join(f"{name} ({number})" for name, number in zip(_OF_A_STEP, (rows, steps), strict=True))
         near = next((number for number in range(copies - 1, 1, -1) if size % number == 0), None)
         choice = "" if near is None else f", or num_generations={near}"
         raise ConfigError(
@@ -228,7 +225,7 @@ def _check_generation(request: TrainRequest, objective: Objective, columns: Sequ
     if call_columns(request.model):
         raise TrainingError(
             f"{name} generates completions without {', '.join(call_columns(request.model))}, which the method of the "
-            "adapter needs"
+            "adapter takes"
         )
     if request.tokenizer is None or not hasattr(request.tokenizer, "decode"):
         raise ConfigError(f"{name} needs a tokenizer: pass tokenizer=…", field="tokenizer")

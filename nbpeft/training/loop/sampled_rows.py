@@ -81,7 +81,10 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
 
 
 def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, str]]:
-    """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both, and prompts alone."""
+    """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both.
+
+    The wanted answer of a row with a prompt alone is empty.
+    """
     apart = rows.evaluation is not None and not is_amount(request.eval_data)
     source = request.eval_data if apart else request.data
     numbers = getattr(rows.train if rows.evaluation is None else rows.evaluation, "numbers", None)
@@ -95,8 +98,8 @@ def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, 
         if isinstance(example, Compared):
             example = example.chosen
         if isinstance(example, Prompted):
-            asked = example.prompt
-            yield (asked if isinstance(asked, str) else asked.messages), ""
+            prompted = example.prompt
+            yield (prompted if isinstance(prompted, str) else prompted.messages), ""
         elif isinstance(example, Pair):
             yield example.prompt, example.completion.strip()
         elif isinstance(example, Chat) and example.tools is None:

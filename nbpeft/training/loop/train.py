@@ -177,9 +177,9 @@ def train(
         replace: Save over another adapter that ``output_dir`` holds: one of another name, another base model or other
             tensors.
         objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``kto``,
-            ``reward`` or ``grpo``. By default it follows from the rows: if they have chosen and rejected it is ``dpo``, and
-            ``reward`` for a classifier with one label; if they have labels of good and bad completions it is ``kto``;
-            with ``rewards`` it is ``grpo``. See :mod:`nbpeft.training.objectives`.
+            ``reward`` or ``grpo``. By default it follows from the rows: if they have chosen and rejected it is ``dpo``,
+            and ``reward`` for a classifier with one label; if they have labels of good and bad completions it is
+            ``kto``; with ``rewards`` it is ``grpo``. See :mod:`nbpeft.training.objectives`.
         reference: What ``dpo`` and ``kto`` compare the adapter with: ``base`` (the model without adapters), ``start``
             (the adapter's weights at the beginning) or the name of another adapter. By default ``base`` for an adapter
             that does not change the model yet, and ``start`` for others.

@@ -54,8 +54,8 @@ class Objective:
 
     Attributes:
         name: the name by which a training chooses it.
-        rows: the kind of rows it takes, ``PAIRS``, ``SCORED_PAIRS`` or ``PROMPTS``; empty if the model computes the loss
-            itself.
+        rows: the kind of rows it takes: ``PAIRS``, ``SCORED_PAIRS`` or ``PROMPTS``; empty if the model computes the
+            loss itself.
         uses_reference: whether its loss compares the trained weights with a reference.
         scores: whether it trains the one logit of a classifier, and not the log-probabilities of a language model.
         generates: whether the model answers the rows' prompts, and reward functions score the answers.
@@ -99,7 +99,7 @@ class Objective:
             else:
                 valid, wanted = _is_number(value), "a finite number"
             if not valid:
-                hint = did_you_mean(str(value), choices) if choices else ""
+                hint = did_you_mean(str(value), [name for name in choices if isinstance(name, str)])
                 raise ConfigError(f"{item.name} must be {wanted}, not {value!r:.60}.{hint}", field=item.name)
 
     def loss(self, chosen: Completions, rejected: Completions) -> tuple[Tensor, dict[str, Tensor]]:

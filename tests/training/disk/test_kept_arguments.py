@@ -53,6 +53,7 @@ GIVEN: dict[str, Any] = {
     "stop_on_divergence": False,
     "objective": "dpo",
     "reference": "base",
+    "rewards": [abs],
 }
 """A value that says something for each keyword of ``train``."""
 

@@ -106,7 +106,7 @@ class Glora(Adapter, ReplacesCall):
 
     reads_weight: ClassVar[bool] = True
     peft: ClassVar[PeftNames] = PeftNames(
-        "glora_A glora_B glora_C glora_D glora_E", "r", layer_prefix="Glora", attributes={"r": "rank"}
+        "glora_A glora_B glora_C glora_D glora_E", "r", layer_prefix="Glora", attributes={"r": "rank"}, grouped=_KEYS
     )
     from_config: ClassVar[Mapping[str, str]] = {"rank": "r"}
 

@@ -37,6 +37,7 @@ _FIRST = "_osf_{}_low_init"
 LEFT_START, VALUES_START, RIGHT_START = (_FIRST.format(one) for one in "USV")
 LEFT_KEPT, RIGHT_KEPT = "_osf_U_high", "_osf_V_high"
 _TRAINED = "osf_svd_params"
+_KEYS = {name: f"{_TRAINED}.{name.removeprefix('osf_')}" for name in (LEFT, VALUES, RIGHT)}
 
 _TARGETS: dict[tuple[str, ...], str] = {
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"): (
@@ -161,7 +162,7 @@ def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
     ),
     default_targets=_targets,
     sample_configs={"half": {}, "most": {"effective_rank": 0.8}},
-    files=FileFormat(keys={name: f"{_TRAINED}.{name.removeprefix('osf_')}" for name in (LEFT, VALUES, RIGHT)}),
+    files=FileFormat(keys=_KEYS),
 )
 class Osf(Adapter, ConvertsToLora):
     """s, U and V of one layer, and what they start as."""
@@ -169,9 +170,8 @@ class Osf(Adapter, ConvertsToLora):
     peft: ClassVar[PeftNames] = PeftNames(
         "osf_svd_params",
         "_osf_U_low_init _osf_S_low_init _osf_V_low_init _osf_U_high _osf_V_high effective_rank",
-        single_mapping=_TRAINED,
+        grouped=_KEYS,
         attributes={
-            _TRAINED: "trained",
             "effective_rank": "kept",
             **{name: name for name in (LEFT_START, VALUES_START, RIGHT_START, LEFT_KEPT, RIGHT_KEPT)},
         },
@@ -210,11 +210,6 @@ class Osf(Adapter, ConvertsToLora):
             made.register_buffer(name, one, persistent=False)
         made.bind(kept=kept)
         return made
-
-    @property
-    def trained(self) -> nn.ParameterDict:
-        """Its parameters by PEFT's names."""
-        return nn.ParameterDict({name.removeprefix("osf_"): self.tensor(name) for name in (VALUES, LEFT, RIGHT)})
 
     @property
     def delta_rank(self) -> int | None:

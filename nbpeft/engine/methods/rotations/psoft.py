@@ -32,6 +32,7 @@ from nbpeft.engine.kernels.numerics import cayley, compute_dtype, neumann_cayley
 from nbpeft.errors import ConfigError
 
 CORE, SCALE_A, SCALE_B = "psoft_R", "psoft_R_vector_a", "psoft_R_vector_b"
+_KEYS = {CORE: f"{CORE}.weight", SCALE_A: f"{CORE}.vector_a", SCALE_B: f"{CORE}.vector_b"}
 DOWN, UP = "psoft_A", "psoft_B"
 _DEVIATION = 0.1
 """Standard deviation of a random core around the identity."""
@@ -141,7 +142,7 @@ class PsoftConfig(LayersConfig):
         },
         "free": {"r": 3, "psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False},
     },
-    files=FileFormat(keys={CORE: f"{CORE}.weight", SCALE_A: f"{CORE}.vector_a", SCALE_B: f"{CORE}.vector_b"}),
+    files=FileFormat(keys=_KEYS),
 )
 class Psoft(Adapter, ConvertsToLora, Rescales):
     """The trained parameters between the directions of one layer."""
@@ -150,7 +151,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         "psoft_R",
         "r psoft_alpha scaling psoft_dropout psoft_svd psoft_svd_lowrank_niter random_seed ab_svd_init "
         "_psoft_A_cache _psoft_B_cache",
-        wrapped=(CORE,),
+        grouped=_KEYS,
         attributes={"r": "rank", "psoft_alpha": "alpha"},
     )
     from_config: ClassVar[Mapping[str, str]] = {

@@ -5,7 +5,8 @@
     s   = (1 - g) s + g T(h'),   g = sigmoid(G(h'))             after it, from its output h'
 
 The model is frozen. W_up starts at zero, so training starts at the base model. The network is also trained with a loss
-of its own: that of the model's head on s_0, and can be taken out as a small model (``unload_shadow``).
+of its own: that of the model's head on s_0, and can be taken out as a small model (``unload_shadow``). In a diffusion
+transformer x is the input of the first block that takes part, and the network has no loss.
 
 PEFT computes the network in the dtype of the model; here the dtype is the adapter's. PEFT also updates the state after
 the last block, which is not read, and adds the network's loss even in calls without gradient.
@@ -34,7 +35,7 @@ from nbpeft.engine.methods.shadow.config import ShadowConfig
 from nbpeft.engine.methods.shadow.losses import class_loss, in_dtype_of, language_loss, last_tokens
 from nbpeft.engine.methods.shadow.network import Recipe
 from nbpeft.engine.tree.model_tree import embedding_of
-from nbpeft.errors import AdapterError, UnknownAdapterError
+from nbpeft.errors import AdapterError, NotSupportedError, UnknownAdapterError
 
 _PARTS = ("shadow_backbone", "shadow_projection", "shadow_head")
 _OF_BLOCK = "shadow_down|shadow_up|shadow_update_transform|shadow_update_gate"
@@ -102,6 +103,7 @@ def unload_shadow(manager: Any, adapter_name: str | None = None, copy: bool = Fa
 
     Raises:
         UnknownAdapterError: there is no such adapter.
+        NotSupportedError: the model is a diffusion transformer.
     """
     from nbpeft.engine.methods.shadow.detached import detached
 
@@ -109,6 +111,8 @@ def unload_shadow(manager: Any, adapter_name: str | None = None, copy: bool = Fa
     name = next((one for one in manager.active if one in found), None) if adapter_name is None else adapter_name
     if name is None or name not in found:
         raise UnknownAdapterError(f"there is no ShadowPEFT adapter {name or 'active'!r}", adapter=name)
+    if found[name].recipe.reads_states:
+        raise NotSupportedError("unload_shadow() is not supported for Diffusers models: their network makes no image")
     return detached(found[name], manager.model, owned=copy)
 
 
@@ -157,6 +161,7 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
         "dropout": "shadow_dropout",
         "loss_weight": "auxiliary_loss_weight",
     }
+    needs_embedding: ClassVar[bool] = False
     title: str = "ShadowPEFT"
 
     def __init__(self, config: ShadowConfig) -> None:
@@ -217,8 +222,10 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
                 found["shadow_projection.weight"] = projection
         return found
 
-    def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor:
+    def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor | None:
         """What the network gives; see ``RunsBeside``."""
+        if self.recipe.reads_states:
+            return None
         network: Any = self._modules["shadow_backbone"]
         ids: Tensor | None = call.get("input_ids")
         embeds: Tensor | None = call.get("inputs_embeds")
@@ -246,6 +253,12 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
             options["input_ids"] = ids
         output = network(return_dict=True, **options)
         state: Tensor = self._modules["shadow_projection"](output.last_hidden_state)  # type: ignore[misc]
+        return state
+
+    def state_of(self, hidden: Tensor) -> Tensor:
+        """What the network for a diffusion transformer gives; see ``RunsBeside``."""
+        network: Any = self._modules["shadow_backbone"]
+        state: Tensor = self._modules["shadow_projection"](network(hidden.to(network.proj_in.weight.dtype)))  # type: ignore[misc]
         return state
 
     def injected(self, path: str, hidden: Tensor, state: Tensor, scale: float) -> Tensor:
