@@ -56,6 +56,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     form = rows.format or PromptFormat(chat=True)
     asked = [(text, "") if isinstance(text, str) else _last_answer(text) for text in prompts]
     options: dict[str, Any] = {"chat": None if form.chat else False, "system": form.system or ""}
+    options["template"] = form.variables
     batch = PromptBatch.of([text for text, _ in asked], tokenizer, base, **options)
     return SamplePrompts(batch, given, tuple(answer for _, answer in asked))  # type: ignore[arg-type]
 
@@ -72,7 +73,9 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
             field="sample",
         )
     prompts, wanted = zip(*asked, strict=True)
-    batch = PromptBatch.of(prompts, request.tokenizer, base, chat=None if not isinstance(prompts[0], str) else False)
+    options: dict[str, Any] = {"chat": None if not isinstance(prompts[0], str) else False}
+    options["template"] = request.chat_template_kwargs or {}
+    batch = PromptBatch.of(prompts, request.tokenizer, base, **options)
     source = "" if evaluates else "the sampled prompts are training rows: no rows are held out for evaluation"
     return SamplePrompts(batch, count, tuple(wanted), source)
 
@@ -87,8 +90,10 @@ def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, 
     numbers = getattr(rows.train if rows.evaluation is None else rows.evaluation, "numbers", None)
     if numbers is None:  # given as tokens, or read from a stream
         return
-    reader = reading(source, request.tokenizer, columns=request.columns, inputs=inputs_of(request))
-    for number in numbers:
+    reader = reading(source, request.tokenizer, inputs=inputs_of(request), **request.reading)
+    if reader.form is None:
+        return
+    for number in dict.fromkeys(numbers):
         example = reader.example(source[number], number)
         if isinstance(example, Compared):
             example = example.chosen

@@ -316,7 +316,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
     "sft fields": (
         {"data": ["w1 w2"], "beta": 0.2},
         ConfigError,
-        "'beta' is a field of dpo, orpo, simpo, cpo, but the objective is sft",
+        "'beta' is a field of dpo, orpo, simpo, cpo",
     ),
     "no objective": ({"objective": "dop"}, ConfigError, "there is no objective 'dop'. Did you mean 'dpo'"),
     "classify": (

@@ -77,7 +77,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         "Row 0: 'margin' is a str ('much'), not a finite",
     ),
     "center": (classifier, {"center_rewards_coefficient": -1.0}, "center_rewards_coefficient must be at least 0"),
-    "beta": (classifier, {"beta": 0.1}, "'beta' is a field of dpo, orpo, simpo, cpo, but the objective is reward"),
+    "beta": (classifier, {"beta": 0.1}, "'beta' is a field of dpo, orpo, simpo, cpo"),
     "reference": (classifier, {"reference": "base"}, "objective='reward' uses no reference"),
     "rows": (
         classifier,
