@@ -40,7 +40,7 @@ _HIDDEN = {
 
 @dataclass
 class PeanutConfig(LayersConfig):
-    """Config of PEANuT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of PEANuT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: width of the network.
