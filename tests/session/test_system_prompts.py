@@ -208,7 +208,7 @@ def test_the_variables_of_the_template_are_kept_with_the_adapter(
     session: Session, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, asked = [chat()] * 2, []
-    more = {"chat_template_kwargs": {"loud": True}, "sample": 1, "score": rows, "every": 1}
+    more: dict[str, Any] = {"chat_template_kwargs": {"loud": True}, "sample": 1, "score": rows, "every": 1}
     made: list[Any] = []
     monkeypatch.setattr(generation, "_rendered", lambda *args: made.append(args[2]) or [1, 2])
     session.train(None, rows, tokenizer=LOUD, max_steps=1, keep=False, **more)
