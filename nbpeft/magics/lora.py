@@ -58,7 +58,8 @@ class NbpeftMagics(magic.Magics):
     def __init__(self, shell: Any, **options: Any) -> None:
         super().__init__(shell, **options)
         self.session: Session = get_session()
-        self.session.context.runs_dir = self.runs_dir
+        if self.runs_dir is not None:  # else it may have been set in Python
+            self.session.context.runs_dir = self.runs_dir
         self._trained: dict[str, Any] = {}
         self._unsubscribe: Callable[[], None] = self.session.on_run(self._run_starts)
 

@@ -7,6 +7,7 @@ arguments; every mistake is a ``CellError`` with a one-line message that names t
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -355,12 +356,27 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def variable(text: str) -> tuple[str, Any]:
+    """Parse ``name=value`` for the ``type`` of an argument; the value is a literal (``False``, ``3``) or a word.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not of this form.
+    """
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals and value):
+        raise argparse.ArgumentTypeError(f"expected name=value, e.g. enable_thinking=False, not {text!r:.60}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return name, {"true": True, "false": False}.get(value, value)
+
+
 class AsMapping(argparse.Action):
-    """Stores the pairs of a ``type=pair`` argument as a dict; for the ``action`` of an argument."""
+    """Stores the pairs of an argument as a dict, of one that is repeated all of them; for ``action`` of an argument."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
         """Stores the values of the argument, a list of pairs."""
-        setattr(namespace, self.dest, dict(values))
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **dict(values)})
 
 
 def positive(text: str) -> int:

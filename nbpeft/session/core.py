@@ -150,6 +150,7 @@ class Session:
 
     # Runs on disk
     runs = _unlocked(run_commands.runs)
+    runs_folder = _unlocked(run_commands.runs_folder)
     find_run = _unlocked(run_commands.find_run)
     resume = _command(run_commands.resume)
     kept_run = _unlocked(run_commands.kept_run)

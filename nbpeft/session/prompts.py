@@ -61,7 +61,7 @@ def prompt_batch(
     if system is not None:
         _check_system(system, prompts, applied=templated if chat is None else chat)
     default = (form.system or "") if system is None else system
-    return PromptBatch.of(prompts, chosen, manager.model, chat=chat, system=default)
+    return PromptBatch.of(prompts, chosen, manager.model, chat=chat, system=default, template=form.variables)
 
 
 def _config(manager: AdapterManager, name: str) -> AdapterConfig | None:

@@ -59,7 +59,7 @@ def test_a_network_beside_the_model_is_made_in_a_cell(adapted: Notebook) -> None
     refused = adapted.run("%%lora model --method shadow --name other\ntarget_modules = ['q_proj']").line
     assert "'q_proj' names none of the blocks" in refused and "other" not in adapted["model"].manager.names
     adapted.do("%lora use side")
-    assert "what it adds to the input of a block depends on the text" in adapted.run("%lora merge").line
+    assert "its changes of a block's input depend on the text" in adapted.run("%lora merge").line
 
 
 @pytest.mark.slow

@@ -212,7 +212,7 @@ def test_counters_of_whole_modules_stay_whole_numbers(tmp_path: Path) -> None:
 
 def test_a_rank_that_the_file_has_no_tensors_for_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a", target_modules=["q_proj", "v_proj", "k_proj"], rank_pattern={"k_proj": 2**24})
-    with pytest.raises(ConfigError, match=r"would have 1,610,613,632 numbers, many times the model's: are its"):
+    with pytest.raises(ConfigError, match=r"would have 1,610,613,632 values, more than ten times"):
         PeftModel.from_pretrained(llama(), folder)
 
 
@@ -224,7 +224,7 @@ def test_old_files_with_other_things_than_named_tensors(tmp_path: Path) -> None:
         folder = saved(tmp_path / str(number))
         (folder / WEIGHTS).unlink()
         torch.save(content, folder / "adapter_model.bin")
-        with pytest.raises(CorruptCheckpointError, match="does not hold a dictionary of tensors"):
+        with pytest.raises(CorruptCheckpointError, match="does not contain a dictionary of tensors"):
             PeftModel.from_pretrained(llama(), folder)
 
 
@@ -333,10 +333,10 @@ def test_an_impossible_bias_is_caught_as_with_peft(error: type[Exception]) -> No
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("training", "torch keeps there"),
-        ("base", "stands for the base model"),
-        ("__base__", "stands for the base model"),
-        ("half\ud800", "half a character"),
+        ("training", "every torch module has an attribute of that name"),
+        ("base", "means the base model"),
+        ("__base__", "means the base model"),
+        ("half\ud800", "a surrogate character"),
         ("x" * 10_000 + ".", "without dots"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from nbpeft.checkpoint.staging import ASIDE, STAGING_PREFIX, mark_of, staging_na
 from nbpeft.errors import (
     AdapterError,
     BaseMismatchError,
+    BusyError,
     CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
@@ -609,3 +611,68 @@ def test_what_is_deleted_is_said_when_a_run_ends(tmp_path: Path, monkeypatch: py
     assert "more than 2 runs were kept: deleted 'sql-2'" in str(results[3])
     assert [record.name for record in session.runs().records] == ["sql-4", "sql-3"]
     assert "deleted 'sql-2'" in session.runs().records[0].message
+
+
+def test_another_folder_for_runs(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path / "first")
+    assert session.runs_folder() == tmp_path / "first"
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    assert session.runs_folder(tmp_path / "drive") == tmp_path / "drive" and not (tmp_path / "drive").exists()
+    assert str(session.runs()) == f"no run is kept in {tmp_path / 'drive'} yet"
+    folder = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state.folder
+    assert folder == str(tmp_path / "drive" / "sql-1")
+    assert [session.runs_folder(word) for word in ("off", "")] == [None, None]
+    assert session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state.folder == ""
+    assert session.runs_folder(str(tmp_path / "first")) == tmp_path / "first"
+    assert str(session.runs()).startswith("1 run in")
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("{}/not mounted/runs", r"there is no folder .*not mounted for 'runs': mount or create it first"),
+        ("{}/file", r"file is not a folder, so runs cannot be saved in .*file"),
+        ("{}/file/runs", r"file is not a folder, so runs cannot be saved in .*runs"),
+        ("a\0b", "cannot be a path"),
+        (3, "runs_folder needs a folder, not 3"),
+    ],
+)
+def test_a_folder_that_cannot_have_runs_is_refused(folder: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    session, _ = adapted_session(tmp_path / "first")
+    with pytest.raises(NbpeftError, match=message):
+        session.runs_folder(folder.format(tmp_path) if isinstance(folder, str) else folder)
+    assert session.runs_folder() == tmp_path / "first"
+
+
+def test_the_folder_stays_while_a_training_runs(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path / "first")
+    refused: list[str] = []
+
+    def change(state: Any) -> None:
+        if not refused and session.context.runs:
+            with pytest.raises(BusyError) as error:
+                session.runs_folder(tmp_path)
+            refused.append(error.value.message)
+
+    session.subscribe(change)
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    assert refused == [f"training sql is running and is saved in {tmp_path / 'first'}: wait or stop it"]
+    assert session.runs_folder(tmp_path) == tmp_path
+
+
+def test_runs_are_kept_on_a_drive_without_locks_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a drive that is mounted over a network."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    for name in ("link", "symlink", "chmod", "fchmod"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    session, model = adapted_session(tmp_path / "drive")
+    state = session.train(model, rows(), **ARGUMENTS | {"max_steps": 3}).state
+    assert state.folder == str(tmp_path / "drive" / "sql-1")
+    (record,) = session.runs().records
+    assert record.status == "finished" and record.step == 3
+    assert session.resume("sql-1", data=rows(), model=llama(), variable="model").training is None

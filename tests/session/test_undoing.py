@@ -332,7 +332,7 @@ def test_no_adapter_is_called_base(session: Session, model: Any, saved: Path, ho
         "copy": lambda: session.copy("chat", "base"),
         "combine": lambda: session.combine({"chat": 1.0}, as_name="base"),
     }
-    with pytest.raises(AdapterError, match="'base' cannot name an adapter: it stands for the base model in panels"):
+    with pytest.raises(AdapterError, match="'base' cannot name an adapter: it means the base model in panels"):
         commands[how]()
     assert model.manager.names == ("chat", "sql")
 

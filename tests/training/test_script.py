@@ -422,3 +422,20 @@ def test_a_training_on_preferences_is_exported_with_its_objective(folder: Path) 
         other = loaded(folder)
         other.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
         export_script(other, folder / "other.py", rows, reference="other", **given)
+
+
+def test_the_options_of_rows_are_exported_with_the_column_of_their_groups(folder: Path) -> None:
+    rows = [{"text": f"text {number}" * 3, "user": number % 3, "other": 1} for number in range(6)]
+    given = {"tokenizer": CharTokenizer(), "max_length": 8, "long": "drop", "eval_by": "user", **ARGUMENTS}
+    with pytest.raises(TrainingError, match="None of the 6 rows has anything to learn within 8 tokens"):
+        export_script(loaded(folder), folder / "train.py", rows, 0.4, **given)
+    files = export_script(loaded(folder), folder / "train.py", rows, 0.4, **given | {"max_length": 99})
+    found = constants(files.script)  # with the characters as tokens, which no script can load
+    assert not {"long", "eval_by"} & found["ARGUMENTS"].keys() and len(files.data) == 2
+    chats = [{**row, "user": number % 3, "other": 1} for number, row in enumerate(CHATS)]
+    how = {"learn": "last", "reasoning": "drop", "long": "drop", "eval_by": "user"}
+    options = {**given, **how, "tokenizer": saved_tokenizer(folder / "base"), "max_length": 99}
+    files = export_script(loaded(folder), folder / "chats.py", chats, 0.4, **options)
+    assert how.items() <= constants(files.script)["ARGUMENTS"].items()
+    written = [json.loads(line) for line in files.data[0].read_text().splitlines()]
+    assert [row.keys() for row in written] == [{"messages", "user"}] * 6

@@ -24,6 +24,7 @@ from nbpeft.magics.subcommands.training import (
     training_arguments,
 )
 from nbpeft.session.handles import is_handle, uncompiled
+from nbpeft.session.results import Notice
 from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult, source_of_base
 
 _OPTIONS = {
@@ -118,10 +119,18 @@ def _missing(facts: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     argument("--sort", metavar="COLUMN", default="time", choices=SORTS, words=SORTS, help=f"one of {', '.join(SORTS)}"),
     argument("--delete", metavar="NAME", completes="run", help="delete the run with exactly this name"),
     argument("--rename", nargs=2, metavar=("NAME", "NEW"), help="give a run another name"),
+    argument(
+        "--folder",
+        metavar="DIR",
+        completes="path",
+        help="save runs in this folder from now on, e.g. on a mounted drive; off saves none",
+    ),
     example="%lora runs sql-1 sql-3",
 )
 def runs(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """List, compare, rename or delete runs."""
+    if options.folder is not None and notebook.session.runs_folder(options.folder) is None:
+        return Notice("no runs are saved from now on")
     if options.delete is not None:
         return notebook.session.delete_run(options.delete)
     if options.rename is not None:

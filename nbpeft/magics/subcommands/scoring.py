@@ -19,6 +19,7 @@ from nbpeft.magics.registry import (
     ON_MODEL,
     SEPARATOR,
     SKIP_BAD,
+    TEMPLATE,
     TOKENIZER,
     answer_limit,
     separator_of,
@@ -75,6 +76,7 @@ from nbpeft.names import METRICS
     COLUMNS,
     SEPARATOR,
     SKIP_BAD,
+    TEMPLATE,
     TOKENIZER,
     ON_MODEL,
     example="%lora score --data held_out --metric exact --strip",
@@ -82,7 +84,7 @@ from nbpeft.names import METRICS
 def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Score adapters, and show the scores so far."""
     given: dict[str, Any] = {name: value for name, value in sampling_of(options).items() if value is not None}
-    for name in ("pattern", "tolerance", "batch_size", "max_new_tokens", "max_length"):
+    for name in ("pattern", "tolerance", "batch_size", "max_new_tokens", "max_length", "chat_template_kwargs"):
         if (value := getattr(options, name)) is not None:
             given[name] = value
     rows, model = notebook.data(options.data, "--data"), notebook.chosen(options.model)
@@ -90,7 +92,7 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
     from nbpeft.widgets import LiveAnswers
 
     with closing(LiveAnswers(ui=notebook.ui)) as live:
-        return notebook.session.score(
+        result = notebook.session.score(
             rows,
             metric=metrics,
             adapters=options.names or None,
@@ -109,6 +111,9 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             model=model,
             **given,
         )
+    from nbpeft.magics.paged_scores import PagedScores
+
+    return PagedScores.of(result, notebook) if result.items else result
 
 
 def metric_of(word: str, notebook: NotebookContext) -> Any:

@@ -11,6 +11,7 @@ from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import (
+    CHATS,
     COLUMNS,
     DATA,
     MAX_LENGTH,
@@ -18,6 +19,7 @@ from nbpeft.magics.registry import (
     SEPARATOR,
     SKIP_BAD,
     TOKENIZER,
+    chats_of,
     refuse_fields,
     separator_of,
     subcommand,
@@ -64,6 +66,11 @@ EVAL = argument(
     completes="data",
     help="evaluation rows, as for --data; or how many training rows to hold out: 0.1, or 64",
 )
+EVAL_BY = argument(
+    "--eval-by",
+    metavar="COLUMN",
+    help="rows with the same value in this column are all trained on or all held out by --eval",
+)
 SCORE = (
     argument(
         "--score",
@@ -94,15 +101,15 @@ OBJECTIVE = (
         metavar="NAME",
         words=objective_names(),
         help=f"{', '.join(objective_names())} (default: according to the rows; dpo for chosen and rejected, "
-        "reward for a classifier with one label, grpo with --reward)",
+        "reward for a classifier with one label, kto for labels of good and bad completions, grpo with --reward)",
     ),
     argument(
         "--reference",
         metavar="NAME",
         completes="adapter",
         words=("base", "start"),
-        help="for dpo, and grpo with beta: base, start (the adapter as it is now) or another adapter (default: base "
-        "for a new adapter, else start)",
+        help="for dpo and kto, and grpo with beta: base, start (the adapter as it is now) or another adapter "
+        "(default: base for a new adapter, else start)",
     ),
 )
 REWARD = argument(
@@ -142,6 +149,8 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     COLUMNS,
     SEPARATOR,
     SKIP_BAD,
+    *CHATS,
+    EVAL_BY,
     TOKENIZER,
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="activate this adapter; it stays active"),
     *OBJECTIVE,
@@ -240,7 +249,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         CellError: a field is given that is an option of the line.
     """
     names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "machines", "track", "replace")
-    names += ("skip_bad", "objective", "reference")
+    names += ("skip_bad", "objective", "reference", "eval_by")
     sample = getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["sample"] = _samples(sample, notebook) if sample else None
@@ -252,7 +261,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     line["rewards"] = None if rewards is None else [notebook.value(word, "--reward") for word in rewards]
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
-    given = {name: value for name, value in line.items() if value is not None}
+    given = {name: value for name, value in {**line, **chats_of(options)}.items() if value is not None}
     refuse_fields(options, (*_RESERVED, *given))
     return {**options.fields, **given}
 
@@ -342,5 +351,9 @@ def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any]) -> 
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
     words += [f"--separator {quoted(options.separator)}"] if options.separator else []
     words += ["--skip-bad"] if options.skip_bad else []
+    given = chats_of(options)
+    variables = given.pop("chat_template_kwargs", {})
+    words += [f"--{name} {value}" for name, value in given.items()]
+    words += ["--template", *(f"{name}={quoted(str(value))}" for name, value in variables.items())] if variables else []
     pairs = [f"{name}={quoted(column)}" for name, column in (options.columns or {}).items()]
     return " ".join([*words, *(["--columns", *pairs] if pairs else [])])

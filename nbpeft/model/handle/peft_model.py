@@ -257,7 +257,7 @@ class PeftModel(nn.Module):
         return prompts.tokens(self.manager)
 
     @property
-    def word_embeddings(self) -> nn.Module | None:
+    def word_embeddings(self) -> Any:
         """The model's input embedding, if an adapter has a learned prompt; None where a prefix found none."""
         return prompts.word_embeddings(self.manager)
 

@@ -158,7 +158,7 @@ def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, wei
         owner, other = first.setdefault(id(present.adapters[path].get(key, value)), (path, value))
         if value is not other and not torch.equal(value.to(other), other):
             raise CheckpointError(
-                f"the state dict has different {key} for {path} and {owner}, which share one in adapter {name!r}"
+                f"the state dict has different {key} for {path} and {owner}, which share it in adapter {name!r}"
             )
     adapters = {path: manager.layers[path].adapter(name) for path in given}
     paths = {id(adapter): path for path, adapter in adapters.items()}

@@ -504,6 +504,7 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
     tracked = ctx.models.get(model, command="copy")
     with ctx.command(f"copying {name!r}") as notes:
         tracked.manager.copy(name, new)
+        tracked.requested[new] = (tracked.manager.configs[new], tracked.requested_fields(name))
         return ctx.result(tracked, f"copied {name!r} to {new!r}", notes)
 
 

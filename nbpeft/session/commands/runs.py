@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from nbpeft._util.paths import from_here
 from nbpeft.errors import (
     AdapterError,
     BaseMismatchError,
+    BusyError,
     CheckpointError,
     CheckpointNotFoundError,
     TrainingError,
@@ -21,9 +23,11 @@ from nbpeft.errors import (
     shortened,
 )
 from nbpeft.names import DEFAULT_ADAPTER
+from nbpeft.session.checks import place_of
 from nbpeft.session.commands.adapters import load
 from nbpeft.session.commands.running import runs_by_name
 from nbpeft.session.commands.training import run_place, train_tracked
+from nbpeft.session.context import is_off
 from nbpeft.session.handles import is_module, rehandle, uncompiled
 from nbpeft.session.results import LineResult, ModelRef
 from nbpeft.session.results.kept_runs import (
@@ -49,6 +53,47 @@ if TYPE_CHECKING:
 
 _SAME = ("peft_type", "r", "lora_alpha")
 """Settings whose values must be equal for an adapter to be that of a run."""
+
+
+def runs_folder(ctx: SessionContext, /, folder: str | os.PathLike[str] | None = None) -> Path | None:
+    """Return the folder of the runs, or use another one from now on.
+
+    Args:
+        ctx: context of the session.
+        folder: a folder that survives the machine, e.g. one on a mounted drive; it is created with the first run, and
+            the folder around it has to exist. ``"off"`` saves no runs. None changes nothing.
+
+    Returns:
+        The folder; None if no runs are saved.
+
+    Raises:
+        BusyError: a training is running.
+        CheckpointError: runs cannot be saved there.
+    """
+    if folder is None:
+        return ctx.runs_folder
+    for run in ctx.runs.values():
+        raise BusyError(f"training {run.state.adapter} is running and is saved in {ctx.runs_folder}: wait or stop it")
+    text = os.fspath(folder) if folder == "" else place_of(folder, "runs_folder")
+    if not is_off(text):
+        _check_writable(Path(ctx.home, os.path.expanduser(text)))
+    ctx.runs_dir = text
+    return ctx.runs_folder
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a folder for runs that is a file, cannot be written, or is below a folder that does not exist.
+
+    Raises:
+        CheckpointError: it is one of these.
+    """
+    there = path if os.path.lexists(path) else path.parent
+    if not os.path.lexists(there):
+        raise CheckpointError(f"there is no folder {there} for {path.name!r}: mount or create it first", path=str(path))
+    if not there.is_dir():
+        raise CheckpointError(f"{there} is not a folder, so runs cannot be saved in {path}", path=str(path))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{there} cannot be written, so runs cannot be saved in {path}", path=str(path))
 
 
 def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult | RunsComparison:
@@ -432,5 +477,5 @@ def _record(store: RunStore, name: str) -> RunRecord:
 def _store(ctx: SessionContext) -> RunStore:
     place = run_place(ctx)
     if place is None:
-        raise CheckpointNotFoundError("saving runs is disabled (NBPEFT_RUNS or runs_dir)")
+        raise CheckpointNotFoundError("saving runs is disabled (NBPEFT_RUNS, runs_dir or runs_folder)")
     return place.store

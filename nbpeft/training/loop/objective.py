@@ -12,15 +12,16 @@ from torch import nn
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.from_data.observing import device_of, evaluated, moved
-from nbpeft.names import REJECTED
+from nbpeft.names import JUDGED, REJECTED
 from nbpeft.sweeps import Sweep, not_swept
 from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import Collator, columns_of
-from nbpeft.training.data.forms import COMPARED, PROMPTED, checked_columns, form_of
+from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns, form_of
+from nbpeft.training.data.reading import are_judged
 from nbpeft.training.data.sources import first_row, is_stream
 from nbpeft.training.loop.grouping import GROUPED
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal
-from nbpeft.training.objectives.collator import PairCollator, stacked
+from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
 from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, fields_by_name, objective_named
@@ -44,7 +45,7 @@ _OTHER_LOSS = {
     "compute_loss_func": "it has its own loss",
 }
 _NOT_WITH_PAIRS = {
-    "packing": "each row has two completions",
+    "packing": "each row has two completions, or a label",
     "data_collator": "its batches have two completions of each row",
     **_OTHER_LOSS,
     "label_smoothing_factor": "use its field label_smoothing",
@@ -54,14 +55,14 @@ _NOT_WITH_GENERATION = {
     "packing": "its batches are completions that are generated before each step",
     "data_collator": "its batches are completions that are generated before each step",
     **_OTHER_LOSS,
-    "label_smoothing_factor": "no token of a completion is the right one",
+    "label_smoothing_factor": "completions have no reference token",
     "auto_find_batch_size": "a batch has all completions of a prompt",
     "processes": "it trains in one process",
     "machines": "it trains in one process",
     "fsdp": "it trains in one process",
     "deepspeed": "it trains in one process",
 }
-"""Arguments that an objective does not accept whose completions are generated, with the reason."""
+"""Arguments that an objective with generated completions does not accept, with the reason."""
 _STEP_SIZE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 """Arguments whose product is the number of completions of a step, with their defaults."""
 
@@ -82,6 +83,10 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     given = {name: value for name, value in request.arguments.items() if name in fields}
     own = getattr(request.arguments_class, "__dataclass_fields__", {})  # TRL's SFTConfig has a loss_type, too
     kind = None if request.objective is None else objective_named(request.objective)
+    if kind is not None and not kind.generates and request.rewards is not None:
+        raise ConfigError(
+            f"rewards are for objective='grpo', and this trains {kind.name}: leave rewards out", field="rewards"
+        )
     if kind is not None:
         given = _fields_of(kind, given, fields, own)
     request = request.opened()
@@ -93,11 +98,6 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     rest = {name: value for name, value in request.arguments.items() if name not in given}
     request = replace(request, objective=objective, objective_reason=why, arguments={**objective.defaults, **rest})
     _check_model(request, objective, columns)
-    if not objective.generates and request.rewards is not None:
-        raise ConfigError(
-            f"rewards are for objective='grpo', and this trains {objective.name}: leave rewards out",
-            field="rewards",
-        )
     if not objective.rows:
         if request.reference is not None:
             raise ConfigError(f"objective={objective.name!r} uses no reference: remove it", field="reference")
@@ -122,7 +122,7 @@ def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]
     rows, steps = (arguments.get(name, usual) for name, usual in _STEP_SIZE.items())
     if type(rows) is int and type(steps) is int and rows * steps % copies:
         size = rows * steps
-        product = " x ".join(f"{name} ({arguments.get(name, usual)})" for name, usual in _STEP_SIZE.items())
+        product = " x ".join(f"{name} ({number})" for name, number in zip(_STEP_SIZE, (rows, steps), strict=True))
         near = next((number for number in range(copies - 1, 1, -1) if size % number == 0), None)
         choice = "" if near is None else f", or num_generations={near}"
         raise ConfigError(
@@ -170,6 +170,8 @@ def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Obje
     form = form_of(columns, request.columns or {}, kind=None)
     if form is COMPARED:
         return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
+    if form is PAIR and are_judged(request.data, checked_columns(request.columns, columns)):
+        return objective_named("kto"), "the rows have labels of good and bad completions"
     if form is PROMPTED:
         raise ConfigError(
             "the rows have prompts alone: give rewards, functions that score the completions of the model "
@@ -204,13 +206,15 @@ def _check_model(request: TrainRequest, objective: Objective, columns: Sequence[
         raise TrainingError(f"{needs} adapters of nbpeft, which a {type(model).__name__} does not have")
     if objective.generates:
         _check_generation(request, objective, columns)
-    elif _are_pairs(columns):
+    elif _are_pairs(columns) and objective.rows != JUDGED:
         return
     elif "input_ids" in columns and not request.columns:
         what = (
             f"{needs} rows of text with chosen and rejected, or tokenized rows with input_ids, labels, "
             f"{REJECTED}input_ids and {REJECTED}labels"
         )
+        if objective.rows == JUDGED:
+            what = f"{needs} rows of text with prompt, completion and label, not tokenized rows"
         raise TrainingError(what, columns=columns)
     form_of(columns, request.columns or {}, kind=objective.rows)
 
@@ -222,7 +226,7 @@ def _check_generation(request: TrainRequest, objective: Objective, columns: Sequ
     if call_columns(request.model):
         raise TrainingError(
             f"{name} generates completions without {', '.join(call_columns(request.model))}, which the method of the "
-            "adapter needs"
+            "adapter takes"
         )
     if request.tokenizer is None or not hasattr(request.tokenizer, "decode"):
         raise ConfigError(f"{name} needs a tokenizer: pass tokenizer=…", field="tokenizer")
@@ -254,6 +258,11 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
     if request.trainer_class not in (Trainer, ObjectiveTrainer, RolloutTrainer):
         raise ConfigError(
             f"objective={objective.name!r} has its own Trainer: remove trainer_class", field="trainer_class"
+        )
+    if objective.rows == JUDGED and request.arguments.get("per_device_train_batch_size") == 1:
+        raise ConfigError(
+            f"{objective.name} compares the rows of a batch with each other: per_device_train_batch_size of at least 2",
+            field="per_device_train_batch_size",
         )
     sweep = request.members is not None or any(isinstance(value, Sweep) for value in request.given.values())
     if sweep and objective.generates:
@@ -299,7 +308,7 @@ def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
         )
     if request.reference is not None:
         return request.reference
-    if alone and _is_new(request.model, rows, request.tokenizer):
+    if alone and _is_new(request, objective, rows):
         return BASE
     check_reference(
         request.model,
@@ -311,13 +320,14 @@ def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
     return START
 
 
-def _is_new(model: nn.Module, rows: Any, tokenizer: Any) -> bool:
+def _is_new(request: TrainRequest, objective: Objective, rows: Any) -> bool:
     """Whether the model computes the same with its active adapters and without them, on the first row."""
-    row = dict(first_row(rows))
+    model, row = request.model, dict(first_row(rows))
+    collator = collator_for(model, request.tokenizer)
     if "labels" in row:
-        batch = stacked(PairCollator(collator_for(model, tokenizer))([row]))
+        batch = stacked(collator_of(objective, collator)([row]))
     else:  # a prompt alone
-        batch = collator_for(model, tokenizer)([{name: row["input_ids"] for name in ("input_ids", "labels")}])
+        batch = collator([{name: row["input_ids"] for name in ("input_ids", "labels")}])
     with torch.no_grad(), evaluated(model):
         inputs = moved(batch, device_of(base_of(model)))
         now = log_probs(model, inputs)
@@ -326,13 +336,16 @@ def _is_new(model: nn.Module, rows: Any, tokenizer: Any) -> bool:
     return bool(torch.allclose(now, without, rtol=1e-5, atol=1e-4))
 
 
-def collator_of(objective: Objective, collator: Collator) -> Any:
+def collator_of(objective: Objective, collator: Collator, limit: int | None = None) -> Any:
     """Returns the collator of an objective's rows.
 
     Args:
         objective: the objective.
         collator: the collator of rows with one completion.
+        limit: number of tokens to which sequences are cut that the collator makes; None for no limit.
     """
+    if objective.rows == JUDGED:
+        return ShiftedCollator(PairCollator(collator), limit)
     if objective.generates:
         return PromptCollator(collator)
     return PairCollator(collator) if objective.rows else collator

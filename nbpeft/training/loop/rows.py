@@ -26,6 +26,7 @@ from nbpeft.training.data import (
     PreparedRows,
     StreamedRows,
     check_rows,
+    groups_of,
     hold_out,
     is_amount,
     prepared,
@@ -86,17 +87,25 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
         _check_loss(base_of(request.model))
     else:
         inputs = replace(inputs, tokens_only="")
+    if request.eval_by is not None and not is_amount(request.eval_data):
+        raise ConfigError(
+            "eval_by groups the rows that are held out for evaluation: give their share or number (eval_data=0.1)",
+            field="eval_by",
+        )
     read = _prepared(request, request.data, inputs)
     rows, notes, amount = read.rows, [read.notes] if read.notes else [], request.eval_data
     if not is_amount(amount):
         measured = PreparedRows(None) if amount is None else _prepared(request, amount, inputs)
         notes += [f"evaluation rows: {measured.notes}"] if measured.notes else []
         return TrainingRows(rows, measured.rows, tuple(notes))
-    train, evaluation = hold_out(rows, amount, request.seed)
+    groups = groups_of(rows, request.data, request.eval_by)
+    train, evaluation = hold_out(rows, amount, request.seed, groups)
     if isinstance(rows, StreamedRows) and rows.notes:  # reading the held-out rows may have added notes
         notes = [rows.notes]
     known = f"{count(len(evaluation))} of {plural(len(rows), 'row')}" if hasattr(rows, "__len__") else ""
     held = f"{known or plural(len(evaluation), 'row')} held out for evaluation"
+    if groups is not None and request.eval_by is not None:
+        held += f", in whole groups by {request.eval_by!r} ({plural(len({*groups}), 'group')})"
     return TrainingRows(train, evaluation, tuple(notes), held)
 
 
@@ -268,10 +277,9 @@ def check_reading(tokenizer: Any, max_length: Any) -> None:
 
 
 def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> PreparedRows:
-    model, tokenizer, max_length = request.model, request.tokenizer, request.max_length
-    check_reading(tokenizer, max_length)
-    options = {"columns": request.columns, "inputs": inputs, "skip_bad": request.skip_bad}
-    read = prepared(rows, tokenizer, max_length=max_length, **options)
+    model, tokenizer = request.model, request.tokenizer
+    check_reading(tokenizer, request.max_length)
+    read = prepared(rows, tokenizer, inputs=inputs, **request.reading)
     size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
     check: dict[str, Any] = {
         "vocabulary": size if isinstance(size, int) else None,

@@ -56,6 +56,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     form = rows.format or PromptFormat(chat=True)
     asked = [(text, "") if isinstance(text, str) else _last_answer(text) for text in prompts]
     options: dict[str, Any] = {"chat": None if form.chat else False, "system": form.system or ""}
+    options["template"] = form.variables
     batch = PromptBatch.of([text for text, _ in asked], tokenizer, base, **options)
     return SamplePrompts(batch, given, tuple(answer for _, answer in asked))  # type: ignore[arg-type]
 
@@ -72,26 +73,33 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
             field="sample",
         )
     prompts, wanted = zip(*asked, strict=True)
-    batch = PromptBatch.of(prompts, request.tokenizer, base, chat=None if not isinstance(prompts[0], str) else False)
+    options: dict[str, Any] = {"chat": None if not isinstance(prompts[0], str) else False}
+    options["template"] = request.chat_template_kwargs or {}
+    batch = PromptBatch.of(prompts, request.tokenizer, base, **options)
     source = "" if evaluates else "the sampled prompts are training rows: no rows are held out for evaluation"
     return SamplePrompts(batch, count, tuple(wanted), source)
 
 
 def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, str]]:
-    """Yields each row's prompt and wanted answer: of two completions the chosen one, of a prompt alone none."""
+    """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both.
+
+    The wanted answer of a row with a prompt alone is empty.
+    """
     apart = rows.evaluation is not None and not is_amount(request.eval_data)
     source = request.eval_data if apart else request.data
     numbers = getattr(rows.train if rows.evaluation is None else rows.evaluation, "numbers", None)
     if numbers is None:  # given as tokens, or read from a stream
         return
-    reader = reading(source, request.tokenizer, columns=request.columns, inputs=inputs_of(request))
-    for number in numbers:
+    reader = reading(source, request.tokenizer, inputs=inputs_of(request), **request.reading)
+    if reader.form is None:
+        return
+    for number in dict.fromkeys(numbers):
         example = reader.example(source[number], number)
         if isinstance(example, Compared):
             example = example.chosen
         if isinstance(example, Prompted):
-            asked = example.prompt
-            yield (asked if isinstance(asked, str) else asked.messages), ""
+            prompted = example.prompt
+            yield (prompted if isinstance(prompted, str) else prompted.messages), ""
         elif isinstance(example, Pair):
             yield example.prompt, example.completion.strip()
         elif isinstance(example, Chat) and example.tools is None:

@@ -34,6 +34,7 @@ from nbpeft.sweeps import swept
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
+from nbpeft.training.data.reading import default_length
 from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
@@ -75,6 +76,11 @@ def train(
     columns: Mapping[str, str] | None = None,
     separator: str | None = None,
     skip_bad: bool = False,
+    learn: str = "all",
+    reasoning: str = "keep",
+    long: str = "cut",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    eval_by: str | None = None,
     data_hint: str = "",
     adapter: str | None = None,
     patience: int | None = None,
@@ -124,6 +130,14 @@ def train(
         separator: Character between the cells of a ``.csv`` or ``.tsv`` file, e.g. ``";"``; detected by default.
         skip_bad: Leave out rows that cannot be read, with a note; by default they are refused. Rows without a token to
             learn are always left out.
+        learn: Assistant turns of a conversation to learn: ``all``, the ``last`` one, or the ``completion``, which are
+            all turns after the last message of the user.
+        reasoning: ``keep`` the reasoning of the assistant (``reasoning_content`` of a turn, or ``<think>`` in its
+            content) and learn it, ``mask`` it, so that it is read but not learned, or ``drop`` it.
+        long: Rows longer than ``max_length``: ``cut`` them, ``drop`` them, or ``split`` texts into several rows.
+        chat_template_kwargs: Variables of the chat template, e.g. ``{"enable_thinking": False}``, which are saved with
+            the adapter and used when it is asked. A row's own, in a column with this name, have priority.
+        eval_by: Name of a column. ``eval_data`` holds out either all or none of the rows with the same value in it.
         data_hint: Text that is appended to notes about truncated and omitted rows, e.g. a command that shows them.
         adapter: Adapter to activate first; merged adapters are unmerged for it. It stays active once a step was done.
         patience: Stop after this many evaluations without improvement, and restore the best state. ``eval_data`` is
@@ -158,13 +172,14 @@ def train(
             takes ``per_device_train_batch_size`` rows per step. ``fsdp=True`` shards the model over them.
         machines: Addresses of machines with the same folders, this one's first; ``processes`` is the number on each.
         replace: Overwrite another adapter in ``output_dir``: one with another name, base model or other tensors.
-        objective: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``reward`` or ``grpo``. By default it
-            follows from the rows and the model: ``dpo`` for rows with chosen and rejected, ``reward`` if the model is
-            a classifier with one label, and ``grpo`` with ``rewards``. See :mod:`nbpeft.training.objectives`.
-        reference: Reference of ``dpo``: ``base`` (the model without adapters), ``start`` (the adapter's weights at the
-            beginning) or the name of another adapter. By default ``base`` for an adapter that does not change the
-            model yet, and ``start`` for others.
-        rewards: For ``grpo``: a function, or several in a list, that score completions of the rows' prompts:
+        objective: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``kto``, ``reward`` or ``grpo``. By
+            default it follows from the rows and the model: ``dpo`` for rows with chosen and rejected, ``reward`` if
+            the model is a classifier with one label, ``kto`` for rows with labels of good and bad completions,
+            ``grpo`` with ``rewards``. See :mod:`nbpeft.training.objectives`.
+        reference: Reference of ``dpo`` and ``kto``: ``base`` (the model without adapters), ``start`` (the adapter's
+            weights at the beginning) or the name of another adapter. By default ``base`` for an adapter that does not
+            change the model yet, and ``start`` for others.
+        rewards: For ``grpo``: one or several functions that score completions of the rows' prompts:
             ``f(completions, prompts, **columns) -> list[float]``, as for TRL's GRPOTrainer. See
             :mod:`nbpeft.training.rewards`.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and of the objective
@@ -210,7 +225,8 @@ def _run(request: TrainRequest) -> TrainResult:
     learned = rows.train
     objective = request.objective
     assert isinstance(objective, Objective)
-    collator: Any = collator_of(objective, collator_for(model, request.tokenizer))
+    limit = request.max_length or (default_length(request.tokenizer) if request.tokenizer is not None else None)
+    collator: Any = collator_of(objective, collator_for(model, request.tokenizer), limit)
     if request.packing:
         reading = {"max_length": request.max_length, "tokenizer": request.tokenizer}
         learned, collator = pack(model, learned, collator, **reading, given=given)
@@ -239,7 +255,8 @@ def _run(request: TrainRequest) -> TrainResult:
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
-                    metrics = _fit_in_subprocesses(replace(request, score=scorer), run, launch, rows, rows_note, kept)
+                    scored = replace(request, score=scorer)
+                    metrics = _fit_in_subprocesses(scored, run, launch, rows, rows_note, kept)
                 else:
                     options |= _objective_options(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
@@ -564,7 +581,7 @@ def _fit(
                         block.enter_context(item)
                 metrics = _train(trainer, model, callback, options["args"])
             if keep and trainer is not None:
-                trainer.save_model()
+                _save_and_push(trainer, run)
                 for keeper in (part for part in outer if isinstance(part, RunCheckpointer)):
                     keeper.mark_saved(str(fields["output_dir"]))
         return metrics
@@ -580,6 +597,19 @@ def _fit(
             for owner in (trainer, trainer.callback_handler):
                 owner.model = owner.optimizer = owner.lr_scheduler = None
             trainer.model_wrapped = None
+
+
+def _save_and_push(trainer: Any, run: Run) -> None:
+    """Saves the adapter in ``output_dir``, and pushes it if the arguments say so; a hub that fails is a warning."""
+    if not trainer.args.push_to_hub:
+        trainer.save_model()
+        return
+    trainer.save_model(_internal_call=True)  # without its push
+    try:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+    except Exception as error:  # of the hub's client, of its HTTP client, or of what a broken hub answers
+        saved = f"the adapter is saved in {trainer.args.output_dir}, but was not pushed to {trainer.hub_model_id}"
+        run.note(f"{saved} ({reason_of(error)}); push it again", warning=True)
 
 
 def _connect(trainer: Any, outer: Sequence[RunCheckpointer | TrackCallback], inner: Sequence[Any]) -> None:

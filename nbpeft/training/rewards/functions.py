@@ -122,7 +122,7 @@ def _check_callable(function: Any) -> None:
         raise ConfigError(
             f"a reward must be a function f(completions, prompts, **columns), not {function!r:.60}", field="rewards"
         )
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         raise ConfigError(f"reward {_name(function)!r} is asynchronous: give a usual function", field="rewards")
 
 

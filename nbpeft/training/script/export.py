@@ -244,9 +244,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
     if any(map(is_stream, rows)):
         raise TrainingError("a stream cannot be written next to a script: give the rows to train on")
     found = training_rows(opened)
-    options: dict[str, Any] = {"max_length": request.max_length, "columns": request.columns}
-    options["skip_bad"] = request.skip_bad
-    readings = [reading(part, tokenizer, **options, inputs=inputs_of(opened)) for part in rows]
+    readings = [reading(part, tokenizer, inputs=inputs_of(opened), **request.reading) for part in rows]
     loaded = None
     texts = [how for how in readings if how.form is not None]
     if texts:
@@ -270,7 +268,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
 
 
 _KINDS = ("data", "eval")
-_READING_OPTIONS = ("separator", "skip_bad")
+_READING_OPTIONS = ("separator", "skip_bad", "learn", "reasoning", "long", "chat_template_kwargs", "eval_by")
 """Arguments without effect on rows that are written in tokenized form."""
 
 

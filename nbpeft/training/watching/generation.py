@@ -54,7 +54,14 @@ class PromptBatch:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Prompt], tokenizer: Any, base: Any, *, chat: bool | None = None, system: str = ""
+        cls,
+        prompts: Sequence[Prompt],
+        tokenizer: Any,
+        base: Any,
+        *,
+        chat: bool | None = None,
+        system: str = "",
+        template: Mapping[str, Any] | None = None,
     ) -> PromptBatch:
         """Tokenize prompts.
 
@@ -64,6 +71,7 @@ class PromptBatch:
             base: the model that answers.
             chat: whether to apply the tokenizer's chat template to texts; None: if it has one.
             system: system prompt of the prompts to which the template is applied; conversations that have one keep it.
+            template: variables for the template.
 
         Raises:
             AdapterError: a prompt is empty, the tokenizer has no chat template but needs one, it refuses a
@@ -77,7 +85,7 @@ class PromptBatch:
         chat = templated if chat is None else chat
         conversations = [_messages(prompt, system) if chat or not isinstance(prompt, str) else () for prompt in prompts]
         rows = [
-            _rendered(messages, tokenizer) if messages else _tokens(str(prompt), tokenizer)
+            _rendered(messages, tokenizer, template or {}) if messages else _tokens(str(prompt), tokenizer)
             for prompt, messages in zip(prompts, conversations, strict=True)
         ]
         table = base.get_input_embeddings()
@@ -391,9 +399,9 @@ def _messages(prompt: Prompt, system: str) -> Conversation:
     return messages if begins or not system else ({"role": "system", "content": system}, *messages)
 
 
-def _rendered(messages: Conversation, tokenizer: Any) -> list[int]:
+def _rendered(messages: Conversation, tokenizer: Any, template: Mapping[str, Any]) -> list[int]:
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **template)
     except Exception as error:  # a template runs code of its own and may raise anything to refuse a chat
         why = in_one_line(error) or type(error).__name__
         raise AdapterError(f"the chat template refuses the prompt: {why:.200}") from None

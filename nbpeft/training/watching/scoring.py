@@ -211,5 +211,6 @@ def _new_scorer(request: Any) -> Scorer:
         max_length=request.max_length,
         separator=separator_for(request.score, request.separator),
         skip_bad=bool(request.skip_bad),
+        variables=request.chat_template_kwargs,
     )
     return scorer

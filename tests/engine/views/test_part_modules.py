@@ -353,7 +353,7 @@ def test_a_layer_without_its_model_says_so() -> None:
     layer = ours.base_model.model.first
     del ours
     gc.collect()
-    with pytest.raises(StaleModelError, match="a model that is gone"):
+    with pytest.raises(StaleModelError, match="a model that no longer exists"):
         layer.merge()
 
 

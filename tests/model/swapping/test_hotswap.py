@@ -150,7 +150,7 @@ def test_validation_puts_the_old_adapter_back(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(candidate), expected, rtol=1e-5, atol=1e-5)
         return False
 
-    with pytest.raises(HotSwapError, match="did not pass its validation; 'default' is as before") as refused:
+    with pytest.raises(HotSwapError, match="did not pass its validation; 'default' is unchanged") as refused:
         hotswap_adapter(model, source, "default", validate=worse)
     assert refused.value.details == {"name": "default"}
     assert same_state(before, state(model)) and torch.equal(logits(model), output)
@@ -168,7 +168,7 @@ def test_a_validation_that_cannot_be_judged_puts_it_back_too(verdict: str, tmp_p
             raise RuntimeError("first line\nsecond line")
         return torch.tensor([True, False])
 
-    with pytest.raises(HotSwapError, match=r"validating the new adapter failed \(.*'default' is as before") as caught:
+    with pytest.raises(HotSwapError, match=r"validating the new adapter failed \(.*'default' is unchanged") as caught:
         hotswap_adapter(model, source, "default", validate=judge)
     assert "\n" not in str(caught.value)
     assert same_state(before, state(model))
