@@ -232,7 +232,7 @@ def _check_generation(request: TrainRequest, objective: Objective, columns: Sequ
         raise ConfigError(f"{name} needs a tokenizer: pass tokenizer=…", field="tokenizer")
     if "prompt" not in {*columns, *(request.columns or ())} and "input_ids" in columns:
         raise TrainingError(
-            f"{name} takes rows of text with a prompt, which reward functions get, and these are tokenised",
+            f"{name} needs rows of text with a prompt, which reward functions get, not tokenized rows",
             columns=columns,
         )
 
