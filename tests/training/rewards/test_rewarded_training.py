@@ -365,7 +365,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": sweep(1e-3, 1e-2)}, "grpo trains one adapter"),
     (
         {"train_sampling_strategy": "group_by_length"},
-        "train_sampling_strategy='group_by_length' cannot be combined with grpo",
+        "'group_by_length' cannot be combined with grpo",
     ),
     ({"tokenizer": None}, "grpo needs a tokenizer"),
     ({"label_smoothing": 0.1}, "'label_smoothing' is a field of"),
