@@ -340,7 +340,7 @@ def test_adapters_of_other_methods_learn_from_rewards(method: str) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rewards": None}, "grpo needs rewards"),
-    ({"objective": "sft"}, "rewards are for objective='grpo', and this trains sft"),
+    ({"objective": "sft"}, "rewards require objective='grpo', but the objective is sft"),
     ({"num_generations": 3}, "num_generations=3 does not divide the 4 completions of a step"),
     ({"num_generations": 8}, "per_device_train_batch_size=8, or num_generations=4"),
     ({"gradient_accumulation_steps": 2, "num_generations": 5}, "the 8 completions of a step"),
@@ -400,5 +400,5 @@ def test_rows_and_models_of_another_kind_are_refused() -> None:
     poly = nbpeft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(TrainingError, match="grpo generates completions without task_ids"):
         nbpeft.train(nbpeft.get_peft_model(tiny_base(), poly), PROMPTS, **FIELDS, **grpo)
-    with pytest.raises(ConfigError, match="the rows have prompts alone: give rewards"):
+    with pytest.raises(ConfigError, match="the rows have only prompts: pass rewards"):
         nbpeft.train(new(), [{"prompt": "w1"}], tokenizer=TOKENIZER)
