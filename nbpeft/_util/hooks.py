@@ -58,5 +58,5 @@ def when_scored(make: Callable[..., Any]) -> None:
 
 
 def new_scorer(*args: Any, **options: Any) -> Any:
-    """Makes a scorer; see ``nbpeft.scoring.in_training.Scorer`` for the arguments."""
+    """Makes a scorer; see ``nbpeft.scoring.in_training.RowScorer`` for the arguments."""
     return _scorers[0](*args, **options)

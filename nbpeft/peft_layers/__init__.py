@@ -1,11 +1,11 @@
-"""What users of PEFT find on adapted layers, models and configs: attributes, methods, classes, custom layers.
+"""PEFT's interface of layers, models and configs: attributes and methods, classes for ``isinstance``, custom layers.
 
-The engine knows no name of PEFT but those that the record of a method declares (``PeftNames``). This room adds the
-others to the classes of its wrappers and configs when the engine is imported, so that unpickled models have them, too.
+The engine itself only has the PEFT names that a method declares in its ``PeftNames``. This room adds all others to the
+classes of the engine's wrappers and configs when the engine is imported, so that unpickled models have them too.
 
 Door, what other rooms import:
 
-    classes.py         PEFT's classes of layers: adapted layers pass as their instances in ``isinstance``
+    classes.py         PEFT's layer classes, for ``isinstance`` checks of adapted layers
     custom_layers.py   Base classes of custom LoRA layers: PEFT's ``LoraLayer`` and ``lora.Linear``
     shared_tensors.py  Tensors that the layers of an adapter share, under PEFT's names
 

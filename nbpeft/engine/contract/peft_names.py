@@ -1,4 +1,4 @@
-"""The names that PEFT's layers and models have for what a method stores, as the method declares them."""
+"""PEFT's names for the parameters, settings and classes of a method, as the method declares them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ADAPTER_PARTS = "adapter_parts"
 
 @dataclass(frozen=True)
 class PeftNames:
-    """PEFT's names for the parts of an adapter. A method without them works, only PEFT's names are then missing.
+    """PEFT's names for the parts of an adapter. A method works without them; its layers then lack PEFT's names.
 
     Attributes:
         parameters: attributes of PEFT's layers that map adapter names to parameters, separated by spaces.
@@ -24,14 +24,14 @@ class PeftNames:
         functions: method of an adapted layer -> function of the layer and the arguments.
         wrapped: parameters stored in a small module as its ``weight``: ``layer.core["default"].weight``.
         names_in_modules: parameter in ``wrapped`` -> its name in the module, if that is not ``weight``.
-        lists: parameters stored in a list, ``layer.core["default"][0]``: here ``core.0``, ``core.1``, …; what is in
-            ``wrapped``, too, is a list of small modules.
-        grouped: parameter -> attribute of the layer, and name in what it maps the adapter to, that PEFT has for it:
+        lists: parameters stored in a list, ``layer.core["default"][0]``: here ``core.0``, ``core.1``, …; if they are
+            also in ``wrapped``, a list of small modules.
+        grouped: parameter -> attribute of PEFT's layer and key in its value for the adapter:
             ``osf_svd_params.S_low`` for ``layer.osf_svd_params["default"]["S_low"]``.
-        modules: further modules of PEFT's layers, besides those for ``wrapped``; see ``ShowsModules.peft_module``.
+        modules: modules of PEFT's layers in addition to those for ``wrapped``; see ``ShowsModules.peft_module``.
         constants: parameters that are neither saved nor read; they exist because PEFT counts them.
         container: module below the layer in which PEFT keeps the parameters, if not on the layer itself.
-        shown_as: attribute of a layer under which the submodules of adapters are found.
+        shown_as: attribute of a layer that contains the submodules of its adapters.
         model_functions: method of a model whose first adapter has such a config -> function of the model's manager and
             the arguments.
         model_attributes: attribute of such a model's ``base_model`` -> function of the ``base_model``.

@@ -509,7 +509,7 @@ class PeftModel(nn.Module):
             options=kwargs,
         )
         # transformers or another PeftModel may already have loaded an adapter with this name on the base.
-        with replacing(manager, adapter_name, "what was read"), manager.transaction() as change:
+        with replacing(manager, adapter_name, "the loaded one"), manager.transaction() as change:
             put()
             if manager.active != (adapter_name,):
                 manager.activate(adapter_name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from nbpeft.errors import TrainingError, few, with_article
+from nbpeft.errors import TrainingError, check_bool, few, with_article
 from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.files import SUFFIXES, has_separator, read_file, refuse_separator, suffix_of
 from nbpeft.training.data.hub import DatasetName, load_named, slice_of
@@ -37,8 +37,11 @@ def open_data(data: Any, separator: str | None = None, *, skip_bad: bool | None 
         A sequence with a length, or a stream that can only be iterated.
 
     Raises:
+        ConfigError: ``skip_bad`` is neither True nor False.
         TrainingError: it is none of these, cannot be read, or has no rows.
     """
+    if skip_bad is not None:
+        check_bool("skip_bad", skip_bad)
     if isinstance(data, Mapping):
         raise _dictionary(data)
     if isinstance(data, (str, os.PathLike)):

@@ -37,7 +37,7 @@ _KEYS = {f"{name}.{number}": f"{name}.{number}.weight" for name in HIDDEN for nu
 
 @dataclass
 class PeanutConfig(LayersConfig):
-    """Config of PEANuT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of PEANuT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: width of the network.

@@ -50,7 +50,7 @@ def blocks_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
         raise ConfigError(f"ShadowPEFT works with decoder language models, and {name} has an encoder and a decoder")
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     if text is None or text is not config:
-        raise ConfigError(f"ShadowPEFT works with decoder language models of transformers, and {name} is none")
+        raise ConfigError(f"ShadowPEFT works with decoder language models of transformers, not with {name}")
     for path, module in bare_modules(model):
         for attribute in _LISTS:
             blocks = module._modules.get(attribute)
@@ -88,12 +88,12 @@ class Recipe:
         network_class: class of the network.
         network_config: its config.
         source: folder or hub id of its weights; empty for a new one.
-        is_projected: whether those have a projection with them.
+        is_projected: whether the weights include a projection.
         width: features of the model's hidden states.
         shares: whether it reads the model's input embeddings.
-        reads_states: whether it reads the input of the model's first block, and not that of the model.
-        is_lm: whether its loss is that of a language model, whose head it takes.
-        head: of a classification, without data; None where there is none.
+        reads_states: whether it reads the input of the model's first block instead of the input of the model.
+        is_lm: whether the network has a language modeling loss, with the model's head.
+        head: a classification head without data, or None.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Recipe:
 
     def network(self) -> Any:
         """A new network, without an embedding if it reads the model's."""
-        # What is read whole is not drawn first.
+        # All weights will be loaded, so torch's random state must not depend on initializing them.
         with torch.random.fork_rng(devices=()) if self.source and not self.is_projected else nullcontext():
             made = self.network_class(self.network_config)
         if self.shares and isinstance(getattr(made, "embed_tokens", None), nn.Module):
@@ -138,7 +138,7 @@ class Recipe:
         """The saved tensors of the network and its projection, if any.
 
         Args:
-            reads: gives the tensors of a file.
+            reads: returns the tensors of a file.
 
         Raises:
             ConfigError: they cannot be read.
