@@ -15,6 +15,13 @@ from tests.scoring.support import ROWS
 from tests.tiny_models import randomize
 
 
+class Printable(CharTokenizer):
+    """Takes every text: characters that it does not know are spaces."""
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return super().__call__("".join(sign if " " <= sign <= "~" else " " for sign in text), **options)
+
+
 @pytest.fixture
 def ready(adapted: Notebook) -> Notebook:
     for seed, name in enumerate(("sql", "chat")):
@@ -64,6 +71,14 @@ def test_a_metric_may_be_a_function_of_the_notebook(ready: Notebook) -> None:
 )
 def test_mistakes_are_one_line(ready: Notebook, line: str, message: str) -> None:
     assert message in ready.run(f"%lora score {line}").line
+
+
+def test_the_loss_on_a_general_text_needs_no_rows(ready: Notebook) -> None:
+    ready["tokenizer"] = Printable()
+    shown = str(ready.do("%lora inspect sql"))
+    assert "Loss on general text: %lora score sql --general" in shown
+    result = ready.do("%lora score sql --general --max-length 24")
+    assert (result.columns, result.metric, len(result.items)) == (("base", "sql"), "loss", 23)
 
 
 def test_names_metrics_and_data_are_completed(ready: Notebook) -> None:

@@ -39,7 +39,11 @@ from nbpeft.names import METRICS
         completes="adapter",
         help="the adapters, a+b for the sum of two (default: all)",
     ),
-    replace(DATA, options={**DATA.options, "help": str(DATA.options["help"]).replace("training rows", "the rows")}),
+    replace(
+        DATA,
+        options=DATA.options
+        | {"required": False, "help": str(DATA.options["help"]).replace("training rows", "the rows")},
+    ),
     argument(
         "--metric",
         nargs="+",
@@ -70,7 +74,11 @@ from nbpeft.names import METRICS
         completes="data",
         help="further rows of which the loss is measured, to see what an adapter forgot",
     ),
-    argument("--general", action="store_true", help="the same with a general text that the package has"),
+    argument(
+        "--general",
+        action="store_true",
+        help="the same with a general text that the package has; --data may then be left out",
+    ),
     MAX_LENGTH,
     COLUMNS,
     SEPARATOR,
@@ -85,7 +93,10 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
     for name in ("pattern", "tolerance", "batch_size", "max_new_tokens", "max_length"):
         if (value := getattr(options, name)) is not None:
             given[name] = value
-    rows, model = notebook.data(options.data, "--data"), notebook.chosen(options.model)
+    if options.data is None and not options.general:
+        raise CellError("%lora score needs --data ROWS, or --general for the loss on a general text")
+    rows = None if options.data is None else notebook.data(options.data, "--data")
+    model = notebook.chosen(options.model)
     metrics = [metric_of(word, notebook) for word in options.metric]
     from nbpeft.widgets import LiveAnswers
 
