@@ -44,6 +44,8 @@ _STATUS_TONES: dict[str, Tone] = {
 }
 _WORDS = {"pausing": "pausing after this step", "stopping": "stopping after this step"}
 _MORE = "%lora traceback shows where it failed."
+REWARD = "reward"
+"""The curve of the mean reward of a training that learns from rewards."""
 _LONGEST_ANSWER = 400
 _LONGEST_NAME = 24
 _ICONS: dict[Tone, str] = {"error": "✖", "warning": "⚠\ufe0e", "success": "✓"}  # the selector asks for text, not emoji
@@ -129,11 +131,14 @@ def _subject(train: TrainState) -> str:
 
 
 def _curves(train: TrainState) -> Block:
-    """Returns a chart of the run's loss, or of the loss of each adapter of a sweep."""
+    """Returns a chart of the run's loss, of its reward, or of the loss of each adapter of a sweep."""
+    live = train.status not in (*ENDED, "paused")
+    if train.series.get(REWARD):  # the loss of such a training says nothing: it is relative within each step
+        return CurveChart(((REWARD, train.series[REWARD], ()),), legend=False, live=live, metric=REWARD)
     if not train.members:
         return LossChart(train)
     curves = tuple((member.name, _smoothed(member.history), member.eval_history) for member in train.members)
-    return CurveChart(curves, legend=False, live=train.status not in (*ENDED, "paused"))
+    return CurveChart(curves, legend=False, live=live)
 
 
 def _scores(train: TrainState) -> Block | None:
@@ -166,6 +171,7 @@ def _figures(train: TrainState) -> Figures:
     mean = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
     figures = (
         _loss_of_the_best(train) if several else Figure("loss", numbers.loss(train.loss), mean, 84),
+        *_reward(train),
         Figure("lowest eval loss" if several else "eval loss", evaluated, _best_words(train), 84, perplexity),
         *(
             Figure(
@@ -217,12 +223,13 @@ def _samples(train: TrainState) -> tuple[Block, ...]:
 
     Earlier answers are shown only if the run is paused or has ended, because each update would fold them again.
     """
-    if not train.samples:
-        return ()
-    last = max(sample.step for sample in train.samples)
-    newest = [sample for sample in train.samples if sample.step == last]
-    earlier = [sample for sample in reversed(train.samples) if sample.step != last]
-    shown: list[Block] = []
+    answers = [sample for sample in train.samples if sample.reward is None]
+    shown: list[Block] = [*_rewarded(train)]
+    if not answers:
+        return tuple(shown)
+    last = max(sample.step for sample in answers)
+    newest = [sample for sample in answers if sample.step == last]
+    earlier = [sample for sample in reversed(answers) if sample.step != last]
     for sample in newest:
         shown += [line(dim("prompt"), Text(sample.prompt, "bold")), _with_base(sample, train.adapter)]
     if earlier and train.status in (*ENDED, "paused"):
@@ -234,6 +241,38 @@ def _samples(train: TrainState) -> tuple[Block, ...]:
         head = ("Step", *(("Prompt",) if several else ()), "Answer")
         shown.append(Details(f"{numbers.plural(len(earlier), 'earlier answer')}", Table(head, rows, right=(0,))))
     return tuple(shown)
+
+
+def _rewarded(train: TrainState) -> tuple[Block, ...]:
+    """Returns the best and the worst of the last completions, and those of earlier steps folded."""
+    scored = [(sample, sample.reward) for sample in train.samples if sample.reward is not None]
+    if not scored:
+        return ()
+    last = max(sample.step for sample, _ in scored)
+    newest = sorted((pair for pair in scored if pair[0].step == last), key=lambda pair: -pair[1])
+    boxes = [
+        Box(title, ((_cut(sample.answer), False),), aside=f"reward {numbers.metric(reward)} · step {last:,}")
+        for title, (sample, reward) in zip(("best completion", "worst completion"), newest, strict=False)
+    ]
+    shown: list[Block] = [line(dim("prompt"), Text(_cut(newest[0][0].prompt), "bold")), Columns(tuple(boxes))]
+    earlier = [pair for pair in reversed(scored) if pair[0].step != last]
+    if earlier and train.status in (*ENDED, "paused"):
+        rows = tuple(
+            (f"{sample.step:,}", numbers.metric(reward), _cut(sample.prompt), Text(_cut(sample.answer), wrap="as is"))
+            for sample, reward in earlier
+        )
+        title = numbers.plural(len(earlier), "earlier completion")
+        shown.append(Details(title, Table(("Step", "Reward", "Prompt", "Completion"), rows, right=(0, 1))))
+    return tuple(shown)
+
+
+def _reward(train: TrainState) -> tuple[Figure, ...]:
+    """Returns the mean reward of the last step, with that of the first."""
+    curve = train.series.get(REWARD)
+    if not curve:
+        return ()
+    step, first = curve[0]
+    return (Figure(REWARD, numbers.metric(curve[-1][1]), f"{numbers.metric(first)} at step {step:,}", 84),)
 
 
 def _with_base(sample: Sample, adapter: str) -> Columns:
@@ -251,7 +290,7 @@ def small_curves(train: TrainState) -> tuple[tuple[str, Curve, str, str, str], .
     formats = {"learning rate": numbers.learning_rate, "tokens/s": numbers.rate, "memory": _size}
     order = ("learning rate", "gradient norm", "tokens/s", "memory")
     named = {name: train.series[name] for name in order if name in train.series}
-    named |= {name: curve for name, curve in train.series.items() if name not in named}
+    named |= {name: curve for name, curve in train.series.items() if name not in (*named, REWARD)}
     named |= {name: curve for name, curve in train.metric_history.items() if len(curve) > 1}
     result = []
     for name, curve in named.items():

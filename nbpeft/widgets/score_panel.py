@@ -12,7 +12,7 @@ from nbpeft.widgets.lifetime import weakly
 from nbpeft.widgets.panel import Panel
 
 if TYPE_CHECKING:
-    from nbpeft.scoring.result import Filter, ScoreResult
+    from nbpeft.session.results.paged_scores import Filter, ScoreResult
 
 PAGE = 5
 """Number of items on a page."""
@@ -127,9 +127,13 @@ class _Parts:
             self._overview.value = self._drawn = head(shown.title, shown.aside, below=8) + "".join(inner)
         metrics = [facts.name for facts in result.metrics]
         if len(metrics) > 1:
-            tooltips = {("metric", name): (name, f"Filter and judge the items by {name}") for name in metrics}
+            tooltips: dict[tuple[str, ...], tuple[str, str]] = {
+                ("metric", name): (name, f"Filter and judge the items by {name}") for name in metrics
+            }
             self._metrics.draw(tooltips, [("metric", result.metric)])
-        labels = {("filter", one.title): (str(one), f"Show these {len(one.items)} items") for one in filters}
+        labels: dict[tuple[str, ...], tuple[str, str]] = {
+            ("filter", one.title): (str(one), f"Show these {len(one.items)} items") for one in filters
+        }
         self._filters.draw(labels, [("filter", chosen.title)])
         count, end = len(chosen.items), min(start + PAGE, len(chosen.items))
         self._items.value = "".join(to_html(block) for block in chosen.blocks(result, start, end))

@@ -58,16 +58,14 @@ def test_each_row_can_have_a_loss_with_a_factor_of_its_own(learned, weighted, tr
     hidden, targets = inputs(learned=learned)
     weights = torch.linspace(0.5, 2, len(targets)) if weighted else None
     factors = torch.linspace(-1, 3, len(targets))
+    scaled = factors if weights is None else factors * weights
     watched = [hidden, *(layer.parameters() if trains_head else ())]
-    whole, expected = gradients(
-        lambda: F.cross_entropy(layer(hidden), targets, reduction="none") @ (factors * (1 if weights is None else weights)),
-        *watched,
-    )
+    options: dict[str, Any] = {"reduction": "none"}
+    whole, expected = gradients(lambda: F.cross_entropy(layer(hidden), targets, **options) @ scaled, *watched)
+    options["weights"] = weights
     for chunk_size in (1, 5, 100):
         loss, found = gradients(
-            lambda size=chunk_size: (
-                chunked_cross_entropy(layer, hidden, targets, chunk_size=size, weights=weights, reduction="none") @ factors
-            ),
+            lambda size=chunk_size: chunked_cross_entropy(layer, hidden, targets, chunk_size=size, **options) @ factors,
             *watched,
         )
         torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-5)

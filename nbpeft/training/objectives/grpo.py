@@ -120,9 +120,7 @@ class Grpo(Objective):
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Do not learn completions that were cut at max_completion_length."}
     )
-    disable_dropout: bool = field(
-        default=False, metadata={"help": "Switch off dropout in the model and the adapter."}
-    )
+    disable_dropout: bool = field(default=False, metadata={"help": "Switch off dropout in the model and the adapter."})
 
     def __post_init__(self) -> None:
         """Checks the fields.

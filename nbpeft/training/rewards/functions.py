@@ -103,12 +103,11 @@ class Rewards:
             raise _failure(name, function, completions, trainer_state, error) from error
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(values, list | tuple):
-            raise TrainingError(f"reward {name!r} returned {with_article(values)}, not a list with a number for each "
-                                "completion")
-        if len(values) != len(completions):
             raise TrainingError(
-                f"reward {name!r} returned {len(values)} numbers for {len(completions)} completions"
+                f"reward {name!r} returned {with_article(values)}, not a list with a number for each completion"
             )
+        if len(values) != len(completions):
+            raise TrainingError(f"reward {name!r} returned {len(values)} numbers for {len(completions)} completions")
         return [_number(name, value, row) for value, row in zip(values, completions, strict=True)]
 
 
@@ -123,7 +122,7 @@ def _check_callable(function: Any) -> None:
         raise ConfigError(
             f"a reward must be a function f(completions, prompts, **columns), not {function!r:.60}", field="rewards"
         )
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         raise ConfigError(f"reward {_name(function)!r} is asynchronous: give a usual function", field="rewards")
 
 

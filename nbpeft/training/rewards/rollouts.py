@@ -53,7 +53,7 @@ class Completion:
         return self.text if isinstance(self.prompt, str) else [{"role": "assistant", "content": self.text}]
 
     @property
-    def asked(self) -> str:
+    def prompt_text(self) -> str:
         """The prompt as text; of a conversation the last message."""
         return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1].get("content", ""))
 
@@ -69,8 +69,8 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Rows to complete, as an element of a batch; their columns may have any type, so they are not moved to a device."""
+class PromptRows:
+    """Rows to complete, as an element of a batch that is not moved to a device: their columns may have any type."""
 
     rows: tuple[Mapping[str, Any], ...]
 
@@ -87,7 +87,7 @@ class PromptCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collates rows: the rows themselves, and their numbers as a tensor."""
-        return {"asked": Asked(tuple(rows)), "numbers": torch.tensor([row["number"] for row in rows])}
+        return {"prompts": PromptRows(tuple(rows)), "numbers": torch.tensor([row["number"] for row in rows])}
 
 
 def generated(

@@ -79,8 +79,9 @@ class RolloutTrainer(ObjectiveTrainer):
         shuffles = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)) != "sequential"
         seed = args.data_seed if args.data_seed is not None else args.seed
         copies = self.objective.num_generations
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return PromptOrder(
-            len(self.train_dataset if train_dataset is None else train_dataset),
+            len(rows),
             copies=copies,
             size=args.train_batch_size * args.gradient_accumulation_steps // copies,
             repeats=self.objective.num_iterations,
@@ -95,9 +96,9 @@ class RolloutTrainer(ObjectiveTrainer):
         samples, count = super().get_batch_samples(*args, **kwargs)
         if samples and self.state.global_step % self.objective.num_iterations == 0:
             self._completed = []  # its tensors would be in memory during generation
-            rows = [row for sample in samples for row in sample["asked"].rows]
+            rows = [row for sample in samples for row in sample["prompts"].rows]
             completions = self._complete(rows, self.state.global_step)
-            self._completed = self._scored(completions, [len(sample["asked"].rows) for sample in samples])
+            self._completed = self._scored(completions, [len(sample["prompts"].rows) for sample in samples])
             self._show(completions)
         if samples and len(self._completed) != len(samples):
             raise CheckpointError(
@@ -148,7 +149,7 @@ class RolloutTrainer(ObjectiveTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RunCallback) and known:
                 pair = (known[0], known[-1])
-                callback.run.rewarded([Sample(step, row.asked, row.text, reward=reward) for row, reward in pair])
+                callback.run.rewarded([Sample(step, row.prompt_text, row.text, reward=reward) for row, reward in pair])
 
     # The loss
 
@@ -188,9 +189,7 @@ class RolloutTrainer(ObjectiveTrainer):
 
     def log_probs_of_the_reference(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The log-probability of each token."""
-        return token_log_probs(
-            model, batch, temperature=self.objective.temperature, chunk_size=self.loss_chunk_size
-        )
+        return token_log_probs(model, batch, temperature=self.objective.temperature, chunk_size=self.loss_chunk_size)
 
     # Evaluation
 
@@ -199,7 +198,7 @@ class RolloutTrainer(ObjectiveTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of the completions of some evaluation rows, whose rewards are curves."""
         copies = self.objective.num_generations
-        rows = [row for row in inputs["asked"].rows for _ in range(copies)]
+        rows = [row for row in inputs["prompts"].rows for _ in range(copies)]
         size = max(1, self.args.eval_batch_size // copies) * copies
         losses = []
         for first in range(0, len(rows), size):
