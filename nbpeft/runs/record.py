@@ -216,11 +216,11 @@ def checked_sample(given: Any) -> Sample | None:
     """Returns a sample read from a file; None if it is invalid."""
     if not isinstance(given, dict) or not _is_step(given.get("step")):
         return None
-    texts = [given.get(name, "") for name in ("prompt", "answer", "base", "wanted")]
+    texts = {name: given.get(name, "") for name in ("prompt", "answer", "base", "wanted")}
     reward = given.get("reward")
-    if not all(map(_is_unicode, texts)) or not (reward is None or _is_number(reward)):
+    if not all(map(_is_unicode, texts.values())) or not (reward is None or _is_number(reward)):
         return None
-    return Sample(given["step"], *texts, reward=None if reward is None else float(reward))
+    return Sample(given["step"], **texts, reward=None if reward is None else float(reward))
 
 
 def _is_step(value: object) -> bool:

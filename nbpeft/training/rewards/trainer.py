@@ -79,8 +79,9 @@ class RolloutTrainer(ObjectiveTrainer):
         shuffles = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)) != "sequential"
         seed = args.data_seed if args.data_seed is not None else args.seed
         copies = self.objective.num_generations
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return PromptOrder(
-            len(self.train_dataset if train_dataset is None else train_dataset),
+            len(rows),
             copies=copies,
             size=args.train_batch_size * args.gradient_accumulation_steps // copies,
             repeats=self.objective.num_iterations,
