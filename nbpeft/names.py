@@ -59,6 +59,12 @@ SCORED_PAIRS = "scored pairs"
 PROMPTS = "prompts"
 """The kind of rows with a prompt alone, which the model in training answers."""
 
+JUDGED = "judged"
+"""The kind of rows with a completion and a ``label`` that says whether it is good."""
+
+DESIRABLE = "desirable"
+"""The key of that label in a tokenized row and in a batch: 1 or 0."""
+
 REJECTED = "rejected_"
 """Prefix of the keys of a rejected completion in a tokenized row and in a batch: ``rejected_input_ids``."""
 

@@ -121,6 +121,7 @@ def test_only_a_dry_run_may_leave_something_to_do(failed: list[str], left: list[
 
 @pytest.mark.slow
 @pytest.mark.real_model
+@pytest.mark.timeout(3600)
 def test_a_release_can_be_built_and_its_wheel_runs_the_quickstart() -> None:
     command = [sys.executable, "notebooks/release_checks.py", "--dry-run", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -261,7 +261,9 @@ def _prompt_lines(config: AdapterConfig) -> list[str]:
     if not form.chat:
         return ["", "Trained on text without a chat template: prompt it with plain text."]
     system = f" and the system prompt {_code(masked(form.system))}" if form.system else ""
-    return ["", f"Trained with the chat template{system}: use the same template for prompts."]
+    given = {name: masked(value) if isinstance(value, str) else value for name, value in form.variables.items()}
+    variables = f" with {_code(given)}" if given else ""
+    return ["", f"Trained with the chat template{variables}{system}: use the same template for prompts."]
 
 
 def _listed_fields(config: AdapterConfig) -> list[str]:

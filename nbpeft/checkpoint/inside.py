@@ -312,7 +312,9 @@ def second_name(root: Path, name: str, new: str) -> None:
         try:
             os.link(leaf, new_leaf, src_dir_fd=source, dst_dir_fd=there, follow_symlinks=False)
         except (OSError, NotImplementedError):
-            shutil.copy2(root / name, root / new, follow_symlinks=False)
+            shutil.copyfile(root / name, root / new, follow_symlinks=False)
+            with contextlib.suppress(OSError):  # mounted drives may not have permissions
+                shutil.copystat(root / name, root / new, follow_symlinks=False)
 
 
 def remove(root: Path, name: str) -> None:

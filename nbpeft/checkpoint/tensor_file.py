@@ -95,7 +95,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     path.touch()
     mode = path.stat().st_mode
     safetensors.torch.save_file(dict(tensors), str(path), metadata={"format": "pt", **metadata})
-    path.chmod(mode & 0o7777)
+    with contextlib.suppress(OSError):  # mounted drives may not have permissions
+        path.chmod(mode & 0o7777)
 
 
 def write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -58,7 +58,8 @@ class NbpeftMagics(magic.Magics):
     def __init__(self, shell: Any, **options: Any) -> None:
         super().__init__(shell, **options)
         self.session: Session = get_session()
-        self.session.context.runs_dir = self.runs_dir
+        if self.runs_dir is not None:  # else it may have been set in Python
+            self.session.context.runs_dir = self.runs_dir
         self._trained: dict[str, Any] = {}
         self._unsubscribe: Callable[[], None] = self.session.on_run(self._run_starts)
 
@@ -180,6 +181,7 @@ class NbpeftMagics(magic.Magics):
                 f"training failed: {type(error).__name__}: {in_one_line(error):.300} (%lora traceback shows where)"
             )
             self._keep_traceback(error)
+        # Raised outside the except blocks: as its context, the caught error would keep its frames and their tensors.
         if interrupted is not None:
             raise interrupted
         raise UsageError(message)

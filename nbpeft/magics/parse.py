@@ -7,6 +7,7 @@ arguments; every mistake is a ``CellError`` with a one-line message that names t
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,7 @@ from nbpeft.session.handles import is_module
 
 _REQUIRED = "the following arguments are required: "
 _CLOSE = 0.8
-"""The similarity, as of ``difflib``, from which a ``name=value`` word after an option counts as part of the option and
-not as a field."""
+"""The ``difflib`` ratio above which a ``name=value`` word after an option belongs to the option and is not a field."""
 _EXPRESSION = re.compile(r"\{[^\W\d]\w*[.\[(][^{}]*\}.*")
 """Expressions such as ``{runs[0]}``, which IPython's own magics evaluate."""
 _VARIABLE = re.compile(r"([^\W\d]\w*)(?:[.\[].*)?", re.DOTALL)
@@ -243,12 +243,12 @@ def parse_line(
         if name in namespace and is_module(namespace[name]):
             add = f"a cell that begins with %{magic} {name:.60}, or {magic} add {name:.60} …"
             raise CellError(f"{magic} has no command {name!r:.60}, which is a variable; to adapt it: {add}")
-        hint = _meant(name, magic, subcommands, cells) or f" {magic} help lists the commands"
+        hint = _command_hint(name, magic, subcommands, cells) or f" {magic} help lists the commands"
         raise CellError(f"{magic} has no command {name!r:.60}.{hint}")
     return parse_arguments(subcommands[name], f"{magic} {name}", words[1:], namespace)
 
 
-_USUAL = {
+_SYNONYMS = {
     "list": "",
     "ls": "",
     "status": "",
@@ -265,10 +265,10 @@ _USUAL = {
 """Words that other tools use for a command; empty for the magic alone."""
 
 
-def _meant(name: str, magic: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
+def _command_hint(name: str, magic: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
     """The hint at the command that an unknown word probably means, with a leading space; empty if none is close."""
-    if name in _USUAL:
-        return f" Did you mean {f'{magic} {_USUAL[name]}'.strip()!r}?"
+    if name in _SYNONYMS:
+        return f" Did you mean {f'{magic} {_SYNONYMS[name]}'.strip()!r}?"
     own = magic.lstrip("%")
     forms = {word: word for word in subcommands}
     forms |= {cell: f"%%{cell}" for cell in cells} | {
@@ -303,7 +303,7 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
         if variable is not None and variable[1] in namespace:
             return Expression(text)
         if not word.quoted and _EXPRESSION.fullmatch(text):
-            message = f"{text:.60} is an expression, and only a variable is replaced, as in {{name}}: assign it first"
+            message = f"{text:.60} is an expression; only a variable, as in {{name}}, is replaced: assign it first"
             raise CellError(message, column=word.start)
         return word.text
     name, rest = match
@@ -324,7 +324,7 @@ def _has_messages(value: object) -> bool:
 
 
 class Expression(str):
-    """Text without quotes that begins with a variable of the notebook, so that it can be its value: ``rows[0]``."""
+    """Text without quotes that begins with a variable of the notebook, such as ``rows[0]``: it can be evaluated."""
 
 
 class Verbatim(str):
@@ -356,12 +356,27 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def variable(text: str) -> tuple[str, Any]:
+    """Parse ``name=value`` for the ``type`` of an argument; the value is a literal (``False``, ``3``) or a word.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not of this form.
+    """
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals and value):
+        raise argparse.ArgumentTypeError(f"expected name=value, e.g. enable_thinking=False, not {text!r:.60}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return name, {"true": True, "false": False}.get(value, value)
+
+
 class AsMapping(argparse.Action):
-    """Stores the pairs of a ``type=pair`` argument as a dict; for the ``action`` of an argument."""
+    """Stores the pairs of an argument as a dict, of one that is repeated all of them; for ``action`` of an argument."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
         """Stores the values of the argument, a list of pairs."""
-        setattr(namespace, self.dest, dict(values))
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **dict(values)})
 
 
 def positive(text: str) -> int:

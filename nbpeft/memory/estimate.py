@@ -314,7 +314,9 @@ def _run(setting: Setting, path: str) -> Peak | None:
         except Exception as error:
             kind = type(model).__name__
             reason = _too_long(setting) or (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"cannot forecast {kind}: it does not run without data ({reason})", model=kind) from error
+            raise ConfigError(
+                f"cannot forecast {kind}: it does not run on meta tensors ({reason})", model=kind
+            ) from error
 
 
 def _too_long(setting: Setting) -> str:
@@ -322,7 +324,7 @@ def _too_long(setting: Setting) -> str:
     positions = getattr(setting.architecture.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or setting.sequence_length <= positions:
         return ""
-    return f"sequence_length {setting.sequence_length} is more than its {positions} positions"
+    return f"sequence_length {setting.sequence_length} exceeds its {positions} positions"
 
 
 def _prepared(setting: Setting, layers: int | None) -> nn.Module:
@@ -370,7 +372,7 @@ def _without_missing(setting: Setting, model: nn.Module) -> Setting:
 
 def _checkpoint(model: nn.Module) -> None:
     if not can_checkpoint(type(model)):
-        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing")
+        raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing")
     config: Any = model.config
     config.use_cache = False  # transformers does the same, but with a warning
     # torch's random generator is shared by all threads: restoring its state in another thread than the main one would

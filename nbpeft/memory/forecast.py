@@ -237,7 +237,7 @@ def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
         dtype = getattr(config, "dtype", None) or torch.float32
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
-        raise ConfigError(f"dtype {dtype!r} is not a floating dtype such as 'bfloat16'", dtype=dtype)
+        raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype such as 'bfloat16'", dtype=dtype)
     return found
 
 
@@ -264,7 +264,7 @@ def device_bytes(device: int | str | torch.device | None) -> int | None:
             return device_memory(torch.device(device)).total
     if size < 1:
         raise ConfigError(
-            f"device {device!r} is neither a size such as '16GB' nor a device here, nor the name of one, such as 'T4'."
+            f"device {device!r} is not a size such as '16GB', a device of this machine, or a known GPU such as 'T4'."
             + (nearest(device) if isinstance(device, str) else "")
         )
     return size

@@ -96,4 +96,4 @@ def slow_here(dtype: torch.dtype) -> bool:
 def slow_dtype_message(*dtypes: torch.dtype, instead: str = "load models with dtype=torch.float32") -> str:
     """Return a sentence that warns about slow dtypes and says what to do instead."""
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"this CPU has no instructions for {names} and is many times faster in float32: {instead}"
+    return f"this CPU has no instructions for {names}; float32 is many times faster: {instead}"

@@ -325,9 +325,7 @@ def _mapping_names(adapter: Adapter) -> tuple[str, ...]:
     source = source_of(adapter)
     if source is not None and peft.mappings:
         return _mapping_names(source)
-    if peft.single_mapping:
-        return (peft.single_mapping,)
-    own = dict.fromkeys(name.partition(".")[0] for name in adapter._parameters)
+    own = dict.fromkeys(peft.grouped.get(name, name).partition(".")[0] for name in adapter._parameters)
     return tuple(name for name in peft.mappings if name not in peft.modules) or tuple(own)
 
 

@@ -35,6 +35,7 @@ class RowScorer(Scorer):
         max_length: as for ``score``.
         separator: as for ``score``.
         skip_bad: as for ``score``.
+        variables: variables for the chat template, as far as it has them.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -52,11 +53,12 @@ class RowScorer(Scorer):
         max_length: int | None = None,
         separator: str | None = None,
         skip_bad: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self._given, self._tokenizer = metric, tokenizer
         self._metrics = metrics_of(metric, AnswerSettings())
         reading: dict[str, Any] = {"columns": columns, "max_length": max_length}
-        reading |= {"separator": separator, "skip_bad": skip_bad}
+        reading |= {"separator": separator, "skip_bad": skip_bad, "usual_variables": variables}
         self._read = read_rows(model, rows, self._metrics, tokenizer, **reading)
         self.name = self._metrics[0].name
         self.metrics = {item.name: item.greater_is_better for item in self._metrics}

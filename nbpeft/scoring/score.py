@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft.checkpoint import common_format
 from nbpeft.display.numbers import plural
+from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError, check_bool, few
 from nbpeft.model.from_data.observing import progress as progress_bar
 from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit
@@ -49,6 +51,7 @@ def score(
     columns: Mapping[str, str] | None = None,
     separator: str | None = None,
     skip_bad: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
     also: Any = None,
     general: bool = False,
@@ -69,7 +72,8 @@ def score(
 
     Metrics of answers are ``exact``, ``contains``, ``startswith``, ``regex``, ``number`` (the last one of the answer),
     ``json`` (the share of right fields), ``json_valid`` and ``f1`` (of words). ``choice`` takes the option of the row
-    with the greatest likelihood, ``choice_norm`` divides it by the option's length in characters; ``loss`` and
+    with the greatest likelihood, ``choice_norm`` divides its logarithm by the option's length in characters, without
+    white space at its ends, as ``acc_norm`` of lm-eval does; ``loss`` and
     ``perplexity`` are those of the tokens that a training would learn, ``accuracy`` is for classifiers. A function
     ``(answer, row) -> bool | float`` is a metric of answers, too, and so is an object with the ``compute`` of Hugging
     Face's ``evaluate``, which is called for each item on its own.
@@ -97,6 +101,8 @@ def score(
         columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
         separator: what separates the cells of a ``.csv`` or ``.tsv`` file; by default it is detected.
         skip_bad: leave out rows that cannot be read, and say which; by default they are refused.
+        chat_template_kwargs: variables for the chat template, e.g. ``{"enable_thinking": False}``; by default those
+            with which the adapters of the model were trained.
         max_length: number of tokens to which rows are cut for ``loss``, ``perplexity`` and ``accuracy``; by default
             the tokenizer's limit, at most 1024.
         also: further rows, of which the loss is measured, to see what an adapter forgot.
@@ -129,7 +135,9 @@ def score(
     found, column_notes = columns_of(model, adapters, base, others=bool(folders))
     found += folder_columns(folders, [column.title for column in found])
     reading: dict[str, Any] = {"separator": separator, "skip_bad": skip_bad, "max_length": max_length}
-    read = read_rows(model, rows, metrics, tokenizer, columns=columns, **reading)
+    reading["usual_variables"] = chat_template_kwargs or _variables(model)
+    own: dict[str, Any] = {"columns": columns, "chat_template_kwargs": chat_template_kwargs}
+    read = read_rows(model, rows, metrics, tokenizer, **own, **reading)
     state = Scoring(name, found, metrics, read, settings, [*column_notes, *read.notes])
     further = _elsewhere(model, state, also, general, tokenizer, reading)
     limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
@@ -158,6 +166,13 @@ def score(
     if further is None or not further.is_complete:
         return result
     return replace(result, elsewhere=further.result("finished"))
+
+
+def _variables(model: nn.Module) -> Mapping[str, Any]:
+    """The variables for the chat template with which all adapters of a model were trained."""
+    manager = manager_of(model)
+    form = None if manager is None else common_format(manager.configs.values())
+    return {} if form is None else form.variables
 
 
 def _elsewhere(
@@ -373,7 +388,8 @@ class Scoring:
             for metric in self.metrics:
                 if metric.needs != "options":
                     continue
-                lengths = [len(text) if metric.name == "choice_norm" else 1 for text, _ in row.options]
+                # As in lm-eval, the space between prompt and option is no part of the option's length.
+                lengths = [len(text.strip()) or 1 if metric.name == "choice_norm" else 1 for text, _ in row.options]
                 chosen = min(losses, key=lambda number: losses[number][0] / lengths[number])
                 self._answers[place].setdefault(title, row.options[chosen][0])
                 self._values[place][metric.name][title] = chosen == row.right

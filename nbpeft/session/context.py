@@ -199,7 +199,7 @@ class SessionContext:
     def runs_folder(self) -> Path | None:
         """Folder for runs; None if saving them is disabled."""
         chosen = os.environ.get("NBPEFT_RUNS", _RUNS_DIR) if self.runs_dir is None else self.runs_dir
-        return None if chosen.strip().lower() in _OFF else Path(self.home, os.path.expanduser(chosen))
+        return None if is_off(chosen) else Path(self.home, os.path.expanduser(chosen))
 
     def has_run(self, name: str) -> bool:
         """Return whether a run with this name is saved with an adapter."""
@@ -266,6 +266,11 @@ class SessionContext:
         self.history.forget_unloaded()
         if self.lock.depth == 0:
             self.publish()
+
+
+def is_off(folder: str) -> bool:
+    """Return whether a folder for runs says that none are saved: e.g. ``off`` or the empty text."""
+    return folder.strip().lower() in _OFF
 
 
 def _working_directory() -> str:

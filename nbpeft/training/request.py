@@ -60,6 +60,11 @@ class TrainRequest:
     columns: Mapping[str, str] | None = None
     separator: str | None = None
     skip_bad: bool | None = False
+    learn: str = "all"
+    reasoning: str = "keep"
+    long: str = "cut"
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    eval_by: str | None = None
     data_hint: str = ""
     adapter: str | None = None
     patience: int | None = None
@@ -120,6 +125,12 @@ class TrainRequest:
         """Seed for held-out rows and new adapters; by default that of ``TrainingArguments``."""
         seed = self.arguments.get("seed")
         return seed if isinstance(seed, int) else DEFAULT_SEED
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the rows are read: arguments of :func:`nbpeft.training.data.reading.reading`."""
+        names = ("max_length", "columns", "skip_bad", "learn", "reasoning", "long", "chat_template_kwargs")
+        return {"group": self.eval_by, **{name: getattr(self, name) for name in names}}
 
     def opened(self) -> Self:
         """Returns the request with its data opened as rows; itself if it is already open.

@@ -87,10 +87,10 @@ class Row:
         )
 
     def _deleting(self) -> Any:
-        lost = " What it learned is not saved." if self._adapter is not None and self._adapter.unsaved else ""
+        lost = " Its training is not saved." if self._adapter is not None and self._adapter.unsaved else ""
         return _form(
             html(span(Text(f"Delete {self._name}?{lost}")), flex="1 1 auto"),
-            button("Delete", f"Take {self._name} out of the model", weakly(self._deleted), "danger"),
+            button("Delete", f"Delete {self._name} from the model", weakly(self._deleted), "danger"),
             button("Keep", f"Keep {self._name}", weakly(self._close_form), "apart"),
         )
 

@@ -170,9 +170,9 @@ class _Parts:
         self._command = command
         self._replacing: tuple[str, ...] = ()
         self._offers = {
-            "undo": parts.button("Undo", "Bring the deleted adapter back", weakly(command, "undo"), hides=True),
+            "undo": parts.button("Undo", "Restore the deleted adapter", weakly(command, "undo"), hides=True),
             "replace": parts.button(
-                "Replace", "Write over the adapter in that folder", weakly(self._replace), "danger", hides=True
+                "Replace", "Overwrite the adapter in that folder", weakly(self._replace), "danger", hides=True
             ),
         }
         self.offer(None)

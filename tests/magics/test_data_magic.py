@@ -120,7 +120,7 @@ def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> 
     ready["labelled"] = [{"text": "a b", "label": "yes", "id": 1}] * 4
     shown = ready.do("%lora data labelled --tokenizer tok")
     assert shown.notes[0] == "columns not used: 'id', 'label'" and "columns not used: " in shown._repr_html_()
-    assert "--columns prompt=text completion=label makes it answer with the label" in shown.notes[1]
+    assert "--columns prompt=text completion=label trains it to answer with the label" in shown.notes[1]
     told = ready.do("%%lora_train model --data labelled --tokenizer tok\nmax_steps = 1").message
     assert told == "columns not used: 'id', 'label' (%lora data labelled --tokenizer tok shows them)"
     ready["odd"] = [{"ID": "a", "Ticket Text": "b"}]
@@ -184,7 +184,7 @@ def test_a_training_from_a_file_is_exported(ready: Notebook, source: str) -> Non
 def test_a_stream_needs_a_number_of_steps(ready: Notebook) -> None:
     ready["stream"] = __import__("datasets").Dataset.from_list(PAIRS).to_iterable_dataset()
     told = ready.run("%%lora_train model --data stream --tokenizer tok\nlearning_rate = 1e-3").line
-    assert "say how many steps to train" in told and "max_steps" in told
+    assert "set the number of steps" in told and "max_steps" in told
 
 
 def test_data_is_completed(ready: Notebook) -> None:
@@ -251,3 +251,32 @@ def test_a_separator_is_given(ready: Notebook, given: str) -> None:
     assert "separator is for .csv and .tsv files" in ready.run(f"%lora data rows --separator {given} --rows 1").line
     Path("tab.tsv").write_text("prompt|completion\na|c\n")
     assert ready.do(r"%lora data tab.tsv --separator '|'").summary.row_count == 1
+
+
+def test_options_of_conversations_stand_in_the_line_and_in_the_command_that_shows_the_rows(ready: Notebook) -> None:
+    class Loud(CharTokenizer):
+        def apply_chat_template(self, messages: Any, *, loud: bool = False, tone: str = "", **options: Any) -> str:
+            return ("!" if loud else "") + tone + super().apply_chat_template(messages, **options)
+
+    ready["tok"] = Loud("{{ loud }} {{ tone }}")
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))]
+    ready["chats"] = [{"messages": turns * 2, "user": number % 2, "other": 1} for number in range(4)]
+    how = "--learn last --reasoning drop --template loud=True --template tone=low --long drop"
+    shown = ready.do(f"%lora data chats {how}")
+    assert shown.summary.format.variables == {"loud": True, "tone": "low"}
+    assert shown.summary.learned_count == 4 * 3 and "no row has reasoning to drop" in shown.notes
+    assert ready.run("%lora data chats --learn lst").line.startswith("%lora data: --learn: invalid choice: 'lst'")
+    line = f"%lora_train model --data chats --eval 0.5 --eval-by user {how} --no-keep max_steps=1"
+    message = ready.do(line).message
+    assert "2 of 4 rows held out for evaluation, in whole groups by 'user' (2 groups)" in message
+    command = message.partition("(%lora data")[2].rpartition(" shows them)")[0]
+    again = ready.do(f"%lora data{command}").summary
+    assert (again.format, again.learned_count) == (shown.summary.format, shown.summary.learned_count)
+    score = "%lora score --data chats --template loud=yes --max-new-tokens 2"
+    assert ready.do(score).notes is not None
+    assert ready.run("%lora score --data chats --template lowd=yes").line.startswith("chat_template_kwargs: the chat")
+    ready["texts"] = [{"text": "abcdefgh"}] * 2
+    assert (
+        "2 rows longer than the maximum length split into 4 parts"
+        in ready.do("%lora data texts --long split --max-length 6").notes
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-PROMPTED, ADAPTED = ("base model", "three examples", "ten examples"), ("adapter", "loaded", "merged")
+PROMPTED, ADAPTED = ("base model", "three examples", "code table"), ("adapter", "loaded", "merged")
 """What notebook 01 compares."""
 TASKS = ("records", "filters", "dates")
 """What the adapters of notebook 05 are for."""
@@ -67,7 +68,10 @@ def share(value: str) -> float:
 
 def shortened(notebook: Any, *, steps: int, rows: int) -> Any:
     """The notebook with fewer steps of training and fewer held-out rows, which one line of it says."""
-    return replaced(notebook, {"STEPS, TEST_ORDERS = 70, 48": f"STEPS, TEST_ORDERS = {steps}, {rows}"})
+    (line,) = (
+        found for cell in notebook.cells for found in re.findall(r"^STEPS, TEST_ORDERS = .*$", cell.source, re.M)
+    )
+    return replaced(notebook, {line: f"STEPS, TEST_ORDERS = {steps}, {rows}"})
 
 
 def replaced(notebook: Any, texts: Mapping[str, str]) -> Any:

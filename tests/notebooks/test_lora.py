@@ -21,6 +21,8 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_01_teaches_what_no_prompt_can(executed: Any) -> None:
     found = summary(executed)
     assert max(share(found[f"score {name}"]) for name in PROMPTED) < 0.1
+    tokens = {name: int(found[f"tokens a prompt, {name}"]) for name in (*PROMPTED, "adapter")}
+    assert tokens["code table"] > 15 * tokens["base model"] == 15 * tokens["adapter"]
     scores = {share(found[f"score {name}"]) for name in ADAPTED}
     assert len(scores) == 1 and scores.pop() > 0.8
     assert 1 < float(found["adapter on disk"].removesuffix(" MB")) < 30

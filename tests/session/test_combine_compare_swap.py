@@ -106,7 +106,7 @@ def test_again_remakes_the_combination_but_nothing_else(session: Session, model:
     with pytest.raises(AdapterExistsError, match=r"\(replace=…\)"):
         session.combine({"orders": 0.7}, as_name="both")
     assert session.combine({"orders": 0.7}, as_name="both", replace=True).remade
-    with pytest.raises(AdapterExistsError, match="one of the adapters"):
+    with pytest.raises(AdapterExistsError, match="one of the combined adapters"):
         session.combine({"orders": 0.7}, as_name="orders", replace=True)
     with pytest.raises(AdapterExistsError, match="already"):
         session.combine({"orders": 0.7}, as_name="pirate")
@@ -118,8 +118,8 @@ def test_again_remakes_the_combination_but_nothing_else(session: Session, model:
         ({"type": "exakt"}, ConfigError, "Did you mean 'exact'"),
         ({"type": "ties"}, ConfigError, "needs density"),
         ({"type": "linear"}, ConfigError, "needs equal ranks"),
-        ({"type": "ties", "density": 0.5, "rank": 4}, ConfigError, "ties_svd takes one"),
-        ({"density": 0.5}, ConfigError, "density means nothing for type 'exact'"),
+        ({"type": "ties", "density": 0.5, "rank": 4}, ConfigError, "ties_svd uses it"),
+        ({"density": 0.5}, ConfigError, "density has no effect for type 'exact'"),
         ({"rank": 0}, ConfigError, "positive"),
         ({"weights": {}}, AdapterError, "name at least one"),
         ({"weights": {"order": 1}}, UnknownAdapterError, "Did you mean 'orders'"),
@@ -159,9 +159,9 @@ def test_the_types_and_their_options_are_the_methods_own(
     weights = {"orders": 1, "pirate": 1}
     assert session.combine(weights, as_name="sum", type="mean").rank == 6
     assert session.combine(weights, as_name="cut", type="mean_cut", rank=2).rank == 2
-    with pytest.raises(ConfigError, match="rank means nothing for type 'mean'; mean_cut takes one"):
+    with pytest.raises(ConfigError, match="rank has no effect for type 'mean'; mean_cut uses it"):
         session.combine(weights, as_name="new", type="mean", rank=2)
-    with pytest.raises(ConfigError, match=r"density means nothing for type 'mean'$"):
+    with pytest.raises(ConfigError, match=r"density has no effect for type 'mean'$"):
         session.combine(weights, as_name="new", type="mean", density=0.5)
     with pytest.raises(ConfigError, match="choose from mean, mean_cut"):
         session.combine(weights, as_name="new", type="ties", density=0.5)

@@ -1,8 +1,8 @@
 """Lets rooms above the engine add the attributes that other libraries expect on wrappers, configs and models.
 
-The engine's classes have the attributes that the engine needs. A library such as PEFT has more: ``layer.scaling``,
-``layer.merge()``. They are added to the classes themselves, and not to subclasses, because pickled models refer to the
-classes of the engine.
+The engine's classes only have the attributes that the engine needs; PEFT's layers have more, such as
+``layer.scaling`` and ``layer.merge()``. They are added to the engine's classes instead of subclasses, because pickled
+models refer to these classes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ on_models: dict[str, str] = {}
 
 
 def add_attributes(cls: type, provider: type) -> None:
-    """Adds what a class defines to a class of the engine; subclasses and existing objects have it, too.
+    """Adds the attributes of one class to a class of the engine, with effect on subclasses and existing objects.
 
     Args:
         cls: a class of wrappers or configs.
-        provider: a class derived from it, of which no object is made. Its functions cannot use ``super()``.
+        provider: a class derived from it that is never instantiated. Its functions cannot use ``super()``.
     """
     for name, value in vars(provider).items():
         if name not in _OF_EVERY_CLASS:

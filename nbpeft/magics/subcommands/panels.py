@@ -51,7 +51,7 @@ def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "watch",
-    "Show the card of a training: live while it runs, else as it ended, also after its kernel has ended.",
+    "Show the card of a training: live while it runs, else its final state, even after its kernel has ended.",
     argument(
         "run", nargs="?", metavar="RUN", completes="run", help="the run (default: the running one, else the last)"
     ),

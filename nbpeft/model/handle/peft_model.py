@@ -257,7 +257,7 @@ class PeftModel(nn.Module):
         return prompts.tokens(self.manager)
 
     @property
-    def word_embeddings(self) -> nn.Module | None:
+    def word_embeddings(self) -> Any:
         """The model's input embedding, if an adapter has a learned prompt; None where a prefix found none."""
         return prompts.word_embeddings(self.manager)
 
@@ -509,7 +509,7 @@ class PeftModel(nn.Module):
             options=kwargs,
         )
         # transformers or another PeftModel may already have loaded an adapter with this name on the base.
-        with replacing(manager, adapter_name, "what was read"), manager.transaction() as change:
+        with replacing(manager, adapter_name, "the loaded one"), manager.transaction() as change:
             put()
             if manager.active != (adapter_name,):
                 manager.activate(adapter_name)

@@ -72,7 +72,7 @@ def encoders(manager: AdapterManager) -> nn.ModuleDict:
         if learns_prompt(adapter)
     }
     if not found:
-        raise AttributeError("no adapter of this model learns a prompt, so there is no prompt_encoder")
+        raise AttributeError("no adapter of this model is of a prompt method, so there is no prompt_encoder")
     return nn.ModuleDict(found)
 
 
@@ -132,8 +132,8 @@ def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) 
             if adapted.issubset(layer for _, _, layer in prompted):
                 raise
             raise AdapterError(
-                "an adapter on the embeddings has tensors of the size of the vocabulary: resize_token_embeddings() "
-                "comes before the adapter"
+                "an adapter on the embeddings has tensors of the vocabulary's size: call resize_token_embeddings() "
+                "before adding the adapter"
             ) from error
         for modules, name, layer in prompted:
             base_layer = modules[name]
@@ -178,12 +178,12 @@ def prompt(manager: AdapterManager, batch_size: int, task_ids: Tensor | None) ->
                 if adapter.state_count:
                     return cache_of(manager.model, adapter, base, batch_size)
                 return prompt_of(adapter, base, batch_size)
-    raise AdapterError("the active adapter learns no prompt")
+    raise AdapterError("the active adapter is not of a prompt method")
 
 
 def _config(manager: AdapterManager, name: str) -> Any:
     manager.require(name)
     config = manager.configs[name]
     if not config.learns_prompt:
-        raise AdapterError(f"adapter {name!r} learns no prompt")
+        raise AdapterError(f"adapter {name!r} is not of a prompt method")
     return config

@@ -98,14 +98,14 @@ class RunsResult(Result):
         from nbpeft.display.text import columns
 
         if not self.records:
-            return f"no run is kept in {self.place} yet"
+            return f"there is no run in {self.place} yet"
         rows = [tuple(_flat(cell) for cell in row) for row in (_TITLES, *self.rows())]
         return f"{plural(len(self.records), 'run')} in {self.place}\n{columns(rows)}"
 
     def view(self) -> Card:
         """Shows all runs as a table."""
         if not self.records:
-            return card("Runs", line(dim("No run is kept here yet: every training adds one.")), aside=self.place)
+            return card("Runs", line(dim("There is no run yet: every training adds one.")), aside=self.place)
         table = Table(_TITLES, tuple(self.rows()), right=RIGHT, prose=(len(HEAD) - 1,))
         return card(plural(len(self.records), "run"), table, aside=self.place)
 
@@ -148,7 +148,7 @@ class RunsResult(Result):
 
 @dataclass(frozen=True, repr=False)
 class RunCard(Result):
-    """How a training has ended, or was seen last if another process runs it.
+    """The final state of a training, or the last one seen if another process runs it.
 
     Attributes:
         train: its last state.
@@ -254,20 +254,6 @@ class RunsComparison(Result):
 
 
 @dataclass(frozen=True, repr=False)
-class RunChanged(Result):
-    """A run was renamed or deleted.
-
-    Attributes:
-        line: what was done, as text.
-    """
-
-    line: str
-
-    def __str__(self) -> str:
-        return self.line
-
-
-@dataclass(frozen=True, repr=False)
 class ResumeResult(ModelResult):
     """An interrupted run was resumed, or the adapter of a finished run was restored.
 
@@ -295,8 +281,8 @@ class ResumeResult(ModelResult):
         """Shows from which step the run was resumed, and its result."""
         if self.training is None:
             return Card(str(self))
-        went_on = line(dim(f"resumed {self.run} at step {self.step:,}"))
-        return Stack((went_on, self.training.view(), *notes(self.notes)))
+        resumed = line(dim(f"resumed {self.run} at step {self.step:,}"))
+        return Stack((resumed, self.training.view(), *notes(self.notes)))
 
 
 def _unreadable_row(record: RunRecord) -> tuple[Cell, ...]:
@@ -337,7 +323,7 @@ def _setting(record: RunRecord, name: str) -> str:
 
 
 def _where_best(record: RunRecord) -> str:
-    """Returns the step of the lowest evaluation loss; empty if there is none, or the best step goes by a metric."""
+    """Returns the step of the lowest evaluation loss; empty if there is none, or another metric determines the best."""
     metric = record.settings.get("metric_for_best_model") not in (None, "loss", "eval_loss")
     return "" if metric or record.best_loss is None or record.best_step is None else f"at step {record.best_step:,}"
 

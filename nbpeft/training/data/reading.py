@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from nbpeft.errors import TrainingError, in_one_line
-from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
+from nbpeft.names import DESIRABLE, IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.bad_rows import GIVE_UP, reason_of, refusal
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes
@@ -16,7 +17,10 @@ from nbpeft.training.data.encoding import Encoded, Span, encode
 from nbpeft.training.data.forms import (
     LABELLED,
     MARGIN,
+    PAIR,
+    TEMPLATE,
     TEXT,
+    VERDICT,
     Chat,
     Compared,
     Example,
@@ -31,6 +35,7 @@ from nbpeft.training.data.forms import (
     keys_of,
     row_of,
 )
+from nbpeft.training.data.options import MASKED_REASONING, RowOptions, why_not_used
 from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
 from nbpeft.training.data.seen_formats import system_of
 from nbpeft.training.data.sources import first_row, is_stream, open_data
@@ -87,6 +92,9 @@ class CodedRow:
         unused: The parts of the row that are not trained on.
         system: The system prompt, empty if there is none; None for a row without the chat template.
         rejected: The row with the rejected completion; None if there is one completion.
+        dropped: Whether the row is left out because it is too long.
+        part: Which part of a row it is, 0 for the first.
+        part_count: The number of parts into which the row is split.
         prompted: For a row with a prompt alone: the prompt and the other columns, as reward functions get them.
     """
 
@@ -101,6 +109,9 @@ class CodedRow:
     unused: tuple[Unused, ...] = ()
     system: str | None = None
     rejected: CodedRow | None = None
+    dropped: bool = False
+    part: int = 0
+    part_count: int = 1
     prompted: Mapping[str, Any] | None = None
 
     @property
@@ -125,7 +136,27 @@ class CodedRow:
         if self.prompted is not None:  # a longer prompt is left out: its end is what is answered
             return False
         rejected = self.rejected is not None and self.rejected.cut
-        return rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
+        is_long = rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
+        return is_long and not self.dropped
+
+    def fitted(self, long: str) -> Iterator[CodedRow]:
+        """The row, or its parts, within the greatest length.
+
+        Each part begins with the last token of the part before, so that the part's own first token is predicted, too.
+
+        Args:
+            long: see ``RowOptions``.
+        """
+        if not self.cut or long == "cut":
+            yield self
+        elif long == "drop":
+            yield replace(self, dropped=True, reason=self.reason or f"longer than {self.limit} tokens (long='drop')")
+        else:
+            starts = range(0, len(self.whole.input_ids) - 1, max(1, self.limit - 1))
+            for part, start in enumerate(starts):
+                whole = self.whole.between(start, start + self.limit)
+                unused = () if part else self.unused
+                yield replace(self, whole=whole, part=part, part_count=len(starts), unused=unused)
 
     @property
     def learned_count(self) -> int:
@@ -155,6 +186,8 @@ class Reading:
         inputs: the inputs of the model.
         class_names: the dataset's names for labels that are numbers, if it has them.
         skip_bad: whether to leave out rows that cannot be read; None if that cannot be requested.
+        options: how rows are read otherwise.
+        group: the column by which rows are grouped for evaluation; empty if there is none.
     """
 
     rows: Any
@@ -165,6 +198,8 @@ class Reading:
     inputs: ModelInputs = field(default_factory=ModelInputs)
     class_names: tuple[str, ...] = ()
     skip_bad: bool | None = None
+    options: RowOptions = field(default_factory=RowOptions)
+    group: str = ""
 
     @property
     def has_template(self) -> bool:
@@ -175,7 +210,7 @@ class Reading:
     def used(self) -> frozenset[str]:
         """The columns that are read."""
         names = () if self.form is None else (*self.form.needs, *self.form.may, *self.inputs.numbers)
-        return frozenset(self.columns.get(name, name) for name in names)
+        return frozenset(self.columns.get(name, name) for name in names) | ({self.group} if self.group else set())
 
     def example(self, value: Any, number: int) -> Example:
         """The example of a row, before tokenisation.
@@ -187,8 +222,11 @@ class Reading:
         Raises:
             TrainingError: it does not have the form of the first row; names the row.
         """
+        return self._example(row_of(value, number, self.columns))
+
+    def _example(self, row: Row) -> Example:
         assert self.form is not None
-        return self.form.read(row_of(value, number, self.columns), self.has_template)
+        return self.options.applied(self.form.read(row, self.has_template))
 
     def coded(self) -> Iterator[CodedRow]:
         """Tokenises the rows one after the other; rows that are tokenised already get their masks and weights applied.
@@ -214,7 +252,7 @@ class Reading:
                     break
             else:
                 if self.skip_bad or not bad:
-                    yield coded
+                    yield from coded.fitted(self.options.long)
         if bad and not self.skip_bad:
             raise refusal(bad, number + 1, can_skip=self.skip_bad is not None)
 
@@ -229,7 +267,7 @@ class Reading:
 
     def _coded(self, row: Row, renderer: ChatRenderer, used: frozenset[str]) -> CodedRow:
         assert self.form is not None
-        example = self.form.read(row, self.has_template)
+        example = self._example(row)
         if isinstance(example, Prompted):
             return self._prompted(row, example, renderer)
         columns = [name for name, value in row.values.items() if name not in used and not is_nothing(value)]
@@ -250,6 +288,9 @@ class Reading:
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
         whole, reason = whole.weighted(weight or 1.0), reason if weight else "its weight is 0"
+        if self.form is VERDICT:
+            good = self._verdict(row)
+            more[DESIRABLE], reason = float(bool(good)), reason or ("the label is empty" if good is None else "")
         return CodedRow(
             row.number,
             whole,
@@ -264,8 +305,9 @@ class Reading:
 
     def _prompted(self, row: Row, example: Prompted, renderer: ChatRenderer) -> CodedRow:
         """A row with a prompt alone; a prompt that is too long is left out."""
-        column, tools = (self.columns.get(name, name) for name in ("prompt", "tools"))
-        others = {name: value for name, value in row.values.items() if name not in (column, tools)}
+        tools = self.columns.get("tools", "tools")
+        own = {self.columns.get(name, name) for name in (*self.form.needs, *self.form.may)} if self.form else set()
+        others = {name: value for name, value in row.values.items() if name not in own}
         for name in others:
             row.check_unused(name)
         given, unused = example.prompt, list[Unused]()
@@ -302,6 +344,30 @@ class Reading:
             parts.append(replace(coded, system=system_of(part)))
         return replace(parts[0], rejected=parts[1], unused=tuple(unused))
 
+    def _verdict(self, row: Row) -> bool | None:
+        """Whether the label of a row marks its completion as good; None for an empty cell.
+
+        Raises:
+            TrainingError: the label has another meaning.
+        """
+        label = row.value(LABEL)
+        good = None if is_nothing(label) else is_good(self._named(label))
+        if good is None and not is_nothing(label):
+            column = self.columns.get(LABEL, LABEL)
+            raise row.error(
+                f"{column!r} is {label!r:.40}; expected True or False, 1 or 0, 1 or -1, or 'good' or 'bad'."
+            )
+        return good
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether all rows have labels that mark completions as good or bad, and at least one is bad."""
+        column = self.columns.get(LABEL, LABEL)
+        if self.form is not PAIR or is_stream(self.rows) or column not in columns_of(self.rows):
+            return False
+        bad = any(is_good(self._named(label)) is False for label in labels_in(self.rows, column))
+        return bad and self._labels_are_verdicts
+
     def _check_good(self, row: Row) -> None:
         """Refuses a row whose label marks its completion as bad, as in preference data.
 
@@ -312,15 +378,15 @@ class Reading:
         """
         column = self.columns.get(LABEL, LABEL)
         label = row.values.get(column)
-        if self.form is LABELLED or self.form is TEXT or is_nothing(label) or is_good(self._named(label)) is not False:
+        if self.form in (LABELLED, TEXT, VERDICT) or is_nothing(label) or is_good(self._named(label)) is not False:
             return
         if self._labels_are_verdicts:
             named = self._named(label)
             name = "" if named is label else f" ({named})"
             raise row.error(
                 f"{column!r} is {label!r:.40}{name}: True and False, 1 and 0, 1 and -1 or 'good' and 'bad' mark good "
-                "and bad completions for preference tuning (KTO); here a model is trained on every completion: "
-                "remove the rows with bad ones, or the column if it means something else."
+                "and bad completions for preference tuning (objective='kto'); here a model is trained on every "
+                "completion: remove the rows with bad ones, or the column if it means something else."
             )
 
     @functools.cached_property
@@ -399,7 +465,7 @@ class Reading:
         given_labels = None if name is None else values[name]
         weight = row.weight()
         reason = "" if weight else "its weight is 0"
-        unused = tuple((COLUMNS, repr(name)) for name in self.extra(row.values))
+        unused = tuple((COLUMNS, repr(name)) for name in self.extra(row.values) if name != self.group)
         more = self._kept(values)
         if self.inputs.classes is not None:
             label, weight = self._label(row, given_labels, name or "labels"), weight * row.weight(LOSS_WEIGHTS)
@@ -469,27 +535,55 @@ def reading(
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
     skip_bad: bool | None = None,
+    group: str | None = None,
+    **how: Any,
 ) -> Reading:
     """How opened rows are read; see :func:`prepare_data`.
 
     Raises:
+        ConfigError: an option is invalid, or has no effect on these rows.
         TrainingError: the rows have no known form, or a tokenizer is needed and missing.
     """
-    inputs = inputs or ModelInputs()
+    inputs, options = inputs or ModelInputs(), RowOptions(**how)
     available = columns_of(rows)
     mapping = checked_columns(columns, available)
     form = form_of(available, columns or {}, labelled=inputs.classes is not None, kind=inputs.kind)
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
+    common: dict[str, Any] = {"skip_bad": skip_bad, "options": options, "group": group or ""}
     if form is None:
-        return Reading(rows, None, mapping, tokenizer, inputs=inputs, skip_bad=skip_bad)
+        options.check(None, None, "")
+        return Reading(rows, None, mapping, tokenizer, inputs=inputs, **common)
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=available)
     inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in available))
-    feature = (getattr(rows, "features", None) or {}).get(mapping.get("label", "label"))
-    names = tuple(getattr(feature, "names", None) or ())
+    names = _class_names(rows, mapping)
     limit = max_length or default_length(tokenizer)
-    return Reading(rows, form, mapping, tokenizer, limit, inputs, names, skip_bad)
+    found = Reading(rows, form, mapping, tokenizer, limit, inputs, names, **common)
+    if inputs.kind is None and found.is_judged:
+        found = replace(found, form=VERDICT)
+    if options != RowOptions():
+        example = None
+        with contextlib.suppress(TrainingError):  # a row that cannot be read, which is reported with the others
+            example = found.example(first_row(rows), 0)
+        options.check(form, example, str(getattr(tokenizer, "chat_template", "") or ""))
+    return found
+
+
+def are_judged(rows: Any, columns: Mapping[str, str]) -> bool:
+    """Whether rows with prompts and completions have labels that mark completions as good or bad.
+
+    Args:
+        rows: opened rows.
+        columns: name in the form -> column, where they differ.
+    """
+    return Reading(rows, PAIR, columns, class_names=_class_names(rows, columns)).is_judged
+
+
+def _class_names(rows: Any, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of labels that are numbers; empty if the dataset has none."""
+    feature = (getattr(rows, "features", None) or {}).get(columns.get(LABEL, LABEL))
+    return tuple(getattr(feature, "names", None) or ())
 
 
 def default_length(tokenizer: Any) -> int:
@@ -547,16 +641,20 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
 def _encode_chat(chat: Chat, number: int, tokenizer: Any, renderer: ChatRenderer) -> tuple[Encoded, str, list[Unused]]:
     rendered = _rendered(chat, number, tokenizer, renderer.render)
     unused = [(MESSAGES, name) for name in chat.unused] + [(UNPRINTED, name) for name in rendered.left_out]
+    unused += [MASKED_REASONING] if chat.masks else []
     return encode(tokenizer, rendered.text, rendered.spans, special=False), rendered.missing, unused
 
 
 def _rendered(chat: Chat, number: int, tokenizer: Any, render: Callable[[Chat], Rendered]) -> Rendered:
     """A rendered chat; errors name the row."""
-    check_roles(number, chat, str(getattr(tokenizer, "chat_template", "") or ""))
+    template = str(getattr(tokenizer, "chat_template", "") or "")
+    check_roles(number, chat, template)
+    if template and (why := why_not_used(chat.template, template)):
+        raise TrainingError(f"Row {number}: {TEMPLATE}: {why}", index=number)
     try:
         return render(chat)
     except TrainingError as error:
-        if not getattr(tokenizer, "chat_template", None):  # an error of all rows, which names none of them
+        if not template:  # an error of all rows, which names none of them
             raise
         raise TrainingError(f"Row {number}: {error}", index=number) from None
     except Exception as error:  # a template runs code of its own and may raise anything to refuse a chat

@@ -29,7 +29,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     Raises:
         ConfigError: an argument is invalid, the model or tokenizer cannot generate answers, or the rows have no
             prompts.
-        AdapterError: the prompts cannot be tokenised.
+        AdapterError: the prompts cannot be tokenized.
     """
     given, every, tokenizer = request.sample, request.every, request.tokenizer
     is_count = isinstance(given, int) and not isinstance(given, bool)
@@ -37,7 +37,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     fits = isinstance(prompts, list | tuple) and all(isinstance(text, str) or is_conversation(text) for text in prompts)
     if not is_count and not (fits and prompts):
         raise ConfigError(
-            "sample must be a prompt (a text or a conversation), several in a list, or how many rows to ask, "
+            "sample must be a prompt (a text or a conversation), a list of prompts, or a number of rows, "
             f"not {given!r:.60}",
             field="sample",
         )
@@ -50,12 +50,13 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
         raise ConfigError("sample needs a tokenizer: pass tokenizer=…", field="sample")
     base: Any = base_of(request.model)
     if not hasattr(base, "generate"):
-        raise ConfigError(f"a {type(base).__name__} cannot answer prompts, so that there is nothing to sample")
+        raise ConfigError(f"sample needs a model that generates text, and a {type(base).__name__} has no generate()")
     if is_count:
         return _of_rows(request, rows, number, base)
     form = rows.format or PromptFormat(chat=True)
     asked = [(text, "") if isinstance(text, str) else _last_answer(text) for text in prompts]
     options: dict[str, Any] = {"chat": None if form.chat else False, "system": form.system or ""}
+    options["template"] = form.variables
     batch = PromptBatch.of([text for text, _ in asked], tokenizer, base, **options)
     return SamplePrompts(batch, given, tuple(answer for _, answer in asked))  # type: ignore[arg-type]
 
@@ -67,12 +68,14 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
     if not asked:
         where = "evaluation rows" if evaluates else "training rows"
         raise ConfigError(
-            f"sample={count} asks the prompts of rows, and none of the {where} has a prompt and an answer of its own: "
-            "give the prompts themselves",
+            f"sample={count} needs rows with a prompt and an answer, and none of the {where} has both: pass the "
+            "prompts instead",
             field="sample",
         )
     prompts, wanted = zip(*asked, strict=True)
-    batch = PromptBatch.of(prompts, request.tokenizer, base, chat=None if not isinstance(prompts[0], str) else False)
+    options: dict[str, Any] = {"chat": None if not isinstance(prompts[0], str) else False}
+    options["template"] = request.chat_template_kwargs or {}
+    batch = PromptBatch.of(prompts, request.tokenizer, base, **options)
     source = "" if evaluates else "the sampled prompts are training rows: no rows are held out for evaluation"
     return SamplePrompts(batch, count, tuple(wanted), source)
 
@@ -87,8 +90,10 @@ def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, 
     numbers = getattr(rows.train if rows.evaluation is None else rows.evaluation, "numbers", None)
     if numbers is None:  # given as tokens, or read from a stream
         return
-    reader = reading(source, request.tokenizer, columns=request.columns, inputs=inputs_of(request))
-    for number in numbers:
+    reader = reading(source, request.tokenizer, inputs=inputs_of(request), **request.reading)
+    if reader.form is None:
+        return
+    for number in dict.fromkeys(numbers):
         example = reader.example(source[number], number)
         if isinstance(example, Compared):
             example = example.chosen

@@ -4,7 +4,7 @@
       ^                         |
       └──── StopRun ────────────┴── control.wait_or_stop() <── Stop and Pause buttons
 
-Feeding a run does not synchronise with the device: losses stay tensors until the next publication.
+Feeding a run does not synchronize with the device: losses stay tensors until the next publication.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Run:
         self.folder = self.output_dir = ""
         self.steps_before, self.starts_from = 0, ""
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
-        self.mirrors = self._came_back = False
+        self.mirrors = self._has_weights = False
         self.lost = ""
         self.learns_from_rewards = False
         self._mirrored: TrainState | None = None
@@ -214,7 +214,7 @@ class Run:
             StopRun: Stop was requested; the ``with`` block of the run handles it.
         """
         if not self.entered:
-            raise TrainingError("A run is fed inside its block: `with track(model) as run:` and then run.step(loss=…).")
+            raise TrainingError("run.step(loss=…) is only possible inside the block `with track(model) as run:`.")
         self.record(
             self._record.step + 1,
             loss=loss,
@@ -247,7 +247,7 @@ class Run:
             self._record.add_evaluation(at_step, None if loss is None else float(loss), metrics or {}, score)
         self.publish()
 
-    def goes_on(self, curves: Mapping[str, Curve], samples: Iterable[Sample]) -> None:
+    def restore_curves(self, curves: Mapping[str, Curve], samples: Iterable[Sample]) -> None:
         """Restores the curves and samples of a resumed run.
 
         Args:
@@ -378,13 +378,13 @@ class Run:
             self._started, self._waiting_since = now - state.elapsed, now if state.status == "paused" else None
         self.publish(force=True)  # rank 0 limits the rate already
 
-    def brought_back(self, token_count: int) -> None:
+    def received_weights(self, token_count: int) -> None:
         """Records that the model has received the weights trained in other processes.
 
         Args:
             token_count: the number of input tokens of all steps.
         """
-        self._record.done_tokens, self._came_back = token_count, True
+        self._record.done_tokens, self._has_weights = token_count, True
 
     def wait_or_stop(self) -> bool:
         """Waits while paused; returns whether the loop should end."""
@@ -559,7 +559,7 @@ class Run:
     @property
     def steps_done(self) -> int:
         """The number of steps of this run that the model's weights include, without those before it was resumed."""
-        if self.mirrors and not self._came_back:
+        if self.mirrors and not self._has_weights:
             return 0
         done = self._record.step if self.kept_step is None else self.kept_step
         return done - self._record.first_step

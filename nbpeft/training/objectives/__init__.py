@@ -15,6 +15,7 @@ Inside:
 
     cpo.py     Contrastive Preference Optimization, and SimPO
     dpo.py     Direct Preference Optimization
+    kto.py     Kahneman-Tversky Optimization
     orpo.py    Odds Ratio Preference Optimization
     reward.py  Reward models: a classifier of texts with one label, whose logit is the reward of a text
     usual.py   The objectives whose loss is the model's own: ``sft`` and ``classify``
@@ -23,10 +24,11 @@ Inside:
 from nbpeft.training.objectives.cpo import Cpo, Simpo
 from nbpeft.training.objectives.dpo import Dpo
 from nbpeft.training.objectives.grpo import Grpo
+from nbpeft.training.objectives.kto import Kto
 from nbpeft.training.objectives.objective import register
 from nbpeft.training.objectives.orpo import Orpo
 from nbpeft.training.objectives.reward import Reward
 from nbpeft.training.objectives.usual import Classify, Sft
 
-for _objective in (Sft, Classify, Dpo, Orpo, Simpo, Cpo, Reward, Grpo):
+for _objective in (Sft, Classify, Dpo, Orpo, Simpo, Cpo, Kto, Reward, Grpo):
     register(_objective)

@@ -25,6 +25,7 @@ class Completions:
         token_counts: number of tokens of each completion.
         prompts: the same of the prompts, for an objective that learns them; else None.
         margins: the margins of the rows, if they have any.
+        desirable: 1 for good completions and 0 for bad ones, if the rows say so.
     """
 
     log_probs: Tensor
@@ -32,6 +33,7 @@ class Completions:
     token_counts: Tensor
     prompts: Completions | None = None
     margins: Tensor | None = None
+    desirable: Tensor | None = None
 
     @property
     def averages(self) -> Tensor:
@@ -59,6 +61,8 @@ class Objective:
         generates: whether the model answers the rows' prompts, and reward functions score the answers.
         learns_prompts: whether its loss needs the log-probabilities of the prompts of chosen completions, too.
         defaults: fields of ``TrainingArguments`` whose defaults differ with it.
+        learns_second: whether the second completion of each row has gradients; else it is computed
+            without, and its log-probabilities are those of all processes.
         metrics: names of the metrics that are reported of evaluations.
     """
 
@@ -68,6 +72,7 @@ class Objective:
     scores: ClassVar[bool] = False
     generates: ClassVar[bool] = False
     learns_prompts: ClassVar[bool] = False
+    learns_second: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {}
     metrics: ClassVar[tuple[str, ...]] = ()
 
@@ -98,7 +103,7 @@ class Objective:
                 raise ConfigError(f"{item.name} must be {wanted}, not {value!r:.60}.{hint}", field=item.name)
 
     def loss(self, chosen: Completions, rejected: Completions) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the losses of the rows of a batch, and what its curves show, each of shape (rows,).
+        """Computes the losses of the rows of a batch, and what its curves show, each of shape (values,).
 
         Args:
             chosen: the chosen completions.

@@ -289,9 +289,9 @@ class SideBySide:
         source = next((member for member in self.training if member.name == request.source), None)
         if source is None:
             learning = ", ".join(member.name for member in self.training)
-            raise AdapterError(f"{request.source!r:.60} is not trained together with others; {learning} do")
+            raise AdapterError(f"{request.source!r:.60} is not being trained in this sweep; these are: {learning}")
         if len(self.members) >= MOST:
-            raise ConfigError(f"{len(self.members)} adapters are trained side by side already, and {MOST} is the most")
+            raise ConfigError(f"{len(self.members)} adapters are trained side by side already; the limit is {MOST}")
         changed = dict(request.fields)
         if request.rate_factor != 1.0:
             changed["learning_rate"] = source.arguments.learning_rate * request.rate_factor

@@ -26,24 +26,24 @@ from nbpeft.training.monitor.control import CloneRequest
 from nbpeft.training.monitor.record import score_of
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.sweep.evaluations import SweepEvaluations
-from nbpeft.training.sweep.loss import NotApartError, SplitLoss, split_loss
+from nbpeft.training.sweep.loss import NotSplittableError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.transformers.trainer import has_own_loss
 from nbpeft.training.watching.divergence import Seldom
 from nbpeft.training.watching.scoring import named_metrics
 
-_OF_A_GROUP = ("lr", "betas", "eps")
+_GROUP_OPTIONS = ("lr", "betas", "eps")
 """Optimizer options that are set per parameter group."""
 _OWN_PARAMETERS = ("params", "model", "optimizer_dict")
 """Options with which an optimizer of transformers selects its parameters itself."""
 
 
 _REFUSED = {
-    "fp16": "one scaler would skip the steps of all; take bf16",
-    "load_best_model_at_end": "the best adapter is active at the end, each with its last weights",
-    "optimizers": "each adapter has its own; say which with optim=…",
-    "optimizer_cls_and_kwargs": "each adapter has its own; say which with optim=…",
-    "sample": "compare the adapters when they are trained",
+    "fp16": "one gradient scaler would skip the steps of all adapters; use bf16",
+    "load_best_model_at_end": "the best adapter is active at the end, and each has its last weights",
+    "optimizers": "each adapter has its own; select it with optim=…",
+    "optimizer_cls_and_kwargs": "each adapter has its own; select it with optim=…",
+    "sample": "compare the adapters after the training",
 }
 """Arguments that would affect all adapters together, with the reason or an alternative."""
 
@@ -55,7 +55,7 @@ class SideBySideTrainer(transformers.Trainer):
     given_class: ClassVar[type[Any]]
     _split: SplitLoss | None = None
     _evaluated: Member | None = None
-    _splits_surely = False
+    _split_checked = False
 
     # A step
 
@@ -65,9 +65,9 @@ class SideBySideTrainer(transformers.Trainer):
         """Computes forward and backward for each member's copy of the batch; returns the mean of their losses."""
         try:
             losses = self._passes(model, inputs, num_items_in_batch)
-        except NotApartError:  # before any backward
+        except NotSplittableError:  # before any backward
             self.group.mixed = False
-            self.group.note("one pass for each adapter: the loss of this model cannot be taken apart by rows")
+            self.group.note("each adapter needs its own pass: the loss of this model cannot be split by rows")
             losses = self._passes(model, inputs, num_items_in_batch)
         return torch.stack(losses).mean()
 
@@ -106,9 +106,9 @@ class SideBySideTrainer(transformers.Trainer):
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Computes the loss like the base class; refuses one that is not the sum of the members' losses."""
         loss = super().compute_loss(model, *args, **kwargs)
-        if self._split is not None and not self._splits_surely:
+        if self._split is not None and not self._split_checked:
             self._split.check(loss[0] if isinstance(loss, tuple) else loss)
-            self._splits_surely = True
+            self._split_checked = True
         return loss
 
     # Optimizer, schedule and clipping
@@ -131,8 +131,8 @@ class SideBySideTrainer(transformers.Trainer):
         kind, options = self.get_optimizer_cls_and_kwargs(member.arguments, whole)
         if not isinstance(kind, type) or any(name in options for name in _OWN_PARAMETERS):
             name = getattr(self.args.optim, "value", self.args.optim)
-            raise ConfigError(f"optim {name!r:.60} chooses its parameters itself: no sweep", field="optim")
-        own = {name: options[name] for name in _OF_A_GROUP if name in options}
+            raise ConfigError(f"optim {name!r:.60} selects its parameters itself: not in a sweep", field="optim")
+        own = {name: options[name] for name in _GROUP_OPTIONS if name in options}
         groups = []
         for decay in (True, False):
             chosen = [parameter for parameter in member.parameters if (id(parameter) in decayed) is decay]
@@ -212,7 +212,7 @@ def trainer_for(trainer_class: type[Any], group: SideBySide, given: Mapping[str,
     """
     for name, reason in _REFUSED.items():
         if given.get(name) not in (None, False):
-            raise ConfigError(f"{name} does not go with a sweep: {reason}", field=name)
+            raise ConfigError(f"{name} cannot be combined with a sweep: {reason}", field=name)
     if has_own_loss(trainer_class) or given.get("compute_loss_func") is not None or given.get("label_smoothing_factor"):
         group.mixed = False  # its result for a mixed batch is unknown
     members = {"group": group, "given_class": trainer_class}
@@ -298,8 +298,8 @@ class SideBySideCallback(TrainerCallback, ExportableState):
             kept = member.restore()
             self._group.stop(member.name, "diverged")
             self._run.replaced_weights()
-            back = "" if kept is None else f"; {self._run.weights_of(kept)} were put back"
-            self._run.note(f"{member.name} diverged at step {step:,} and learns no more{back}", warning=True)
+            restored = "" if kept is None else f"; {self._run.weights_of(kept)} were restored"
+            self._run.note(f"{member.name} diverged at step {step:,} and is no longer trained{restored}", warning=True)
         if all(member.status == "diverged" for member in self._group.members):
             self._run.diverge("all adapters diverged", max(member.good_step or 0 for member in self._group.members))
 
@@ -360,7 +360,7 @@ def _factor(member: Member, steps: int) -> Any:
     if not isinstance(schedule, LambdaLR):
         kind = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
         raise ConfigError(
-            f"lr_scheduler_type {kind!r} looks at one loss and cannot serve a sweep: take linear, cosine or constant",
+            f"lr_scheduler_type {kind!r} depends on a single loss, unlike a sweep: use linear, cosine or constant",
             field="lr_scheduler_type",
         )
     return schedule.lr_lambdas[0]

@@ -102,7 +102,7 @@ class EarlyStop(TrainerCallback):
         elif file is not None and (saved := Snapshot.read(file, self._model)).fits(self._model):
             self._state = saved
         else:
-            missing = f"the weights of step {best_step:,}, the best, were not saved: only a better step can be kept"
+            missing = f"the best weights, of step {best_step:,}, were not saved: only a better step can be restored"
             self._run.note(missing, warning=True)
 
     def on_evaluate(
@@ -152,7 +152,7 @@ class EarlyStop(TrainerCallback):
         if self.keep_last is not None:
             self.keep_last()
         self._state.restore(self._model)
-        self._run.note(f"the weights of step {self._state.step:,}, the best, were restored")
+        self._run.note(f"the best weights, of step {self._state.step:,}, were restored")
 
 
 def kept_file(args: TrainingArguments) -> Path | None:
@@ -184,7 +184,7 @@ def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool,
     if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
         raise ConfigError(f"patience must be a number of evaluations of at least 1, not {patience!r:.60}")
     if not evaluates and not scores:
-        raise ConfigError("patience needs data to evaluate on: pass eval_data=…", field="patience")
+        raise ConfigError("patience needs evaluation data: pass eval_data=…", field="patience")
     if fields.get("load_best_model_at_end"):
         raise ConfigError(
             "patience keeps the best weights in memory: remove load_best_model_at_end", field="load_best_model_at_end"

@@ -65,7 +65,7 @@ class Scored(Protocol):
 class ScoreCallback(TrainerCallback):
     """Scores the model between two steps, without any other effect on the training, and reports it as an evaluation.
 
-    So the scores are drawn, logged and stored like the metrics of evaluations, and early stopping can go by them. The
+    So the scores are drawn, logged and stored like the metrics of evaluations, and early stopping can monitor them. The
     adapters of a sweep are scored together, each on its own; the values of the best one stand for all.
     If the scoring fails, it ends, but not the run.
 
@@ -177,13 +177,15 @@ def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
     """
     if request.score is None:
         if request.metric is not None:
-            raise ConfigError("metric says how to score: pass score=…, too", field="metric")
+            raise ConfigError("metric has no effect without score=…", field="metric")
         return None
     if request.every is not None and (type(request.every) is not int or request.every < 1):
         raise ConfigError(f"every must be a number of steps of at least 1, not {request.every!r:.60}", field="every")
     scorer = request.score if isinstance(request.score, Scorer) else _new_scorer(request)
     if "loss" in scorer.metrics and request.eval_data is not None:
-        raise ConfigError("eval_data measures the loss: leave out either it or the metric loss", field="metric")
+        raise ConfigError(
+            "eval_data already measures the loss: remove either eval_data or the metric loss", field="metric"
+        )
     decides = request.patience is not None or request.members is not None
     if decides and "metric_for_best_model" not in fields:
         fields["metric_for_best_model"] = scorer.name
@@ -209,5 +211,6 @@ def _new_scorer(request: Any) -> Scorer:
         max_length=request.max_length,
         separator=separator_for(request.score, request.separator),
         skip_bad=bool(request.skip_bad),
+        variables=request.chat_template_kwargs,
     )
     return scorer

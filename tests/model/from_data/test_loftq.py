@@ -83,5 +83,5 @@ def test_what_fails_leaves_the_adapter_as_it_was(folder: Path, tmp_path: Path) -
         replace_lora_weights_loftq(model)
     after = get_peft_model_state_dict(model)
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    with pytest.raises(AdapterError, match="on no quantized layer"):
+    with pytest.raises(AdapterError, match="has no quantized layer"):
         replace_lora_weights_loftq(get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])))

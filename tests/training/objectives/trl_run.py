@@ -50,6 +50,9 @@ CASES: dict[str, dict[str, Any]] = {
     "cpo-smoothed": {"label_smoothing": 0.2},
     "simpo": {"beta": 2.0, "simpo_gamma": 0.7},
     "orpo": {"beta": 0.3},
+    "kto": {},
+    "kto-base": {"reference": "base", "beta": 0.5, "desirable_weight": 1.5, "undesirable_weight": 0.7},
+    "kto-accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "beta": 0.5},
     "reward": {},
     "reward-margin": {"center_rewards_coefficient": 0.1, "margin": True},
     "grpo": {},
@@ -72,6 +75,12 @@ def base_and_rows(case: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]
     """The base model of a case, its rows, and the fields of its training."""
     fields = {**FIELDS, **CASES[case]}
     rows: list[dict[str, Any]] = ROWS
+    if case.startswith("kto"):
+        labels = [number % 3 != 0 for number in range(len(ROWS))]
+        rows = [
+            {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
+            for row, good in zip(ROWS, labels, strict=True)
+        ]
     if fields.pop("margin", False):
         rows = [{**row, "margin": 0.1 * number} for number, row in enumerate(ROWS)]
     return tiny_base(LlamaForSequenceClassification if case.startswith("reward") else LlamaForCausalLM), rows, fields
@@ -122,6 +131,8 @@ def trained(case: str, folder: str) -> Any:
     name, more = case.partition("-")[0], {}
     if name == "dpo":
         config_class, trainer_class, more = trl.DPOConfig, trl.DPOTrainer, {"ref_model": tiny_base() if base else None}
+    elif name == "kto":
+        config_class, trainer_class, more = trl.KTOConfig, trl.KTOTrainer, {"ref_model": tiny_base() if base else None}
     elif name == "reward":
         config_class, trainer_class = trl.RewardConfig, trl.RewardTrainer
     elif name == "orpo":

@@ -345,7 +345,7 @@ def test_prompts_that_are_too_long_or_empty_are_left_out_and_named() -> None:
 
 @pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig", "IA3Config", "AdaptionPromptConfig"])
 def test_adapters_of_other_methods_learn_from_rewards(method: str) -> None:
-    more: dict[str, Any] = {
+    more: Any = {
         "PromptTuningConfig": {"num_virtual_tokens": 3},
         "PrefixTuningConfig": {"num_virtual_tokens": 3},
         "IA3Config": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},

@@ -135,11 +135,11 @@ def test_a_resumed_sweep_has_its_curves_and_its_best_weights(tmp_path: Path) -> 
     session.context.runs_dir = str(tmp_path)
     session.watch(target, name="model")
     session.on_run(lambda run, name: runs.append(run))
-    given = {"score": token_rows(8, 5), "metric": "loss", "every": 1, "patience": 4}
+    given: dict[str, Any] = {"score": token_rows(8, 5), "metric": "loss", "every": 1, "patience": 4}
     stopping = AfterEvaluations(target, runs, stop_at=6)
     rows = token_rows(8)
     rates = sweep(*RATES.values())
-    options = {"max_steps": 12, "per_device_train_batch_size": 4, "callbacks": [stopping]}
+    options: dict[str, Any] = {"max_steps": 12, "per_device_train_batch_size": 4, "callbacks": [stopping]}
     first = session.train(target, rows, learning_rate=rates, **options, **given)
     losses = dict(first.members[1].eval_history)
     best = min(losses, key=lambda step: losses[step])

@@ -66,7 +66,7 @@ def test_patience_goes_by_the_score_and_keeps_the_best_state() -> None:
     result = trained(watched, score=rows, metric=own, every=1, patience=2)
     assert [value for _, value in result.state.metric_history["own"]] == [0.2, 0.9, 0.5, 0.5]
     assert result.steps == 4
-    assert "the weights of step 2, the best, were restored" in result.message
+    assert "the best weights, of step 2, were restored" in result.message
     assert result.state.best_step == 2
 
 
@@ -136,12 +136,12 @@ def test_outputs_that_are_not_numbers_are_named_once() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"metric": "exact"}, ConfigError, "pass score=…"),
-        ({"every": 2}, ConfigError, "pass sample=… or score=…"),
+        ({"metric": "exact"}, ConfigError, "without score=…"),
+        ({"every": 2}, ConfigError, "without sample=… or score=…"),
         ({"score": HELD_OUT, "every": 0}, ConfigError, "every must be a number of steps"),
         ({"score": HELD_OUT, "metric": "exakt"}, ConfigError, "Did you mean 'exact'"),
         ({"score": ["text only"]}, TrainingError, "it has no reference"),
-        ({"score": HELD_OUT, "metric": "loss", "eval_data": 2}, ConfigError, "eval_data measures the loss"),
+        ({"score": HELD_OUT, "metric": "loss", "eval_data": 2}, ConfigError, "eval_data already measures the loss"),
         ({"score": HELD_OUT, "metric": "exakt", "processes": 2}, ConfigError, "Did you mean 'exact'"),
         ({"score": HELD_OUT, "metric": "exakt", "learning_rate": sweep(1e-3, 1e-2)}, ConfigError, "Did you mean"),
     ],
