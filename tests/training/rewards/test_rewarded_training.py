@@ -15,6 +15,7 @@ from transformers import LlamaForSequenceClassification
 import nbpeft
 from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
 from nbpeft.sweeps import sweep
+from nbpeft.training.loop.packing import longest_sequence
 from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.objectives.log_probs import token_log_probs
 from nbpeft.training.rewards import trainer as rollouts
@@ -255,6 +256,25 @@ def test_an_error_of_a_function_keeps_the_weights_before_its_step() -> None:
     with pytest.raises(TrainingError, match="returned 0 numbers for 4 completions"):
         nbpeft.train(model, PROMPTS, rewards=lambda completions: [], **FIELDS)
     assert same_state(weights(model), before) and model.training
+
+
+def test_a_model_that_cannot_generate_is_one_line() -> None:
+    model = new()
+    before = weights(model)
+
+    def fails(module: nn.Module, *rest: Any) -> None:
+        raise RuntimeError("no\ncache")
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(fails)
+    with pytest.raises(TrainingError, match="LlamaForCausalLM cannot generate completions: RuntimeError: no cache"):
+        nbpeft.train(model, PROMPTS, rewards=even, **FIELDS)
+    handle.remove()
+    assert same_state(weights(model), before)
+
+
+def test_the_length_of_a_step_is_not_that_of_the_prompts() -> None:
+    with pytest.raises(TrainingError, match="these rows have prompts alone, of up to 3 tokens: give a sequence length"):
+        longest_sequence(tiny_base(), [{"prompt": "w1 w2 w3"}], tokenizer=TOKENIZER)
 
 
 def test_stop_and_an_interrupt_end_a_generation() -> None:
