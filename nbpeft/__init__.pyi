@@ -178,6 +178,7 @@ from .scoring.result import ScoreResult as ScoreResult
 from .scoring.score import score as score
 from .session import Session as Session
 from .session import get_session as get_session
+from .session import runs_folder as runs_folder
 from .session import session as session
 from .session import track as track
 from .shipping import Shipment as Shipment

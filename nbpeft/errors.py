@@ -29,17 +29,20 @@ and TrainingInterrupted, a KeyboardInterrupt.
 
 The classes also derive from the built-in error that PEFT raises in the same situation, so that
 ``except ValueError`` in existing code continues to work. The message is one line; the values it
-mentions are in ``details``.
+mentions are in ``details``. For programs, each class has a ``code``, its name in words
+(``UnknownAdapterError`` has ``unknown-adapter``), and each error ``to_dict()``.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from nbpeft.confidential import masked
+from nbpeft.jsonable import as_json
 
 _LONGEST_MESSAGE = 500
 _LONGEST_NAME, _LONGEST_NAMED = 200, 120
@@ -47,7 +50,39 @@ _MOST_CHOICES = 2_000
 """Most valid names that are compared with an unknown one, for speed."""
 
 
-class NbpeftError(Exception):
+class _Coded:
+    """An error that programs can read.
+
+    Attributes:
+        code: the name of its class in words, e.g. ``unknown-adapter``; it stays the same between versions.
+    """
+
+    code: ClassVar[str]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.code = re.sub(r"(?<=.)(?=[A-Z])", "-", cls.__name__.removesuffix("Error")).lower()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the error as JSON types: ``code``, ``type`` (its class), ``message`` and ``details``."""
+        details = as_json(getattr(self, "details", {}))
+        return {"code": self.code, "type": type(self).__name__, "message": str(self), "details": details}
+
+
+def error_as_json(error: BaseException) -> dict[str, Any]:
+    """Returns any error as ``NbpeftError.to_dict`` does; the code of one of Python or a library is ``unexpected``.
+
+    Args:
+        error: the error.
+    """
+    if isinstance(error, _Coded):
+        return error.to_dict()
+    message = shortened(masked(in_one_line(error)))
+    code = Interrupted.code if isinstance(error, KeyboardInterrupt) else "unexpected"
+    return {"code": code, "type": type(error).__name__, "message": message, "details": {}}
+
+
+class NbpeftError(_Coded, Exception):
     """Base class of all errors that nbpeft raises.
 
     Args:
@@ -161,7 +196,7 @@ class MissingPackageError(NbpeftError, ImportError):
     """An optional dependency that this feature needs is not installed."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(_Coded, KeyboardInterrupt):
     """An interruption (Ctrl-C, the kernel's stop button) ended a command.
 
     It keeps the notebook from running the cells queued after it. A notebook shows it as one line instead of a
@@ -239,7 +274,7 @@ def shown(value: object, limit: int = 60) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """Returns a text, without its end where it is longer than ``limit`` characters."""
+    """Returns a text, cut at its end if it is longer than ``limit`` characters."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
@@ -249,7 +284,7 @@ def few(names: Iterable[object], count: int = 5, *, quoted: bool = True) -> str:
     Args:
         names: the names, or other objects.
         count: number of names to show.
-        quoted: show each as ``repr`` does, without its end where it is long; else as text, without its middle.
+        quoted: show each as its repr, and cut the end of a long one; else as text, and cut the middle.
     """
     items = list(names)
     more = f" and {len(items) - count} more" if len(items) > count else ""
@@ -262,7 +297,7 @@ def _unquoted(name: object) -> str:
 
 
 def near(word: str, choices: Iterable[str], count: int = 3, *, cutoff: float = 0.5) -> list[str]:
-    """Returns the choices most similar to a word, the best first; none for a word that is too long to be a name.
+    """Returns the choices most similar to a word, best first; an empty list if the word is too long to be a name.
 
     Args:
         word: the word.

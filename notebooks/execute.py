@@ -52,13 +52,14 @@ def main() -> int:
     return 0 if error is None else 1
 
 
-def execute(notebook: Any, folder: Path, timeout: int) -> str | None:
+def execute(notebook: Any, folder: Path, timeout: int, *, kernel_name: str = "python3") -> str | None:
     """Runs all cells and keeps their outputs in ``notebook``.
 
     Args:
         notebook: changed in place.
         folder: working directory of the kernel.
         timeout: seconds one cell may take.
+        kernel_name: the kernel that runs them.
 
     Returns:
         None, or what went wrong.
@@ -73,7 +74,7 @@ def execute(notebook: Any, folder: Path, timeout: int) -> str | None:
     client = NotebookClient(
         notebook,
         timeout=timeout,
-        kernel_name="python3",
+        kernel_name=kernel_name,
         resources={"metadata": {"path": str(folder)}},
         on_cell_start=began,
     )

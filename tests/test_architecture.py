@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.published import MACHINE_PATHS, TEXT_SUFFIXES
+
 # --- The data of the rules below ---------------------------------------------------------------------
 
 MOST_FILE_LINES = 800
@@ -118,7 +120,6 @@ STANDING_NAMES: set[str] = {
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nbpeft"
 FOLDERS = ("nbpeft", "notebooks", "tests")
-TEXT_SUFFIXES = {".py", ".md", ".toml", ".ipynb", ".json", ".css", ".html", ".svg", ".cfg", ".txt", ".yml", ".yaml"}
 
 
 @dataclass(frozen=True)
@@ -477,13 +478,11 @@ def project_files() -> list[Path]:
 
 
 def test_no_file_names_a_place_on_somebodys_machine() -> None:
-    slash = "/"  # so that this file does not name one either
-    places = re.compile(rf"(?<![\w.]){slash}(root|work|opt{slash}wheels|home{slash}\w+|Users{slash}\w+){slash}")
     found = {
         f"{path.relative_to(ROOT)}: {match[0]}"
         for path in project_files()
         if path.suffix in TEXT_SUFFIXES
-        for match in places.finditer(path.read_text(encoding="utf-8", errors="replace"))
+        for match in MACHINE_PATHS.finditer(path.read_text(encoding="utf-8", errors="replace"))
     }
     assert not found
 

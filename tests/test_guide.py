@@ -10,16 +10,15 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 
 import nbpeft
 from nbpeft.magics.lora import CELLS, SUBCOMMANDS
 from tests.benchmarks.harness import rows as benchmarks
+from tests.published import FENCE, HEADING, LINK, anchors, broken_links, prose_of, text_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -71,39 +70,7 @@ FORMER_README = {
 
 NOT_RUN = "<!-- not run:"
 """Begins the line above a snippet that is compiled only, and says why."""
-_LINK = re.compile(r"\]\(([^()\s]+)\)")
 _CODE_SPAN = re.compile(r"`([^`\n]+)`")
-_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-
-
-@cache
-def text_of(page: Path) -> str:
-    if page.suffix == ".ipynb":
-        return "\n".join(cell.source for cell in nbformat.read(page, 4).cells if cell.cell_type == "markdown")
-    return page.read_text(encoding="utf-8")
-
-
-def prose_of(page: Path) -> str:
-    """A page without its snippets."""
-    return _FENCE.sub("", text_of(page))
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub and JupyterLab's converters make them, and those it sets itself."""
-    made = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in _HEADING.findall(prose_of(page))}
-    return made | set(re.findall(r'<a id="([^"]+)">', text_of(page)))
-
-
-def broken_links(page: Path, text: str) -> Iterator[str]:
-    """Relative links whose file or anchor is not there."""
-    for link in _LINK.findall(text):
-        path, _, anchor = link.partition("#")
-        target = (page.parent / path).resolve() if path else page
-        if "://" in link:
-            continue
-        if not target.exists() or (anchor and anchor not in anchors(target)):
-            yield link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -128,7 +95,7 @@ def test_a_broken_link_is_found() -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    linked = set(_LINK.findall(text_of(GUIDE / "index.md")))
+    linked = set(LINK.findall(text_of(GUIDE / "index.md")))
     assert {page.name for page in PAGES if page.parent == GUIDE} - {"index.md"} <= linked
     assert {f"../{path.name}" for path in GUIDE.parent.glob("*.ipynb")} <= linked
 
@@ -138,7 +105,7 @@ def test_the_readme_links_into_what_the_source_distribution_holds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["readme"] == README.name
     held = {*project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"], *project["project"]["license-files"]}
-    linked = {link.partition("/")[0] for link in _LINK.findall(text_of(README)) if "://" not in link}
+    linked = {link.partition("/")[0] for link in LINK.findall(text_of(README)) if "://" not in link}
     assert linked <= held
 
 
@@ -219,10 +186,10 @@ class Snippet:
 def snippets(page: Path) -> list[Snippet]:
     text = text_of(page)
     found = []
-    for fence in _FENCE.finditer(text):
+    for fence in FENCE.finditer(text):
         if fence[2] == "python":
             before = text[: fence.start()].rstrip().rsplit("\n", 1)[-1]
-            section = _HEADING.findall(_FENCE.sub("", text[: fence.start()]))[-1]
+            section = HEADING.findall(FENCE.sub("", text[: fence.start()]))[-1]
             found.append(Snippet(section, textwrap.dedent(fence[3]).strip(), not before.startswith(NOT_RUN)))
     return found
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from nbpeft.display.blocks import Block, Card
+from nbpeft.jsonable import AsDict
 
 
-class Shown:
+class Shown(AsDict):
     """A result that is shown as HTML in a notebook, as a card by rich, and as ``str`` in a terminal.
 
     Subclasses override ``view`` for the content and ``__str__`` for the plain text.

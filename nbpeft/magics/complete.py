@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbpeft.errors import CellError
+from nbpeft.magics.help import FOR_AGENTS
 from nbpeft.magics.notebook_context import DATA_SUFFIXES
 from nbpeft.magics.parse import Argument, Subcommand
 from nbpeft.magics.tokenize import Word, tokenize
@@ -95,8 +96,10 @@ def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: C
         sources: the sources of names.
     """
     words, fragment = split(before)
-    if not words or ([word.text for word in words] == [HELP]):
-        return choose(fragment, [*subcommands, *([] if words else [HELP])])
+    if not words:
+        return choose(fragment, [*subcommands, HELP])
+    if [word.text for word in words] == [HELP]:
+        return choose(fragment, [FOR_AGENTS] if fragment.startswith("-") else subcommands)
     command = subcommands.get(words[0].text)
     if command is None:
         return Suggestions(fragment, ())
@@ -116,14 +119,14 @@ def complete_arguments(
     """
     option = _open_option(command, words, fragment)
     if option is not None:
-        return _left(option, _values(option, fragment, words, sources), words)
+        return _without_named(option, _values(option, fragment, words, sources), words)
     if fragment.startswith("-"):
         flags = [flag for item in command.arguments for flag in item.flags if flag.startswith("--")]
         return choose(fragment, [*flags, "--help"])
-    place = _place(command, words)
+    place = _next_positional(command, words)
     if place is None:
         return _field_words(command, words, fragment, sources)
-    return _left(place, _values(place, fragment, words, sources), words)
+    return _without_named(place, _values(place, fragment, words, sources), words)
 
 
 def complete_body(
@@ -255,7 +258,7 @@ def _values(item: Argument, fragment: str, words: Sequence[Word], sources: Compl
     return choose(fragment, [*item.words, *named.get(item.completes, tuple)()])
 
 
-def _left(item: Argument, values: Suggestions, words: Sequence[Word]) -> Suggestions:
+def _without_named(item: Argument, values: Suggestions, words: Sequence[Word]) -> Suggestions:
     """The suggestions without the adapters that the line already names."""
     if item.completes not in ("adapter", "weight"):
         return values
@@ -277,7 +280,7 @@ def _option(command: Subcommand, word: str) -> Argument | None:
     return next((item for item in command.arguments if not item.positional and word in item.flags), None)
 
 
-def _place(command: Subcommand, words: Sequence[Word]) -> Argument | None:
+def _next_positional(command: Subcommand, words: Sequence[Word]) -> Argument | None:
     """The positional argument that comes next."""
     given, skip = 0, False
     for word in words:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from nbpeft.display.blocks import Block, Card, Table, Text, card, dim, line
 from nbpeft.display.shown import Shown
+from nbpeft.errors import CheckpointNotFoundError
 from nbpeft.magics.parse import Argument, Subcommand
 
+FOR_AGENTS = "--agent"
+_AGENTS = "AGENTS.md"
 _CELLS = "Set up and train"
 _GROUPS: dict[str, tuple[str, ...]] = {
     "Which adapters are active": ("use", "off", "on", "scale", "freeze", "unfreeze"),
@@ -65,6 +70,37 @@ class HelpText(Shown):
         return card(self._title, line(self._lead), *blocks, *(line(dim(text)) for text in self._ending))
 
 
+@dataclass(frozen=True, repr=False)
+class AgentGuide(Shown):
+    """The page for programs that drive a notebook.
+
+    Attributes:
+        page: the page, in Markdown.
+    """
+
+    page: str
+
+    def __str__(self) -> str:
+        return self.page
+
+    def view(self) -> Card:
+        """Shows the page as it is written."""
+        return card(_AGENTS, line(Text(self.page, "code", wrap="as is")))
+
+
+def agent_guide() -> AgentGuide:
+    """Returns the page for programs that drive a notebook; the wheel has a copy of the page in the guide.
+
+    Raises:
+        CheckpointNotFoundError: the installed package lacks it.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (package, package.parent / "notebooks" / "guide"):
+        if (folder / _AGENTS).is_file():
+            return AgentGuide((folder / _AGENTS).read_text(encoding="utf-8").rstrip())
+    raise CheckpointNotFoundError(f"{_AGENTS} is neither in the installed package nor in the checkout it runs from")
+
+
 def _row_text(left: str, right: str, width: int) -> Iterator[str]:
     first, *others = left.split("\n")
     words = textwrap.wrap(right, max(_WIDTH - width - 4, 30)) if right else []
@@ -82,17 +118,17 @@ def command_help(command: Subcommand, prog: str) -> HelpText:
         command: the command.
         prog: how its line begins, e.g. ``%lora use``.
     """
-    example = command.example or " ".join((prog, *(_left(item) for item in command.arguments if item.positional)))
+    example = command.example or " ".join((prog, *(_usage(item) for item in command.arguments if item.positional)))
     fields: Rows = (("name=value", _FIELDS.get(command.fields, "")),) if command.fields else ()
-    arguments = tuple((_left(item), _help(item)) for item in command.arguments if item.positional)
-    options = tuple((_left(item), _help(item)) for item in command.arguments if not item.positional)
+    arguments = tuple((_usage(item), _help(item)) for item in command.arguments if item.positional)
+    options = tuple((_usage(item), _help(item)) for item in command.arguments if not item.positional)
     sections = {"Example": ((example, ""),), "Arguments": (*arguments, *fields), "Options": options}
     return HelpText(prog, sections, lead=command.summary)
 
 
 def argument_help(item: Argument) -> str:
     """One argument and its description."""
-    return f"{_left(item)}\n{_help(item)}"
+    return f"{_usage(item)}\n{_help(item)}"
 
 
 def main_help(cells: Mapping[str, Subcommand], subcommands: Mapping[str, Subcommand]) -> HelpText:
@@ -109,7 +145,11 @@ def main_help(cells: Mapping[str, Subcommand], subcommands: Mapping[str, Subcomm
     for title, names in groups.items():
         rows = tuple(_overview(subcommands[name], f"%lora {name}") for name in names if name in subcommands)
         sections[title] = (status, *rows) if title == "See and compare" else rows
-    ending = ("%lora help COMMAND describes one command, e.g. %lora help plan or %lora help lora_train.", _WHICH_MODEL)
+    ending = (
+        "%lora help COMMAND describes one command, e.g. %lora help plan or %lora help lora_train.",
+        f"%lora help {FOR_AGENTS} is a page for programs that drive a notebook.",
+        _WHICH_MODEL,
+    )
     return HelpText("nbpeft · adapters in a notebook", sections, ending=ending)
 
 
@@ -117,7 +157,7 @@ def _overview(command: Subcommand, prog: str) -> tuple[str, str]:
     return command.example or prog, command.summary.partition(". ")[0].rstrip(".") + "."
 
 
-def _left(item: Argument) -> str:
+def _usage(item: Argument) -> str:
     """How an argument is written: ``--batch N``, ``MODEL``."""
     name = str(item.options.get("metavar") or item.flags[0].lstrip("-"))
     if item.positional:

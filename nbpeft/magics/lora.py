@@ -16,7 +16,7 @@ from nbpeft.errors import CellError, Interrupted, NbpeftError, TrainingInterrupt
 from nbpeft.magics.body import excerpt, parse_body, with_fields
 from nbpeft.magics.cell_spelling import in_cell_spelling
 from nbpeft.magics.complete import CompletionSources, Values
-from nbpeft.magics.help import command_help, main_help
+from nbpeft.magics.help import FOR_AGENTS, agent_guide, command_help, main_help
 from nbpeft.magics.inspecting import describe
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import parse_arguments, parse_line
@@ -58,7 +58,8 @@ class NbpeftMagics(magic.Magics):
     def __init__(self, shell: Any, **options: Any) -> None:
         super().__init__(shell, **options)
         self.session: Session = get_session()
-        self.session.context.runs_dir = self.runs_dir
+        if self.runs_dir is not None:  # else it may have been set in Python
+            self.session.context.runs_dir = self.runs_dir
         self._trained: dict[str, Any] = {}
         self._unsubscribe: Callable[[], None] = self.session.on_run(self._run_starts)
 
@@ -120,6 +121,8 @@ class NbpeftMagics(magic.Magics):
             word, _, rest = line.strip().partition(" ")
             if word in ("help", "?", "-h", "--help"):
                 name = rest.strip().lstrip("%")
+                if name == FOR_AGENTS:
+                    return agent_guide()
                 if f"lora_{name}" in CELLS and name not in SUBCOMMANDS:
                     name = f"lora_{name}"
                 if not name or name == "lora":
@@ -178,6 +181,7 @@ class NbpeftMagics(magic.Magics):
                 f"training failed: {type(error).__name__}: {in_one_line(error):.300} (%lora traceback shows where)"
             )
             self._keep_traceback(error)
+        # Raised outside the except blocks: as its context, the caught error would keep its frames and their tensors.
         if interrupted is not None:
             raise interrupted
         raise UsageError(message)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
 import re
@@ -18,8 +17,8 @@ from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import NewFile, replace_files
 from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.staging import lock_folder
-from nbpeft.confidential import masked
 from nbpeft.errors import CheckpointError
+from nbpeft.jsonable import as_json
 from nbpeft.runs.record import (
     VERSION,
     RunRecord,
@@ -105,7 +104,7 @@ class RunFolder:
             return False
         return facts.get("host") == platform.node() and psutil.pid_exists(facts.get("process") or 0)
 
-    # What it is
+    # Record
 
     def facts(self) -> dict[str, Any]:
         """Returns the checked content of ``run.json``; empty if there is none.
@@ -119,7 +118,7 @@ class RunFolder:
     def record(self) -> RunRecord:
         """Returns the record of the run; its message says why if the run cannot be read."""
         if not self.path.name.isprintable():
-            return unreadable(self.name, shown(self.path), "its name has letters that cannot be shown")
+            return unreadable(self.name, shown(self.path), "its name has unprintable characters")
         try:
             facts = self.facts()
             begun = facts.get("status") == "running"  # run.json is as old as the last checkpoint, unlike the curve
@@ -129,7 +128,7 @@ class RunFolder:
         except CheckpointError as error:
             return unreadable(self.name, str(self.path), error.message)
         if not facts:
-            return unreadable(self.name, str(self.path), f"there is no {FACTS}")
+            return unreadable(self.name, str(self.path), f"it has no {FACTS}")
         return record_of(self.name, str(self.path), facts, running=running, kept_steps=self.kept_steps())
 
     def _content(self, name: str) -> bytes | None:
@@ -208,7 +207,7 @@ class RunFolder:
         """
         replace_files(self.path, [NewFile.of_text(name, text) for name, text in contents.items()])
 
-    # What was logged
+    # Log
 
     def series(self, until: int) -> dict[str, Curve]:
         """Returns the values over time by name, up to and including a step.
@@ -273,7 +272,7 @@ class RunFolder:
         replace_files(self.path, [NewFile.of_text(CURVE, "".join(f"{_text(entry)}\n" for entry in kept))])
         return kept
 
-    # States
+    # Checkpoints
 
     def kept_steps(self) -> tuple[int, ...]:
         """Returns the steps of the run's checkpoints in descending order."""
@@ -305,16 +304,4 @@ def _lines(content: bytes) -> Iterator[Any]:
 
 def _text(value: Any, indent: int | None = None) -> str:
     """Returns a value as strict JSON, with NaN as null and access tokens masked."""
-    return masked(json.dumps(_plain(value), indent=indent, ensure_ascii=False, default=str))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted((_plain(item) for item in value), key=repr)
-    return getattr(value, "value", value)
+    return json.dumps(as_json(value), indent=indent, ensure_ascii=False)

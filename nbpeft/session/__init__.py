@@ -8,8 +8,10 @@ Importing this package imports neither torch nor transformers; the first command
 
 from __future__ import annotations
 
+import os
 import sys
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.session.core import Session
@@ -61,6 +63,7 @@ __all__ = [
     "UnloadResult",
     "close_session",
     "get_session",
+    "runs_folder",
     "session",
     "track",
 ]
@@ -83,6 +86,11 @@ session = get_session
 def track(model: Any = None, total_steps: int | None = None, **options: Any) -> Run:
     """Create a run for a custom training loop, through the session; see ``Session.track``."""
     return get_session().track(model, total_steps, **options)
+
+
+def runs_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
+    """Return the folder of the runs, or use another one from now on; see ``Session.runs_folder``."""
+    return get_session().runs_folder(folder)
 
 
 def close_session() -> None:

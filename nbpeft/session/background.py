@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.display.blocks import Line, bold, dim, line
+from nbpeft.jsonable import as_json
 from nbpeft.session.results.base import Result
 from nbpeft.training.monitor.control import RunControl
 
@@ -226,6 +227,10 @@ class BackgroundRun(Result):
     def resume(self) -> None:
         """Continues a paused training."""
         self.training.control.resume()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the result as JSON types, with ``running`` and the current ``state``."""
+        return {**super().to_dict(), "running": self.running, "state": as_json(self.state)}
 
     def __str__(self) -> str:
         if self.training.error is not None:

@@ -62,6 +62,7 @@ class SessionContext:
         conversations: base model -> adapter -> its last conversation.
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
         last_traceback: traceback of the last command that failed, as text.
+        last_error: error of the last command that failed, as JSON types.
         history: adapters that commands deleted or replaced.
         notes: errors outside of commands, e.g. in a subscriber.
         changed: whether there are changes that were not published yet.
@@ -83,6 +84,7 @@ class SessionContext:
         self.conversations = weakref.WeakKeyDictionary()
         self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.last_traceback = ""
+        self.last_error: dict[str, Any] | None = None
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
         self.changed = False
         self.runs_dir: str | None = None
@@ -197,7 +199,7 @@ class SessionContext:
     def runs_folder(self) -> Path | None:
         """Folder for runs; None if saving them is disabled."""
         chosen = os.environ.get("NBPEFT_RUNS", _RUNS_DIR) if self.runs_dir is None else self.runs_dir
-        return None if chosen.strip().lower() in _OFF else Path(self.home, os.path.expanduser(chosen))
+        return None if is_off(chosen) else Path(self.home, os.path.expanduser(chosen))
 
     def has_run(self, name: str) -> bool:
         """Return whether a run with this name is saved with an adapter."""
@@ -264,6 +266,11 @@ class SessionContext:
         self.history.forget_unloaded()
         if self.lock.depth == 0:
             self.publish()
+
+
+def is_off(folder: str) -> bool:
+    """Return whether a folder for runs says that none are saved: e.g. ``off`` or the empty text."""
+    return folder.strip().lower() in _OFF
 
 
 def _working_directory() -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from nbpeft.confidential import masked
+from nbpeft.errors import error_as_json
 from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.commands import (
     adapters,
@@ -35,6 +36,7 @@ from nbpeft.session.commands import runs as run_commands
 from nbpeft.session.commands.training import run_place
 from nbpeft.session.configs import combination_types, method_names
 from nbpeft.session.context import SessionContext
+from nbpeft.session.description import describe
 from nbpeft.session.fields import Field, fields
 from nbpeft.session.handles import uncompiled
 
@@ -69,10 +71,10 @@ def _command(
     return method
 
 
-def _question(
+def _unlocked(
     function: Callable[Concatenate[SessionContext, _Arguments], _Result],
 ) -> Callable[Concatenate[Session, _Arguments], _Result]:
-    """Turn a function into a method that can be called while a command runs: it changes no model or locks by itself."""
+    """Turn a function that changes no model, or acquires the lock itself, into a method callable during a command."""
 
     @functools.wraps(function)
     def method(self: Session, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -135,30 +137,31 @@ class Session:
     swap = _command(swapping.swap)
 
     # Training
-    data = _question(data.data)
-    train = _question(training.train)
-    track = _question(training.track)
-    result = _question(training.result)
-    stop = _question(running.stop)
-    clone = _question(running.clone)
-    pause = _question(running.pause)
-    go_on = _question(running.go_on)
-    control = _question(training.control)
+    data = _unlocked(data.data)
+    train = _unlocked(training.train)
+    track = _unlocked(training.track)
+    result = _unlocked(training.result)
+    stop = _unlocked(running.stop)
+    clone = _unlocked(running.clone)
+    pause = _unlocked(running.pause)
+    go_on = _unlocked(running.go_on)
+    control = _unlocked(training.control)
     export = _command(training.export)
 
     # Runs on disk
-    runs = _question(run_commands.runs)
-    find_run = _question(run_commands.find_run)
+    runs = _unlocked(run_commands.runs)
+    runs_folder = _unlocked(run_commands.runs_folder)
+    find_run = _unlocked(run_commands.find_run)
     resume = _command(run_commands.resume)
-    kept_run = _question(run_commands.kept_run)
-    rename_run = _question(run_commands.rename_run)
-    delete_run = _question(run_commands.delete_run)
+    kept_run = _unlocked(run_commands.kept_run)
+    rename_run = _unlocked(run_commands.rename_run)
+    delete_run = _unlocked(run_commands.delete_run)
 
     # Memory
-    memory = _question(inspecting.memory)
-    measure = _question(inspecting.measure)
-    plan_memory = _question(planning.plan_memory)
-    memory_planner = _question(planning.memory_planner)
+    memory = _unlocked(inspecting.memory)
+    measure = _unlocked(inspecting.measure)
+    plan_memory = _unlocked(planning.plan_memory)
+    memory_planner = _unlocked(planning.memory_planner)
 
     # State
 
@@ -182,10 +185,25 @@ class Session:
         """The traceback of the last command that failed, as text, so that it keeps no tensor alive."""
         return self.context.last_traceback
 
+    @property
+    def last_error(self) -> dict[str, Any] | None:
+        """The error of the last command that failed, as ``NbpeftError.to_dict`` returns it; None if none failed."""
+        return self.context.last_error
+
     def note_failure(self, error: BaseException) -> None:
         """Store the traceback of an error as text for ``last_traceback``; tokens in it are masked."""
         text = "".join(traceback.format_exception(error))
         self.context.last_traceback = masked(text[-_LONGEST_TRACEBACK:]).rstrip()
+        self.context.last_error = error_as_json(error)
+
+    def describe(self) -> str:
+        """Return the state of the session as JSON of at most 4 kB, for programs that drive a notebook.
+
+        It has the models with their adapters and trainings, the running command, the last result and error, and the
+        folder for runs. If there is too much, the models and adapters in use come first, and ``…_left_out`` counts
+        what is missing.
+        """
+        return describe(self.context)
 
     def subscribe(self, callback: Callable[[SessionState], object]) -> Callable[[], None]:
         """Call a function with every new state, until the returned function is called.
@@ -274,7 +292,7 @@ class Session:
         """Names of the models that a command without a name can refer to: those whose variable refers to them."""
         return self.context.models.choices
 
-    would_reuse = _question(quantizing.would_reuse)
+    would_reuse = _unlocked(quantizing.would_reuse)
 
     def unsaved(self, model: object) -> tuple[str, ...]:
         """Return the adapters of a model that were trained and are not saved; empty for anything else."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nbpeft.session.registry import TrackedModel
 
 
-def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: int | None = None) -> None:
+def reinitialize(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: int | None = None) -> None:
     """Resets an adapter to its initial weights; a loaded adapter gets new ones. ``undo`` restores the old weights.
 
     Its config, its position, whether it is active and whether it is trainable do not change.

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nbpeft.session.context import SessionContext
     from nbpeft.session.registry import TrackedModel
 
+NO_TEMPLATE = "a conversation needs the chat template, which is not applied here: start a new one"
+
 
 def prompt_batch(
     ctx: SessionContext,
@@ -59,7 +61,7 @@ def prompt_batch(
     if system is not None:
         _check_system(system, prompts, applied=templated if chat is None else chat)
     default = (form.system or "") if system is None else system
-    return PromptBatch.of(prompts, chosen, manager.model, chat=chat, system=default)
+    return PromptBatch.of(prompts, chosen, manager.model, chat=chat, system=default, template=form.variables)
 
 
 def _config(manager: AdapterManager, name: str) -> AdapterConfig | None:
@@ -102,4 +104,4 @@ def _check_system(system: object, prompts: Sequence[Prompt], *, applied: bool) -
     for prompt in prompts:
         own = system_text(prompt[0]) if is_conversation(prompt) else system
         if own and own != system:
-            raise AdapterError(f"the conversation has another system prompt already: {own:.60}")
+            raise AdapterError(f"the conversation already has another system prompt: {own:.60}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nbpeft.jsonable import AsDict
 from nbpeft.shipping.engines import Engine, Form
 from nbpeft.shipping.facts import AdapterFacts
 
@@ -25,7 +26,7 @@ class Obstacle:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(AsDict):
     """Whether an engine can load one adapter.
 
     Attributes:
@@ -63,8 +64,8 @@ def verdict_of(engine: Engine, facts: AdapterFacts) -> Verdict:
         engine: the engine.
         facts: the adapter's properties.
     """
-    obstacles = obstacles_of(engine.adapter, facts, f"{engine.label} loads no adapters")
-    merged = obstacles_of(engine.merged, facts, f"{engine.label} loads no merged models")
+    obstacles = obstacles_of(engine.adapter, facts, f"{engine.label} does not load adapters")
+    merged = obstacles_of(engine.merged, facts, f"{engine.label} does not load merged models")
     return Verdict(
         engine.name,
         f"{engine.label} {engine.checked}".rstrip(),

@@ -165,10 +165,10 @@ def _train(request: TrainRequest, control: SharedControl, channel: Channel | Non
 
 def _stay_on_the_cpu() -> None:
     """Keeps accelerate's device at ``cpu`` without index: moving to ``cpu:1`` would copy the shared weights."""
-    made = PartialState.__init__
+    original = PartialState.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
+        original(self, *args, **kwargs)
         if self.device.type == "cpu":
             self.device = torch.device("cpu")
 
@@ -177,10 +177,10 @@ def _stay_on_the_cpu() -> None:
 
 def _shard_on_the_cpu() -> None:
     """Makes accelerate support FSDP on the CPU too, which works although accelerate does not enable it."""
-    made = AcceleratorState.__init__
+    original = AcceleratorState.__init__
 
     def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin

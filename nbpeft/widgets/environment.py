@@ -1,11 +1,13 @@
-"""What can be shown where this code runs."""
+"""What can be shown where this code runs, and in which thread it has to be sent."""
 
 from __future__ import annotations
 
 import importlib.util
 import shlex
 import sys
-from typing import Literal
+import threading
+import weakref
+from typing import Any, Literal, Protocol
 
 from nbpeft.widgets.click_delivery import running_kernel
 
@@ -36,3 +38,70 @@ def widgets_hint() -> str:
     if has_ipywidgets():
         return ""
     return f"For Stop and Pause buttons: {shlex.quote(sys.executable)} -m pip install ipywidgets"
+
+
+def drops_threads() -> bool:
+    """Whether the front end drops what another thread than the main one sends, as Colab does (colabtools#3373)."""
+    return "google.colab" in sys.modules
+
+
+class View(Protocol):
+    """Something shown that other threads than the main one draw."""
+
+    def resend(self) -> None:
+        """Sends all of its last state again."""
+
+
+class Resender:
+    """Sends in the main thread what other threads have drawn, where their messages are dropped.
+
+    It does so within a second while no cell runs, and at the end of each cell.
+    """
+
+    _SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._views: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._scheduled = False
+        self._events: Any = None
+
+    def drawn(self, view: View) -> None:
+        """Notes that a view was drawn in this thread.
+
+        Args:
+            view: the view.
+        """
+        kernel = running_kernel()
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main or kernel is None or not drops_threads():
+            return
+        with self._lock:
+            self._views.add(view)
+            scheduled, self._scheduled = self._scheduled, True
+            if self._events is None:
+                self._events = kernel.shell.events
+                self._events.register("post_run_cell", self._cell_ended)
+        if not scheduled:
+            kernel.io_loop.add_callback(kernel.io_loop.call_later, self._SECONDS, self._send)
+
+    def close(self) -> None:
+        """Forgets the views, and the shell."""
+        with self._lock:
+            events, self._events = self._events, None
+            self._views.clear()
+        if events is not None:
+            events.unregister("post_run_cell", self._cell_ended)
+
+    def _send(self) -> None:
+        self._scheduled = False
+        for view in list(self._views):
+            view.resend()
+
+    def _cell_ended(self, *_: object) -> None:
+        """Sends once more: a message that belongs to no running cell may be dropped, too."""
+        self._send()
+        self._views.clear()
+
+
+resender = Resender()

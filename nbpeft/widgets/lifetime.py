@@ -46,6 +46,15 @@ def close_tree(widget: Any) -> None:
             part.close()
 
 
+def send_tree(widget: Any) -> None:
+    """Sends the whole state of a widget and of its children again."""
+    if getattr(widget, "comm", None) is None:
+        return
+    for child in getattr(widget, "children", ()):
+        send_tree(child)
+    widget.send_state()
+
+
 def _used_elsewhere(part: Any) -> bool:
     """Removes one user of a layout or style; returns whether other widgets still use it."""
     with _lock:

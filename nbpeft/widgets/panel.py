@@ -11,10 +11,11 @@ from nbpeft.display.blocks import Block, Tone, dim, line
 from nbpeft.display.html import to_html
 from nbpeft.errors import BusyError, NbpeftError
 from nbpeft.state import ModelState, SessionState
-from nbpeft.widgets.environment import Ui, shown_as
-from nbpeft.widgets.lifetime import close_tree
+from nbpeft.widgets.environment import Ui, resender, shown_as
+from nbpeft.widgets.lifetime import close_tree, send_tree
 from nbpeft.widgets.panel_output import PanelOutput
 from nbpeft.widgets.styles import style_sheet
+from nbpeft.widgets.worker import Worker
 
 if TYPE_CHECKING:
     from nbpeft.session import Session
@@ -137,6 +138,14 @@ class Panel:
         if self._output is not None:
             self._output.changed()
         self.on_change()
+        resender.drawn(self)
+
+    def resend(self) -> None:
+        """Sends the widgets and the output that is saved with the notebook again."""
+        with self._lock:
+            if self._parts is not None and self._output is not None:
+                send_tree(self._parts.root)
+                self._output.resend()
 
     def _state(self, hint: str = AGAIN) -> dict[str, str]:
         """What is shown, as a MIME bundle that needs no widget."""
@@ -194,6 +203,35 @@ class Panel:
                 self._parts.message.show(words, tone)
             else:
                 self._parts.message.clear()
+        resender.drawn(self)
+
+
+class WorkerPanel(Panel):
+    """A panel that computes in a thread of its own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._worker = Worker()
+
+    def close(self, leaving: str = "") -> None:
+        """Stops computing and closes the widgets. May be called twice.
+
+        Args:
+            leaving: A line that stays where the panel was shown.
+        """
+        self._worker.stop()
+        super().close(leaving)
+
+    def wait(self, timeout: float = 60.0) -> bool:
+        """Waits until nothing is being computed.
+
+        Args:
+            timeout: The longest wait, in seconds.
+
+        Returns:
+            False if the timeout passed first.
+        """
+        return self._worker.wait(timeout)
 
 
 class SessionPanel(Panel):

@@ -56,6 +56,7 @@ class PanelOutput:
         self._interval = INTERVAL if interval is None else interval
         self._name = f"nbpeft-{uuid.uuid4().hex[:12]}"
         self._outputs: tuple[Any, ...] = ()
+        self._cleared: tuple[Any, ...] = ()
         self._sent: dict[str, str] = {}
         self._timer: threading.Timer | None = None
 
@@ -109,10 +110,21 @@ class PanelOutput:
             if self._timer is not None:
                 self._timer.cancel()
             state, *widgets = self._outputs or (None,)
-            self._outputs = () if state is None else (state,)
-            for output in widgets:
-                output.update(_EMPTY, raw=True)
+            self._outputs, self._cleared = () if state is None else (state,), tuple(widgets)
+            self._clear()
             self._send(again=False)
+
+    def resend(self) -> None:
+        """Sends the state once more, and that the widgets' output is cleared if it is."""
+        with self._lock:
+            self._clear()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._send(again=False)
+
+    def _clear(self) -> None:
+        for output in self._cleared:
+            output.update(_EMPTY, raw=True)
 
     def _send(self, *, again: bool = True) -> None:
         with self._lock:

@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from nbpeft.display.training import training_text
 from nbpeft.state import ENDED, TrainState
-from nbpeft.widgets.lifetime import close_tree
+from nbpeft.widgets.lifetime import close_tree, send_tree
 from nbpeft.widgets.panel_output import PanelOutput
 from nbpeft.widgets.run_buttons import RunButtons
 from nbpeft.widgets.styles import RUN_CSS
@@ -38,11 +38,15 @@ def _bundle(card: Card, train: TrainState) -> dict[str, str]:
     return {"text/html": card(train, seen), "text/plain": training_text(train, seen=seen)}
 
 
-class RunOutput(Protocol):
+class RunOutput:
     """Where a view draws."""
 
     def draw(self, train: TrainState) -> None:
         """Shows a state."""
+        raise NotImplementedError
+
+    def resend(self) -> None:
+        """Sends the last state again."""
 
     def end(self) -> None:
         """Removes what only a running run needs; the last state stays, and further states may follow."""
@@ -51,7 +55,7 @@ class RunOutput(Protocol):
         """Ends the output; the last state stays."""
 
 
-class WidgetOutput:
+class WidgetOutput(RunOutput):
     """The card in a widget above the buttons, and the card that is saved.
 
     Args:
@@ -77,6 +81,11 @@ class WidgetOutput:
         self._widget.value = self._card(train, "")
         self._output.changed()
 
+    def resend(self) -> None:
+        """Sends the widgets and the card that is saved again."""
+        send_tree(self.root)
+        self._output.resend()
+
     def end(self) -> None:
         """Hides the buttons. An open page shows the card that is saved, so that the file has no view of a widget."""
         self._buttons.close()
@@ -89,7 +98,7 @@ class WidgetOutput:
         close_tree(self.root)
 
 
-class HtmlOutput:
+class HtmlOutput(RunOutput):
     """One output that is updated in place.
 
     Args:
@@ -99,25 +108,25 @@ class HtmlOutput:
     def __init__(self, card: Card) -> None:
         self._card = card
         self._handle: Any = None
+        self._bundle: dict[str, str] = {}
 
     def draw(self, train: TrainState) -> None:
         """Shows a state."""
         from IPython.display import display
 
-        bundle = _bundle(self._card, train)
+        self._bundle = _bundle(self._card, train)
         if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
+            self._handle = display(self._bundle, raw=True, display_id=True)
         else:
-            self._handle.update(bundle, raw=True)
+            self.resend()
 
-    def end(self) -> None:
-        """Does nothing."""
+    def resend(self) -> None:
+        """Sends the last state again."""
+        if self._handle is not None:
+            self._handle.update(self._bundle, raw=True)
 
-    def close(self) -> None:
-        """Does nothing."""
 
-
-class TextOutput:
+class TextOutput(RunOutput):
     """One line that is overwritten in a terminal; in a file, a new line every ten seconds.
 
     Args:
@@ -145,9 +154,3 @@ class TextOutput:
             self._stream.write(f"{line}\n")
             self._written_at = time.monotonic()
         self._stream.flush()
-
-    def end(self) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""

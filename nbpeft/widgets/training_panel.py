@@ -21,7 +21,7 @@ from nbpeft.display.html import to_html
 from nbpeft.display.next_steps import NextSteps, next_steps
 from nbpeft.display.training import training_card
 from nbpeft.state import ENDED, SessionState, TrainState
-from nbpeft.widgets.environment import Ui, shown_as, widgets_hint
+from nbpeft.widgets.environment import Ui, resender, shown_as, widgets_hint
 from nbpeft.widgets.run_buttons import RunButtons
 from nbpeft.widgets.run_outputs import HtmlOutput, RunOutput, TextOutput, WidgetOutput
 
@@ -167,6 +167,13 @@ class RunView:
                 self._buttons.sync(train)
             if ended and self._run is not None:
                 self._end(train)
+        resender.drawn(self)
+
+    def resend(self) -> None:
+        """Sends the last state again."""
+        with self._lock:
+            if self._output is not None:
+                self._output.resend()
 
     def close(self, leaving: str = "") -> None:
         """Stops updating; the last state drawn stays.
@@ -211,6 +218,7 @@ class RunView:
             if following != self._next_steps:
                 self._next_steps = following
                 output.draw(train)
+        resender.drawn(self)
 
     def _end(self, train: TrainState) -> None:
         """Keeps the card of a run that has ended, and nothing else of the run."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
+from nbpeft.magics import help as help_texts
+from nbpeft.magics.complete import CompletionSources, complete_line
+from nbpeft.magics.lora import SUBCOMMANDS
 from nbpeft.magics.matcher import IDENTIFIER
 from nbpeft.session import get_session
 from tests.magics.notebook import Notebook
@@ -149,3 +153,22 @@ class TestCompletion:
         assert matches == ["chat"]
         adapted.do("%unload_ext nbpeft")
         assert traces(adapted.shell) == []
+
+
+def test_the_page_for_programs_is_printed(bare: Notebook) -> None:
+    page = (Path(__file__).parents[2] / "notebooks" / "guide" / "AGENTS.md").read_text(encoding="utf-8")
+    assert str(bare.do("%lora help --agent")) == page.strip()
+    assert "--agent" in str(bare.do("%lora help"))
+    assert complete_line("help -", SUBCOMMANDS, CompletionSources()).words == ("--agent",)
+
+
+def test_a_package_without_the_page_says_so(bare: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(help_texts, "_AGENTS", "NO-PAGE.md")
+    assert "is neither in the installed package nor" in bare.run("%lora help --agent").line
+
+
+def test_the_error_of_a_cell_is_in_the_state_of_the_session(bare: Notebook) -> None:
+    line = bare.run("%lora use sql").line
+    error = bare.session.last_error
+    assert error is not None and error["code"] == "adapter"
+    assert json.loads(bare.session.describe())["last_error"]["code"] == "adapter" and "%%lora MODEL" in line

@@ -30,6 +30,7 @@ from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import unwrapped
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, UnknownAdapterError, did_you_mean
+from nbpeft.jsonable import AsDict
 from nbpeft.model.handle.peft_model import PeftModel
 from nbpeft.model.saving.files import HUB_OPTIONS
 from nbpeft.model.swapping.device_cache import MB, DeviceCache
@@ -40,7 +41,7 @@ _RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class PoolStatistics:
+class PoolStatistics(AsDict):
     """State and counters of a pool.
 
     Attributes:
@@ -251,7 +252,7 @@ class AdapterPool:
         with HeldInterrupts(), self._lock:
             if name in self._sources or name in self.manager.configs:
                 where = "pool" if name in self._sources else "model"
-                raise AdapterExistsError(f"the {where} has an adapter {name!r} already; take another name")
+                raise AdapterExistsError(f"the {where} has an adapter {name!r} already; choose another name")
             self._sources[name] = AdapterSource(os.fspath(source), hub)
         if pinned:
             try:
@@ -426,7 +427,7 @@ class AdapterPool:
     def _read(self, name: str) -> HostAdapter:
         source = self._sources.get(name)
         if source is None:
-            raise UnknownAdapterError(f"adapter {name!r} was taken out of the pool", name=name)
+            raise UnknownAdapterError(f"adapter {name!r} was removed from the pool", name=name)
         return self._reader.read(name, source)
 
     def _known(self, names: Iterable[str]) -> list[str]:

@@ -46,6 +46,7 @@ class RowSummary:
         target: the decoder's tokens as text, for an encoder-decoder model, or those with the rejected completion.
         target_title: what the target is.
         label: the label for a classifier, as text; empty if the row's tokens are the labels.
+        part: which part of a row that was split it is, as text; empty for a whole row.
     """
 
     number: int
@@ -57,6 +58,7 @@ class RowSummary:
     target: tuple[TokenSpan, ...] = ()
     label: str = ""
     target_title: str = "to be answered"
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class DataSummary:
         learned_count: labels of these rows that count in the loss.
         cut_rows: rows longer than the maximum length.
         cut_tokens: tokens beyond it.
+        split_rows: rows that were split because they are longer.
+        split_parts: number of their parts, which count as rows to train on.
         left_out: rows with nothing to train on, by number and reason, as text.
         left_out_count: number of these rows.
         longest: tokens of the longest row, before truncation.
@@ -104,6 +108,8 @@ class DataSummary:
     unused_label: bool = False
     format: PromptFormat | None = None
     for_template: Mapping[str, str] = field(default_factory=dict)
+    split_rows: int = 0
+    split_parts: int = 0
 
 
 def summarize(
@@ -116,6 +122,7 @@ def summarize(
     rows: int = 3,
     separator: str | None = None,
     skip_bad: bool = False,
+    **how: Any,
 ) -> DataSummary:
     """Summarizes all rows, read by the same code as in training; of a stream the first 1,000.
 
@@ -128,12 +135,15 @@ def summarize(
         rows: the number of rows to show; up to two rows that are truncated or left out follow them.
         separator: as for ``prepare_data``.
         skip_bad: as for ``prepare_data``.
+        **how: as for ``prepare_data``.
 
     Raises:
+        ConfigError: as for ``prepare_data``.
         TrainingError: as for ``prepare_data``, except that rows with nothing to train on are only reported.
     """
     opened = open_data(data, separator, skip_bad=skip_bad)
-    reader = reading(opened, tokenizer, max_length=max_length, columns=columns, inputs=inputs, skip_bad=skip_bad)
+    how |= {"max_length": max_length, "columns": columns, "inputs": inputs, "skip_bad": skip_bad}
+    reader = reading(opened, tokenizer, **how)
     if reader.form is None:
         check_columns(reader)
     streamed = is_stream(reader.rows)
@@ -141,13 +151,15 @@ def summarize(
     lengths: list[int] = []
     left_out: list[tuple[int, str]] = []
     shown_rows: list[CodedRow] = []
-    unused, formats = UnusedParts(), SeenFormats()
-    token_count = learned = cut_rows = cut_tokens = 0
+    unused, formats = UnusedParts(), SeenFormats(reader.options.chat_template_kwargs)
+    token_count = learned = cut_rows = cut_tokens = split_rows = split_parts = 0
     for row in coded:
         lengths.append(_length(row))
         unused.add(row.unused)
         cut_rows += row.cut
-        cut_tokens += max(0, lengths[-1] - row.limit)
+        cut_tokens += max(0, lengths[-1] - row.limit) if row.cut else 0
+        split_rows += row.part_count > 1 and not row.part
+        split_parts += row.part_count > 1
         if row.missing:
             left_out.append((row.number, row.missing))
         else:
@@ -176,7 +188,14 @@ def summarize(
         bins=bins_of(lengths, reader.limit if cut_rows else None),
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
-        unused=(*unused.lines(len(lengths)), *formats.lines()),
+        unused=(
+            *([note] if (note := getattr(reader.rows, "note", "")) else []),
+            *unused.lines(len(lengths) - split_parts + split_rows),
+            *reader.options.lines(unused),
+            *formats.lines(),
+        ),
+        split_rows=split_rows,
+        split_parts=split_parts,
         has_labels=reader.inputs.classes is not None and reader.form is not COMPARED,
         unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
         format=formats.format if reader.form not in (None, LABELLED) else None,
@@ -258,11 +277,12 @@ def _summary(row: CodedRow, reader: Reading, shown: int) -> RowSummary:
         row.number,
         min(len(row.whole.input_ids), row.limit),
         row.learned_count,
-        max(0, _length(row) - row.limit),
+        max(0, _length(row) - row.limit) if row.cut else 0,
         row.missing,
         spans,
         target,
         "" if classes is None or row.label is None else classes.name(row.label),
+        part=f"part {row.part + 1} of {row.part_count}" if row.part_count > 1 else "",
     )
 
 

@@ -161,7 +161,7 @@ class Trainer(transformers.Trainer):
         if not why or self._noted:
             return
         self._noted = True
-        note(self, f"the loss is computed from logits as a whole: {why}")
+        note(self, f"the loss is computed from complete logits: {why}")
 
 
 def _counted(batch: Any) -> Any:
