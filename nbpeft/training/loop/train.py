@@ -22,23 +22,14 @@ from nbpeft._util.optional import needs
 from nbpeft.checkpoint import PromptFormat, prompt_format, scratch_folder, set_prompt_format
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.trained import mark_unsaved
-from nbpeft.engine.tree.model_tree import embedding_of, manager_of
+from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
-from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_dtype_message, slow_here
-from nbpeft.model.from_data.observing import modes_kept
 from nbpeft.model.saving import files
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.sweeps import swept
-from nbpeft.training.adapters.adapted_model import (
-    PREPARED,
-    active_names,
-    base_of,
-    is_adapted,
-    trainable,
-    trained_names,
-)
+from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
 from nbpeft.training.data.reading import default_length
@@ -47,6 +38,7 @@ from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
 from nbpeft.training.loop.objective import chosen_reference, collator_of, objective_text, with_objective
 from nbpeft.training.loop.packing import PackingCheck, pack
+from nbpeft.training.loop.restoring import restoring
 from nbpeft.training.loop.rows import TrainingRows, collator_for, training_rows
 from nbpeft.training.loop.sampled_rows import sample_prompts
 from nbpeft.training.monitor.callback import RunCallback
@@ -568,7 +560,7 @@ def _fit(
     metrics: dict[str, float] = {}
     keep = "output_dir" in fields
     try:
-        with _restoring(model):
+        with restoring(model):
             with ExitStack() as block:
                 block.enter_context(_interrupted_once(run))
                 for part in outer:
@@ -725,36 +717,6 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
             costs=step_settings(trainer),
         )
     raise failure  # outside of the handler, so that it does not reference the frames of the old one
-
-
-@contextmanager
-def _restoring(model: nn.Module) -> Iterator[None]:
-    """Undoes what a Trainer leaves on a model: train mode, disabled cache, gradients, cast forward, hooks, a mark.
-
-    After training, adapters are in the mode of their base, so that dropout is off in evaluation mode.
-    """
-    base: Any = base_of(model)
-    embedding = embedding_of(base)
-    watched = set() if embedding is None else set(embedding._forward_hooks)
-    config = getattr(base, "config", None)
-    cache = getattr(config, "use_cache", None)
-    checkpoints = is_checkpointing(base)
-    left = {"forward", "_original_forward", PREPARED} - vars(model).keys()
-    try:
-        with modes_kept(model):
-            yield
-        model.train(base.training)
-    finally:
-        model.zero_grad(set_to_none=True)
-        if config is not None:
-            config.use_cache = cache
-        if not checkpoints and is_checkpointing(base):
-            disable_checkpointing(base)
-        if embedding is not None:  # transformers adds a hook per training with gradient checkpointing
-            for hook in embedding._forward_hooks.keys() - watched:
-                del embedding._forward_hooks[hook]
-        for name in left:
-            vars(model).pop(name, None)
 
 
 def _error_to_raise(error: Exception, model: nn.Module, settings: TrainingArguments) -> Exception:
