@@ -685,16 +685,14 @@ def _make_trainer(trainer_class: type[Any], model: nn.Module, options: dict[str,
         reason = reason_of(error)
         if "to be installed" in reason:
             raise ConfigError(f"report_to: {reason}", field="report_to") from error
-        if options["args"].push_to_hub and (isinstance(error, OSError) or _is_network_error(error)):
+        library = type(error).__module__.partition(".")[0]
+        network = isinstance(error, OSError) or library in ("httpx", "httpcore", "requests", "huggingface_hub")
+        if options["args"].push_to_hub and network:
             raise ConfigError(
                 f"push_to_hub: the hub cannot be reached ({reason}); remove it, and push after the training",
                 field="push_to_hub",
             ) from error
         raise ConfigError(f"{trainer_class.__name__} refuses these arguments: {reason}") from error
-
-
-def _is_network_error(error: Exception) -> bool:
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "huggingface_hub")
 
 
 def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:
