@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbpeft.errors import NbpeftError, TrainingError, in_one_line
 from nbpeft.names import IGNORED_LABEL
 from nbpeft.training.data import Collator
+from nbpeft.training.monitor.failures import is_out_of_memory
 from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, evaluating, generate_tokens
 
@@ -105,12 +107,20 @@ def generated(
 
     Raises:
         KeyboardInterrupt: the generation was interrupted.
+        TrainingError: the model cannot generate.
     """
     prompts = PromptBatch.of_tokens([row["input_ids"] for row in rows], tokenizer, base)
     options = {**objective.sampling, "use_cache": True}
     request = GenerationRequest(None, objective.max_completion_length, options, should_stop=stop)
-    with evaluating(model), torch.no_grad():
-        tokens, complete = generate_tokens(model, prompts, request)
+    try:
+        with evaluating(model), torch.no_grad():
+            tokens, complete = generate_tokens(model, prompts, request)
+    except Exception as error:
+        if isinstance(error, NbpeftError) or is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"{type(base).__name__} cannot generate completions: {type(error).__name__}: {in_one_line(error):.200}"
+        ) from error
     if not complete:
         raise KeyboardInterrupt  # generate_tokens swallowed it
     return [_completion(row, answer, prompts) for row, answer in zip(rows, tokens, strict=True)]

@@ -165,7 +165,7 @@ def test_the_model_card_of_an_adapter_has_its_own_scores() -> None:
     result = session.train(target, ROWS, learning_rate=sweep(*RATES.values()), **SETTINGS | given)
     for member in result.members:
         facts = card_facts(session.context.models.get("model"), member.name, "me/adapter", "Adapter")
-        rows = dict(facts.rows)
+        rows = dict(facts.training)
         assert rows["startswith"] == f"{member.metrics['startswith']:.4g}"
         assert rows["evaluation loss at step 2"] == loss(member.eval_loss)
     assert len({member.eval_loss for member in result.members}) == 2
