@@ -244,13 +244,7 @@ def _run(request: TrainRequest) -> TrainResult:
                 run.output_dir = str(fields.get("output_dir", ""))
                 if objective.rows:
                     request = replace(request, reference=chosen_reference(request, rows.train))
-                run.note(objective_text(objective, request.objective_reason, request.reference))
-                if isinstance(request.rewards, Rewards):
-                    run.note(request.rewards.note)
-                    run.learns_from_rewards = True
-                rows_note = _note(run, rows, settings, request.data_hint)
-                for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
-                    run.note(note)
+                rows_note = _note(run, request, objective, rows, settings)
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
@@ -260,15 +254,8 @@ def _run(request: TrainRequest) -> TrainResult:
                     options |= _objective_options(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
                     check = PackingCheck(run, learned, collator) if request.packing else None
-                    common = (request, run, kept, rows)
-                    metrics = _fit(
-                        request,
-                        run,
-                        options,
-                        _outer_callbacks(*common),
-                        _inner_callbacks(request, run, check, scorer),
-                        fields,
-                    )
+                    outer = _outer_callbacks(request, run, kept, rows)
+                    metrics = _fit(request, run, options, outer, _inner_callbacks(request, run, check, scorer), fields)
         except Exception as error:
             failures.append(_error_to_raise(error, model, settings))
             if failures[0] is error and not isinstance(error, NbpeftError):
@@ -325,16 +312,24 @@ def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
         files.refuse_other_adapters(manager, home)
 
 
-def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:
-    """Adds notes about the rows and about slow dtypes to the run; returns the note about rows."""
+def _note(
+    run: Run, request: TrainRequest, objective: Objective, rows: TrainingRows, settings: TrainingArguments
+) -> str:
+    """Adds notes about objective, rows, slow dtypes and samples to the run; returns the note about rows."""
+    run.note(objective_text(objective, request.objective_reason, request.reference))
+    if isinstance(request.rewards, Rewards):
+        run.note(request.rewards.note)
+        run.learns_from_rewards = True
     for part in (rows.train, rows.evaluation):
         if isinstance(part, StreamedRows):
             part.report = run.note
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
-    note_on_rows += f" ({data_hint})" if data_hint and rows.notes else ""
+    note_on_rows += f" ({request.data_hint})" if request.data_hint and rows.notes else ""
     run.note(note_on_rows)
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
+    for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
+        run.note(note)
     return note_on_rows
 
 
