@@ -379,11 +379,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward_weights": 2.0}, "reward_weights must be a list of numbers, not 2.0"),
     ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1 rewards"),
     ({"use_bias_correction_kl": False}, "use_bias_correction_kl is for the divergence from a reference"),
-    ({"packing": True}, "packing does not go with grpo: its batches are completions"),
-    ({"processes": 2}, "processes does not go with grpo: it trains in one process"),
-    ({"reference": "base"}, "grpo with beta=0.0 has no reference: leave reference out"),
+    ({"packing": True}, "packing cannot be combined with grpo: its batches are completions"),
+    ({"processes": 2}, "processes cannot be combined with grpo: it trains in one process"),
+    ({"reference": "base"}, "objective='grpo' with beta=0.0 uses no reference"),
     ({"learning_rate": sweep(1e-3, 1e-2)}, "grpo trains one adapter"),
-    ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' does not go with grpo"),
+    (
+        {"train_sampling_strategy": "group_by_length"},
+        "train_sampling_strategy='group_by_length' cannot be combined with grpo",
+    ),
     ({"tokenizer": None}, "grpo needs a tokenizer"),
     ({"label_smoothing": 0.1}, "'label_smoothing' is a field of"),
 ]
@@ -412,7 +415,7 @@ def test_rows_and_models_of_another_kind_are_refused() -> None:
             nbpeft.train(new(), rows, **FIELDS, **grpo)
         assert told in str(refused.value)
     classifier = trainable(tiny_base(LlamaForSequenceClassification), task_type="SEQ_CLS")
-    with pytest.raises(TrainingError, match="grpo trains causal language models"):
+    with pytest.raises(TrainingError, match="objective='grpo' needs a causal language model"):
         nbpeft.train(classifier, PROMPTS, **FIELDS, **grpo)
     poly = nbpeft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(TrainingError, match="grpo generates completions without task_ids"):
