@@ -280,3 +280,17 @@ def test_options_of_conversations_stand_in_the_line_and_in_the_command_that_show
         "2 rows longer than the maximum length split into 4 parts"
         in ready.do("%lora data texts --long split --max-length 6").notes
     )
+
+
+def test_data_is_mixed_in_the_line(ready: Notebook) -> None:
+    ready["more"] = [{"prompt": f"{number} is ", "completion": "even"} for number in range(4)]
+    shown = ready.do("%lora data rows*0.5 more*0.5")
+    assert shown.summary.row_count == 8
+    assert shown.notes[0] == "mixture: 4 of 8 rows of rows, 4 of 4 rows of more"
+    mixed = "sums.jsonl*2 more[:3]*1"
+    message = ready.do(f"%lora_train model --data {mixed} --max-length 12 --no-keep max_steps=1 seed=3").message
+    assert "mixture: 6 of 8 rows of sums.jsonl, 3 of 3 rows of more[:3]" in message
+    command = message.partition("(%lora data")[2].rpartition(" shows them)")[0]
+    assert ready.do(f"%lora data{command}").summary.row_count == 9
+    assert ready.do("%lora data rows*2").summary.row_count == 16  # an expression
+    assert ready.run("%lora data rows*0.5 missing*0.5").line.startswith("name 'missing' is not defined")

@@ -618,7 +618,7 @@ def test_another_folder_for_runs(tmp_path: Path) -> None:
     assert session.runs_folder() == tmp_path / "first"
     session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
     assert session.runs_folder(tmp_path / "drive") == tmp_path / "drive" and not (tmp_path / "drive").exists()
-    assert str(session.runs()) == f"no run is kept in {tmp_path / 'drive'} yet"
+    assert str(session.runs()) == f"there is no run in {tmp_path / 'drive'} yet"
     folder = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state.folder
     assert folder == str(tmp_path / "drive" / "sql-1")
     assert [session.runs_folder(word) for word in ("off", "")] == [None, None]

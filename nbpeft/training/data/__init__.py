@@ -17,6 +17,8 @@ or is named in the notes of the training; none is ignored silently.
 
 from __future__ import annotations
 
+from nbpeft._util.mixtures import Mixture as Mixture
+from nbpeft._util.mixtures import mixture as mixture
 from nbpeft.training.data.checks import check_rows as check_rows
 from nbpeft.training.data.collator import Collator as Collator
 from nbpeft.training.data.packing import PackedCollator as PackedCollator

@@ -189,6 +189,7 @@ def summarize(
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
         unused=(
+            *([note] if (note := getattr(reader.rows, "note", "")) else []),
             *unused.lines(len(lengths) - split_parts + split_rows),
             *reader.options.lines(unused),
             *formats.lines(),

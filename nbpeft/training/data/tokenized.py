@@ -269,7 +269,8 @@ def _in_memory(reader: Reading) -> TokenizedRows:
             dropped=len(left_out),
         )
     count = len(rows) + len(left_out) - split_parts + split_rows
-    lines = (*unused.lines(count), *reader.options.lines(unused), *formats.lines())
+    mixed = [note] if (note := getattr(reader.rows, "note", "")) else []
+    lines = (*mixed, *unused.lines(count), *reader.options.lines(unused), *formats.lines())
     split = split_rows, split_parts
     found = TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines, numbers=numbers, split=split)
     if reader.form not in (None, LABELLED):

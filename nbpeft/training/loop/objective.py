@@ -85,7 +85,7 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     kind = None if request.objective is None else objective_named(request.objective)
     if kind is not None and not kind.generates and request.rewards is not None:
         raise ConfigError(
-            f"rewards are for objective='grpo', and this trains {kind.name}: leave rewards out", field="rewards"
+            f"rewards require objective='grpo', but the objective is {kind.name}: remove rewards", field="rewards"
         )
     if kind is not None:
         given = _fields_of(kind, given, fields, own)
@@ -174,7 +174,7 @@ def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Obje
         return objective_named("kto"), "the rows have labels of good and bad completions"
     if form is PROMPTED:
         raise ConfigError(
-            "the rows have prompts alone: give rewards, functions that score the completions of the model "
+            "the rows have only prompts: pass rewards, functions that score the completions of the model "
             "(objective='grpo'), or rows with completions to learn",
             field="rewards",
         )
@@ -222,7 +222,7 @@ def _check_model(request: TrainRequest, objective: Objective, columns: Sequence[
 def _check_generation(request: TrainRequest, objective: Objective, columns: Sequence[str]) -> None:
     name, base = objective.name, base_of(request.model)
     if not hasattr(base, "generate"):
-        raise TrainingError(f"{name} generates completions, and a {type(base).__name__} has no generate()")
+        raise TrainingError(f"{name} generates completions, but a {type(base).__name__} has no generate()")
     if call_columns(request.model):
         raise TrainingError(
             f"{name} generates completions without {', '.join(call_columns(request.model))}, which the method of the "
@@ -232,7 +232,7 @@ def _check_generation(request: TrainRequest, objective: Objective, columns: Sequ
         raise ConfigError(f"{name} needs a tokenizer: pass tokenizer=…", field="tokenizer")
     if "prompt" not in {*columns, *(request.columns or ())} and "input_ids" in columns:
         raise TrainingError(
-            f"{name} takes rows of text with a prompt, which reward functions get, and these are tokenised",
+            f"{name} needs rows of text with a prompt, which reward functions get, not tokenized rows",
             columns=columns,
         )
 
@@ -267,8 +267,7 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
     sweep = request.members is not None or any(isinstance(value, Sweep) for value in request.given.values())
     if sweep and objective.generates:
         raise ConfigError(
-            f"{objective.name} trains one adapter, whose completions are generated before each step: leave the sweep "
-            "out"
+            f"{objective.name} trains one adapter, whose completions are generated before each step: remove the sweep"
         )
     if not objective.reference_needed:
         if request.reference is not None:

@@ -31,7 +31,14 @@ from nbpeft.model.saving import files
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.sweeps import swept
-from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
+from nbpeft.training.adapters.adapted_model import (
+    PREPARED,
+    active_names,
+    base_of,
+    is_adapted,
+    trainable,
+    trained_names,
+)
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
 from nbpeft.training.data.reading import default_length
@@ -722,7 +729,7 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
 
 @contextmanager
 def _restoring(model: nn.Module) -> Iterator[None]:
-    """Undoes what a Trainer leaves on a model: train mode, disabled cache, gradients, a cast forward, hooks.
+    """Undoes what a Trainer leaves on a model: train mode, disabled cache, gradients, cast forward, hooks, a mark.
 
     After training, adapters are in the mode of their base, so that dropout is off in evaluation mode.
     """
@@ -732,7 +739,7 @@ def _restoring(model: nn.Module) -> Iterator[None]:
     config = getattr(base, "config", None)
     cache = getattr(config, "use_cache", None)
     checkpoints = is_checkpointing(base)
-    cast = {"forward", "_original_forward"} - vars(model).keys()
+    left = {"forward", "_original_forward", PREPARED} - vars(model).keys()
     try:
         with modes_kept(model):
             yield
@@ -746,7 +753,7 @@ def _restoring(model: nn.Module) -> Iterator[None]:
         if embedding is not None:  # transformers adds a hook per training with gradient checkpointing
             for hook in embedding._forward_hooks.keys() - watched:
                 del embedding._forward_hooks[hook]
-        for name in cast:
+        for name in left:
             vars(model).pop(name, None)
 
 

@@ -144,10 +144,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tokens": (
         {"data": [{"input_ids": [1, 2], "labels": [1, 2]}], "objective": "kto"},
-        "objective='kto' needs rows of text with prompt, completion and label, not tokenized rows",
+        "rows of text with prompt, completion and label, not tokenized rows",
     ),
     "batch": ({"per_device_train_batch_size": 1}, "per_device_train_batch_size of at least 2"),
-    "packing": ({"packing": True}, "packing cannot be combined with kto: each row has two completions, or a label"),
+    "packing": ({"packing": True}, "packing cannot be combined with kto: "),
     "weight": ({"desirable_weight": -1.0}, "desirable_weight must be at least 0, not -1.0"),
     "beta": ({"beta": 0.0}, "beta must be greater than 0, not 0.0"),
     "field": ({"loss_type": "ipo"}, "'loss_type' is a field of dpo"),

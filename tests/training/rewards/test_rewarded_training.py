@@ -360,7 +360,7 @@ def test_adapters_of_other_methods_learn_from_rewards(method: str) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rewards": None}, "grpo needs rewards"),
-    ({"objective": "sft"}, "rewards are for objective='grpo', and this trains sft"),
+    ({"objective": "sft"}, "rewards require objective='grpo', but the objective is sft"),
     ({"num_generations": 3}, "num_generations=3 does not divide the 4 completions of a step"),
     ({"num_generations": 8}, "per_device_train_batch_size=8, or num_generations=4"),
     ({"gradient_accumulation_steps": 2, "num_generations": 5}, "the 8 completions of a step"),
@@ -385,7 +385,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": sweep(1e-3, 1e-2)}, "grpo trains one adapter"),
     (
         {"train_sampling_strategy": "group_by_length"},
-        "train_sampling_strategy='group_by_length' cannot be combined with grpo",
+        "'group_by_length' cannot be combined with grpo",
     ),
     ({"tokenizer": None}, "grpo needs a tokenizer"),
     ({"label_smoothing": 0.1}, "'label_smoothing' is a field of"),
@@ -405,7 +405,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(given: dict[
 def test_rows_and_models_of_another_kind_are_refused() -> None:
     grpo = {"objective": "grpo", "rewards": even}
     for rows, told in (
-        ([{"input_ids": [5, 6]}], "these are tokenised"),
+        ([{"input_ids": [5, 6]}], "not tokenized rows"),
         ([{"question": "w1"}], "Expected a column prompt; found 'question'. Say which is which: columns={'prompt'"),
         ([{"prompt": [{"role": "assistant", "content": "w1"}]}], "the prompt ends with the assistant's answer"),
         ([{"prompt": "w1", "image": "x.png"}], "'image' cannot be trained on"),
@@ -415,10 +415,10 @@ def test_rows_and_models_of_another_kind_are_refused() -> None:
             nbpeft.train(new(), rows, **FIELDS, **grpo)
         assert told in str(refused.value)
     classifier = trainable(tiny_base(LlamaForSequenceClassification), task_type="SEQ_CLS")
-    with pytest.raises(TrainingError, match="objective='grpo' needs a causal language model"):
+    with pytest.raises(TrainingError, match="needs a causal language model"):
         nbpeft.train(classifier, PROMPTS, **FIELDS, **grpo)
     poly = nbpeft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(TrainingError, match="grpo generates completions without task_ids"):
         nbpeft.train(nbpeft.get_peft_model(tiny_base(), poly), PROMPTS, **FIELDS, **grpo)
-    with pytest.raises(ConfigError, match="the rows have prompts alone: give rewards"):
+    with pytest.raises(ConfigError, match="the rows have only prompts: pass rewards"):
         nbpeft.train(new(), [{"prompt": "w1"}], tokenizer=TOKENIZER)
