@@ -21,7 +21,6 @@ from nbpeft.training.data.reading import are_judged
 from nbpeft.training.data.sources import first_row, is_stream
 from nbpeft.training.loop.grouping import GROUPED
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal
-from nbpeft.training.monitor.run import Run
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
 from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.objectives.log_probs import log_probs
@@ -284,28 +283,6 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
     )
 
 
-def with_reference(request: TrainRequest, run: Run, rows: Any) -> TrainRequest:
-    """Returns the request with the name of its reference; the run gets notes about the objective and the rewards.
-
-    Args:
-        request: the arguments of the training; the adapters to train are active.
-        run: the run, which has not begun.
-        rows: the tokenized rows.
-
-    Raises:
-        ConfigError: the reference does not support this training.
-    """
-    objective = request.objective
-    assert isinstance(objective, Objective)
-    if objective.rows:
-        request = replace(request, reference=chosen_reference(request, rows))
-    run.note(objective_text(objective, request.objective_reason, request.reference))
-    if isinstance(request.rewards, Rewards):
-        run.note(request.rewards.note)
-        run.learns_from_rewards = True
-    return request
-
-
 def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
     """Returns the name of the reference of a training: the given one, or ``base`` for a new adapter, else ``start``.
 
@@ -371,20 +348,6 @@ def collator_of(objective: Objective, collator: Collator, limit: int | None = No
     if objective.generates:
         return PromptCollator(collator)
     return PairCollator(collator) if objective.rows else collator
-
-
-def trainer_options(request: TrainRequest, objective: Objective) -> dict[str, Any]:
-    """Returns the options of the Trainer that computes the objective's loss.
-
-    Args:
-        request: the arguments of the training; the adapters to train are active.
-        objective: its objective.
-    """
-    if not objective.rows:
-        return {}
-    name = request.reference
-    found = {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
-    return {**found, **({"rewards": request.rewards} if objective.generates else {})}
 
 
 def objective_text(objective: Objective, reason: str, reference: str | None) -> str:

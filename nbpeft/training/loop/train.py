@@ -45,7 +45,7 @@ from nbpeft.training.data.reading import default_length
 from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
-from nbpeft.training.loop.objective import collator_of, trainer_options, with_objective, with_reference
+from nbpeft.training.loop.objective import chosen_reference, collator_of, objective_text, with_objective
 from nbpeft.training.loop.packing import PackingCheck, pack
 from nbpeft.training.loop.rows import TrainingRows, collator_for, training_rows
 from nbpeft.training.loop.sampled_rows import sample_prompts
@@ -56,7 +56,9 @@ from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows_are_those, mark_of_rows
 from nbpeft.training.objectives.objective import Objective, fields_by_name
+from nbpeft.training.objectives.reference import reference_of
 from nbpeft.training.request import TrainRequest
+from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
@@ -248,7 +250,12 @@ def _run(request: TrainRequest) -> TrainResult:
                 )
                 activation.note_format(model, rows)
                 run.output_dir = str(fields.get("output_dir", ""))
-                request = with_reference(request, run, rows.train)
+                if objective.rows:
+                    request = replace(request, reference=chosen_reference(request, rows.train))
+                run.note(objective_text(objective, request.objective_reason, request.reference))
+                if isinstance(request.rewards, Rewards):
+                    run.note(request.rewards.note)
+                    run.learns_from_rewards = True
                 rows_note = _note(run, rows, settings, request.data_hint)
                 for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
                     run.note(note)
@@ -258,7 +265,7 @@ def _run(request: TrainRequest) -> TrainResult:
                     scored = replace(request, score=scorer)
                     metrics = _fit_in_subprocesses(scored, run, launch, rows, rows_note, kept)
                 else:
-                    options |= trainer_options(request, objective)
+                    options |= _objective_options(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
                     check = PackingCheck(run, learned, collator) if request.packing else None
                     common = (request, run, kept, rows)
@@ -277,7 +284,8 @@ def _run(request: TrainRequest) -> TrainResult:
                 raise
     if failures:  # raised outside of the handler, so that the new error does not reference the frames of the old one
         raise failures.pop().with_traceback(None)
-    return _unless_interrupted(_result(request, run, metrics), run)
+    result = _result(request, run, metrics)
+    return _unless_interrupted(result, run)
 
 
 def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
@@ -758,6 +766,15 @@ def _error_to_raise(error: Exception, model: nn.Module, settings: TrainingArgume
         lost = "does not require grad" in str(error) and isinstance(error, RuntimeError) and why_no_gradient(model)
         return TrainingError(explain_failure(error, model)) if lost or trains_in_half(error) else error
     return oom_error(error, model, settings, None, optimizer=None, step=0)
+
+
+def _objective_options(request: TrainRequest, objective: Objective) -> dict[str, Any]:
+    """Returns the options of the Trainer that computes the objective's loss."""
+    if not objective.rows:
+        return {}
+    name = request.reference
+    found = {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
+    return {**found, **({"rewards": request.rewards} if objective.generates else {})}
 
 
 def _result(request: TrainRequest, run: Run, metrics: dict[str, float]) -> TrainResult:
