@@ -61,7 +61,7 @@ class AsDict:
         Fields that are no part of its value, e.g. its reference to the model, are left out.
         """
         kind = next(cls.__name__ for cls in type(self).__mro__ if not cls.__name__.startswith("_"))
-        fields = _fields(self, 0) if dataclasses.is_dataclass(self) else {}
+        fields: dict[str, Any] = _fields(self, 0) if dataclasses.is_dataclass(self) else {}
         return {"type": kind, "text": masked(str(self)), **fields}
 
 

@@ -81,7 +81,8 @@ def package_classes() -> dict[str, type]:
     found: dict[str, type] = {}
     waiting: list[type] = [object]
     while waiting:
-        for cls in type.__subclasses__(waiting.pop()):
+        derived: list[type] = type.__subclasses__(waiting.pop())
+        for cls in derived:
             if cls.__module__.startswith("nbpeft.") and dataclasses.is_dataclass(cls):
                 found[cls.__name__] = cls
             waiting.append(cls) if cls.__module__.startswith("nbpeft.") else None
