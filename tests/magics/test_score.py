@@ -18,8 +18,8 @@ from tests.tiny_models import randomize
 class Printable(CharTokenizer):
     """Takes every text: characters that it does not know are spaces."""
 
-    def __call__(self, text: str, **options: Any) -> Any:
-        return super().__call__("".join(sign if " " <= sign <= "~" else " " for sign in text), **options)
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return super().__call__("".join(sign if " " <= sign <= "~" else " " for sign in text), add_special_tokens)
 
 
 @pytest.fixture

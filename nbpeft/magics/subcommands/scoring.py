@@ -42,8 +42,7 @@ from nbpeft.names import METRICS
     ),
     replace(
         DATA,
-        options=DATA.options
-        | {"required": False, "help": str(DATA.options["help"]).replace("training rows", "the rows")},
+        options={**DATA.options, "required": False, "help": str(DATA.options["help"]).replace("training rows", "rows")},
     ),
     argument(
         "--metric",
