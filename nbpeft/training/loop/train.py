@@ -242,9 +242,8 @@ def _run(request: TrainRequest) -> TrainResult:
         failures: list[Exception] = []
         try:
             with _activated(model, request.adapter) as activation:
-                activation.run = run = request.run_factory(
-                    model, None, control=request.control, publish=request.publish
-                )
+                shown = {"control": request.control, "publish": request.publish}
+                activation.run = run = request.run_factory(model, None, **shown)
                 activation.note_format(model, rows)
                 run.output_dir = str(fields.get("output_dir", ""))
                 if objective.rows:
@@ -253,9 +252,7 @@ def _run(request: TrainRequest) -> TrainResult:
                 if isinstance(request.rewards, Rewards):
                     run.note(request.rewards.note)
                     run.learns_from_rewards = True
-                rows_note = _note(run, rows, settings, request.data_hint)
-                for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
-                    run.note(note)
+                rows_note = _note(run, rows, settings, request)
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
@@ -281,8 +278,7 @@ def _run(request: TrainRequest) -> TrainResult:
                 raise
     if failures:  # raised outside of the handler, so that the new error does not reference the frames of the old one
         raise failures.pop().with_traceback(None)
-    result = _result(request, run, metrics)
-    return _unless_interrupted(result, run)
+    return _unless_interrupted(_result(request, run, metrics), run)
 
 
 def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
@@ -330,16 +326,18 @@ def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
         files.refuse_other_adapters(manager, home)
 
 
-def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:
-    """Adds notes about the rows and about slow dtypes to the run; returns the note about rows."""
+def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, request: TrainRequest) -> str:
+    """Adds notes about the rows, slow dtypes and sampled prompts to the run; returns the note about rows."""
     for part in (rows.train, rows.evaluation):
         if isinstance(part, StreamedRows):
             part.report = run.note
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
-    note_on_rows += f" ({data_hint})" if data_hint and rows.notes else ""
+    note_on_rows += f" ({request.data_hint})" if request.data_hint and rows.notes else ""
     run.note(note_on_rows)
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
+    for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
+        run.note(note)
     return note_on_rows
 
 
