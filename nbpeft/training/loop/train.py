@@ -32,14 +32,13 @@ from nbpeft.sweeps import swept
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
-from nbpeft.training.data.reading import default_length
 from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
-from nbpeft.training.loop.objective import chosen_reference, collator_of, objective_text, with_objective
+from nbpeft.training.loop.objective import batches_of, chosen_reference, metrics_of, objective_text, with_objective
 from nbpeft.training.loop.packing import PackingCheck, pack
 from nbpeft.training.loop.restoring import restoring
-from nbpeft.training.loop.rows import TrainingRows, collator_for, training_rows
+from nbpeft.training.loop.rows import TrainingRows, training_rows
 from nbpeft.training.loop.sampled_rows import sample_prompts
 from nbpeft.training.monitor.callback import RunCallback
 from nbpeft.training.monitor.control import RunControl
@@ -221,15 +220,13 @@ def _run(request: TrainRequest) -> TrainResult:
     check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
     request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)
-    learned = rows.train
-    objective = request.objective
+    learned, objective = rows.train, request.objective
     assert isinstance(objective, Objective)
-    limit = request.max_length or (default_length(request.tokenizer) if request.tokenizer is not None else None)
-    collator: Any = collator_of(objective, collator_for(model, request.tokenizer), limit)
+    collator: Any = batches_of(request, objective)
     if request.packing:
-        reading = {"max_length": request.max_length, "tokenizer": request.tokenizer}
-        learned, collator = pack(model, learned, collator, **reading, given=given)
-    options = {"data_collator": collator, "processing_class": request.tokenizer} | given
+        sizes = {"max_length": request.max_length, "tokenizer": request.tokenizer, "given": given}
+        learned, collator = pack(model, learned, collator, **sizes)
+    options = {"data_collator": collator, "processing_class": request.tokenizer} | metrics_of(request) | given
     with scratch_folder() as folder:
         evaluates = rows.evaluation is not None
         settings = build_arguments(fields, request.arguments_class, folder=str(folder), evaluates=evaluates)
@@ -237,9 +234,8 @@ def _run(request: TrainRequest) -> TrainResult:
         failures: list[Exception] = []
         try:
             with _activated(model, request.adapter) as activation:
-                activation.run = run = request.run_factory(
-                    model, None, control=request.control, publish=request.publish
-                )
+                shown = {"control": request.control, "publish": request.publish}
+                activation.run = run = request.run_factory(model, None, **shown)
                 activation.note_format(model, rows)
                 run.output_dir = str(fields.get("output_dir", ""))
                 if objective.rows:
@@ -263,8 +259,7 @@ def _run(request: TrainRequest) -> TrainResult:
                 raise
     if failures:  # raised outside of the handler, so that the new error does not reference the frames of the old one
         raise failures.pop().with_traceback(None)
-    result = _result(request, run, metrics)
-    return _unless_interrupted(result, run)
+    return _unless_interrupted(_result(request, run, metrics), run)
 
 
 def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
