@@ -112,6 +112,30 @@ class DataSummary:
     split_parts: int = 0
 
 
+class _Totals:
+    """Totals over coded rows; the attributes are those of ``DataSummary``, and ``lengths`` are before truncation."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.left_out: list[tuple[int, str]] = []
+        self.tokens = self.learned = self.cut_rows = self.cut_tokens = self.split_rows = self.split_parts = 0
+
+    def add(self, row: CodedRow) -> None:
+        """Adds a row, or a part of a row that was split."""
+        length = _length(row)
+        self.lengths.append(length)
+        self.cut_rows += row.cut
+        self.cut_tokens += max(0, length - row.limit) if row.cut else 0
+        self.split_rows += row.part_count > 1 and not row.part
+        self.split_parts += row.part_count > 1
+        if row.missing:
+            self.left_out.append((row.number, row.missing))
+            return
+        for part in filter(None, (row, row.rejected)):
+            self.tokens += len(part.row["input_ids"])
+            self.learned += part.learned_count
+
+
 def summarize(
     data: Any,
     tokenizer: Any = None,
@@ -148,49 +172,39 @@ def summarize(
         check_columns(reader)
     streamed = is_stream(reader.rows)
     coded: Iterator[CodedRow] = itertools.islice(reader.coded(), _STREAMED if streamed else None)
-    lengths: list[int] = []
-    left_out: list[tuple[int, str]] = []
     shown_rows: list[CodedRow] = []
-    unused, formats = UnusedParts(), SeenFormats(reader.options.chat_template_kwargs)
-    token_count = learned = cut_rows = cut_tokens = split_rows = split_parts = 0
+    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options.chat_template_kwargs)
     for row in coded:
-        lengths.append(_length(row))
+        totals.add(row)
         unused.add(row.unused)
-        cut_rows += row.cut
-        cut_tokens += max(0, lengths[-1] - row.limit) if row.cut else 0
-        split_rows += row.part_count > 1 and not row.part
-        split_parts += row.part_count > 1
-        if row.missing:
-            left_out.append((row.number, row.missing))
-        else:
+        if not row.missing:
             formats.add(row.system)
-            for part in filter(None, (row, row.rejected)):
-                token_count += len(part.row["input_ids"])
-                learned += part.learned_count
-        if len(lengths) <= rows or (len(shown_rows) < rows + _EXTRA and _is_first_of_its_kind(row, shown_rows[rows:])):
+        few = len(shown_rows) < rows + _EXTRA
+        if len(totals.lengths) <= rows or (few and _is_first_of_its_kind(row, shown_rows[rows:])):
             shown_rows.append(row)
+    lengths, parts = totals.lengths, totals.split_parts
     if not lengths:
         raise TrainingError("The stream has no rows.")
     least, most = _SHOWN_TOKENS
     shown = max(least, min(most, _ALL_SHOWN_TOKENS // max(1, len(shown_rows))))
     return DataSummary(
         form=reader.form.name if reader.form is not None else "tokenised",
-        row_count=len(lengths) - len(left_out),
-        token_count=token_count,
-        learned_count=learned,
-        cut_rows=cut_rows,
-        cut_tokens=cut_tokens,
-        left_out=named_rows(left_out),
-        left_out_count=len(left_out),
+        row_count=len(lengths) - len(totals.left_out),
+        token_count=totals.tokens,
+        learned_count=totals.learned,
+        cut_rows=totals.cut_rows,
+        cut_tokens=totals.cut_tokens,
+        left_out=named_rows(totals.left_out),
+        left_out_count=len(totals.left_out),
         longest=max(lengths),
         median=round(statistics.median(lengths)),
         limit=reader.limit if reader.form is not None else None,
-        bins=bins_of(lengths, reader.limit if cut_rows else None),
+        bins=bins_of(lengths, reader.limit if totals.cut_rows else None),
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
-        unused=lines_of(reader, unused, formats, len(lengths) - split_parts + split_rows),
-        split_rows=split_rows,
-        split_parts=split_parts,
+        unused=lines_of(reader, unused, formats, len(lengths) - parts + totals.split_rows),
+        split_rows=totals.split_rows,
+        split_parts=parts,
         has_labels=reader.inputs.classes is not None and reader.form is not COMPARED,
         unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
         format=formats.format if reader.form not in (None, LABELLED) else None,

@@ -28,7 +28,8 @@ def test_metrics_of_single_labels() -> None:
     # 0: precision 1/2, recall 1/2; 1: 1/2 and 1; 2: never found
     assert found == pytest.approx({"accuracy": 0.5, "f1": (1 / 2 + 2 / 3 + 0) / 3})
     assert measured(Classes(3), logits[:2], [0, 1]) == {"accuracy": 1.0, "f1": 1.0}  # a class that does not occur
-    assert metrics_for(Classes(3))(SimpleNamespace(predictions=(np.array(logits[:1]), None), label_ids=np.array([0])))
+    measure: Any = metrics_for(Classes(3))
+    assert measure(SimpleNamespace(predictions=(np.array(logits[:1]), None), label_ids=np.array([0])))
 
 
 def test_metrics_of_several_labels_and_of_a_regression() -> None:
