@@ -10,10 +10,14 @@ import pytest
 
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.errors import ConfigError, TrainingError
-from nbpeft.training import prepare_data, summarize
+from nbpeft.sweeps import sweep
+from nbpeft.training import prepare_data, summarize, train
 from nbpeft.training.data import ModelInputs
+from nbpeft.training.disk.kept_arguments import to_keep, to_take_over
+from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
 from tests.training.data.test_chats import CALLS, THINKING
+from tests.training.support import trainable
 from tests.training.test_data import CHATML, FORGETFUL, learned
 from tests.training.test_data import tokenizer as tokenizer
 
@@ -227,3 +231,21 @@ def test_variables_in_a_file_are_checked() -> None:
 def test_forgetful_templates_are_learned_as_they_print(tokenizer: Any, use: Any) -> None:
     use(FORGETFUL)
     assert texts(tokenizer, ASK, YES, ASK, NO, learn="last") == "<think></think>no<|end|>\n"
+
+
+def test_a_sweep_reads_rows_like_a_training_and_a_resumed_run_takes_the_options_over() -> None:
+    tokenizer, rows = CharTokenizer("template"), [{"messages": [ASK, NO, ASK, YES]}] * 4
+    how: dict[str, Any] = {"learn": "last", "reasoning": "mask", "long": "drop", "max_length": 40}
+    fields: dict[str, Any] = {"tokenizer": tokenizer, "max_steps": 2, **how}
+    result = train(trainable(), rows, learning_rate=sweep(1e-2, 3e-2), **fields)
+    for member, rate in zip(result.members, (1e-2, 3e-2), strict=True):
+        alone = train(trainable(), rows, learning_rate=rate, **fields)
+        assert [loss for _, loss in member.history] == pytest.approx(
+            [loss for _, loss in alone.state.history], abs=1e-5
+        )
+        assert "no row has reasoning to mask" in alone.message
+    whole = train(trainable(), rows, learning_rate=1e-2, **fields | {"learn": "all"})
+    assert whole.state.history[0][1] != pytest.approx(result.members[0].history[0][1], abs=1e-4)
+    request = TrainRequest(trainable(), rows, 0.5, eval_by="user", chat_template_kwargs={"loud": True}, **how)
+    taken, rest = to_take_over(to_keep(request.kept())[0])
+    assert taken == {**how, "eval_data": 0.5, "eval_by": "user", "chat_template_kwargs": {"loud": True}} and not rest
