@@ -113,7 +113,7 @@ class DataSummary:
 
 
 class _Totals:
-    """Totals over coded rows; the attributes are those of ``DataSummary``, and ``lengths`` are before truncation."""
+    """Totals over rows for ``DataSummary``; lengths are before truncation."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
