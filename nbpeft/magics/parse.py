@@ -24,6 +24,8 @@ _EXPRESSION = re.compile(r"\{[^\W\d]\w*[.\[(][^{}]*\}.*")
 """Expressions such as ``{runs[0]}``, which IPython's own magics evaluate."""
 _VARIABLE = re.compile(r"([^\W\d]\w*)(?:[.\[].*)?", re.DOTALL)
 """A variable, or an expression that begins with one."""
+_SHARE = re.compile(r"[^\s=-][^\s=]*\*(?:\d+\.?\d*|\.\d+)")
+"""A part of a mixture of data: ``rows*0.7``."""
 _DIGITS = 18
 """The greatest number of digits of a whole number in an option."""
 
@@ -187,9 +189,32 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
     own_pairs = _own_pairs(command, words)
     fields = [word for word in words if command.fields and _is_field(word) and word not in own_pairs]
     rest = [expand(word, namespace) for word in words if word not in fields]
-    options = LineParser(command, prog).read(rest)
+    options = LineParser(command, prog).read(_mixtures_joined(rest))
     options.fields = fields
     return Request(command, options)
+
+
+def is_mixture(text: str) -> bool:
+    """Whether the text of an option names a mixture of data: ``a*0.7 b*0.3``."""
+    words = text.split()
+    return len(words) > 1 and all(map(_SHARE.fullmatch, words))
+
+
+def parts_of(text: str) -> list[tuple[str, float]]:
+    """The parts of a mixture, each with its share."""
+    parts = [word.rpartition("*") for word in text.split()]
+    return [(name, float(share)) for name, _, share in parts]
+
+
+def _mixtures_joined(words: Sequence[str]) -> list[str]:
+    """The words of a line, with the parts of a mixture as one word."""
+    found: list[str] = []
+    for word in words:
+        if found and is_mixture(f"{found[-1]} {word}"):
+            found[-1] = f"{found[-1]} {word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _own_pairs(command: Subcommand, words: Sequence[Word]) -> list[Word]:

@@ -57,7 +57,8 @@ DATA = argument(
     required=True,
     metavar="DATA",
     completes="data",
-    help="training rows: a variable or expression, a .jsonl, .json, .csv, .tsv or .parquet file, or user/name:split",
+    help="training rows: a variable or expression, a .jsonl, .json, .csv, .tsv or .parquet file, user/name:split, or a "
+    "mixture of them: a*0.7 b*0.3",
 )
 MAX_LENGTH = argument(
     "--max-length", type=positive, metavar="N", help="maximum length of a row in tokens; longer rows are truncated"

@@ -33,7 +33,7 @@ _GENERAL = Path(__file__).with_name("general_text.txt")
 
 def score(
     model: nn.Module,
-    rows: Any,
+    rows: Any = None,
     *,
     metric: Any = "exact",
     tokenizer: Any = None,
@@ -82,7 +82,8 @@ def score(
         model: a model of transformers, with or without adapters.
         rows: rows in every form that ``train`` takes, or where they are. The reference is the completion, or the last
             turn of the assistant. ``choice`` needs ``choices``, and ``answer`` or a completion; ``regex`` takes a
-            ``pattern`` of each row.
+            ``pattern`` of each row. With ``general`` they may be left out: the loss on the general text is then the
+            score.
         metric: a metric, or several in a list.
         tokenizer: the tokenizer of the model; not needed for rows that are tokenised.
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
@@ -125,6 +126,10 @@ def score(
     """
     for argument, value in (("base", base), ("general", general), ("progress", progress)):
         check_bool(argument, value)
+    if rows is None:
+        if not general:
+            raise ConfigError("rows are missing: pass rows with references, or general=True for a general text")
+        rows, general, metric = _general_rows(), False, "loss" if metric in ("exact", ["exact"]) else metric
     compared = AnswerSettings(strip, casefold, pattern, tolerance)
     settings = ScoreSettings(max_new_tokens, batch_size, seed, temperature, top_p)
     metrics = metrics_of(metric, compared)
@@ -189,11 +194,15 @@ def _elsewhere(
     if also is None and not general:
         return None
     metrics = metrics_of("loss", AnswerSettings())
-    rows = _GENERAL.read_text(encoding="utf-8").strip().split("\n\n") if general else also
+    rows = _general_rows() if general else also
     separator = separator_for(rows, reading["separator"])
     read = read_rows(model, rows, metrics, tokenizer, **{**reading, "separator": separator})
     title = "general text" if general else "the further rows"
     return Scoring(title, state.columns, metrics, read, state.settings, list(read.notes))
+
+
+def _general_rows() -> list[str]:
+    return _GENERAL.read_text(encoding="utf-8").strip().split("\n\n")
 
 
 @dataclass

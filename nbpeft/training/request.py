@@ -141,7 +141,7 @@ class TrainRequest:
         if self.is_open:
             return self
         skip_bad, measured = self.skip_bad, self.eval_data
-        rows = open_data(self.data, self.separator, skip_bad=skip_bad)
+        rows = open_data(self.data, self.separator, skip_bad=skip_bad, seed=self.seed)
         if measured is not None and not is_amount(measured):
             measured = open_data(measured, separator_for(measured, self.separator), skip_bad=skip_bad)
         return replace(self, data=rows, eval_data=measured, is_open=True)

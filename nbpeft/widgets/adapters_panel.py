@@ -155,8 +155,7 @@ class _Parts:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
-        from nbpeft.widgets.adapter_rows import Rows
-        from nbpeft.widgets.side_panel import SidePanel
+        from nbpeft.widgets.adapter_rows import Rows, SidePanel
 
         self.side_panel = SidePanel(session, name, tokenizer, changed)
 

@@ -12,7 +12,7 @@ from nbpeft.widgets.lifetime import weakly
 from nbpeft.widgets.panel import Panel
 
 if TYPE_CHECKING:
-    from nbpeft.scoring.result import Filter, ScoreResult
+    from nbpeft.session.results.paged_scores import Filter, ScoreResult
 
 PAGE = 5
 """Number of items on a page."""

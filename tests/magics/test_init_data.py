@@ -71,7 +71,7 @@ def directly(init: str) -> Any:
     [
         (
             "eva",
-            "initialized by EVA: the principal components of its layers' inputs on up to 24 rows, 262 tokens; 6 layers",
+            "components of its layers' inputs on up to 24 rows, 262 tokens; ranks redistributed over 6 layers",
         ),
         ("corda", "initialized by CorDA: the most important directions of each weight on 24 rows"),
         ("lora_ga", "initialized by LoRA-GA: the mean gradient of 3 batches (24 rows, 262 tokens)"),

@@ -283,7 +283,7 @@ def test_a_resumed_run_is_scored_on_the_rows_of_its_variable(bare: Notebook) -> 
 
 def test_runs_move_to_another_folder(bare: Notebook, place: Path, tmp_path: Path) -> None:
     prepare(bare)
-    assert str(bare.do(f"%lora runs --folder {tmp_path}/drive")) == f"no run is kept in {tmp_path}/drive yet"
+    assert str(bare.do(f"%lora runs --folder {tmp_path}/drive")) == f"there is no run in {tmp_path}/drive yet"
     assert bare.do(CELL).state.folder == f"{tmp_path}/drive/sql-1"
     bare.do("%unload_ext nbpeft")
     get_session().runs_folder(tmp_path / "python")
@@ -291,4 +291,4 @@ def test_runs_move_to_another_folder(bare: Notebook, place: Path, tmp_path: Path
     assert get_session().runs_folder() == tmp_path / "python", "loading the extension does not take it back"
     assert "mount or create it first" in bare.run("%lora runs --folder no/such/drive/runs").line
     assert str(bare.do("%lora runs --folder off")) == "no runs are saved from now on"
-    assert "switched off" in bare.run("%lora runs").line
+    assert "is disabled" in bare.run("%lora runs").line

@@ -15,6 +15,13 @@ from tests.scoring.support import ROWS
 from tests.tiny_models import randomize
 
 
+class Printable(CharTokenizer):
+    """Takes every text: characters that it does not know are spaces."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return super().__call__("".join(sign if " " <= sign <= "~" else " " for sign in text), add_special_tokens)
+
+
 @pytest.fixture
 def ready(adapted: Notebook) -> Notebook:
     for seed, name in enumerate(("sql", "chat")):
@@ -66,6 +73,14 @@ def test_mistakes_are_one_line(ready: Notebook, line: str, message: str) -> None
     assert message in ready.run(f"%lora score {line}").line
 
 
+def test_the_loss_on_a_general_text_needs_no_rows(ready: Notebook) -> None:
+    ready["tokenizer"] = Printable()
+    shown = str(ready.do("%lora inspect sql"))
+    assert "Loss on general text: %lora score sql --general" in shown
+    result = ready.do("%lora score sql --general --max-length 24")
+    assert (result.columns, result.metric, len(result.items)) == (("base", "sql"), "loss", 23)
+
+
 def test_names_metrics_and_data_are_completed(ready: Notebook) -> None:
     assert {"sql", "chat"} <= set(ready.complete("%lora score "))
     assert {"exact", "perplexity"} <= set(ready.complete("%lora score --data rows --metric "))
@@ -111,4 +126,4 @@ def test_separator_and_bad_rows_are_as_in_training(ready: Notebook, tmp_path: Pa
     assert len(ready.do("%lora score --data {lines} --skip-bad --max-new-tokens 2").items) == len(ROWS)
     line = f"%%lora_train model --data {{table}} --score {{lines}} --eval {{lines}} {reading} --no-keep"
     result = ready.do(f"{line}\nmax_steps = 1")
-    assert "of the rows to score: 2 rows left out" in result.message and "evaluation rows: 2" in result.message
+    assert "rows to score: 2 rows left out" in result.message and "evaluation rows: 2" in result.message

@@ -42,7 +42,7 @@ def test_mistakes_are_one_line(adapted: Any, tmp_path: Path) -> None:
     place = tmp_path / "served"
     assert "%lora ship needs --for" in adapted.run("%lora ship sql").line
     assert "no engine is called 'vlm'" in adapted.run("%lora ship sql --for vlm").line
-    assert "say which one to ship (--name)" in adapted.run(f"%lora ship --for vllm --to {place}").line
+    assert "name the one to ship (--name)" in adapted.run(f"%lora ship --for vllm --to {place}").line
     adapted.do("%lora add model --name dora r=2 target_modules=q_proj use_dora=True")
     line = adapted.run(f"%lora ship dora --for vllm --to {place}").line
     assert "DoRA on 2 layers" in line and "(--merged)" in line

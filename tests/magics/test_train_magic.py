@@ -201,6 +201,18 @@ def test_the_last_training_can_be_exported(ready: Notebook, tmp_path: Path) -> N
     assert '"max_steps": 3' in text and '"learning_rate": 0.05' in text and "train_eval-" in text
 
 
+@pytest.mark.parametrize("line", ["%lora copy a twin", "%lora rename a twin"])
+def test_a_field_that_was_written_is_exported_of_a_copy_and_under_a_new_name(
+    ready: Notebook, tmp_path: Path, line: str
+) -> None:
+    ready.do("%%lora model --name a\nr = 8\ntarget_modules = ['q_proj']")
+    ready.do(line)
+    ready.do("%lora use twin")
+    ready.do("%%lora_train model --data rows\nmax_steps = 1")
+    ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
+    assert '"r": 8,' in (tmp_path / "train.py").read_text()
+
+
 def test_a_token_of_the_cell_reaches_neither_the_script_nor_what_is_shown(ready: Notebook, tmp_path: Path) -> None:
     token = "hf_" + "aB3d" * 8
     told = str(ready.do(f"{CELL}\nhub_token = {token!r}"))

@@ -345,5 +345,5 @@ def test_rows_and_factors_of_one_embedding_make_no_adapter() -> None:
     with pytest.raises(AdapterError, match="has trainable tokens in adapter 'default' and another update in 'factors'"):
         model.add_weighted_adapter(["default", "factors"], [1.0, 1.0], "sum", combination_type="linear")
     model.merge_adapter()
-    with pytest.raises(MergeError, match="unmerge before adapters with trainable tokens are combined"):
+    with pytest.raises(MergeError, match="unmerge before combining adapters with trainable tokens"):
         model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="linear")

@@ -11,8 +11,8 @@ from typing import Any
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-PROMPTED, ADAPTED = ("base model", "three examples", "code table"), ("adapter", "loaded", "merged")
-"""What notebook 01 compares."""
+ADAPTED = ("adapter", "loaded", "merged")
+"""What has the adapter among what notebook 01 compares."""
 TASKS = ("records", "filters", "dates")
 """What the adapters of notebook 05 are for."""
 PARAMETERS = {"LoRA": 4_884_480, "MiSS": 2_488_320, "OFT": 2_321_280, "(IA)³": 57_600, "VeRA": 209_280}
@@ -64,6 +64,12 @@ def share(value: str) -> float:
     """What ``46 of 48, …`` is as a number from 0 to 1."""
     part, _, whole = value.split(",")[0].partition(" of ")
     return int(part) / int(whole)
+
+
+def best_prompted(found: Mapping[str, str]) -> float:
+    """The best score of notebook 01 without the adapter, whatever is in the prompt."""
+    scores = {name.removeprefix("score "): share(value) for name, value in found.items() if name.startswith("score ")}
+    return max(score for name, score in scores.items() if name not in ADAPTED)
 
 
 def shortened(notebook: Any, *, steps: int, rows: int) -> Any:

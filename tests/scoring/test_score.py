@@ -434,6 +434,7 @@ def test_a_metric_that_fails_on_all_rows_ends_it_at_once() -> None:
         ({"casefold": 1}, ConfigError, "casefold must be True or False"),
         ({"base": "sql"}, ConfigError, "base must be True or False, not 'sql'"),
         ({"general": "no"}, ConfigError, "general must be True or False"),
+        ({"rows": None}, ConfigError, "rows are missing"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens must be"),
         ({"seed": -1}, ConfigError, "seed must be"),
         ({"temperature": -1}, ConfigError, "temperature must be"),
@@ -453,7 +454,7 @@ def test_wrong_arguments_are_refused_before_anything_is_answered(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        scored(adapted(), **options)
+        scored(adapted(), **{"rows": ROWS} | options)
 
 
 @pytest.mark.parametrize("metric", ["exact", "loss"])

@@ -165,7 +165,7 @@ def test_other_classes_and_embeddings_are_refused(tmp_path: Path) -> None:
 
 def test_an_old_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {})
-    with pytest.raises(ConfigError, match="does not know llama: pip install -U gguf"):
+    with pytest.raises(ConfigError, match="does not support llama: pip install -U gguf"):
         ship(adapted(), engine="llama.cpp", dry_run=True)
 
 

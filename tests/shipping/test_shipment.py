@@ -322,7 +322,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="has no adapters to ship"):
         ship(base_model(), engine="vllm")
     model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(AdapterError, match=r"say which one to ship \(name=…\): sql, other"):
+    with pytest.raises(AdapterError, match=r"name the one to ship \(name=…\): sql, other"):
         ship(model, engine="vllm")
     model.merge_adapter(["sql"])
     with pytest.raises(MergeError):
@@ -354,7 +354,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
     ship(model, engine="vllm", to=place)
     before, weights = {path.name: path.read_bytes() for path in place.iterdir()}, state(model)
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("nbpeft.checkpoint.folder.write_tensors", broken)

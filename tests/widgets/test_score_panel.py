@@ -5,15 +5,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets
 import pytest
 
-from nbpeft.magics.paged_scores import PagedScores
 from nbpeft.scoring.items import MetricFacts
 from nbpeft.scoring.result import ScoreResult
+from nbpeft.session.results.paged_scores import PagedScores
 from nbpeft.widgets import ScorePanel
 from nbpeft.widgets.score_panel import MOST
 from tests.scoring.samples import orders
@@ -100,8 +99,7 @@ def test_the_oldest_panels_become_cards() -> None:
 
 
 def test_the_result_of_the_line_is_shown_as_a_panel_and_copied_as_a_card() -> None:
-    notebook: Any = SimpleNamespace(ui="html")
-    result = PagedScores.of(orders(), notebook)
+    result = PagedScores.of(orders(), lambda paged: ScorePanel(paged, ui="html")._ipython_display_())
     with pytest.raises(NotImplementedError):  # without widgets IPython asks for the HTML
         result._ipython_display_()
     with pytest.raises(NotImplementedError):

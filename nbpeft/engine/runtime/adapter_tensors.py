@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Pads, SharedState, StartsInWeight
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -136,6 +136,32 @@ def _shapes(
     """Returns a function that computes the shapes of an adapter's parameters without padding."""
     adapter = layer.adapter(name)
     return lambda: type(adapter).parameter_shapes(config, path, layer.base.module, layer.kind)
+
+
+def flattened(
+    layers: Layers, name: str, config: AdapterConfig, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, tuple[int, ...]]:
+    """Tensors that lost dimensions or all numbers, as shards of a sharded model do.
+
+    Args:
+        layers: path -> adapted layer.
+        name: the adapter.
+        config: the adapter's config.
+        tensors: path -> name -> tensor of the adapter.
+
+    Returns:
+        Path and name of each of these tensors -> its shape.
+    """
+    found = {}
+    for path, own in tensors.items():
+        shapes = {key: tuple(getattr(tensor, "ds_shape", tensor.shape)) for key, tensor in own.items()}
+        suspects = {key: shape for key, shape in shapes.items() if len(shape) < 2 or 0 in shape}
+        wanted = _shapes(path, layers[path], name, config)() if suspects else {}
+        for key, shape in suspects.items():
+            whole = wanted.get(key, shape)
+            if len(shape) < len(whole) or (0 in shape and 0 not in whole):
+                found[f"{path}.{key}"] = shape
+    return found
 
 
 def shared_state_of(layers: Layers, name: str) -> SharedState | None:

@@ -40,7 +40,10 @@ from nbpeft.names import METRICS
         completes="adapter",
         help="the adapters, a+b for the sum of two (default: all)",
     ),
-    replace(DATA, options={**DATA.options, "help": str(DATA.options["help"]).replace("training rows", "the rows")}),
+    replace(
+        DATA,
+        options={**DATA.options, "required": False, "help": str(DATA.options["help"]).replace("training rows", "rows")},
+    ),
     argument(
         "--metric",
         nargs="+",
@@ -71,7 +74,11 @@ from nbpeft.names import METRICS
         completes="data",
         help="rows to measure the loss on as well, to see what an adapter forgot",
     ),
-    argument("--general", action="store_true", help="the same on a general text that comes with the package"),
+    argument(
+        "--general",
+        action="store_true",
+        help="the same on a general text that comes with the package; --data may then be left out",
+    ),
     MAX_LENGTH,
     COLUMNS,
     SEPARATOR,
@@ -87,9 +94,12 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
     for name in ("pattern", "tolerance", "batch_size", "max_new_tokens", "max_length", "chat_template_kwargs"):
         if (value := getattr(options, name)) is not None:
             given[name] = value
-    rows, model = notebook.data(options.data, "--data"), notebook.chosen(options.model)
+    if options.data is None and not options.general:
+        raise CellError("%lora score needs --data ROWS, or --general for the loss on a general text")
+    rows = None if options.data is None else notebook.data(options.data, "--data")
+    model = notebook.chosen(options.model)
     metrics = [metric_of(word, notebook) for word in options.metric]
-    from nbpeft.widgets import LiveAnswers
+    from nbpeft.widgets import LiveAnswers, ScorePanel
 
     with closing(LiveAnswers(ui=notebook.ui)) as live:
         result = notebook.session.score(
@@ -111,9 +121,11 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             model=model,
             **given,
         )
-    from nbpeft.magics.paged_scores import PagedScores
+    if not result.items:
+        return result
+    from nbpeft.session.results.paged_scores import PagedScores
 
-    return PagedScores.of(result, notebook) if result.items else result
+    return PagedScores.of(result, lambda paged: ScorePanel(paged, ui=notebook.ui)._ipython_display_())
 
 
 def metric_of(word: str, notebook: NotebookContext) -> Any:

@@ -42,7 +42,7 @@ from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, Con
 from nbpeft.model.saving.given_configs import take_given
 from nbpeft.model.saving.residuals import START, config_on, kept_start, left_start, mark_left, take_out_of_saved
 from nbpeft.model.saving.saved_places import note_place, note_saved, note_written_over, owner_of
-from nbpeft.model.saving.sharded import gathered, is_sharded, noted_fingerprint
+from nbpeft.model.saving.sharded import gathered, is_sharded, noted_fingerprint, warn_of_shards
 from nbpeft.names import DEFAULT_ADAPTER
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -423,6 +423,7 @@ def save(
             with manager.reading():
                 paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
                 weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
+                warn_of_shards(manager, name, weights)
                 notes[places[name]] = left_start(manager, name) if initial is None else {}
                 if notes[places[name]]:
                     take_out_of_saved(manager, name, weights)

@@ -485,6 +485,7 @@ def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None)
         for known in (tracked.requested, tracked.first_random):
             if name in known:
                 known[new] = (tracked.manager.configs[new], known.pop(name)[1])
+        tracked.written[new] = tracked.written.pop(name, ())
         return result
 
 
@@ -505,6 +506,7 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
     with ctx.command(f"copying {name!r}") as notes:
         tracked.manager.copy(name, new)
         tracked.requested[new] = (tracked.manager.configs[new], tracked.requested_fields(name))
+        tracked.written[new] = tracked.written.get(name, ())
         return ctx.result(tracked, f"copied {name!r} to {new!r}", notes)
 
 

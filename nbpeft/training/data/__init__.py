@@ -7,6 +7,7 @@
     {"messages": [...]}                   the tokenizer's chat template; loss on the assistant's turns
     {"conversations": [...]}              the same in ShareGPT's form: from and value instead of role and content
     {"instruction", "input", "output"}    Alpaca: the chat template, or Alpaca's own text if there is no template
+    {"prompt"}                            the model in training completes it; other columns are for reward functions
     {"text", "label"}                     for a classifier, with ``text_pair`` for a second text
 
 Prompt and completion may be lists of messages too. ``columns`` maps other names to these. A ``weight`` of a row, or of
@@ -17,6 +18,8 @@ or is named in the notes of the training; none is ignored silently.
 
 from __future__ import annotations
 
+from nbpeft._util.mixtures import Mixture as Mixture
+from nbpeft._util.mixtures import mixture as mixture
 from nbpeft.training.data.checks import check_rows as check_rows
 from nbpeft.training.data.collator import Collator as Collator
 from nbpeft.training.data.packing import PackedCollator as PackedCollator

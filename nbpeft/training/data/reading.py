@@ -161,6 +161,8 @@ class CodedRow:
     @property
     def learned_count(self) -> int:
         """The number of labels that count in the loss."""
+        if self.prompted is not None:
+            return 0
         return 1 if self.label is not None else count_learned(self.row["labels"], self.encoder_decoder)
 
     @property

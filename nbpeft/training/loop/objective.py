@@ -17,10 +17,11 @@ from nbpeft.sweeps import Sweep, not_swept
 from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import Collator, columns_of
 from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns, form_of
-from nbpeft.training.data.reading import are_judged
+from nbpeft.training.data.reading import are_judged, default_length
 from nbpeft.training.data.sources import first_row, is_stream
 from nbpeft.training.loop.grouping import GROUPED
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal
+from nbpeft.training.objectives.classification import metrics_for
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
 from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.objectives.log_probs import log_probs
@@ -32,6 +33,7 @@ from nbpeft.training.objectives.reference import (
     reference_of,
     trains_only_adapters,
 )
+from nbpeft.training.objectives.usual import Classify
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.rewards.rollouts import PromptCollator
@@ -85,7 +87,7 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     kind = None if request.objective is None else objective_named(request.objective)
     if kind is not None and not kind.generates and request.rewards is not None:
         raise ConfigError(
-            f"rewards are for objective='grpo', and this trains {kind.name}: leave rewards out", field="rewards"
+            f"rewards require objective='grpo', but the objective is {kind.name}: remove rewards", field="rewards"
         )
     if kind is not None:
         given = _fields_of(kind, given, fields, own)
@@ -174,7 +176,7 @@ def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Obje
         return objective_named("kto"), "the rows have labels of good and bad completions"
     if form is PROMPTED:
         raise ConfigError(
-            "the rows have prompts alone: give rewards, functions that score the completions of the model "
+            "the rows have only prompts: pass rewards, functions that score the completions of the model "
             "(objective='grpo'), or rows with completions to learn",
             field="rewards",
         )
@@ -222,7 +224,7 @@ def _check_model(request: TrainRequest, objective: Objective, columns: Sequence[
 def _check_generation(request: TrainRequest, objective: Objective, columns: Sequence[str]) -> None:
     name, base = objective.name, base_of(request.model)
     if not hasattr(base, "generate"):
-        raise TrainingError(f"{name} generates completions, and a {type(base).__name__} has no generate()")
+        raise TrainingError(f"{name} generates completions, but a {type(base).__name__} has no generate()")
     if call_columns(request.model):
         raise TrainingError(
             f"{name} generates completions without {', '.join(call_columns(request.model))}, which the method of the "
@@ -232,7 +234,7 @@ def _check_generation(request: TrainRequest, objective: Objective, columns: Sequ
         raise ConfigError(f"{name} needs a tokenizer: pass tokenizer=…", field="tokenizer")
     if "prompt" not in {*columns, *(request.columns or ())} and "input_ids" in columns:
         raise TrainingError(
-            f"{name} takes rows of text with a prompt, which reward functions get, and these are tokenised",
+            f"{name} needs rows of text with a prompt, which reward functions get, not tokenized rows",
             columns=columns,
         )
 
@@ -267,8 +269,7 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
     sweep = request.members is not None or any(isinstance(value, Sweep) for value in request.given.values())
     if sweep and objective.generates:
         raise ConfigError(
-            f"{objective.name} trains one adapter, whose completions are generated before each step: leave the sweep "
-            "out"
+            f"{objective.name} trains one adapter, whose completions are generated before each step: remove the sweep"
         )
     if not objective.reference_needed:
         if request.reference is not None:
@@ -334,6 +335,30 @@ def _is_new(request: TrainRequest, objective: Objective, rows: Any) -> bool:
         with reference_of(model, BASE).active():
             without = log_probs(model, inputs)
     return bool(torch.allclose(now, without, rtol=1e-5, atol=1e-4))
+
+
+def batches_of(request: TrainRequest, objective: Objective) -> Any:
+    """Returns the collator of the rows of a training.
+
+    Args:
+        request: the arguments of the training.
+        objective: its objective.
+    """
+    limit = request.max_length
+    if limit is None and request.tokenizer is not None:
+        limit = default_length(request.tokenizer)
+    return collator_of(objective, collator_for(request.model, request.tokenizer), limit)
+
+
+def metrics_of(request: TrainRequest) -> dict[str, Any]:
+    """Returns the option of the Trainer with the metrics of evaluations; empty for other models than classifiers.
+
+    Args:
+        request: the arguments of the training, with its objective.
+    """
+    classes = classes_of(request.model) if isinstance(request.objective, Classify) else None
+    measure = None if classes is None or request.eval_data is None else metrics_for(classes)
+    return {} if measure is None else {"compute_metrics": measure}
 
 
 def collator_of(objective: Objective, collator: Collator, limit: int | None = None) -> Any:

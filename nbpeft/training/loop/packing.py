@@ -29,6 +29,7 @@ from nbpeft.training.data import (
     open_data,
     prepared,
 )
+from nbpeft.training.data.forms import PROMPTED
 from nbpeft.training.data.lengths import lengths_of
 from nbpeft.training.data.packing import best_fit
 from nbpeft.training.data.reading import default_length
@@ -117,6 +118,11 @@ def longest_sequence(
     if lengths is None:
         raise TrainingError("the lengths of these rows are unknown; pass a sequence length")
     pairs = f"{REJECTED}input_ids" in columns_of(rows)
+    if PROMPTED.needs[0] in columns_of(rows):
+        raise TrainingError(
+            f"these rows have prompts alone, of up to {max(lengths):,} tokens: give a sequence length that includes "
+            "the completions"
+        )
     if not packing:
         return max(lengths), 2 if pairs else 1
     if pairs:

@@ -23,7 +23,7 @@ from nbpeft.training.objectives.grpo import Generated, Grpo, deviation
 from nbpeft.training.objectives.log_probs import token_log_probs
 from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.rewards.order import PromptOrder
-from nbpeft.training.rewards.rollouts import Completion, PromptCollator, batches, generated
+from nbpeft.training.rewards.rollouts import Completion, PromptCollator, batches, check_cache, generated
 from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 
 _FILE = "completions.safetensors"
@@ -57,7 +57,7 @@ class RolloutTrainer(ObjectiveTrainer):
             raise ConfigError("grpo trains in one process, on one device", field="processes")
         self.rewards = rewards
         self._completed: list[dict[str, Any]] = []
-        self._whole = torch.empty(0)
+        self._checked = False
 
     # The prompts
 
@@ -97,9 +97,14 @@ class RolloutTrainer(ObjectiveTrainer):
         if samples and self.state.global_step % self.objective.num_iterations == 0:
             self._completed = []  # its tensors would be in memory during generation
             rows = [row for sample in samples for row in sample["prompts"].rows]
+            if not self._checked:
+                model: Any = self.model
+                check_cache(model, base_of(model), rows[0], self.processing_class)
+                self._checked = True
             completions = self._complete(rows, self.state.global_step)
-            self._completed = self._scored(completions, [len(sample["prompts"].rows) for sample in samples])
-            self._show(completions)
+            sizes = [len(sample["prompts"].rows) for sample in samples]
+            self._completed, rewards = self._scored(completions, sizes)
+            self._show(completions, rewards)
         if samples and len(self._completed) != len(samples):
             raise CheckpointError(
                 f"the checkpoint was written with another num_iterations than {self.objective.num_iterations}: it has "
@@ -119,15 +124,18 @@ class RolloutTrainer(ObjectiveTrainer):
                 raise StopRun(callback.run)
         return False
 
-    def _scored(self, completions: Sequence[Completion], sizes: Sequence[int]) -> list[dict[str, Any]]:
-        """Batches of completions with their advantages."""
+    def _scored(
+        self, completions: Sequence[Completion], sizes: Sequence[int]
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """Batches of completions with their advantages, and the whole reward of each completion."""
         with drawing_from(self.args.seed * _APART + self.state.global_step):
             rewards = self.rewards.of_completions(completions, self.state)
-        advantages, self._whole = self.objective.advantages(rewards)
-        self.add_to_curves(self._curves(completions, rewards, self._whole))
-        if bool(self._whole.isnan().any()):
+        advantages, whole = self.objective.advantages(rewards)
+        self.add_to_curves(self._curves(completions, rewards, whole))
+        if bool(whole.isnan().any()):
             note(self, "some completions have no reward, as every function returned None: they are not learned")
-        return batches(completions, advantages, sizes, self.data_collator.collator, self.objective)
+        found = batches(completions, advantages, sizes, self.data_collator.collator, self.objective)
+        return found, whole.tolist()
 
     def _curves(self, completions: Sequence[Completion], rewards: Tensor, whole: Tensor) -> dict[str, Tensor]:
         lengths = torch.tensor([len(row.token_ids) for row in completions], dtype=torch.float32)
@@ -141,9 +149,9 @@ class RolloutTrainer(ObjectiveTrainer):
         found |= {"completions/mean_length": lengths.mean(), "completions/clipped_ratio": cut.mean()}
         return {name: value for name, value in found.items() if not bool(value.isnan())}
 
-    def _show(self, completions: Sequence[Completion]) -> None:
+    def _show(self, completions: Sequence[Completion], rewards: Sequence[float]) -> None:
         """Gives the best and the worst completion of the first prompt to the run."""
-        group = list(zip(completions, self._whole.tolist(), strict=True))[: self.objective.num_generations]
+        group = list(zip(completions, rewards, strict=True))[: self.objective.num_generations]
         known = sorted((pair for pair in group if pair[1] == pair[1]), key=lambda pair: -pair[1])
         step = self.state.global_step + 1
         for callback in self.callback_handler.callbacks:
@@ -204,7 +212,7 @@ class RolloutTrainer(ObjectiveTrainer):
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             completions = self._complete(part, -1 - first - part[0]["number"])
-            for batch in self._scored(completions, [len(part)]):
+            for batch in self._scored(completions, [len(part)])[0]:
                 with torch.no_grad():
                     losses.append(self.compute_loss(model, self._prepare_inputs(batch)).detach())
         return torch.stack(losses).mean(), None, None

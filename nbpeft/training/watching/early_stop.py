@@ -184,7 +184,7 @@ def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool,
     if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
         raise ConfigError(f"patience must be a number of evaluations of at least 1, not {patience!r:.60}")
     if not evaluates and not scores:
-        raise ConfigError("patience needs evaluation data: pass eval_data=…", field="patience")
+        raise ConfigError("patience needs evaluation data: pass eval_data=… or score=…", field="patience")
     if fields.get("load_best_model_at_end"):
         raise ConfigError(
             "patience keeps the best weights in memory: remove load_best_model_at_end", field="load_best_model_at_end"

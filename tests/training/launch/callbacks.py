@@ -20,14 +20,6 @@ def of_the_row(answer: str, row: Any) -> float:
     return int(row["prompt"].partition(" ")[0]) / 10
 
 
-def only_of_even_rows(answer: str, row: Any) -> float:
-    """A metric that fails on the rows of process 1."""
-    number = int(row["prompt"].partition(" ")[0])
-    if number % 2:
-        raise ValueError("the row is odd")
-    return 1.0
-
-
 class FailsInTheSecond(TrainerCallback):
     """Raises after two steps in process 1."""
 

@@ -20,12 +20,7 @@ from nbpeft.training import RunControl, train
 from tests.char_tokenizer import CharTokenizer
 from tests.runs.killed import session_in
 from tests.tiny_models import VOCABULARY, llama, same_state
-from tests.training.launch.callbacks import (
-    BreaksInTheSecond,
-    FailsInTheSecond,
-    of_the_row,
-    only_of_even_rows,
-)
+from tests.training.launch.callbacks import BreaksInTheSecond, FailsInTheSecond, of_the_row
 from tests.training.support import trainable, weights
 
 ARGUMENTS: dict[str, Any] = {"max_steps": 24, "learning_rate": 0.01}
@@ -51,6 +46,7 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
     alone, apart = trainable(lora_dropout=0.0), trainable(lora_dropout=0.0)
     weighted = [{**row, "weight": 1 + place % 3, "id": place} for place, row in enumerate(rows())]
     expected = train(alone, weighted, rows(4), **ONE, **ARGUMENTS)
+    vars(apart)["_is_accelerate_prepared"] = True  # as a Trainer of transformers leaves it
     control, seen = RunControl(), []
 
     def publish(state: Any) -> None:
@@ -91,15 +87,6 @@ def test_two_processes_score_what_one_does(options: dict[str, Any]) -> None:
     assert curve == pytest.approx(dict(expected.state.metric_history["of_the_row"]))
     assert dict(result.state.eval_history) == pytest.approx(dict(expected.state.eval_history), abs=1e-4)
     assert result.best_step == expected.best_step
-
-
-@pytest.mark.slow
-def test_a_metric_that_fails_in_one_process_ends_the_scores_in_all() -> None:
-    held_out = [{"prompt": f"{number} is", "completion": "ab"} for number in range(3)]
-    scored = {"score": held_out, "metric": only_of_even_rows, "every": 2}
-    result = train(trainable(), rows(), tokenizer=CharTokenizer(), max_steps=4, **scored, **TWO)
-    assert (result.status, result.steps) == ("finished", 4)
-    assert "no scores: TrainingError: metric 'only_of_even_rows' fails at row 1" in result.message
 
 
 def test_a_metric_of_the_notebook_cannot_be_sent_to_other_processes() -> None:

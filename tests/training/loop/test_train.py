@@ -54,9 +54,10 @@ def test_a_cell_trains_and_gets_a_result(capsys):
 def test_the_model_is_left_as_it_was_found():
     model = trainable().eval()
     model.get_base_model().config.use_cache = True
+    attributes = set(vars(model))
     train(model, token_rows(), bf16=True, activation_checkpointing=True, **QUICK)
     assert not model.training and model.config.use_cache is True
-    assert "forward" not in vars(model) and "_original_forward" not in vars(model)
+    assert set(vars(model)) == attributes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.get_base_model().is_activation_checkpointing
     assert not model.get_base_model().get_input_embeddings()._forward_hooks
@@ -64,6 +65,19 @@ def test_the_model_is_left_as_it_was_found():
     model.train()
     train(model, token_rows(), **QUICK)
     assert model.training
+
+
+def test_a_second_training_is_prepared_like_the_first():
+    cast: list[bool] = []
+
+    class Seeing(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            cast.append("_original_forward" in vars(model))
+
+    model = trainable()
+    for _ in range(2):
+        train(model, token_rows(), bf16=True, callbacks=[Seeing()], max_steps=1)
+    assert cast == [True, True], "the forward pass is in bfloat16"
 
 
 def test_nothing_is_kept_unless_asked_for(tmp_path, monkeypatch):

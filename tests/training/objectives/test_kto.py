@@ -144,14 +144,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tokens": (
         {"data": [{"input_ids": [1, 2], "labels": [1, 2]}], "objective": "kto"},
-        "kto takes rows of text with prompt, completion and label, and these are tokenised",
+        "rows of text with prompt, completion and label, not tokenized rows",
     ),
     "batch": ({"per_device_train_batch_size": 1}, "per_device_train_batch_size of at least 2"),
-    "packing": ({"packing": True}, "packing does not go with kto: its rows have two completions each, or a label"),
+    "packing": ({"packing": True}, "packing cannot be combined with kto: "),
     "weight": ({"desirable_weight": -1.0}, "desirable_weight must be at least 0, not -1.0"),
     "beta": ({"beta": 0.0}, "beta must be greater than 0, not 0.0"),
     "field": ({"loss_type": "ipo"}, "'loss_type' is a field of dpo"),
-    "row": ({"data": [{**row, "weight": 2} for row in ROWS]}, "the loss of kto takes none"),
+    "row": ({"data": [{**row, "weight": 2} for row in ROWS]}, "the loss of kto does not support weights"),
 }
 
 

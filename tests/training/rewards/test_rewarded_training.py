@@ -15,6 +15,7 @@ from transformers import LlamaForSequenceClassification
 import nbpeft
 from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
 from nbpeft.sweeps import sweep
+from nbpeft.training.loop.packing import longest_sequence
 from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.objectives.log_probs import token_log_probs
 from nbpeft.training.rewards import trainer as rollouts
@@ -257,18 +258,59 @@ def test_an_error_of_a_function_keeps_the_weights_before_its_step() -> None:
     assert same_state(weights(model), before) and model.training
 
 
+def test_a_model_that_cannot_generate_is_one_line() -> None:
+    model = new()
+    before = weights(model)
+
+    def fails(module: nn.Module, *rest: Any) -> None:
+        raise RuntimeError("no\ncache")
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(fails)
+    with pytest.raises(TrainingError, match="LlamaForCausalLM cannot generate completions: RuntimeError: no cache"):
+        nbpeft.train(model, PROMPTS, rewards=even, **FIELDS)
+    handle.remove()
+    assert same_state(weights(model), before)
+
+
+def test_a_model_whose_cache_computes_something_else_is_refused() -> None:
+    model = new()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(100)
+
+    def forgets(module: nn.Module, args: Any, keywords: dict[str, Any]) -> Any:
+        ids = keywords.get("input_ids")
+        if ids is not None and ids.shape[1] == 1:  # a token after a cached prompt
+            return args, {**keywords, "input_ids": (ids + 40) % 80}
+        return None
+
+    nbpeft.train(model, PROMPTS, rewards=even, **FIELDS | {"max_steps": 1})
+    before = weights(model)
+    handle = model.get_base_model().register_forward_pre_hook(forgets, with_kwargs=True)
+    with pytest.raises(TrainingError, match="LlamaForCausalLM generates other tokens with its cache than without it"):
+        nbpeft.train(model, PROMPTS, rewards=even, **FIELDS)
+    handle.remove()
+    assert same_state(weights(model), before)
+
+
+def test_the_length_of_a_step_is_not_that_of_the_prompts() -> None:
+    with pytest.raises(TrainingError, match="these rows have prompts alone, of up to 3 tokens: give a sequence length"):
+        longest_sequence(tiny_base(), [{"prompt": "w1 w2 w3"}], tokenizer=TOKENIZER)
+
+
 def test_stop_and_an_interrupt_end_a_generation() -> None:
     control = nbpeft.training.RunControl()
-    model, calls = new(), [0]
+    model, generated, later = new(), [0], []
 
     def stops(module: nn.Module, *rest: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 14:
+        if control.stop_requested:
+            later.append(module.training)
+        generated[0] += not module.training
+        if generated[0] == 16:
             control.request_stop()
 
     handle = model.get_output_embeddings().register_forward_pre_hook(stops)
     result = nbpeft.train(model, PROMPTS, rewards=even, control=control, **FIELDS | {"max_steps": 9})
-    assert result.status == "stopped" and calls[0] <= 15 and result.steps in (1, 2)
+    assert result.status == "stopped" and 1 <= result.steps <= 8 and later == []
     handle.remove()
 
     def interrupts(module: nn.Module, *rest: Any) -> None:
@@ -340,7 +382,7 @@ def test_adapters_of_other_methods_learn_from_rewards(method: str) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rewards": None}, "grpo needs rewards"),
-    ({"objective": "sft"}, "rewards are for objective='grpo', and this trains sft"),
+    ({"objective": "sft"}, "rewards require objective='grpo', but the objective is sft"),
     ({"num_generations": 3}, "num_generations=3 does not divide the 4 completions of a step"),
     ({"num_generations": 8}, "per_device_train_batch_size=8, or num_generations=4"),
     ({"gradient_accumulation_steps": 2, "num_generations": 5}, "the 8 completions of a step"),
@@ -359,11 +401,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward_weights": 2.0}, "reward_weights must be a list of numbers, not 2.0"),
     ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1 rewards"),
     ({"use_bias_correction_kl": False}, "use_bias_correction_kl is for the divergence from a reference"),
-    ({"packing": True}, "packing does not go with grpo: its batches are completions"),
-    ({"processes": 2}, "processes does not go with grpo: it trains in one process"),
-    ({"reference": "base"}, "grpo with beta=0.0 has no reference: leave reference out"),
+    ({"packing": True}, "packing cannot be combined with grpo: its batches are completions"),
+    ({"processes": 2}, "processes cannot be combined with grpo: it trains in one process"),
+    ({"reference": "base"}, "objective='grpo' with beta=0.0 uses no reference"),
     ({"learning_rate": sweep(1e-3, 1e-2)}, "grpo trains one adapter"),
-    ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' does not go with grpo"),
+    (
+        {"train_sampling_strategy": "group_by_length"},
+        "'group_by_length' cannot be combined with grpo",
+    ),
     ({"tokenizer": None}, "grpo needs a tokenizer"),
     ({"label_smoothing": 0.1}, "'label_smoothing' is a field of"),
 ]
@@ -382,7 +427,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(given: dict[
 def test_rows_and_models_of_another_kind_are_refused() -> None:
     grpo = {"objective": "grpo", "rewards": even}
     for rows, told in (
-        ([{"input_ids": [5, 6]}], "these are tokenised"),
+        ([{"input_ids": [5, 6]}], "not tokenized rows"),
         ([{"question": "w1"}], "Expected a column prompt; found 'question'. Say which is which: columns={'prompt'"),
         ([{"prompt": [{"role": "assistant", "content": "w1"}]}], "the prompt ends with the assistant's answer"),
         ([{"prompt": "w1", "image": "x.png"}], "'image' cannot be trained on"),
@@ -392,10 +437,10 @@ def test_rows_and_models_of_another_kind_are_refused() -> None:
             nbpeft.train(new(), rows, **FIELDS, **grpo)
         assert told in str(refused.value)
     classifier = trainable(tiny_base(LlamaForSequenceClassification), task_type="SEQ_CLS")
-    with pytest.raises(TrainingError, match="grpo trains causal language models"):
+    with pytest.raises(TrainingError, match="needs a causal language model"):
         nbpeft.train(classifier, PROMPTS, **FIELDS, **grpo)
     poly = nbpeft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(TrainingError, match="grpo generates completions without task_ids"):
         nbpeft.train(nbpeft.get_peft_model(tiny_base(), poly), PROMPTS, **FIELDS, **grpo)
-    with pytest.raises(ConfigError, match="the rows have prompts alone: give rewards"):
+    with pytest.raises(ConfigError, match="the rows have only prompts: pass rewards"):
         nbpeft.train(new(), [{"prompt": "w1"}], tokenizer=TOKENIZER)

@@ -14,10 +14,11 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from nbpeft import LoraConfig, get_peft_model, score, sweep, train
 from nbpeft.display.html import to_html
 from nbpeft.display.numbers import metric
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.runs.store import RunStore
 from nbpeft.session import Session
 from nbpeft.training.monitor.callback import RunCallback
+from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.run import Run
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama, same_state, state
@@ -112,6 +113,46 @@ def test_a_metric_that_fails_ends_the_scores_and_not_the_run() -> None:
     result = trained(score=HELD_OUT, metric=own, every=1)
     assert result.steps == 6
     assert "no scores: TrainingError: metric 'own' fails at row" in result.message
+
+
+def test_an_interruption_of_the_scores_is_one_of_the_training() -> None:
+    def own(answer: str, row: Any) -> float:
+        calls.append(1)
+        if len(calls) > len(HELD_OUT):
+            raise KeyboardInterrupt
+        return 0.5
+
+    calls: list[int] = []
+    with pytest.raises(TrainingInterrupted) as caught:
+        trained(score=HELD_OUT, metric=own, every=2)
+    result = caught.value.result
+    assert (result.status, result.steps) == ("stopped", 4)
+    assert dict(result.state.metric_history["own"]) == {2: 0.5}
+
+
+def test_a_stop_during_the_scores_ends_the_training_without_them() -> None:
+    control, calls = RunControl(), []
+
+    def own(answer: str, row: Any) -> float:
+        calls.append(1)
+        if len(calls) == 3:
+            control.request_stop("enough")
+        return 0.5
+
+    rows = ROWS * 5  # two batches
+    result = trained(score=rows, metric=own, every=2, control=control)
+    assert (result.status, result.steps) == ("stopped", 3)
+    assert result.state.metric_history == {}
+    assert "no scores" not in result.message
+
+
+def test_a_training_in_the_background_is_scored() -> None:
+    session, target = Session(), model()
+    session.watch(target, name="model")
+    options = {"score": HELD_OUT, "metric": "exact", "every": 2, "keep": False}
+    session.train(target, ROWS, **SETTINGS | options, max_steps=4, background=True)
+    result = session.result(wait=True)
+    assert [step for step, _ in result.state.metric_history["exact"]] == [2, 4]
 
 
 def test_rows_on_which_a_metric_fails_are_left_out_and_named() -> None:

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Self
 
-from nbpeft.magics.notebook_context import NotebookContext
-from nbpeft.scoring.result import ScoreResult
+from nbpeft.scoring.result import Filter, ScoreResult
+
+__all__ = ["Filter", "PagedScores", "ScoreResult"]
 
 
 class PagedScores(ScoreResult):
-    """The scores; where widgets work, a panel shows them. Copies are shown as a card."""
+    """The scores, which a function shows in a notebook. Copies are shown as a card."""
 
     @classmethod
-    def of(cls, result: ScoreResult, notebook: NotebookContext) -> Self:
-        """The same result, shown as a panel.
+    def of(cls, result: ScoreResult, show: Callable[[Self], object]) -> Self:
+        """The same result.
 
         Args:
             result: the scores.
-            notebook: the notebook.
+            show: shows it; raises NotImplementedError where it cannot.
         """
         paged = cls(*_values(result))
-        vars(paged)["notebook"] = notebook
+        vars(paged)["show"] = show
         return paged
 
     def __reduce__(self) -> tuple[type[ScoreResult], tuple[Any, ...]]:
         return ScoreResult, _values(self)
 
     def _ipython_display_(self) -> None:
-        from nbpeft.widgets import ScorePanel
-
-        notebook = vars(self).get("notebook")
-        if notebook is None:
+        show = vars(self).get("show")
+        if show is None:
             raise NotImplementedError  # IPython then calls _repr_html_
-        ScorePanel(self, ui=notebook.ui)._ipython_display_()
+        show(self)
 
 
 def _values(result: ScoreResult) -> tuple[Any, ...]:
