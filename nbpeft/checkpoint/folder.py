@@ -401,12 +401,7 @@ def _card_file(
 def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
     """Returns the text of the config that belongs to the tensors in the same folder.
 
-    This is normally the text of the file. If a process died after it had replaced the tensors but before it
-    had replaced the config, it is the config in its staging folder.
-
-    Args:
-        path: the config file.
-        metadata: metadata of the tensor file, or None to read it if needed.
+    If a process died after replacing the tensors and before replacing the config, that config is in its staging folder.
     """
     text = _text(path)
     if metadata is not None and metadata.get(_CONFIG_DIGEST) in (None, _digest(text)):

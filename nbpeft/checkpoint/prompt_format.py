@@ -24,7 +24,7 @@ NOT_FOR_TEMPLATES = frozenset(
         *("return_assistant_tokens_mask", "tokenizer_kwargs"),
     }
 )
-"""Arguments of ``apply_chat_template`` that are no variables of a template, or that follow from the messages."""
+"""Arguments of ``apply_chat_template`` that are not variables of the template, or depend on the messages."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PromptFormat:
     Attributes:
         chat: whether the chat template was applied.
         system: the common system prompt of all rows; empty without one, None if the rows have different prompts.
-        template: variables that the chat template gets, as JSON; empty for none.
+        template: variables passed to the chat template, as JSON; empty if there are none.
     """
 
     chat: bool
@@ -43,7 +43,7 @@ class PromptFormat:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables that the chat template gets."""
+        """The variables passed to the chat template."""
         found: dict[str, Any] = json.loads(self.template or "{}")
         return found
 
@@ -99,7 +99,7 @@ def common_format(configs: Iterable[AdapterConfig]) -> PromptFormat | None:
 
 
 def as_text(variables: Mapping[str, Any]) -> str:
-    """Returns variables of a chat template as JSON; empty for none, or if they have no such form.
+    """Returns variables of a chat template as JSON; empty if there are none, or if JSON cannot represent them.
 
     Args:
         variables: name -> value.

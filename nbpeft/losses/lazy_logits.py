@@ -272,11 +272,7 @@ def _with_autocast(head: Head, kind: str) -> Head:
 
 
 def _index_of_tokens(index: Any, axes: int, size: int) -> Any:
-    """Returns the index to apply to the hidden states.
-
-    Returns:
-        None for an index that contains tensors or that does not select the whole vocabulary.
-    """
+    """Returns the index for the hidden states; None if it contains tensors or does not select the whole vocabulary."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if not all(isinstance(part, slice) or part is Ellipsis or type(part) is int for part in parts):
         return None

@@ -293,12 +293,7 @@ def run_step(setting: Setting) -> Peak:
 
 
 def _run(setting: Setting, path: str) -> Peak | None:
-    """Run a step with a few layers, or with all of them.
-
-    Args:
-        setting: the setting to run.
-        path: path of the list of layers to sample; empty to run all layers.
-    """
+    """Run a step with a few layers of the list at ``path``, or with all layers if it is empty."""
     sampled = SAMPLED_LAYERS if path else None
     with fake_tensors(), silenced():
         model = _prepared(setting, sampled)

@@ -90,5 +90,5 @@ def test_a_loaded_adapter_acts_as_it_was_trained(tmp_path: Path) -> None:
         merge_to_folder(again, None, tmp_path / "copy")
     merged = again.merge_and_unload()
     assert torch.equal(merged(ids).logits, wanted)
-    with pytest.warns(UserWarning, match="trained for merging into quantized weights: .* none of these layers"):
+    with pytest.warns(UserWarning, match="trained for merging into quantized weights: .* none of the target layers"):
         PeftModel.from_pretrained(llama(hidden_size=64, intermediate_size=128), tmp_path / "aware")

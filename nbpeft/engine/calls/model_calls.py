@@ -252,13 +252,7 @@ class _LossHook(LayerHook):
 
 
 def _take_labels(call: _Call, prompts: _Prompts, length: int) -> None:
-    """Removes the labels from a call if an adapter weights them, and stores them with their weights in the call.
-
-    Args:
-        call: the arguments, the prompt's tokens and labels included; changed in place.
-        prompts: the active adapters.
-        length: length of the input, without the prompt.
-    """
+    """Removes the labels from a call if an adapter weights them, and stores them with their weights in the call."""
     labels = call.get("labels")
     weighing = {name: pair for name, pair in prompts.adapters.items() if isinstance(pair[0], WeighsTokens)}
     if not weighing or not isinstance(labels, Tensor):
@@ -558,12 +552,7 @@ def _seen(call: dict[str, Any], name: str) -> int:
 def _extend_mask(call: dict[str, Any], name: str, front: _Front, length: int, seen: int) -> None:
     """Extends an attention mask (batch, length) by the prompt's positions; creates one if rows are padded.
 
-    Args:
-        call: the arguments; changed in place.
-        name: name of the mask argument.
-        front: the prompt's positions.
-        length: length of the input.
-        seen: number of cached positions, the prompt's included.
+    ``seen`` is the number of cached positions, including the prompt's.
     """
     mask = call.get(name)
     if mask is None:
@@ -582,17 +571,10 @@ def _extend_mask(call: dict[str, Any], name: str, front: _Front, length: int, se
 def _extend_positions(
     module: nn.Module, call: dict[str, Any], front: _Front, new: _Front | None, length: int, seen: int
 ) -> None:
-    """Shifts the input's position ids behind the prompt, and adds those of new prompt tokens.
+    """Shifts position ids behind the prompt (``front``), and adds those of prompt tokens inserted now (``new``).
 
-    If rows are padded and the call has no position ids, they are created.
-
-    Args:
-        module: the module that is called.
-        call: the arguments; changed in place.
-        front: all positions of the prompt.
-        new: positions of prompt tokens that are inserted in this call; None if there are none.
-        length: length of the input.
-        seen: number of cached positions, the prompt's included.
+    If rows are padded and the call has no position ids, they are created. ``seen`` is the number of cached positions,
+    including the prompt's.
     """
     position_ids = call.get("position_ids")
     if position_ids is None:

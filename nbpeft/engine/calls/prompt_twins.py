@@ -65,7 +65,8 @@ class _Twins:
         children = {name: self._made_of(child) for name, child in module._modules.items() if child is not None}
         leads = any(id(child) in self._places for child in module._modules.values())
         leads |= any(child is not module._modules[name] for name, child in children.items())
-        twin = _twin(module, children) if leads or any(map(_is_of_prompt, _hooks_of(module))) else module
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        twin = _twin(module, children) if leads or any(map(_is_of_prompt, hooks)) else module
         self._made[id(module)] = twin
         return twin
 
@@ -79,10 +80,6 @@ def _twin(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
         if "_hooks" in name and isinstance(hooks, dict):
             attributes[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_of_prompt(hook))
     return twin  # type: ignore[no-any-return]
-
-
-def _hooks_of(module: nn.Module) -> list[Any]:
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def _is_of_prompt(hook: Any) -> bool:

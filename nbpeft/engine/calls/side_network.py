@@ -203,8 +203,8 @@ class _AfterBlock(_BlockHook):
             return
         if run.is_inside and not isinstance(output, Tensor):
             raise AdapterError(
-                f"{adapter.title} works with blocks of a diffusion transformer that return their hidden states alone, "
-                f"and {self.path} returns a {type(output).__name__}"
+                f"{adapter.title} works with blocks of a diffusion transformer that only return their hidden states, "
+                f"but {self.path} returns a {type(output).__name__}"
             )
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         if not again:

@@ -71,6 +71,7 @@ class Transaction:
         """Waits until this thread has the transaction, and records where the new block's changes begin."""
         me = threading.get_ident()
         if self._owner != me:
+            # Ctrl-C is deferred here, so it would not end a wait without a timeout.
             while not self._lock.acquire(timeout=0.05):
                 check_interrupt()
             self._owner = me

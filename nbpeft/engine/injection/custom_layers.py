@@ -384,6 +384,7 @@ class CustomLayer(AdaptedLayer):
 
     def _adopt(self, adapter: Any) -> None:
         custom = adapter.owner
+        # The same dictionaries, so that both objects always have the same submodules, parameters and buffers.
         own = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
         self.__dict__.update({name: custom.__dict__[name] for name in own}, custom=custom)
         custom.__dict__.update(adapted_layer=self, training=self.training)

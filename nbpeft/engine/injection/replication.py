@@ -121,10 +121,10 @@ def _replicas(layers: nn.ModuleList, order: Sequence[int]) -> nn.ModuleList:
         layer = layers[index]
         shared = [*layer.parameters(), *layer.buffers()]
         shared += [own for module in layer.modules() if (own := module.__dict__.get("config")) is not None]
-        replica = copy.deepcopy(layer, {id(thing): thing for thing in shared})
+        replica = copy.deepcopy(layer, {id(thing): thing for thing in shared})  # objects in the memo are not copied
         part: Any
         for part in replica.modules():
-            if hasattr(part, "layer_idx"):
+            if hasattr(part, "layer_idx"):  # transformers' attention finds its entry in the cache by this index
                 part.layer_idx = place
         replicas.append(replica)
     return nn.ModuleList(replicas)

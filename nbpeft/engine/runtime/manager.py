@@ -676,7 +676,7 @@ class AdapterManager:
         Raises:
             MergeError: a weight does not support merging, or a merged weight is not finite (``safe``).
             AdapterError: two of the adapters trained a copy of the same module.
-            BusyError: a block of ``use`` or ``disabled`` is open, which needs the frozen weights.
+            BusyError: a block of ``use`` or ``disabled`` is open.
         """
         with self.transaction() as change:
             self.layer_commands.apply_pending(change)

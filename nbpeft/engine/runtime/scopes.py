@@ -98,6 +98,7 @@ class AdapterContext(ContextDecorator):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # An interrupt in between would leave other adapters active after the block.
         with HeldInterrupts(to_the_end=True):
             scope, self._scope = self._scope, None
             try:

@@ -40,6 +40,7 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
     wanted = {id(layers[path].weight_module._parameters["weight"]) for path in merging}
     users: dict[int, set[int]] = {}
     for module in called_modules(model):
+        # A layer with merged adapters has a separate copy at the moment, but will use the shared weight again.
         kept = [module.shared_weight] if isinstance(module, AdaptedLayer) else []
         for parameter in (*module._parameters.values(), *kept):
             if id(parameter) in wanted:

@@ -323,7 +323,7 @@ class ParameterListing(_Shows, nn.ParameterList):
 
 
 class ModuleListing(_FollowsMode, nn.ModuleList):
-    """The same if each is the ``weight`` of a module in PEFT: ``layer.peanut_encoders["default"][0].weight``.
+    """Parameters that are weights of a list of modules in PEFT: ``layer.peanut_encoders["default"][0].weight``.
 
     Args:
         adapter: the adapter.
@@ -458,7 +458,7 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
     modules: dict[str, dict[str, nn.Module]] = {}
     slots: dict[str, dict[str, Slot]] = {}
     parameters: dict[tuple[str, str], dict[str, Slot]] = {}
-    buffers = _buffer_names(adapters)
+    buffers = dict.fromkeys(own for adapter in adapters.values() for own in list(adapter._buffers))
     for name, adapter in adapters.items():
         for own, make in _parts_of(adapter, base):
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
@@ -476,18 +476,10 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
     for (container, own), own_slots in parameters.items():
         place = shown.setdefault(container, Container(live))._modules if container else shown
         _container(place, own, ParameterMapping).show(own_slots)
-    _show_buffers(shown, live, buffers)
+    for own in buffers:
+        _container(shown, own, BufferMapping).show(live, own)
     _sort(shown, adapters)
     return present
-
-
-def _buffer_names(adapters: Mapping[str, Any]) -> list[str]:
-    return [*dict.fromkeys(own for adapter in adapters.values() for own in list(adapter._buffers))]
-
-
-def _show_buffers(shown: dict[str, Any], adapters: Mapping[str, Any], names: Iterable[str]) -> None:
-    for own in names:
-        _container(shown, own, BufferMapping).show(adapters, own)
 
 
 def _sort(shown: dict[str, Any], adapters: Mapping[str, Any]) -> None:

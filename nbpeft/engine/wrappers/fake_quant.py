@@ -126,6 +126,7 @@ class FakeQuantLayer:
                 self._module, self._base, self._made_of = layer.backend.twin(layer.base_layer), base, ()  # type: ignore[attr-defined]
             made_of = tuple((id(adapter), scale, *_identities(adapter)) for adapter, scale in adapters)
             if self._made_of != made_of or self._changed_unseen(adapters):
+                # Tensors created in inference mode could not be used in later training.
                 with torch.inference_mode(False), torch.no_grad(), without_autocast(layer.base.device.type):
                     layer.write_merged(chosen, self._module, _own_bias(layer, self._module, adapters))
                     self._made_of, self._sums = made_of, _sums(adapters)

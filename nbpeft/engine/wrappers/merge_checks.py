@@ -138,6 +138,7 @@ def _maps_with_its_weight(base: BaseLayer) -> bool:
         return True
     x = _probe(base)
     devices = [x.device] if x.is_cuda else []
+    # An unknown forward may draw random numbers, which must not change the draws of the user's code.
     try:
         with onloaded(module), _evaluating(module), torch.random.fork_rng(devices=devices):
             given = forward(x)

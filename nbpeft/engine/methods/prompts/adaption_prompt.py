@@ -200,13 +200,9 @@ def _with_positions(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attended(queries: Tensor, keys: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-    """Attention to a prompt, (rows, heads, length, features), times the gate.
+    """Attention of queries (rows, heads, length, features) to a prompt, times the gate (1,); shaped like the queries.
 
-    Args:
-        queries: (rows, heads, length, features).
-        keys: (1 or rows, heads or fewer groups of them, tokens, features).
-        values: likewise.
-        gate: (1,).
+    Keys and values are (1 or rows, heads or groups of heads, tokens, features).
     """
     groups = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)

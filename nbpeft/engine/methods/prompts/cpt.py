@@ -17,7 +17,7 @@ losses of accumulated batches. Its file contains only the sum e + d, so d restar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -100,16 +100,15 @@ class CPTConfig(PromptLearningConfig):
                 f"{count}, {len(self.cpt_mask)} and {len(self.cpt_tokens_type_mask)}",
                 field="cpt_tokens_type_mask",
             )
-        _check_types("cpt_tokens_type_mask", self.cpt_tokens_type_mask)
+        if not all(0 <= kind < 2**31 for kind in self.cpt_tokens_type_mask):
+            raise ConfigError(
+                f"cpt_tokens_type_mask must be the types of tokens, 0 or more, not {shown(self.cpt_tokens_type_mask)}",
+                field="cpt_tokens_type_mask",
+            )
         for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
             check_number(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, but it is {getattr(self, name)}", field=name)
-
-
-def _check_types(name: str, types: Sequence[int]) -> None:
-    if not all(0 <= kind < 2**31 for kind in types):
-        raise ConfigError(f"{name} must be the types of tokens, 0 or more, not {shown(types)}", field=name)
 
 
 def _both(config: CPTConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

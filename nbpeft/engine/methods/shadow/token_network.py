@@ -13,7 +13,7 @@ class TokenNetworkConfig:
 
     Attributes:
         in_features: features of the model's hidden states.
-        hidden_size: features of its own.
+        hidden_size: features of the network.
         layers: number of its blocks.
         inner: features inside a block.
     """
@@ -37,7 +37,7 @@ class TokenNetwork(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The state of each token: (rows, length, features) of the model -> (rows, length, features) of its own."""
+        """The state of each token: (rows, length, in_features) -> (rows, length, hidden_size)."""
         state: Tensor = self.proj_in(hidden)
         for block in self.blocks:
             state = state + block(state)
