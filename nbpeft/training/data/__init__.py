@@ -7,6 +7,7 @@
     {"messages": [...]}                   the tokenizer's chat template; loss on the assistant's turns
     {"conversations": [...]}              the same in ShareGPT's form: from and value instead of role and content
     {"instruction", "input", "output"}    Alpaca: the chat template, or Alpaca's own text if there is no template
+    {"prompt"}                            the model in training completes it; other columns are for reward functions
     {"text", "label"}                     for a classifier, with ``text_pair`` for a second text
 
 Prompt and completion may be lists of messages too. ``columns`` maps other names to these. A ``weight`` of a row, or of

@@ -16,6 +16,10 @@ from nbpeft.training.monitor.failures import is_out_of_memory
 from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, evaluating, generate_tokens
 
+_TRIED_TOKENS = 4
+_LARGEST_GAP = 0.5
+"""How much more likely, as a difference of logits, a token may be than the one that was generated with the cache."""
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -111,7 +115,20 @@ def generated(
     """
     prompts = PromptBatch.of_tokens([row["input_ids"] for row in rows], tokenizer, base)
     options = {**objective.sampling, "use_cache": True}
-    request = GenerationRequest(None, objective.max_completion_length, options, should_stop=stop)
+    tokens = _generated(model, base, prompts, options, objective.max_completion_length, stop)
+    return [_completion(row, answer, prompts) for row, answer in zip(rows, tokens, strict=True)]
+
+
+def _generated(
+    model: Any,
+    base: Any,
+    prompts: PromptBatch,
+    options: Mapping[str, Any],
+    most: int,
+    stop: Callable[[], bool] | None = None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, at most ``most``."""
+    request = GenerationRequest(None, most, options, should_stop=stop)
     try:
         with evaluating(model), torch.no_grad():
             tokens, complete = generate_tokens(model, prompts, request)
@@ -123,7 +140,36 @@ def generated(
         ) from error
     if not complete:
         raise KeyboardInterrupt  # generate_tokens swallowed it
-    return [_completion(row, answer, prompts) for row, answer in zip(rows, tokens, strict=True)]
+    return tokens
+
+
+def check_cache(model: Any, base: Any, row: Mapping[str, Any], tokenizer: Any) -> None:
+    """Refuses a model that continues a prompt differently with its cache: it would learn completions of another model.
+
+    Args:
+        model: the model in training.
+        base: its base model.
+        row: a tokenized row.
+        tokenizer: its tokenizer.
+
+    Raises:
+        KeyboardInterrupt: the generation was interrupted.
+        TrainingError: the tokens differ by more than rounding can explain, or the model cannot generate.
+    """
+    prompt = PromptBatch.of_tokens([row["input_ids"]], tokenizer, base)
+    cached, plain = (_generated(model, base, prompt, {"use_cache": uses}, _TRIED_TOKENS)[0] for uses in (True, False))
+    place = next((place for place, pair in enumerate(zip(cached, plain, strict=False)) if pair[0] != pair[1]), None)
+    if place is None:
+        return
+    parameter = next(iter(base.parameters()))
+    ids = torch.tensor([[*row["input_ids"], *plain[:place]]], device=parameter.device)
+    with evaluating(model), torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1].float()
+    if float(logits[plain[place]] - logits[cached[place]]) > _LARGEST_GAP:
+        raise TrainingError(
+            f"{type(base).__name__} generates other tokens with its cache than without it, so that it would learn "
+            "completions that are not its own: the model or the method of the adapter does not support generation"
+        )
 
 
 def _completion(row: Mapping[str, Any], tokens: Sequence[int], prompts: PromptBatch) -> Completion:

@@ -23,7 +23,7 @@ from nbpeft.training.objectives.grpo import Generated, Grpo, deviation
 from nbpeft.training.objectives.log_probs import token_log_probs
 from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.rewards.order import PromptOrder
-from nbpeft.training.rewards.rollouts import Completion, PromptCollator, batches, generated
+from nbpeft.training.rewards.rollouts import Completion, PromptCollator, batches, check_cache, generated
 from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 
 _FILE = "completions.safetensors"
@@ -57,6 +57,7 @@ class RolloutTrainer(ObjectiveTrainer):
             raise ConfigError("grpo trains in one process, on one device", field="processes")
         self.rewards = rewards
         self._completed: list[dict[str, Any]] = []
+        self._checked = False
 
     # The prompts
 
@@ -96,6 +97,10 @@ class RolloutTrainer(ObjectiveTrainer):
         if samples and self.state.global_step % self.objective.num_iterations == 0:
             self._completed = []  # its tensors would be in memory during generation
             rows = [row for sample in samples for row in sample["prompts"].rows]
+            if not self._checked:
+                model: Any = self.model
+                check_cache(model, base_of(model), rows[0], self.processing_class)
+                self._checked = True
             completions = self._complete(rows, self.state.global_step)
             sizes = [len(sample["prompts"].rows) for sample in samples]
             self._completed, rewards = self._scored(completions, sizes)

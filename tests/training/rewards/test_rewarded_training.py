@@ -272,6 +272,26 @@ def test_a_model_that_cannot_generate_is_one_line() -> None:
     assert same_state(weights(model), before)
 
 
+def test_a_model_whose_cache_computes_something_else_is_refused() -> None:
+    model = new()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(100)
+
+    def forgets(module: nn.Module, args: Any, keywords: dict[str, Any]) -> Any:
+        ids = keywords.get("input_ids")
+        if ids is not None and ids.shape[1] == 1:  # a token after a cached prompt
+            return args, {**keywords, "input_ids": (ids + 40) % 80}
+        return None
+
+    nbpeft.train(model, PROMPTS, rewards=even, **FIELDS | {"max_steps": 1})
+    before = weights(model)
+    handle = model.get_base_model().register_forward_pre_hook(forgets, with_kwargs=True)
+    with pytest.raises(TrainingError, match="LlamaForCausalLM generates other tokens with its cache than without it"):
+        nbpeft.train(model, PROMPTS, rewards=even, **FIELDS)
+    handle.remove()
+    assert same_state(weights(model), before)
+
+
 def test_the_length_of_a_step_is_not_that_of_the_prompts() -> None:
     with pytest.raises(TrainingError, match="these rows have prompts alone, of up to 3 tokens: give a sequence length"):
         longest_sequence(tiny_base(), [{"prompt": "w1 w2 w3"}], tokenizer=TOKENIZER)
@@ -279,16 +299,18 @@ def test_the_length_of_a_step_is_not_that_of_the_prompts() -> None:
 
 def test_stop_and_an_interrupt_end_a_generation() -> None:
     control = nbpeft.training.RunControl()
-    model, calls = new(), [0]
+    model, generated, later = new(), [0], []
 
     def stops(module: nn.Module, *rest: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 14:
+        if control.stop_requested:
+            later.append(module.training)
+        generated[0] += not module.training
+        if generated[0] == 16:
             control.request_stop()
 
     handle = model.get_output_embeddings().register_forward_pre_hook(stops)
     result = nbpeft.train(model, PROMPTS, rewards=even, control=control, **FIELDS | {"max_steps": 9})
-    assert result.status == "stopped" and calls[0] <= 15 and result.steps in (1, 2)
+    assert result.status == "stopped" and 1 <= result.steps <= 8 and later == []
     handle.remove()
 
     def interrupts(module: nn.Module, *rest: Any) -> None:
