@@ -5,6 +5,7 @@ the type checker, the import contracts and the tests. Needs nothing but Python.
 
 Of the slow tests (notebooks, browsers, kernels, compiled models, a real model, two processes) it
 runs a slice, a few of each kind; ``--all`` runs them all, and ``--long`` fuzzes for hours besides.
+``--stack`` runs the quick tests with the lowest, Colab's or the newest packages (``tests/stacks``).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 NO_TESTS_COLLECTED = 5
 SLOWEST_FILES = 10
 SLOW = "slow or browser or long"
+STACKS = ("lowest", "colab", "newest")
 
 
 @dataclass
@@ -72,11 +74,15 @@ def main() -> int:
     arguments, pytest_arguments = parse()
     try:
         python = environment.ensure("test")
-        browser = find_browser(python) if arguments.only in (None, "slow") and not arguments.no_browser else None
+        needs_browser = arguments.only in (None, "slow") and not arguments.no_browser and arguments.stack is None
+        browser = find_browser(python) if needs_browser else None
     except environment.SetupError as problem:
         print(f"\n{problem}", file=sys.stderr)
         return 1
     environment.ARTIFACTS.mkdir(exist_ok=True)
+    if arguments.stack is not None:
+        command = [str(python), "-m", "tests.stacks", arguments.stack, *pytest_arguments]
+        return subprocess.run(command, cwd=environment.ROOT, env=environment.child_environment()).returncode
     parts = chosen_parts(arguments, pytest_arguments, browser)
     run_all(parts, python)
     return conclude(parts)
@@ -93,6 +99,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     tier.add_argument("--long", dest="tier", action="store_const", const="long", help="all, and hours of fuzzing")
     parser.set_defaults(tier="quick")
     parser.add_argument("--only", choices=("lint", "unit", "slow"), help="only this part")
+    parser.add_argument("--stack", choices=STACKS, help="the quick tests with other versions: what differs")
     parser.add_argument("--no-browser", action="store_true", help="leave out the tests that drive a browser")
     parser.add_argument("-k", metavar="EXPRESSION", help="only the tests that match it, as in pytest")
     arguments, rest = parser.parse_known_args()

@@ -37,7 +37,7 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
         held = set(archive.namelist())
     info = f"nbpeft-{nbpeft.__version__}.dist-info"
     assert {name.partition("/")[0] for name in held} == {"nbpeft", info}
-    assert {"nbpeft/py.typed", "nbpeft/__init__.pyi", f"{info}/licenses/LICENSE"} <= held
+    assert {"nbpeft/py.typed", "nbpeft/__init__.pyi", "nbpeft/AGENTS.md", f"{info}/licenses/LICENSE"} <= held
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "nbpeft").rglob("*.py*") if path.suffix != ".pyc"}
     assert sources <= held
     assert not [name for name in held if "test" in name or name.endswith((".pyc", ".ipynb"))]
@@ -100,13 +100,14 @@ cells = [
 ]
 for cell in cells:
     shell.run_cell(cell).raise_error()
+print("page", "describe()" in str(shell.run_cell("%lora help --agent").result))
 print("steps", shell.run_cell("%lora result").result.steps)
 """
 
 
 def test_the_quickstart_s_cells_work_with_the_notebook_extra(wheel: Path, tmp_path: Path) -> None:
     printed = environment(tmp_path / "notebook", wheel, "notebook").run("-c", CELLS)
-    assert printed.splitlines()[-1] == "steps 3"
+    assert printed.splitlines()[-1] == "steps 3" and "page True" in printed.splitlines()
 
 
 def test_the_lower_bounds_hold(wheel: Path, tmp_path: Path) -> None:

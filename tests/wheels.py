@@ -5,6 +5,7 @@ Nothing heavy is downloaded: what the wheel asks for is linked from the environm
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -87,8 +88,10 @@ class Environment:
     folder: Path
 
     @classmethod
-    def make(cls, folder: Path, linked: Iterable[Distribution]) -> Environment:
-        """Makes one, with links to distributions that are installed here."""
+    def make(cls, folder: Path, linked: Iterable[Distribution], *, clear: bool = False) -> Environment:
+        """Makes one, with links to distributions that are installed here; ``clear`` replaces one that is there."""
+        if clear:
+            shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         made = cls(folder)
         # Beside the environment's own folder, where pip would try to replace what it installs in another version.

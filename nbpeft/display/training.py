@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from nbpeft.display import numbers
 from nbpeft.display.blocks import (
@@ -167,21 +167,11 @@ def _figures(train: TrainState) -> Figures:
     memory = train.memory
     used = sum(part.byte_count for part in memory.parts) if memory is not None else None
     peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
-    several, evaluated, perplexity = bool(train.members), numbers.loss(train.eval_loss), _perplexity(train.eval_loss)
     mean = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
     figures = (
-        _loss_of_the_best(train) if several else Figure("loss", numbers.loss(train.loss), mean, 84),
+        _loss_of_the_best(train) if train.members else Figure("loss", numbers.loss(train.loss), mean, 84),
         *_reward(train),
-        Figure("lowest eval loss" if several else "eval loss", evaluated, _best_words(train), 84, perplexity),
-        *(
-            Figure(
-                f"{name} of the best" if several else name,
-                numbers.metric(value),
-                f"at step {train.eval_step:,}" if train.eval_step else "",
-                70,
-            )
-            for name, value in _metrics(train).items()
-        ),
+        *_evaluations(train),
         Figure("step", f"{train.step:,}{total}", " · ".join(filter(None, (epoch, begun))), 84),
         Figure("tokens/s", numbers.rate(train.tokens_per_second), "", 64),
         elapsed,
@@ -189,6 +179,20 @@ def _figures(train: TrainState) -> Figures:
     )
     ended = train.status in ENDED  # an ended run will not get the figures that it lacks
     return Figures(tuple(figure for figure in figures if not ended or figure.figure != numbers.NONE))
+
+
+def _evaluations(train: TrainState) -> Iterator[Figure]:
+    """Yields the evaluation loss and the metrics; in a sweep those of the best adapter."""
+    measured, loss, title, words = train.eval_step, train.eval_loss, "eval loss", _best_words(train)
+    if train.members:
+        best, title = min(train.members, key=lambda member: member.rank), "lowest eval loss"
+        if best.metric:  # the last evaluation is that of the adapters that were trained then
+            measured, loss, title = best.eval_step, best.eval_loss, "eval loss of the best"
+            words = f"at step {measured:,}" if measured else ""
+    yield Figure(title, numbers.loss(loss), words, 84, _perplexity(loss))
+    for name, value in _metrics(train).items():
+        where = f"at step {measured:,}" if measured else ""
+        yield Figure(f"{name} of the best" if train.members else name, numbers.metric(value), where, 70)
 
 
 def _metrics(train: TrainState) -> Mapping[str, float]:

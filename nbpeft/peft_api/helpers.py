@@ -21,7 +21,7 @@ from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, base_model_of, embedding_of, manager_of, quantization_method
 from nbpeft.engine.tree.tied_weights import modules_tied_to_embedding
 from nbpeft.engine.wrappers.layer import AdaptedLayer
-from nbpeft.errors import AdapterError, ConfigError, HotSwapError, few
+from nbpeft.errors import AdapterError, ConfigError, HotSwapError, NotSupportedError, few
 from nbpeft.model.handle.functional import set_adapter
 from nbpeft.names import IGNORED_LABEL
 
@@ -30,6 +30,24 @@ def infer_device() -> str:
     """Returns the type of torch's current accelerator, e.g. "cuda", or "cpu"."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if found is None else found.type
+
+
+def _maybe_shard_state_dict_for_tp(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Leaves the tensors of an adapter as they are; transformers 5.15 calls it for each adapter that it loads.
+
+    Args:
+        model: the model.
+        state_dict: the tensors of the adapter.
+        adapter_name: its name.
+
+    Raises:
+        NotSupportedError: a layer with adapters is tensor parallel, so that its adapters would have to be sharded.
+    """
+    for name, module in model.named_modules():
+        base = module.base_layer if isinstance(module, AdaptedLayer) else None
+        if getattr(base, "_hf_tp_plan", None) is not None and getattr(base, "_hf_device_mesh", None) is not None:
+            message = f"{name} is tensor parallel: adapter {adapter_name!r} cannot be loaded into sharded layers"
+            raise NotSupportedError(message, name=adapter_name, layer=name)
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:

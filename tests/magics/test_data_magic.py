@@ -163,7 +163,7 @@ def test_completions_are_scored_by_functions_of_the_notebook(ready: Notebook) ->
         ("--reward evn", "'evn'"),
         ("--reward sums", "a reward must be a function"),
         ("--objective grpo", "grpo needs rewards"),
-        ("--reward even --objective dpo", "rewards are for objective='grpo'"),
+        ("--reward even --objective dpo", "rewards require objective='grpo'"),
         ("--reward even --columns prompt=total", "reward 'even' needs 'total'"),
     ):
         assert told in ready.run(f"%%lora_train model --data sums --tokenizer tok {option}\nmax_steps = 1").line

@@ -291,4 +291,4 @@ def test_runs_move_to_another_folder(bare: Notebook, place: Path, tmp_path: Path
     assert get_session().runs_folder() == tmp_path / "python", "loading the extension does not take it back"
     assert "mount or create it first" in bare.run("%lora runs --folder no/such/drive/runs").line
     assert str(bare.do("%lora runs --folder off")) == "no runs are saved from now on"
-    assert "switched off" in bare.run("%lora runs").line
+    assert "is disabled" in bare.run("%lora runs").line

@@ -192,7 +192,7 @@ def test_copies_have_rows_of_their_own(tied: bool) -> None:
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"trainable_token_indices": [97]}, ConfigError, "has 97 rows and no row 97; resize_token_embeddings"),
+    ({"trainable_token_indices": [97]}, ConfigError, "has 97 rows and no row 97; call resize_token_embeddings"),
     ({"trainable_token_indices": [-1]}, ConfigError, "no row -1"),
     ({"trainable_token_indices": [3, 3]}, ConfigError, "names a token more than once"),
     ({"trainable_token_indices": ["a"]}, ConfigError, "must be a list of whole numbers"),

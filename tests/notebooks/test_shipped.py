@@ -96,10 +96,11 @@ def test_07_uses_public_names_and_ships_a_full_run() -> None:
 
 def test_08_ships_the_results_of_a_full_run() -> None:
     found = summary(committed("08_several_processes.ipynb"))
-    base, notebook, processes = (
-        percent(found[f"score {name}"]) for name in ("base model", "notebook", "two processes")
-    )
+    base, notebook, processes = (percent(found[f"score {name}"]) for name in ("base", "dates", "two_processes"))
     assert notebook > base + 20 and processes > base + 20
+    assert float(found["largest difference of a loss"]) < 1e-3
+    different, count = map(int, found["answers right in one of the two only"].split(" of "))
+    assert count == 64 and different < 0.1 * count
 
 
 def test_10_ships_the_results_of_a_full_run() -> None:

@@ -314,3 +314,18 @@ def test_trained_token_rows_are_no_keys_of_an_adapter() -> None:
         found.append(set(tools._filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)))
         assert prefixes and not any("embed_tokens" in prefix for prefix in prefixes)
     assert found[0] == found[1] and found[0]
+
+
+def test_adapters_of_tensor_parallel_layers_are_refused_and_others_left_as_they_are() -> None:
+    from nbpeft.utils.save_and_load import _maybe_shard_state_dict_for_tp
+
+    from nbpeft.errors import NotSupportedError
+
+    model = nbpeft.get_peft_model(tiny_models.llama(), nbpeft.LoraConfig(target_modules=["q_proj"]))
+    tensors = {"a": torch.ones(2)}
+    _maybe_shard_state_dict_for_tp(model, tensors, "default")
+    assert torch.equal(tensors["a"], torch.ones(2))
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    layer.base_layer._hf_tp_plan, layer.base_layer._hf_device_mesh = "colwise", object()
+    with pytest.raises(NotSupportedError, match="q_proj is tensor parallel: adapter 'default' cannot be loaded"):
+        _maybe_shard_state_dict_for_tp(model, tensors, "default")

@@ -180,7 +180,7 @@ def test_another_adapter_is_active_again_when_a_resumed_run_cannot_begin(broken_
     model = session.add(llama(), LORA, name="other", variable="model").model
     session.add(model, LORA, name="chosen")
     before = everything(model)
-    with pytest.raises(TrainingError, match="these are 25"):
+    with pytest.raises(TrainingError, match="but 25 are given"):
         session.resume(model=model, data=token_rows(25))
     assert same_state(everything(model), before)
     assert (model.manager.names, model.manager.active) == (("other", "chosen"), ("chosen",))
@@ -485,7 +485,7 @@ def test_what_a_file_may_not_decide_can_be_given_again(broken: Path, tmp_path: P
         ({"processes": 256}, "arguments that are not restored from its folder; pass them again: processes=…"),
         ({"processes": 256, "machines": ["a", "b"]}, "pass them again: processes=…, machines=…"),
         ({"deepspeed": "/etc/passwd"}, "pass them again: deepspeed=…"),
-        ({"num_generations": 4}, "pass them again: num_generations=…"),
+        ({"num_samples": 4}, "pass them again: num_samples=…"),
     ],
 )
 def test_what_may_change_the_losses_is_asked_for(arguments: dict[str, Any], reported: str, broken: Path) -> None:
@@ -633,7 +633,7 @@ def test_another_folder_for_runs(tmp_path: Path) -> None:
         ("{}/not mounted/runs", r"there is no folder .*not mounted for 'runs': mount or create it first"),
         ("{}/file", r"file is not a folder, so runs cannot be saved in .*file"),
         ("{}/file/runs", r"file is not a folder, so runs cannot be saved in .*runs"),
-        ("a\0b", "cannot be a path"),
+        ("a\0b", "is not a path"),
         (3, "runs_folder needs a folder, not 3"),
     ],
 )

@@ -28,4 +28,5 @@ def live_widgets() -> dict[str, Any]:
     """All widgets that were not closed, by id."""
     from ipywidgets.widgets import widget
 
-    return dict(widget._instances)
+    found = getattr(widget, "_instances", None)
+    return dict(widget.Widget.widgets if found is None else found)  # the former name is that of ipywidgets 7

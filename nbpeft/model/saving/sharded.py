@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.checkpoint import Fingerprint, fingerprint
-from nbpeft.engine.contract.adapter_weights import AdapterWeights
+from nbpeft.engine.contract.adapter import AdapterWeights
 from nbpeft.engine.runtime.adapter_tensors import flattened
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import CheckpointError, PeftWarning, few

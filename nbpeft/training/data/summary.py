@@ -19,7 +19,7 @@ from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
-from nbpeft.training.data.tokenized import check_columns
+from nbpeft.training.data.tokenized import check_columns, lines_of
 from nbpeft.training.data.unused import COLUMNS, UnusedParts
 
 _STREAMED = 1000
@@ -188,12 +188,7 @@ def summarize(
         bins=bins_of(lengths, reader.limit if cut_rows else None),
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
-        unused=(
-            *([note] if (note := getattr(reader.rows, "note", "")) else []),
-            *unused.lines(len(lengths) - split_parts + split_rows),
-            *reader.options.lines(unused),
-            *formats.lines(),
-        ),
+        unused=lines_of(reader, unused, formats, len(lengths) - split_parts + split_rows),
         split_rows=split_rows,
         split_parts=split_parts,
         has_labels=reader.inputs.classes is not None and reader.form is not COMPARED,

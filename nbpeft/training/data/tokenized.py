@@ -244,6 +244,19 @@ def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
     return PreparedRows(tokenized, tokenized.notes)
 
 
+def lines_of(reader: Reading, unused: UnusedParts, formats: SeenFormats, count: int) -> tuple[str, ...]:
+    """Lines about where rows come from, and about what is not trained on, one for each reason.
+
+    Args:
+        reader: how the rows are read.
+        unused: the parts of the rows that are not trained on.
+        formats: the forms of the rows.
+        count: the number of rows.
+    """
+    mixed = [note] if (note := getattr(reader.rows, "note", "")) else []
+    return (*mixed, *unused.lines(count), *reader.options.lines(unused), *formats.lines())
+
+
 def _in_memory(reader: Reading) -> TokenizedRows:
     """Tokenises all rows."""
     rows: list[dict[str, Any]] = []
@@ -269,8 +282,7 @@ def _in_memory(reader: Reading) -> TokenizedRows:
             dropped=len(left_out),
         )
     count = len(rows) + len(left_out) - split_parts + split_rows
-    mixed = [note] if (note := getattr(reader.rows, "note", "")) else []
-    lines = (*mixed, *unused.lines(count), *reader.options.lines(unused), *formats.lines())
+    lines = lines_of(reader, unused, formats, count)
     split = split_rows, split_parts
     found = TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines, numbers=numbers, split=split)
     if reader.form not in (None, LABELLED):

@@ -17,10 +17,11 @@ from nbpeft.sweeps import Sweep, not_swept
 from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import Collator, columns_of
 from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns, form_of
-from nbpeft.training.data.reading import are_judged
+from nbpeft.training.data.reading import are_judged, default_length
 from nbpeft.training.data.sources import first_row, is_stream
 from nbpeft.training.loop.grouping import GROUPED
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal
+from nbpeft.training.objectives.classification import metrics_for
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
 from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.objectives.log_probs import log_probs
@@ -32,6 +33,7 @@ from nbpeft.training.objectives.reference import (
     reference_of,
     trains_only_adapters,
 )
+from nbpeft.training.objectives.usual import Classify
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.rewards.rollouts import PromptCollator
@@ -333,6 +335,30 @@ def _is_new(request: TrainRequest, objective: Objective, rows: Any) -> bool:
         with reference_of(model, BASE).active():
             without = log_probs(model, inputs)
     return bool(torch.allclose(now, without, rtol=1e-5, atol=1e-4))
+
+
+def batches_of(request: TrainRequest, objective: Objective) -> Any:
+    """Returns the collator of the rows of a training.
+
+    Args:
+        request: the arguments of the training.
+        objective: its objective.
+    """
+    limit = request.max_length
+    if limit is None and request.tokenizer is not None:
+        limit = default_length(request.tokenizer)
+    return collator_of(objective, collator_for(request.model, request.tokenizer), limit)
+
+
+def metrics_of(request: TrainRequest) -> dict[str, Any]:
+    """Returns the option of the Trainer with the metrics of evaluations; empty for other models than classifiers.
+
+    Args:
+        request: the arguments of the training, with its objective.
+    """
+    classes = classes_of(request.model) if isinstance(request.objective, Classify) else None
+    measure = None if classes is None or request.eval_data is None else metrics_for(classes)
+    return {} if measure is None else {"compute_metrics": measure}
 
 
 def collator_of(objective: Objective, collator: Collator, limit: int | None = None) -> Any:

@@ -22,32 +22,23 @@ from nbpeft._util.optional import needs
 from nbpeft.checkpoint import PromptFormat, prompt_format, scratch_folder, set_prompt_format
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.trained import mark_unsaved
-from nbpeft.engine.tree.model_tree import embedding_of, manager_of
+from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
-from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_dtype_message, slow_here
-from nbpeft.model.from_data.observing import modes_kept
 from nbpeft.model.saving import files
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.sweeps import swept
-from nbpeft.training.adapters.adapted_model import (
-    PREPARED,
-    active_names,
-    base_of,
-    is_adapted,
-    trainable,
-    trained_names,
-)
+from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
-from nbpeft.training.data.reading import default_length
 from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
-from nbpeft.training.loop.objective import chosen_reference, collator_of, objective_text, with_objective
+from nbpeft.training.loop.objective import batches_of, chosen_reference, metrics_of, objective_text, with_objective
 from nbpeft.training.loop.packing import PackingCheck, pack
-from nbpeft.training.loop.rows import TrainingRows, collator_for, training_rows
+from nbpeft.training.loop.restoring import restoring
+from nbpeft.training.loop.rows import TrainingRows, training_rows
 from nbpeft.training.loop.sampled_rows import sample_prompts
 from nbpeft.training.monitor.callback import RunCallback
 from nbpeft.training.monitor.control import RunControl
@@ -229,15 +220,13 @@ def _run(request: TrainRequest) -> TrainResult:
     check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
     request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)
-    learned = rows.train
-    objective = request.objective
+    learned, objective = rows.train, request.objective
     assert isinstance(objective, Objective)
-    limit = request.max_length or (default_length(request.tokenizer) if request.tokenizer is not None else None)
-    collator: Any = collator_of(objective, collator_for(model, request.tokenizer), limit)
+    collator: Any = batches_of(request, objective)
     if request.packing:
-        reading = {"max_length": request.max_length, "tokenizer": request.tokenizer}
-        learned, collator = pack(model, learned, collator, **reading, given=given)
-    options = {"data_collator": collator, "processing_class": request.tokenizer} | given
+        sizes = {"max_length": request.max_length, "tokenizer": request.tokenizer, "given": given}
+        learned, collator = pack(model, learned, collator, **sizes)
+    options = {"data_collator": collator, "processing_class": request.tokenizer} | metrics_of(request) | given
     with scratch_folder() as folder:
         evaluates = rows.evaluation is not None
         settings = build_arguments(fields, request.arguments_class, folder=str(folder), evaluates=evaluates)
@@ -245,20 +234,13 @@ def _run(request: TrainRequest) -> TrainResult:
         failures: list[Exception] = []
         try:
             with _activated(model, request.adapter) as activation:
-                activation.run = run = request.run_factory(
-                    model, None, control=request.control, publish=request.publish
-                )
+                shown = {"control": request.control, "publish": request.publish}
+                activation.run = run = request.run_factory(model, None, **shown)
                 activation.note_format(model, rows)
                 run.output_dir = str(fields.get("output_dir", ""))
                 if objective.rows:
                     request = replace(request, reference=chosen_reference(request, rows.train))
-                run.note(objective_text(objective, request.objective_reason, request.reference))
-                if isinstance(request.rewards, Rewards):
-                    run.note(request.rewards.note)
-                    run.learns_from_rewards = True
-                rows_note = _note(run, rows, settings, request.data_hint)
-                for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
-                    run.note(note)
+                rows_note = _note(run, request, objective, rows, settings)
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
@@ -268,15 +250,8 @@ def _run(request: TrainRequest) -> TrainResult:
                     options |= _objective_options(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
                     check = PackingCheck(run, learned, collator) if request.packing else None
-                    common = (request, run, kept, rows)
-                    metrics = _fit(
-                        request,
-                        run,
-                        options,
-                        _outer_callbacks(*common),
-                        _inner_callbacks(request, run, check, scorer),
-                        fields,
-                    )
+                    outer = _outer_callbacks(request, run, kept, rows)
+                    metrics = _fit(request, run, options, outer, _inner_callbacks(request, run, check, scorer), fields)
         except Exception as error:
             failures.append(_error_to_raise(error, model, settings))
             if failures[0] is error and not isinstance(error, NbpeftError):
@@ -284,8 +259,7 @@ def _run(request: TrainRequest) -> TrainResult:
                 raise
     if failures:  # raised outside of the handler, so that the new error does not reference the frames of the old one
         raise failures.pop().with_traceback(None)
-    result = _result(request, run, metrics)
-    return _unless_interrupted(result, run)
+    return _unless_interrupted(_result(request, run, metrics), run)
 
 
 def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
@@ -333,16 +307,24 @@ def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
         files.refuse_other_adapters(manager, home)
 
 
-def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:
-    """Adds notes about the rows and about slow dtypes to the run; returns the note about rows."""
+def _note(
+    run: Run, request: TrainRequest, objective: Objective, rows: TrainingRows, settings: TrainingArguments
+) -> str:
+    """Adds notes about objective, rows, slow dtypes and samples to the run; returns the note about rows."""
+    run.note(objective_text(objective, request.objective_reason, request.reference))
+    if isinstance(request.rewards, Rewards):
+        run.note(request.rewards.note)
+        run.learns_from_rewards = True
     for part in (rows.train, rows.evaluation):
         if isinstance(part, StreamedRows):
             part.report = run.note
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
-    note_on_rows += f" ({data_hint})" if data_hint and rows.notes else ""
+    note_on_rows += f" ({request.data_hint})" if request.data_hint and rows.notes else ""
     run.note(note_on_rows)
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
+    for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
+        run.note(note)
     return note_on_rows
 
 
@@ -568,7 +550,7 @@ def _fit(
     metrics: dict[str, float] = {}
     keep = "output_dir" in fields
     try:
-        with _restoring(model):
+        with restoring(model):
             with ExitStack() as block:
                 block.enter_context(_interrupted_once(run))
                 for part in outer:
@@ -693,16 +675,14 @@ def _make_trainer(trainer_class: type[Any], model: nn.Module, options: dict[str,
         reason = reason_of(error)
         if "to be installed" in reason:
             raise ConfigError(f"report_to: {reason}", field="report_to") from error
-        if options["args"].push_to_hub and (isinstance(error, OSError) or _is_network_error(error)):
+        library = type(error).__module__.partition(".")[0]
+        network = isinstance(error, OSError) or library in ("httpx", "httpcore", "requests", "huggingface_hub")
+        if options["args"].push_to_hub and network:
             raise ConfigError(
                 f"push_to_hub: the hub cannot be reached ({reason}); remove it, and push after the training",
                 field="push_to_hub",
             ) from error
         raise ConfigError(f"{trainer_class.__name__} refuses these arguments: {reason}") from error
-
-
-def _is_network_error(error: Exception) -> bool:
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "huggingface_hub")
 
 
 def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:
@@ -725,36 +705,6 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
             costs=step_settings(trainer),
         )
     raise failure  # outside of the handler, so that it does not reference the frames of the old one
-
-
-@contextmanager
-def _restoring(model: nn.Module) -> Iterator[None]:
-    """Undoes what a Trainer leaves on a model: train mode, disabled cache, gradients, cast forward, hooks, a mark.
-
-    After training, adapters are in the mode of their base, so that dropout is off in evaluation mode.
-    """
-    base: Any = base_of(model)
-    embedding = embedding_of(base)
-    watched = set() if embedding is None else set(embedding._forward_hooks)
-    config = getattr(base, "config", None)
-    cache = getattr(config, "use_cache", None)
-    checkpoints = is_checkpointing(base)
-    left = {"forward", "_original_forward", PREPARED} - vars(model).keys()
-    try:
-        with modes_kept(model):
-            yield
-        model.train(base.training)
-    finally:
-        model.zero_grad(set_to_none=True)
-        if config is not None:
-            config.use_cache = cache
-        if not checkpoints and is_checkpointing(base):
-            disable_checkpointing(base)
-        if embedding is not None:  # transformers adds a hook per training with gradient checkpointing
-            for hook in embedding._forward_hooks.keys() - watched:
-                del embedding._forward_hooks[hook]
-        for name in left:
-            vars(model).pop(name, None)
 
 
 def _error_to_raise(error: Exception, model: nn.Module, settings: TrainingArguments) -> Exception:

@@ -11,9 +11,11 @@ from transformers import TrainerCallback
 
 from nbpeft import LoraConfig, get_peft_model, score, sweep, train
 from nbpeft.display.html import to_html
+from nbpeft.display.numbers import loss
 from nbpeft.display.training import training_card
 from nbpeft.runs.folder import RunFolder
 from nbpeft.session import Session
+from nbpeft.session.commands.pushing import card_facts
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama, same_state, state
 from tests.training.support import token_rows, trainable
@@ -154,3 +156,16 @@ def test_a_resumed_sweep_has_its_curves_and_its_best_weights(tmp_path: Path) -> 
     measured = [step for step, _ in fast.eval_history]
     assert measured[:6] == [1, 2, 3, 4, 5, 6] and len(measured) == best + 4
     assert equal(weights(target, fast.name), stopping.kept[fast.name, best])
+
+
+def test_the_model_card_of_an_adapter_has_its_own_scores() -> None:
+    session, target = Session(), model()
+    session.watch(target, name="model")
+    given = {"score": ROWS[:2], "metric": ["startswith", "loss"], "every": 2, "keep": False, "max_steps": 2}
+    result = session.train(target, ROWS, learning_rate=sweep(*RATES.values()), **SETTINGS | given)
+    for member in result.members:
+        facts = card_facts(session.context.models.get("model"), member.name, "me/adapter", "Adapter")
+        rows = dict(facts.training)
+        assert rows["startswith"] == f"{member.metrics['startswith']:.4g}"
+        assert rows["evaluation loss at step 2"] == loss(member.eval_loss)
+    assert len({member.eval_loss for member in result.members}) == 2
