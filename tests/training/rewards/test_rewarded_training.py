@@ -161,25 +161,34 @@ def test_conversations_are_asked_in_the_chat_template() -> None:
     assert lengths[-1] == 5  # user mark, two words, assistant mark, and the completion
 
 
-def test_a_step_holds_no_logits_of_all_tokens() -> None:
-    sizes: list[int] = []
+def test_a_step_computes_logits_of_completions_only_once_and_in_chunks() -> None:
+    sizes: list[tuple[bool, int]] = []
+    learned: list[int] = []
+
+    def counting(completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        learned.append(sum(map(len, completion_ids)))
+        return even(completions)
 
     def trained(chunk_size: int) -> list[float]:
         sizes.clear()
+        learned.clear()
         model = new()
         head = model.get_output_embeddings()
         inside = head.forward
 
         def counted(hidden: torch.Tensor) -> torch.Tensor:
-            sizes.append(hidden[..., 0].numel())
+            sizes.append((head.training, hidden[..., 0].numel()))
             return inside(hidden)
 
         head.forward = counted
-        return losses(nbpeft.train(model, PROMPTS, rewards=even, loss_chunk_size=chunk_size, **FIELDS))
+        return losses(nbpeft.train(model, PROMPTS, rewards=counting, loss_chunk_size=chunk_size, **FIELDS))
 
     whole = trained(0)
-    assert max(sizes) > 8
-    assert trained(2) == pytest.approx(whole, abs=1e-5) and max(sizes) <= 4  # a token of each prompt is generated
+    assert max(size for _, size in sizes) > 8
+    assert trained(2) == pytest.approx(whole, abs=1e-5)
+    assert max(size for _, size in sizes) <= 4  # of each prompt one token is generated at a time
+    in_steps = sum(size for in_step, size in sizes if in_step)
+    assert in_steps == sum(learned) + 3  # and one row a step, to find out whether the head is trained
 
 
 def test_a_trained_head_has_the_gradients_of_whole_logits() -> None:
