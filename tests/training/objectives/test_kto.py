@@ -147,6 +147,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "rows of text with prompt, completion and label, not tokenized rows",
     ),
     "batch": ({"per_device_train_batch_size": 1}, "per_device_train_batch_size of at least 2"),
+    "evaluation": ({"per_device_eval_batch_size": 1}, "per_device_eval_batch_size of at least 2"),
     "packing": ({"packing": True}, "packing cannot be combined with kto: "),
     "weight": ({"desirable_weight": -1.0}, "desirable_weight must be at least 0, not -1.0"),
     "beta": ({"beta": 0.0}, "beta must be greater than 0, not 0.0"),
