@@ -395,6 +395,12 @@ class Reading:
         column = self.columns.get(LABEL, LABEL)
         return is_stream(self.rows) or are_verdicts(map(self._named, labels_in(self.rows, column)))
 
+    def named_label(self, label: Any) -> Any:
+        """A label as it is read: its name, if it is a number for which the dataset has one that is used."""
+        classes = self.inputs.classes
+        named = self.form is VERDICT or (classes is not None and classes.names.keys() >= {*self.class_names})
+        return self._named(label) if named else label
+
     def _named(self, label: Any) -> Any:
         """The name of a label that is a number, if the dataset has names for them; else the label itself."""
         counted = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.class_names)
