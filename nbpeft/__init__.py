@@ -1,9 +1,9 @@
 """nbpeft: parameter-efficient fine-tuning in Jupyter.
 
-In a notebook ``%load_ext nbpeft`` brings ``%%lora``, ``%lora`` and ``%%lora_train``. In Python the
-names in ``__init__.pyi`` are those of PEFT; the config class of every registered method is one of
-them, and PEFT's import paths lead to them too (``nbpeft.tuners.lora``). Nothing heavy is imported
-before a name is used, and importing changes nothing in other libraries.
+In a notebook ``%load_ext nbpeft`` adds ``%%lora``, ``%lora`` and ``%%lora_train``. In Python the
+public names, listed in ``__init__.pyi``, include those of PEFT and the config class of every
+registered method; PEFT's import paths work too (``nbpeft.tuners.lora``). Heavy packages are imported
+only when a name needs them, and importing nbpeft changes nothing in other libraries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from nbpeft.peft_api.modules import add_import_paths, attribute
 
 __version__ = "0.2.0"
 
-# Configs come from the registry, which gives them the files they are saved in; the stub has them for type checkers.
+# The stub also lists the config classes, for type checkers. They are looked up in the registry instead, because
+# importing it also makes `from_pretrained` and `save_pretrained` of configs work.
 _METHODS = f"{__name__}.engine.methods."
 _NAMES = {
     name: home
@@ -34,7 +35,7 @@ def __getattr__(name: str) -> Any:
         return value
     if name == "__all__":
         return sorted({"__version__", *_NAMES, *_config_classes()})
-    # Not kept: a method that is registered anew brings a new class.
+    # Not cached in the module: registering a method again replaces its class.
     if name.endswith("Config") and (config_class := _config_classes().get(name)):
         return config_class
     if name.startswith("__"):
@@ -49,13 +50,14 @@ def __dir__() -> list[str]:
 
 def _config_classes() -> dict[str, type]:
     """Name -> class of the configs of all registered methods."""
-    importlib.import_module("nbpeft.model")  # registers the methods, and gives configs the files they are saved in
+    importlib.import_module("nbpeft.model")  # registers the methods, and gives configs their file formats
     registry = importlib.import_module("nbpeft.engine.contract.registry")
     return {method.config_class.__name__: method.config_class for method in registry.methods()}
 
 
 def _patch_libraries() -> None:
-    model = sys.modules.get(f"{__name__}.model")  # not there where the engine is used alone
+    model = sys.modules.get(f"{__name__}.model")  # absent if only the engine is used
+    # While `nbpeft.model` is still being imported, importing the patch would be an import cycle.
     if model is not None and not getattr(model.__spec__, "_initializing", False):
         from nbpeft.training.transformers.trainer_patch import patch_when_used
 
@@ -67,9 +69,9 @@ def _add_peft_attributes() -> None:
 
 
 def _new_scorer(*args: Any, **options: Any) -> Any:
-    from nbpeft.scoring.in_training import Scorer
+    from nbpeft.scoring.in_training import RowScorer
 
-    return Scorer(*args, **options)
+    return RowScorer(*args, **options)
 
 
 when_engine_imported(_add_peft_attributes)
@@ -88,7 +90,7 @@ def load_ipython_extension(shell: Any) -> None:
 
 
 def unload_ipython_extension(shell: Any) -> None:
-    """``%unload_ext nbpeft``: leaves nothing behind; adapters stay in their models."""
+    """``%unload_ext nbpeft``: removes magics and panels; adapters stay in their models."""
     from nbpeft.magics import unload
 
     unload(shell)

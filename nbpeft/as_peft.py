@@ -3,7 +3,7 @@
     python -m nbpeft.as_peft script.py --its arguments
     python -m nbpeft.as_peft -m package.module --its arguments
     accelerate launch -m nbpeft.as_peft script.py --its arguments
-    %load_ext nbpeft.as_peft            in a notebook: %load_ext nbpeft, and nbpeft by the name peft
+    %load_ext nbpeft.as_peft            in a notebook: %load_ext nbpeft, and ``import peft`` gives nbpeft
 
 Importing this module changes nothing.
 """
@@ -22,13 +22,13 @@ _USAGE = "usage: python -m nbpeft.as_peft (script.py | -m module) [arguments]"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs a script or a module as ``python`` would, with nbpeft by the name ``peft``.
+    """Runs a script or a module as ``python`` would, with nbpeft installed under the name ``peft``.
 
     Args:
         arguments: the script and its arguments; or "-m", the module and its arguments.
 
     Raises:
-        SystemExit: no script is named.
+        SystemExit: no script is given, or help is requested; the message is the usage.
     """
     as_module = arguments[:1] == ["-m"]
     command = list(arguments[1:] if as_module else arguments)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """``%load_ext nbpeft.as_peft``: as ``%load_ext nbpeft``, and installs nbpeft as ``peft``."""
+    """``%load_ext nbpeft.as_peft``: loads nbpeft's magics and installs nbpeft under the name ``peft``."""
     from nbpeft.magics import load
 
     install_as_peft()
@@ -52,7 +52,7 @@ def load_ipython_extension(shell: Any) -> None:
 
 
 def unload_ipython_extension(shell: Any) -> None:
-    """``%unload_ext nbpeft.as_peft``: takes both away again."""
+    """``%unload_ext nbpeft.as_peft``: removes the magics and the name ``peft``."""
     from nbpeft.magics import unload
 
     unload(shell)

@@ -1,7 +1,6 @@
-"""What must not be written down: access tokens, passwords and keys.
+"""Finds access tokens, passwords and keys, by the name of their field or by their form.
 
-One place that knows them, by the name they are given under or by what they look like. Scripts,
-cards, checkpoints and messages ask here.
+Scripts, cards, checkpoints and messages use it, so that none of them contains a secret.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ LOG_IN = "log in with huggingface_hub.login() or set HF_TOKEN where it runs"
 
 
 def is_secret(name: object, value: object) -> bool:
-    """Whether a value is a token, password or key, by its name or by itself.
+    """Returns whether a value is a token, password or key, judged by its name or by its form.
 
     Args:
-        name: what it is called, e.g. the field of a config.
-        value: what it is; None, truth values and empty text say nothing.
+        name: name of the value, e.g. the field of a config.
+        value: the value; None, booleans and the empty string are never secret.
     """
     if value is None or isinstance(value, bool) or value == "":
         return False
@@ -44,11 +43,11 @@ def is_secret(name: object, value: object) -> bool:
 
 
 def without_secrets(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A copy of named values without those that are secret, and the names of what was left out.
+    """Returns a copy of named values without the secret ones, and the names of those that were left out.
 
     Args:
-        fields: the values. Those inside of a mapping are looked at one by one (``hub_kwargs.token``); a list with
-            a secret in it is left out as a whole.
+        fields: the values. Mappings are searched (``hub_kwargs.token``); a list that contains a secret is left out as
+            a whole.
     """
     kept: dict[str, Any] = {}
     left_out: list[str] = []
@@ -64,12 +63,12 @@ def without_secrets(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
 
 
 def masked(text: str) -> str:
-    """A text in which everything that looks like a token or a password in an address is ``***``."""
+    """Returns a text in which tokens and the passwords in URLs are replaced by ``***``."""
     return _VALUES.sub(_MASK, text)
 
 
 def masked_assignment(line: str) -> str:
-    """A line of a cell without what it assigns to a name of a secret, and without what looks like one."""
+    """Returns a line of a cell with secrets replaced by ``***``, e.g. the value in ``hub_token = …``."""
     name, sign, value = line.partition("=")
     return masked(f"{name}{sign} {_MASK}" if value.strip() and _NAMES.fullmatch(name.strip()) else line)
 

@@ -274,7 +274,7 @@ def shown(value: object, limit: int = 60) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """Returns a text, without its end where it is longer than ``limit`` characters."""
+    """Returns a text, cut at its end if it is longer than ``limit`` characters."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
@@ -284,7 +284,7 @@ def few(names: Iterable[object], count: int = 5, *, quoted: bool = True) -> str:
     Args:
         names: the names, or other objects.
         count: number of names to show.
-        quoted: show each as ``repr`` does, without its end where it is long; else as text, without its middle.
+        quoted: show each as its repr, and cut the end of a long one; else as text, and cut the middle.
     """
     items = list(names)
     more = f" and {len(items) - count} more" if len(items) > count else ""
@@ -297,7 +297,7 @@ def _unquoted(name: object) -> str:
 
 
 def near(word: str, choices: Iterable[str], count: int = 3, *, cutoff: float = 0.5) -> list[str]:
-    """Returns the choices most similar to a word, the best first; none for a word that is too long to be a name.
+    """Returns the choices most similar to a word, best first; an empty list if the word is too long to be a name.
 
     Args:
         word: the word.
@@ -325,6 +325,20 @@ def with_article(value: object) -> str:
     """Returns the type of a value with its article: ``an int``, ``a Llama``; ``None`` for None."""
     kind = type(value).__name__
     return "None" if value is None else f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def check_bool(name: str, value: object) -> None:
+    """Refuses a value that is neither True nor False, such as a text, which would count as true.
+
+    Args:
+        name: name of the argument.
+        value: its value.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, not {value!r:.60}", field=name)
 
 
 class PeftWarning(UserWarning):

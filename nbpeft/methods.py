@@ -1,8 +1,8 @@
-"""What a parameter-efficient method of one's own is made of.
+"""The names that a package needs to define its own fine-tuning method.
 
-A method is a config, whose fields are what ``%%lora model --method scale`` takes, and an adapter, which says what it
-adds to the weight of one layer. Once they are registered, training, panels, files, merging and everything else work
-with them::
+A method consists of a config, whose fields ``%%lora model --method scale`` takes, and an adapter class, which computes
+what is added to the weight of one layer. Once they are registered, they work with training, panels, files, merging and
+everything else::
 
     @dataclass
     class ScaleConfig(MethodConfig):
@@ -21,21 +21,21 @@ with them::
         def delta_weight(self, weight, base):
             return weight * self.scale_s
 
-That is all that a plain method needs; without ``initial_tensors`` its parameters start at zeros. A method that computes
-what it adds to the output without a tensor of the weight's size overrides ``forward``, and names in ``from_config`` the
-settings that its adapters use. ``Adapter`` says what else a method can override. A package makes its methods known by
-an entry point in the group ``nbpeft.methods``, which names a module whose import registers them.
+A plain method needs no more; without ``initial_tensors`` its parameters are initialized with zeros. A method that can
+compute its output without a tensor of the weight's size overrides ``forward``, and ``from_config`` to store the
+settings that its adapters use. ``Adapter`` documents the other methods that can be overridden. A package publishes its
+methods with an entry point in the group ``nbpeft.methods``, which names a module whose import registers them.
 
-    MethodConfig, Adapter, register     what every method needs
-    AdapterSite, BaseLayer, LayerKind   what a method knows of a layer
-    TransformsInput, TransformsOutput, Rescales, Pads, ServesRows      what some can do in addition
-    LearnsWithHooks, HasTrainingState   taking part in training besides the gradient, and remembering it
-    SharedTensors, SharedState          tensors that layers of one adapter share
-    CallInputs                          what adapters take from calls of the model
-    FileFormat                          files that differ from the parameters
-    Listing                             how lists and panels present it
-    OwnKinds                            kinds of layers that it does not support, or supports in its own way
-    PeftNames                           what users of PEFT find under names of PEFT's
+    MethodConfig, Adapter, register     needed by every method
+    AdapterSite, BaseLayer, LayerKind   describe the layer that an adapter is on
+    TransformsInput, TransformsOutput, Rescales, Pads, ServesRows      optional capabilities of adapters
+    LearnsWithHooks, HasTrainingState   hooks in the training loop, and state to save with a checkpoint
+    SharedTensors, SharedState          tensors that the layers of one adapter share
+    CallInputs                          inputs that adapters take from calls of the model
+    FileFormat                          files whose tensors differ from the parameters
+    Listing                             how lists and panels present the method
+    OwnKinds                            layer kinds that it does not support, or supports in its own way
+    PeftNames                           the names that PEFT has for the method's tensors and classes
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import nbpeft.model  # noqa: F401 - gives configs the files they are saved in
+import nbpeft.model  # noqa: F401 - gives configs their file formats
 from nbpeft.engine.config.config_checks import check_target_fields
 from nbpeft.engine.contract.adapter import (
     Adapter,
@@ -92,12 +92,12 @@ class MethodConfig(AdapterConfig):
     """Base class of the configs: a dataclass whose fields all have defaults.
 
     Attributes:
-        target_modules: names of the layers, a pattern, or "all-linear"; the method's default if left out.
-        exclude_modules: names or a pattern of layers to leave out.
-        modules_to_save: modules trained as a whole.
+        target_modules: names of the layers, a regular expression, or "all-linear"; None for the method's default.
+        exclude_modules: names of layers to leave out, or a regular expression.
+        modules_to_save: names of modules that are trained as a whole and saved with the adapter.
 
     Raises:
-        ConfigError: a value is impossible.
+        ConfigError: a value is invalid.
         UnknownMethodError: the class is not registered.
     """
 

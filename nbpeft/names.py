@@ -15,19 +15,19 @@ PEFT_TYPES = (
 """PEFT's values of ``peft_type``, known even before the methods are registered."""
 
 ORIGIN_FIELDS = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
-"""Fields of a config that say where it comes from, and not what it does."""
+"""Fields of a config that record its origin and do not affect the adapter."""
 
 BOOKKEEPING_FIELDS = (*ORIGIN_FIELDS, "task_type")
-"""Fields of a config that change no tensor of its adapter: the task adds heads before the config is planned."""
+"""Fields of a config that change no tensor of its adapter; a task's heads are added before layers are planned."""
 
 DEFAULT_ADAPTER = "default"
-"""The name of an adapter that nobody has named. Its files are in the root of a folder, other ones' in subfolders."""
+"""The name of an adapter if none is given. It is saved in the root of a folder, other adapters in subfolders."""
 
 IGNORED_LABEL = -100
-"""The label of tokens of which no loss is taken, as PyTorch's cross entropy and transformers have it."""
+"""The label of tokens that the loss ignores, as in PyTorch's cross entropy and in transformers."""
 
 DEFAULT_SEED = 42
-"""The seed of a training, and of what is drawn for it, where none is given: that of ``TrainingArguments``."""
+"""Default seed of training and of everything drawn for it; equal to that of ``TrainingArguments``."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 """Floating-point dtypes in which models can be loaded, trained and merged."""
@@ -42,7 +42,7 @@ QUANTIZATIONS = (*QUANT_TYPES, "int8")
 """Quantization formats of linear layers."""
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
-"""Optimizers that memory plans and completion offer; forecasts know further ones."""
+"""Optimizers that memory plans and completion offer; forecasts support more."""
 
 LOSS_CHUNK_SIZE = 128
 """Default number of tokens whose logits are in memory at once for the loss of a language model."""
@@ -54,7 +54,16 @@ PAIRS = "pairs"
 """The kind of rows with a chosen and a rejected completion."""
 
 SCORED_PAIRS = "scored pairs"
-"""The kind of such rows that may have a ``margin``, by which the reward of the chosen completion is greater."""
+"""The kind of such rows with an optional ``margin``: by how much the chosen completion's reward exceeds the other's."""
+
+PROMPTS = "prompts"
+"""The kind of rows with a prompt alone, which the model in training answers."""
+
+JUDGED = "judged"
+"""The kind of rows with a completion and a ``label`` that says whether it is good."""
+
+DESIRABLE = "desirable"
+"""The key of that label in a tokenized row and in a batch: 1 or 0."""
 
 REJECTED = "rejected_"
 """Prefix of the keys of a rejected completion in a tokenized row and in a batch: ``rejected_input_ids``."""
@@ -75,4 +84,4 @@ METRICS = (
     *("exact", "contains", "startswith", "regex", "number", "json", "json_valid", "f1"),
     *("choice", "choice_norm", "loss", "perplexity", "accuracy"),
 )
-"""Metrics of scores that have a name; others are functions."""
+"""Names of the built-in metrics; a custom metric is a function."""

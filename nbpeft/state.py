@@ -140,6 +140,7 @@ class Sample:
         answer: answer with the adapter at that step.
         base: answer of the base model.
         wanted: the wanted answer; empty if it is unknown.
+        reward: its reward, if the training learns from rewards.
     """
 
     step: int
@@ -147,6 +148,7 @@ class Sample:
     answer: str
     base: str = ""
     wanted: str = ""
+    reward: float | None = None
 
 
 MemberStatus = Literal["training", "finished", "stopped", "diverged"]
@@ -171,14 +173,29 @@ class MemberState:
     history: Curve = ()
     """The loss of each step."""
     eval_history: Curve = ()
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Scores and values of ``compute_metrics`` of its current weights, or of the last evaluation."""
+    metric_history: Mapping[str, Curve] = field(default_factory=dict, hash=False)
+    metric: str = ""
+    """Name of the metric by which the adapters are ranked; empty for the evaluation loss."""
+    score: float | None = None
+    """Value by which it is ranked, the lowest first; None if it was not evaluated."""
+    best_step: int | None = None
+    """Step of its best evaluation."""
 
     @property
-    def rank(self) -> tuple[bool, bool, float]:
-        """Sort key, the best first: by evaluation loss, else by smoothed training loss; NaN and diverged ones last."""
+    def rank(self) -> tuple[bool, int, float, float]:
+        """Sort key, the best first: by ``score``, else by evaluation loss, else by smoothed training loss.
+
+        Of equal scores the lower loss is first. NaN and diverged adapters are last.
+        """
         loss = self.smoothed_loss if self.eval_loss is None else self.eval_loss
-        finite = loss is not None and math.isfinite(loss)
-        evaluated = self.eval_loss is not None and finite
-        return self.status == "diverged", not evaluated, loss if loss is not None and finite else math.inf
+        loss = loss if loss is not None and math.isfinite(loss) else math.inf
+        for place, value in enumerate((self.score, self.eval_loss, self.smoothed_loss)):
+            if value is not None:
+                finite = math.isfinite(value)
+                return self.status == "diverged", place if finite else 3, value if finite else math.inf, loss
+        return self.status == "diverged", 3, math.inf, loss
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from nbpeft.errors import ConfigError
 MOST = 16
 """Most adapters in one sweep."""
 TOKENS_TOGETHER = 128
-"""Most input tokens of a forward pass that serves several adapters on a CPU: larger passes need memory and save no
-time."""
+"""Most input tokens of a forward pass that serves several adapters on a CPU; larger passes need more memory and are
+not faster."""
 TOKENS_ON_DEVICE = 16_384
-"""The same on an accelerator."""
+"""Most input tokens of such a pass on an accelerator."""
 OWN_FIELDS = (
     "learning_rate",
     "weight_decay",
@@ -188,9 +188,10 @@ def _label(name: str, value: Any) -> str:
 
 def number_text(value: float) -> str:
     """Returns a number as text without a dot, which adapter names cannot contain: ``1e-4``, ``25e-5``, ``8``."""
-    if isinstance(value, int) or (value == int(value) and abs(value) < 1e6 if math.isfinite(value) else False):
+    if not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
         return str(int(value))
     mantissa, _, exponent = f"{value:.12e}".partition("e")
-    digits = mantissa.replace(".", "").rstrip("0") or "0"
-    power = int(exponent or 0) - len(digits.lstrip("-")) + 1
-    return f"{digits}e{power}" if math.isfinite(value) else str(value)
+    digits = mantissa.replace(".", "").rstrip("0")
+    return f"{digits}e{int(exponent) - len(digits.lstrip('-')) + 1}"

@@ -81,8 +81,8 @@ def package_classes() -> dict[str, type]:
     found: dict[str, type] = {}
     waiting: list[type] = [object]
     while waiting:
-        derived: list[type] = type.__subclasses__(waiting.pop())
-        for cls in derived:
+        subclasses: list[type] = type.__subclasses__(waiting.pop())
+        for cls in subclasses:
             if cls.__module__.startswith("nbpeft.") and dataclasses.is_dataclass(cls):
                 found[cls.__name__] = cls
             waiting.append(cls) if cls.__module__.startswith("nbpeft.") else None
@@ -159,7 +159,7 @@ def test_each_result_is_json_and_one_text(name: str, result: Shown) -> None:
 def test_everything_that_is_shown_has_a_text_of_its_own() -> None:
     shown = [cls for cls in package_classes().values() if issubclass(cls, Shown)]
     assert len(shown) > 30
-    assert {cls.__name__ for cls in shown if cls.__str__ is Shown.__str__} == {"Result", "ModelResult"}
+    assert {cls.__name__ for cls in shown if cls.__str__ is Shown.__str__} == {"Result", "ModelResult", "RecordResult"}
 
 
 def test_everything_that_functions_and_commands_return_can_be_read_as_json() -> None:

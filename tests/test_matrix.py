@@ -216,8 +216,8 @@ WORKS_ON: dict[str, tuple[str, ...]] = {
 }
 """Sample, or label for all samples of a method -> on which other layers it works; everywhere else it is refused."""
 UNMERGEABLE = {
-    ("linear-no-bias", "LoRA-bias"): "adds a bias but the base layer has none",
-    ("linear-no-bias", "BEFT"): "adds a bias but the base layer has none",
+    ("linear-no-bias", "LoRA-bias"): "adds a bias, but the base layer has no bias",
+    ("linear-no-bias", "BEFT"): "adds a bias, but the base layer has no bias",
     **{(kind, "Lily"): "Lily mixes its experts by the inputs of each call" for kind in CASES},
 }
 

@@ -62,7 +62,7 @@ def test_merging_into_a_folder_reads_what_is_offloaded(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"modules_to_save": ["lm_head"]}, "lm_head is offloaded and cannot be copied as a whole"),
-        ({"bias": "all"}, "q_proj.bias has no data here"),
+        ({"bias": "all"}, "q_proj.bias has no data"),
     ],
 )
 def test_what_needs_the_weights_themselves_is_refused(config: dict[str, Any], message: str) -> None:

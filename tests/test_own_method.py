@@ -140,7 +140,7 @@ FORMER = {
 @pytest.mark.parametrize("name", FORMER)
 def test_an_attribute_of_the_former_contract_is_refused(name: str) -> None:
     former = type("Former", (Shift,), {name: FORMER[name]})
-    with pytest.raises(ConfigError, match=rf"Former\.{name} is no longer read.*peft = PeftNames\("):
+    with pytest.raises(ConfigError, match=rf"Former\.{name} is no longer used.*peft = PeftNames\("):
         register(ShiftConfig, peft_type="FORMER", label="Former")(former)
     assert all(method.label != "Former" for method in registry.methods())
 
@@ -163,15 +163,18 @@ def test_a_keyword_that_register_does_not_take_is_refused(field: str, instead: s
     ("name", "instead"),
     [
         ("takes_quantized", "write kinds=OwnKinds(quantized=…)"),
-        ("tie_to", "derive from nbpeft.engine.contract.capabilities.UsesAnother"),
-        ("fixed_tensors", "derive from nbpeft.engine.contract.capabilities.HasFixedTensors"),
-        ("swap_refusal", "derive from nbpeft.engine.contract.capabilities.HotSwaps"),
+        ("tie_to", "has no effect unless the class derives from nbpeft.engine.contract.capabilities.UsesAnother"),
+        (
+            "fixed_tensors",
+            "has no effect unless the class derives from nbpeft.engine.contract.capabilities.HasFixedTensors",
+        ),
+        ("swap_refusal", "has no effect unless the class derives from nbpeft.engine.contract.capabilities.HotSwaps"),
         ("supports_fused_add", "a class that derives from nbpeft.engine.contract.capabilities.FusesAdd, too"),
     ],
 )
 def test_what_adapters_could_override_formerly_is_refused_where_nothing_reads_it(name: str, instead: str) -> None:
     former = type("Former", (type("Base", (Shift,), {name: None}),), {})
-    with pytest.raises(ConfigError, match=rf"Base\.{name} is .*{re.escape(instead)}"):
+    with pytest.raises(ConfigError, match=rf"Base\.{name} .*{re.escape(instead)}"):
         register(ShiftConfig, peft_type="FORMER", label="Former")(former)
 
 

@@ -21,4 +21,5 @@ def test_every_class_and_function_is_in_it(tmp_path: Path) -> None:
     made = {"AdaptionPromptModel", "LoraModel"}  # by calls, so that the sources alone do not show what they are
     assert {name for name in nbpeft.__all__ if callable(getattr(nbpeft, name))} - made == sections.keys()
     assert all(section.strip() for section in sections.values())
-    assert "```python\ntrain(\n    model: nn.Module,\n" in sections["train"] and "Rows to learn" in sections["train"]
+    assert "```python\ntrain(\n    model: nn.Module,\n" in sections["train"]
+    assert "Training rows or their source" in sections["train"]

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 
 def is_conversation(prompt: object) -> bool:
-    """Whether a prompt is a list of messages, and not a text or a list of prompts."""
+    """Returns whether a prompt is a list of messages, as opposed to a text or a list of prompts."""
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def system_text(message: object) -> str:
-    """The text of a message of the system; empty for any other message.
+    """Returns the text of a system message; the empty string for a message of another role.
 
     Args:
         message: the first message of a conversation.

@@ -1,7 +1,8 @@
 """Hooks for the import of the engine and for new configs, models and scorers: upper layers register callbacks.
 
-The package root registers PEFT's attributes of layers, the patch of transformers' Trainer, and what scores a model in
-training. So importing nbpeft changes nothing in other libraries, and no layer imports from the layers above it.
+The package root registers PEFT's attributes of layers, configs and models, the patch of transformers' Trainer, and what
+scores a model in training. So importing nbpeft changes nothing in other libraries, and no layer imports from the layers
+above it.
 """
 
 from __future__ import annotations
@@ -57,5 +58,5 @@ def when_scored(make: Callable[..., Any]) -> None:
 
 
 def new_scorer(*args: Any, **options: Any) -> Any:
-    """Makes a scorer; see ``nbpeft.scoring.in_training.Scorer`` for the arguments."""
+    """Makes a scorer; see ``nbpeft.scoring.in_training.RowScorer`` for the arguments."""
     return _scorers[0](*args, **options)

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from _signal import getsignal as get_handler  # type: ignore[import-not-found]
-from _signal import signal as set_handler  # those of `signal` take 5 µs more, to find no enum member for a handler
+from _signal import signal as set_handler  # the functions of `signal` take 5 µs more, to convert handlers to enums
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, Self

@@ -87,7 +87,7 @@ def replace_files(
     with disk_errors(folder, byte_count):
         try:
             return _replace_files(folder, files, byte_count, finish_others)
-        except _FolderAppeared:
+        except _FolderAppeared:  # so it is not new any more, and its other files are kept
             return _replace_files(folder, files, byte_count, finish_others)
 
 

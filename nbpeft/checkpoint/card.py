@@ -249,19 +249,21 @@ def _with_settings(body: str, config: AdapterConfig) -> str:
         return body
     fields = config.to_dict()
     rows = [f"| `{name}` | {_code(fields[name])} |" for name in _listed_fields(config)]
-    lines = ["| field | value |", "|---|---|", *rows, *_asked(config)]
+    lines = ["| field | value |", "|---|---|", *rows, *_prompt_lines(config)]
     return f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}"
 
 
-def _asked(config: AdapterConfig) -> list[str]:
-    """Returns lines about how the adapter is to be asked; empty if the form of its training rows is unknown."""
+def _prompt_lines(config: AdapterConfig) -> list[str]:
+    """Returns lines that say how to prompt the adapter; empty if the format of its training rows is unknown."""
     form = prompt_format(config)
     if form is None:
         return []
     if not form.chat:
-        return ["", "Trained on text without a chat template: ask it with plain text."]
+        return ["", "Trained on text without a chat template: prompt it with plain text."]
     system = f" and the system prompt {_code(masked(form.system))}" if form.system else ""
-    return ["", f"Trained with the chat template{system}: ask it in the same form."]
+    given = {name: masked(value) if isinstance(value, str) else value for name, value in form.variables.items()}
+    variables = f" with {_code(given)}" if given else ""
+    return ["", f"Trained with the chat template{variables}{system}: use the same template for prompts."]
 
 
 def _listed_fields(config: AdapterConfig) -> list[str]:

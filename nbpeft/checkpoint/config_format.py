@@ -71,7 +71,7 @@ def parse_config(text: str, where: str = "adapter_config.json") -> tuple[Adapter
     Raises:
         CorruptCheckpointError: the text is not JSON, exceeds the size limits or has no ``peft_type``.
         UnknownMethodError: ``peft_type`` is not registered.
-        ConfigError: a field has an impossible value.
+        ConfigError: a field has an invalid value.
     """
     try:
         fields = json.loads(text, parse_int=_whole_number)
@@ -92,7 +92,7 @@ class _BeyondBounds(Exception):
 
 def _whole_number(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
-        raise _BeyondBounds(f"it holds a number of {len(digits):,} digits")
+        raise _BeyondBounds(f"it contains a number of {len(digits):,} digits")
     return int(digits)
 
 
@@ -125,7 +125,7 @@ def config_of(fields: Mapping[str, Any], where: str) -> tuple[AdapterConfig, dic
 
     Raises:
         UnknownMethodError: ``peft_type`` is not registered.
-        ConfigError: a field has an impossible value.
+        ConfigError: a field has an invalid value.
     """
     config_class = registry.config_class_of(str(getattr(fields["peft_type"], "value", fields["peft_type"])))
     known = {field.name: field for field in dataclasses.fields(config_class)}
@@ -140,7 +140,7 @@ def config_of(fields: Mapping[str, Any], where: str) -> tuple[AdapterConfig, dic
     except ConfigError as error:
         raise type(error)(f"{where}: {error.message}", **error.details) from None
     except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{where} has an impossible value: {in_one_line(error)}", path=where) from None
+        raise ConfigError(f"{where} has an invalid value: {in_one_line(error)}", path=where) from None
 
 
 def config_to_save(config: AdapterConfig, model: nn.Module, *, targets: Iterable[str] | None = None) -> AdapterConfig:
@@ -152,7 +152,7 @@ def config_to_save(config: AdapterConfig, model: nn.Module, *, targets: Iterable
     Args:
         config: the adapter's config.
         model: the base model, with or without adapters.
-        targets: paths of the adapted modules; without them ``"all-linear"`` stays.
+        targets: paths of the adapted modules, which replace ``"all-linear"``; None leaves it.
     """
     changes: dict[str, Any] = {}
     if config.base_model_name_or_path is None:

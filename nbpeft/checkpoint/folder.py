@@ -218,7 +218,7 @@ def write_checkpoints(
         adapters: subfolder, or ``""`` for the folder itself -> config and tensors, as for ``write_checkpoint``.
         fingerprint: fingerprint of the base model, saved in the tensor files' metadata.
         notes: subfolder -> further metadata entries of that adapter's tensor file.
-        card: what the folder's README describes: a config, or the README's whole text; None writes no README.
+        card: config of the adapter that the folder's README describes, or the README's text; None writes no README.
         tags: additional tags of the README.
         facts: further facts for the README; their loss curve is saved as a file next to it.
         pickled: write the tensors as PEFT's old ``.bin``, which has no metadata about the base model.
@@ -247,7 +247,7 @@ def write_checkpoints(
             metadata |= {NAME_KEY: names[subfolder]} if names else {}
             weights = LEGACY_WEIGHTS_NAME if pickled else WEIGHTS_NAME
             paths[subfolder] = [os.path.join(subfolder, name) for name in (weights, CONFIG_NAME)]
-            write: Any = functools.partial(_write, tensors=ready, metadata=metadata)
+            write: Any = functools.partial(write_tensors, tensors=ready, metadata=metadata)
             if pickled:
                 _check_read_first(target / subfolder)
                 write = functools.partial(write_pickled, tensors=ready)
@@ -348,12 +348,8 @@ class FolderStore:
             return push(folder, repo_id, **options)
 
 
-def _write(path: Path, *, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    write_tensors(path, tensors, metadata)
-
-
 def _check_read_first(folder: Path) -> None:
-    """Refuses to save a ``.bin`` next to a safetensors file, which would be loaded instead of it."""
+    """Refuses to save a ``.bin`` next to a safetensors file: the latter would be loaded instead."""
     if (folder / WEIGHTS_NAME).exists():
         raise CheckpointError(
             f"{folder} has {WEIGHTS_NAME}, which is read before {LEGACY_WEIGHTS_NAME}: remove it or take another folder"
@@ -405,12 +401,7 @@ def _card_file(
 def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
     """Returns the text of the config that belongs to the tensors in the same folder.
 
-    This is normally the text of the file. If a process died after it had replaced the tensors but before it
-    had replaced the config, it is the config in its staging folder.
-
-    Args:
-        path: the config file.
-        metadata: metadata of the tensor file, or None to read it if needed.
+    If a process died after replacing the tensors and before replacing the config, that config is in its staging folder.
     """
     text = _text(path)
     if metadata is not None and metadata.get(_CONFIG_DIGEST) in (None, _digest(text)):
@@ -432,7 +423,7 @@ def _text(path: Path) -> str:
     try:
         return inside.read_file(path, LARGEST_CONFIG).decode("utf-8")
     except CheckpointError as error:
-        raise CorruptCheckpointError(f"this is not the config of an adapter: {error.message}", path=str(path)) from None
+        raise CorruptCheckpointError(f"not the config of an adapter: {error.message}", path=str(path)) from None
     except UnicodeDecodeError:
         raise CorruptCheckpointError(f"{path} is not a text file", path=str(path)) from None
     except OSError as error:

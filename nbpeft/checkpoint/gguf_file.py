@@ -70,7 +70,7 @@ def write_gguf(path: Path, architecture: str, describe: Callable[[Any], object],
         tensors: the tensors, in the order in which they are read and written.
 
     Raises:
-        CheckpointError: a tensor has another shape than announced.
+        CheckpointError: a tensor does not have the shape of its ``GgufTensor``.
     """
     gguf = gguf_package()
     writer = gguf.GGUFWriter(path, architecture)
@@ -123,6 +123,6 @@ def _array_type(tensor: GgufTensor) -> Any:
 def _data(tensor: GgufTensor) -> Any:
     value = tensor.read()
     if tuple(value.shape) != tensor.shape:
-        raise CheckpointError(f"{tensor.name} came as {tuple(value.shape)}, planned as {tensor.shape}")
+        raise CheckpointError(f"{tensor.name} has shape {tuple(value.shape)}, expected {tensor.shape}")
     array = value.detach().to("cpu", torch.float32).contiguous().numpy()
     return gguf_package().quants.quantize(array, tensor.type)

@@ -14,9 +14,10 @@ _SECRET = "HF_TOKEN"
 
 
 def find_token(given: str | None = None) -> str:
-    """Returns the access token: the given one, else that of ``huggingface_hub``, else Kaggle's secret.
+    """Returns the access token for uploads.
 
-    ``huggingface_hub`` looks for the variable ``HF_TOKEN``, the stored login, and Colab's secret ``HF_TOKEN``.
+    Without ``given``, ``huggingface_hub`` is asked, which uses the variable ``HF_TOKEN``, the stored login or Colab's
+    secret ``HF_TOKEN``; then Kaggle's secret ``HF_TOKEN`` is used.
 
     Args:
         given: a token that takes precedence.

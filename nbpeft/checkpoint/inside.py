@@ -105,7 +105,7 @@ def shown(path: str | os.PathLike[str]) -> str:
     return text if len(text) <= _SHOWN else f"{text[:half]}…{text[-half:]}"
 
 
-# Looking
+# Inspecting
 
 
 def status(root: Path, name: str) -> os.stat_result | None:
@@ -171,7 +171,7 @@ def check_stays(root: Path, name: str) -> None:
         name: path of the folder relative to it; need not exist.
 
     Raises:
-        CheckpointError: the folder, or an entry of it, is a link that leads out of ``root``.
+        CheckpointError: the folder or one of its entries is a link that leads out of ``root``.
         OSError: the folder cannot be read.
     """
     place, home = root / name, os.path.realpath(root)
@@ -184,14 +184,13 @@ def check_stays(root: Path, name: str) -> None:
 # Reading and writing
 
 
-def open_plain(root: Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+def open_plain(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
     """Opens a regular file; refuses links, pipes and devices, which could block or never end.
 
     Args:
         root: the trusted folder.
         name: path relative to it.
         flags: as for ``os.open``. A file that is opened for writing must not have further hard links.
-        mode: permissions of a new file.
 
     Returns:
         The file descriptor.
@@ -204,7 +203,7 @@ def open_plain(root: Path, name: str, flags: int = os.O_RDONLY, mode: int = 0o66
     with _parent(root, name) as (parent, leaf):
         with contextlib.suppress(FileNotFoundError):  # checked before too: opening a device can have effects
             _check_file(path, os.stat(leaf, dir_fd=parent, follow_symlinks=False), alone=writes)
-        handle = os.open(leaf, flags | _FILE, mode, dir_fd=parent)
+        handle = os.open(leaf, flags | _FILE, 0o666, dir_fd=parent)
     return _checked(handle, path, alone=writes)
 
 
@@ -212,11 +211,11 @@ def _check_file(path: Path, found: os.stat_result, *, alone: bool) -> None:
     if _is_link(found) or not stat.S_ISREG(found.st_mode):
         raise CorruptCheckpointError(f"{shown(path)} is {kind_of(found)}, not a plain file", path=str(path))
     if alone and found.st_nlink > 1:
-        raise CorruptCheckpointError(f"{shown(path)} has a second name elsewhere, and is not written", path=str(path))
+        raise CorruptCheckpointError(f"{shown(path)} has a second hard link, and is not written", path=str(path))
 
 
 def _checked(handle: int, path: Path, *, alone: bool) -> int:
-    """The descriptor of an open file; closes it and raises CorruptCheckpointError if it is not a plain file."""
+    """Returns the descriptor of an open file; closes it and raises an error if it is not a plain file."""
     try:
         _check_file(path, os.fstat(handle), alone=alone)
     except BaseException:

@@ -138,18 +138,18 @@ def _check(file: TensorFile, pairs: Mapping[str, _Pair], others: Iterable[str]) 
     more = next((key for key in others if _bare(key).startswith(begins)), None)
     if more is not None:
         raise CheckpointError(
-            f"{path} holds {more}: only the two factors of LoRA and its alpha are read", path=str(path)
+            f"{path} contains {more}: only the two factors of LoRA and its alpha are supported", path=str(path)
         )
     for where, pair in pairs.items():
         if len(pair.parts) != 2:
-            raise CheckpointError(f"{path} holds only one of the two factors of {where}", path=str(path))
+            raise CheckpointError(f"{path} contains only one of the two factors of {where}", path=str(path))
         if min(header[key].ndim for key in pair.parts.values()) < 2:
             raise CheckpointError(f"a factor of {where} in {path} is not a matrix", path=str(path))
         alpha = header[pair.alpha] if pair.alpha else None
         if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or alpha.dtype == torch.bool):
             found = f"has {alpha.numel()} elements" if alpha.numel() != 1 else f"is {short_name(alpha.dtype)}"
             raise CheckpointError(
-                f"{few([pair.alpha])} in {path} {found}: an alpha is one number, or left out", path=str(path)
+                f"{few([pair.alpha])} in {path} {found}: an alpha, if present, is one number", path=str(path)
             )
 
 
@@ -165,7 +165,7 @@ def _fields(file: TensorFile, pairs: Mapping[str, _Pair]) -> dict[str, Any]:
     wrong = next((key for key, number in numbers.items() if not math.isfinite(number)), None)
     if wrong is not None:
         raise CheckpointError(
-            f"{few([wrong])} in {file.path} is {numbers[wrong]}: an alpha is a finite number, or left out",
+            f"{few([wrong])} in {file.path} is {numbers[wrong]}: an alpha, if present, is a finite number",
             path=str(file.path),
         )
     alphas = {where: numbers.get(pair.alpha, ranks[where]) for where, pair in pairs.items()}
@@ -208,6 +208,7 @@ def _sorted(keys: Iterable[str], modules: list[str]) -> tuple[dict[str, _Pair], 
     for key in keys:
         end, part = next(((end, part) for end, part in ends if key.endswith(end)), (_ALPHA, "alpha"))
         where = known.get(_bare(key.removesuffix(end)), "") if key.endswith(end) else ""
+        # The `to_out` of diffusers' attention is a list of a linear layer and a dropout; keys name only the list.
         where = known.get(f"{where}.0", where) if where.endswith("to_out") else where
         if not where:
             others.append(key)

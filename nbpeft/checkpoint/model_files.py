@@ -90,12 +90,13 @@ class ModelFolder:
 
 
 def local_folder(name: str) -> Path:
-    """Returns a model's folder: the local folder of that name, or the cached download of that hub id.
+    """Returns a model's folder: a local folder, or the cached download of a model on the hub. Nothing is downloaded.
 
-    Nothing is downloaded.
+    Args:
+        name: path of the folder, or a hub id.
 
     Raises:
-        CheckpointNotFoundError: there is neither.
+        CheckpointNotFoundError: the name is not a folder, and no such model is cached.
     """
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
@@ -142,7 +143,7 @@ def write_model(
         sweep(target, finish=False)  # removes an interrupted copy instead of finishing it
         existing = [path.name for path in target.iterdir() if path.name.endswith(_WEIGHTS)] if target.is_dir() else []
     if existing:
-        raise CheckpointError(f"{shown(target)} holds weights already ({min(existing)}); choose another folder")
+        raise CheckpointError(f"{shown(target)} already contains weights ({min(existing)}); choose another folder")
     count = len(shards)
     names = (
         [SINGLE] if count == 1 else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
@@ -156,8 +157,8 @@ def write_model(
         where = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         weights.append(NewFile.of_text(INDEX, json.dumps(index, indent=2) + "\n"))
-    # The config precedes the weights, which would be loaded as a model of the default size without it. The index comes
-    # last: shards without an index are not a model.
+    # The config is written before the weights: without it, they would be loaded as a model of the default size. The
+    # index is written last: shards without an index are not a model.
     return list(replace_files(target, [*files, *weights], byte_count=total, finish_others=False))
 
 
@@ -185,17 +186,17 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             names = set(json.loads(inside.read_file(index, LONGEST_HEADER))["weight_map"].values())
             if not all(name == os.path.basename(name) for name in names):
-                raise ValueError("a shard is elsewhere")
+                raise ValueError("a shard is in another folder")
             paths = [folder / name for name in sorted(names)]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise CorruptCheckpointError(f"{index} is not an index of weights") from None
         missing = next((path for path in paths if not path.is_file()), None)
         if missing is not None:
-            raise CheckpointNotFoundError(f"{missing} is missing, which {INDEX} names")
+            raise CheckpointNotFoundError(f"{missing} is listed in {INDEX}, but does not exist")
         return paths
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    raise CheckpointNotFoundError(f"{folder} holds no {SINGLE} and no {INDEX}", source=str(folder))
+    raise CheckpointNotFoundError(f"{folder} contains neither {SINGLE} nor {INDEX}", source=str(folder))
 
 
 @contextmanager
@@ -225,8 +226,6 @@ def _write_shard(path: Path, shard: Sequence[TensorSpec], tensor: Callable[[str]
 
 def _write_tensor(file: Any, spec: TensorSpec, value: Tensor) -> None:
     if value.dtype != spec.dtype or tuple(value.shape) != spec.shape:
-        raise CheckpointError(
-            f"{spec.name} came as {value.dtype} {tuple(value.shape)}, planned as {spec.dtype} {spec.shape}"
-        )
+        raise CheckpointError(f"{spec.name} is {value.dtype} {tuple(value.shape)}, expected {spec.dtype} {spec.shape}")
     if value.numel():
         file.write(value.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)

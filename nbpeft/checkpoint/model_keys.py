@@ -21,7 +21,7 @@ _COPIES = "modules_to_save"
 
 
 def keys_of_a_file(tensors: Mapping[str, _Value], name: str, peft_type: str) -> dict[str, _Value]:
-    """Returns the tensors under the keys of an adapter's file; keys without the adapter's name are unchanged.
+    """Returns the tensors with the keys of an adapter's file; keys without the adapter's name are unchanged.
 
     Args:
         tensors: key -> tensor or another value.
@@ -44,7 +44,7 @@ def is_of_a_model(tensors: Mapping[str, Tensor], name: str, peft_type: str) -> b
 
 def _file_key(key: str, name: str, peft_type: str) -> str | None:
     """Returns the key in an adapter's file, or None for a key that does not contain the adapter's name."""
-    spelling = file_keys(peft_type)
+    names_in_file = file_keys(peft_type)
     parts = key.removeprefix("_orig_mod.").split(".")
     for position in range(1, len(parts)):
         before, here, behind = parts[position - 1], parts[position], parts[position + 1 :]
@@ -53,15 +53,15 @@ def _file_key(key: str, name: str, peft_type: str) -> str | None:
         if before in (_ADAPTERS, ModelAdapter.peft.shown_as) and behind:
             parameter = ".".join(behind)
             place = parts[: position - 1] if before == _ADAPTERS else []  # a prompt belongs to no module
-            return ".".join([*place, spelling.get(parameter, parameter)])
+            return ".".join([*place, names_in_file.get(parameter, parameter)])
         if before == _COPIES and behind:
             return ".".join([*parts[: position - 1], *behind])
         if before.startswith(prefixes(peft_type)) and len(behind) < 2:
             # PEFT stores some parameters as the weight of a module; in files some of them have no ``.weight`` anyway.
-            if not behind and f"{before}.{name}" in spelling.values():
+            if not behind and f"{before}.{name}" in names_in_file.values():
                 continue  # a parameter with the same name as the adapter
-            inside, spelt = ".".join([before, *behind]), spelling.get(before, before)
-            if behind and (inside in spelling.values() or spelt != before):
+            inside, saved_as = ".".join([before, *behind]), names_in_file.get(before, before)
+            if behind and (inside in names_in_file.values() or saved_as != before):
                 return ".".join([*parts[: position - 1], inside])
-            return ".".join([*parts[: position - 1], spelt])
+            return ".".join([*parts[: position - 1], saved_as])
     return None

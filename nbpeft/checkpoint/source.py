@@ -81,7 +81,7 @@ class Source:
         """Returns the path of ``adapter_config.json``, which is downloaded if the source is on the hub.
 
         Raises:
-            CheckpointNotFoundError: there is none.
+            CheckpointNotFoundError: there is no such file.
         """
         if _is_file(self.folder / CONFIG_NAME):
             return self.folder / CONFIG_NAME
@@ -93,7 +93,7 @@ class Source:
         """Opens the tensor file that belongs to a config. Of a large file on the hub only the header is downloaded.
 
         Args:
-            config_file: what ``config_file`` returned; on the hub it pins the commit.
+            config_file: path returned by ``config_file``; for the hub it determines the commit.
 
         Raises:
             CheckpointNotFoundError: there is no tensor file.
@@ -111,10 +111,10 @@ class Source:
         """Returns the path of the tensor file that belongs to a config: safetensors, or else PEFT's old ``.bin``.
 
         Args:
-            config_file: what ``config_file`` returned; on the hub it pins the commit.
+            config_file: path returned by ``config_file``; for the hub it determines the commit.
 
         Raises:
-            CheckpointNotFoundError: there is neither.
+            CheckpointNotFoundError: neither file exists.
         """
         local = config_file.parent == self.folder
         for name in (WEIGHTS_NAME, LEGACY_WEIGHTS_NAME):
@@ -132,7 +132,7 @@ class Source:
                 raise absent from None
 
     def _is_local(self) -> bool:
-        """Returns whether the name can only be a folder and not a hub id (``user/name``); then the hub is not asked."""
+        """Returns whether the name can only be a folder and not a hub id (``user/name``), so that no hub is needed."""
         return (
             os.path.exists(self.name)
             or os.path.isabs(self.name)
@@ -275,15 +275,16 @@ def start_of_large_file(
         repo_type=options.get("repo_type"),
     )
     headers = utils.build_hf_headers(token=options.get("token"), library_name="nbpeft")
-    with contextlib.suppress(Exception):  # of network, hub or an older client: the download reports it
+    with contextlib.suppress(Exception):  # the download that follows reports every error of the network or the hub
         size = get_hf_file_metadata(address, token=options.get("token"), endpoint=endpoint).size
         if constants.HF_HUB_OFFLINE or size is None or size <= LARGE:
             return None
         wanted, start = 8, b""
-        asked = {**headers, "Range": f"bytes=0-{LONGEST_HEADER + 7}"}
-        with utils.get_session().stream("GET", address, headers=asked, follow_redirects=True) as answer:
-            answer.raise_for_status()
-            for part in answer.iter_bytes():
+        headers["Range"] = f"bytes=0-{LONGEST_HEADER + 7}"
+        # Streamed, because the header's length is in its first eight bytes: the connection is closed after the header.
+        with utils.get_session().stream("GET", address, headers=headers, follow_redirects=True) as response:
+            response.raise_for_status()
+            for part in response.iter_bytes():
                 start += part
                 wanted = min(8 + int.from_bytes(start[:8], "little"), 8 + LONGEST_HEADER) if len(start) >= 8 else 8
                 if len(start) >= wanted:
@@ -376,12 +377,12 @@ def present_file(
             raise errors.OfflineModeIsEnabled
         address = hf_hub_url(repo_id, name, revision=revision, endpoint=endpoint or constants.ENDPOINT)
         # Not hf_hub_download: without a network it retries for half a minute.
-        answer = utils.get_session().get(address, headers=utils.build_hf_headers(token=token), follow_redirects=True)
+        response = utils.get_session().get(address, headers=utils.build_hf_headers(token=token), follow_redirects=True)
         try:
-            utils.hf_raise_for_status(answer)
+            utils.hf_raise_for_status(response)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError):
             return ""
-        return str(answer.content, "utf-8", errors="replace")
+        return str(response.content, "utf-8", errors="replace")
 
     return _translating(lambda: _writing(download, repo_id), repo_id, name, revision)
 
@@ -400,12 +401,12 @@ def _writing(call: Callable[[], Result], repo_id: str) -> Result:
         status = getattr(error.response, "status_code", None)
         if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
             raise CheckpointError(
-                f"the hub does not accept this access token; make one with write access at {TOKENS_PAGE}",
+                f"the hub does not accept this access token; create one with write access at {TOKENS_PAGE}",
                 repo_id=repo_id,
             ) from None
         if status == 403 and not isinstance(error, errors.GatedRepoError):
             raise CheckpointError(
-                f"this access token may not write to {repo_id!r}; it needs write access there ({TOKENS_PAGE})",
+                f"this access token cannot write to {repo_id!r}; it needs write access ({TOKENS_PAGE})",
                 repo_id=repo_id,
             ) from None
         raise
@@ -427,7 +428,7 @@ def _translating(call: Callable[[], Result], repo_id: str, filename: str, revisi
         raise CheckpointError(f"{repo_id!r} is gated: ask for access on its page and log in") from None
     except errors.RepositoryNotFoundError:
         raise CheckpointNotFoundError(
-            f"{repo_id!r} is neither a folder here nor a repository on the hub that this login may see{what}",
+            f"{repo_id!r} is neither a folder here nor a repository on the hub that this login can access{what}",
             repo_id=repo_id,
         ) from None
     except errors.RevisionNotFoundError:

@@ -5,8 +5,8 @@ write in the same folder cleans it up. If the first file had already been rename
 sweep renames the remaining files too, or, if the caller asks for it, restores the old ones.
 
 Only staging folders of this user's processes are swept: their names end in a code (HMAC) computed from the parent
-folder and a key in the user's home. A staging folder that came with somebody else's files (cloned, unpacked) does not
-have a valid name; it is reported and left alone.
+folder and a key in the user's home. A staging folder among somebody else's files (cloned, unpacked) does not have a
+valid name; it is reported and not touched.
 
 On file systems that cannot lock folders (NFS, Windows), only the age of a staging folder shows that it is abandoned.
 """
@@ -45,7 +45,8 @@ STAGING_PREFIX = ".nbpeft-"
 OLD = ".old"
 """Folder inside a staging folder with hard links to the files that are replaced."""
 ASIDE = ".aside"
-"""The same for whole folders; after an interrupted write a folder is moved back if nothing has replaced it."""
+"""Folder inside a staging folder with whole folders that are being replaced. After an interrupted write, a folder is
+moved back if no new one has taken its place."""
 
 _MOVES = ".moves"
 _NAME = re.compile(r"\.nbpeft-([0-9a-f]{16})([0-9a-f]{16})?")
@@ -91,7 +92,7 @@ def _code(parent: Path, token: str) -> str:
 
 @functools.cache
 def _key() -> bytes:
-    """Returns a secret key of this user; if the home cannot be written, one that only this process knows."""
+    """Returns a secret key of this user; if the home cannot be written, a key of this process only."""
     home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "nbpeft"
     with contextlib.suppress(OSError, RuntimeError):
         home.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,8 @@ def _key() -> bytes:
             handle, made = tempfile.mkstemp(dir=home)
             with open(handle, "wb") as file:
                 file.write(secrets.token_bytes(_KEY_BYTES))
-            with contextlib.suppress(OSError):  # another process was faster, or there are no hard links
+            # Unlike a rename, a link fails if another process was faster, so that all processes use the same key.
+            with contextlib.suppress(OSError):
                 os.link(made, home / "key")
             with contextlib.suppress(OSError):
                 os.unlink(made) if (home / "key").exists() else os.replace(made, home / "key")
@@ -206,8 +208,8 @@ def sweep(folder: Path, *, finish: bool = True, report: bool = True) -> None:
         with contextlib.suppress(OSError, CheckpointError):
             if not _sweep_one(folder, entry, finish) and report:
                 warnings.warn(
-                    f"{inside.shown(folder / entry)} looks like what an interrupted write left, but not one of yours: "
-                    "it was not touched; delete it if you do not need it",
+                    f"{inside.shown(folder / entry)} looks like the remains of an interrupted write, but not one of "
+                    "yours: it was not touched; delete it if you do not need it",
                     stacklevel=2,
                 )
 
@@ -216,7 +218,7 @@ def _sweep_one(folder: Path, entry: str, finish: bool) -> bool:
     """Cleans up one staging folder; returns False if a process of this user did not create it."""
     path, found = folder / entry, os.lstat(folder / entry)
     if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
-        return True  # its owner sweeps it
+        return True  # its owner's processes sweep it
     if not is_own(folder, entry) or not stat.S_ISDIR(found.st_mode):
         return _is_locked(path)
     lock = lock_folder(path)
@@ -232,7 +234,7 @@ def _sweep_one(folder: Path, entry: str, finish: bool) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
-    """Returns whether a live process uses it: one that could not read the key has no valid name."""
+    """Returns whether a live process uses a staging folder, e.g. one whose process could not read the user's key."""
     try:
         lock = lock_folder(path)
     except BlockingIOError:
@@ -313,7 +315,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def _noted_moves(folder: Path, entry: str) -> dict[str, Mark]:
-    """Returns what ``note_moves`` logged; empty if the log is incomplete."""
+    """Returns the renames logged by ``note_moves``; empty if the log is incomplete."""
     try:
         noted = json.loads(inside.read_plain(folder, f"{entry}/{_MOVES}", _MOST_MOVES))
         return {str(name): (int(size), int(when)) for name, (size, when) in noted.items()}
@@ -343,6 +345,7 @@ def lock_folder(path: Path) -> int | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(handle), os.lstat(path)):
             return handle
+        # Between open and lock another process swept the folder: the lock is on a folder that has no name any more.
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     except BaseException as error:
         os.close(handle)

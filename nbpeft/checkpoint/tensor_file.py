@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 
 from nbpeft.checkpoint import inside
+from nbpeft.checkpoint.staging import Mark
 from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError, shortened
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEGACY_WEIGHTS_NAME = "adapter_model.bin"
-Mark = tuple[int, int]
-"""Size of a file in bytes and its modification time in ns."""
 
 DTYPES = {
     name: getattr(torch, full)
@@ -45,11 +44,11 @@ DTYPES = {
 }
 """Name of a dtype in safetensors files -> dtype."""
 LONGEST_HEADER = 2**26
-"""Largest header in bytes, which is that of about 400,000 tensors."""
+"""Largest accepted header in bytes; enough for about 400,000 tensors."""
 _LARGEST_UNMAPPED = 2**28
 _BUFFER = 2**20
 _MOST_OF_MADE = 16
-"""Most bytes that may be read per byte of a computed tensor; packed indices can take more space than their result."""
+"""Most bytes that may be read for each byte of a computed tensor; packed indices can be larger than the result."""
 
 Change = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -190,14 +189,14 @@ class TensorFile:
         data = bytearray(like.nbytes)
         file.seek(self._places[key])
         if file.readinto(data) != len(data):  # type: ignore[attr-defined]
-            raise ValueError("it was cut off while it was read")
+            raise ValueError("it was truncated while it was read")
         return torch.frombuffer(data, dtype=like.dtype).view(like.shape)
 
     def _read_header(self, file: BinaryIO, size: int) -> None:
         """Reads the header and checks that its tensors cover the rest of the file exactly."""
         length = int.from_bytes(_exactly(file, 8), "little")
         if not 0 < length <= size - 8:
-            raise ValueError("its header does not end in it")
+            raise ValueError("its header is longer than the file")
         if length > LONGEST_HEADER:
             raise ValueError(f"its header has more than {LONGEST_HEADER:,} bytes")
         header = json.loads(_exactly(file, length))
@@ -209,7 +208,7 @@ class TensorFile:
         for key in sorted(entries, key=lambda key: (entries[key].start, entries[key].end)):
             entry = entries[key]
             if start + entry.start != end:
-                raise ValueError("its tensors overlap, or there is something between them")
+                raise ValueError("its tensors overlap, or there are other bytes between them")
             self._places[key], end = end, start + entry.end
         if end != size:
             raise ValueError(f"its tensors end at byte {end:,}, and it has {size:,}")
@@ -296,7 +295,7 @@ def _metadata(given: Any) -> dict[str, str]:
 def _exactly(file: Any, count: int) -> bytes:
     content = file.read(count)
     if len(content) != count:
-        raise ValueError("it is cut off")
+        raise ValueError("it is truncated")
     return bytes(content)
 
 
@@ -335,7 +334,7 @@ class UnreadTensors:
         return twin
 
     def unchanged(self) -> Self:
-        """The same without any change: what the file holds."""
+        """Returns a copy without changes, with the tensors as they are in the file."""
         twin = copy.copy(self)
         twin._changes, twin.header = (), {key: self._file.header[key] for key in self._keys}
         return twin
@@ -344,7 +343,7 @@ class UnreadTensors:
         """Reads the tensors that are used and applies the changes.
 
         Args:
-            leave: keys (after the changes) that are not used: they keep the header's tensors without data.
+            leave: keys (after the changes) that are not used; they keep the header's tensors without data.
 
         Raises:
             CheckpointError: most of the data would be read without being used.
@@ -361,7 +360,10 @@ class UnreadTensors:
         return tensors
 
     def _sources(self, taken: Mapping[int, Tensor]) -> list[str]:
-        """Returns the keys from which a change may have computed new tensors."""
+        """Returns the keys from which a change may have computed new tensors.
+
+        A change passes a tensor on as the same object, or computes new ones from tensors that it does not pass on.
+        """
         own = {id(self._file.header[key]) for key in self._keys}
         made = sum(tensor.nbytes for place, tensor in taken.items() if place not in own)
         passed = {id(tensor) for tensor in self.header.values()}
@@ -373,20 +375,14 @@ class UnreadTensors:
         return sources
 
 
-def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads all tensors and the metadata of a file, safetensors or PEFT's old ``.bin``.
-
-    Args:
-        path: the file.
-        device: device of the tensors.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads all tensors and the metadata of a file, safetensors or PEFT's old ``.bin``, into CPU memory.
 
     Raises:
-        ConfigError: there is no such device.
         CorruptCheckpointError: the file is truncated, altered or of another format.
     """
-    _device(device)
     file = TensorFile(path)
-    return file.read(file.header, device), file.metadata
+    return file.read(file.header), file.metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -405,7 +401,7 @@ def _device(device: str | torch.device) -> torch.device:
         target = None
     library: Any = None if target is None else getattr(torch, target.type, None)
     if target is None or (hasattr(library, "is_available") and not library.is_available()):
-        raise ConfigError(f"there is no device {str(device)!r} here to read an adapter to", device=str(device))
+        raise ConfigError(f"this machine has no device {str(device)!r} to load an adapter to", device=str(device))
     return target
 
 
@@ -421,7 +417,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()
     ):
-        raise CorruptCheckpointError(f"{path} does not hold a dictionary of tensors", path=str(path))
+        raise CorruptCheckpointError(f"{path} does not contain a dictionary of tensors", path=str(path))
     return tensors
 
 
@@ -454,7 +450,7 @@ def unreadable(path: Path, error: Exception) -> CorruptCheckpointError:
     """
     text = f"its dtype {error} is not known here" if isinstance(error, KeyError) else str(error)
     if "weights_only" in text:  # torch's message recommends loading the file without this protection
-        text = "it holds more than tensors, and was not opened"
+        text = "it contains more than tensors, and was not opened"
     reason = (text.strip().splitlines() or [type(error).__name__])[0][:200]
     return CorruptCheckpointError(
         f"{path} cannot be read: it is truncated, altered or not a file of tensors ({reason})", path=str(path)

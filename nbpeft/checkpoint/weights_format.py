@@ -1,6 +1,6 @@
 """Converts between the engine's tensors and the keys of PEFT's files.
 
-    AdapterWeights.adapters[path][param]   base_model.model.<path>.<spelling of param>
+    AdapterWeights.adapters[path][param]   base_model.model.<path>.<name of param in files>
     AdapterWeights.copies[path][param]     base_model.model.<path>.<param>
     AdapterWeights.base[name]              base_model.model.<name>, with ``base_layer`` after the
                                            path of an adapted layer, ``original_module`` after a copied one
@@ -62,6 +62,7 @@ class Conversion(Protocol):
         ...
 
 
+_SHOWN = 3
 _LONGEST_KEY = 1_000
 _MOST_UNEXPECTED = 1_000
 """After this many unexpected keys, no alternative readings of further keys are tried."""
@@ -86,7 +87,7 @@ class Expected:
             vocabulary) -> shape.
         others: key without prefix of a tensor that is not floating-point, such as a counter -> dtype.
         parameters: the paths in ``adapters`` that are parameters; see ``AdapterWeights``.
-        found_anew: full names of tensors in ``adapters`` that a file need not contain, because they can be recomputed.
+        recomputable: full names of tensors in ``adapters`` that a file need not contain, as they can be recomputed.
     """
 
     adapters: Shapes = field(default_factory=dict)
@@ -96,7 +97,7 @@ class Expected:
     optional: Mapping[str, Shape] = field(default_factory=dict)
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
     parameters: Collection[str] = ()
-    found_anew: Collection[str] = ()
+    recomputable: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,14 @@ def to_file(weights: AdapterWeights, *, peft_type: str) -> dict[str, Tensor]:
         weights: the tensors of one adapter.
         peft_type: the ``peft_type`` of its config; determines the names of parameters.
     """
-    spelling, places = file_keys(peft_type), _Places(weights.adapters, weights.copies, weights.parameters)
+    names_in_file, places = file_keys(peft_type), _Places(weights.adapters, weights.copies, weights.parameters)
     tensors: dict[str, Tensor] = {}
-    nowhere = transforms_calls(peft_type)
-    prefix = SHARED_PREFIX if nowhere else PREFIX
+    of_calls = transforms_calls(peft_type)
+    prefix = SHARED_PREFIX if of_calls else PREFIX
     for path, parameters in weights.adapters.items():
-        place = "" if nowhere else f"{PREFIX}{places.of_adapter(path)}."
+        place = "" if of_calls else f"{PREFIX}{places.of_adapter(path)}."
         for name, tensor in parameters.items():
-            tensors[f"{place}{spelling.get(name, name)}"] = tensor
+            tensors[f"{place}{names_in_file.get(name, name)}"] = tensor
     for path, parameters in weights.copies.items():
         for name, tensor in parameters.items():
             tensors[f"{prefix}{path}.{name}"] = tensor
@@ -191,7 +192,7 @@ def from_file(
     fitting = {name: tensor for name, tensor in found.items() if name not in left_out}
     _warn_of_not_finite(fitting)
     places = _Places(expected.adapters, expected.copies, expected.parameters)
-    optional = {*(places.of(name) for name in expected.optional), *expected.found_anew}
+    optional = {*(places.of(name) for name in expected.optional), *expected.recomputable}
     missing = [_full_key(name) for name in slots if name not in found and name not in optional]
     return Loaded(_sorted_in(fitting, slots), missing, unexpected, [_full_key(name) for name, _, _ in mismatched])
 
@@ -275,8 +276,8 @@ def _warn_of_not_finite(tensors: Mapping[str, Tensor]) -> None:
     if broken:
         tensors_are = "tensor of the adapter is" if len(broken) == 1 else "tensors of the adapter are"
         warnings.warn(
-            f"{len(broken)} {tensors_are} not finite (NaN or infinite): {_few(broken)}; what it computes will not "
-            "be either",
+            f"{len(broken)} {tensors_are} not finite (NaN or infinite): {_few(broken)}; its outputs will not be "
+            "finite either",
             stacklevel=4,
         )
 
@@ -303,13 +304,13 @@ def _kind_of(tensor: Tensor, *, unread: bool) -> str:
 
 def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
     """Returns key without prefix -> the slot of its tensor and the expected shape."""
-    spelling, places = file_keys(peft_type), _Places(expected.adapters, expected.copies, expected.parameters)
+    names_in_file, places = file_keys(peft_type), _Places(expected.adapters, expected.copies, expected.parameters)
     slots: dict[str, tuple[Slot, Shape]] = {}
-    nowhere = transforms_calls(peft_type)
+    of_calls = transforms_calls(peft_type)
     for path, parameters in expected.adapters.items():
-        place = "" if nowhere else f"{places.of_adapter(path)}."
+        place = "" if of_calls else f"{places.of_adapter(path)}."
         for name, shape in parameters.items():
-            slots[f"{place}{spelling.get(name, name)}"] = ("adapters", path, name), shape
+            slots[f"{place}{names_in_file.get(name, name)}"] = ("adapters", path, name), shape
     for path, parameters in expected.copies.items():
         for name, shape in parameters.items():
             slots[f"{path}.{name}"] = ("copies", path, name), shape
@@ -471,7 +472,7 @@ def _nothing_fits(
     tensors: Mapping[str, Tensor], slots: Mapping[str, object], key_mapping: Mapping[str, str] | None
 ) -> CheckpointError:
     if not tensors:
-        return CheckpointError("the checkpoint holds no tensors at all", found=[], expected=list(slots))
+        return CheckpointError("the checkpoint contains no tensors", found=[], expected=list(slots))
     found, wanted = list(tensors), [_full_key(key) for key in slots]
     hint = None if key_mapping else _nesting_hint(tensors, slots)
     return CheckpointError(
@@ -510,6 +511,6 @@ def _mismatch(mismatched: list[tuple[str, Shape, Shape]]) -> BaseMismatchError:
     )
 
 
-def _few(items: list[str], count: int = 3) -> str:
-    more = len(items) - count
-    return ", ".join(shortened(item, 120) for item in items[:count]) + (f" (+ {more} more)" if more > 0 else "")
+def _few(items: list[str]) -> str:
+    more = len(items) - _SHOWN
+    return ", ".join(shortened(item, 120) for item in items[:_SHOWN]) + (f" (+ {more} more)" if more > 0 else "")

@@ -366,17 +366,19 @@ LabelledCurves = tuple[str, Curve, Curve]
 
 @dataclass(frozen=True)
 class CurveChart:
-    """The loss curves of several runs in one chart; an image once all of them have ended.
+    """The loss curves of several runs in one chart, or those of a metric; an image once all of them have ended.
 
     Attributes:
         curves: the curves of each run.
         legend: whether to show a legend below the chart.
         live: whether more points will follow.
+        metric: name of the metric, which is shown above; empty for losses.
     """
 
     curves: tuple[LabelledCurves, ...]
     legend: bool = True
     live: bool = False
+    metric: str = ""
 
 
 @dataclass(frozen=True)

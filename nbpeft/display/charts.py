@@ -210,12 +210,12 @@ def loss_left(train: TrainState) -> float:
 
 
 def _frame_of(train: TrainState) -> _Frame:
-    raw, evaluated = _finite(train.history), _finite(train.eval_history)
+    raw, evaluated = finite(train.history), finite(train.eval_history)
     return _Frame.around(raw, evaluated, _begin(train), _end(train), _no_curve(train))
 
 
 def _loss_picture(train: TrainState, style: ChartStyle) -> Picture:
-    raw, evaluated, frame = _finite(train.history), _finite(train.eval_history), _frame_of(train)
+    raw, evaluated, frame = finite(train.history), finite(train.eval_history), _frame_of(train)
     curve = _inside(smooth(raw, logarithmic=frame.logarithmic), raw)
     curves, words = [], [frame.words()]
     if len(raw) > 1:
@@ -232,16 +232,16 @@ def _loss_picture(train: TrainState, style: ChartStyle) -> Picture:
 
 def is_logarithmic(train: TrainState) -> bool:
     """Returns whether the losses are drawn on a logarithmic axis."""
-    values = [value for _, value in (*_finite(train.history), *_finite(train.eval_history))]
+    values = [value for _, value in (*finite(train.history), *finite(train.eval_history))]
     return bool(values) and _spans_decades(min(values), max(values))
 
 
 def loss_columns(train: TrainState) -> list[Column]:
     """Returns the columns of the loss curve, with the values of a step each."""
-    raw, frame = _finite(train.history), _frame_of(train)
+    raw, frame = finite(train.history), _frame_of(train)
     lines = [("loss", raw), ("smoothed", smooth(raw, logarithmic=frame.logarithmic) if len(raw) > 1 else [])]
-    lines += [("eval loss", _finite(train.eval_history))]
-    lines += [(name, _finite(train.series.get(name, ()))) for name in ("learning rate", "gradient norm")]
+    lines += [("eval loss", finite(train.eval_history))]
+    lines += [(name, finite(train.series.get(name, ()))) for name in ("learning rate", "gradient norm")]
     formats = {"learning rate": numbers.learning_rate, "gradient norm": numbers.metric}
     named = [(name, points, formats.get(name, numbers.loss)) for name, points in lines]
     return columns(named, [step for step, _ in (*raw, *lines[2][1])], frame.begin, frame.end)
@@ -256,7 +256,7 @@ def small_chart(curve: Curve, train: TrainState) -> str:
     """
     ended = train.status in ENDED
     style = NEUTRAL if ended else THEME
-    points = decimate(_finite(curve), 60)
+    points = decimate(finite(curve), 60)
     corners = _corners(points, _begin(train), _end(train), _SMALL_WIDTH, _SMALL_HEIGHT)
     box = f'width="{_SMALL_WIDTH}" height="{_SMALL_HEIGHT}"'
     shape = f"display:block;width:100%;height:{_SMALL_HEIGHT}px;margin:0"
@@ -277,7 +277,7 @@ def spark_image(curve: Curve, words: str) -> str:
         curve: the values; empty text is returned if none is finite.
         words: description for screen readers and as a tooltip.
     """
-    points = decimate(_finite(curve), _SPARK_WIDTH // 2)
+    points = decimate(finite(curve), _SPARK_WIDTH // 2)
     if not points:
         return ""
     corners = _corners(points, points[0][0], points[-1][0], _SPARK_WIDTH, _SPARK_HEIGHT)
@@ -309,7 +309,7 @@ def _corners(points: Sequence[Point], first: float, end: float, width: int, heig
 
 def describe(train: TrainState) -> str:
     """Returns a description of the chart for screen readers."""
-    points = _finite(train.history)
+    points = finite(train.history)
     if not points:
         return _no_curve(train)
     (first, start), (last, end) = points[0], points[-1]
@@ -416,7 +416,8 @@ def _inside(curve: list[Point], raw: Sequence[Point]) -> list[Point]:
     return [(place, min(max(value, low), high)) for place, value in curve]
 
 
-def _finite(points: Sequence[tuple[int, float]]) -> list[Point]:
+def finite(points: Sequence[tuple[int, float]]) -> list[Point]:
+    """Returns the points whose values are finite."""
     return [(float(step), value) for step, value in points if math.isfinite(value)]
 
 

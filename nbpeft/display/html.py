@@ -490,8 +490,9 @@ def _(block: blocks.CurveChart) -> str:
     if any(evaluated for _, _, evaluated in block.curves):
         legend += f"<span style='color:{palette.DIM}'>dashed: eval loss</span>"
     style = "display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:4px;font-size:12px"
-    chart = overlay_chart(block.curves) if block.live else overlay_image(block.curves)
-    shown = _with_values(chart, overlay_columns(block.curves), overlay_left(block.curves))
+    chart = (overlay_chart if block.live else overlay_image)(block.curves, block.metric)
+    title = f'<div style="font-size:12px;color:{palette.DIM}">{escape(block.metric)}</div>' if block.metric else ""
+    shown = title + _with_values(chart, overlay_columns(block.curves), overlay_left(block.curves))
     return f'<div style="margin-top:8px">{shown}</div><div style="{style}">{legend}</div>'
 
 

@@ -54,7 +54,7 @@ def activity(model: ModelState) -> str:
     if model.merged:
         return f"merged: {', '.join(model.merged)}"
     if not model.enabled:
-        return "off: only the base model acts"
+        return "off: only the base model is active"
     return f"active: {', '.join(model.active)}" if model.active else "no adapter is active"
 
 

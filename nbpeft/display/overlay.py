@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 
 from nbpeft.display import palette
 from nbpeft.display.blocks import LabelledCurves
-from nbpeft.display.charts import BOTTOM, NEUTRAL, TOP, WIDTH, Picture, across, decimate, left_of, ticks
+from nbpeft.display.charts import BOTTOM, NEUTRAL, TOP, WIDTH, Picture, across, decimate, finite, left_of, ticks
 from nbpeft.display.crosshair import Column, columns
 
 Point = tuple[float, float]
@@ -22,18 +21,19 @@ def colour_of(place: int) -> str:
     return _COLOURS[place % len(_COLOURS)]
 
 
-def overlay_image(curves: Sequence[LabelledCurves]) -> str:
+def overlay_image(curves: Sequence[LabelledCurves], metric: str = "") -> str:
     """Returns the curves in one chart, as a self-contained ``<img>``: losses as lines, evaluation losses dashed.
 
     Args:
         curves: (label, losses, evaluation losses) of each run; values that are not finite are left out.
+        metric: name of the metric whose values are given instead of losses.
     """
-    return _picture(curves).image(NEUTRAL)
+    return _picture(curves, metric).image(NEUTRAL)
 
 
-def overlay_chart(curves: Sequence[LabelledCurves]) -> str:
+def overlay_chart(curves: Sequence[LabelledCurves], metric: str = "") -> str:
     """Returns the same chart as an ``<svg>`` element."""
-    return _picture(curves).svg(NEUTRAL)
+    return _picture(curves, metric).svg(NEUTRAL)
 
 
 def overlay_left(curves: Sequence[LabelledCurves]) -> float:
@@ -45,7 +45,7 @@ def overlay_columns(curves: Sequence[LabelledCurves]) -> list[Column]:
     """Returns the columns of the chart, with the losses of all curves at a step each."""
     _, _, right = _frame(curves)
     named = [
-        (f"{label}{kind}", _finite(points), "{:.4g}".format)
+        (f"{label}{kind}", finite(points), "{:.4g}".format)
         for label, *kinds in curves
         for kind, points in zip(("", " eval"), kinds, strict=True)
     ]
@@ -54,13 +54,13 @@ def overlay_columns(curves: Sequence[LabelledCurves]) -> list[Column]:
 
 def _frame(curves: Sequence[LabelledCurves]) -> tuple[list[float], list[float], float]:
     """Returns the ticks of the x and the y axis, and the step at the right edge."""
-    points = [point for _, *kinds in curves for part in kinds for point in _finite(part)]
+    points = [point for _, *kinds in curves for part in kinds for point in finite(part)]
     steps, upwards = _axes(points)
     return steps, upwards, max(steps[-1], max((step for step, _ in points), default=1.0))
 
 
-def _picture(curves: Sequence[LabelledCurves]) -> Picture:
-    lines = [(_finite(losses), _finite(evaluated)) for _, losses, evaluated in curves]
+def _picture(curves: Sequence[LabelledCurves], metric: str) -> Picture:
+    lines = [(finite(losses), finite(evaluated)) for _, losses, evaluated in curves]
     points = [point for pair in lines for part in pair for point in part]
     steps, upwards, right = _frame(curves)
     low, high = upwards[0], upwards[-1]
@@ -84,17 +84,17 @@ def _picture(curves: Sequence[LabelledCurves]) -> Picture:
             for x, y in (place(*point) for point in (*evaluated, *(losses if len(losses) == 1 else ())))
         ]
     levels = [(place(0, tick)[1], f"{tick:.4g}") for tick in upwards]
-    return Picture(describe(curves), levels, "".join(drawn), "".join(words), HEIGHT)
+    return Picture(describe(curves, metric), levels, "".join(drawn), "".join(words), HEIGHT)
 
 
-def describe(curves: Sequence[LabelledCurves]) -> str:
+def describe(curves: Sequence[LabelledCurves], metric: str = "") -> str:
     """Returns a description of the chart for screen readers."""
     ends = [
         f"{label} {points[-1][1]:.4g} at step {points[-1][0]:g}"
         for label, losses, _ in curves
-        if (points := _finite(losses))
+        if (points := finite(losses))
     ]
-    return f"training loss of {', '.join(ends)}" if ends else "no loss was logged"
+    return f"{metric or 'training loss'} of {', '.join(ends)}" if ends else "no loss was logged"
 
 
 def _axes(points: Sequence[Point]) -> tuple[list[float], list[float]]:
@@ -103,10 +103,6 @@ def _axes(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     end = max([1.0, *(step for step, _ in points)])
     steps = [tick for tick in ticks(0, end, 6) if tick <= end * (1 + 1e-9) and tick == int(tick)]
     return steps, ticks(0.0 if 0 <= low < high / 2 else low, high, 5)
-
-
-def _finite(points: Sequence[tuple[int, float]]) -> list[Point]:
-    return [(float(step), value) for step, value in points if math.isfinite(value)]
 
 
 def _words(x: str, y: float, anchor: str, text: str) -> str:

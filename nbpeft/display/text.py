@@ -174,7 +174,7 @@ def _(block: blocks.SmallCharts) -> RenderableType:
 def _(block: blocks.CurveChart) -> RenderableType:
     from nbpeft.display.overlay import describe
 
-    return Text(describe(block.curves), "dim")
+    return Text(describe(block.curves, block.metric), "dim")
 
 
 @renderable.register

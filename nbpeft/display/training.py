@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 
 from nbpeft.display import numbers
 from nbpeft.display.blocks import (
@@ -43,6 +44,8 @@ _STATUS_TONES: dict[str, Tone] = {
 }
 _WORDS = {"pausing": "pausing after this step", "stopping": "stopping after this step"}
 _MORE = "%lora traceback shows where it failed."
+REWARD = "reward"
+"""The curve of the mean reward of a training that learns from rewards."""
 _LONGEST_ANSWER = 400
 _LONGEST_NAME = 24
 _ICONS: dict[Tone, str] = {"error": "✖", "warning": "⚠\ufe0e", "success": "✓"}  # the selector asks for text, not emoji
@@ -76,6 +79,7 @@ def training_card(
         Progress(done, train.status == "failed"),
         _notes(train),
         _curves(train),
+        _scores(train),
         (members_table(train) if members else None) if train.members else SmallCharts(train),
         _samples(train),
         memory_bar(train.memory, thin=True) if train.memory is not None else None,
@@ -127,11 +131,23 @@ def _subject(train: TrainState) -> str:
 
 
 def _curves(train: TrainState) -> Block:
-    """Returns a chart of the run's loss, or of the loss of each adapter of a sweep."""
+    """Returns a chart of the run's loss, of its reward, or of the loss of each adapter of a sweep."""
+    live = train.status not in (*ENDED, "paused")
+    if train.series.get(REWARD):  # the loss of such a training says nothing: it is relative within each step
+        return CurveChart(((REWARD, train.series[REWARD], ()),), legend=False, live=live, metric=REWARD)
     if not train.members:
         return LossChart(train)
     curves = tuple((member.name, _smoothed(member.history), member.eval_history) for member in train.members)
-    return CurveChart(curves, legend=False, live=train.status not in (*ENDED, "paused"))
+    return CurveChart(curves, legend=False, live=live)
+
+
+def _scores(train: TrainState) -> Block | None:
+    """Returns a chart of the metric by which the adapters of a sweep are ranked."""
+    metric = next((member.metric for member in train.members), "")
+    curves = tuple((member.name, member.metric_history.get(metric, ()), ()) for member in train.members)
+    if not any(len(curve) > 1 for _, curve, _ in curves):
+        return None
+    return CurveChart(curves, legend=False, live=train.status not in (*ENDED, "paused"), metric=metric)
 
 
 def _smoothed(curve: Curve) -> Curve:
@@ -151,15 +167,11 @@ def _figures(train: TrainState) -> Figures:
     memory = train.memory
     used = sum(part.byte_count for part in memory.parts) if memory is not None else None
     peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
-    several, evaluated, perplexity = bool(train.members), numbers.loss(train.eval_loss), _perplexity(train.eval_loss)
     mean = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
     figures = (
-        _loss_of_the_best(train) if several else Figure("loss", numbers.loss(train.loss), mean, 84),
-        Figure("lowest eval loss" if several else "eval loss", evaluated, _best_words(train), 84, perplexity),
-        *(
-            Figure(name, numbers.metric(value), f"at step {train.eval_step:,}" if train.eval_step else "", 70)
-            for name, value in train.metrics.items()
-        ),
+        _loss_of_the_best(train) if train.members else Figure("loss", numbers.loss(train.loss), mean, 84),
+        *_reward(train),
+        *_evaluations(train),
         Figure("step", f"{train.step:,}{total}", " · ".join(filter(None, (epoch, begun))), 84),
         Figure("tokens/s", numbers.rate(train.tokens_per_second), "", 64),
         elapsed,
@@ -167,6 +179,26 @@ def _figures(train: TrainState) -> Figures:
     )
     ended = train.status in ENDED  # an ended run will not get the figures that it lacks
     return Figures(tuple(figure for figure in figures if not ended or figure.figure != numbers.NONE))
+
+
+def _evaluations(train: TrainState) -> Iterator[Figure]:
+    """Yields the evaluation loss and the metrics; in a sweep those of the best adapter."""
+    measured, loss, title, words = train.eval_step, train.eval_loss, "eval loss", _best_words(train)
+    if train.members:
+        best, title = min(train.members, key=lambda member: member.rank), "lowest eval loss"
+        if best.metric:  # the last evaluation is that of the adapters that were trained then
+            measured, loss, title = best.eval_step, best.eval_loss, "eval loss of the best"
+            words = f"at step {measured:,}" if measured else ""
+    yield Figure(title, numbers.loss(loss), words, 84, _perplexity(loss))
+    for name, value in _metrics(train).items():
+        where = f"at step {measured:,}" if measured else ""
+        yield Figure(f"{name} of the best" if train.members else name, numbers.metric(value), where, 70)
+
+
+def _metrics(train: TrainState) -> Mapping[str, float]:
+    """Returns the last values of the metrics; in a sweep those of the best adapter."""
+    best = min(train.members, key=lambda member: member.rank, default=None)
+    return train.metrics if best is None or not best.metrics else best.metrics
 
 
 def _loss_of_the_best(train: TrainState) -> Figure:
@@ -195,12 +227,13 @@ def _samples(train: TrainState) -> tuple[Block, ...]:
 
     Earlier answers are shown only if the run is paused or has ended, because each update would fold them again.
     """
-    if not train.samples:
-        return ()
-    last = max(sample.step for sample in train.samples)
-    newest = [sample for sample in train.samples if sample.step == last]
-    earlier = [sample for sample in reversed(train.samples) if sample.step != last]
-    shown: list[Block] = []
+    answers = [sample for sample in train.samples if sample.reward is None]
+    shown: list[Block] = [*_rewarded(train)]
+    if not answers:
+        return tuple(shown)
+    last = max(sample.step for sample in answers)
+    newest = [sample for sample in answers if sample.step == last]
+    earlier = [sample for sample in reversed(answers) if sample.step != last]
     for sample in newest:
         shown += [line(dim("prompt"), Text(sample.prompt, "bold")), _with_base(sample, train.adapter)]
     if earlier and train.status in (*ENDED, "paused"):
@@ -212,6 +245,38 @@ def _samples(train: TrainState) -> tuple[Block, ...]:
         head = ("Step", *(("Prompt",) if several else ()), "Answer")
         shown.append(Details(f"{numbers.plural(len(earlier), 'earlier answer')}", Table(head, rows, right=(0,))))
     return tuple(shown)
+
+
+def _rewarded(train: TrainState) -> tuple[Block, ...]:
+    """Returns the best and the worst of the last completions, and those of earlier steps folded."""
+    scored = [(sample, sample.reward) for sample in train.samples if sample.reward is not None]
+    if not scored:
+        return ()
+    last = max(sample.step for sample, _ in scored)
+    newest = sorted((pair for pair in scored if pair[0].step == last), key=lambda pair: -pair[1])
+    boxes = [
+        Box(title, ((_cut(sample.answer), False),), aside=f"reward {numbers.metric(reward)} · step {last:,}")
+        for title, (sample, reward) in zip(("best completion", "worst completion"), newest, strict=False)
+    ]
+    shown: list[Block] = [line(dim("prompt"), Text(_cut(newest[0][0].prompt), "bold")), Columns(tuple(boxes))]
+    earlier = [pair for pair in reversed(scored) if pair[0].step != last]
+    if earlier and train.status in (*ENDED, "paused"):
+        rows = tuple(
+            (f"{sample.step:,}", numbers.metric(reward), _cut(sample.prompt), Text(_cut(sample.answer), wrap="as is"))
+            for sample, reward in earlier
+        )
+        title = numbers.plural(len(earlier), "earlier completion")
+        shown.append(Details(title, Table(("Step", "Reward", "Prompt", "Completion"), rows, right=(0, 1))))
+    return tuple(shown)
+
+
+def _reward(train: TrainState) -> tuple[Figure, ...]:
+    """Returns the mean reward of the last step, with that of the first."""
+    curve = train.series.get(REWARD)
+    if not curve:
+        return ()
+    step, first = curve[0]
+    return (Figure(REWARD, numbers.metric(curve[-1][1]), f"{numbers.metric(first)} at step {step:,}", 84),)
 
 
 def _with_base(sample: Sample, adapter: str) -> Columns:
@@ -229,7 +294,7 @@ def small_curves(train: TrainState) -> tuple[tuple[str, Curve, str, str, str], .
     formats = {"learning rate": numbers.learning_rate, "tokens/s": numbers.rate, "memory": _size}
     order = ("learning rate", "gradient norm", "tokens/s", "memory")
     named = {name: train.series[name] for name in order if name in train.series}
-    named |= {name: curve for name, curve in train.series.items() if name not in named}
+    named |= {name: curve for name, curve in train.series.items() if name not in (*named, REWARD)}
     named |= {name: curve for name, curve in train.metric_history.items() if len(curve) > 1}
     result = []
     for name, curve in named.items():
@@ -253,7 +318,8 @@ def member_rows(train: TrainState) -> tuple[tuple[str, ...], list[tuple[str, tup
     ranked = sorted(enumerate(train.members), key=lambda item: item[1].rank)
     fields = tuple(dict.fromkeys(field for member in train.members for field in member.settings))
     evaluated = any(member.eval_loss is not None for member in train.members)
-    head = ("Adapter", *fields, "loss", *(("eval loss",) if evaluated else ()), "gradient norm", "")
+    metrics = tuple(dict.fromkeys(name for member in train.members for name in member.metrics))
+    head = ("Adapter", *fields, "loss", *(("eval loss",) if evaluated else ()), *metrics, "gradient norm", "")
     rows: list[tuple[str, tuple[Span, ...]]] = []
     for number, (place, member) in enumerate(ranked):
         figures = [member.smoothed_loss, *([member.eval_loss] if evaluated else [])]
@@ -264,12 +330,17 @@ def member_rows(train: TrainState) -> tuple[tuple[str, ...], list[tuple[str, tup
             name,
             *(member.settings.get(field, "") for field in fields),
             *map(numbers.loss, figures),
-            numbers.NONE if member.gradient_norm is None else numbers.metric(member.gradient_norm),
+            *(_metric(member.metrics.get(metric)) for metric in metrics),
+            _metric(member.gradient_norm),
             Text(ended, "error" if member.status == "diverged" else "dim"),
         )
         rows.append((member.name, cells))
     figures_from = 1 + len(fields)
-    return head, rows, range(figures_from, figures_from + 2 + evaluated)
+    return head, rows, range(figures_from, figures_from + 2 + evaluated + len(metrics))
+
+
+def _metric(value: float | None) -> str:
+    return numbers.NONE if value is None else numbers.metric(value)
 
 
 def members_table(train: TrainState) -> Table:
@@ -309,7 +380,7 @@ def training_text(train: TrainState, *, seen: str = "", brief: bool = False) -> 
         parts.append(f"loss {numbers.loss(train.loss)}")
     if train.eval_loss is not None:
         parts.append(f"eval loss {numbers.loss(train.eval_loss)}")
-    parts += [f"{name} {numbers.metric(value)}" for name, value in train.metrics.items()]
+    parts += [f"{name} {numbers.metric(value)}" for name, value in _metrics(train).items()]
     if train.tokens_per_second is not None:
         parts.append(f"{numbers.rate(train.tokens_per_second)} tokens/s")
     if train.remaining is not None and train.status not in ENDED:

@@ -2,7 +2,8 @@
 
     small_model, small_model_path     SmolLM2-135M-Instruct, from a package or the Hub
     order_codes, dates, filters, records     tasks: (training rows, held-out rows)
-    prompted            the same rows with solved examples in each prompt
+    code_table          all codes of order_codes as a text
+    prompted            the same rows with solved examples, or a text, before each prompt
     score, answers      the answers of a model, and the share of correct ones
     Score, Scores       one score, and a chart of several
     Times               a chart of durations
@@ -20,7 +21,7 @@ Importing this imports neither torch nor transformers.
 from nbpeft.examples.base_model import HUB_NAME, small_model, small_model_path
 from nbpeft.examples.costs import Costs, Trained
 from nbpeft.examples.scoring import Score, Scores, answers, score
-from nbpeft.examples.tasks import Row, dates, filters, order_codes, prompted, records
+from nbpeft.examples.tasks import Row, code_table, dates, filters, order_codes, prompted, records
 from nbpeft.examples.times import Times
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Times",
     "Trained",
     "answers",
+    "code_table",
     "dates",
     "filters",
     "order_codes",

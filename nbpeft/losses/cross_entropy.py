@@ -1,7 +1,8 @@
 """Cross entropy whose logits are computed a chunk of tokens at a time, together with the gradients of the inputs.
 
 The logits of a chunk are freed once its loss and its gradient are computed. Only the gradients of the hidden states of
-tokens with labels, and of trained parameters of the head, are saved for backward.
+tokens with labels, and of trained parameters of the head, are saved for backward. If each token has a loss of its own,
+the gradients of trained parameters of the head are computed in backward, where their factors are known.
 """
 
 from __future__ import annotations
@@ -43,19 +44,20 @@ def chunked_cross_entropy(
         weights: weight of each row's loss, at least 0, (n,); None for 1. A mean is divided by their sum.
         chunk_size: number of rows whose logits are in memory at once.
         ignore_index: target of rows that are left out.
-        reduction: ``"mean"`` over the rows with a target, or ``"sum"``.
+        reduction: ``"mean"`` over the rows with a target, ``"sum"``, or ``"none"``.
         label_smoothing: share of the target probability that is distributed over all classes, 0 to 1.
-        divisor: the number by which the caller will divide a sum, if known; bfloat16 gradients are rounded after the
-            division then.
+        divisor: the number by which the caller will divide a sum, or None if unknown. If known, bfloat16 gradients are
+            divided by it before they are rounded.
         sampled: compute only the first two chunks and the last one: the others allocate the same memory as the second.
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 logits); NaN for the mean of no rows.
+        The loss, a scalar in float32 (float64 for float64 logits), NaN for the mean of no rows; with ``"none"`` that of
+        each row, (n,), 0 for rows that are left out.
     """
     has_grad = torch.is_grad_enabled()
     trained = _trained_tensors(head, hidden) if has_grad else []
     hidden = hidden if has_grad else hidden.detach()
-    learned = targets != ignore_index
+    learned, size, rows = targets != ignore_index, targets.shape[0], None
     if not bool(learned.all()):
         rows = learned.nonzero().flatten()
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
@@ -67,16 +69,20 @@ def chunked_cross_entropy(
     starts = range(0, count, chunk_size)
     chosen = (*starts[:2], *starts[2:][-1:]) if sampled else starts
     chunks = [slice(start, start + chunk_size) for start in chosen]
-    loss: Tensor = apply(head, chunks, label_smoothing, divisor, targets, weights, hidden, *trained)
+    each = reduction == "none"
+    loss: Tensor = apply(head, chunks, label_smoothing, divisor, each, targets, weights, hidden, *trained)
+    if each:
+        return loss if rows is None else loss.new_zeros(size).index_copy(0, rows.to(loss.device), loss)
     if reduction == "sum":
         return loss
     return loss / total if count else loss + float("nan")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of the rows' losses. Forward also computes the gradients of all inputs; backward only scales them.
+    """The sum of the rows' losses, or each of them. Forward also computes the gradients of the hidden states.
 
-    This way the logits of a chunk need not be saved or computed again.
+    Backward only scales them, so that the logits of a chunk need not be saved or computed again. This holds for the
+    gradients of trained tensors of the head, too, if the losses are summed.
     """
 
     @staticmethod
@@ -86,17 +92,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunks: Sequence[slice],
         smoothing: float,
         divisor: Tensor | float | None,
+        each: bool,
         targets: Tensor,
         weights: Tensor | None,
         hidden: Tensor,
         *trained: Tensor,
     ) -> Tensor:
         """Computes the loss and, if a gradient is needed, the gradients of the inputs."""
-        inside = bool(ctx.needs_input_grad[6])
-        learns = inside or bool(trained)
+        inside = bool(ctx.needs_input_grad[7])
+        summed = [] if each else list(trained)
+        learns = inside or bool(summed)
         hidden_gradient = torch.empty_like(hidden) if inside else None
-        sums = [torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) for tensor in trained]
-        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        sums = [torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) for tensor in summed]
+        total = hidden.new_zeros(targets.shape[0] if each else (), dtype=_wide(hidden.dtype))
         ctx.divisor = None
         for place in chunks:
             rows = hidden[place].detach().requires_grad_(inside)
@@ -106,30 +114,63 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if weights is not None:
                 part = weights[place].to(losses)
                 losses, upstream = losses * part, None if upstream is None else upstream.mul_(part.unsqueeze(-1))
-            total = total + losses.sum()
+            if each:
+                total[place] = losses
+            else:
+                total = total + losses.sum()
             if upstream is None:
                 continue
             if logits.dtype == torch.bfloat16 and divisor is not None:  # divide before rounding to bfloat16
                 ctx.divisor = divisor
                 upstream.div_(divisor)
-            found = torch.autograd.grad(logits, [rows, *trained] if inside else trained, upstream.to(logits.dtype))
+            found = torch.autograd.grad(logits, [rows, *summed] if inside else summed, upstream.to(logits.dtype))
             del logits, upstream
             if hidden_gradient is not None:
                 hidden_gradient[place] = found[0]
             for gradient, new in zip(sums, found[int(inside) :], strict=True):
                 gradient.add_(new)
-        ctx.save_for_backward(hidden_gradient, *sums)
+        later = (hidden, targets, weights, *trained) if each and trained else ()
+        ctx.save_for_backward(hidden_gradient, *sums, *later)
+        ctx.count, ctx.again = 1 + len(sums), (head, chunks, smoothing)
         ctx.dtypes = [tensor.dtype for tensor in (hidden, *trained)]
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales the gradients by the gradient of the sum."""
+        """Scales the gradients by those of the losses."""
+        (hidden_gradient, *sums), later = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         scale = upstream if ctx.divisor is None else upstream * ctx.divisor
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = [None if gradient is None else (gradient * scale).to(dtype) for gradient, dtype in gradients]
-        return (None, None, None, None, None, None, *scaled)
+        gradients = [
+            None if hidden_gradient is None else hidden_gradient * (scale.unsqueeze(-1) if scale.dim() else scale),
+            *(_of_trained(*ctx.again, *later, upstream=upstream) if later else [part * scale for part in sums]),
+        ]
+        scaled = [None if part is None else part.to(dtype) for part, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return (None, None, None, None, None, None, None, *scaled)
+
+
+def _of_trained(
+    head: Head,
+    chunks: Sequence[slice],
+    smoothing: float,
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    *trained: Tensor,
+    upstream: Tensor,
+) -> list[Tensor]:
+    """Returns the gradients of trained tensors of the head, given the gradient of each row's loss, (n,)."""
+    sums = [torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) for tensor in trained]
+    for place in chunks:
+        with torch.enable_grad():
+            logits = head(hidden[place].detach())
+        _, gradient = _losses(logits, targets[place], smoothing, True)
+        assert gradient is not None
+        factors = upstream[place] if weights is None else upstream[place] * weights[place].to(upstream)
+        found = torch.autograd.grad(logits, trained, gradient.mul_(factors.unsqueeze(-1)).to(logits.dtype))
+        for part, new in zip(sums, found, strict=True):
+            part.add_(new)
+    return sums
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -104,6 +104,7 @@ def chunked_head(
         return
     lazy = _LazyForward(head, size, found)
     try:
+        # An attribute of the instance takes precedence over the method, and `head(…)` still runs the head's hooks.
         with HeldInterrupts():
             head.__dict__["forward"] = lazy
         yield found
@@ -129,7 +130,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 class _LazyForward:
-    """A ``forward`` of a head that returns lazy logits in the thread that created it, and the usual ones elsewhere.
+    """A ``forward`` of a head that returns lazy logits in the thread that created it, and ordinary ones in others.
 
     Args:
         head: the head; its ``forward`` is restored by ``end``.
@@ -196,7 +197,11 @@ def _without_lazy(output: Any) -> Any:
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:
-    """Returns the output head, or None if it cannot be called for single chunks outside the model's forward."""
+    """Returns the output head, or None if it cannot be called for single chunks outside the model's forward.
+
+    ``nn.DataParallel`` calls replicas of the head in threads of its own. FSDP and DeepSpeed ZeRO-3, whose parameters
+    have a ``ds_id``, gather a weight only while its module runs.
+    """
     head = None if isinstance(model, nn.DataParallel) else embedding_of(base_model_of(model), output=True)
     if head is None or any(cls.__name__ in _SHARDED for cls in type(head).__mro__):
         return None

@@ -53,7 +53,7 @@ class ChunkedHead:
 
     Attributes:
         chunk_size: number of tokens whose logits may be in memory at once.
-        divisor: the number by which a sum over tokens will be divided, if known; gradients are rounded after it.
+        divisor: the number by which a sum over tokens will be divided, or None if unknown.
         sampled: whether chunks that allocate the same memory as another one are skipped.
         chunked: whether a loss was computed in chunks.
         needed_by: name of the first function that needed the logits with their data; empty if none did.
@@ -67,7 +67,7 @@ class ChunkedHead:
 
 
 class LazyLogits(Tensor):
-    """The logits of a language model's head, a tensor with shape, dtype and device whose data is computed on demand.
+    """The logits of a language model's head: a tensor with shape, dtype and device whose data is computed on demand.
 
     Attributes:
         hidden: the head's input, (…, features).
@@ -218,7 +218,7 @@ class LazyLogits(Tensor):
         unusual = [values[name] for name in ("weight", "size_average", "reduce") if values[name] is not None]
         if unusual or self.dim() != 2 or target.dim() != 1 or target.is_floating_point():
             return None
-        if values["reduction"] not in ("mean", "sum"):
+        if values["reduction"] not in ("mean", "sum", "none"):
             return None
         weights = None
         if isinstance(target, WeightedLabels):
@@ -259,7 +259,7 @@ def _with_data(values: Any, name: str) -> Any:
 
 
 def _with_autocast(head: Head, kind: str) -> Head:
-    """Returns a head that computes under the autocast state of this moment, whenever it is called."""
+    """Returns a head that computes under the current autocast state, also if it is called later."""
     if not torch.is_autocast_enabled(kind):
         return head
     dtype = torch.get_autocast_dtype(kind)
@@ -272,11 +272,7 @@ def _with_autocast(head: Head, kind: str) -> Head:
 
 
 def _index_of_tokens(index: Any, axes: int, size: int) -> Any:
-    """Returns the index to apply to the hidden states.
-
-    Returns:
-        None for an index that contains tensors or that does not select the whole vocabulary.
-    """
+    """Returns the index for the hidden states; None if it contains tensors or does not select the whole vocabulary."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if not all(isinstance(part, slice) or part is Ellipsis or type(part) is int for part in parts):
         return None

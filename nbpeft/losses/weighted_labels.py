@@ -99,7 +99,7 @@ def check_weights_used(labels: object, model: str) -> None:
     if isinstance(labels, WeightedLabels) and not labels.uses:
         raise TrainingError(
             f"the rows have weights, and the loss of {model} does not use them: leave the weights out, or give only "
-            "0 and 1, which say what is learned at all"
+            "0 and 1, which select the tokens to learn"
         )
 
 

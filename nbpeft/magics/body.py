@@ -22,8 +22,8 @@ _KINDS = {
     ast.While: "a loop",
     ast.If: "a condition",
     ast.With: "a with block",
-    ast.AugAssign: "a changed value",
-    ast.Delete: "a del",
+    ast.AugAssign: "an augmented assignment",
+    ast.Delete: "a del statement",
 }
 
 
@@ -32,7 +32,7 @@ UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)
 _WIDTH = 120
 """The greatest number of characters that a message shows of a line."""
 _BITS = 1024
-"""The longest whole number of a field, in bits: a float cannot represent a longer one."""
+"""The longest integer of a field, in bits: a float cannot represent a longer one."""
 
 
 @dataclass(frozen=True)
@@ -214,14 +214,10 @@ def excerpt(source: str, error: CellError) -> str:
 
 
 def _short(value: Any) -> Any:
-    """The value, unless it is or contains a whole number that is too long for any field.
-
-    Raises:
-        ValueError: it is or contains such a number.
-    """
+    """The value; an integer that is too long for any field, also inside a list or dict, raises a ValueError."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
     if any(isinstance(part, int) and part.bit_length() > _BITS for part in parts):
-        raise ValueError(f"a whole number of more than {_BITS} bits")
+        raise ValueError(f"an integer of more than {_BITS} bits")
     return value
 
 
@@ -250,12 +246,9 @@ def _assignment(statement: ast.stmt, source: str) -> Assignment:
             _refuse_comma(statement, source)
             return Assignment(target.id, statement.value, line, column)
         raise CellError(f"expected 'field = value', not an assignment to '{ast.unparse(target)}'", line=line, column=0)
-    what = _KINDS.get(type(statement), "a call" if _is_call(statement) else "an expression")
-    raise CellError(f"only lines like 'field = value' can stand here, not {what}", line=line, column=column)
-
-
-def _is_call(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+    is_call = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+    what = _KINDS.get(type(statement), "a call" if is_call else "an expression")
+    raise CellError(f"only lines like 'field = value' are allowed here, not {what}", line=line, column=column)
 
 
 def _refuse_comma(statement: ast.Assign, source: str) -> None:

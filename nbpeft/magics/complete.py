@@ -119,14 +119,14 @@ def complete_arguments(
     """
     option = _open_option(command, words, fragment)
     if option is not None:
-        return _left(option, _values(option, fragment, words, sources), words)
+        return _without_named(option, _values(option, fragment, words, sources), words)
     if fragment.startswith("-"):
         flags = [flag for item in command.arguments for flag in item.flags if flag.startswith("--")]
         return choose(fragment, [*flags, "--help"])
-    place = _place(command, words)
+    place = _next_positional(command, words)
     if place is None:
         return _field_words(command, words, fragment, sources)
-    return _left(place, _values(place, fragment, words, sources), words)
+    return _without_named(place, _values(place, fragment, words, sources), words)
 
 
 def complete_body(
@@ -258,7 +258,7 @@ def _values(item: Argument, fragment: str, words: Sequence[Word], sources: Compl
     return choose(fragment, [*item.words, *named.get(item.completes, tuple)()])
 
 
-def _left(item: Argument, values: Suggestions, words: Sequence[Word]) -> Suggestions:
+def _without_named(item: Argument, values: Suggestions, words: Sequence[Word]) -> Suggestions:
     """The suggestions without the adapters that the line already names."""
     if item.completes not in ("adapter", "weight"):
         return values
@@ -280,7 +280,7 @@ def _option(command: Subcommand, word: str) -> Argument | None:
     return next((item for item in command.arguments if not item.positional and word in item.flags), None)
 
 
-def _place(command: Subcommand, words: Sequence[Word]) -> Argument | None:
+def _next_positional(command: Subcommand, words: Sequence[Word]) -> Argument | None:
     """The positional argument that comes next."""
     given, skip = 0, False
     for word in words:

@@ -45,7 +45,7 @@ def front_end_checks(shell: Any) -> tuple[Check, ...]:
             Check(
                 "jupyterlab_widgets",
                 front,
-                f"does not go with ipywidgets {widgets}: panels show 'javascript error'",
+                f"is incompatible with ipywidgets {widgets}: panels show 'javascript error'",
                 f"{install('ipywidgets jupyterlab_widgets')}, then reload the page",
             )
         )

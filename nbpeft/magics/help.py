@@ -118,17 +118,17 @@ def command_help(command: Subcommand, prog: str) -> HelpText:
         command: the command.
         prog: how its line begins, e.g. ``%lora use``.
     """
-    example = command.example or " ".join((prog, *(_left(item) for item in command.arguments if item.positional)))
+    example = command.example or " ".join((prog, *(_usage(item) for item in command.arguments if item.positional)))
     fields: Rows = (("name=value", _FIELDS.get(command.fields, "")),) if command.fields else ()
-    arguments = tuple((_left(item), _help(item)) for item in command.arguments if item.positional)
-    options = tuple((_left(item), _help(item)) for item in command.arguments if not item.positional)
+    arguments = tuple((_usage(item), _help(item)) for item in command.arguments if item.positional)
+    options = tuple((_usage(item), _help(item)) for item in command.arguments if not item.positional)
     sections = {"Example": ((example, ""),), "Arguments": (*arguments, *fields), "Options": options}
     return HelpText(prog, sections, lead=command.summary)
 
 
 def argument_help(item: Argument) -> str:
     """One argument and its description."""
-    return f"{_left(item)}\n{_help(item)}"
+    return f"{_usage(item)}\n{_help(item)}"
 
 
 def main_help(cells: Mapping[str, Subcommand], subcommands: Mapping[str, Subcommand]) -> HelpText:
@@ -157,7 +157,7 @@ def _overview(command: Subcommand, prog: str) -> tuple[str, str]:
     return command.example or prog, command.summary.partition(". ")[0].rstrip(".") + "."
 
 
-def _left(item: Argument) -> str:
+def _usage(item: Argument) -> str:
     """How an argument is written: ``--batch N``, ``MODEL``."""
     name = str(item.options.get("metavar") or item.flags[0].lstrip("-"))
     if item.positional:

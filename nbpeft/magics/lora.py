@@ -181,6 +181,7 @@ class NbpeftMagics(magic.Magics):
                 f"training failed: {type(error).__name__}: {in_one_line(error):.300} (%lora traceback shows where)"
             )
             self._keep_traceback(error)
+        # Raised outside the except blocks: as its context, the caught error would keep its frames and their tensors.
         if interrupted is not None:
             raise interrupted
         raise UsageError(message)

@@ -10,10 +10,11 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nbpeft._util.mixtures import mixture
 from nbpeft.confidential import masked, without_secrets
 from nbpeft.errors import CellError, near, with_article
 from nbpeft.magics.body import evaluate_expression, expression_of, look_up, parse_body
-from nbpeft.magics.parse import Expression
+from nbpeft.magics.parse import Expression, is_mixture, parts_of
 from nbpeft.magics.tokenize import reference
 from nbpeft.session import Session
 from nbpeft.session.handles import is_handle, is_module
@@ -235,6 +236,9 @@ class NotebookContext:
         """
         if not isinstance(text, str):
             return None
+        if is_mixture(text):
+            parts = {part: (self.by_name(part), weight) for part, weight in parts_of(text)}
+            return None if any(data is None for data, _ in parts.values()) else mixture(**parts)
         name = reference(text) or text
         if name.isidentifier():
             return None if name.startswith("_") else self.namespace.get(name)
@@ -251,12 +255,15 @@ class NotebookContext:
             option: the option, for the message.
 
         Returns:
-            The value of a variable or expression; the text itself for a file or a dataset.
+            The value of a variable or expression; the text itself for a file or a dataset; a mixture of them for
+            ``a*0.7 b*0.3``.
 
         Raises:
             CellError: it is a variable that is not defined, or an expression that cannot be evaluated.
         """
         namespace = self.namespace
+        if is_mixture(text):
+            return mixture(**{part: (self.data(part, option), weight) for part, weight in parts_of(text)})
         if (match := _FILE.fullmatch(text)) and not hasattr(namespace.get(match[1]), match[2]):
             return text
         if (match := _HUB_NAME.fullmatch(text)) and not (match[1] in namespace and match[2] in namespace):

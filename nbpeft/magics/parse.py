@@ -7,6 +7,7 @@ arguments; every mistake is a ``CellError`` with a one-line message that names t
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,13 @@ from nbpeft.session.handles import is_module
 
 _REQUIRED = "the following arguments are required: "
 _CLOSE = 0.8
-"""The similarity, as of ``difflib``, from which a ``name=value`` word after an option counts as part of the option and
-not as a field."""
+"""The ``difflib`` ratio above which a ``name=value`` word after an option belongs to the option and is not a field."""
 _EXPRESSION = re.compile(r"\{[^\W\d]\w*[.\[(][^{}]*\}.*")
 """Expressions such as ``{runs[0]}``, which IPython's own magics evaluate."""
 _VARIABLE = re.compile(r"([^\W\d]\w*)(?:[.\[].*)?", re.DOTALL)
 """A variable, or an expression that begins with one."""
+_SHARE = re.compile(r"[^\s=-][^\s=]*\*(?:\d+\.?\d*|\.\d+)")
+"""A part of a mixture of data: ``rows*0.7``."""
 _DIGITS = 18
 """The greatest number of digits of a whole number in an option."""
 
@@ -187,9 +189,32 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
     own_pairs = _own_pairs(command, words)
     fields = [word for word in words if command.fields and _is_field(word) and word not in own_pairs]
     rest = [expand(word, namespace) for word in words if word not in fields]
-    options = LineParser(command, prog).read(rest)
+    options = LineParser(command, prog).read(_mixtures_joined(rest))
     options.fields = fields
     return Request(command, options)
+
+
+def is_mixture(text: str) -> bool:
+    """Whether the text of an option names a mixture of data: ``a*0.7 b*0.3``."""
+    words = text.split()
+    return len(words) > 1 and all(map(_SHARE.fullmatch, words))
+
+
+def parts_of(text: str) -> list[tuple[str, float]]:
+    """The parts of a mixture, each with its share."""
+    parts = [word.rpartition("*") for word in text.split()]
+    return [(name, float(share)) for name, _, share in parts]
+
+
+def _mixtures_joined(words: Sequence[str]) -> list[str]:
+    """The words of a line, with the parts of a mixture as one word."""
+    found: list[str] = []
+    for word in words:
+        if found and is_mixture(f"{found[-1]} {word}"):
+            found[-1] = f"{found[-1]} {word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _own_pairs(command: Subcommand, words: Sequence[Word]) -> list[Word]:
@@ -243,12 +268,12 @@ def parse_line(
         if name in namespace and is_module(namespace[name]):
             add = f"a cell that begins with %{magic} {name:.60}, or {magic} add {name:.60} …"
             raise CellError(f"{magic} has no command {name!r:.60}, which is a variable; to adapt it: {add}")
-        hint = _meant(name, magic, subcommands, cells) or f" {magic} help lists the commands"
+        hint = _command_hint(name, magic, subcommands, cells) or f" {magic} help lists the commands"
         raise CellError(f"{magic} has no command {name!r:.60}.{hint}")
     return parse_arguments(subcommands[name], f"{magic} {name}", words[1:], namespace)
 
 
-_USUAL = {
+_SYNONYMS = {
     "list": "",
     "ls": "",
     "status": "",
@@ -265,10 +290,10 @@ _USUAL = {
 """Words that other tools use for a command; empty for the magic alone."""
 
 
-def _meant(name: str, magic: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
+def _command_hint(name: str, magic: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
     """The hint at the command that an unknown word probably means, with a leading space; empty if none is close."""
-    if name in _USUAL:
-        return f" Did you mean {f'{magic} {_USUAL[name]}'.strip()!r}?"
+    if name in _SYNONYMS:
+        return f" Did you mean {f'{magic} {_SYNONYMS[name]}'.strip()!r}?"
     own = magic.lstrip("%")
     forms = {word: word for word in subcommands}
     forms |= {cell: f"%%{cell}" for cell in cells} | {
@@ -303,7 +328,7 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
         if variable is not None and variable[1] in namespace:
             return Expression(text)
         if not word.quoted and _EXPRESSION.fullmatch(text):
-            message = f"{text:.60} is an expression, and only a variable is replaced, as in {{name}}: assign it first"
+            message = f"{text:.60} is an expression; only a variable, as in {{name}}, is replaced: assign it first"
             raise CellError(message, column=word.start)
         return word.text
     name, rest = match
@@ -324,7 +349,7 @@ def _has_messages(value: object) -> bool:
 
 
 class Expression(str):
-    """Text without quotes that begins with a variable of the notebook, so that it can be its value: ``rows[0]``."""
+    """Text without quotes that begins with a variable of the notebook, such as ``rows[0]``: it can be evaluated."""
 
 
 class Verbatim(str):
@@ -356,12 +381,27 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def variable(text: str) -> tuple[str, Any]:
+    """Parse ``name=value`` for the ``type`` of an argument; the value is a literal (``False``, ``3``) or a word.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not of this form.
+    """
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals and value):
+        raise argparse.ArgumentTypeError(f"expected name=value, e.g. enable_thinking=False, not {text!r:.60}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return name, {"true": True, "false": False}.get(value, value)
+
+
 class AsMapping(argparse.Action):
-    """Stores the pairs of a ``type=pair`` argument as a dict; for the ``action`` of an argument."""
+    """Stores the pairs of an argument as a dict, of one that is repeated all of them; for ``action`` of an argument."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
         """Stores the values of the argument, a list of pairs."""
-        setattr(namespace, self.dest, dict(values))
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **dict(values)})
 
 
 def positive(text: str) -> int:

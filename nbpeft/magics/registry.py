@@ -10,7 +10,7 @@ from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
-from nbpeft.magics.parse import Argument, AsMapping, Subcommand, argument, pair, positive, prompt_text
+from nbpeft.magics.parse import Argument, AsMapping, Subcommand, argument, pair, positive, prompt_text, variable
 from nbpeft.names import DEFAULT_ADAPTER
 
 Run = Callable[[argparse.Namespace, NotebookContext], object]
@@ -57,7 +57,8 @@ DATA = argument(
     required=True,
     metavar="DATA",
     completes="data",
-    help="training rows: a variable or expression, a .jsonl, .json, .csv, .tsv or .parquet file, or user/name:split",
+    help="training rows: a variable or expression, a .jsonl, .json, .csv, .tsv or .parquet file, user/name:split, or a "
+    "mixture of them: a*0.7 b*0.3",
 )
 MAX_LENGTH = argument(
     "--max-length", type=positive, metavar="N", help="maximum length of a row in tokens; longer rows are truncated"
@@ -81,6 +82,45 @@ SEPARATOR = argument(
     help=r"what separates the cells of a .csv or .tsv file, e.g. ';', '|' or '\t' (default: it is detected)",
 )
 SKIP_BAD = argument("--skip-bad", action="store_true", help="leave out rows that cannot be read, and say how many")
+TEMPLATE = argument(
+    "--template",
+    dest="chat_template_kwargs",
+    nargs="+",
+    type=variable,
+    action=AsMapping,
+    metavar="NAME=VALUE",
+    words=("enable_thinking=", "thinking=", "reasoning_effort="),
+    help="variables for the chat template, e.g. enable_thinking=False; kept with the adapter, which is asked with them",
+)
+CHATS = (
+    argument(
+        "--learn",
+        choices=("all", "last", "completion"),
+        words=("all", "last", "completion"),
+        help="turns of the assistant to learn: all, the last one, or the completion: all after the last message of the "
+        "user (default: all)",
+    ),
+    argument(
+        "--reasoning",
+        choices=("keep", "mask", "drop"),
+        words=("keep", "mask", "drop"),
+        help="reasoning of the assistant: keep it, mask it (read, not learned) or drop it (default: keep)",
+    ),
+    TEMPLATE,
+    argument(
+        "--long",
+        choices=("cut", "drop", "split"),
+        words=("cut", "drop", "split"),
+        help="rows longer than --max-length: cut them, drop them, or split texts into several rows (default: cut)",
+    ),
+)
+"""Options of rows that are texts and conversations."""
+
+
+def chats_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The values of the options ``CHATS`` that are given."""
+    values = {name: getattr(options, name, None) for name in ("learn", "reasoning", "long", "chat_template_kwargs")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def answer_limit(usual: int | None, words: str) -> Argument:
@@ -135,7 +175,7 @@ def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
     """
     for name in names:
         if name in options.fields:
-            raise CellError(f"{name} is given in the magic's line, not in the cell")
+            raise CellError(f"{name} is an option of the magic's line, not a field of the cell")
 
 
 def fields_of(options: argparse.Namespace) -> dict[str, Any]:

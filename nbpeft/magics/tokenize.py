@@ -37,11 +37,6 @@ class Word:
     end: int
     quoted: bool = False
 
-    @property
-    def reference(self) -> str | None:
-        """The variable that the word names, or None."""
-        return None if self.quoted else reference(self.text)
-
 
 def reference(text: str) -> str | None:
     """``name`` for ``{name}`` and ``$name``; None for any other text."""

@@ -32,7 +32,7 @@ _PRODUCTS = frozenset(getattr(torch.ops.aten, name) for name in ("mm", "addmm", 
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode that skips torch's check for compilation around each operation, which is slow."""
+    """A dispatch mode without torch's slow check, around each operation, whether it is being compiled."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -51,7 +51,7 @@ def fake_tensors() -> Iterator[None]:
 
 
 class _DefaultNumbers(_Mode):  # type: ignore[no-untyped-call]
-    """Gives a default to code that reads a number from a fake tensor, which has no data.
+    """Returns a default to code that reads a number from a fake tensor, which has no data.
 
     The result of ``any(…)`` reads as False (nothing exceptional), other booleans as True (all tokens count), numbers
     (seeds, lengths) as 1.
@@ -80,7 +80,7 @@ def record(
 
     Args:
         model: the fake model that the step runs; its parameters and buffers do not count. A model can be recorded
-            only once, because hooks stay on it.
+            only once, because the hooks are not removed.
         step: runs forward, or forward and backward; gets a function to call between them.
         layers: the model's layers, at least three and all equal; empty if no layers are added.
         more: number of further equal layers for which the peak is extrapolated.

@@ -137,7 +137,7 @@ def architecture_of(model_or_config: Any, adapter_config: AdapterConfig | None) 
     config = _loaded_config(model_or_config) if isinstance(model_or_config, str) else model_or_config
     if not hasattr(config, "model_type"):
         raise ConfigError(
-            f"cannot forecast for a {type(config).__name__}; give a transformers model, its config, or where to find it"
+            f"cannot forecast for a {type(config).__name__}; give a transformers model, its config, folder or hub id"
         )
     task = (
         TaskType.CAUSAL_LM if adapter_config is None or adapter_config.task_type is None else adapter_config.task_type
@@ -174,7 +174,7 @@ def _of_model(model: nn.Module) -> Architecture:
     main_input = getattr(base, "main_input_name", "input_ids")
     if main_input != "input_ids":
         raise ConfigError(
-            f"cannot forecast for a {type(base).__name__}: it takes {main_input}, and only text models can be forecast"
+            f"cannot forecast for a {type(base).__name__}: its input is {main_input}; only text models are supported"
         )
     kinds = {name.removeprefix("Auto").removeprefix("Model"): name for name in _AUTO_CLASSES.values()}
     names = class_names(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -68,6 +69,8 @@ class Setting:
     packing: bool = False
     adapters: int = 1
     quantized_experts: bool = True
+    processes: int = 1
+    sharded: bool = False
 
     @property
     def one_pass(self) -> Setting:
@@ -82,9 +85,6 @@ class Setting:
     def together(self) -> int:
         """Number of adapters that one pass over the model trains."""
         return members_together(self.adapters, self.batch_size * self.sequence_length, on_cpu=self.on_cpu)
-
-    processes: int = 1
-    sharded: bool = False
 
     def key(self, *, step: bool) -> str:
         """Return a key that is equal for settings with the same weights or, with ``step``, with the same step."""
@@ -113,7 +113,7 @@ class Weights:
         adapter_bytes: bytes of the adapter; 0 without one.
         layers: path of the list of layers if all are equal (see ``equal_layers``); else empty.
         layer_bytes: bytes of one layer's base weights that are not quantized.
-        of_experts: number of trained elements that are an adapter's on experts.
+        of_experts: number of trained elements that adapt experts.
         attends: whether the model has attention modules, judged by their class names.
     """
 
@@ -128,7 +128,12 @@ class Weights:
     @property
     def trained_count(self) -> int:
         """Number of trained parameters (elements)."""
-        return sum(torch.Size(shape).numel() for shape, _ in self.trained)
+        return sum(math.prod(shape) for shape, _ in self.trained)
+
+    @property
+    def trained_sizes(self) -> list[int]:
+        """Bytes of each trained tensor, and so of its gradient."""
+        return [math.prod(shape) * item for shape, item in self.trained]
 
 
 _weights: dict[str, Weights] = {}
@@ -154,28 +159,27 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
         kinds=weights.kinds,
         layer_bytes=weights.layer_bytes,
         layer_count=setting.architecture.layer_count,
-        trained_bytes=sum(torch.Size(shape).numel() * item for shape, item in weights.trained),
+        trained_bytes=sum(weights.trained_sizes),
     )
 
 
 def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     """Return the peak of a step, part by part, for a single process."""
     weights, step = weights_of(setting), _peak_of(setting.one_pass)
-    trained = weights.trained * setting.adapters
     base = sum(weights.kinds.values())
     kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in weights.kinds.items())
     parts = [MemoryPart("base weights", base, kinds), MemoryPart("adapters", weights.adapter_bytes * setting.adapters)]
     if not setting.training:
         return (*parts, MemoryPart("KV cache", step.result), MemoryPart("temporary", step.total - step.result))
-    states = state_bytes(setting.optimizer, trained)
+    states = state_bytes(setting.optimizer, weights.trained) * setting.adapters
     paged = "paged: may go to the host" if kind_of(setting.optimizer)[1] else setting.optimizer
     parts.append(MemoryPart("optimizer", states, paged))
-    sizes = [torch.Size(shape).numel() * item for shape, item in trained]
-    largest = max(sizes, default=0)
+    sizes = weights.trained_sizes
+    gradients, largest = sum(sizes) * setting.adapters, max(sizes, default=0)
     full_passes = setting.adapters // setting.together  # a last pass with fewer adapters has a lower peak
-    earlier = sum(sizes) * (full_passes - 1) * setting.together // setting.adapters  # gradients of earlier passes
-    if sum(sizes) + 2 * largest > step.total + earlier:
-        return (*parts, MemoryPart("gradients", sum(sizes)), MemoryPart("temporary", 2 * largest, "optimizer step"))
+    earlier = gradients * (full_passes - 1) * setting.together // setting.adapters  # gradients of earlier passes
+    if gradients + 2 * largest > step.total + earlier:
+        return (*parts, MemoryPart("gradients", gradients), MemoryPart("temporary", 2 * largest, "optimizer step"))
     rest = step.total - step.saved - step.gradients
     return (
         *parts,
@@ -269,8 +273,8 @@ def _extrapolated_peak(setting: Setting) -> Peak | None:
     """Return the peak extrapolated from a few layers; None if that is not possible."""
     if setting.architecture.layer_count <= SAMPLED_LAYERS or not (path := weights_of(setting).layers):
         return None
-    if setting.adapter_config is not None and setting.adapter_config.is_adaption_prompt:
-        return None  # only the last layers have adapters, so layers are not equal
+    if setting.adapter_config is not None and setting.adapter_config.on_last_layers:
+        return None  # layers are not equal
     try:
         return _run(setting, path)
     except TargetError:  # the config names later layers only
@@ -289,12 +293,7 @@ def run_step(setting: Setting) -> Peak:
 
 
 def _run(setting: Setting, path: str) -> Peak | None:
-    """Run a step with a few layers, or with all of them.
-
-    Args:
-        setting: the setting to run.
-        path: path of the list of layers to sample; empty to run all layers.
-    """
+    """Run a step with a few layers of the list at ``path``, or with all layers if it is empty."""
     sampled = SAMPLED_LAYERS if path else None
     with fake_tensors(), silenced():
         model = _prepared(setting, sampled)
@@ -310,7 +309,9 @@ def _run(setting: Setting, path: str) -> Peak | None:
         except Exception as error:
             kind = type(model).__name__
             reason = _too_long(setting) or (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"cannot forecast {kind}: it does not run without data ({reason})", model=kind) from error
+            raise ConfigError(
+                f"cannot forecast {kind}: it does not run on meta tensors ({reason})", model=kind
+            ) from error
 
 
 def _too_long(setting: Setting) -> str:
@@ -318,7 +319,7 @@ def _too_long(setting: Setting) -> str:
     positions = getattr(setting.architecture.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or setting.sequence_length <= positions:
         return ""
-    return f"sequence_length {setting.sequence_length} is more than its {positions} positions"
+    return f"sequence_length {setting.sequence_length} exceeds its {positions} positions"
 
 
 def _prepared(setting: Setting, layers: int | None) -> nn.Module:
@@ -336,7 +337,7 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     if checkpointed:
         _checkpoint(model)
     elif hasattr(config := model.config, "use_cache"):
-        config.use_cache = True  # without a cache, a mask is made for fake tensors, but not for real ones
+        config.use_cache = True  # without a cache, transformers creates a mask for fake tensors, but not for real ones
     return model
 
 
@@ -366,7 +367,7 @@ def _without_missing(setting: Setting, model: nn.Module) -> Setting:
 
 def _checkpoint(model: nn.Module) -> None:
     if not can_checkpoint(type(model)):
-        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing")
+        raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing")
     config: Any = model.config
     config.use_cache = False  # transformers does the same, but with a warning
     # torch's random generator is shared by all threads: restoring its state in another thread than the main one would

@@ -31,7 +31,6 @@ from nbpeft.state import MemoryPart
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-
 _UNPACKED_ON_LOADING = ("gguf",)
 """Formats that transformers converts to ordinary weights on loading, although the config still names them."""
 
@@ -108,7 +107,7 @@ def forecast(
 
     Args:
         model_or_config: a transformers model, its config, a folder, or a hub id.
-        adapter_config: config of the adapter; None for the model alone, which is trained as a whole then.
+        adapter_config: config of the adapter; None for the model alone, all of whose parameters are then trained.
         batch_size: sequences per step.
         sequence_length: tokens per sequence, including padding, i.e. the length of the longest row; with ``packing``
             the tokens of all rows in a sequence; in inference the tokens of prompt and answer.
@@ -238,7 +237,7 @@ def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
         dtype = getattr(config, "dtype", None) or torch.float32
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
-        raise ConfigError(f"dtype {dtype!r} is not a floating dtype such as 'bfloat16'", dtype=dtype)
+        raise ConfigError(f"dtype {dtype!r} is not a floating-point dtype such as 'bfloat16'", dtype=dtype)
     return found
 
 
@@ -265,7 +264,7 @@ def device_bytes(device: int | str | torch.device | None) -> int | None:
             return device_memory(torch.device(device)).total
     if size < 1:
         raise ConfigError(
-            f"device {device!r} is neither a size such as '16GB' nor a device here, nor the name of one, such as 'T4'."
+            f"device {device!r} is not a size such as '16GB', a device of this machine, or a known GPU such as 'T4'."
             + (nearest(device) if isinstance(device, str) else "")
         )
     return size
@@ -289,7 +288,7 @@ class Stored:
 
 
 def stored_as(source: Any, config: Any) -> Stored:
-    """Return the storage format of a loaded model's linear layers, or the one that its config declares.
+    """Return the storage format of a loaded model's linear layers, or the format that a config declares.
 
     Args:
         source: the model; for anything else only the config is used.

@@ -51,7 +51,8 @@ class Meter:
 
     Args:
         model: a base model or a ``PeftModel``, with or without adapters.
-        optimizer: the optimizer whose state to count; by default those that train the model, from their next step on.
+        optimizer: the optimizer whose state to count; by default every optimizer that trains the model, once it has
+            done a step.
         saved: a running count of the activations that autograd saves for backward.
         cache: an object that contains a KV cache.
     """
@@ -129,7 +130,7 @@ _training_thread: threading.Thread | None = None
 
 @functools.cache
 def _note_optimizers() -> None:
-    """Record every optimizer that does a step from now on."""
+    """Record every optimizer that does a step from now on; the hook is global, so it is registered only once."""
     register_optimizer_step_post_hook(_note_step)
 
 
@@ -201,7 +202,7 @@ def _walk(model: nn.Module, key: tuple[Any, ...], now: float) -> _Walk:
             walk.adapter_bytes += _count(walk, layer.adapters.buffers(), devices)
     for label, tensors in _base_tensors(model):
         walk.kinds[label] += _count(walk, tensors, devices)
-    walk.kinds += Counter()
+    walk.kinds += Counter()  # drops formats that have no bytes
     walk.trainable = [weakref.ref(p) for p in model.parameters() if p.requires_grad]
     walk.devices = tuple(device for device, _ in devices.most_common())
     return walk

@@ -73,8 +73,8 @@ def slow_dtype(model: nn.Module) -> torch.dtype | None:
     """Return the half-precision dtype in which a model computes slowly, because this CPU has no instructions for it.
 
     Returns:
-        None if there is none, if the model is not on the CPU, or if there is an accelerator, to which the model may
-        still be moved.
+        None if the model has no such dtype, if it is not on the CPU, or if the machine has an accelerator, to which
+        the model may still be moved.
     """
     if torch.accelerator.is_available():
         return None
@@ -96,4 +96,4 @@ def slow_here(dtype: torch.dtype) -> bool:
 def slow_dtype_message(*dtypes: torch.dtype, instead: str = "load models with dtype=torch.float32") -> str:
     """Return a sentence that warns about slow dtypes and says what to do instead."""
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"this CPU has no instructions for {names} and is many times faster in float32: {instead}"
+    return f"this CPU has no instructions for {names}; float32 is many times faster: {instead}"

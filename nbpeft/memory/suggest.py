@@ -231,13 +231,13 @@ def _batch(setting: Setting, size: int) -> _Change:
     cost = ""
     if setting.training:
         times = -(-setting.batch_size // size)
-        cost = f"keeps its effect with gradient_accumulation_steps times {times}"
+        cost = f"is equivalent with gradient_accumulation_steps times {times}"
     return _Change("batch_size", size, f"batch_size {setting.batch_size} -> {size}", cost)
 
 
 def _length(setting: Setting, length: int) -> _Change:
     text = f"sequence_length {setting.sequence_length} -> {length}"
-    return _Change("sequence_length", length, text, "cuts longer texts")
+    return _Change("sequence_length", length, text, "truncates longer texts")
 
 
 def _smaller_adapter(setting: Setting) -> Iterator[_Change]:
@@ -246,7 +246,7 @@ def _smaller_adapter(setting: Setting) -> Iterator[_Change]:
     if config is not None and less is not None:
         now = config.to_dict()
         text = ", ".join(f"{name} {now[name]} -> {new}" for name, new in less.to_dict().items() if new != now[name])
-        yield _Change("adapter_config", less, text, "learns less detail")
+        yield _Change("adapter_config", less, text, "has less capacity")
 
 
 def _ladder(setting: Setting) -> Iterator[_Change]:

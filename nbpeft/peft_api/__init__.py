@@ -5,6 +5,5 @@ modules.py    creates these modules when they are imported: ``nbpeft.tuners.lora
 install.py    ``install_as_peft``: makes ``import peft`` import nbpeft, for other libraries too
 missing.py    names that nbpeft does not implement: they can be imported, and raise an error when they are used
 
-The other files implement names that only PEFT has: callbacks, constants, conversion, helpers, imports, layers, mappings
-and merging.
+The other files implement names of PEFT that have no other use in nbpeft.
 """

@@ -63,11 +63,11 @@ def calculate_alora_offsets(
 
 
 def is_alora_relevant_in_batch(model: Any, adapter_names: Sequence[str] | None = None) -> bool:
-    """Whether a call has an aLoRA adapter.
+    """Returns whether a call uses an aLoRA adapter.
 
     Args:
         model: a ``PeftModel``.
-        adapter_names: the adapter of each row; the first active one is looked at in any case.
+        adapter_names: the adapter of each row; the first active adapter is checked too.
     """
     names = {model.active_adapter, *(adapter_names or ())}
     return any(getattr(model.peft_config.get(name), "alora_invocation_tokens", None) for name in names)
@@ -76,38 +76,44 @@ def is_alora_relevant_in_batch(model: Any, adapter_names: Sequence[str] | None =
 def get_alora_offsets_for_forward(
     model: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """The options of a call, with ``alora_offsets`` where it has an aLoRA adapter.
+    """Returns the options of a call, with ``alora_offsets`` if it uses an aLoRA adapter.
 
     Args:
         model: a ``PeftModel``.
-        input_ids: (batch, tokens).
-        inputs_embeds: in their place: then nothing says where an adapter is invoked.
+        input_ids: (batch, tokens), int64.
+        inputs_embeds: (batch, tokens, features); without ``input_ids`` invocations cannot be found, with a warning.
         **kwargs: the other options.
     """
-    instead = "when only inputs_embeds are provided. Disabling aLoRA for this forward pass."
-    return _with_offsets(model, input_ids, kwargs, instead if inputs_embeds is not None else "")
+    problem = "when only inputs_embeds are provided. Disabling aLoRA for this forward pass."
+    return _with_offsets(model, input_ids, kwargs, problem if inputs_embeds is not None else "")
 
 
 def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """As ``get_alora_offsets_for_forward``, for the arguments of ``generate``."""
+    """Returns the options of ``generate``, with ``alora_offsets`` if it uses an aLoRA adapter.
+
+    Args:
+        model: a ``PeftModel``.
+        *args: positional arguments of ``generate``; the first one may be ``input_ids``, (batch, tokens) or (tokens,).
+        **kwargs: its options.
+    """
     given = kwargs.get("input_ids", args[0] if args and isinstance(args[0], Tensor) else None)
     rows = given.unsqueeze(0) if given is not None and given.ndim == 1 else given
     return _with_offsets(model, rows, kwargs, "during generate as input_ids are not available. Disabling aLoRA.")
 
 
 def _with_offsets(model: Any, input_ids: Tensor | None, options: dict[str, Any], problem: str) -> dict[str, Any]:
-    """Options of a call with its ``alora_offsets``; a problem is warned of where there are no ``input_ids``."""
+    """Adds ``alora_offsets`` to the options of a call; warns about ``problem`` if there are no ``input_ids``."""
     names = options.get("adapter_names")
     if not is_alora_relevant_in_batch(model, names) or options.get("alora_offsets") is not None:
         return options
     if input_ids is None and problem:
         warnings.warn(f"Cannot calculate aLoRA offsets {problem}", stacklevel=3)
-    offsets = (
-        None
-        if input_ids is None
-        else calculate_alora_offsets(model.peft_config, model.active_adapter, input_ids, names)
-    )
-    return {**options, "alora_offsets": offsets}
+    if input_ids is None:
+        return {**options, "alora_offsets": None}
+    return {
+        **options,
+        "alora_offsets": calculate_alora_offsets(model.peft_config, model.active_adapter, input_ids, names),
+    }
 
 
 class BufferDict(nn.Module):
@@ -169,15 +175,15 @@ class BufferDict(nn.Module):
         return key in self._buffers
 
 
-class _OrOfAnAdapter(type):
-    """Makes the block-diagonal factors of adapters instances of the class too."""
+class _IncludesFactors(type):
+    """Makes ``isinstance`` of the class true for the block-diagonal factors of adapters too."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, BlockDiagonalFactor)
 
 
-class BlockDiagonalLinear(BlockDiagonalFactor, metaclass=_OrOfAnAdapter):
-    """A linear layer that only stores its diagonal blocks, one below the other.
+class BlockDiagonalLinear(BlockDiagonalFactor, metaclass=_IncludesFactors):
+    """A linear layer with a block-diagonal weight, of which only the blocks are stored, stacked along the rows.
 
     Args:
         in_features: must be divisible by ``nblocks``.
@@ -210,7 +216,7 @@ class BlockDiagonalLinear(BlockDiagonalFactor, metaclass=_OrOfAnAdapter):
 
 
 class VeloraFunction:
-    """A linear layer that compresses its stored input for the gradient of its weight; see ``methods.lora.velora``."""
+    """A linear layer that stores a compressed input for the gradient of its weight; see ``lora.variants.velora``."""
 
     @staticmethod
     def apply(
@@ -229,6 +235,7 @@ class VeloraFunction:
         direction = embed.to(input.dtype)
         compressed = pieces(input.detach(), num_groups) @ direction
         learned = F.linear(compressed, pieces(weight, num_groups) @ direction * velora_scale)
+        # The added term is zero; it only connects the output to the weight by the compressed input.
         return F.linear(input, weight.detach(), bias) + (learned - learned.detach())
 
 
@@ -248,7 +255,7 @@ def _reconstruct_activations(compressed: Tensor, embed: Tensor, in_features: int
 
 
 def _resolve_adapter_source(path: str) -> tuple[str, str | None]:
-    """Splits a path into a folder or repository id, and the folder inside it, if there is one.
+    """Splits a path into a folder or repository id, and the subfolder, or None.
 
     Raises:
         CheckpointNotFoundError: the folder exists, but has no adapter.
@@ -260,6 +267,7 @@ def _resolve_adapter_source(path: str) -> tuple[str, str | None]:
 
 
 _real_values = False
+"""Whether ``skip_init_on_device`` suspends ``init_empty_weights``; torch's registration hooks are global, too."""
 
 
 @contextmanager
@@ -267,7 +275,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     """Creates modules without values inside the block: their parameters are on the meta device.
 
     Args:
-        include_buffers: also their buffers.
+        include_buffers: whether buffers are on the meta device too.
     """
 
     def empty(module: nn.Module, name: str, tensor: Any) -> Any:
@@ -287,7 +295,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
 
 
 def skip_init_on_device(func: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorator for a function that creates modules with values, also inside ``init_empty_weights``."""
+    """Decorates a function whose new modules have values even inside ``init_empty_weights``."""
 
     @functools.wraps(func)
     def with_values(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -18,13 +18,13 @@ def build_peft_weight_mapping(
 ) -> list[Any]:
     """Returns the conversions from an adapter's file to the names in a model, for transformers' ``load_adapter``.
 
-    Of the base model's conversions that change tensors, only those of experts apply to LoRA: its factors are joined.
-    The others are for the base's own weights.
+    The base model's renamings apply to adapters too. Of its conversions that change tensors, only those that join
+    experts do, and only for LoRA: they join the factors.
 
     Args:
-        weight_conversions: those of the base model, ``WeightRenaming`` and ``WeightConverter`` of transformers.
+        weight_conversions: the ``WeightRenaming`` and ``WeightConverter`` objects of the base model.
         adapter_name: name of the adapter in the model.
-        peft_config: its config; None for the names of all methods.
+        peft_config: its config; None for the parameter names of all methods.
 
     Returns:
         ``WeightRenaming`` and ``WeightConverter`` objects, in the order in which they are applied.
@@ -51,7 +51,7 @@ def build_peft_weight_mapping(
 
 
 def get_model_conversion_mapping(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Calls transformers' function of the same name, which PEFT's module has too."""
+    """Calls transformers' function of the same name, which PEFT's module re-exports."""
     from transformers.conversion_mapping import get_model_conversion_mapping as found
 
     return found(model, *args, **kwargs)  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def _of_experts(conversion: Any, adapter_name: str) -> Iterator[Any]:
     target, sources = conversion.target_patterns[0], conversion.source_patterns
     if not re.search(r"\.experts\.(gate_up_proj|down_proj)$", target) or not all(".*." in source for source in sources):
         return
-    # PEFT wraps the module once for each of its parameters, the first of them innermost.
+    # PEFT wraps a module once for each adapted parameter; the first parameter has the innermost wrapper.
     module = target.replace(".gate_up_proj", ".base_layer").removesuffix(".down_proj")
     for factor in FACTORS:
         yield WeightConverter(

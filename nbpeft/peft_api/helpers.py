@@ -27,7 +27,7 @@ from nbpeft.names import IGNORED_LABEL
 
 
 def infer_device() -> str:
-    """Returns the device type that torch uses: that of the accelerator, or "cpu"."""
+    """Returns the type of torch's current accelerator, e.g. "cuda", or "cpu"."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if found is None else found.type
 
@@ -54,7 +54,7 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token
     """Returns the inputs of a decoder for its labels: shifted right by one position, after a start token.
 
     Args:
-        input_ids: (batch, tokens), int64; -100 for positions that are not learned.
+        input_ids: (batch, tokens), int64; -100 for labels that the loss ignores.
         pad_token_id: replaces -100.
         decoder_start_token_id: first token of each row.
 
@@ -62,7 +62,7 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token
         (batch, tokens), int64.
 
     Raises:
-        ConfigError: there is no ``pad_token_id``.
+        ConfigError: ``pad_token_id`` is None.
     """
     if pad_token_id is None:
         raise ConfigError("shift_tokens_right needs pad_token_id, as in the model's config; it is None")
@@ -86,8 +86,7 @@ def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None)
         adapter_names: names of adapters; None for the active ones.
 
     Raises:
-        ConfigError: they are not a list of names.
-        ConfigError: they are no list of names.
+        ConfigError: ``adapter_names`` is a string.
     """
     names = module.active_adapters if adapter_names is None else adapter_names
     if isinstance(names, str):
@@ -105,10 +104,10 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 
 def str_to_bool(value: str) -> int:
-    """Returns 1 for a yes (y, yes, t, true, on, 1) and 0 for a no (n, no, f, false, off, 0).
+    """Returns 1 for "y", "yes", "t", "true", "on" and "1", and 0 for "n", "no", "f", "false", "off" and "0".
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the value is none of these.
     """
     for words, meaning in (("y yes t true on 1", 1), ("n no f false off 0", 0)):
         if value.lower() in words.split():
@@ -178,7 +177,7 @@ def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterCon
     """Checks that two configs are of the same method; other requirements are checked when hot-swapping.
 
     Raises:
-        HotSwapError: they are not.
+        HotSwapError: the methods differ.
     """
     if config0.peft_type != config1.peft_type:
         types = " and ".join(method_of(config).peft_type for config in (config0, config1))
@@ -193,14 +192,14 @@ def onload_layer(layer: nn.Module) -> Iterator[None]:
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
-    """Returns the weight of a layer in a floating-point dtype, (out, in, ...); the parameter itself if not quantized.
+    """Returns the weight of a layer, (out, in, ...), dequantized if it is quantized; else the parameter itself.
 
     Raises:
         AdapterError: the storage format of the layer is unknown.
     """
     backend = resolve_backend(module)
     if backend is None:
-        raise AdapterError(f"the weight of a {type(module).__name__} cannot be read: nothing knows how it is stored")
+        raise AdapterError(f"the weight of a {type(module).__name__} cannot be read: its storage format is unknown")
     return module.weight if backend.name == "dense" else backend.dequantize(module)  # type: ignore[return-value]
 
 
@@ -221,7 +220,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
             FSDP_TRANSFORMER_CLS_TO_WRAP names them, separated by commas.
 
     Raises:
-        TypeError: the variable names a class of which the model has no module.
+        TypeError: the variable names a class, and the model has no module of this class.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -269,7 +268,7 @@ def _maybe_include_all_linear_layers(peft_config: AdapterConfig, model: nn.Modul
 
 
 def _find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
-    """Returns the fewest, shortest suffixes that match some modules and none of the others."""
+    """Returns a minimal set of suffixes that match all target modules and none of the other modules."""
     if isinstance(target_modules, str) or not target_modules:
         raise ConfigError(f"target_modules should be a list or set of strings, not {target_modules!r:.60}")
     if "" in target_modules:
@@ -287,11 +286,11 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
     """
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
     names = {layer: [name for name in layer.adapters if not layer.adapter(name).peft.container] for _, layer in layers}
-    carrying = [(path, one) for path, one in layers if names[one] and adapter_name in (None, *names[one])]
-    buffers = {layer: {own for one in layer.adapters.values() for own in one._buffers} for _, layer in carrying}
+    selected = [(path, layer) for path, layer in layers if names[layer] and adapter_name in (None, *names[layer])]
+    buffers = {layer: {own for one in layer.adapters.values() for own in one._buffers} for _, layer in selected}
     parts = [
         (path, name)
-        for path, layer in carrying
+        for path, layer in selected
         for name in (*layer.adapter_layer_names, *buffers[layer], ADAPTER_PARTS)
     ]
     return {".".join(filter(None, (*part, adapter_name))) for part in parts}
@@ -304,7 +303,7 @@ def _filter_state_dict_by_key_prefixes(state_dict: Mapping[str, Any], prefixes: 
 
 
 def _get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-    """Returns the number of rows of a batch, from one of the two."""
+    """Returns the number of rows of a batch, from ``input_ids`` or else from ``inputs_embeds``."""
     inputs = inputs_embeds if input_ids is None else input_ids
     if inputs is None:
         raise ConfigError("either input_ids or inputs_embeds must be given; both are None")
@@ -338,7 +337,7 @@ def _set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
-    """Returns the path of a module in a model; empty if it is not in it."""
+    """Returns the path of a module in a model; the empty string if the model does not contain it."""
     return next((name for name, module in model.named_modules() if module is reference_module), "")
 
 
@@ -353,7 +352,16 @@ def has_valid_embedding_base_layer(layer: Any) -> bool:
 
 
 def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
-    """Returns the path in a model of a layer, or of its frozen base layer if it is adapted; None for neither."""
+    """Returns the path of an embedding layer in a model, or of its frozen base layer if it is adapted.
+
+    Args:
+        model: the model.
+        layer: the embedding layer.
+        is_embedding_in_target_modules: whether the layer itself is not searched for, but only its base layer.
+
+    Returns:
+        The path; None if the model contains neither.
+    """
     wanted = [getattr(layer, "base_layer", None), *([] if is_embedding_in_target_modules else [layer])]
     return next((name for name, module in model.named_modules() if any(module is one for one in wanted)), None)
 

@@ -33,9 +33,9 @@ _undo = ExitStack()
 def install_as_peft() -> ExitStack:
     """Makes ``import peft`` import nbpeft until ``uninstall_as_peft``, whether PEFT is installed or not.
 
-    Every name of PEFT can be imported from the module that has it there. Names that nbpeft does not implement raise an
-    error when they are used. ``importlib.metadata.version("peft")`` works, and ``is_peft_available()`` of transformers,
-    accelerate and TRL is true. A second call does nothing.
+    Every name of PEFT can be imported from its module in PEFT. Names that nbpeft does not implement raise an error when
+    they are used. ``importlib.metadata.version("peft")`` works, and ``is_peft_available()`` of transformers, accelerate
+    and TRL is true. A second call does nothing.
 
         nbpeft.install_as_peft()
         from peft import LoraConfig  # nbpeft's
@@ -55,8 +55,8 @@ def install_as_peft() -> ExitStack:
         loaded = sys.modules.get("peft")
         if loaded is not None:
             raise NbpeftError(
-                f"peft is imported already, from {os.path.dirname(str(loaded.__file__))}, and its classes cannot be "
-                "mixed with nbpeft's: call install_as_peft() in a fresh process, before anything imports peft",
+                f"peft is already imported from {os.path.dirname(str(loaded.__file__))}, and its classes cannot be "
+                "mixed with nbpeft's: call install_as_peft() in a new process, before anything imports peft",
                 version=getattr(loaded, "__version__", None),
             )
         absent = "peft" in sys.modules or find_spec("peft") is None
@@ -66,16 +66,16 @@ def install_as_peft() -> ExitStack:
         sys.path_hooks.append(_Listing)
         with ExitStack() as until_end:
             until_end.callback(uninstall_as_peft)
-            _clear_answers()
+            _clear_cached_results()
             if absent:
-                _catch_up()
+                _add_skipped_imports()
             return until_end.pop_all()
 
 
 def uninstall_as_peft() -> None:
     """Undoes ``install_as_peft``: ``import peft`` imports PEFT again, if it is installed.
 
-    Names that were imported meanwhile remain nbpeft's.
+    Names that were imported in between still refer to nbpeft.
     """
     global _finder
     with _lock:
@@ -88,11 +88,11 @@ def uninstall_as_peft() -> None:
         _finder = None
         _take_modules()
         _undo.close()
-        _clear_answers()
+        _clear_cached_results()
 
 
 def _is_installed() -> bool:
-    """Returns whether a PEFT distribution is installed, even if it may not be imported."""
+    """Returns whether a PEFT distribution is installed, even if its import is blocked."""
     return next(iter(Distribution.discover(name="peft")), None) is not None
 
 
@@ -100,7 +100,7 @@ class _PeftFinder(PeftModules):
     """Finds ``peft``, its submodules and its metadata.
 
     Args:
-        installed: whether another finder finds a PEFT too, so that a list of all distributions has it only once.
+        installed: whether PEFT itself is installed; then it is not listed a second time among all distributions.
     """
 
     def __init__(self, *, installed: bool) -> None:
@@ -118,13 +118,13 @@ class _PeftFinder(PeftModules):
 
 
 class _Listing:
-    """A path hook that lists the modules in ``peft.__path__`` and in those of its packages, for ``pkgutil``.
+    """A path hook that lists the modules of ``peft`` and of its packages, for ``pkgutil``.
 
     Args:
-        location: an entry of a ``__path__``.
+        location: an entry of the ``__path__`` of a package.
 
     Raises:
-        ImportError: the location is not one of these.
+        ImportError: the package is not one of ``peft``.
     """
 
     def __init__(self, location: str) -> None:
@@ -133,7 +133,7 @@ class _Listing:
         self.place = location.removeprefix(FILE).strip(os.sep).replace(os.sep, ".")
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> None:
-        """Returns None: ``_PeftFinder`` comes first."""
+        """Returns None: ``_PeftFinder``, which comes first in ``sys.meta_path``, has already found every module."""
 
     def iter_modules(self, prefix: str = "") -> Iterator[tuple[str, bool]]:
         """Yields the name of each module, and whether it is a package."""
@@ -143,14 +143,14 @@ class _Listing:
 class _PeftDistribution(Distribution):
     """The metadata of ``peft`` for ``importlib.metadata``.
 
-    Its version is that of the PEFT whose names these are, or the minimum of the imported transformers if that is
-    higher: transformers 5.24 requires PEFT 0.22, but does not use its new names.
+    The version is ``PEFT_VERSION``, or the minimum that the imported transformers requires if that is higher:
+    transformers 5.24 requires PEFT 0.22, but does not use its new names.
     """
 
     def read_text(self, filename: str) -> str | None:
         wanted = getattr(sys.modules.get("transformers.integrations.peft"), "MIN_PEFT_VERSION", PEFT_VERSION)
         version = max(PEFT_VERSION, wanted, key=Version)
-        lines = ["Metadata-Version: 2.1", "Name: peft", f"Version: {version}", "Summary: nbpeft, by the name of peft"]
+        lines = ["Metadata-Version: 2.1", "Name: peft", f"Version: {version}", "Summary: nbpeft under the name peft"]
         lines += [f"Requires-Dist: {wanted}" for wanted in _requirements()]
         return {"METADATA": "\n".join(lines) + "\n", "top_level.txt": "peft\n"}.get(filename)
 
@@ -171,15 +171,18 @@ def _take_modules() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in names}
 
 
-def _clear_answers() -> None:
-    """Clears transformers' cached results about PEFT."""
-    asking = sys.modules.get("transformers.utils.import_utils")
-    for name in _CACHED if asking is not None else ():
-        getattr(getattr(asking, name, None), "cache_clear", lambda: None)()
+def _clear_cached_results() -> None:
+    """Clears what transformers has cached about the installed PEFT."""
+    import_utils = sys.modules.get("transformers.utils.import_utils")
+    for name in _CACHED:
+        getattr(getattr(import_utils, name, None), "cache_clear", lambda: None)()
 
 
-def _catch_up() -> None:
-    """Sets the names that modules imported without PEFT would have imported from it."""
+def _add_skipped_imports() -> None:
+    """Sets names in imported modules of other libraries that skipped ``from peft import …`` as PEFT was not installed.
+
+    The libraries check this once, when they are imported; their later code assumes that the names are there.
+    """
     for module in [module for name, module in sys.modules.items() if name.partition(".")[0] in _CLIENTS]:
         for statement in _peft_imports(getattr(module, "__file__", None)):
             for alias in statement.names:

@@ -22,7 +22,7 @@ from nbpeft.peft_layers.custom_layers import Linear
 IA3Model = tuner_class(methods_of_type("IA3")[0])
 TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
 PeftMixedModel = PeftModel
-"""The same class: every model supports adapters of different methods here."""
+"""The same class, because every model of nbpeft supports adapters of different methods."""
 BaseTunerLayer = AdaptedLayer
 BasePromptEncoder = ModelAdapter
 TunerLayerStatus = LayerStatus
@@ -31,7 +31,7 @@ AuxiliaryTrainingWrapper = ModulesToSaveWrapper
 
 
 def _names_in_layers(peft_type: str) -> dict[str, tuple[str, ...]]:
-    """Returns the attributes with which PEFT's layer classes list their parameters, for a method."""
+    """Returns a method's ``adapter_layer_names`` and ``other_param_names``, as PEFT's layer classes have them."""
     method = next(iter(methods_of_type(peft_type)), None)
     if method is None:
         return {}
@@ -55,15 +55,15 @@ TrainableTokensWrapper = layer_type(
         for kind, names in _names_in_layers("TRAINABLE_TOKENS").items()
     },
 )
-"""Not a separate wrapper here: the rows that a LoRA config requests are an adapter of their own."""
+"""Not a separate wrapper here: ``trainable_token_indices`` of a LoRA config add a second adapter to the embedding."""
 
 
 @cache
 def layer_class(title: str) -> type[Any]:
-    """Returns the class of adapted layers with a title in PEFT; the same class each time.
+    """Returns the class for ``isinstance`` checks of adapted layers; the same class each time.
 
-    title: package and class, such as ``lora.Linear``.
-    title: method and kind, such as ``lora.Linear``.
+    Args:
+        title: package and class in PEFT, such as ``lora.Linear``.
     """
     if title == Linear.title:
         return Linear
@@ -80,8 +80,7 @@ def of_method(package: str, name: str) -> Any:
         name: such as ``LoHaModel``, ``LoHaLayer`` or ``Linear``.
 
     Returns:
-        The value; None if no such method is registered, or it has no such name.
-        None where no such method is registered, or it has nothing under the name.
+        The value; None if no such method is registered, or if its package has no such name.
     """
     method = next(iter(methods_of_type(package.upper())), None)
     if method is None:

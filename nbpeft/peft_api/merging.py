@@ -1,4 +1,4 @@
-"""``peft.utils.merge_utils``: combining tensors of equal shape with the rules for combining adapters."""
+"""``peft.utils.merge_utils``: combines tensors of equal shape by the rules for combining adapters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: fl
 def ties(
     task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """TIES (https://arxiv.org/abs/2306.01708): the mean of the largest entries whose sign is the majority's.
+    """TIES (https://arxiv.org/abs/2306.01708): the mean of the largest entries that have the sign of the majority.
 
     Args:
         task_tensors: tensors of one shape.
@@ -42,7 +42,8 @@ def ties(
         density: share of the entries that are kept, in [0, 1].
         majority_sign_method: "total" weighs signs by magnitude, "frequency" counts them.
     """
-    return merge(task_tensors, weights.tolist(), _recipe("ties", density, majority_sign_method))
+    recipe = Recipe("ties", density=density, majority_sign_method=majority_sign_method)
+    return merge(task_tensors, weights.tolist(), recipe)
 
 
 def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
@@ -67,8 +68,5 @@ def dare_ties(
         density: share of the entries that are kept, in (0, 1].
         majority_sign_method: "total" weighs signs by magnitude, "frequency" counts them.
     """
-    return merge(task_tensors, weights.tolist(), _recipe("dare_ties", density, majority_sign_method))
-
-
-def _recipe(rule: str, density: float, majority_sign_method: str) -> Recipe:
-    return Recipe(rule, density=density, majority_sign_method=majority_sign_method)
+    recipe = Recipe("dare_ties", density=density, majority_sign_method=majority_sign_method)
+    return merge(task_tensors, weights.tolist(), recipe)

@@ -15,8 +15,8 @@ def missing(name: str, method: str, place: str) -> Any:
 
     Args:
         name: the name. In upper case it is a table; with an upper-case first letter a class; otherwise a function.
-        method: display name of its method; empty if there is none.
-        place: PEFT's module below ``peft``, for names that several modules have.
+        method: display name of the method that it belongs to, or the empty string.
+        place: PEFT's module below ``peft``, which distinguishes equal names of several modules.
 
     Returns:
         A class that has no instances, a function that raises NotSupportedError, or an empty dictionary.

@@ -135,6 +135,6 @@ def attribute(module: str, name: str) -> Any:
 
 
 def add_import_paths() -> None:
-    """Installs the finder for ``nbpeft.tuners.lora`` etc. at the end of ``sys.meta_path``, so that it is asked last."""
+    """Installs the finder for ``nbpeft.tuners.lora`` etc. at the end of ``sys.meta_path``: real modules come first."""
     if not any(isinstance(finder, PeftModules) and finder.root == _PACKAGE for finder in sys.meta_path):
         sys.meta_path.append(PeftModules(_PACKAGE))

@@ -1,6 +1,6 @@
-"""PEFT's modules, the names in each of them, and what implements each name in nbpeft: one table.
+"""The table of PEFT's modules, the names in each of them, and the module of nbpeft that implements each name.
 
-The names are those of PEFT 0.21.2: the public names of its packages, and others that other libraries import.
+It has all public names of the packages of PEFT 0.21.2, and those private ones that other libraries import.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _ROOT = __name__.partition(".")[0]
 
 # Origin of a name: a module of nbpeft.peft_api, or one of these.
 OWN = "nbpeft"
-"""A public name of nbpeft, or a name of a registered method. If there is none, the name is missing."""
+"""A public name of nbpeft, or a class of a registered method; if there is no such name, it is missing."""
 LAYER = "layer"
-"""A class for ``isinstance``: layers with adapters of one method, under PEFT's name, e.g. ``lora.Linear``."""
+"""A class for ``isinstance`` checks of layers with adapters of one method, e.g. ``lora.Linear``."""
 
 _AUTO = (
     "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
@@ -92,7 +92,7 @@ _OTHER_QUANTIZED = {
 }
 
 _ONLY_HERE = {"Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt"}
-"""Names that several methods use for their own layers, and which the packages above do not have."""
+"""Names of layer classes in the packages of several methods, and not in ``peft`` or ``peft.tuners``."""
 
 _ADALORA = (
     "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDLinear4bit SVDLinear8bitLt "
@@ -122,7 +122,7 @@ METHODS = {
     "lokr": ("LoKr", "Conv1d Conv2d Linear LoKrConfig LoKrLayer LoKrModel"),
     "miss": ("MiSS", "MissConfig MissLayer MissLinear MissModel"),
     "mixed": (
-        "a class apart for mixed methods, which any PeftModel takes",
+        "a separate class for mixed methods, as any PeftModel supports them",
         "COMPATIBLE_TUNER_TYPES MixedModel",
     ),
     "multitask_prompt_tuning": (
@@ -382,7 +382,7 @@ _PACKAGE_OF = {name: package for package, (_, names) in METHODS.items() for name
 
 
 def names_in(place: str) -> list[str]:
-    """Returns the names in a module; for ``peft`` itself, those that nbpeft lacks or names differently."""
+    """Returns the names in a module; for ``peft`` itself, only those that are not public names of ``nbpeft``."""
     return sorted(_origins(place))
 
 

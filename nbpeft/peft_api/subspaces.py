@@ -11,10 +11,10 @@ from nbpeft.engine.methods.projections.osf import projection, taken_apart
 
 
 def decompose_weight_matrix(weight: Tensor, top_k: int) -> dict[str, Any]:
-    """Splits the singular value decomposition of a weight, (out, in), in two parts.
+    """Splits the singular value decomposition of a weight into two parts.
 
     Args:
-        weight: the weight.
+        weight: (out, in), floating-point.
         top_k: number of largest singular values in the first part, limited by their total number.
 
     Returns:

@@ -1,4 +1,4 @@
-"""PEFT's classes of layers: adapted layers pass as their instances in ``isinstance``."""
+"""PEFT's layer classes, for ``isinstance`` checks of adapted layers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from nbpeft.errors import CheckpointError
 
 
 class LayerType(type):
-    """Metaclass of PEFT's layer classes, for which ``isinstance`` is true of adapted layers.
+    """Metaclass of PEFT's layer classes: ``isinstance(adapted_layer, cls)`` is true, although they are not related.
 
-    A class has a ``peft_type``, that of the adapters on the layers, or a ``title``, PEFT's name of the layers. A class
-    derived from it has only its own instances, which ``custom_layers`` put into a model.
+    A class selects layers either by the ``peft_type`` of their adapters or by their ``title``, PEFT's name of the
+    layer's class. A class that derives from it, for custom layers, has only its own instances.
     """
 
     def __instancecheck__(cls, layer: object) -> bool:
@@ -48,6 +48,6 @@ def refuse_pickle_of_peft(module: object, state: object) -> NoReturn:
         CheckpointError: always.
     """
     raise CheckpointError(
-        f"a {type(module).__name__} in this file was pickled by PEFT, and its modules do not run here: load the file "
-        "with PEFT, save the adapter with save_pretrained(), and load that folder"
+        f"a {type(module).__name__} in this file was pickled by PEFT, and nbpeft cannot run PEFT's modules: load the "
+        "file with PEFT, save the adapter with save_pretrained(), and load that folder"
     )

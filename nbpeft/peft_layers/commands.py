@@ -12,7 +12,7 @@ from nbpeft.engine.wrappers.wrapper import Wrapper
 
 
 def one_or_all(names: list[str]) -> str | list[str]:
-    """The name if there is only one, else the list, as in PEFT's ``active_adapter``."""
+    """Returns the name if there is only one, else the list, as PEFT's ``active_adapter`` does."""
     return names[0] if len(names) == 1 else names
 
 
@@ -20,11 +20,11 @@ class PeftWrapper(Wrapper):
     """PEFT's commands on every wrapper."""
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activates adapters on this module, trainable unless ``inference_mode``; the module's others are frozen.
+        """Activates adapters on this module and makes only them trainable; all other adapters here are frozen.
 
         Args:
             adapter_names: one name or several; names without an adapter here are ignored.
-            inference_mode: freeze the active adapters.
+            inference_mode: freeze the active adapters too.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._activate_alone(names, enabled=True)
@@ -39,7 +39,7 @@ class PeftWrapper(Wrapper):
 
     @property
     def _active_adapter(self) -> str | list[str]:
-        """Where PEFT keeps what is active; libraries read and write it."""
+        """PEFT's attribute for the active adapters; other libraries read and write it."""
         return one_or_all(self.chosen_names())
 
     @_active_adapter.setter
@@ -48,7 +48,7 @@ class PeftWrapper(Wrapper):
 
     @property
     def _disable_adapters(self) -> bool:
-        """Likewise, whether the active adapters are off."""
+        """PEFT's attribute for whether the active adapters are disabled; other libraries read and write it."""
         return not self.adapters_enabled
 
     @_disable_adapters.setter
@@ -56,7 +56,12 @@ class PeftWrapper(Wrapper):
         self._activate_alone(self.chosen_names(), enabled=not disabled)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Sets whether adapters here get gradients, whichever adapters are active."""
+        """Makes adapters on this module trainable or frozen, whether they are active or not.
+
+        Args:
+            adapter_names: one name or several; names without an adapter here are ignored.
+            requires_grad: the ``requires_grad`` of their parameters.
+        """
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self._named():
                 self._named()[name].requires_grad_(requires_grad)

@@ -39,22 +39,22 @@ class PeftCopies(ModulesToSaveWrapper):
 
     @property
     def _adapters(self) -> set[str]:
-        """Names of the adapters that have a copy; libraries written for PEFT read it."""
+        """Names of the adapters that have a copy; other libraries read it."""
         return set(self._named())
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether no adapter is active in the model now."""
+        """Whether no adapter is active in the model."""
         return not self.active_state.current().names
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """Name of the selected adapter that has a copy here, whether or not adapters are enabled; else empty."""
+        """Name of the active adapter that has a copy here, even if adapters are disabled; an empty list without one."""
         return one_or_all(self.active_adapters)
 
     @property
     def active_adapters(self) -> list[str]:
-        """The same as a list."""
+        """Name of the active adapter that has a copy here, as a list."""
         return [name for name in self.chosen_names() if name in self._named()]
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:

@@ -6,7 +6,7 @@
 
     config._register_custom_module({nn.LSTM: LSTMWithLoRA})
 
-Layers that the engine itself adapts do not derive from them, but ``isinstance`` is True for those, too.
+``isinstance`` is also true for the layers that the engine adapts, although they do not derive from these classes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nbpeft.peft_layers.classes import LayerType, refuse_pickle_of_peft
 class LoraLayer(metaclass=LayerType):
     """A LoRA layer; derive a custom class from it and from ``nn.Module``.
 
-    Which adapters are active is stored in the layer until it is part of an adapted model, and then in the model.
+    The layer stores which adapters are active until it is put into an adapted model; from then on the model does.
 
     Args:
         base_layer: the frozen layer.
@@ -74,7 +74,7 @@ class LoraLayer(metaclass=LayerType):
         self.in_features, self.out_features = self._get_in_out_features(base_layer)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
-        """(in, out) features, or (None, None) with a warning for unknown classes of layers."""
+        """Returns the (in, out) features of a layer; for an unknown layer class (None, None), with a warning."""
         kind, backend = resolve_layer_kind(module), resolve_backend(module)
         guessed = kind is None or (kind.name == "linear" and getattr(backend, "name", "dense") == "dense")
         if guessed and not isinstance(module, nn.Linear):
@@ -86,35 +86,35 @@ class LoraLayer(metaclass=LayerType):
     # The frozen layer
 
     def get_base_layer(self) -> nn.Module:
-        """The frozen layer."""
+        """Returns the frozen layer."""
         return self.base_layer
 
     def get_base_weight(self) -> Tensor:
-        """The frozen layer's weight as stored, detached."""
+        """Returns the frozen layer's weight as stored, detached."""
         return cast(Tensor, self.base_layer.weight).detach()
 
     @property
     def weight(self) -> Any:
-        """The frozen layer's."""
+        """The weight of the frozen layer."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> Any:
-        """The frozen layer's."""
+        """The bias of the frozen layer."""
         return self.base_layer.bias
 
-    # What is active
+    # Active adapters
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters, those of this call while one runs."""
+        """Names of the active adapters; during a call of the model, those of the call."""
         if self.adapted_layer is not None:
             return list(self.adapted_layer.active_state.current().names or self.adapted_layer.chosen_names())
         return [self._active_adapter] if isinstance(self._active_adapter, str) else list(self._active_adapter)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The same."""
+        """Names of the active adapters."""
         return self.active_adapters
 
     @property
@@ -130,7 +130,12 @@ class LoraLayer(metaclass=LayerType):
         return bool(self.merged_adapters)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activates adapters on this layer, trainable unless ``inference_mode``; the layer's others are frozen."""
+        """Activates adapters on this layer and makes only them trainable; all other adapters here are frozen.
+
+        Args:
+            adapter_names: one name or several.
+            inference_mode: freeze the active adapters too.
+        """
         if self.adapted_layer is not None:
             self.adapted_layer.set_adapter(adapter_names, inference_mode)
             return
@@ -148,11 +153,11 @@ class LoraLayer(metaclass=LayerType):
 
     def _set_trainable(self, names: Sequence[str]) -> None:
         for attribute in self.adapter_layer_names:
-            for name, held in getattr(self, attribute).items():
-                held.requires_grad_(name in names)
+            for name, part in getattr(self, attribute).items():
+                part.requires_grad_(name in names)
 
     def _get_available_adapters(self) -> set[str]:
-        """Names of the adapters that have parameters here."""
+        """Returns the names of the adapters that have parameters here."""
         return {name for attribute in self.adapter_layer_names for name in getattr(self, attribute)}
 
     # Adapters
@@ -175,7 +180,7 @@ class LoraLayer(metaclass=LayerType):
         _check_plain(config, type(self).__name__)
         if self.in_features is None or self.out_features is None:
             raise ConfigError(
-                f"the factors of a {type(self.base_layer).__name__} are not known: override update_layer in "
+                f"the factors for a {type(self.base_layer).__name__} are unknown: override update_layer in "
                 f"{type(self).__name__}"
             )
         if config.lora_bias and getattr(self.base_layer, "bias", None) is None:
@@ -199,7 +204,13 @@ class LoraLayer(metaclass=LayerType):
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """Reinitializes the factors of an adapter; False leaves them unchanged."""
+        """Reinitializes the factors of an adapter.
+
+        Args:
+            adapter_name: the adapter.
+            init_lora_weights: False leaves the factors unchanged; a string initializes A from a normal distribution,
+                and True as ``nn.Linear``.
+        """
         if init_lora_weights is False:
             return
         if adapter_name in self.lora_A:
@@ -215,14 +226,14 @@ class LoraLayer(metaclass=LayerType):
             nn.init.normal_(self.lora_embedding_B[adapter_name])
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter from this layer; has no effect if the layer has none of that name."""
+        """Deletes an adapter from this layer; has no effect if the layer lacks it."""
         if self.adapted_layer is not None:
             self.adapted_layer.delete_adapter(adapter_name)
             return
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
-            held = getattr(self, attribute)
-            if adapter_name in held:
-                del held[adapter_name]
+            by_adapter = getattr(self, attribute)
+            if adapter_name in by_adapter:
+                del by_adapter[adapter_name]
 
     def _trained_scaling(self, adapter: str) -> float:
         rank = self.r[adapter]
@@ -248,24 +259,24 @@ class LoraLayer(metaclass=LayerType):
     # For the forward of custom classes
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Raises ConfigError if a call has ``adapter_names``, an adapter for each row."""
+        """Raises ConfigError if a call has ``adapter_names`` (an adapter for each row)."""
         if kwargs.get("adapter_names") is not None:
-            raise ConfigError(f"adapter_names cannot serve a {type(self).__name__}: one set of adapters acts")
+            raise ConfigError(f"{type(self).__name__} does not support adapter_names: all rows use the same adapters")
 
     def _cast_input_dtype(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """The input in the dtype of the factors."""
+        """Returns the input in the dtype of the factors."""
         return x if x is None or not self.cast_input_dtype_enabled else x.to(dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Moves an adapter to the frozen layer's device, and casts it to its dtype if that is a floating one."""
+        """Moves an adapter to the frozen layer's device, and casts it to the layer's dtype if it is floating-point."""
         first = next(self.base_layer.parameters(), None)
         if first is None or first.is_meta:
             return
         dtype = first.dtype if first.is_floating_point() else None
         for attribute in (*self.adapter_layer_names, "lora_dropout"):
-            held = getattr(self, attribute)
-            if adapter_name in held:
-                held[adapter_name] = held[adapter_name].to(device or first.device, dtype)
+            by_adapter = getattr(self, attribute)
+            if adapter_name in by_adapter:
+                by_adapter[adapter_name] = by_adapter[adapter_name].to(device or first.device, dtype)
 
 
 class Linear(nn.Module, LoraLayer):
@@ -273,10 +284,11 @@ class Linear(nn.Module, LoraLayer):
 
     Args:
         base_layer: a linear layer, or one that has ``in_features``, ``out_features`` and a ``weight`` (out, in).
-        adapter_name: the first adapter.
-        config: its config.
-        r: its rank.
-        lora_alpha: its alpha.
+        adapter_name: name of the first adapter.
+        config: config of this adapter.
+        r: rank of this adapter.
+        lora_alpha: alpha of this adapter.
+        is_target_conv_1d_layer: only stored; accepted as in PEFT.
         **kwargs: ignored; accepted as in PEFT.
     """
 
@@ -306,12 +318,12 @@ class Linear(nn.Module, LoraLayer):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The frozen layer's output plus the active adapters' deltas, in the layer's dtype.
+        """Returns the frozen layer's output plus the active adapters' deltas, in the dtype of the layer's output.
 
         Args:
-            x: (…, in).
+            x: (…, in), floating-point.
             *args: passed to the frozen layer.
-            **kwargs: likewise.
+            **kwargs: passed to the frozen layer.
 
         Returns:
             (…, out).
@@ -329,13 +341,13 @@ class Linear(nn.Module, LoraLayer):
         return total.to(output.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The delta that merging an adapter adds to the weight, in the orientation of the stored weight.
+        """Returns the delta that merging an adapter adds to the weight, in the orientation of the stored weight.
 
         Raises:
             UnknownAdapterError: the layer does not have the adapter.
         """
         if adapter not in self.lora_A:
-            raise UnknownAdapterError(f"no adapter {adapter!r} on this layer; there is: {', '.join(self.lora_A)}")
+            raise UnknownAdapterError(f"this layer has no adapter {adapter!r}, but: {', '.join(self.lora_A)}")
         lora_A, lora_B = cast(Any, self.lora_A[adapter]).weight, cast(Any, self.lora_B[adapter]).weight
         delta: Tensor = (lora_B @ lora_A) * self.scaling[adapter]
         return delta.T if self.fan_in_fan_out else delta
@@ -346,10 +358,10 @@ class Linear(nn.Module, LoraLayer):
 
         Args:
             safe_merge: refuse a weight that would not be finite.
-            adapter_names: the adapters; the active ones if None.
+            adapter_names: the adapters; None for the active ones.
 
         Raises:
-            MergeError: the weight would not be finite, or an adapter has a bias and the layer has none.
+            MergeError: the weight would not be finite, or an adapter has a bias but the layer does not.
         """
         base: Any = self.base_layer
         for name in self.active_adapters if adapter_names is None else adapter_names:
@@ -364,7 +376,7 @@ class Linear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Subtracts the merged deltas, the last first."""
+        """Subtracts the merged deltas, in reverse order."""
         base: Any = self.base_layer
         while self.merged_adapters:
             name = self.merged_adapters.pop()
@@ -377,7 +389,7 @@ class Linear(nn.Module, LoraLayer):
             return
         bias = getattr(self.base_layer, "bias", None)
         if bias is None:
-            raise MergeError(f"adapter {name!r} adds a bias but the base layer has none to take it")
+            raise MergeError(f"adapter {name!r} adds a bias, but the base layer has no bias to merge it into")
         bias.data += cast(Any, self.lora_B[name]).bias * factor
 
     def _get_name(self) -> str:
@@ -386,11 +398,11 @@ class Linear(nn.Module, LoraLayer):
 
 def _check_plain(config: LoraConfig, layer_class: str) -> None:
     """Raises ConfigError for settings that a custom layer class would have to implement itself."""
-    asked = {
+    requested = {
         "use_dora=True": config.use_dora,
         f"init_lora_weights={config.init_lora_weights!r}": config.init_name not in ("default", "random", "gaussian"),
         config.variant: bool(config.variant),
     }
-    unknown = next((field for field, is_asked in asked.items() if is_asked), None)
-    if unknown is not None:
-        raise ConfigError(f"{unknown} is not for a layer class of one's own ({layer_class}): leave it out")
+    unsupported = next((field for field, is_requested in requested.items() if is_requested), None)
+    if unsupported is not None:
+        raise ConfigError(f"{unsupported} is not supported by custom layer classes ({layer_class}): leave it out")

@@ -2,7 +2,7 @@
 
 layer.scaling["default"] = 2.0        layer.merged_adapters        layer.set_scale("default", 0.5)
 
-What the record of a method declares, such as ``layer.r`` or ``layer.core["default"].weight``, is in ``engine.views``.
+The attributes that a method declares, such as ``layer.r`` or ``layer.core["default"].weight``, are in ``engine.views``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.active_state import LayerState
-from nbpeft.engine.contract.adapter import Adapter, Rescales, delta_of, source_of, unconvertible_reason
+from nbpeft.engine.contract.adapter import Adapter, Rescales, TransformsInput, delta_of, source_of, unconvertible_reason
 from nbpeft.engine.contract.base import Backend
 from nbpeft.engine.contract.registry import method_of_adapter
 from nbpeft.engine.views.layer_attributes import PerAdapterView
@@ -29,8 +29,8 @@ _scalings: WeakKeyDictionary[nn.Module, PerAdapterView] = WeakKeyDictionary()
 """Layer -> its last ``scaling`` view; not stored on the layer, which may be copied and pickled."""
 
 
-class _OfInstances(property):
-    """A property that is an empty tuple on the class itself, as in PEFT's base class."""
+class _EmptyOnClass(property):
+    """A property whose value on the class itself is an empty tuple, as on PEFT's base class."""
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return () if instance is None else super().__get__(instance, owner)
@@ -53,7 +53,9 @@ class PeftLayer(AdaptedLayer):
     def scaling(self, values: MutableMapping[str, Any]) -> None:
         own: Any = self.scaling
         given = dict(values)
-        if values is not own:  # callers that saved the previous mapping, to restore it later, keep its values
+        if values is not own:
+            # Some callers save the mapping, assign another one, and assign the saved one again to restore its values.
+            # So the previous view must not follow the adapters any more.
             own.keep()
             del _scalings[self]
         if isinstance(values, PerAdapterView) and values.is_of(self._named()):
@@ -71,13 +73,13 @@ class PeftLayer(AdaptedLayer):
             self._warn_without_scaling([adapter], scale)
 
     def scale_layer(self, scale: float) -> None:
-        """Multiplies the scalings of the active adapters here."""
+        """Multiplies the scalings of the active adapters on this layer by a factor."""
         self._warn_without_scaling(self.active_adapters, scale)
         for adapter in self._rescalable():
             adapter.rescale(float(adapter.scaling) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the scalings of the active adapters here; without a factor, restores their trained scalings."""
+        """Divides the scalings of the active adapters on this layer; None restores their trained scalings."""
         for adapter in self._rescalable():
             adapter.rescale(adapter.trained_scaling if scale is None else float(adapter.scaling) / scale)
 
@@ -86,23 +88,23 @@ class PeftLayer(AdaptedLayer):
         own = self._named()
         for name in [] if scale == 1 else [name for name in names if name in own]:
             method = None if isinstance(own[name], Rescales) else method_of_adapter(own[name])
-            if method is not None and method.shares.companion is None:  # token rows go with another adapter, as in PEFT
+            if method is not None and method.shares.companion is None:  # PEFT ignores the token rows of another adapter
                 message = f"a scale of {scale:g} has no effect on adapter {name!r}: {method.label} has no scaling"
                 warnings.warn(message, stacklevel=3)
 
     def _rescalable(self) -> list[Rescales]:
-        """The active adapters here that have a scaling."""
+        """Returns the active adapters on this layer that have a scaling."""
         active = [self._named().get(name) for name in self.active_adapters]
         return [adapter for adapter in active if isinstance(adapter, Rescales)]
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the model's active adapters; for a layer that has only trainable tokens, of those here."""
+        """Names of the model's active adapters; if the layer only has trainable tokens, of those on this layer."""
         return [name for name in self.chosen_names() if name in self._named() or not self._has_tokens_alone]
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The same; for a layer that has only trainable tokens a single name, as in PEFT's wrapper of these."""
+        """Names of the active adapters; a single name if the layer only has trainable tokens, as in PEFT's wrapper."""
         return one_or_all(self.active_adapters) if self._has_tokens_alone else self.active_adapters
 
     @property
@@ -110,18 +112,31 @@ class PeftLayer(AdaptedLayer):
         return all(adapter.peft.container for adapter in self._named().values())
 
     @property
+    def is_feedforward(self) -> bool:
+        """Whether the (IA)³ adapters here scale the layer's input, and not its output.
+
+        Raises:
+            AttributeError: there are none.
+        """
+        for adapter in self._named().values():
+            method = method_of_adapter(adapter)
+            if method is not None and method.peft_type == "IA3":
+                return isinstance(adapter, TransformsInput)
+        raise AttributeError("the layer has no (IA)³ adapter, so there is no is_feedforward")
+
+    @property
     def disable_adapters(self) -> bool:
         """Whether the adapters are disabled."""
         return not self.active_state.current().names
 
-    @_OfInstances
+    @_EmptyOnClass
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Names of the layer's attributes with adapters' parameters."""
         if not self._named():
             return self._names_when_empty(0)
         return tuple(dict.fromkeys(name for adapter in self._named().values() for name in _mapping_names(adapter)))
 
-    @_OfInstances
+    @_EmptyOnClass
     def other_param_names(self) -> tuple[str, ...]:
         """Names of the layer's attributes with other settings of adapters."""
         if not self._named():
@@ -137,14 +152,14 @@ class PeftLayer(AdaptedLayer):
         return tuple(name for several in names for name in several.split())
 
     def _all_available_adapter_names(self) -> list[str]:
-        """Names of all adapters on the layer, sorted; called by libraries that use PEFT."""
+        """Returns the sorted names of all adapters on the layer; other libraries call it."""
         return sorted(self._named())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter from this layer; has no effect if the layer lacks it.
 
-        State that its layers share moves to another layer, and is trained and saved as before. If no active adapter is
-        left on this layer, its oldest adapter becomes active here.
+        If the layer owns tensors that other layers of the adapter share, they move to one of these layers. If no active
+        adapter is left on this layer, its oldest adapter becomes active here.
 
         Raises:
             AdapterError: another layer uses the adapter's tensors of this layer (``ensure_weight_tying``).
@@ -172,7 +187,7 @@ class PeftLayer(AdaptedLayer):
 
         Args:
             safe_merge: refuse a weight that would not be finite.
-            adapter_names: the adapters; the active ones if None.
+            adapter_names: the adapters; None for the active ones.
         """
         names = self.chosen_names() if adapter_names is None else list(adapter_names)
         new = [name for name in names if name in self._named() and name not in self.merged_names]
@@ -190,7 +205,7 @@ class PeftLayer(AdaptedLayer):
         self._commands().unmerge(self)
 
     def get_base_weight(self) -> Tensor:
-        """The layer's weight as stored, detached; dequantized if it is quantized."""
+        """Returns the layer's weight as stored, detached; dequantized if it is quantized."""
         return self.base.backend.dequantize(self.base.module).detach()
 
     def set_base_weight(self, weight_data: Tensor) -> None:
@@ -201,12 +216,12 @@ class PeftLayer(AdaptedLayer):
 
         Raises:
             MergeError: adapters are merged, or the backend cannot write its weights.
-            BaseMismatchError: it has another shape.
+            BaseMismatchError: the shape differs.
         """
         self._commands().set_base_weight(self, weight_data)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter on this layer can be converted to a LoRA; False if the layer lacks it."""
+        """Returns whether an adapter on this layer can be converted to LoRA; False if the layer lacks it."""
         found = self._named().get(adapter_name)
         return found is not None and not unconvertible_reason(found, self.base)
 
@@ -217,7 +232,7 @@ class PeftLayer(AdaptedLayer):
         return backend if backend.backend_name else None
 
     def extra_repr(self) -> str:
-        """The settings that ``repr`` shows."""
+        """Returns the settings that ``repr`` shows."""
         backend = self.quantization_backend
         return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
 
@@ -238,7 +253,7 @@ class PeftLayer(AdaptedLayer):
 
     @property
     def adapted_as(self) -> str:
-        """PEFT's class name of such a layer, such as ``lora.Linear`` or ``lora.Linear4bit``."""
+        """PEFT's class name for this layer, such as ``lora.Linear`` or ``lora.Linear4bit``."""
         methods = self._methods()
         own = sorted({method.peft_type.lower() for method in methods if not method.peft.layer})
         layer = self.base.backend.peft_name or self.base.kind.peft_name
@@ -267,20 +282,20 @@ class PeftLayer(AdaptedLayer):
         self.get_base_layer().out_features = count  # type: ignore[assignment]
 
     def get_base_layer(self) -> nn.Module:
-        """The frozen layer; for an adapted parameter the module that has it, inside all wrappers."""
+        """Returns the frozen layer; for an adapted parameter, the module that owns it, inside all wrappers."""
         return self.wrapped_module()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The delta that merging an adapter adds to the weight, in the orientation of the stored weight, detached.
+        """Returns the delta that merging an adapter adds to the weight, in the stored orientation, detached.
 
         Raises:
             UnknownAdapterError: the layer does not have the adapter.
         """
         found = self._named().get(adapter)
         if found is None:
-            have = ", ".join(map(repr, self._named()))
+            names = ", ".join(map(repr, self._named()))
             raise UnknownAdapterError(
-                f"no adapter {adapter!r} on this layer; there is: {have}." + did_you_mean(adapter, self._named())
+                f"this layer has no adapter {adapter!r}, but: {names}." + did_you_mean(adapter, self._named())
             )
         return self.base.kind.canonical(self.base.module, delta_of(found, self.base.weight(), self.base))
 
@@ -289,7 +304,7 @@ class PeftParameter(AdaptedParameter):
     """PEFT's attributes of an adapted parameter."""
 
     def get_param(self) -> Tensor:
-        """The parameter, without adapters."""
+        """Returns the frozen parameter."""
         found: Tensor = getattr(self.wrapped_module(), self.parameter_name)
         return found
 
@@ -300,7 +315,7 @@ class PeftParameter(AdaptedParameter):
         return int(view.count)
 
     def extra_repr(self) -> str:
-        """The parameter's name and the settings of the layer."""
+        """Returns the parameter's name and the settings of the layer."""
         return ", ".join(filter(None, (f"parameter_name={self.parameter_name!r}", AdaptedLayer.extra_repr(self))))
 
 
@@ -310,9 +325,7 @@ def _mapping_names(adapter: Adapter) -> tuple[str, ...]:
     source = source_of(adapter)
     if source is not None and peft.mappings:
         return _mapping_names(source)
-    if peft.single_mapping:
-        return (peft.single_mapping,)
-    own = dict.fromkeys(name.partition(".")[0] for name in adapter._parameters)
+    own = dict.fromkeys(peft.grouped.get(name, name).partition(".")[0] for name in adapter._parameters)
     return tuple(name for name in peft.mappings if name not in peft.modules) or tuple(own)
 
 

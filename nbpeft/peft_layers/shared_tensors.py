@@ -9,11 +9,14 @@ from nbpeft.engine.views.layer_attributes import PerAdapterView
 
 
 def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | dict[str, PerAdapterView] | None:
-    """One or several tensors that adapters' layers share; None if there are none of that name.
+    """Returns the shared tensors of a name.
 
     Args:
         states: adapter name -> the state that its layers share.
-        name: name of the tensor, such as ``vera_A``, or of a module of ``SharedState.named_first``.
+        name: name of a tensor, such as ``vera_A``, or of a module in ``SharedState.named_first``.
+
+    Returns:
+        Adapter name -> tensor; for a module, name of a buffer -> such a mapping; None if no adapter has the name.
     """
     holders = {own: state._modules[name] for own, state in states.items() if name in state.named_first}
     if holders:

@@ -104,7 +104,7 @@ class RunFolder:
             return False
         return facts.get("host") == platform.node() and psutil.pid_exists(facts.get("process") or 0)
 
-    # What it is
+    # Record
 
     def facts(self) -> dict[str, Any]:
         """Returns the checked content of ``run.json``; empty if there is none.
@@ -118,7 +118,7 @@ class RunFolder:
     def record(self) -> RunRecord:
         """Returns the record of the run; its message says why if the run cannot be read."""
         if not self.path.name.isprintable():
-            return unreadable(self.name, shown(self.path), "its name has letters that cannot be shown")
+            return unreadable(self.name, shown(self.path), "its name has unprintable characters")
         try:
             facts = self.facts()
             begun = facts.get("status") == "running"  # run.json is as old as the last checkpoint, unlike the curve
@@ -128,7 +128,7 @@ class RunFolder:
         except CheckpointError as error:
             return unreadable(self.name, str(self.path), error.message)
         if not facts:
-            return unreadable(self.name, str(self.path), f"there is no {FACTS}")
+            return unreadable(self.name, str(self.path), f"it has no {FACTS}")
         return record_of(self.name, str(self.path), facts, running=running, kept_steps=self.kept_steps())
 
     def _content(self, name: str) -> bytes | None:
@@ -207,7 +207,7 @@ class RunFolder:
         """
         replace_files(self.path, [NewFile.of_text(name, text) for name, text in contents.items()])
 
-    # What was logged
+    # Log
 
     def series(self, until: int) -> dict[str, Curve]:
         """Returns the values over time by name, up to and including a step.
@@ -272,7 +272,7 @@ class RunFolder:
         replace_files(self.path, [NewFile.of_text(CURVE, "".join(f"{_text(entry)}\n" for entry in kept))])
         return kept
 
-    # States
+    # Checkpoints
 
     def kept_steps(self) -> tuple[int, ...]:
         """Returns the steps of the run's checkpoints in descending order."""

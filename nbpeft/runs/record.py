@@ -54,6 +54,7 @@ class RunRecord:
         saved: adapter -> folder in which it was saved after the run.
         saved_files: adapter -> size and modification time of the weights file in that folder when it was saved.
         kept_steps: steps of the checkpoints in descending order.
+        metrics: the last scores and values of ``compute_metrics``, by name.
     """
 
     name: str
@@ -74,6 +75,7 @@ class RunRecord:
     saved: Mapping[str, str] = field(default_factory=dict, hash=False)
     saved_files: Mapping[str, str] = field(default_factory=dict, hash=False)
     kept_steps: tuple[int, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def at(self) -> str:
@@ -121,6 +123,7 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
         saved=facts.get("saved") or {},
         saved_files=facts.get("saved_files") or {},
         kept_steps=tuple(kept_steps),
+        metrics={name: float(value) for name, value in (facts.get("metrics") or {}).items() if _is_number(value)},
     )
 
 
@@ -168,7 +171,7 @@ def checked_facts(content: bytes) -> dict[str, Any]:
         raise CorruptCheckpointError("run.json is not JSON") from None
     if not isinstance(facts, dict) or facts.get("version") != VERSION:
         found = shown(facts.get("version"), 20) if isinstance(facts, dict) else "none"
-        raise CorruptCheckpointError(f"run.json is of version {found}, and {VERSION} is known here")
+        raise CorruptCheckpointError(f"run.json has version {found}; this nbpeft reads version {VERSION}")
     for field_name in ("adapter", "status"):
         if facts.get(field_name) is None:
             raise CorruptCheckpointError(f"run.json has no {field_name}")
@@ -214,7 +217,11 @@ def checked_sample(given: Any) -> Sample | None:
     if not isinstance(given, dict) or not _is_step(given.get("step")):
         return None
     texts = [given.get(name, "") for name in ("prompt", "answer", "base", "wanted")]
-    return Sample(given["step"], *texts) if all(map(_is_unicode, texts)) else None
+    reward = given.get("reward")
+    if not all(map(_is_unicode, texts)) or not (reward is None or _is_number(reward)):
+        return None
+    prompt, answer, base, wanted = texts
+    return Sample(given["step"], prompt, answer, base, wanted, reward=None if reward is None else float(reward))
 
 
 def _is_step(value: object) -> bool:
@@ -261,15 +268,15 @@ _NAMES = (_is_list_of(_is_name(_LONGEST_NAME)), "a list of names")
 _MAPPING = (_is_mapping, f"a dictionary of at most {_MOST_FIELDS:,} names")
 _TEXTS = (
     lambda value: _is_mapping(value) and all(isinstance(text, str) for text in value.values()),
-    "a dictionary of texts",
+    "a dictionary of strings",
 )
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "status": (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)}"),
     "adapter": (_is_name(_LONGEST_TEXT), "names of adapters"),
     "model": (_is_name(_LONGEST_NAME), "the name of a variable"),
-    "message": (lambda value: isinstance(value, str), "a text"),
+    "message": (lambda value: isinstance(value, str), "a string"),
     "host": (_is_name(_LONGEST_TEXT), "the name of a host"),
-    "process": (lambda value: type(value) is int and 0 < value < 2**31, "the number of a process"),
+    "process": (lambda value: type(value) is int and 0 < value < 2**31, "a process id"),
     **dict.fromkeys(("step", "total_steps", "first_step", "best_step"), _STEP),
     **dict.fromkeys(("loss", "eval_loss", "best_loss"), _NUMBER),
     "seconds": (_is_seconds, "a number of seconds"),

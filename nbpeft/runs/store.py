@@ -75,7 +75,7 @@ class RunStore:
         """
         names = {folder.name: folder for folder in self._folders()}
         if name not in names:
-            hint = did_you_mean(str(name), names) or (f" There is: {', '.join(sorted(names)[:8])}." if names else "")
+            hint = did_you_mean(str(name), names) or (f" Runs: {', '.join(sorted(names)[:8])}." if names else "")
             raise CheckpointNotFoundError(f"no run is called {name!r:.60} in {shown(self.place)}.{hint}", name=name)
         return names[name]
 
@@ -92,9 +92,11 @@ class RunStore:
         """
         folder = self.find(name)
         if not _NAME.fullmatch(new):
-            raise CheckpointError(f"{new!r:.60} cannot be the name of a run: letters, digits, and _ . + - inside")
+            raise CheckpointError(
+                f"{new!r:.60} cannot be the name of a run: use letters, digits, and inside the name _ . + -"
+            )
         if os.path.lexists(self.place / new):
-            raise CheckpointError(f"there is a run {new!r} already")
+            raise CheckpointError(f"a run called {new!r} already exists")
         with disk_errors(self.place), _locked(folder):
             os.rename(folder.path, self.place / new)
 
@@ -218,12 +220,12 @@ def _tidied(
         notes.append(f"more than {most_runs} runs were kept: deleted {few(deleted, 3)}")
     if emptied:
         notes.append(
-            f"runs took more than {most_bytes / 1e9:g} GB: deleted old states of {few(emptied, 3)}, not their curves"
+            f"runs took more than {most_bytes / 1e9:g} GB: deleted checkpoints of {few(emptied, 3)}, not their curves"
         )
     if byte_count > most_bytes:
         notes.append(
-            f"the runs take {byte_count / 1e9:.1f} GB, of adapters that were saved nowhere else: delete runs that are "
-            "not needed, or save their adapters"
+            f"the runs take {byte_count / 1e9:.1f} GB; their adapters are saved nowhere else: save them, or delete "
+            "runs that are not needed"
         )
     return notes
 

@@ -4,7 +4,7 @@ Nothing of the model changes: its adapters stay as active as they are, and its m
 
 Door, what other rooms import:
 
-    in_training.py  Scores of a model in training: the same rows, answered by the active adapters
+    in_training.py  Scores of a model in training: the same rows, answered by its adapters
     result.py       The result: scores with intervals, the items, paired tests, and how it is shown
     score.py        ``score(model, rows)``: rows are read, answered and compared with their references
 

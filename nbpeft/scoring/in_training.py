@@ -1,23 +1,30 @@
-"""Scores of a model in training: the same rows, answered by the active adapters as they are at the time."""
+"""Scores of a model in training: the same rows, answered by its adapters as they are at the time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from nbpeft.model.saving.sharded import is_sharded
 from nbpeft.scoring.answers import default_limit
 from nbpeft.scoring.metrics import AnswerSettings, metrics_of
+from nbpeft.scoring.result import ScoreResult
 from nbpeft.scoring.rows import read_rows
 from nbpeft.scoring.score import Scoring
-from nbpeft.scoring.settings import Column, ScoreSettings
+from nbpeft.scoring.settings import Column, ScoreSettings, adapter_columns
+from nbpeft.training.adapters.adapted_model import active_names
+from nbpeft.training.disk.agreement import gathered, own_share
+from nbpeft.training.watching.scoring import Scorer
 
-_ACTIVE = Column("active", as_it_is=True)
 
+class RowScorer(Scorer):
+    """Scores adapters of a model on the same rows again and again.
 
-class Scorer:
-    """Scores the active adapters of a model on the same rows again and again.
+    The processes of a training share the rows out. If each of them has a part of the model, all of them answer all
+    rows.
 
     Args:
         model: the model.
@@ -28,12 +35,7 @@ class Scorer:
         max_length: as for ``score``.
         separator: as for ``score``.
         skip_bad: as for ``score``.
-
-    Attributes:
-        name: name of the first metric.
-        greater_is_better: whether a greater value of it is better.
-        metrics: names of all metrics.
-        notes: messages about rows that are left out or cut.
+        variables: variables for the chat template, as far as it has them.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -51,32 +53,59 @@ class Scorer:
         max_length: int | None = None,
         separator: str | None = None,
         skip_bad: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
-        self._metrics, self._tokenizer = metrics_of(metric, AnswerSettings()), tokenizer
+        self._given, self._tokenizer = metric, tokenizer
+        self._metrics = metrics_of(metric, AnswerSettings())
         reading: dict[str, Any] = {"columns": columns, "max_length": max_length}
-        reading |= {"separator": separator, "skip_bad": skip_bad}
+        reading |= {"separator": separator, "skip_bad": skip_bad, "usual_variables": variables}
         self._read = read_rows(model, rows, self._metrics, tokenizer, **reading)
-        self.name, self.greater_is_better = self._metrics[0].name, self._metrics[0].greater_is_better
-        self.metrics = tuple(item.name for item in self._metrics)
+        self.name = self._metrics[0].name
+        self.metrics = {item.name: item.greater_is_better for item in self._metrics}
         self.notes = self._read.notes
 
-    def values(self, model: nn.Module, should_stop: Callable[[], bool]) -> dict[str, float]:
-        """The scores, by metric; empty if it was stopped.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_metrics"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _metrics=metrics_of(state["_given"], AnswerSettings()))
+
+    def values(
+        self, model: nn.Module, should_stop: Callable[[], bool], adapters: Sequence[str] = ()
+    ) -> list[dict[str, float]]:
+        """The scores by metric, of each adapter; empty if it was stopped.
 
         Args:
             model: the model in evaluation mode.
             should_stop: called after each token; True ends it.
+            adapters: what answers; the active adapters together if none is named.
 
         Raises:
             KeyboardInterrupt: it was interrupted.
-            TrainingError: a metric fails on all rows of the first batch.
+            TrainingError: a metric fails on all rows of the first batch, or another process failed.
         """
-        state = Scoring("", (_ACTIVE,), self._metrics, self._read, ScoreSettings(), [])
+        active = Column(" + ".join(active_names(model)) or "model", as_it_is=True)
+        columns = adapter_columns(model, adapters) or (active,)
+        parts = gathered(lambda: self._part(model, columns, should_stop))
+        results = [part for part in parts if part is not None]
+        if len(results) < len(parts):
+            return []
+        result, self.failures = results[0], tuple(note for part in results for note in part.notes)
+        if not is_sharded(model):
+            result = replace(result, items=tuple(item for part in results for item in part.items))
+        found = {metric.name: result.by(metric.name).scores for metric in self._metrics}
+        return [{name: scores[column.title].value for name, scores in found.items()} for column in columns]
+
+    def _part(
+        self, model: nn.Module, columns: tuple[Column, ...], should_stop: Callable[[], bool]
+    ) -> ScoreResult | None:
+        """The scores of this process's rows; None if it was stopped."""
+        rows = self._read.rows if is_sharded(model) else tuple(own_share(self._read.rows))
+        state = Scoring("", columns, self._metrics, replace(self._read, rows=rows), ScoreSettings(), [])
         limit = default_limit(self._read.rows, self._metrics, stripped=False)
         state.run(model, self._tokenizer, limit, should_stop, lambda: None)
-        if not state.is_complete:
-            if not should_stop():
-                raise KeyboardInterrupt  # the generation swallowed an interrupt that was meant for the training
-            return {}
-        result = state.result("finished")
-        return {metric.name: result.by(metric.name).scores[_ACTIVE.title].value for metric in self._metrics}
+        if state.is_complete:
+            return replace(state.result("finished"), notes=tuple(state.failures()))
+        if not should_stop():
+            raise KeyboardInterrupt  # the generation swallowed an interrupt that was meant for the training
+        return None

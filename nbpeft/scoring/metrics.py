@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from nbpeft.errors import ConfigError, TrainingError, did_you_mean, in_one_line, with_article
+from nbpeft.errors import ConfigError, TrainingError, check_bool, did_you_mean, in_one_line, with_article
 from nbpeft.names import METRICS
 
 Needs = Literal["answers", "options", "tokens", "classes"]
@@ -42,6 +42,8 @@ class AnswerSettings:
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_bool("strip", self.strip)
+        check_bool("casefold", self.casefold)
         if self.pattern is not None:
             _compiled(self.pattern, ConfigError)
         valid = isinstance(self.tolerance, int | float) and not isinstance(self.tolerance, bool)

@@ -202,7 +202,17 @@ class ScoreResult(Shown):
 
     def view(self) -> Card:
         """Shows the scores as bars with intervals, what each adapter fixed and broke, and the items."""
-        return _as_card(self)
+        shown = self.overview()
+        items = () if self.status == "running" else (one.details(self) for one in self.filters() if one.items)
+        return card(shown.title, *shown.blocks, *items, aside=shown.aside)
+
+    def overview(self) -> Card:
+        """Shows the same without the items."""
+        return _overview(self)
+
+    def filters(self) -> tuple[Filter, ...]:
+        """The items that each adapter fixed, and broke; those on which the columns have different values; and all."""
+        return tuple(_filters(self))
 
 
 def _as_text(result: ScoreResult) -> str:
@@ -220,8 +230,8 @@ def _as_text(result: ScoreResult) -> str:
     return with_notes("\n".join(parts), _notes(result))
 
 
-def _as_card(result: ScoreResult) -> Card:
-    """The scores as bars with intervals, what each adapter fixed and broke, and the items."""
+def _overview(result: ScoreResult) -> Card:
+    """The scores as bars with intervals, and what each adapter fixed and broke."""
     title = f"Scores of {result.model_name}" if result.model_name else "Scores"
     if result.status == "running":
         return card(title, *_running(result), aside=_about(result))
@@ -231,9 +241,8 @@ def _as_card(result: ScoreResult) -> Card:
         heading = (line(bold(facts.name)),) if len(result.metrics) > 1 else ()
         tests = _tests(found)
         blocks += [heading, _bars(found), tuple(map(_line, tests)), line(dim(_how(found, tests)))]
-    filters = (filtered.details(result) for filtered in _filters(result) if filtered.items)
     blocks.append(tuple(map(line, _cost(result))))
-    return card(title, *blocks, notes(_notes(result)), *filters, aside=_about(result))
+    return card(title, *blocks, notes(_notes(result)), aside=_about(result))
 
 
 def _about(result: ScoreResult) -> str:
@@ -348,7 +357,7 @@ def _line(flips: Flips) -> Line:
 
 
 @dataclass(frozen=True)
-class _Filter:
+class Filter:
     """Items that are shown together.
 
     Attributes:
@@ -359,26 +368,38 @@ class _Filter:
     title: str
     items: tuple[ScoreItem, ...]
 
+    def __str__(self) -> str:
+        return f"{self.title}: {len(self.items)}"
+
+    def blocks(self, result: ScoreResult, start: int, end: int) -> list[Block]:
+        """Some of the items: prompts, references, and answers side by side with their differences marked.
+
+        Args:
+            result: the result.
+            start: the first one.
+            end: the one after the last one.
+        """
+        return list(itertools.chain.from_iterable(_item(result, item) for item in self.items[start:end]))
+
     def details(self, result: ScoreResult) -> Details:
-        """The items, folded."""
-        blocks = list(itertools.chain.from_iterable(_item(result, item) for item in self.items[:_SHOWN]))
-        more = len(self.items) - _SHOWN
+        """The first items, folded."""
+        blocks, more = self.blocks(result, 0, _SHOWN), len(self.items) - _SHOWN
         if more > 0:
             blocks.append(line(dim(f"and {more} more, in the result's items")))
-        return Details(f"{self.title}: {len(self.items)}", Stack(tuple(blocks)), group=f"score-{id(result):x}")
+        return Details(str(self), Stack(tuple(blocks)), group=f"score-{id(result):x}")
 
 
-def _filters(result: ScoreResult) -> Iterator[_Filter]:
+def _filters(result: ScoreResult) -> Iterator[Filter]:
     """The filters of the first metric."""
     first, *others = result.columns
     better, worse = ("fixed by", "broken by") if result.facts.is_share else ("better with", "worse with")
     for other in others:
         flips = result.flips(first, other)
-        yield _Filter(f"{better} {other}", flips.fixed)
-        yield _Filter(f"{worse} {other}", flips.broken)
+        yield Filter(f"{better} {other}", flips.fixed)
+        yield Filter(f"{worse} {other}", flips.broken)
     if others:
-        yield _Filter("disagreeing", result.disagreeing)
-    yield _Filter("all items", result.items)
+        yield Filter("disagreeing", result.disagreeing)
+    yield Filter("all items", result.items)
 
 
 def _item(result: ScoreResult, item: ScoreItem) -> tuple[Block, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,8 +22,9 @@ from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL
 from nbpeft.training.data.encoding import Span, encode
-from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles
+from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles, likely_completion
 from nbpeft.training.data.left_out import named_rows
+from nbpeft.training.data.options import RowOptions, why_not_used
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import Row, is_nothing
 from nbpeft.training.loop.rows import check_reading, is_causal, model_inputs
@@ -93,6 +95,8 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     separator: str | None = None,
     skip_bad: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    usual_variables: Mapping[str, Any] | None = None,
 ) -> ScoredRows:
     """Reads rows as training does, and finds the reference of each.
 
@@ -105,6 +109,8 @@ def read_rows(
         columns: name -> the column in the data, as for ``prepare_data``.
         separator: as for ``prepare_data``.
         skip_bad: as for ``prepare_data``.
+        chat_template_kwargs: as for ``prepare_data``.
+        usual_variables: those that are used by default, as far as the chat template has them.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -119,7 +125,9 @@ def read_rows(
     values = list(itertools.islice(iter(opened), _STREAMED)) if is_stream(opened) else list(opened)
     if not values:
         raise TrainingError("The stream has no rows.")
-    reading_rows = _Rows(model, replace(reader, rows=values, skip_bad=skip_bad), own, metrics)
+    reader = replace(reader, rows=values, skip_bad=skip_bad)
+    reader = replace(reader, options=_options(reader, chat_template_kwargs, usual_variables or {}))
+    reading_rows = _Rows(model, reader, own, metrics)
     rows, left_out = [], []
     for number in range(len(values)):
         try:
@@ -131,7 +139,8 @@ def read_rows(
                 raise
             left_out.append((number, reason_of(error)))
     if not rows:
-        raise TrainingError(f"None of the {plural(len(values), 'row')} can be scored: {named_rows(left_out)}.")
+        hint = _references_in(columns_of(opened), columns) if reader.form is _PROMPT else ""
+        raise TrainingError(f"None of the {plural(len(values), 'row')} can be scored: {named_rows(left_out)}.{hint}")
     _check_tokens(model, rows, inputs)
     notes = []
     if is_stream(opened) and len(values) == _STREAMED:
@@ -141,6 +150,23 @@ def read_rows(
     if reading_rows.cut:
         notes.append(f"{plural(reading_rows.cut, 'row')} cut to {reader.limit} tokens (max_length)")
     return ScoredRows(tuple(rows), tuple(notes), frozenset(reading_rows.ends), inputs)
+
+
+def _options(reader: Reading, given: Mapping[str, Any] | None, usual: Mapping[str, Any]) -> RowOptions:
+    """The variables for the chat template.
+
+    Raises:
+        ConfigError: no chat template is applied to the rows, or it has no such variable.
+    """
+    template = str(getattr(reader.tokenizer, "chat_template", "") or "")
+    if not given:
+        known = {name: value for name, value in usual.items() if not why_not_used({name: value}, template)}
+        return RowOptions(chat_template_kwargs=known)
+    options, example = RowOptions(chat_template_kwargs=given), None
+    with contextlib.suppress(TrainingError):  # a row that cannot be read, which is reported with the others
+        example = None if reader.form is None else reader.example(reader.rows[0], 0)
+    options.check(reader.form, example, template)
+    return options
 
 
 def _check_model(model: nn.Module, inputs: ModelInputs, needs: set[Needs], tokenizer: Any) -> None:
@@ -189,6 +215,13 @@ def _reader(
         names = {"prompt": prompt} if prompt != "prompt" else {}
         return Reading(opened, _PROMPT, names, tokenizer, inputs=inputs), own
     return reading(opened, tokenizer, max_length=max_length, columns=mapping or None, inputs=inputs), own
+
+
+def _references_in(available: Sequence[str], columns: Mapping[str, str] | None) -> str:
+    """A hint for rows with a prompt alone: the column that likely has the references; empty if there is none."""
+    found = likely_completion(available)
+    names = {**(columns or {}), "completion": found}
+    return f" If the references are in {found!r}: columns={names}." if found else ""
 
 
 def _read_prompt(row: Row, chat: bool) -> Pair | Chat:

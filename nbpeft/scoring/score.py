@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft.checkpoint import common_format
 from nbpeft.display.numbers import plural
-from nbpeft.errors import CheckpointError, ConfigError, TrainingError, few
+from nbpeft.engine.tree.model_tree import manager_of
+from nbpeft.errors import CheckpointError, ConfigError, TrainingError, check_bool, few
 from nbpeft.model.from_data.observing import progress as progress_bar
 from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit
 from nbpeft.scoring.folders import folder_columns, groups_of, loaded
@@ -31,7 +33,7 @@ _GENERAL = Path(__file__).with_name("general_text.txt")
 
 def score(
     model: nn.Module,
-    rows: Any,
+    rows: Any = None,
     *,
     metric: Any = "exact",
     tokenizer: Any = None,
@@ -49,6 +51,7 @@ def score(
     columns: Mapping[str, str] | None = None,
     separator: str | None = None,
     skip_bad: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
     also: Any = None,
     general: bool = False,
@@ -69,7 +72,8 @@ def score(
 
     Metrics of answers are ``exact``, ``contains``, ``startswith``, ``regex``, ``number`` (the last one of the answer),
     ``json`` (the share of right fields), ``json_valid`` and ``f1`` (of words). ``choice`` takes the option of the row
-    with the greatest likelihood, ``choice_norm`` divides it by the option's length in characters; ``loss`` and
+    with the greatest likelihood, ``choice_norm`` divides its logarithm by the option's length in characters, without
+    white space at its ends, as ``acc_norm`` of lm-eval does; ``loss`` and
     ``perplexity`` are those of the tokens that a training would learn, ``accuracy`` is for classifiers. A function
     ``(answer, row) -> bool | float`` is a metric of answers, too, and so is an object with the ``compute`` of Hugging
     Face's ``evaluate``, which is called for each item on its own.
@@ -78,7 +82,8 @@ def score(
         model: a model of transformers, with or without adapters.
         rows: rows in every form that ``train`` takes, or where they are. The reference is the completion, or the last
             turn of the assistant. ``choice`` needs ``choices``, and ``answer`` or a completion; ``regex`` takes a
-            ``pattern`` of each row.
+            ``pattern`` of each row. With ``general`` they may be left out: the loss on the general text is then the
+            score.
         metric: a metric, or several in a list.
         tokenizer: the tokenizer of the model; not needed for rows that are tokenised.
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
@@ -97,6 +102,8 @@ def score(
         columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
         separator: what separates the cells of a ``.csv`` or ``.tsv`` file; by default it is detected.
         skip_bad: leave out rows that cannot be read, and say which; by default they are refused.
+        chat_template_kwargs: variables for the chat template, e.g. ``{"enable_thinking": False}``; by default those
+            with which the adapters of the model were trained.
         max_length: number of tokens to which rows are cut for ``loss``, ``perplexity`` and ``accuracy``; by default
             the tokenizer's limit, at most 1024.
         also: further rows, of which the loss is measured, to see what an adapter forgot.
@@ -117,6 +124,12 @@ def score(
         TrainingError: the rows cannot be read, or a metric fails on all rows of the first batch.
         AdapterError: there is no such adapter, or nothing to score.
     """
+    for argument, value in (("base", base), ("general", general), ("progress", progress)):
+        check_bool(argument, value)
+    if rows is None:
+        if not general:
+            raise ConfigError("rows are missing: pass rows with references, or general=True for a general text")
+        rows, general, metric = _general_rows(), False, "loss" if metric in ("exact", ["exact"]) else metric
     compared = AnswerSettings(strip, casefold, pattern, tolerance)
     settings = ScoreSettings(max_new_tokens, batch_size, seed, temperature, top_p)
     metrics = metrics_of(metric, compared)
@@ -127,7 +140,9 @@ def score(
     found, column_notes = columns_of(model, adapters, base, others=bool(folders))
     found += folder_columns(folders, [column.title for column in found])
     reading: dict[str, Any] = {"separator": separator, "skip_bad": skip_bad, "max_length": max_length}
-    read = read_rows(model, rows, metrics, tokenizer, columns=columns, **reading)
+    reading["usual_variables"] = chat_template_kwargs or _variables(model)
+    own: dict[str, Any] = {"columns": columns, "chat_template_kwargs": chat_template_kwargs}
+    read = read_rows(model, rows, metrics, tokenizer, **own, **reading)
     state = Scoring(name, found, metrics, read, settings, [*column_notes, *read.notes])
     further = _elsewhere(model, state, also, general, tokenizer, reading)
     limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
@@ -158,6 +173,13 @@ def score(
     return replace(result, elsewhere=further.result("finished"))
 
 
+def _variables(model: nn.Module) -> Mapping[str, Any]:
+    """The variables for the chat template with which all adapters of a model were trained."""
+    manager = manager_of(model)
+    form = None if manager is None else common_format(manager.configs.values())
+    return {} if form is None else form.variables
+
+
 def _elsewhere(
     model: nn.Module, state: Scoring, also: Any, general: bool, tokenizer: Any, reading: Mapping[str, Any]
 ) -> Scoring | None:
@@ -172,11 +194,15 @@ def _elsewhere(
     if also is None and not general:
         return None
     metrics = metrics_of("loss", AnswerSettings())
-    rows = _GENERAL.read_text(encoding="utf-8").strip().split("\n\n") if general else also
+    rows = _general_rows() if general else also
     separator = separator_for(rows, reading["separator"])
     read = read_rows(model, rows, metrics, tokenizer, **{**reading, "separator": separator})
     title = "general text" if general else "the further rows"
     return Scoring(title, state.columns, metrics, read, state.settings, list(read.notes))
+
+
+def _general_rows() -> list[str]:
+    return _GENERAL.read_text(encoding="utf-8").strip().split("\n\n")
 
 
 @dataclass
@@ -371,7 +397,8 @@ class Scoring:
             for metric in self.metrics:
                 if metric.needs != "options":
                     continue
-                lengths = [len(text) if metric.name == "choice_norm" else 1 for text, _ in row.options]
+                # As in lm-eval, the space between prompt and option is no part of the option's length.
+                lengths = [len(text.strip()) or 1 if metric.name == "choice_norm" else 1 for text, _ in row.options]
                 chosen = min(losses, key=lambda number: losses[number][0] / lengths[number])
                 self._answers[place].setdefault(title, row.options[chosen][0])
                 self._values[place][metric.name][title] = chosen == row.right
@@ -400,7 +427,7 @@ class Scoring:
             () if status == "running" else (*self.notes, *self._problems()),
             self.settings.seed,
             given if self.settings.draws else {},
-            self.done / self.steps,
+            self.done / self.steps if self.steps else 1.0,
         )
 
     def _item(self, place: int, row: ScoredRow) -> ScoreItem:
@@ -427,11 +454,15 @@ class Scoring:
 
     def _problems(self) -> list[str]:
         """What a person should know of the answers, one line for each problem."""
-        found = []
         cut = {column.title: sum(column.title in titles for titles in self._cut) for column in self.columns}
         if any(cut.values()):
             each = ", ".join(f"{title} {count}" for title, count in cut.items() if count)
-            found.append(f"answers cut at {plural(self._limit, 'token')} (max_new_tokens): {each}")
+            return [f"answers cut at {plural(self._limit, 'token')} (max_new_tokens): {each}", *self.failures()]
+        return self.failures()
+
+    def failures(self) -> list[str]:
+        """Which outputs are not numbers, and which answers are not counted because the metric failed."""
+        found = []
         for title, numbers in self._not_finite.items():
             rows = f"{'row' if len(numbers) == 1 else 'rows'} {few(sorted(set(numbers)), 5, quoted=False)}"
             found.append(f"{title}: its outputs are not numbers (NaN) at {rows}")

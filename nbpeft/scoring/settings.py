@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.config.adapter_names import BASE_NAME
-from nbpeft.engine.contract.model_adapter import RunsBeside
+from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError
@@ -140,6 +140,17 @@ def columns_of(
     return tuple(found), ()
 
 
+def adapter_columns(model: nn.Module, names: Sequence[str]) -> tuple[Column, ...]:
+    """The columns of adapters of a model.
+
+    Args:
+        model: the model.
+        names: the adapters.
+    """
+    manager = manager_of(model)
+    return tuple(_column(manager, name) for name in names)
+
+
 def _column(manager: Any, name: object) -> Column:
     """The column of an adapter, or of the sum of several.
 
@@ -153,7 +164,7 @@ def _column(manager: Any, name: object) -> Column:
     manager.require_available(name)
     text = str(name)
     config = manager.configs.get(text)  # None for an adapter that is loaded when it is used
-    alone = config is not None and issubclass(method_of(config).adapter_class, RunsBeside)
+    alone = config is not None and issubclass(method_of(config).adapter_class, HasSideNetwork)
     return Column(text, (text,), row="" if alone else text)
 
 

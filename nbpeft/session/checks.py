@@ -53,7 +53,7 @@ def place_of(place: object, what: str) -> str:
     except UnicodeEncodeError:
         raw = b"\0"
     if b"\0" in raw or len(raw) > _LONGEST or max(map(len, raw.split(os.sep.encode()))) > _LONGEST_PART:
-        raise AdapterError(f"{what}: {text!r:.60} cannot be a path: it is too long, or holds what no name may")
+        raise AdapterError(f"{what}: {text!r:.60} is not a path: it is too long or contains invalid characters")
     return text
 
 
@@ -64,7 +64,7 @@ def weights_of(weights: object) -> Mapping[str, float]:
         AdapterError: they are not.
     """
     if not isinstance(weights, Mapping):
-        raise AdapterError(f"weights are given by adapter, as {{'a': 0.7, 'b': 0.3}}, not {weights!r:.60}")
+        raise AdapterError(f"weights must map adapters to numbers, e.g. {{'a': 0.7, 'b': 0.3}}, not {weights!r:.60}")
     return weights
 
 
@@ -94,4 +94,4 @@ def prompts_of(prompts: object) -> list[Any]:
     """Return one prompt, a text or a conversation, or several as a list."""
     if is_conversation(prompts):
         return [prompts]
-    return listed(prompts, "a prompt is a text, or several are a list of them")
+    return listed(prompts, "expected a prompt, which is a text or a conversation, or a list of prompts")

@@ -68,7 +68,7 @@ def build_config(
 
     if not isinstance(config, Mapping):
         if not hasattr(config, "base_model_name_or_path"):
-            raise ConfigError(f"a config such as LoraConfig, or its fields by name, is expected, not {config!r:.60}")
+            raise ConfigError(f"expected a config such as LoraConfig, or its fields by name, not {config!r:.60}")
         return config
     fields = {name: _as_names(value) if name in _NAME_FIELDS else value for name, value in config.items()}
     usual = DEFAULT_METHOD if instead_of is None else instead_of.peft_type
@@ -78,7 +78,7 @@ def build_config(
         if name not in known:
             raise ConfigError(
                 f"{cls.__name__} has no field {name!r}."
-                f"{_meant(name, known) or did_you_mean(name, known) or _elsewhere(name)}",
+                f"{_synonym_hint(name, known) or did_you_mean(name, known) or _other_method_hint(name)}",
                 field=name,
                 known=known,
             )
@@ -92,7 +92,7 @@ def build_config(
         raise ConfigError(f"{cls.__name__}: {error}") from None
 
 
-_USUAL = {
+_SYNONYMS = {
     "rank": "r",
     "lora_r": "r",
     "lora_rank": "r",
@@ -109,20 +109,20 @@ _USUAL = {
 """Common wrong names -> the field that is meant, where spelling alone does not suggest it."""
 
 
-def _meant(name: str, known: Collection[str]) -> str:
+def _synonym_hint(name: str, known: Collection[str]) -> str:
     """Return a hint at the field that a common wrong name means; empty if there is none."""
-    meant = _USUAL.get(name.lower(), "")
+    meant = _SYNONYMS.get(name.lower(), "")
     return f" Did you mean {meant!r}?" if meant in known else ""
 
 
-def _elsewhere(name: str) -> str:
+def _other_method_hint(name: str) -> str:
     """Return a hint at methods whose configs have a field; the default method, if it is among them."""
     from nbpeft.engine.contract.registry import methods
 
     having = [method for method in methods() if name in field_names(method.peft_type)]
     types = list(dict.fromkeys(str(method.peft_type) for method in having))
     named = DEFAULT_METHOD if DEFAULT_METHOD in types else next(iter(types), "")
-    others = f", as have {len(types) - 1} others" if len(types) > 1 else ""
+    others = f", and so do {len(types) - 1} others" if len(types) > 1 else ""
     return f" peft_type={named!r} has it{others}." if named else ""
 
 

@@ -71,10 +71,10 @@ def _command(
     return method
 
 
-def _question(
+def _unlocked(
     function: Callable[Concatenate[SessionContext, _Arguments], _Result],
 ) -> Callable[Concatenate[Session, _Arguments], _Result]:
-    """Turn a function into a method that can be called while a command runs: it changes no model or locks by itself."""
+    """Turn a function that changes no model, or acquires the lock itself, into a method callable during a command."""
 
     @functools.wraps(function)
     def method(self: Session, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -137,31 +137,31 @@ class Session:
     swap = _command(swapping.swap)
 
     # Training
-    data = _question(data.data)
-    train = _question(training.train)
-    track = _question(training.track)
-    result = _question(training.result)
-    stop = _question(running.stop)
-    clone = _question(running.clone)
-    pause = _question(running.pause)
-    go_on = _question(running.go_on)
-    control = _question(training.control)
+    data = _unlocked(data.data)
+    train = _unlocked(training.train)
+    track = _unlocked(training.track)
+    result = _unlocked(training.result)
+    stop = _unlocked(running.stop)
+    clone = _unlocked(running.clone)
+    pause = _unlocked(running.pause)
+    go_on = _unlocked(running.go_on)
+    control = _unlocked(training.control)
     export = _command(training.export)
 
     # Runs on disk
-    runs = _question(run_commands.runs)
-    runs_folder = _question(run_commands.runs_folder)
-    find_run = _question(run_commands.find_run)
+    runs = _unlocked(run_commands.runs)
+    runs_folder = _unlocked(run_commands.runs_folder)
+    find_run = _unlocked(run_commands.find_run)
     resume = _command(run_commands.resume)
-    kept_run = _question(run_commands.kept_run)
-    rename_run = _question(run_commands.rename_run)
-    delete_run = _question(run_commands.delete_run)
+    kept_run = _unlocked(run_commands.kept_run)
+    rename_run = _unlocked(run_commands.rename_run)
+    delete_run = _unlocked(run_commands.delete_run)
 
     # Memory
-    memory = _question(inspecting.memory)
-    measure = _question(inspecting.measure)
-    plan_memory = _question(planning.plan_memory)
-    memory_planner = _question(planning.memory_planner)
+    memory = _unlocked(inspecting.memory)
+    measure = _unlocked(inspecting.measure)
+    plan_memory = _unlocked(planning.plan_memory)
+    memory_planner = _unlocked(planning.memory_planner)
 
     # State
 
@@ -292,7 +292,7 @@ class Session:
         """Names of the models that a command without a name can refer to: those whose variable refers to them."""
         return self.context.models.choices
 
-    would_reuse = _question(quantizing.would_reuse)
+    would_reuse = _unlocked(quantizing.would_reuse)
 
     def unsaved(self, model: object) -> tuple[str, ...]:
         """Return the adapters of a model that were trained and are not saved; empty for anything else."""

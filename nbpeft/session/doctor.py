@@ -33,7 +33,7 @@ _NEEDS = (
     _Need("bitsandbytes", "0.50", optional="4-bit and 8-bit models"),
     _Need("ipython", "7.34"),
     # https://github.com/ipython/ipykernel/pull/1529
-    _Need("ipykernel", "5.5", "notebooks", ("7.0", "7.4", "now and then a cell or a click is not run")),
+    _Need("ipykernel", "5.5", "notebooks", ("7.0", "7.4", "sometimes a cell or a click is not run")),
     _Need("ipywidgets", "7.7", optional="panels with buttons; results stay HTML and text"),
 )
 
@@ -78,9 +78,9 @@ def _check(need: _Need) -> Check:
     if older(version, need.minimum):
         return Check(need.package, version, f"older than {need.minimum}", install(need.package))
     if need.flaw is not None:
-        first, mended, trouble = need.flaw
-        if not older(version, first) and older(version, mended):
-            return Check(need.package, version, f"{trouble} before {mended}", install(need.package), optional=True)
+        first, fixed, effect = need.flaw
+        if not older(version, first) and older(version, fixed):
+            return Check(need.package, version, f"{effect} before {fixed}", install(need.package), optional=True)
     return Check(need.package, version)
 
 
@@ -92,7 +92,7 @@ def _accelerator() -> Check:
     """Returns a check of the device that torch uses, if torch is already imported."""
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "cuda"):
-        return Check("device", "not looked at: torch is not imported yet", optional=True)
+        return Check("device", "not checked: torch is not imported yet", optional=True)
     if torch.cuda.is_available():
         try:
             free, total = torch.cuda.mem_get_info()

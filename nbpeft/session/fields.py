@@ -56,18 +56,24 @@ _QUANTIZATION = (
     Field("bits", "int", "4", "Bits of a quantized weight.", (4, 8)),
     Field("quant_type", "str", "'nf4'", "Data type of 4-bit weights.", QUANT_TYPES),
     Field("double_quant", "bool", "True", "Quantize the constants of 4-bit blocks too.", (True, False)),
-    Field("compute_dtype", "str", "", "What 4-bit layers compute in; by default as the other weights.", DTYPES),
+    Field(
+        "compute_dtype",
+        "str",
+        "",
+        "Dtype in which 4-bit layers compute; by default that of the rest.",
+        DTYPES,
+    ),
     Field("quant_storage", "str", "'uint8'", "Dtype that holds the 4-bit codes.", ("uint8", *DTYPES)),
     Field("gradient_checkpointing", "bool", "True", "Recompute activations in backward.", (True, False)),
     Field("gradient_checkpointing_kwargs", "dict", "None", "Options of torch.utils.checkpoint."),
-    Field("upcast", "str", "'norms'", "What becomes float32.", ("norms", "peft", "none")),
+    Field("upcast", "str", "'norms'", "Which parameters are cast to float32.", ("norms", "peft", "none")),
     Field("gguf_file", "str", "None", "The .gguf file in a folder or repository."),
-    Field("device_map", "str | dict", "None", "Where the layers go, e.g. 'auto'.", ("auto",)),
+    Field("device_map", "str | dict", "None", "Devices of the layers, e.g. 'auto'.", ("auto",)),
     Field("model_class", "type", "None", "The class to load, such as AutoModelForSequenceClassification."),
     Field("dtype", "str", "", "Dtype of the weights that are not quantized.", DTYPES),
     Field("revision", "str", "None", "Branch, tag or commit on the hub."),
     Field("subfolder", "str", "''", "Folder in the repository."),
-    Field("cache_dir", "str", "None", "Where downloads are kept."),
+    Field("cache_dir", "str", "None", "Folder for downloads."),
     Field("token", "str | bool", "None", "Access token of the hub."),
     Field("local_files_only", "bool", "False", "Download nothing.", (True, False)),
     Field("trust_remote_code", "bool", "False", "Run code that comes with the model.", (True, False)),
@@ -135,16 +141,19 @@ def _training() -> Iterator[Field]:
         if item.name == "report_to":
             field = dataclasses.replace(field, choices=("none", "all", *trackers), listed=trackers)
         yield field
-    about = "Tokens whose logits are in memory at once for the loss of a language model; 0 for all."
+    about = "Number of tokens whose logits are in memory at the same time for the loss; 0 for all."
     yield Field("loss_chunk_size", "int", str(LOSS_CHUNK_SIZE), about)
-    about = "End when the loss is NaN or the weights have exploded, and put the last good ones back."
+    about = "Stop if the loss is NaN or the weights explode, and restore the last good weights."
     yield Field("stop_on_divergence", "bool", "True", about, (True, False))
     for name, of_objectives in fields_by_name().items():
         first = next(iter(of_objectives.values()))
         usual: Any = first.default
-        about = f"{first.metadata.get('help', '')} (objective {', '.join(of_objectives)})"
+        others = [f"{other}: {item.default!r}" for other, item in of_objectives.items() if item.default != usual]
+        of = ", ".join(of_objectives) + (f"; default of {', '.join(others)}" if others else "")
+        about = f"{first.metadata.get('help', '')} (objective {of})"
         choices = first.metadata.get("choices") or ((True, False) if isinstance(usual, bool) else ())
-        yield Field(name, type(usual).__name__, repr(usual), about, choices)
+        kind = type(usual).__name__ if usual is not None else str(first.type)
+        yield Field(name, kind, repr(usual), about, choices)
 
 
 def _of(item: dataclasses.Field[Any], cls: type, text: str) -> Field:

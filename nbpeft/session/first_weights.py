@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nbpeft.session.registry import TrackedModel
 
 
-def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: int | None = None) -> None:
+def reinitialize(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: int | None = None) -> None:
     """Resets an adapter to its initial weights; a loaded adapter gets new ones. ``undo`` restores the old weights.
 
     Its config, its position, whether it is active and whether it is trainable do not change.
@@ -28,6 +28,7 @@ def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: in
     Raises:
         MergeError: the adapter is merged.
     """
+    from nbpeft.checkpoint import set_prompt_format
     from nbpeft.engine.changes.random_numbers import drawing_from
 
     manager = tracked.manager
@@ -40,6 +41,7 @@ def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: in
         put = manager.prepare(name, config, trainable=name not in manager.frozen, replace=True)
     with Undoable(ctx, tracked, name, "reset").change():
         put()
+        set_prompt_format(manager.configs[name], None)  # the new weights have learned from no rows
         manager.place(name, place)
         manager.set_scale(name, scale)
     if initial_config is config:

@@ -55,7 +55,7 @@ class InitRows:
             useless = next((name for name, value in options.items() if value is not None), None)
             if useless is None:
                 return None
-            raise ConfigError(f"{useless} is of rows to start from, and none are given (init_data=…)", field=useless)
+            raise ConfigError(f"{useless} has no effect without rows to initialize from (init_data=…)", field=useless)
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ConfigError(f"init_rows must be a whole number of at least 1, not {count!r:.40}", field="init_rows")
         return cls(data, count or ROWS, tokenizer, columns, max_length)
@@ -102,7 +102,7 @@ def starting_from(
     init = init_from_data(config)
     if rows is None and lacks_rows(model, config):
         raise ConfigError(
-            f"init_lora_weights={init!r} starts from rows of what is to be learned: give them (init_data=…)",
+            f"init_lora_weights={init!r} needs rows of the training data (init_data=…)",
             field="init_lora_weights",
         )
     if rows is None and not reads_a_file(model, config):

@@ -74,6 +74,7 @@ class CommandLock:
             BusyError: another thread runs a command.
         """
         command = RunningCommand(description, block)
+        # An interrupt waits, so that it cannot leave the lock taken by a command that never began.
         with HeldInterrupts(), self._condition:
             self._condition.wait_for(lambda: self._is_free() or bool(self._descriptions()), timeout=_LOOKING)
             if not self._is_free():

@@ -10,7 +10,7 @@ from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import AdapterError, AdapterExistsError, BaseMismatchError
 from nbpeft.session.handles import is_module, rehandle, uncompiled
 from nbpeft.session.history import PastModel, base_difference
-from nbpeft.session.results import BroughtBack, ModelRef
+from nbpeft.session.results import ModelRef, RestoreResult
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,13 +34,13 @@ def lost(ctx: SessionContext, variable: str | None, *, other: bool = True) -> Pa
     return next(reversed(own or (candidates if other else [])), None)
 
 
-def bring_back(
+def restore_lost(
     ctx: SessionContext,
     source: PastModel | TrackedModel,
     tracked: TrackedModel | None,
     model: ModelLike,
     variable: str | None,
-) -> BroughtBack:
+) -> RestoreResult:
     """Adds the adapters of a lost model to another one, all or none.
 
     Args:
@@ -66,12 +66,12 @@ def bring_back(
         tracked = ctx.find(model, variable)
     base = tracked.manager.model if tracked is not None else uncompiled(model)
     if tracked is not None:
-        tracked.manager.refuse_merged(f"{names[0]!r} is put back")
+        tracked.manager.refuse_merged(f"restoring {names[0]!r}")
         taken = next((name for name in names if name in tracked.manager.configs), None)
         if taken is not None:
             raise AdapterExistsError(f"{tracked.name} has another adapter {taken!r}: rename that one first", name=taken)
     _check_base(past, base, variable)
-    with ctx.command(f"bringing back {', '.join(names)}", slow=True) as notes:
+    with ctx.command(f"restoring {', '.join(names)}", slow=True) as notes:
         with _put_onto(base, past.adapters) as handle:
             tracked = tracked if tracked is not None else ctx.models.new(variable, handle)
             for attribute, known in past.remembered.items():
@@ -86,13 +86,13 @@ def bring_back(
         return result
 
 
-def _result(tracked: TrackedModel, past: PastModel, notes: list[str]) -> BroughtBack:
+def _result(tracked: TrackedModel, past: PastModel, notes: list[str]) -> RestoreResult:
     several = len(past.adapters) > 1
     names = ", ".join(repr(kept.name) for kept in past.adapters)
     where = f"{'are' if several else 'is'} on {tracked.name}, as on the model before"
     line = f"{names} {where}; {'their' if several else 'its'} training is not saved"
     reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
-    return BroughtBack(reference, tracked.name, line, tracked.state(), tuple(notes))
+    return RestoreResult(reference, tracked.name, line, tracked.state(), tuple(notes))
 
 
 def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
@@ -104,7 +104,7 @@ def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
     why = base_difference(past.fingerprint, base)
     if why is not None:
         raise BaseMismatchError(
-            f"{past.words} cannot be put on {name!r}: {why}; load the base model again, and name it (model=…)"
+            f"{past.words} cannot be restored on {name!r}: {why}; load the base model again, and name it (model=…)"
         )
 
 

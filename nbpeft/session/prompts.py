@@ -10,8 +10,12 @@ from nbpeft.errors import AdapterError
 from nbpeft.training.watching.generation import Conversation, Prompt, PromptBatch, continued
 
 if TYPE_CHECKING:
+    from nbpeft.engine.contract.adapter import AdapterConfig
+    from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.session.context import SessionContext
     from nbpeft.session.registry import TrackedModel
+
+NO_TEMPLATE = "a conversation needs the chat template, which is not applied here: start a new one"
 
 
 def prompt_batch(
@@ -48,7 +52,7 @@ def prompt_batch(
     if chosen is None:
         raise AdapterError("a tokenizer is needed to read prompts (tokenizer=…)")
     templated = bool(getattr(chosen, "chat_template", None))
-    own = common_format(manager.configs[name] for name in names if name in manager.configs)
+    own = common_format(config for name in names if (config := _config(manager, name)) is not None)
     form = own or common_format(manager.configs.values()) or PromptFormat(templated)
     chat = False if chat is None and not form.chat else chat
     if earlier:
@@ -57,7 +61,14 @@ def prompt_batch(
     if system is not None:
         _check_system(system, prompts, applied=templated if chat is None else chat)
     default = (form.system or "") if system is None else system
-    return PromptBatch.of(prompts, chosen, manager.model, chat=chat, system=default)
+    return PromptBatch.of(prompts, chosen, manager.model, chat=chat, system=default, template=form.variables)
+
+
+def _config(manager: AdapterManager, name: str) -> AdapterConfig | None:
+    """The config of an adapter of the model or of its pool; None for another name."""
+    if name in manager.configs or manager.provider is None:
+        return manager.configs.get(name)
+    return manager.provider.config_of(name)
 
 
 def chosen_tokenizer(ctx: SessionContext, tracked: TrackedModel, tokenizer: Any) -> Any:
@@ -93,4 +104,4 @@ def _check_system(system: object, prompts: Sequence[Prompt], *, applied: bool) -
     for prompt in prompts:
         own = system_text(prompt[0]) if is_conversation(prompt) else system
         if own and own != system:
-            raise AdapterError(f"the conversation has another system prompt already: {own:.60}")
+            raise AdapterError(f"the conversation already has another system prompt: {own:.60}")

@@ -70,7 +70,7 @@ class Snapshots:
         """
         built, (dtype, device) = self._built, _kind(manager.model)
         if built is not None and self._revision == manager.revision and (built.dtype, built.device) == (dtype, device):
-            same = built.name == name and built.offloaded_count == _waiting(manager)
+            same = built.name == name and built.offloaded_count == _offloaded_count(manager)
             if same and built.memory is memory and built.training is training:
                 return built
         elif built is not None and (built.dtype, built.device) != (dtype, device):
@@ -102,13 +102,13 @@ class Snapshots:
             parameter_count=self._model.parameter_count,
             trainable_count=self._model.base_trainable + adapted,
             adapters=adapters,
-            active=_acting(manager),
+            active=_effective(manager),
             enabled=manager.enabled,
             merged=manager.merged,
             memory=memory,
             training=training,
             quantization=self._model.quantization,
-            offloaded_count=_waiting(manager),
+            offloaded_count=_offloaded_count(manager),
         )
 
     def _update_adapters(self, manager: AdapterManager) -> bool:
@@ -134,7 +134,7 @@ class Snapshots:
             parameter_count=facts.parameter_count,
             byte_count=facts.byte_count,
             trainable=any(parameter.requires_grad for parameter in manager.parameters(name)),
-            active=name in _acting(manager),
+            active=name in _effective(manager),
             merged=name in manager.merged,
             scale=manager.scale(name),
             summary=facts.summary,
@@ -159,12 +159,12 @@ def _facts(name: str, config: AdapterConfig, manager: AdapterManager) -> _Adapte
     )
 
 
-def _acting(manager: AdapterManager) -> tuple[str, ...]:
+def _effective(manager: AdapterManager) -> tuple[str, ...]:
     """Returns the adapters that affect the model's output: while some are merged, only these."""
     return manager.merged or (manager.active if manager.enabled else ())
 
 
-def _waiting(manager: AdapterManager) -> int:
+def _offloaded_count(manager: AdapterManager) -> int:
     """Returns the number of adapters in the model's pool that are not on the model."""
     return 0 if manager.provider is None else manager.provider.offloaded_count
 

@@ -207,10 +207,10 @@ class Variables:
         dropped = self._history.add_model(past)
         were, them = ("was", "it") if len(past.adapters) == 1 else ("were", "them")
         fits = self._takes(past.variable, past.fingerprint)
-        when = "" if fits else f" when {past.variable!r} holds the base model of before again"
+        when = "" if fits else f" once {past.variable!r} holds its base model again"
         self.note(f"{what}; {past.words} on it {were} trained and not saved: session.undo() restores {them}{when}")
         for older in dropped:
-            self.note(f"{older.words} of {older.name!r} took too much memory and is not kept any longer")
+            self.note(f"{older.words} of {older.name!r} can no longer be restored: the limit of memory is reached")
 
     def _free(self, name: str, taken: Iterable[str] = ()) -> str:
         return self._models.free_name(name, (*taken, *self._history.model_names))
@@ -220,8 +220,9 @@ class Variables:
         past = self._history.model(name)
         if past is None:
             return ""
-        when = "" if self._takes(past.variable, past.fingerprint) else f"when {past.variable!r} holds its base again, "
-        return f"{name!r} is gone; {past.words} of it, trained and not saved, can be brought back: {when}session.undo()"
+        fits = self._takes(past.variable, past.fingerprint)
+        when = "" if fits else f" once {past.variable!r} holds its base model again"
+        return f"{name!r} is gone; session.undo() restores {past.words} of it{when}"
 
     def _takes(self, variable: str, fingerprint: Mapping[str, str]) -> bool:
         """Returns whether adapters fit the model in a variable, as far as its weights can tell."""

@@ -39,7 +39,7 @@ class AdapterFacts:
         unmergeable: why a layer of it cannot be merged into the base model, as part of a sentence; empty if all can.
         copies: paths of modules that were trained as a whole (``modules_to_save``).
         biases: names of the base model's biases that were trained.
-        starts_in_weight: whether it was initialised from the base weights (OLoRA, PiSSA).
+        starts_in_weight: whether it was initialized from the base weights (OLoRA, PiSSA).
         scale: factor on the whole adapter, set after it was loaded.
         tied_ends: paths of adapted embeddings and heads that share one weight.
         vocabulary_resized: whether the vocabulary of the base model differs from that of its source folder.
@@ -112,7 +112,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
     deltas: dict[str, tuple[LayerKind, LowRankDelta]] = {}
     others: dict[str, int] = {}
     unmergeable, rows = "", False
-    prompt_tokens = int(getattr(config, "total_tokens", 0)) if config.is_prompt_learning else 0
+    prompt_tokens = int(getattr(config, "total_tokens", 0)) if config.learns_prompt else 0
     transforms_calls = method_of(config).transforms_calls
     for path, layer in manager.layers.items():
         if name not in layer.adapters._modules:

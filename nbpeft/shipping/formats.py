@@ -56,7 +56,7 @@ def adapter_folder(manager: AdapterManager, facts: AdapterFacts, *, one_rank: bo
     other = not facts.is_lora or len(facts.ranks) > 1 or len(facts.scalings) > 1
     rewrites = facts.scale != 1.0 or (bool(facts.deltas) and (facts.starts_in_weight or (one_rank and other)))
     if rewrites and facts.others:
-        what = f"its scale of {facts.scale:g}" if facts.scale != 1.0 else "what it started in"
+        what = f"its scale of {facts.scale:g}" if facts.scale != 1.0 else "its init"
         raise AdapterError(
             f"{what} cannot be written with {', '.join(facts.others)}: merge it into the base (merged=…)"
             + (", or set the scale back to 1" if facts.scale != 1.0 else "")

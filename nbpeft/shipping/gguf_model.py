@@ -69,13 +69,13 @@ class GgufModel:
     def __init__(self, model_class: str, config: Any) -> None:
         if model_class not in LAYOUTS:
             known = ", ".join(sorted(LAYOUTS))
-            raise ConfigError(f"the layout of a {model_class} in GGUF files is not known here; known: {known}")
+            raise ConfigError(f"the GGUF layout of {model_class} is not supported; supported: {known}")
         gguf = gguf_package()
         self.layout, self._config = LAYOUTS[model_class], config
         self.architecture = self.layout.architecture
         architecture = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture), None)
         if architecture is None:
-            raise ConfigError(f"the package gguf here does not know {self.architecture}: pip install -U gguf")
+            raise ConfigError(f"the installed package gguf does not support {self.architecture}: pip install -U gguf")
         self._names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
     def name(self, key: str) -> str:
@@ -86,7 +86,7 @@ class GgufModel:
         """
         found = self._names.get_name(key, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise ConfigError(f"GGUF files of {self.architecture} have no place for {key}")
+            raise ConfigError(f"GGUF files of {self.architecture} have no tensor for {key}")
         return str(found)
 
     # Tensors
@@ -133,7 +133,9 @@ class GgufModel:
         scaling = self._rope.get("rope_type", "default")
         if scaling not in _SCALING_TYPES:
             known = ", ".join(_SCALING_TYPES)
-            raise ConfigError(f"rotary embeddings of type {scaling!r} are not written to GGUF files; known: {known}")
+            raise ConfigError(
+                f"rotary embeddings of type {scaling!r} cannot be written to GGUF files; supported: {known}"
+            )
         factors = self._rotary_factors()
         tensors = (
             [GgufTensor("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors)]

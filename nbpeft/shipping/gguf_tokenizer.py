@@ -37,7 +37,7 @@ def check_tokenizer(tokenizer: Any, vocabulary_size: int) -> None:
         _split_name(parts)
     last = max(tokenizer.get_vocab().values())
     if last >= vocabulary_size:
-        raise ConfigError(f"the tokenizer has an id {last}, and the model's embedding {vocabulary_size} rows")
+        raise ConfigError(f"the tokenizer has the id {last}, but the model's embedding has only {vocabulary_size} rows")
 
 
 def describe_tokenizer(writer: Any, tokenizer: Any, vocabulary_size: int, folder: Path) -> None:
@@ -80,7 +80,7 @@ def _parts(tokenizer: Any) -> dict[str, Any]:
     parts: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     kind = parts.get("model", {}).get("type", type(tokenizer).__name__)
     if kind != "BPE":
-        raise ConfigError(f"only BPE tokenizers are written to GGUF files, and this one's model is {kind}")
+        raise ConfigError(f"only BPE tokenizers can be written to GGUF files; this one's model is {kind}")
     return parts
 
 
@@ -89,7 +89,7 @@ def _split_name(parts: Mapping[str, Any]) -> str:
     found = tuple(_step(step) for step in steps.get("pretokenizers", [steps]))
     if found not in _SPLITS:
         known = ", ".join(_SPLITS.values())
-        raise ConfigError(f"the way this tokenizer splits text is not one that is known here ({known})")
+        raise ConfigError(f"this tokenizer's pre-tokenization is not supported; supported: {known}")
     return _SPLITS[found]
 
 

@@ -24,7 +24,7 @@ from nbpeft.shipping.modelfile import chat_format_of, modelfile
 from nbpeft.shipping.verdict import Verdict, verdict_of
 
 _OLLAMA_NAME = re.compile(r"[\w./:-]{1,200}", re.ASCII)
-_NO_TEMPLATE = "the chat template is none of those known here: Ollama takes what it detects, or set TEMPLATE yourself"
+_NO_TEMPLATE = "the chat template is not known to nbpeft: Ollama uses the one that it detects, or set TEMPLATE yourself"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _plan(
     facts = facts_of(manager, _adapter(manager, adapter))
     verdict = verdict_of(chosen, facts)
     if base is not None and chosen.name != "ollama":
-        raise ConfigError("base is only for Ollama: the name of the base model there")
+        raise ConfigError("base requires Ollama: it is the name of the base model there")
     if base is not None and not _OLLAMA_NAME.fullmatch(base):
         raise ConfigError(f"base is the name of a model in Ollama, e.g. 'llama3.2:1b', not {base!r:.60}")
     needs_base = chosen.name == "ollama" and base is None
@@ -139,7 +139,7 @@ def _plan(
     _check(verdict, merged)
     if needs_base and not merged:
         raise ConfigError(
-            "Ollama adds the adapter to one of its models: give that model's name, e.g. base='gemma2:2b' (base=…)"
+            "Ollama adds the adapter to one of its own models: give that model's name, e.g. base='gemma2:2b' (base=…)"
         )
     form = chosen.merged if merged else chosen.adapter
     assert form is not None
@@ -168,7 +168,7 @@ def _plan(
 def _manager(model: nn.Module) -> AdapterManager:
     found = manager_of(model) if isinstance(model, nn.Module) else None
     if found is None or not found.alive or not found.names:
-        raise AdapterError(f"{type(model).__name__} carries no adapters to ship")
+        raise AdapterError(f"{type(model).__name__} has no adapters to ship")
     return found
 
 
@@ -176,13 +176,13 @@ def _engine(name: str) -> Engine:
     found = ENGINES.get(str(name).lower())
     if found is None:
         hint = did_you_mean(str(name), ENGINES)
-        raise ConfigError(f"no engine {name!r:.60} is known; there are {', '.join(ENGINES)}.{hint}")
+        raise ConfigError(f"no engine is called {name!r:.60}; engines: {', '.join(ENGINES)}.{hint}")
     return found
 
 
 def _adapter(manager: AdapterManager, name: str | None) -> str:
     if name is None and len(manager.names) > 1:
-        raise AdapterError(f"there are several adapters; say which one to ship (name=…): {', '.join(manager.names)}")
+        raise AdapterError(f"the model has several adapters; name the one to ship (name=…): {', '.join(manager.names)}")
     return manager.names[0] if name is None else name
 
 
@@ -198,7 +198,7 @@ def _type(wanted: str | None, types: tuple[str, ...], label: str) -> str:
     if wanted is None:
         return types[0] if types else ""
     if wanted not in types:
-        known = ", ".join(types) or "none: the adapter's weights stay as they are"
+        known = ", ".join(types) or "none: the adapter's weights are stored unchanged"
         raise ConfigError(
             f"quantize is {wanted!r:.40}; the types for {label} are {known}.{did_you_mean(wanted, types)}"
         )
@@ -215,7 +215,7 @@ def _package(
             return formats.merged_folder(manager, facts, stored_as, tokenizer)
         case "gguf" if form.merges:
             if tokenizer is None:
-                raise ConfigError("a GGUF file of a whole model holds its tokenizer: give it (tokenizer=…)")
+                raise ConfigError("a GGUF file of a whole model includes its tokenizer: give it (tokenizer=…)")
             return formats.merged_gguf(manager, facts, stored_as, tokenizer, texts)
         case "gguf":
             return formats.adapter_gguf(manager, facts, stored_as, texts)
@@ -237,14 +237,16 @@ def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:
     notes = []
     if form.format == "folder":
         if facts.starts_in_weight and facts.deltas:
-            notes.append(f"it started in a part of the weights: written as plain LoRA of rank {facts.ranks[-1]}")
+            notes.append(f"its init changed the weights: written as plain LoRA of rank {facts.ranks[-1]}")
         elif form.one_rank and not facts.is_lora:
-            notes.append(f"{facts.method} is written as plain LoRA of rank {facts.ranks[-1]}, which adds the same")
+            notes.append(f"{facts.method} is written as equivalent plain LoRA of rank {facts.ranks[-1]}")
         elif form.one_rank and len(facts.ranks) > 1:
             ranks = ", ".join(map(str, facts.ranks))
-            notes.append(f"its ranks {ranks} are all written as {facts.ranks[-1]}, filled up with zeros")
+            notes.append(f"its ranks {ranks} are all padded with zeros to {facts.ranks[-1]}")
         if not facts.base_name:
-            notes.append("the base model is from a folder, whose path is left out: load the base, then the adapter")
+            notes.append(
+                "the base model is from a local folder, whose path is not saved: load the base, then the adapter"
+            )
     if facts.scale != 1.0:
         notes.append(f"its scale of {facts.scale:g} is included in the weights")
     return notes

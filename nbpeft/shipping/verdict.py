@@ -64,8 +64,8 @@ def verdict_of(engine: Engine, facts: AdapterFacts) -> Verdict:
         engine: the engine.
         facts: the adapter's properties.
     """
-    obstacles = obstacles_of(engine.adapter, facts, f"{engine.label} loads no adapters")
-    merged = obstacles_of(engine.merged, facts, f"{engine.label} loads no merged models")
+    obstacles = obstacles_of(engine.adapter, facts, f"{engine.label} does not load adapters")
+    merged = obstacles_of(engine.merged, facts, f"{engine.label} does not load merged models")
     return Verdict(
         engine.name,
         f"{engine.label} {engine.checked}".rstrip(),

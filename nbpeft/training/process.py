@@ -29,7 +29,7 @@ from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import TrainingInterrupted, in_one_line
 from nbpeft.memory import Meter
 from nbpeft.state import TrainState
-from nbpeft.training.adapters.adapted_model import base_of, trained_names
+from nbpeft.training.adapters.adapted_model import PREPARED, base_of, trained_names
 from nbpeft.training.adapters.method_state import save_in_training, write_method_state
 from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended
 from nbpeft.training.launch.processes import Failure
@@ -142,6 +142,8 @@ def _train(request: TrainRequest, control: SharedControl, channel: Channel | Non
     model, base = request.model, cast(Any, base_of(request.model))
     if getattr(base, "hf_device_map", None):  # accelerate compares it with the process's device
         base.hf_device_map = {"": next(base.parameters()).device}
+    for module in model.modules():  # with the mark of a former training the model would not be wrapped in DDP
+        vars(module).pop(PREPARED, None)
     _stay_on_the_cpu()
     if request.arguments.get("fsdp"):
         _shard_on_the_cpu()
@@ -163,10 +165,10 @@ def _train(request: TrainRequest, control: SharedControl, channel: Channel | Non
 
 def _stay_on_the_cpu() -> None:
     """Keeps accelerate's device at ``cpu`` without index: moving to ``cpu:1`` would copy the shared weights."""
-    made = PartialState.__init__
+    original = PartialState.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
+        original(self, *args, **kwargs)
         if self.device.type == "cpu":
             self.device = torch.device("cpu")
 
@@ -175,10 +177,10 @@ def _stay_on_the_cpu() -> None:
 
 def _shard_on_the_cpu() -> None:
     """Makes accelerate support FSDP on the CPU too, which works although accelerate does not enable it."""
-    made = AcceleratorState.__init__
+    original = AcceleratorState.__init__
 
     def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin

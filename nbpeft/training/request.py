@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import nn
 from transformers import TrainingArguments
 
+from nbpeft.errors import check_bool
 from nbpeft.names import DEFAULT_SEED
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
@@ -46,6 +47,7 @@ class TrainRequest:
         arguments: fields of the arguments class and options of the Trainer.
         is_open: whether ``data`` and ``eval_data`` are rows, and not their sources.
         objective: its name as given; an :class:`Objective` during training.
+        rewards: reward functions, as given; a :class:`Rewards` during training.
         objective_reason: why the objective was chosen, if it was not given.
     """
 
@@ -58,6 +60,11 @@ class TrainRequest:
     columns: Mapping[str, str] | None = None
     separator: str | None = None
     skip_bad: bool | None = False
+    learn: str = "all"
+    reasoning: str = "keep"
+    long: str = "cut"
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    eval_by: str | None = None
     data_hint: str = ""
     adapter: str | None = None
     patience: int | None = None
@@ -80,6 +87,7 @@ class TrainRequest:
     replace: bool = False
     objective: str | Objective | None = None
     reference: str | None = None
+    rewards: Any = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     is_open: bool = False
     objective_reason: str = ""
@@ -93,7 +101,13 @@ class TrainRequest:
             data: training rows, or where they are.
             eval_data: evaluation rows, or where they are, or how many to hold out.
             **keywords: keyword arguments of ``train``, including those of the arguments class and the Trainer.
+
+        Raises:
+            ConfigError: one that must be True or False is something else.
         """
+        for item in fields(cls):
+            if isinstance(item.default, bool) and item.name in keywords:
+                check_bool(item.name, keywords[item.name])
         own = {item.name for item in fields(cls)}.difference(_NO_KEYWORDS)
         rest = {name: value for name, value in keywords.items() if name not in own}
         known = {name: value for name, value in keywords.items() if name in own}
@@ -112,6 +126,12 @@ class TrainRequest:
         seed = self.arguments.get("seed")
         return seed if isinstance(seed, int) else DEFAULT_SEED
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the rows are read: arguments of :func:`nbpeft.training.data.reading.reading`."""
+        names = ("max_length", "columns", "skip_bad", "learn", "reasoning", "long", "chat_template_kwargs")
+        return {"group": self.eval_by, **{name: getattr(self, name) for name in names}}
+
     def opened(self) -> Self:
         """Returns the request with its data opened as rows; itself if it is already open.
 
@@ -121,7 +141,7 @@ class TrainRequest:
         if self.is_open:
             return self
         skip_bad, measured = self.skip_bad, self.eval_data
-        rows = open_data(self.data, self.separator, skip_bad=skip_bad)
+        rows = open_data(self.data, self.separator, skip_bad=skip_bad, seed=self.seed)
         if measured is not None and not is_amount(measured):
             measured = open_data(measured, separator_for(measured, self.separator), skip_bad=skip_bad)
         return replace(self, data=rows, eval_data=measured, is_open=True)
@@ -134,6 +154,7 @@ class TrainRequest:
             values["score"] = GIVEN_AGAIN
         if isinstance(self.sample, SamplePrompts):
             values["sample"] = self.sample.given
+        values["rewards"] = getattr(self.rewards, "functions", self.rewards)
         if not is_amount(self.eval_data):
             values["eval_data"] = None
         own = {item.name: item.default for item in fields(self) if item.name not in NOT_KEPT}

@@ -7,6 +7,7 @@
     LiveAnswers()                          answers while a cell runs
     PlanPanel(planner)                     sliders, and what a run with them would need
     RunsPanel(session, runs)               the saved runs, to sort and compare
+    ScorePanel(result)                     scores, and their items page by page
     close_all()                            closes what is shown, e.g. when the extension is unloaded
 
 Importing this imports neither torch nor ipywidgets.
@@ -22,6 +23,7 @@ from nbpeft.widgets.live_answers import LiveAnswers
 from nbpeft.widgets.panel import close_panels
 from nbpeft.widgets.plan_panel import PlanPanel
 from nbpeft.widgets.runs_panel import RunsPanel
+from nbpeft.widgets.score_panel import ScorePanel
 from nbpeft.widgets.training_panel import RunView, close_views, show_run
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "PlanPanel",
     "RunView",
     "RunsPanel",
+    "ScorePanel",
     "close_all",
     "show_run",
 ]

@@ -155,8 +155,7 @@ class _Parts:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
-        from nbpeft.widgets.adapter_rows import Rows
-        from nbpeft.widgets.side_panel import SidePanel
+        from nbpeft.widgets.adapter_rows import Rows, SidePanel
 
         self.side_panel = SidePanel(session, name, tokenizer, changed)
 
@@ -170,9 +169,9 @@ class _Parts:
         self._command = command
         self._replacing: tuple[str, ...] = ()
         self._offers = {
-            "undo": parts.button("Undo", "Bring the deleted adapter back", weakly(command, "undo"), hides=True),
+            "undo": parts.button("Undo", "Restore the deleted adapter", weakly(command, "undo"), hides=True),
             "replace": parts.button(
-                "Replace", "Write over the adapter in that folder", weakly(self._replace), "danger", hides=True
+                "Replace", "Overwrite the adapter in that folder", weakly(self._replace), "danger", hides=True
             ),
         }
         self.offer(None)

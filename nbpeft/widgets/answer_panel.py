@@ -10,8 +10,8 @@ from nbpeft.display.models import missing_model
 from nbpeft.errors import NbpeftError
 from nbpeft.state import ModelState
 from nbpeft.widgets.environment import Ui
-from nbpeft.widgets.panel import SessionPanel
-from nbpeft.widgets.worker import Stopped, Worker
+from nbpeft.widgets.panel import SessionPanel, WorkerPanel
+from nbpeft.widgets.worker import Stopped
 
 if TYPE_CHECKING:
     from nbpeft.session import Session
@@ -23,7 +23,7 @@ TokenizerSource = Callable[[], Any]
 """Called when a prompt is read; returns the tokenizer, or None."""
 
 
-class AnswerPanel(SessionPanel):
+class AnswerPanel(WorkerPanel, SessionPanel):
     """A panel whose answers are generated in a worker thread, so that the kernel stays free.
 
     Attributes:
@@ -63,7 +63,6 @@ class AnswerPanel(SessionPanel):
         self._source: TokenizerSource = (
             tokenizer if callable(tokenizer) and not hasattr(tokenizer, "decode") else (lambda: tokenizer)
         )
-        self._worker = Worker()
         self._result: CompareResult | None = None
 
     @property
@@ -77,26 +76,6 @@ class AnswerPanel(SessionPanel):
     def result(self) -> CompareResult | None:
         """The latest answers; None before the first."""
         return self._result
-
-    def close(self, leaving: str = "") -> None:
-        """Stops answering, closes the widgets and unsubscribes from the session. May be called twice.
-
-        Args:
-            leaving: A line that stays where the panel was shown.
-        """
-        self._worker.stop()
-        super().close(leaving)
-
-    def wait(self, timeout: float = 30.0) -> bool:
-        """Waits until no answer is being generated.
-
-        Args:
-            timeout: The longest wait, in seconds.
-
-        Returns:
-            False if the timeout passed first.
-        """
-        return self._worker.wait(timeout)
 
     def _asked(self) -> tuple[str, ModelState]:
         """The prompt in the box and the model that answers it.

@@ -124,7 +124,7 @@ class BlendControls:
         self._rank = labelled(
             "rank", ipywidgets.Text(value="", placeholder="all"), 52, "Empty: the rank of the exact sum"
         )
-        save = button("Save as adapter", "Make an adapter of this blend", weakly(command, "save"))
+        save = button("Save as adapter", "Save this blend as a new adapter", weakly(command, "save"))
         return settings_row(self._name, self._rank, save, margin="10px 0 0 0")
 
     # The values of the widgets

@@ -53,7 +53,7 @@ class ComparePanel(AnswerPanel):
         elif what == "against":
             self._show()
         elif what == "new":
-            self._begin_anew(parts)
+            self._new_conversation(parts)
         elif what == "run":
             self._ask(parts)
         return ""
@@ -69,7 +69,7 @@ class ComparePanel(AnswerPanel):
         ask = functools.partial(self._session.compare, prompt, adapters=names, include_base=include_base, **settings)
         self._submit(ask, parts.tokens)
 
-    def _begin_anew(self, parts: _Parts) -> None:
+    def _new_conversation(self, parts: _Parts) -> None:
         """Starts a new conversation."""
         with self._lock:
             self._result = None
@@ -153,7 +153,7 @@ class _Parts:
         self.system.draw(() if model is None else model.adapters)
         names = [BASE, *(item.name for item in model.adapters)] if model is not None else []
         picks: dict[tuple[str, ...], tuple[str, str]]
-        picks = {("pick", item): (item, f"Answer with {item}, or not") for item in names}
+        picks = {("pick", item): (item, f"Include or exclude {item}") for item in names}
         self._picks.draw(picks, [("pick", item) for item in names if item not in left_out])
         if model is None:
             self.frame.answers.value = to_html(line(dim(missing_model(name))))

@@ -198,7 +198,7 @@ def settings_row(*fields: Any, margin: str = "0") -> Any:
 def tokens_field(value: int) -> Any:
     """The field for the limit of an answer, in tokens."""
     field = ipywidgets.BoundedIntText(value=value, min=1, max=4096, step=16)
-    return labelled("max new tokens", field, 66, "Longest answer")
+    return labelled("max new tokens", field, 66, "Maximum length of an answer")
 
 
 class SamplingFields:
@@ -255,7 +255,9 @@ class Question:
         )
         self._prompt.add_class("nbpeft-unlabelled")
         self._ask = button(verb, "Answer this prompt", weakly(command, "run"), "primary", width="86px", hides=True)
-        self._stop = button("Stop", "Keep the answers so far", weakly(command, "stop"), width="86px", hides=True)
+        self._stop = button(
+            "Stop", "Stop and keep the answers so far", weakly(command, "stop"), width="86px", hides=True
+        )
         self._stop.layout.display = "none"
         self.box = ipywidgets.HBox(
             [self._prompt, self._ask, self._stop],
@@ -319,7 +321,7 @@ class SystemField:
         self._command = command
         self._default = None if system is not None else ""
         self._field = ipywidgets.Textarea(value=system or "", rows=1, continuous_update=False)
-        words = "Empty: none. Until it is edited, each adapter is asked as it was trained"
+        words = "Empty: no system prompt. Until it is edited, each adapter gets the one it was trained with"
         self.box = labelled("system prompt", self._field, 0, words)
         self.box.layout.width, self.box.layout.height, self.box.layout.margin = "100%", "32px", "0 0 8px 0"
         self._field.observe(weakly(self._edited), names="value")

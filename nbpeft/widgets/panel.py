@@ -15,6 +15,7 @@ from nbpeft.widgets.environment import Ui, resender, shown_as
 from nbpeft.widgets.lifetime import close_tree, send_tree
 from nbpeft.widgets.panel_output import PanelOutput
 from nbpeft.widgets.styles import style_sheet
+from nbpeft.widgets.worker import Worker
 
 if TYPE_CHECKING:
     from nbpeft.session import Session
@@ -203,6 +204,34 @@ class Panel:
             else:
                 self._parts.message.clear()
         resender.drawn(self)
+
+
+class WorkerPanel(Panel):
+    """A panel that computes in a thread of its own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._worker = Worker()
+
+    def close(self, leaving: str = "") -> None:
+        """Stops computing and closes the widgets. May be called twice.
+
+        Args:
+            leaving: A line that stays where the panel was shown.
+        """
+        self._worker.stop()
+        super().close(leaving)
+
+    def wait(self, timeout: float = 60.0) -> bool:
+        """Waits until nothing is being computed.
+
+        Args:
+            timeout: The longest wait, in seconds.
+
+        Returns:
+            False if the timeout passed first.
+        """
+        return self._worker.wait(timeout)
 
 
 class SessionPanel(Panel):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nbpeft.display.blocks import Block, card, dim, line
 from nbpeft.session.results.planning import PlanResult, PlanSettings
 from nbpeft.widgets.environment import Ui
-from nbpeft.widgets.panel import Panel
-from nbpeft.widgets.worker import Stopped, Worker
+from nbpeft.widgets.panel import WorkerPanel
+from nbpeft.widgets.worker import Stopped
 
 if TYPE_CHECKING:
     from nbpeft.session.commands.planning import MemoryPlanner
@@ -22,7 +22,7 @@ _DEBOUNCE = 0.15
 """Seconds without a further change after which the plan is computed."""
 
 
-class PlanPanel(Panel):
+class PlanPanel(WorkerPanel):
     """Sliders and drop-downs for the settings, and the memory a run with them would need.
 
     Args:
@@ -35,33 +35,12 @@ class PlanPanel(Panel):
     def __init__(self, planner: MemoryPlanner, *, ui: Ui = "auto") -> None:
         super().__init__(ui)
         self._planner = planner
-        self._worker = Worker()
         self._result = planner.plan(suggest=False)
 
     @property
     def result(self) -> PlanResult:
         """The latest plan."""
         return self._result
-
-    def close(self, leaving: str = "") -> None:
-        """Stops computing and closes the widgets. May be called twice.
-
-        Args:
-            leaving: A line that stays where the panel was shown.
-        """
-        self._worker.stop()
-        super().close(leaving)
-
-    def wait(self, timeout: float = 60.0) -> bool:
-        """Waits until nothing is being computed.
-
-        Args:
-            timeout: The longest wait, in seconds.
-
-        Returns:
-            False if the timeout passed first.
-        """
-        return self._worker.wait(timeout)
 
     @property
     def _key(self) -> str:

@@ -46,7 +46,7 @@ class RunButtons:
         self._ended = False
         self._shown: tuple[object, ...] = (False,) * 4 + (frozenset(),) * 2
 
-        self.pause = _button("Pause", "pause", "Wait after this step")
+        self.pause = _button("Pause", "pause", "Pause after this step")
         self.resume = _button("Resume", "play", "Continue the run", "none")
         kept = "End the run after this step and keep the weights trained so far"
         self.stop = _button("Stop", "stop", stop_tooltip or kept)

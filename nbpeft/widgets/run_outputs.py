@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from nbpeft.display.training import training_text
 from nbpeft.state import ENDED, TrainState
@@ -38,11 +38,12 @@ def _bundle(card: Card, train: TrainState) -> dict[str, str]:
     return {"text/html": card(train, seen), "text/plain": training_text(train, seen=seen)}
 
 
-class RunOutput(Protocol):
+class RunOutput:
     """Where a view draws."""
 
     def draw(self, train: TrainState) -> None:
         """Shows a state."""
+        raise NotImplementedError
 
     def resend(self) -> None:
         """Sends the last state again."""
@@ -54,7 +55,7 @@ class RunOutput(Protocol):
         """Ends the output; the last state stays."""
 
 
-class WidgetOutput:
+class WidgetOutput(RunOutput):
     """The card in a widget above the buttons, and the card that is saved.
 
     Args:
@@ -97,7 +98,7 @@ class WidgetOutput:
         close_tree(self.root)
 
 
-class HtmlOutput:
+class HtmlOutput(RunOutput):
     """One output that is updated in place.
 
     Args:
@@ -124,14 +125,8 @@ class HtmlOutput:
         if self._handle is not None:
             self._handle.update(self._bundle, raw=True)
 
-    def end(self) -> None:
-        """Does nothing."""
 
-    def close(self) -> None:
-        """Does nothing."""
-
-
-class TextOutput:
+class TextOutput(RunOutput):
     """One line that is overwritten in a terminal; in a file, a new line every ten seconds.
 
     Args:
@@ -159,12 +154,3 @@ class TextOutput:
             self._stream.write(f"{line}\n")
             self._written_at = time.monotonic()
         self._stream.flush()
-
-    def resend(self) -> None:
-        """Does nothing."""
-
-    def end(self) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""

@@ -1,7 +1,6 @@
-"""A thread that runs the newest job: what a click or a slider starts may take long.
+"""A thread for the jobs that clicks and sliders start, so that the kernel stays free for the next click.
 
-While it works, the kernel stays free for the next click. A new job asks the running one to stop
-and replaces the waiting one.
+A new job asks the running one to stop and replaces the waiting one.
 """
 
 from __future__ import annotations

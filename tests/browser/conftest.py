@@ -45,12 +45,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def notebook_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("notebooks")
 
 
+@pytest.fixture
+def notebook_folder(request: pytest.FixtureRequest, served_folder: Path) -> Path:
+    """A folder for the notebooks of one test, so that no test finds the training runs of another."""
+    folder = served_folder / f"{request.path.stem}-{_name_of(request)}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _name_of(request: pytest.FixtureRequest) -> str:
+    return re.sub(r"\W+", "-", request.node.name).strip("-")
+
+
 @pytest.fixture(scope="session")
-def server_of(notebook_folder: Path) -> Iterator[Callable[[Any], JupyterServer]]:
+def server_of(served_folder: Path) -> Iterator[Callable[[Any], JupyterServer]]:
     """Starts a server for an application, once."""
     started: dict[str, JupyterServer] = {}
     with ExitStack() as stack:
@@ -58,7 +70,7 @@ def server_of(notebook_folder: Path) -> Iterator[Callable[[Any], JupyterServer]]
         def start(app: Any) -> JupyterServer:
             if app not in started:
                 variables = {"PYTHONPATH": str(ROOT)}
-                started[app] = stack.enter_context(JupyterServer(notebook_folder, app, variables=variables))
+                started[app] = stack.enter_context(JupyterServer(served_folder, app, variables=variables))
             return started[app]
 
         yield start
@@ -95,7 +107,7 @@ def open_notebook(
 ) -> Iterator[Opener]:
     """Opens a notebook made of the given cells and of outputs already in the file, or a copy of a file."""
     pages: list[NotebookPage] = []
-    name = re.sub(r"\W+", "-", request.node.name).strip("-")
+    name = _name_of(request)
 
     def open_cells(*cells: str, source: Path | None = None, shown: Sequence[dict[str, str]] = ()) -> NotebookPage:
         path = notebook_folder / f"{name}-{len(pages)}.ipynb"
@@ -108,7 +120,7 @@ def open_notebook(
                 output = nbformat.v4.new_output("display_data", data=bundle)
                 notebook.cells.append(nbformat.v4.new_code_cell("pass", execution_count=1, outputs=[output]))
             nbformat.write(notebook, path)
-        pages.append(browser.open(server_of(app), path.name))
+        pages.append(browser.open(server_of(app), f"{notebook_folder.name}/{path.name}"))
         return pages[-1]
 
     yield open_cells

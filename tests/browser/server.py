@@ -119,7 +119,8 @@ class JupyterServer:
         return command
 
     def _environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER_", "JPY_"))}
+        others = ("JUPYTER_", "JPY_", "NBPEFT_RUNS")  # training runs are stored next to their notebook, as for users
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         home = self._home
         return {
             **kept,

@@ -194,7 +194,7 @@ NAMES = "print('acts:', session.state.model('model').active)"
 def test_nothing_is_cut_at_any_width(open_notebook: Opener, pictures: Path, app: str, width: int) -> None:
     page = open_notebook(f"{SET_UP}\n{MANY}", PANEL, "AdaptersPanel(session, 'model', ui='html')")
     page.page.set_viewport_size({"width": width, "height": 900})
-    if app == "lab" and width == 600:  # what is left beside the file browser is 210 pixels wide
+    if app == "lab" and width < 1280:  # at 600 pixels the file browser leaves 210 for the notebook
         page.page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
     page.run_all()
     expect(page.button("run-000", cell=1)).to_be_visible()

@@ -14,12 +14,9 @@ pytestmark = pytest.mark.browser
 
 MODEL = """\
 %load_ext nbpeft
-import os
-import tempfile
 import torch
 from tests.tiny_models import llama
 
-os.chdir(tempfile.mkdtemp())  # other tests leave runs in this folder
 torch.set_num_threads(1)
 model = llama()
 rows = [{"input_ids": [1 + (step * start) % 7 for step in range(12)]} for start in range(40)]

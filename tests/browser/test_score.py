@@ -34,9 +34,13 @@ def test_scores_are_shown_and_stay_without_a_kernel(open_notebook: Opener, pictu
     page.run_all()
     page.wait_for("95 % bootstrap intervals", cell=1)
     assert "so far" not in page.output_text(1)
-    saved = page.save()
-    assert "widget-view" not in str(saved["cells"][1]["outputs"])
+    expect(page.button("Next", cell=1)).to_be_visible()
+    page.save()
+    page.page.evaluate("async () => { await window.nb.kernel().restart(); }")
     page.reopen()
+    page.output(1).get_by_text("all items: 36").filter(visible=True).first.click()
+    expect(page.output(1).get_by_text("and 26 more, in the result's items").first).to_be_visible()
+    expect(page.button("Next", cell=1).filter(visible=True)).to_have_count(0)
     output = page.output(2)
     card = output.locator("div", has_text="Scores of model").first
     summary = output.get_by_text("fixed by orders: 18")
@@ -59,6 +63,28 @@ def test_scores_are_shown_and_stay_without_a_kernel(open_notebook: Opener, pictu
     output.get_by_text("broken by orders: 3").click()
     expect(output.locator("details[open]")).to_have_count(1)  # one filter at a time
     expect(output.locator("details[open]").get_by_text("wrong").first).to_be_visible()
+    page.check()
+
+
+def test_one_pages_through_the_items(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(
+        "%load_ext nbpeft\nfrom nbpeft.widgets import ScorePanel\nfrom tests.scoring.samples import orders",
+        "ScorePanel(orders())",
+    )
+    page.run_all()
+    output = page.output(1)
+    for theme in ("light", "dark") if app == "lab" else ("light",):
+        if theme == "dark":
+            page.theme("dark")
+        for width in (1280, 600):
+            page.page.set_viewport_size({"width": width, "height": 1000})
+            page.click("fixed by orders: 18", cell=1)
+            expect(output.get_by_text("1–5 of 18")).to_be_visible()
+            page.click("Next", cell=1)
+            expect(output.get_by_text("6–10 of 18")).to_be_visible()
+            expect(page.button("Previous", cell=1)).to_be_enabled()
+            assert overflow(output.locator(".nbpeft-panel")) <= 0
+            page.screenshot(pictures / f"score-panel-{app}-{theme}-{width}.png")
     page.check()
 
 

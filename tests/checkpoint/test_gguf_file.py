@@ -33,7 +33,7 @@ def test_sizes_are_known_before_and_values_come_back(stored_as: str, tmp_path: P
 
 def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     tensor = GgufTensor("a", (2, 32), "f32", lambda: torch.zeros(2, 31))
-    with pytest.raises(CheckpointError, match=r"a came as \(2, 31\), planned as \(2, 32\)"):
+    with pytest.raises(CheckpointError, match=r"a has shape \(2, 31\), expected \(2, 32\)"):
         write_gguf(tmp_path / "x.gguf", "llama", nothing, [tensor])
 
 

@@ -180,7 +180,7 @@ def test_a_staging_folder_of_somebody_else_is_reported_and_stays(whose: str, clo
     (staging / ASIDE / "planted").mkdir(parents=True)
     before = tree(staging)
     with pytest.warns(
-        UserWarning, match=rf"{staging.name} looks like what an interrupted write left, .* it was not touched"
+        UserWarning, match=rf"{staging.name} looks like the remains of an interrupted write, .* it was not touched"
     ):
         save(clone)
     assert tree(staging) == before and not (clone / "planted").exists()
@@ -241,7 +241,7 @@ def test_only_plain_files_are_opened(handles: bool, clone: Path, victim: Path, m
     with pytest.raises(FileNotFoundError):
         inside.read_plain(clone, "none/of/it", 4)
     os.link(victim / "thesis.tex", clone / "second")
-    with pytest.raises(CheckpointError, match="has a second name elsewhere, and is not written"):
+    with pytest.raises(CheckpointError, match="has a second hard link, and is not written"):
         inside.open_plain(clone, "second", os.O_WRONLY | os.O_APPEND)
     assert inside.names(clone, "away") == [] and inside.names(victim, "startup") == ["00-first.py"]
     assert inside.first_not_plain(victim) is None and "is a" in str(inside.first_not_plain(clone))

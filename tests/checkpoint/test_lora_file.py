@@ -101,12 +101,12 @@ ALPHAS: dict[str, tuple[Tensor, float | str]] = {
     "whole": (torch.tensor(1), 1.0),
     "whole, of one element": (torch.tensor([[3]], dtype=torch.int16), 3.0),
     "half": (torch.tensor([0.5], dtype=torch.bfloat16), 0.5),
-    "two": (torch.ones(2), "has 2 elements: an alpha is one number, or left out"),
+    "two": (torch.ones(2), "has 2 elements: an alpha, if present, is one number"),
     "none": (torch.ones(0), "has 0 elements"),
-    "complex": (torch.tensor(1 + 1j), "is complex64: an alpha is one number"),
+    "complex": (torch.tensor(1 + 1j), "is complex64: an alpha, if present, is one number"),
     "a truth": (torch.tensor(True), "is bool"),
-    "NaN": (torch.tensor(float("nan")), "is nan: an alpha is a finite number, or left out"),
-    "infinite": (torch.tensor(float("inf")), "is inf: an alpha is a finite number"),
+    "NaN": (torch.tensor(float("nan")), "is nan: an alpha, if present, is a finite number"),
+    "infinite": (torch.tensor(float("inf")), "is inf: an alpha, if present, is a finite number"),
 }
 
 
@@ -151,7 +151,7 @@ def test_the_config_that_diffusers_writes_is_read(component: str, tmp_path: Path
 def test_more_than_two_factors_are_refused(key: str, tmp_path: Path) -> None:
     tensors = {SPELLINGS["kohya"].format(part): value for part, value in FACTORS.items()}
     safetensors.torch.save_file(tensors | {f"lora_unet_{key}": torch.ones(8)}, tmp_path / "style.safetensors")
-    with pytest.raises(CheckpointError, match="only the two factors of LoRA and its alpha are read"):
+    with pytest.raises(CheckpointError, match="only the two factors of LoRA and its alpha are supported"):
         PeftModel.from_pretrained(unet(), tmp_path / "style.safetensors")
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from nbpeft.display.blocks import Block, TokenSpan
 from nbpeft.display.memory import memory_bar
 from nbpeft.display.models import model_card
 from nbpeft.display.shown import Shown
 from nbpeft.display.training import training_card
+from nbpeft.engine.hotswap import Swapped
 from nbpeft.memory.suggest import Suggestion
-from nbpeft.model.saving.merge_export import LayerError, MergeErrors
+from nbpeft.model.combine.combining import Combined
+from nbpeft.model.saving.merge_export import LayerError, MergedFolder, MergeErrors
 from nbpeft.scoring.items import MetricFacts, ScoreItem
 from nbpeft.scoring.result import ScoreResult
 from nbpeft.session.results import (
@@ -140,10 +143,11 @@ def _of_answers_and_layers(word: str) -> dict[str, Shown]:
     errors = (LayerError(path.format(0, "q"), 1e-6, 0.09, 1.0, 1.0), LayerError(word, 2e-6, 0.12, 1.0, 1.0))
     return {
         "combine": CombineResult(
-            word, ((word, 0.7), ("pirate", -0.3)), adapter, "exact", 16, 0.04, 0.99, lost, state, notes=notes
+            word, ((word, 0.7), ("pirate", -0.3)), adapter, Combined(word, "exact", 16, 0.04, 0.99, lost), state,
+            notes=notes,
         ),
         "swap": SwapResult(
-            word, f"adapters/{word}", adapter, 60, ("lm_head",), (), 0.012, state,
+            word, f"adapters/{word}", adapter, Swapped(word, 60, ("lm_head",), ()), 0.012, state,
             PROMPT + word, ANSWERS["orders"], other + word, notes,
         ),
         "scores": _scores(word),
@@ -151,7 +155,11 @@ def _of_answers_and_layers(word: str) -> dict[str, Shown]:
         "data": _data(word),
         "inspect": InspectResult(word, word, changes, notes),
         "merge": MergedCopy(
-            word, (word,), f"merged/{word}", "bfloat16", 269_000_000, (269_000_000,), MergeErrors(errors, "bfloat16")
+            word,
+            MergedFolder(
+                Path("merged", word), (word,), (), 269_000_000, (269_000_000,), "bfloat16",
+                MergeErrors(errors, "bfloat16"),
+            ),
         ),
     }  # fmt: skip
 

@@ -276,6 +276,20 @@ def following(train: Any, *models: Any) -> NextSteps | None:
     return next_steps(train, SessionState(models or (model(),), "model"), "model")
 
 
+def test_a_training_with_rewards_shows_them_with_the_best_and_the_worst_completion() -> None:
+    samples = tuple(
+        Sample(step, "2 + 2?", f"{word} of {step}", reward=reward)
+        for step in (1, 2)
+        for word, reward in (("four", 1.5), (EVIL, -0.5))
+    )
+    train = ended(series={"reward": ((1, 0.25), (2, 0.75)), "kl": ((1, 0.5),)}, samples=samples)
+    text = read(training_card(train)).text
+    assert "reward 0.750 0.250 at step 1" in text and "kl 0.500" in text
+    assert "best completion reward 1.500 · step 2 four of 2 worst completion reward -0.500 · step 2" in text
+    assert "2 earlier completions" in text and text.count("2 + 2?") == 3
+    assert "Step Reward Prompt Completion" in read(training_card(train)).text
+
+
 class TestWhatFollowsATraining:
     def test_the_card_names_the_commands_and_says_whether_the_adapter_is_saved(self) -> None:
         for unsaved, words in ((True, "⚠\ufe0e not saved"), (False, "✓ saved")):

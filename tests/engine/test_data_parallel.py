@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import replicate
 
-from nbpeft import AdamssConfig, LoraConfig, get_peft_model
-from tests.tiny_models import experts_of, llama, mixture
+from nbpeft import AdamssConfig, GloraConfig, LoraConfig, OSFConfig, PeanutConfig, PsoftConfig, get_peft_model
+from tests.tiny_models import experts_of, llama, mixture, randomize
 
 IDS = torch.arange(12).view(2, 6)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -67,9 +67,20 @@ def test_a_replica_computes_with_its_own_tensors(name: str, monkeypatch: pytest.
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_a_replica_has_the_parameters_in_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = {"r": 4, "num_subspaces": 2, "init_weights": None, "target_modules": ["q_proj"]}
-    model = get_peft_model(llama(), AdamssConfig(**fields)).eval()
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdamssConfig(r=4, num_subspaces=2, init_weights=None, target_modules=["q_proj"]),
+        PeanutConfig(r=4, depth=2, init_weights=False, target_modules=["q_proj"]),
+        GloraConfig(r=4, target_modules=["q_proj"]),
+        OSFConfig(target_modules=["q_proj"]),
+        PsoftConfig(r=4, target_modules=["q_proj"]),
+    ],
+    ids=lambda config: str(config.peft_type),
+)
+def test_a_replica_has_the_parameters_in_lists_and_groups(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(llama(), config).eval()
+    randomize(model, scale=0.1)
     expected = model(input_ids=IDS).logits
     replica = replica_of(model, monkeypatch)
     spoil(model)

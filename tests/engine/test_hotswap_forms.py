@@ -17,18 +17,18 @@ DRAWN: dict[str, Any] = {"r": 4, "save_projection": False}
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "deft-para": (
         *(nbpeft.DeftConfig, {"r": 4}, {"r": 4, "para": True}),
-        r"has deft_R \(4, 32\) where the config of the new one asks for nothing else; load",
+        r"has deft_R \(4, 32\) where the config of the new one requires nothing else; load",
     ),
     "para-deft": (
         *(nbpeft.DeftConfig, {"r": 4, "para": True, "decomposition_method": "relu"}),
-        *({"r": 4}, r"has nothing else where the config of the new one asks for deft_R \(4, 32\)"),
+        *({"r": 4}, r"has nothing else where the config of the new one requires deft_R \(4, 32\)"),
     ),
-    "peanut-less": (nbpeft.PeanutConfig, {"r": 4, "depth": 2}, {"r": 4, "depth": 1}, "has peanut_encoders_1"),
-    "peanut-more": (nbpeft.PeanutConfig, {"r": 4, "depth": 1}, {"r": 4, "depth": 2}, "asks for peanut_encoders_1"),
+    "peanut-less": (nbpeft.PeanutConfig, {"r": 4, "depth": 2}, {"r": 4, "depth": 1}, r"has peanut_encoders\.1"),
+    "peanut-more": (nbpeft.PeanutConfig, {"r": 4, "depth": 1}, {"r": 4, "depth": 2}, r"requires peanut_encoders\.1"),
     "glora-none": (nbpeft.GloraConfig, {"r": 4}, {"r": 4, "config_C": "none"}, "has glora_C_Xd"),
-    "glora-more": (nbpeft.GloraConfig, {"r": 4, "config_C": "none"}, {"r": 4}, "asks for glora_C_Xd"),
-    "glora-vector": (nbpeft.GloraConfig, {"r": 4}, {"r": 4, "config_C": "vector"}, "asks for glora_C_X"),
-    "loha-rank": (nbpeft.LoHaConfig, {"r": 4}, {"r": 3}, r"has hada_w1_a \(32, 4\), .*asks for hada_w1_a \(32, 3\)"),
+    "glora-more": (nbpeft.GloraConfig, {"r": 4, "config_C": "none"}, {"r": 4}, "requires glora_C_Xd"),
+    "glora-vector": (nbpeft.GloraConfig, {"r": 4}, {"r": 4, "config_C": "vector"}, "requires glora_C_X"),
+    "loha-rank": (nbpeft.LoHaConfig, {"r": 4}, {"r": 3}, r"has hada_w1_a \(32, 4\), .*requires hada_w1_a \(32, 3\)"),
     "vera-rank": (nbpeft.VeraConfig, DRAWN, {**DRAWN, "r": 3}, "r is 4 in adapter 'default' and 3 in the new one"),
     "vera-seed": (
         nbpeft.VeraConfig,
@@ -80,6 +80,6 @@ def test_what_layers_share_is_not_taken_from_tensors_without_it() -> None:
     model = get_peft_model(llama(), nbpeft.VeraConfig(r=4, target_modules=["q_proj"]))
     tensors = {key: value for key, value in nbpeft.get_peft_model_state_dict(model).items() if "lambda" in key}
     with pytest.raises(
-        HotSwapError, match="the new adapter is VeRA with its own of what layers share: load it instead"
+        HotSwapError, match="the new VeRA adapter has its own shared tensors, which a swap cannot replace: load it"
     ):
         nbpeft.hotswap_adapter_from_state_dict(model, tensors, "default", model.peft_config["default"])

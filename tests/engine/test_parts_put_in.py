@@ -222,11 +222,11 @@ def test_what_would_not_act_is_refused_in_one_line() -> None:
     layer = ours.base_model.model.first
     before = ours(IDS)
     for name, module, reason in (
-        ("lora_A", linear(4, 6, bias=True), "has bias, too"),
+        ("lora_A", linear(4, 6, bias=True), "has bias too"),
         ("lora_A", linear(2, 6), r"shape \(4, 6\), not \(2, 6\)"),
-        ("lora_A", nn.Sequential(linear(4, 6), nn.LayerNorm(4)), "has 0.weight, too"),
+        ("lora_A", nn.Sequential(linear(4, 6), nn.LayerNorm(4)), "has 0.weight too"),
         ("lora_A", nn.Identity(), "has no weight"),
-        ("lora_dropout", linear(6, 6), "has weight, too"),
+        ("lora_dropout", linear(6, 6), "has weight too"),
         ("lora_A", None, "cannot be a NoneType"),
     ):
         with pytest.raises(ValueError, match=reason) as error:
@@ -236,7 +236,7 @@ def test_what_would_not_act_is_refused_in_one_line() -> None:
         layer.lora_A["third"] = linear(4, 6)
     with pytest.raises(ValueError, match=r"delete_adapter\(\)"):
         del layer.lora_A["default"]
-    with pytest.raises(ValueError, match="by adapter"):
+    with pytest.raises(ValueError, match="one entry for each adapter"):
         layer.lora_A = linear(4, 6)
     ours_dora, _ = pair("dora")
     with pytest.raises(ValueError, match="cannot be a Doubled, which would not be called"):

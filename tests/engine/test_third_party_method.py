@@ -215,5 +215,5 @@ def test_a_method_of_another_package_works_everywhere_or_says_why_not(installed:
         "breaks": [1, 0],
         "forecast": True,
         "session": ["Strange", {"size": "4"}],
-        "combine": "adapter 'default' is Strange, which cannot be combined: activate several at once",
+        "combine": "adapter 'default' is Strange, which cannot be combined: activate both at once instead",
     }

@@ -161,7 +161,7 @@ def writers(models: Models) -> dict[str, Writer]:
         try:
             merge_to_folder(models.one[rank], None, folder, measure_errors=False, **options)
         except CheckpointError as error:
-            if "holds weights already" not in str(error) or not merged_in(folder):
+            if "already contains weights" not in str(error) or not merged_in(folder):
                 raise
 
     def card(folder: Path, rank: int) -> None:

@@ -12,7 +12,7 @@ from tests.losses.models import MODELS, batch_of, check_chunked, model_of, takes
 
 
 @pytest.mark.drawn(8)
-@pytest.mark.filterwarnings("ignore:.*reaches linear layers only")
+@pytest.mark.filterwarnings("ignore:.*adapts linear layers only")
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_the_whole_logits(name):
     model = model_of(name)

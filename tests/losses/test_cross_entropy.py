@@ -50,6 +50,28 @@ def test_it_is_torchs_cross_entropy(reduction, smoothing, learned):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("learned", [0.0, 0.5, 1.0])
+def test_each_row_can_have_a_loss_with_a_factor_of_its_own(learned, weighted, trains_head):
+    layer = head().requires_grad_(trains_head)
+    hidden, targets = inputs(learned=learned)
+    weights = torch.linspace(0.5, 2, len(targets)) if weighted else None
+    factors = torch.linspace(-1, 3, len(targets))
+    scaled = factors if weights is None else factors * weights
+    watched = [hidden, *(layer.parameters() if trains_head else ())]
+    options: dict[str, Any] = {"reduction": "none"}
+    whole, expected = gradients(lambda: F.cross_entropy(layer(hidden), targets, **options) @ scaled, *watched)
+    options["weights"] = weights
+    for chunk_size in (1, 5, 100):
+        loss, found = gradients(
+            lambda size=chunk_size: chunked_cross_entropy(layer, hidden, targets, chunk_size=size, **options) @ factors,
+            *watched,
+        )
+        torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_another_index_is_ignored_and_a_head_may_be_half_frozen():
     layer = head()
     layer.weight.requires_grad_(False)

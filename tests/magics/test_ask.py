@@ -87,7 +87,7 @@ def test_mistakes_are_one_line(ready: Notebook) -> None:
     assert ready.run('%lora ask "Hi" --temperature -1').line == "temperature must be a number of at least 0, not -1.0"
     assert ready.run('%lora ask "Hi" --top-p 2').line == "top_p must be above 0 and at most 1, not 2.0"
     assert ready.run("%lora ask").line.startswith("%lora ask needs PROMPT")
-    assert ready.run("%lora stop").line == "no training runs: there is nothing to stop"
+    assert ready.run("%lora stop").line == "no training is running: there is nothing to stop"
     assert ready.run("%lora result").line == "model was not trained in this session"
 
 

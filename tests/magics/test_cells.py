@@ -205,7 +205,7 @@ def test_a_variable_that_gets_a_new_model_starts_anew(notebook: Notebook) -> Non
         ("%%lora model\ntarget_modules = 'q_proj('", "target_modules is not a regular expression"),
         ("%%lora model\ntarget_modules = ['act_fn']", "act_fn"),
         ("%%lora model\nmodules_to_save = ['nothing']", "nothing"),
-        ("%%lora model\nimport os", "line 1: only lines like 'field = value' can stand here, not an import"),
+        ("%%lora model\nimport os", "line 1: only lines like 'field = value' are allowed here, not an import"),
         ("%lora add model r", "unexpected argument 'r'"),
         ("%lora add model lora_alfa=3", "LoraConfig has no field 'lora_alfa'"),
     ],

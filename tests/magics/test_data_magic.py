@@ -120,7 +120,7 @@ def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> 
     ready["labelled"] = [{"text": "a b", "label": "yes", "id": 1}] * 4
     shown = ready.do("%lora data labelled --tokenizer tok")
     assert shown.notes[0] == "columns not used: 'id', 'label'" and "columns not used: " in shown._repr_html_()
-    assert "--columns prompt=text completion=label makes it answer with the label" in shown.notes[1]
+    assert "--columns prompt=text completion=label trains it to answer with the label" in shown.notes[1]
     told = ready.do("%%lora_train model --data labelled --tokenizer tok\nmax_steps = 1").message
     assert told == "columns not used: 'id', 'label' (%lora data labelled --tokenizer tok shows them)"
     ready["odd"] = [{"ID": "a", "Ticket Text": "b"}]
@@ -145,6 +145,32 @@ def test_preferences_are_shown_as_they_are_trained_on_and_the_cell_says_how(read
     assert plan.settings.batch_size == 4 and any("counted as two sequences" in note for note in plan.notes)
 
 
+def test_completions_are_scored_by_functions_of_the_notebook(ready: Notebook) -> None:
+    def even(completions: Any, prompts: Any, total: Any) -> list[float]:
+        return [sum(map(ord, text)) % 7 + len(wanted) for text, wanted in zip(completions, total, strict=True)]
+
+    def short(completions: Any) -> list[int]:
+        return [-len(text) for text in completions]
+
+    ready["even"], ready["short"] = even, short
+    ready["sums"] = [{"prompt": row["prompt"], "total": row["completion"]} for row in PAIRS]
+    body = "max_steps = 2\nmax_completion_length = 4\nreward_weights = [1.0, 0.1]"
+    result = ready.do(f"%%lora_train model --data sums --tokenizer tok --reward even --reward short\n{body}")
+    assert result.objective == "grpo" and "rewards: even, short" in result.message
+    assert "best completion" in ready.do("%lora watch")._repr_html_()
+    assert "rewards: objects of the notebook cannot be written into a script" in ready.run("%lora export t.py").line
+    for option, told in (
+        ("--reward evn", "'evn'"),
+        ("--reward sums", "a reward must be a function"),
+        ("--objective grpo", "grpo needs rewards"),
+        ("--reward even --objective dpo", "rewards require objective='grpo'"),
+        ("--reward even --columns prompt=total", "reward 'even' needs 'total'"),
+    ):
+        assert told in ready.run(f"%%lora_train model --data sums --tokenizer tok {option}\nmax_steps = 1").line
+    ready["alone"] = [{"prompt": "a b"}]
+    assert ready.do("%lora data alone --tokenizer tok").summary.form == "prompt"
+
+
 @pytest.mark.parametrize("source", ["sums.jsonl", "asked --columns prompt=question completion=answer"])
 def test_a_training_from_a_file_is_exported(ready: Notebook, source: str) -> None:
     ready.do(f"%%lora_train model --data {source} --eval 0.25 --tokenizer tok\nmax_steps = 1")
@@ -158,7 +184,7 @@ def test_a_training_from_a_file_is_exported(ready: Notebook, source: str) -> Non
 def test_a_stream_needs_a_number_of_steps(ready: Notebook) -> None:
     ready["stream"] = __import__("datasets").Dataset.from_list(PAIRS).to_iterable_dataset()
     told = ready.run("%%lora_train model --data stream --tokenizer tok\nlearning_rate = 1e-3").line
-    assert "say how many steps to train" in told and "max_steps" in told
+    assert "set the number of steps" in told and "max_steps" in told
 
 
 def test_data_is_completed(ready: Notebook) -> None:
@@ -225,3 +251,46 @@ def test_a_separator_is_given(ready: Notebook, given: str) -> None:
     assert "separator is for .csv and .tsv files" in ready.run(f"%lora data rows --separator {given} --rows 1").line
     Path("tab.tsv").write_text("prompt|completion\na|c\n")
     assert ready.do(r"%lora data tab.tsv --separator '|'").summary.row_count == 1
+
+
+def test_options_of_conversations_stand_in_the_line_and_in_the_command_that_shows_the_rows(ready: Notebook) -> None:
+    class Loud(CharTokenizer):
+        def apply_chat_template(self, messages: Any, *, loud: bool = False, tone: str = "", **options: Any) -> str:
+            return ("!" if loud else "") + tone + super().apply_chat_template(messages, **options)
+
+    ready["tok"] = Loud("{{ loud }} {{ tone }}")
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))]
+    ready["chats"] = [{"messages": turns * 2, "user": number % 2, "other": 1} for number in range(4)]
+    how = "--learn last --reasoning drop --template loud=True --template tone=low --long drop"
+    shown = ready.do(f"%lora data chats {how}")
+    assert shown.summary.format.variables == {"loud": True, "tone": "low"}
+    assert shown.summary.learned_count == 4 * 3 and "no row has reasoning to drop" in shown.notes
+    assert ready.run("%lora data chats --learn lst").line.startswith("%lora data: --learn: invalid choice: 'lst'")
+    line = f"%lora_train model --data chats --eval 0.5 --eval-by user {how} --no-keep max_steps=1"
+    message = ready.do(line).message
+    assert "2 of 4 rows held out for evaluation, in whole groups by 'user' (2 groups)" in message
+    command = message.partition("(%lora data")[2].rpartition(" shows them)")[0]
+    again = ready.do(f"%lora data{command}").summary
+    assert (again.format, again.learned_count) == (shown.summary.format, shown.summary.learned_count)
+    score = "%lora score --data chats --template loud=yes --max-new-tokens 2"
+    assert ready.do(score).notes is not None
+    assert ready.run("%lora score --data chats --template lowd=yes").line.startswith("chat_template_kwargs: the chat")
+    ready["texts"] = [{"text": "abcdefgh"}] * 2
+    assert (
+        "2 rows longer than the maximum length split into 4 parts"
+        in ready.do("%lora data texts --long split --max-length 6").notes
+    )
+
+
+def test_data_is_mixed_in_the_line(ready: Notebook) -> None:
+    ready["more"] = [{"prompt": f"{number} is ", "completion": "even"} for number in range(4)]
+    shown = ready.do("%lora data rows*0.5 more*0.5")
+    assert shown.summary.row_count == 8
+    assert shown.notes[0] == "mixture: 4 of 8 rows of rows, 4 of 4 rows of more"
+    mixed = "sums.jsonl*2 more[:3]*1"
+    message = ready.do(f"%lora_train model --data {mixed} --max-length 12 --no-keep max_steps=1 seed=3").message
+    assert "mixture: 6 of 8 rows of sums.jsonl, 3 of 3 rows of more[:3]" in message
+    command = message.partition("(%lora data")[2].rpartition(" shows them)")[0]
+    assert ready.do(f"%lora data{command}").summary.row_count == 9
+    assert ready.do("%lora data rows*2").summary.row_count == 16  # an expression
+    assert ready.run("%lora data rows*0.5 missing*0.5").line.startswith("name 'missing' is not defined")

@@ -69,9 +69,12 @@ def directly(init: str) -> Any:
 @pytest.mark.parametrize(
     ("init", "words"),
     [
-        ("eva", "starts from EVA: the main directions of its layers' inputs on up to 24 rows, 262 tokens; 6 layers"),
-        ("corda", "starts from CorDA: the directions of each weight that matter most on 24 rows"),
-        ("lora_ga", "starts from LoRA-GA: the mean gradient of 3 batches (24 rows, 262 tokens)"),
+        (
+            "eva",
+            "components of its layers' inputs on up to 24 rows, 262 tokens; ranks redistributed over 6 layers",
+        ),
+        ("corda", "initialized by CorDA: the most important directions of each weight on 24 rows"),
+        ("lora_ga", "initialized by LoRA-GA: the mean gradient of 3 batches (24 rows, 262 tokens)"),
     ],
 )
 def test_an_adapter_starts_as_if_peft_s_function_was_called(ready: Notebook, init: str, words: str) -> None:
@@ -119,7 +122,7 @@ def test_an_adapter_is_reconfigured_from_rows_and_brought_back(ready: Notebook) 
     ready.do("%lora add model --name chat r=2 target_modules=q_proj")
     model = ready["model"]
     before = state(model)
-    assert "starts from EVA" in str(ready.do(cell("eva", "--init-data rows --init-rows 8")))
+    assert "initialized by EVA" in str(ready.do(cell("eva", "--init-data rows --init-rows 8")))
     wanted = get_peft_model_state_dict(directly("eva"))
     assert not same_state(dict(get_peft_model_state_dict(model, adapter_name="sql")), dict(wanted))  # of 8 rows
     assert set(model.manager.names) == {"chat", "sql"}
@@ -129,7 +132,7 @@ def test_an_adapter_is_reconfigured_from_rows_and_brought_back(ready: Notebook) 
 
 def test_values_of_a_sweep_each_start_from_the_rows(ready: Notebook) -> None:
     made = str(ready.do("%%lora model --name sql --init-data rows\nr = sweep(2, 4)\ninit_lora_weights = 'eva'"))
-    assert "sql-r2, sql-r4" in made and made.count("starts from EVA") >= 1
+    assert "sql-r2, sql-r4" in made and made.count("initialized by EVA") >= 1
     for name in ("sql-r2", "sql-r4"):
         tensors = get_peft_model_state_dict(ready["model"], adapter_name=name)
         for key, value in tensors.items():
@@ -143,19 +146,19 @@ def test_values_of_a_sweep_each_start_from_the_rows(ready: Notebook) -> None:
     [
         (
             cell("eva"),
-            "init_lora_weights='eva' starts from rows of what is to be learned: give them (--init-data)",
+            "init_lora_weights='eva' needs rows of the training data (--init-data)",
         ),
-        (cell("corda"), "give them (--init-data)"),
-        (cell("lora_ga"), "give them (--init-data)"),
-        (cell("pissa", "--init-data rows"), "go with init_lora_weights='eva' or 'corda' or 'lora_ga', not 'pissa'"),
+        (cell("corda"), "rows of the training data (--init-data)"),
+        (cell("lora_ga"), "rows of the training data (--init-data)"),
+        (cell("pissa", "--init-data rows"), "require init_lora_weights='eva' or 'corda' or 'lora_ga', not 'pissa'"),
         (cell("eva", "--init-data nothing"), "The data has no rows"),
         (cell("eva", "--init-data texts"), "need a tokenizer"),
         (cell("eva", "--init-data rowz"), "name 'rowz' is not defined. Did you mean 'rows'"),
         (
             cell("eva", "--init-rows 5"),
-            "init_rows is of rows to start from, and none are given (--init-data)",
+            "init_rows has no effect without rows to initialize from (--init-data)",
         ),
-        (cell("eva", "--init-data rows", target_modules=["embed_tokens"]), "EVA takes linear layers"),
+        (cell("eva", "--init-data rows", target_modules=["embed_tokens"]), "EVA needs linear layers"),
         (cell("lora_ga", "--init-data rows", r=40), "takes a rank of at most"),
     ],
 )
@@ -194,7 +197,7 @@ def test_an_interrupt_leaves_all_as_it_was(ready: Notebook, init: str, call: int
 
 
 def test_qlora_says_what_to_do(bare: Notebook) -> None:
-    assert "load it quantized without" in bare.run("%%qlora nobody/nothing\ninit_lora_weights = 'eva'").line
+    assert "load the model quantized first" in bare.run("%%qlora nobody/nothing\ninit_lora_weights = 'eva'").line
 
 
 def test_completion_and_help_know_it(ready: Notebook) -> None:

@@ -14,7 +14,7 @@ def test_convert_makes_a_lora(notebook: Notebook) -> None:
     notebook.do("%lora add model --method hra --name a r=2 target_modules=q_proj,v_proj")
     randomize(notebook["model"], "a")
     done = notebook.do("%lora convert a --rank 2")
-    assert "made 'a_lora' of 'a' (HRA) on model: LoRA, rank 2, 4 layers, nothing of the change lost" in str(done)
+    assert "converted 'a' (HRA) to 'a_lora' on model: LoRA, rank 2, 4 layers, nothing of the change lost" in str(done)
     assert "LoRA, rank" in str(notebook.do("%lora convert a --rank 0.6 --as b"))
     assert notebook["model"].manager.names == ("a", "a_lora", "b")
 
@@ -24,7 +24,7 @@ def test_convert_makes_a_lora(notebook: Notebook) -> None:
     [
         ("convert a", "%lora convert needs --rank, e.g. %lora convert orders --rank 16"),
         ("convert a --rank much", "expected a rank such as 16 or a share such as 0.9, not 'much'"),
-        ("convert chat --rank 2 --as sql", "has an adapter 'sql' already; take another name, or replace it"),
+        ("convert chat --rank 2 --as sql", "has an adapter 'sql' already; choose another name, or replace it"),
         ("convert nobody --rank 2", "'nobody'"),
     ],
 )
@@ -36,7 +36,7 @@ def test_methods_lists_what_each_costs_on_the_model(notebook: Notebook) -> None:
     listed = str(notebook.do("%lora methods"))
     assert " methods on model, with their defaults" in listed and "the usual choice" in listed
     fields = str(notebook.do("%lora methods model target_modules=all-linear r=4"))
-    assert "with target_modules=all-linear, r=4 where they have it" in fields
+    assert "with target_modules=all-linear, r=4 where available" in fields
     assert "did you mean" in notebook.run("%lora methods modle").line.lower()
     notebook["other"] = notebook["model"]
     assert "Parameters" not in str(notebook.do("%lora methods"))
@@ -59,7 +59,7 @@ def test_a_network_beside_the_model_is_made_in_a_cell(adapted: Notebook) -> None
     refused = adapted.run("%%lora model --method shadow --name other\ntarget_modules = ['q_proj']").line
     assert "'q_proj' names none of the blocks" in refused and "other" not in adapted["model"].manager.names
     adapted.do("%lora use side")
-    assert "what it adds to the input of a block depends on the text" in adapted.run("%lora merge").line
+    assert "its changes of a block's input depend on the text" in adapted.run("%lora merge").line
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ def test_unsaved_training_is_not_replaced_unless_told(trained: Notebook, tmp_pat
 )
 def test_no_adapter_is_called_base(trained: Notebook, verb: str) -> None:
     line = trained.run(f"%lora {verb}").line
-    assert line.startswith("'base' cannot name an adapter: it stands for the base model in panels and results")
+    assert line.startswith("'base' cannot name an adapter: it means the base model in panels and results")
 
 
 def test_loading_into_a_model_of_the_session_rebinds_no_other_variable(trained: Notebook, tmp_path: Path) -> None:

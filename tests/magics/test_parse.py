@@ -102,7 +102,7 @@ def test_help_can_be_asked_for_without_arguments() -> None:
         ("scale a much", "%lora scale: FACTOR: expected a number, not 'much'"),
         ("load {fodler}", "name 'fodler' is not defined. Did you mean 'folder'"),
         ("load {folder} --name {model}", "{model} is an object, not text, a number or a path"),
-        ("load {runs[0]}/x", "{runs[0]}/x is an expression, and only a variable is replaced, as in {name}"),
+        ("load {runs[0]}/x", "{runs[0]}/x is an expression; only a variable, as in {name}, is replaced"),
         ("load 'a", "a quote is not closed"),
         ("off now", "unexpected argument 'now'"),
         ("use a --model", "%lora use: --model: expected one argument"),

@@ -149,7 +149,7 @@ def test_what_a_repository_says_of_its_weights_counts(bare: Notebook, tmp_path: 
         ("model --quant nf5", "Did you mean 'nf4'?"),
         ("model --dtype int8", "--dtype 'int8' is not one of bf16, fp16, fp32"),
         ("model --optimizer adamv", "Did you mean 'adam'"),
-        ("model --device big", "neither a size such as '16GB' nor a device here"),
+        ("model --device big", "not a size such as '16GB', a device of this machine"),
         ("model --targets q_prj", "Did you mean 'q_proj'"),
         ("model --rank 0", "0"),
         ("model --batchs 2", "Did you mean '--batch'"),

@@ -267,16 +267,16 @@ def test_what_is_stored_quantized_stays_so(bare: Notebook, tmp_path: Path) -> No
     config = llama().config
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     config.save_pretrained(tmp_path / "gptq")
-    assert "stored by gptq and stay so" in str(bare.do(cell(str(tmp_path / "gptq"), "--dry-run")))
+    assert "stay quantized with gptq" in str(bare.do(cell(str(tmp_path / "gptq"), "--dry-run")))
 
 
 MISTAKES = [
     (cell("model").replace("bits = 4", "bits = 5"), "line 1: bits is 5; expected 4 or 8"),
     (cell("model", "", "quant_typ = 'nf4'\n"), "%%qlora has no field 'quant_typ'. Did you mean 'quant_type'"),
     (cell("model", "", "lora_alph = 3\n"), "Did you mean 'lora_alpha'"),
-    (cell("model", "", "gguf_file = 'x'\n"), "'gguf_file' is for loading"),
+    (cell("model", "", "gguf_file = 'x'\n"), "'gguf_file' is an option of loading"),
     (cell("model", "", "upcast = 'all'\n"), "upcast='all' is not one of"),
-    (cell("modle"), "no variable is called 'modle', and no folder. Did you mean 'model'?"),
+    (cell("modle"), "no variable and no folder is called 'modle'. Did you mean 'model'?"),
     (cell("place"), "write $place to use its value"),
     (cell("./nowhere", "--as other"), "no model could be loaded from './nowhere'"),
     (cell("model", "--as 'a b'"), "--as takes the name of a variable"),
@@ -346,9 +346,9 @@ def test_merging_into_a_copy(notebook: Notebook, tmp_path: Path) -> None:
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         assert torch.allclose(copy(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=2e-3)
-    assert "holds weights already" in notebook.run(f"%lora merge --to {out}").line
-    assert "--dtype goes with --to DIR" in notebook.run("%lora merge --dtype float32").line
-    assert "--base goes with --to DIR" in notebook.run(f"%lora merge --base {out}").line
+    assert "already contains weights" in notebook.run(f"%lora merge --to {out}").line
+    assert "--dtype requires --to DIR" in notebook.run("%lora merge --dtype float32").line
+    assert "--base requires --to DIR" in notebook.run(f"%lora merge --base {out}").line
     assert "dtype is 'int4'" in notebook.run(f"%lora merge --to {tmp_path / 'b'} --dtype int4").line
     merged = notebook.do("%lora merge")
     assert any("quantized again" in note and "--to DIR" in note for note in merged.notes)

@@ -146,14 +146,14 @@ def test_an_adapter_that_was_deleted_on_the_model_of_now_comes_back_first(traine
 def test_another_base_model_gets_nothing(trained: Notebook) -> None:
     before = weights(trained)
     trained["model"] = gpt2()
-    again = " when 'model' holds the base model of before again"
+    again = " once 'model' holds its base model again"
     assert f"{LOST.format('')}{again}" in trained.run("%lora").everything, "what the model of now cannot take"
     assert (
-        "can be brought back: when 'model' holds its base again, %lora undo"
+        "%lora undo restores 'sql' of it once 'model' holds its base model again"
         in trained.run('%lora save x --model "model (before)"').line
     )
     line = trained.run("%lora undo").line
-    assert line.startswith("'sql' cannot be put on 'model': ") and is_module(trained["model"])
+    assert line.startswith("'sql' cannot be restored on 'model': ") and is_module(trained["model"])
     assert line.endswith("load the base model again, and name it (--model)")
     trained["other"] = llama(seed=1)
     assert "other weights of the same shapes" in trained.run("%lora undo --model other").line
@@ -166,7 +166,7 @@ def test_another_base_model_gets_nothing(trained: Notebook) -> None:
 def test_what_is_left_of_a_model_can_be_discarded(trained: Notebook) -> None:
     trained["model"] = llama()
     line = trained.run('%lora save x --model "model (before)"').line
-    assert line == "'model (before)' is gone; 'sql' of it, trained and not saved, can be brought back: %lora undo"
+    assert line == "'model (before)' is gone; %lora undo restores 'sql' of it"
     assert str(trained.do('%lora unload --model "model (before)"')) == "discarded 'sql' of 'model (before)'"
     assert trained.session.past_names == () and "model (before)" not in str(trained.do("%lora"))
 
@@ -199,7 +199,7 @@ def test_only_so_much_is_kept(trained: Notebook, monkeypatch: pytest.MonkeyPatch
         shown = trained.run("%lora").everything
         trained.do(ADD.format("model", "sql"))
         learn(trained)
-    assert "'sql' of 'model (before)' took too much memory and is not kept any longer" in shown
+    assert "'sql' of 'model (before)' can no longer be restored: the limit of memory is reached" in shown
     assert trained.session.past_names == ("model (before 2)",)
 
 

@@ -87,17 +87,17 @@ def test_the_card_of_a_run_is_shown_without_its_kernel(bare: Notebook, place: Pa
 
 
 def test_without_any_run_there_is_no_card(bare: Notebook) -> None:
-    assert "no training has run here, and none is kept in" in bare.run("%lora watch").line
+    assert "no training ran in this session, and" in bare.run("%lora watch").line
 
 
 @pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("del rows", "values that are not kept in a file; give them again: %lora resume sql-1 --data ROWS"),
-        ("del held", "values that are not kept in a file; give them again: %lora resume sql-1 --eval ROWS"),
-        ("del rows, held", "give them again: %lora resume sql-1 --data ROWS --eval ROWS"),
-        ("rows = rows[:5]", "run sql-1 was trained with 8 rows, and these are 5"),
+        ("del rows", "values that its folder does not store; pass them again: %lora resume sql-1 --data ROWS"),
+        ("del held", "values that its folder does not store; pass them again: %lora resume sql-1 --eval ROWS"),
+        ("del rows, held", "pass them again: %lora resume sql-1 --data ROWS --eval ROWS"),
+        ("rows = rows[:5]", "run sql-1 was trained with 8 rows, but 5 are given"),
         ("del model", "no variable is called 'model'."),
         ("model = 3", "'model' is an int, not a model."),
     ],
@@ -106,7 +106,10 @@ def test_what_is_missing_in_the_new_kernel_is_one_line(bare: Notebook, change: s
     killed(2)
     prepare(bare, adapter=False).do(change)
     assert told in bare.run("%lora resume sql-1").line
-    assert bare.run("%lora resume sql-1 variable=x").line == "variable is given in the magic's line, not in the cell"
+    assert (
+        bare.run("%lora resume sql-1 variable=x").line
+        == "variable is an option of the magic's line, not a field of the cell"
+    )
     assert not hasattr(bare.shell.user_ns.get("model"), "peft_config")
 
 
@@ -127,7 +130,7 @@ def test_values_of_the_cell_are_kept_and_not_their_expressions(bare: Notebook, p
     assert "data" not in facts["source"], "an expression names nothing"
     fresh = prepare(bare, adapter=False)
     del fresh.shell.user_ns["batch"]
-    assert fresh.run("%lora resume").line.endswith("give them again: %lora resume sql-1 --data ROWS")
+    assert fresh.run("%lora resume").line.endswith("pass them again: %lora resume sql-1 --data ROWS")
     assert fresh.do("%lora resume --data rows[:]").training.steps == 6
 
 
@@ -141,7 +144,7 @@ def test_objects_are_named_and_given_again(bare: Notebook, place: Path) -> None:
     bare.do(CELL.replace("--max-length", "--trainer Mine --patience 3 --max-length") + "\ncallbacks = own")
     facts = json.loads((place / "sql-1" / "run.json").read_text())
     assert facts["objects"] == ["callbacks", "trainer_class"] and facts["arguments"]["patience"] == 3
-    told = "run sql-1 used values that are not kept in a file; give them again: %lora resume sql-1 "
+    told = "run sql-1 used values that its folder does not store; pass them again: %lora resume sql-1 "
     assert bare.run("%lora resume").line == f"{told}callbacks={{callbacks}} --trainer CLASS"
     bare.do("%lora resume sql-1 --trainer Mine callbacks={own}")
     assert bare["Mine"].made == [1, 1]
@@ -159,7 +162,9 @@ def test_a_run_of_a_script_says_how_it_goes_on(bare: Notebook) -> None:
     bare.session.on_run(lambda run, name: run.control.request_stop())
     bare.session.train(bare["model"], bare["rows"], tokenizer=bare["tok"], max_steps=4)
     told = bare.run("%lora resume").line
-    assert told == "run sql-1 used values that are not kept in a file; give them again: %lora resume sql-1 --data ROWS"
+    assert (
+        told == "run sql-1 used values that its folder does not store; pass them again: %lora resume sql-1 --data ROWS"
+    )
     assert bare.do("%lora resume --data rows").training.steps > 0
 
 
@@ -197,7 +202,7 @@ def test_where_and_whether_runs_are_kept(bare: Notebook, place: Path, tmp_path: 
     assert bare.do(CELL).state.folder == f"{tmp_path}/mine/sql-1"
     bare.do("%config NbpeftMagics.runs_dir = ''")
     assert bare.do(CELL).state.folder == ""
-    assert "switched off" in bare.run("%lora runs").line
+    assert "is disabled" in bare.run("%lora runs").line
 
 
 def test_no_token_of_a_cell_is_kept(bare: Notebook, place: Path) -> None:
@@ -270,7 +275,7 @@ def test_a_resumed_run_is_scored_on_the_rows_of_its_variable(bare: Notebook) -> 
     fresh = prepare(bare, adapter=False)
     rows = fresh["held"]
     fresh.do("del held")
-    assert fresh.run("%lora resume").line.endswith("give them again: %lora resume sql-1 --score ROWS")
+    assert fresh.run("%lora resume").line.endswith("pass them again: %lora resume sql-1 --score ROWS")
     fresh["held"] = rows
     result = fresh.do("%lora resume")
     assert [step for step, _ in result.training.state.metric_history["f1"]] == [2, 4, 6]
@@ -278,7 +283,7 @@ def test_a_resumed_run_is_scored_on_the_rows_of_its_variable(bare: Notebook) -> 
 
 def test_runs_move_to_another_folder(bare: Notebook, place: Path, tmp_path: Path) -> None:
     prepare(bare)
-    assert str(bare.do(f"%lora runs --folder {tmp_path}/drive")) == f"no run is kept in {tmp_path}/drive yet"
+    assert str(bare.do(f"%lora runs --folder {tmp_path}/drive")) == f"there is no run in {tmp_path}/drive yet"
     assert bare.do(CELL).state.folder == f"{tmp_path}/drive/sql-1"
     bare.do("%unload_ext nbpeft")
     get_session().runs_folder(tmp_path / "python")
@@ -286,4 +291,4 @@ def test_runs_move_to_another_folder(bare: Notebook, place: Path, tmp_path: Path
     assert get_session().runs_folder() == tmp_path / "python", "loading the extension does not take it back"
     assert "mount or create it first" in bare.run("%lora runs --folder no/such/drive/runs").line
     assert str(bare.do("%lora runs --folder off")) == "no runs are saved from now on"
-    assert "switched off" in bare.run("%lora runs").line
+    assert "is disabled" in bare.run("%lora runs").line

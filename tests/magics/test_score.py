@@ -15,6 +15,13 @@ from tests.scoring.support import ROWS
 from tests.tiny_models import randomize
 
 
+class Printable(CharTokenizer):
+    """Takes every text: characters that it does not know are spaces."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return super().__call__("".join(sign if " " <= sign <= "~" else " " for sign in text), add_special_tokens)
+
+
 @pytest.fixture
 def ready(adapted: Notebook) -> Notebook:
     for seed, name in enumerate(("sql", "chat")):
@@ -54,7 +61,7 @@ def test_a_metric_may_be_a_function_of_the_notebook(ready: Notebook) -> None:
     ("line", "message"),
     [
         ("", "needs --data"),
-        ("--data rows --metric exakt", "--metric: there is no 'exakt'. Did you mean 'exact'"),
+        ("--data rows --metric exakt", "--metric: no metric is called 'exakt'. Did you mean 'exact'"),
         ("--data rows --metric loss --strip", "strip is used by exact"),
         ("--data rows --metric number --tolerance x", "expected a number"),
         ("--data rowz", "name 'rowz' is not defined"),
@@ -64,6 +71,14 @@ def test_a_metric_may_be_a_function_of_the_notebook(ready: Notebook) -> None:
 )
 def test_mistakes_are_one_line(ready: Notebook, line: str, message: str) -> None:
     assert message in ready.run(f"%lora score {line}").line
+
+
+def test_the_loss_on_a_general_text_needs_no_rows(ready: Notebook) -> None:
+    ready["tokenizer"] = Printable()
+    shown = str(ready.do("%lora inspect sql"))
+    assert "Loss on general text: %lora score sql --general" in shown
+    result = ready.do("%lora score sql --general --max-length 24")
+    assert (result.columns, result.metric, len(result.items)) == (("base", "sql"), "loss", 23)
 
 
 def test_names_metrics_and_data_are_completed(ready: Notebook) -> None:
@@ -80,8 +95,10 @@ def test_a_training_is_scored_and_stops_by_it(ready: Notebook) -> None:
     result = ready.do(f"{cell}\nmax_steps = 4\nper_device_train_batch_size = 2")
     assert [step for step, _ in result.state.metric_history["f1"]] == [2, 4]
     assert {"f1", "exact"} <= result.state.metrics.keys()
-    assert "--metric: there is no 'exakt'" in ready.run(f"{cell.replace('f1 exact', 'exakt')}\nmax_steps = 1").line
-    assert "pass score=" in ready.run("%%lora_train model --data rows --metric f1\nmax_steps = 1").line
+    assert (
+        "--metric: no metric is called 'exakt'" in ready.run(f"{cell.replace('f1 exact', 'exakt')}\nmax_steps = 1").line
+    )
+    assert "without score=" in ready.run("%%lora_train model --data rows --metric f1\nmax_steps = 1").line
     assert {"exact", "f1"} <= set(ready.complete("%%lora_train model --data rows --score rows --metric "))
 
 
@@ -91,7 +108,7 @@ def test_folders_are_found_by_a_pattern(ready: Notebook, tmp_path: Path) -> None
     ready["runs"] = str(tmp_path)
     line = "%lora score --data rows --max-new-tokens 1 --folders"
     assert ready.do(f"{line} {{runs}}/*/adapter/sql").columns == ("base", "chat", "sql", "one", "two")
-    assert "there is no folder" in ready.run(f"{line} {{runs}}/x*/adapter").line
+    assert "no folder matches" in ready.run(f"{line} {{runs}}/x*/adapter").line
 
 
 def test_separator_and_bad_rows_are_as_in_training(ready: Notebook, tmp_path: Path) -> None:
@@ -109,4 +126,4 @@ def test_separator_and_bad_rows_are_as_in_training(ready: Notebook, tmp_path: Pa
     assert len(ready.do("%lora score --data {lines} --skip-bad --max-new-tokens 2").items) == len(ROWS)
     line = f"%%lora_train model --data {{table}} --score {{lines}} --eval {{lines}} {reading} --no-keep"
     result = ready.do(f"{line}\nmax_steps = 1")
-    assert "of the rows to score: 2 rows left out" in result.message and "of the evaluation rows: 2" in result.message
+    assert "rows to score: 2 rows left out" in result.message and "evaluation rows: 2" in result.message

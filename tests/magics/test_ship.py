@@ -30,10 +30,10 @@ def test_ship_and_load(adapted: Any, tmp_path: Path) -> None:
 def test_merged_for_llama_cpp(adapted: Any, tmp_path: Path) -> None:
     place = tmp_path / "served"
     line = adapted.run(f"%lora ship sql --for llama.cpp --merged --to {place}").line
-    assert "holds its tokenizer: give it (--tokenizer)" in line
+    assert "includes its tokenizer: give it (--tokenizer)" in line
     adapted["tokenizer"] = tokenizer()
     line = adapted.run(f"%lora ship sql --for llama.cpp --merged --to {place}").line
-    assert line == "the tokenizer has an id 279, and the model's embedding 97 rows"
+    assert line == "the tokenizer has the id 279, but the model's embedding has only 97 rows"
     outcome = adapted.run(f"%lora ship sql --for transformers --merged --quantize f16 --dry-run --to {place}")
     assert outcome.value.stored_as == "f16" and not place.exists()
 
@@ -41,8 +41,8 @@ def test_merged_for_llama_cpp(adapted: Any, tmp_path: Path) -> None:
 def test_mistakes_are_one_line(adapted: Any, tmp_path: Path) -> None:
     place = tmp_path / "served"
     assert "%lora ship needs --for" in adapted.run("%lora ship sql").line
-    assert "no engine 'vlm' is known" in adapted.run("%lora ship sql --for vlm").line
-    assert "say which one to ship (--name)" in adapted.run(f"%lora ship --for vllm --to {place}").line
+    assert "no engine is called 'vlm'" in adapted.run("%lora ship sql --for vlm").line
+    assert "name the one to ship (--name)" in adapted.run(f"%lora ship --for vllm --to {place}").line
     adapted.do("%lora add model --name dora r=2 target_modules=q_proj use_dora=True")
     line = adapted.run(f"%lora ship dora --for vllm --to {place}").line
     assert "DoRA on 2 layers" in line and "(--merged)" in line
@@ -66,8 +66,7 @@ def test_revisions_and_folders_of_a_repository(hub: Hub, adapted: Any) -> None:
     assert any("/resolve/v1/adapter_config.json" in request for request in hub.asked)
     assert "has no revision 'v9'" in adapted.run("%lora load me/sql@v9 --name x").line
     assert (
-        "names one revision and revision='v2' another"
-        in adapted.run("%lora load me/sql@v1 --revision v2 --name x").line
+        "and revision='v2' name different revisions" in adapted.run("%lora load me/sql@v1 --revision v2 --name x").line
     )
     hub.files["me/many"] = {f"french/{name}": content for name, content in hub.files["me/sql"].items()}
     outcome = adapted.run("%lora load me/many --subfolder french")

@@ -101,7 +101,7 @@ def test_an_adapter_is_cloned_while_a_sweep_runs_in_the_background(ready: Notebo
             assert state.global_step != 1 or cloned.wait(60)
 
     clone = "%lora clone sql-lr1e-2 --as slow learning_rate=0.001"
-    assert ready.run(clone).line == "no training runs: there is nothing to clone"
+    assert ready.run(clone).line == "no training is running: there is nothing to clone"
     ready["waiting"] = [Wait()]
     cell = TRAIN.replace("--eval held_out", "--background").replace("max_steps = 2", "max_steps = 3")
     ready.do(f"{cell}\ncallbacks = waiting")
@@ -156,10 +156,10 @@ def test_a_script_is_written_with_the_best(ready: Notebook, tmp_path: Any) -> No
         (TRAIN.replace("max_steps = 2", "max_steps = sweep(2, 3)"), "line 1: max_steps cannot be a sweep"),
         (TRAIN.replace("0.05)", "-1.0)"), "line 3: learning_rate must be at least 0"),
         (TRAIN + "\nr = sweep(*range(1, 10))", "line 4: the sweep has 18 combinations"),
-        (TRAIN.replace("--eval", "--patience 2 --eval"), "patience does not go with a sweep"),
+        (TRAIN.replace("--eval", "--patience 2 --eval"), "patience cannot be combined with a sweep"),
         (
             TRAIN + "\neval_strategy = 'steps'\nlr_scheduler_type = sweep('linear', 'reduce_lr_on_plateau')",
-            "looks at one loss",
+            "depends on a single loss",
         ),
         ("%%lora model --name new\nr = sweep(0, 4)", "line 1: "),
         ("%%lora model --name new\nr = sweep(2, 4)\ntarget_modules = ['nothing']", "nothing"),

@@ -69,4 +69,4 @@ def test_samples_are_conversations_or_rows(ready: Notebook) -> None:
     assert [item.prompt for item in ready.do(f"{line} --sample talk --sample more").state.samples] == ["Hi", "more"]
     rows = ready.do(f"{line} --sample 2 --eval 2").state.samples
     assert [item.wanted for item in rows] == ["yes", "yes"]
-    assert "either how many rows to ask, or prompts" in ready.run(f"{line} --sample 2 --sample talk").line
+    assert "takes either a number of rows or prompts, not both" in ready.run(f"{line} --sample 2 --sample talk").line

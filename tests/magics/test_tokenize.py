@@ -62,7 +62,7 @@ def test_a_variable_is_the_whole_word(text: str, name: str | None) -> None:
 
 
 def test_quotes_keep_a_dollar_as_it_is() -> None:
-    assert [word.reference for word in tokenize("'$rank' $rank")] == [None, "rank"]
+    assert [(word.text, word.quoted) for word in tokenize("'$rank' $rank")] == [("$rank", True), ("$rank", False)]
 
 
 @given(st.text(max_size=40))

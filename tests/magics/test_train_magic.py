@@ -117,15 +117,21 @@ def test_stop_from_elsewhere(ready: Notebook) -> None:
         ("%%lora_train modle --data rows\nmax_steps = 1", "no variable is called 'modle'. Did you mean 'model'?"),
         ("%%lora_train model --data rows\nmax_step = 1", "line 1: 'max_step' is not a field of TrainingArguments."),
         ("%%lora_train model --data rows\nlr = 1", "Did you mean 'learning_rate'?"),
-        ("%%lora_train model --data rows\ndata = 1", "data is given in the magic's line"),
-        ("%%lora_train model --data rows\nkeep = False", "keep is given in the magic's line"),
-        ("%%lora_train model --data rows\nrestart = True", "restart is given in the magic's line"),
-        ("%%lora_train model --data rows\ndata_hint = 'x'", "data_hint is given in the magic's line"),
-        ("%%lora_train model --data rows --max-length 8\nmax_length = 4", "max_length is given in the magic's line"),
-        ("%%lora_train model --data rows --track trackio\ntrack = 'wandb'", "track is given in the magic's line"),
-        ("%lora_train model --data rows --trainer Kind trainer_class={Kind}", "trainer_class is given in the magic's"),
-        ("%lora clone sql name=y", "name is given in the magic's line"),
-        ("%lora clone sql model=y", "model is given in the magic's line"),
+        ("%%lora_train model --data rows\ndata = 1", "data is an option of the magic's line"),
+        ("%%lora_train model --data rows\nkeep = False", "keep is an option of the magic's line"),
+        ("%%lora_train model --data rows\nrestart = True", "restart is an option of the magic's line"),
+        ("%%lora_train model --data rows\ndata_hint = 'x'", "data_hint is an option of the magic's line"),
+        (
+            "%%lora_train model --data rows --max-length 8\nmax_length = 4",
+            "max_length is an option of the magic's line",
+        ),
+        ("%%lora_train model --data rows --track trackio\ntrack = 'wandb'", "track is an option of the magic's line"),
+        (
+            "%lora_train model --data rows --trainer Kind trainer_class={Kind}",
+            "trainer_class is an option of the magic's",
+        ),
+        ("%lora clone sql name=y", "name is an option of the magic's line"),
+        ("%lora clone sql model=y", "model is an option of the magic's line"),
         ("%%lora_train model --data rows[9]['x']\nmax_steps = 1", "IndexError"),
         ("%%lora_train model --data rows[\nmax_steps = 1", "--data: 'rows[' is not a valid expression"),
         ("%%lora_train model --data rows --adapter nope\nmax_steps = 1", "'nope' not found"),
@@ -195,11 +201,23 @@ def test_the_last_training_can_be_exported(ready: Notebook, tmp_path: Path) -> N
     assert '"max_steps": 3' in text and '"learning_rate": 0.05' in text and "train_eval-" in text
 
 
+@pytest.mark.parametrize("line", ["%lora copy a twin", "%lora rename a twin"])
+def test_a_field_that_was_written_is_exported_of_a_copy_and_under_a_new_name(
+    ready: Notebook, tmp_path: Path, line: str
+) -> None:
+    ready.do("%%lora model --name a\nr = 8\ntarget_modules = ['q_proj']")
+    ready.do(line)
+    ready.do("%lora use twin")
+    ready.do("%%lora_train model --data rows\nmax_steps = 1")
+    ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
+    assert '"r": 8,' in (tmp_path / "train.py").read_text()
+
+
 def test_a_token_of_the_cell_reaches_neither_the_script_nor_what_is_shown(ready: Notebook, tmp_path: Path) -> None:
     token = "hf_" + "aB3d" * 8
     told = str(ready.do(f"{CELL}\nhub_token = {token!r}"))
     result = ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
-    assert "hub_token left out of the script" in str(result) and "HF_TOKEN" in str(result)
+    assert "hub_token left out, because a script must not contain secrets" in str(result) and "HF_TOKEN" in str(result)
     shown = told + str(result) + result._repr_html_() + (tmp_path / "train.py").read_text()
     assert token not in shown + repr(TrainingCell("rows", None, None, {"hub_token": token}, ()))
 
@@ -349,7 +367,7 @@ def test_patience_and_samples_by_a_word(ready: Notebook) -> None:
     training = ready.session.state.models[0].training
     assert training is not None and training.samples == result.state.samples
     told = ready.run("%%lora_train model --data rows --patience 3\nmax_steps = 1").line
-    assert told.startswith("patience needs data to evaluate on: pass eval_data")
+    assert told.startswith("patience needs evaluation data: pass eval_data")
 
 
 @pytest.mark.slow
@@ -380,7 +398,7 @@ def test_a_script_has_neither_scores_nor_a_patience_by_them(ready: Notebook, tmp
     told = str(ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}"))
     text = (tmp_path / "train.py").read_text()
     assert not any(name in text for name in ('"score"', '"metric', '"patience"', '"greater'))
-    assert "the script does not stop early: the patience of the cell goes by scores" in told
+    assert "the script does not stop early: patience monitors scores in the cell" in told
 
 
 def test_processes_and_machines_are_said_in_the_line(ready: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +411,7 @@ def test_processes_and_machines_are_said_in_the_line(ready: Notebook, monkeypatc
     assert given[0].arguments["fsdp"] is True and given[0].arguments["max_steps"] == 1
     assert given[0].replace is True, "what output_dir holds is checked before the processes start"
     refused = ready.run("%lora_train model --data rows max_steps=1 fsdp=True").line
-    assert refused == "fsdp shards a model over several processes: give their number, processes=…"
+    assert refused == "fsdp shards a model over several processes: set their number with processes=…"
     assert ready.run("%lora_train model --data rows processes=2").line.endswith(
-        "is given in the magic's line, not in the cell"
+        "is an option of the magic's line, not a field of the cell"
     )

@@ -63,7 +63,7 @@ def test_off_and_on(trained: Notebook) -> None:
     model = trained["model"]
     before = logits(model)
     trained.do("%lora off")
-    assert "off: only the base model acts" in str(trained.do("%lora"))
+    assert "off: only the base model is active" in str(trained.do("%lora"))
     with model.disable_adapter():
         base = logits(model)
     assert torch.equal(logits(model), base)
@@ -235,8 +235,8 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         ("copy sql chat", "Adapter with name 'chat' already exists"),
         ("scale nope 1", "'nope' not found"),
         ("merge nope", "'nope' not found"),
-        ("merge sql --columns prompt=a", "--columns goes with --calibrate ROWS"),
-        ("merge sql --tokenizer t", "--tokenizer goes with --to DIR or --calibrate ROWS"),
+        ("merge sql --columns prompt=a", "--columns requires --calibrate ROWS"),
+        ("merge sql --tokenizer t", "--tokenizer requires --to DIR or --calibrate ROWS"),
         ("merge sql --calibrate rowss", "rowss"),
         ("load /no/such/folder", "/no/such/folder"),
         ("save {folder} --name nope", "'nope' not found"),
@@ -343,7 +343,7 @@ class TestWhichModel:
     def test_the_help_says_so(self, bare: Notebook) -> None:
         assert "not needed if only one has adapters" in " ".join(repr(bare.do("%lora merge --help")).split())
         assert "not needed if only one has adapters" in " ".join(repr(bare.do("%lora panel --help")).split())
-        assert "must be unused or the result of this cell's earlier run" in " ".join(
+        assert "must be unused or come from an earlier run of this cell" in " ".join(
             repr(bare.do("%qlora --help")).split()
         )
 

@@ -347,8 +347,8 @@ def test_sizes():
         ({"optimizer": "adamv"}, "Did you mean 'adam' or 'adamw'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"sequence_length": 1.5}, "sequence_length is 1.5"),
-        ({"dtype": "int8"}, "floating dtype"),
-        ({"dtype": "float8_e4m3fn"}, "floating dtype"),
+        ({"dtype": "int8"}, "floating-point dtype"),
+        ({"dtype": "float8_e4m3fn"}, "floating-point dtype"),
         ({"device": "big"}, "16GB"),
         ({"device": "1.5.3GB"}, "16GB"),
         ({"device": -5}, "16GB"),
@@ -378,7 +378,7 @@ def test_what_cannot_be_forecast():
         with pytest.raises(ConfigError, match=f"no AutoModelFor.* for a {type(config).__name__}, so its inputs"):
             forecast(config, lora())
     small = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    with pytest.raises(ConfigError, match="ViTModel: it takes pixel_values, and only text models can be forecast"):
+    with pytest.raises(ConfigError, match="ViTModel: its input is pixel_values; only text models are supported"):
         forecast(ViTModel(small), lora(target_modules="all-linear"))
     for adapter in ({"r": 8}, "lora", 3):
         with pytest.raises(ConfigError, match="the adapter must be given as a config"):
@@ -389,7 +389,7 @@ def test_too_many_tokens_for_the_positions_of_the_model(caplog):
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
     config.max_position_embeddings = 16
     adapter = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
-    with pytest.raises(ConfigError, match="sequence_length 32 is more than its 16 positions"):
+    with pytest.raises(ConfigError, match="sequence_length 32 exceeds its 16 positions"):
         forecast(config, adapter, sequence_length=32)
     assert not caplog.records
     assert forecast(config, adapter, sequence_length=16).peak_bytes > 0
@@ -419,7 +419,7 @@ def test_suggestions_for_a_model_with_few_positions():
 def test_a_model_without_gradient_checkpointing():
     config = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64)
     adapter = lora(target_modules=["c_attn"])
-    with pytest.raises(ConfigError, match="OpenAIGPTLMHeadModel has no gradient checkpointing"):
+    with pytest.raises(ConfigError, match="OpenAIGPTLMHeadModel does not support gradient checkpointing"):
         forecast(config, adapter, sequence_length=64, gradient_checkpointing=True)
     found = forecast(config, adapter, batch_size=8, sequence_length=64, device="600KB")
     assert found.fits is False and found.suggestions

@@ -80,7 +80,7 @@ class Headed(nn.Module):
 def test_a_classifier_of_a_config_without_a_task_may_have_another_head() -> None:
     settings: dict[str, Any] = {"target_modules": ["body"], "init_lora_weights": False}
     peft.PeftModelForSequenceClassification(Headed(), peft.LoraConfig(**settings))
-    with pytest.warns(UserWarning, match="no module classifier or score: its head"):
+    with pytest.warns(UserWarning, match="no module classifier or score: if its head"):
         model = PeftModelForSequenceClassification(Headed(), LoraConfig(**settings))
     assert model(input_ids=torch.randn(2, 4)).shape == (2, 2)
     assert model.peft_config["default"].task_type == TaskType.SEQ_CLS
@@ -157,8 +157,8 @@ def test_tied_embeddings_are_told_where_peft_tells_them(changes: dict[str, Any])
     (line,) = told(nbpeft, llama(tie_word_embeddings=True), **changes)
     targets = changes.get("target_modules", ["embed_tokens"])
     assert line.startswith("model.embed_tokens and lm_head share one weight")
-    assert ("changes each on its own" in line) == (len(targets) == 2)
-    assert len(targets) == 2 or f"{targets[0]} alone" in line
+    assert ("changes each separately" in line) == (len(targets) == 2)
+    assert len(targets) == 2 or f"only {'model.' if targets == ['embed_tokens'] else ''}{targets[0]}" in line
     assert not told(nbpeft, llama(tie_word_embeddings=False), **changes)
 
 
@@ -188,19 +188,29 @@ def deletes_the_active_one(model: Any) -> None:
 
 
 TOLD: list[tuple[Callable[[Any], object], dict[str, Any], str, str]] = [
-    (disables, {"bias": "all"}, "Careful, disabling", "'default' trains the base's biases (bias='all'), which stay"),
+    (
+        disables,
+        {"bias": "all"},
+        "Careful, disabling",
+        "'default' trained the base model's biases (bias='all'), which stay",
+    ),
     (
         lambda model: model.base_model.disable_adapter_layers(),
         {"bias": "lora_only"},
         "Careful, disabling",
-        "'default' trains the base's biases (bias='lora_only'), which stay",
+        "'default' trained the base model's biases (bias='lora_only'), which stay",
     ),
-    (deletes_the_active_one, {}, "was active which is now deleted", "'default' was active and is deleted: 'second' is"),
+    (
+        deletes_the_active_one,
+        {},
+        "was active which is now deleted",
+        "active adapter 'default' was deleted: 'second' is",
+    ),
     (
         lambda model: model.save_pretrained(tempfile.mkdtemp(), selected_adapters=["default"]),
         {"target_modules": ["embed_tokens"]},
         "Setting `save_embedding_layers` to `True`",
-        "embedding layers found in `target_modules`, model.embed_tokens: whole embeddings are saved along",
+        "embedding layers found in `target_modules`, model.embed_tokens: whole embeddings are saved too",
     ),
 ]
 

@@ -93,7 +93,7 @@ def test_injection_by_the_keys_of_a_state_dict() -> None:
     for given in keys:
         base = llama()
         torch.manual_seed(5)
-        with pytest.warns(RuntimeWarning, match="mean different modules .*o_proj.* and 1 more"):
+        with pytest.warns(RuntimeWarning, match="select different modules .*o_proj.* and 1 more"):
             model = inject_adapter_in_model(config(), base, state_dict=given)
         manager = manager_of(model)
         assert manager is not None and list(manager.layers) == some

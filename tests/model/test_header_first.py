@@ -134,12 +134,12 @@ WAYS = (load, swap, pool)
 @pytest.mark.parametrize(
     ("change", "reported"),
     [
-        (alone, r"nothing in the checkpoint fits|has what the model has no place"),
+        (alone, r"nothing in the checkpoint fits|has unexpected|has no"),
         (other_shape, r"size mismatch"),
         (whole_numbers, r"is of int64"),
         (another_method, r"NOTHING"),
         (another_config, r"r must be"),
-        (no_such_targets, r"nothing|has no place for x"),
+        (no_such_targets, r"nothing|has unexpected x|has no x"),
     ],
 )
 @pytest.mark.parametrize("way", WAYS)
@@ -156,7 +156,7 @@ def test_a_file_that_does_not_fit_is_refused_unread(
 def test_what_the_model_does_not_take_is_not_read(first: bool, folder: Path) -> None:
     expected = logits(PeftModel.from_pretrained(llama(), folder))
     with_huge(folder / WEIGHTS, "base_model.model.extra.lora_A.weight", first=first)
-    with Bounded(), pytest.warns(UserWarning, match=r"in the file for nothing here: .*extra"):
+    with Bounded(), pytest.warns(UserWarning, match=r"unexpected in .*extra"):
         model = PeftModel.from_pretrained(llama(), folder)
     assert torch.equal(logits(model), expected)
 
@@ -171,7 +171,7 @@ def test_what_peft_wrote_more_than_once_is_read_once(folder: Path) -> None:
 
 def test_tensors_of_another_shape_that_may_be_left_out_are_not_read(folder: Path) -> None:
     instead(folder, A)
-    with Bounded(), pytest.warns(UserWarning, match="1 tensors of another shape were left out"):
+    with Bounded(), pytest.warns(UserWarning, match="1 tensors of another shape were skipped"):
         PeftModel.from_pretrained(llama(), folder, ignore_mismatched_sizes=True)
 
 
@@ -194,7 +194,7 @@ def test_a_pickled_file_is_mapped_until_it_is_known_to_fit(folder: Path) -> None
     large = torch.zeros(40 * 2**20)
     torch.save({**tensors, "base_model.model.extra.lora_A.weight": large}, folder / "adapter_model.bin")
     expected = logits(adapted(llama()))
-    with Bounded(), pytest.warns(UserWarning, match="in the file for nothing here"):
+    with Bounded(), pytest.warns(UserWarning, match="unexpected in"):
         model = PeftModel.from_pretrained(llama(), folder)
     assert not torch.equal(logits(model), expected)
     torch.save({"x": large}, folder / "adapter_model.bin")
@@ -213,7 +213,10 @@ def test_one_file_of_the_picture_world_is_not_read_either(tmp_path: Path) -> Non
     (tmp_path / "style.safetensors").unlink()
     ends = ("alpha", "lora_down.weight", "lora_up.weight")
     with_huge(tmp_path / "style.safetensors", *(f"{stem}.{end}" for end in ends))
-    with Bounded(), pytest.raises(CheckpointError, match=r"alpha' in .* has .* elements: an alpha is one number"):
+    with (
+        Bounded(),
+        pytest.raises(CheckpointError, match=r"alpha' in .* has .* elements: an alpha, if present, is one number"),
+    ):
         PeftModel.from_pretrained(llama(), tmp_path / "style.safetensors")
 
 

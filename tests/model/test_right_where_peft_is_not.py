@@ -57,7 +57,7 @@ def test_3_a_second_from_pretrained_replaces_the_first_with_a_warning(tmp_path: 
     base = llama()
     first = PeftModel.from_pretrained(base, tmp_path / "one")
     first.manager.unsaved.add("default")
-    lost = "already carries an adapter 'default': what was read takes its place, and what it had learned"
+    lost = "already has an adapter 'default': the loaded one replaces it; its unsaved weights"
     with pytest.warns(UserWarning, match=lost):
         second = PeftModel.from_pretrained(base, tmp_path / "two")
     assert torch.equal(logits(second), logits(trained))

@@ -106,5 +106,5 @@ def test_a_copied_module_without_a_single_output_cannot_be_mixed() -> None:
     model = get_peft_model(Model(), LoraConfig(target_modules=["first"], modules_to_save=["pair"])).eval()
     x = torch.ones(2, 4)
     assert model(x).shape == (2, 4)
-    with pytest.raises(LayerKindError, match="cannot serve a Sequential trained as a whole"):
+    with pytest.raises(LayerKindError, match="is not supported for a Sequential trained as a whole"):
         model(x, adapter_names=["default", "__base__"])

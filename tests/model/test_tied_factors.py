@@ -357,9 +357,7 @@ def test_none_is_added_while_a_merge_parts_the_weights(tmp_path: Path) -> None:
         lambda: ours.add_adapter("tied", nbpeft.LoraConfig(**settings())),
         lambda: ours.load_adapter(tmp_path, "tied"),
     ):
-        with pytest.raises(
-            MergeError, match=r"'default' merged, which parts model\.embed_tokens from what it is tied to"
-        ):
+        with pytest.raises(MergeError, match=r"'default' merged, so model\.embed_tokens is not tied at the moment"):
             add()
     assert same_state(state(ours), before)
     ours.unmerge_adapter()
@@ -409,7 +407,7 @@ def test_a_file_whose_pairs_differ_is_read_as_it_is(make: Callable[[], Any], tmp
         if "lora" in name:
             nn.init.normal_(parameter, std=0.3)
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="though its config says ensure_weight_tying: they are loaded as they are"):
+    with pytest.warns(UserWarning, match="although its config has ensure_weight_tying: they are loaded untied"):
         ours = nbpeft.PeftModel.from_pretrained(make(), tmp_path).eval()
     torch.testing.assert_close(answers(ours), answers(theirs), atol=1e-5, rtol=1e-4)
     assert ours.get_nb_trainable_parameters()[0] == 0 and not ours.peft_config["default"].ensure_weight_tying
@@ -447,7 +445,7 @@ def test_tensors_that_differ_do_not_go_into_one_pair() -> None:
     ours = tied()
     before, tensors = state(ours), nbpeft.get_peft_model_state_dict(ours)
     other = {key: value + 1 if "lora_B" in key else value for key, value in tensors.items()}
-    with pytest.raises(CheckpointError, match=r"other tensors for lm_head than for model\.embed_tokens, which share"):
+    with pytest.raises(CheckpointError, match=r"different tensors for lm_head and model\.embed_tokens, which share"):
         nbpeft.set_peft_model_state_dict(ours, other)
     assert same_state(state(ours), before)
     head = {key: value * 2 for key, value in tensors.items() if "lm_head.lora" in key}
@@ -505,13 +503,13 @@ def test_it_is_converted_to_factors_apart() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"use_dora": True}, "share one weight, and DoRA on them cannot share its tensors; leave all of them out"),
+    ({"use_dora": True}, "share one weight, and adapters of DoRA cannot share tensors; remove all of them"),
     ({"init_lora_weights": "eva"}, "works with init_lora_weights True, False or 'gaussian' on .*, not 'eva'"),
     ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "True, False or 'gaussian' on .*, not 'loftq'"),
-    ({"rank_pattern": {"lm_head": 2}}, "rank_pattern gives them 4 and 2; name both in it or neither"),
-    ({"alpha_pattern": {"embed_tokens": 1}}, "alpha_pattern gives them 1 and 8; name both in it or neither"),
-    ({"exclude_modules": ["lm_head"]}, "exclude_modules takes lm_head out; leave all of them out of the targets"),
-    ({"target_modules": ["lm_head"], "exclude_modules": ["embed_tokens"]}, "exclude_modules takes .*embed_tokens out"),
+    ({"rank_pattern": {"lm_head": 2}}, "rank_pattern sets 4 and 2 for them; name both in it or neither"),
+    ({"alpha_pattern": {"embed_tokens": 1}}, "alpha_pattern sets 1 and 8 for them; name both in it or neither"),
+    ({"exclude_modules": ["lm_head"]}, "exclude_modules excludes lm_head; remove all of them from the targets"),
+    ({"target_modules": ["lm_head"], "exclude_modules": ["embed_tokens"]}, "exclude_modules excludes .*embed_tokens"),
     ({"lora_bias": True}, "lora_bias=True is not supported for Embedding"),
 ]
 
@@ -558,7 +556,7 @@ def test_the_pair_goes_with_the_last_layer_that_uses_it() -> None:
     ours = tied(target_modules=["embed_tokens", "q_proj"])
     embedding, head = ours.get_input_embeddings(), ours.get_output_embeddings()
     before = state(ours)
-    with pytest.raises(AdapterError, match="'default' on lm_head uses the tensors that it has here: delete it there"):
+    with pytest.raises(AdapterError, match="'default' on lm_head uses this layer's tensors: delete it there"):
         embedding.delete_adapter("default")
     assert same_state(state(ours), before)
     head.delete_adapter("default")

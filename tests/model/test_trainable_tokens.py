@@ -192,14 +192,14 @@ def test_copies_have_rows_of_their_own(tied: bool) -> None:
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"trainable_token_indices": [97]}, ConfigError, "has 97 rows and no row 97; resize_token_embeddings"),
+    ({"trainable_token_indices": [97]}, ConfigError, "has 97 rows and no row 97; call resize_token_embeddings"),
     ({"trainable_token_indices": [-1]}, ConfigError, "no row -1"),
     ({"trainable_token_indices": [3, 3]}, ConfigError, "names a token more than once"),
     ({"trainable_token_indices": ["a"]}, ConfigError, "must be a list of whole numbers"),
     ({"trainable_token_indices": {"embed_tokns": [1]}}, TargetError, "Did you mean 'embed_tokens'"),
     ({"trainable_token_indices": {"norm": [1]}}, TargetError, "only rows of embeddings and heads"),
-    ({"target_modules": ["embed_tokens"]}, TargetError, "adapted or trained as a whole already"),
-    ({"modules_to_save": ["embed_tokens"]}, TargetError, "adapted or trained as a whole already"),
+    ({"target_modules": ["embed_tokens"]}, TargetError, "already adapted or trained as a whole"),
+    ({"modules_to_save": ["embed_tokens"]}, TargetError, "already adapted or trained as a whole"),
 ]
 
 
@@ -224,7 +224,9 @@ def test_other_tokens_for_tied_modules_cannot_be_ensured_to_be_tied() -> None:
 @pytest.mark.parametrize("named", [{"embed_tokens": [5, 7], "lm_head": [3, 5]}, {"lm_head": [5]}])
 def test_rows_of_their_own_make_two_weights_of_a_tied_one(named: dict[str, list[int]], tmp_path: Path) -> None:
     base = llama(tie_word_embeddings=True)
-    with pytest.warns(UserWarning, match="share one weight .* they differ while it acts, and merging makes separate"):
+    with pytest.warns(
+        UserWarning, match="share one weight .* they differ while it is active, and merging gives them separate"
+    ):
         model = get_peft_model(base, LoraConfig(**settings(trainable_token_indices=named))).eval()
     move(model)
     before, expected = state(model), logits(model, batch())
@@ -234,7 +236,7 @@ def test_rows_of_their_own_make_two_weights_of_a_tied_one(named: dict[str, list[
     assert same_state(state(model), before) and base.lm_head.weight is base.model.embed_tokens.weight
     merge_to_folder(model, None, tmp_path)
     again = type(base).from_pretrained(tmp_path).eval()
-    with pytest.warns(UserWarning, match="are two weights now"):
+    with pytest.warns(UserWarning, match="no longer share a weight"):
         merged = model.merge_and_unload()
     for bare in (merged, again):
         torch.testing.assert_close(logits(bare, batch()), expected, atol=1e-5, rtol=1e-4)
@@ -282,7 +284,7 @@ def test_rows_alone_are_ensured_to_stay_tied() -> None:
     with pytest.warns(UserWarning, match="ensure_weight_tying=True but the model does not have tied weights"):
         get_peft_model(llama(), LoraConfig(**settings(ensure_weight_tying=True)))
     fields = settings(ensure_weight_tying=True, target_modules=["lm_head"])
-    with pytest.raises(LayerKindError, match="adapted or trained as a whole already"):
+    with pytest.raises(LayerKindError, match="already adapted or trained as a whole"):
         get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**fields))
 
 
@@ -306,7 +308,7 @@ def test_what_has_no_factors_is_neither_swapped_nor_pooled(tmp_path: Path) -> No
     with pytest.raises(HotSwapError, match="the new adapter has trainable tokens"):
         hotswap_adapter(adapted(), tmp_path, "default")
     pooled = adapted()
-    with pytest.raises(AdapterError, match="load it by itself"):
+    with pytest.raises(AdapterError, match="load it without a pool"):
         AdapterPool(pooled, 10, adapters={"rows": tmp_path}).set_adapter("rows")
     assert same_state(state(model), before)
 
@@ -340,8 +342,8 @@ def test_rows_are_combined_by_their_changes(kind: str, tied: bool, tmp_path: Pat
 def test_rows_and_factors_of_one_embedding_make_no_adapter() -> None:
     model = rows()
     model.add_adapter("factors", LoraConfig(r=2, target_modules=["embed_tokens"]))
-    with pytest.raises(AdapterError, match="has trainable tokens of adapter 'default' and another change of 'factors'"):
+    with pytest.raises(AdapterError, match="has trainable tokens in adapter 'default' and another update in 'factors'"):
         model.add_weighted_adapter(["default", "factors"], [1.0, 1.0], "sum", combination_type="linear")
     model.merge_adapter()
-    with pytest.raises(MergeError, match="unmerge before adapters with trainable tokens are combined"):
+    with pytest.raises(MergeError, match="unmerge before combining adapters with trainable tokens"):
         model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="linear")

@@ -163,7 +163,7 @@ def test_the_base_model_carries_the_configs_while_it_is_adapted(tmp_path: Path) 
 
 def test_injecting_twice_under_one_name_replaces_with_a_warning() -> None:
     model: Any = inject_adapter_in_model(config(r=2, init_lora_weights=False), llama())
-    with pytest.warns(UserWarning, match="already carries an adapter 'default': a new one takes its place$"):
+    with pytest.warns(UserWarning, match="already has an adapter 'default': a new one replaces it$"):
         inject_adapter_in_model(config(r=3, init_lora_weights=True), model)
     assert {key.shape[0] for name, key in model.state_dict().items() if "lora_A" in name} == {3}
     assert torch.equal(logits(model.eval()), logits(llama()))
@@ -173,9 +173,9 @@ def test_injecting_twice_under_one_name_replaces_with_a_warning() -> None:
 def test_what_replaces_an_adapter_says_so_at_the_line_that_did_it(way: str, saved: Path) -> None:
     base = llama()
     adapted(base).manager.unsaved.add("default")
-    with pytest.warns(UserWarning, match="already carries an adapter 'default'.*, and what it had learned") as caught:
+    with pytest.warns(UserWarning, match="already has an adapter 'default'.*; its unsaved weights") as caught:
         if way == "inject":
             inject_adapter_in_model(config(), base)
         else:
             PeftModel.from_pretrained(base, saved)
-    assert [one.filename for one in caught if "takes its place" in str(one.message)] == [__file__]
+    assert [one.filename for one in caught if "replaces it" in str(one.message)] == [__file__]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-PROMPTED, ADAPTED = ("base model", "three examples", "ten examples"), ("adapter", "loaded", "merged")
-"""What notebook 01 compares."""
+ADAPTED = ("adapter", "loaded", "merged")
+"""What has the adapter among what notebook 01 compares."""
 TASKS = ("records", "filters", "dates")
 """What the adapters of notebook 05 are for."""
 PARAMETERS = {"LoRA": 4_884_480, "MiSS": 2_488_320, "OFT": 2_321_280, "(IA)³": 57_600, "VeRA": 209_280}
@@ -65,9 +66,18 @@ def share(value: str) -> float:
     return int(part) / int(whole)
 
 
+def best_prompted(found: Mapping[str, str]) -> float:
+    """The best score of notebook 01 without the adapter, whatever is in the prompt."""
+    scores = {name.removeprefix("score "): share(value) for name, value in found.items() if name.startswith("score ")}
+    return max(score for name, score in scores.items() if name not in ADAPTED)
+
+
 def shortened(notebook: Any, *, steps: int, rows: int) -> Any:
     """The notebook with fewer steps of training and fewer held-out rows, which one line of it says."""
-    return replaced(notebook, {"STEPS, TEST_ORDERS = 70, 48": f"STEPS, TEST_ORDERS = {steps}, {rows}"})
+    (line,) = (
+        found for cell in notebook.cells for found in re.findall(r"^STEPS, TEST_ORDERS = .*$", cell.source, re.M)
+    )
+    return replaced(notebook, {line: f"STEPS, TEST_ORDERS = {steps}, {rows}"})
 
 
 def replaced(notebook: Any, texts: Mapping[str, str]) -> Any:

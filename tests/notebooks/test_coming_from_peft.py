@@ -37,3 +37,4 @@ def assert_alike(found: dict[str, str], steps: int) -> None:
     assert float(found["difference of the weights"]) < 0.1
     assert found["modules changed by a failed command, nbpeft"] == "0"
     assert found["last loss, never killed"] == found["last loss, killed and resumed"]
+    assert 0 < int(found["resumed from step"]) <= steps // 2

@@ -17,10 +17,11 @@ def test_08_trains_in_two_processes_and_has_what_they_learned(tmp_path: Path) ->
     notebook = execute(notebook, tmp_path, NBPEFT_STEPS="2", NBPEFT_TEST_ORDERS="4")
     found = summary(notebook)
     assert {name for name in found if name.startswith("score")} == {
-        "score base model",
-        "score notebook",
-        "score two processes",
+        "score base",
+        "score dates",
+        "score two_processes",
     }
+    assert float(found["largest difference of a loss"]) < 1e-3
     shown = str([cell.get("outputs") for cell in notebook.cells])
     assert "2 processes, which read the model from a file" in shown
     assert (tmp_path / "train.py").is_file()

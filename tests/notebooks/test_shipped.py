@@ -8,7 +8,17 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.notebooks.support import ADAPTED, NOTEBOOKS, PARAMETERS, PROMPTED, TASKS, number, percent, share, summary
+from tests.notebooks.support import (
+    ADAPTED,
+    NOTEBOOKS,
+    PARAMETERS,
+    TASKS,
+    best_prompted,
+    number,
+    percent,
+    share,
+    summary,
+)
 
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
 
@@ -31,7 +41,7 @@ def committed(name: str) -> Any:
 def test_01_ships_the_results_of_a_full_run() -> None:
     notebook = committed("01_lora_finetuning.ipynb")
     found = summary(notebook)
-    assert max(share(found[f"score {name}"]) for name in PROMPTED) < 0.4
+    assert best_prompted(found) < 0.4
     assert min(share(found[f"score {name}"]) for name in ADAPTED) > 0.9
     codes = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     first = next(place for place, source in enumerate(codes) if source.startswith(("%lora", "%%lora")))
@@ -86,10 +96,11 @@ def test_07_uses_public_names_and_ships_a_full_run() -> None:
 
 def test_08_ships_the_results_of_a_full_run() -> None:
     found = summary(committed("08_several_processes.ipynb"))
-    base, notebook, processes = (
-        percent(found[f"score {name}"]) for name in ("base model", "notebook", "two processes")
-    )
+    base, notebook, processes = (percent(found[f"score {name}"]) for name in ("base", "dates", "two_processes"))
     assert notebook > base + 20 and processes > base + 20
+    assert float(found["largest difference of a loss"]) < 1e-3
+    different, count = map(int, found["answers right in one of the two only"].split(" of "))
+    assert count == 64 and different < 0.1 * count
 
 
 def test_10_ships_the_results_of_a_full_run() -> None:

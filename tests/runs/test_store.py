@@ -108,7 +108,7 @@ def test_renaming(store: RunStore) -> None:
     store.rename("sql-1", "best.of-all")
     assert sorted(record.name for record in store.records()) == ["best.of-all", "sql-2"]
     for new, told in (
-        ("sql-2", "there is a run 'sql-2' already"),
+        ("sql-2", "a run called 'sql-2' already exists"),
         ("a/b", "cannot be"),
         ("", "cannot be"),
         ("..", "cannot be"),
@@ -180,11 +180,11 @@ def test_old_states_go_and_their_curves_stay(store: RunStore) -> None:
     for number in range(3):
         saved(store, with_state(store, made(store, started=number), 4000))
     assert store.tidy(most_bytes=9000) == [
-        "runs took more than 9e-06 GB: deleted old states of 'sql-1', not their curves"
+        "runs took more than 9e-06 GB: deleted checkpoints of 'sql-1', not their curves"
     ]
     assert kept_steps(store) == {"sql-1": (), "sql-2": (3,), "sql-3": (3,)}
     reported = store.tidy(most_bytes=1)
-    assert "old states of 'sql-2'" in reported[0] and len(reported) == 2
+    assert "checkpoints of 'sql-2'" in reported[0] and len(reported) == 2
     assert kept_steps(store) == {"sql-1": (), "sql-2": (), "sql-3": (3,)}
     assert store.tidy(most_bytes=10**6) == []
 
@@ -199,8 +199,8 @@ def test_what_was_never_saved_elsewhere_stays(store: RunStore) -> None:
     reported = store.tidy(most_runs=1, most_bytes=1)
     assert kept_steps(store) == {"sql-1": (3,), "sql-3": (3,), "sql-4": (3, 1)}
     assert reported[0] == "more than 1 runs were kept: deleted 'sql-2'"
-    assert "deleted old states of 'sql-1', 'sql-3', not their curves" in reported[1]
-    assert "saved nowhere else: delete runs that are not needed, or save their adapters" in reported[2]
+    assert "deleted checkpoints of 'sql-1', 'sql-3', not their curves" in reported[1]
+    assert "saved nowhere else: save them, or delete runs that are not needed" in reported[2]
 
 
 @pytest.mark.parametrize("change", [{"content": b"xy"}, {"time": 10**18 + 1}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from nbpeft import (
 )
 from nbpeft.errors import AdapterError, ConfigError, MergeError, TrainingError
 from nbpeft.scoring.answers import _Choosing
+from nbpeft.scoring.score import Scoring
 from nbpeft.scoring.settings import ScoreSettings
 from tests.char_tokenizer import END, CharTokenizer
 from tests.scoring.support import ROWS, adapted, alone, byte_tokenizer, everything
@@ -89,7 +91,7 @@ def test_sampled_answers_equal_those_of_the_row_alone(many: Any, answering: Any)
     """Each row has random numbers of its own, so that neither the batch nor the other columns matter."""
     settings = ScoreSettings(seed=3, temperature=0.9, top_p=0.8)
     given = {"seed": 3, "temperature": 0.9, "top_p": 0.8, "max_new_tokens": LIMIT}
-    together = scored(many, ROWS[:4], adapters=["sql", "prompt"], batch_size=3, **given)
+    together = scored(many, ROWS[:4], adapters=list(COLUMNS[1:]), batch_size=3, **given)
     assert together.settings == {"temperature": 0.9, "top-p": 0.8, "seed": 3.0}
     for item in together.items:
         for column in together.columns:
@@ -116,6 +118,10 @@ def test_a_merged_adapter_is_scored_alone() -> None:
         assert result.columns == ("sql",)
         assert [item.answers["sql"] for item in result.items] == [alone(model, row, LIMIT) for row in ROWS]
         assert any("only 'sql' is scored" in note for note in result.notes)
+        given = {"seed": 3, "temperature": 0.9, "max_new_tokens": LIMIT}
+        for item in scored(model, ROWS[:4], batch_size=3, **given).items:
+            drawn = LogitsProcessorList([_Choosing(ScoreSettings(seed=3, temperature=0.9), [item.number])])
+            assert item.answers["sql"] == alone(model, ROWS[item.number], LIMIT, logits_processor=drawn)
         with pytest.raises(MergeError, match="unmerge before scoring other adapters"):
             scored(model, adapters="chat")
     finally:
@@ -183,6 +189,56 @@ def test_choices_equal_a_loop() -> None:
         assert item.values["choice_norm"]["sql"] == float(by_length.index(max(by_length)) == row["key"])
         assert item.answers["sql"] == row["options"][totals.index(max(totals))]
         assert item.reference == row["options"][row["key"]]
+
+
+def test_choices_have_the_likelihoods_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options, found = adapted(), [" a", " bb", " c c c"], {}
+    rows: list[Any] = [{"prompt": f"{number}?" * (1 + number), "choices": options, "answer": 0} for number in range(5)]
+    taken = Scoring._take_choices
+
+    def take(self: Any, batch: Any) -> None:
+        found.update({(place, column): losses for place, column, losses in batch})
+        taken(self, batch)
+
+    monkeypatch.setattr(Scoring, "_take_choices", take)
+    scored(model, rows, metric="choice", batch_size=2)
+    for column, name in enumerate(("base", "sql", "chat")):
+        with model.disable_adapter() if name == "base" else contextlib.nullcontext():
+            model.set_adapter(name if name != "base" else "sql")
+            for place, row in enumerate(rows):
+                totals = [found[place, column][number][0] for number in range(3)]
+                expected = [option_loss(model, row["prompt"], option) for option in options]
+                assert totals == pytest.approx(expected, abs=1e-5)
+
+
+def option_loss(model: Any, prompt: str, option: str) -> float:
+    """The sum of the losses of an option that follows a prompt."""
+    start, whole = len(TOKENIZER(prompt)["input_ids"]), TOKENIZER(prompt + option)["input_ids"]
+    ids = torch.tensor([whole])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, start - 1 : -1]
+    return float(F.cross_entropy(logits, ids[0, start:], reduction="none").double().sum())
+
+
+def test_choices_equal_acc_and_acc_norm_of_lm_eval() -> None:
+    """By their documented formula: the sum of the log-likelihoods, and it by the length of the choice alone."""
+    words = ["ice", "a magnet", "the sun", "fog", "water vapour", "oak"]
+    docs = [(f"Question: case {number}? Answer:", words[number % 3 :], number % 3) for number in range(9)]
+    rows: list[Any] = [
+        {"prompt": prompt, "choices": [f" {choice}" for choice in choices], "answer": gold}
+        for prompt, choices, gold in docs
+    ]
+    model = adapted()
+    result = scored(model, rows, metric=["choice", "choice_norm"], adapters="sql", base=False)
+    model.set_adapter("sql")
+    acc, acc_norm = [], []
+    for prompt, choices, gold in docs:
+        likelihoods = torch.tensor([-option_loss(model, prompt, f" {choice}") for choice in choices])
+        acc.append(float(int(likelihoods.argmax()) == gold))
+        by_length = likelihoods / torch.tensor([float(len(choice)) for choice in choices])
+        acc_norm.append(float(int(by_length.argmax()) == gold))
+    assert [item.values["choice"]["sql"] for item in result.items] == acc
+    assert [item.values["choice_norm"]["sql"] for item in result.items] == acc_norm
 
 
 def test_choices_may_be_given_with_labels_and_the_right_one_as_text() -> None:
@@ -285,6 +341,16 @@ def test_rows_without_a_reference_are_named() -> None:
     assert result.notes[0] == "1 row left out: row 2: it has no reference"
     with pytest.raises(TrainingError, match="None of the 1 row can be scored: row 0: it has no reference"):
         scored(adapted(), ["only text"])
+    pairs = [{"prompt": "x", "chosen": "a", "rejected": "b"}]
+    with pytest.raises(TrainingError, match=r"no reference\. If the references are in 'chosen': columns=") as refused:
+        scored(adapted(), pairs)
+    assert "columns={'completion': 'chosen'}" in str(refused.value)
+    result = scored(adapted(), pairs, columns={"completion": "chosen"}, max_new_tokens=2)
+    assert [item.reference for item in result.items] == ["a"]
+    for columns, named in (({}, "answer"), ({"prompt": "q"}, "reply")):
+        rows = [{columns.get("prompt", "prompt"): "x", named: "a", "id": "1"}]
+        with pytest.raises(TrainingError, match=f"'completion': '{named}'"):
+            scored(adapted(), rows, columns=columns or None)
 
 
 def test_cut_answers_are_counted() -> None:
@@ -363,6 +429,12 @@ def test_a_metric_that_fails_on_all_rows_ends_it_at_once() -> None:
     ("options", "error", "message"),
     [
         ({"batch_size": 0}, ConfigError, "batch_size must be a whole number of at least 1"),
+        ({"skip_bad": "yes"}, ConfigError, "skip_bad must be True or False, not 'yes'"),
+        ({"strip": "no"}, ConfigError, "strip must be True or False"),
+        ({"casefold": 1}, ConfigError, "casefold must be True or False"),
+        ({"base": "sql"}, ConfigError, "base must be True or False, not 'sql'"),
+        ({"general": "no"}, ConfigError, "general must be True or False"),
+        ({"rows": None}, ConfigError, "rows are missing"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens must be"),
         ({"seed": -1}, ConfigError, "seed must be"),
         ({"temperature": -1}, ConfigError, "temperature must be"),
@@ -382,7 +454,7 @@ def test_wrong_arguments_are_refused_before_anything_is_answered(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        scored(adapted(), **options)
+        scored(adapted(), **{"rows": ROWS} | options)
 
 
 @pytest.mark.parametrize("metric", ["exact", "loss"])

@@ -252,12 +252,12 @@ def test_another_model_can_be_adapted_meanwhile(session: Session, model: Any) ->
 
 
 def test_it_is_stopped_by_word_and_has_a_result(session: Session, model: Any) -> None:
-    with pytest.raises(AdapterError, match="no training runs: there is nothing to stop"):
+    with pytest.raises(AdapterError, match="no training is running: there is nothing to stop"):
         session.stop()
     run, gate = begin(session, model)
     with pytest.raises(AdapterError, match="training sql is still running: it has no result yet"):
         session.result()
-    with pytest.raises(AdapterError, match="no training of 'x' runs; there is one of model"):
+    with pytest.raises(AdapterError, match="no training of 'x' is running, but one of model"):
         session.stop("x")
     with pytest.raises(TimeoutError, match="training sql is still running"):
         run.wait(0)

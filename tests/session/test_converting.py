@@ -26,7 +26,7 @@ def test_a_lora_is_made_beside_it_and_says_what_it_keeps(session: Session, rotat
     result = session.convert("a", 8)
     assert rotated.manager.names == ("a", "a_lora") and rotated.active_adapters == ["a"]
     assert "a_lora" in rotated.manager.frozen and result.adapter.summary == {"r": "8", "α": "8"}
-    assert str(result).startswith("made 'a_lora' of 'a' (OFT) on model: LoRA, rank 8, 4 layers, keeps ")
+    assert str(result).startswith("converted 'a' (OFT) to 'a_lora' on model: LoRA, rank 8, 4 layers, keeps ")
     assert result.worst.path in str(result) and result.worst.energy_kept <= result.median < 1
     assert "closest to a" in result._repr_html_() and result.worst.path in result._repr_html_()
     whole = session.convert("a", 1.0, as_name="b")

@@ -52,7 +52,7 @@ def test_what_is_missing_is_said_with_the_command_for_it(monkeypatch: pytest.Mon
 def test_kernels_that_overlook_requests_are_named(version: str, flawed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = installed({"ipykernel": version}, monkeypatch).checks
     (check,) = (check for check in checks if check.name == "ipykernel")
-    assert check.problem == ("now and then a cell or a click is not run before 7.4" if flawed else "")
+    assert check.problem == ("sometimes a cell or a click is not run before 7.4" if flawed else "")
 
 
 class Kernel:
@@ -64,7 +64,7 @@ class Kernel:
 def test_widgets_of_another_major_version(monkeypatch: pytest.MonkeyPatch) -> None:
     installed({"ipywidgets": "7.7.1", "jupyterlab_widgets": "3.0.1"}, monkeypatch)
     problem = next(check for check in front_end_checks(Kernel()) if check.problem)
-    assert "does not go with ipywidgets 7.7.1" in problem.problem
+    assert "is incompatible with ipywidgets 7.7.1" in problem.problem
 
 
 def test_no_widgets_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_no_widgets_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_processor_without_instructions_for_half_precision_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = "no instructions for bfloat16 and float16 and is many times faster in float32: load models with dtype="
+    told = "no instructions for bfloat16 and float16; float32 is many times faster: load models with dtype="
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     before = len(doctor.examine().problems)

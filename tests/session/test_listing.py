@@ -114,7 +114,7 @@ def test_the_list_of_an_adapted_model_changes_nothing(session: Session, two_adap
 def test_without_a_model_there_are_no_costs(session: Session) -> None:
     result = session.methods()
     assert all(row.cost is None for row in result.rows)
-    assert "Parameters" not in str(result) and "give a model to see what each costs on it" in str(result)
+    assert "Parameters" not in str(result) and "name a model to see the cost of each method on it" in str(result)
 
 
 @pytest.mark.parametrize(

@@ -28,20 +28,20 @@ def model(session: Session) -> Any:
 def test_rows_decide_how_it_is_rounded(session: Session, model: Any) -> None:
     wanted = logits(model)
     plain = session.merge(model=model)
-    assert "session.merge(calibrate=…) most of what it does" in str(plain)
+    assert "session.merge(calibrate=…) most of the adapter's effect" in str(plain)
     session.unmerge(model=model)
     rows = [{**row, "id": 1, "weight": 2} for row in token_rows(200)]
     result = session.merge("sql", model=model, calibrate=rows)
     assert result.notes[:2] == ("columns not used: 'id'", "not used: weights of the rows")
     tokens = sum(len(row["input_ids"]) for row in token_rows(128))
     assert str(result).startswith("merged 'sql' into model")
-    assert f"rounded by what {tokens:,} tokens need: of what sql adds to a layer's outputs" in str(result)
+    assert f"calibrated on {tokens:,} tokens: rounding loses" in str(result)
     session.unmerge(model=model)
     assert torch.equal(logits(model), wanted)
 
 
 def test_what_does_not_go_together_is_one_line(session: Session, model: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="leave calibrate out, or to"):
+    with pytest.raises(ConfigError, match="to and calibrate exclude each other"):
         session.merge("sql", model=model, calibrate=token_rows(4), to=tmp_path / "copy")
     with pytest.raises(TrainingError):
         session.merge("sql", model=model, calibrate=[])

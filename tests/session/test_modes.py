@@ -17,7 +17,7 @@ from tests.tiny_models import llama, logits, randomize
 from tests.training.support import token_rows
 
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.5}
-NOTE = "lora_dropout = 0.5 acts in your own calls of the model until model.eval()"
+NOTE = "lora_dropout = 0.5 affects your own calls of the model until model.eval()"
 
 
 def modes(model: Any) -> list[bool]:
@@ -87,7 +87,7 @@ def test_a_method_that_draws_in_training_says_so(session: Session, method: Metho
     fields |= {"feedforward_modules": []} if method.peft_type == "IA3" else {}
     result = session.add(llama().eval(), method.config_class(**fields), variable="model")
     randomize(result.model, "default")
-    notes = [note for note in result.notes if "draws acts" in note]
+    notes = [note for note in result.notes if "randomness of" in note]
     assert bool(notes) is method.draws_in_training is drops(result.model)
 
 

@@ -55,7 +55,7 @@ def test_what_the_model_holds_on_a_gpu_however_it_is_named(
 
 @pytest.mark.slow
 def test_a_dtype_that_the_processor_is_slow_in_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = "this CPU has no instructions for bfloat16 and is many times faster in float32"
+    told = "this CPU has no instructions for bfloat16; float32 is many times faster"
     pretend_cpu(monkeypatch)
     settings: dict[str, Any] = {"batch_size": 1, "sequence_length": 16, "suggest": False}
     session = Session()
@@ -147,7 +147,7 @@ def test_a_plan_counts_what_the_trainer_computes() -> None:
     other = session.plan_memory(model, FIELDS, suggest=False, trainer_class=transformers.Trainer, **sizes)
     whole = forecast(model, build_config(FIELDS), loss_chunk_size=0, recompute=False, **sizes)
     assert other.parts == whole.parts and other.peak_bytes > usual.peak_bytes
-    assert "logits are counted as a whole" in str(other.notes) and "logits" not in str(usual.notes)
+    assert "complete logits are counted" in str(other.notes) and "logits" not in str(usual.notes)
 
 
 def test_a_model_is_planned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from tests.tiny_models import MIXTURES, experts_of, mixture
 peft = pytest.importorskip("peft")
 
 
-@pytest.mark.filterwarnings("ignore:target_modules='all-linear' reaches linear layers only")
+@pytest.mark.filterwarnings("ignore:target_modules='all-linear' adapts linear layers only")
 @pytest.mark.parametrize("with_experts", [False, True])
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_trainable_parameters_of_mixtures_are_those_of_peft(
@@ -32,7 +32,7 @@ def test_trainable_parameters_of_mixtures_are_those_of_peft(
 
 
 @pytest.mark.drawn(1)
-@pytest.mark.filterwarnings("ignore:target_modules='all-linear' reaches linear layers only")
+@pytest.mark.filterwarnings("ignore:target_modules='all-linear' adapts linear layers only")
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 def test_a_plan_says_what_share_the_experts_add(model_type: str) -> None:
     session, base = Session(), mixture(model_type, "grouped_mm")

@@ -146,7 +146,7 @@ def test_what_is_no_repository(hub: Hub, session: Session, trained: Any, repo: A
     ("change", "words"),
     [
         ({"accepted": set()}, "does not accept this access token"),
-        ({"read_only": True}, "may not write to 'me/orders'"),
+        ({"read_only": True}, "cannot write to 'me/orders'"),
         ({"broken": True}, "did not serve 'me/orders'"),
     ],
 )

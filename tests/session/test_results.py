@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from nbpeft.display import numbers
 from nbpeft.display.html import to_html
 from nbpeft.display.models import adapter_table, model_card
 from nbpeft.errors import few
-from nbpeft.model.saving.merge_export import LayerError, MergeErrors
+from nbpeft.model.saving.merge_export import LayerError, MergedFolder, MergeErrors
 from nbpeft.session import CommandResult, StatusReport
 from nbpeft.session.results import MergedCopy
 from nbpeft.state import AdapterState, ModelState, SessionState
@@ -73,12 +74,14 @@ def test_a_long_name_can_be_broken() -> None:
 def test_a_copy_shows_the_layers_that_lose(requantized: float | None) -> None:
     layers = (LayerError("exact", 0.0, None, 1.0, 1.0), LayerError("rounded", 1e-3, requantized, 1.0, 1.0))
     shown = [
-        MergedCopy("model", ("sql",), "out", "float32", 8, (8,), MergeErrors(some, "float32"))._repr_html_()
+        MergedCopy(
+            "model", MergedFolder(Path("out"), ("sql",), (), 8, (8,), "float32", MergeErrors(some, "float32"))
+        )._repr_html_()
         for some in (layers, layers[:1])
     ]
     assert ">rounded<" in shown[0] and ">exact<" not in shown[0]
     assert ("Quantized again" in shown[0]) == (requantized is not None)
-    assert "Layers that suffer" not in shown[1] and ">0<" in shown[1] and "e+00" not in shown[1]
+    assert "Layers with the largest errors" not in shown[1] and ">0<" in shown[1] and "e+00" not in shown[1]
 
 
 def test_the_report_of_nothing() -> None:

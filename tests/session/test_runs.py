@@ -98,9 +98,9 @@ class Mine(TrainerCallback):
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no rows": ({"data": None}, TrainingError, "resuming run sql-1 needs its training data: pass data=…"),
-    "more rows": ({"data": token_rows(25)}, TrainingError, "run sql-1 was trained with 24 rows, and these are 25"),
+    "more rows": ({"data": token_rows(25)}, TrainingError, "run sql-1 was trained with 24 rows, but 25 are given"),
     "other rows": ({"data": token_rows(24, seed=9)}, TrainingError, "run sql-1 was trained with other rows"),
-    "no rows to evaluate on": ({"eval_data": None}, TrainingError, "4 evaluation rows, and these are none"),
+    "no rows to evaluate on": ({"eval_data": None}, TrainingError, "4 evaluation rows, but none are given"),
     "an unknown field": ({"learning_rat": 1}, ConfigError, "Did you mean 'learning_rate'"),
     "another base": ({"model": llama(seed=4)}, BaseMismatchError, "trained on other weights of the same shapes"),
     "another architecture": ({"model": gpt2()}, BaseMismatchError, "trained on LlamaForCausalLM with 16 weights"),
@@ -180,7 +180,7 @@ def test_another_adapter_is_active_again_when_a_resumed_run_cannot_begin(broken_
     model = session.add(llama(), LORA, name="other", variable="model").model
     session.add(model, LORA, name="chosen")
     before = everything(model)
-    with pytest.raises(TrainingError, match="these are 25"):
+    with pytest.raises(TrainingError, match="but 25 are given"):
         session.resume(model=model, data=token_rows(25))
     assert same_state(everything(model), before)
     assert (model.manager.names, model.manager.active) == (("other", "chosen"), ("chosen",))
@@ -211,7 +211,7 @@ def test_what_another_run_trained_is_not_overwritten(tmp_path: Path) -> None:
     end()
     session.train(model, rows(), **ARGUMENTS | {"max_steps": 2})
     before = everything(model)
-    told = "'sql' was trained by run sql-2 since, which run sql-1 would undo: rename or delete it first"
+    told = "'sql' was trained by run sql-2 since, and resuming run sql-1 would undo that: rename or delete it first"
     with pytest.raises(AdapterError, match=told):
         session.resume("sql-1", model=model, data=rows())
     assert same_state(everything(model), before)
@@ -231,7 +231,7 @@ def before_of(everything_then: dict[str, Any], name: str) -> dict[str, torch.Ten
 
 def test_objects_of_the_run_have_to_be_given_again(tmp_path: Path) -> None:
     assert train_and_die(tmp_path, 3, callbacks=[Mine()])
-    with pytest.raises(TrainingError, match=r"values that are not kept in a file; give them again: callbacks=…"):
+    with pytest.raises(TrainingError, match=r"values that its folder does not store; pass them again: callbacks=…"):
         resumed(tmp_path, eval_data=None)
     assert resumed(tmp_path, eval_data=None, callbacks=[Mine()]).training.steps == 14
 
@@ -242,7 +242,7 @@ def test_a_resumed_run_ends_with_the_best_state_as_the_unbroken_one(step: int, t
     """Patience and what is held out are the run's; neither has to be given again."""
     given = {"patience": 3, "eval_data": 6, "eval_steps": 1, "learning_rate": 0.02, "seed": 1}
     through, expected = unbroken(tmp_path / "whole", **given)
-    assert "the best, were restored" in through.message and through.steps == 7
+    assert "the best weights, of step" in through.message and through.steps == 7
     assert train_and_die(tmp_path / "broken", step, often, **given)
     result = session_in(tmp_path / "broken").resume(model=llama(), variable="model", data=rows())
     assert same_state(weights(result.model, "sql"), expected)
@@ -258,10 +258,8 @@ def test_what_is_not_taken_from_the_folder_of_a_run_is_named(tmp_path: Path) -> 
     for file in (tmp_path / "out").iterdir():
         file.unlink() if file.is_file() else None
     result = session.resume(model="model", data=rows())
-    told = (
-        "not taken from the folder of the run: 'output_dir', 'save_strategy', 'hub_token'; give them again to have them"
-    )
-    assert result.notes == (told,)
+    names = "'output_dir', 'save_strategy', 'hub_token'"
+    assert result.notes == (f"not restored from the folder of the run: {names}; pass them again to use them",)
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_file()]
     assert all(note in str(result) for note in result.notes)
     (record,) = session.runs().records
@@ -287,19 +285,19 @@ def test_processes_that_the_machine_lacks_have_to_be_given_again(tmp_path: Path)
     facts = json.loads(file.read_text())
     facts["arguments"]["processes"] = 4096
     file.write_text(json.dumps(facts))
-    with pytest.raises(TrainingError, match="not taken from its folder; give them again: processes=…"):
+    with pytest.raises(TrainingError, match="not restored from its folder; pass them again: processes=…"):
         resumed(tmp_path, eval_data=None)
 
 
 def test_of_a_run_without_states_only_the_curve_is_left(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
-    with pytest.raises(CheckpointNotFoundError, match="so there is nothing to resume"):
+    with pytest.raises(CheckpointNotFoundError, match="there is nothing to resume"):
         session.resume(model=model, data=rows())
     assert train_and_die(tmp_path, 2)
     for path in sorted((tmp_path / "sql-1").glob("checkpoint-*/**/*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     (tmp_path / "sql-1/checkpoint-0").rmdir()
-    with pytest.raises(CheckpointNotFoundError, match="run sql-1 has only its curve left"):
+    with pytest.raises(CheckpointNotFoundError, match="run sql-1 has no checkpoint left"):
         session.resume(model=model, data=rows())
 
 
@@ -385,13 +383,13 @@ def test_the_place_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert session.train(model, rows(), keep=False, **quick).state.folder == ""
     monkeypatch.setenv("NBPEFT_RUNS", "off")
     assert session.train(model, rows(), **quick).state.folder == ""
-    with pytest.raises(CheckpointNotFoundError, match="runs are not kept: that is switched off"):
+    with pytest.raises(CheckpointNotFoundError, match="saving runs is disabled"):
         session.runs()
 
 
 def test_listing_sorting_and_comparing(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
-    assert str(session.runs()) == f"no run is kept in {tmp_path} yet"
+    assert str(session.runs()) == f"there is no run in {tmp_path} yet"
     for rate, steps in ((0.001, 4), (0.01, 2), (0.02, 3)):
         session.train(
             model, rows(), token_rows(4), restart=True, **ARGUMENTS | {"learning_rate": rate, "max_steps": steps}
@@ -469,7 +467,7 @@ def test_what_a_file_may_not_decide_is_named_and_not_done(broken: Path, straight
     changed(broken, **foreign, run_dir="/tmp")
     result = resumed(broken)
     (told,) = result.notes
-    assert "not taken from the folder of the run: 'output_dir', 'push_to_hub', " in told and "and 2 more" in told
+    assert "not restored from the folder of the run: 'output_dir', 'push_to_hub', " in told and "and 2 more" in told
     assert not target.exists() and result.training.output_dir is None
     after = weights(result.model, "sql")
     assert all((value - after[name]).abs().max() <= 1e-6 for name, value in straight[1].items())
@@ -484,10 +482,10 @@ def test_what_a_file_may_not_decide_can_be_given_again(broken: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "reported"),
     [
-        ({"processes": 256}, "arguments that are not taken from its folder; give them again: processes=…"),
-        ({"processes": 256, "machines": ["a", "b"]}, "give them again: processes=…, machines=…"),
-        ({"deepspeed": "/etc/passwd"}, "give them again: deepspeed=…"),
-        ({"num_generations": 4}, "give them again: num_generations=…"),
+        ({"processes": 256}, "arguments that are not restored from its folder; pass them again: processes=…"),
+        ({"processes": 256, "machines": ["a", "b"]}, "pass them again: processes=…, machines=…"),
+        ({"deepspeed": "/etc/passwd"}, "pass them again: deepspeed=…"),
+        ({"num_samples": 4}, "pass them again: num_samples=…"),
     ],
 )
 def test_what_may_change_the_losses_is_asked_for(arguments: dict[str, Any], reported: str, broken: Path) -> None:
@@ -499,7 +497,7 @@ def test_what_may_change_the_losses_is_asked_for(arguments: dict[str, Any], repo
 def test_many_objects_are_a_short_message(broken: Path) -> None:
     path = broken / "sql-1" / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "objects": ["x" * 200] * 900}))
-    with pytest.raises(TrainingError, match="values that are not kept in a file") as caught:
+    with pytest.raises(TrainingError, match="values that its folder does not store") as caught:
         resumed(broken)
     assert len(str(caught.value)) < 400
 
@@ -620,7 +618,7 @@ def test_another_folder_for_runs(tmp_path: Path) -> None:
     assert session.runs_folder() == tmp_path / "first"
     session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
     assert session.runs_folder(tmp_path / "drive") == tmp_path / "drive" and not (tmp_path / "drive").exists()
-    assert str(session.runs()) == f"no run is kept in {tmp_path / 'drive'} yet"
+    assert str(session.runs()) == f"there is no run in {tmp_path / 'drive'} yet"
     folder = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state.folder
     assert folder == str(tmp_path / "drive" / "sql-1")
     assert [session.runs_folder(word) for word in ("off", "")] == [None, None]
@@ -635,7 +633,7 @@ def test_another_folder_for_runs(tmp_path: Path) -> None:
         ("{}/not mounted/runs", r"there is no folder .*not mounted for 'runs': mount or create it first"),
         ("{}/file", r"file is not a folder, so runs cannot be saved in .*file"),
         ("{}/file/runs", r"file is not a folder, so runs cannot be saved in .*runs"),
-        ("a\0b", "cannot be a path"),
+        ("a\0b", "is not a path"),
         (3, "runs_folder needs a folder, not 3"),
     ],
 )

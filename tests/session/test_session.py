@@ -368,7 +368,7 @@ def test_a_state_without_news_costs_nothing(session: Session) -> None:
 def test_fields_without_a_method_keep_that_of_the_adapter(session: Session) -> None:
     result = session.add(llama(), {"peft_type": "ia3"}, name="scales", variable="model")
     model = result.model
-    with pytest.raises(ConfigError, match=r"no field 'r'\. peft_type='LORA' has it, as have \d+ others\."):
+    with pytest.raises(ConfigError, match=r"no field 'r'\. peft_type='LORA' has it, and so do \d+ others\."):
         session.add(model, {"r": 16}, name="scales")
     with pytest.raises(ConfigError, match="has no field 'r'"):
         session.preview("model", {"r": 16}, name="scales")

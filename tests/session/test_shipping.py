@@ -58,7 +58,7 @@ def test_the_tokenizer_of_the_last_command_is_used(session: Session, adapted: An
 def test_refusals(session: Session, adapted: Any, tmp_path: Path) -> None:
     session.add(adapted, {"r": 2, "target_modules": ["q_proj"], "use_dora": True}, name="dora")
     before = everything(adapted)
-    with pytest.raises(AdapterError, match=r"there are several adapters; say which one to ship \(name=…\): sql, dora"):
+    with pytest.raises(AdapterError, match=r"has several adapters; name the one to ship \(name=…\): sql, dora"):
         session.ship(engine="vllm", to=tmp_path / "served")
     with pytest.raises(AdapterError, match=r"vLLM 0.26 cannot load the adapter: DoRA on 2 layers"):
         session.ship("dora", engine="vllm", to=tmp_path / "served")

@@ -29,7 +29,7 @@ class Ask(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
             with pytest.raises(
-                AdapterError, match=r"'x' is not trained together with others now; sql-lr1e-2, sql-lr5e-2 do"
+                AdapterError, match=r"'x' is not being trained in a sweep; these are: sql-lr1e-2, sql-lr5e-2"
             ):
                 self.session.stop(adapter="x")
             self.session.stop(adapter=self.name)
@@ -65,16 +65,16 @@ class AskForAClone(TrainerCallback):
         if state.global_step == 1:
             clone = self.session.clone
             with pytest.raises(
-                AdapterError, match="'x' is not trained together with others now; sql-lr1e-2, sql-lr5e-2 do"
+                AdapterError, match="'x' is not being trained in a sweep; these are: sql-lr1e-2, sql-lr5e-2"
             ):
                 clone("x", learning_rate=0.1)
-            with pytest.raises(ConfigError, match="a clone has other settings: say which, e"):
+            with pytest.raises(ConfigError, match="a clone needs settings of its own, e"):
                 clone("sql-lr1e-2")
             with pytest.raises(ConfigError, match="num_train_epochs cannot be a sweep"):
                 clone("sql-lr1e-2", num_train_epochs=3)
             with pytest.raises(ConfigError, match="learning_rate must be a number, not 'fast'"):
                 clone("sql-lr1e-2", learning_rate="fast")
-            with pytest.raises(AdapterExistsError, match="'sql' is there already"):
+            with pytest.raises(AdapterExistsError, match="an adapter 'sql' exists already"):
                 clone("sql-lr1e-2", "sql", learning_rate=0.1)
             self.said.append(str(clone("sql-lr1e-2", "slow", learning_rate=0.001)))
 

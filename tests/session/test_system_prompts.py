@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from nbpeft.checkpoint import PromptFormat, prompt_format
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.model.swapping.pool import AdapterPool
 from nbpeft.session import Session
 from nbpeft.session.results.comparing import CompareResult
+from nbpeft.training.watching import generation
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama
 
@@ -142,8 +144,8 @@ def test_conversations_are_asked_and_continued(session: Session, model: Any) -> 
         ("Hi", {"system": "x", "chat": False}, "the chat template is not applied here"),
         ("Hi", {"system": 3}, "system must be a text, not 3"),
         (chat()["messages"], {}, r"messages\[:-1\]"),
-        (chat()["messages"][:-1], {"system": "x"}, "another system prompt already: Be brief"),
-        (chat()["messages"][:-1], {"system": ""}, "another system prompt already: Be brief"),
+        (chat()["messages"][:-1], {"system": "x"}, "already has another system prompt: Be brief"),
+        (chat()["messages"][:-1], {"system": ""}, "already has another system prompt: Be brief"),
         (chat(), {}, "a prompt is a text, or a conversation"),
         ([{"content": "no role"}], {}, "a prompt is a text, or a conversation"),
     ],
@@ -165,3 +167,75 @@ def test_a_template_that_refuses_a_system_prompt_is_one_line(session: Session, m
 
     with pytest.raises(AdapterError, match="the chat template refuses the prompt: System role not supported"):
         session.ask("Hi", system="x", tokenizer=NoSystem("yes"))
+
+
+def test_an_adapter_that_a_pool_has_not_loaded_is_asked_as_it_was_trained(
+    session: Session, model: Any, tmp_path: Path
+) -> None:
+    train(session, [chat()] * 2)
+    session.save(tmp_path / "a", name="orders")
+    train(session, [chat("Ahoy")] * 2, adapter="pirate")
+    session.save(tmp_path / "b", name="pirate")
+    other = Session()
+    pool = AdapterPool(llama(), 100, adapters={"brief": tmp_path / "a", "pirate": tmp_path / "b"})
+    other.watch(pool.model, name="model")
+    assert pool.resident == ()
+    assert other.ask("Hi", adapter="brief", **FEW).system == "Be brief"
+    pool.unregister("brief")
+    assert systems(other.compare("Hi", adapters=["pirate"], **FEW))["pirate"] == "Ahoy"
+    pool.close()
+
+
+def test_new_weights_have_no_system_prompt_and_the_old_ones_have_theirs_back(session: Session, model: Any) -> None:
+    train(session, [chat()] * 2)
+    session.reset("orders")
+    assert session.ask("Hi", **FEW).system == ""
+    session.undo()
+    assert session.ask("Hi", **FEW).system == "Be brief"
+
+
+class Loud(CharTokenizer):
+    """A tokenizer whose template has a variable."""
+
+    def apply_chat_template(self, messages: Any, *, loud: bool = False, **options: Any) -> str:
+        return ("!" if loud else "") + super().apply_chat_template(messages, **options)
+
+
+LOUD = Loud("{{ loud }}")
+
+
+def test_the_variables_of_the_template_are_kept_with_the_adapter(
+    session: Session, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, asked = [chat()] * 2, []
+    more: dict[str, Any] = {"chat_template_kwargs": {"loud": True}, "sample": 1, "score": rows, "every": 1}
+    made: list[Any] = []
+    monkeypatch.setattr(generation, "_rendered", lambda *args: made.append(args[2]) or [1, 2])
+    session.train(None, rows, tokenizer=LOUD, max_steps=1, keep=False, **more)
+    session.train(None, rows, tokenizer=LOUD, max_steps=1, keep=False, **more | {"sample": "Hi"})
+    assert made == [{"loud": True}] * 2
+    monkeypatch.undo()
+    watched = Loud("{{ loud }}")
+    render = watched.apply_chat_template
+    monkeypatch.setattr(
+        watched,
+        "apply_chat_template",
+        lambda messages, **options: asked.append(options.get("loud")) or render(messages, **options),
+    )
+    session.ask("Hi", max_new_tokens=2, tokenizer=watched)
+    session.score(rows, tokenizer=watched, max_new_tokens=2)
+    assert asked and set(asked) == {True}
+    session.score(rows, tokenizer=watched, max_new_tokens=2, chat_template_kwargs={"loud": False})
+    assert asked[-1] is False
+    session.save(tmp_path / "a", name="orders")
+    assert 'Trained with the chat template with `{"loud": true}`' in (tmp_path / "a" / "README.md").read_text()
+    other = Session()
+    loaded = other.load(tmp_path / "a", name="again", model=llama(), variable="model").model
+    assert prompt_format(loaded.manager.configs["again"]) == PromptFormat(True, "Be brief", '{"loud": true}')
+    asked.clear()
+    other.ask("Hi", max_new_tokens=2, tokenizer=watched)
+    assert asked == [True]
+    with pytest.raises(ConfigError, match=r"the chat template has no variable 'lowd'\. Did you mean 'loud'"):
+        session.score(rows, tokenizer=LOUD, chat_template_kwargs={"lowd": True})
+    with pytest.raises(ConfigError, match="chat_template_kwargs is for conversations"):
+        session.score([{"prompt": "a", "completion": "b"}], tokenizer=LOUD, chat_template_kwargs={"loud": True})

@@ -161,12 +161,12 @@ class TestWhatIsNotGivenUp:
             session.load(saved, name="sql")
 
     def test_by_combining(self, session: Session, model: Any) -> None:
-        words = r"model has an adapter 'sql' already, which was trained and is not saved; take another name"
+        words = r"model has an adapter 'sql' already, which was trained and is not saved; choose another name"
         with pytest.raises(AdapterExistsError, match=words):
             session.combine({"chat": 1.0}, as_name="sql")
         session.combine({"chat": 1.0}, as_name="half")
         assert session.combine({"chat": 0.5}, as_name="half").notes == (
-            "it takes the place of the one before; session.undo() restores that",
+            "it replaces the previous combination; session.undo() restores that",
         )
         session.unfreeze("half")
         session.train(model, token_rows(4), adapter="half", max_steps=1)
@@ -262,7 +262,7 @@ class TestReset:
         session.unmerge()
         with session.track(model, total_steps=2) as run:
             for command in (session.undo, lambda: session.reset("chat")):
-                with pytest.raises(BusyError, match="model is training sql: nothing can be"):
+                with pytest.raises(BusyError, match="while model is training sql; stop it first"):
                     command()
             run.step(1.0)
         session.reset("sql")
@@ -332,7 +332,7 @@ def test_no_adapter_is_called_base(session: Session, model: Any, saved: Path, ho
         "copy": lambda: session.copy("chat", "base"),
         "combine": lambda: session.combine({"chat": 1.0}, as_name="base"),
     }
-    with pytest.raises(AdapterError, match="'base' cannot name an adapter: it stands for the base model in panels"):
+    with pytest.raises(AdapterError, match="'base' cannot name an adapter: it means the base model in panels"):
         commands[how]()
     assert model.manager.names == ("chat", "sql")
 

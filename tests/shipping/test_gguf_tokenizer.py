@@ -46,12 +46,12 @@ def test_a_sentencepiece_like_tokenizer_gets_scores(prefix: bool, tmp_path: Path
 def test_other_tokenizers_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     strange = tokenizer()
     strange.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ConfigError, match="the way this tokenizer splits text is not one that is known here"):
+    with pytest.raises(ConfigError, match="this tokenizer's pre-tokenization is not supported"):
         ship(adapted(), engine="llama.cpp", merged=True, tokenizer=strange, to=tmp_path / "served")
     (tmp_path / "vocab.txt").write_text("[UNK]\n[PAD]\na\n")
     pieces = BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))
     with pytest.raises(
-        ConfigError, match="only BPE tokenizers are written to GGUF files, and this one's model is WordPi"
+        ConfigError, match="only BPE tokenizers can be written to GGUF files; this one's model is WordPi"
     ):
         ship(adapted(), engine="llama.cpp", merged=True, tokenizer=pieces, to=tmp_path / "served")
     with pytest.raises(ConfigError, match="this one's model is object"):

@@ -83,7 +83,7 @@ def test_the_system_prompt_of_the_training_rows_is_written(system: str | None, l
 def test_an_unknown_template_is_noted(tmp_path: Path) -> None:
     done: Any = ship(adapted(), engine="ollama", tokenizer=tokenizer(OTHER), to=tmp_path / "served")
     assert (tmp_path / "served" / "Modelfile").read_text() == "FROM ./model.gguf\n"
-    assert "the chat template is none of those known here" in " ".join(done.notes)
+    assert "the chat template is not known to nbpeft" in " ".join(done.notes)
 
 
 def test_a_class_whose_models_are_not_written_needs_a_base(tmp_path: Path) -> None:

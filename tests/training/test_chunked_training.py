@@ -109,7 +109,7 @@ def test_a_model_that_needs_its_logits_is_trained_from_them_with_one_note(chunke
     base.loss_function = lambda logits, labels, **unused: logits.float().logsumexp(-1).mean()
     result, _ = trained(trainable(base))
     assert not chunked
-    assert result.message.count("the loss is computed from logits as a whole: logsumexp needs them") == 1
+    assert result.message.count("the loss is computed from complete logits: logsumexp needs them") == 1
 
 
 def test_models_without_a_head_are_trained_without_a_word():

@@ -352,7 +352,7 @@ def test_a_stream_is_read_no_further_than_it_is_trained() -> None:
 def test_a_stream_without_a_number_of_steps_is_refused() -> None:
     model = trainable()
     with pytest.raises(
-        ConfigError, match=r"^The rows are a stream, .* say how many steps to train, e.g. max_steps=200$"
+        ConfigError, match=r"^The rows are a stream of unknown length: set the number of steps, e.g. max_steps=200$"
     ):
         train(model, Numbers(), tokenizer=TOKENIZER)
     with pytest.raises(TrainingError, match="The stream has no rows"):

@@ -9,7 +9,9 @@ import pytest
 
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.training import prepare_data, train
-from nbpeft.training.data import hold_out
+from nbpeft.training.data import groups_of, hold_out
+from nbpeft.training.loop.rows import training_rows
+from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
 from tests.training.support import token_rows, trainable
 
@@ -70,3 +72,55 @@ def test_a_training_evaluates_on_what_it_holds_out_and_says_how_many() -> None:
     assert same.eval_loss == result.eval_loss
     tokenised = datasets.Dataset.from_list(token_rows(20))
     assert train(trainable(), tokenised, 5, max_steps=2, seed=7).eval_loss == result.eval_loss
+
+
+GROUPED = [{"text": f"row {number}", "user": f"u{number % 7}"} for number in range(35)]
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list])
+@pytest.mark.parametrize("amount", [0.3, 12])
+def test_rows_of_a_group_are_held_out_together(make: Any, amount: Any) -> None:
+    request = TrainRequest(trainable(), make(GROUPED), amount, tokenizer=CharTokenizer(), eval_by="user").opened()
+    found = training_rows(request)
+    users = [{int(number) % 7 for number in part.numbers} for part in (found.train, found.evaluation)]
+    assert not users[0] & users[1] and len(found.train) + len(found.evaluation) == 35
+    assert len(found.evaluation) == 10  # whole groups of 5 rows, and no more than was asked for
+    assert found.held_out == "10 of 35 rows held out for evaluation, in whole groups by 'user' (7 groups)"
+    assert found.notes == ()
+    again = training_rows(request)
+    assert keys(again.evaluation) == keys(found.evaluation)
+
+
+def test_rows_without_a_group_are_groups_of_their_own() -> None:
+    rows = [{"text": f"row {number}", "user": None if number % 2 else [1, number % 4]} for number in range(20)]
+    groups = groups_of(prepare_data(rows, CharTokenizer()), rows, "user")
+    assert groups is not None and len({*groups}) == 12 and groups[0] == groups[4] != groups[2]
+
+
+def test_tokenised_rows_are_grouped_too() -> None:
+    rows = [{"input_ids": [number + 1] * 3, "user": number % 2} for number in range(8)]
+    found = training_rows(TrainRequest(trainable(), rows, 4, eval_by="user").opened())
+    assert {row["input_ids"][0] % 2 for row in found.train} in ({0}, {1}) and len(found.evaluation) == 4
+    assert found.notes == ()
+
+
+def test_parts_of_a_row_are_held_out_together() -> None:
+    rows = [{"text": letter * 30} for letter in "abcdefgh"]
+    request = TrainRequest(trainable(), rows, 0.3, tokenizer=CharTokenizer(), max_length=10, long="split").opened()
+    found = training_rows(request)
+    assert not {row["input_ids"][1] for row in found.train} & {row["input_ids"][1] for row in found.evaluation}
+    assert found.held_out == "8 of 32 rows held out for evaluation" and "split into 32 parts" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "amount", "message"),
+    [
+        (GROUPED, None, r"eval_by groups the rows that are held out .* \(eval_data=0.1\)"),
+        (GROUPED, 4, "each of the 7 groups has at least 5 rows, and eval_data holds out 4: hold out more rows"),
+        ([{"text": "a", "usr": 1}] * 4, 2, "eval_by: row 0 has no 'user'; it has 'text', 'usr'. Did you mean 'usr'"),
+        (datasets.Dataset.from_list(GROUPED).to_iterable_dataset(), 4, "eval_by needs all rows"),
+    ],
+)
+def test_groups_that_cannot_be_drawn_are_one_line(data: Any, amount: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(trainable(), data, amount, tokenizer=CharTokenizer(), max_steps=1, eval_by="user")

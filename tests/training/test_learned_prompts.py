@@ -64,7 +64,7 @@ def test_a_training_with_chunks_is_one_without(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rows_are_not_packed(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="puts tokens in front of each sequence, not of each row"):
+    with pytest.raises(ConfigError, match="prepends tokens to each sequence, not to each row"):
         trained(name, tmp_path / "packed", packing=True)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
-from nbpeft.errors import TrainingError
+from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.session import Session
 from nbpeft.training import export_script
-from nbpeft.training.data import open_data
+from nbpeft.training.data import open_data, prepare_data
 from nbpeft.training.loop.train import train
 from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
@@ -76,3 +76,15 @@ def test_rows_are_refused_where_they_cannot_be_opened() -> None:
         TrainRequest(trainable(), []).opened()
     request = TrainRequest(trainable(), token_rows(), 0.5).opened()
     assert request.opened() is request and request.eval_data == 0.5
+
+
+@pytest.mark.parametrize("name", ["skip_bad", "packing", "stop_on_divergence", "replace"])
+def test_an_option_is_true_or_false_and_no_text(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be True or False, not 'yes'"):
+        TrainRequest.of(trainable(), [], **{name: "yes"})
+
+
+def test_no_reader_of_rows_takes_a_text_as_true() -> None:
+    for read in (prepare_data, Session().data):
+        with pytest.raises(ConfigError, match="skip_bad must be True or False, not 'yes'"):
+            read([{"text": "a"}], skip_bad="yes")

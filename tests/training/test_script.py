@@ -171,7 +171,7 @@ def test_a_changed_tokenizer_is_saved_beside_the_script(folder: Path) -> None:
     files = export_script(loaded(folder), folder / "u.py", ["ab", "cd"], tokenizer=CharTokenizer())
     assert "TOKENIZER" not in constants(files.script) and not (folder / "u_tokenizer").exists()
     assert json.loads(files.data[0].read_text().splitlines()[0])["input_ids"] == [65, 66, 96]
-    assert files.notes == ("the rows are tokenised: no script can load the tokenizer of this notebook",)
+    assert files.notes == ("the rows are tokenized: no script can load the tokenizer of this notebook",)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,9 @@ def test_no_value_is_read_as_code(folder: Path, text: str, monkeypatch: pytest.M
 def test_tokens_are_left_out_and_told(folder: Path) -> None:
     secret = "hf_" + "a1B2" * 8
     given = {"hub_token": secret, "hub_model_id": "me/sql", "report_to": [f"https://x/{secret}"], "run_name": "a"}
-    with pytest.warns(UserWarning, match=r"hub_token, report_to left out of the script.*HF_TOKEN") as told:
+    with pytest.warns(
+        UserWarning, match=r"hub_token, report_to left out, because a script must not contain secrets.*HF_TOKEN"
+    ) as told:
         files = export_script(loaded(folder), folder / "train.py", token_rows(2), **given, **ARGUMENTS)
     assert files.left_out == ("hub_token", "report_to")
     assert secret not in files.script.read_text() + repr(files) + str(told[0].message)
@@ -304,7 +306,7 @@ def test_a_file_that_was_not_exported_is_not_written_over_unasked(folder: Path, 
     else:
         script.write_text(present)
     before = None if script.is_dir() else script.read_text()
-    told = "train.py (was changed since it was exported|is there already and was not exported from here): take another"
+    told = "train.py (was edited since its export|exists already and is not an exported script): choose another"
     with pytest.raises(CheckpointError, match=told):
         export_script(model, script, token_rows(3), **ARGUMENTS)
     assert before is None or script.read_text() == before
@@ -416,7 +418,24 @@ def test_a_training_on_preferences_is_exported_with_its_objective(folder: Path) 
     model, written = loaded(folder), [json.loads(line) for line in files.data[0].read_text().splitlines()]
     result = train(model, written, **found["ARGUMENTS"] | {"output_dir": str(folder / "out")})
     assert (result.objective, result.reference, result.steps) == ("dpo", "base", 3)
-    with pytest.raises(ConfigError, match="a script trains a new adapter and has no 'other': reference='base'"):
+    with pytest.raises(ConfigError, match="a script trains a new adapter without 'other': set reference='base'"):
         other = loaded(folder)
         other.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
         export_script(other, folder / "other.py", rows, reference="other", **given)
+
+
+def test_the_options_of_rows_are_exported_with_the_column_of_their_groups(folder: Path) -> None:
+    rows = [{"text": f"text {number}" * 3, "user": number % 3, "other": 1} for number in range(6)]
+    given = {"tokenizer": CharTokenizer(), "max_length": 8, "long": "drop", "eval_by": "user", **ARGUMENTS}
+    with pytest.raises(TrainingError, match="None of the 6 rows has anything to learn within 8 tokens"):
+        export_script(loaded(folder), folder / "train.py", rows, 0.4, **given)
+    files = export_script(loaded(folder), folder / "train.py", rows, 0.4, **given | {"max_length": 99})
+    found = constants(files.script)  # with the characters as tokens, which no script can load
+    assert not {"long", "eval_by"} & found["ARGUMENTS"].keys() and len(files.data) == 2
+    chats = [{**row, "user": number % 3, "other": 1} for number, row in enumerate(CHATS)]
+    how = {"learn": "last", "reasoning": "drop", "long": "drop", "eval_by": "user"}
+    options = {**given, **how, "tokenizer": saved_tokenizer(folder / "base"), "max_length": 99}
+    files = export_script(loaded(folder), folder / "chats.py", chats, 0.4, **options)
+    assert how.items() <= constants(files.script)["ARGUMENTS"].items()
+    written = [json.loads(line) for line in files.data[0].read_text().splitlines()]
+    assert [row.keys() for row in written] == [{"messages", "user"}] * 6

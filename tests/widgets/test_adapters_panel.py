@@ -166,7 +166,7 @@ def test_deleting_what_is_not_saved_says_so(panel: AdaptersPanel, session: Any) 
     first, *others = session.models["model"].adapters
     session.change("model", adapters=(dataclasses.replace(first, unsaved=True), *others))
     button(panel, "Delete").click()
-    assert "Delete orders? What it learned is not saved." in text(panel)
+    assert "Delete orders? Its training is not saved." in text(panel)
 
 
 def test_save_asks_for_a_folder(panel: AdaptersPanel, session: Any) -> None:

@@ -26,7 +26,7 @@ class Aqlm(ReadOnlyWeight):
     )
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is the library's linear layer."""
+        """Whether the module is the library's linear layer."""
         return isinstance(module, loaded("aqlm.inference", "QuantizedLinear"))
 
     def dequantize(self, module: nn.Module) -> Tensor:

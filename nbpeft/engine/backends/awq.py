@@ -22,6 +22,6 @@ class Awq(ReadOnlyWeight):
     )
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is one of autoawq's linear layers, for any kernel."""
+        """Whether the module is one of autoawq's linear layers, for any kernel."""
         kind = type(module)
         return kind.__module__.startswith("awq.") and kind.__name__.startswith("WQLinear")

@@ -56,7 +56,7 @@ class Bnb4bit(StoredWeight):
     peft_name = "Linear4bit"
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is one of the library's 4-bit layers, already quantized or not."""
+        """Whether the module is one of the library's 4-bit layers, already quantized or not."""
         return isinstance(module, loaded("bitsandbytes.nn", "Linear4bit", "Embedding4bit"))
 
     def prepare(self, module: nn.Module) -> bool:

@@ -37,7 +37,7 @@ class Bnb8bit(StoredWeight):
     peft_name = "Linear8bitLt"
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is one of the library's 8-bit layers, quantized or not."""
+        """Whether the module is one of the library's 8-bit layers, quantized or not."""
         return isinstance(module, loaded("bitsandbytes.nn", "Linear8bitLt", "Embedding8bit"))
 
     def prepare(self, module: nn.Module) -> bool:

@@ -18,6 +18,6 @@ class Eetq(ReadOnlyWeight):
     )
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is an EETQ linear layer."""
+        """Whether the module is an EETQ linear layer."""
         known = loaded("eetq", "EetqLinear") + loaded("transformers.integrations.eetq", "EetqLinear")
         return isinstance(module, known)

@@ -32,7 +32,7 @@ class Hqq(StoredWeight):
     name = "hqq"
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is the library's linear layer."""
+        """Whether the module is the library's linear layer."""
         return isinstance(module, loaded("hqq.core.quantize", "HQQLinear"))
 
     def tensors(self, module: nn.Module) -> list[Tensor]:

@@ -18,7 +18,7 @@ class Quanto(StoredWeight):
     name = "quanto"
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is one of quanto's modules with a quantized weight."""
+        """Whether the module is one of quanto's modules with a quantized weight."""
         if not isinstance(module, loaded("optimum.quanto.nn.qmodule", "QModuleMixin")):
             return False
         quantized: Any = module

@@ -15,7 +15,7 @@ Door, what other rooms import:
                             with the hidden states
     task_ids.py             ``task_ids``: a call argument with the task of each row, for methods that train several
                             tasks together
-    token_prompt.py         Prompts that are rows of an embedding of their own, and their initialization
+    token_prompt.py         Prompts that are rows of a separate embedding, and their initialization
     two_pass_cache.py       A cache of keys and values that contains a second one, for a model that runs twice or next
                             to a side network
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import checkpoints_gradients, part_with_cache
-from nbpeft.engine.config.prompt_config import PromptLearningConfig, size_in
+from nbpeft.engine.config.prompt_config import WIDTHS, PromptLearningConfig, size_in
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
@@ -23,7 +23,7 @@ from nbpeft.errors import ConfigError
 class CachedPrefixConfig(PromptLearningConfig):
     """Config of a prefix, whose sizes are those of the key and value heads; see the base class."""
 
-    beside_embeddings: ClassVar[bool] = False
+    inserts_embeddings: ClassVar[bool] = False
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
         """Fills in the sizes of the key and value heads; see ``PromptLearningConfig``."""
@@ -36,7 +36,7 @@ class CachedPrefixConfig(PromptLearningConfig):
             features = getattr(text, "head_dim", None)
             if not features:
                 all_heads = size_in(config, "num_attention_heads", ("num_attention_heads", "n_head", "num_heads"))
-                features = size_in(config, "token_dim", ("hidden_size", "n_embd", "d_model")) // all_heads
+                features = size_in(config, "token_dim", WIDTHS) // all_heads
             self.token_dim, self.num_attention_heads = features * heads, heads
         elif own[0] is None and own[1] is None and isinstance(features := getattr(text, "d_kv", None), int):
             self.token_dim = features * int(self.num_attention_heads or 1)
@@ -44,6 +44,8 @@ class CachedPrefixConfig(PromptLearningConfig):
 
 class CachedPrefix(ModelAdapter):
     """Keys and values of all layers; subclasses implement ``encoded``."""
+
+    needs_embedding: ClassVar[bool] = False
 
     def __init__(self, config: CachedPrefixConfig) -> None:
         super().__init__(config)
@@ -62,7 +64,8 @@ class CachedPrefix(ModelAdapter):
         states = self.encoded().view(1, self.state_count, self.layers, 2, self.heads, -1)
         if not self.has_decoder:
             return states
-        # PEFT deals them out in fours there, two of which it then drops: files mean that.
+        # For a decoder, PEFT doubles the list of layers and splits it in groups of two layers, of which only the first
+        # is used. So the decoder's layer i reads the states of layer 2 i, and prefixes in files are trained that way.
         return states[:, :, [2 * layer % self.layers for layer in range(self.layers)]]
 
     @torch.no_grad()
@@ -73,11 +76,11 @@ class CachedPrefix(ModelAdapter):
             prompt_embeddings: (tokens, layers * 2 * features), as in a file.
 
         Raises:
-            ConfigError: they have another shape, or a network computes the keys and values.
+            ConfigError: the shape differs, or a network computes the keys and values.
         """
         parameters, shape = [*self.parameters()], (self.state_count, self.state_features)
         if any(parameter.shape[1:] != shape[1:] for parameter in parameters):
-            raise ConfigError("prompt_embeddings cannot be loaded where a network computes them (prefix_projection)")
+            raise ConfigError("prompt_embeddings cannot be loaded if a network computes them (prefix_projection)")
         if tuple(prompt_embeddings.shape) != shape:
             raise ConfigError(f"prompt_embeddings must have the shape {shape}, not {tuple(prompt_embeddings.shape)}")
         start = 0
@@ -87,7 +90,7 @@ class CachedPrefix(ModelAdapter):
 
     @classmethod
     def check_model(cls, config: CachedPrefixConfig, model: nn.Module) -> None:
-        """Refuses models without a cache, and models with gradient checkpointing on; see ``ModelAdapter``."""
+        """Refuses models that take no cache or use gradient checkpointing; see ``ModelAdapter``."""
         if part_with_cache(model) is None:
             raise ConfigError(
                 f"{type(model).__name__} does not support past key values, which are required for "
@@ -95,6 +98,6 @@ class CachedPrefix(ModelAdapter):
             )
         if checkpoints_gradients(model):
             raise ConfigError(
-                f"{config.method_type} does not work with gradient checkpointing, which leaves the cache out: call "
+                f"{config.method_type} does not work with gradient checkpointing, which drops the cache: call "
                 "gradient_checkpointing_disable() first"
             )

@@ -1,9 +1,9 @@
 """Runs a model once before each call, for adapters that read its hidden states.
 
-A hook on the model runs each of its calls twice, whoever makes it: first without gradient, for the hidden states of the
-last layer, then the call itself. In the first pass ``base.context`` of the layers is the value that the method gives
-for it; in the second it is what the method computes from the hidden states. Like the hooks of ``model_calls`` and every
-layer, the hook reads which adapters are active. A cache of keys and values contains a second one for the first pass
+A hook on the model runs each call twice, whatever code makes it: first without gradient, for the hidden states of the
+last layer, then the call itself. In the first pass ``base.context`` of the layers is ``first_context``; in the second
+it is what ``context`` computes from the hidden states. Like the hooks of ``model_calls`` and every layer, the hook
+reads which adapters are active. The call's cache of keys and values contains a second cache for the first pass
 (``two_pass_cache``).
 """
 
@@ -30,7 +30,7 @@ _ONLY_FOR_HEADS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_ke
 class NeedsFirstPass(ABC):
     """A ``SharedState`` that computes its adapters' context from the hidden states of a first pass.
 
-    Its method declares a ``context`` of None (``CallInputs``), which the computed context replaces during the call.
+    Its method declares ``context=None`` (``CallInputs``); the computed context replaces it during the call.
     """
 
     @property
@@ -48,13 +48,12 @@ class NeedsFirstPass(ABC):
 
 
 class _FirstPass(BeforeCall):
-    """A hook that makes the first pass before each call of a model; its layer is the first one of an adapter."""
+    """A hook that makes the first pass before each call of a model; it belongs to the first layer of an adapter."""
 
     def computing(self, active: ActiveAdapters) -> dict[str, NeedsFirstPass]:
         """Adapter name -> the state its layers share, for the active adapters that need the pass."""
-        names = active.names if active.rows is None else active.rows.names
         states: dict[str, NeedsFirstPass] = {}
-        for name in names:
+        for name in active.call_names:
             adapter = self.layer.adapters._modules.get(name)
             state: Any = None if adapter is None else adapter._modules.get("shared")
             if isinstance(state, NeedsFirstPass):
@@ -99,12 +98,12 @@ def _last_hidden_states(module: nn.Module, call: Mapping[str, Any]) -> Tensor:
     if hidden is None:
         hidden = (getattr(output, "hidden_states", None) or (None,))[-1]
     if not isinstance(hidden, Tensor):
-        raise AdapterError(f"{type(module).__name__} gives no hidden states, which the active adapter needs")
+        raise AdapterError(f"{type(module).__name__} returns no hidden states, which the active adapter needs")
     return hidden
 
 
 def _first_call(module: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the first pass; a cache that the call itself fills is created in the call's arguments.
+    """The arguments of the first pass; if the call fills a cache, it is created here and put into its arguments.
 
     Raises:
         AdapterError: the call continues a cache that the first pass has not seen.

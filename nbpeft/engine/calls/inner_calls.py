@@ -24,10 +24,9 @@ class _InnerHook(PlaceHook):
         """The output with the deltas added; None if there are none. See ``nn.Module.register_forward_hook``."""
         active = self.layer.active_state.current()
         rows = active.rows
-        names, scales = (active.names, active.scales) if rows is None else (rows.names, rows.scales)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         first, batch = result, len(result)
-        for name, scale in zip(names, scales, strict=True):
+        for name, scale in zip(active.call_names, active.call_scales, strict=True):
             adapter: Any = self.layer.adapters._modules.get(name)
             if not isinstance(adapter, AddsInside) or self.path not in adapter.places:
                 continue
@@ -51,4 +50,4 @@ def put_inner_hooks(model: nn.Module, layer: AdaptedLayer, change: Transaction) 
         layer: its adapted input embedding.
         change: records the hooks of the modules.
     """
-    put_at_places(model, layer, AddsInside, change, behind=_InnerHook)
+    put_at_places(model, layer, AddsInside, change, after=_InnerHook)

@@ -1,9 +1,9 @@
 """Inserts prompts into the calls of a model: embeddings, mask, positions, cache and labels.
 
-A hook on the model transforms each of its calls, whoever makes it: ``forward`` of a ``PeftModel``, each step of
+A hook on the model transforms each of its calls, whatever code makes it: ``forward`` of a ``PeftModel``, each step of
 ``generate``, a Trainer. Like every layer it reads which adapters are active, so threads, ``use`` and mixed batches work
-here, too. In a mixed batch, shorter prompts are padded on the left and masked. If an adapter weights the labels, the
-model gets no labels, and a second hook computes the loss from its output.
+here too. In a mixed batch, shorter prompts are padded on the left and masked. If an adapter weights the labels, they
+are removed from the call, and a second hook computes the loss from the model's output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nbpeft.errors import AdapterError
 from nbpeft.names import IGNORED_LABEL
 
 _CACHES = ("cache", "past_key_values")
-"""Names of the cache argument; that of newer versions of transformers first."""
+"""Names of the cache argument; the name in newer versions of transformers first."""
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ def _signature(module_class: Any) -> tuple[str, ...]:
 
 
 def cache_argument(module: nn.Module) -> str:
-    """Name of the argument with which a model takes cached keys and values; empty if it takes none."""
+    """Name of a model's argument for cached keys and values; empty if it has no such argument."""
     return next((name for name in _CACHES if name in parameters_of(module)), "")
 
 
@@ -60,7 +60,7 @@ def take_cache(call: dict[str, Any], name: str) -> Any:
 
 
 def fills_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
-    """Whether a call without a cache creates one; a call for training does not unless it asks for one."""
+    """Whether a call without a cache creates one; with gradients it does so only if ``use_cache`` is given."""
     use_cache = call.get("use_cache")
     if use_cache is None:
         use_cache = not torch.is_grad_enabled() and getattr(getattr(module, "config", None), "use_cache", False)
@@ -240,7 +240,7 @@ class _LossHook(LayerHook):
         logits = output[0] if in_tuple else getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.shape[:2] != learned[0].shape:
             raise AdapterError(
-                f"{type(module).__name__} gives no logits of all tokens, which the loss of the active adapter needs"
+                f"{type(module).__name__} does not return the logits of all tokens, which the adapter's loss needs"
             )
         loss = _weighted_mean(logits, *learned)
         if in_tuple:
@@ -252,20 +252,14 @@ class _LossHook(LayerHook):
 
 
 def _take_labels(call: _Call, prompts: _Prompts, length: int) -> None:
-    """Removes the labels from a call if an adapter weights them, and stores them with their weights in the call.
-
-    Args:
-        call: the arguments, the prompt's tokens and labels included; changed in place.
-        prompts: the active adapters.
-        length: length of the input, without the prompt.
-    """
+    """Removes the labels from a call if an adapter weights them, and stores them with their weights in the call."""
     labels = call.get("labels")
     weighing = {name: pair for name, pair in prompts.adapters.items() if isinstance(pair[0], WeighsTokens)}
     if not weighing or not isinstance(labels, Tensor):
         return
     front = call["inputs_embeds"].shape[1] - length
     if labels.shape != call["inputs_embeds"].shape[:2]:
-        raise AdapterError(f"labels must be one for each of the {length} tokens of a row")
+        raise AdapterError(f"labels must have one entry for each of the {length} tokens of a row")
     items = call.pop("num_items_in_batch", None)
     # With gradient accumulation the mean over all tokens is the sum of the batches' means times their shares of tokens.
     share = share_of_batch(labels[:, front:], items, shifts=True)
@@ -297,7 +291,7 @@ def _weighted_mean(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 class _CacheHook(_CallHook):
-    """Hook on the backbone of a model that takes no cache itself."""
+    """Hook on a backbone that takes a cache, of a model that does not."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
         """Inserts keys and values; see ``_CallHook``."""
@@ -456,7 +450,7 @@ class _Prompts:
     rows: RowAssignment | None
 
     def with_arguments_of(self, call: dict[str, Any]) -> _Prompts:
-        """The same with the call arguments that are for the adapters only, which are removed from the call."""
+        """A copy in which each adapter's base has the adapter's call argument, which is removed from the call."""
         names = {adapter.call_argument for adapter, _ in self.adapters.values()} - {""}
         arguments = {name: call.pop(name) for name in names if name in call}
         prompts = {
@@ -521,10 +515,8 @@ def _for_rows(values: Tensor, batch: int) -> Tensor:
 
 def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
     active = layer.active_state.current()
-    rows = active.rows
-    names, scales = (active.names, active.scales) if rows is None else (rows.names, rows.scales)
     prompts: dict[str, tuple[ModelAdapter, BaseLayer]] = {}
-    for name, scale in zip(names, scales, strict=True):
+    for name, scale in zip(active.call_names, active.call_scales, strict=True):
         adapter = layer.adapters._modules.get(name)
         if not learns_prompt(adapter):
             continue
@@ -532,7 +524,7 @@ def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
             check_scale(name, scale, fixed=True)
         base = layer.base.within(active.context[name]) if name in active.context else layer.base
         prompts[name] = adapter, base
-    return _Prompts(prompts, rows) if prompts else None
+    return _Prompts(prompts, active.rows) if prompts else None
 
 
 # Arguments of a call
@@ -560,12 +552,7 @@ def _seen(call: dict[str, Any], name: str) -> int:
 def _extend_mask(call: dict[str, Any], name: str, front: _Front, length: int, seen: int) -> None:
     """Extends an attention mask (batch, length) by the prompt's positions; creates one if rows are padded.
 
-    Args:
-        call: the arguments; changed in place.
-        name: name of the mask argument.
-        front: the prompt's positions.
-        length: length of the input.
-        seen: number of cached positions, the prompt's included.
+    ``seen`` is the number of cached positions, including the prompt's.
     """
     mask = call.get(name)
     if mask is None:
@@ -575,7 +562,7 @@ def _extend_mask(call: dict[str, Any], name: str, front: _Front, length: int, se
         mask = torch.ones(len(front.mask), rest, dtype=torch.long, device=front.mask.device)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise AdapterError(
-            f"a prompt needs an {name} of (rows, length); a static cache makes others: leave cache_implementation out"
+            f"a prompt needs an {name} of shape (rows, length), not that of a static cache: omit cache_implementation"
         )
     before = front.filled(len(mask), mask.device).to(mask.device, mask.dtype)
     call[name] = torch.cat([before, mask], 1)
@@ -584,17 +571,10 @@ def _extend_mask(call: dict[str, Any], name: str, front: _Front, length: int, se
 def _extend_positions(
     module: nn.Module, call: dict[str, Any], front: _Front, new: _Front | None, length: int, seen: int
 ) -> None:
-    """Shifts the input's position ids behind the prompt, and adds those of new prompt tokens.
+    """Shifts position ids behind the prompt (``front``), and adds those of prompt tokens inserted now (``new``).
 
-    If rows are padded and the call has no position ids, they are created.
-
-    Args:
-        module: the module that is called.
-        call: the arguments; changed in place.
-        front: all positions of the prompt.
-        new: positions of prompt tokens that are inserted in this call; None if there are none.
-        length: length of the input.
-        seen: number of cached positions, the prompt's included.
+    If rows are padded and the call has no position ids, they are created. ``seen`` is the number of cached positions,
+    including the prompt's.
     """
     position_ids = call.get("position_ids")
     if position_ids is None:
@@ -640,7 +620,7 @@ def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> An
     """Puts keys and values (batch, width, layers, 2, heads, features) into a cache; a new one if ``past`` is None."""
     if module.training and torch.is_grad_enabled() and checkpoints_gradients(module):
         raise AdapterError(
-            "a prefix does not work with gradient checkpointing, which leaves cached keys and values out: call "
+            "a prefix does not work with gradient checkpointing, which drops cached keys and values: call "
             "gradient_checkpointing_disable()"
         )
     from transformers import DynamicCache, EncoderDecoderCache

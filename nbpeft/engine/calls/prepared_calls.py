@@ -1,7 +1,7 @@
 """Hooks that compute a context for adapters before each call of a model, and hooks on modules inside it.
 
-While the call runs, whoever makes it, the context is in ``ActiveAdapters.context`` under the adapter's name. Like the
-hooks of ``model_calls`` and every layer, these hooks read which adapters are active.
+While the call runs, the context is in ``ActiveAdapters.context`` under the adapter's name. Like the hooks of
+``model_calls`` and every layer, these hooks read which adapters are active.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import nn
 from nbpeft.engine.calls.model_calls import LayerHook, parameters_of
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.model_adapter import AddsInside, RunsBeside
+from nbpeft.engine.contract.model_adapter import AddsInside, HasSideNetwork
 from nbpeft.engine.tree.model_tree import walk
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 
 
 class BeforeCall(LayerHook):
-    """A hook that prepares each call of a model; of several hooks of a class, the first does it for all.
+    """A hook that prepares each call of a model; if a model has several hooks of one class, the first acts for all.
 
-    The method of its adapters declares a ``context`` of None (``CallInputs``), which the computed context replaces.
+    The method of its adapters declares ``context=None`` (``CallInputs``); the computed context replaces it.
 
     Args:
         layer: an adapted layer with the adapters.
@@ -71,7 +71,7 @@ class BeforeCall(LayerHook):
         raise NotImplementedError
 
     def end(self) -> None:
-        """Clears the contexts of a direct call of the base model; checkpointing still finds them."""
+        """Clears the contexts of a direct call of the base model, and stores them for checkpointing in backward."""
         begun = self.unpinned.pop(threading.get_ident(), None)
         if begun is None:
             return
@@ -113,9 +113,10 @@ def put_before_calls(model: nn.Module, hook: BeforeCall, change: Transaction, *o
     change.keep(model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs)
     change.keep(model._forward_hooks, model._forward_hooks_with_kwargs, model._forward_hooks_always_called)
     model.register_forward_pre_hook(hook, with_kwargs=True)
-    behind: tuple[Any, ...] = others
-    for other in behind:
+    after: tuple[Any, ...] = others
+    for other in after:
         model.register_forward_hook(other, with_kwargs=True)
+    # Called after a failed call too: an adapter must not see the context of an earlier call.
     model.register_forward_hook(AfterCall(hook), with_kwargs=True, always_call=True)
 
 
@@ -135,10 +136,10 @@ class PlaceHook(LayerHook):
 def put_at_places(
     model: nn.Module,
     layer: AdaptedLayer,
-    kind: type[AddsInside] | type[RunsBeside],
+    kind: type[AddsInside] | type[HasSideNetwork],
     change: Transaction,
     *,
-    behind: type[Any],
+    after: type[Any],
     before: type[Any] | None = None,
 ) -> None:
     """Registers hooks on the modules that an embedding's model adapters change; once on each module.
@@ -148,7 +149,7 @@ def put_at_places(
         layer: its adapted input embedding.
         kind: the class of the adapters.
         change: records the hooks of the modules.
-        behind: ``PlaceHook`` class of the forward hooks.
+        after: ``PlaceHook`` class of the forward hooks.
         before: ``PlaceHook`` class of the forward pre-hooks, if any.
     """
     adapters: list[Any] = [adapter for adapter in layer.adapters._modules.values() if isinstance(adapter, kind)]
@@ -156,11 +157,11 @@ def put_at_places(
     for site in walk(model) if places else ():
         module = site.module
         hooks: Any = module._forward_hooks
-        present = any(type(hook) is behind and hook.layer is layer for hook in hooks.values())
+        present = any(type(hook) is after and hook.layer is layer for hook in hooks.values())
         if present or site.path not in places:
             continue
         change.keep(hooks, module._forward_hooks_with_kwargs)
-        module.register_forward_hook(behind(layer, site.path), with_kwargs=True)
+        module.register_forward_hook(after(layer, site.path), with_kwargs=True)
         if before is not None:
             change.keep(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
             module.register_forward_pre_hook(before(layer, site.path), with_kwargs=True)

@@ -13,6 +13,7 @@ from torch import nn
 from nbpeft.engine.calls.model_calls import LayerHook
 from nbpeft.engine.contract.model_adapter import learns_prompt
 from nbpeft.engine.tree.model_tree import MANAGER, embedding_of, walk
+from nbpeft.engine.wrappers.extension import on_models
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.parameter_layer import twin_of
 
@@ -29,10 +30,11 @@ def twin_without_prompts(model: nn.Module) -> nn.Module | None:
     wrappers = {id(site.wrapper): site.wrapper for site in walk(model) if isinstance(site.wrapper, AdaptedLayer)}
     prompted = {key for key, layer in wrappers.items() if any(map(learns_prompt, layer.adapters.values()))}
     embedding = embedding_of(model)
-    for key in {*prompted, id(embedding)} & wrappers.keys():
+    places = prompted if embedding is None else {*prompted, id(embedding)}
+    for key in places & wrappers.keys():
         if not all(map(learns_prompt, wrappers[key].adapters.values())):
             return None
-    return _Twins({*prompted, id(embedding)}).of(model)
+    return _Twins(places).of(model)
 
 
 class _Twins:
@@ -50,7 +52,7 @@ class _Twins:
         """The twin of a model, without the adapters' manager."""
         twin = self._made_of(module)
         copied: Any = _twin(module, {}) if twin is module else twin
-        for attribute in (MANAGER, "peft_config"):
+        for attribute in (MANAGER, *on_models):
             copied.__dict__.pop(attribute, None)
         return copied  # type: ignore[no-any-return]
 
@@ -63,7 +65,8 @@ class _Twins:
         children = {name: self._made_of(child) for name, child in module._modules.items() if child is not None}
         leads = any(id(child) in self._places for child in module._modules.values())
         leads |= any(child is not module._modules[name] for name, child in children.items())
-        twin = _twin(module, children) if leads or any(map(_is_of_prompt, _hooks_of(module))) else module
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        twin = _twin(module, children) if leads or any(map(_is_of_prompt, hooks)) else module
         self._made[id(module)] = twin
         return twin
 
@@ -77,10 +80,6 @@ def _twin(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
         if "_hooks" in name and isinstance(hooks, dict):
             attributes[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_of_prompt(hook))
     return twin  # type: ignore[no-any-return]
-
-
-def _hooks_of(module: nn.Module) -> list[Any]:
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def _is_of_prompt(hook: Any) -> bool:

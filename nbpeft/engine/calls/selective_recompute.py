@@ -4,10 +4,10 @@
         loss = model(**batch).loss
         loss.backward()
 
-During the block those modules have another ``forward``. A norm, and the activation of an MLP, saves only its input for
-backward; so do the adapters that read its output. The activation of a gated MLP, ``down(act(gate) * up)``, is deferred
-until the product and saves only ``gate`` and ``up``, whatever the layers around it are called. Nothing else changes:
-every layer is called by the model's own code.
+Inside the block these modules have another ``forward``. A norm and the activation of an MLP save only their input for
+backward, and so do the adapters that read their output. The activation of a gated MLP, ``down(act(gate) * up)``, is
+deferred until the product and saves only ``gate`` and ``up``. Gated MLPs are recognized by what their code computes and
+not by names, and every layer is still called by the model's own code.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _ACTIVATION_NAMES = re.compile(r"gelu|silu|swish|mish", re.IGNORECASE)
 class selective_recompute:
     """Context manager in which a model's activations and norms are recomputed in backward instead of stored.
 
-    Outputs are those of the model, bit by bit, and gradients up to the order of sums: the modules' own code runs
-    again. Without gradients (``torch.no_grad()``, ``generate``) and in compiled code the model is unchanged, also in
-    other threads. Modules that train, have hooks, buffers or a ``forward`` set by other code, or give different
-    outputs for the same input (tested on the first batch) are skipped. The inputs of LoRA adapters on linear layers
-    are not stored, either; nor, on a CPU, keys and values repeated for each of their query heads (``grouped_heads``).
-    If layers are checkpointed, backward has to run before the block ends.
+    Outputs are equal bit by bit, and gradients up to the order of sums, because the modules' own code runs again.
+    Without gradients (``torch.no_grad()``, ``generate``) and in compiled code the modules compute as usual. Modules
+    that train, have hooks, buffers or a ``forward`` set by other code, or return different outputs for the same input
+    (tested on the first batch) are skipped. The inputs of LoRA adapters on linear layers are not stored either; on a
+    CPU, neither are keys and values that are repeated for each query head (``grouped_heads``). If layers are
+    checkpointed, backward has to run before the block ends.
 
     Args:
         model: the model, with or without adapters.
@@ -114,12 +114,12 @@ def _is_norm(module: nn.Module) -> bool:
 def _is_activation(module: nn.Module) -> bool:
     home = type(module).__module__
     known = home in _ACTIVATION_HOMES or _ACTIVATION_NAMES.search(type(module).__name__) is not None
-    return (
-        known and not module._parameters and not getattr(module, "inplace", False)
-    )  # in place, its saved input would change
+    in_place = getattr(module, "inplace", False)  # it would overwrite the input that is saved
+    return known and not module._parameters and not in_place
 
 
 def _keeps_input(activation: nn.Module) -> bool:
+    """Whether an activation saves a tensor other than its output for backward, so that recomputing saves memory."""
     storages: list[Any] = []
     with torch.enable_grad():
         x = torch.ones(2, 2, device="cpu", requires_grad=True)
@@ -149,10 +149,10 @@ def _storage(tensor: Tensor) -> Any:
 
 
 def _is_gating(activation: nn.Module, mlp: nn.Module, verify: bool) -> bool:
-    """Whether an MLP multiplies the output of its activation by something, and does nothing else with it.
+    """Whether an MLP only multiplies the output of its activation by another tensor.
 
-    Tested by running the MLP's own code on a few random numbers, with linear layers that return random outputs:
-    their inputs have to be the same, bit by bit, as with the activation itself.
+    This is tested by running the MLP's own code on a few random numbers, with linear layers that return random outputs:
+    with a deferred activation, the inputs of the linear layers have to be equal, bit by bit.
     """
     others = [frozen_module(child) for child in mlp._modules.values() if child not in (activation, None)]
     if not all(isinstance(child, nn.Dropout) or _linear_kind(child) for child in others):
@@ -188,7 +188,7 @@ class _Trial:
     Args:
         mlp: the MLP whose ``forward`` runs.
         activation: the MLP's activation.
-        instead: the function called in its place.
+        instead: the function that is called instead of the activation.
     """
 
     def __init__(self, mlp: nn.Module, activation: nn.Module, instead: Callable[[Tensor], Any]) -> None:
@@ -305,7 +305,7 @@ class _Activated:
 
 
 def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    """``act(gate) * up``: a function that references no tensor, which would live as long as the graph."""
+    """``act(gate) * up``, as a function without references to tensors: they would live as long as the graph."""
     return act(gate) * up
 
 

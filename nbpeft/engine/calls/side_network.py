@@ -1,8 +1,8 @@
 """Runs an adapter's network next to a model: its state passes through the model's blocks with the hidden states.
 
 A hook on the model computes the first state before each call (``prepared_calls``). Hooks on the blocks let the adapter
-change a block's input and advance the state by its output; a block that gradient checkpointing recomputes gets the
-state it had in forward. A last hook adds the network's own loss to that of the call.
+change a block's input, and update the state with the block's output. A block that gradient checkpointing recomputes
+reads the state of its forward. A last hook adds the network's own loss to that of the call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nbpeft.engine.calls.prepared_calls import BeforeCall, PlaceHook, put_at_pla
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.loss_terms import share_of_batch
-from nbpeft.engine.contract.model_adapter import RunsBeside
+from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError
 
@@ -37,16 +37,18 @@ class SideState:
     """The state of a network in one call of the model.
 
     Attributes:
-        start: the network's output, (rows, length, features); None once the call has ended.
-        current: the state before the next block.
+        start: the network's output, (rows, length, features); None once the call has ended, and where ``is_inside``.
+        is_inside: whether the network reads the input of the first block, and not that of the model.
+        current: the state before the next block; None before it is computed, and once the call has ended.
+        has_ended: whether the call has ended.
         learns: whether gradients are recorded in the call.
         kept: path of a block -> the state before it, as long as backward may recompute the block; None if blocks are
             not checkpointed.
     """
 
-    def __init__(self, start: Tensor, *, recomputes: bool) -> None:
-        self.start: Tensor | None = start
-        self.current: Tensor | None = start
+    def __init__(self, start: Tensor | None, *, recomputes: bool) -> None:
+        self.start = self.current = start
+        self.is_inside, self.has_ended = start is None, False
         self.learns = torch.is_grad_enabled()
         self.kept: WeakValueDictionary[str, _Kept] | None = WeakValueDictionary() if recomputes else None
 
@@ -68,28 +70,29 @@ class SideState:
     def end(self) -> None:
         """Releases the tensors of the call."""
         self.start = self.current = None
+        self.has_ended = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"start": None, "current": None, "learns": False, "kept": None}
+        return {**vars(self), "start": None, "current": None, "has_ended": True, "learns": False, "kept": None}
 
 
 class _SideCall(BeforeCall):
     """A hook that computes the first state before each call of a model."""
 
-    def computing(self, active: ActiveAdapters) -> dict[str, RunsBeside]:
+    def computing(self, active: ActiveAdapters) -> dict[str, HasSideNetwork]:
         """Adapter name -> adapter, for the active adapters with a network; see ``BeforeCall``."""
-        return _networks_in(self.layer, active.names if active.rows is None else active.rows.names)
+        return _networks_in(self.layer, active.call_names)
 
     def prepare(self, module: nn.Module, call: dict[str, Any], active: ActiveAdapters, found: dict[str, Any]) -> None:
         """Runs the network.
 
         Raises:
-            AdapterError: several are active, or the batch is mixed.
+            AdapterError: several networks are active, or the batch is mixed.
         """
         (name, adapter), *more = found.items()
         title = adapter.title
         if active.rows is not None:
-            raise AdapterError(f"{title} does not support mixed adapter batches: give adapter {name!r} a batch alone")
+            raise AdapterError(f"{title} does not support mixed batches: pass the rows of adapter {name!r} separately")
         if more:
             raise AdapterError(f"{title} requires exactly one active adapter, not {name!r} and {more[0][0]!r}")
         contexts: Any = active.context
@@ -145,12 +148,12 @@ class _BlockHook(PlaceHook):
         active = self.layer.active_state.current()
         for name, scale in zip(active.names, active.scales, strict=True):
             adapter: Any = self.layer.adapters._modules.get(name)
-            if not isinstance(adapter, RunsBeside) or self.path not in adapter.places:
+            if not isinstance(adapter, HasSideNetwork) or self.path not in adapter.places:
                 continue
             state = active.context.get(name)
             if not isinstance(state, SideState):
                 raise AdapterError(
-                    f"adapter {name!r} acts in calls of the whole model, and {self.path} is called alone"
+                    f"adapter {name!r} only works in calls of the whole model, but {self.path} is called alone"
                 )
             return adapter, state, scale
         return None
@@ -167,8 +170,11 @@ class _BeforeBlock(_BlockHook):
         adapter, run, scale = active
         state, again = run.before(self.path)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if run.is_inside and self.path == adapter.places[0] and (again or not run.has_ended):
+            state = adapter.state_of(hidden)  # again, too: the network is a part of what backward recomputes
+            run.current = run.current if again else state
         if state is None:
-            raise AdapterError(f"{self.path} is called after the call of the model that the active adapter acts in")
+            raise AdapterError(f"{self.path} is called after the call of the whole model has ended")
         if run.learns and not again and not torch.is_grad_enabled():
             raise AdapterError(
                 f"{adapter.title} does not train with reentrant gradient checkpointing: pass "
@@ -177,17 +183,17 @@ class _BeforeBlock(_BlockHook):
         if hidden.shape[:-1] != state.shape[:-1]:
             raise AdapterError(
                 f"{adapter.title} has states for {tuple(state.shape[:-1])} tokens, and {self.path} reads "
-                f"{tuple(hidden.shape[:-1])}: do not combine it with what puts tokens in front of the input"
+                f"{tuple(hidden.shape[:-1])}: do not combine it with an adapter that inserts tokens before the input"
             )
         changed = adapter.injected(self.path, hidden, state.to(hidden.device), scale)
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
 
-class _BehindBlock(_BlockHook):
+class _AfterBlock(_BlockHook):
     """A hook after a block."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Advances the state."""
+        """Updates the state with the block's output."""
         active = self.found()
         if active is None:
             return
@@ -195,6 +201,11 @@ class _BehindBlock(_BlockHook):
         state, again = run.before(self.path)
         if state is None:
             return
+        if run.is_inside and not isinstance(output, Tensor):
+            raise AdapterError(
+                f"{adapter.title} works with blocks of a diffusion transformer that only return their hidden states, "
+                f"but {self.path} returns a {type(output).__name__}"
+            )
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         if not again:
             run.keep(self.path, hidden)
@@ -207,7 +218,7 @@ class _BehindBlock(_BlockHook):
 
 def _networks_in(layer: AdaptedLayer, names: tuple[str, ...]) -> dict[str, Any]:
     adapters = layer.adapters._modules
-    return {name: adapters[name] for name in names if isinstance(adapters.get(name), RunsBeside)}
+    return {name: adapters[name] for name in names if isinstance(adapters.get(name), HasSideNetwork)}
 
 
 def put_side_network(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
@@ -218,7 +229,7 @@ def put_side_network(model: nn.Module, layer: AdaptedLayer, change: Transaction)
         layer: its adapted input embedding.
         change: records the hooks of the modules.
     """
-    if not any(isinstance(adapter, RunsBeside) for adapter in layer.adapters._modules.values()):
+    if not any(isinstance(adapter, HasSideNetwork) for adapter in layer.adapters._modules.values()):
         return
     put_before_calls(model, _SideCall(layer), change, _OwnLoss(layer))
-    put_at_places(model, layer, RunsBeside, change, before=_BeforeBlock, behind=_BehindBlock)
+    put_at_places(model, layer, HasSideNetwork, change, before=_BeforeBlock, after=_AfterBlock)

@@ -1,4 +1,4 @@
-"""Prompts that are rows of an embedding of their own, and their initialization."""
+"""Prompts that are rows of a separate embedding, and their initialization."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class EncodedPrompt(ModelAdapter):
     embedding: nn.Embedding
     encodes: bool
 
-    def hold(self, rows: nn.Embedding, *, encoded: bool) -> None:
-        """Registers the rows, which a network reads or which are the prompt.
+    def set_rows(self, rows: nn.Embedding, *, encoded: bool) -> None:
+        """Registers the rows that are the prompt, or that its network reads.
 
         Args:
             rows: the embedding.
@@ -83,7 +83,7 @@ class EncodedPrompt(ModelAdapter):
         self.encodes = encoded
 
     def name_in_files(self, name: str) -> str:
-        """The name in files: rows that a network reads have another one, since the embedding's is the prompt's."""
+        """The name in files; if a network reads the rows, ``embedding.weight`` is the name of the computed prompt."""
         return ENCODER_KEY if self.encodes and name == "embedding.weight" else name
 
     def encoded(self) -> Tensor:
@@ -92,9 +92,9 @@ class EncodedPrompt(ModelAdapter):
 
 
 def with_rows(config: PromptLearningConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of a prompt with a network under their names in files.
+    """The tensors of a prompt with a network, under their names in files.
 
-    PEFT's model names the rows that the network reads as its files name the tokens that the network computes.
+    In PEFT's models the rows that the network reads have the name that the computed tokens have in files.
 
     Args:
         config: the adapter's config.

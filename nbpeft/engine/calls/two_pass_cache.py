@@ -11,7 +11,7 @@ from nbpeft.errors import AdapterError
 
 
 class TwoPassCache(DynamicCache):
-    """The cache of a call, and that of the pass before it; changes of rows and length apply to both.
+    """The cache of a call that also contains the cache of the pass before it; rows and length change in both.
 
     Attributes:
         first_pass: the cache of the first pass, or of the side network.
@@ -49,26 +49,29 @@ class TwoPassCache(DynamicCache):
 def with_first_pass(
     cache: Any, model: nn.Module, other: nn.Module | None = None, kind: type[TwoPassCache] = TwoPassCache
 ) -> TwoPassCache:
-    """The cache of a call, with one for the first pass added: the given object, or a new one.
+    """Adds a cache for the first pass to the cache of a call.
 
     Args:
         cache: the call's cache; None for a new one.
         model: the model that is called.
         other: the side network that runs before it, if any.
-        kind: class that the cache becomes.
+        kind: class that the cache gets.
+
+    Returns:
+        The given cache, or a new one.
 
     Raises:
-        AdapterError: calls without a first pass have filled it, or it is of a class that cannot contain another one.
+        AdapterError: calls without a first pass have filled the cache, or its class cannot contain another cache.
     """
     extended: Any = DynamicCache(config=_config(model)) if cache is None else cache
     if type(extended) not in (kind, DynamicCache):
         raise AdapterError(
-            f"{kind.needed_because}, which a {type(extended).__name__} cannot keep: leave cache_implementation out, or "
-            "pass use_cache=False"
+            f"{kind.needed_because}, and a {type(extended).__name__} cannot store two caches: omit "
+            "cache_implementation, or pass use_cache=False"
         )
     if extended.get_seq_length() != (extended.first_pass.get_seq_length() if type(extended) is kind else 0):
         raise AdapterError(
-            "the cache holds tokens that the active adapter has not seen: begin with an empty one, or pass "
+            "the cache contains tokens that the active adapter has not seen: begin with an empty one, or pass "
             "use_cache=False"
         )
     if type(extended) is not kind:

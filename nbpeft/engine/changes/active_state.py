@@ -106,7 +106,7 @@ class RowAssignment:
 
         Args:
             batch: size of the first dimension of a layer's input, a multiple of the rows.
-            device: of the result.
+            device: device of the result.
 
         Returns:
             int64, (batch,).
@@ -154,9 +154,9 @@ class RowAssignment:
         """The indices of the rows that an adapter serves.
 
         Args:
-            name: of the adapter.
+            name: name of the adapter.
             batch: number of rows in a layer's input, a multiple of the assigned rows.
-            device: of the result.
+            device: device of the result.
 
         Returns:
             int64, one-dimensional.
@@ -174,7 +174,7 @@ class ActiveAdapters:
     """The active adapters of a forward pass; immutable.
 
     Attributes:
-        names: of the active adapters, in order.
+        names: names of the active adapters, in order.
         scales: factor on the delta of each.
         rows: the assignment of a mixed batch; if it is set, ``names`` is ignored.
         context: adapter name -> value that its method prepared for the running call; ``BaseLayer.context``.
@@ -185,19 +185,29 @@ class ActiveAdapters:
     rows: RowAssignment | None = None
     context: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
+    @property
+    def call_names(self) -> tuple[str, ...]:
+        """Names of the active adapters, or of all adapters of a mixed batch."""
+        return self.names if self.rows is None else self.rows.names
+
+    @property
+    def call_scales(self) -> tuple[float, ...]:
+        """Factor on the delta of each adapter in ``call_names``."""
+        return self.scales if self.rows is None else self.rows.scales
+
 
 NO_ADAPTERS = ActiveAdapters()
 
 
 @dataclass(eq=False)
 class Scope:
-    """The selected adapters for one thread or asyncio task inside a block, and for tasks started in the block.
+    """The adapters that are selected for one thread or asyncio task inside a block, and for tasks started in it.
 
     Attributes:
         names: selected adapters.
         enabled: whether they are active.
         chooses: whether a selection made inside is local to the block; otherwise it is also made outside, as in PEFT.
-        apart: whether its adapters are trained independently: only the first is active unless a call names others.
+        apart: whether its adapters are trained independently: only the first one is active unless a call names others.
         outer: the enclosing scope.
         active: the selection in the form that layers read.
         closed: whether its block has ended; a task that outlives the block uses the enclosing scope.
@@ -247,9 +257,9 @@ class ActiveState:
 
     Attributes:
         live: the active adapters of the next call outside of scopes.
-        traced: the same for compiled code. Its guards cannot tell threads apart, so this is the value of the
-            scope that was opened last, or else ``live``.
-        gate: of a background training while one runs; decides when other threads may call the model.
+        traced: the active adapters for compiled code. Guards of ``torch.compile`` cannot depend on the thread, so this
+            is the value of the scope that was opened last, or else ``live``.
+        gate: gate of a background training while one runs; decides when other threads may call the model.
         layer_commands: executes commands given to single layers; see ``nbpeft.engine.runtime.layer_commands``.
         apart: layers with a separate ``LayerState``.
     """
@@ -312,7 +322,7 @@ class ActiveState:
         return self.live
 
     def remember(self, first: int, active: ActiveAdapters) -> None:
-        """Stores the prepared context of a call that ends now: checkpointing will run its layers again in backward.
+        """Stores the prepared context of a call that ends now, for checkpointing, which runs its layers in backward.
 
         Args:
             first: autograd's next sequence number when the call began.
@@ -511,9 +521,9 @@ class LayerState:
 
 
 class ReplicaState:
-    """The state of an ``nn.DataParallel`` replica.
+    """The state of an ``nn.DataParallel`` replica, which runs in a thread of torch.
 
-    It runs in one of torch's threads, so it keeps the value of the thread that made the replica.
+    It has the value of the thread that created the replica, because context variables are not passed to that thread.
     """
 
     def __init__(self, active_state: ActiveState | LayerState) -> None:
@@ -535,7 +545,7 @@ class Call:
         self, active_state: ActiveState, active: ActiveAdapters | Callable[[], ActiveAdapters | None] | None
     ) -> None:
         self._state = active_state
-        self._asked = active
+        self._requested = active
         self._active: ActiveAdapters | None = None
         self._outer: Scope | _Pin | None = None
         self._block: RunningBlock | None = None
@@ -553,7 +563,7 @@ class Call:
             with HeldInterrupts():
                 self._state._begin(self)
                 self._outer = self._state._here()
-                self._active = active = self._asked() if callable(self._asked) else self._asked
+                self._active = active = self._requested() if callable(self._requested) else self._requested
                 chosen = self._state.current() if active is None else active
                 _set_here(self._state, _Pin(weakref.ref(self), chosen, self._outer))
                 self._begun = (torch._C._autograd._get_sequence_nr(), chosen) if chosen.context else None

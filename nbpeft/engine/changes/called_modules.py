@@ -34,7 +34,7 @@ def called_modules(model: nn.Module) -> list[nn.Module]:
         if id(module) in found:
             continue
         found[id(module)] = module
-        if module._modules:  # most have none
+        if module._modules:  # most modules are leaves
             children = getattr(type(module), "called_children", nn.Module.children)(module)
             waiting.extend(reversed(list(children)))
     return list(found.values())

@@ -67,7 +67,7 @@ def drawn_places(size: int, count: int, seed: int) -> Tensor:
     Args:
         size: entries of the weight.
         count: how many positions to draw.
-        seed: of the generator.
+        seed: seed of the generator.
 
     Returns:
         int64, (count,), on the CPU.

@@ -34,7 +34,7 @@ class StepGate:
 
     Args:
         model: in training; only a weak reference is stored.
-        description: of the training, for error messages, such as ``training sql``.
+        description: description of the training, for error messages, such as ``training sql``.
     """
 
     def __init__(self, model: nn.Module, description: str) -> None:
@@ -103,7 +103,7 @@ class StepGate:
             self._taken = None
         return self._taken is not None
 
-    # All others
+    # All other threads
 
     @property
     def is_mine(self) -> bool:
@@ -114,7 +114,7 @@ class StepGate:
         """Refuses changes of the adapters by any thread but the one that trains.
 
         Raises:
-            BusyError: the calling thread is another one, and the training has not ended.
+            BusyError: the calling thread does not train, and the training has not ended.
         """
         if not self.is_mine and not self._ended:
             raise BusyError(

@@ -28,14 +28,14 @@ from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.errors import BusyError, NbpeftError
 
-CHANGED_MEANWHILE = "another thread changed the adapters meanwhile: try again"
+CHANGED_MEANWHILE = "another thread has changed the adapters in the meantime: try again"
 
 
 class Transaction:
     """The changes of a command and how to undo them. Each manager has one; only one thread at a time can use it.
 
     Args:
-        active_state: of the model; blocks its calls during changes.
+        active_state: state of the model; blocks its calls during changes.
         done: called after the outermost block, if it succeeded and is not quiet.
 
     Attributes:
@@ -71,6 +71,7 @@ class Transaction:
         """Waits until this thread has the transaction, and records where the new block's changes begin."""
         me = threading.get_ident()
         if self._owner != me:
+            # Ctrl-C is deferred here, so it would not end a wait without a timeout.
             while not self._lock.acquire(timeout=0.05):
                 check_interrupt()
             self._owner = me
@@ -110,10 +111,10 @@ class Transaction:
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
-        """Context manager for reading adapters without a block, where that takes too long to keep others waiting.
+        """Context manager for long reads of the adapters without a block, which would make other threads wait.
 
         Raises:
-            BusyError: the block failed, and another thread changed the adapters meanwhile, which may be the cause.
+            BusyError: the code inside failed, and another thread has changed the adapters, which may be the cause.
         """
         revision = self.revision
         try:
@@ -199,8 +200,8 @@ class Transaction:
         """Replaces the value of an existing entry, which keeps its position in the order.
 
         Args:
-            mapping: has ``key``.
-            key: of the entry.
+            mapping: a mapping with the entry.
+            key: key of the entry.
             value: the new value.
         """
         present = mapping[key]
@@ -285,11 +286,11 @@ class Block:
     ) -> None:
         try:
             try:
-                stands = self._end(failed=kind is not None)
+                succeeded = self._end(failed=kind is not None)
             finally:
                 if self._gate is not None:
                     self._gate.open()
-            if stands and not self._quiet:
+            if succeeded and not self._quiet:
                 self._transaction.notify()
         finally:
             self._held.__exit__(kind, error, trace)

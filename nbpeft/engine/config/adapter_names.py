@@ -1,4 +1,4 @@
-"""Names and scales of adapters, as people give them."""
+"""Checks of adapter names and scales, and dictionaries by adapter name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nbpeft.errors import AdapterError, UnknownAdapterError, did_you_mean, shown
 BASE_NAME = "__base__"
 """Name of the base model in a mixed batch."""
 _TAKEN_NAMES = {
-    BASE_NAME: "it stands for the base model in a mixed batch",
-    "base": "it stands for the base model in panels and results",
-    "training": "torch keeps there whether a module trains",
+    BASE_NAME: "it means the base model in a mixed batch",
+    "base": "it means the base model in panels and results",
+    "training": "every torch module has an attribute of that name",
 }
 
 
@@ -22,8 +22,8 @@ class ByName(dict[str, Any]):
 
     Another thread may delete an adapter at any time, so that even a name that was just checked can be missing.
 
-    An adapter leaves its model with its last layer. Other libraries take it out of the layers first and out of this
-    dictionary afterwards, so ``pop`` returns its entry once more, and ``del`` accepts it.
+    When an adapter is deleted from its last layer, its entry is removed too. Other libraries delete an adapter from the
+    layers first and from this dictionary afterwards, so ``pop`` returns the entry once more, and ``del`` accepts it.
     """
 
     def leave(self, name: str) -> None:
@@ -31,7 +31,12 @@ class ByName(dict[str, Any]):
         self._left[name] = super().pop(name)
 
     def pop(self, name: str, *default: Any) -> Any:
-        """Removes an entry and returns it, also one that left; without a default, a missing name is an error."""
+        """Removes an entry and returns it; also returns an entry that ``leave`` removed, once.
+
+        Args:
+            name: name of the adapter.
+            *default: value for a missing name, which is an error without it.
+        """
         return super().pop(name, *default) if name in self else self._left.pop(name, *default)
 
     def __delitem__(self, name: str) -> None:
@@ -52,7 +57,7 @@ class ByName(dict[str, Any]):
         """Sets an entry and its position in the order.
 
         Args:
-            name: of the adapter.
+            name: name of the adapter.
             value: its new value.
             place: position among the other entries, from 0.
         """
@@ -89,7 +94,7 @@ def check_name(name: object) -> None:
     if name in _TAKEN_NAMES:
         raise AdapterError(f"{name!r} cannot name an adapter: {_TAKEN_NAMES[name]}; take another name", name=name)
     if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise AdapterError(f"{shown(name)} cannot name an adapter: it holds half a character (a surrogate)", name=name)
+        raise AdapterError(f"{shown(name)} cannot name an adapter: it contains a surrogate character", name=name)
 
 
 def names_in(names: object) -> tuple[str, ...]:
@@ -110,7 +115,7 @@ def check_scale(name: str, scale: Any, *, fixed: bool = False) -> float:
     """Checks the factor on an adapter's delta.
 
     Args:
-        name: of the adapter.
+        name: name of the adapter.
         scale: the factor.
         fixed: whether the adapter has no delta (a prompt), so that the factor can only be 1.
 
@@ -128,7 +133,7 @@ def check_scale(name: str, scale: Any, *, fixed: bool = False) -> float:
         raise AdapterError(f"the scale of adapter {name!r} must be a finite number, not {shown(scale)}", name=name)
     if fixed and factor != 1.0:
         raise AdapterError(
-            f"adapter {name!r} cannot have a scale of {factor:.3g}: tokens of a prompt are there or not, so 1",
+            f"adapter {name!r} cannot have a scale of {factor:.3g}, only 1: it is a prompt, which cannot be scaled",
             name=name,
         )
     return factor

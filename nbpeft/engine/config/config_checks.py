@@ -129,8 +129,8 @@ def check_linear(method: str, path: str, kind: LayerKind) -> None:
 
     Args:
         method: its display name.
-        path: of the layer.
-        kind: of the layer.
+        path: path of the layer.
+        kind: kind of the layer.
 
     Raises:
         LayerKindError: the layer is not linear.
@@ -144,32 +144,42 @@ def check_frequencies(count: int, path: str, features: tuple[int, int]) -> None:
 
     Args:
         count: value of ``n_frequency``.
-        path: of the layer.
+        path: path of the layer.
         features: (in, out) of the layer.
 
     Raises:
-        ConfigError: it is larger.
+        ConfigError: ``n_frequency`` is larger.
     """
     in_features, out_features = features
     if count > in_features * out_features:
         raise ConfigError(
-            f"{path}: n_frequency = {count} is more than its weight has, {out_features} x {in_features}; lower it",
+            f"{path}: n_frequency = {count} is larger than its weight, {out_features} x {in_features}; lower it",
             path=path,
         )
 
 
-def check_bias(bias: object, choices: Sequence[str]) -> None:
-    """Raises BiasError for a ``bias`` that is not one of the choices."""
-    if bias not in choices:
-        raise BiasError(
-            f"bias must be one of {', '.join(map(repr, choices))}, not {shown(bias)}."
-            + did_you_mean(str(bias), choices),
-            field="bias",
-        )
+def check_choice(name: str, value: object, choices: Sequence[Any]) -> None:
+    """Checks a field that takes one of several values.
+
+    Args:
+        name: the field.
+        value: its value; a member of an enumeration counts as its ``value``.
+        choices: the allowed values.
+
+    Raises:
+        ConfigError: the value is not allowed; a BiasError for ``bias``.
+    """
+    plain, known = getattr(value, "value", value), [getattr(choice, "value", choice) for choice in choices]
+    # Compared by type too: True is not 1.
+    if any(plain is choice or (type(plain) is type(choice) and plain == choice) for choice in known):
+        return
+    error = BiasError if name == "bias" else ConfigError
+    near = did_you_mean(str(plain), [choice for choice in known if isinstance(choice, str)])
+    raise error(f"{name} must be one of {', '.join(map(repr, known))}, not {shown(value)}.{near}", field=name)
 
 
 def warn_of_unused(config: Any, needed: Mapping[str, object], *fields: str) -> None:
-    """Warns of fields that were set although another field turns off what they are for.
+    """Warns about fields that were set, but have no effect because of the value of another field.
 
     Args:
         config: a config.
@@ -209,7 +219,7 @@ def unused_patterns(config: Any, names: Sequence[str], paths: Sequence[str]) -> 
     Args:
         config: a config.
         names: its fields that map path patterns to values.
-        paths: of the adapted modules.
+        paths: paths of the adapted modules.
 
     Returns:
         Sentences for a warning; empty if every pattern matches.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from nbpeft.engine.config.config_checks import (
+    check_choice,
     check_count,
     check_number,
     check_share,
@@ -19,7 +20,7 @@ from nbpeft.engine.config.config_checks import (
 )
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
-from nbpeft.errors import BiasError, ConfigError, did_you_mean, shown
+from nbpeft.errors import ConfigError
 
 
 @dataclass
@@ -68,7 +69,7 @@ class LayersConfig(AdapterConfig):
         for name, check in self.pattern_fields.items():
             setattr(self, name, checked_pattern(name, getattr(self, name), check))
         for name, values in self.choices.items():
-            _check_choice(name, getattr(self, name), values)
+            check_choice(name, getattr(self, name), values)
         check_target_fields(self, pattern_fields=tuple(self.pattern_fields))
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,14 +80,6 @@ class LayersConfig(AdapterConfig):
     def unused_patterns(self, paths: Sequence[str]) -> str:
         """Describes keys of ``pattern_fields`` that match no adapted module; see ``AdapterConfig``."""
         return unused_patterns(self, tuple(self.pattern_fields), paths)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[Any]) -> None:
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        shown_choices = ", ".join(map(repr, choices))
-        kind = BiasError if name == "bias" else ConfigError
-        near = did_you_mean(str(value), [choice for choice in choices if isinstance(choice, str)])
-        raise kind(f"{name} must be one of {shown_choices}, not {shown(value)}.{near}", field=name)
 
 
 def check_filled(config: Any) -> None:
@@ -138,15 +131,15 @@ class RankedConfig(LayersConfig):
 
 
 class LayerByLayer:
-    """A config that can have settings for a single layer, and custom classes for some layers."""
+    """A config that can have settings for single layers, and custom classes for some layers."""
 
     def with_layer(self, path: str, layer_config: Any, *, target: bool) -> Any:
-        """A copy with the settings of another config for one layer, so that they are saved.
+        """Creates a copy that has the settings of another config for one layer, so that they are saved.
 
         Args:
-            path: of the layer.
+            path: path of the layer.
             layer_config: config of the method with the settings for this layer.
-            target: whether the layer has to be added to the targets.
+            target: whether to add the layer to the targets.
 
         Returns:
             The copy.
@@ -164,10 +157,10 @@ class LayerByLayer:
         """Creates the custom layer around a frozen one.
 
         Args:
-            layer_class: what ``custom_layer_class`` returned.
+            layer_class: class returned by ``custom_layer_class``.
             module: the frozen layer.
-            path: of the layer.
-            name: of the adapter.
+            path: path of the layer.
+            name: name of the adapter.
 
         Returns:
             The custom layer, with one adapter.

@@ -13,10 +13,10 @@ PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
 
 
 class PatternTable:
-    """A mapping from patterns to values, in which the first pattern that matches the end of a path counts.
+    """A mapping from patterns to values; the value for a path is that of the first pattern that matches its end.
 
-    A pattern is a regular expression for whole trailing segments of a path, as in PEFT. Patterns of
-    names and dots alone are looked up in a dictionary, O(segments) for any number of them.
+    A pattern is a regular expression for whole trailing segments of a path, as in PEFT. Patterns that consist only of
+    names and dots are looked up in a dictionary, which takes O(segments) for any number of patterns.
 
     Args:
         patterns: pattern -> value, in order of precedence.
@@ -60,11 +60,11 @@ class PatternTable:
 def wrapper_places(parameters: Iterable[str]) -> dict[str, str]:
     """The paths of the wrappers around adapted parameters: ``a.experts.down`` -> ``a.experts``.
 
-    Several parameters of one module have a wrapper each, one inside the other. That of the last parameter is the
-    outermost; the next one is at ``a.experts.base_layer``.
+    Each parameter of a module has its own wrapper, nested in that of the next parameter. The wrapper of the last
+    parameter is the outermost; inside it, the next one is at ``a.experts.base_layer``.
 
     Args:
-        parameters: paths of the parameters, those of one module in its own order.
+        parameters: paths of the parameters; those of one module in the module's order.
 
     Returns:
         Path of each parameter -> path of its wrapper.
@@ -94,7 +94,7 @@ def pattern_table(config: Any, name: str) -> PatternTable:
 
     Args:
         config: a config.
-        name: of the field.
+        name: name of the field.
     """
     patterns = getattr(config, name) or {}
     table: PatternTable | None = config.__dict__.get(f"_{name}_table")

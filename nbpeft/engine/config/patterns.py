@@ -1,9 +1,9 @@
 """Refuses regular expressions in configs whose matching could take too long (catastrophic backtracking).
 
-Config files come from strangers, so each expression is checked before its first match. Python's ``re``
-matches by backtracking: it tries one way after another. The number of ways is estimated from the parsed
-expression. A repeat multiplies it if the next character does not decide whether the repeat continues;
-a repeat inside a repeat raises it to a power.
+Config files may come from untrusted sources, so each expression is checked before its first match.
+Python's ``re`` matches by backtracking: it tries one way after another. The number of ways is estimated
+from the parsed expression. A repeat multiplies it if the next character does not decide whether the repeat
+continues; a repeat inside a repeat raises it to a power.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _LONGEST = 50_000
 _LENGTH = 64
 """Characters of a long module path."""
 _FEW = 6
-"""Roughly how often the same character occurs in a path; a repeat over more characters counts one more for each."""
+"""Roughly how often one character occurs in a path; a repeat that matches several characters counts more."""
 _ALTERNATIVES = 20
 """Number of alternatives (``|``) that take about as long as one step of a repeat."""
 _OTHER = "é"
 """Represents every character that is not ASCII."""
 _LETTERS = frozenset(map(chr, range(128))) | {_OTHER}
 _AFTER = frozenset({"after"})
-"""A marker for whatever follows; if it is among the first characters of an expression, that can match nothing."""
+"""A marker for what follows an expression: if it is among the expression's first characters, it can match nothing."""
 _ENDLESS = float("inf")
 
 Letters = frozenset[str]
@@ -64,7 +64,7 @@ def check_patterns(patterns: Iterable[tuple[str, str, str]]) -> None:
         total += max(_steps(field, pattern, around), _LEAST_STEPS)
         if total > _MOST_STEPS:
             raise ConfigError(
-                f"{field}: matching {shown(pattern)} could take for ever; write it without a repeat inside a "
+                f"{field}: matching {shown(pattern)} could take forever; write it without a repeat inside a "
                 "repeat, without backreferences and with fewer wildcards, or list the names",
                 field=field,
             )
@@ -73,9 +73,9 @@ def check_patterns(patterns: Iterable[tuple[str, str, str]]) -> None:
 def _steps(field: str, pattern: str, around: str) -> float:
     """An estimate of the largest number of steps that matching takes, possibly infinite."""
     if not isinstance(pattern, str) or len(pattern) > _LONGEST:
-        raise ConfigError(f"{field}: {shown(pattern)} is no regular expression, or far too long", field=field)
+        raise ConfigError(f"{field}: {shown(pattern)} is not a regular expression, or is too long", field=field)
     try:
-        # Compiled here too, because some mistakes show only then; ``re`` caches the result for later.
+        # Compiled too, because some errors are only found then; ``re`` caches the result for the later match.
         re.compile(around.format(pattern))
         parsed = _parser.parse(around.format(pattern))
         reading = _Reading()

@@ -8,20 +8,22 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count, check_target_fields
+from nbpeft.engine.config.config_checks import check_choice, check_count, check_target_fields
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, TaskType
-from nbpeft.errors import ConfigError, did_you_mean, shown
+from nbpeft.errors import ConfigError
 
 PROMPT_KEY = "prompt_embeddings"
 """Key in a file under which PEFT expects the computed prompt."""
 ENCODER_KEY = "input.weight"
-"""Key that shows that a file has the prompt's encoder too, which PEFT does not save."""
+"""Key that only files with the prompt's encoder have; PEFT does not save the encoder."""
 
 _SIZES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
 """Field -> its possible names in configs of models."""
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+"""The possible names of the number of features of a token in configs of models."""
 
 
 @dataclass
@@ -53,9 +55,10 @@ class PromptLearningConfig(AdapterConfig):
     counts: ClassVar[tuple[str, ...]] = (
         *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
     )
-    """Fields with a size; None for that of the model."""
-    beside_embeddings: ClassVar[bool] = True
+    """Fields with a size; None for the size of the model."""
+    inserts_embeddings: ClassVar[bool] = True
     """Whether its tokens are joined to the model's embeddings, so that they need the same number of features."""
+    learns_prompt: ClassVar[bool] = True
     encoded: ClassVar[bool] = True
     """Whether the network that computes the tokens is present; False in a copy for a file with only the tokens."""
 
@@ -66,13 +69,8 @@ class PromptLearningConfig(AdapterConfig):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         for name, values in self.choices.items():
-            _check_choice(name, getattr(self, name), values)
+            check_choice(name, getattr(self, name), values)
         check_target_fields(self)
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        """True: it learns a prompt."""
-        return True
 
     @property
     def has_encoder(self) -> bool:
@@ -97,7 +95,7 @@ class PromptLearningConfig(AdapterConfig):
 
         Args:
             model: the base model.
-            width: features of its input embedding.
+            width: features of its input embedding; 0 if it has none.
 
         Raises:
             ConfigError: the model's config lacks a size, or ``token_dim`` does not fit the model.
@@ -111,8 +109,8 @@ class PromptLearningConfig(AdapterConfig):
         if self.num_transformer_submodules is None:
             both = self.task_type == TaskType.SEQ_2_SEQ_LM or getattr(config, "is_encoder_decoder", False)
             self.num_transformer_submodules = 2 if both else 1
-        self.token_dim = self.token_dim or width
-        if self.beside_embeddings and self.token_dim != width:
+        self.token_dim = self.token_dim or width or size_in(config, "token_dim", WIDTHS)
+        if self.inserts_embeddings and self.token_dim != width:
             raise ConfigError(
                 f"token_dim is {self.token_dim}, but the tokens of the model have {width} features", field="token_dim"
             )
@@ -121,34 +119,26 @@ class PromptLearningConfig(AdapterConfig):
                 setattr(self, name, size_in(config, name, names))
 
 
-def size_in(config: Any, field: str, names: Sequence[str] = ()) -> int:
+def size_in(config: Any, field: str, names: Sequence[str]) -> int:
     """Reads a size from the config of a model, or of its language model if it consists of several.
 
     Args:
-        config: of the model.
-        field: of the adapter's config, for the error.
+        config: config of the model.
+        field: field of the adapter's config, for the error.
         names: possible names of the size in the model's config.
 
     Returns:
         The value of the first name that the config has.
 
     Raises:
-        ConfigError: it has none of these names.
+        ConfigError: the config has none of these names.
     """
     text = getattr(config, "text_config", None) or config
     for name in names:
         value = getattr(text, name, None)
         if isinstance(value, int):
             return value
-    raise ConfigError(f"Please specify `{field}`: the model's config does not name it", field=field)
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    known = [None if choice is None else str(getattr(choice, "value", choice)) for choice in choices]
-    if (None if value is None else str(getattr(value, "value", value))) in known:
-        return
-    near = did_you_mean(str(value), [choice for choice in known if choice])
-    raise ConfigError(f"{name} must be one of {', '.join(map(repr, known))}, not {shown(value)}.{near}", field=name)
+    raise ConfigError(f"Please specify `{field}`: the model's config does not have it", field=field)
 
 
 @dataclass

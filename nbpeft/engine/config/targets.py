@@ -88,7 +88,7 @@ def with_target(targets: Collection[str] | str | None, path: str) -> Collection[
 
     Args:
         targets: names, a pattern or None.
-        path: of the module.
+        path: path of the module.
 
     Returns:
         A set, or a pattern if ``targets`` was one.

@@ -16,21 +16,18 @@ Door, what other rooms import:
     field_types.py       Checks the fields of a config against their annotations
     initial_draws.py     The random numbers of new parameters, drawn in the same order as PEFT draws them
     loss_terms.py        Terms that methods add to the training loss (AdaLoRA, KaSA, MonteCLoRA), each at most once
-    manager_protocol.py  The protocol of ``AdapterManager`` for modules that it imports, and that therefore cannot
-                         import it
+    manager_protocol.py  The protocol of ``AdapterManager``, for modules that cannot import it because it imports them
     method_records.py    Optional records that a method passes to ``register`` in addition to its config and adapter
                          classes
     model_adapter.py     The contract of adapters without target layers (prompt methods): they change whole calls of
                          the model
-    peft_names.py        The names that PEFT's layers and models have for what a method stores, as the method declares
-                         them
+    peft_names.py        PEFT's names for the parameters, settings and classes of a method, as the method declares them
     peft_types.py        The values of ``task_type`` and ``peft_type`` in configs and files
-    provider.py          Interface for loading adapters on demand that are known by name but not on the model
+    provider.py          The interface of objects that load adapters onto the model on demand
     registry.py          The registry of methods, layer kinds and weight backends, and the lookups in it
     shared_state.py      State that the layers of one adapter share: a common projection, a bank of vectors
     trained.py           Marks an adapter as unsaved when any optimizer has changed it
-    training_hooks.py    What a method runs in each training step besides backward, and the state of it that a
-                         checkpoint must include
+    training_hooks.py    Hooks of a method in each training step, and its training state for checkpoints
     weight_delta.py      Adapters whose delta has the size of the weight and is computed from few parameters in each
                          call
 
@@ -38,6 +35,5 @@ Inside:
 
     adapter_site.py     The layer that an adapter is built for, and how its new parameters are created
     adapter_weights.py  The tensors of one adapter, independent of the model that they are on and of any file format
-    former_contract.py  Refuses methods that are written for the contract of nbpeft 0.2, and names the replacement of
-                        each former name
+    former_contract.py  Refuses methods that are written for the contract of nbpeft 0.2, and suggests the new names
 """

@@ -1,7 +1,7 @@
 """The contract of a method: its config, its adapters, and their optional capabilities.
 
     Adapter        the maths of one method on one layer: what to ADD to the output and to the weight
-    SharedState    tensors that all layers of one adapter share, where a method needs them (a common projection)
+    SharedState    tensors that all layers of one adapter share, for methods that have some (a common projection)
 
 An adapter does not know its own name, whether it is active, or how the weight is quantized. So M methods, K kinds of
 layers and N weight backends (``base.py``) take M + K + N files, not M * K * N. What only some methods can do is a
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
@@ -153,6 +151,10 @@ class AdapterConfig:
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
     )
     """Fields that decide which modules an adapter has; hot-swapping another adapter into its slot keeps them."""
+    learns_prompt: ClassVar[bool] = False
+    """Whether the method learns a prompt: tokens, or cached states, in front of the input."""
+    on_last_layers: ClassVar[bool] = False
+    """Whether only the last layers of a model get adapters."""
 
     def __post_init__(self) -> None:
         hooks.configured()
@@ -197,7 +199,7 @@ class AdapterConfig:
 
         Args:
             other: config of the other adapter, of the same method.
-            paths: of the layers in question.
+            paths: paths of the layers in question.
         """
         return False
 
@@ -213,8 +215,8 @@ class AdapterConfig:
             ConfigError: the method does not support it.
         """
         raise ConfigError(
-            f"the model was prepared with quantization_aware=True, which {type(self).__name__} does not know: use a "
-            "LoraConfig, or prepare the model without",
+            f"the model was prepared with quantization_aware=True, which {type(self).__name__} does not support: use a "
+            "LoraConfig, or prepare the model without it",
             field="quantization_aware",
         )
 
@@ -222,22 +224,12 @@ class AdapterConfig:
         """Describes patterns in this config that match none of the adapted modules.
 
         Args:
-            paths: of the adapted modules.
+            paths: paths of the adapted modules.
 
         Returns:
             Sentences for a warning; empty if every pattern matches.
         """
         return ""
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        """Whether the method learns a prompt; PEFT's name."""
-        return False
-
-    @property
-    def is_adaption_prompt(self) -> bool:
-        """Whether the method adds attention over learned prompts inside the model; PEFT's name."""
-        return False
 
     def on_model(self, model: nn.Module, planned: Callable[[AdapterConfig], Any]) -> AdapterConfig:
         """Completes this config from the model, or from saved adapters that it names.
@@ -280,14 +272,14 @@ class AdapterConfig:
 
         Args:
             model: the base model.
-            width: features of its input embedding.
+            width: features of its input embedding; 0 if it has none.
 
         Raises:
             ConfigError: the model's config lacks a size that is needed.
         """
 
     def reconciled(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
-        """Reconciles this config with the tensors of its file, where one decides how to read the other.
+        """Adjusts this config to the tensors of its file, or the tensors to the config.
 
         Args:
             tensors: key -> tensor of the file.
@@ -301,7 +293,7 @@ class AdapterConfig:
         """Reads the tensors of a file whose path is the value of a field.
 
         Args:
-            path: of the file.
+            path: path of the file.
 
         Returns:
             Key -> tensor.
@@ -325,7 +317,7 @@ class AdapterConfig:
 
         Args:
             size: the new size.
-            paths: of the adapted layers.
+            paths: paths of the adapted layers.
 
         Raises:
             ConfigError: adapters of this method have no size that could be set.
@@ -341,7 +333,7 @@ class AdapterConfig:
         return {name: v for name, v in dataclasses.asdict(self).items() if name not in ("runtime_config", *unset)}
 
     def set_derived(self, **values: Any) -> None:
-        """Sets attributes that are not fields: what follows from a model, and is neither saved nor compared.
+        """Sets attributes that are not fields: values derived from a model, which are neither saved nor compared.
 
         Args:
             **values: attribute -> value.
@@ -375,21 +367,6 @@ class AdapterConfig:
         """
         return store_of(cls).read(pretrained_model_name_or_path, subfolder=subfolder, **options)
 
-    @classmethod
-    def from_peft_type(cls, **fields: Any) -> AdapterConfig:
-        """Builds a config of the class that ``peft_type`` names; of this class if there is no ``peft_type``.
-
-        With a ``peft_type``, unknown fields are left out with a warning.
-        """
-        return store_of(cls).make(fields) if fields.get("peft_type") is not None else cls(**fields)
-
-    @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """Reads the fields of a config file, unchecked; ``runtime_config`` is left out."""
-        with open(path_json_file, encoding="utf-8") as file:
-            fields: dict[str, Any] = json.load(file)
-        return {name: value for name, value in fields.items() if name != "runtime_config"}
-
     def save_pretrained(self, save_directory: str, **options: Any) -> None:
         """Writes ``adapter_config.json`` into a folder, atomically."""
         store_of(type(self)).write(self, save_directory, **options)
@@ -406,17 +383,12 @@ class AdapterConfig:
         """
         return store_of(type(self)).push(self, repo_id, **options)
 
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """PEFT's hook before a config is built from keywords; returns them, as the constructor checks them here."""
-        return kwargs
-
 
 _IN_USE = "_is_of_an_adapter"
 
 
 def note_use(config: AdapterConfig) -> AdapterConfig:
-    """Marks a config as that of an adapter on a model, and returns it. Copies of the config carry the mark too."""
+    """Marks a config as belonging to an adapter on a model, and returns it. Copies of the config have the mark too."""
     vars(config)[_IN_USE] = True
     return config
 
@@ -473,9 +445,9 @@ class Adapter(Bindable):
 
         Args:
             config: the method's own config.
-            path: of the layer in the base model.
+            path: path of the layer in the base model.
             module: the frozen layer.
-            kind: of the layer; gives its features and the shape of its canonical weight.
+            kind: kind of the layer; gives its features and the shape of its canonical weight.
 
         Returns:
             Parameter name -> shape.
@@ -658,7 +630,7 @@ def add_to_(adapter: Adapter, weight: Tensor, base: BaseLayer, scale: float) -> 
 
 
 def unconvertible_reason(adapter: Adapter, base: BaseLayer) -> str:
-    """Why no product of two matrices can replace an adapter's delta, as part of a sentence; empty if one can.
+    """Why an adapter cannot be converted to a product of two matrices, as part of a sentence; empty if it can.
 
     Args:
         adapter: the adapter.
@@ -667,15 +639,15 @@ def unconvertible_reason(adapter: Adapter, base: BaseLayer) -> str:
     if isinstance(adapter, NotConvertible):
         return adapter.unconvertible
     if len(base.kind.weight_shape(base.module)) < 2:
-        return "its weight is a vector, which is no product of two matrices"
+        return "its weight is a vector, not a product of two matrices"
     reason = adapter.unmergeable_reason(base)
     if not reason and int(getattr(base.module, "groups", 1)) > 1:
-        return "the weight of a convolution in groups is no product of two matrices"
+        return "the weight of a grouped convolution is not a product of two matrices"
     return f"it cannot be merged into {reason}" if reason else ""
 
 
 def norm_of_delta(adapter: Adapter, weight: Tensor, base: BaseLayer) -> float:
-    """The Frobenius norm of an adapter's change of the weight, which is computed for it.
+    """Computes an adapter's change of the weight, and returns its Frobenius norm.
 
     Args:
         adapter: the adapter.
@@ -692,7 +664,7 @@ def configure(adapter: Adapter, config: Any, path: str) -> None:
     Args:
         adapter: the adapter.
         config: the new config.
-        path: of the layer.
+        path: path of the layer.
     """
     values = adapter._config_values(config, path)
     if isinstance(adapter, Rescales) and "scaling" in values:

@@ -20,12 +20,12 @@ class AdapterSite:
     """The layer that an adapter is built for.
 
     Attributes:
-        path: of the layer in the base model; patterns are matched against it.
+        path: path of the layer in the base model; patterns are matched against it.
         base: the layer.
         shapes: parameter name -> shape, as ``parameter_shapes`` returned for this layer.
         dtype: dtype of new parameters.
         shared: the state that the adapter shares with those of other layers; None if its method has none.
-        name: of the adapter; needed by custom layer classes, which store their tensors under it.
+        name: name of the adapter; needed by custom layer classes, which store their tensors under it.
         start: the part of the weight that the adapter is initialised from, if it is known already.
     """
 
@@ -46,7 +46,7 @@ class AdapterSite:
         """A new tensor, on the device of the layer and in the dtype of new parameters.
 
         Args:
-            shape: of the tensor.
+            shape: shape of the tensor.
             fill: fills it with random numbers in place, see ``initial_draws``; None for zeros.
 
         Returns:

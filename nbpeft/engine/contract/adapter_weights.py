@@ -22,7 +22,7 @@ class TakenOver:
         down: (r, in).
         neg_up: (out, r); the negative of the second factor.
         init: how it was computed, as in ``init_lora_weights`` of the config.
-        names: of the two parameters that are initialised with the factors.
+        names: names of the two parameters that are initialised with the factors.
     """
 
     down: Tensor
@@ -73,7 +73,7 @@ class AdapterWeights:
         A tensor that appears several times in ``adapters`` is copied once.
 
         Args:
-            device: of the copies; None for the device of each original.
+            device: device of the copies; None for the device of each original.
 
         Returns:
             The copies.

@@ -17,17 +17,17 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
     """Distributes a budget over the adapters of all layers, after each optimizer step.
 
     Args:
-        config: of the adapter.
+        config: config of the adapter.
 
     Attributes:
-        sums: sum of each parameter at the last call of ``warn_if_not_stepped``; shows whether an optimizer stepped.
-        seen: a gradient at the last allocation, and its version counter; shows whether there was a new step.
+        sums: sum of each parameter at the last call of ``warn_if_not_stepped``, to detect optimizer steps.
+        seen: a gradient at the last allocation, and its version counter, to detect a second call after the same step.
         reported: whether ``after_backward`` was ever called.
-        warned: whether the warning about missing calls was given.
+        warned: whether the warning about missing calls was shown.
     """
 
     effect_without_step: ClassVar[str]
-    """What does not happen if ``after_backward`` is never called, as the start of a warning's sentence."""
+    """Beginning of the warning that ``after_backward`` is never called: the effect that is missing."""
 
     sums: list[Tensor] | None = None
     seen: tuple[Tensor | None, int] = (None, 0)
@@ -36,7 +36,7 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
 
     @abstractmethod
     def allocate(self, step: int) -> None:
-        """Updates the importance scores and, when it is due, removes the least important parts.
+        """Updates the importance scores, and removes the least important parts at the steps of the schedule.
 
         Gradients of the step are still available.
 
@@ -47,8 +47,8 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
     def after_backward(self, step: int) -> None:
         """Allocates; see ``LearnsWithHooks``.
 
-        A second call after the same optimizer step does nothing: a callback of the user may call it although the
-        Trainer already does.
+        A second call after the same optimizer step does nothing, because a user's callback may call it in addition to
+        the Trainer.
         """
         self.bind(reported=True)
         gradient, version = self._gradient()
@@ -83,7 +83,7 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
     def _gradient(self) -> tuple[Tensor | None, int]:
         """Any one of the gradients, and its version counter; -1 without a gradient.
 
-        The version of a parameter would not do: fused optimizers write to parameters without raising it.
+        The version counter of a parameter cannot be used: fused optimizers write to parameters without raising it.
         """
         parameters = (parameter for adapter in self.adapters.values() for parameter in adapter.parameters())
         gradient = next((parameter.grad for parameter in parameters if parameter.grad is not None), None)
@@ -91,7 +91,7 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
 
 
 def update_and_allocate(manager: Any, global_step: int) -> None:
-    """Updates the importance scores of the active adapters, and prunes them when it is due.
+    """Updates the importance scores of the active adapters, and prunes them at the steps of their schedules.
 
     The Trainer, ``nbpeft.train`` and ``track()`` call it; a custom training loop calls it in each step, between
     ``optimizer.step()`` and ``zero_grad()``.

@@ -49,7 +49,7 @@ class Bindable(nn.Module):
         In a replica of ``nn.DataParallel`` parameters are plain attributes, which are found too.
 
         Args:
-            name: of the parameter or buffer.
+            name: name of the parameter or buffer.
             optional: return None if there is none of that name.
         """
         tensor: Any = self._parameters.get(name)

@@ -5,22 +5,22 @@ The engine checks ``isinstance(adapter, Rescales)`` and never which method it ha
     TransformsInput, TransformsOutput   change the input or output of the base call, without a second matrix product
     ReplacesCall                        compute the layer's output without the base call
     FusesAdd, MergesInPlace             add to the output or to the weight without a second tensor of that size
-    Rescales                            have a factor that can be changed while loaded
+    Rescales                            have a scaling that can be changed
     ChangesBase                         change the frozen layer when they are added to it
     Pads                                fit into larger tensors, so that a compiled model is not compiled again
     ServesRows                          serve a mixed batch in one pass
-    ConvertsToLora                      add a product of two thin matrices, from which a LoRA can be made exactly
+    ConvertsToLora                      add a product of two thin matrices, so that they can be converted exactly
     IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
     HasFixedTensors                     have buffers that are saved
     StartsInWeight                      are initialised from a part of the weight
     UsesAnother                         use the tensors of the adapter on another layer
     HasInnerAdapters                    consist of several adapters
     Untargeted                          do not change the layer's weight as a whole
-    NotConvertible                      change what no LoRA on the layer can
-    MeasuresDelta                       know the size of their delta without computing it
-    HotSwaps                            have settings, a size or reasons that matter to hot-swapping
-    QuantizationAware                   may be trained against the rounding of merging
-    ShowsModules                        offer submodules that PEFT's layers have and that can be called
+    NotConvertible                      change the layer in a way that a LoRA cannot
+    MeasuresDelta                       can measure their delta without computing it
+    HotSwaps                            have a size, settings or limitations that matter for hot-swapping
+    QuantizationAware                   may be trained against the rounding that merging causes
+    ShowsModules                        have submodules that PEFT's layers have and that can be called
     LearnsWithHooks                     run code in each training step besides backward (``training_hooks.py``)
 """
 
@@ -84,7 +84,7 @@ class TransformsOutput(ABC):
         """Computes the output of the adapted layer.
 
         Args:
-            output: of the base call, (…, out), bias included.
+            output: output of the base call, (…, out), bias included.
             base: the layer.
 
         Returns:
@@ -122,7 +122,7 @@ class Rescales:
 
     @property
     def trained_scaling(self) -> float:
-        """The factor from its config, whatever it was changed to since."""
+        """The factor from its config, even if ``scaling`` was changed."""
         return float(self.scaling) if self._trained_scaling is None else self._trained_scaling
 
     def rescale(self, scaling: float | Tensor, *, trained: bool = False) -> None:
@@ -145,7 +145,7 @@ class Rescales:
         if isinstance(self.scaling, Tensor):
             change.keep_values([self.scaling])
 
-    def hold_scaling_as_tensor(self, device: torch.device) -> None:
+    def store_scaling_as_tensor(self, device: torch.device) -> None:
         """Stores the factor as a tensor: ``torch.compile`` specialises on a float, and would recompile on a change."""
         if not isinstance(self.scaling, Tensor):
             vars(self)["scaling"] = torch.tensor(float(self.scaling), device=device)
@@ -170,7 +170,7 @@ class Pads(ABC):
     @property
     @abstractmethod
     def room(self) -> int:
-        """The largest size (rank) that fits into its tensors as they are."""
+        """The largest size (rank) that fits into its present tensors."""
 
     @abstractmethod
     def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -179,7 +179,7 @@ class Pads(ABC):
         Args:
             key: name of the parameter.
             tensor: its padded value.
-            shape: of the parameter in an unpadded adapter.
+            shape: shape of the parameter in an unpadded adapter.
 
         Returns:
             A view of the part with ``shape``, and views of the padding.
@@ -244,7 +244,7 @@ class HasFixedTensors:
     """Has buffers that are saved, or values that follow from its config; ``prepare`` sets both."""
 
     optional_tensors: ClassVar[tuple[str, ...]] = ()
-    """Those of ``fixed_tensors`` that a file may lack; then ``prepare`` computes them."""
+    """Names in ``fixed_tensors`` that a file may lack; ``prepare`` then computes these tensors."""
 
     @classmethod
     def fixed_tensors(
@@ -254,9 +254,9 @@ class HasFixedTensors:
 
         Args:
             config: the method's own config.
-            shapes: what ``parameter_shapes`` returned.
+            shapes: result of ``parameter_shapes``.
             module: the frozen layer.
-            kind: of the layer.
+            kind: kind of the layer.
 
         Returns:
             Buffer name -> its shape and dtype.
@@ -265,14 +265,14 @@ class HasFixedTensors:
 
     @classmethod
     def unsaved_elements(cls, config: Any, module: nn.Module, kind: LayerKind) -> int:
-        """Number of values on one layer that are not saved, for methods whose config can set that number freely.
+        """Number of values on one layer that are not saved, for methods whose config determines that number.
 
-        It is checked before they are allocated.
+        It is checked before the values are allocated.
 
         Args:
             config: the method's own config.
             module: the frozen layer.
-            kind: of the layer.
+            kind: kind of the layer.
         """
         return 0
 
@@ -281,9 +281,9 @@ class StartsInWeight(ABC):
     """May be initialised from a part of the weight, which it subtracts from the layer (PiSSA, OLoRA)."""
 
     loses_start: bool = False
-    """Whether a file cannot record how to compute the initial part again, because that took data.
+    """Whether the initial part cannot be recomputed from a file, because it depends on data.
 
-    It is then saved as an adapter without an initial part (``FileFormat.without_weight``).
+    The adapter is then saved as one without an initial part (``FileFormat.without_weight``).
     """
 
     leaves_start: bool = False
@@ -318,7 +318,7 @@ class StartsInWeight(ABC):
 class Untargeted:
     """Does not change the layer's weight as a whole, as a prompt or trained rows of an embedding.
 
-    Such a layer does not count as targeted, and the method itself handles layers that share its weight.
+    Its layer does not count as targeted, and the method itself handles other layers with the same weight.
     """
 
 
@@ -336,14 +336,14 @@ class QuantizationAware:
     """May be trained against the rounding of its quantized weight.
 
     Attributes:
-        is_quantization_aware: whether it is: the layer then computes as if the adapter were merged.
+        is_quantization_aware: whether the layer computes as if the adapter were merged.
     """
 
     is_quantization_aware: bool = False
 
 
 class MeasuresDelta(ABC):
-    """Knows the size of its delta without computing it."""
+    """Can measure its delta without computing it."""
 
     @abstractmethod
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
@@ -354,13 +354,13 @@ class MeasuresDelta(ABC):
             base: the layer.
 
         Returns:
-            The Frobenius norm of the change, and how many singular directions hold most of it; None for the latter
-            where it is expensive to compute.
+            The Frobenius norm of the change, and the number of singular directions that contain most of it; None
+            instead of the number if it is expensive to compute.
         """
 
 
 class HotSwaps:
-    """Has something that matters when the tensors and settings of another adapter replace its own."""
+    """Has a size, settings or limitations that matter when another adapter's tensors and settings replace its own."""
 
     def swap_refusal(self) -> str:
         """Why its tensors cannot be replaced, as part of a sentence; empty if they can."""
@@ -376,7 +376,7 @@ class HotSwaps:
 
         Args:
             config: the new config.
-            path: of the layer.
+            path: path of the layer.
         """
 
     def keep_settings(self, change: Transaction) -> None:
@@ -396,7 +396,7 @@ class UsesAnother(ABC):
     """Uses the tensors of the adapter on another layer, its ``source``, because the two layers share one weight.
 
     Attributes:
-        source: the other adapter; None if this one has tensors of its own.
+        source: the other adapter; None if this one has its own tensors.
     """
 
     source: Any = None
@@ -410,8 +410,8 @@ class UsesAnother(ABC):
         """The tensors to save for an adapter that uses those of another one.
 
         Args:
-            names: of the parameters of the tied adapter.
-            source: parameter name -> tensor of the other one.
+            names: names of the parameters of the tied adapter.
+            source: parameter name -> tensor of the other adapter.
 
         Returns:
             Parameter name -> a view of a tensor in ``source``.
@@ -420,7 +420,7 @@ class UsesAnother(ABC):
 
     @classmethod
     def differs(cls, own: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> bool:
-        """Whether loaded tensors of a tied adapter differ from what its source gives for them.
+        """Whether loaded tensors of a tied adapter differ from those derived from its source.
 
         Args:
             own: parameter name -> tensor in the file.
@@ -431,7 +431,7 @@ class UsesAnother(ABC):
 
 
 class ShowsModules:
-    """Offers modules that PEFT's layers have and that can be called (``PeftNames.wrapped`` and ``modules``)."""
+    """Has modules that PEFT's layers have and that can be called (``PeftNames.wrapped`` and ``modules``)."""
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
         """Makes the module that PEFT's layers have under a name in ``peft.wrapped`` or ``peft.modules``.
@@ -444,7 +444,7 @@ class ShowsModules:
             base: the layer.
 
         Returns:
-            A new module; None if a plain module that only stores the parameter will do.
+            A new module; None if a plain module that only stores the parameter is sufficient.
         """
         return None
 
@@ -454,14 +454,14 @@ class ShowsModules:
         return False
 
     def forget_observed(self, name: str) -> None:
-        """Undoes ``observe`` for a name; the module there is again the one that ``peft_module`` makes."""
+        """Undoes ``observe`` for a name: its module is again the one that ``peft_module`` creates."""
 
     def observe(self, module: nn.Module, name: str = "") -> None:
         """Called when a user adds a hook to a module of ``peft_module``, or replaces it with another module.
 
         Args:
-            module: the module with the hook, or the new one; by default the layer does not call it.
-            name: as for ``peft_module``.
+            module: the module with the hook, or the new module; by default the layer does not call it.
+            name: name of the module, as for ``peft_module``.
         """
         warn_not_called(module, stacklevel=5)
 
@@ -470,12 +470,12 @@ def warn_not_called(module: nn.Module, stacklevel: int) -> None:
     """Warns that a hook was added to a module that the model does not call.
 
     Args:
-        module: with the hook.
+        module: the module with the hook.
         stacklevel: as in ``warnings.warn``.
     """
     warnings.warn(
-        f"a {type(module).__name__} of an adapter computes only where it is called itself: this hook will not run "
-        "in calls of the model; put it on the layer",
+        f"the model does not call the {type(module).__name__} of an adapter itself: this hook will not run in calls "
+        "of the model; put it on the layer",
         stacklevel=stacklevel,
     )
 

@@ -118,9 +118,9 @@ class Combine(Protocol):
 
         Args:
             layers: path -> adapter name -> adapter, in the model's order.
-            configs: of each adapter.
+            configs: configs of each adapter.
             adapters: names; an adapter that a layer does not have adds nothing there.
-            weights: of each adapter; negative weights subtract.
+            weights: weights of each adapter; negative weights subtract.
             settings: ``combination_type`` and the settings that it takes.
 
         Returns:
@@ -128,7 +128,7 @@ class Combine(Protocol):
 
         Raises:
             AdapterError: they cannot be combined.
-            ConfigError: a setting is unknown or impossible for these adapters.
+            ConfigError: a setting is unknown or invalid for these adapters.
         """
         ...
 
@@ -138,10 +138,10 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
 
     Args:
         adapters: names of the adapters to combine.
-        weights: of each.
+        weights: weights of each.
 
     Raises:
-        AdapterError: there are no adapters, the numbers of both differ, or a weight is not finite.
+        AdapterError: there are no adapters, there are more or fewer weights, or a weight is not finite.
     """
     if not adapters:
         raise AdapterError("no adapters to combine: name at least one")
@@ -158,7 +158,7 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value converts to a float without being text; a tensor with one element does."""
+    """Whether a value other than a string converts to a float; a tensor with one element does."""
     try:
         float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

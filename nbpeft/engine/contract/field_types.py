@@ -81,7 +81,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _culprit(name: str, kind: Any, value: Any) -> tuple[str, Any, Any]:
-    """Name, expected type and value of what does not fit: the field itself, or the first such entry of a dict."""
+    """Name, expected type and value of the part that does not fit: the field, or the first wrong entry of its dict."""
     if typing.get_origin(kind) is dict and isinstance(value, Mapping):
         keys, values = typing.get_args(kind)
         for key, entry in value.items():
@@ -119,6 +119,5 @@ def _described(kind: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Collection):
         inner = {int: " of whole numbers", str: " of texts"}.get(arguments[0], "")
         return f"a list{inner}"
-    return (
-        "a text" if isinstance(kind, type) and issubclass(kind, enum.Enum) else f"a {getattr(kind, '__name__', kind)}"
-    )
+    is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
+    return "a text" if is_enum else f"a {getattr(kind, '__name__', kind)}"

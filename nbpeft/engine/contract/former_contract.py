@@ -1,4 +1,4 @@
-"""Refuses methods that are written for the contract of nbpeft 0.2, and names the replacement of each former name."""
+"""Refuses methods that are written for the contract of nbpeft 0.2, and suggests the new names."""
 
 from __future__ import annotations
 
@@ -67,14 +67,15 @@ _CAPABILITIES = (
     *(HasFixedTensors, HasInnerAdapters, HotSwaps, MeasuresDelta, MergesInPlace),
     *(QuantizationAware, ShowsModules, StartsInWeight, UsesAnother),
 )
-"""What every adapter's class could override; the engine asks only those that derive from these classes."""
+"""Capabilities whose members any adapter class could override in 0.2; now they only count in classes that derive from
+them."""
 
 
 def check_fields(label: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Refuses keywords that ``register`` does not take.
 
     Args:
-        label: of the method.
+        label: label of the method.
         given: the keywords that were passed.
         known: the keywords that it takes.
 
@@ -93,7 +94,7 @@ def check_classes(label: str, adapter_class: type[Any], config_class: type[Any],
     """Refuses an adapter class, a config or a shared state that is written for the former contract.
 
     Args:
-        label: of the method.
+        label: label of the method.
         adapter_class: class of its adapters.
         config_class: class of its configs.
         state_class: class of the state that their layers share, or None.
@@ -104,7 +105,7 @@ def check_classes(label: str, adapter_class: type[Any], config_class: type[Any],
     for cls in adapter_class.__mro__:
         name = next((name for name in _MEMBERS if name in vars(cls)), None)
         if name is not None:
-            raise ConfigError(f"{label}: {cls.__name__}.{name} is no longer read: write {_MEMBERS[name]}", field=name)
+            raise ConfigError(f"{label}: {cls.__name__}.{name} is no longer used: write {_MEMBERS[name]}", field=name)
         _check_capabilities(label, adapter_class, cls)
     for owner, former, name in ((config_class, "beside", "reconciled"), (state_class, "settle", "recompute_derived")):
         if owner is not None and hasattr(owner, former):
@@ -118,14 +119,14 @@ def check_classes(label: str, adapter_class: type[Any], config_class: type[Any],
 
 
 def _check_capabilities(label: str, adapter_class: type[Any], cls: type[Any]) -> None:
-    """Refuses a base class that overrides what only a capability has, where the adapter does not derive from that."""
+    """Refuses a class that overrides a member of a capability without deriving from the capability."""
     for capability in _CAPABILITIES:
         if issubclass(adapter_class, capability):
             continue
         name = next((name for name in vars(capability) if not name.startswith("_") and name in vars(cls)), None)
         if name is not None:
             raise ConfigError(
-                f"{label}: {cls.__name__}.{name} is only read of classes that derive from "
+                f"{label}: {cls.__name__}.{name} has no effect unless the class derives from "
                 f"{capability.__module__}.{capability.__name__}",
                 field=name,
             )

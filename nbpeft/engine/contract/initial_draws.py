@@ -57,10 +57,10 @@ def drawn(
     """A new tensor of random numbers.
 
     Args:
-        shape: of the tensor.
+        shape: shape of the tensor.
         fill: fills it in place.
-        device: of the result; on the meta device nothing is drawn.
-        dtype: of the result.
+        device: device of the result; on the meta device nothing is drawn.
+        dtype: dtype of the result.
         through: a dtype that the numbers are rounded to first; None for no rounding.
 
     Returns:
@@ -80,8 +80,8 @@ def skip(fill: Fill, device: torch.device, *shapes: Sequence[int]) -> None:
 
     Args:
         fill: fills a tensor in place.
-        device: of the layer; on the meta device nothing is drawn.
-        *shapes: of the tensors to fill, one after the other.
+        device: device of the layer; on the meta device nothing is drawn.
+        *shapes: shapes of the tensors to fill, one after the other.
     """
     for shape in shapes if device.type != "meta" else ():
         fill(_empty(shape))

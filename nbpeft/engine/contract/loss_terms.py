@@ -78,7 +78,7 @@ def share_of_batch(labels: Any, items: Any, *, shifts: bool) -> Tensor | float:
     """The share of a batch in the learned tokens of all batches whose gradients are accumulated.
 
     Args:
-        labels: of the batch, (rows, length).
+        labels: labels of the batch, (rows, length).
         items: number of learned tokens in all of these batches; None if gradients are not accumulated.
         shifts: whether the model shifts labels, so that the first label of a row is not learned.
 

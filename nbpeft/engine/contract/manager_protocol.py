@@ -1,4 +1,4 @@
-"""The protocol of ``AdapterManager`` for modules that it imports, and that therefore cannot import it."""
+"""The protocol of ``AdapterManager``, for modules that cannot import it because it imports them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Manager(Protocol):
     active_state: ActiveState
     unsaved: set[str]
 
-    # What there is
+    # State
     @property
     def configs(self) -> dict[str, AdapterConfig]: ...  # noqa: D102
     @property
@@ -43,7 +43,7 @@ class Manager(Protocol):
     def check_alive(self) -> None: ...  # noqa: D102
     def check_choice(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
 
-    # Changing it
+    # Changes
     def use(self, names: str | Sequence[str]) -> AbstractContextManager[object]: ...  # noqa: D102
     def ensure_loaded(  # noqa: D102
         self, names: tuple[str, ...], *, switching: bool = False

@@ -30,7 +30,7 @@ class Part:
 class Companion(Protocol):
     """Lets configs of other methods request adapters of this method through one of their fields.
 
-    Trainable tokens are one: ``trainable_token_indices`` of a ``LoraConfig`` requests them.
+    For example, ``trainable_token_indices`` of a ``LoraConfig`` requests adapters of trainable tokens.
     """
 
     field: str
@@ -78,9 +78,8 @@ class Listing:
         paper: where it is described: ``arXiv:2106.09685``, or a URL.
         variant: config -> a display name that is more specific than the label (``rsLoRA``), or the empty string.
         summary: config -> settings to show: ``{"r": "16", "α": "32"}``.
-        smaller: config -> one with fewer parameters, to suggest if a memory estimate does not fit; None if there is
-            none.
-        listed_with: fields of the config that lists of methods show it with, if its defaults are not valid.
+        smaller: config -> a config with fewer parameters, to suggest if a memory estimate does not fit, or None.
+        listed_with: config fields to use in lists of methods, if the config's defaults alone are not valid.
     """
 
     when: str = ""
@@ -102,12 +101,12 @@ class FileFormat:
         unpack: (config, key -> tensor in a file) -> key -> tensor of the adapter; the inverse of ``pack``. It is called
             with tensors on the meta device first, so that shapes are checked before the file is read.
         derived: (config, parameters of one layer) -> key -> further tensor to write, computed from the parameters.
-        fuse: (key -> tensor in a file, name of an expert parameter -> layers it was made from) -> the same tensors,
-            with those of the layers joined to one for the parameter; for files from before transformers 5.
-        parts: (manager, adapter name) -> subfolder -> (config, path -> parameter -> tensor) of other adapters that it
-            consists of; each is saved in its subfolder.
+        fuse: (key -> tensor in a file, name of an expert parameter -> its former layers) -> the tensors, with those of
+            the former layers joined to one for the parameter; for files from before transformers 5.
+        parts: (manager, adapter name) -> subfolder -> (config, path -> parameter -> tensor) of the adapters that it
+            consists of, each of which is saved in its subfolder.
         with_parts: (config of a file, function from a subfolder to its location or None, keywords of loading) -> the
-            config with the locations of such adapters.
+            config with the locations of these adapters.
         has_tensors: whether an adapter of the method has any tensors to save.
         without_weight: (config, path -> adapter, weights) -> config and weights of an equal adapter that is not
             initialised from the base weight.
@@ -130,10 +129,10 @@ class SharedTensors:
     """Tensors that the layers of one adapter share, and adapters of this method inside those of other methods.
 
     Attributes:
-        state: class of the state that all layers of an adapter share; None if there is none.
+        state: class of the state that all layers of an adapter share, or None.
         tied: (config, path -> (in, out) features of its layers, in model order) -> path -> parameter -> path of the
-            earlier layer that has this parameter; for methods in which some layers share one. It is saved for each of
-            these layers. A long list of targets in the config is condensed before the call.
+            earlier layer that has this parameter; for methods in which only some layers share a parameter. It is saved
+            for each of these layers. A long list of targets in the config is condensed before the call.
         tied_class: (config, paths of layers that share one weight) -> class of the adapters on all but the first of
             these layers, which use the tensors of the first one's adapter; None if the method cannot do that. For
             ``ensure_weight_tying``.
@@ -153,9 +152,9 @@ class CallInputs:
     Attributes:
         context: (config, args, kwargs of the call) -> value of ``base.context`` in its adapters during the call. In a
             mixed batch, a tensor with one entry for each row is cut to the rows of the adapter.
-        arguments: names of keyword arguments of a call that are only for ``context``; the model does not get them.
-        token_arguments: those in ``arguments`` with one value for each token, (rows, length); the others have one for
-            each row.
+        arguments: names of keyword arguments of a call that only ``context`` reads; they are not passed to the model.
+        token_arguments: names in ``arguments`` with one value for each token, (rows, length); the others have one value
+            for each row.
         generation: (config, model) -> default arguments of ``generate``.
     """
 
@@ -170,7 +169,7 @@ class OwnKinds:
     """Which kinds of layers a method supports, if that differs from the default.
 
     Attributes:
-        only: kinds of layers that only this method knows; if not empty, it supports no other kinds.
+        only: kinds of layers of this method alone; if not empty, it supports no other kinds.
         classes: name of a layer kind -> adapter class for that kind, if it is not the registered one. Bare parameters
             (``target_parameters``) and ``Composite`` kinds are supported only if they have an entry here.
         quantized: whether it supports layers with a quantized weight.

@@ -6,13 +6,14 @@ A ``ModelAdapter`` prepends trained vectors to what the model reads, in ``forwar
     decoder_tokens   the same for the decoder of an encoder-decoder model
     cached_states    keys and values at the start of the attention cache (a prefix)
 
-It is stored on the input embedding, whose output it does not change, so that it is moved, trained, saved and copied
-with the model like every other adapter. ``model_calls`` inserts its vectors into a call and extends the attention
-mask, positions and labels. Capabilities in addition to that:
+It is stored on the input embedding, or on the first layer of a model that has none where the method does not read it.
+That layer's output is not changed. So it is moved, trained, saved and copied with the model like every other adapter.
+``model_calls`` inserts its vectors into a call and extends the attention mask, positions and labels. Capabilities in
+addition to that:
 
     WeighsTokens     decides which tokens a language model learns, and the weight of each in the loss
     AddsInside       adds to the outputs of modules inside the model (``inner_calls``)
-    RunsBeside       runs a side network that changes the inputs of blocks (``side_network``)
+    HasSideNetwork   runs a side network that changes the inputs of blocks (``side_network``)
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
     ``initialise`` overwrites those that depend on the model.
 
     Attributes:
-        call_argument: name of a keyword argument of calls that only the adapter gets, as ``base.context``; or empty.
+        needs_embedding: whether it reads the input embedding; other methods also work on models without one.
+        call_argument: keyword argument of calls that is passed only to the adapter, as ``base.context``; or empty.
         token_count: number of embeddings that it prepends to the input.
         decoder_token_count: number of embeddings that it prepends to the input of an encoder-decoder model's decoder.
         state_count: number of key/value positions that it prepends to the cache of each layer.
@@ -45,6 +47,7 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
 
     peft: ClassVar[PeftNames] = PeftNames(shown_as="prompt_encoder")
     call_argument: ClassVar[str] = ""
+    needs_embedding: ClassVar[bool] = True
     token_count: int = 0
     decoder_token_count: int = 0
     state_count: int = 0
@@ -100,13 +103,13 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
             ConfigError: the model is not supported.
         """
 
-    # What this class implements from that
+    # What this class implements for all methods
 
     @classmethod
     def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
         """Shapes of all parameters; see ``Adapter``."""
-        if not kind.takes_ids:
-            raise ConfigError(f"{path} is no embedding, so {cls.__name__} has nothing to put tokens in front of")
+        if cls.needs_embedding and not kind.takes_ids:
+            raise ConfigError(f"{path} is not an embedding, so {cls.__name__} cannot insert tokens before its output")
         with torch.device("meta"):
             return {name: tuple(parameter.shape) for name, parameter in cls(config).named_in_files().items()}
 
@@ -159,7 +162,7 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why it cannot be merged; see ``Adapter``."""
-        return "the weights: it puts trained tokens in front of the input and changes no weight"
+        return "the weights: it inserts trained tokens before the input and changes no weight"
 
     def swap_refusal(self) -> str:
         """Why it cannot be hot-swapped; see ``HotSwaps``."""
@@ -170,7 +173,7 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
         return dict(self.named_in_files())
 
     def name_in_files(self, name: str) -> str:
-        """The name of a parameter in files before ``FileFormat.keys`` is applied, from its path in this module."""
+        """The name of a parameter in files, given its path in this module; ``FileFormat.keys`` is applied later."""
         return name
 
     def paths_by_name_in_files(self) -> dict[str, str]:
@@ -189,15 +192,15 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
 
 
 class WeighsTokens(ABC):
-    """Changes labels, and their weights in the loss of a language model; a ``ModelAdapter`` with input tokens."""
+    """A ``ModelAdapter`` with input tokens that changes labels and their weights in the loss of a language model."""
 
     @abstractmethod
     def learned(self, labels: Tensor, start: int, front: int, base: BaseLayer) -> tuple[Tensor, Tensor]:
         """Computes the labels of a call and their weights in the mean loss.
 
         Args:
-            labels: int64, (rows, positions), for all prepended tokens and then the input; -100 is not learned. The
-                adapter's own tokens have -100.
+            labels: int64, (rows, positions), for all prepended tokens and then the input; the loss ignores -100. The
+                labels of the adapter's own tokens are -100.
             start: first position of its own tokens.
             front: first position of the input.
             base: the input embedding; its ``context`` is what ``CallInputs.context`` returned for the call.
@@ -208,7 +211,7 @@ class WeighsTokens(ABC):
 
 
 class AddsInside(ABC):
-    """Adds to the outputs of some modules inside the model, such as attention modules; a ``ModelAdapter``.
+    """A ``ModelAdapter`` that adds to the outputs of some modules inside the model, such as attention modules.
 
     Attributes:
         places: paths of the modules in the base model.
@@ -223,10 +226,10 @@ class AddsInside(ABC):
         """Computes what to add to the output of a module.
 
         Args:
-            path: of the module.
+            path: path of the module.
             module: the module; layers inside it may be called, and apply their adapters as in the module's own call.
-            args: of the module's call.
-            kwargs: of the module's call.
+            args: positional arguments of the module's call.
+            kwargs: keyword arguments of the module's call.
             rows: batch size for calls of layers inside ``module`` with other inputs than the module's: 1, or the batch
                 size of the input in a mixed batch.
 
@@ -235,10 +238,10 @@ class AddsInside(ABC):
         """
 
 
-class RunsBeside(ABC):
-    """Has a side network with a state that is updated at some blocks of the model; a ``ModelAdapter``.
+class HasSideNetwork(ABC):
+    """A ``ModelAdapter`` with a side network, whose state is updated at some blocks of the model.
 
-    Its method declares a ``CallInputs.context`` that returns None: during a call the engine stores the state there.
+    Its method declares a ``CallInputs.context`` that returns None; during a call the engine puts the state there.
 
     Attributes:
         title: name of its method, for messages.
@@ -253,25 +256,36 @@ class RunsBeside(ABC):
     last_loss: Tensor | None = None
 
     @abstractmethod
-    def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor:
-        """Computes the state before the first block.
+    def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor | None:
+        """Computes the state before the first block from the input of the model.
 
         Args:
             model: the base model.
             call: name -> argument of the call; changed in place if the cache must store what the network computes.
 
         Returns:
+            (rows, length, features); None if ``state_of`` computes it.
+        """
+
+    def state_of(self, hidden: Tensor) -> Tensor:
+        """Computes the state before the first block from the input of that block.
+
+        Args:
+            hidden: (rows, length, features).
+
+        Returns:
             (rows, length, features).
         """
+        raise NotImplementedError
 
     @abstractmethod
     def injected(self, path: str, hidden: Tensor, state: Tensor, scale: float) -> Tensor:
         """Computes the input of a block.
 
         Args:
-            path: of the block.
+            path: path of the block.
             hidden: its hidden states without the adapter, (rows, length, features).
-            state: before the block.
+            state: state before the block, (rows, length, features).
             scale: factor on what is added.
 
         Returns:
@@ -283,12 +297,12 @@ class RunsBeside(ABC):
         """Computes the state after a block.
 
         Args:
-            path: of the block.
+            path: path of the block.
             hidden: output of the block, (rows, length, features).
-            state: before the block.
+            state: state before the block, (rows, length, features).
 
         Returns:
-            The new state.
+            The new state, (rows, length, features).
         """
 
     @abstractmethod
@@ -298,13 +312,13 @@ class RunsBeside(ABC):
         Args:
             model: the base model.
             call: name -> argument of the call, including ``labels``.
-            state: before the first block.
+            state: state before the first block, (rows, length, features).
 
         Returns:
-            A scalar; None if the network has no loss of its own.
+            A scalar; None if the network has no separate loss.
         """
 
 
 def learns_prompt(adapter: object) -> TypeGuard[ModelAdapter]:
     """Whether an object is an adapter that prepends tokens or cached states."""
-    return isinstance(adapter, ModelAdapter) and not isinstance(adapter, AddsInside | RunsBeside)
+    return isinstance(adapter, ModelAdapter) and not isinstance(adapter, AddsInside | HasSideNetwork)

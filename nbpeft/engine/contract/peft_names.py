@@ -1,4 +1,4 @@
-"""The names that PEFT's layers and models have for what a method stores, as the method declares them."""
+"""PEFT's names for the parameters, settings and classes of a method, as the method declares them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ADAPTER_PARTS = "adapter_parts"
 
 @dataclass(frozen=True)
 class PeftNames:
-    """PEFT's names for the parts of an adapter. A method without them works, only PEFT's names are then missing.
+    """PEFT's names for the parts of an adapter. A method works without them; its layers then lack PEFT's names.
 
     Attributes:
         parameters: attributes of PEFT's layers that map adapter names to parameters, separated by spaces.
@@ -20,16 +20,18 @@ class PeftNames:
         layer: class name of a layer whose adapters are all of this method; empty for ``<peft_type>.<kind>``.
         layer_prefix: start of the names of its layer classes: ``HRA`` of ``HRALinear``.
         mappings: mappings that every layer has, even if they are empty there.
-        single_mapping: the one mapping that contains all parameters, if PEFT's layers have only that one.
         attributes: attribute of an adapted layer -> attribute of the adapter that it reads.
         functions: method of an adapted layer -> function of the layer and the arguments.
         wrapped: parameters stored in a small module as its ``weight``: ``layer.core["default"].weight``.
         names_in_modules: parameter in ``wrapped`` -> its name in the module, if that is not ``weight``.
-        lists: parameters stored in a list, ``layer.core["default"][0]``: here ``core.0``, ``core.1``, …
-        modules: further modules of PEFT's layers, besides those for ``wrapped``; see ``ShowsModules.peft_module``.
+        lists: parameters stored in a list, ``layer.core["default"][0]``: here ``core.0``, ``core.1``, …; if they are
+            also in ``wrapped``, a list of small modules.
+        grouped: parameter -> attribute of PEFT's layer and key in its value for the adapter:
+            ``osf_svd_params.S_low`` for ``layer.osf_svd_params["default"]["S_low"]``.
+        modules: modules of PEFT's layers in addition to those for ``wrapped``; see ``ShowsModules.peft_module``.
         constants: parameters that are neither saved nor read; they exist because PEFT counts them.
         container: module below the layer in which PEFT keeps the parameters, if not on the layer itself.
-        shown_as: attribute of a layer under which the submodules of adapters are found.
+        shown_as: attribute of a layer that contains the submodules of its adapters.
         model_functions: method of a model whose first adapter has such a config -> function of the model's manager and
             the arguments.
         model_attributes: attribute of such a model's ``base_model`` -> function of the ``base_model``.
@@ -40,12 +42,12 @@ class PeftNames:
     layer: str = ""
     layer_prefix: str = ""
     mappings: tuple[str, ...] = ()
-    single_mapping: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     wrapped: tuple[str, ...] = ()
     names_in_modules: Mapping[str, str] = field(default_factory=dict)
     lists: tuple[str, ...] = ()
+    grouped: Mapping[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     container: str = ""

@@ -44,10 +44,10 @@ class Method:
         peft_type: the ``peft_type`` in config files.
         config_class: class of its configs.
         adapter_class: class of its adapters.
-        applies: config -> whether it is one of this method; for config classes that several methods share.
+        applies: config -> whether it belongs to this method; for config classes that several methods share.
         default_targets: model type -> default targets: names, a pattern or "all-linear"; None if unknown.
         sample_configs: name -> fields of a config, without targets; the method's tests run with each of them.
-        draws_in_training: whether its adapters use random numbers in training mode, apart from dropout.
+        draws_in_training: whether its adapters use random numbers in training mode, in addition to dropout.
         combine: combines its adapters; methods that can be combined with each other share one object.
         listing: how lists and panels present it.
         shares: tensors that its layers share.
@@ -134,8 +134,8 @@ def register(
 
     Raises:
         UnknownMethodError: another class has this label.
-        ConfigError: ``Method`` has no such attribute or one of another type, or the class is written for the contract
-            of nbpeft 0.2.
+        ConfigError: ``Method`` has no such attribute, the type of a value is wrong, or the class is written for the
+            contract of nbpeft 0.2.
     """
     check_fields(label, fields, _FIELDS)
     for name, record in _RECORDS.items():
@@ -207,7 +207,7 @@ def method_of(config: AdapterConfig) -> Method:
 
 
 def method_of_adapter(adapter: Adapter) -> Method | None:
-    """The method of an adapter, found by the nearest registered class among its bases; None if there is none."""
+    """The method of an adapter, which is that of the nearest registered class among its bases; None without one."""
     for cls in type(adapter).__mro__:
         for method in _methods:
             if cls in (method.adapter_class, *method.kinds.classes.values()):
@@ -226,15 +226,15 @@ def transforms_calls(peft_type: str) -> bool:
 
 
 def companions() -> tuple[Method, ...]:
-    """The methods whose adapters configs of other methods can request."""
+    """The methods whose adapters can be requested by configs of other methods."""
     return tuple(method for method in methods() if method.shares.companion is not None)
 
 
 def file_keys(peft_type: str) -> dict[str, str]:
-    """Parameter name -> what follows the module path in PEFT's files; missing names are spelled as they are.
+    """Parameter name -> part of its key after the module path in PEFT's files; a missing name is its own key.
 
     Args:
-        peft_type: of the config in the same folder.
+        peft_type: ``peft_type`` of the config in the same folder.
     """
     keys: dict[str, str] = {}
     for method in methods():
@@ -257,7 +257,7 @@ def config_class_of(peft_type: str) -> type[AdapterConfig]:
     """The config class of a ``peft_type`` in a file.
 
     Raises:
-        UnknownMethodError: no registered method has it.
+        UnknownMethodError: no registered method has this ``peft_type``.
     """
     known = {m.peft_type: m.config_class for m in reversed(methods())}
     if peft_type not in known:
@@ -274,7 +274,7 @@ def resolve_layer_kind(module: nn.Module, method: Method | None = None) -> Layer
 
     Args:
         module: the frozen layer.
-        method: whose own kinds are tried instead, if it has any (``OwnKinds.only``).
+        method: a method; its own kinds (``OwnKinds.only``), if any, are tried instead of all kinds.
 
     Returns:
         The kind; None if the layer cannot be adapted.

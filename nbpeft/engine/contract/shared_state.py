@@ -21,8 +21,8 @@ class SharedSite:
 
     Attributes:
         shapes: name -> shape, as ``tensor_shapes`` returned.
-        device: of the first adapted layer.
-        dtype: of new tensors.
+        device: device of the first adapted layer.
+        dtype: dtype of new tensors.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -37,19 +37,19 @@ class SharedSite:
 
 
 class SharedState(Bindable):
-    """State that all layers of one adapter share, one object per adapter name. Derive from it if a method needs one.
+    """State that all layers of one adapter share, one object per adapter name. A method with such state subclasses it.
 
     It is registered as a submodule of the first adapted layer, so that it is moved and trained with the model.
     """
 
     made_from: ClassVar[tuple[str, ...]] = ()
-    """Fields of the config that, with the shapes, determine what ``create`` makes if no file has the state."""
+    """Fields of the config that, together with the shapes, determine a state that is not loaded from a file."""
 
     is_trained: ClassVar[bool] = True
     """Whether its tensors are trained; otherwise they are frozen."""
 
     named_first: ClassVar[tuple[str, ...]] = ()
-    """Names of its modules in which PEFT maps tensor names to adapter names, and not the other way round."""
+    """Names of its modules that in PEFT map a tensor name to a mapping by adapter name, not the other way round."""
 
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
@@ -128,7 +128,7 @@ class SharedState(Bindable):
 
     @classmethod
     def is_saved(cls, config: Any) -> bool:
-        """Whether its tensors are saved; otherwise ``create`` must make the same ones again from the config."""
+        """Whether its tensors are saved; otherwise ``create`` must reproduce them from the config."""
         return True
 
     def saved_tensors(self) -> dict[str, Tensor]:
@@ -191,7 +191,7 @@ class Together(SharedState):
     """A shared state without tensors that refers to the adapters of all layers, to compute over all of them.
 
     Args:
-        config: of the adapter.
+        config: config of the adapter.
 
     Attributes:
         adapters: path -> the adapter of a layer.

@@ -16,8 +16,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from nbpeft.engine.contract.manager_protocol import Manager
 
 _managers: weakref.WeakSet[Any] = weakref.WeakSet()
-_held: weakref.WeakKeyDictionary[Optimizer, weakref.WeakKeyDictionary[Any, tuple[int, tuple[str, ...]]]]
-_held = weakref.WeakKeyDictionary()
+_trained: weakref.WeakKeyDictionary[Optimizer, weakref.WeakKeyDictionary[Any, tuple[int, tuple[str, ...]]]]
+_trained = weakref.WeakKeyDictionary()
 """Optimizer -> manager -> its revision, and the names of the adapters whose parameters the optimizer has."""
 _hooked: list[object] = []
 _steps = [0]
@@ -42,8 +42,8 @@ def mark_unsaved(manager: Manager, *names: str) -> None:
     """Marks adapters as unsaved, and notifies the manager's subscribers if any was marked as saved.
 
     Args:
-        manager: of the model.
-        *names: of the adapters.
+        manager: manager of the model.
+        *names: names of the adapters.
     """
     new = set(names) - manager.unsaved
     if new:
@@ -55,8 +55,8 @@ def mark_saved(manager: Manager, *names: str) -> None:
     """Marks adapters as saved, and notifies the manager's subscribers if any was marked as unsaved.
 
     Args:
-        manager: of the model.
-        *names: of the adapters.
+        manager: manager of the model.
+        *names: names of the adapters.
     """
     old = set(names) & manager.unsaved
     if old:
@@ -70,12 +70,12 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _steps[0] += 1
     for manager in tuple(_managers):
         if manager.alive:
-            unmarked = [name for name in _held_by(optimizer, manager) if name not in manager.unsaved]
+            unmarked = [name for name in _trained_by(optimizer, manager) if name not in manager.unsaved]
             mark_unsaved(manager, *(name for name in unmarked if _has_gradient(manager, name)))
 
 
-def _held_by(optimizer: Optimizer, manager: Manager) -> tuple[str, ...]:
-    known = _held.setdefault(optimizer, weakref.WeakKeyDictionary())
+def _trained_by(optimizer: Optimizer, manager: Manager) -> tuple[str, ...]:
+    known = _trained.setdefault(optimizer, weakref.WeakKeyDictionary())
     revision, names = known.get(manager, (-1, ()))
     if revision != manager.revision:
         in_groups = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

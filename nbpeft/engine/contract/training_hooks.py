@@ -1,4 +1,4 @@
-"""What a method runs in each training step besides backward, and the state of it that a checkpoint must include."""
+"""Hooks of a method in each training step, and its training state for checkpoints."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ class LearnsWithHooks:
 
 
 class HasTrainingState:
-    """Has training state besides its saved tensors; for an ``Adapter`` or a ``SharedState``.
+    """Has training state in addition to its saved tensors; for an ``Adapter`` or a ``SharedState``.
 
-    Moving averages, pruned ranks or its own random generators, for example. The state is saved in training checkpoints
-    and restored from them, so that a resumed training gives the same result as an uninterrupted one.
+    The state consists, for example, of moving averages, pruned ranks or separate random generators. It is saved in
+    training checkpoints and restored from them, so that a resumed training gives the same result as an uninterrupted
+    one.
     """
 
     @property
     def has_training_state(self) -> bool:
-        """Whether there is such state with the current config."""
+        """Whether the current config needs such state."""
         return True
 
     @abstractmethod
@@ -53,17 +54,17 @@ class HasTrainingState:
         """Restores the state.
 
         Args:
-            state: what ``training_state`` returned earlier; empty to reset it for a new training.
+            state: an earlier result of ``training_state``; empty to reset the state for a new training.
         """
 
     def in_training(self, config: Any, weights: AdapterWeights) -> tuple[Any, AdapterWeights]:
-        """The config and weights to write to a training checkpoint, if they differ from those of ``save``.
+        """Returns the config and weights to write to a training checkpoint, if they differ from those of ``save``.
 
         Args:
-            config: of the adapter.
-            weights: as they are saved outside of a checkpoint.
+            config: config of the adapter.
+            weights: the weights that are saved outside of checkpoints.
 
         Returns:
-            Both as they are written to the checkpoint.
+            The config and weights for the checkpoint.
         """
         return config, weights

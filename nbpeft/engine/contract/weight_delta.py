@@ -196,7 +196,7 @@ def apply_delta(
         compute: function of the parameters to a canonical weight; backward calls it again.
         parameters: the trained tensors.
         dtype: to compute in; None for autocast's, or else that of the parameters.
-        bias: of a linear layer, (out,), which is frozen; None for none.
+        bias: bias of a linear layer, (out,), which is frozen; None for none.
 
     Returns:
         The output, (…, out), in ``dtype``.
@@ -276,8 +276,8 @@ class _ApplyDelta(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, *saved = ctx.saved_tensors
         of_output, base = gradients[0], ctx.base
-        # Two steps, so that the graph of Δ is all that autograd keeps: first the gradient of Δ from the layer's map,
-        # then the gradients of the parameters from that of Δ.
+        # In two steps, so that autograd only stores the graph of Δ: first the gradient of Δ from the layer's map, then
+        # the gradients of the parameters from that of Δ.
         learning = [parameter.requires_grad for parameter in saved]
         leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(saved, learning, strict=True)]
         with without_autocast(x.device.type):

@@ -24,7 +24,7 @@ class Layers(Protocol):
     def transaction(self) -> AbstractContextManager[Transaction]: ...  # noqa: D102
 
 
-def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None:
+def prepare_for_hotswap(manager: Layers, target_rank: int | None) -> None:
     """Prepares every adapter for swaps that change rank and scaling without recompiling the model.
 
     Tensors are padded with zeros to ``target_rank``, which changes no output, and scalings become
@@ -35,8 +35,8 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None
         target_rank: largest rank of the adapters that will be swapped in; None leaves the tensors unchanged.
 
     Raises:
-        HotSwapError: there is no adapter, or one has a larger rank than ``target_rank``.
-        ConfigError: a grouped convolution does not support that rank.
+        HotSwapError: there is no adapter, or an adapter has a larger rank than ``target_rank``.
+        ConfigError: a grouped convolution does not support the rank.
     """
     slots = [
         (path, layer, adapter)
@@ -74,11 +74,11 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None
             wide.mark_padded()
         for _, _, adapter in slots:
             if isinstance(adapter, Rescales):
-                adapter.hold_scaling_as_tensor(next(adapter.parameters()).device)
+                adapter.store_scaling_as_tensor(next(adapter.parameters()).device)
 
 
 def put_larger(grown: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    """Assigns larger tensors to parameters, which stay the same objects."""
+    """Assigns larger tensors to parameters, which stay the same objects: optimizers and compiled code refer to them."""
     for parameter, larger in grown:
         parameter.data = larger
         parameter.grad = None

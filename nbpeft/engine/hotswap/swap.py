@@ -58,9 +58,9 @@ def swap(
             ``modules_to_save`` that they do not contain are reset to the base model's values.
         grow: allocate larger tensors in a slot that is too small for the new rank; a compiled model
             is then recompiled.
-        validate: called when the new adapter is in place and the only active one, before other
-            threads see it; if it returns False or raises, the old adapter is restored, bit for bit.
-        done: called at the end with the transaction of the swap, which it can still undo by raising.
+        validate: called while the new adapter is the only active one, before other threads can use it;
+            if it returns False or raises, the old adapter is restored, bit for bit.
+        done: called at the end with the transaction of the swap, which is undone if it raises.
 
     Raises:
         HotSwapError: the new adapter does not fit the slot, or ``validate`` rejected it. The
@@ -91,7 +91,7 @@ def swap(
 
 
 def config_for_slot(manager: Manager, name: str, config: AdapterConfig) -> AdapterConfig:
-    """A copy of a new adapter's config with the slot's targets and the per-layer values that belong to them.
+    """A copy of a new adapter's config with the slot's targets and the per-layer values for these targets.
 
     Args:
         manager: the model's manager.
@@ -129,18 +129,21 @@ def _check(manager: Manager, name: str, config: AdapterConfig, validate: object)
 
 
 def _check_shared(manager: Manager, name: str, config: AdapterConfig, weights: AdapterWeights) -> None:
-    """Raises HotSwapError if the layers' shared tensors, which are not replaced, differ from the new adapter's."""
+    """Raises HotSwapError if the shared tensors of the new adapter differ, because a swap does not replace them."""
     method, slot_config = method_of(config), manager.configs[name]
     if method.shares.state is None:
         return
     if weights.shared or method.shares.state.is_saved(config):
-        raise HotSwapError(f"the new adapter is {method.label} with its own of what layers share: load it instead")
+        raise HotSwapError(
+            f"the new {method.label} adapter has its own shared tensors, which a swap cannot replace: load it under "
+            "another name"
+        )
     for field in method.shares.state.made_from:
         old, new = getattr(slot_config, field), getattr(config, field)
         if old != new:
             raise HotSwapError(
-                f"{field} is {old!r} in adapter {name!r} and {new!r} in the new one, and what their layers share "
-                "depends on it: load the new one under another name",
+                f"{field} is {old!r} in adapter {name!r} and {new!r} in the new one, and their shared tensors depend "
+                "on it: load the new one under another name",
                 name=name,
             )
     features = _features(manager, name)
@@ -165,7 +168,9 @@ def check_contents(name: str, slot_config: AdapterConfig, config: AdapterConfig)
     """
     for owner, which in ((slot_config, f"adapter {name!r}"), (config, "the new adapter")):
         if getattr(owner, "initialised_from_weight", False):  # other libraries' configs lack it; refused later
-            raise HotSwapError(f"{which} starts in a part of the base weights: load the new one under another name")
+            raise HotSwapError(
+                f"{which} is initialised from a part of the base weights: load the new one under another name"
+            )
         for method in companions():
             field = "" if method.shares.companion is None else method.shares.companion.field
             if getattr(owner, field, None):
@@ -177,10 +182,10 @@ def _validated(manager: Manager, name: str, validate: Callable[[], object]) -> N
     try:
         with manager.use(name), released_interrupts():
             verdict = validate()
-        # Inside of ``try``, because the truth value of a tensor with several elements raises.
+        # Inside the ``try``, because ``bool`` of a tensor with several elements raises.
         accepted = verdict is None or bool(verdict)
     except Exception as error:
         reason = in_one_line(error) or type(error).__name__
-        raise HotSwapError(f"validating the new adapter failed ({reason}); {name!r} is as before", name=name) from error
+        raise HotSwapError(f"validating the new adapter failed ({reason}); {name!r} is unchanged", name=name) from error
     if not accepted:
-        raise HotSwapError(f"the new adapter did not pass its validation; {name!r} is as before", name=name)
+        raise HotSwapError(f"the new adapter did not pass its validation; {name!r} is unchanged", name=name)

@@ -85,16 +85,17 @@ class Writes:
     def _check_form(self, path: str, shapes: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:
         """Raises HotSwapError if the new adapter has other parameters than the slot."""
         read = adapter._parameters.keys() - set(adapter.peft.constants)
-        own = {key: tuple(held.shape) for key, held in adapter._parameters.items() if held is not None and key in read}
+        parameters = ((key, value) for key, value in adapter._parameters.items() if value is not None and key in read)
+        own = {key: tuple(value.shape) for key, value in parameters}
         if own.keys() == shapes.keys() and (isinstance(adapter, Pads) or own == shapes):
             return
-        held, asked = (
+        present, required = (
             _listed([f"{key} {shape}" for key, shape in one.items() if other.get(key) != shape]) or "nothing else"
             for one, other in ((own, shapes), (shapes, own))
         )
         raise HotSwapError(
-            f"{path}: adapter {self.name!r} has {held} where the config of the new one asks for {asked}; load it under "
-            "another name",
+            f"{path}: adapter {self.name!r} has {present} where the config of the new one requires {required}; load it "
+            "under another name",
             path=path,
         )
 
@@ -202,7 +203,7 @@ class Writes:
         differing = sorted(own.keys() ^ given.keys())
         if differing:
             where = prefix.rstrip(".") or "trained base biases"
-            raise HotSwapError(f"{where}: {_listed(differing)} not in both the new adapter and {self.name!r}")
+            raise HotSwapError(f"{where}: only one of the new adapter and {self.name!r} has {_listed(differing)}")
         for key, tensor in own.items():
             if tensor.shape != given[key].shape:
                 raise HotSwapError(

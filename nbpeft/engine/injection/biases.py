@@ -38,7 +38,7 @@ class BaseBiases:
 
         Args:
             adapter: its name.
-            names: of the biases.
+            names: names of the biases.
 
         Raises:
             ConfigError: another adapter trains biases already, or a bias has no data.
@@ -51,7 +51,7 @@ class BaseBiases:
             )
         absent = next((name for name, bias in self._owners(names).items() if bias.is_meta), None)
         if absent is not None:
-            raise ConfigError(f"{absent} has no data here (meta device): use bias='none', or load the model whole")
+            raise ConfigError(f"{absent} has no data (meta device): use bias='none', or load the whole model")
 
     def keep(self, change: Transaction) -> None:
         """Records which parameters belong to which adapter, so that a failure can restore it."""
@@ -66,8 +66,8 @@ class BaseBiases:
 
         Args:
             adapter: its name.
-            names: of the biases that it trains.
-            values: name -> new value of these biases, and of others, which stay frozen.
+            names: names of the biases that it trains.
+            values: name -> new value of these biases, and of further parameters, which stay frozen.
             change: records the old values.
         """
         parameters = self._owners([*names, *(values or {})])
@@ -85,7 +85,8 @@ class BaseBiases:
     def stop(self, adapter: str, change: Transaction) -> None:
         """Restores the original values of an adapter's parameters.
 
-        If a later adapter has overwritten a parameter, that one's record gets the original value instead.
+        If a later adapter has overwritten a parameter, the parameter is not changed, and the original value is passed
+        on to the record of that adapter.
 
         Args:
             adapter: its name.

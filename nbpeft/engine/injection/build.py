@@ -39,12 +39,12 @@ from nbpeft.errors import AdapterError, ConfigError
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _PREPARED = "_nbpeft_prepared_by"
-"""Attribute of a layer that a backend is to release: the backend's name."""
+"""Attribute of a layer that a backend has prepared and must release: the backend's name."""
 
 
 @dataclass
 class Parts:
-    """What ``commit`` adds to the model; nothing here is part of the model yet.
+    """Parts that ``commit`` will add to the model; none of them is in the model yet.
 
     Attributes:
         adapters: (sites of one module, its wrapper, the new adapter) in model order.
@@ -75,14 +75,13 @@ def build(
 
     Args:
         model: the base model.
-        plan: what to create.
-        active_state: of the model, for new wrappers.
-        weights: loaded tensors; a path or parameter that they lack is initialised.
-        name: of the adapter, for custom layer classes.
+        plan: the plan.
+        active_state: state of the model, for new wrappers.
+        weights: loaded tensors; paths and parameters missing there are initialised.
+        name: name of the adapter, for custom layer classes.
         half: use the base's dtype for adapters even if it has half precision; by default they
-            are float32 there, which training needs.
-        training: mode of new adapters and their wrappers; None for that of the adapter which is replaced, or else of
-            its layer.
+            are float32 then, which training needs.
+        training: mode of new adapters and their wrappers; None for the mode of the replaced adapter or of the layer.
 
     Returns:
         The new parts.
@@ -175,7 +174,7 @@ def _check_owner(site: Site, active_state: ActiveState) -> None:
     wrapper = site.wrapper
     if wrapper is None or wrapper._shared_state() is active_state:
         return
-    if active_state.layer_commands.brought_by(wrapper) is None:
+    if active_state.layer_commands.foreign_configs(wrapper) is None:
         raise AdapterError(
             f"{site.path} has adapters of another model ({', '.join(map(repr, wrapper._named())) or 'none now'}): add "
             "the adapter to that model, or unload its adapters first"
@@ -212,11 +211,11 @@ def shared_state(
     """Builds the state that the layers of an adapter share.
 
     Args:
-        plan: of the adapter.
+        plan: plan of the adapter.
         weights: loaded tensors, or None to initialise.
         layers: path of each target -> the layer.
-        device: of its tensors.
-        dtype: of new tensors.
+        device: device of its tensors.
+        dtype: dtype of new tensors.
 
     Returns:
         The state; None if the method has none.
@@ -352,7 +351,7 @@ def commit(name: str, parts: Parts, change: Transaction) -> Parts:
     """Adds built parts to the model.
 
     Args:
-        name: of the adapter.
+        name: name of the adapter.
         parts: from ``build``.
         change: records the replaced modules; the caller records the adapters of existing wrappers.
 
@@ -371,8 +370,8 @@ def commit(name: str, parts: Parts, change: Transaction) -> Parts:
         module.modules_to_save[name] = trained
         for site in sites:
             change.set_item(site.parent._modules, site.attribute, module)
-    hung = (site.parent for sites, *_ in (*parts.adapters, *parts.copies) for site in sites)
-    if any(is_encoder_layer(parent) for parent in hung):
+    parents = (site.parent for sites, *_ in (*parts.adapters, *parts.copies) for site in sites)
+    if any(is_encoder_layer(parent) for parent in parents):
         refresh_fast_paths(parts.model, change)
     return parts
 
@@ -389,7 +388,7 @@ def drop(
 
     Args:
         model: the base model.
-        name: of the adapter.
+        name: name of the adapter.
         layers: the adapted layers; the caller records their adapters.
         copies: the modules with copies; the caller records these.
         change: records the replaced modules.
@@ -455,9 +454,7 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Tr
 
 
 def prepare_storage(model: nn.Module, change: Transaction) -> None:
-    """Lets backends prepare every quantized layer of a model, with or without adapters.
-
-    Gradients pass through layers without adapters too.
+    """Lets backends prepare all quantized layers of a model, because gradients pass through unadapted ones too.
 
     Args:
         model: the base model.

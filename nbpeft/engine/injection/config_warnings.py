@@ -14,14 +14,14 @@ from nbpeft.errors import PeftWarning, TargetError, few, shown
 
 
 def guessed_heads(config: AdapterConfig) -> tuple[str, ...]:
-    """Names of heads that a task adds to ``modules_to_save``; a model need not have them."""
+    """Names of heads that a task adds to ``modules_to_save``; the model may not have them."""
     return TASK_HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
 
 
 def missing_head_message(missing: Sequence[str]) -> str:
     """The message that a model has none of the usual heads of its task."""
     return (
-        f"the model has no module {' or '.join(missing)}: its head, under whatever name, is neither trained nor "
+        f"the model has no module {' or '.join(missing)}: if its head has another name, it is neither trained nor "
         "saved unless modules_to_save names it"
     )
 
@@ -30,15 +30,15 @@ def warn_of_uncalled(sites: Sequence[Site], adapted: Set[str]) -> None:
     """Warns once about an adapter without effect, because the module around its layer only reads the layer's weight.
 
     Args:
-        sites: of the layers that get an adapter.
+        sites: sites of the layers that get an adapter.
         adapted: their paths.
     """
     for site in sites:
         reader, path = reader_of(site), site.path.rpartition(".")[0]
         if reader is not None and path not in adapted:
             warnings.warn(
-                f"the adapter at {site.path} does not act: {type(reader).__name__:.60} reads the weight there without "
-                f"calling the layer; target {path} instead, or exclude {site.attribute}",
+                f"the adapter at {site.path} has no effect: {type(reader).__name__:.60} reads the layer's weight "
+                f"without calling the layer; target {path} instead, or exclude {site.attribute}",
                 stacklevel=5,
             )
             return
@@ -73,8 +73,8 @@ def warn_of_tied(
     Args:
         model: the base model.
         modules: path and module of everything in it.
-        changed: paths that get tensors of their own or are trained as a whole.
-        config: of the adapter.
+        changed: paths that get separate adapter tensors or are trained as a whole.
+        config: config of the adapter.
     """
     weight = getattr(embedding_of(model), "weight", None)
     users: dict[int, str] = {}
@@ -88,10 +88,10 @@ def warn_of_tied(
     asked = getattr(config, "ensure_weight_tying", None)
     unset = "`ensure_weight_tying` is not set to True"
     why = {None: ": no implementation exists to tie the adapters", False: f": {unset}"}.get(asked, "")
-    which = f"{' and '.join(own)} alone" if len(own) < len(paths) else "each on its own"
+    which = f"only {' and '.join(own)}" if len(own) < len(paths) else "each separately"
     warnings.warn(
         f"{' and '.join(paths)} share one weight (tie_word_embeddings) and the adapter changes {which}: they differ "
-        f"while it acts, and merging makes separate weights of them{why}",
+        f"while it is active, and merging gives them separate weights{why}",
         stacklevel=6,
     )
 
@@ -109,8 +109,8 @@ def warn_of_experts(model: nn.Module, taken: Callable[[str], bool]) -> None:
     share = sum(stacked.values()) / parameter_counts(model)[1]
     which = few(stacked, 1, quoted=False)
     warnings.warn(
-        f"target_modules='all-linear' reaches linear layers only: the experts ({which}, {share:.0%} of the parameters) "
-        "are tensors of several weights and stay as they are unless target_parameters names them",
+        f"target_modules='all-linear' adapts linear layers only: the experts ({which}, {share:.0%} of the parameters) "
+        "are stacked weights and are not adapted unless target_parameters names them",
         stacklevel=5,
     )
 
@@ -125,14 +125,14 @@ def warn_of_experts_along(added: Sequence[tuple[int, int]]) -> None:
     if not experts:
         return
     warnings.warn(
-        f"target_modules='all-linear' takes the experts along, {experts:,} of the adapter's {total:,} parameters "
+        f"target_modules='all-linear' includes the experts, {experts:,} of the adapter's {total:,} parameters "
         f"({experts / total:.0%}); exclude_modules=['experts'] leaves them out",
         stacklevel=5,
     )
 
 
 def _is_stacked(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter holds the weights of several linear maps, and belongs to no layer torch knows."""
+    """Whether a parameter stacks the weights of several linear maps and is not in a layer of ``torch.nn``."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return parameter.ndim == 3 and parameter.shape[0] > 1 and not type(owner).__module__.startswith("torch.nn.")
 
@@ -149,7 +149,7 @@ def warn_about_config(
 
     Args:
         config: the config.
-        adapter_class: of its method.
+        adapter_class: adapter class of its method.
         modules: path and module of everything it adapts.
         strict: refuse patterns that match nothing instead.
         unused_exclude: whether ``exclude_modules`` names nothing in the model.
@@ -161,7 +161,7 @@ def warn_about_config(
     excluded = getattr(config, "exclude_modules", None)
     excluded_text = shown(excluded if excluded is None or isinstance(excluded, str) else sorted(excluded), 200)
     unused = (
-        f"You have passed exclude_modules={excluded_text} but no modules were excluded: it names none of the model"
+        f"You have passed exclude_modules={excluded_text} but no modules were excluded: it matches none of the model"
         if unused_exclude
         else ""
     )

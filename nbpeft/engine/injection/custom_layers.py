@@ -37,7 +37,7 @@ class CustomPart:
     """What is needed to create an adapter on a custom layer.
 
     Attributes:
-        config: of the adapter.
+        config: config of the adapter.
         layer_class: the user's class.
     """
 
@@ -49,8 +49,8 @@ class CustomPart:
 
         Args:
             module: the frozen layer.
-            path: of the layer.
-            name: of the adapter.
+            path: path of the layer.
+            name: name of the adapter.
 
         Returns:
             The adapter, with the custom layer as its ``owner``.
@@ -71,9 +71,9 @@ def custom_part(module: nn.Module, wrapper: nn.Module | None, config: Any, path:
 
     Args:
         module: the frozen layer.
-        wrapper: around it now, or None.
-        config: of the new adapter.
-        path: of the layer.
+        wrapper: its present wrapper, or None.
+        config: config of the new adapter.
+        path: path of the layer.
 
     Returns:
         The custom class and the config; None for an ordinary layer.
@@ -85,19 +85,20 @@ def custom_part(module: nn.Module, wrapper: nn.Module | None, config: Any, path:
     if not isinstance(config, LayerByLayer):
         if isinstance(wrapper, CustomLayer):
             title = type(wrapper.custom).__name__
-            raise ConfigError(f"{path} is a {title}, which takes no adapters of {type(config).__name__}: exclude it")
+            raise ConfigError(f"{path} is a {title}, which does not support {type(config).__name__}: exclude it")
         return None
     wanted = config.custom_layer_class(module)
     if isinstance(wrapper, CustomLayer):
-        held = type(wrapper.custom)
-        if wanted is not None and _title(wanted) != _title(held):  # a cell that is run again defines its class anew
+        present = type(wrapper.custom)
+        # Compared by name, because running a notebook cell again defines its class anew.
+        if wanted is not None and _title(wanted) != _title(present):
             raise LayerKindError(
-                f"{path} carries adapters in a {held.__name__}: it cannot become a {wanted.__name__}", path=path
+                f"{path} already has adapters in a {present.__name__}: it cannot become a {wanted.__name__}", path=path
             )
-        return CustomPart(config, held)
+        return CustomPart(config, present)
     if wanted is not None and isinstance(wrapper, AdaptedLayer):
         raise LayerKindError(
-            f"{path} carries adapters already and cannot become a {wanted.__name__}: delete them first", path=path
+            f"{path} already has adapters and cannot become a {wanted.__name__}: delete them first", path=path
         )
     return None if wanted is None else CustomPart(config, wanted)
 
@@ -112,7 +113,7 @@ def probed_shapes(part: CustomPart, module: nn.Module, path: str) -> dict[str, t
     Args:
         part: the custom class and the config.
         module: the frozen layer.
-        path: of the layer.
+        path: path of the layer.
 
     Returns:
         Parameter name -> shape.
@@ -124,7 +125,7 @@ def probed_shapes(part: CustomPart, module: nn.Module, path: str) -> dict[str, t
 
 
 class OpaqueKind:
-    """The kind of a custom layer around a module that no other kind knows; it can only be called."""
+    """The kind of a custom layer around a module that no other kind supports; it can only be called."""
 
     name = "custom"
     peft_name = ""
@@ -132,34 +133,34 @@ class OpaqueKind:
     takes_ids = False
 
     def matches(self, module: nn.Module) -> bool:
-        """Never: only a class that is registered for it adapts such a layer."""
+        """Never: only a registered custom class adapts such a layer."""
         return False
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """(in, out) features where the layer says so, else zeros."""
+        """``in_features`` and ``out_features`` of the layer, or zeros."""
         found = [getattr(module, name, 0) for name in ("in_features", "out_features")]
         return (found[0], found[1]) if all(isinstance(count, int) for count in found) else (0, 0)
 
     def weight_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """Shape of its ``weight``; without one, ()."""
+        """Shape of ``weight``, or ()."""
         weight = getattr(module, "weight", None)
         return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
     def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """The weight as it is."""
+        """The weight, unchanged."""
         return weight
 
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-        """Refuses."""
-        raise NotSupportedError(f"what a {type(module).__name__} computes with its weight is not known")
+        """Always raises NotSupportedError."""
+        raise NotSupportedError(f"the weight of a {type(module).__name__} can only be applied by its forward()")
 
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
-        """The vector as it is."""
+        """The vector, unchanged."""
         return vector
 
 
 class OpaqueWeights(StoredWeight):
-    """The backend of such a layer: all its tensors, under any names."""
+    """The backend of such a layer: all parameters and buffers, whatever their names."""
 
     name = "dense"
 
@@ -168,19 +169,19 @@ class OpaqueWeights(StoredWeight):
         return False
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """All its parameters and buffers, or an empty one."""
+        """All parameters and buffers, or one empty tensor."""
         return [value.detach() for value in _values(module).values()] or [torch.empty(0)]
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """That of the first floating one."""
+        """Dtype of the first floating-point tensor, or torch's default."""
         floating = (tensor.dtype for tensor in self.tensors(module) if tensor.is_floating_point())
         return next(floating, torch.get_default_dtype())
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        """Its ``weight``, detached; writing into it changes the module.
+        """``weight``, detached; writing into it changes the module.
 
         Raises:
-            NotSupportedError: it has none.
+            NotSupportedError: the module has no ``weight``.
         """
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
@@ -189,16 +190,16 @@ class OpaqueWeights(StoredWeight):
 
     @torch.no_grad()
     def store(self, module: nn.Module, weight: Tensor) -> None:
-        """Copies ``weight`` in."""
+        """Copies ``weight`` into the module's."""
         self.dequantize(module).copy_(weight)
 
     def snapshot(self, module: nn.Module) -> dict[str, Tensor]:
-        """Copies of all its tensors on the CPU."""
+        """Copies of all tensors on the CPU."""
         return {name: value.detach().to("cpu", copy=True) for name, value in _values(module).items()}
 
     @torch.no_grad()
     def restore(self, module: nn.Module, snapshot: Mapping[str, Tensor]) -> None:
-        """Copies them back in place."""
+        """Copies a snapshot back in place."""
         for name, value in _values(module).items():
             value.detach().copy_(snapshot[name])
 
@@ -212,7 +213,7 @@ _OPAQUE_WEIGHTS: Backend = OpaqueWeights()
 
 
 def kind_and_backend(module: nn.Module) -> tuple[LayerKind, Backend]:
-    """The kind and backend of a frozen layer that gets a custom class; opaque ones if none fits."""
+    """The kind and backend of a frozen layer that gets a custom class; the opaque ones if no other fits."""
     kind, backend = resolve_layer_kind(module), resolve_backend(module)
     return (_OPAQUE_KIND, _OPAQUE_WEIGHTS) if kind is None or backend is None else (kind, backend)
 
@@ -222,7 +223,7 @@ class CustomAdapter(Adapter, Rescales, HotSwaps):
 
     Args:
         owner: the custom layer.
-        name: of the adapter there.
+        name: name of the adapter there.
 
     Attributes:
         entries: attribute of the custom layer -> its entry for the adapter.
@@ -235,11 +236,11 @@ class CustomAdapter(Adapter, Rescales, HotSwaps):
             attribute: mapping[name] for attribute, mapping in mappings_of(owner).items() if name in mapping
         }
         for attribute in owner.adapter_layer_names:
-            held = self.entries.get(attribute)
-            if isinstance(held, nn.Module):
-                self._modules[attribute] = held
-            elif isinstance(held, nn.Parameter):
-                self._parameters[attribute] = held
+            entry = self.entries.get(attribute)
+            if isinstance(entry, nn.Module):
+                self._modules[attribute] = entry
+            elif isinstance(entry, nn.Parameter):
+                self._parameters[attribute] = entry
 
     owner: Any
     name: str
@@ -247,7 +248,7 @@ class CustomAdapter(Adapter, Rescales, HotSwaps):
 
     @classmethod
     def create(cls, config: CustomPart, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Has the class make an object, and puts loaded tensors into it; see ``Adapter``."""
+        """Creates a custom layer and copies loaded tensors into it; see ``Adapter``."""
         made: Any = config.make(site.base.module, site.path, site.name)
         for parameter in made.parameters():
             if parameter.dtype in _HALF:
@@ -259,71 +260,63 @@ class CustomAdapter(Adapter, Rescales, HotSwaps):
 
     @classmethod
     def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
-        """Refuses: the shapes are those of an object that the class makes.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(f"{path} is a layer of its own class: load the adapter instead of swapping it", path=path)
+        """Always raises ConfigError: the shapes are only known once a custom layer is created."""
+        raise ConfigError(f"{path} is a custom layer: load the adapter instead of hot-swapping it", path=path)
 
     @property
     def scaling(self) -> float:  # type: ignore[override]
-        """The object's factor on what the adapter adds; 1 where it has none."""
+        """The custom layer's scaling of the adapter; 1 if it has none."""
         return float(getattr(self.owner, "scaling", {}).get(self.name, 1.0))
 
     def rescale(self, scaling: float | Tensor, *, trained: bool = False) -> None:
-        """Sets the object's factor; see ``Rescales``."""
+        """Sets the custom layer's scaling; see ``Rescales``."""
         self.__dict__["_trained_scaling"] = None if trained else self.trained_scaling
         self.owner.scaling[self.name] = self.entries["scaling"] = float(scaling)
 
     def keep_scaling(self, change: Transaction) -> None:
-        """Records the object's factors."""
+        """Records the custom layer's scaling values."""
         change.keep(self.owner.scaling)
 
-    def hold_scaling_as_tensor(self, device: torch.device) -> None:
-        """Changes nothing: the object reads a number."""
+    def store_scaling_as_tensor(self, device: torch.device) -> None:
+        """Does nothing: custom layers have a number."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name, as in PEFT's files -> tensor."""
+        """Name in PEFT's files -> tensor."""
         return dict(self.state_dict(keep_vars=True))
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
-        """Its tensors as its object names them; see ``Adapter``."""
+        """The tensors by the custom layer's names; see ``Adapter``."""
         return self.tensors()
 
     def swap_refusal(self) -> str:
-        """Why other tensors cannot take the place of its own."""
-        return "is on a layer of its own class"
+        """Why the adapter cannot be hot-swapped; see ``Adapter``."""
+        return "is on a custom layer"
 
     @property
     def _class_name(self) -> str:
         return type(self.owner).__name__
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Refuses: its object computes.
-
-        Raises:
-            NotSupportedError: always.
-        """
-        raise NotSupportedError(f"a {self._class_name} computes with all its active adapters at once")
+        """Always raises NotSupportedError: the custom layer applies all its active adapters at once."""
+        raise NotSupportedError(f"a {self._class_name} applies all its active adapters at once")
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """What the object's ``get_delta_weight`` says, canonical.
+        """The result of the custom layer's ``get_delta_weight``, in canonical layout.
 
         Raises:
-            NotSupportedError: its class has none.
+            NotSupportedError: the custom layer has no ``get_delta_weight``.
         """
         if not hasattr(self.owner, "get_delta_weight"):
-            raise NotSupportedError(f"a {self._class_name} has no get_delta_weight: what it adds is not known")
+            raise NotSupportedError(f"a {self._class_name} has no get_delta_weight, so its delta weight is unknown")
         delta: Tensor = self.owner.get_delta_weight(self.name)
         return base.kind.canonical(base.module, delta.detach())
 
 
 def mappings_of(owner: nn.Module) -> dict[str, Any]:
-    """Attribute -> mapping, of those of an object that may have an entry for each adapter."""
+    """Attribute -> mapping of a custom layer that may have an entry for each adapter."""
     plain = {name: value for name, value in owner.__dict__.items() if type(value) is dict and not name.startswith("_")}
-    held = {name: value for name, value in owner._modules.items() if hasattr(value, "keys")}
-    return plain | held
+    modules = {name: value for name, value in owner._modules.items() if hasattr(value, "keys")}
+    return plain | modules
 
 
 class CustomLayer(AdaptedLayer):
@@ -334,7 +327,7 @@ class CustomLayer(AdaptedLayer):
 
     Args:
         base_layer: the frozen layer.
-        active_state: of the model.
+        active_state: state of the model.
 
     Attributes:
         custom: the custom layer that was created for the first adapter; entries of later adapters are moved into it.
@@ -355,21 +348,23 @@ class CustomLayer(AdaptedLayer):
         active, here = self.active_state.current(), self.adapters._modules
         if active.rows is not None:
             if any(name in here for name in active.rows.names):
-                raise NotSupportedError(f"adapter_names cannot serve a {self._get_name()}: one set of adapters acts")
+                raise NotSupportedError(
+                    f"a {self._get_name()} does not support adapter_names: it applies the same adapters to all rows"
+                )
             return self.base_layer(*args, **kwargs)
         if any(scale != 1.0 for name, scale in zip(active.names, active.scales, strict=True) if name in here):
-            raise NotSupportedError(f"a {self._get_name()} acts at its trained strength: set the scale to 1")
+            raise NotSupportedError(f"a {self._get_name()} does not support scales: set the scale to 1")
         return self.custom(*args, **kwargs)
 
     def attach(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
-        """Takes the place of the frozen layer among the modules of its parent, with its object."""
+        """Replaces the frozen layer in the parent's modules; see ``AdaptedLayer``."""
         super().attach(modules, attribute, change)
         self.show_adapters()
 
-    # The object as the adapters are
+    # Mappings of the custom layer
 
     def show_adapters(self) -> None:
-        """Brings the mappings of the object up to date with the adapters."""
+        """Updates the mappings of the custom layer to the present adapters."""
         now: dict[str, Any] = self.adapters._modules
         if self._shown == now:
             return
@@ -377,7 +372,8 @@ class CustomLayer(AdaptedLayer):
             self._adopt(next(iter(now.values())))
         for attribute, mapping in mappings_of(self.custom).items():
             for name, adapter in self._shown.items():
-                adapter.entries.update({attribute: mapping[name]} if name in mapping else {})  # written meanwhile
+                # The custom layer's own methods may have replaced entries since the last update.
+                adapter.entries.update({attribute: mapping[name]} if name in mapping else {})
             entries = {name: value for name, value in mapping.items() if name not in self._shown}
             own_entries = ((name, adapter.entries) for name, adapter in now.items())
             entries.update({name: own[attribute] for name, own in own_entries if attribute in own})
@@ -388,25 +384,26 @@ class CustomLayer(AdaptedLayer):
 
     def _adopt(self, adapter: Any) -> None:
         custom = adapter.owner
+        # The same dictionaries, so that both objects always have the same submodules, parameters and buffers.
         own = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
         self.__dict__.update({name: custom.__dict__[name] for name in own}, custom=custom)
         custom.__dict__.update(adapted_layer=self, training=self.training)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The object's."""
+        """Named children of the custom layer."""
         self.show_adapters()
         return nn.Module.named_children(self)
 
     def children(self) -> Iterator[nn.Module]:
-        """The object's."""
+        """Children of the custom layer."""
         return (child for _, child in self.named_children())
 
     def called_children(self) -> Any:
-        """The object's children and the adapters, whose modules are among those."""
+        """Children of the custom layer, and the adapters, whose modules are inside those children."""
         return *(child for _, child in self.named_children()), self.adapters
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training or evaluation mode, the object's too."""
+        """Sets training or evaluation mode, also of the custom layer."""
         super().train(mode)
         if self.custom is not None:
             self.custom.training = mode
@@ -425,32 +422,32 @@ class CustomLayer(AdaptedLayer):
             return nn.Module.__getattr__(self, name)
         return getattr(self.base_layer if self.custom is None else self.custom, name)
 
-    # What the object says of itself
+    # Attributes of the custom layer
 
     @property
     def scaling(self) -> Any:
-        """The object's."""
+        """``scaling`` of the custom layer."""
         self.show_adapters()
         return self.custom.scaling
 
     @scaling.setter
     def scaling(self, values: Mapping[str, Any]) -> None:
-        self.custom.scaling = {**self.custom.scaling, **values}  # who kept the one before has it as it was
+        self.custom.scaling = {**self.custom.scaling, **values}  # a new mapping: a transaction may have kept the old
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """As of the object."""
+        """Calls ``set_scale`` of the custom layer."""
         self.custom.set_scale(adapter, scale)
 
     def scale_layer(self, scale: float) -> None:
-        """As of the object."""
+        """Calls ``scale_layer`` of the custom layer."""
         self.custom.scale_layer(scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """As of the object."""
+        """Calls ``unscale_layer`` of the custom layer."""
         self.custom.unscale_layer(scale)
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As of the object, for an adapter of the model.
+        """Calls ``update_layer`` of the custom layer, for an adapter of the model.
 
         Raises:
             UnknownAdapterError: the model has no such adapter.
@@ -464,38 +461,38 @@ class CustomLayer(AdaptedLayer):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """The object's."""
+        """``adapter_layer_names`` of the custom layer."""
         self.show_adapters()
         return tuple(self.custom.adapter_layer_names)
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
-        """The object's."""
+        """``other_param_names`` of the custom layer."""
         self.show_adapters()
         return tuple(self.custom.other_param_names)
 
     @property
     def adapted_as(self) -> str:
-        """What ``repr`` calls the object."""
+        """Name of the custom layer's class in ``repr``."""
         self.show_adapters()
         return str(self.custom._get_name())
 
     # Merging
 
     def check_mergeable(self, names: Sequence[str]) -> None:
-        """Raises MergeError where the object cannot merge."""
+        """Raises MergeError if the custom layer cannot merge."""
         if any(name in self.adapters._modules for name in names):
             if not callable(getattr(self.custom, "merge", None)):
                 raise MergeError(f"a {self._get_name()} has no merge()")
             if any(tensor.is_meta for tensor in self.base_layer.parameters()):
-                raise MergeError("its weight has no data here (meta device): load the model whole")
+                raise MergeError("its weight has no data (meta device): load the whole model")
 
     def not_finite_when_merged(self, names: Sequence[str], scales: Sequence[float]) -> str:
-        """As of ``AdaptedLayer``, by the adapters' own numbers."""
+        """Checks the adapters' tensors only; see ``AdaptedLayer``."""
         return "" if self.are_finite(names) else "weights"
 
-    def _stored(self, *, apart: bool, spill: SpillFile | None = None) -> WeightBackup:
-        if apart:
+    def _stored(self, *, untie: bool, spill: SpillFile | None = None) -> WeightBackup:
+        if untie:
             raise MergeError(f"a {self._get_name()} shares its weight with another layer and cannot be merged alone")
         return WeightBackup(None, _OPAQUE_WEIGHTS.snapshot(self.base_layer), None, self.merged_names, self._frozen)
 
@@ -505,15 +502,15 @@ class CustomLayer(AdaptedLayer):
         self.custom.merged_adapters[:] = stored.merged
 
     def write_merged(self, chosen: Sequence[tuple[str, float]], module: nn.Module, bias: Tensor | None) -> None:
-        """Merges as the layer of somebody else's does; see ``AdaptedLayer``."""
+        """Calls ``merge`` of the custom layer; see ``AdaptedLayer``."""
         scaled = next((name for name, scale in chosen if scale != 1.0), None)
         if scaled is not None:
-            raise MergeError(f"a {self._get_name()} merges at its trained strength: set the scale of {scaled!r} to 1")
+            raise MergeError(f"a {self._get_name()} cannot merge with a scale: set the scale of {scaled!r} to 1")
         self.custom.merge(adapter_names=[name for name, _ in chosen])
 
 
 def _fill(mapping: MutableMapping[str, Any], entries: Mapping[str, Any]) -> None:
-    """Gives a dictionary, nn.ModuleDict or nn.ParameterDict other entries."""
+    """Replaces the entries of a dictionary, nn.ModuleDict or nn.ParameterDict in place."""
     for gone in [name for name in mapping if name not in entries]:
         del mapping[gone]
     for name, value in entries.items():

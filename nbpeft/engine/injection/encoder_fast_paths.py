@@ -17,7 +17,7 @@ from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 
 _PACKS = "use_nested_tensor"
 _PACKED = "_nbpeft_use_nested_tensor"
-"""What an encoder said about that before."""
+"""Attribute that keeps an encoder's original ``use_nested_tensor``."""
 
 
 def refresh_fast_paths(model: nn.Module, change: Transaction) -> None:
@@ -31,13 +31,13 @@ def refresh_fast_paths(model: nn.Module, change: Transaction) -> None:
     adapted = {id(module) for module in modules if is_encoder_layer(module) and _is_adapted(module)}
     for module in modules:
         if is_encoder_layer(module):
-            _settle_layer(module, change, calls=id(module) in adapted)
+            _set_layer_calls(module, change, calls=id(module) in adapted)
         elif isinstance(module, nn.TransformerEncoder):
-            _settle_encoder(module, change, calls=any(id(layer) in adapted for layer in module.layers))
+            _set_packing(module, change, packs=not any(id(layer) in adapted for layer in module.layers))
 
 
 def is_encoder_layer(module: nn.Module) -> bool:
-    """Whether a module has such a path."""
+    """Whether a module has the fast path."""
     return isinstance(module, nn.TransformerEncoderLayer)
 
 
@@ -45,7 +45,8 @@ def _is_adapted(module: nn.Module) -> bool:
     return any(isinstance(child, AdaptedLayer | ModulesToSaveWrapper) for child in module._modules.values())
 
 
-def _settle_layer(module: nn.Module, change: Transaction, *, calls: bool) -> None:
+def _set_layer_calls(module: nn.Module, change: Transaction, *, calls: bool) -> None:
+    """Adds or removes the hook that makes an encoder layer call its inner layers."""
     own = [key for key, hook in module._forward_pre_hooks.items() if hook is _call_layers]
     if calls == bool(own):
         return
@@ -56,13 +57,14 @@ def _settle_layer(module: nn.Module, change: Transaction, *, calls: bool) -> Non
         del module._forward_pre_hooks[key]
 
 
-def _settle_encoder(module: Any, change: Transaction, *, calls: bool) -> None:
+def _set_packing(module: Any, change: Transaction, *, packs: bool) -> None:
+    """Disables an encoder's packing of padded batches, or restores its original setting."""
     change.keep_attributes(module, _PACKS, _PACKED)
-    if calls and getattr(module, _PACKS, False):
+    if not packs and getattr(module, _PACKS, False):
         module.__dict__.update({_PACKS: False, _PACKED: True})
-    elif not calls and module.__dict__.pop(_PACKED, False):
+    elif packs and module.__dict__.pop(_PACKED, False):
         module.__dict__[_PACKS] = True
 
 
 def _call_layers(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing: where there is one, torch leaves the fast path."""
+    """Does nothing: torch takes the ordinary path if a layer has any hook."""

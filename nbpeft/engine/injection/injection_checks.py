@@ -28,7 +28,7 @@ _READ_DIRECTLY = {
     "mamba2": _OUT,
     "nemotron_h": _OUT,
 }
-"""Model type -> last names of such layers."""
+"""Model type -> names of layers whose weight is read directly."""
 
 
 def bypassed(model: nn.Module, path: str) -> str:
@@ -36,7 +36,7 @@ def bypassed(model: nn.Module, path: str) -> str:
 
     Args:
         model: the base model.
-        path: of the layer.
+        path: path of the layer.
 
     Returns:
         Part of a sentence; empty if it would have an effect.
@@ -46,7 +46,7 @@ def bypassed(model: nn.Module, path: str) -> str:
     names = _READ_DIRECTLY.get(kind, ()) if isinstance(kind, str) else ()
     if path.rpartition(".")[2] not in names:
         return ""
-    return f"the fused kernels of {kind} read its weight without calling it, so an adapter there would not act"
+    return f"the fused kernels of {kind} read its weight without calling it, so an adapter would have no effect"
 
 
 def check_called(model: nn.Module, path: str) -> None:
@@ -55,7 +55,7 @@ def check_called(model: nn.Module, path: str) -> None:
     if reason:
         name = path.rpartition(".")[2]
         raise TargetError(
-            f"{path} cannot be adapted: {reason}; take {name!r} out of target_modules or exclude it", path=path
+            f"{path} cannot be adapted: {reason}; remove {name!r} from target_modules or exclude it", path=path
         )
 
 
@@ -73,7 +73,7 @@ def check_copy(path: str, module: nn.Module, wrapper: nn.Module | None) -> None:
     """Checks that a module can be trained as a whole (``modules_to_save``).
 
     Args:
-        path: of the module.
+        path: path of the module.
         module: the base module.
         wrapper: around it now, or None.
 
@@ -82,19 +82,19 @@ def check_copy(path: str, module: nn.Module, wrapper: nn.Module | None) -> None:
         LayerKindError: it is a container without a forward.
     """
     if isinstance(wrapper, AdaptedLayer):
-        raise TargetError(f"{path} carries adapters already and cannot be trained as a whole (modules_to_save)")
+        raise TargetError(f"{path} already has adapters and cannot be trained as a whole (modules_to_save)")
     inner = next((name for name, part in module.named_modules() if isinstance(part, AdaptedLayer)), None)
     if inner is not None:
-        raise TargetError(f"{path} cannot be trained as a whole (modules_to_save): its {inner} carries adapters")
+        raise TargetError(f"{path} cannot be trained as a whole (modules_to_save): its {inner} has adapters")
     stored = ((name, part) for name, part in module.named_parameters() if isinstance(part, QuantizedMatrices))
     for name, part in stored:
         raise TargetError(
-            f"{path} cannot be trained as a whole (modules_to_save): its {name} is stored in {part.form.label}; put an "
-            "adapter on it (target_parameters)"
+            f"{path} cannot be trained as a whole (modules_to_save): its {name} is stored in {part.form.label}; add an "
+            "adapter to it (target_parameters)"
         )
     if isinstance(module, _CONTAINERS):
         raise LayerKindError(
             f"modules_to_save cannot be applied to modules of type {type(module).__name__}, such as {path}, which "
-            "has no forward of its own; name the modules inside it",
+            "has no forward(); name the modules inside it",
             path=path,
         )

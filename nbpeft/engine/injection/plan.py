@@ -77,7 +77,7 @@ from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
 from nbpeft.errors import CheckpointError, ConfigError, LayerKindError, TargetError
 
 _LARGEST = 10**8
-"""Number of values up to which an adapter may be much larger than its model, as with large ranks on tiny models."""
+"""Adapters with at most this many values are never refused as too large; tiny test models may have large ranks."""
 _CLASSIFIER_HEADS = TASK_HEADS[TaskType.SEQ_CLS]
 
 
@@ -86,20 +86,20 @@ class Target:
     """One module that gets an adapter.
 
     Attributes:
-        path: where it is in the base model.
-        kind: name of its kind.
-        backend: name of how its weight is stored.
-        in_features: input features.
-        out_features: output features.
-        shapes: parameter name -> shape of what is added, or used of another target's.
+        path: path of the target in the base model.
+        kind: name of the layer kind.
+        backend: name of the backend that stores the weight.
+        in_features: number of input features.
+        out_features: number of output features.
+        shapes: parameter name -> shape, including parameters shared with another target.
         adapter_class: class of the adapter.
-        config: what makes it: the plan's config, or what a companion method takes.
-        tied_to: path of the target whose tensors this one shares; else empty.
-        parameter: name of the parameter in its module, where that is no layer, or a composite one; else empty.
-        matrix_count: how many matrices that parameter holds: experts.
-        tied: parameter name -> path of the earlier target whose parameter it is.
-        fixed: name -> shape and dtype of what a file holds here that is not trained.
-        unsaved: number of values kept here that no file holds.
+        config: config the adapter is created from: the plan's config, or that of a companion method.
+        tied_to: path of the target whose tensors this one shares; otherwise empty.
+        parameter: name of the adapted parameter, for ``target_parameters`` and composite modules; otherwise empty.
+        matrix_count: number of matrices in that parameter (experts).
+        tied: parameter name -> path of the earlier target that owns the parameter.
+        fixed: name -> shape and dtype of tensors that are saved but not trained.
+        unsaved: number of values that are neither trained nor saved.
     """
 
     path: str
@@ -128,17 +128,17 @@ class Target:
         return self.path != self.module_path
 
     def adapted_in(self, module: nn.Module) -> nn.Module:
-        """What has the adapted weight as its ``weight``, of the module at that path."""
+        """The module whose ``weight`` is adapted: ``module``, the one at ``module_path``, or a view of a parameter."""
         return ParameterView(module, self.parameter) if self.parameter else module
 
     @property
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of what a file holds here."""
+        """Name -> shape of the saved tensors."""
         return self.shapes | {name: shape for name, (shape, _) in self.fixed.items()}
 
     @property
     def parameter_count(self) -> int:
-        """Parameters added here that are trained, without those of another target."""
+        """Number of new trainable parameters, without those shared with another target."""
         others = (*self.adapter_class.frozen_parameters, *self.tied)
         own = {} if self.tied_to else self.shapes
         return sum(math.prod(shape) for name, shape in own.items() if name not in others)
@@ -146,11 +146,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Extent:
-    """How much something takes that is in the base model already.
+    """Size of some parameters of the base model.
 
     Attributes:
         count: number of parameters.
-        byte_count: bytes, in the base's own dtype.
+        byte_count: bytes, in the base model's dtype.
     """
 
     count: int = 0
@@ -158,7 +158,7 @@ class Extent:
 
     @classmethod
     def of(cls, parameters: Iterable[Tensor]) -> Extent:
-        """The extent of some parameters together."""
+        """The total size of some parameters."""
         sizes = [(parameter.numel(), parameter.numel() * parameter.element_size()) for parameter in parameters]
         return cls(sum(count for count, _ in sizes), sum(byte_count for _, byte_count in sizes))
 
@@ -170,14 +170,14 @@ class InjectionPlan:
     Attributes:
         method: label of the method.
         config: a copy of the config with its targets resolved.
-        targets: what gets an adapter, in model order.
-        copies: paths of modules trained as a whole, with what their copies take; what shares another's takes nothing.
-        biases: names of base parameters trained along, with what they take.
-        excluded: paths that the targets name and ``exclude_modules`` takes out.
+        targets: the modules that get an adapter, in model order.
+        copies: path of each module trained as a whole -> size of its copy; zero if it shares another one's tensors.
+        biases: name of each base bias that is trained -> its size.
+        excluded: paths that match the targets but are excluded by ``exclude_modules``.
         missing: targets that match nothing.
-        shared: name -> shape of the tensors that the layers share, where the method has such.
-        features: path -> (in, out) features of those layers, in model order.
-        other_paths: path of a module that gets a wrapper -> the other places where the same module hangs.
+        shared: name -> shape of the tensors that all layers share; empty for most methods.
+        features: path -> (in, out) features of the targets, in model order.
+        other_paths: path of a module that gets a wrapper -> other paths of the same module.
     """
 
     method: str
@@ -202,8 +202,8 @@ class InjectionPlan:
         return tuple(target.path for target in self.targets)
 
     def on_layers(self, paths: Collection[str]) -> InjectionPlan:
-        """The same on some of the layers alone; where all share tensors, their sizes go by all of them: unchanged."""
-        if self.shared or all(path in paths for path in self.paths):
+        """The plan limited to some of its layers; unchanged if the layers share tensors."""
+        if self.shared or all(path in paths for path in self.paths):  # shared sizes depend on all layers
             return self
         targets = tuple(target for target in self.targets if target.path in paths)
         return replace(
@@ -212,29 +212,29 @@ class InjectionPlan:
 
     @property
     def saved_shared(self) -> dict[str, tuple[int, ...]]:
-        """Those of the shared tensors that a file holds."""
+        """The shared tensors that are saved."""
         state = method_of(self.config).shares.state
         return self.shared if state is not None and state.is_saved(self.config) else {}
 
     @property
     def parameter_count(self) -> int:
-        """Parameters that train: of adapters, what they share, copies and biases."""
+        """Number of trainable parameters: of adapters, shared tensors, copies and biases."""
         return self._added_count + sum(extent.count for extent in self._of_base)
 
     @property
     def _of_base(self) -> list[Extent]:
-        """What trains in the place of something of the base model."""
+        """Sizes of the copies and the biases."""
         return [*self.copies.values(), *self.biases.values()]
 
     @property
     def _added_count(self) -> int:
-        """Parameters that train and are new."""
+        """Number of trainable parameters that the base model does not have."""
         state = method_of(self.config).shares.state
         trained = self.shared.values() if state is not None and state.is_trained else ()
         return sum(target.parameter_count for target in self.targets) + sum(map(math.prod, trained))
 
     def not_tied_in(self, weights: AdapterWeights) -> list[Target]:
-        """The targets that use the tensors of another one and have others of their own in loaded ones."""
+        """The targets that should share another target's tensors but differ from it in a loaded file."""
         given = weights.adapters
         return [
             target
@@ -245,31 +245,31 @@ class InjectionPlan:
         ]
 
     def share_in(self, weights: AdapterWeights) -> None:
-        """Gives targets the loaded tensors that they own, where only those have them that use them (``tied``).
+        """Adds loaded shared tensors (``tied``) to the targets that own them; files may name them elsewhere only.
 
         Args:
-            weights: as loaded; changed in place.
+            weights: loaded tensors; changed in place.
 
         Raises:
-            CheckpointError: those of its users are not one.
+            CheckpointError: the file has different values for one shared tensor.
         """
         for target in self.targets:
             loaded = weights.adapters.get(target.path, {})
             for name, owner in ((name, owner) for name, owner in target.tied.items() if name in loaded):
-                one = weights.adapters.setdefault(owner, {}).setdefault(name, loaded[name])
-                if not torch.equal(loaded[name].to(one), one):
+                shared = weights.adapters.setdefault(owner, {}).setdefault(name, loaded[name])
+                if not torch.equal(loaded[name].to(shared), shared):
                     raise CheckpointError(
-                        f"the file has other {name} for {target.path} than for {owner}, which share one ({self.method})"
+                        f"the file has different {name} for {target.path} and {owner}, which share it ({self.method})"
                     )
 
     @property
     def byte_count(self) -> int:
-        """Bytes of the parameters that train; the new ones are float32."""
+        """Bytes of the trainable parameters; those of adapters are float32."""
         return self._added_count * torch.float32.itemsize + sum(extent.byte_count for extent in self._of_base)
 
     @property
     def frozen_byte_count(self) -> int:
-        """Bytes of what the layers share and nobody trains, such as drawn projections."""
+        """Bytes of shared tensors that are not trained, such as random projections."""
         state = method_of(self.config).shares.state
         if state is None or state.is_trained:
             return 0
@@ -285,7 +285,7 @@ def plan(
 
     Args:
         model: the base model, with or without adapters, also on the meta device.
-        config: of any registered method.
+        config: config of any registered method.
         allow_missing: only warn about targets that match nothing, if others match; False to raise an error.
         replacing: name of an adapter on the model that the new one replaces.
 
@@ -306,7 +306,7 @@ def plan(
     if method.transforms_calls:
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
     copies = _copies(sites, resolved, guessed_heads(config), strict=not allow_missing)
-    tied = _ensured(model, config, sites)
+    tied = _tied_modules(model, config, sites)
     copies |= _tied_copies(copies, tied, sites)
     matcher = Matcher(
         () if method.shares.companion is not None else getattr(resolved, "target_modules", None) or (),
@@ -315,7 +315,7 @@ def plan(
         getattr(resolved, "layers_pattern", None),
     )
     targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
-    targets = _with_tied(targets, tied, sites, matcher, resolved)
+    targets = _add_tied(targets, tied, sites, matcher, resolved)
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     if resolved.fill_in_layers(features):
         targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
@@ -384,18 +384,24 @@ def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[T
 def _plan_for_calls(
     model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site], *, strict: bool
 ) -> InjectionPlan:
-    """The plan for an adapter that changes calls of the whole model; it is stored on the input embedding."""
-    site = _embedding_site(model, sites)
+    """The plan of an adapter that changes calls of the whole model; it is stored on the input embedding.
+
+    In a model without one, an adapter that does not need it is stored on the first layer.
+    """
+    adapter_class: Any = method.adapter_class
+    embedding = site = _embedding_site(model, sites)
+    if site is None and not adapter_class.needs_embedding:
+        first = next(iter(adaptable_paths(sites)), None)
+        site = next((one for one in sites if one.path == first), None)
     if site is None or isinstance(site.wrapper, ModulesToSaveWrapper):
         why = (
-            "trained as a whole by another adapter"
+            "is trained as a whole by another adapter"
             if site is not None
-            else "none that it names or that has a row for each of config.vocab_size tokens"
+            else "was not found: get_input_embeddings() names none, and no embedding has config.vocab_size rows"
         )
-        raise TargetError(f"{method.label} needs the input embedding of {type(model).__name__}, which is {why}")
+        raise TargetError(f"{method.label} needs the input embedding of {type(model).__name__}, which {why}")
     kind, _ = resolve_parts(site, method)
-    config.fill_in_sizes(model, kind.features(site.module)[1])
-    adapter_class: Any = method.adapter_class
+    config.fill_in_sizes(model, 0 if embedding is None else kind.features(site.module)[1])
     adapter_class.check_model(config, model)
     copies = _copies(sites, config, guessed_heads(config), strict=strict)
     target = _target(site, config, method)
@@ -417,25 +423,29 @@ def _other_paths(paths: Sequence[str], sites: Iterable[Site]) -> dict[str, tuple
 
 
 def _embedding_site(model: nn.Module, sites: Sequence[Site]) -> Site | None:
-    """The site of the input embedding: the one that the model names, else the first for its whole vocabulary."""
+    """The site of ``get_input_embeddings()``, or of the first embedding with ``vocab_size`` rows."""
     embedding = embedding_of(model)
     if embedding is not None:
         return next((site for site in sites if site.module is frozen_module(embedding)), None)
-    rows = getattr(getattr(model, "config", None), "vocab_size", None)
+    config = getattr(model, "config", None)
+    rows = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
     tables = (site for site in sites if isinstance(site.module, nn.Embedding))
     return next((site for site in tables if site.module.num_embeddings == rows), None)
 
 
 def _check_size(model: nn.Module, targets: Sequence[Target], shared: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses an adapter of a size that can only be a mistake: many times the model itself."""
+    """Raises ConfigError if the adapter is more than ten times as large as the model, which can only be a mistake."""
     shapes = [*shared.values(), *(shape for target in targets for shape in target.saved_shapes.values())]
     size = sum(map(math.prod, shapes)) + sum(target.unsaved for target in targets)
     if size > _LARGEST and size > 10 * parameter_counts(model)[1]:
-        raise ConfigError(f"the adapter would have {size:,} numbers, many times the model's: are its sizes right?")
+        raise ConfigError(
+            f"the adapter would have {size:,} values, more than ten times as many as the model: check the sizes in "
+            "its config"
+        )
 
 
 def _check_has_tensors(config: AdapterConfig, targets: Sequence[Target], others: Sequence[str]) -> None:
-    """Refuses an adapter that has no tensors, on its targets or among ``others``, where its method has such."""
+    """Raises ConfigError if the adapter has no tensors, on its targets or among ``others``, although it should."""
     method = method_of(config)
     if not targets or others or any(target.saved_shapes for target in targets) or not method.files.has_tensors:
         return
@@ -467,7 +477,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
     with_parameters(model, config, resolved, method, sites)
     chosen = config.condenses_targets and getattr(config, "layers_to_transform", None) is not None
-    if chosen or method.shares.tied is not None:  # which layers that means goes by the names
+    if chosen or method.shares.tied is not None:  # these depend on the names in target_modules, as in PEFT
         paths = (path for path, _ in bare_modules(model, repeat=True) if path)
         resolved.target_modules = condensed_if_many(resolved.target_modules, paths)  # type: ignore[attr-defined]
     if is_all_linear(targets) and not getattr(config, "target_parameters", None):
@@ -476,14 +486,14 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
 
 
 def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> list[str]:
-    """Full paths of all linear layers but the output head."""
+    """Full paths of all linear layers except the output head."""
     heads: list[nn.Module] = []
     output_head = embedding_of(model, output=True)
     if output_head is not None:
         heads.append(frozen_module(output_head))
     elif config.task_type == TaskType.SEQ_CLS:
         heads.extend(frozen_module(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name))
-    heads.extend(_ensured(model, config, sites).values())  # also one that the model does not name
+    heads.extend(_tied_modules(model, config, sites).values())  # also heads that the model does not name
     found = []
     for site in sites:
         kind = resolve_layer_kind(site.module)
@@ -494,7 +504,7 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
 
 
 def _copies(sites: list[Site], config: AdapterConfig, heads: Sequence[str], *, strict: bool) -> dict[str, Extent]:
-    """Paths of modules trained as a whole; ``heads`` are names that may have been guessed."""
+    """Path -> size of each module trained as a whole; ``heads`` are names that the task added, not the user."""
     names = list(getattr(config, "modules_to_save", None) or ())
     if not names:
         return {}
@@ -517,25 +527,25 @@ def _copies(sites: list[Site], config: AdapterConfig, heads: Sequence[str], *, s
     return {path: extent for path, extent in found.items() if path not in inner}
 
 
-def _ensured(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> dict[str, nn.Module]:
-    """The modules, by path, whose one weight a config asks to stay one: the input embedding and what shares its."""
+def _tied_modules(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> dict[str, nn.Module]:
+    """Path -> module of the input embedding and the modules that share its weight, with ``ensure_weight_tying``."""
     if not getattr(config, "ensure_weight_tying", False):
         return {}
     return sharing_embedding(model, ((site.path, site.module) for site in sites))
 
 
 def _tied_copies(copies: Mapping[str, Extent], tied: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, Extent]:
-    """The modules that are copied because one with the same weight is, whose tensors they share; no parameters each."""
+    """The modules copied because a module with the same weight is; they share its tensors, so their size is zero."""
     copied = {id(site.module) for site in sites if site.path in copies}
     if not any(id(module) in copied for module in tied.values()):
         return {}
     return {path: Extent() for path, module in tied.items() if id(module) not in copied}
 
 
-def _with_tied(
+def _add_tied(
     targets: list[Target], tied: Mapping[str, nn.Module], sites: list[Site], matcher: Matcher, config: AdapterConfig
 ) -> list[Target]:
-    """The targets, where one on a weight of several modules is on all of them: with the tensors of the first's."""
+    """Extends a target on one of the tied modules to all of them; the adapters share the first one's tensors."""
     modules = {id(module) for module in tied.values()}
     places = {site.path for site in sites if id(site.module) in modules}
     if places.isdisjoint(target.path for target in targets):
@@ -544,13 +554,13 @@ def _with_tied(
     method, refusal = method_of(config), _tie_refusal([source, *others], matcher, config)
     if refusal or method.shares.tied_class is None:
         raise ConfigError(
-            f"ensure_weight_tying: {' and '.join(tied)} share one weight, and {refusal}; leave all of them out of the "
+            f"ensure_weight_tying: {' and '.join(tied)} share one weight, and {refusal}; remove all of them from the "
             "targets",
             field="ensure_weight_tying",
         )
     tied_class = method.shares.tied_class(config, list(tied))
     for path in tied:
-        if not matcher.matches(path):  # PEFT ties what has one of its names for embeddings and heads
+        if not matcher.matches(path):  # PEFT ties modules by its fixed names of embeddings and heads
             config.target_modules = with_target(config.target_modules, path)  # type: ignore[attr-defined]
     order = {site.path: number for number, site in enumerate(sites)}
     own = [_target(source, config, method), *(target for target in targets if target.path not in places)]
@@ -559,16 +569,16 @@ def _with_tied(
 
 
 def _tie_refusal(sites: Sequence[Site], matcher: Matcher, config: AdapterConfig) -> str:
-    """Why adapters at these places cannot share their tensors, as part of a sentence; else empty."""
+    """Why adapters at these places cannot share their tensors, as part of a sentence; otherwise empty."""
     for site in sites:
         if matcher.excluded(site.path):
-            return f"exclude_modules takes {site.path} out"
+            return f"exclude_modules excludes {site.path}"
         if isinstance(site.wrapper, ModulesToSaveWrapper):
             return f"{site.path} is trained as a whole by another adapter (modules_to_save)"
         if custom_part(site.module, site.wrapper, config, site.path) is not None:
-            return f"{site.path} has a layer of a registered class"
+            return f"{site.path} has a custom layer"
     method = method_of(config)
-    return "" if method.shares.tied_class is not None else f"{method.title(config)} on them cannot share its tensors"
+    return "" if method.shares.tied_class is not None else f"adapters of {method.title(config)} cannot share tensors"
 
 
 def _match(
@@ -600,7 +610,7 @@ def _match(
 
 
 def _companion_targets(model: nn.Module, config: AdapterConfig, sites: list[Site], taken: Set[str]) -> list[Target]:
-    """Modules that get an adapter of a method that the config asks for beside its own; those tied to others last."""
+    """The targets of companion methods that the config requests (token rows); those tied to others come last."""
     targets: list[Target] = []
     for method in companions():
         assert method.shares.companion is not None
@@ -611,7 +621,7 @@ def _companion_targets(model: nn.Module, config: AdapterConfig, sites: list[Site
                 continue
             if site.path in taken or isinstance(site.wrapper, ModulesToSaveWrapper):
                 raise LayerKindError(
-                    f"{site.path} is adapted or trained as a whole already; it cannot have an adapter of "
+                    f"{site.path} is already adapted or trained as a whole and cannot be in "
                     f"{method.shares.companion.field} too"
                 )
             targets.append(_target(site, part.config, method, tied_to=part.tied_to))
@@ -727,7 +737,7 @@ def adaptable_paths(sites: list[Site]) -> list[str]:
 
 
 def _biases(model: nn.Module, config: AdapterConfig, adapted: Set[str], copies: Sequence[str]) -> dict[str, Extent]:
-    """Base biases that train along, by their names in the bare base model; those of copied modules do in the copy."""
+    """Name in the bare base model -> size of each trained base bias; biases of copied modules are in the copies."""
     kind = getattr(config, "bias", "none")
     if kind == "none":
         return {}

@@ -32,13 +32,13 @@ _PER_LAYER = "layer_types"
 
 @dataclass
 class Replication:
-    """What replicated layers replace.
+    """State of a model before its layers were replicated.
 
     Attributes:
-        layers: the layers as they were.
-        layer_map: how often each is used.
-        order: index of the layer that each of the new ones repeats.
-        settings: attributes of the model's config as they were.
+        layers: the original layers.
+        layer_map: the [start, end) pairs.
+        order: for each replicated layer the index of the original.
+        settings: original values of attributes of the model's config.
     """
 
     layers: nn.ModuleList
@@ -52,7 +52,7 @@ def pending_replication(model: nn.Module, config: Any) -> list[tuple[int, int]] 
 
     Args:
         model: the base model.
-        config: of an adapter.
+        config: config of an adapter.
 
     Returns:
         The map, as [start, end) pairs; None if there is nothing to do.
@@ -65,7 +65,7 @@ def pending_replication(model: nn.Module, config: Any) -> list[tuple[int, int]] 
     there = _record(model) if layer_map else None
     if there is not None and layer_map != there.layer_map:
         raise ConfigError(
-            f"the layers of the model are replicated as {there.layer_map} for the adapters it has; delete those before "
+            f"the layers of the model are replicated as {there.layer_map} for its adapters; delete them before using "
             f"another {_FIELD}",
             field=_FIELD,
         )
@@ -77,9 +77,9 @@ def pending_replication(model: nn.Module, config: Any) -> list[tuple[int, int]] 
     if any(start < 0 or end > count or start > end for start, end in layer_map):
         raise ConfigError(f"{_FIELD} is {layer_map}, but {path} has the layers 0 to {count - 1}", field=_FIELD)
     if getattr(config, "bias", "none") != "none":
-        raise ConfigError(f"{_FIELD} repeats biases, which bias={config.bias!r} cannot train apart", field=_FIELD)
+        raise ConfigError(f"{_FIELD} repeats biases, which bias={config.bias!r} cannot train separately", field=_FIELD)
     if any(isinstance(module, AdaptedLayer | ModulesToSaveWrapper) for module in layers.modules()):
-        raise TargetError(f"{path} carries adapters already; {_FIELD} has to come before them")
+        raise TargetError(f"{path} already has adapters; add the adapter with {_FIELD} first")
     return layer_map
 
 
@@ -115,16 +115,16 @@ def _record(model: nn.Module) -> Replication | None:
 
 
 def _replicas(layers: nn.ModuleList, order: Sequence[int]) -> nn.ModuleList:
-    """New modules with the tensors and the configs of those they repeat."""
+    """New modules that share the tensors and the config of the layers they repeat."""
     replicas = []
     for place, index in enumerate(order):
         layer = layers[index]
         shared = [*layer.parameters(), *layer.buffers()]
         shared += [own for module in layer.modules() if (own := module.__dict__.get("config")) is not None]
-        replica = copy.deepcopy(layer, {id(thing): thing for thing in shared})
+        replica = copy.deepcopy(layer, {id(thing): thing for thing in shared})  # objects in the memo are not copied
         part: Any
         for part in replica.modules():
-            if hasattr(part, "layer_idx"):
+            if hasattr(part, "layer_idx"):  # transformers' attention finds its entry in the cache by this index
                 part.layer_idx = place
         replicas.append(replica)
     return nn.ModuleList(replicas)
@@ -139,7 +139,7 @@ def replicated(model: nn.Module, layer_map: LayerMap) -> nn.Module:
 
     Args:
         model: the original, which is not changed.
-        layer_map: what ``pending_replication`` returned.
+        layer_map: result of ``pending_replication``.
 
     Returns:
         The copy.
@@ -185,7 +185,7 @@ def replicate_layers_(model: nn.Module, layer_map: LayerMap, change: Transaction
 
     Args:
         model: the base model.
-        layer_map: what ``pending_replication`` gave.
+        layer_map: result of ``pending_replication``.
         change: records what is changed.
     """
     owner_path, _, attribute = _path_of_layers(model).rpartition(".")
@@ -227,7 +227,7 @@ def undo_replication(model: nn.Module, change: Transaction, *, keep: bool) -> No
         return
     for replica, index in zip(replicas, record.order, strict=True):
         for source, module in zip(replica.modules(), record.layers[index].modules(), strict=True):
-            module._parameters.update(source._parameters)  # the model may have been moved meanwhile
+            module._parameters.update(source._parameters)  # to() may have replaced them since the replication
             module._buffers.update(source._buffers)
             module.training = source.training
     change.set_item(owner._modules, attribute, record.layers)

@@ -23,7 +23,7 @@ def fitted(weight: Tensor, data: Tensor, constants: Tensor, size: int, quant_typ
     """Computes the constant of each block that brings its codes nearest to the weight (least squares).
 
     Args:
-        weight: before quantization, of any shape.
+        weight: the weight before quantization, any shape, floating-point.
         data: its codes, two in each byte, in row-major order.
         constants: float32, (blocks,); returned unchanged for a block whose codes are all zero.
         size: numbers in a block.

@@ -28,7 +28,7 @@ def grouped_heads(model: nn.Module) -> Iterator[None]:
     Only for a model on the CPU, and only if the user has not set the environment variable.
 
     Args:
-        model: with or without adapters; one that is not of transformers is not affected.
+        model: a model with or without adapters; only models of transformers are affected.
     """
     first = next(model.parameters(), None)
     if first is None or first.device.type != "cpu" or not _opened():

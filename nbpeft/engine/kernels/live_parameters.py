@@ -15,7 +15,7 @@ class LiveParameters(MutableMapping[str, Any]):
     """A replacement for ``_parameters`` of a module whose parameters belong to other modules.
 
     Args:
-        slots: name in this module -> the owner, and the parameter's name there; the owner need not have it now.
+        slots: name in this module -> (owner, the parameter's name there); the owner may lack the parameter for a time.
     """
 
     __slots__ = ("_in_forward", "slots")  # DeepSpeed ZeRO-3 sets the first on every `_parameters`
@@ -49,18 +49,13 @@ class LiveParameters(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def held(self, name: str) -> Any:
-        """The owner's parameter, or the plain tensor that FSDP puts in its place; None without either."""
+    def get_tensor(self, name: str) -> Any:
+        """The owner's parameter, or the plain tensor that FSDP sets in its place; None if it has neither."""
         owner, own = self.slots[name]
         return owner._parameters.get(own, owner.__dict__.get(own))
 
-    def hold(self, name: str, value: Tensor) -> None:
-        """Sets a plain tensor in place of the owner's parameter, which FSDP has removed.
-
-        Args:
-            name: in this module.
-            value: the tensor.
-        """
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Sets a plain tensor in place of the owner's parameter, which FSDP has removed."""
         owner, own = self.slots[name]
         owner.__dict__[own] = value
 

@@ -17,7 +17,7 @@ _HALF = 1 << 15
 _SMALLEST = 1e-30
 """Blocks whose numbers are all smaller are treated as zeros."""
 _CHUNK = 1 << 16
-"""Numbers that are rounded at a time, so that intermediate results stay in the processor's cache."""
+"""Numbers that are rounded at a time, so that intermediate results stay in the CPU cache."""
 
 
 def round_blocks(weight: Tensor, size: int, code: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def _table(values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
 
 
 class _Chunk:
-    """Buffers for rounding some blocks at a time, used again and again: allocation costs more than the arithmetic."""
+    """Reused buffers for rounding some blocks at a time, because allocation would cost more than the arithmetic."""
 
     def __init__(self, rows: int, size: int, code: Tensor) -> None:
         self.rows = rows

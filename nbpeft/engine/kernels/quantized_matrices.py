@@ -39,8 +39,8 @@ class Form:
     Attributes:
         kind: ``nf4``, ``fp4`` or ``int8``.
         double: whether 4-bit constants are quantized too (double quantization).
-        rows: of a stored matrix.
-        columns: of a stored matrix.
+        rows: number of rows of a stored matrix.
+        columns: number of columns of a stored matrix.
         transposed: whether the tensor shows the transposed of the stored matrices.
     """
 
@@ -117,7 +117,7 @@ class Form:
 
         Args:
             parts: what ``quantized`` returned.
-            dtype: of the result.
+            dtype: dtype of the result.
 
         Returns:
             (rows, columns).
@@ -319,7 +319,7 @@ class QuantizedMatrices(Tensor):
 
         Args:
             change: applied to each of them.
-            dtype: of the new tensor; None for that of this one.
+            dtype: dtype of the new tensor; None for that of this one.
 
         Returns:
             The new tensor.

@@ -41,7 +41,7 @@ class Recomputation:
 
     Args:
         function: takes ``inputs`` and returns a tensor, always the same for the same inputs.
-        inputs: of this call.
+        inputs: inputs of this call.
         pointwise: whether each number of the output depends only on the same position of the inputs, all of the same
             shape. The gradient is then computed in parts, which needs little additional memory.
     """
@@ -63,7 +63,7 @@ class Recomputation:
         """The output, detached, for one reader.
 
         Args:
-            inputs: of the call, as autograd stored them.
+            inputs: inputs of the call, as autograd stored them.
         """
         if self._output is None:
             self._output, self._read = self._repeat(inputs), 0
@@ -77,7 +77,7 @@ class Recomputation:
         """The gradients of the inputs.
 
         Args:
-            inputs: of the call, as autograd stored them.
+            inputs: inputs of the call, as autograd stored them.
             upstream: gradient of the output.
 
         Returns:
@@ -170,8 +170,8 @@ class Origin:
 
     Attributes:
         recomputation: computes it.
-        inputs: to compute it from; autograd stores them anyway.
-        version: version counter of the tensor when it was made; one that was written to since cannot be recomputed.
+        inputs: the function's inputs, which autograd stores anyway.
+        version: version counter of the tensor when it was created; a tensor written to since then is not recomputed.
     """
 
     recomputation: Recomputation | _RowsAgain
@@ -227,7 +227,7 @@ def parts_of(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
     Args:
         tensor: any shape.
-        sizes: of the parts in the first dimension.
+        sizes: sizes of the parts in the first dimension.
 
     Returns:
         The parts.

@@ -107,7 +107,7 @@ def share_lost(rounded: Tensor, wanted: Tensor, frozen: Tensor, gram: Tensor) ->
         rounded: the stored weight, (out, in).
         wanted: the weight before rounding, (out, in).
         frozen: the weight without the adapter, (out, in).
-        gram: of the inputs, (in, in); see ``round_with_feedback``.
+        gram: Gram matrix of the inputs, (in, in); see ``round_with_feedback``.
 
     Returns:
         Root mean square error divided by root mean square effect; 0 if the adapter has no effect.

@@ -15,7 +15,7 @@ from nbpeft.errors import MergeError
 
 _BACKENDS = {"dense": "", "bnb4bit": "bnb 4bit", "bnb8bit": "bnb 8bit"}
 """Backend -> PEFT's name of the quantization, where that differs from ``name``."""
-_HELD = ("_parameters", "_buffers", "_modules")
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 class StoredWeight:
@@ -62,9 +62,9 @@ class StoredWeight:
         A backend whose ``store`` writes to existing tensors instead of replacing them must copy those tensors.
         """
         twin: nn.Module = object.__new__(type(module))
-        state = {name: dict(value) if name in _HELD else value for name, value in module.__dict__.items()}
+        state = {name: dict(value) if name in _REGISTRIES else value for name, value in module.__dict__.items()}
         twin.__dict__.update(state, _compiled_call_impl=None)
-        # What accelerate puts in place of a layer's forward would call the first one.
+        # accelerate replaces forward on the instance; the replacement would call the original layer.
         twin.__dict__.pop("forward", None)
         return twin
 
@@ -102,7 +102,7 @@ class ReadOnlyWeight(StoredWeight):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         """A new tensor, (out, in), as exact as the layer's own products."""
-        # The bias is taken out for the call, so that the output is the transposed weight alone.
+        # Without the bias, the output for an identity matrix is the transposed weight.
         holder = next((own for own in (module._parameters, module._buffers) if own.get("bias") is not None), None)
         bias = None if holder is None else holder["bias"]
         layer: Any = module
@@ -118,11 +118,7 @@ class ReadOnlyWeight(StoredWeight):
         return product[0].t().contiguous()
 
     def store(self, module: nn.Module, weight: Tensor) -> None:
-        """Always refuses.
-
-        Raises:
-            MergeError: the library cannot quantize a new weight.
-        """
+        """Always raises MergeError: the library cannot quantize a new weight."""
         raise MergeError(f"a {self.name} weight cannot be written: {self.unmergeable_reason}", backend=self.name)
 
     def snapshot(self, module: nn.Module) -> None:
@@ -149,7 +145,7 @@ def keep_parameter_classes(module: nn.Module) -> None:
 
 
 def reduced_parameter(parameter: Any) -> tuple[Any, ...]:
-    """The pickle reduction of a parameter subclass, which needs only torch (not nbpeft) to be read."""
+    """The pickle reduction of a parameter subclass; unpickling it needs only torch, not nbpeft."""
     data = (type(parameter), plain(parameter), parameter.requires_grad)
     return Tensor._make_subclass, data, dict(vars(parameter)), None, None, _set_obj_state
 
@@ -167,7 +163,7 @@ def moved_copy(weight: Any, device: torch.device | str) -> Any:
 
     Args:
         weight: such a tensor, or a plain one.
-        device: of the copy.
+        device: device of the copy.
 
     Returns:
         The copy, of the same class.
@@ -218,7 +214,7 @@ def loaded(module_name: str, *names: str) -> tuple[type[Any], ...]:
 
     Args:
         module_name: module with the classes.
-        *names: of the classes.
+        *names: names of the classes.
 
     Returns:
         Those that exist; empty if the module was not imported.

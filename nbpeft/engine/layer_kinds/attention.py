@@ -40,7 +40,7 @@ class Attention(Composite):
                 "v_proj_weight in target_parameters"
             )
         if not isinstance(module.out_proj, nn.Module) or not hasattr(module.out_proj, "weight"):
-            return "its out_proj is no layer"
+            return "its out_proj is not a layer"
         return ""
 
     def features(self, module: Any) -> tuple[int, int]:
@@ -55,8 +55,8 @@ class Attention(Composite):
         return weight
 
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-        """Always refuses: query, key and value have different inputs."""
-        raise LayerKindError("the projections of an attention have no map of their own", kind=self.name)
+        """Always raises LayerKindError: query, key and value have different inputs."""
+        raise LayerKindError("the projections of an attention cannot be applied separately", kind=self.name)
 
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
         return vector

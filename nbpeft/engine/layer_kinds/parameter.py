@@ -3,7 +3,7 @@
     3-D   (experts, out, in), or (experts, in, out) if the module has ``is_transposed``
     2-D   (out, in)
 
-A ``ParameterView`` represents it as a layer whose ``weight`` it is.
+A ``ParameterView`` shows it as the ``weight`` of a layer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ParameterView(nn.Module):
 
     @property
     def count(self) -> int:
-        """Number of matrices: of experts."""
+        """Number of matrices (experts)."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
 
@@ -79,8 +79,8 @@ class Parameter:
         return weight
 
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-        """Always refuses: how the parameter is used is known only to its module."""
-        raise LayerKindError("a bare parameter has no map of its own", kind=self.name)
+        """Always raises LayerKindError: only the module knows how its parameter is used."""
+        raise LayerKindError("a bare parameter can only be applied by its module", kind=self.name)
 
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
         return vector

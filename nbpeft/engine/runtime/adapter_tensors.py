@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Pads, SharedState, StartsInWeight
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -21,7 +21,7 @@ Slot = tuple[dict[str, nn.Parameter | None], str]
 
 
 def parameter_slots(layers: Layers, copies: Copies, name: str) -> list[Slot]:
-    """Returns where the trained tensors of an adapter are, those of ``modules_to_save`` last.
+    """Returns the slots of an adapter's trained tensors, those of ``modules_to_save`` last.
 
     Args:
         layers: path -> adapted layer.
@@ -48,7 +48,7 @@ def is_half(layers: Layers, name: str) -> bool:
 
 
 def is_training(layers: Layers, name: str) -> bool | None:
-    """Returns whether an adapter is in training mode, which may differ from its base's; None if no layer has it."""
+    """Returns whether an adapter is in training mode, which may differ from its layer's; None if no layer has it."""
     here = (layer.adapters._modules.get(name) for layer in layers.values())
     return next((adapter.training for adapter in here if adapter is not None), None)
 
@@ -83,9 +83,9 @@ def saved_weights(layers: Layers, copies: Copies, name: str, config: AdapterConf
 
 
 def weights_source(layers: Layers, copies: Copies, name: str, config: AdapterConfig) -> Callable[[], AdapterWeights]:
-    """Returns a function that gives the tensors of ``saved_weights`` as they are when it is called.
+    """Returns a function that returns ``saved_weights`` at the time of its call.
 
-    The function references the adapter's modules, but not the layers and the base model that contain them.
+    The function references the adapter's modules, but not the base model.
 
     Args:
         layers: path -> adapted layer.
@@ -94,7 +94,7 @@ def weights_source(layers: Layers, copies: Copies, name: str, config: AdapterCon
         config: the adapter's config.
     """
     shapes = {
-        # Only padded adapters need their shapes. They are computed now, because doing so later needs the layer.
+        # Only padded adapters need their shapes, which are computed now because that needs the layer.
         path: _shapes(path, layer, name, config)() if isinstance(layer.adapter(name), Pads) else {}
         for path, layer in layers.items()
         if name in layer.adapters
@@ -126,7 +126,7 @@ def _weights(
 
 
 def parameter_paths(layers: Layers) -> tuple[str, ...]:
-    """Returns the paths that are bare parameters of modules; those of one module are in its own order."""
+    """Returns the paths of adapted bare parameters; those of one module are in the module's order."""
     return tuple(path for path, layer in layers.items() if isinstance(layer, AdaptedParameter))
 
 
@@ -136,6 +136,32 @@ def _shapes(
     """Returns a function that computes the shapes of an adapter's parameters without padding."""
     adapter = layer.adapter(name)
     return lambda: type(adapter).parameter_shapes(config, path, layer.base.module, layer.kind)
+
+
+def flattened(
+    layers: Layers, name: str, config: AdapterConfig, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, tuple[int, ...]]:
+    """Tensors that lost dimensions or all numbers, as shards of a sharded model do.
+
+    Args:
+        layers: path -> adapted layer.
+        name: the adapter.
+        config: the adapter's config.
+        tensors: path -> name -> tensor of the adapter.
+
+    Returns:
+        Path and name of each of these tensors -> its shape.
+    """
+    found = {}
+    for path, own in tensors.items():
+        shapes = {key: tuple(getattr(tensor, "ds_shape", tensor.shape)) for key, tensor in own.items()}
+        suspects = {key: shape for key, shape in shapes.items() if len(shape) < 2 or 0 in shape}
+        wanted = _shapes(path, layers[path], name, config)() if suspects else {}
+        for key, shape in suspects.items():
+            whole = wanted.get(key, shape)
+            if len(shape) < len(whole) or (0 in shape and 0 not in whole):
+                found[f"{path}.{key}"] = shape
+    return found
 
 
 def shared_state_of(layers: Layers, name: str) -> SharedState | None:

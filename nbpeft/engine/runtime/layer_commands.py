@@ -1,4 +1,4 @@
-"""Commands on a single layer, as PEFT's layers have them; those of the manager are for the whole model."""
+"""Commands on a single layer, as in PEFT; commands on the whole model are in the manager."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nbpeft.errors import AdapterError, BaseMismatchError, ConfigError, MergeErr
 
 
 def _at(config: AdapterConfig, path: str) -> AdapterConfig:
-    """A config for one layer alone."""
+    """A copy of a config whose only target is one layer."""
     fields = {"target_modules": re.escape(path), "bias": "none"}
     companion_fields = [method.shares.companion.field for method in companions() if method.shares.companion is not None]
     cleared = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", *companion_fields)
@@ -37,17 +37,17 @@ def _at(config: AdapterConfig, path: str) -> AdapterConfig:
 
 
 @dataclass(frozen=True)
-class Departed:
-    """An adapter whose layers were all taken out of the model by other code.
+class RemovedAdapter:
+    """An adapter whose layers were all removed from the model by other code.
 
     Attributes:
         config: its config.
         place: its index among the adapters.
-        scale: factor on its delta, where one was set.
+        scale: factor on its delta; None if none was set.
         frozen: whether it was frozen.
         unsaved: whether it was trained since it was added, loaded or saved.
-        chosen: which adapters were selected before it left.
-        chosen_then: which adapters were selected after it left.
+        selected_before: adapters that were selected before the removal.
+        selected_after: adapters that were selected after it.
     """
 
     config: AdapterConfig
@@ -55,12 +55,12 @@ class Departed:
     scale: float | None
     frozen: bool
     unsaved: bool
-    chosen: tuple[str, ...]
-    chosen_then: tuple[str, ...] = ()
+    selected_before: tuple[str, ...]
+    selected_after: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, manager: Any, name: str, place: int) -> Departed:
-        """Records the state of an adapter that is still on the model."""
+    def of(cls, manager: Any, name: str, place: int) -> RemovedAdapter:
+        """Records the state of an adapter that is still registered."""
         state = name in manager.frozen, name in manager.unsaved, manager._selected
         return cls(manager._configs[name], place, manager._scales.get(name), *state)
 
@@ -94,7 +94,7 @@ class LayerCommands:
         """
         manager = self._manager()
         if manager is None:
-            raise StaleModelError("the layer belongs to a model that is gone")
+            raise StaleModelError("the layer belongs to a model that no longer exists")
         return manager
 
     @property
@@ -103,15 +103,15 @@ class LayerCommands:
         names: tuple[str, ...] = self.manager._chosen
         return names
 
-    def brought_by(self, wrapper: Wrapper) -> dict[str, AdapterConfig] | None:
-        """Configs of the adapters on a layer that is in this model now but was made for another one.
+    def foreign_configs(self, wrapper: Wrapper) -> dict[str, AdapterConfig] | None:
+        """Configs of the adapters on a layer that was copied or moved here from another model.
 
         Args:
-            wrapper: the layer, or module with copies; a copy, or one that was moved.
+            wrapper: the adapted layer, or module with copies.
 
         Returns:
-            Adapter name -> config. None while the layer is still part of the other model as well, if an adapter with
-            another config has one of the names here, or if a config is unknown.
+            Adapter name -> config. None if the layer cannot be adopted: it is still part of the other model too, an
+            adapter here has the same name and another config, or a config is unknown.
         """
         former = wrapper._shared_state().layer_commands
         own: dict[str, AdapterConfig] = self.manager._configs
@@ -121,54 +121,48 @@ class LayerCommands:
             manager = former._manager()
             if manager is None or id(wrapper) in manager._known_tree().wrappers():
                 return None
-            known = {name: departed.config for name, departed in manager.moved_away.items()} | manager._configs
+            known = {name: removed.config for name, removed in manager.removed.items()} | manager._configs
         if not all(name in known and own.get(name, known[name]) is known[name] for name in wrapper._named()):
             return None
         return {name: known[name] for name in wrapper._named()}
 
-    def take_over(self, tree: AdaptedTree, change: Transaction) -> bool:
-        """Takes over the layers of a tree that were copied or moved into the model; returns whether there are any."""
-        brought = [(wrapper, self.brought_by(wrapper)) for wrapper in tree.others]
-        for wrapper, configs in brought:
+    def adopt(self, tree: AdaptedTree, change: Transaction) -> bool:
+        """Adopts layers that were copied or moved into the model; returns whether there are any."""
+        foreign = [(wrapper, self.foreign_configs(wrapper)) for wrapper in tree.others]
+        for wrapper, configs in foreign:
             if configs is not None:
                 change.keep_attributes(wrapper, "active_state")
                 wrapper.__dict__["active_state"] = self.manager.active_state
                 self.manager._configs.update(configs)
-        return any(configs is not None for _, configs in brought)
+        return any(configs is not None for _, configs in foreign)
 
     def update(self, before: AdaptedTree | None, tree: AdaptedTree, change: Transaction) -> bool:
-        """Follows what somebody did to the module tree by hand.
+        """Updates the manager after other code changed the module tree.
 
         Args:
-            before: the tree as it was last read; None for the tree of a copy, which has not been read yet.
-            tree: the tree as it is now.
+            before: the tree as last read; None for a copied model, whose tree has not been read yet.
+            tree: the present tree.
             change: records what is written.
 
         Returns:
-            Whether layers were taken out, put back, copied or moved here.
+            Whether adapted layers were removed, put back, copied or moved here.
         """
         manager = self.manager
-        if self.take_over(tree, change):
+        if self.adopt(tree, change):
             tree = manager._read_tree()
         if before is None:
             return False
         if self._move_prompts(before, tree, change):
             tree = manager._read_tree()
-        gone, come = before.without(tree), tree.without(before)
-        self._let_go(gone, before, change)
-        if gone:
-            take_hooks(called_modules(manager.model), gone, change)
-        self._take_back(come.values(), change)
-        return bool(gone or come)
+        removed, added = before.without(tree), tree.without(before)
+        self._disconnect(removed, before, change)
+        if removed:
+            take_hooks(called_modules(manager.model), removed, change)
+        self._connect(added.values(), change)
+        return bool(removed or added)
 
     def _move_prompts(self, before: AdaptedTree, tree: AdaptedTree, change: Transaction) -> bool:
-        """Moves learned prompts to the embedding that replaced theirs; see ``update`` for the arguments.
-
-        ``set_input_embeddings`` replaces it. Prompts do not depend on its values, so they are not lost with it.
-
-        Returns:
-            Whether any were moved.
-        """
+        """Moves learned prompts to a new input embedding (``set_input_embeddings``); returns whether any were moved."""
         moved: dict[nn.Module, nn.Module] = {}
         for wrapper, modules, name in before.places(before.without(tree)):
             new = modules.get(name)
@@ -177,7 +171,7 @@ class LayerCommands:
             kind, old = resolve_layer_kind(new), wrapper.base_layer
             if wrapper not in moved:
                 only_prompts = all(isinstance(one, ModelAdapter) for one in wrapper.adapters._modules.values())
-                if new is old or not only_prompts:  # with its own layer in its place, the wrapper was taken out
+                if new is old or not only_prompts:  # its own base layer in its place: the wrapper was removed
                     continue
                 if kind is not wrapper.kind or kind.features(new)[1] != kind.features(old)[1]:
                     continue
@@ -187,43 +181,43 @@ class LayerCommands:
                 change.set_item(modules, name, wrapper)
         return bool(moved)
 
-    def see_off(self, names: Sequence[str], change: Transaction) -> None:
-        """Unregisters adapters that are no longer in the module tree, and records them: they may come back."""
+    def unregister(self, names: Sequence[str], change: Transaction) -> None:
+        """Unregisters adapters that other code removed from the module tree; it may put them back later."""
         manager = self.manager
         order = [*manager._configs]
-        left = {name: Departed.of(manager, name, order.index(name)) for name in names}
+        removed = {name: RemovedAdapter.of(manager, name, order.index(name)) for name in names}
         manager._forget(names, change)
-        manager.moved_away.update(
-            {name: replace(departed, chosen_then=manager._selected) for name, departed in left.items()}
+        manager.removed.update(
+            {name: replace(adapter, selected_after=manager._selected) for name, adapter in removed.items()}
         )
 
-    def _take_back(self, wrappers: Iterable[Wrapper], change: Transaction) -> None:
-        """Connects layers that are in the model now to its manager, including layers that were taken out before."""
-        manager, back = self.manager, dict[str, Departed]()
+    def _connect(self, wrappers: Iterable[Wrapper], change: Transaction) -> None:
+        """Connects layers that other code put into the model, and restores adapters that were removed before."""
+        manager, back = self.manager, dict[str, RemovedAdapter]()
         for wrapper in wrappers:
             change.keep_attributes(wrapper, "active_state")
             wrapper.__dict__["active_state"] = manager.active_state
-            known = manager.moved_away.keys() & wrapper._named().keys() - manager._configs.keys()
-            back.update({name: manager.moved_away[name] for name in known})
+            known = manager.removed.keys() & wrapper._named().keys() - manager._configs.keys()
+            back.update({name: manager.removed[name] for name in known})
             if isinstance(wrapper, AdaptedLayer):
                 hook_in(manager.model, wrapper, wrapper.adapters._modules.values(), change)
-        for name, departed in sorted(back.items(), key=lambda item: item[1].place):
-            departed.restore(manager, name)
+        for name, adapter in sorted(back.items(), key=lambda item: item[1].place):
+            adapter.restore(manager, name)
         merged = {name for wrapper in wrappers if isinstance(wrapper, AdaptedLayer) for name in wrapper.merged_names}
         manager._merged = tuple(name for name in manager._configs if name in {*manager._merged, *merged})
-        choice = next((departed for departed in back.values() if departed.chosen_then == manager._selected), None)
-        if choice is not None:  # the selection has not changed since
-            manager._selected = tuple(name for name in choice.chosen if name in manager._configs)
+        choice = next((adapter for adapter in back.values() if adapter.selected_after == manager._selected), None)
+        if choice is not None:  # the selection has not changed since the removal
+            manager._selected = tuple(name for name in choice.selected_before if name in manager._configs)
 
-    def _let_go(self, wrappers: Mapping[int, Wrapper], before: AdaptedTree, change: Transaction) -> None:
-        """Gives layers that were taken out of the model a state of their own, so that they compute as before."""
+    def _disconnect(self, wrappers: Mapping[int, Wrapper], before: AdaptedTree, change: Transaction) -> None:
+        """Gives removed layers a separate activation state, so that they compute as before."""
         shared: ActiveState = self.manager.active_state
         are_back = before.returns(wrappers)
-        chosen, enabled = self.manager._selected, self.manager._enabled
+        selected, enabled = self.manager._selected, self.manager._enabled
         for key, wrapper in wrappers.items():
             if wrapper.active_state is shared:
                 change.keep_attributes(wrapper, "active_state")
-                state = LayerState(shared, chosen, enabled=enabled, active=shared.live, is_back=are_back.get(key))
+                state = LayerState(shared, selected, enabled=enabled, active=shared.live, is_back=are_back.get(key))
                 wrapper.__dict__["active_state"] = state
 
     def merge(self, layer: AdaptedLayer, names: Sequence[str], *, safe: bool) -> None:
@@ -231,12 +225,12 @@ class LayerCommands:
 
         Args:
             layer: the layer.
-            names: adapters to merge; those that the layer lacks are ignored.
-            safe: refuse weights that would not be finite.
+            names: adapters to merge; those not on the layer are ignored.
+            safe: raise an error if a merged weight is not finite.
 
         Raises:
-            MergeError: the weight cannot be merged into, would not be finite (``safe``), or is tied to other layers
-                into which adapters were merged at the same time.
+            MergeError: the layer does not support merging, a merged weight is not finite (``safe``), or the weight
+                is shared with other layers that have merged adapters.
         """
         manager = self.manager
         together = [name for name in dict.fromkeys((*layer.merged_names, *names)) if name in layer.adapters]
@@ -248,9 +242,9 @@ class LayerCommands:
             if layer.merged_names:
                 layer.restore_base(change)
             check_merge({"the layer": layer}, together, manager.scale, safe=safe)
-            apart = bool(layers_to_untie(manager.model, {"the layer": layer}, together))
+            untie = bool(layers_to_untie(manager.model, {"the layer": layer}, together))
             scales = [manager.scale(name) for name in together]
-            layer.merge_into_base(together, scales, change, keep_frozen=True, apart=apart)
+            layer.merge_into_base(together, scales, change, keep_frozen=True, untie=untie)
             manager._merged = tuple(dict.fromkeys((*manager.merged, *together)))
             manager._publish_active()
 
@@ -258,7 +252,7 @@ class LayerCommands:
         """Restores the frozen weight of one layer, bit for bit.
 
         Raises:
-            MergeError: it is tied to other layers into which adapters were merged at the same time.
+            MergeError: the weight is shared with other layers that have merged adapters.
         """
         manager = self.manager
         with manager.transaction() as change:
@@ -270,11 +264,11 @@ class LayerCommands:
             manager._publish_active()
 
     def set_base_weight(self, layer: AdaptedLayer, weight: Tensor) -> None:
-        """Writes the frozen weight of one layer; in its dtype, or quantized with the layer's settings.
+        """Overwrites the frozen weight of one layer, cast or quantized as the present weight.
 
         Args:
             layer: the layer.
-            weight: the new values, shaped like the layer's base weight.
+            weight: the new values, in the shape of the layer's dequantized weight.
 
         Raises:
             MergeError: adapters are merged, or the backend cannot write its weights.
@@ -292,17 +286,17 @@ class LayerCommands:
             change.on_undo(lambda: backend.restore(module, before))
             backend.store(module, weight)
 
-    def remake(self, layer: AdaptedLayer, name: str, config: AdapterConfig) -> None:
-        """Rebuilds an adapter on one layer; an adapter that the model does not have is added, on this layer only.
+    def rebuild(self, layer: AdaptedLayer, name: str, config: AdapterConfig) -> None:
+        """Replaces an adapter on one layer by a new one; adds it on this layer only if the model lacks it.
 
         Args:
             layer: the layer.
             name: the adapter.
-            config: its config on this layer; the config's targets are ignored.
+            config: the new config; its targets are ignored.
 
         Raises:
-            ConfigError: the adapter is of another method, or its config could not express the change.
-            MergeError: it is merged.
+            ConfigError: the adapter has another method, or its config cannot express the change.
+            MergeError: an adapter is merged.
         """
         manager = self.manager
         path = next(path for path, own in manager.layers.items() if own is layer)
@@ -334,17 +328,17 @@ class LayerCommands:
     def replace(
         self, layer: AdaptedLayer, name: str, make: Callable[[], Adapter], *kept: MutableMapping[str, Any]
     ) -> None:
-        """Replaces an adapter on one layer; its config stays.
+        """Replaces an adapter on one layer without changing its config.
 
         Args:
             layer: the layer.
             name: the adapter.
             make: builds the replacement.
-            kept: mappings that ``make`` changes; restored if the command fails.
+            *kept: mappings that ``make`` changes; restored if the command fails.
 
         Raises:
             UnknownAdapterError: the model has no such adapter.
-            MergeError: it is merged.
+            MergeError: an adapter is merged.
         """
         manager = self.manager
         with manager.transaction() as change:
@@ -357,7 +351,7 @@ class LayerCommands:
             manager.refresh((name,), change)
 
     def _with_layer(self, layer: AdaptedLayer, name: str, path: str, config: AdapterConfig) -> AdapterConfig:
-        """The config of an adapter in which one layer has the values of another config, and is a target."""
+        """The config of an adapter with another config's values for one layer, which becomes a target."""
         manager, target = self.manager, name not in layer.adapters
         changed: AdapterConfig = manager.configs[name].with_layer(path, config, target=target)
         if not target:
@@ -365,37 +359,34 @@ class LayerCommands:
         paths = {own for own, other in manager.layers.items() if name in other.adapters} | {path}
         if {*manager.plan(changed, name).paths} != paths:
             raise ConfigError(
-                f"{path} cannot be named as a target of {name!r} by itself: add an adapter of another name"
+                f"{path} cannot be added to the targets of {name!r} alone: add an adapter with another name"
             )
         return changed
 
     def remove(self, layer: AdaptedLayer, name: str) -> None:
-        """Deletes an adapter from one layer; state that its layers share moves to another of them.
+        """Deletes an adapter from one layer; the state shared by its layers moves to another layer.
 
         Args:
             layer: the layer.
             name: the adapter.
 
         Raises:
-            AdapterError: the adapter on another layer uses the tensors on this one.
-            MergeError: it is merged there.
+            AdapterError: the adapter uses this layer's tensors on another layer too.
+            MergeError: the adapter is merged on this layer.
         """
         manager = self.manager
         with manager.transaction() as change:
             if name in layer.merged_names:
                 manager.refuse_merged(f"{name!r} is deleted")
             removed = layer.adapter(name)
-            held: dict[str, Any] = {
-                path: adapted.adapters._modules.get(name) for path, adapted in manager.layers.items()
-            }
-            others: dict[str, Adapter] = {
-                path: adapted for path, adapted in held.items() if adapted is not None and adapted is not removed
+            others = {
+                path: adapted.adapter(name)
+                for path, adapted in manager.layers.items()
+                if adapted is not layer and name in adapted.adapters
             }
             user = next((path for path, other in others.items() if source_of(other) is removed), None)
             if user is not None:
-                raise AdapterError(
-                    f"adapter {name!r} on {user} uses the tensors that it has here: delete it there first"
-                )
+                raise AdapterError(f"adapter {name!r} on {user} uses this layer's tensors: delete it there first")
             change.keep(layer.adapters._modules)
             change.keep_attributes(layer, "emptied_of")
             change.keep_attributes(manager, "_slots")
@@ -413,19 +404,19 @@ class LayerCommands:
                 manager._forget([name], change)
 
     def sync(self) -> None:
-        """Runs ``apply_pending`` in a transaction of its own."""
+        """Runs ``apply_pending`` in a separate transaction."""
         manager = self.manager
         if manager.active_state.apart:
             with manager.transaction(during_calls=True, quiet=True) as change:
                 self.apply_pending(change)
 
     def apply_pending(self, change: Transaction) -> None:
-        """Replaces the activation set on single layers by that of the model, which adopts it where all layers agree."""
+        """Ends separate activation of single layers; if all layers agree, the model takes over their selection."""
         manager = self.manager
         if not manager.active_state.apart:
             return
         states = [layer.active_state for layer in (*manager.layers.values(), *manager.copies.values())]
-        apart = [state for state in states if isinstance(state, LayerState)]
+        separate = [state for state in states if isinstance(state, LayerState)]
         manager._keep_choice(change)
         for layer in manager.active_state.apart:
             change.keep_attributes(layer, "active_state")
@@ -436,9 +427,9 @@ class LayerCommands:
                 "enabled from now on",
                 stacklevel=5,
             )
-        alike = len(apart) == len(states) > 0 and len({state.names for state in apart}) == 1
-        if alike and apart[0].names and all(name in manager.configs for name in apart[0].names):
-            manager._selected = apart[0].names
+        agree = len(separate) == len(states) > 0 and len({state.names for state in separate}) == 1
+        if agree and separate[0].names and all(name in manager.configs for name in separate[0].names):
+            manager._selected = separate[0].names
         manager._enabled = any(enabled)
         manager.active_state.gather()
         manager._publish_active()

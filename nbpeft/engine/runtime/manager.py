@@ -1,8 +1,8 @@
-"""AdapterManager: the one owner of the adapters on a base model.
+"""AdapterManager: owns the adapters on a base model.
 
-Every command checks and builds first and changes the model last, inside one transaction, so that
-a command that fails or is interrupted leaves it unchanged. Activation is one assignment on the shared
-``ActiveState``; ``requires_grad`` is set only for adapters whose trainability changes.
+Each command checks and builds first and changes the model last, inside one transaction, so that a failed or interrupted
+command leaves the model unchanged. Activation is one assignment on the shared ``ActiveState``; ``requires_grad`` is set
+only for adapters whose trainability changes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nbpeft.engine.injection.biases import BaseBiases
 from nbpeft.engine.injection.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.injection.plan import InjectionPlan, plan
 from nbpeft.engine.runtime.adapter_tensors import parameter_slots, saved_weights, shared_state_of
-from nbpeft.engine.runtime.layer_commands import Departed, LayerCommands
+from nbpeft.engine.runtime.layer_commands import LayerCommands, RemovedAdapter
 from nbpeft.engine.runtime.merging import (
     check_addable,
     check_compatible,
@@ -46,11 +46,11 @@ from nbpeft.engine.runtime.scopes import AdapterContext
 from nbpeft.engine.tree.adapted_tree import AdaptedTree, read_tree
 from nbpeft.engine.tree.model_tree import MANAGER, manager_of
 from nbpeft.engine.tree.tied_weights import untie_embeddings_
+from nbpeft.engine.wrappers.extension import on_models
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError, StaleModelError
 
-_ATTRIBUTES = (MANAGER, "peft_config")
 """Attributes that an adapted base model has in addition to its own."""
 _CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
 
@@ -59,7 +59,7 @@ def require_manager(model: nn.Module) -> AdapterManager:
     """Returns the manager of a ``PeftModel`` or of an adapted base model.
 
     Raises:
-        AdapterError: the model carries no adapters.
+        AdapterError: the model has no adapters.
     """
     manager = manager_of(model)
     if manager is None:
@@ -73,12 +73,12 @@ class AdapterManager:
     Attributes:
         model: the base model.
         active_state: the active adapters; read by all wrappers.
-        alive: False once the adapters were unloaded; every command is refused then.
+        alive: False once the adapters were unloaded; commands then raise StaleModelError.
         frozen: adapters that do not train even while they are active.
         unsaved: adapters that were trained since they were added, loaded or saved.
         owner: token of the only handle that may use the manager.
-        moved_away: adapters whose layers were all taken out of the model by other code.
-        provider: loads adapters that are named but not on the model, if there is one.
+        removed: adapters whose layers were all removed from the model by other code.
+        provider: loads adapters on demand that are not on the model; None if there is none.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -86,7 +86,7 @@ class AdapterManager:
         self.active_state = ActiveState()
         self._configs = ByName()
         self._tree: AdaptedTree | None = AdaptedTree()
-        self.moved_away: dict[str, Departed] = {}
+        self.removed: dict[str, RemovedAdapter] = {}
         self.alive = True
         self.frozen: set[str] = set()
         self.unsaved: set[str] = set()
@@ -113,8 +113,8 @@ class AdapterManager:
 
     @property
     def configs(self) -> dict[str, AdapterConfig]:
-        """Adapter name -> its config, targets resolved."""
-        self._notice()
+        """Adapter name -> config with resolved targets."""
+        self._sync_tree()
         return self._configs
 
     @property
@@ -134,8 +134,8 @@ class AdapterManager:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Selected adapters, inside a block of ``use`` those of the block; active unless disabled."""
-        self._notice()
+        """Selected adapters, or those of the ``use`` block that is open; active unless disabled."""
+        self._sync_tree()
         return self._chosen
 
     @property
@@ -145,8 +145,8 @@ class AdapterManager:
 
     @property
     def selected(self) -> tuple[str, ...]:
-        """Selected adapters outside of all blocks."""
-        self._notice()
+        """Selected adapters, ignoring open blocks."""
+        self._sync_tree()
         return self._selected
 
     @property
@@ -158,7 +158,7 @@ class AdapterManager:
     @property
     def merged(self) -> tuple[str, ...]:
         """Adapters whose deltas are in the base weights now."""
-        self._notice()
+        self._sync_tree()
         return self._merged
 
     def scale(self, name: str) -> float:
@@ -171,7 +171,7 @@ class AdapterManager:
         slots = self._slots.get(name)
         if slots is None:
             slots = self._slots[name] = parameter_slots(self.layers, self.copies, name)
-        # Looked up each time, because sharding and ``Module.to`` replace the tensors.
+        # Read from the slots each time, because sharding and ``Module.to`` replace the tensors.
         tensors = [parameters[key] for parameters, key in slots]
         return [*(parameter for parameter in tensors if parameter is not None), *self._biases.of(name).values()]
 
@@ -197,11 +197,11 @@ class AdapterManager:
         return self._biases.are_trained
 
     def replaced_in_base(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> its tensor before an adapter brought or trained another one."""
+        """Name in the bare base model -> original of each tensor that an adapter replaces or trains."""
         return self._biases.originals(name)
 
     def values_in_base(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> its tensor that an adapter brought or trains."""
+        """Name in the bare base model -> present value of each tensor that an adapter replaces or trains."""
         return self._biases.present(name)
 
     def ensure_loaded(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
@@ -221,27 +221,27 @@ class AdapterManager:
                 raise unknown_adapter(name, self.configs)
 
     def require_available(self, *names: str) -> None:
-        """As ``require``, but an adapter that the provider can load counts as present."""
+        """Like ``require``, but adapters that the provider can load count as present."""
         self.require(*(name for name in names if not self.available(name)))
 
     def available(self, name: str) -> bool:
-        """Whether an adapter is on the model or the provider can load it."""
+        """Whether an adapter is on the model or can be loaded by the provider."""
         return name in self.configs or (self.provider is not None and self.provider.can_provide(name))
 
     def check_alive(self) -> None:
         """Raises StaleModelError once the adapters were unloaded."""
         if not self.alive:
             raise StaleModelError(
-                "this handle is dead: its adapters were merged into the base model or unloaded; "
+                "this handle can no longer be used: its adapters were merged into the base model or unloaded; "
                 "use the model that merge_and_unload() or unload() returned"
             )
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back after every change; bound methods are referenced weakly. Returns a function that unsubscribes."""
+        """Calls ``callback`` after every change; returns a function that unsubscribes. See ``Subscribers``."""
         return self._subscribers.add(callback)
 
     def changed(self) -> None:
-        """Notifies subscribers of a change; for code that wrote tensors itself."""
+        """Notifies subscribers; for code that changed tensors directly."""
         self._transaction.report()
 
     def _notify(self) -> None:
@@ -250,26 +250,26 @@ class AdapterManager:
 
     @classmethod
     def attach(cls, model: nn.Module, manager: AdapterManager | None = None) -> AdapterManager:
-        """Returns a base model's manager; if it has none, attaches the given or a new manager."""
+        """Returns a base model's manager; if it has none, attaches ``manager`` or a new one."""
         attached = manager or manager_of(model) or cls(model)
         with attached.transaction(during_calls=True, quiet=True) as change:
-            change.keep_attributes(model, *_ATTRIBUTES)
-            # PEFT stores its configs there, and other libraries look for them.
-            model.__dict__.update(zip(_ATTRIBUTES, (attached, attached.configs), strict=True))
+            change.keep_attributes(model, MANAGER, *on_models)
+            shown = {attribute: getattr(attached, name) for attribute, name in on_models.items()}
+            model.__dict__.update({MANAGER: attached, **shown})
         return attached
 
     # The module tree
 
-    def _notice(self) -> None:
-        """Follows changes that other code made to the module tree: adapters no longer in it are unregistered."""
+    def _sync_tree(self) -> None:
+        """Updates the manager if other code changed the module tree: adapters no longer in it are unregistered."""
         if self._transaction.is_open or (self._tree is not None and self._tree.is_current):
             return
         with self._transaction.reading() as change:
             self._keep_structure(change)
             before, tree = self._tree, self._read_tree()
             moved = self.layer_commands.update(before, tree, change)
-            there = self._configs if before is None else self._known_tree().names()
-            self.layer_commands.see_off([name for name in self._configs if name not in there], change)
+            present = self._configs if before is None else self._known_tree().names()
+            self.layer_commands.unregister([name for name in self._configs if name not in present], change)
         if moved:
             self.changed()
 
@@ -278,38 +278,38 @@ class AdapterManager:
         return self._tree
 
     def _tree_with(self, parts: Parts | None = None) -> AdaptedTree:
-        """The tree after an adapter was taken out, or parts of one were put in."""
+        """The tree after an adapter was removed, or the parts of one were added."""
         tree = self._tree
-        hung = () if parts is None else (id(part[1]) for part in (*parts.adapters, *parts.copies))
-        # An adapter on layers that have other adapters does not change the tree.
-        known = tree is not None and tree.is_current and all(map(tree.wrappers().__contains__, hung))
+        wrappers = () if parts is None else (id(part[1]) for part in (*parts.adapters, *parts.copies))
+        # An adapter on layers that already have other adapters does not change the tree.
+        known = tree is not None and tree.is_current and all(map(tree.wrappers().__contains__, wrappers))
         return self._read_tree() if tree is None or not known else tree
 
     def _known_tree(self) -> AdaptedTree:
-        self._notice()
+        self._sync_tree()
         return self._read_tree() if self._tree is None else self._tree  # None in the first transaction of a copy
 
     def _forget(self, names: Sequence[str], change: Transaction) -> None:
-        """Unregisters adapters that are no longer in the module tree; see ``remove`` for what is active then."""
+        """Unregisters adapters that are no longer in the module tree, and selects as ``remove`` does."""
         for name in names:
             self._forget_tensors(name, change)
             self._configs.leave(name)
             self._scales.pop(name, None)
             self.frozen.discard(name)
 
-        def left(those: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(name for name in those if name not in names)
+        def remaining(before: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in before if name not in names)
 
-        self._merged, self._parked = left(self._merged), left(self._parked)
-        self._selected = left(self._selected) or (self.names[:1] if self._selected else ())
+        self._merged, self._parked = remaining(self._merged), remaining(self._parked)
+        self._selected = remaining(self._selected) or (self.names[:1] if self._selected else ())
         for scope in self.active_state.scopes:
-            scope.names = left(scope.names)
+            scope.names = remaining(scope.names)
         self.refresh(self._selected, change)
 
     # Adding and removing
 
     def plan(self, config: AdapterConfig, replacing: str | None = None, *, allow_missing: bool = True) -> InjectionPlan:
-        """Plans what ``add`` would do, replacing an adapter if one is named; changes nothing."""
+        """Plans what ``add`` would do, without changing anything; ``replacing`` names an adapter to be replaced."""
         return plan(self.model, config, allow_missing=allow_missing, replacing=replacing)
 
     def add(
@@ -328,18 +328,21 @@ class AdapterManager:
         """Adds a new adapter to the model; the first adapter becomes active.
 
         Args:
-            name: its name.
-            config: its config, or the plan of one.
-            weights: loaded tensors to bind instead of initialising.
-            trainable: whether it trains while it is active.
+            name: name of the adapter.
+            config: its config, or a plan from ``plan``.
+            weights: loaded tensors; None to initialise new ones.
+            trainable: whether the adapter trains while it is active.
             half: keep its parameters in the base's dtype even if that is half precision.
-            allow_missing: warn about targets that match nothing instead of refusing.
-            replace: replace an adapter of the same name; the new adapter is active if that one was.
-            select: whether it becomes active if it is the only adapter.
-            training: its training mode; None for the mode of the adapter it replaces, or of its layers.
+            allow_missing: only warn about targets that match nothing, if others match.
+            replace: replace an adapter of the same name; the new adapter is active if the old one was.
+            select: whether the adapter becomes active if it is the only one.
+            training: its training mode; None for the mode of the replaced adapter, or of its layers.
+
+        Returns:
+            The plan.
 
         Raises:
-            AdapterExistsError: the name is taken.
+            AdapterExistsError: the model has an adapter of this name.
             TargetError: the config does not fit the model.
         """
         settings: dict[str, Any] = {"trainable": trainable, "half": half, "training": training, "replace": replace}
@@ -365,7 +368,12 @@ class AdapterManager:
         """
 
         def built() -> tuple[int, InjectionPlan, Parts]:
-            self._check_addable(name, replace=replace)
+            self.check_alive()
+            check_name(name)
+            if name in self.configs and not replace:
+                raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it or choose another name")
+            if name in self._merged:
+                self.refuse_merged(f"{name!r} is replaced")
             with CollectionPaused():
                 plan = config
                 if not isinstance(plan, InjectionPlan):
@@ -381,7 +389,7 @@ class AdapterManager:
             with self.transaction() as change, CollectionPaused():
                 _, plan, parts = prepared if prepared[0] == self.revision else built()
                 self._keep_structure(change)
-                self.layer_commands.take_over(self._known_tree() if self._configs else self._read_tree(), change)
+                self.layer_commands.adopt(self._known_tree() if self._configs else self._read_tree(), change)
                 if not self.configs:
                     trainable_now = [p for p in self.model.parameters() if p.requires_grad]
                     self._was_trainable = [*self._was_trainable, *trainable_now]
@@ -403,19 +411,11 @@ class AdapterManager:
 
         return put
 
-    def _check_addable(self, name: str, *, replace: bool) -> None:
-        self.check_alive()
-        check_name(name)
-        if name in self.configs and not replace:
-            raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it or take another name")
-        if name in self._merged:
-            self.refuse_merged(f"{name!r} is replaced")
-
     def remove(self, name: str) -> None:
         """Deletes an adapter; if no active adapter is left, the oldest becomes active.
 
         Raises:
-            MergeError: it is merged, or it trains biases while another adapter is merged.
+            MergeError: the adapter is merged, or it trains biases while another adapter is merged.
         """
         with self.transaction() as change:
             self.require(name)
@@ -432,7 +432,7 @@ class AdapterManager:
         self._biases.stop(name, change)
 
     def rename(self, old: str, new: str) -> None:
-        """Renames an adapter, which keeps its place in every order."""
+        """Renames an adapter; its position in all orders stays the same."""
         with self.transaction() as change:
             rename(self, old, new, change)
 
@@ -454,25 +454,25 @@ class AdapterManager:
     # Changing
 
     def transaction(self, *, during_calls: bool = False, quiet: bool = False) -> Block:
-        """A block whose commands all take effect, or none.
+        """A block whose commands take effect together or not at all.
 
-        No call of the model and no other command runs meanwhile, interruptions wait for its end, and any
-        exception in it undoes the changes.
+        During the block no call of the model and no other command runs, and interrupts are delayed until its end. An
+        exception undoes its changes.
 
         Args:
             during_calls: let calls in other threads continue; for commands that only affect later calls.
             quiet: do not notify subscribers.
 
         Raises:
-            BusyError: this thread is inside a call of the model itself.
+            BusyError: this thread is inside a call of the model.
         """
         if not quiet:
-            self._notice()
+            self._sync_tree()
         return self._transaction.block(during_calls=during_calls, quiet=quiet)
 
     def reading(self) -> Block:
-        """A block in which no other thread changes what is read; calls of the model continue meanwhile."""
-        self._notice()
+        """A block during which other threads run no commands; calls of the model continue."""
+        self._sync_tree()
         return self._transaction.reading()
 
     def deciding(self) -> AbstractContextManager[None]:
@@ -496,15 +496,15 @@ class AdapterManager:
     # Switching
 
     def activate(self, names: str | Sequence[str], *, trainable: bool | None = None, enable: bool = False) -> None:
-        """Makes these adapters active, in this order.
+        """Activates adapters instead of the present ones.
 
         Args:
-            names: one name or several.
-            trainable: True or False to (un)freeze them too; None keeps each as it is.
+            names: one name or several, in order.
+            trainable: whether they train; None for no change.
             enable: enable adapters if they were disabled.
 
         Raises:
-            UnknownAdapterError: there is no such adapter.
+            UnknownAdapterError: an adapter does not exist.
         """
         chosen = names_in(names)
         with self.ensure_loaded(chosen, switching=True), self.transaction(during_calls=not self._merged) as change:
@@ -536,7 +536,7 @@ class AdapterManager:
         """Raises AdapterError if adapters cannot be active together, UnknownAdapterError if one does not exist."""
         self.require(*names)
         if not names:
-            raise AdapterError("no adapter named to activate; use disable() for the base model alone")
+            raise AdapterError("no adapter to activate was named; use disable() for the base model without adapters")
         check_compatible(self.copies, self.layers, names)
 
     def enable(self) -> None:
@@ -544,7 +544,7 @@ class AdapterManager:
         self._set_enabled(True)
 
     def disable(self) -> None:
-        """Disables all adapters, which then get no gradient; the selection and frozen adapters stay as they are."""
+        """Disables all adapters, which then get no gradient; the selection and ``frozen`` stay the same."""
         self._set_enabled(False)
 
     def _set_enabled(self, enabled: bool) -> None:
@@ -563,39 +563,39 @@ class AdapterManager:
             self.refresh(self.active, change)
 
     def disabled(self) -> AdapterContext:
-        """The base model alone inside the block, for this thread or asyncio task; others are not affected."""
+        """A block in which this thread or asyncio task uses the base model without adapters."""
         self.layer_commands.sync()
         return AdapterContext(self, None)
 
     def use(self, names: str | Sequence[str], *, independent: bool = False) -> AdapterContext:
-        """Other active adapters inside the block, for this thread or asyncio task; see ``AdapterContext``."""
+        """A block in which this thread or asyncio task uses other adapters; see ``AdapterContext``."""
         self.layer_commands.sync()
         return AdapterContext(self, names_in(names), independent=independent)
 
     def select_again(self, names: Sequence[str]) -> None:
-        """Activates those that exist or can be loaded, unless the selection was changed meanwhile."""
-        left = tuple(name for name in names if self.available(name))
-        if not left or left == self._selected:
+        """Activates those of the adapters that still exist or can be loaded."""
+        available = tuple(name for name in names if self.available(name))
+        if not available or available == self._selected:
             return
-        with self.ensure_loaded(left, switching=True), self.transaction(during_calls=not self._merged) as change:
-            if present := tuple(name for name in left if name in self.configs):
+        with self.ensure_loaded(available, switching=True), self.transaction(during_calls=not self._merged) as change:
+            if present := tuple(name for name in available if name in self.configs):
                 self._activate(present, None, change)
 
     def idle(self, names: Iterable[str]) -> set[str]:
-        """Those of the adapters that are active in no scope and not outside of scopes."""
-        acting = [scope.names for scope in self.active_state.scopes if scope.enabled]
-        return set(names).difference(*acting, self._selected if self._enabled else ())
+        """The given adapters that are active neither in a block nor outside of blocks."""
+        active = [scope.names for scope in self.active_state.scopes if scope.enabled]
+        return set(names).difference(*active, self._selected if self._enabled else ())
 
     def set_scale(self, name: str, scale: float) -> None:
         """Sets the factor on an adapter's delta (1 is the trained strength).
 
         Raises:
-            AdapterError: it is not a finite number.
-            MergeError: the adapter is merged at another scale.
+            AdapterError: the scale is not a finite number.
+            MergeError: the adapter is merged.
         """
         with self.transaction(during_calls=True) as change:
             self.require(name)
-            factor = check_scale(name, scale, fixed=self.configs[name].is_prompt_learning)
+            factor = check_scale(name, scale, fixed=self.configs[name].learns_prompt)
             if name in self._merged:
                 raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
             self._keep_choice(change)
@@ -618,12 +618,12 @@ class AdapterManager:
             self.refresh((name,), change)
 
     def set_requires_grad(self, name: str, requires_grad: bool) -> None:
-        """Sets whether gradients reach an adapter's tensors now, whatever is active."""
+        """Sets ``requires_grad`` of an adapter's tensors, whether or not it is active."""
         with self.transaction(during_calls=True) as change:
             change.set_requires_grad(self.parameters(name), requires_grad)
 
     def refresh(self, changed: Iterable[str], change: Transaction) -> None:
-        """Updates ``requires_grad`` of some adapters and the shared state."""
+        """Updates ``requires_grad`` of the changed adapters, and ``active_state``."""
         idle = self.idle(changed)
         for name in changed:
             if name in self.configs:
@@ -632,11 +632,11 @@ class AdapterManager:
 
     def _publish_active(self) -> None:
         for scope in self.active_state.scopes:
-            scope.active = self._acting(self._merged or scope.effective)
+            scope.active = self._with_scales(self._merged or scope.effective)
         selected = self._selected if self._enabled else ()
-        self.active_state.publish(self._acting(self._merged or self._parked or selected))
+        self.active_state.publish(self._with_scales(self._merged or self._parked or selected))
 
-    def _acting(self, names: tuple[str, ...]) -> ActiveAdapters:
+    def _with_scales(self, names: tuple[str, ...]) -> ActiveAdapters:
         return ActiveAdapters(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NO_ADAPTERS
 
     # Calls and training
@@ -644,7 +644,7 @@ class AdapterManager:
     def after_backward(self, step: int) -> None:
         """Calls the hooks of the adapters that train; for training loops.
 
-        Call it after the optimizer's step and before ``zero_grad()``, as PEFT's ``update_and_allocate``.
+        Call it after the optimizer's step and before ``zero_grad()``, like PEFT's ``update_and_allocate``.
 
         Args:
             step: index of the optimizer step, from 0.
@@ -653,7 +653,7 @@ class AdapterManager:
             hooked.after_backward(step)
 
     def extra_loss(self) -> Tensor | None:
-        """Loss terms of the adapters that train; adding them to a loss that already has them has no effect.
+        """Loss terms of the adapters that train; they add nothing to a loss that already contains them.
 
         Returns:
             A scalar; None if there are no terms.
@@ -666,17 +666,17 @@ class AdapterManager:
     def merge(self, names: Sequence[str] | None = None, *, safe: bool = False) -> None:
         """Merges the deltas of adapters (default: the active ones) into the base weights.
 
-        Until ``unmerge`` only merged adapters are active, at no cost in forward; adapters are enabled if they were
-        disabled. A copy of the frozen weights is kept on the CPU. An interruption restores the weights, bit for bit.
+        Until ``unmerge`` only merged adapters are active, at no cost in forward; disabled adapters are enabled. A copy
+        of the frozen weights is kept on the CPU. An interrupt restores the weights bit for bit.
 
         Args:
-            names: the adapters; merged in addition to those already merged.
-            safe: refuse weights that would not be finite.
+            names: adapters to merge in addition to those already merged.
+            safe: raise an error if a merged weight is not finite.
 
         Raises:
-            MergeError: a weight cannot be merged into, or would not be finite (``safe``).
-            AdapterError: two of them trained a copy of the same module.
-            BusyError: a block of ``use`` or ``disabled`` is open, which needs the frozen weights.
+            MergeError: a weight does not support merging, or a merged weight is not finite (``safe``).
+            AdapterError: two of the adapters trained a copy of the same module.
+            BusyError: a block of ``use`` or ``disabled`` is open.
         """
         with self.transaction() as change:
             self.layer_commands.apply_pending(change)
@@ -702,10 +702,10 @@ class AdapterManager:
 
     def _refuse_in_scopes(self, what: str) -> None:
         if self.active_state.scopes:
-            raise BusyError(f"a use() or disable_adapter() block is open: leave it before {what}")
+            raise BusyError(f"a use() or disable_adapter() block is open: end it before {what}")
 
     def unmerge(self) -> None:
-        """Restores the frozen weights, bit for bit; inside a block of ``use``, adapters stay unmerged after it, too."""
+        """Restores the frozen weights bit for bit; called inside a ``use`` block, also for the time after the block."""
         with self.transaction() as change:
             self.check_alive()
             if not self._merged and not self._parked:
@@ -717,12 +717,12 @@ class AdapterManager:
             self._publish_active()
 
     def unload(self, *, merge: bool, names: Sequence[str] | None = None, safe: bool = False) -> nn.Module:
-        """Removes all adapters permanently and returns the bare base model; see also ``leave_starts``.
+        """Removes all adapters permanently and returns the base model; see also ``leave_starts``.
 
         Args:
             merge: merge the deltas first. A copy of the original weights is kept on the CPU until that is done.
-            names: adapters to merge; the active ones if None.
-            safe: refuse weights that would not be finite.
+            names: adapters to merge; None for the active ones.
+            safe: raise an error if a merged weight is not finite.
         """
         with self.transaction() as change:
             self.check_alive()
@@ -761,19 +761,19 @@ class AdapterManager:
         replace_modules(self.model, replacements, change, merged=bool(merged), release=True)
         change.set_requires_grad(self._was_trainable, True)
         change.keep_attributes(self, "_configs")
-        change.keep_attributes(self.model, *_ATTRIBUTES)
+        change.keep_attributes(self.model, MANAGER, *on_models)
         self.alive = False
         self._tree, self._configs, self._slots = AdaptedTree(), ByName(), {}
         self._was_trainable, self._selected, self._merged, self.unsaved = [], (), (), set()
         self.active_state.publish(NO_ADAPTERS)
-        for attribute in _ATTRIBUTES:
+        for attribute in (MANAGER, *on_models):
             self.model.__dict__.pop(attribute, None)
 
     def refuse_merged(self, what: str) -> None:
         """Raises MergeError while adapters are merged.
 
         Args:
-            what: what is refused, worded to follow "unmerge before".
+            what: the refused command, as a clause after "unmerge before".
         """
         if self._merged:
             raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")

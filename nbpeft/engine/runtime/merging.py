@@ -10,7 +10,7 @@ from torch import nn
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterConfig, StartsInWeight
-from nbpeft.engine.contract.model_adapter import RunsBeside
+from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.tree.tied_weights import layers_to_untie
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -27,7 +27,7 @@ def check_merge(
         layers: path -> adapted layer.
         names: adapters to merge.
         scale: factor on an adapter's delta.
-        safe: also refuse if any merged weight would not be finite.
+        safe: raise an error if a merged weight is not finite.
     """
     scales = [scale(name) for name in names]
     broken: list[str] = []
@@ -49,7 +49,7 @@ def check_merge(
     if broken:
         more = f" and at {len(broken) - 1} more layers" if len(broken) > 1 else ""
         warnings.warn(
-            f"{' or '.join(map(repr, names))} is not finite at {broken[0]}{more}: neither is what it is merged into",
+            f"{' or '.join(map(repr, names))} is not finite at {broken[0]}{more}, so the merged weights are not either",
             stacklevel=4,
         )
 
@@ -73,11 +73,11 @@ def merge_layers(
         change: records the weights as they were.
         keep_frozen: keep the frozen weights afterwards as well, for ``unmerge_layers``.
     """
-    parted = layers_to_untie(model, layers, names)
+    untied = layers_to_untie(model, layers, names)
     scales = [scale(name) for name in names]
     for path, layer in layers.items():
         check_interrupt()
-        layer.merge_into_base(names, scales, change, keep_frozen=keep_frozen, apart=path in parted)
+        layer.merge_into_base(names, scales, change, keep_frozen=keep_frozen, untie=path in untied)
 
 
 def merge_additional(
@@ -90,21 +90,21 @@ def merge_additional(
     *,
     safe: bool,
 ) -> None:
-    """Merges adapters of which some may be merged already.
+    """Merges adapters, some of which may already be merged.
 
-    Each delta is computed from the frozen weights, so these are restored first.
+    Deltas are computed from the frozen weights, which are therefore restored first.
 
     Args:
         model: the base model.
         layers: path -> adapted layer.
         merged: adapters that are merged now.
-        together: all adapters that are to be merged afterwards, those of ``merged`` included.
+        together: all adapters to be merged afterwards, including those of ``merged``.
         scale: factor on an adapter's delta.
         change: records the weights as they were.
-        safe: refuse weights that would not be finite.
+        safe: raise an error if a merged weight is not finite.
 
     Raises:
-        MergeError: they cannot be merged.
+        MergeError: an adapter cannot be merged.
     """
     if merged:
         unmerge_layers(layers.values(), change)
@@ -121,7 +121,7 @@ def check_addable(
         plan: the plan of the adapter to add.
         merged: adapters that are merged now.
         layers: path -> adapted layer.
-        base: names of base tensors that it brings.
+        base: names of base tensors that its file contains.
     """
     touched = {path for path, layer in layers.items() if layer.merged_names}
     if not touched:
@@ -129,21 +129,21 @@ def check_addable(
     untied = next((path for path, layer in layers.items() if layer.is_untied), None)
     if untied is not None and getattr(plan.config, "ensure_weight_tying", False):
         names = ", ".join(map(repr, merged))
-        raise MergeError(f"{names} merged, which parts {untied} from what it is tied to: unmerge before", path=untied)
+        raise MergeError(f"{names} merged, so {untied} is not tied at the moment: unmerge before", path=untied)
     for target in plan.targets:
         if target.path in touched and (plan.config.initialised_from_weight or target.adapter_class.reads_weight):
-            raise _starts_there(target.path, merged)
+            raise _uses_merged(target.path, merged)
     for path in plan.copies:
         if any(place == path or place.startswith(f"{path}.") for place in touched):
-            raise _starts_there(path, merged)
+            raise _uses_merged(path, merged)
     for name in (*plan.biases, *base):
         if name in plan.biases or name.rpartition(".")[0] in touched:
-            raise _starts_there(name, merged)
+            raise _uses_merged(name, merged)
 
 
-def _starts_there(place: str, merged: Sequence[str]) -> MergeError:
+def _uses_merged(place: str, merged: Sequence[str]) -> MergeError:
     names = ", ".join(map(repr, merged))
-    return MergeError(f"{names} merged: unmerge before adding an adapter that starts from {place}", path=place)
+    return MergeError(f"{names} merged: unmerge before adding an adapter that is initialized from {place}", path=place)
 
 
 def check_compatible(
@@ -151,8 +151,8 @@ def check_compatible(
 ) -> None:
     """Raises AdapterError if two of the adapters cannot be active together.
 
-    That is the case if both trained a copy of one module, if both have a side network, or if one adapts a layer
-    inside a module of which another trained a copy.
+    That is so if both trained a copy of one module, if both have a side network, or if one adapts a layer inside a
+    module that the other trained a copy of.
 
     Args:
         copies: path -> module with trained copies.
@@ -163,7 +163,7 @@ def check_compatible(
         name: adapter
         for layer in (layers.values() if len(names) > 1 else ())
         for name, adapter in layer.adapters._modules.items()
-        if name in names and isinstance(adapter, RunsBeside)
+        if name in names and isinstance(adapter, HasSideNetwork)
     }
     if len(networks) > 1:
         title = next(iter(networks.values())).title
@@ -180,16 +180,14 @@ def check_compatible(
         other = next((name for layer in inside for name in names if name in layer.adapters._modules), None)
         if other is not None:
             raise AdapterError(
-                f"adapter {having[0]!r} trained its own copy of {path}, inside of which {other!r} adapts layers; "
+                f"adapter {having[0]!r} trained its own copy of {path} and {other!r} adapts layers inside {path}; "
                 "only one of them can be active",
                 path=path,
             )
 
 
 def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
-    """Restores the frozen weights, bit for bit.
-
-    In reverse order, since several layers may share one weight.
+    """Restores the frozen weights bit for bit, in reverse order because layers may share a weight.
 
     Args:
         layers: the adapted layers, in the order in which they were merged.
@@ -239,10 +237,10 @@ def leave_starts(
         except MergeError as error:
             raise MergeError(f"{path}: {error}", path=path) from None
     names = list(dict.fromkeys(name for adapters in leaving.values() for name in adapters))
-    parted = layers_to_untie(model, {path: layers[path] for path in leaving}, names) if leaving else set()
+    untied = layers_to_untie(model, {path: layers[path] for path in leaving}, names) if leaving else set()
     for path, adapters in leaving.items():
         check_interrupt()
-        layers[path].take_out(list(adapters.values()), change, apart=path in parted)
+        layers[path].take_out(list(adapters.values()), change, untie=path in untied)
     return bool(leaving)
 
 

@@ -1,4 +1,4 @@
-"""What a method does in each call of a model and in each training step, in addition to the forward of its layers."""
+"""Runs the hooks that methods have for calls of the model and for training steps."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def call_arguments(configs: Iterable[AdapterConfig]) -> set[str]:
 
 
 def generation_arguments(manager: Any) -> dict[str, Any]:
-    """Default arguments of ``generate`` that the methods of the active adapters ask for."""
+    """Default arguments of ``generate`` from the methods of the active adapters."""
     configs = [manager.configs[name] for name in manager.active if name in manager.configs] if manager.enabled else []
     return {
         key: value
@@ -89,7 +89,7 @@ def in_call(
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
     """
-    names = active.names if active.rows is None else active.rows.names
+    names = active.call_names
     context = call_contexts({name: configs[name] for name in names if name in configs}, args, kwargs)
     return replace(active, context=context) if context else active
 
@@ -97,7 +97,7 @@ def in_call(
 def prepared(
     configs: Mapping[str, AdapterConfig], active: ActiveAdapters, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> ActiveAdapters | None:
-    """As ``in_call``; None if no method of an active adapter prepares a context."""
+    """Like ``in_call``; None if no method of an active adapter prepares a context."""
     prepares = any(prepares_calls(configs[name]) for name in active.names if name in configs)
     return in_call(configs, active, args, kwargs) if prepares else None
 
@@ -115,7 +115,7 @@ def hooks_of(layers: Layers, name: str, config: AdapterConfig) -> Iterator[Learn
 
 
 def _parts_of(layers: Layers, name: str) -> Iterator[Any]:
-    """Yields the state that an adapter's layers share, then the adapter on each layer; None where there is none."""
+    """Yields the state that an adapter's layers share, then the adapter on each layer; None where it is missing."""
     yield shared_state_of(layers, name)
     yield from (layer.adapters._modules.get(name) for layer in layers.values())
 
@@ -137,7 +137,7 @@ def extra_loss(manager: Any, loss: Tensor | None = None) -> Tensor | None:
 
     Args:
         manager: the model's manager.
-        loss: terms that it already contains are left out.
+        loss: a loss; terms that it already contains are left out.
     """
     terms: dict[str, list[Tensor]] = {}
     for name, hooked in hooks_in_training(manager):
@@ -183,7 +183,7 @@ def set_training_state(manager: Any, state: Mapping[str, Tensor]) -> None:
 
     Args:
         manager: the model's manager.
-        state: what ``training_state`` returned earlier; empty for the start of a training.
+        state: an earlier result of ``training_state``; empty at the start of training.
     """
     by_place: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -196,7 +196,7 @@ def set_training_state(manager: Any, state: Mapping[str, Tensor]) -> None:
 def in_training(
     manager: Any, name: str, config: AdapterConfig, weights: AdapterWeights
 ) -> tuple[AdapterConfig, AdapterWeights]:
-    """The config and tensors that an adapter's file must contain for its training to be resumed.
+    """The config and tensors that an adapter's file must contain so that training can be resumed.
 
     Args:
         manager: the model's manager.

@@ -12,7 +12,7 @@ from nbpeft.errors import AdapterError, AdapterExistsError
 
 
 def rename(manager: Any, old: str, new: str, change: Transaction) -> None:
-    """Renames an adapter, which keeps its place in every order.
+    """Renames an adapter; its position in all orders stays the same.
 
     Args:
         manager: the model's manager.
@@ -31,7 +31,7 @@ def rename(manager: Any, old: str, new: str, change: Transaction) -> None:
     check_name(new)
     manager.require(old)
     if new in manager.configs:
-        raise AdapterExistsError(f"Adapter with name {new!r} already exists; take another name")
+        raise AdapterExistsError(f"Adapter with name {new!r} already exists; choose another name")
     if old in manager.merged:
         manager.refuse_merged(f"{old!r} is renamed")
     manager._keep_structure(change)
@@ -52,7 +52,7 @@ def rename(manager: Any, old: str, new: str, change: Transaction) -> None:
 
 
 def place_among(manager: Any, name: str, place: int, change: Transaction) -> None:
-    """Moves an adapter to a place among the others.
+    """Moves an adapter to another index among the adapters.
 
     Args:
         manager: the model's manager.
@@ -82,7 +82,7 @@ def copy_adapter(manager: Any, name: str, new: str) -> None:
         raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
     twin, half = weights.copied(), is_half(manager.layers, name)
     there = {path for path, layer in manager.layers.items() if name in layer.adapters}
-    plan = manager.plan(manager.configs[name]).on_layers(there)  # it may have been deleted from single layers
+    plan = manager.plan(manager.configs[name]).on_layers(there)  # without layers from which it was deleted
     manager.add(new, plan, twin, trainable=name not in manager.frozen, half=half)
     manager.set_scale(new, manager.scale(name))
     if name in manager.unsaved:

@@ -1,4 +1,4 @@
-"""Blocks in which other adapters, or none, are active: each thread and asyncio task has its own."""
+"""Blocks in which a thread or asyncio task uses other adapters, or none."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from nbpeft.errors import AdapterError, BusyError
 
 
 class AdapterContext(ContextDecorator):
-    """A block with its own active adapters; afterwards everything is as before.
+    """A block with other active adapters; the previous ones are restored at its end.
 
-    Blocks nest, and those of several threads or asyncio tasks may overlap. If adapters are merged, they are
-    unmerged until the last block has ended; outside of blocks they stay active meanwhile.
+    Blocks can be nested, and those of several threads or asyncio tasks can overlap. Merged adapters are unmerged until
+    the last block has ended; during that time they stay active outside of blocks.
 
     Args:
         manager: the model's manager.
-        names: the active adapters; None for the base model alone.
-        independent: the adapters are trained side by side and need not be compatible; the first is active unless a
+        names: the active adapters; None for the base model without adapters.
+        independent: the adapters are trained independently and need not be compatible; the first is active unless a
             call names others.
     """
 
@@ -36,13 +36,10 @@ class AdapterContext(ContextDecorator):
         self._manager = manager
         self._names = names
         self._independent = independent
-        self._again: tuple[str, ...] = ()
-        self._woken: dict[str, list[tuple[Tensor, bool]]] = {}
+        self._to_reselect: tuple[str, ...] = ()
+        self._flags: dict[str, list[tuple[Tensor, bool]]] = {}
+        """Name of each adapter that was idle before the block -> its parameters and their ``requires_grad``."""
         self._provided = ExitStack()
-
-    @property
-    def _aim(self) -> str:
-        return "they are disabled" if self._names is None else "another is activated"
 
     def _recreate_cm(self) -> AdapterContext:
         return AdapterContext(self._manager, self._names, independent=self._independent)
@@ -54,27 +51,28 @@ class AdapterContext(ContextDecorator):
             raise AdapterError("this block is open already: call use() or disable_adapter() again for another")
         try:
             if self._names is not None:
-                self._bring(self._names)
+                self._load(self._names)
             with manager.transaction(during_calls=not manager.merged, quiet=True) as change:
                 if self._names is not None:
                     for chosen in [(name,) for name in self._names] if self._independent else [self._names]:
                         manager.check_choice(chosen)
                 if manager.merged:
-                    warnings.warn(f"adapters are merged: unmerging before {self._aim}", stacklevel=3)
+                    reason = "they are disabled" if self._names is None else "another is activated"
+                    warnings.warn(f"adapters are merged: unmerging before {reason}", stacklevel=3)
                     _park(manager)
                 self._open(change)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
 
-    def _bring(self, names: tuple[str, ...]) -> None:
-        """Loads adapters that come from a provider; the selected ones may be unloaded to make room meanwhile."""
+    def _load(self, names: tuple[str, ...]) -> None:
+        """Loads adapters from the provider, which may unload the selected ones to make room."""
         before = self._manager.selected
         with self._manager.ensure_loaded(names, switching=True):
             self._provided.enter_context(self._manager.ensure_loaded(names))
         now = self._manager.selected
         if now != before:
-            self._again = before  # reselected once the loaded adapters are released and can make room
+            self._to_reselect = before  # only at the end of the block, when there is room for them again
 
     def _open(self, change: Transaction) -> None:
         active_state = self._manager.active_state
@@ -88,18 +86,19 @@ class AdapterContext(ContextDecorator):
 
         change.on_undo(undo)
         self._scope = scope
-        # Adapters that are active in another scope, or outside of all scopes, have their gradients on already.
-        woken = self._manager.idle(names) if self._names is not None else set()
-        self._woken = {
+        # Adapters that are active in another block, or outside of blocks, already have the right requires_grad.
+        idle = self._manager.idle(names) if self._names is not None else set()
+        self._flags = {
             name: [(parameter, parameter.requires_grad) for parameter in self._manager.parameters(name)]
-            for name in woken
+            for name in idle
         }
         active_state.enter(scope)
-        self._manager.refresh(woken, change)
+        self._manager.refresh(idle, change)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # An interrupt in between would leave other adapters active after the block.
         with HeldInterrupts(to_the_end=True):
             scope, self._scope = self._scope, None
             try:
@@ -107,18 +106,18 @@ class AdapterContext(ContextDecorator):
                     self._close(scope)
             finally:
                 self._provided.__exit__(kind, error, trace)
-            again, self._again = self._again, ()
-            if again and self._manager.alive:
-                self._manager.select_again(again)
+            names, self._to_reselect = self._to_reselect, ()
+            if names and self._manager.alive:
+                self._manager.select_again(names)
 
     def _close(self, scope: Scope) -> None:
         manager = self._manager
         manager.active_state.leave(scope)
         if manager.alive:
-            if self._woken or manager.idle(scope.names):  # else no adapter stops being trained here
+            if self._flags or manager.idle(scope.names):  # otherwise no requires_grad changes
                 with manager.transaction(during_calls=True, quiet=True) as change:
-                    manager.refresh(manager.idle(scope.names) - self._woken.keys(), change)
-                    flags = [flag for name in manager.idle(tuple(self._woken)) for flag in self._woken[name]]
+                    manager.refresh(manager.idle(scope.names) - self._flags.keys(), change)
+                    flags = [flag for name in manager.idle(tuple(self._flags)) for flag in self._flags[name]]
                     for value in (True, False):
                         change.set_requires_grad((parameter for parameter, trained in flags if trained is value), value)
             self._merge_again()
@@ -127,20 +126,19 @@ class AdapterContext(ContextDecorator):
         for last in (False, True):
             try:
                 _merge_parked(self._manager)
-            except BusyError:  # inside a call: they are active all the same, and are merged after the next block
+            except BusyError:  # inside a call: they stay active unmerged, and are merged after the next block
                 return
             except Exception as error:
                 if last:
                     reason = f"{type(error).__name__}: {error}"
                     warnings.warn(
-                        f"what was merged could not be merged again and acts unmerged: {reason}", stacklevel=5
+                        f"the merged adapters could not be merged again and are active unmerged: {reason}", stacklevel=5
                     )
             else:
                 return
 
     def __del__(self) -> None:
-        # An interruption between two instructions can prevent a block from ending: then it ends with its last
-        # reference.
+        # An interrupt between two instructions can skip __exit__; then the block ends with its last reference.
         if self._scope is not None:
             self.__exit__(None, None, None)
 
@@ -156,7 +154,7 @@ def _park(manager: Any) -> None:
 
 
 def _merge_parked(manager: Any) -> None:
-    """Merges again what ``_park`` unmerged, as far as it still exists and the selection has not changed."""
+    """Merges again what ``_park`` unmerged, unless the selection has changed or the adapters were deleted."""
     if not manager._parked:
         return
     with manager.transaction() as change:

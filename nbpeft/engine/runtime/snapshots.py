@@ -28,9 +28,9 @@ class AdapterSnapshot:
     """An adapter at one moment.
 
     Attributes:
-        name: its name.
+        name: name of the adapter.
         config: its config.
-        weights: copies of its tensors in host memory; ``base`` contains those it had put into the base model.
+        weights: copies of its tensors in host memory; ``base`` has its tensors in the base model.
         place: its index among the adapters.
         selected: which adapters were selected.
         frozen: whether it was frozen.
@@ -38,9 +38,9 @@ class AdapterSnapshot:
         unsaved: whether it was trained since it was added, loaded or saved.
         scale: factor on its delta.
         half: whether its parameters were in the base's half-precision dtype.
-        paths: paths of the layers that had it.
-        scalings: path -> the scaling a layer was trained with, and its current scaling.
-        patterns: copies of the config's fields that training writes to: AdaLoRA's ``rank_pattern``.
+        paths: paths of the layers with the adapter.
+        scalings: path -> (scaling the layer was trained with, current scaling).
+        patterns: copies of config fields that training changes (AdaLoRA's ``rank_pattern``).
     """
 
     name: str
@@ -78,9 +78,9 @@ def snapshot(manager: AdapterManager, name: str) -> AdapterSnapshot:
 
 
 class Keeper:
-    """Takes a snapshot later, even when the model no longer exists: it references only the adapter's modules.
+    """Takes a snapshot later, even after the model was deleted: it only references the adapter's modules.
 
-    The tensors are those at the time of the call; everything else is as of the last ``update``.
+    The tensors are read at the time of the call, everything else at the last ``update``.
 
     Args:
         manager: the model's manager.
@@ -98,7 +98,7 @@ class Keeper:
         self.update(manager)
 
     def fits(self, manager: AdapterManager) -> bool:
-        """Whether the adapter of that name is still the same object."""
+        """Whether the model still has the same adapter under its name."""
         return self._name in manager.configs and self._identity(manager) == self._known_by
 
     def update(self, manager: AdapterManager) -> None:
@@ -113,7 +113,7 @@ class Keeper:
 
     def _identity(self, manager: AdapterManager) -> tuple[int, ...]:
         """Ids that change when the adapter's modules are replaced."""
-        # An id is not used again meanwhile, because ``_tensors`` keeps the modules alive.
+        # Python cannot reuse these ids, because ``_tensors`` keeps the modules alive.
         modules = (layer.adapters._modules.get(self._name) for layer in manager.layers.values())
         return id(manager.configs[self._name]), *(id(module) for module in modules if module is not None)
 
@@ -137,21 +137,21 @@ def _settings(manager: AdapterManager, name: str) -> dict[str, Any]:
 
 
 def restore(manager: AdapterManager, kept: AdapterSnapshot, *, in_place: bool = False) -> None:
-    """Restores an adapter under its name, replacing the adapter of that name if there is one.
+    """Restores an adapter under its name, replacing a present adapter of that name.
 
-    The selection is restored, too, if this adapter was part of it or its replacement is.
+    The selection is restored too if it included this adapter, or includes the replaced one.
 
     Args:
         manager: the model's manager.
         kept: the snapshot.
-        in_place: overwrite the tensors of the present adapter, as ``hotswap.swap`` does.
+        in_place: overwrite the tensors of the present adapter with ``hotswap.swap``.
 
     Raises:
         MergeError: adapters are merged.
-        HotSwapError: it cannot be overwritten.
+        HotSwapError: the present adapter cannot be overwritten.
     """
     name = kept.name
-    manager.refuse_merged(f"{name!r} is put back")
+    manager.refuse_merged(f"{name!r} is restored")
     with manager.transaction() as change:
         chosen = name in kept.selected or name in manager.selected
         change.keep(vars(kept.config))
@@ -181,11 +181,11 @@ def restore(manager: AdapterManager, kept: AdapterSnapshot, *, in_place: bool = 
 
 
 def undo_additions(manager: AdapterManager, added: Iterable[str], selected: tuple[str, ...], *, enabled: bool) -> None:
-    """Removes adapters that were added, and selects and disables the others as before.
+    """Removes adapters that were added, and restores the previous selection.
 
     Args:
         manager: the model's manager.
-        added: the adapters to remove; those that are gone already are ignored.
+        added: the adapters to remove; those already deleted are ignored.
         selected: the adapters that were selected before; empty for no change.
         enabled: whether adapters were enabled before.
     """
@@ -204,7 +204,7 @@ def _patterns(config: AdapterConfig) -> dict[str, Any]:
 
 
 def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bool:
-    """Whether an adapter's tensors are valid under another config: same shapes, same initialization.
+    """Whether an adapter's tensors are valid with another config: same shapes and same initialization.
 
     Args:
         manager: the model's manager.
@@ -216,7 +216,7 @@ def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bo
         return False
     ignored = {*BOOKKEEPING_FIELDS, *_ABOUT_TARGETS, *old.value_fields}
     ignored -= {field for field in ignored if field.startswith("init_")}
-    size = ("rank_pattern", "r")  # their effect is compared by shapes, below
+    size = ("rank_pattern", "r")  # compared by the shapes below
     before, after = old.to_dict(), new.to_dict()
     if any(before[field] != after.get(field) for field in before if field not in (*ignored, *size)):
         return False
@@ -227,7 +227,7 @@ def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bo
 
 
 def _shares_alike(weights: AdapterWeights, plan: InjectionPlan) -> bool:
-    """Whether the same layers share tensors as in a plan of the same layers."""
+    """Whether layers share tensors as in a plan of the same layers."""
     first: dict[int, str] = {}
     return all(
         first.setdefault(id(tensor), target.path) == target.tied.get(key, target.path)
@@ -250,7 +250,7 @@ def has_weights(manager: AdapterManager, name: str, weights: AdapterWeights) -> 
 
 
 def _scalings(manager: AdapterManager, name: str) -> dict[str, tuple[float, float]]:
-    """Path -> the scaling a layer was trained with, and its current scaling, which the config does not contain."""
+    """Path -> (scaling the layer was trained with, current scaling); neither is in the config."""
     adapters: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
     return {
         path: (adapter.trained_scaling, float(adapter.scaling))

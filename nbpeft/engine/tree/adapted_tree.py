@@ -18,8 +18,8 @@ from nbpeft.engine.wrappers.wrapper import Wrapper
 Modules = dict[str, nn.Module | None]
 
 
-def _hangs(modules: Modules, name: str, child: nn.Module) -> bool:
-    return modules.get(name) is child
+def _is_child(modules: Modules, name: str, module: nn.Module) -> bool:
+    return modules.get(name) is module
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +29,9 @@ class AdaptedTree:
     Attributes:
         layers: path -> adapted layer, in model order.
         copies: path -> module with copies trained as a whole.
-        others: wrappers made by another manager, which were copied or moved into this model.
-        parents: ``_modules`` of each module, live: they show the present submodules.
-        read: copies of ``parents`` from when the tree was read.
+        others: wrappers from other managers that were copied or moved into this model.
+        parents: ``_modules`` of each module: the dictionaries themselves, with the present submodules.
+        read: copies of ``parents`` at the time when the tree was read.
     """
 
     layers: dict[str, AdaptedLayer] = field(default_factory=dict)
@@ -46,39 +46,32 @@ class AdaptedTree:
         return self.parents == self.read  # one comparison in C, because this runs in every command and call
 
     def names(self) -> set[str]:
-        """Names of all adapters that are on a layer or have a copy of a module."""
+        """Names of all adapters with a layer or a copy of a module."""
         layers, copies = self.layers.values(), self.copies.values()
         return set().union(
             *(layer.adapters._modules for layer in layers), *(module.modules_to_save._modules for module in copies)
         )
 
     def wrappers(self) -> dict[int, Wrapper]:
-        """All wrappers by ``id``: adapted layers and modules with copies."""
+        """``id`` -> wrapper, of all adapted layers and modules with copies."""
         found: list[Wrapper] = [*self.layers.values(), *self.copies.values()]
         return {id(wrapper): wrapper for wrapper in found}
 
     def without(self, other: AdaptedTree) -> dict[int, Wrapper]:
-        """The wrappers by ``id`` that are not in another tree."""
+        """``id`` -> wrapper, of those that are not in another tree."""
         known = other.wrappers()
         return {key: wrapper for key, wrapper in self.wrappers().items() if key not in known}
 
     def places(self, wrappers: Container[int]) -> Iterator[tuple[nn.Module, Modules, str]]:
-        """Yields each wrapper, given by ``id``, with the submodules of its parent, live, and its name among them."""
+        """Yields each of the wrappers, given by ``id``, with ``_modules`` of its parent and its name there."""
         for modules, children in zip(self.parents, self.read, strict=True):
             for name, child in children.items():
                 if child is not None and id(child) in wrappers:
                     yield child, modules, name
 
     def returns(self, wrappers: Container[int]) -> dict[int, Callable[[], bool]]:
-        """Functions that check whether wrappers are in their old place again.
-
-        Args:
-            wrappers: ids of the wrappers.
-
-        Returns:
-            Id of each that had a parent -> function that returns whether it is there now.
-        """
-        return {id(child): partial(_hangs, modules, name, child) for child, modules, name in self.places(wrappers)}
+        """``id`` -> function that checks whether a wrapper is at its old place again, for wrappers given by ``id``."""
+        return {id(child): partial(_is_child, modules, name, child) for child, modules, name in self.places(wrappers)}
 
 
 def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
@@ -86,7 +79,7 @@ def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
 
     Args:
         model: the base model.
-        active_state: of its manager; tells its wrappers from those of other managers.
+        active_state: state of its manager; wrappers with another state are from other managers.
 
     Returns:
         The snapshot.
@@ -106,7 +99,7 @@ def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
         path = without_wrappers(site.path)
         if isinstance(wrapper, ModulesToSaveWrapper):
             tree.copies[path] = wrapper
-        elif isinstance(wrapper, AdaptedParameter):  # those for several parameters are inside each other
+        elif isinstance(wrapper, AdaptedParameter):  # wrappers for several parameters of a module are nested
             tree.layers.update((layer.path_at(path), layer) for layer in reversed([*wrappers_of(wrapper)]))
         else:
             tree.layers[path] = wrapper

@@ -30,13 +30,13 @@ _EXPERT = re.compile(r"((?:^|\.)experts\.)(\d{1,5})\.")
 
 @dataclass(frozen=True)
 class FusedLayers:
-    """A parameter that consists of former layers.
+    """A parameter into which former layers were fused.
 
     Attributes:
-        module: path of the module that has the parameter.
-        name: its name there.
+        module: path of the module with the parameter.
+        name: name of the parameter in the module.
         layers: names of the former layers, in their order in the parameter.
-        per_expert: whether there was one of each layer for every expert, below the module.
+        per_expert: whether every expert had these layers, in a submodule.
     """
 
     module: str
@@ -51,25 +51,25 @@ class FusedLayers:
 
     @property
     def short_name(self) -> str:
-        """The name that matches it in every block of the model: ``gate_up_proj``, ``gate.weight``."""
+        """The name that matches the parameter in every block of the model: ``gate_up_proj``, ``gate.weight``."""
         return self.name if self.per_expert else f"{_ROUTER}.{self.name}"
 
     @property
     def former(self) -> list[str]:
-        """``former_paths`` of all its layers."""
+        """``former_paths`` of all former layers."""
         return [path for layer in self.layers for path in self.former_paths(layer)]
 
     def former_paths(self, layer: str) -> tuple[str, ...]:
-        """Paths by which a config may name a former layer: that of the first expert, and that of PEFT's patterns."""
+        """Paths under which a config may name a former layer: in the first expert, and in PEFT's patterns."""
         return (f"{self.module}.0.{layer}", f"{self.module}.{layer}") if self.per_expert else (self.module,)
 
 
 def _fused_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Expert parameter that transformers fuses when it loads older files -> its former layers, in order."""
+    """Expert parameter that transformers fuses when it loads older files -> names of its former layers, in order."""
     found = {}
     for step in _conversions(model):
         sources, targets = step.source_patterns, step.target_patterns
-        joins = hasattr(step, "operations")  # others rename
+        joins = hasattr(step, "operations")  # the other conversions only rename
         if joins and len(targets) == 1 and all(".*." in source for source in sources):
             module, _, name = targets[0].rpartition(".")
             layers = [source.removesuffix(".weight").rpartition(".*.") for source in sources]
@@ -79,7 +79,7 @@ def _fused_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _conversions(model: nn.Module) -> list[Any]:
-    """transformers' conversions of tensors in older files of a model; empty if there are none."""
+    """transformers' conversions for loading older files of a model."""
     if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
         return []
     loose: Any = model
@@ -91,7 +91,7 @@ def _conversions(model: nn.Module) -> list[Any]:
 
 
 def renaming(model: nn.Module) -> Callable[[str], str] | None:
-    """A function from a name in older files of a model to its present name; None if transformers renames nothing."""
+    """A function from a tensor's name in older files to its present name; None if transformers renames nothing."""
     steps = [step for step in _conversions(model) if not hasattr(step, "operations")]
 
     def rename(name: str) -> str:
@@ -107,7 +107,7 @@ def fused_layers(model: nn.Module, sites: Sequence[Site] | None = None) -> list[
 
     Args:
         model: the base model, with or without adapters.
-        sites: of its modules; None to walk the model.
+        sites: sites of its modules; None to walk the model.
 
     Returns:
         The parameters in model order.
@@ -140,16 +140,16 @@ def of_former_file(model: nn.Module, config: Any, keys: Iterable[str]) -> Any:
 
     Args:
         model: the base model.
-        config: as in the file.
-        keys: of the file's tensors.
+        config: the config in the file.
+        keys: keys of the file's tensors.
 
     Returns:
-        A changed copy; ``config`` itself if no key is that of an expert layer.
+        A changed copy; ``config`` itself if no key belongs to an expert layer.
     """
     if not any(map(_EXPERT.search, keys)):
         return config
     made = config.copy()
-    with_parameters(model, config, made, method_of(config), list(walk(model)), beside_layers=True)
+    with_parameters(model, config, made, method_of(config), list(walk(model)), include_present=True)
     return made
 
 
@@ -160,7 +160,7 @@ def with_parameters(
     method: Method,
     sites: Sequence[Site],
     *,
-    beside_layers: bool = False,
+    include_present: bool = False,
 ) -> None:
     """Replaces former layers in a config's targets with the parameters they were fused into, as PEFT does from 0.19 on.
 
@@ -169,11 +169,11 @@ def with_parameters(
 
     Args:
         model: the base model.
-        config: as the user gave it.
+        config: the config as given by the user.
         resolved: a copy with its targets as names or a pattern; changed in place.
-        method: of the config.
-        sites: of the model's modules.
-        beside_layers: also target parameters under names that present layers have.
+        method: method of the config.
+        sites: sites of the model's modules.
+        include_present: also target parameters under names that present layers have.
 
     Raises:
         TargetError: only one of two joined layers is named, or only some of the experts.
@@ -196,7 +196,7 @@ def with_parameters(
         config.layers_to_transform,
         config.layers_pattern,
     )
-    chosen = _chosen(matcher, resolved, found, set() if beside_layers else _leaves(matcher, sites))
+    chosen = _chosen(matcher, resolved, found, set() if include_present else _leaves(matcher, sites))
     for fused in chosen:
         _check_patterns(config, fused)
     _take(resolved, config, chosen, found)
@@ -204,7 +204,7 @@ def with_parameters(
 
 
 def _is_copied(fused: FusedLayers, config: Any) -> bool:
-    """Whether the module of a parameter, or one around it, is trained as a whole."""
+    """Whether the module of a parameter, or a parent of it, is trained as a whole."""
     parts = fused.module.split(".")
     paths = (".".join(parts[: end + 1]) for end in range(len(parts)))
     return any(matches_segment_names(path, config.modules_to_save or ()) for path in paths)
@@ -232,7 +232,7 @@ def _adaptable(
         else:
             taken.append(fused)
     for name, reason in problems.items():
-        warnings.warn(f"target_modules='all-linear' leaves {name} as it is: {reason}", stacklevel=6)
+        warnings.warn(f"target_modules='all-linear' does not adapt {name}: {reason}", stacklevel=6)
     return taken
 
 
@@ -257,7 +257,7 @@ def _chosen(matcher: Matcher, config: Any, found: Sequence[FusedLayers], leaves:
         if named and missing:
             raise TargetError(
                 f"target_modules names {named[0]} of the experts and not {missing[0]}: they are fused into "
-                f"{fused.path}, so name both or none of them",
+                f"{fused.path}, so name both or neither",
                 path=fused.path,
             )
         chosen += [fused] if named else []
@@ -270,10 +270,10 @@ def _leaves(matcher: Matcher, sites: Sequence[Site]) -> set[str]:
 
 
 def _present_names(model: nn.Module, targets: Any, found: Sequence[FusedLayers], sites: Sequence[Site]) -> Any:
-    """Targets with the present names of modules, and the first expert in place of all experts.
+    """Targets with present module names, and the first expert instead of all experts.
 
     Raises:
-        TargetError: they name only some of the experts.
+        TargetError: the targets name only some of the experts.
     """
     if isinstance(targets, str):
         return targets
@@ -289,21 +289,21 @@ def _present_names(model: nn.Module, targets: Any, found: Sequence[FusedLayers],
         count = len(some) if fused is None else len(modules[fused.module]._parameters[fused.name])
         if fused is not None and some != set(range(count)):
             raise TargetError(
-                f"target_modules names {len(some)} of {count} experts and not the others: they "
-                f"are one parameter now, {fused.path}, so name all or none",
+                f"target_modules names {len(some)} of {count} experts: they are one parameter now, {fused.path}, so "
+                "name all or none",
                 path=fused.path,
             )
     return set(present.values())
 
 
 def _present(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Name in a config -> present name, with the first expert in place of any expert."""
+    """Name in a config -> present name, with the first expert instead of any expert."""
     rename = renaming(model) or str
     return {name: _EXPERT.sub(r"\g<1>0.", rename(f".{name}").removeprefix(".")) for name in names}
 
 
 def _check_patterns(config: Any, fused: FusedLayers) -> None:
-    """Raises ConfigError for a rank or alpha of one of several layers that were joined to one parameter."""
+    """Raises ConfigError if a rank or alpha is set for only one of the layers joined in a parameter."""
     paths = fused.former if len(fused.layers) > 1 else []
     for field in config.pattern_fields:
         for key in getattr(config, field):
@@ -315,18 +315,18 @@ def _check_patterns(config: Any, fused: FusedLayers) -> None:
 
 
 def _take(resolved: Any, config: Any, chosen: Sequence[FusedLayers], found: Sequence[FusedLayers]) -> None:
-    """Adds parameters to a config, by short name if that matches no others, with the sum of the layers' ranks."""
+    """Adds parameters to a config, by short name if it matches no others, with the sum of the layers' ranks."""
     for short in dict.fromkeys(fused.short_name for fused in chosen):
         group = [fused for fused in chosen if fused.short_name == short]
-        alone = len(group) == sum(fused.short_name == short for fused in found)
-        names = [short] if alone else [fused.path for fused in group]
+        is_unique = len(group) == sum(fused.short_name == short for fused in found)
+        names = [short] if is_unique else [fused.path for fused in group]
         resolved.target_parameters = [*(resolved.target_parameters or ()), *names]
         count = len(group[0].layers)
         if count == 1:
             continue
         # The scaling must not change when the rank is multiplied: alpha / r, or alpha / sqrt(r) with rsLoRA.
         alpha = config.lora_alpha * (math.sqrt(count) if config.use_rslora else count)
-        patterns = [rf".*\.{re.escape(name)}" if alone else re.escape(name) for name in names]
+        patterns = [rf".*\.{re.escape(name)}" if is_unique else re.escape(name) for name in names]
         resolved.rank_pattern = {**resolved.rank_pattern, **dict.fromkeys(patterns, config.r * count)}
         resolved.alpha_pattern = {**resolved.alpha_pattern, **dict.fromkeys(patterns, alpha)}
 
@@ -343,5 +343,5 @@ def _drop_former_names(resolved: Any, model: nn.Module, found: Sequence[FusedLay
             resolved.target_modules = matched
         return
     present = _present(model, matcher.missing())
-    gone = {name for name, now in present.items() if any(map(Matcher([now]).matches, former))}
-    resolved.target_modules = set(resolved.target_modules) - gone
+    fused_names = {name for name, now in present.items() if any(map(Matcher([now]).matches, former))}
+    resolved.target_modules = set(resolved.target_modules) - fused_names

@@ -34,7 +34,7 @@ _WRAPPED_IN = ("_orig_mod", "_fsdp_wrapped_module")
 _WRAPPERS = (AdaptedLayer, ModulesToSaveWrapper)
 
 _INNER_WRAPPED_IN = frozenset((*_WRAPPED_IN, "_checkpoint_wrapped_module"))
-"""The same for what wraps modules inside a model: parts of a path that the bare model does not have."""
+"""The same for wrappers of modules inside a model: parts of a path that the bare model does not have."""
 
 _QUANTIZED_FLAGS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized")
 
@@ -43,13 +43,13 @@ _QUANTIZED_FLAGS = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "h
 
 
 class Site(NamedTuple):
-    """One place of a module in the tree: a parent and an attribute of it."""
+    """A place of a module in the tree."""
 
     parent: nn.Module
     attribute: str
     path: str
     module: nn.Module
-    """The base module, even if the parent has a wrapper there now."""
+    """The base module, even if the parent has a wrapper around it now."""
     wrapper: AdaptedLayer | ModulesToSaveWrapper | None
     siblings: dict[str, nn.Module | None]
     """A copy of the parent's submodules at the time of the walk."""
@@ -60,8 +60,8 @@ def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
 
     Args:
         model: the base model, with or without adapters.
-        repeat: visit the children of a module that is in several places once for each place. The module
-            itself is always yielded once for each place.
+        repeat: visit the children of a module once for each of its places; the module itself is yielded once for each
+            place in any case.
     """
     visited: set[int] = {id(model)}
     stack: list[Iterator[Site]] = [_children(model, "")]
@@ -82,7 +82,7 @@ def site_at(model: nn.Module, path: str) -> Site:
 
     Args:
         model: the base model, with or without adapters on it.
-        path: of a module below it.
+        path: path of a module below it.
 
     Raises:
         KeyError: there is no such module.
@@ -189,7 +189,7 @@ def _wrapped_by(model: Any) -> Any:
 
 
 def manager_of(model: Any) -> AdapterManager | None:
-    """Returns the manager of a model, or None if it never carried adapters.
+    """Returns the manager of a model, or None if it never had adapters.
 
     Args:
         model: a base model, a handle such as a PeftModel, or a compiled or parallel wrapper of either. A handle
@@ -210,7 +210,7 @@ def base_model_of(model: Any) -> nn.Module:
 
 
 def embedding_of(model: nn.Module, *, output: bool = False) -> nn.Module | None:
-    """Returns a model's input embedding or its output head; None if it has none or does not name it."""
+    """Returns a model's input embedding or its output head; None if its getter returns none."""
     try:
         found = getattr(model, "get_output_embeddings" if output else "get_input_embeddings")()
     except (AttributeError, NotImplementedError):
@@ -228,7 +228,7 @@ def sharing_embedding(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]
 
     Args:
         model: a base model.
-        modules: path and module of everything in it; for a module in several places the first path is used.
+        modules: path and module of everything in the model; of a module in several places, the first path is used.
 
     Returns:
         Path -> module, the embedding first; empty if no other module shares the weight, or the config declares the
@@ -313,7 +313,7 @@ def linear_layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dic
     for path, module in bare_modules(model):
         modules.setdefault(module, path)
     _check_names(skipped, modules)
-    kept = _kept_as_they_are(model, skipped)
+    kept = _not_quantized(model, skipped)
     users = Counter(id(module._parameters.get("weight")) for module in modules)
     head = _head(model)
     return {
@@ -336,10 +336,10 @@ def experts_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str,
     with meta tensors too.
 
     Args:
-        model: with or without adapters.
+        model: a model with or without adapters.
         skip: modules or parameters to leave out, by path or by a whole part of it.
     """
-    kept = _kept_as_they_are(model, [skip] if isinstance(skip, str) else skip)
+    kept = _not_quantized(model, [skip] if isinstance(skip, str) else skip)
     found = [(path, module, name) for path, module in bare_modules(model) for name in expert_parameters(module)]
     users = Counter(id(module._parameters[name]) for _, module, name in found)
     return {
@@ -352,7 +352,7 @@ def experts_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str,
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Returns the names of a module's own parameters with one matrix for each of its ``num_experts``."""
+    """Returns the names of a module's direct parameters with one matrix for each of its ``num_experts``."""
     count = getattr(module, "num_experts", None)
     if type(count) is not int:
         return []
@@ -360,7 +360,7 @@ def expert_parameters(module: nn.Module) -> list[str]:
     return [name for name, weight in held if weight.ndim == 3 and len(weight) == count and weight.is_floating_point()]
 
 
-def _kept_as_they_are(model: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
+def _not_quantized(model: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
     """Names of modules and parameters that are not quantized, as paths or whole segments of paths."""
     return (*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
 

@@ -1,4 +1,4 @@
-"""Resolves ``target_parameters`` to bare parameters, which do not belong to a layer: experts, routers."""
+"""Resolves ``target_parameters`` to bare parameters of modules that are not layers: experts, routers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parameter_sites(
 
     Args:
         model: the base model.
-        sites: of its modules.
+        sites: sites of its modules.
         matcher: for the names in ``target_parameters``.
         adapted: paths of modules that the config adapts as layers.
         copies: paths of modules that it trains as a whole.
@@ -62,7 +62,7 @@ def _of_module(site: Site, names: Sequence[str]) -> list[Site]:
     wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(site.wrapper)}
     if wrappers and wrappers.keys() != set(names):
         raise TargetError(
-            f"all adapters must target the same set of parameters of {site.path}: another one there has "
+            f"all adapters must target the same set of parameters of {site.path}: another one has "
             f"{few(sorted(wrappers))}, this one {few(sorted(names))}",
             path=site.path,
         )
@@ -82,7 +82,7 @@ def no_parameter(missing: Sequence[str], sites: Sequence[Site]) -> TargetError:
 
     Args:
         missing: the names.
-        sites: of the model's modules, from which similar names are suggested.
+        sites: sites of the model's modules, from which similar names are suggested.
 
     Returns:
         The error, for the caller to raise.

@@ -1,7 +1,7 @@
 """Weights that several modules of a model share, often the input embedding and the output head.
 
-Merging an adapter on one of them must not change the others. That module therefore gets a separate
-weight when an adapter is merged, and the shared one again when it is unmerged.
+Merging an adapter on one of them must not change the others. The module therefore gets a separate weight when an
+adapter is merged, and the shared one again when it is unmerged.
 """
 
 from __future__ import annotations
@@ -26,36 +26,37 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
     Args:
         model: the base model.
         layers: path -> adapted layer.
-        names: of the adapters to merge.
+        names: names of the adapters to merge.
 
     Returns:
         Paths of these layers.
     """
-    acting = {
+    changing = {
         path: [name for name in names if layer.changes_weight([name])]
         for path, layer in layers.items()
         if isinstance(layer.weight_module._parameters.get("weight"), nn.Parameter)
     }
-    merging = {path: adapters for path, adapters in acting.items() if adapters}
+    merging = {path: adapters for path, adapters in changing.items() if adapters}
     wanted = {id(layers[path].weight_module._parameters["weight"]) for path in merging}
     users: dict[int, set[int]] = {}
     for module in called_modules(model):
+        # A layer with merged adapters has a separate copy at the moment, but will use the shared weight again.
         kept = [module.shared_weight] if isinstance(module, AdaptedLayer) else []
         for parameter in (*module._parameters.values(), *kept):
             if id(parameter) in wanted:
                 users.setdefault(id(parameter), set()).add(id(module))
     if all(len(modules) == 1 for modules in users.values()):
         return set()
-    parted: set[str] = set()
+    untied: set[str] = set()
     for weight, modules in users.items():
         group = [path for path in merging if id(layers[path].weight_module._parameters["weight"]) == weight]
         if len(modules) > 1 and not _alike(layers, {path: merging[path] for path in group}, len(modules)):
-            parted.update(group)
-    return parted
+            untied.update(group)
+    return untied
 
 
 def _alike(layers: Mapping[str, AdaptedLayer], group: Mapping[str, list[str]], users: int) -> bool:
-    """Whether all users of a weight change it equally, with the same tensors, so that it can stay shared."""
+    """Whether all layers with a weight change it equally, with the same tensors, so that it can stay shared."""
     changes = {change_of([(layers[path].adapter(name), 1.0) for name in names]) for path, names in group.items()}
     return len({id(layers[path]) for path in group}) == users and len(changes) == 1
 
@@ -82,12 +83,12 @@ def check_single(layer: AdaptedLayer, layers: Mapping[str, AdaptedLayer]) -> Non
     others = [path for path, other in sharing.items() if other is not layer]
     if own and others:
         raise MergeError(
-            f"{own} has one merged weight with {few(others)}: unmerge the model (unmerge_adapter) first", path=own
+            f"{own} shares its merged weight with {few(others)}: unmerge the model (unmerge_adapter) first", path=own
         )
 
 
 def change_of(adapters: Iterable[tuple[Adapter, float]]) -> tuple[tuple[int, float], ...]:
-    """A key for the change that adapters make to a weight; equal for adapters that share their tensors and scales.
+    """A key for the change of a weight by adapters; equal for adapters with the same tensors and scales.
 
     Args:
         adapters: (adapter, factor on its delta).
@@ -101,7 +102,7 @@ def modules_tied_to_embedding(model: nn.Module) -> list[str]:
     """Paths of the modules that share the weight of the input embedding, except the embedding itself.
 
     Args:
-        model: with or without adapters, or a handle.
+        model: a base model with or without adapters, or a handle.
 
     Returns:
         The paths, sorted; empty if the model's config declares the embeddings as untied.
@@ -113,8 +114,8 @@ def modules_tied_to_embedding(model: nn.Module) -> list[str]:
 def untie_embeddings_(model: nn.Module, change: Transaction) -> None:
     """Sets a model's config to untied embeddings if they no longer share one weight.
 
-    Otherwise they would be tied again when the saved model is loaded. All modules that still share a weight get
-    separate copies, because the config can only declare all of them as tied or none.
+    Otherwise loading the saved model would tie them again. All modules that still share a weight get separate copies,
+    because the config can only declare all of them as tied or none.
 
     Args:
         model: the base model.
@@ -137,7 +138,7 @@ def untie_embeddings_(model: nn.Module, change: Transaction) -> None:
         seen.add(id(weight))
     change.keep_attributes(config, TIED)
     setattr(config, TIED, False)
-    warnings.warn(f"the embedding and the output head are two weights now: config.{TIED} is set to False", stacklevel=4)
+    warnings.warn(f"the embedding and the output head no longer share a weight: set config.{TIED}=False", stacklevel=4)
 
 
 def _embedding_weight(model: nn.Module, *, output: bool) -> nn.Parameter | None:

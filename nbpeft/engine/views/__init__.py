@@ -1,9 +1,9 @@
-"""What adapters look like from outside: modules and mappings that show their parts on an adapted layer.
+"""Modules and mappings that show the parts of adapters on an adapted layer, as other libraries expect them.
 
 An adapter owns its parameters. Libraries find them as submodules and attributes of the layer, under the names that the
-record of the method declares (``PeftNames``); the room has no such name itself. It is in the engine because these
-submodules are in the tree through which ``named_parameters()``, ``state_dict()``, hooks, ``nn.DataParallel`` and FSDP
-reach the adapters, and because methods derive callable ones from them.
+record of the method declares (``PeftNames``); this room contains no such names. It belongs to the engine because
+``named_parameters()``, ``state_dict()``, hooks, ``nn.DataParallel`` and FSDP reach the adapters through these
+submodules, and because methods derive callable modules from them.
 
 Door, what other rooms import:
 

@@ -48,7 +48,7 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         self.__dict__["_kept"] = None
 
     def is_of(self, adapters: dict[str, Any]) -> bool:
-        """Whether the view is of these adapters."""
+        """Whether the view reads these adapters."""
         return self.__dict__["_adapters"] is adapters
 
     def _adapter(self, name: str) -> Any:
@@ -66,12 +66,12 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         if kept is not None:
             kept[name] = value
         elif write is None:
-            raise TypeError("this attribute of an adapter cannot be set; write its weight in place")
+            raise TypeError("this attribute of an adapter cannot be set; change its weight in place")
         else:
             write(self._adapter(name), value)
 
     def __delitem__(self, name: str) -> None:
-        raise TypeError("use delete_adapter() to take an adapter out")
+        raise TypeError("use delete_adapter() to remove an adapter")
 
     def __iter__(self) -> Iterator[str]:
         attribute, kept = self.__dict__["_attribute"], self.__dict__["_kept"]
@@ -91,7 +91,7 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         """The current values as a dictionary."""
         return dict(self)
 
-    # Methods that dict has and Mapping lacks would read the dictionary's own storage, which is for json only.
+    # Mapping does not define these methods of dict, which would read the dictionary's storage (for json only).
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -117,7 +117,7 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
 
 
 def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
-    """An attribute of PEFT's adapted layers; None if no adapter of the layer has it.
+    """A view of an attribute that PEFT's layers have; None if no adapter of the layer has it.
 
     Args:
         adapters: adapter name -> adapter.
@@ -131,7 +131,7 @@ def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
 
 
 def function_by_name(layer: nn.Module, adapters: Mapping[str, Any], name: str) -> Callable[..., Any] | None:
-    """A function of PEFT's adapted layers that belongs to an adapter's method; None if there is none of that name.
+    """A function that PEFT's layers have for an adapter's method; None if no adapter has one of this name.
 
     Args:
         layer: the layer.
@@ -143,7 +143,7 @@ def function_by_name(layer: nn.Module, adapters: Mapping[str, Any], name: str) -
 
 
 def attribute_by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
-    """Any other attribute of a layer's adapters; None if no adapter has it.
+    """A view of any other attribute of a layer's adapters; None if no adapter has it.
 
     Args:
         adapters: adapter name -> adapter.

@@ -24,10 +24,10 @@ from nbpeft.errors import AdapterError
 
 
 class _FollowsMode(nn.Module):
-    """A module that shows parts of adapters, and has their training mode."""
+    """A module that shows parts of adapters and has their training mode."""
 
     def _showing(self) -> Iterable[nn.Module]:
-        """The adapters of which it shows parts."""
+        """The adapters whose parts are shown."""
         raise NotImplementedError
 
     @property
@@ -58,12 +58,12 @@ class _Shows(_FollowsMode):
         elif isinstance(value, nn.Parameter):
             live[name] = value
         else:
-            live.hold(name, value)
+            live.set_tensor(name, value)
 
     def __getattr__(self, name: str) -> Any:
         live = self.__dict__.get("_parameters")
         if isinstance(live, LiveParameters) and name in live.slots:
-            return live.held(name)
+            return live.get_tensor(name)
         return super().__getattr__(name)
 
     def __delattr__(self, name: str) -> None:
@@ -79,7 +79,7 @@ class _Parts(dict[str, Any]):
     """The modules that show one part of a layer's adapters; assigning a module replaces the part of the adapter.
 
     Attributes:
-        slots: adapter name -> the adapter, and the adapter's name of the part.
+        slots: adapter name -> (adapter, the adapter's name of the part).
         base: the layer.
     """
 
@@ -90,25 +90,21 @@ class _Parts(dict[str, Any]):
         slots: dict[str, Slot] = self.__dict__.get("slots", {})  # missing while unpickling
         shown = self.get(name)
         if slots and name not in slots:
-            raise AdapterError(
-                f"there is no adapter {name!r} on this layer: add it with add_adapter(), then write to it"
-            )
+            raise AdapterError(f"there is no adapter {name!r} on this layer: add it with add_adapter() first")
         if shown is not None and module is not shown:
             adapter, own = slots[name]
             module = put_part(adapter, own, module, shown, self.base)  # type: ignore[arg-type]
         super().__setitem__(name, module)
 
     def __delitem__(self, name: str) -> None:
-        raise AdapterError(
-            f"a part of adapter {name!r} cannot be deleted: use delete_adapter() to take the adapter out"
-        )
+        raise AdapterError(f"a part of adapter {name!r} cannot be deleted: use delete_adapter() to remove the adapter")
 
     def keep(self, leaves: Mapping[str, nn.Module], slots: dict[str, Slot], base: BaseLayer | None = None) -> None:
         """Replaces the shown parts.
 
         Args:
             leaves: adapter name -> the module that shows the part.
-            slots: adapter name -> the adapter, and the adapter's name of the part.
+            slots: adapter name -> (adapter, the adapter's name of the part).
             base: the layer.
         """
         self.__dict__.update(slots=slots, base=base)
@@ -116,21 +112,21 @@ class _Parts(dict[str, Any]):
         self.update(leaves)
 
     def of(self, name: str, adapter: nn.Module) -> Any:
-        """The existing module for an adapter's part, under the adapter's current or a former name; None if missing."""
+        """The existing module for an adapter's part, under its current or a former name; None if there is none."""
         slots: dict[str, Slot] = self.__dict__.get("slots", {})
         names = (own for own in (name, *slots) if own in slots and slots[own][0] is adapter)
         return next((self.get(own) for own in names), None)
 
 
 class AdapterDict(_Shows, nn.ModuleDict):
-    """Modules by adapter name; unlike its base class it takes names such as ``keys`` or ``type``.
+    """Modules by adapter name; unlike the base class, it supports names such as ``keys`` or ``type``.
 
-    Adapters of two methods on a layer may have a part of the same name that is a module for only one of them, such as
-    the factors of LoRA and AdaLoRA: the other adapter's parameter is then an entry itself.
+    Two methods may have a part of the same name that is a module in only one of them (the factors of LoRA and AdaLoRA).
+    If a layer has adapters of both, the other adapter's parameter is an entry itself.
     """
 
     def show(self, slots: dict[str, Slot]) -> None:
-        """Shows parameters in addition to the modules from now on."""
+        """Sets the parameters that are shown in addition to the modules."""
         self.__dict__["_parameters"] = LiveParameters(slots) if slots else {}
 
     def _showing(self) -> Iterable[nn.Module]:
@@ -138,7 +134,7 @@ class AdapterDict(_Shows, nn.ModuleDict):
 
     def __getitem__(self, name: str) -> Any:
         live: Any = self.__dict__["_parameters"]
-        return live.held(name) if name in live else self._modules[name]
+        return live.get_tensor(name) if name in live else self._modules[name]
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
@@ -186,11 +182,14 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     """
     listed, _, number = own.partition(".")
     if listed in adapter.peft.lists:
-        return f"{listed}.{name}.{number}"
+        return f"{listed}.{name}.{number}{'.weight' if listed in adapter.peft.wrapped else ''}"
+    if own in adapter.peft.grouped:
+        group, _, part = adapter.peft.grouped[own].partition(".")
+        return f"{group}.{name}.{part}"
     inner = inner_adapters_of(adapter)
     if listed in inner:
         return shown_name(inner[listed], number, listed)
-    if "." in own:  # of a module inside the adapter
+    if "." in own:  # a parameter of a module inside the adapter
         return f"{adapter.peft.shown_as}.{name}.{own}"
     for wrapped in (own, own.removesuffix("_bias")):
         if wrapped in adapter.peft.wrapped:
@@ -248,7 +247,7 @@ class ParameterModule(Observed, _Shows):
 
     @property
     def shown_parameter(self) -> str:
-        """The adapter's own name of the parameter."""
+        """The adapter's name of the parameter."""
         return self._shown[1]
 
     @property
@@ -285,19 +284,19 @@ class ParameterMapping(_Shows, nn.ParameterDict):
         self.show(slots)
 
     def show(self, slots: dict[str, Slot]) -> None:
-        """Shows other parameters from now on."""
+        """Sets the parameters that are shown."""
         self.__dict__["_parameters"] = LiveParameters(slots)
         self.__dict__["_keys"] = dict.fromkeys(slots)
 
     def __getitem__(self, key: str) -> Any:
         live: Any = self._parameters
-        return live.held(key)
+        return live.get_tensor(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
         live: Any = self._parameters
         if key not in live.slots:
             raise AdapterError(
-                f"the layer has no adapter {key!r} with this parameter: nothing would read what is written"
+                f"the layer has no adapter {key!r} with this parameter, so setting it would have no effect"
             )
         self._parameters[key] = value if isinstance(value, nn.Parameter | None) else nn.Parameter(value)
 
@@ -321,6 +320,26 @@ class ParameterListing(_Shows, nn.ParameterList):
 
     def _get_name(self) -> str:
         return "ParameterList"
+
+
+class ModuleListing(_FollowsMode, nn.ModuleList):
+    """Parameters that are weights of a list of modules in PEFT: ``layer.peanut_encoders["default"][0].weight``.
+
+    Args:
+        adapter: the adapter.
+        name: name of the list; the parameters are the adapter's ``name.0``, ``name.1``, ….
+        base: the layer.
+    """
+
+    def __init__(self, adapter: Adapter, name: str, base: BaseLayer) -> None:
+        super().__init__(_leaf(adapter, own, base) for own in adapter._parameters if own.partition(".")[0] == name)
+        self.__dict__["adapter"] = adapter
+
+    def _showing(self) -> Iterable[nn.Module]:
+        return (self.__dict__["adapter"],)
+
+    def _get_name(self) -> str:
+        return "ModuleList"
 
 
 class Container(_FollowsMode):
@@ -368,7 +387,7 @@ class BufferMapping(_FollowsMode):
     """A buffer of the adapters of a layer by adapter name, as in ``layer.core_norm["default"]``."""
 
     def show(self, adapters: Mapping[str, nn.Module], own: str) -> None:
-        """Shows the buffer ``own`` of other adapters from now on, of those that have it."""
+        """Sets the adapters whose buffer ``own`` is shown; those without the buffer are ignored."""
         having = {name: adapter for name, adapter in adapters.items() if own in adapter._buffers}
         hidden = {name for name, adapter in having.items() if own in adapter._non_persistent_buffers_set}
         buffers = _LiveBuffers(having, own)
@@ -426,7 +445,7 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
 
     Args:
         shown: the modules by PEFT's name, changed in place.
-        live: adapter name -> adapter; another thread may change it meanwhile.
+        live: adapter name -> adapter; another thread may change it during this call.
         base: the layer.
 
     Returns:
@@ -439,36 +458,28 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
     modules: dict[str, dict[str, nn.Module]] = {}
     slots: dict[str, dict[str, Slot]] = {}
     parameters: dict[tuple[str, str], dict[str, Slot]] = {}
-    buffers = _buffer_names(adapters)
+    buffers = dict.fromkeys(own for adapter in adapters.values() for own in list(adapter._buffers))
     for name, adapter in adapters.items():
         for own, make in _parts_of(adapter, base):
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
             slots.setdefault(own, {})[name] = (adapter, own)
         for own in list(adapter._parameters):
-            listed = own.partition(".")[0] in adapter.peft.lists
-            if not listed and own.removesuffix("_bias") not in adapter.peft.wrapped:
+            has_module = own in adapter.peft.grouped or own.partition(".")[0] in adapter.peft.lists
+            if not has_module and own.removesuffix("_bias") not in adapter.peft.wrapped:
                 parameters.setdefault((adapter.peft.container, own), {})[name] = (adapter, own)
     used = {"base_layer", *modules, *buffers, *(container or own for container, own in parameters)}
-    for gone in shown.keys() - used:
-        _empty(shown.pop(gone))
+    for unused in shown.keys() - used:
+        _empty(shown.pop(unused))
     for shown_as, leaves in modules.items():
         _container(shown, shown_as, ShownParts)._modules.keep(leaves, slots[shown_as], base)
         shown[shown_as].show(parameters.pop(("", shown_as), {}))
     for (container, own), own_slots in parameters.items():
         place = shown.setdefault(container, Container(live))._modules if container else shown
         _container(place, own, ParameterMapping).show(own_slots)
-    _show_buffers(shown, live, buffers)
+    for own in buffers:
+        _container(shown, own, BufferMapping).show(live, own)
     _sort(shown, adapters)
     return present
-
-
-def _buffer_names(adapters: Mapping[str, Any]) -> list[str]:
-    return [*dict.fromkeys(own for adapter in adapters.values() for own in list(adapter._buffers))]
-
-
-def _show_buffers(shown: dict[str, Any], adapters: Mapping[str, Any], names: Iterable[str]) -> None:
-    for own in names:
-        _container(shown, own, BufferMapping).show(adapters, own)
 
 
 def _sort(shown: dict[str, Any], adapters: Mapping[str, Any]) -> None:
@@ -484,7 +495,14 @@ def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable
     for own in adapter.peft.modules:
         yield own, partial(_made, adapter, own, base)
     for own in adapter.peft.lists:
-        yield own, partial(ParameterListing, adapter, own)
+        wraps = own in adapter.peft.wrapped
+        yield own, partial(ModuleListing, adapter, own, base) if wraps else partial(ParameterListing, adapter, own)
+    groups: dict[str, dict[str, Slot]] = {}
+    for own in [own for own in adapter._parameters if own in adapter.peft.grouped]:
+        group, _, part = adapter.peft.grouped[own].partition(".")
+        groups.setdefault(group, {})[part] = (adapter, own)
+    for group, slots in groups.items():
+        yield group, partial(ParameterMapping, slots)
     for own in list(adapter._parameters):
         if own in adapter.peft.wrapped:
             yield own, partial(_leaf, adapter, own, base)
@@ -524,36 +542,38 @@ def _kept(shown: Mapping[str, Any], shown_as: str, name: str, adapter: Adapter) 
 def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: BaseLayer) -> nn.Module:
     """Replaces a part of an adapter by a module that other code assigns.
 
-    A plain module, such as ``nn.Linear``, becomes the module that shows the part: writing to it has an effect, and the
-    layer computes as before. Any other module is called from then on, if the method can compute in that way.
+    A plain module, such as ``nn.Linear``, becomes the module that shows the part: writing to it writes to the adapter,
+    which computes as before. Any other module is called by the adapter, if the method supports that.
 
     Args:
         adapter: the adapter.
         own: the adapter's name of the part.
         module: the assigned module.
-        shown: the module that shows the part now, or is called in its place.
+        shown: the module that shows the part now, or is called instead.
         base: the layer.
 
     Returns:
-        The module that shows the part from now on.
+        The module that shows the part afterwards.
 
     Raises:
         AdapterError: the module would not be called, or would not be trained and saved with the adapter.
         ValueError: its weight has another shape.
     """
-    if not isinstance(shown, Observed | Remainder | ParameterListing):  # a module assigned earlier
+    if not isinstance(
+        shown, Observed | Remainder | ParameterListing | ModuleListing | ParameterMapping
+    ):  # a module assigned earlier
         made = _leaf(adapter, own, base) if own in adapter._parameters else _made(adapter, own, base)
         shown = shown if made is None else made
     if not isinstance(module, nn.Module) or not isinstance(shown, Observed):
-        raise AdapterError(f"{own} of an adapter cannot be a {type(module).__name__}: write its tensors in place")
+        raise AdapterError(f"{own} of an adapter cannot be a {type(module).__name__}: change its tensors in place")
     slots = _slots(shown)
     given = {name: value for name, value in dict(module._parameters).items() if value is not None and name in slots}
     _check_parameters(adapter, own, module, slots, given)
     of_another, plain = isinstance(module, Observed), _is_plain_part(module, shown)
     if not (of_another or plain or (isinstance(adapter, ShowsModules) and adapter.computes_by_parts)):
         raise AdapterError(
-            f"{own} of this adapter cannot be a {type(module).__name__}, which would not be called: write its weight, "
-            f"or put a torch.nn.{_torch_class(shown).__name__} there"
+            f"{own} of this adapter cannot be a {type(module).__name__}, which would not be called: set its weight, "
+            f"or assign a torch.nn.{_torch_class(shown).__name__}"
         )
     live = LiveParameters(slots)
     for name, parameter in given.items():
@@ -591,18 +611,18 @@ def _check_parameters(
     other = next((name for name, is_mine in held.items() if not is_mine and name not in given), None)
     missing = [] if any(held.values()) and not given else [name for name in slots if name not in given]
     if other is not None or missing:
-        wrong = f"has {other}, too" if other is not None else f"has no {missing[0]}"
-        having = " and ".join(slots) or "none"
-        raise AdapterError(f"{own} takes a module whose parameters are {having}: this {type(module).__name__} {wrong}")
+        wrong = f"has {other} too" if other is not None else f"has no {missing[0]}"
+        expected = f"the parameters {' and '.join(slots)}" if slots else "no parameters"
+        raise AdapterError(f"{own} must be a module with {expected}: this {type(module).__name__} {wrong}")
 
 
 def _torch_class(shown: nn.Module) -> type[nn.Module]:
-    """The class of torch from which a module that shows a part is derived."""
+    """The class of ``torch.nn`` from which the module of a part is derived."""
     return next(kind for kind in type(shown).__mro__ if kind.__module__.startswith("torch.nn."))
 
 
 def _is_plain_part(module: nn.Module, shown: nn.Module) -> bool:
-    """Whether a module computes the same as the one that shows a part now, and has no hooks."""
+    """Whether a module computes the same as the one that shows a part, and has no hooks."""
     kinds = (nn.Dropout, nn.Identity) if isinstance(shown, nn.Dropout) else (_torch_class(shown),)
     settings = ("stride", "padding", "dilation", "groups", "padding_mode")
     alike = all(getattr(module, name, None) == getattr(shown, name, None) for name in settings)
@@ -627,7 +647,7 @@ def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
 
 
 def shown_under(shown: Mapping[str, Any], name: str) -> nn.Module | None:
-    """The module under a name, on the layer itself or in a container module; None for other names."""
+    """The module with a name, on the layer itself or in a container module; None if there is none."""
     inside = (container._modules for container in shown.values() if isinstance(container, Container))
     return next((found for place in (shown, *inside) if (found := place.get(name)) is not None), None)
 
@@ -647,7 +667,8 @@ def unfilled(method: Method, name: str, *, with_settings: bool) -> Any:
     own = method.adapter_class
     if name not in parameters and not with_settings:
         return None
-    if name in own.peft.wrapped or name in own.peft.modules:
+    groups = (place.partition(".")[0] for place in own.peft.grouped.values())
+    if name in (*own.peft.wrapped, *own.peft.modules, *groups):
         return AdapterDict()
     return ParameterMapping({}) if name in parameters else {} if name in (*settings, *own.peft.attributes) else None
 
@@ -656,7 +677,7 @@ def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
     """Assigns to replicas of adapters, made by nn.DataParallel, the tensors of the replicas of these modules.
 
     Args:
-        adapters: adapter name -> replica without tensors of its own.
+        adapters: adapter name -> replica that has no tensors yet.
         shown: the modules by PEFT's name.
     """
     for shown_as, container in shown.items():
@@ -670,12 +691,21 @@ def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
             use_shown(adapters, container._modules)
         elif isinstance(container, AdapterDict):
             for name, leaf in container._modules.items():
-                if isinstance(leaf, Remainder):
-                    adapters[name].__dict__["_modules"] = leaf._modules
-                elif isinstance(leaf, ParameterModule):
-                    own_name = adapters[name].peft.names_in_modules.get(shown_as, "weight")
-                    held = {own_name: shown_as, "bias": f"{shown_as}_bias"}
-                    given = {own: leaf.__dict__[key] for key, own in held.items() if key in leaf.__dict__}
-                    adapters[name].__dict__.update(given)
-                elif isinstance(leaf, ParameterListing):
-                    adapters[name].__dict__.update({own: leaf.__dict__[key] for key, own in leaf.owned.items()})
+                _use_leaf(adapters[name], shown_as, leaf)
+
+
+def _use_leaf(adapter: Any, shown_as: str, leaf: nn.Module) -> None:
+    """Assigns the tensors of the replica of a module that shows a part of an adapter; see ``use_shown``."""
+    own, held = adapter.__dict__, leaf.__dict__
+    if isinstance(leaf, Remainder):
+        own["_modules"] = leaf._modules
+    elif isinstance(leaf, ParameterModule):
+        names = {adapter.peft.names_in_modules.get(shown_as, "weight"): shown_as, "bias": f"{shown_as}_bias"}
+        own.update({name: held[key] for key, name in names.items() if key in held})
+    elif isinstance(leaf, ParameterListing):
+        own.update({name: held[key] for key, name in leaf.owned.items()})
+    elif isinstance(leaf, ModuleListing):
+        own.update({f"{shown_as}.{key}": one.__dict__["weight"] for key, one in leaf._modules.items()})
+    elif isinstance(leaf, ParameterMapping):
+        places = {f"{shown_as}.{key}": key for key in leaf._keys}
+        own.update({name: held[places[place]] for name, place in adapter.peft.grouped.items() if place in places})

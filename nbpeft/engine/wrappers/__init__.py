@@ -4,7 +4,7 @@ Door, what other rooms import:
 
     composite_layer.py  AdaptedComposite: the wrapper around a module that computes with several weights itself
                         (nn.MultiheadAttention)
-    extension.py        Lets rooms above the engine add the attributes that other libraries expect on wrappers
+    extension.py        Lets rooms above the engine add the attributes that other libraries expect
     factored_weight.py  A weight plus low-rank products that stay factored, so that only what a matrix product needs
                         is computed
     fake_quant.py       Quantization-aware training: the layer computes with the weight that merging the adapter would
@@ -16,8 +16,6 @@ Door, what other rooms import:
     modules_to_save.py  ModulesToSaveWrapper: a module trained as a whole, once per adapter (``modules_to_save``)
     parameter_layer.py  AdaptedParameter: the wrapper around a module with an adapted bare parameter, such as the
                         experts of a mixture
-    row_order.py        Checks that a layer's input in a mixed batch is in the order of the batch's rows, as far as
-                        its shape shows it
-    wrapper.py          Wrapper: base class of the modules that take the place of a layer, or of a module trained as a
-                        whole
+    row_order.py        Checks by shape that a layer's input in a mixed batch is in the order of the batch's rows
+    wrapper.py          Wrapper: base class of the modules that replace a layer, or a module trained as a whole
 """

@@ -27,14 +27,10 @@ class AdaptedComposite(AdaptedOwner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module with the active adapters' deltas on all its weights."""
         owners = (self, *self._layers().values())
-        if any(name in owner.adapters._modules for owner in owners for name in self._acting(owner)):
+        active = self.active_state.current()
+        if any(owner.has_any_of(active) for owner in owners):
             return self._adapted(args, kwargs)
         return self.wrapped_module()(*args, **kwargs)
-
-    def _acting(self, owner: AdaptedLayer) -> tuple[str, ...]:
-        """Names of the active adapters of the running call; none if adapters are merged into the weight."""
-        active = self.active_state.current()
-        return () if owner.merged_names else active.names if active.rows is None else active.rows.names
 
     def _layers(self) -> dict[str, AdaptedLayer]:
         """Name -> inner layer that has adapters."""
@@ -49,7 +45,7 @@ class AdaptedComposite(AdaptedOwner):
         if active.rows is not None:
             raise AdapterError(
                 f"{self._get_name()} does not support mixed adapter batches: adapter {active.rows.names[0]!r} adapts "
-                f"a {type(module).__name__:.60}, so give each adapter a batch of its own"
+                f"a {type(module).__name__:.60}, so use a separate batch for each adapter"
             )
         own = self.with_adapters(active)
         modules = {name: _with_adapters(layer, active) for name, layer in self._layers().items()}

@@ -1,24 +1,26 @@
-"""Lets rooms above the engine add the attributes that other libraries expect on wrappers.
+"""Lets rooms above the engine add the attributes that other libraries expect on wrappers, configs and models.
 
-The engine's wrappers have the attributes that the engine needs. A library such as PEFT has more: ``layer.scaling``,
-``layer.merge()``. They are added to the classes themselves, and not to subclasses, because pickled models refer to the
-classes of the engine.
+The engine's classes only have the attributes that the engine needs; PEFT's layers have more, such as
+``layer.scaling`` and ``layer.merge()``. They are added to the engine's classes instead of subclasses, because pickled
+models refer to these classes.
 """
 
 from __future__ import annotations
 
-from torch import nn
-
 _OF_EVERY_CLASS = {*vars(type("_", (), {})), "__annotations__", "__firstlineno__", "__static_attributes__"}
 
 
-def add_attributes(wrapper: type[nn.Module], provider: type[nn.Module]) -> None:
-    """Adds what a class defines to a class of wrappers; subclasses and existing objects have it, too.
+on_models: dict[str, str] = {}
+"""Attribute of adapted base models -> the attribute of their manager with its value."""
+
+
+def add_attributes(cls: type, provider: type) -> None:
+    """Adds the attributes of one class to a class of the engine, with effect on subclasses and existing objects.
 
     Args:
-        wrapper: a class of this room.
-        provider: a class derived from it, of which no object is made. Its functions cannot use ``super()``.
+        cls: a class of wrappers or configs.
+        provider: a class derived from it that is never instantiated. Its functions cannot use ``super()``.
     """
     for name, value in vars(provider).items():
         if name not in _OF_EVERY_CLASS:
-            setattr(wrapper, name, value)
+            setattr(cls, name, value)

@@ -68,7 +68,7 @@ class Product(NamedTuple):
 
 
 class AdaptsParameters(ABC):
-    """An adapter of a bare parameter, whose module is not a layer: it adds to the weight instead of an output."""
+    """An adapter of a bare parameter, which adds to the weight because its module is not a layer."""
 
     @abstractmethod
     def parameter_products(self, base: BaseLayer) -> Sequence[Product]:
@@ -80,7 +80,7 @@ class FactoredWeight:
 
     Args:
         weight: (rows, columns), or several of them (n, rows, columns).
-        products: added to it.
+        products: the products to add.
     """
 
     def __init__(self, weight: Tensor, products: Sequence[Product]) -> None:
@@ -95,8 +95,8 @@ class FactoredWeight:
         """
         if any(product.dropout for product in self.products):
             raise AdapterError(
-                "lora_dropout on a bare parameter acts in products alone, and its module does something else with it: "
-                "train with lora_dropout=0"
+                "lora_dropout on a bare parameter is only supported in matrix products, and its module uses it "
+                "otherwise: train with lora_dropout=0"
             )
         total = self.weight
         for product in self.products:
@@ -104,7 +104,7 @@ class FactoredWeight:
         return total
 
     def transpose(self, first: int, second: int) -> Any:
-        """As of a tensor."""
+        """See ``Tensor.transpose``."""
         if {first % self.weight.ndim, second % self.weight.ndim} != {self.weight.ndim - 2, self.weight.ndim - 1}:
             return self.summed().transpose(first, second)
         products = [product.transposed() for product in self.products]
@@ -112,7 +112,7 @@ class FactoredWeight:
 
     @property
     def mT(self) -> Any:
-        """As of a tensor."""
+        """See ``Tensor.mT``."""
         return self.transpose(-2, -1)
 
     def __getitem__(self, index: Any) -> Any:
@@ -163,7 +163,7 @@ def _is_list(index: Any) -> bool:
 
 
 def _plus(base: Tensor, delta: Tensor) -> Tensor:
-    """``base + delta``, in place: ``base`` is a new tensor that nothing else uses."""
+    """``base + delta``, in place, because ``base`` is a new tensor that nothing else uses."""
     return base + delta if composes() else base.add_(delta.to(base.dtype))
 
 

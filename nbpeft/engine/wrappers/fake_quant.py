@@ -29,7 +29,7 @@ from nbpeft.errors import AdapterError, ConfigError, MergeError
 
 Chosen = Sequence[tuple[str, float]]
 """(name, scale) of active adapters that are on a layer."""
-_ASKED = "_nbpeft_quantization_aware"
+_MARK = "_nbpeft_quantization_aware"
 """Attribute of a base model whose new adapters are trained quantization-aware."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -102,7 +102,7 @@ class FakeQuantLayer:
         """
         if composes():
             raise AdapterError(
-                f"adapter {chosen[0][0]!r} acts on rounded weights, which cannot be compiled or traced: merge it first"
+                f"adapter {chosen[0][0]!r} is quantization-aware and cannot be compiled or traced: merge it first"
             )
         module = self._current(layer, chosen)
         device = layer.base.device
@@ -118,7 +118,7 @@ class FakeQuantLayer:
         return output
 
     def _current(self, layer: Layer, chosen: Chosen) -> nn.Module:
-        """The copy with exactly these adapters merged; threads wait for one another while it is updated."""
+        """The copy with exactly these adapters merged; other threads wait while it is updated."""
         adapters = [(layer.adapter(name), scale) for name, scale in chosen]
         base = tuple(map(_identity, layer.backend.tensors(layer.base_layer)))
         with self._lock:
@@ -126,6 +126,7 @@ class FakeQuantLayer:
                 self._module, self._base, self._made_of = layer.backend.twin(layer.base_layer), base, ()  # type: ignore[attr-defined]
             made_of = tuple((id(adapter), scale, *_identities(adapter)) for adapter, scale in adapters)
             if self._made_of != made_of or self._changed_unseen(adapters):
+                # Tensors created in inference mode could not be used in later training.
                 with torch.inference_mode(False), torch.no_grad(), without_autocast(layer.base.device.type):
                     layer.write_merged(chosen, self._module, _own_bias(layer, self._module, adapters))
                     self._made_of, self._sums = made_of, _sums(adapters)
@@ -134,14 +135,14 @@ class FakeQuantLayer:
             return self._module
 
     def _changed_unseen(self, adapters: Iterable[tuple[Adapter, float]]) -> bool:
-        """Whether parameters were written to without raising their version, as through ``parameter.data``."""
+        """Whether parameters were changed without a new version counter, as by writing to ``parameter.data``."""
         if torch._C._current_graph_task_id() != -1:  # in backward (checkpointing) the values are still those of forward
             return False
         return self._sums is None or not torch.equal(_sums(adapters), self._sums)
 
 
 def _own_bias(layer: Layer, twin: nn.Module, adapters: Iterable[tuple[Adapter, float]]) -> Tensor | None:
-    """A separate bias for the copy if adapters change it; otherwise it shares that of the layer, which may train."""
+    """A separate bias for the copy if adapters change it; otherwise the copy shares the layer's, which may train."""
     bias = layer.base.bias
     if bias is None or all(adapter.delta_bias(layer.base) is None for adapter, _ in adapters):
         return None
@@ -185,25 +186,25 @@ class _StraightThrough(torch.autograd.Function):
 def set_quantization_aware(model: nn.Module, wanted: bool) -> None:
     """Sets whether new adapters of a base model are trained quantization-aware."""
     if wanted:
-        model.__dict__[_ASKED] = True
+        model.__dict__[_MARK] = True
     else:
-        model.__dict__.pop(_ASKED, None)
+        model.__dict__.pop(_MARK, None)
 
 
 def is_prepared_quantization_aware(model: nn.Module) -> bool:
     """Whether new adapters of a base model are trained quantization-aware; see ``set_quantization_aware``."""
-    return bool(model.__dict__.get(_ASKED, False))
+    return bool(model.__dict__.get(_MARK, False))
 
 
 def check(layers: Iterable[tuple[str, Layer, Adapter]]) -> None:
-    """Refuses adapters that cannot be trained quantization-aware, before they are added to a model.
+    """Checks that adapters can be trained quantization-aware, before they are added to a model.
 
     Args:
-        layers: path, layer and adapter of each.
+        layers: (path, layer, adapter) of each target.
 
     Raises:
-        ConfigError: merging would round no weight, a weight cannot be merged into, or a method does more than add to
-            weights.
+        ConfigError: no layer is quantized, a layer does not support merging, or a method does more than add a delta
+            to weights.
     """
     tried: set[str] = set()
     for path, layer, adapter in layers:
@@ -221,8 +222,7 @@ def check(layers: Iterable[tuple[str, Layer, Adapter]]) -> None:
             )
     if not tried:
         raise ConfigError(
-            "quantization_aware=True is for adapters on quantized layers, and none of these layers is quantized: leave "
-            "it out",
+            "quantization_aware=True needs quantized layers, and none of the target layers is quantized: remove it",
             field="quantization_aware",
         )
 
@@ -231,13 +231,13 @@ def _reason(layer: Layer, adapter: Adapter) -> str:
     if not layer.backend.can_merge:
         return f"a {layer.backend.name} weight cannot be merged into: {layer.backend.unmergeable_reason}"
     if not isinstance(layer.backend, Rounds):
-        return f"a {layer.backend.name} weight has no twin"
+        return f"the {layer.backend.name} backend does not support it"
     if not layer.kind.is_linear:
         return f"it is a {layer.kind.peft_name}"
     if offloading(layer.base_layer) is not None:
         return "it is offloaded: load the model without offloading"
     if adapter.reads_weight or isinstance(adapter, TransformsInput | TransformsOutput):
-        return f"{type(adapter).__name__} does more than to add to it"
+        return f"{type(adapter).__name__} does more than add a delta to it"
     refusal = adapter.unmergeable_reason(layer.base)
     return f"its adapter cannot be merged into {refusal}" if refusal else ""
 

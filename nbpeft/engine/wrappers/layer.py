@@ -112,7 +112,7 @@ class AdaptedLayer(Wrapper):
     _twin: FakeQuantLayer | None
     _shown: dict[str, Any]
     listed_apart: bool
-    """Whether a handle on the model (a ``PeftModel``) lists the adapters that change calls, so that this does not."""
+    """Whether a handle on the model (``PeftModel``) lists the adapters that change calls, instead of this layer."""
     emptied_of: str = ""
     """The ``peft_type`` of the last deleted adapter, for a layer without adapters."""
 
@@ -121,12 +121,12 @@ class AdaptedLayer(Wrapper):
         return found
 
     def _methods(self) -> list[Method]:
-        """The methods of the adapters here; for a layer without adapters, that of the last deleted adapter."""
+        """The methods of the adapters on this layer; if it has none, that of the last deleted adapter."""
         found = [method_of_adapter(adapter) for adapter in self._named().values()]
         return [method for method in found if method is not None] or [*methods_of_type(self.emptied_of)[:1]]
 
     def note_method(self) -> None:
-        """Records the method of the adapters here, whose names the layer keeps when all are deleted."""
+        """Records the method, whose attribute names the layer keeps when all adapters are deleted."""
         self.__dict__["emptied_of"] = next((method.peft_type for method in self._methods()), "")
 
     def wrapped_module(self) -> nn.Module:
@@ -141,12 +141,12 @@ class AdaptedLayer(Wrapper):
 
     @property
     def shared_weight(self) -> nn.Parameter | None:
-        """The weight that other modules share, while this layer has a separate merged one; else None."""
+        """The original shared weight, while this layer has a separate merged copy; otherwise None."""
         return None if self._frozen is None else self._frozen.parameter
 
     @property
     def is_untied(self) -> bool:
-        """Whether it has a separate weight now only because adapters are merged; see ``shared_weight``."""
+        """Whether the layer has a separate weight because adapters are merged; see ``shared_weight``."""
         return self.shared_weight is not None
 
     def path_at(self, place: str) -> str:
@@ -178,7 +178,7 @@ class AdaptedLayer(Wrapper):
         if self.merged_names:
             merged: Tensor = self.base_layer(x, *args, **kwargs)
             return merged
-        if self.is_quantization_aware(active.names if active.rows is None else active.rows.names):
+        if self.is_quantization_aware(active.call_names):
             return self._rounded(x, active, args, kwargs)
         alone = self._alone(active)
         if isinstance(alone, TransformsInput):
@@ -202,13 +202,13 @@ class AdaptedLayer(Wrapper):
         return self._with_deltas(x, output, active)
 
     def _alone(self, active: ActiveAdapters) -> Any:
-        """The adapter on this layer if it is the only active one of the model and has scale 1; else None."""
+        """The adapter on this layer if it is the model's only active one and its scale is 1; otherwise None."""
         if len(active.names) != 1 or active.scales[0] != 1.0 or active.rows is not None:
             return None
         return self.adapters._modules.get(active.names[0])
 
     def is_quantization_aware(self, names: Sequence[str]) -> bool:
-        """Whether one of these adapters was trained quantization-aware, so that the layer computes as if merged."""
+        """Whether one of these adapters is quantization-aware, so that the layer computes as if merged."""
         if self.backend.name == "dense":
             return False
         adapters: Any = self.adapters._modules
@@ -216,7 +216,7 @@ class AdaptedLayer(Wrapper):
 
     def _rounded(self, x: Tensor, active: ActiveAdapters, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         if active.rows is not None:
-            raise AdapterError("adapters that act on rounded weights cannot serve rows of one batch: activate one")
+            raise AdapterError("quantization-aware adapters do not support mixed batches: activate one adapter")
         twin = self._twin
         if twin is None:
             twin = self.__dict__["_twin"] = FakeQuantLayer()
@@ -305,7 +305,7 @@ class AdaptedLayer(Wrapper):
     def _learning(self, x: Tensor, output: Tensor, active: ActiveAdapters, rows: RowAssignment) -> Tensor:
         """The output for a mixed batch in training mode.
 
-        The random state is reset for each adapter, so that it drops the same entries as in a batch of its own.
+        The random state is reset for each adapter, so that dropout is the same as in a batch of that adapter only.
         """
         runs = rows.runs(len(output))
         sizes = [run.stop - run.start for _, run in runs]
@@ -332,6 +332,10 @@ class AdaptedLayer(Wrapper):
             return fusing(x, output, base, True)  # type: ignore[no-any-return]
         return add_delta(output, adapter(x, output, base) * scale)
 
+    def has_any_of(self, active: ActiveAdapters) -> bool:
+        """Whether this layer has one of the active adapters of a call and is not merged."""
+        return not self.merged_names and any(name in self.adapters._modules for name in active.call_names)
+
     def adapter(self, name: str) -> Adapter:
         """The adapter with a name on this layer."""
         found = self.adapters._modules[name]
@@ -349,7 +353,7 @@ class AdaptedLayer(Wrapper):
         """Checks whether merging would cause infinity or NaN; nothing is changed.
 
         Args:
-            names: of the adapters.
+            names: names of the adapters.
             scales: factor on the delta of each.
 
         Returns:
@@ -378,16 +382,16 @@ class AdaptedLayer(Wrapper):
         change: Transaction,
         *,
         keep_frozen: bool,
-        apart: bool = False,
+        untie: bool = False,
     ) -> None:
-        """Merges adapters into the weight; those that are merged now are unmerged first.
+        """Merges adapters into the weight; merged adapters are unmerged first.
 
         Args:
-            names: of the adapters; those not on this layer are ignored.
+            names: names of the adapters; those not on this layer are ignored.
             scales: factor on the delta of each.
             change: records the present weight, as a copy on the CPU or on disk.
             keep_frozen: also store the frozen weight for ``restore_base``.
-            apart: merge into a new weight of this layer alone, because other modules share the present one.
+            untie: merge into a copy of the weight, because other modules share it.
 
         Raises:
             MergeError: the backend cannot store a merged weight, or an adapter adds a bias and the layer has none.
@@ -397,35 +401,35 @@ class AdaptedLayer(Wrapper):
             return
         self.check_mergeable([name for name, _ in chosen])
         self.restore_base(change)
-        frozen = self._stored(apart=apart, spill=None if keep_frozen else change.spill)
+        frozen = self._stored(untie=untie, spill=None if keep_frozen else change.spill)
         change.on_undo(lambda: self._restore(frozen))
-        if apart:
-            self._part_weight()
+        if untie:
+            self._untie_weight()
         self.write_merged(chosen, self.weight_module, self.base.bias)
         self.merged_names = tuple(name for name, _ in chosen)
         self.__dict__["_twin"] = None
         self._frozen = frozen if keep_frozen else None
 
     @torch.no_grad()
-    def take_out(self, adapters: Sequence[StartsInWeight], change: Transaction, *, apart: bool) -> None:
-        """Subtracts the parts that adapters are initialised from, permanently.
+    def take_out(self, adapters: Sequence[StartsInWeight], change: Transaction, *, untie: bool) -> None:
+        """Subtracts the initial components of adapters from the weight, permanently.
 
         Args:
-            adapters: on this layer.
+            adapters: adapters on this layer.
             change: see ``merge_into_base``.
-            apart: see ``merge_into_base``.
+            untie: see ``merge_into_base``.
         """
-        before = self._stored(apart=apart, spill=change.spill)
+        before = self._stored(untie=untie, spill=change.spill)
         change.on_undo(lambda: self._restore(before))
-        if apart:
-            self._part_weight()
+        if untie:
+            self._untie_weight()
         weight = self.backend.dequantize(self.weight_module)
         for adapter in adapters:
             adapter.take_out_(self.kind.canonical(self.weight_module, weight))
         self.backend.store(self.weight_module, weight)
 
-    def _part_weight(self) -> None:
-        """Replaces the shared weight with a copy for this layer alone."""
+    def _untie_weight(self) -> None:
+        """Replaces the shared weight with a copy for this layer only."""
         shared: Any = self.weight_module._parameters["weight"]
         self.weight_module._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
 
@@ -457,11 +461,11 @@ class AdaptedLayer(Wrapper):
             raise MergeError(f"a {self.backend.name} weight cannot be merged into: {self.backend.unmergeable_reason}")
         if present and offloading(self.weight_module) is not None:
             raise MergeError(
-                "its weight is offloaded, and what is merged into it would be lost with the next call: load the model "
-                "without offloading"
+                "its weight is offloaded, so a merged delta would be lost in the next call: load the model without "
+                "offloading"
             )
         if present and any(tensor.is_meta for tensor in self.weight_module.parameters(recurse=False)):
-            raise MergeError("its weight has no data here (meta device): load the model whole")
+            raise MergeError("its weight has no data (meta device): load the whole model")
         for name in present:
             refusal = self.adapter(name).unmergeable_reason(self.base)
             if refusal:
@@ -472,14 +476,14 @@ class AdaptedLayer(Wrapper):
             raise MergeError(refusal)
         for name in present:
             if self.base.bias is None and self.adapter(name).delta_bias(self.base) is not None:
-                raise MergeError(f"adapter {name!r} adds a bias but the base layer has none to take it")
+                raise MergeError(f"adapter {name!r} adds a bias, but the base layer has no bias to merge it into")
 
     def _add_deltas(self, weight: Tensor, names: Sequence[str], scales: Sequence[float]) -> None:
         adapters = [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)]
         add_deltas(weight, self.base, [pair for pair in adapters if not self._merged_through_tied_layer(pair[0])])
 
     def _merged_through_tied_layer(self, adapter: Adapter) -> bool:
-        """Whether merging on the layer of the adapter that this one is tied to changes this layer's weight too."""
+        """Whether merging the adapter that this one is tied to changes this layer's weight too."""
         source = source_of(adapter)
         owner = None if source is None else self._layer_with([source])
         if owner is None:
@@ -496,21 +500,21 @@ class AdaptedLayer(Wrapper):
         found = ((self.adapter(name).delta_bias(self.base), scale) for name, scale in chosen)
         return [(delta, scale) for delta, scale in found if delta is not None]
 
-    def _stored(self, *, apart: bool, spill: SpillFile | None = None) -> WeightBackup:
+    def _stored(self, *, untie: bool, spill: SpillFile | None = None) -> WeightBackup:
         """A backup of everything that merging changes; tensors are copied to the CPU.
 
         Args:
-            apart: the parameter will be replaced and not written to, so a reference to it is enough.
+            untie: the parameter will be replaced and not written to, so a reference to it is enough.
             spill: stores the copy of a dense weight; None for host memory.
         """
         bias: Tensor | None = self.base.bias
         weight: Any = None
-        if not apart and spill is not None and self.backend.name == "dense":
+        if not untie and spill is not None and self.backend.name == "dense":
             weight = spill.keep(self.backend.dequantize(self.weight_module))
-        elif not apart:
+        elif not untie:
             weight = self.backend.snapshot(self.weight_module)
         return WeightBackup(
-            self.weight_module._parameters["weight"] if apart else None,
+            self.weight_module._parameters["weight"] if untie else None,
             weight,
             None if bias is None else bias.detach().to("cpu", copy=True),
             self.merged_names,
@@ -535,13 +539,13 @@ class AdaptedLayer(Wrapper):
             return
         frozen = self._frozen
         assert frozen is not None
-        apart = frozen.parameter is not None
-        merged = self._stored(apart=apart)
-        # Only one backup of the frozen weight at a time: it is dropped here, as the layer has that weight again.
+        untie = frozen.parameter is not None
+        merged = self._stored(untie=untie)
+        # Dropped, so that only one backup of the frozen weight exists: the layer itself will have that weight again.
         merged.frozen = None
 
         def undo() -> None:
-            merged.frozen = self._frozen if self.merged_names else self._stored(apart=apart)
+            merged.frozen = self._frozen if self.merged_names else self._stored(untie=untie)
             self._restore(merged)
 
         change.on_undo(undo)
@@ -558,7 +562,7 @@ class AdaptedLayer(Wrapper):
             self.__dict__["_shown"] = show_adapters(self._modules, adapters, self.base)
 
     def _shown_where_tied(self, name: str) -> nn.Module | None:
-        """What the layer shows under a name to whose adapters those of this layer are tied; None if it has none."""
+        """The attribute ``name`` of the layer to which the adapters here are tied; None if it has none."""
         here: Any = self.adapters._modules.values()
         sources = [source for adapter in here if (source := source_of(adapter)) is not None]
         if not any(name in (source.peft.container, *source._parameters) for source in sources):
@@ -576,7 +580,7 @@ class AdaptedLayer(Wrapper):
 
     @property
     def is_passed_over(self) -> bool:
-        """Whether the wrapper is left out of module paths: all its adapters change calls, and a handle lists them."""
+        """Whether the wrapper is left out of module paths: its adapters only change calls, and a handle lists them."""
         adapters = list(self.adapters._modules.values())
         return self.listed_apart and bool(adapters) and all(map(learns_prompt, adapters))
 
@@ -601,7 +605,7 @@ class AdaptedLayer(Wrapper):
         yield from super().named_children()
 
     def children(self) -> Iterator[nn.Module]:
-        """All children including the adapters; modules that show these only once they were asked for by name."""
+        """All children including the adapters; views of the adapters only if they were accessed by name before."""
         yield from (child for _, child in super().named_children())
         yield self.adapters
 
@@ -629,7 +633,7 @@ class AdaptedLayer(Wrapper):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.show_adapters()
-        if self.is_passed_over:  # the dictionary is that of this module, and its children's are made of it
+        if self.is_passed_over:  # keys lack "base_layer."; the children's dictionaries are made from this one
             for key in [key for key in state_dict if not key.startswith(f"{prefix}base_layer.")]:
                 state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -644,7 +648,7 @@ class AdaptedLayer(Wrapper):
             for adapter in value:
                 found[adapter] = value[adapter]
         else:
-            raise AdapterError(f"{name} of an adapted layer is by adapter, not one {type(value).__name__}")
+            raise AdapterError(f"{name} of an adapted layer has one entry for each adapter: set {name}[adapter]")
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules") or {}
@@ -654,7 +658,7 @@ class AdaptedLayer(Wrapper):
             return super().__getattr__(name)
         adapters, base_layer = self.adapters._modules, modules["base_layer"]
         self.show_adapters()
-        found: Any = modules.get(name)  # first: what named_modules() names is here under its name
+        found: Any = modules.get(name)  # first: names from named_modules() must work as attributes
         if found is None:
             found = by_name(adapters, name)
         if found is None:
@@ -665,7 +669,7 @@ class AdaptedLayer(Wrapper):
             found = self._shown_where_tied(name)
         if found is None and not adapters:
             found = self._unfilled(name)
-        if found is None and name.startswith("_"):  # a note on a module, as accelerate's _hf_hook, is that module's
+        if found is None and name.startswith("_"):  # private attributes, such as accelerate's _hf_hook, are not shared
             return super().__getattr__(name)
         if found is None and not hasattr(base_layer, name):
             found = attribute_by_name(adapters, name)
@@ -673,7 +677,7 @@ class AdaptedLayer(Wrapper):
         return getattr(base_layer, name) if found is None else found
 
     def _unfilled(self, name: str) -> Any:
-        """An empty mapping for a name that PEFT's layers have and no adapter here uses; None for other names."""
+        """An empty mapping, if PEFT's layers have the name and no adapter here uses it; otherwise None."""
         empty = (unfilled(method, name, with_settings=not self._named()) for method in self._methods())
         return next((mapping for mapping in empty if mapping is not None), None)
 

@@ -1,8 +1,7 @@
 """Checks whether a layer computes ``W x + b`` with the weight that it stores, which merging requires.
 
-A merged delta is lost if the weight is computed from other tensors in each forward pass. It has another
-effect than the unmerged adapter if a hook changes the layer's input or output, or if the class has a
-forward that is not ``W x + b``.
+A merged delta is lost if the weight is computed from other tensors in each forward. It differs from the unmerged
+adapter if a hook changes the layer's input or output, or if the class has a forward that is not ``W x + b``.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _KNOWN_FORWARDS = (
     "torch.nn.modules.sparse",
     "torch.nn.modules.conv",
     "transformers.pytorch_utils",
-    "torch.nn.modules.module",  # no forward at all: a bare parameter, through which alone its adapters act
+    "torch.nn.modules.module",  # no forward: a bare parameter
 )
 """Modules with layer classes whose forward is known to compute ``W x + b``."""
 
@@ -34,10 +33,10 @@ _PLACING_HOOKS = ("accelerate.", "deepspeed.", "nbpeft.", "torch.distributed.", 
 """Packages whose hooks move, shard or record tensors without changing their values."""
 
 _FROM_PARTS = {"g": "weight_norm", "u": "spectral_norm", "mask": "pruning"}
-"""Ending of the tensor that torch's older helpers compute another one from -> name of the helper."""
+"""Suffix of the tensor from which torch's older helpers compute a weight -> name of the helper."""
 
 _RELATIVE_ERROR = {torch.float32: 3e-3, torch.float64: 1e-6}
-"""Allowed relative difference between two ways to compute the same product; float32 may be rounded to TF32."""
+"""Tolerance between two ways to compute the same product; float32 products may be computed in TF32."""
 _HALF_RELATIVE_ERROR = 5e-2
 
 
@@ -46,40 +45,40 @@ def unmergeable_reason(base: BaseLayer, *, biased: bool = False) -> str:
 
     Args:
         base: the frozen layer, with its kind and backend.
-        biased: whether the bias changes too.
+        biased: whether an adapter changes the bias.
 
     Returns:
         A sentence for the error; empty if the effect is the same.
     """
     module = base.module
     if base.backend.device(module).type == "meta" and offloading(module) is None:
-        return "its weight has no data here (meta device): load the base model's weights first"
+        return "its weight has no data (meta device): load the base model's weights first"
     dense = base.backend.name == "dense"
     for name in (*(("weight",) if dense else ()), *(("bias",) if biased else ())):
         derived = _derivation(module, name)
         if derived:
             return (
-                f"its {name} is computed from other tensors in each forward ({derived:.60}), so what is merged "
-                "would be lost: make it an ordinary parameter first, or keep the adapter unmerged"
+                f"its {name} is computed from other tensors in each forward ({derived:.60}), so a merged delta would "
+                "be lost: make it an ordinary parameter first, or keep the adapter unmerged"
             )
     changing = _changing_hook(module)
     if changing:
         return (
-            f"its forward hook {changing:.60} may change what the layer takes or gives: remove the hook first, or let "
-            "it return None in every case"
+            f"its forward hook {changing:.60} may change the layer's input or output: remove the hook first, or let "
+            "it always return None"
         )
     if getattr(module, "max_norm", None) is not None:
         return "its max_norm would shrink the merged rows: keep the adapter unmerged"
     if dense and not _maps_with_its_weight(base):
         return (
-            f"the forward of {type(module).__name__:.60} is not the plain map of its weight, so the adapter would act "
-            "otherwise: keep it unmerged"
+            f"the forward of {type(module).__name__:.60} does not compute W x + b, so merging would change the "
+            "adapter's effect: keep it unmerged"
         )
     return ""
 
 
 def _derivation(module: nn.Module, name: str) -> str:
-    """What computes a tensor of a layer from other tensors; empty if the layer stores it."""
+    """Name of the function that computes a tensor of a layer from others; empty if the layer stores the tensor."""
     if name in module._parameters or name in module._buffers:
         return ""
     shown = getattr(module, name, None)
@@ -114,7 +113,7 @@ def _function_of(hook: Any) -> Any:
 
 
 def _returns_nothing(function: Any) -> bool:
-    """Whether a function can only return None, read from its bytecode: a call could have side effects."""
+    """Whether a function can only return None; read from its bytecode, because a call could have side effects."""
     code = getattr(function, "__code__", None)
     if code is None or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
         return False
@@ -132,13 +131,14 @@ def _returns_nothing(function: Any) -> bool:
 
 @torch.no_grad()
 def _maps_with_its_weight(base: BaseLayer) -> bool:
-    """Whether the layer computes ``W x + b``; for an unknown class this is tested with two rows of input."""
+    """Whether the layer computes ``W x + b``; unknown classes are tested with two rows of input."""
     module = base.module
     forward = _own_forward(module)
     if getattr(forward, "__module__", "") in _KNOWN_FORWARDS and not hasattr(forward, "__wrapped__"):
         return True
     x = _probe(base)
     devices = [x.device] if x.is_cuda else []
+    # An unknown forward may draw random numbers, which must not change the draws of the user's code.
     try:
         with onloaded(module), _evaluating(module), torch.random.fork_rng(devices=devices):
             given = forward(x)

@@ -24,7 +24,7 @@ class ModulesToSaveWrapper(Wrapper):
 
     Attributes:
         original_module: the frozen module.
-        modules_to_save: adapter name -> trained copy; PEFT's name, which is not part of keys in files.
+        modules_to_save: adapter name -> trained copy.
     """
 
     original_module: nn.Module
@@ -91,8 +91,8 @@ class ModulesToSaveWrapper(Wrapper):
         result = self.original_module(x, *args, **kwargs)
         if not (isinstance(result, Tensor) and isinstance(x, Tensor)):
             raise LayerKindError(
-                f"adapter_names cannot serve a {type(self.original_module).__name__} trained as a whole: "
-                "its input and output are not single tensors; give each adapter a batch of its own"
+                f"adapter_names is not supported for a {type(self.original_module).__name__} trained as a whole: "
+                "its input and output are not single tensors; use a separate batch for each adapter"
             )
         if not present:
             return result
@@ -106,7 +106,7 @@ class ModulesToSaveWrapper(Wrapper):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # private attributes, such as accelerate's _hf_hook, belong to one module alone
+        except AttributeError:  # private attributes, such as accelerate's _hf_hook, are not shared
             if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("_"):
                 raise
         return getattr(self.chosen(), name)
@@ -116,8 +116,8 @@ def only_holds(wrapper: AdaptedLayer | ModulesToSaveWrapper | None, name: str | 
     """Whether a wrapper has exactly one adapter, with this name.
 
     Args:
-        wrapper: around a layer or module, or None.
-        name: of the adapter.
+        wrapper: the wrapper, or None.
+        name: name of the adapter.
     """
     if wrapper is None:
         return False

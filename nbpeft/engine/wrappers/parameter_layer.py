@@ -1,8 +1,8 @@
 """AdaptedParameter: the wrapper around a module with an adapted bare parameter, such as the experts of a mixture.
 
-If several parameters of a module are adapted, each has a wrapper, one inside the other. The outermost one calls a
-shallow copy of the module in which these parameters are replaced. So other threads can call the module at the same
-time, also with other adapters.
+If several parameters of a module are adapted, each has a wrapper, and the wrappers are nested. The outermost calls a
+shallow copy of the module with these parameters replaced, so that other threads can call the module at the same time
+with other adapters.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AdaptedOwner(AdaptedLayer):
 
     Attributes:
         base_layer: the module, or the wrapper for another parameter of it.
-        parameter_name: of the parameter.
+        parameter_name: name of the parameter.
     """
 
     parameter_name: str
@@ -63,12 +63,6 @@ class AdaptedOwner(AdaptedLayer):
             ParameterView(module, self.parameter_name), self.kind, self.backend, adapters=self.adapters._modules
         )
 
-    def _acts(self) -> bool:
-        """Whether an adapter changes the parameter in the running call."""
-        active = self.active_state.current()
-        names = active.names if active.rows is None else active.rows.names
-        return not self.merged_names and any(name in self.adapters._modules for name in names)
-
     def wrapped_module(self) -> nn.Module:
         """The module, inside all wrappers."""
         inner: Any = self
@@ -85,16 +79,16 @@ class AdaptedParameter(AdaptedOwner):
         return f"{place}.{self.parameter_name}"
 
     def attach(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
-        """Wraps what the parent has there: the module, or wrappers for other parameters; see ``AdaptedLayer``."""
-        there = modules[attribute]
-        if not any(wrapper is self for wrapper in wrappers_of(there)):
-            self._modules["base_layer"] = there
+        """Wraps the module, or its wrappers for other parameters, in its parent; see ``AdaptedLayer``."""
+        inner = modules[attribute]
+        if not any(wrapper is self for wrapper in wrappers_of(inner)):
+            self._modules["base_layer"] = inner
             super().attach(modules, attribute, change)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module with the active adapters' deltas on its parameters."""
         layers = tuple(wrappers_of(self))
-        if any(layer._acts() for layer in layers):
+        if any(layer.has_any_of(layer.active_state.current()) for layer in layers):
             return _adapted(layers, args, kwargs)
         return self.wrapped_module()(*args, **kwargs)
 
@@ -105,13 +99,13 @@ class AdaptedParameter(AdaptedOwner):
 
 
 class ParameterReplica(AdaptedParameter):
-    """A replica that nn.DataParallel made; see ``LayerReplica``."""
+    """A replica made by ``nn.DataParallel``; see ``LayerReplica``."""
 
     def show_adapters(self) -> None:
-        """Changes nothing."""
+        """Does nothing: a replica is never changed."""
 
     def with_adapters(self, active: ActiveAdapters) -> FactoredWeight | None:
-        """The same on the replica's device."""
+        """Computes the sum on the replica's device; see ``AdaptedOwner``."""
         use_shown(self.adapters._modules, self._modules)
         return super().with_adapters(active)
 
@@ -121,7 +115,7 @@ def factored_weight(layer: AdaptedLayer, base: BaseLayer, active: ActiveAdapters
 
     Args:
         layer: the wrapper with the adapters.
-        base: the module as the adapters see it.
+        base: the frozen module, as the adapters use it.
         active: the active adapters and their scales.
 
     Returns:
@@ -164,7 +158,7 @@ def _adapted(layers: Sequence[AdaptedParameter], args: tuple[Any, ...], kwargs: 
         parameters = " and ".join(layer.parameter_name for layer in reversed(layers))
         raise AdapterError(
             f"lora.ParamWrapper does not support mixed adapter batches yet in a {kind:.60}: adapter {name!r} adapts "
-            f"its {parameters}, so give each adapter a batch of its own"
+            f"its {parameters}, so use a separate batch for each adapter"
         )
     check_row_order(rows, args[0], layers[0])
     parts = []

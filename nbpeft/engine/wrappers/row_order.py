@@ -1,4 +1,4 @@
-"""Checks that a layer's input in a mixed batch is in the order of the batch's rows, as far as its shape shows it.
+"""Checks by shape that a layer's input in a mixed batch is in the order of the batch's rows.
 
     (rows, positions, features)      as the model was called; beams, windows and choices of a row are adjacent
     (rows * positions, features)     flattened; the positions of a row are adjacent
@@ -34,7 +34,7 @@ def note_calls(model: nn.Module, active_state: ActiveState) -> Any:
 
     Args:
         model: the base model.
-        active_state: of its manager.
+        active_state: state of its manager.
 
     Returns:
         The handle of the hook.
@@ -56,7 +56,7 @@ def _tokens(values: Tensor) -> tuple[int, ...]:
 
 
 def check_row_order(rows: RowAssignment, x: Tensor, layer: Any) -> None:
-    """Refuses an input whose shape shows that it is not in the order of the rows of a mixed batch.
+    """Raises AdapterError if an input's shape shows that it is not in the order of the rows of a mixed batch.
 
     Reordering that does not change the shape is not detected; see the module's docstring.
 
@@ -76,7 +76,7 @@ def check_row_order(rows: RowAssignment, x: Tensor, layer: Any) -> None:
         return
     place = _path_of(layer)
     if _is_expert(place) or (len(sizes) == 1 and call.lengths and _is_chosen(layer._commands().manager.model, place)):
-        reason = "gets the tokens that a router picks for it, which may be those of any row"
+        reason = "gets tokens that a router selects from any row"
     elif call.batch is None:
         return
     elif len(sizes) == 1 and not call.holds(sizes[0]):
@@ -85,7 +85,7 @@ def check_row_order(rows: RowAssignment, x: Tensor, layer: Any) -> None:
         reason = f"is called with positions first, {tuple(x.shape)}"
     else:
         return
-    raise AdapterError(f"adapter_names: {place} {reason}; give each adapter a batch of its own", path=place)
+    raise AdapterError(f"adapter_names: {place} {reason}; use a separate batch for each adapter", path=place)
 
 
 def _path_of(layer: Any) -> str:

@@ -1,4 +1,4 @@
-"""Wrapper: base class of the modules that take the place of a layer, or of a module trained as a whole."""
+"""Wrapper: base class of the modules that replace a layer, or a module trained as a whole."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from nbpeft.engine.changes.active_state import ActiveState, LayerState
 
 
 class Wrapper(nn.Module):
-    """Takes the place of a module of the model, and has something of named adapters for it.
+    """Replaces a module of the model and has the parts of named adapters for it.
 
     Attributes:
-        active_state: which adapters are active: the model's, or one of this wrapper alone.
+        active_state: which adapters are active: the state of the model, or a separate one of this wrapper.
     """
 
     active_state: ActiveState | LayerState
 
     def _named(self) -> dict[str, Any]:
-        """Adapter name -> the adapter's module here."""
+        """Adapter name -> the adapter's module in this wrapper."""
         raise NotImplementedError
 
     def _get_name(self) -> str:
@@ -46,11 +46,11 @@ class Wrapper(nn.Module):
         return getattr(state, "shared", state)  # type: ignore[no-any-return]
 
     def _activate_alone(self, names: Sequence[str], *, enabled: bool) -> None:
-        """Activates adapters on this wrapper alone; the next command on the model overrides it.
+        """Activates adapters on this wrapper only, until the next command on the model.
 
         Args:
-            names: of the adapters; those that have nothing here are ignored.
-            enabled: whether they are enabled.
+            names: names of the adapters; those without a part here are ignored.
+            enabled: whether adapters are enabled.
         """
         shared = self._shared_state()
         shared.refuse_changes()

@@ -25,7 +25,7 @@ from nbpeft.magics.registry import (
     subcommand,
 )
 from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
-from nbpeft.session.results import BroughtBack
+from nbpeft.session.results import RestoreResult
 
 _DEFAULTS = "no field is given, so these are PEFT's defaults; r = 16 with target_modules = 'all-linear' learns more"
 
@@ -156,7 +156,7 @@ session_command("delete", "Delete an adapter from the model.", ADAPTER, ON_MODEL
 def undo(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Undo; if adapters of an earlier model are restored, that model is assigned to the variable again."""
     result = notebook.session.undo(model=notebook.chosen(options.model), variable=options.model)
-    if isinstance(result, BroughtBack):
+    if isinstance(result, RestoreResult):
         notebook.bind(result.model_name, result)
     return result
 

@@ -58,7 +58,7 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
         help="the adapter that answers; several are summed; base is the model alone (default: the active one)",
     ),
     *SAMPLING,
-    answer_limit(256, "limit of the answer (default: 256)"),
+    answer_limit(256, "maximum length of the answer in tokens (default: 256)"),
     argument("--continue", dest="go_on", action="store_true", help="continue the last conversation with this adapter"),
     argument("--new", action="store_true", help="start a new conversation, which is the default"),
     RAW,

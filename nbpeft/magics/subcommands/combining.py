@@ -89,7 +89,7 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
         completes="weight",
         help="a weighted sum as an additional column; may be repeated",
     ),
-    answer_limit(64, "limit of an answer (default: 64)"),
+    answer_limit(64, "maximum length of an answer in tokens (default: 64)"),
     SYSTEM,
     *SAMPLING,
     argument("--no-base", action="store_true", help="leave the base model out"),
@@ -105,7 +105,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if options.panel:
         prompt = notebook.prompt(options.prompt) or ""
         if not isinstance(prompt, str):
-            raise CellError("--panel takes a prompt as text; a conversation is compared without it")
+            raise CellError("--panel takes a prompt as text; compare a conversation without --panel")
         initial = {"prompt": prompt, "max_new_tokens": options.max_new_tokens, "chat": chat_of(options)}
         initial |= {"system": notebook.prompt(options.system, "--system"), **sampling_of(options)}
         return show_panel(notebook, "compare", options.model, **initial)
@@ -147,7 +147,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
         completes="variable",
         help="called with the model; False or an exception undoes the swap",
     ),
-    answer_limit(32, "limit of the answer to --check (default: 32)"),
+    answer_limit(32, "maximum length of the answer to --check in tokens (default: 32)"),
     argument("--replace", action="store_true", help="replace an adapter even if its training is not saved"),
     RAW,
     CHAT,

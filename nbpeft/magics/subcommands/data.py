@@ -8,6 +8,7 @@ from dataclasses import replace
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.registry import (
+    CHATS,
     COLUMNS,
     DATA,
     MAX_LENGTH,
@@ -15,6 +16,7 @@ from nbpeft.magics.registry import (
     SEPARATOR,
     SKIP_BAD,
     TOKENIZER,
+    chats_of,
     separator_of,
     subcommand,
 )
@@ -30,6 +32,7 @@ from nbpeft.magics.registry import (
     COLUMNS,
     SEPARATOR,
     SKIP_BAD,
+    *CHATS,
     argument("--rows", type=positive, metavar="N", default=3, help="number of rows to show (default: 3)"),
     ON_MODEL,
     example="%lora data train.jsonl --tokenizer tok --columns prompt=question completion=answer",
@@ -43,6 +46,7 @@ def data(options: argparse.Namespace, notebook: NotebookContext) -> object:
         columns=options.columns,
         separator=separator_of(options),
         skip_bad=options.skip_bad,
+        **chats_of(options),
         rows=options.rows,
         name=options.data,
         model=notebook.chosen(options.model),

@@ -45,11 +45,11 @@ def merge(options: argparse.Namespace, notebook: NotebookContext) -> object:
         name: value for name in ("dtype", "base") if (value := getattr(options, name)) is not None
     }
     if options.to is None and keywords:
-        raise CellError(f"%lora merge: --{next(iter(keywords))} goes with --to DIR")
+        raise CellError(f"%lora merge: --{next(iter(keywords))} requires --to DIR")
     if options.to is None and options.calibrate is None and options.tokenizer is not None:
-        raise CellError("%lora merge: --tokenizer goes with --to DIR or --calibrate ROWS")
+        raise CellError("%lora merge: --tokenizer requires --to DIR or --calibrate ROWS")
     if options.columns is not None and options.calibrate is None:
-        raise CellError("%lora merge: --columns goes with --calibrate ROWS")
+        raise CellError("%lora merge: --columns requires --calibrate ROWS")
     if options.calibrate is not None:
         keywords["calibrate"] = notebook.data(options.calibrate, "--calibrate")
         keywords["columns"] = options.columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from nbpeft.errors import CellError, did_you_mean
 from nbpeft.magics.front_end import front_end_checks
@@ -51,7 +52,7 @@ def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "watch",
-    "Show the card of a training: live while it runs, else as it ended, also after its kernel has ended.",
+    "Show the card of a training: live while it runs, else its final state, even after its kernel has ended.",
     argument(
         "run", nargs="?", metavar="RUN", completes="run", help="the run (default: the running one, else the last)"
     ),
@@ -119,9 +120,12 @@ def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **con
     example="%lora inspect orders",
 )
 def inspect(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Inspect an adapter."""
+    """Inspect an adapter; the command for the loss on a general text says what the change costs elsewhere."""
     model = notebook.chosen(options.model)
-    return notebook.session.inspect(options.name, model=model, intruders=options.intruders)
+    result = notebook.session.inspect(options.name, model=model, intruders=options.intruders)
+    where = f" --model {result.model_name}" if len(notebook.session.state.models) > 1 else ""
+    command = f"%lora score {result.adapter} --general{where}"
+    return replace(result, commands=(("Loss on general text", command),))
 
 
 @subcommand("memory", "Measure the memory a model uses, by part.", ON_MODEL)

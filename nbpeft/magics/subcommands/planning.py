@@ -18,9 +18,16 @@ from nbpeft.session.commands.planning import MemoryPlanner
 from nbpeft.session.handles import is_module
 from nbpeft.session.results.planning import PlanResult
 
-_OF_THE_TRAINER = ("loss_chunk_size", "recompute")
+_TRAINING_FIELDS = ("loss_chunk_size", "recompute")
 """Fields of a training cell, not of an adapter's config, that affect the memory of a step."""
 _QUANTS = ("none", *QUANTIZATIONS)
+_FLAGS = {
+    "checkpointing": ("gradient_checkpointing", True),
+    "sharded": ("sharded", True),
+    "inference": ("training", False),
+    "packing": ("packing", True),
+}
+"""Option without a value -> the setting of ``Session.plan_memory`` that it makes."""
 
 SIZES = (
     argument("--batch", type=positive, metavar="N", help="sequences per step (default: 4)"),
@@ -45,11 +52,11 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
     names = {"batch": "batch_size", "seq": "sequence_length"} | {
-        name: name for name in ("device", "optimizer", "adapters")
+        name: name for name in ("device", "optimizer", "adapters", "processes")
     }
     settings: dict[str, Any] = {names[option]: given[option] for option in names if option in given}
     device = str(given.get("device", ""))
-    if re.fullmatch(r"[\d.]+", device) and named(device) is None:  # it would count as bytes, which is never meant
+    if re.fullmatch(r"[\d.]+", device) and named(device) is None:  # it would count as bytes
         raise CellError(f"--device {device} has no unit. Did you mean '{device}GB'?")
     if "dtype" in given:
         settings["dtype"] = SHORT_DTYPES.get(given["dtype"], given["dtype"])
@@ -60,17 +67,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
             hint = did_you_mean(given["quant"], _QUANTS)
             raise CellError(f"--quant {given['quant']!r} is not one of {', '.join(_QUANTS)}.{hint}")
         settings["quantization"] = None if given["quant"] == "none" else given["quant"]
-    if given.get("checkpointing"):
-        settings["gradient_checkpointing"] = True
-    if "processes" in given:
-        settings["processes"] = given["processes"]
-    if given.get("sharded"):
-        settings["sharded"] = True
-    if given.get("inference"):
-        settings["training"] = False
-    if given.get("packing"):
-        settings["packing"] = True
-    return settings
+    return settings | {name: value for flag, (name, value) in _FLAGS.items() if given.get(flag)}
 
 
 def sizes_without_dry_run() -> CellError:
@@ -95,9 +92,9 @@ def sizes_without_dry_run() -> CellError:
     argument("--checkpointing", action="store_true", help="gradient checkpointing: recompute layers in backward"),
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
     argument("--adapters", type=positive, metavar="N", help="number of adapters trained side by side (default: 1)"),
-    argument("--processes", type=positive, metavar="N", help="memory of one of N processes, each with its own batch"),
+    argument("--processes", type=positive, metavar="N", help="memory of each of N processes, which have own batches"),
     argument("--sharded", action="store_true", help="the model is sharded over the processes (fsdp = True)"),
-    argument("--inference", action="store_true", help="a forward pass over a prompt of that length, no training"),
+    argument("--inference", action="store_true", help="forecast a forward pass over such a prompt, not a training"),
     argument("--data", metavar="DATA", completes="data", help="training rows, which determine the sequence lengths"),
     COLUMNS,
     TOKENIZER,
@@ -122,7 +119,7 @@ def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if options.targets is not None:
         names = [name.strip() for name in options.targets.split(",") if name.strip()]
         changes["target_modules"] = "all-linear" if options.targets == "all-linear" else names
-    settings |= {name: changes.pop(name) for name in _OF_THE_TRAINER if name in changes}
+    settings |= {name: changes.pop(name) for name in _TRAINING_FIELDS if name in changes}
     if options.trainer is not None:
         settings["trainer_class"] = notebook.value(options.trainer, "--trainer")
     settings |= {"changes": changes, "rank": options.rank}
@@ -133,16 +130,16 @@ def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
         return show_plan_panel(notebook, options.target, settings)
     source, title = _source(options.target, notebook)
     try:
-        return _shown_as_it_comes(notebook.session.memory_planner(source, variable=title, **settings), notebook)
+        return _displayed_in_two_steps(notebook.session.memory_planner(source, variable=title, **settings), notebook)
     except ConfigError as error:
         if not isinstance(source, str) or "source" not in error.details:
             raise
         if "/" in source or "." in source:
             raise CellError(str(error)) from None
-        raise CellError(f"no variable is called {source!r}, and as a repository: {error}") from None
+        raise CellError(f"no variable is called {source!r}, and no repository could be read: {error}") from None
 
 
-class _Shown(PlanResult):
+class _DisplayedPlan(PlanResult):
     """A plan that its cell has displayed already: the first display does nothing, later ones show it as usual."""
 
     def _ipython_display_(self) -> None:
@@ -153,7 +150,7 @@ class _Shown(PlanResult):
         vars(self)["seen"] = True
 
 
-def _shown_as_it_comes(planner: MemoryPlanner, notebook: NotebookContext) -> PlanResult:
+def _displayed_in_two_steps(planner: MemoryPlanner, notebook: NotebookContext) -> PlanResult:
     """The plan; a front end shows the forecast at once, and the suggestions as soon as they are computed."""
     if not hasattr(notebook.shell, "kernel") or notebook.silent:
         return planner.plan()
@@ -162,7 +159,7 @@ def _shown_as_it_comes(planner: MemoryPlanner, notebook: NotebookContext) -> Pla
     handle: Any = display(planner.plan(suggest=False), display_id=True)
     plan = planner.plan()
     handle.update(plan)
-    return _Shown(**{field.name: getattr(plan, field.name) for field in fields(plan)})
+    return _DisplayedPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)})
 
 
 def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[str, Any]) -> object:

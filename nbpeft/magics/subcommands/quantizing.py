@@ -37,8 +37,8 @@ OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
         dest="variable",
         metavar="MODEL",
         completes="model",
-        help="variable for the model, even one that is in use (default: SOURCE if it is a variable, else model, which "
-        "must be unused or the result of this cell's earlier run)",
+        help="variable for the model, even one that is in use (default: SOURCE if it is a variable; otherwise model, "
+        "which must be unused or come from an earlier run of this cell)",
     ),
     argument("--replace", action="store_true", help="replace MODEL even if it has adapters that are not saved"),
     ADAPTER_NAME,
@@ -95,7 +95,7 @@ def _source(options: argparse.Namespace, notebook: NotebookContext) -> tuple[Any
     if word.isidentifier() and not os.path.exists(word):
         hint = did_you_mean(word, notebook.model_names())
         if hint:
-            raise CellError(f"no variable is called {word!r:.60}, and no folder.{hint}")
+            raise CellError(f"no variable and no folder is called {word!r:.60}.{hint}")
     return word, options.variable or _DEFAULT_VARIABLE
 
 

@@ -1,4 +1,4 @@
-"""Commands to a running training, which is one in the background."""
+"""Commands for a training in the background."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _register("continue", "Continue a paused training.", "go_on")
     argument(
         "target", nargs="?", metavar="MODEL", completes="model", help="the model; not needed if only one has adapters"
     ),
-    argument("--wait", action="store_true", help="wait for a background training; interrupting ends only the wait"),
+    argument("--wait", action="store_true", help="wait for a background training; an interrupt stops only the waiting"),
     example="%lora result --wait",
 )
 def result(options: argparse.Namespace, notebook: NotebookContext) -> object:

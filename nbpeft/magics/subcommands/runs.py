@@ -13,18 +13,28 @@ from nbpeft.errors import AdapterError, CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, DATA, TOKENIZER, subcommand
-from nbpeft.magics.subcommands.training import EVAL, PROCESSES, REPLACE, SCORE, TRACK, TRAINER, training_arguments
+from nbpeft.magics.subcommands.training import (
+    EVAL,
+    PROCESSES,
+    REPLACE,
+    REWARD,
+    SCORE,
+    TRACK,
+    TRAINER,
+    training_arguments,
+)
 from nbpeft.session.handles import is_handle, uncompiled
 from nbpeft.session.results import Notice
 from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult, source_of_base
 
-_SAID = {
+_OPTIONS = {
     "data": ("--data", "ROWS"),
     "eval_data": ("--eval", "ROWS"),
     "score": ("--score", "ROWS"),
     "metric": ("--metric", "METRIC"),
     "tokenizer": ("--tokenizer", "TOKENIZER"),
     "trainer_class": ("--trainer", "CLASS"),
+    "rewards": ("--reward", "FUNCTION"),
 }
 """Argument of a training -> the option of a line and its placeholder."""
 
@@ -41,6 +51,7 @@ _SAID = {
     COLUMNS,
     TOKENIZER,
     TRAINER,
+    REWARD,
     TRACK,
     REPLACE,
     *PROCESSES,
@@ -62,8 +73,8 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
         raise CellError(f"give the model to resume run {record.name} with: --model MODEL")
     given = _given(options, facts, notebook)
     if not record.is_complete and (missing := _missing(facts, given)):
-        words = " ".join(" ".join(_SAID.get(name, (f"{name}={{{name}}}",))) for name in missing)
-        message = f"run {record.name} used values that are not kept in a file; give them again"
+        words = " ".join(" ".join(_OPTIONS.get(name, (f"{name}={{{name}}}",))) for name in missing)
+        message = f"run {record.name} used values that its folder does not store; pass them again"
         raise CellError(f"{message}: %lora resume {record.name} {words}")
     model = notebook.module(target, base=source_of_base(record) or "user/name")
     try:
@@ -83,7 +94,7 @@ def _given(options: argparse.Namespace, facts: Mapping[str, Any], notebook: Note
     arguments: dict[str, Any] = training_arguments(options, notebook)
     for name in ("data", "eval_data"):
         text = getattr(options, name)
-        arguments[name] = notebook.by_name(source.get(name)) if text is None else notebook.data(text, _SAID[name][0])
+        arguments[name] = notebook.by_name(source.get(name)) if text is None else notebook.data(text, _OPTIONS[name][0])
     if "score" not in arguments and (rows := notebook.by_name(source.get("score"))) is not None:
         arguments["score"] = rows
     text = options.tokenizer
@@ -127,13 +138,13 @@ def runs(options: argparse.Namespace, notebook: NotebookContext) -> object:
     result = notebook.session.runs(*options.names, sort=options.sort)
     if isinstance(result, RunsComparison) or not result.records:
         return result
-    listed = _Listed(result.place, result.records, result.curves)
+    listed = _ListWithPanel(result.place, result.records, result.curves)
     vars(listed)["panel"] = partial(_panel, notebook, result, options.sort)
     return listed
 
 
-class _Listed(RunsResult):
-    """The runs; where widgets work, a panel shows them, in which they can be sorted and selected."""
+class _ListWithPanel(RunsResult):
+    """The runs; where widgets work, they are shown in a panel that can sort and select them."""
 
     def _ipython_display_(self) -> None:
         show = vars(self).get("panel")

@@ -19,6 +19,7 @@ from nbpeft.magics.registry import (
     ON_MODEL,
     SEPARATOR,
     SKIP_BAD,
+    TEMPLATE,
     TOKENIZER,
     answer_limit,
     separator_of,
@@ -39,7 +40,10 @@ from nbpeft.names import METRICS
         completes="adapter",
         help="the adapters, a+b for the sum of two (default: all)",
     ),
-    replace(DATA, options={**DATA.options, "help": str(DATA.options["help"]).replace("training rows", "the rows")}),
+    replace(
+        DATA,
+        options={**DATA.options, "required": False, "help": str(DATA.options["help"]).replace("training rows", "rows")},
+    ),
     argument(
         "--metric",
         nargs="+",
@@ -58,39 +62,47 @@ from nbpeft.names import METRICS
         nargs="+",
         metavar="DIR",
         completes="path",
-        help="further adapters to score, in folders; runs/*/adapter stands for several. They are not left on the model",
+        help="folders of saved adapters to score too; runs/*/adapter matches several. They do not stay on the model",
     ),
     argument("--no-base", action="store_true", help="leave the base model out"),
     argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
-    answer_limit(None, "limit of an answer (default: by the metric)"),
+    answer_limit(None, "maximum length of an answer in tokens (default: by the metric)"),
     *SAMPLING,
     argument(
         "--also",
         metavar="DATA",
         completes="data",
-        help="further rows of which the loss is measured, to see what an adapter forgot",
+        help="rows to measure the loss on as well, to see what an adapter forgot",
     ),
-    argument("--general", action="store_true", help="the same with a general text that the package has"),
+    argument(
+        "--general",
+        action="store_true",
+        help="the same on a general text that comes with the package; --data may then be left out",
+    ),
     MAX_LENGTH,
     COLUMNS,
     SEPARATOR,
     SKIP_BAD,
+    TEMPLATE,
     TOKENIZER,
     ON_MODEL,
     example="%lora score --data held_out --metric exact --strip",
 )
 def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Score adapters; the scores so far are shown meanwhile."""
+    """Score adapters, and show the scores so far."""
     given: dict[str, Any] = {name: value for name, value in sampling_of(options).items() if value is not None}
-    for name in ("pattern", "tolerance", "batch_size", "max_new_tokens", "max_length"):
+    for name in ("pattern", "tolerance", "batch_size", "max_new_tokens", "max_length", "chat_template_kwargs"):
         if (value := getattr(options, name)) is not None:
             given[name] = value
-    rows, model = notebook.data(options.data, "--data"), notebook.chosen(options.model)
+    if options.data is None and not options.general:
+        raise CellError("%lora score needs --data ROWS, or --general for the loss on a general text")
+    rows = None if options.data is None else notebook.data(options.data, "--data")
+    model = notebook.chosen(options.model)
     metrics = [metric_of(word, notebook) for word in options.metric]
-    from nbpeft.widgets import LiveAnswers
+    from nbpeft.widgets import LiveAnswers, ScorePanel
 
     with closing(LiveAnswers(ui=notebook.ui)) as live:
-        return notebook.session.score(
+        result = notebook.session.score(
             rows,
             metric=metrics,
             adapters=options.names or None,
@@ -109,10 +121,15 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             model=model,
             **given,
         )
+    if not result.items:
+        return result
+    from nbpeft.session.results.paged_scores import PagedScores
+
+    return PagedScores.of(result, lambda paged: ScorePanel(paged, ui=notebook.ui)._ipython_display_())
 
 
 def metric_of(word: str, notebook: NotebookContext) -> Any:
-    """The name of a metric, or what a variable or an expression holds.
+    """The name of a metric, or the value of a variable or an expression.
 
     Args:
         word: the word of the line.
@@ -124,22 +141,22 @@ def metric_of(word: str, notebook: NotebookContext) -> Any:
     if word in METRICS:
         return word
     if word.isidentifier() and word not in notebook.namespace:
-        hint = did_you_mean(word, METRICS) or f" There are: {', '.join(METRICS)}, and functions."
-        raise CellError(f"--metric: there is no {word!r:.40}.{hint}")
+        hint = did_you_mean(word, METRICS) or f" Expected one of {', '.join(METRICS)}, or a function."
+        raise CellError(f"--metric: no metric is called {word!r:.40}.{hint}")
     return notebook.value(word, "--metric")
 
 
 def _folders(words: list[str]) -> list[str]:
-    """Folders, with those that a pattern stands for.
+    """The folders, with patterns expanded.
 
     Raises:
-        CellError: a pattern stands for none.
+        CellError: a pattern matches no folder.
     """
     found: list[str] = []
     for word in words:
         text = os.path.expanduser(word)
         matches = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
         if not matches:
-            raise CellError(f"--folders: there is no folder {word!r:.100}")
+            raise CellError(f"--folders: no folder matches {word!r:.100}")
         found += matches
     return found

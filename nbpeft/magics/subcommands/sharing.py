@@ -12,7 +12,7 @@ from nbpeft.names import SERVING_ENGINES, STORED_TYPES
 
 @subcommand(
     "push",
-    "Upload an adapter to the Hub, with a model card. The access token is HF_TOKEN, that of a login, or a secret of "
+    "Upload an adapter to the Hub, with a model card. The access token comes from HF_TOKEN, a login, or a secret of "
     "Colab or Kaggle.",
     argument("repo", metavar="USER/NAME", help="the repository, created if needed"),
     argument("--name", "-n", metavar="NAME", completes="adapter", help="the adapter, if there are several"),

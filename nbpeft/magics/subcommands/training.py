@@ -11,6 +11,7 @@ from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import (
+    CHATS,
     COLUMNS,
     DATA,
     MAX_LENGTH,
@@ -18,6 +19,7 @@ from nbpeft.magics.registry import (
     SEPARATOR,
     SKIP_BAD,
     TOKENIZER,
+    chats_of,
     refuse_fields,
     separator_of,
     subcommand,
@@ -53,10 +55,10 @@ _RESERVED = (
 )
 ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
-_OF_THIS_NOTEBOOK = ("sample", "every", "score", "metric", "processes", "machines")
+_NOT_EXPORTED = ("sample", "every", "score", "metric", "processes", "machines")
 """Arguments that are not written into an exported script."""
-_BY_SCORES = ("patience", "metric_for_best_model", "greater_is_better")
-"""Arguments that are not written into it either if they go by scores."""
+_EARLY_STOPPING = ("patience", "metric_for_best_model", "greater_is_better")
+"""Arguments that are not written into it either if they refer to scores, which a script does not compute."""
 EVAL = argument(
     *("--eval", "-e"),
     dest="eval_data",
@@ -64,12 +66,17 @@ EVAL = argument(
     completes="data",
     help="evaluation rows, as for --data; or how many training rows to hold out: 0.1, or 64",
 )
+EVAL_BY = argument(
+    "--eval-by",
+    metavar="COLUMN",
+    help="rows with the same value in this column are all trained on or all held out by --eval",
+)
 SCORE = (
     argument(
         "--score",
         metavar="DATA",
         completes="data",
-        help="score the adapter on these rows during training; --patience goes by it",
+        help="score the adapter on these rows during training; --patience then monitors the score",
     ),
     argument(
         "--metric",
@@ -93,17 +100,26 @@ OBJECTIVE = (
         "--objective",
         metavar="NAME",
         words=objective_names(),
-        help=f"{', '.join(objective_names())} (default: as the rows are; dpo for chosen and rejected, "
-        "reward for a classifier with one label)",
+        help=f"{', '.join(objective_names())} (default: according to the rows; dpo for chosen and rejected, "
+        "reward for a classifier with one label, kto for labels of good and bad completions, grpo with --reward)",
     ),
     argument(
         "--reference",
         metavar="NAME",
         completes="adapter",
         words=("base", "start"),
-        help="for dpo: base, start (the adapter as it is now) or another adapter (default: base for a new adapter, "
-        "else start)",
+        help="for dpo and kto, and grpo with beta: base, start (the adapter as it is now) or another adapter "
+        "(default: base for a new adapter, else start)",
     ),
+)
+REWARD = argument(
+    "--reward",
+    dest="rewards",
+    action="append",
+    metavar="FUNCTION",
+    completes="variable",
+    help="for grpo: a function f(completions, prompts, **columns) that returns a number for each completion; may be "
+    "repeated",
 )
 PROCESSES = (
     argument(
@@ -133,9 +149,12 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     COLUMNS,
     SEPARATOR,
     SKIP_BAD,
+    *CHATS,
+    EVAL_BY,
     TOKENIZER,
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="activate this adapter; it stays active"),
     *OBJECTIVE,
+    REWARD,
     MAX_LENGTH,
     argument("--packing", action="store_true", help="pack several rows into each sequence of --max-length: no padding"),
     argument("--restart", action="store_true", help="start from the adapter's initial weights"),
@@ -153,8 +172,8 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         action="append",
         metavar="PROMPT|N",
         completes="variable",
-        help="answer this prompt during training, as for %%lora ask; may be repeated. A number: ask so many evaluation "
-        "rows (without --eval, training rows) and show the wanted answers",
+        help="answer this prompt during training, as for %%lora ask; may be repeated. A number: answer that many "
+        "evaluation rows (without --eval, training rows) and show the wanted answers",
     ),
     *SCORE,
     argument(
@@ -189,15 +208,15 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         keep=not options.no_keep,
         restart=options.restart,
         source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
-        data_hint=f"{_look(options, arguments)} shows them",
+        data_hint=f"{_data_command(options, arguments)} shows them",
         **arguments,
     )
     for name in ("track", "trainer_class", "replace"):
         if name not in options.fields:
             arguments.pop(name, None)
-    written = {name: value for name, value in _of_the_best(arguments, result).items() if name not in _OF_THIS_NOTEBOOK}
+    written = {name: value for name, value in _with_best_values(arguments, result).items() if name not in _NOT_EXPORTED}
     stops_by_scores = "score" in arguments and "patience" in written
-    for name in _BY_SCORES if stops_by_scores else ():
+    for name in _EARLY_STOPPING if stops_by_scores else ():
         written.pop(name, None)
     left_out = notebook.session.unwritable(written)
     notebook.trained[options.target] = TrainingCell(
@@ -206,13 +225,13 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         tokenizer=options.tokenizer,
         arguments={name: value for name, value in written.items() if name not in left_out},
         left_out=(*left_out, *(["--trainer"] if options.trainer is not None else [])),
-        notes=("the script does not stop early: the patience of the cell goes by scores",) if stops_by_scores else (),
+        notes=("the script does not stop early: patience monitors scores in the cell",) if stops_by_scores else (),
     )
     return result
 
 
-def _of_the_best(arguments: Mapping[str, Any], result: object) -> dict[str, Any]:
-    """The fields of a training; of a sweep, with the values of its best adapter, which is active now."""
+def _with_best_values(arguments: Mapping[str, Any], result: object) -> dict[str, Any]:
+    """The fields of a training; for a sweep, with the values of its best adapter, which is active now."""
     best: Mapping[str, Any] | None = getattr(result, "best_fields", None)
     if best is None:
         return dict(arguments)
@@ -220,7 +239,7 @@ def _of_the_best(arguments: Mapping[str, Any], result: object) -> dict[str, Any]
 
 
 def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -> dict[str, Any]:
-    """The fields of a training cell together with those its line's options set.
+    """The fields of a training cell, together with those that the options of its line set.
 
     Args:
         options: the parsed line with its fields.
@@ -230,7 +249,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         CellError: a field is given that is an option of the line.
     """
     names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "machines", "track", "replace")
-    names += ("skip_bad", "objective", "reference")
+    names += ("skip_bad", "objective", "reference", "eval_by")
     sample = getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["sample"] = _samples(sample, notebook) if sample else None
@@ -238,22 +257,24 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     score, metric = getattr(options, "score", None), getattr(options, "metric", None)
     line["score"] = None if score is None else notebook.data(score, "--score")
     line["metric"] = None if metric is None else [metric_of(word, notebook) for word in metric]
+    rewards = getattr(options, "rewards", None)
+    line["rewards"] = None if rewards is None else [notebook.value(word, "--reward") for word in rewards]
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
-    given = {name: value for name, value in line.items() if value is not None}
+    given = {name: value for name, value in {**line, **chats_of(options)}.items() if value is not None}
     refuse_fields(options, (*_RESERVED, *given))
     return {**options.fields, **given}
 
 
 def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
-    """The prompts of ``--sample``, or how many rows to ask.
+    """The prompts of ``--sample``, or the number of rows to answer.
 
     Raises:
-        CellError: prompts and a number are given, or a variable holds neither.
+        CellError: both prompts and a number are given, or the value of a variable is neither.
     """
     counts = [int(word) for word in words if word.isdecimal()]
     if counts and len(words) > 1:
-        raise CellError("--sample: either how many rows to ask, or prompts")
+        raise CellError("--sample takes either a number of rows or prompts, not both")
     if counts:
         return counts[0]
     prompts = [notebook.prompt(prompt_text(word), "--sample") for word in words]
@@ -275,7 +296,7 @@ def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> ob
     "Write the last %%lora_train cell as a script, for accelerate launch on several GPUs or machines.",
     argument("path", metavar="SCRIPT", completes="path", help="a new .py file; the rows are written next to it"),
     argument("--base", metavar="SOURCE", completes="path", help="folder or Hub id of the base model for the script"),
-    argument("--replace", action="store_true", help="overwrite another file, or a script that was changed since"),
+    argument("--replace", action="store_true", help="overwrite another file, or a script that was edited"),
     argument("--model", "-m", metavar="MODEL", completes="model", help="the model; not needed if only one was trained"),
     example="%lora export train.py",
 )
@@ -323,12 +344,16 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
     return data, eval_data, notebook.tokenizer(cell.tokenizer)
 
 
-def _look(options: argparse.Namespace, arguments: Mapping[str, Any]) -> str:
+def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any]) -> str:
     """The command that shows the rows of a training."""
     words = [f"%lora data {quoted(options.data)}"]
     words += [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
     words += [f"--separator {quoted(options.separator)}"] if options.separator else []
     words += ["--skip-bad"] if options.skip_bad else []
+    given = chats_of(options)
+    variables = given.pop("chat_template_kwargs", {})
+    words += [f"--{name} {value}" for name, value in given.items()]
+    words += ["--template", *(f"{name}={quoted(str(value))}" for name, value in variables.items())] if variables else []
     pairs = [f"{name}={quoted(column)}" for name, column in (options.columns or {}).items()]
     return " ".join([*words, *(["--columns", *pairs] if pairs else [])])

@@ -5,7 +5,7 @@ Door, what other rooms import:
     inspection.py    How much an adapter changes each layer of a model
     intruders.py     Intruder dimensions: strong singular directions of an adapted weight that the original weight
                      does not have
-    kappa.py         KappaTune: adapts the layers with the best conditioned weights, and leaves specialised layers
+    kappa.py         KappaTune: adapts the layers with the best conditioned weights, and leaves specialized layers
                      unchanged
     method_facts.py  What each method supports, tested on a small layer
 """

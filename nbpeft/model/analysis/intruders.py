@@ -123,7 +123,7 @@ def _low_rank_layers(manager: AdapterManager, name: str) -> Mapping[str, Adapted
         )
     other = [path for path, layer in layers.items() if layer.base.weight().ndim != 2]
     if other:
-        raise AdapterError(f"{few(other)}: the weight is no matrix, so it has no directions to compare")
+        raise AdapterError(f"{few(other)}: the weight is not a matrix, so it has no singular vectors to compare")
     return layers
 
 

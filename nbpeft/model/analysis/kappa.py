@@ -1,4 +1,4 @@
-"""KappaTune: adapts the layers with the best conditioned weights, and leaves specialised layers unchanged.
+"""KappaTune: adapts the layers with the best conditioned weights, and leaves specialized layers unchanged.
 
 The condition number of a weight is its largest divided by its smallest singular value. A weight with a low one treats
 all input directions alike, so that it can learn something new without losing what it knows.

@@ -91,7 +91,7 @@ def combine_adapters(
     manager.require_available(*adapters)
     check_name(name)
     if name in manager.configs:
-        raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or take another name")
+        raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or choose another name")
     with manager.ensure_loaded(adapters), manager.deciding():
         return _combined(manager, adapters, weights, name, settings)
 
@@ -106,7 +106,7 @@ def _combined(
     chosen = settings.get("combination_type") or combine.usual_type
     if chosen not in combine.types:
         raise ConfigError(
-            f"combination_type {chosen!r} is not one for {method_of(configs[0]).label}; choose from "
+            f"{method_of(configs[0]).label} has no combination_type {chosen!r}; choose from "
             f"{', '.join(combine.types)}." + did_you_mean(str(chosen), combine.types),
             combination_type=chosen,
         )
@@ -117,7 +117,7 @@ def _combined(
     for field, value in fields.items():
         setattr(combination.config, field, value)
     if combination.losses is None:
-        manager.refuse_merged("adapters whose change depends on the frozen weights are combined")
+        manager.refuse_merged("combining adapters whose update depends on the frozen weights")
     copied = [name for config in configs for name in getattr(config, "modules_to_save", None) or ()]
     if copied:
         combination.config.modules_to_save = list(dict.fromkeys(copied))
@@ -180,12 +180,12 @@ def combine_of(manager: AdapterManager, adapters: Sequence[str]) -> Combine:
             )
         if method.combine is None:
             raise AdapterError(
-                f"adapter {name!r} is {method.label}, which cannot be combined: activate several at once"
+                f"adapter {name!r} is {method.label}, which cannot be combined: activate both at once instead"
             )
         if method.combine is not methods[0].combine:
             raise AdapterError(
-                f"adapter {adapters[0]!r} is {methods[0].label} and {name!r} is {method.label}: only adapters of one "
-                "kind can be combined; activate both at once instead"
+                f"adapter {adapters[0]!r} is {methods[0].label} and {name!r} is {method.label}: only adapters of the "
+                "same method can be combined; activate both at once instead"
             )
     combine = methods[0].combine
     assert combine is not None
@@ -242,8 +242,8 @@ def _combined_companions(
             if own and len(own) < len(members):
                 other = next(name for name in members if name not in own)
                 raise AdapterError(
-                    f"{path} has {method.label} of adapter {own[0]!r} and another change of {other!r}: one adapter "
-                    "cannot have both, so activate them together instead",
+                    f"{path} has {method.label} in adapter {own[0]!r} and another update in {other!r}: one adapter "
+                    "cannot have both; activate both at once instead",
                     path=path,
                 )
             if own:
@@ -251,7 +251,7 @@ def _combined_companions(
                 pairs = zip(adapters, weights, strict=True)
                 parts[path] = [(members[adapter], weight) for adapter, weight in pairs if adapter in members]
         if parts:
-            manager.refuse_merged(f"adapters with {method.label} are combined")
+            manager.refuse_merged(f"combining adapters with {method.label}")
             fields[method.shares.companion.field], found = method.shares.companion.combine(parts)
             tensors |= found
     return fields, tensors

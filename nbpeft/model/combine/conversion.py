@@ -146,7 +146,7 @@ def converted(manager: AdapterManager, name: str, rank: int | float, *, progress
     check_rank(rank)
     config, layers = manager.configs[name], _convertible(manager, name)
     if any(layer.adapter(name).reads_weight for layer in layers.values()):
-        manager.refuse_merged("an adapter whose change depends on the frozen weights is converted")
+        manager.refuse_merged("converting an adapter whose update depends on the frozen weights")
     own, scale = manager.weights(name), manager.scale(name)
     tensors = {path: own.adapters[path] for path in own.adapters if path not in layers}
     losses: list[LayerLoss] = []
@@ -177,7 +177,7 @@ def _convertible(manager: AdapterManager, name: str) -> dict[str, AdaptedLayer]:
         ConversionError: there are none, or a LoRA cannot represent the adapter on one of them.
     """
     config: Any = manager.configs[name]
-    if config.is_prompt_learning:
+    if config.learns_prompt:
         raise ConversionError(f"{_NOTHING}: adapter {name!r} learns a prompt and changes no weight")
     if getattr(config, "bias", "none") != "none":
         raise ConversionError(
@@ -226,4 +226,4 @@ def _finite(name: str, path: str, adapter: Adapter, base: BaseLayer, rank: int |
         found = nearest_factors(adapter, base, rank, path, scale)
         if math.isfinite(found.kept) and all(is_finite(tensor) for tensor in found.tensors.values()):
             return found
-    raise ConversionError(f"adapter {name!r} holds numbers at {path} that are not finite", path=path)
+    raise ConversionError(f"adapter {name!r} has non-finite values at {path}", path=path)

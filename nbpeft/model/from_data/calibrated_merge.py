@@ -23,10 +23,10 @@ from nbpeft.model.saving.merge_deltas import LayerDelta, deltas_of
 
 _GRAM_BYTES = 2**30
 """Memory in bytes for the Gram matrices of inputs. Layers that do not fit need another pass over the data."""
-_NO_GRID = "no adapted layer is stored in 4 or 8 bits of bitsandbytes: merge_adapter merges the others as well"
+_NO_GRID = "no adapted layer is quantized by bitsandbytes to 4 or 8 bits: use merge_adapter, which needs no rows"
 _UNEVEN = (
-    "blocks of the adapted 4-bit layers extend over several rows of the weight: use merge_adapter, which rounds each "
-    "number by itself"
+    "blocks of the adapted 4-bit layers extend over several rows of the weight: use merge_adapter, which rounds to the "
+    "nearest level"
 )
 
 
@@ -49,8 +49,9 @@ class CalibratedMerge(AsDict):
         path = max(self.lost, key=self.lost.__getitem__)
         median, count = statistics.median(self.lost.values()), len(self.lost)
         return (
-            f"rounded by what {self.token_count:,} tokens need: of what {' and '.join(self.names)} adds to a layer's "
-            f"outputs {median:.0%} is lost in the median of {count} layers, {self.lost[path]:.0%} at worst ({path})"
+            f"calibrated on {self.token_count:,} tokens: rounding loses {median:.0%} of what "
+            f"{' and '.join(self.names)} adds to a layer's outputs (median of {count} layers), "
+            f"{self.lost[path]:.0%} at worst ({path})"
         )
 
 
@@ -92,8 +93,8 @@ def merge_calibrated(
     names = tuple(manager.active if chosen is None else chosen)
     if any(layer.is_quantization_aware(names) for layer in manager.layers.values()):
         raise MergeError(
-            f"{' and '.join(map(repr, names))} learned with each number rounded by itself: merge without rows, which "
-            "changes nothing of what it does"
+            f"{' and '.join(map(repr, names))} was trained with rounding to the nearest level: merge without rows, "
+            "which preserves the outputs"
         )
     deltas = deltas_of(manager, names).layers
     layers = {path: layer for path, layer in manager.layers.items() if path in deltas and _has_known_grid(layer)}
@@ -187,7 +188,7 @@ def _grams(
     missing = [path for path in layers if not grams.counts.get(path)]
     if missing:
         raise ConfigError(
-            f"merging needs rows to round by, and {missing[0]} has seen none"
+            f"a calibrated merge needs rows, and none reached {missing[0]}"
             + (f" ({len(missing)} layers in all)" if len(missing) > 1 else "")
         )
     return {path: grams.sums[path] / grams.counts[path] for path in layers}

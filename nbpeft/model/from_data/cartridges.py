@@ -56,7 +56,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
             if tensor.shape[:2] != first.shape[:2] or tensor.shape[3:] != first.shape[3:]:
                 raise ConfigError(
                     f"the keys and values of layer {number} in past_key_values are {tuple(tensor.shape)}, those of the "
-                    f"first {tuple(first.shape)}: one prefix has the same heads everywhere"
+                    f"first {tuple(first.shape)}: all layers of a prefix must have the same heads"
                 )
             if tensor.shape[2] < num_virtual_tokens:
                 raise ConfigError(
@@ -73,7 +73,9 @@ def _layers_of(past: Any) -> list[tuple[Tensor, Tensor]]:
         past = own
     pairs = list(past) if isinstance(past, Iterable) else [past]
     if not all(isinstance(pair, tuple | list) and all(isinstance(part, Tensor) for part in pair[:2]) for pair in pairs):
-        raise ConfigError(f"past_key_values must be a cache or (keys, values) a layer, not {type(past).__name__}")
+        raise ConfigError(
+            f"past_key_values must be a cache or a (keys, values) pair per layer, not {type(past).__name__}"
+        )
     return [(pair[0], pair[1]) for pair in pairs]
 
 
@@ -173,8 +175,8 @@ def _with_prefix(model: nn.Module, adapter_name: str | None) -> tuple[str, int]:
         )
     if getattr(config, "has_encoder", False):
         raise ConfigError(
-            f"adapter {name!r} cannot start as a cache: with prefix_projection=True a network computes its keys and "
-            "values",
+            f"adapter {name!r} cannot be initialized from a cache: with prefix_projection=True a network computes its "
+            "keys and values",
             field="prefix_projection",
         )
     return name, int(config.num_virtual_tokens)
@@ -200,7 +202,7 @@ def compose_cartridge_adapters(
         CheckpointError: a folder cannot be read or written, or a file has no prompt tensor.
     """
     if len(adapter_paths) < 2:
-        raise ConfigError(f"compose_cartridge_adapters needs two adapters at least, not {len(adapter_paths)}")
+        raise ConfigError(f"compose_cartridge_adapters needs at least two adapters, not {len(adapter_paths)}")
     rows, first = [], None
     for path in adapter_paths:
         saved = checkpoint.read_checkpoint(path)
@@ -211,14 +213,16 @@ def compose_cartridge_adapters(
         name = next((field for field in _SAME if getattr(config, field) != getattr(first, field)), None)
         if name is not None:
             raise ConfigError(
-                f"cartridges that differ in {name} cannot be put together: {getattr(first, name)} at "
+                f"cartridges that differ in {name} cannot be concatenated: {getattr(first, name)} at "
                 f"{adapter_paths[0]}, {getattr(config, name)} at {path}",
                 field=name,
             )
         rows.append(method_of(config).files.pack(config, saved.tensors).get(PROMPT_KEY))
     tensors = [tensor for tensor in rows if tensor is not None and tensor.ndim == 2]
     if first is None or len(tensors) < len(rows) or len({tensor.shape[1] for tensor in tensors}) > 1:
-        raise CheckpointError(f"the files at {', '.join(map(str, adapter_paths))} hold no {PROMPT_KEY} of one width")
+        raise CheckpointError(
+            f"the files at {', '.join(map(str, adapter_paths))} must each have {PROMPT_KEY}, all of the same width"
+        )
     whole = torch.cat(tensors)
     config = dataclasses.replace(first, num_virtual_tokens=len(whole))
     checkpoint.write_checkpoints(output_path, {"": (config, {PROMPT_KEY: whole})}, pickled=not safe_serialization)

@@ -131,7 +131,7 @@ def _covariances(
         rows = rows if settings.use_float16_for_covariance else rows.float()
         rows = rows / rows.max().abs()
         if not bool(torch.isfinite(rows).all()):
-            raise ConfigError(f"an input of {path} is not finite, or zero: CorDA cannot take the data")
+            raise ConfigError(f"an input of {path} is zero or not finite: CorDA cannot use this data")
         covariance = rows.T @ rows
         sums[path] = sums[path].add_(covariance) if path in sums else covariance
         counts[path] += 1
@@ -142,7 +142,7 @@ def _covariances(
         run_model()
     unseen = [path for path, count in counts.items() if not count]
     if unseen:
-        raise ConfigError(f"{few(unseen)} did not run in run_model: exclude them")
+        raise ConfigError(f"run_model did not call {few(unseen)}: exclude these layers")
     means = {path: sums[path] / count for path, count in counts.items()}
     if settings.covariance_file is not None:
         _write(settings.covariance_file, means)
@@ -193,7 +193,7 @@ def preprocess_loraga(
         if is_quantized_layer(layer.module) or hasattr(layer.module, "quant_state")
     ]
     if quantized:
-        raise ConfigError(f"{few(quantized)} quantized: LoRA-GA needs gradients of full-precision weights")
+        raise ConfigError(f"LoRA-GA needs gradients of full-precision weights; quantized: {few(quantized)}")
     if has_file(cache_file):
         found = _read(cache_file, [f"{path}.{GRADIENT}" for path in layers])
         gradients = {path: found[f"{path}.{GRADIENT}"] for path in layers}
@@ -240,7 +240,7 @@ def _gradients(model: nn.Module, layers: Mapping[str, BaseLayer], train_step: Ca
             train_step()
         without = [path for path, weight in weights.items() if weight.grad is None or not counts[path]]
         if without:
-            raise ConfigError(f"{few(without)} got no gradient in train_step, which has to call backward()")
+            raise ConfigError(f"train_step gave {few(without)} no gradient; it must call backward()")
         return {path: weight.grad.detach() / counts[path] for path, weight in weights.items()}
     finally:
         for handle in handles:
@@ -264,7 +264,7 @@ def _linear_layers(model: nn.Module, config: LoraConfig) -> dict[str, BaseLayer]
         if site.path in targets
     }
     if not found:
-        raise ConfigError("No supported layers found: this init works on linear layers, and the config targets none")
+        raise ConfigError("No supported layers found: this init needs linear layers, but the config targets none")
     return found
 
 
@@ -282,7 +282,7 @@ def _read(place: str | None, names: Iterable[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{place} cannot be read: {in_one_line(error)}") from None
     missing = [name for name in names if not (isinstance(cache, dict) and isinstance(cache.get(name), Tensor))]
     if missing:
-        raise CheckpointError(f"{place} is of another model or config: it lacks {few(missing)}")
+        raise CheckpointError(f"{place} was made for another model or config: it lacks {few(missing)}")
     return {name: cache[name] for name in names}
 
 

@@ -214,7 +214,7 @@ def find_directions(
         ConfigError: there is no layer or no data, or no batch has as many rows as there are directions to find.
     """
     if not modules:
-        raise ConfigError("EVA takes linear layers, and the config targets none")
+        raise ConfigError("EVA needs linear layers, but the config targets none")
     functions = _functions(batches.prepare_layer_inputs_fn, modules)
     search = EvaSearch(modules, functions, config, _rho(config, model), gather=gather)
     calls = _Calls(model, batches, config)
@@ -329,11 +329,11 @@ def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor
         if alpha != config.lora_alpha:
             alphas[path] = alpha
     if not by_path:
-        raise ConfigError("EVA left no layer a rank: give more data, or a larger r")
+        raise ConfigError("EVA assigned no layer a rank: give more data, or a larger r")
     if missing:
         warnings.warn(
-            f"EVA has no directions for {few(missing)}, which start as with init_lora_weights=True (it takes linear "
-            "layers)",
+            f"EVA has no directions for {few(missing)}, which are initialized as with init_lora_weights=True (EVA "
+            "supports linear layers)",
             stacklevel=3,
         )
     started: Any = config.copy(
@@ -384,7 +384,7 @@ def _functions(functions: Any, modules: Mapping[str, Any]) -> dict[str, LayerInp
     if isinstance(functions, Mapping):
         unknown = sorted(functions.keys() - modules.keys())
         if unknown:
-            raise ConfigError(f"prepare_layer_inputs_fn names {few(unknown)}, which EVA does not look at")
+            raise ConfigError(f"prepare_layer_inputs_fn names {few(unknown)}, which EVA does not initialize")
         return {name: functions.get(name) or _all_rows for name in modules}
     return dict.fromkeys(modules, functions or _all_rows)
 

@@ -76,7 +76,7 @@ class EvaSearch:
             self._same.update(dict.fromkeys(names[1:], names[0]))
         unseen = sorted(self._modules.keys() - {name for names in groups.values() for name in names})
         if unseen:
-            raise ConfigError(f"{few(unseen)} did not run in a call of the model: exclude them")
+            raise ConfigError(f"the model's call did not reach {few(unseen)}: exclude these layers")
         for name in self._sources:
             options: dict[str, Any] = {"lowrank": True, "lowrank_seed": _SEED}
             self._pca[name] = IncrementalPCA(self._most[name], **options)

@@ -57,7 +57,7 @@ def replace_lora_weights_loftq(
     """
     manager = require_manager(peft_model)
     manager.require(adapter_name)
-    manager.refuse_merged(f"the weights of {adapter_name!r} are replaced")
+    manager.refuse_merged(f"replacing the weights of {adapter_name!r}")
     layers = _quantized_layers(manager, adapter_name)
     files = checkpoint.ModelFolder(_folder(manager.model, model_path))
     prefix = getattr(manager.model, "base_model_prefix", "")
@@ -87,10 +87,10 @@ def _quantized_layers(manager: AdapterManager, name: str) -> dict[str, tuple[Ada
         if not isinstance(adapter, LowRankAdapter) or adapter.computes_factors:
             raise AdapterError(f"adapter {name!r} is {type(adapter).__name__}, not LoRA: LoftQ sets low-rank factors")
         if adapter.initial is not None:
-            raise AdapterError(f"adapter {name!r} started in a part of the weights: use init_lora_weights=True")
+            raise AdapterError(f"the init of adapter {name!r} changed the weights: use init_lora_weights=True")
         found[path] = layer, adapter
     if not found:
-        raise AdapterError(f"adapter {name!r} is on no quantized layer: load the model in 4 or 8 bits first")
+        raise AdapterError(f"adapter {name!r} has no quantized layer: load the model in 4 or 8 bits first")
     return found
 
 

@@ -55,7 +55,7 @@ class DataStart:
         directions: path -> directions (rank, in); only for EVA.
     """
 
-    words: str = ""
+    description: str = ""
     directions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def finish(self, manager: AdapterManager, name: str) -> str:
@@ -69,7 +69,7 @@ class DataStart:
             A description of the init, for users.
         """
         if not self.directions:
-            return self.words
+            return self.description
         config: Any = manager.configs[name]
         ranks = {path: len(rows) for path, rows in self.directions.items()}
         own = {path: config.rank_at(path) for path in ranks}
@@ -78,10 +78,8 @@ class DataStart:
         empty = sum(not rank for rank in ranks.values())
         positive = [rank for rank in ranks.values() if rank]
         spread = f"{min(positive)} to {max(positive)} (median {statistics.median(positive):g})"
-        shared = (
-            f"{len(ranks)} layers share the ranks out: {spread}" if others or empty else "all layers keep their rank"
-        )
-        return f"{self.words}; {shared}{f', {empty} of them get none and no adapter' if empty else ''}"
+        shared = f"redistributed over {len(ranks)} layers: {spread}" if others or empty else "the same in all layers"
+        return f"{self.description}; ranks {shared}{f'; {empty} without a rank get no adapter' if empty else ''}"
 
 
 def init_from_data(config: Any) -> str:
@@ -129,9 +127,9 @@ def started_from(
     if not init:
         given = getattr(config, "init_lora_weights", None)
         names = " or ".join(map(repr, INITS))
-        raise ConfigError(f"rows to start from go with init_lora_weights={names}, not {shown(given)}")
+        raise ConfigError(f"rows for the init require init_lora_weights={names}, not {shown(given)}")
     if (rows is None or not rows.rows) and not _has_files(config):
-        raise ConfigError("there are no rows to start from")
+        raise ConfigError("there are no rows for the init")
     if init == "eva" and rows is not None:
         yield _eva(model, config, rows, show_progress=show_progress)
         return
@@ -181,25 +179,25 @@ def _calls(model: nn.Module, batches: Sequence[Mapping[str, Any]], title: str, *
 
 def _corda(model: nn.Module, config: Any, batches: Sequence[Mapping[str, Any]], *, show_progress: bool) -> DataStart:
     def run() -> None:
-        for _ in _calls(model, batches, "CorDA: batches seen", show=show_progress):
+        for _ in _calls(model, batches, "CorDA: batches", show=show_progress):
             pass
 
     preprocess_corda(model, config, run_model=run if batches else None, show_progress=show_progress)
     which = "most" if config.corda_config.corda_method == "ipm" else "least"
-    how = f"on {_seen(batches)}" if batches else "by the file of corda_config"
-    return DataStart(f"starts from CorDA: the directions of each weight that matter {which} {how}")
+    source = f"on {_seen(batches)}" if batches else "from the file of corda_config"
+    return DataStart(f"initialized by CorDA: the {which} important directions of each weight {source}")
 
 
 def _lora_ga(model: nn.Module, config: Any, batches: Sequence[Mapping[str, Any]], *, show_progress: bool) -> DataStart:
     def step() -> None:
-        for output in _calls(model, batches, "LoRA-GA: batches learned from", show=show_progress):
+        for output in _calls(model, batches, "LoRA-GA: batches", show=show_progress):
             loss = getattr(output, "loss", None)
             if loss is None:
-                raise ConfigError("LoRA-GA needs a loss, and the model gives none for these rows: they have no labels")
+                raise ConfigError("LoRA-GA needs a loss, but the model returns none: these rows have no labels")
             loss.backward()
 
     preprocess_loraga(model, config, step)
-    return DataStart(f"starts from LoRA-GA: the mean gradient of {len(batches)} batches ({_seen(batches)})")
+    return DataStart(f"initialized by LoRA-GA: the mean gradient of {len(batches)} batches ({_seen(batches)})")
 
 
 def _eva(model: nn.Module, config: Any, rows: Rows, *, show_progress: bool) -> DataStart:
@@ -211,7 +209,9 @@ def _eva(model: nn.Module, config: Any, rows: Rows, *, show_progress: bool) -> D
     batches = rows.batches(size)
     data = EvaBatches(batches, forward_fn_dict, _tokens_that_count, _rows_that_count)
     found = find_directions(model, config, modules, data, False, show_progress)
-    return DataStart(f"starts from EVA: the main directions of its layers' inputs on up to {_seen(batches)}", found)
+    return DataStart(
+        f"initialized by EVA: the principal components of its layers' inputs on up to {_seen(batches)}", found
+    )
 
 
 def _tokens_that_count(batch: Mapping[str, Any], config: Any) -> Tensor | None:

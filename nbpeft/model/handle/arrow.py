@@ -88,7 +88,7 @@ def _router_config(manager: AdapterManager, settings: ArrowConfig, names: Sequen
     for name in names:
         differing = sorted(paths[names[0]] ^ paths[name])
         if differing:
-            raise ConfigError(f"{names[0]!r} and {name!r} are on different layers, such as {few(differing, 2)}")
+            raise ConfigError(f"{names[0]!r} and {name!r} adapt different layers, such as {few(differing, 2)}")
     config: Any = manager.configs[names[0]]
     # None for the names, so that adapters that are added later take part in the routing.
     own = replace(settings, task_adapter_names=None, gks_adapter_names=None)

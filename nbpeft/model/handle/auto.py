@@ -31,7 +31,7 @@ class AutoPeftModel:
     task: ClassVar[TaskType | None] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise ConfigError(f"make a {type(self).__name__} with {type(self).__name__}.from_pretrained(...)")
+        raise ConfigError(f"create a {type(self).__name__} with {type(self).__name__}.from_pretrained(...)")
 
     @classmethod
     def from_pretrained(
@@ -75,7 +75,7 @@ class AutoPeftModel:
             base = base_class.from_pretrained(base_name, revision=saved.revision or "main", **base_options)
         except (OSError, ValueError) as error:
             raise BaseNotFoundError(
-                f"the base model {shown(base_name)} that {source} names cannot be loaded: {in_one_line(error)}",
+                f"the base model {shown(base_name)}, named by {source}, cannot be loaded: {in_one_line(error)}",
                 name=base_name,
             ) from error
         _resize_for_tokenizer(base, source, options, trusted=bool(kwargs.get("trust_remote_code", False)))
@@ -95,7 +95,7 @@ class AutoPeftModel:
         mapping = config.auto_mapping or {}
         library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
         if not library or not name:
-            raise ConfigError("the adapter says neither its task nor its base model's class; use PeftModel")
+            raise ConfigError("the adapter's config has neither its task nor its base model's class; use PeftModel")
         if library.split(".")[0] not in allowed:
             raise ConfigError(
                 f"the adapter's base class is in {shown(library)}, which is not in import_allowlist={allowed}"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.config.adapter_names import names_in
-from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.contract.adapter import AdapterConfig, store_of
 from nbpeft.engine.runtime.manager import require_manager
 from nbpeft.errors import ConfigError
 
@@ -25,7 +25,7 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
     """
     if config_dict.get("peft_type") is None:
         raise ConfigError("the dictionary has no 'peft_type', such as 'LORA'", field="peft_type")
-    return AdapterConfig.from_peft_type(**config_dict)
+    return store_of(AdapterConfig).make(dict(config_dict))
 
 
 def set_adapter(

@@ -62,8 +62,8 @@ def replacing(manager: AdapterManager, name: str, new: str) -> Iterator[bool]:
     replaced, unsaved = name in manager.configs, name in manager.unsaved
     yield replaced
     if replaced:
-        learned = ", and what it had learned since it was saved last is lost" if unsaved else ""
-        warnings.warn(f"the model already carries an adapter {name!r}: {new} takes its place{learned}", stacklevel=4)
+        lost = "; its unsaved weights are lost" if unsaved else ""
+        warnings.warn(f"the model already has an adapter {name!r}: {new} replaces it{lost}", stacklevel=4)
 
 
 def inject(
@@ -134,7 +134,7 @@ def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterabl
         return selected
     if selected.paths:
         warnings.warn(
-            f"the state_dict and the config mean different modules ({few(sorted(differing), 3)}): "
+            f"the state_dict and the config select different modules ({few(sorted(differing), 3)}): "
             "those of the state_dict are adapted",
             RuntimeWarning,
             stacklevel=3,

@@ -257,8 +257,8 @@ class PeftModel(nn.Module):
         return prompts.tokens(self.manager)
 
     @property
-    def word_embeddings(self) -> nn.Module:
-        """The model's input embedding, if an adapter has a learned prompt."""
+    def word_embeddings(self) -> Any:
+        """The model's input embedding, if an adapter has a learned prompt; None where a prefix found none."""
         return prompts.word_embeddings(self.manager)
 
     def get_prompt(
@@ -509,7 +509,7 @@ class PeftModel(nn.Module):
             options=kwargs,
         )
         # transformers or another PeftModel may already have loaded an adapter with this name on the base.
-        with replacing(manager, adapter_name, "what was read"), manager.transaction() as change:
+        with replacing(manager, adapter_name, "the loaded one"), manager.transaction() as change:
             put()
             if manager.active != (adapter_name,):
                 manager.activate(adapter_name)
@@ -670,9 +670,6 @@ def _base_for(model: nn.Module, config: object) -> nn.Module:
     base = base_model_of(model)
     manager = manager_of(model)
     taken = manager is not None and manager.alive and manager.owner is not None and base is unwrapped(model)
-    if (
-        not (taken and isinstance(config, AdapterConfig) and config.is_prompt_learning)
-        or config.task_type in TASK_HEADS
-    ):
+    if not (taken and isinstance(config, AdapterConfig) and config.learns_prompt) or config.task_type in TASK_HEADS:
         return base
     return twin_without_prompts(base) or base

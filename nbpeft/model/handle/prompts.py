@@ -72,7 +72,7 @@ def encoders(manager: AdapterManager) -> nn.ModuleDict:
         if learns_prompt(adapter)
     }
     if not found:
-        raise AttributeError("no adapter of this model learns a prompt, so there is no prompt_encoder")
+        raise AttributeError("no adapter of this model is of a prompt method, so there is no prompt_encoder")
     return nn.ModuleDict(found)
 
 
@@ -81,14 +81,16 @@ def tokens(manager: AdapterManager) -> dict[str, Tensor]:
     return {str(name): torch.arange(_config(manager, str(name)).total_tokens) for name in encoders(manager)}
 
 
-def word_embeddings(manager: AdapterManager) -> nn.Module:
-    """Returns the model's input embedding.
+def word_embeddings(manager: AdapterManager) -> nn.Module | None:
+    """Returns the model's input embedding; None if a prefix found none.
 
     Raises:
         AttributeError: no adapter has a learned prompt.
     """
     encoders(manager)
     layer = _prompted(manager)[0]
+    if not layer.kind.takes_ids:
+        return None
     return layer.base_layer if layer.is_passed_over else layer
 
 
@@ -130,8 +132,8 @@ def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) 
             if adapted.issubset(layer for _, _, layer in prompted):
                 raise
             raise AdapterError(
-                "an adapter on the embeddings has tensors of the size of the vocabulary: resize_token_embeddings() "
-                "comes before the adapter"
+                "an adapter on the embeddings has tensors of the vocabulary's size: call resize_token_embeddings() "
+                "before adding the adapter"
             ) from error
         for modules, name, layer in prompted:
             base_layer = modules[name]
@@ -176,12 +178,12 @@ def prompt(manager: AdapterManager, batch_size: int, task_ids: Tensor | None) ->
                 if adapter.state_count:
                     return cache_of(manager.model, adapter, base, batch_size)
                 return prompt_of(adapter, base, batch_size)
-    raise AdapterError("the active adapter learns no prompt")
+    raise AdapterError("the active adapter is not of a prompt method")
 
 
 def _config(manager: AdapterManager, name: str) -> Any:
     manager.require(name)
     config = manager.configs[name]
-    if not config.is_prompt_learning:
-        raise AdapterError(f"adapter {name!r} learns no prompt")
+    if not config.learns_prompt:
+        raise AdapterError(f"adapter {name!r} is not of a prompt method")
     return config

@@ -158,7 +158,7 @@ def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, wei
         owner, other = first.setdefault(id(present.adapters[path].get(key, value)), (path, value))
         if value is not other and not torch.equal(value.to(other), other):
             raise CheckpointError(
-                f"the state dict has other {key} for {path} than for {owner}, which share one in adapter {name!r}"
+                f"the state dict has different {key} for {path} and {owner}, which share it in adapter {name!r}"
             )
     adapters = {path: manager.layers[path].adapter(name) for path in given}
     paths = {id(adapter): path for path, adapter in adapters.items()}
@@ -166,7 +166,7 @@ def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, wei
         source = paths.get(id(source_of(adapter)))
         if source is not None and isinstance(adapter, UsesAnother) and adapter.differs(given[path], given[source]):
             raise CheckpointError(
-                f"the state dict has other tensors for {path} than for {source}, which share one pair in adapter "
+                f"the state dict has different tensors for {path} and {source}, which share one pair in adapter "
                 f"{name!r} (ensure_weight_tying)"
             )
 

@@ -156,7 +156,7 @@ def get_peft_model(
     if revision is not None:
         if config.revision not in (None, revision):
             warnings.warn(
-                f"the config has revision {config.revision!r} of the base model already; {revision!r} takes its place",
+                f"the config's revision {config.revision!r} of the base model is replaced by {revision!r}",
                 stacklevel=2,
             )
         config = as_given(config).copy(revision=revision)
@@ -168,7 +168,7 @@ def get_peft_model(
         warnings.warn(
             f"You are trying to modify a model that already carries {', '.join(map(repr, names))}: "
             + (f"{adapter_name!r} is reconfigured" if adapter_name in names else f"{adapter_name!r} is added")
-            + ("" if isinstance(model, PeftModel) else "; an older handle on it is dead now"),
+            + ("" if isinstance(model, PeftModel) else "; an older PeftModel of this model is invalid now"),
             stacklevel=2,
         )
     return handle

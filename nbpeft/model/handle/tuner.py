@@ -122,8 +122,8 @@ class BaseTuner(nn.Module):
         self.manager.check_alive()
         if self.manager.owner is not self._token:
             raise StaleModelError(
-                "this handle is dead: another PeftModel was made on the same base model and took it over; "
-                "use that one, or load the base model again"
+                "this PeftModel is invalid: another PeftModel was created on the same base model; use that one, or "
+                "load the base model again"
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -486,7 +486,7 @@ def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None
         left = manager.active
     if active and left and not {*active} & {*left}:
         gone = " and ".join(map(repr, active))
-        warnings.warn(f"adapter {gone} was active and is deleted: {left[0]!r} is active now", stacklevel=3)
+        warnings.warn(f"the active adapter {gone} was deleted: {left[0]!r} is active now", stacklevel=3)
 
 
 def warn_of_trained_biases(manager: AdapterManager) -> None:
@@ -499,7 +499,7 @@ def warn_of_trained_biases(manager: AdapterManager) -> None:
         kind = getattr(config, "bias", "none")
         if kind != "none":
             warnings.warn(
-                f"adapter {name!r} trains the base's biases (bias={kind!r}), which stay while it is disabled: the "
-                "output is not the untouched base's",
+                f"adapter {name!r} trained the base model's biases (bias={kind!r}), which stay changed while it is "
+                "disabled: the output is not that of the original base model",
                 stacklevel=3,
             )

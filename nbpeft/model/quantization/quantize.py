@@ -168,7 +168,7 @@ def quantize_model(
             to quantize, or ``skip_modules`` has a name that is not in it.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"expected a model to quantize, not {model!r:.60}; load_quantized reads one from a folder")
+        raise ConfigError(f"expected a model to quantize, not {model!r:.60}; load_quantized loads one from a folder")
     settings = quantization(
         bits=bits,
         quant_type=quant_type,
@@ -191,9 +191,9 @@ def check_quantizable(model: nn.Module) -> None:
     """
     manager = manager_of(model)
     if manager is not None and manager.alive and manager.names:
-        raise ConfigError("the model carries adapters; quantize it first and add them then")
+        raise ConfigError("the model has adapters; quantize the base model before adding them")
     if is_quantized(model):
-        raise ConfigError("the model is quantized already")
+        raise ConfigError("the model is already quantized")
 
 
 def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:

@@ -136,8 +136,8 @@ def _dequantized_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, s
     found = next((name for name in (type(module).__name__ for module in model.modules()) if name in others), None)
     if found is not None:
         raise ConfigError(
-            f"a {type(model).__name__} with quantized experts cannot be saved: transformers takes {found} of a "
-            "quantized model apart when it loads it; save the adapters alone, or merge into a folder"
+            f"a {type(model).__name__} with quantized experts cannot be saved: transformers replaces {found} when it "
+            "loads a quantized model; save only the adapters, or merge into a folder"
         )
     state = {
         name: value.dequantize() if isinstance(value, QuantizedMatrices) else value

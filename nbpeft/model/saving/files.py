@@ -42,7 +42,7 @@ from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, Con
 from nbpeft.model.saving.given_configs import take_given
 from nbpeft.model.saving.residuals import START, config_on, kept_start, left_start, mark_left, take_out_of_saved
 from nbpeft.model.saving.saved_places import note_place, note_saved, note_written_over, owner_of
-from nbpeft.model.saving.sharded import gathered, is_sharded, noted_fingerprint
+from nbpeft.model.saving.sharded import gathered, is_sharded, noted_fingerprint, warn_of_shards
 from nbpeft.names import DEFAULT_ADAPTER
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -155,8 +155,7 @@ def read(
         find = functools.partial(_part_in, saved.folder)
         config = method_of(saved.config).files.with_parts(saved.config, find, options)
     config, tensors = saved.reconciled(config.copy(inference_mode=not trainable))
-    # Merged weights have another fingerprint than the base, so they are not compared.
-    note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
+    note = base_mismatch(manager, saved.metadata)
     config = of_former_file(manager.model, config, tensors)
     settings: dict[str, Any] = {"key_mapping": key_mapping}
     settings["ignore_mismatched"] = bool(options.get("ignore_mismatched_sizes", False))
@@ -231,8 +230,8 @@ def fitted(
         return plan, loaded
     paths = [apart[0].tied_to, *(target.path for target in plan.targets if target.tied_to)]
     warnings.warn(
-        f"the file has other tensors for {few([target.path for target in apart])} than for {paths[0]}, though its "
-        "config says ensure_weight_tying: they are loaded as they are and train apart",
+        f"the file has different tensors for {few([target.path for target in apart])} and {paths[0]}, although its "
+        "config has ensure_weight_tying: they are loaded untied and are trained separately",
         stacklevel=5,
     )
     untied: Any = config.copy(ensure_weight_tying=False)
@@ -258,7 +257,7 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
         others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan),
         parameters=[target.path for target in plan.targets if target.is_bare],
-        found_anew={
+        recomputable={
             f"{target.path}.{name}"
             for target in plan.targets
             if issubclass(target.adapter_class, HasFixedTensors)
@@ -332,12 +331,12 @@ def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan,
     offloaded = next((key for key, own in present.items() if own.is_meta), None)
     if offloaded is not None:
         raise CheckpointError(
-            f"the adapter brings its own {offloaded}, which is not in memory here: load the model whole"
+            f"the adapter has its own {offloaded}, which is offloaded in this model: load the model without offloading"
         )
     replaced = drop_unchanged(weights, present)
     if replaced:
         warnings.warn(
-            f"adapter {name!r} brings its own {few(replaced)}: the base model has them, whichever adapter is active, "
+            f"adapter {name!r} has its own {few(replaced)}: the base model uses them, whichever adapter is active, "
             "until this one is deleted",
             stacklevel=5,
         )
@@ -353,14 +352,21 @@ def _device(manager: AdapterManager, wanted: object) -> str:
 
 
 def _warn_of_mismatches(source: object, loaded: checkpoint.Loaded, note: str | None) -> None:
-    for what, keys in (("missing from {source}", loaded.missing), ("in the file for nothing here", loaded.unexpected)):
+    for what, keys in (("missing from {source}", loaded.missing), ("unexpected in {source}", loaded.unexpected)):
         if keys:
             count = "1 adapter key is" if len(keys) == 1 else f"{len(keys)} adapter keys are"
             warnings.warn(f"{count} {what.format(source=source)}: {few(keys, 3)}", stacklevel=5)
     if loaded.mismatched:
-        warnings.warn(f"{len(loaded.mismatched)} tensors of another shape were left out", stacklevel=5)
-    if note is not None and not note.startswith("the adapter does not say"):
+        warnings.warn(f"{len(loaded.mismatched)} tensors of another shape were skipped", stacklevel=5)
+    if note is not None:
         warnings.warn(note, stacklevel=5)
+
+
+def base_mismatch(manager: AdapterManager, metadata: Mapping[str, str]) -> str | None:
+    """Returns how the base model differs from that of a saved adapter; None if it does not, or if that is unknown."""
+    if manager.merged or checkpoint.Fingerprint.from_metadata(metadata) is None:
+        return None  # merged weights have another fingerprint than the base
+    return checkpoint.compare(metadata, manager.model)
 
 
 def save(
@@ -417,6 +423,7 @@ def save(
             with manager.reading():
                 paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
                 weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
+                warn_of_shards(manager, name, weights)
                 notes[places[name]] = left_start(manager, name) if initial is None else {}
                 if notes[places[name]]:
                     take_out_of_saved(manager, name, weights)
@@ -540,7 +547,7 @@ def _without_weight(
     if rewrite is not None and initial is not None and not (weights.starts or config.initialised_from_weight):
         weights.starts = _starts_in(initial, manager, name)
     if rewrite is None or not (weights.starts or config.initialised_from_weight):
-        warnings.warn(f"adapter {name!r} did not start in a part of the base: it is saved as it is", stacklevel=5)
+        warnings.warn(f"the init of adapter {name!r} did not change the base: it is saved as it is", stacklevel=5)
         return config, weights
     adapters = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
     try:
@@ -552,19 +559,11 @@ def _without_weight(
 
 
 def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: str) -> dict[str, TakenOver]:
-    """Reads the initial factors of an adapter from the folder to which it was saved after its init.
-
-    Returns:
-        Path -> factors.
-
-    Raises:
-        CheckpointError: the folder cannot be read, or has other layers or ranks.
-    """
+    """Returns path -> initial factors of an adapter, from the folder to which it was saved after its init."""
     saved = checkpoint.read_checkpoint(str(folder))
     if saved.config.initialised_from_weight:
         raise CheckpointError(
-            f"{folder} is no start for {name!r}: its init_lora_weights must be True, as PEFT saves one for a base "
-            "without what it started from"
+            f"{folder} is not the initial adapter of {name!r}: its init_lora_weights must be True, as PEFT saves it"
         )
     plan, loaded = fitted(manager, name, saved.config, saved.tensors)
     adapters, starts = manager.weights(name).adapters, {}
@@ -572,7 +571,9 @@ def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: st
         tensors, (down, up, *_) = loaded.weights.adapters[target.path], target.shapes
         own = adapters.get(target.path, {})
         if any(key not in own or own[key].shape != tensors[key].shape for key in (down, up)):
-            raise CheckpointError(f"{folder} is no start for {name!r}: {target.path} has another rank there, or none")
+            raise CheckpointError(
+                f"{folder} is not the initial adapter of {name!r}: {target.path} has another rank there, or no factors"
+            )
         starts[target.path] = TakenOver(tensors[down], -tensors[up], "", (down, up))
     return starts
 
@@ -627,7 +628,7 @@ def _saved_weights(
         if not present:
             warnings.warn(
                 "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. None is "
-                "saved: it has no get_input_embeddings() that names them",
+                "saved: the model has no get_input_embeddings()",
                 stacklevel=4,
             )
         for key, value in present.items():
@@ -723,7 +724,7 @@ def warn_of_saved_embeddings(manager: AdapterManager, names: Sequence[str] | Non
         targeted = f"embedding layers found in `target_modules`, {adapted[0]}" if adapted else ""
         warnings.warn(
             f"Setting `save_embedding_layers` to `True` as {targeted or 'the vocabulary was resized'}: "
-            "whole embeddings are saved along (not with save_embedding_layers=False)",
+            "whole embeddings are saved too; save_embedding_layers=False prevents it",
             stacklevel=3,
         )
 

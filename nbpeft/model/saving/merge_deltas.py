@@ -181,9 +181,7 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
     # Raises an error for another base. The returned note is ignored: without weights it cannot be reliable.
     checkpoint.compare(saved.metadata, model)
     if saved.config.initialised_from_weight:
-        raise MergeError(
-            f"{source} started in a part of the weights it was trained on: load it on that model and merge there"
-        )
+        raise MergeError(f"the init of {source} changed its base weights: load it on that base model and merge there")
     config, tensors = saved.reconciled(saved.config)
     config = of_former_file(model, config, tensors)
     plan, loaded = files.fitted(AdapterManager(model), None, config, tensors)
@@ -263,6 +261,4 @@ def check_tied(deltas: Deltas, model: Any, where: str) -> None:
     alike = next((group for group in deltas.alike if sharing and sharing <= group), set())
     hit = next((name for name in deltas.changed if name in ends - alike), None)
     if hit is not None:
-        raise MergeError(
-            f"the adapter changes {hit}, which {where} holds together with another use: merge a loaded model"
-        )
+        raise MergeError(f"the adapter changes {hit}, which {where} stores once for several uses: merge a loaded model")

@@ -186,8 +186,8 @@ def merge_to_folder(
     deltas, weights = plan.deltas, plan.weights
     if any(rounds(adapter) for delta in deltas.layers.values() for adapter, _ in delta.adapters):
         warnings.warn(
-            f"{' and '.join(map(repr, deltas.names))} learned with quantized weights rounded with what it adds; "
-            "a copy in full precision has all of that: merge_adapter() on the quantized model changes nothing",
+            f"{' and '.join(map(repr, deltas.names))} was trained quantization-aware: a full-precision copy gives "
+            "other outputs; merge_adapter() on the quantized model preserves them",
             stacklevel=2,
         )
     wanted = wanted or plan.dtype
@@ -363,7 +363,7 @@ def _of_folder(folder: str | os.PathLike[str], adapter: Any, base: Any) -> _Merg
     if not isinstance(adapter, str | os.PathLike):
         raise ConfigError("for a base model in a folder, give the folder of a saved adapter")
     if base is not None:
-        raise ConfigError("base= goes with a loaded model; a folder as model is the base itself")
+        raise ConfigError("base= requires a loaded model; a folder given as model is itself the base")
     base_model = meta_model(folder)
     deltas = deltas_in(adapter, base_model)
     return _from_files(base_model, deltas, folder)
@@ -394,14 +394,14 @@ def _manager(model: nn.Module) -> AdapterManager:
         raise ConfigError(f"expected a model with adapters or the folder of a base, not {model!r:.60}")
     manager = manager_of(model)
     if manager is None or not manager.alive or not manager.names:
-        raise AdapterError(f"{type(model).__name__} carries no adapters to merge")
+        raise AdapterError(f"{type(model).__name__} has no adapters to merge")
     return manager
 
 
 def _names(manager: AdapterManager, adapter: Any) -> tuple[str, ...]:
     names = manager.active if adapter is None else names_in(adapter)
     if not names:
-        raise AdapterError(f"no adapter to merge is {'active' if adapter is None else 'named'}")
+        raise AdapterError("no adapter is active" if adapter is None else "no adapter to merge is named")
     return names
 
 

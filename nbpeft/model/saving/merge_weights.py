@@ -30,13 +30,15 @@ def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(os.fspath(folder))
     except (OSError, ValueError) as error:
-        raise CheckpointNotFoundError(f"no config of a model in {folder}: {str(error).splitlines()[0]}") from None
+        raise CheckpointNotFoundError(f"{folder} has no model config: {str(error).splitlines()[0]}") from None
     names = list(getattr(config, "architectures", None) or [])
     model_class = getattr(transformers, str(names[0]), None) if names else None
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise ConfigError(f"the config in {folder} names no class of transformers ({few(names) if names else 'none'})")
+        raise ConfigError(
+            f"the config in {folder} names no class of transformers (architectures: {few(names) if names else 'none'})"
+        )
     if hasattr(config, "quantization_config"):
-        raise ConfigError(f"the weights in {folder} are quantized: load that model and give it instead of the folder")
+        raise ConfigError(f"the weights in {folder} are quantized: load the model and pass it instead of the folder")
     with torch.device("meta"):
         model: nn.Module = model_class(config)
     return model

@@ -126,8 +126,8 @@ def config_on(model: nn.Module, config: AdapterConfig, metadata: Mapping[str, st
     found = config.started_as(init)
     if found is None:
         warnings.warn(
-            f"the adapter was saved for a base without what it started from ({init:.40}), and this base has that: load "
-            "it on the base that unload() gave",
+            f"the adapter was saved for a base model changed by its init ({init:.40}), and this is the original one: "
+            "load it on the base model that unload() returned",
             stacklevel=5,
         )
     return found or config

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbpeft.checkpoint.tensor_file import Mark, weights_mark
+from nbpeft.checkpoint.staging import Mark
+from nbpeft.checkpoint.tensor_file import weights_mark
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 

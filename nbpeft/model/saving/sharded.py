@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.checkpoint import Fingerprint, fingerprint
-from nbpeft.errors import CheckpointError
+from nbpeft.engine.contract.adapter import AdapterWeights
+from nbpeft.engine.runtime.adapter_tensors import flattened
+from nbpeft.engine.runtime.manager import AdapterManager
+from nbpeft.errors import CheckpointError, PeftWarning, few
 
 _fingerprints: weakref.WeakKeyDictionary[nn.Module, Fingerprint] = weakref.WeakKeyDictionary()
 """Base model -> its fingerprint before sharding."""
@@ -30,6 +34,26 @@ def gathered(tensor: Tensor) -> Tensor:
     whole: Any = tensor.detach()
     complete: Tensor = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
     return complete
+
+
+def warn_of_shards(manager: AdapterManager, name: str, weights: AdapterWeights) -> None:
+    """Warns if tensors to save of an adapter are shards, which are saved all the same, as in PEFT.
+
+    Args:
+        manager: manager of the model.
+        name: the adapter.
+        weights: its tensors.
+    """
+    found = flattened(manager.layers, name, manager.configs[name], weights.adapters)
+    if found:
+        shown_ = [f"{key} {shape}" for key, shape in found.items()]
+        warnings.warn(
+            f"adapter {name!r} is saved with {len(found)} incomplete tensors ({few(shown_)}), which cannot be loaded: "
+            "DeepSpeed ZeRO-3 / FSDP shards were not gathered; save inside FSDP.summon_full_params(model) or "
+            "deepspeed.zero.GatheredParameters(parameters), or pass state_dict=… gathered from all processes",
+            PeftWarning,
+            stacklevel=4,
+        )
 
 
 def like(own: Tensor, value: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class DeviceCache:
         for name in missing:
             if name in self._manager.configs:
                 raise AdapterExistsError(
-                    f"the model has another adapter {name!r} now, which is not the pool's: delete or rename that one"
+                    f"the model now has an adapter {name!r} that is not from the pool: delete or rename it"
                 )
         return missing
 
@@ -168,10 +168,9 @@ class DeviceCache:
         others = [
             f"{name!r} ({reason})" for name in self._entries if name not in names and (reason := self._why_kept(name))
         ]
-        beside = f" in addition to {few(others, 4, quoted=False)}" if others else ""
+        kept = f" in addition to {few(others, 4, quoted=False)}" if others else ""
         return kind(
-            f"{few(names, 4)} take {wanted / MB:.3f} MB and do not fit into the pool's "
-            f"{self.limit / MB:.3f} MB{beside}",
+            f"{few(names, 4)} take {wanted / MB:.3f} MB and do not fit into the pool's {self.limit / MB:.3f} MB{kept}",
             wanted=wanted,
             limit=self.limit,
         )
@@ -209,8 +208,8 @@ class DeviceCache:
             change.keep(self._entries)
             if to_load and self._manager.merged:
                 if not switching:
-                    self._manager.refuse_merged(f"{', '.join(map(repr, to_load))} can be brought onto the model")
-                warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
+                    self._manager.refuse_merged(f"loading {', '.join(map(repr, to_load))} onto the model")
+                warnings.warn("adapters are merged: they are unmerged before another is activated", stacklevel=4)
                 self._manager.unmerge()
             for old in evicted:
                 if old not in overwritten:

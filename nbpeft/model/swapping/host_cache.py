@@ -26,11 +26,12 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import walk
 from nbpeft.errors import AdapterError, CheckpointError, few
-from nbpeft.model.saving.files import drop_unchanged, embedding_weights, expected
+from nbpeft.model.saving.files import base_mismatch, drop_unchanged, embedding_weights, expected
 from nbpeft.names import BOOKKEEPING_FIELDS
 
 _MAX_LAYOUTS = 64
 """Number of cached layouts, each of which has the shapes of all layers."""
+_WITHOUT_POOL = "load it without a pool"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class AdapterReader:
         loaded = checkpoint.from_file(
             tensors, layout.expected, peft_type=method_of(config).peft_type, conversion=self._conversion
         )
-        for what, keys in (("lacks", loaded.missing), ("has what the model has no place for:", loaded.unexpected)):
+        for what, keys in (("lacks", loaded.missing), ("has unexpected", loaded.unexpected)):
             if keys:
                 raise CheckpointError(
                     f"adapter {name!r} in {source.source} {what} {few(keys, 1, quoted=False)}", keys=keys
@@ -174,25 +175,25 @@ class AdapterReader:
         plan = self._manager.plan(config)
         if plan.biases:
             raise AdapterError(
-                f"adapter {name!r} trained base biases (bias={getattr(config, 'bias', None)!r}), which no two adapters "
-                "can share: load it by itself"
+                f"adapter {name!r} trained the base model's biases (bias={getattr(config, 'bias', None)!r}), which "
+                f"adapters cannot share: {_WITHOUT_POOL}"
             )
         if config.initialised_from_weight:
-            raise AdapterError(f"adapter {name!r} starts in a part of the base weights: load it by itself")
+            raise AdapterError(f"the init of adapter {name!r} changes the base weights: {_WITHOUT_POOL}")
         if method_of(plan.config).transforms_calls:
-            raise AdapterError(f"adapter {name!r} acts on whole calls ({plan.method}): load it by itself")
+            raise AdapterError(f"adapter {name!r} changes the model's calls ({plan.method}): {_WITHOUT_POOL}")
         if any(issubclass(target.adapter_class, Untargeted) for target in plan.targets):
             raise AdapterError(
-                f"adapter {name!r} trained rows of embeddings (trainable_token_indices): load it by itself"
+                f"adapter {name!r} trained rows of embeddings (trainable_token_indices): {_WITHOUT_POOL}"
             )
         tied = next((target for target in plan.targets if target.tied_to), None)
         if tied is not None:
             raise AdapterError(
-                f"adapter {name!r} has the same tensors on {tied.path} and {tied.tied_to} (ensure_weight_tying): load "
-                "it by itself"
+                f"adapter {name!r} has the same tensors on {tied.path} and {tied.tied_to} (ensure_weight_tying): "
+                f"{_WITHOUT_POOL}"
             )
         if any(target.fixed for target in plan.targets):
-            raise AdapterError(f"adapter {name!r} has tensors of its own that are not trained: load it by itself")
+            raise AdapterError(f"adapter {name!r} has its own tensors that are not trained: {_WITHOUT_POOL}")
         wanted = expected(model, plan)
         modules = {site.path: site.module for site in walk(model)}
         dtypes = {}
@@ -211,18 +212,15 @@ class AdapterReader:
         """Drops embeddings in the file that equal the base's; an adapter with different ones cannot be in a pool."""
         changed = drop_unchanged(weights, embedding_weights(self._manager.model) if weights.base else {})
         if changed:
-            raise AdapterError(
-                f"adapter {name!r} brings its own {changed[0]}, which all adapters share: load it by itself"
-            )
+            raise AdapterError(f"adapter {name!r} has its own {changed[0]}, which all adapters share: {_WITHOUT_POOL}")
 
     def _note(self, metadata: Mapping[str, str]) -> str | None:
-        """Returns the message of ``checkpoint.compare``, cached for all adapters of the same base."""
+        """Returns the message of ``base_mismatch``, cached for all adapters of the same base."""
         if self._manager.merged:
             return None
         key = json.dumps({name: value for name, value in metadata.items() if name.startswith("nbpeft.base.")})
         if key not in self._notes:
-            note = checkpoint.compare(metadata, self._manager.model)
-            self._notes[key] = None if note is None or note.startswith("the adapter does not say") else note
+            self._notes[key] = base_mismatch(self._manager, metadata)
         return self._notes[key]
 
 

@@ -23,7 +23,7 @@ from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, few
-from nbpeft.model.saving.files import HUB_OPTIONS, embedding_weights, not_floating
+from nbpeft.model.saving.files import HUB_OPTIONS, base_mismatch, embedding_weights, not_floating
 from nbpeft.model.saving.saved_places import note_place
 
 _CHECKS = ("error", "warn", "ignore")
@@ -73,15 +73,14 @@ def hotswap_adapter(
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
     with CollectionPaused():
         saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
-        # Merged weights have another fingerprint than the base, so they are not compared.
-        note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
+        note = base_mismatch(manager, saved.metadata)
     config = kwargs.get("config") or saved.config
     with manager.transaction():
         options: dict[str, Any] = {"key_mapping": kwargs.get("key_mapping"), "allow_missing": allow_missing}
         swapped = _swap(model, manager, adapter_name, config, saved.unread, validate, done, **options)
     if not hub and os.path.isdir(os.path.expanduser(model_name_or_path)):
         note_place(manager, adapter_name, model_name_or_path)
-    if note is not None and not note.startswith("the adapter does not say"):
+    if note is not None:
         warnings.warn(note, stacklevel=2)
     return swapped
 
@@ -113,7 +112,7 @@ def hotswap_adapter_from_state_dict(
     manager = require_manager(model)
     manager.require(adapter_name)
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise HotSwapError("state_dict must hold tensors under the keys of an adapter file, and nothing else")
+        raise HotSwapError("state_dict must have tensors under the keys of an adapter file, and nothing else")
     with manager.transaction():
         manager.require(adapter_name)
         peft_type = method_of(manager.configs[adapter_name]).peft_type
@@ -208,7 +207,7 @@ def _swap(
     )
     if loaded.unexpected:
         raise HotSwapError(
-            f"unexpected keys found: the slot {name!r} has no place for {few(loaded.unexpected, 3, quoted=False)}; "
+            f"unexpected keys found: adapter {name!r} has no {few(loaded.unexpected, 3, quoted=False)}; "
             "load the adapter under another name",
             unexpected=tuple(loaded.unexpected),
         )
@@ -228,7 +227,7 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
     label, slot_label = method_of(config).label, method_of(manager.configs[name]).label
     if label != slot_label:
         raise HotSwapError(
-            f"adapter {name!r} is {slot_label} and cannot be swapped for {label}; load that under another name",
+            f"adapter {name!r} is {slot_label} and cannot be swapped for {label}; load the new one under another name",
             name=name,
         )
     check_contents(name, manager.configs[name], config)
@@ -277,7 +276,7 @@ def _leave_embeddings_out(manager: AdapterManager, name: str, weights: AdapterWe
     present = embedding_weights(manager.model) if brought else {}
     for key in brought:
         if not torch.equal(weights.base[key].to(present[key]), present[key]):
-            raise HotSwapError(f"the new adapter brings its own {key}, which every adapter shares; load it instead")
+            raise HotSwapError(f"the new adapter has its own {key}, which all adapters share; load it instead")
         del weights.base[key]
 
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.engine.config.adapter_names import check_name
+from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import unwrapped
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, UnknownAdapterError, did_you_mean
@@ -175,6 +176,22 @@ class AdapterPool:
         """Returns whether an adapter is registered."""
         return name in self._sources
 
+    def config_of(self, name: str) -> AdapterConfig | None:
+        """Returns the config of an adapter, which is read into host memory if it is neither there nor on the model.
+
+        Args:
+            name: name of the adapter.
+
+        Returns:
+            The config; None if no such adapter is registered.
+
+        Raises:
+            CheckpointError: the adapter cannot be read.
+        """
+        if name not in self._sources:
+            return None
+        return self.manager.configs.get(name) or self._host.get(name, prefetch=True).config
+
     @property
     def pinned(self) -> tuple[str, ...]:
         """Adapters that are pinned."""
@@ -235,7 +252,7 @@ class AdapterPool:
         with HeldInterrupts(), self._lock:
             if name in self._sources or name in self.manager.configs:
                 where = "pool" if name in self._sources else "model"
-                raise AdapterExistsError(f"the {where} has an adapter {name!r} already; take another name")
+                raise AdapterExistsError(f"the {where} has an adapter {name!r} already; choose another name")
             self._sources[name] = AdapterSource(os.fspath(source), hub)
         if pinned:
             try:
@@ -410,7 +427,7 @@ class AdapterPool:
     def _read(self, name: str) -> HostAdapter:
         source = self._sources.get(name)
         if source is None:
-            raise UnknownAdapterError(f"adapter {name!r} was taken out of the pool", name=name)
+            raise UnknownAdapterError(f"adapter {name!r} was removed from the pool", name=name)
         return self._reader.read(name, source)
 
     def _known(self, names: Iterable[str]) -> list[str]:

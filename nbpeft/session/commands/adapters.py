@@ -176,16 +176,16 @@ def _reconfigured(
     from nbpeft.checkpoint import prompt_format, set_prompt_format
     from nbpeft.engine.runtime.snapshots import keeps_weights
 
-    manager, going = tracked.manager, Undoable(ctx, tracked, name, "reconfigured")
+    manager, undoable = tracked.manager, Undoable(ctx, tracked, name, "reconfigured")
     former = manager.configs[name]
     steps = tracked.steps_of([name])
-    kept, stays = going.kept, rows is None and keeps_weights(manager, name, planned)
+    kept, stays = undoable.kept, rows is None and keeps_weights(manager, name, planned)
     weights = kept.weights.copied() if stays else None
     options = {"trainable": trainable, "training": trainable, "half": stays and kept.half, "replace": True}
     beginning = nullcontext(_nothing) if stays else starting_from(ctx, manager.model, planned.config, rows, notes)
     with beginning as start:
         put = manager.prepare(name, planned, weights, **options)
-        with going.change():
+        with undoable.change():
             put()
             manager.activate(name)
             start(manager, name)
@@ -455,10 +455,10 @@ def delete(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Comman
     tracked = ctx.models.get(model, command="delete")
     with ctx.command(f"deleting {name!r}") as notes:
         manager, before = tracked.manager, tracked.manager.active
-        going = Undoable(ctx, tracked, name, "deleted")
-        with going.change():
+        undoable = Undoable(ctx, tracked, name, "deleted")
+        with undoable.change():
             manager.remove(name)
-        if going.kept.unsaved:
+        if undoable.kept.unsaved:
             notes.append("it was trained and not saved; session.undo() restores it")
         if name in before and manager.active and set(manager.active) - set(before):
             notes.append(f"{manager.active[0]!r} is active now")
@@ -485,6 +485,7 @@ def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None)
         for known in (tracked.requested, tracked.first_random):
             if name in known:
                 known[new] = (tracked.manager.configs[new], known.pop(name)[1])
+        tracked.written[new] = tracked.written.pop(name, ())
         return result
 
 
@@ -504,6 +505,8 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
     tracked = ctx.models.get(model, command="copy")
     with ctx.command(f"copying {name!r}") as notes:
         tracked.manager.copy(name, new)
+        tracked.requested[new] = (tracked.manager.configs[new], tracked.requested_fields(name))
+        tracked.written[new] = tracked.written.get(name, ())
         return ctx.result(tracked, f"copied {name!r} to {new!r}", notes)
 
 
@@ -539,8 +542,8 @@ def _notes_of_mode(manager: AdapterManager, name: str) -> list[str]:
         return []
     fields = [field.name for field in dataclasses.fields(config) if field.name.endswith("dropout")]
     random = [f"{field} = {rate:g}" for field in fields if (rate := getattr(config, field) or 0)]
-    random += [f"what {method_of(config).label} draws"] if method_of(config).draws_in_training else []
-    return [f"{' and '.join(random)} acts in your own calls of the model until model.eval()"] if random else []
+    random += [f"the randomness of {method_of(config).label}"] if method_of(config).draws_in_training else []
+    return [f"{' and '.join(random)} affects your own calls of the model until model.eval()"] if random else []
 
 
 @contextmanager
@@ -584,7 +587,7 @@ def _revision_in(source: str, given: str | None) -> tuple[str, str | None]:
     if not at or not revision or place.count("/") != 1 or os.path.exists(source):
         return source, given
     if given not in (None, revision):
-        raise AdapterError(f"load: {source} names one revision and revision={given!r:.60} another")
+        raise AdapterError(f"load: {source} and revision={given!r:.60} name different revisions")
     return place, revision
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft._util.conversations import is_conversation
 from nbpeft.errors import AdapterError
 from nbpeft.session.checks import names_of
-from nbpeft.session.prompts import prompt_batch
+from nbpeft.session.prompts import NO_TEMPLATE, prompt_batch
 from nbpeft.session.results.asking import AskResult
 from nbpeft.session.results.comparing import BASE, Answer
 from nbpeft.session.sampling import Sampling
@@ -136,7 +136,7 @@ def _earlier(conversations: Mapping[str, Earlier], title: str, batch: PromptBatc
         AdapterError: there is no conversation, or no chat template.
     """
     if not batch.chat:
-        raise AdapterError("a conversation needs the chat template, which is not applied here: start a new one")
+        raise AdapterError(NO_TEMPLATE)
     if title not in conversations:
         raise AdapterError(f"there is no conversation with {title} to continue yet")
     return conversations[title]

@@ -79,17 +79,13 @@ def combine(
         if type == "linear" and combined.relative_error > _LINEAR_NOTE:
             notes.append("linear mixes the factors of one adapter with another's; type exact keeps the true sum")
         if remade:
-            notes.append("it takes the place of the one before; session.undo() restores that")
+            notes.append("it replaces the previous combination; session.undo() restores that")
         state = tracked.state()
         return CombineResult(
             tracked.name,
             tuple((name, float(weight)) for name, weight in weights.items()),
             adapter_in(state, as_name),
-            combined.combination_type,
-            combined.rank,
-            combined.relative_error,
-            combined.energy_kept,
-            combined.layers,
+            combined,
             state,
             remade,
             tuple(notes),
@@ -176,8 +172,8 @@ def _check_options(manager: AdapterManager, weights: Mapping[str, float], settin
             continue
         others = [name for name in combine.types if setting in combine.takes(name)]
         near = f"{chosen}_svd" if f"{chosen}_svd" in others else next(iter(others), "")
-        hint = f"; {near} takes one" if near else ""
-        raise ConfigError(f"{option} means nothing for type {chosen!r}{hint}", field=option)
+        hint = f"; {near} uses it" if near else ""
+        raise ConfigError(f"{option} has no effect for type {chosen!r}{hint}", field=option)
 
 
 def _may_replace(
@@ -192,13 +188,13 @@ def _may_replace(
     if name not in manager.configs:
         return False
     if name in weights:
-        raise AdapterExistsError(f"{name!r} is one of the adapters that are combined; take another name", name=name)
+        raise AdapterExistsError(f"{name!r} is one of the combined adapters; choose another name", name=name)
     known = tracked.combinations.get(name)
     same = known is not None and known() is manager.configs[name]
     if replace or (same and name in manager.frozen and name not in manager.unsaved):
         return True
     there = f"{tracked.name} has an adapter {name!r} already{unsaved_words(manager, name)}"
-    raise AdapterExistsError(f"{there}; take another name, or replace it (replace=…)", name=name)
+    raise AdapterExistsError(f"{there}; choose another name, or replace it (replace=…)", name=name)
 
 
 def free_name(name: str, taken: tuple[str, ...]) -> str:

@@ -13,7 +13,7 @@ from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import AdapterError
 from nbpeft.session.checks import names_of, prompts_of, weights_of
 from nbpeft.session.commands.combining import combination_settings, free_name, make_combination, seeded
-from nbpeft.session.prompts import prompt_batch
+from nbpeft.session.prompts import NO_TEMPLATE, prompt_batch
 from nbpeft.session.results.comparing import BASE, Answer, Column, CompareResult, Status, blend_title
 from nbpeft.session.sampling import Sampling
 from nbpeft.training.watching.generation import (
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     Report = Callable[[CompareResult], object]
 
 BASE_ROW = "__base__"
-_NO_TEMPLATE = "a conversation needs the chat template, which is not applied here: ask anew"
 TRIAL = "trial"
 """Name of the temporary adapter of ``try_combination``; a number is appended if it is taken."""
 
@@ -279,7 +278,7 @@ def _continuing(
     if len(prompts) != 1 or len(after.prompts) != 1:
         raise AdapterError("a conversation continues with one prompt at a time")
     if chat is False or not after.chat:
-        raise AdapterError(_NO_TEMPLATE)
+        raise AdapterError(NO_TEMPLATE)
     earlier = {column.title: column for column in after.columns}
     found = []
     for column in columns:

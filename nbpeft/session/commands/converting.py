@@ -51,8 +51,8 @@ def convert(
     exists = made_name in manager.configs
     if exists and (not replace or made_name == name):
         raise AdapterExistsError(
-            f"{tracked.name} has an adapter {made_name!r} already{unsaved_words(manager, made_name)}; take another name"
-            + ("" if made_name == name else ", or replace it (replace=…)")
+            f"{tracked.name} has an adapter {made_name!r} already{unsaved_words(manager, made_name)}; choose another "
+            f"name{'' if made_name == name else ', or replace it (replace=…)'}"
         )
     with ctx.command(f"converting {name!r}", slow=True) as notes, manager.ensure_loaded((name,)):
         made = converted(manager, name, rank)

@@ -24,6 +24,10 @@ def data(
     columns: Mapping[str, str] | None = None,
     separator: str | None = None,
     skip_bad: bool = False,
+    learn: str = "all",
+    reasoning: str = "keep",
+    long: str = "cut",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     rows: int = 3,
     name: str = "data",
     model: ModelLike = None,
@@ -38,6 +42,10 @@ def data(
         columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
         separator: what separates the cells of a ``.csv`` or ``.tsv`` file; by default it is detected.
         skip_bad: leave out rows that cannot be read, as for ``train``.
+        learn: turns of the assistant to learn, as for ``train``.
+        reasoning: what happens to reasoning, as for ``train``.
+        long: what happens to rows longer than ``max_length``, as for ``train``.
+        chat_template_kwargs: variables for the chat template, as for ``train``.
         rows: number of rows to show; some that are cut or left out are shown in addition.
         name: display name of the data.
         model: the model to train; by default the current one. It matters for encoder-decoders, for classifiers and for
@@ -64,6 +72,10 @@ def data(
             columns=columns,
             separator=separator,
             skip_bad=skip_bad,
+            learn=learn,
+            reasoning=reasoning,
+            long=long,
+            chat_template_kwargs=chat_template_kwargs,
             inputs=replace(ModelInputs() if trained is None else model_inputs(trained), kind=None),
             rows=rows,
         )

@@ -70,9 +70,9 @@ def methods(
             row = MethodRow(method.label, _written(method), cost, facts, shown.when, shown.paper, group_of(method))
             rows.append(row)
         if base is None:
-            notes.append("give a model to see what each costs on it")
+            notes.append("name a model to see the cost of each method on it")
         words = ", ".join(f"{name}={value}" for name, value in fields.items())
-        given = f"{words} where they have it" if words else "their defaults"
+        given = f"{words} where available" if words else "their defaults"
         return MethodsResult(title, sorted_rows(rows, sort), given, bool(settings), tuple(notes), sort)
 
 

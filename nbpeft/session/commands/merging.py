@@ -64,7 +64,7 @@ def merge(
     if to is None and copying:
         raise ConfigError(f"{next(iter(copying))!r} needs a folder to merge into (to=…)")
     if to is not None and calibrate is not None:
-        raise ConfigError("a copy in full precision is not rounded: leave calibrate out, or to")
+        raise ConfigError("to and calibrate exclude each other: a full-precision copy is not rounded")
     with ctx.command("merging", slow=True) as notes:
         if folder is not None:
             how = copying | ({} if tokenizer is None else {"tokenizer": tokenizer})
@@ -123,8 +123,8 @@ def _requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:
     )
     if manager.merged or not chosen or not lossy:
         return ""
-    left = "session.merge(to=…) keeps full precision, session.merge(calibrate=…) most of what it does"
-    return f"{merge_errors(manager.model, chosen)}; {left}"
+    advice = "session.merge(to=…) keeps full precision, session.merge(calibrate=…) most of the adapter's effect"
+    return f"{merge_errors(manager.model, chosen)}; {advice}"
 
 
 def _merge_calibrated(
@@ -153,15 +153,4 @@ def _write_copy(
     """Write the copy; see ``nbpeft.merge_to_folder`` for the arguments in ``how``."""
     from nbpeft.model import merge_to_folder
 
-    done = merge_to_folder(manager.model, names, folder, **how)
-    assert done.errors is not None
-    return MergedCopy(
-        model_name,
-        done.names,
-        str(done.folder),
-        done.dtype,
-        done.byte_count,
-        done.shard_bytes,
-        done.errors,
-        tuple(notes),
-    )
+    return MergedCopy(model_name, merge_to_folder(manager.model, names, folder, **how), tuple(notes))

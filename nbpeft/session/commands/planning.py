@@ -35,10 +35,10 @@ _SETTINGS = (
     *("optimizer", "training", "packing", "adapters", "device", "variable", "changes", "rank"),
     *("processes", "sharded", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
 )
-_WHOLE_NOTE = "logits are counted as a whole, which nbpeft's own Trainer computes in chunks"
+_WHOLE_NOTE = "complete logits are counted; nbpeft's own Trainer computes them in chunks"
 _PAIRS_NOTE = (
-    "a row is counted as two sequences, chosen and rejected, of supervised training; what dpo needs beyond that, such "
-    "as a copy of the adapter for reference='start', is not forecast"
+    "each row is counted as two sequences, chosen and rejected, of supervised training; further memory that dpo needs, "
+    "such as a copy of the adapter for reference='start', is not included"
 )
 _CUDA_NOTE = "allow 0.5 to 1 GB more for the CUDA context and fragmentation"
 
@@ -303,9 +303,9 @@ class MemoryPlanner:
         from nbpeft.memory.processor import slow_dtype_message, slow_here
 
         settings, config = self._settings(setting), setting.adapter_config
-        adapter = "" if config is None else _in_words(config)
+        adapter = "" if config is None else _adapter_title(config)
         whole = _WHOLE_NOTE if setting.training and not setting.loss_chunk_size else ""
-        experts = _of_experts(weights_of(setting))
+        experts = _experts_note(weights_of(setting))
         found = (self._pairs_note, self._stored_note, experts, whole, _CUDA_NOTE if _is_graphics(room) else "")
         notes = tuple(note for note in found if note)
         if room.on_cpu and slow_here(setting.dtype):
@@ -313,7 +313,7 @@ class MemoryPlanner:
         return PlanResult(self.name, self.class_name, adapter, settings, parts, room, notes=notes)
 
 
-def _of_experts(weights: Weights) -> str:
+def _experts_note(weights: Weights) -> str:
     """Return a note about the experts' share of the trained parameters; empty if they have none."""
     trained, total = weights.of_experts, weights.trained_count
     if not trained:
@@ -321,7 +321,7 @@ def _of_experts(weights: Weights) -> str:
     return f"adapters on experts are {share(trained, total)} of the trainable parameters ({trained:,} of {total:,})"
 
 
-def _in_words(adapter: AdapterConfig) -> str:
+def _adapter_title(adapter: AdapterConfig) -> str:
     """Return the method and its size as text: ``LoRA r=16``. The rest of a summary needs the model."""
     size_words = [f"{key}={value}" for key, value in summary_of(adapter).items() if value == str(adapter.size)]
     return " ".join((label_of(adapter), *size_words[:1]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.display import numbers
 from nbpeft.errors import AdapterError
 from nbpeft.session.results import PushResult
-from nbpeft.state import ENDED, TrainState
+from nbpeft.state import ENDED, MemberState, TrainState
 
 if TYPE_CHECKING:
     from nbpeft.checkpoint import CardFacts
@@ -115,7 +115,7 @@ def card_facts(tracked: TrackedModel, name: str, source: str, title: str) -> Car
         return CardFacts(source, title, base)
     known = call if call is not None and call.run_id == train.run_id else None
     rows = [("data", known.data), ("evaluated on", known.eval_data)] if known else []
-    rows += _results(train)
+    rows += _results(train, name)
     return CardFacts(
         source,
         title,
@@ -130,12 +130,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
 
 
-def _results(train: TrainState) -> list[tuple[str, str]]:
-    """Return the results of a training as rows of text."""
-    total = f" of {train.total_steps:,}" if train.total_steps and train.total_steps != train.step else ""
-    rows = [("steps", f"{train.step:,}{total}"), ("time", _duration(train.elapsed))]
-    if train.smoothed_loss is not None:
-        rows.append(("training loss at the end, smoothed", numbers.loss(train.smoothed_loss)))
-    if train.eval_loss is not None:
-        rows.append((f"evaluation loss at step {train.eval_step:,}", numbers.loss(train.eval_loss)))
-    return rows + [(name, f"{value:.4g}") for name, value in train.metrics.items()]
+def _results(train: TrainState, name: str) -> list[tuple[str, str]]:
+    """Return the results of a training as rows of text; of a sweep those of one adapter."""
+    own: TrainState | MemberState = next((member for member in train.members if member.name == name), train)
+    total = f" of {train.total_steps:,}" if train.total_steps and train.total_steps != own.step else ""
+    rows = [("steps", f"{own.step:,}{total}"), ("time", _duration(train.elapsed))]
+    if own.smoothed_loss is not None:
+        rows.append(("training loss at the end, smoothed", numbers.loss(own.smoothed_loss)))
+    if own.eval_loss is not None:
+        rows.append((f"evaluation loss at step {own.eval_step:,}", numbers.loss(own.eval_loss)))
+    return rows + [(metric, f"{value:.4g}") for metric, value in own.metrics.items()]

@@ -103,8 +103,8 @@ def qlora(
     request = _request(config, given | loading)  # invalid arguments are refused before loading
     if (init := init_from_data(request.config)) and not is_module(source):
         raise ConfigError(
-            f"init_lora_weights={init!r} starts from rows, and a model that is there: load "
-            "it quantized without, and add the adapter then (init_data=…)",
+            f"init_lora_weights={init!r} needs rows and a loaded model: load the model quantized first, then add the "
+            "adapter to it (init_data=…)",
             field="init_lora_weights",
         )
     adapter_name(name)
@@ -300,7 +300,7 @@ def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _R
         origin = _Origin(place, request.settings, request.loading)
         return origin, _present(ctx, origin, variable or "model")
     if request.loading:
-        raise ConfigError(f"{next(iter(request.loading))!r} is for loading, and this model is loaded already")
+        raise ConfigError(f"{next(iter(request.loading))!r} is an option of loading, and this model is loaded already")
     tracked = ctx.find(source)
     base = tracked.manager.model if tracked is not None else uncompiled(source)
     known = ctx.qlora_origins.get(base)
@@ -425,7 +425,7 @@ def _skeleton(source: str, request: _Request) -> _Skeleton:
     with torch.device("meta"), silenced():
         model = architecture.build(dtype)
     known = method in ("", "gguf")
-    return _Skeleton(model, architecture, dtype, "" if known else f"its weights are stored by {method} and stay so")
+    return _Skeleton(model, architecture, dtype, "" if known else f"its weights stay quantized with {method}")
 
 
 @dataclass(frozen=True)

@@ -106,14 +106,14 @@ def clone(
     run = _running(ctx, model, "clone")
     _check_learns(run, adapter)
     if not fields:
-        raise ConfigError("a clone has other settings: say which, e.g. learning_rate=1e-4")
+        raise ConfigError("a clone needs settings of its own, e.g. learning_rate=1e-4")
     check_own(fields)
     check_values(fields, TrainingArguments)
     if name is not None:
         check_name(name)
         trained = next((known for known, other in list(ctx.runs.items()) if other is run), None)
         if trained is not None and name in trained.manager.configs:
-            raise AdapterExistsError(f"{name!r} is there already: take another name", name=name)
+            raise AdapterExistsError(f"an adapter {name!r} exists already; choose another name", name=name)
     run.control.request_clone_of(adapter, name, **fields)
     what, state = f"is cloned after this step{f' as {name}' if name else ''}", run.state
     return RequestResult(adapter, what, state.step, state.total_steps)
@@ -153,8 +153,8 @@ def _check_learns(run: Run, adapter: str) -> None:
     """Raise AdapterError if an adapter is not currently trained in a sweep."""
     learning = [member.name for member in run.state.members if member.status == "training"]
     if adapter not in learning:
-        there = f"; {', '.join(learning)} do" if learning else ": the training that runs is no sweep"
-        raise AdapterError(f"{adapter!r:.60} is not trained together with others now{there}")
+        there = f"; these are: {', '.join(learning)}" if learning else ": the running training is not a sweep"
+        raise AdapterError(f"{adapter!r:.60} is not being trained in a sweep{there}")
 
 
 def _running(ctx: SessionContext, model: str | None, command: str) -> Run:
@@ -165,9 +165,9 @@ def _running(ctx: SessionContext, model: str | None, command: str) -> Run:
     if model in runs:
         return runs[model]
     if model is None and runs:
-        raise AdapterError(f"several trainings run: say which model to {command}: {', '.join(runs)}")
-    what = "no training runs" if model is None else f"no training of {model!r:.60} runs"
-    raise AdapterError(what + (f"; there is one of {', '.join(runs)}" if runs else f": there is nothing to {command}"))
+        raise AdapterError(f"several trainings are running; name the model to {command}: {', '.join(runs)}")
+    what = "no training is running" if model is None else f"no training of {model!r:.60} is running"
+    raise AdapterError(what + (f", but one of {', '.join(runs)}" if runs else f": there is nothing to {command}"))
 
 
 def runs_by_name(ctx: SessionContext) -> dict[str, Run]:

@@ -29,13 +29,13 @@ from nbpeft.session.commands.running import runs_by_name
 from nbpeft.session.commands.training import run_place, train_tracked
 from nbpeft.session.context import is_off
 from nbpeft.session.handles import is_module, rehandle, uncompiled
-from nbpeft.session.results import ModelRef
+from nbpeft.session.results import LineResult, ModelRef
 from nbpeft.session.results.kept_runs import (
     ResumeResult,
     RunCard,
-    RunChanged,
     RunsComparison,
     RunsResult,
+    metric_names,
     sorted_records,
 )
 from nbpeft.session.sweeps import restore
@@ -123,6 +123,10 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
         records=tuple(record for record, _ in found),
         curves=tuple(curve_of(logged, "loss") for _, logged in found),
         eval_curves=tuple(curve_of(logged, "eval_loss") for _, logged in found),
+        metric_curves={
+            name: tuple(curve_of(logged, f"eval_{name}") for _, logged in found)
+            for name in metric_names(record for record, _ in found)
+        },
     )
 
 
@@ -152,7 +156,7 @@ def _cannot_be_read(record: RunRecord) -> CheckpointError:
     return CheckpointError(f"run {record.name} cannot be read: {record.message}")
 
 
-def rename_run(ctx: SessionContext, name: str, new: str) -> RunChanged:
+def rename_run(ctx: SessionContext, name: str, new: str) -> LineResult:
     """Rename a run that has ended.
 
     Args:
@@ -164,10 +168,10 @@ def rename_run(ctx: SessionContext, name: str, new: str) -> RunChanged:
         CheckpointError: there is no such run, the new name is taken, or the run is still running.
     """
     _store(ctx).rename(name, new)
-    return RunChanged(f"renamed run {name} to {new}")
+    return LineResult(f"renamed run {name} to {new}")
 
 
-def delete_run(ctx: SessionContext, name: str) -> RunChanged:
+def delete_run(ctx: SessionContext, name: str) -> LineResult:
     """Delete a run that has ended, with its folder; the adapter on the model is not changed.
 
     Args:
@@ -178,19 +182,19 @@ def delete_run(ctx: SessionContext, name: str) -> RunChanged:
         CheckpointError: there is no such run, or it is still running.
     """
     _store(ctx).delete(name)
-    return RunChanged(f"deleted run {name}")
+    return LineResult(f"deleted run {name}")
 
 
 def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | RunCard:
-    """Find a training to show: one that is running, or how one has ended.
+    """Find a training to show: a running one, or the final state of one that has ended.
 
     Args:
         ctx: context of the session.
-        run: name of the run; None for the one that is running, or else the last one.
+        run: name of the run; None for the running one, or else the last one.
 
     Returns:
-        A running one and the name of its model, to be shown live; or the card of one that has ended, or that another
-        process runs.
+        The running training and the name of its model, to be shown live; or the card of a training that has ended or
+        that another process runs.
 
     Raises:
         CheckpointNotFoundError: there is no such run.
@@ -210,7 +214,7 @@ def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | R
     store = _store(ctx)
     records = [one for one in store.records() if run is None and one.status != UNREADABLE]
     if run is None and not records:
-        raise CheckpointNotFoundError(f"no training has run here, and none is kept in {store.place}")
+        raise CheckpointNotFoundError(f"no training ran in this session, and {store.place} contains no run")
     record = records[0] if run is None else _record(store, run)
     return RunCard(_state_of(store.find(record.name), record), record.model, record=record)
 
@@ -265,14 +269,14 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
     store = _store(ctx)
     ended = [record for record in store.records() if record.status not in ("running", UNREADABLE)]
     if run is None and not ended:
-        raise CheckpointNotFoundError(f"no run that has ended is kept in {store.place}, so there is nothing to resume")
+        raise CheckpointNotFoundError(f"there is nothing to resume: {store.place} contains no run that has ended")
     # A run whose recorded start is in the future is only resumed by name.
     newest = next((record for record in ended if record.started <= time.time()), ended[0]) if ended else None
     record = newest if run is None and newest is not None else _record(store, str(run))
     if record.status == "running":
         raise TrainingError(f"run {record.name} is still running")
     if not record.kept_steps:
-        raise CheckpointNotFoundError(f"run {record.name} has only its curve left, and no state to resume from")
+        raise CheckpointNotFoundError(f"run {record.name} has no checkpoint left to resume from, only its curve")
     return record, store.find(record.name).facts()
 
 
@@ -336,7 +340,7 @@ def resume(
     places = {name: state if name == DEFAULT_ADAPTER else state / name for name in names}
     missing = [name for name, place in places.items() if place != state and not inside.is_folder(state, name)]
     if missing:
-        raise CheckpointNotFoundError(f"the last state of run {record.name} holds no adapter {few(missing)}")
+        raise CheckpointNotFoundError(f"the last checkpoint of run {record.name} contains no adapter {few(missing)}")
     under: Any = tracked.manager.model if tracked is not None else base
     for place in places.values():
         _check_base(record, place, under)
@@ -358,7 +362,7 @@ def resume(
             result = train_tracked(ctx, tracked, request, replaced=present)
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
-        notes = () if result is None else tuple(filter(None, [_not_taken(facts, left_out, arguments)]))
+        notes = () if result is None else tuple(filter(None, [_not_restored_note(facts, left_out, arguments)]))
         return ResumeResult(reference, record.name, step, names, result, notes)
 
 
@@ -389,7 +393,7 @@ def _restore_adapters(
         steps, last = tracked.steps_of((name,))
         if steps and last != record.name:
             trained = f"run {last}" if last else "another run"
-            message = f"{name!r} was trained by {trained} since, which run {record.name} would undo"
+            message = f"{name!r} was trained by {trained} since, and resuming run {record.name} would undo that"
             raise AdapterError(f"{message}: rename or delete it first")
     for name, place in places.items():
         if name not in present:
@@ -425,8 +429,8 @@ def _check_given(
     if data is None:
         raise TrainingError(f"resuming run {record.name} needs its training data: pass data=…")
     for why, names in (
-        ("values that are not kept in a file; give them again", facts.get("objects") or ()),
-        ("arguments that are not taken from its folder; give them again", missing_for_losses(left_out)),
+        ("values that its folder does not store; pass them again", facts.get("objects") or ()),
+        ("arguments that are not restored from its folder; pass them again", missing_for_losses(left_out)),
     ):
         missing = [name for name in names if name not in arguments]
         if missing:
@@ -434,10 +438,10 @@ def _check_given(
             raise TrainingError(f"run {record.name} was trained with {why}: {words}")
 
 
-def _not_taken(facts: Mapping[str, Any], left_out: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+def _not_restored_note(facts: Mapping[str, Any], left_out: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """Return a note about arguments of the run that the resumed training does not have; empty if there are none."""
     names = [name for name in {**left_out, **dict.fromkeys(facts.get("secrets", ()))} if name not in given]
-    return f"not taken from the folder of the run: {few(names, 6)}; give them again to have them" if names else ""
+    return f"not restored from the folder of the run: {few(names, 6)}; pass them again to use them" if names else ""
 
 
 def _check_base(record: RunRecord, place: Path, base: Any) -> None:
@@ -473,5 +477,5 @@ def _record(store: RunStore, name: str) -> RunRecord:
 def _store(ctx: SessionContext) -> RunStore:
     place = run_place(ctx)
     if place is None:
-        raise CheckpointNotFoundError("runs are not kept: that is switched off (NBPEFT_RUNS, runs_dir or runs_folder)")
+        raise CheckpointNotFoundError("saving runs is disabled (NBPEFT_RUNS, runs_dir or runs_folder)")
     return place.store

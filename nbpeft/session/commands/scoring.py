@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def score(
     ctx: SessionContext,
     /,
-    rows: Any,
+    rows: Any = None,
     *,
     metric: Any = "exact",
     adapters: Any = None,
@@ -36,7 +36,7 @@ def score(
 
     Args:
         ctx: context of the session.
-        rows: rows in every form that ``train`` takes, or where they are.
+        rows: rows in every form that ``train`` takes, or where they are; None with ``general``.
         metric: name of a metric, a function ``(answer, row) -> bool | float``, or several in a list.
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
         base: whether to score the base model, too.

@@ -80,8 +80,8 @@ def swap(
     ):
         before = check.generate([name])
         started = time.perf_counter()
-        going = Undoable(ctx, tracked, name, "swapped", in_place=True)
-        swapped = hotswap_adapter(target, place, name, validate=check if checks else None, done=going.on_removed)
+        undoable = Undoable(ctx, tracked, name, "swapped", in_place=True)
+        swapped = hotswap_adapter(target, place, name, validate=check if checks else None, done=undoable.on_removed)
         seconds = time.perf_counter() - started - check.seconds
         ctx.changed = True
         state = tracked.state()
@@ -89,9 +89,7 @@ def swap(
             tracked.name,
             place,
             adapter_in(state, name),
-            swapped.layers,
-            swapped.zeroed,
-            swapped.reset,
+            swapped,
             seconds,
             state,
             check_prompt or "",
@@ -128,7 +126,7 @@ class _SwapCheck:
         request = GenerationRequest(rows, self._max_new_tokens)
         answers, complete = generate_batch(self._tracked.model, self._batch, request)
         if not complete:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # generate_batch returned early because of it
         return answers[0].text
 
     def __call__(self, model: nn.Module) -> object:
@@ -145,5 +143,5 @@ class _SwapCheck:
 def _only_active(tracked: TrackedModel) -> str:
     active = tracked.manager.active
     if len(active) != 1:
-        raise AdapterError(f"say which adapter is to be replaced (into=…): {', '.join(tracked.manager.names)}")
+        raise AdapterError(f"name the adapter to replace (into=…): {', '.join(tracked.manager.names)}")
     return active[0]

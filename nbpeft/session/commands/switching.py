@@ -78,4 +78,4 @@ def unfreeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Comm
     tracked = ctx.models.get(model, command="unfreeze")
     with ctx.command(f"unfreezing {name!r}") as notes:
         tracked.manager.unfreeze(name)
-        return ctx.result(tracked, f"{name!r} trains while it is active", notes)
+        return ctx.result(tracked, f"{name!r} is trained while it is active", notes)

@@ -11,7 +11,7 @@ from nbpeft.errors import AdapterError, TrainingInterrupted
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from nbpeft.session.checks import place_of
 from nbpeft.session.commands.running import UNTRACKED, runs_by_name, start
-from nbpeft.session.first_weights import draw_anew, weights_kept_unless
+from nbpeft.session.first_weights import reinitialize, weights_kept_unless
 from nbpeft.session.results import ExportResult
 from nbpeft.session.sweeps import plan_sweep
 from nbpeft.session.trained import training_call
@@ -211,7 +211,7 @@ def _trained(
         with weights_kept_unless(ctx, tracked, again if restart else replaced, learned):
             for name in again if restart else ():
                 if name in started or request.members is not None:
-                    draw_anew(ctx, tracked, name, seed=request.seed)
+                    reinitialize(ctx, tracked, name, seed=request.seed)
                 else:  # made again from the adapter that the sweep starts from
                     manager.remove(name)
             result = run_training(opened)

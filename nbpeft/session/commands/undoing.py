@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError
-from nbpeft.session.first_weights import draw_anew
-from nbpeft.session.past_models import bring_back, lost
-from nbpeft.session.results import Discarded
+from nbpeft.session.first_weights import reinitialize
+from nbpeft.session.past_models import lost, restore_lost
+from nbpeft.session.results import LineResult
 
 if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.history import PastAdapter, PastModel
     from nbpeft.session.registry import TrackedModel
-    from nbpeft.session.results import BroughtBack, CommandResult
+    from nbpeft.session.results import CommandResult, RestoreResult
 
 
-def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None = None) -> CommandResult | BroughtBack:
+def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None = None) -> CommandResult | RestoreResult:
     """Restore the adapter that was last deleted, reconfigured, reset, swapped or replaced, exactly as it was.
 
     A repeated call goes one change further back. The last 10 adapters of a model are stored in host memory, at most
@@ -37,12 +37,12 @@ def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None =
     ctx.variables.look()
     tracked, source = _what_to_undo(ctx, model, variable)
     if source is not None:
-        return bring_back(ctx, source, tracked, model, variable)
+        return restore_lost(ctx, source, tracked, model, variable)
     assert tracked is not None
     return _undone(ctx, tracked)
 
 
-def discard(ctx: SessionContext, model: str) -> Discarded:
+def discard(ctx: SessionContext, model: str) -> LineResult:
     """Discard the unsaved adapters of a model that no longer exists; ``undo`` cannot restore them any more.
 
     Args:
@@ -55,10 +55,10 @@ def discard(ctx: SessionContext, model: str) -> Discarded:
     past = ctx.history.model(model)
     if past is None:
         there = ", ".join(map(repr, ctx.history.model_names)) or "none"
-        raise AdapterError(f"nothing is kept of a model {model!r:.60} that is gone; there is: {there}")
+        raise AdapterError(f"no deleted model is called {model!r:.60}; there is: {there}")
     ctx.history.drop_model(past)
     ctx.publish()
-    return Discarded(f"discarded {past.words} of {past.name!r}")
+    return LineResult(f"discarded {past.words} of {past.name!r}")
 
 
 def _what_to_undo(
@@ -82,13 +82,13 @@ def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
     from nbpeft.engine.runtime.snapshots import restore
 
     manager = tracked.manager
-    refuse_in_training(ctx, tracked, "undone")
+    refuse_in_training(ctx, tracked, "undo anything")
     known = ctx.history.of(manager)
     if not known:
         raise AdapterError(f"nothing to undo on {tracked.name}: no adapter of it was deleted or replaced")
     past = known[-1]
     kept, name = past.kept, past.kept.name
-    with ctx.command(f"bringing back {name!r}") as notes:
+    with ctx.command(f"restoring {name!r}") as notes:
         with manager.transaction() as change:
             _refuse_taken(tracked, past)
             restore(manager, kept, in_place=past.in_place and name in manager.configs)
@@ -121,9 +121,9 @@ def reset(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Command
     tracked = ctx.find_adapted(model, command="reset")
     manager = tracked.manager
     manager.require(name)
-    refuse_in_training(ctx, tracked, "reset")
+    refuse_in_training(ctx, tracked, "reset an adapter")
     with ctx.command(f"resetting {name!r}") as notes:
-        draw_anew(ctx, tracked, name)
+        reinitialize(ctx, tracked, name)
         notes.append("session.undo() restores the old ones")
         return ctx.result(tracked, f"reset {name!r}: its weights are initialized again", notes)
 
@@ -134,14 +134,14 @@ def refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) ->
     Args:
         ctx: context of the session.
         tracked: the model.
-        what: what cannot be done, as a participle, e.g. ``reset``.
+        what: what cannot be done, e.g. ``reset an adapter``.
 
     Raises:
         BusyError: a run is training the model.
     """
     run = ctx.runs.get(tracked)
     if run is not None:
-        raise BusyError(f"{tracked.name} is training {run.adapter}: nothing can be {what} before that has ended")
+        raise BusyError(f"cannot {what} while {tracked.name} is training {run.adapter}; stop it first")
 
 
 def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:

@@ -6,15 +6,15 @@ A displayed result keeps no tensor alive, so that a notebook's ``Out`` only has 
 from __future__ import annotations
 
 from nbpeft.session.results.adapters import AddResult as AddResult
-from nbpeft.session.results.adapters import BroughtBack as BroughtBack
 from nbpeft.session.results.adapters import CommandResult as CommandResult
-from nbpeft.session.results.adapters import Discarded as Discarded
 from nbpeft.session.results.adapters import LoadResult as LoadResult
 from nbpeft.session.results.adapters import MemoryReport as MemoryReport
+from nbpeft.session.results.adapters import RestoreResult as RestoreResult
 from nbpeft.session.results.adapters import SavedAdapter as SavedAdapter
 from nbpeft.session.results.adapters import SaveResult as SaveResult
 from nbpeft.session.results.adapters import StatusReport as StatusReport
 from nbpeft.session.results.adapters import UnloadResult as UnloadResult
+from nbpeft.session.results.base import LineResult as LineResult
 from nbpeft.session.results.base import ModelRef as ModelRef
 from nbpeft.session.results.base import Notice as Notice
 from nbpeft.session.results.base import Result as Result

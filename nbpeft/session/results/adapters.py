@@ -105,7 +105,7 @@ class CommandResult(Result):
 
 
 @dataclass(frozen=True, repr=False)
-class BroughtBack(ModelResult):
+class RestoreResult(ModelResult):
     """Adapters of a model that no longer exists were restored on another one.
 
     Attributes:
@@ -238,24 +238,6 @@ class UnloadResult(ModelResult):
     def view(self) -> Card:
         """Shows what was unloaded."""
         return card(str(dataclasses.replace(self, notes=())), notes(self.notes), aside=self.model_name)
-
-
-@dataclass(frozen=True, repr=False)
-class Discarded(Result):
-    """The preserved adapters of a model that no longer exists were discarded.
-
-    Attributes:
-        line: what was done, as text.
-    """
-
-    line: str
-
-    def __str__(self) -> str:
-        return self.line
-
-    def view(self) -> Card:
-        """Shows what was done."""
-        return card(self.line)
 
 
 @dataclass(frozen=True, repr=False)

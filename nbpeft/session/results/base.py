@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbpeft.display.blocks import Block, Card, Line, Text, card, line, notes
 from nbpeft.display.models import adapter_table, model_title
@@ -21,18 +21,34 @@ class Result(Shown):
     """Base of all results: a line of text in a terminal, a card in a notebook."""
 
 
+class RecordResult(Result):
+    """Base of results that show a record of the engine; the record's attributes are also attributes of the result."""
+
+    _RECORD: ClassVar[str]
+    """Name of the field with the record."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._RECORD or name.startswith("__"):  # while the object is being unpickled
+            raise AttributeError(name)
+        return getattr(getattr(self, self._RECORD), name)
+
+
 @dataclass(frozen=True, repr=False)
-class Notice(Result):
-    """A message for the user before a command, e.g. that a variable refers to another model now.
+class LineResult(Result):
+    """A command that only reports what it did.
 
     Attributes:
-        line: the message.
+        line: what was done, as text.
     """
 
     line: str
 
     def __str__(self) -> str:
         return self.line
+
+
+class Notice(LineResult):
+    """A message for the user before a command, e.g. that a variable refers to another model now."""
 
     def view(self) -> Line:
         """Shows the message."""

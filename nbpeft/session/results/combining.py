@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nbpeft.display.blocks import Box, Card, Columns, Details, Table, card, dim, line, notes
 from nbpeft.display.differences import differences
 from nbpeft.display.models import activity, adapter_table, describe, model_title, with_notes
 from nbpeft.display.numbers import plural
-from nbpeft.session.results.base import Result, adapter_card
-from nbpeft.state import AdapterState, LayerLoss, ModelState
+from nbpeft.session.results.base import RecordResult, adapter_card
+from nbpeft.state import AdapterState, ModelState
+
+if TYPE_CHECKING:
+    from nbpeft.engine.hotswap import Swapped
+    from nbpeft.model.combine.combining import Combined
 
 _LOST = 1e-4
 """Relative error above which something counts as lost; rounding errors are smaller."""
 
 
 @dataclass(frozen=True, repr=False)
-class CombineResult(Result):
-    """An adapter was created as a combination of others.
+class CombineResult(RecordResult):
+    """An adapter was created as a combination of others. Has the attributes of ``combined``.
 
     Attributes:
         model_name: the notebook variable of the model.
         weights: (adapter, weight) pairs.
         adapter: the new adapter.
-        kind: the combination type.
-        rank: its rank, the largest if layers differ; None for methods without a rank.
-        relative_error: norm of the error divided by the norm of the exact sum, over all layers.
-        energy_kept: share of the exact sum's squared norm that is preserved, over all layers.
-        layers: the errors of each layer.
+        combined: its rank and its errors, in total and for each layer.
         state: state of the model after the command.
         remade: whether it replaced an adapter with the same name.
         notes: messages for the user.
     """
 
+    _RECORD = "combined"
     model_name: str
     weights: tuple[tuple[str, float], ...]
     adapter: AdapterState
-    kind: str
-    rank: int | None
-    relative_error: float
-    energy_kept: float
-    layers: tuple[LayerLoss, ...]
+    combined: Combined
     state: ModelState
     remade: bool = False
     notes: tuple[str, ...] = ()
 
     @property
-    def worst(self) -> LayerLoss:
-        """The layer with the largest error."""
-        return max(self.layers, key=lambda layer: layer.relative_error)
+    def kind(self) -> str:
+        """The combination type."""
+        return self.combined.combination_type
 
     @property
     def formula(self) -> str:
@@ -61,30 +59,33 @@ class CombineResult(Result):
     @property
     def how(self) -> str:
         """The type, and the rank if there is one."""
-        return self.kind if self.rank is None else f"{self.kind}, rank {self.rank}"
+        rank = self.combined.rank
+        return self.kind if rank is None else f"{self.kind}, rank {rank}"
 
     @property
     def kept(self) -> str:
         """The errors as text."""
-        if self.relative_error < _LOST:
+        made = self.combined
+        if made.relative_error < _LOST:
             return "nothing lost"
-        return f"relative error {_percent(self.relative_error)}, energy kept {_percent(self.energy_kept)}"
+        return f"relative error {_percent(made.relative_error)}, energy kept {_percent(made.energy_kept)}"
 
     def __str__(self) -> str:
-        did = "remade" if self.remade else "made"
+        did, made = "remade" if self.remade else "made", self.combined
         line = (
             f"{did} {self.adapter.name!r} = {self.formula} on {self.model_name}: {self.how}, "
-            f"{plural(len(self.layers), 'layer')}, {self.kept}"
+            f"{plural(len(made.layers), 'layer')}, {self.kept}"
         )
-        if self.relative_error >= _LOST:
-            line += f" (worst: {self.worst.path}, {_percent(self.worst.relative_error)})"
+        if made.relative_error >= _LOST:
+            line += f" (worst: {made.worst.path}, {_percent(made.worst.relative_error)})"
         return with_notes(line, self.notes)
 
     def view(self) -> Card:
         """Shows the new adapter, and the errors of each layer."""
-        lost = self.relative_error >= _LOST
-        worst = f"worst layer {self.worst.path}: {_percent(self.worst.relative_error)}" if lost else ""
-        ranked = ("Rank",) if self.rank is not None else ()
+        made = self.combined
+        lost = made.relative_error >= _LOST
+        worst = f"worst layer {made.worst.path}: {_percent(made.worst.relative_error)}" if lost else ""
+        ranked = ("Rank",) if made.rank is not None else ()
         rows = tuple(
             (
                 item.path,
@@ -92,7 +93,7 @@ class CombineResult(Result):
                 _percent(item.relative_error),
                 _percent(item.energy_kept),
             )
-            for item in self.layers
+            for item in made.layers
         )
         head = ("Layer", *ranked, "Relative error", "Energy kept")
         table = Table(head, rows, right=tuple(range(1, len(head))))
@@ -108,16 +109,14 @@ class CombineResult(Result):
 
 
 @dataclass(frozen=True, repr=False)
-class SwapResult(Result):
-    """An adapter on the model was replaced by a saved one.
+class SwapResult(RecordResult):
+    """An adapter on the model was replaced by a saved one. Has the attributes of ``swapped``.
 
     Attributes:
         model_name: the notebook variable of the model.
         source: folder or hub id from which it was loaded.
         adapter: state of the adapter after the command.
-        layers: number of layers that got new tensors.
-        zeroed: layers that the new adapter does not have, on which it adds nothing.
-        reset: modules trained as a whole that were reset to the base model's.
+        swapped: the layers with new tensors, and those that were reset.
         seconds: duration in seconds, without checks by a prompt or a function.
         state: state of the model after the command.
         prompt: prompt of the check, or empty.
@@ -126,12 +125,11 @@ class SwapResult(Result):
         notes: messages for the user.
     """
 
+    _RECORD = "swapped"
     model_name: str
     source: str
     adapter: AdapterState
-    layers: int
-    zeroed: tuple[str, ...]
-    reset: tuple[str, ...]
+    swapped: Swapped
     seconds: float
     state: ModelState
     prompt: str = ""
@@ -151,11 +149,12 @@ class SwapResult(Result):
         return with_notes(line, self.notes)
 
     def _facts(self) -> str:
-        facts = [f"{plural(self.layers, 'layer')} in {1000 * self.seconds:.0f} ms"]
-        if self.zeroed:
-            facts.append(f"{plural(len(self.zeroed), 'layer')} of the old one add nothing now")
-        if self.reset:
-            facts.append(f"back to the base model's: {', '.join(self.reset)}")
+        done = self.swapped
+        facts = [f"{plural(done.layers, 'layer')} in {1000 * self.seconds:.0f} ms"]
+        if done.zeroed:
+            facts.append(f"{plural(len(done.zeroed), 'layer')} of the old one add nothing now")
+        if done.reset:
+            facts.append(f"back to the base model's: {', '.join(done.reset)}")
         return ", ".join(facts)
 
     def view(self) -> Card:

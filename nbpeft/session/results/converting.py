@@ -65,8 +65,8 @@ class ConvertResult(Result):
 
     def __str__(self) -> str:
         text = (
-            f"made {self.adapter.name!r} of {self.source!r} ({self.method}) on {self.model_name}: LoRA, {self.rank}, "
-            f"{plural(len(self.layers), 'layer')}, {self.kept}"
+            f"converted {self.source!r} ({self.method}) to {self.adapter.name!r} on {self.model_name}: LoRA, "
+            f"{self.rank}, {plural(len(self.layers), 'layer')}, {self.kept}"
         )
         return with_notes(text, self.notes)
 

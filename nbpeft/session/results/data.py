@@ -86,6 +86,8 @@ class DataResult(Result):
         ]
         if summary.cut_rows:
             figures.append(Figure("rows cut", _percent(summary.cut_rows, _all_rows(summary)), width=52))
+        if summary.split_rows:
+            figures.append(Figure("rows split", count(summary.split_rows), width=52))
         if summary.left_out_count:
             figures.append(Figure("left out", count(summary.left_out_count), width=52))
         return Figures(tuple(figures))
@@ -98,7 +100,7 @@ class DataResult(Result):
         return chart, line(dim(fits))
 
     def _row(self, row: RowSummary) -> tuple[Block, ...]:
-        parts = [f"row {row.number}", plural(row.token_count, "token")]
+        parts = [f"row {row.number}", *([row.part] if row.part else []), plural(row.token_count, "token")]
         if row.missing:
             parts.append(f"left out: {row.missing}")
         elif row.label:
@@ -126,6 +128,8 @@ class DataResult(Result):
 
 def notes_of(summary: DataSummary) -> tuple[str, ...]:
     """Returns messages for the user about the rows, one per fact."""
+    from nbpeft.training.data.tokenized import split_line  # here, as it imports torch
+
     messages = []
     if summary.partial:
         messages.append(f"these are the first {count(_all_rows(summary))} rows of a stream")
@@ -134,13 +138,15 @@ def notes_of(summary: DataSummary) -> tuple[str, ...]:
             f"{count(summary.cut_rows)} of {plural(_all_rows(summary), 'row')} cut to {count(summary.limit or 0)} "
             f"tokens: {plural(summary.cut_tokens, 'token')} are not read"
         )
+    if summary.split_rows:
+        messages.append(split_line(summary.split_rows, summary.split_parts))
     if summary.left_out_count:
         messages.append(f"{plural(summary.left_out_count, 'row')} left out: {summary.left_out}")
     messages += summary.unused
     if summary.unused_label:
         messages.append(
-            "a language model is trained on the text, whatever its label: columns={'prompt': 'text', 'completion': "
-            "'label'} makes it answer with the label, and a classifier learns it as it is"
+            "a language model is trained on the text without its label: columns={'prompt': 'text', 'completion': "
+            "'label'} trains it to answer with the label; a classifier uses the labels as they are"
         )
     if summary.for_template:
         messages.append(

@@ -6,7 +6,7 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from nbpeft.display.blocks import Block, Card, Details, HeatMap, Table, card, dim, line, notes
+from nbpeft.display.blocks import Block, Card, Commands, Details, HeatMap, Table, card, dim, line, notes
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import NONE, plural
 from nbpeft.session.results.base import Result
@@ -25,12 +25,14 @@ class InspectResult(Result):
         adapter: name of the adapter.
         layers: the change of each layer, in the model's order.
         notes: messages for the user.
+        commands: what to do next, and the command for it.
     """
 
     model_name: str
     adapter: str
     layers: tuple[LayerChange, ...]
     notes: tuple[str, ...] = ()
+    commands: tuple[tuple[str, str], ...] = ()
 
     @property
     def ranked(self) -> tuple[LayerChange, ...]:
@@ -74,7 +76,7 @@ class InspectResult(Result):
             from nbpeft.display.text import columns
 
             most = [(item.path, percent(item.relative), _directions(item)) for item in self.ranked[:_SHOWN]]
-            lines += ["most changed:", columns(most)]
+            lines += ["most changed:", columns(most), *(f"{what}: {command}" for what, command in self.commands)]
         return with_notes("\n".join(lines), self.notes)
 
     def view(self) -> Card:
@@ -85,6 +87,7 @@ class InspectResult(Result):
             self._map() if self.changed else None,
             Details("layer by layer, most changed first", self._table()) if self.changed else None,
             notes(self.notes),
+            Commands(self.commands) if self.changed and self.commands else None,
             aside=self.model_name,
         )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -12,7 +12,7 @@ from nbpeft._util.optional import needs
 from nbpeft._util.paths import from_here
 from nbpeft.display.blocks import Block, Card, Cell, CurveChart, Spark, Stack, Table, Text, card, dim, line, notes
 from nbpeft.display.next_steps import kept_steps, next_steps
-from nbpeft.display.numbers import NONE, clock, loss, plural
+from nbpeft.display.numbers import NONE, clock, loss, metric, plural
 from nbpeft.display.training import training_card, training_text
 from nbpeft.errors import ConfigError, cut, did_you_mean, few
 from nbpeft.runs.record import BASE, METHOD, ROWS, UNREADABLE, RunRecord, differing
@@ -40,6 +40,7 @@ _TITLES = tuple(title for title, _ in HEAD)
 _IN_COLUMNS = (BASE, METHOD, ROWS, "peft_type")
 """Settings that have columns of their own."""
 _MOST_SETTINGS = 4
+_MOST_METRICS = 2
 _LONGEST_VALUE = 40
 _TONES: Mapping[str, Any] = {
     "failed": "error",
@@ -97,14 +98,14 @@ class RunsResult(Result):
         from nbpeft.display.text import columns
 
         if not self.records:
-            return f"no run is kept in {self.place} yet"
+            return f"there is no run in {self.place} yet"
         rows = [tuple(_flat(cell) for cell in row) for row in (_TITLES, *self.rows())]
         return f"{plural(len(self.records), 'run')} in {self.place}\n{columns(rows)}"
 
     def view(self) -> Card:
         """Shows all runs as a table."""
         if not self.records:
-            return card("Runs", line(dim("No run is kept here yet: every training adds one.")), aside=self.place)
+            return card("Runs", line(dim("There is no run yet: every training adds one.")), aside=self.place)
         table = Table(_TITLES, tuple(self.rows()), right=RIGHT, prose=(len(HEAD) - 1,))
         return card(plural(len(self.records), "run"), table, aside=self.place)
 
@@ -135,7 +136,7 @@ class RunsResult(Result):
                 f"{record.settings[ROWS]:,}" if isinstance(record.settings.get(ROWS), int) else NONE,
                 (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
                 loss(record.loss),
-                (loss(record.best_loss), dim(_where_best(record))),
+                (loss(record.best_loss), dim(_where_best(record)), dim(_metric_words(record))),
                 _spark(curves.get(record.name, ())),
                 _settings_words(settings, index),
             )
@@ -147,7 +148,7 @@ class RunsResult(Result):
 
 @dataclass(frozen=True, repr=False)
 class RunCard(Result):
-    """How a training has ended, or was seen last if another process runs it.
+    """The final state of a training, or the last one seen if another process runs it.
 
     Attributes:
         train: its last state.
@@ -186,11 +187,13 @@ class RunsComparison(Result):
         records: the runs; a run that cannot be read has only the reason.
         curves: the loss curve of each.
         eval_curves: the evaluation loss curve of each.
+        metric_curves: metric -> the curve of each.
     """
 
     records: tuple[RunRecord, ...]
     curves: tuple[Curve, ...]
     eval_curves: tuple[Curve, ...]
+    metric_curves: Mapping[str, tuple[Curve, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def differing(self) -> dict[str, tuple[Any, ...]]:
@@ -219,7 +222,12 @@ class RunsComparison(Result):
         table = Table(("", *names), rows, right=tuple(width))
         same = None if self.differing else line(dim("Their settings are the same."))
         why = (line(dim(words)) for words in self._why_unreadable())
-        return card(plural(len(names), "run"), CurveChart(labelled) if len(names) else None, table, same, *why)
+        charts = [CurveChart(labelled)] if names else []
+        for name, curves in self.metric_curves.items():
+            if any(len(curve) > 1 for curve in curves):
+                drawn = tuple(zip(names, curves, [()] * len(names), strict=True))
+                charts.append(CurveChart(drawn, legend=False, metric=name))
+        return card(plural(len(names), "run"), *charts, table, same, *why)
 
     def _why_unreadable(self) -> list[str]:
         """Returns a line for each run that cannot be read."""
@@ -238,24 +246,11 @@ class RunsComparison(Result):
             ("loss", *(loss(record.loss) for record in self.records)),
             ("eval loss", *(loss(record.eval_loss) for record in self.records)),
             ("best eval loss", *(loss(record.best_loss) for record in self.records)),
+            *((name, *(_metric(record, name) for record in self.records)) for name in metric_names(self.records)),
             ("time", *(clock(record.seconds) for record in self.records)),
         ]
         others = {name: values for name, values in self.differing.items() if name not in _IN_COLUMNS}
         return results + [(name, *map(_value_words, values)) for name, values in others.items()]
-
-
-@dataclass(frozen=True, repr=False)
-class RunChanged(Result):
-    """A run was renamed or deleted.
-
-    Attributes:
-        line: what was done, as text.
-    """
-
-    line: str
-
-    def __str__(self) -> str:
-        return self.line
 
 
 @dataclass(frozen=True, repr=False)
@@ -286,8 +281,8 @@ class ResumeResult(ModelResult):
         """Shows from which step the run was resumed, and its result."""
         if self.training is None:
             return Card(str(self))
-        went_on = line(dim(f"resumed {self.run} at step {self.step:,}"))
-        return Stack((went_on, self.training.view(), *notes(self.notes)))
+        resumed = line(dim(f"resumed {self.run} at step {self.step:,}"))
+        return Stack((resumed, self.training.view(), *notes(self.notes)))
 
 
 def _unreadable_row(record: RunRecord) -> tuple[Cell, ...]:
@@ -304,6 +299,20 @@ def _origin(record: RunRecord) -> str:
     return started if record.name.startswith(f"{record.adapter}-") else f"{adapter}, {started}"
 
 
+def metric_names(records: Iterable[RunRecord]) -> tuple[str, ...]:
+    """Returns the names of the metrics that any of some runs has."""
+    return tuple(dict.fromkeys(name for record in records for name in record.metrics))
+
+
+def _metric(record: RunRecord, name: str) -> str:
+    return metric(record.metrics[name]) if name in record.metrics else NONE
+
+
+def _metric_words(record: RunRecord) -> str:
+    """Returns the scores of a run, e.g. ``exact 0.812``."""
+    return few([f"{name} {_metric(record, name)}" for name in record.metrics], _MOST_METRICS, quoted=False)
+
+
 def _took(record: RunRecord) -> str:
     return f"in {clock(record.seconds)}"
 
@@ -314,7 +323,7 @@ def _setting(record: RunRecord, name: str) -> str:
 
 
 def _where_best(record: RunRecord) -> str:
-    """Returns the step of the lowest evaluation loss; empty if there is none, or the best step goes by a metric."""
+    """Returns the step of the lowest evaluation loss; empty if there is none, or another metric determines the best."""
     metric = record.settings.get("metric_for_best_model") not in (None, "loss", "eval_loss")
     return "" if metric or record.best_loss is None or record.best_step is None else f"at step {record.best_step:,}"
 
@@ -361,6 +370,6 @@ def _flat(cell: Any) -> str:
 
 
 def _fields(record: RunRecord) -> dict[str, Any]:
-    left_out = ("settings", "kept_steps", "saved", "saved_files")
-    own = {name: value for name, value in vars(record).items() if name not in left_out}
+    left_out = ("settings", "kept_steps", "saved", "saved_files", "metrics")
+    own = dict(record.metrics) | {name: value for name, value in vars(record).items() if name not in left_out}
     return {**own, **{name: value for name, value in record.settings.items() if name not in own}}

@@ -8,44 +8,47 @@ from typing import TYPE_CHECKING
 from nbpeft.display.blocks import Card, Table, card, dim, line, notes
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import NONE, plural, size
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import RecordResult
 
 if TYPE_CHECKING:
-    from nbpeft.model.saving.merge_export import MergeErrors
+    from nbpeft.model.saving.merge_export import MergedFolder, MergeErrors
 
 _SHOWN = 5
 
 
 @dataclass(frozen=True, repr=False)
-class MergedCopy(Result):
-    """A merged model was written to disk; the model in memory is not changed.
+class MergedCopy(RecordResult):
+    """A merged model was written to disk; the model in memory is not changed. Has the attributes of ``merged``.
 
     Attributes:
         model_name: the notebook variable of the model.
-        names: the merged adapters.
-        folder: the folder, which ``from_pretrained`` can load.
-        dtype: dtype of its weights.
-        byte_count: size of its weights in bytes.
-        shard_bytes: size of each weight file in bytes.
-        errors: the merge errors, by layer and in total.
+        merged: the written model, with its merge errors.
         notes: messages for the user.
     """
 
+    _RECORD = "merged"
     model_name: str
-    names: tuple[str, ...]
-    folder: str
-    dtype: str
-    byte_count: int
-    shard_bytes: tuple[int, ...]
-    errors: MergeErrors
+    merged: MergedFolder
     notes: tuple[str, ...] = ()
 
+    @property
+    def folder(self) -> str:
+        """The folder, which ``from_pretrained`` can load."""
+        return str(self.merged.folder)
+
+    @property
+    def errors(self) -> MergeErrors:
+        """The merge errors, by layer and in total."""
+        assert self.merged.errors is not None
+        return self.merged.errors
+
     def __str__(self) -> str:
-        what = f"merged {', '.join(map(repr, self.names))} of {self.model_name} into a copy in {self.folder}"
+        what = f"merged {', '.join(map(repr, self.merged.names))} of {self.model_name} into a copy in {self.folder}"
         return with_notes(f"{what} ({self._stored()}); {self.errors}", self.notes)
 
     def _stored(self) -> str:
-        return f"{self.dtype}, {size(self.byte_count)} in {plural(len(self.shard_bytes), 'file')}"
+        done = self.merged
+        return f"{done.dtype}, {size(done.byte_count)} in {plural(len(done.shard_bytes), 'file')}"
 
     def _both(self, error: float) -> tuple[str, str]:
         return _figure(error), self.errors.delta_message(error)
@@ -53,12 +56,12 @@ class MergedCopy(Result):
     def view(self) -> Card:
         """Shows the error of each way to merge, and the layers with the largest errors."""
         requantized = self.errors.requantized
-        ways = [("this copy", self.dtype, *self._both(self.errors.full_precision))]
+        ways = [("this copy", self.merged.dtype, *self._both(self.errors.full_precision))]
         if requantized is not None:
             ways.append(("into the quantized weights", "quantized again", *self._both(requantized)))
         head = ("Way to merge", "Weights", "Relative error", "Of what the adapter adds")
         return card(
-            f"{', '.join(self.names)}: merged into a copy",
+            f"{', '.join(self.merged.names)}: merged into a copy",
             line(dim(f"{self.folder}: {self._stored()}")),
             Table(head, tuple(ways), right=(2, 3)),
             self._worst(),
@@ -75,7 +78,7 @@ class MergedCopy(Result):
             (item.path, _figure(item.full_precision), *((_figure(item.requantized),) if again else ()))
             for item in layers[:_SHOWN]
         )
-        title = f"Layers that suffer most, of {len(self.errors.layers)}"
+        title = f"Layers with the largest errors, of {len(self.errors.layers)}"
         return Table((title, "Copy", *(("Quantized again",) if again else ())), rows, right=(1, 2)) if rows else None
 
 

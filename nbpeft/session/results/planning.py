@@ -149,7 +149,7 @@ class PlanResult(Result):
         """Whether it fits, as text."""
         total = size(self.room.total)
         if self.fits is None:
-            return f"what {self.room.name} has is not known"
+            return f"the memory of {self.room.name} is unknown"
         if not self.fits:
             return f"does not fit {self._device(total)}: {size(self.excess)} too much"
         if self.fits_now is False:

@@ -95,7 +95,7 @@ class QloraResult(_BaseWeights, ModelResult):
 
     def view(self) -> Card:
         """Shows the base weights part by part, and the adapter."""
-        took = f"{self.seconds:.1f} s" if self.quantized else "no weight was touched"
+        took = f"{self.seconds:.1f} s" if self.quantized else "no weight was changed"
         return card(
             f"{self.added.adapter.name}: {self.added.did} on a {'newly ' if self.quantized else ''}quantized model",
             part_table(self.parts),
@@ -133,9 +133,9 @@ class QloraPreview(_BaseWeights, Result):
 
     def view(self) -> Card:
         """Shows the base weights part by part, and the adapter."""
-        touched = "loaded or changed" if self.action.startswith("load") else "changed"
+        untouched = "loaded or changed" if self.action.startswith("load") else "changed"
         return card(
-            f"{self.adapter.name}: dry run, nothing was {touched}",
+            f"{self.adapter.name}: dry run, nothing was {untouched}",
             line(dim(f"would {self.action} {self.source}" if self.action else "quantized already")),
             part_table(self.parts),
             line(dim(f"would be prepared: {self.prepared}" if self.prepared else "")),

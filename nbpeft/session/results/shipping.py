@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nbpeft.display.blocks import Card, Table, Text, card, dim, line, notes
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import NONE, size
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import RecordResult
 
 if TYPE_CHECKING:
     from nbpeft.shipping import Shipment
 
 
 @dataclass(frozen=True, repr=False)
-class ShipResult(Result):
+class ShipResult(RecordResult):
     """An adapter was written in the form that a serving engine loads, or would be; has the attributes of the shipment.
 
     Attributes:
@@ -24,14 +24,10 @@ class ShipResult(Result):
         notes: messages for the user.
     """
 
+    _RECORD = "shipment"
     model_name: str
     shipment: Shipment
     notes: tuple[str, ...] = ()
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "shipment" or name.startswith("__"):  # while the object is being unpickled
-            raise AttributeError(name)
-        return getattr(self.shipment, name)
 
     def __str__(self) -> str:
         done = self.shipment

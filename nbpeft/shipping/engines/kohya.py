@@ -9,7 +9,7 @@ from nbpeft.shipping.facts import AdapterFacts
 
 def _flow_transformer(facts: AdapterFacts) -> str:
     return (
-        f"a {facts.model_class}, whose layers have other names in those programs"
+        f"a {facts.model_class}, whose layers have other names in these programs"
         if "Transformer" in facts.model_class
         else ""
     )
@@ -22,13 +22,13 @@ def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
 ENGINE = Engine(
     name="kohya",
     label="kohya's sd-scripts",
-    checked="as diffusers 0.42 and ComfyUI read its keys",
+    checked="format as read by diffusers 0.42 and ComfyUI",
     source="https://github.com/kohya-ss/sd-scripts",
     adapter=Form(
         "kohya",
         rules=(
             COMPONENT_RULE,
-            Rule(_flow_transformer, "ship it for diffusers"),
+            Rule(_flow_transformer, "export it for diffusers"),
             *PLAIN_LORA,
             Rule(kinds_other_than(("linear", "convolution2d")), "leave them out of target_modules"),
         ),

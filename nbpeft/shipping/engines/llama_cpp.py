@@ -21,13 +21,13 @@ from nbpeft.shipping.gguf_model import LAYOUTS
 
 TYPES = ("f16", "q8_0", "bf16", "f32")
 """Storage types that the package gguf can write; llama-quantize converts them to q4_k and similar types."""
-OTHER_TOOL = "merge it for transformers, and let llama.cpp's convert_hf_to_gguf.py convert that"
+OTHER_TOOL = "merge it for transformers, and convert that with llama.cpp's convert_hf_to_gguf.py"
 
 
 def _unknown(known: list[str]) -> Callable[[AdapterFacts], str]:
     """Returns a rule against model classes whose GGUF layout is not known here."""
     names = ", ".join(name.removesuffix("ForCausalLM") for name in known)
-    return lambda facts: "" if facts.model_class in known else f"a {facts.model_class}, which is none of {names}"
+    return lambda facts: "" if facts.model_class in known else f"a {facts.model_class} (known: {names})"
 
 
 ADAPTER_RULES = (

@@ -7,7 +7,7 @@ from nbpeft.shipping.facts import AdapterFacts
 
 OWN_METHOD = Rule(
     lambda facts: f"{facts.method}, a method of another package" if facts.own_method else "",
-    "merge it into the base, and ship that for transformers",
+    "merge it into the base, and export that for transformers",
 )
 
 

@@ -79,11 +79,11 @@ def _prompt(facts: AdapterFacts) -> str:
     count = facts.prompt_tokens
     if count:
         return f"{facts.method}, {plural(count, 'trained token')} in front of the input"
-    return f"{facts.method}, which acts on calls of the whole model" if facts.transforms_calls else ""
+    return f"{facts.method}, which changes the model's calls" if facts.transforms_calls else ""
 
 
 def _copies(facts: AdapterFacts) -> str:
-    return f"modules trained as a whole (modules_to_save: {few(facts.copies, 3)})" if facts.copies else ""
+    return f"fully trained modules (modules_to_save: {few(facts.copies, 3)})" if facts.copies else ""
 
 
 def _biases(facts: AdapterFacts) -> str:
@@ -91,15 +91,15 @@ def _biases(facts: AdapterFacts) -> str:
 
 
 def _output_biases(facts: AdapterFacts) -> str:
-    return f"a bias of its own on {plural(len(facts.output_biases), 'layer')}" if facts.output_biases else ""
+    return f"its own bias on {plural(len(facts.output_biases), 'layer')}" if facts.output_biases else ""
 
 
 def _tied_ends(facts: AdapterFacts) -> str:
-    return f"{few(facts.tied_ends, 2)}, whose weight embedding and head share" if facts.tied_ends else ""
+    return f"{few(facts.tied_ends, 2)}, whose weight is tied to the other embedding" if facts.tied_ends else ""
 
 
 def _resized(facts: AdapterFacts) -> str:
-    return "a base whose vocabulary was resized" if facts.vocabulary_resized else ""
+    return "a base model whose vocabulary was resized" if facts.vocabulary_resized else ""
 
 
 def kinds_other_than(allowed: Iterable[str]) -> Callable[[AdapterFacts], str]:
@@ -116,11 +116,11 @@ def kinds_other_than(allowed: Iterable[str]) -> Callable[[AdapterFacts], str]:
 PROMPT = Rule(_prompt, "serve it with PEFT, or train LoRA")
 CONVERTIBLE = Rule(
     lambda facts: _not_low_rank(facts) if facts.convertible else "",
-    f"{MERGE}, or make a LoRA of it: save_as_lora(DIR, model, rank=64)",
+    f"{MERGE}, or convert it to LoRA: save_as_lora(DIR, model, rank=64)",
 )
 NOT_LOW_RANK = Rule(
     lambda facts: "" if facts.convertible else _not_low_rank(facts),
-    f"{MERGE}, or train LoRA alone: use_dora=False, no trainable_token_indices",
+    f"{MERGE}, or train plain LoRA: use_dora=False, no trainable_token_indices",
 )
 COPIES = Rule(_copies, f"{MERGE}, or train with modules_to_save=None")
 BIASES = Rule(_biases, f"{MERGE}, or train with bias='none'")
@@ -135,7 +135,7 @@ def dtype_note(facts: AdapterFacts) -> str:
     """Returns a note about an adapter that was trained on quantized weights; else the empty string."""
     if not facts.quantized:
         return ""
-    return "the adapter was trained on quantized weights: on full-precision ones its answers differ a little"
+    return "the adapter was trained on quantized weights: its answers differ slightly on full-precision weights"
 
 
 def base_word(facts: AdapterFacts) -> str:

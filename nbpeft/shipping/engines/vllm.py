@@ -25,7 +25,7 @@ RANK_LIMITS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def _rank(facts: AdapterFacts) -> str:
     rank = max(facts.ranks, default=0)
-    return f"rank {rank}, where {RANK_LIMITS[-1]} is the most" if rank > RANK_LIMITS[-1] else ""
+    return f"rank {rank} (at most {RANK_LIMITS[-1]})" if rank > RANK_LIMITS[-1] else ""
 
 
 def rank_limit(facts: AdapterFacts) -> int:

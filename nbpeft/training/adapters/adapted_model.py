@@ -12,6 +12,9 @@ from nbpeft.engine.contract.registry import methods
 from nbpeft.engine.runtime.method_hooks import call_arguments
 from nbpeft.engine.tree.model_tree import manager_of
 
+PREPARED = "_is_accelerate_prepared"
+"""The mark that accelerate leaves on a model: it neither casts nor wraps a model that has it."""
+
 
 def is_adapted(model: Any) -> bool:
     """Whether a model has named adapters, of nbpeft or PEFT, that can be saved separately from its base."""

@@ -1,7 +1,7 @@
 """Adds the loss terms of methods (AdaLoRA, KaSA, MonteCLoRA) in a Trainer exactly once, whatever ``compute_loss`` does.
 
 The loss may come from the model, a function of the user's, label smoothing or logits. A Trainer
-divides it by the number of micro-batches, unless it was normalised over all of them, and then
+divides it by the number of micro-batches, unless it was normalized over all of them, and then
 may multiply it by the number of processes. The loss terms are added to the result of ``compute_loss``,
 scaled so that they count once in each step.
 """
@@ -27,7 +27,7 @@ def loss_divisor(trainer: Any, items: Any) -> int:
         items: the number of labels in all micro-batches of the step (``num_items_in_batch``), or None.
 
     Returns:
-        The number of micro-batches; 1 if the loss was normalised over all of them.
+        The number of micro-batches; 1 if the loss was normalized over all of them.
     """
     normalized = getattr(trainer, "loss_is_scaled_for_ga", None)
     if normalized is None:

@@ -41,9 +41,11 @@ class LearningCheck:
     Args:
         model: The model in training; the check has only weak references to it and its parameters.
         adapter: The name of the trained adapters in messages; empty for a model without.
+        rewarded: Whether gradients are zero in steps in which all completions of a prompt have the same reward.
     """
 
-    def __init__(self, model: nn.Module, adapter: str) -> None:
+    def __init__(self, model: nn.Module, adapter: str, *, rewarded: bool = False) -> None:
+        self._rewarded = rewarded
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self._subject = f"adapter {adapter!r}" if adapter else "the model"
         named = dict(trainable(model))
@@ -63,8 +65,8 @@ class LearningCheck:
         if self._exploded():
             self.close()
             return (
-                f"Weights of {self._subject} had exploded before this run, in one with too high a learning rate: "
-                "load a saved version, or start with a new adapter."
+                f"Weights of {self._subject} had exploded before this run, probably in one with too high a learning "
+                "rate: load a saved version, or start with a new adapter."
             )
         if not self._paths:
             self.close()
@@ -152,9 +154,9 @@ class LearningCheck:
         if bool(largest.isnan().any()) or bool(largest.isinf().any()):
             return (
                 f"The first gradients of {self._subject} are not finite: is there a label that is not -100, "
-                "and would bf16 do instead of fp16?"
+                "and does bf16 help instead of fp16?"
             )
-        if not bool(largest.any()):
+        if not bool(largest.any()) and not self._rewarded:
             return f"All first gradients of {self._subject} are zero: is there a label that is not -100?"
         return ""
 
@@ -176,10 +178,10 @@ class LearningCheck:
         pairs = ((_sample(parameter), self._before[name]) for name, parameter in self._parameters.items())
         if not all(torch.equal(now.to(before.device), before) for now, before in pairs):
             return ""
-        return (
-            f"No weight of {self._subject} has changed in {steps} step{'' if steps == 1 else 's'}: is the learning "
-            "rate zero, or was the optimizer made before the adapter?"
-        )
+        why = "is the learning rate zero, or was the optimizer created before the adapter?"
+        if self._rewarded:
+            why = "had all completions of a prompt the same reward, or is the learning rate zero?"
+        return f"No weight of {self._subject} has changed in {steps} step{'' if steps == 1 else 's'}: {why}"
 
 
 def have_exploded(parameters: Iterable[Tensor]) -> bool:
@@ -232,7 +234,7 @@ def _inputs_require_grad(base: Any) -> bool:
 
 
 def frozen_head(model: nn.Module) -> str:
-    """A warning about a newly initialised head that is not trained and not saved, or the empty string.
+    """A warning about a newly initialized head that is not trained and not saved, or the empty string.
 
     A head is new if the checkpoint was written by a model of another class.
     """
@@ -244,7 +246,7 @@ def frozen_head(model: nn.Module) -> str:
         if any(".modules_to_save." in f".{path}." for path, _ in trainable(getattr(base, name))):
             continue
         return (
-            f"The head {name!r} is newly initialised (the checkpoint is of a {written_by[0]}) and is not saved "
+            f"The head {name!r} is newly initialized (the checkpoint is of a {written_by[0]}) and is not saved "
             f"with the adapter: set modules_to_save=[{name!r}] in its config."
         )
     return ""

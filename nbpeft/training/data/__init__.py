@@ -7,15 +7,19 @@
     {"messages": [...]}                   the tokenizer's chat template; loss on the assistant's turns
     {"conversations": [...]}              the same in ShareGPT's form: from and value instead of role and content
     {"instruction", "input", "output"}    Alpaca: the chat template, or Alpaca's own text if there is no template
+    {"prompt"}                            the model in training completes it; other columns are for reward functions
     {"text", "label"}                     for a classifier, with ``text_pair`` for a second text
 
 Prompt and completion may be lists of messages too. ``columns`` maps other names to these. A ``weight`` of a row, or of
-a turn of the assistant, is a factor on its loss; with 0 it is not trained on. Rows without any label that counts are
-left out. Any other content of a row is an error or is named in the notes of the training; none is ignored silently.
+a turn of the assistant, is a factor on its loss; with 0 it is not trained on. ``chat_template_kwargs`` of a row are
+variables for the chat template. Rows without any label that counts are left out. Any other content of a row is an error
+or is named in the notes of the training; none is ignored silently.
 """
 
 from __future__ import annotations
 
+from nbpeft._util.mixtures import Mixture as Mixture
+from nbpeft._util.mixtures import mixture as mixture
 from nbpeft.training.data.checks import check_rows as check_rows
 from nbpeft.training.data.collator import Collator as Collator
 from nbpeft.training.data.packing import PackedCollator as PackedCollator
@@ -27,6 +31,7 @@ from nbpeft.training.data.reading import is_plain as is_plain
 from nbpeft.training.data.sources import is_stream as is_stream
 from nbpeft.training.data.sources import open_data as open_data
 from nbpeft.training.data.sources import separator_for as separator_for
+from nbpeft.training.data.split import groups_of as groups_of
 from nbpeft.training.data.split import hold_out as hold_out
 from nbpeft.training.data.split import is_amount as is_amount
 from nbpeft.training.data.summary import DataSummary as DataSummary

@@ -10,6 +10,7 @@ from typing import Any
 from nbpeft.errors import TrainingError
 from nbpeft.training.data.encoding import Span
 from nbpeft.training.data.forms import Chat
+from nbpeft.training.data.options import REASONING_KEYS, has_reasoning, reasoning_end, text_of, with_text
 from nbpeft.training.data.row import is_nothing
 
 Message = Mapping[str, Any]
@@ -65,11 +66,7 @@ class ChatRenderer:
         Raises:
             TrainingError: there is no template, or it changes the text of a turn of the assistant.
         """
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise TrainingError(
-                "The tokenizer has no chat template: set tokenizer.chat_template, or give rows with prompt and "
-                "completion."
-            )
+        self._check_template()
         if not chat.messages:
             return RenderedChat("", missing="it has no messages")
         turns = [number for number in range(chat.first, len(chat.messages)) if _speaks(chat.messages[number])]
@@ -77,7 +74,7 @@ class ChatRenderer:
             roles = sorted({str(message["role"]) for message in chat.messages[chat.first :]})
             return RenderedChat("", missing=f"no turn of the assistant (roles: {', '.join(roles) or 'none'})")
         chat = replace(chat, messages=tuple(self._flat(message) for message in chat.messages))
-        text = self._text(chat.messages, chat.tools)
+        text = self._text(chat.messages, chat.variables)
         hidden = self._hidden(chat, text)
         names = tuple(dict.fromkeys(_name(chat, part) for part in sorted(hidden)))
         if any(chat.weights[turn] and _says_nothing(chat.messages[turn], turn, hidden) for turn in turns):
@@ -85,6 +82,22 @@ class ChatRenderer:
         spans = self._spans(chat, text, turns)
         learned = tuple(span for span in spans if span.weight)
         return RenderedChat(text, learned, names, "" if learned else "the weights of its turns are 0")
+
+    def prompt(self, chat: Chat) -> str:
+        """The text of a whole chat, with the generation prompt.
+
+        Raises:
+            TrainingError: there is no template.
+        """
+        self._check_template()
+        return self._text(tuple(self._flat(message) for message in chat.messages), chat.variables, prompt=True)
+
+    def _check_template(self) -> None:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise TrainingError(
+                "The tokenizer has no chat template: set tokenizer.chat_template, or give rows with prompt and "
+                "completion."
+            )
 
     def last_turn(self, chat: Chat) -> tuple[str, str]:
         """The text of a chat up to its last turn of the assistant, with the generation prompt; and that turn.
@@ -102,18 +115,16 @@ class ChatRenderer:
         messages = tuple(self._flat(message) for message in chat.messages)
         number = max((place for place, message in enumerate(messages) if _speaks(message)), default=None)
         if number is None:
-            return self._text(messages, chat.tools, prompt=True), ""
+            return self._text(messages, chat.variables, prompt=True), ""
         through = replace(chat, messages=messages[: number + 1], weights=(1.0,) * (number + 1))
-        text = self._text(through.messages, chat.tools)
+        text = self._text(through.messages, chat.variables)
         (span,) = self._spans(through, text, [number])
-        before = self._text(messages[:number], chat.tools, prompt=True) if number else ""
+        before = self._text(messages[:number], chat.variables, prompt=True) if number else ""
         return before, text[span.first : span.last]
 
-    def _text(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
-        options = {} if tools is None else {"tools": tools}
-        return str(
-            self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **options)
-        )
+    def _text(self, messages: Sequence[Message], variables: Mapping[str, Any], *, prompt: bool = False) -> str:
+        options = {"tokenize": False, "add_generation_prompt": prompt, **variables}
+        return str(self._tokenizer.apply_chat_template(list(messages), **options))
 
     # The spans of the assistant's turns
 
@@ -122,12 +133,44 @@ class ChatRenderer:
             span = self._span(chat, text, number)
             if span is None:
                 raise TrainingError(f"The chat template does not show turn {number} of the assistant as it is written.")
-            yield Span(*span, chat.weights[number])
+            first, last = span
+            if chat.masks and has_reasoning(chat.messages[number]):
+                first = self._answer_start(chat, text, number, first)
+            yield Span(first, last, chat.weights[number])
+
+    def _answer_start(self, chat: Chat, text: str, number: int, first: int) -> int:
+        """The position at which a turn's answer or tool call begins, after its reasoning.
+
+        Args:
+            chat: the chat.
+            text: its text.
+            number: the index of the turn.
+            first: the end of its generation prompt.
+
+        Raises:
+            TrainingError: the template does not print the reasoning before the rest.
+        """
+        mark, message = _new_mark(text), chat.messages[number]
+        content, place = text_of(message), reasoning_end(message)
+
+        def around(changed: Message) -> tuple[str, str, str]:
+            messages = [*chat.messages[:number], changed, *chat.messages[number + 1 :]]
+            return self._text(messages, chat.variables).partition(mark)
+
+        start, found, rest = around(with_text(message, content[:place] + mark + content[place:]))
+        shown = found and (start + rest == text or (not content and text.startswith(start)))
+        ends = [around({**message, key: mark}) for key in REASONING_KEYS if not is_nothing(message.get(key))]
+        if shown and first <= len(start) and not any(end and len(before) >= len(start) for before, end, _ in ends):
+            return len(start)
+        raise TrainingError(
+            f"The chat template does not print the reasoning of turn {number} before its answer, so that it cannot be "
+            "masked."
+        )
 
     def _span(self, chat: Chat, text: str, number: int) -> tuple[int, int] | None:
         """The span of a turn: from the end of its generation prompt to the end of the turn."""
-        before = self._text(chat.messages[:number], chat.tools, prompt=True) if number else ""
-        through = self._text(chat.messages[: number + 1], chat.tools)
+        before = self._text(chat.messages[:number], chat.variables, prompt=True) if number else ""
+        through = self._text(chat.messages[: number + 1], chat.variables)
         if through.startswith(before) and text.startswith(through):
             return len(before), len(through)
         # The template renders an earlier turn differently from the last one, e.g. without its reasoning.
@@ -153,7 +196,7 @@ class ChatRenderer:
 
     def _start(self, chat: Chat, text: str, number: int, before: str) -> int | None:
         """The end of a turn's generation prompt, searched from the start of the chat or from an earlier message."""
-        plain = self._text(chat.messages[:number], chat.tools)
+        plain = self._text(chat.messages[:number], chat.variables)
         opening = len(before) - len(plain) if before.startswith(plain) else 0
         following = (self._following(chat, text, previous, before, number) for previous in reversed(range(number)))
         for rests in itertools.chain([(text, before)], following):
@@ -176,7 +219,7 @@ class ChatRenderer:
         messages = list(chat.messages)
         messages[number] = {**messages[number], "content": mark}
         try:
-            same, found, _ = self._text(messages, chat.tools).partition(mark)
+            same, found, _ = self._text(messages, chat.variables).partition(mark)
         except Exception:  # a template that refuses the content
             return default
         return len(same) if found and text.startswith(same) else default
@@ -223,20 +266,20 @@ class ChatRenderer:
         keys = sorted((key for key in message if key != "role"), key=lambda key: key != "content")
         for marked in _marked({key: message[key] for key in keys}, mark):
             messages = [*chat.messages[:number], {"role": message["role"], **marked}, *chat.messages[number + 1 :]]
-            rest = self._after(mark, text, messages, chat.tools)
+            rest = self._after(mark, text, messages, chat.variables)
             if rest is None:
                 continue
-            short = self._after(mark, beginning, messages[:count], chat.tools, prompt=prompt_for is not None)
+            short = self._after(mark, beginning, messages[:count], chat.variables, prompt=prompt_for is not None)
             if short is not None:
                 return rest, short
         return None
 
     def _after(
-        self, mark: str, text: str, messages: Sequence[Message], tools: Any, *, prompt: bool = False
+        self, mark: str, text: str, messages: Sequence[Message], variables: Mapping[str, Any], *, prompt: bool = False
     ) -> str | None:
         """What follows a mark in the text of messages; None if the mark is not the only difference from ``text``."""
         try:
-            before, found, after = self._text(messages, tools, prompt=prompt).partition(mark)
+            before, found, after = self._text(messages, variables, prompt=prompt).partition(mark)
         except Exception:  # a template that refuses the marked value
             return None
         return after if found and before + after == text else None
@@ -253,7 +296,11 @@ class ChatRenderer:
         """The parts of a chat that do not affect its text."""
         parts = _parts(chat)
         roles = tuple(message["role"] for message in chat.messages)
-        shape = roles, tuple((part, _shape(value)) for part, value in parts.items())
+        shape = (
+            roles,
+            tuple((part, _shape(value)) for part, value in parts.items()),
+            repr(sorted(chat.template.items())),
+        )
         known = self._left_out.get(shape)
         if known is None:
             if len(self._left_out) == _MOST_SHAPES:
@@ -276,7 +323,7 @@ class ChatRenderer:
             rest = {name: value for name, value in messages[number].items() if name != key}
             messages[number] = {**rest, "content": ""} if key == "content" else rest
         try:
-            return self._text(messages, None if part == _TOOLS else chat.tools) == text
+            return self._text(messages, chat.template if part == _TOOLS else chat.variables) == text
         except Exception:  # a template that requires the part
             return False
 
@@ -296,7 +343,7 @@ class ChatRenderer:
     def _tries_parts(self) -> bool:
         mark = "one part of several"
         try:
-            text = self._text([{"role": "user", "content": [{"type": "text", "text": mark}]}], None)
+            text = self._text([{"role": "user", "content": [{"type": "text", "text": mark}]}], {})
         except Exception:  # a template that does not support lists
             return False
         return mark in text and "'text'" not in text and '"text"' not in text

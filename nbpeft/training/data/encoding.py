@@ -41,6 +41,11 @@ class Encoded:
     labels: list[int]
     weights: list[float] | None = None
 
+    def between(self, first: int, last: int) -> Encoded:
+        """The tokens from one place up to another, with their labels."""
+        weights = None if self.weights is None else self.weights[first:last]
+        return Encoded(self.input_ids[first:last], self.labels[first:last], weights)
+
     def weighted(self, factor: float) -> Encoded:
         """The same row with the weights of all labels multiplied by a factor."""
         if factor == 1:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
-from nbpeft.names import PAIRS, SCORED_PAIRS
+from nbpeft.names import JUDGED, PAIRS, PROMPTS, SCORED_PAIRS
 from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.row import (
     KNOWN_ROLES,
@@ -19,8 +19,11 @@ from nbpeft.training.data.row import (
     listed,
     nearest_role,
 )
+from nbpeft.training.data.verdicts import LABEL
 
 TOKENISED = "input_ids"
+TEMPLATE = "chat_template_kwargs"
+"""The column with further variables of a row for the chat template, as in TRL."""
 MARGIN = "margin"
 """The column with the margin of a row with two completions."""
 
@@ -62,6 +65,8 @@ class Chat:
         first: index of the first message to train on.
         tools: the tools, for the chat template.
         unused: names of the parts of the messages that are not used.
+        template: further variables for the chat template.
+        masks: whether the reasoning of the assistant is read, but not trained on.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -69,6 +74,13 @@ class Chat:
     first: int = 0
     tools: Any = None
     unused: tuple[str, ...] = ()
+    template: Mapping[str, Any] = field(default_factory=dict)
+    masks: bool = False
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The arguments for ``apply_chat_template``."""
+        return dict(self.template) if self.tools is None else {**self.template, "tools": self.tools}
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,14 @@ class Compared:
     rejected: Pair | Chat
 
 
-Example = Plain | Pair | Chat | Labelled | Compared
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt that the model in training answers: a text, or a conversation that ends before the answer."""
+
+    prompt: str | Chat
+
+
+Example = Plain | Pair | Chat | Labelled | Compared | Prompted
 
 
 @dataclass(frozen=True)
@@ -179,6 +198,16 @@ def _read_labelled(row: Row, chat: bool) -> Example:
     return Labelled(row.text("text"), row.optional("text_pair") or None, row.value("label"))
 
 
+def _read_prompt(row: Row, chat: bool) -> Example:
+    value = row.value("prompt")
+    if value is None or isinstance(value, str):
+        return Prompted(value or "")
+    given = _chat(row, Messages(), row.messages("prompt"))
+    if given.messages and given.messages[-1]["role"] == "assistant":
+        raise row.error("the prompt ends with the assistant's answer: give it without.")
+    return Prompted(given)
+
+
 def _tools_of_text(row: Row) -> tuple[str, ...]:
     """The name of the column of tools in a row without a chat, where no template can print them."""
     return () if row.tools() is None else (repr(row.columns.get("tools", "tools")),)
@@ -204,26 +233,38 @@ def _chat(row: Row, learned: Messages, before: Messages) -> Chat:
         first,
         row.tools(),
         tuple(dict.fromkeys((*before.unused, *learned.unused, *unused))),
+        row.variables(TEMPLATE),
     )
 
 
-PAIR = Form("prompt and completion", ("prompt", "completion"), _read_pair, ("tools", WEIGHT))
+PAIR = Form("prompt and completion", ("prompt", "completion"), _read_pair, ("tools", TEMPLATE, WEIGHT))
 TEXT = Form("text", ("text",), _read_text, (WEIGHT,))
 FORMS = (
-    Form("messages", ("messages",), _read_messages, ("tools", "system", WEIGHT)),
+    Form("messages", ("messages",), _read_messages, ("tools", "system", TEMPLATE, WEIGHT)),
     PAIR,
-    Form("conversations", ("conversations",), _read_conversations, ("system", "tools", WEIGHT)),
-    Form("instruction and output", ("instruction", "output"), _read_instruction, ("input", "system", "tools", WEIGHT)),
+    Form("conversations", ("conversations",), _read_conversations, ("system", "tools", TEMPLATE, WEIGHT)),
+    Form(
+        "instruction and output",
+        ("instruction", "output"),
+        _read_instruction,
+        ("input", "system", "tools", TEMPLATE, WEIGHT),
+    ),
     TEXT,
 )
 """The forms of rows for language models."""
 LABELLED = Form("text and label", ("text", "label"), _read_labelled, ("text_pair", WEIGHT))
 """The form of rows for text classifiers."""
-COMPARED = Form("chosen and rejected", ("chosen", "rejected"), _read_compared, ("prompt", "tools", "system", WEIGHT))
+COMPARED = Form(
+    "chosen and rejected", ("chosen", "rejected"), _read_compared, ("prompt", "tools", "system", TEMPLATE, WEIGHT)
+)
 """The form of rows with two completions of one prompt, of which the first is preferred."""
 SCORED = replace(COMPARED, may=(*COMPARED.may, MARGIN))
 """The same with a number by which the chosen completion is better."""
-FORMS_OF = {"": FORMS, PAIRS: (COMPARED,), SCORED_PAIRS: (SCORED,)}
+VERDICT = Form("prompt, completion and label", ("prompt", LABEL, "completion"), _read_pair, ("tools", TEMPLATE, WEIGHT))
+"""The form of rows with a completion of which a label says whether it is good."""
+PROMPTED = Form("prompt", ("prompt",), _read_prompt, ("tools", TEMPLATE))
+"""The form of rows with a prompt alone; all other columns are for reward functions."""
+FORMS_OF = {"": FORMS, PAIRS: (COMPARED,), SCORED_PAIRS: (SCORED,), JUDGED: (VERDICT,), PROMPTS: (PROMPTED,)}
 """Kind of rows -> its forms."""
 _EXPECTED = "prompt and completion, messages, text, instruction and output, conversations, or input_ids"
 _EXPECTED_LABELLED = "text and label (and text_pair), or input_ids and labels, to train a classifier"
@@ -280,14 +321,20 @@ def form_of(
     if TOKENISED in available and (not mapping or TOKENISED in mapping):
         return None
     usual = (LABELLED,) if labelled else FORMS
-    for form in FORMS_OF[kind] if kind else (*usual, *((COMPARED,) if kind is None else ())):
+    alone = (PROMPTED,) if {*columns} <= {*PROMPTED.needs, *PROMPTED.may} else ()
+    for form in FORMS_OF[kind] if kind else (*usual, *((COMPARED, *alone) if kind is None else ())):
         if available.issuperset(form.needs) and (
             not mapping or not mapping.keys().isdisjoint((*form.needs, *form.may))
         ):
             return form
+    if kind == PROMPTS:
+        raise TrainingError(
+            f"Expected a column prompt; found {listed(columns)}.{_hint(columns, PROMPTED.needs)}", columns=columns
+        )
     if kind:
-        hint = _hint(columns, COMPARED.needs)
-        what = f"Expected columns chosen and rejected (and prompt); found {listed(columns)}.{hint}"
+        needs = FORMS_OF[kind][0].needs
+        expected = "prompt, completion and label" if kind == JUDGED else "chosen and rejected (and prompt)"
+        what = f"Expected columns {expected}; found {listed(columns)}.{_hint(columns, needs)}"
         raise TrainingError(what, columns=columns)
     lower = {column.lower(): column for column in columns}
     if kind is None and not labelled and lower.keys() >= {*COMPARED.needs}:
@@ -351,7 +398,7 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
     """A hint: a mapping of these columns that would work, as far as their names say which is which."""
     lower = {column.lower(): column for column in columns}
     prompt, completion = _likely(columns)
-    if {"chosen", "rejected"} <= lower.keys() and "chosen" not in needs:
+    if {"chosen", "rejected"} <= lower.keys() and "chosen" not in needs and needs != VERDICT.needs:
         asked = next((lower[name] for name in ("prompt", *_PROMPTS) if name in lower), None)
         names = {"messages" if asked is None else "completion": lower["chosen"]}
         names |= {} if asked in (None, "prompt") else {"prompt": asked}
@@ -361,13 +408,23 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
         )
     names = dict.fromkeys(needs, "COLUMN")
     if "chosen" not in needs:
-        names = dict(zip(needs, (prompt or "COLUMN", completion or "COLUMN"), strict=True))
-        if prompt and completion:
+        likely = (prompt, lower.get(LABEL), completion) if needs == VERDICT.needs else (prompt, completion)
+        names = {name: column or "COLUMN" for name, column in zip(needs, likely, strict=False)}
+        if prompt and (completion or len(needs) == 1):
             return f" Say which is which: columns={names}."
     known = (*NAMES, TOKENISED, "labels")
     close = (did_you_mean(column, known) for column in columns if column not in (*known, prompt, completion))
     nearest = next(filter(None, close), "")
     return f"{nearest} Or say what they are called: columns={names}."
+
+
+def likely_completion(columns: Sequence[str]) -> str | None:
+    """Returns the column that likely has the completions, by its name; None if there is none.
+
+    Args:
+        columns: the columns of the rows.
+    """
+    return _likely(columns)[1]
 
 
 def _likely(columns: Sequence[str]) -> tuple[str | None, str | None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from nbpeft.errors import TrainingError, in_one_line
-from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
+from nbpeft.names import DESIRABLE, IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.bad_rows import GIVE_UP, reason_of, refusal
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes
@@ -16,7 +17,10 @@ from nbpeft.training.data.encoding import Encoded, Span, encode
 from nbpeft.training.data.forms import (
     LABELLED,
     MARGIN,
+    PAIR,
+    TEMPLATE,
     TEXT,
+    VERDICT,
     Chat,
     Compared,
     Example,
@@ -24,12 +28,14 @@ from nbpeft.training.data.forms import (
     Labelled,
     Pair,
     Plain,
+    Prompted,
     check_roles,
     checked_columns,
     form_of,
     keys_of,
     row_of,
 )
+from nbpeft.training.data.options import MASKED_REASONING, RowOptions, why_not_used
 from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
 from nbpeft.training.data.seen_formats import system_of
 from nbpeft.training.data.sources import first_row, is_stream, open_data
@@ -43,6 +49,7 @@ LABELS = ("labels", "label", "label_ids")
 """Columns of tokenised rows that may contain the labels; the first one that a row has is used."""
 _TOKENS = frozenset(("input_ids", "attention_mask", LOSS_WEIGHTS, WEIGHT, *MASKS))
 _SECOND = "token_type_ids"
+Rendered = TypeVar("Rendered")
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,10 @@ class CodedRow:
         unused: The parts of the row that are not trained on.
         system: The system prompt, empty if there is none; None for a row without the chat template.
         rejected: The row with the rejected completion; None if there is one completion.
+        dropped: Whether the row is left out because it is too long.
+        part: Which part of a row it is, 0 for the first.
+        part_count: The number of parts into which the row is split.
+        prompted: For a row with a prompt alone: the prompt and the other columns, as reward functions get them.
     """
 
     number: int
@@ -98,10 +109,16 @@ class CodedRow:
     unused: tuple[Unused, ...] = ()
     system: str | None = None
     rejected: CodedRow | None = None
+    dropped: bool = False
+    part: int = 0
+    part_count: int = 1
+    prompted: Mapping[str, Any] | None = None
 
     @property
     def row(self) -> dict[str, Any]:
         """The truncated row, as the collator takes it."""
+        if self.prompted is not None:
+            return {"input_ids": self.whole.input_ids, **self.prompted}
         ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
         if self.rejected is not None:
             other = {f"{REJECTED}{name}": value for name, value in self.rejected.row.items()}
@@ -116,18 +133,42 @@ class CodedRow:
     @property
     def cut(self) -> bool:
         """Whether the row is too long and is truncated."""
+        if self.prompted is not None:  # a longer prompt is left out: its end is what is answered
+            return False
         rejected = self.rejected is not None and self.rejected.cut
-        return rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
+        is_long = rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
+        return is_long and not self.dropped
+
+    def fitted(self, long: str) -> Iterator[CodedRow]:
+        """The row, or its parts, within the greatest length.
+
+        Each part begins with the last token of the part before, so that the part's own first token is predicted, too.
+
+        Args:
+            long: see ``RowOptions``.
+        """
+        if not self.cut or long == "cut":
+            yield self
+        elif long == "drop":
+            yield replace(self, dropped=True, reason=self.reason or f"longer than {self.limit} tokens (long='drop')")
+        else:
+            starts = range(0, len(self.whole.input_ids) - 1, max(1, self.limit - 1))
+            for part, start in enumerate(starts):
+                whole = self.whole.between(start, start + self.limit)
+                unused = () if part else self.unused
+                yield replace(self, whole=whole, part=part, part_count=len(starts), unused=unused)
 
     @property
     def learned_count(self) -> int:
         """The number of labels that count in the loss."""
+        if self.prompted is not None:
+            return 0
         return 1 if self.label is not None else count_learned(self.row["labels"], self.encoder_decoder)
 
     @property
     def missing(self) -> str:
         """Why there is nothing to train on; empty if there is something."""
-        if self.reason or self.learned_count:
+        if self.reason or self.prompted is not None or self.learned_count:
             return self.reason or ("" if self.rejected is None else self.rejected.missing)
         return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
 
@@ -145,6 +186,8 @@ class Reading:
         inputs: the inputs of the model.
         class_names: the dataset's names for labels that are numbers, if it has them.
         skip_bad: whether to leave out rows that cannot be read; None if that cannot be requested.
+        options: how rows are read otherwise.
+        group: the column by which rows are grouped for evaluation; empty if there is none.
     """
 
     rows: Any
@@ -155,6 +198,8 @@ class Reading:
     inputs: ModelInputs = field(default_factory=ModelInputs)
     class_names: tuple[str, ...] = ()
     skip_bad: bool | None = None
+    options: RowOptions = field(default_factory=RowOptions)
+    group: str = ""
 
     @property
     def has_template(self) -> bool:
@@ -165,7 +210,7 @@ class Reading:
     def used(self) -> frozenset[str]:
         """The columns that are read."""
         names = () if self.form is None else (*self.form.needs, *self.form.may, *self.inputs.numbers)
-        return frozenset(self.columns.get(name, name) for name in names)
+        return frozenset(self.columns.get(name, name) for name in names) | ({self.group} if self.group else set())
 
     def example(self, value: Any, number: int) -> Example:
         """The example of a row, before tokenisation.
@@ -177,8 +222,11 @@ class Reading:
         Raises:
             TrainingError: it does not have the form of the first row; names the row.
         """
+        return self._example(row_of(value, number, self.columns))
+
+    def _example(self, row: Row) -> Example:
         assert self.form is not None
-        return self.form.read(row_of(value, number, self.columns), self.has_template)
+        return self.options.applied(self.form.read(row, self.has_template))
 
     def coded(self) -> Iterator[CodedRow]:
         """Tokenises the rows one after the other; rows that are tokenised already get their masks and weights applied.
@@ -204,7 +252,7 @@ class Reading:
                     break
             else:
                 if self.skip_bad or not bad:
-                    yield coded
+                    yield from coded.fitted(self.options.long)
         if bad and not self.skip_bad:
             raise refusal(bad, number + 1, can_skip=self.skip_bad is not None)
 
@@ -219,7 +267,9 @@ class Reading:
 
     def _coded(self, row: Row, renderer: ChatRenderer, used: frozenset[str]) -> CodedRow:
         assert self.form is not None
-        example = self.form.read(row, self.has_template)
+        example = self._example(row)
+        if isinstance(example, Prompted):
+            return self._prompted(row, example, renderer)
         columns = [name for name, value in row.values.items() if name not in used and not is_nothing(value)]
         unused = [(COLUMNS, repr(name)) for name in columns]
         for name in columns:
@@ -238,6 +288,9 @@ class Reading:
         unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
         whole, reason = whole.weighted(weight or 1.0), reason if weight else "its weight is 0"
+        if self.form is VERDICT:
+            good = self._verdict(row)
+            more[DESIRABLE], reason = float(bool(good)), reason or ("the label is empty" if good is None else "")
         return CodedRow(
             row.number,
             whole,
@@ -248,6 +301,36 @@ class Reading:
             more,
             unused=(*unused, *more_unused),
             system=system_of(example),
+        )
+
+    def _prompted(self, row: Row, example: Prompted, renderer: ChatRenderer) -> CodedRow:
+        """A row with a prompt alone; a prompt that is too long is left out."""
+        tools = self.columns.get("tools", "tools")
+        own = {self.columns.get(name, name) for name in (*self.form.needs, *self.form.may)} if self.form else set()
+        others = {name: value for name, value in row.values.items() if name not in own}
+        for name in others:
+            row.check_unused(name)
+        given, unused = example.prompt, list[Unused]()
+        prompt: Any = given
+        if isinstance(given, str):
+            ids = list(self.tokenizer(given)["input_ids"]) if given.strip() else []
+            unused += [] if row.tools() is None else [(COLUMNS, repr(tools))]
+        else:
+            prompt = [dict(message) for message in given.messages]
+            text = _rendered(given, row.number, self.tokenizer, renderer.prompt) if prompt else ""
+            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if prompt else []
+            unused += [(MESSAGES, name) for name in given.unused]
+        reason = "" if ids else "the prompt is empty"
+        if len(ids) > self.limit:
+            reason = f"its prompt has {len(ids):,} tokens, and at most {self.limit:,} are read"
+        return CodedRow(
+            row.number,
+            Encoded(ids, [IGNORED_LABEL] * len(ids)),
+            self.limit,
+            reason=reason,
+            unused=tuple(unused),
+            system=None if isinstance(given, str) else system_of(given),
+            prompted={"prompt": prompt, "columns": others, "number": row.number},
         )
 
     def _compared(self, row: Row, example: Compared, renderer: ChatRenderer, reason: str, weight: float) -> CodedRow:
@@ -261,6 +344,30 @@ class Reading:
             parts.append(replace(coded, system=system_of(part)))
         return replace(parts[0], rejected=parts[1], unused=tuple(unused))
 
+    def _verdict(self, row: Row) -> bool | None:
+        """Whether the label of a row marks its completion as good; None for an empty cell.
+
+        Raises:
+            TrainingError: the label has another meaning.
+        """
+        label = row.value(LABEL)
+        good = None if is_nothing(label) else is_good(self._named(label))
+        if good is None and not is_nothing(label):
+            column = self.columns.get(LABEL, LABEL)
+            raise row.error(
+                f"{column!r} is {label!r:.40}; expected True or False, 1 or 0, 1 or -1, or 'good' or 'bad'."
+            )
+        return good
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether all rows have labels that mark completions as good or bad, and at least one is bad."""
+        column = self.columns.get(LABEL, LABEL)
+        if self.form is not PAIR or is_stream(self.rows) or column not in columns_of(self.rows):
+            return False
+        bad = any(is_good(self._named(label)) is False for label in labels_in(self.rows, column))
+        return bad and self._labels_are_verdicts
+
     def _check_good(self, row: Row) -> None:
         """Refuses a row whose label marks its completion as bad, as in preference data.
 
@@ -271,15 +378,15 @@ class Reading:
         """
         column = self.columns.get(LABEL, LABEL)
         label = row.values.get(column)
-        if self.form is LABELLED or self.form is TEXT or is_nothing(label) or is_good(self._named(label)) is not False:
+        if self.form in (LABELLED, TEXT, VERDICT) or is_nothing(label) or is_good(self._named(label)) is not False:
             return
         if self._labels_are_verdicts:
             named = self._named(label)
             name = "" if named is label else f" ({named})"
             raise row.error(
                 f"{column!r} is {label!r:.40}{name}: True and False, 1 and 0, 1 and -1 or 'good' and 'bad' mark good "
-                "and bad completions for preference tuning (KTO); here a model is trained on every completion: "
-                "remove the rows with bad ones, or the column if it means something else."
+                "and bad completions for preference tuning (objective='kto'); here a model is trained on every "
+                "completion: remove the rows with bad ones, or the column if it means something else."
             )
 
     @functools.cached_property
@@ -358,7 +465,7 @@ class Reading:
         given_labels = None if name is None else values[name]
         weight = row.weight()
         reason = "" if weight else "its weight is 0"
-        unused = tuple((COLUMNS, repr(name)) for name in self.extra(row.values))
+        unused = tuple((COLUMNS, repr(name)) for name in self.extra(row.values) if name != self.group)
         more = self._kept(values)
         if self.inputs.classes is not None:
             label, weight = self._label(row, given_labels, name or "labels"), weight * row.weight(LOSS_WEIGHTS)
@@ -428,27 +535,55 @@ def reading(
     columns: Mapping[str, str] | None = None,
     inputs: ModelInputs | None = None,
     skip_bad: bool | None = None,
+    group: str | None = None,
+    **how: Any,
 ) -> Reading:
     """How opened rows are read; see :func:`prepare_data`.
 
     Raises:
+        ConfigError: an option is invalid, or has no effect on these rows.
         TrainingError: the rows have no known form, or a tokenizer is needed and missing.
     """
-    inputs = inputs or ModelInputs()
+    inputs, options = inputs or ModelInputs(), RowOptions(**how)
     available = columns_of(rows)
     mapping = checked_columns(columns, available)
     form = form_of(available, columns or {}, labelled=inputs.classes is not None, kind=inputs.kind)
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
+    common: dict[str, Any] = {"skip_bad": skip_bad, "options": options, "group": group or ""}
     if form is None:
-        return Reading(rows, None, mapping, tokenizer, inputs=inputs, skip_bad=skip_bad)
+        options.check(None, None, "")
+        return Reading(rows, None, mapping, tokenizer, inputs=inputs, **common)
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=available)
     inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in available))
-    feature = (getattr(rows, "features", None) or {}).get(mapping.get("label", "label"))
-    names = tuple(getattr(feature, "names", None) or ())
+    names = _class_names(rows, mapping)
     limit = max_length or default_length(tokenizer)
-    return Reading(rows, form, mapping, tokenizer, limit, inputs, names, skip_bad)
+    found = Reading(rows, form, mapping, tokenizer, limit, inputs, names, **common)
+    if inputs.kind is None and found.is_judged:
+        found = replace(found, form=VERDICT)
+    if options != RowOptions():
+        example = None
+        with contextlib.suppress(TrainingError):  # a row that cannot be read, which is reported with the others
+            example = found.example(first_row(rows), 0)
+        options.check(form, example, str(getattr(tokenizer, "chat_template", "") or ""))
+    return found
+
+
+def are_judged(rows: Any, columns: Mapping[str, str]) -> bool:
+    """Whether rows with prompts and completions have labels that mark completions as good or bad.
+
+    Args:
+        rows: opened rows.
+        columns: name in the form -> column, where they differ.
+    """
+    return Reading(rows, PAIR, columns, class_names=_class_names(rows, columns)).is_judged
+
+
+def _class_names(rows: Any, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of labels that are numbers; empty if the dataset has none."""
+    feature = (getattr(rows, "features", None) or {}).get(columns.get(LABEL, LABEL))
+    return tuple(getattr(feature, "names", None) or ())
 
 
 def default_length(tokenizer: Any) -> int:
@@ -483,6 +618,8 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
     if reader.form is None:
         return None
     example = reader.example(first_row(rows), 0)
+    if isinstance(example, Prompted):
+        return isinstance(example.prompt, str)
     return not isinstance(example.chosen if isinstance(example, Compared) else example, Chat)
 
 
@@ -502,19 +639,28 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
 
 
 def _encode_chat(chat: Chat, number: int, tokenizer: Any, renderer: ChatRenderer) -> tuple[Encoded, str, list[Unused]]:
-    check_roles(number, chat, str(getattr(tokenizer, "chat_template", "") or ""))
+    rendered = _rendered(chat, number, tokenizer, renderer.render)
+    unused = [(MESSAGES, name) for name in chat.unused] + [(UNPRINTED, name) for name in rendered.left_out]
+    unused += [MASKED_REASONING] if chat.masks else []
+    return encode(tokenizer, rendered.text, rendered.spans, special=False), rendered.missing, unused
+
+
+def _rendered(chat: Chat, number: int, tokenizer: Any, render: Callable[[Chat], Rendered]) -> Rendered:
+    """A rendered chat; errors name the row."""
+    template = str(getattr(tokenizer, "chat_template", "") or "")
+    check_roles(number, chat, template)
+    if template and (why := why_not_used(chat.template, template)):
+        raise TrainingError(f"Row {number}: {TEMPLATE}: {why}", index=number)
     try:
-        rendered = renderer.render(chat)
+        return render(chat)
     except TrainingError as error:
-        if not getattr(tokenizer, "chat_template", None):  # an error of all rows, which names none of them
+        if not template:  # an error of all rows, which names none of them
             raise
         raise TrainingError(f"Row {number}: {error}", index=number) from None
     except Exception as error:  # a template runs code of its own and may raise anything to refuse a chat
         raise TrainingError(
             f"Row {number}: the chat template refuses it: {in_one_line(error) or type(error).__name__}", index=number
         ) from None
-    unused = [(MESSAGES, name) for name in chat.unused] + [(UNPRINTED, name) for name in rendered.left_out]
-    return encode(tokenizer, rendered.text, rendered.spans, special=False), rendered.missing, unused
 
 
 def _listed(value: Any) -> list[Any]:

@@ -143,7 +143,23 @@ class Row:
         Raises:
             TrainingError: they are given as text that is not JSON.
         """
-        column = self.columns.get("tools", "tools")
+        return self._json("tools")
+
+    def variables(self, name: str) -> dict[str, Any]:
+        """The variables of a column for the chat template; empty if there are none.
+
+        Raises:
+            TrainingError: they are not a dictionary, or text that is not JSON.
+        """
+        given = self._json(name)
+        if given is not None and not isinstance(given, Mapping):
+            raise self.error(f"{self.columns.get(name, name)!r} is {with_article(given)}, not a dictionary.")
+        # Tables fill missing keys with None.
+        return {str(key): value for key, value in (given or {}).items() if value is not None}
+
+    def _json(self, name: str) -> Any:
+        """The value of a column, which may be given as JSON; None if there is none."""
+        column = self.columns.get(name, name)
         given: Any = self.values.get(column)
         if is_nothing(given):
             return None

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from nbpeft._util.conversations import system_text
 from nbpeft.checkpoint import PromptFormat
+from nbpeft.checkpoint.prompt_format import as_text
 from nbpeft.training.data.forms import Chat, Example
 
 
 class SeenFormats:
-    """The forms of the rows read so far."""
+    """The forms of the rows read so far.
 
-    def __init__(self) -> None:
+    Args:
+        template: the variables that the chat template gets for all rows.
+    """
+
+    def __init__(self, template: Mapping[str, Any] | None = None) -> None:
+        self._template = as_text(template or {})
         self._systems: dict[str | None, int] = {}
 
     def add(self, system: str | None) -> None:
@@ -29,7 +38,7 @@ class SeenFormats:
         if next(iter(self._systems)) is None:
             return PromptFormat(chat=False)
         systems = [system for system in self._systems if system is not None]
-        return PromptFormat(chat=True, system=systems[0] if len(systems) == 1 else None)
+        return PromptFormat(True, systems[0] if len(systems) == 1 else None, self._template)
 
     def lines(self) -> tuple[str, ...]:
         """A line about rows with different system prompts; none if they agree."""

@@ -10,17 +10,22 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from nbpeft.errors import TrainingError, few, with_article
+from nbpeft._util.mixtures import Mixture
+from nbpeft.errors import TrainingError, check_bool, few, with_article
+from nbpeft.names import DEFAULT_SEED
 from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.files import SUFFIXES, has_separator, read_file, refuse_separator, suffix_of
 from nbpeft.training.data.hub import DatasetName, load_named, slice_of
+from nbpeft.training.data.mixed import draw
 
 SOURCES = "a list of rows, a dataset, a DataFrame, a file or the name of a dataset"
 _NAME = re.compile(r"(?P<place>[^\[\]:]+)(?::(?P<first>[\w.-]+))?(?::(?P<second>[\w.-]+))?(?P<part>\[[^\]]*\])?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def open_data(data: Any, separator: str | None = None, *, skip_bad: bool | None = False) -> Any:
+def open_data(
+    data: Any, separator: str | None = None, *, skip_bad: bool | None = False, seed: int = DEFAULT_SEED
+) -> Any:
     """Opens rows of any source.
 
     The result can be passed to it again and is then returned unchanged.
@@ -28,17 +33,24 @@ def open_data(data: Any, separator: str | None = None, *, skip_bad: bool | None 
     Args:
         data: a list, a ``datasets.Dataset`` or ``IterableDataset``, a torch dataset, a DataFrame of pandas or
             polars, the path of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or the name of a
-            dataset on the Hub: ``user/name``, ``user/name:split``, ``user/name:config:split[:1000]``.
+            dataset on the Hub: ``user/name``, ``user/name:split``, ``user/name:config:split[:1000]``; or a
+            :class:`Mixture` of them.
         separator: what separates the cells of a ``.csv`` or ``.tsv`` file; None detects it.
         skip_bad: keep lines of a file that cannot be parsed as rows that cannot be read; None if that cannot be
             requested.
+        seed: seed with which the rows of a :class:`Mixture` are drawn.
 
     Returns:
         A sequence with a length, or a stream that can only be iterated.
 
     Raises:
+        ConfigError: ``skip_bad`` is neither True nor False.
         TrainingError: it is none of these, cannot be read, or has no rows.
     """
+    if skip_bad is not None:
+        check_bool("skip_bad", skip_bad)
+    if isinstance(data, Mixture):
+        return draw(data, lambda part: open_data(part, separator_for(part, separator), skip_bad=skip_bad), seed)
     if isinstance(data, Mapping):
         raise _dictionary(data)
     if isinstance(data, (str, os.PathLike)):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Subset
 
-from nbpeft.display.numbers import count
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.display.numbers import count, plural
+from nbpeft.errors import ConfigError, TrainingError, did_you_mean
+from nbpeft.training.data.forms import row_of
+from nbpeft.training.data.row import is_nothing, listed
 from nbpeft.training.data.sources import is_stream
 from nbpeft.training.data.tokenized import StreamedRows, TokenizedRows
 
@@ -19,16 +22,17 @@ def is_amount(eval_data: Any) -> bool:
     return isinstance(eval_data, (int, float))
 
 
-def hold_out(rows: Any, amount: float, seed: int) -> tuple[Any, Any]:
+def hold_out(rows: Any, amount: float, seed: int, groups: Sequence[Hashable] | None = None) -> tuple[Any, Any]:
     """Splits rows into training and evaluation rows.
 
     The evaluation rows are drawn at random, the same ones for the same seed. A stream keeps its order: its first rows
-    are held out.
+    are held out. With groups, whole groups are drawn, in a random order, as long as they do not exceed the amount.
 
     Args:
         rows: the result of ``prepare_data``.
         amount: a share between 0 and 1, or a number of rows of at least 2.
         seed: seed of the random draw.
+        groups: the group of each row; None if each row is drawn on its own.
 
     Returns:
         The training rows and the evaluation rows.
@@ -47,8 +51,71 @@ def hold_out(rows: Any, amount: float, seed: int) -> tuple[Any, Any]:
             f"eval_data={amount} holds out {count(number)} of {count(total)} rows, which leaves nothing to train on.",
             field="eval_data",
         )
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    if groups is not None:
+        held = _of_groups(groups, number, generator)
+        return _selected(rows, [row for row in range(total) if row not in held]), _selected(rows, sorted(held))
+    order = torch.randperm(total, generator=generator).tolist()
     return _selected(rows, sorted(order[number:])), _selected(rows, sorted(order[:number]))
+
+
+def _of_groups(groups: Sequence[Hashable], number: int, generator: torch.Generator) -> set[int]:
+    """The rows of drawn groups, at most ``number``."""
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    held: set[int] = set()
+    drawn = list(members.values())
+    for place in torch.randperm(len(drawn), generator=generator).tolist():
+        if len(held) + len(drawn[place]) <= number:
+            held.update(drawn[place])
+    if not held:
+        smallest = min(map(len, drawn))
+        raise ConfigError(
+            f"each of the {plural(len(drawn), 'group')} has at least {plural(smallest, 'row')}, and eval_data holds "
+            f"out {number}: hold out more rows",
+            field="eval_data",
+        )
+    return held
+
+
+def groups_of(rows: Any, opened: Any, column: str | None) -> list[Hashable] | None:
+    """The group of each row: rows of a group are either all trained on or all evaluated on.
+
+    The parts of a row that was split are one group, and so are the rows with the same value in a column. A row without
+    a value is a group of its own.
+
+    Args:
+        rows: the result of ``prepare_data``.
+        opened: the rows as they were given.
+        column: the column with the groups; None if only parts are grouped.
+
+    Returns:
+        The groups; None if each row is one.
+
+    Raises:
+        ConfigError: the rows have no such column, or are a stream.
+    """
+    numbers = getattr(rows, "numbers", None)
+    if column is None:
+        return list(numbers) if numbers is not None and len({*numbers}) < len(numbers) else None
+    if is_stream(opened):
+        raise ConfigError("eval_by needs all rows, and a stream holds out its first ones", field="eval_by")
+    numbers = range(len(rows)) if numbers is None else numbers
+    values = opened[column] if column in (getattr(opened, "column_names", None) or ()) else None
+    found: list[Hashable] = []
+    for number in numbers:
+        if values is None:
+            row = row_of(opened[number], number, {}).values
+            if column not in row:
+                has = f"it has {listed(row)}.{did_you_mean(column, map(str, row))}"
+                raise ConfigError(f"eval_by: row {number} has no {column!r:.60}; {has}", field="eval_by")
+            value = row[column]
+        else:
+            value = values[number]
+        value = value.tolist() if hasattr(value, "tolist") else value
+        found.append((number,) if is_nothing(value) else repr(value))
+    return found
 
 
 def _check(amount: float) -> None:

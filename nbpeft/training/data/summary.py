@@ -19,7 +19,7 @@ from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
-from nbpeft.training.data.tokenized import check_columns
+from nbpeft.training.data.tokenized import check_columns, lines_of
 from nbpeft.training.data.unused import COLUMNS, UnusedParts
 
 _STREAMED = 1000
@@ -46,6 +46,7 @@ class RowSummary:
         target: the decoder's tokens as text, for an encoder-decoder model, or those with the rejected completion.
         target_title: what the target is.
         label: the label for a classifier, as text; empty if the row's tokens are the labels.
+        part: which part of a row that was split it is, as text; empty for a whole row.
     """
 
     number: int
@@ -57,6 +58,7 @@ class RowSummary:
     target: tuple[TokenSpan, ...] = ()
     label: str = ""
     target_title: str = "to be answered"
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class DataSummary:
         learned_count: labels of these rows that count in the loss.
         cut_rows: rows longer than the maximum length.
         cut_tokens: tokens beyond it.
+        split_rows: rows that were split because they are longer.
+        split_parts: number of their parts, which count as rows to train on.
         left_out: rows with nothing to train on, by number and reason, as text.
         left_out_count: number of these rows.
         longest: tokens of the longest row, before truncation.
@@ -104,6 +108,32 @@ class DataSummary:
     unused_label: bool = False
     format: PromptFormat | None = None
     for_template: Mapping[str, str] = field(default_factory=dict)
+    split_rows: int = 0
+    split_parts: int = 0
+
+
+class _Totals:
+    """Totals over rows for ``DataSummary``; lengths are before truncation."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.left_out: list[tuple[int, str]] = []
+        self.tokens = self.learned = self.cut_rows = self.cut_tokens = self.split_rows = self.split_parts = 0
+
+    def add(self, row: CodedRow) -> None:
+        """Adds a row, or a part of a row that was split."""
+        length = _length(row)
+        self.lengths.append(length)
+        self.cut_rows += row.cut
+        self.cut_tokens += max(0, length - row.limit) if row.cut else 0
+        self.split_rows += row.part_count > 1 and not row.part
+        self.split_parts += row.part_count > 1
+        if row.missing:
+            self.left_out.append((row.number, row.missing))
+            return
+        for part in filter(None, (row, row.rejected)):
+            self.tokens += len(part.row["input_ids"])
+            self.learned += part.learned_count
 
 
 def summarize(
@@ -116,6 +146,7 @@ def summarize(
     rows: int = 3,
     separator: str | None = None,
     skip_bad: bool = False,
+    **how: Any,
 ) -> DataSummary:
     """Summarizes all rows, read by the same code as in training; of a stream the first 1,000.
 
@@ -128,55 +159,52 @@ def summarize(
         rows: the number of rows to show; up to two rows that are truncated or left out follow them.
         separator: as for ``prepare_data``.
         skip_bad: as for ``prepare_data``.
+        **how: as for ``prepare_data``.
 
     Raises:
+        ConfigError: as for ``prepare_data``.
         TrainingError: as for ``prepare_data``, except that rows with nothing to train on are only reported.
     """
     opened = open_data(data, separator, skip_bad=skip_bad)
-    reader = reading(opened, tokenizer, max_length=max_length, columns=columns, inputs=inputs, skip_bad=skip_bad)
+    how |= {"max_length": max_length, "columns": columns, "inputs": inputs, "skip_bad": skip_bad}
+    reader = reading(opened, tokenizer, **how)
     if reader.form is None:
         check_columns(reader)
     streamed = is_stream(reader.rows)
     coded: Iterator[CodedRow] = itertools.islice(reader.coded(), _STREAMED if streamed else None)
-    lengths: list[int] = []
-    left_out: list[tuple[int, str]] = []
     shown_rows: list[CodedRow] = []
-    unused, formats = UnusedParts(), SeenFormats()
-    token_count = learned = cut_rows = cut_tokens = 0
+    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options.chat_template_kwargs)
     for row in coded:
-        lengths.append(_length(row))
+        totals.add(row)
         unused.add(row.unused)
-        cut_rows += row.cut
-        cut_tokens += max(0, lengths[-1] - row.limit)
-        if row.missing:
-            left_out.append((row.number, row.missing))
-        else:
+        if not row.missing:
             formats.add(row.system)
-            for part in filter(None, (row, row.rejected)):
-                token_count += len(part.row["input_ids"])
-                learned += part.learned_count
-        if len(lengths) <= rows or (len(shown_rows) < rows + _EXTRA and _is_first_of_its_kind(row, shown_rows[rows:])):
+        few = len(shown_rows) < rows + _EXTRA
+        if len(totals.lengths) <= rows or (few and _is_first_of_its_kind(row, shown_rows[rows:])):
             shown_rows.append(row)
+    lengths, parts = totals.lengths, totals.split_parts
     if not lengths:
         raise TrainingError("The stream has no rows.")
     least, most = _SHOWN_TOKENS
     shown = max(least, min(most, _ALL_SHOWN_TOKENS // max(1, len(shown_rows))))
     return DataSummary(
         form=reader.form.name if reader.form is not None else "tokenised",
-        row_count=len(lengths) - len(left_out),
-        token_count=token_count,
-        learned_count=learned,
-        cut_rows=cut_rows,
-        cut_tokens=cut_tokens,
-        left_out=named_rows(left_out),
-        left_out_count=len(left_out),
+        row_count=len(lengths) - len(totals.left_out),
+        token_count=totals.tokens,
+        learned_count=totals.learned,
+        cut_rows=totals.cut_rows,
+        cut_tokens=totals.cut_tokens,
+        left_out=named_rows(totals.left_out),
+        left_out_count=len(totals.left_out),
         longest=max(lengths),
         median=round(statistics.median(lengths)),
         limit=reader.limit if reader.form is not None else None,
-        bins=bins_of(lengths, reader.limit if cut_rows else None),
+        bins=bins_of(lengths, reader.limit if totals.cut_rows else None),
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
-        unused=(*unused.lines(len(lengths)), *formats.lines()),
+        unused=lines_of(reader, unused, formats, len(lengths) - parts + totals.split_rows),
+        split_rows=totals.split_rows,
+        split_parts=parts,
         has_labels=reader.inputs.classes is not None and reader.form is not COMPARED,
         unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
         format=formats.format if reader.form not in (None, LABELLED) else None,
@@ -258,11 +286,12 @@ def _summary(row: CodedRow, reader: Reading, shown: int) -> RowSummary:
         row.number,
         min(len(row.whole.input_ids), row.limit),
         row.learned_count,
-        max(0, _length(row) - row.limit),
+        max(0, _length(row) - row.limit) if row.cut else 0,
         row.missing,
         spans,
         target,
         "" if classes is None or row.label is None else classes.name(row.label),
+        part=f"part {row.part + 1} of {row.part_count}" if row.part_count > 1 else "",
     )
 
 

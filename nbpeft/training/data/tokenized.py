@@ -41,10 +41,11 @@ class TokenizedRows(Dataset[dict[str, Any]]):
 
     Attributes:
         truncated: Number of rows that were truncated to ``max_length``.
+        split: Number of rows that were split, and number of their parts.
         left_out: (number, reason) of each row with nothing to train on.
         unused: Parts of the rows that are not trained on, one line for each reason.
         format: The form in which the rows are written; None if they were given as tokens.
-        numbers: The number of each row in the data; None if they were given as tokens.
+        numbers: The number of each row in the data; None if they are the rows as they were given.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class TokenizedRows(Dataset[dict[str, Any]]):
         unused: Sequence[str] = (),
         format: PromptFormat | None = None,
         numbers: Sequence[int] | None = None,
+        split: tuple[int, int] = (0, 0),
     ) -> None:
         self._rows = rows
+        self.split = split
         self.truncated = truncated
         self.left_out = tuple(left_out)
         self.unused = tuple(unused)
@@ -86,6 +89,8 @@ class TokenizedRows(Dataset[dict[str, Any]]):
         parts = []
         if self.truncated:
             parts.append(f"{self.truncated} of {len(self) + self.dropped} rows were truncated to the maximum length")
+        if self.split[0]:
+            parts.append(split_line(*self.split))
         if self.left_out:
             parts.append(f"{plural(self.dropped, 'row')} left out: {named_rows(self.left_out)}")
         return "; ".join([*parts, *self.unused])
@@ -99,6 +104,11 @@ class TokenizedRows(Dataset[dict[str, Any]]):
     def noting(self, *lines: str) -> TokenizedRows:
         """The same rows with other notes."""
         return TokenizedRows(self._rows, unused=lines, format=self.format, numbers=self.numbers)
+
+
+def split_line(rows: int, parts: int) -> str:
+    """A line about rows that were too long and were split."""
+    return f"{plural(rows, 'row')} longer than the maximum length split into {parts:,} parts"
 
 
 class StreamedRows(IterableDataset[dict[str, Any]]):
@@ -194,6 +204,7 @@ def prepare_data(
     inputs: ModelInputs | None = None,
     separator: str | None = None,
     skip_bad: bool = False,
+    **how: Any,
 ) -> Any:
     """Prepares rows for a Trainer.
 
@@ -207,16 +218,18 @@ def prepare_data(
         inputs: The inputs of the model; by default those of a decoder.
         separator: What separates the cells of a ``.csv`` or ``.tsv`` file; by default it is detected.
         skip_bad: Leave out rows that cannot be read.
+        **how: ``learn``, ``reasoning``, ``long`` and ``chat_template_kwargs``, as for :func:`nbpeft.train`.
 
     Returns:
         A dataset of tokenised rows, for ``Trainer(train_dataset=…)``.
 
     Raises:
+        ConfigError: an option is invalid, or has no effect on these rows.
         TrainingError: the data has no known form, or a row cannot be read; the message names its columns, or the row.
     """
     opened = open_data(data, separator, skip_bad=skip_bad)
-    reading_options = {"max_length": max_length, "columns": columns, "inputs": inputs, "skip_bad": skip_bad}
-    return prepared(opened, tokenizer, **reading_options).rows
+    options = {"max_length": max_length, "columns": columns, "inputs": inputs, "skip_bad": skip_bad, **how}
+    return prepared(opened, tokenizer, **options).rows
 
 
 def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
@@ -225,20 +238,36 @@ def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
     if reader.form is None:
         return _tokens(reader)
     if is_stream(reader.rows):
-        streamed = StreamedRows(reader.coded)
+        streamed = StreamedRows(reader.coded, formats=SeenFormats(reader.options.chat_template_kwargs))
         return PreparedRows(streamed, streamed.notes)
     tokenized = _in_memory(reader)
     return PreparedRows(tokenized, tokenized.notes)
+
+
+def lines_of(reader: Reading, unused: UnusedParts, formats: SeenFormats, count: int) -> tuple[str, ...]:
+    """Lines about where rows come from, and about what is not trained on, one for each reason.
+
+    Args:
+        reader: how the rows are read.
+        unused: the parts of the rows that are not trained on.
+        formats: the forms of the rows.
+        count: the number of rows.
+    """
+    mixed = [note] if (note := getattr(reader.rows, "note", "")) else []
+    return (*mixed, *unused.lines(count), *reader.options.lines(unused), *formats.lines())
 
 
 def _in_memory(reader: Reading) -> TokenizedRows:
     """Tokenises all rows."""
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str]] = []
-    unused, formats, truncated = UnusedParts(), SeenFormats(), 0
+    unused, formats, truncated = UnusedParts(), SeenFormats(reader.options.chat_template_kwargs), 0
     numbers: list[int] = []
+    split_rows = split_parts = 0
     for coded in reader.coded():
         truncated += coded.cut
+        split_rows += coded.part_count > 1 and not coded.part
+        split_parts += coded.part_count > 1
         unused.add(coded.unused)
         if coded.missing:
             left_out.append((coded.number, coded.missing))
@@ -252,10 +281,12 @@ def _in_memory(reader: Reading) -> TokenizedRows:
             f"{named_rows(left_out)}.",
             dropped=len(left_out),
         )
-    lines = (*unused.lines(len(rows) + len(left_out)), *formats.lines())
-    found = TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines)
+    count = len(rows) + len(left_out) - split_parts + split_rows
+    lines = lines_of(reader, unused, formats, count)
+    split = split_rows, split_parts
+    found = TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines, numbers=numbers, split=split)
     if reader.form not in (None, LABELLED):
-        found.format, found.numbers = formats.format, numbers
+        found.format = formats.format
     return found
 
 
@@ -270,7 +301,7 @@ def _tokens(reader: Reading) -> PreparedRows:
         return PreparedRows(read, read.notes)
     extra = reader.extra(available)
     unused = UnusedParts()
-    unused.add((COLUMNS, repr(name)) for name in extra)
+    unused.add((COLUMNS, repr(name)) for name in extra if name != reader.group)
     notes = "; ".join(unused.lines())
     if not listed:
         if extra and hasattr(rows, "remove_columns"):

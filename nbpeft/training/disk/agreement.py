@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import distributed
 
-from nbpeft.errors import CheckpointError, in_one_line
+from nbpeft.errors import CheckpointError, TrainingError, in_one_line
 from nbpeft.training.disk.checkpoints import write_errors
+
+_Part = TypeVar("_Part")
 
 
 def is_distributed() -> bool:
@@ -40,6 +42,37 @@ def broadcast_from_rank0(value: Any) -> Any:
     sent = [value]
     distributed.broadcast_object_list(sent, 0, group=_on_the_cpu())
     return sent[0]
+
+
+def own_share(items: Sequence[_Part]) -> Sequence[_Part]:
+    """The items of this process, if they are shared out to all processes; all of them in a single one."""
+    return items[distributed.get_rank() :: distributed.get_world_size()] if is_distributed() else items
+
+
+def gathered(compute: Callable[[], _Part]) -> list[_Part]:
+    """What each process computes, in the order of their ranks; every process must call it.
+
+    Args:
+        compute: computes the part of this process, which is pickled if there are several.
+
+    Raises:
+        TrainingError: another process failed.
+        Exception: the error of this process, which the others raise as a TrainingError at the same time.
+    """
+    if not is_distributed():
+        return [compute()]
+    part, problem, raised = None, "", None
+    try:
+        part = compute()
+    except Exception as error:
+        problem, raised = in_one_line(error) or type(error).__name__, error
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, (part, problem), group=_on_the_cpu())
+    if raised is not None:
+        raise raised
+    if failed := next(filter(None, (words for _, words in found)), ""):
+        raise TrainingError(failed)
+    return [value for value, _ in found]
 
 
 _groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()

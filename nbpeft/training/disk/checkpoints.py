@@ -33,8 +33,8 @@ _NAME = re.compile(rf"{_PREFIX}-(\d+)")
 _ARGUMENTS = "training_args.bin"
 _WRITES_CHECKPOINT = "_nbpeft_writes_checkpoint"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_MOST_BESIDE, _MOST_OF_SMALL = 32, 2**26
-"""Greatest size of the other files of a checkpoint, in bytes for each byte of its adapter, and in bytes in addition.
+_MOST_PER_BYTE, _MOST_EXTRA = 32, 2**26
+"""Limit of the size of a checkpoint's other files: bytes per byte of its adapter, plus a constant number of bytes.
 An optimizer stores two to four numbers for each parameter."""
 
 
@@ -230,7 +230,7 @@ def _is_too_large(folder: Path, weights: list[Path]) -> bool:
     """Whether the optimizer, random state etc. are larger than they can be for an adapter of that size."""
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     adapter_size = sum(sizes[path] for path in weights)
-    return sum(sizes.values()) - adapter_size > _MOST_BESIDE * adapter_size + _MOST_OF_SMALL
+    return sum(sizes.values()) - adapter_size > _MOST_PER_BYTE * adapter_size + _MOST_EXTRA
 
 
 def last_whole(home: Path, *, strict: bool = False) -> Path:
@@ -379,13 +379,13 @@ def write_errors(folder: Path) -> Iterator[None]:
         with disk_errors(folder):
             yield
     except RuntimeError as error:
-        if not _is_of_saving(error):
+        if not _is_write_error(error):
             raise
         raise CheckpointError(f"could not write to {shown(folder)}: the disk is full or fails") from error
 
 
-def _is_of_saving(error: RuntimeError) -> bool:
-    """Whether an error was raised by torch's file writer, which is not in Python: whose messages vary."""
+def _is_write_error(error: RuntimeError) -> bool:
+    """Whether an error was raised by torch's file writer, which is recognized by its frame: its messages vary."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

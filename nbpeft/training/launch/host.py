@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nbpeft.training.launch.processes import Launch, Processes
 
-_TURN = 0.2
+_POLL_INTERVAL = 0.2
 
 
 def main(folder: str, processes: str, machines: str, host: str, address: str, port: str) -> int:
@@ -28,7 +28,7 @@ def main(folder: str, processes: str, machines: str, host: str, address: str, po
     launch = Launch(int(processes), (address, *["?"] * (int(machines) - 1)))
     with Processes(Path(folder), launch, host=int(host), address=address, port=int(port)) as running:
         while running.running:
-            time.sleep(_TURN)
+            time.sleep(_POLL_INTERVAL)
             failure = running.failure()
             if failure is not None:
                 print(f"process {failure.rank} of {launch.world}: {failure.message}", file=sys.stderr)

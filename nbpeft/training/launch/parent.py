@@ -30,7 +30,7 @@ from nbpeft.training.monitor.run import Run, StopRun
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.transformers.trainer_patch import load_adapters
 
-_TURN = 0.05
+_POLL_INTERVAL = 0.05
 """Seconds between two checks for requests."""
 _TO_END = 120.0
 """Seconds that the processes have to end after the adapter was saved."""
@@ -62,7 +62,7 @@ def train_in_subprocesses(request: TrainRequest, run: Run, launch: Launch) -> di
         )
     devices = set((getattr(base_of(model), "hf_device_map", None) or {}).values())
     if len(devices) > 1:
-        raise TrainingError(f"the model is spread over {len(devices)} devices: load it on one, device_map={{'': 0}}")
+        raise TrainingError(f"the model is spread over {len(devices)} devices: load it with device_map={{'': 0}}")
     with _job_folder(launch, place) as folder:
         size = save_whole(folder / JOB, request, model)
         if request.arguments.get("fsdp") and not is_quantized(base_of(model)):
@@ -74,7 +74,7 @@ def train_in_subprocesses(request: TrainRequest, run: Run, launch: Launch) -> di
                 with HeldInterrupts(to_the_end=True):
                     load_adapters(model, folder / RESULT)
                     read_method_state(model, folder / RESULT)
-                    run.brought_back(ended.token_count)
+                    run.received_weights(ended.token_count)
                 processes.wait(_TO_END)
         except NbpeftError as error:
             _note_end(run, place, "failed", error.message)
@@ -95,17 +95,18 @@ def _wait(processes: Processes, run: Run) -> tuple[Ended, bool]:
     relay, has_trained, interrupted = _Relay(processes, run), False, False
     while True:
         try:
-            relay.turn()
-            message = processes.receive(_TURN)
+            relay.forward()
+            message = processes.receive(_POLL_INTERVAL)
             if isinstance(message, TrainState):
                 has_trained = message.step > message.first_step
-                relay.turn(waiting=message.status == "paused")
+                relay.forward(waiting=message.status == "paused")
                 run.mirror(message)
             elif processes.answer is not None:
                 return processes.answer, interrupted
             else:
                 _check(processes)
         except KeyboardInterrupt:
+            # The first interrupt stops after the current step, so that the weights are kept; a second one ends at once.
             if interrupted or not has_trained:
                 processes.end()
                 if processes.answer is None:
@@ -122,7 +123,7 @@ class _Relay:
         self._processes, self._control = processes, run.control
         self._sent: dict[str, Any] = {"stop": False, "reason": "", "pause": False}
 
-    def turn(self, waiting: bool | None = None) -> None:
+    def forward(self, waiting: bool | None = None) -> None:
         """Forwards new requests.
 
         Args:
@@ -156,8 +157,8 @@ def _no_answer(processes: Processes) -> str:
     if not processes.unreadable:
         return "ended before the training did"
     return (
-        f"sent a message that cannot be read here ({processes.unreadable}): if a package was upgraded since Python "
-        "started, restart it"
+        f"sent a message that cannot be read here ({processes.unreadable}): restart Python if a package was upgraded "
+        "since it started"
     )
 
 
@@ -183,7 +184,7 @@ def _note_end(run: Run, place: Any, status: TrainStatus, message: str) -> None:
 
 def _note_loss(run: Run, place: Any) -> None:
     """Records that the processes ended before the trained weights were loaded, and where these are saved."""
-    run.lost = "the adapters are as before"
+    run.lost = "the adapters are unchanged"
     _note_end(run, place, "stopped", run.stop_message())
     saved_steps = RunFolder(Path(run.folder)).kept_steps() if run.folder else ()
     if any(saved_steps):
@@ -225,7 +226,7 @@ def _started(folder: Path, launch: Launch, run: Run, port: int) -> Processes:
     address = (launch.machines or ("127.0.0.1",))[0]
     scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.machines))]
     if scripts:
-        run.note("start it on the others: " + ", ".join(scripts))
+        run.note("start the other hosts with: " + ", ".join(scripts))
     run.publish(force=True)
     return Processes(folder, launch, address=address, port=port)
 

@@ -76,14 +76,14 @@ def launch_of(processes: Any, machines: Any = None, *, sharded: bool = False) ->
     if is_launched() or (count == 1 and not names):
         if sharded and not is_launched():
             raise ConfigError(
-                "fsdp shards a model over several processes: give their number, processes=…", field="fsdp"
+                "fsdp shards a model over several processes: set their number with processes=…", field="fsdp"
             )
         return None
     cards = torch.accelerator.device_count() if torch.accelerator.is_available() else count
     if count > cards:
         raise ConfigError(
             f"{count} processes need {count} {torch.accelerator.current_accelerator()} devices, and this machine has "
-            f"{cards}: processes={cards}",
+            f"{cards}: set processes={cards}",
             field="processes",
         )
     return Launch(count, names)

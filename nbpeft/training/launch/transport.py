@@ -68,7 +68,7 @@ def save_whole(path: Path, content: Any, model: nn.Module) -> int:
     try:
         torch.save(content, path, pickle_module=_PICKLE)
     except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
-        raise TrainingError(f"this cannot be sent to other processes: {in_one_line(error)}") from error
+        raise TrainingError(f"the training cannot be sent to other processes: {in_one_line(error)}") from error
     return path.stat().st_size
 
 

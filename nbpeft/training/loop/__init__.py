@@ -11,5 +11,6 @@ Door, what other rooms import:
 Inside:
 
     grouping.py      Batches of rows with similar lengths, to reduce padding
+    restoring.py     Leaves a model as it was found before a training, except for the trained weights
     sampled_rows.py  The prompts to answer during a run: given, or taken from the rows with their wanted answers
 """

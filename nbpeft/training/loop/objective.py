@@ -1,4 +1,4 @@
-"""The objective of a training: the one that is named, or the one that follows from the rows."""
+"""Selects the objective of a training: the given one, or the one that follows from the rows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from torch import nn
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.from_data.observing import device_of, evaluated, moved
-from nbpeft.names import REJECTED
+from nbpeft.names import JUDGED, REJECTED
 from nbpeft.sweeps import Sweep, not_swept
-from nbpeft.training.adapters.adapted_model import base_of
+from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import Collator, columns_of
-from nbpeft.training.data.forms import COMPARED, checked_columns, form_of
-from nbpeft.training.data.sources import first_row
+from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns, form_of
+from nbpeft.training.data.reading import are_judged, default_length
+from nbpeft.training.data.sources import first_row, is_stream
+from nbpeft.training.loop.grouping import GROUPED
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal
-from nbpeft.training.objectives.collator import PairCollator, stacked
+from nbpeft.training.objectives.classification import metrics_for
+from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
+from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, fields_by_name, objective_named
 from nbpeft.training.objectives.reference import (
@@ -29,19 +33,40 @@ from nbpeft.training.objectives.reference import (
     reference_of,
     trains_only_adapters,
 )
+from nbpeft.training.objectives.usual import Classify
 from nbpeft.training.request import TrainRequest
+from nbpeft.training.rewards.functions import Rewards
+from nbpeft.training.rewards.rollouts import PromptCollator
+from nbpeft.training.rewards.trainer import RolloutTrainer
 from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from nbpeft.training.transformers.trainer import Trainer
 
-_OF_ONE_COMPLETION = {
-    "packing": "its rows have two completions each",
-    "data_collator": "its batches have two completions of each row",
-    "compute_metrics": "it computes no logits as a whole",
-    "preprocess_logits_for_metrics": "it computes no logits as a whole",
-    "compute_loss_func": "it has a loss of its own",
-    "label_smoothing_factor": "its own field is label_smoothing",
+_OTHER_LOSS = {
+    "compute_metrics": "it does not compute complete logits",
+    "preprocess_logits_for_metrics": "it does not compute complete logits",
+    "compute_loss_func": "it has its own loss",
 }
-"""Arguments of a training that an objective with two completions does not take, with the reason."""
+_NOT_WITH_PAIRS = {
+    "packing": "each row has two completions, or a label",
+    "data_collator": "its batches have two completions of each row",
+    **_OTHER_LOSS,
+    "label_smoothing_factor": "use its field label_smoothing",
+}
+"""Arguments of a training that an objective with two completions does not accept, with the reason."""
+_NOT_WITH_GENERATION = {
+    "packing": "its batches are completions that are generated before each step",
+    "data_collator": "its batches are completions that are generated before each step",
+    **_OTHER_LOSS,
+    "label_smoothing_factor": "completions have no reference token",
+    "auto_find_batch_size": "a batch has all completions of a prompt",
+    "processes": "it trains in one process",
+    "machines": "it trains in one process",
+    "fsdp": "it trains in one process",
+    "deepspeed": "it trains in one process",
+}
+"""Arguments that an objective with generated completions does not accept, with the reason."""
+_STEP_SIZE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+"""Arguments whose product is the number of completions of a step, with their defaults."""
 
 
 def with_objective(request: TrainRequest) -> TrainRequest:
@@ -60,12 +85,16 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     given = {name: value for name, value in request.arguments.items() if name in fields}
     own = getattr(request.arguments_class, "__dataclass_fields__", {})  # TRL's SFTConfig has a loss_type, too
     kind = None if request.objective is None else objective_named(request.objective)
+    if kind is not None and not kind.generates and request.rewards is not None:
+        raise ConfigError(
+            f"rewards require objective='grpo', but the objective is {kind.name}: remove rewards", field="rewards"
+        )
     if kind is not None:
         given = _fields_of(kind, given, fields, own)
     request = request.opened()
     columns, why = columns_of(request.data), ""
     if kind is None:
-        kind, why = _of_the_rows(request, columns)
+        kind, why = _from_rows(request, columns)
         given = _fields_of(kind, given, fields, own)
     objective = kind(**given)
     rest = {name: value for name, value in request.arguments.items() if name not in given}
@@ -73,10 +102,42 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     _check_model(request, objective, columns)
     if not objective.rows:
         if request.reference is not None:
-            raise ConfigError(f"{objective.name} has no reference: leave reference out", field="reference")
+            raise ConfigError(f"objective={objective.name!r} uses no reference: remove it", field="reference")
         return request
     _check_arguments(request, objective)
+    if isinstance(objective, Grpo):
+        return _with_rewards(request, objective, columns)
     return replace(request, trainer_class=ObjectiveTrainer)
+
+
+def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]) -> TrainRequest:
+    """A request with checked reward functions, whose steps have all completions of their prompts."""
+    arguments, copies = request.arguments, objective.num_generations
+    if is_stream(request.data):
+        raise TrainingError(f"{objective.name} repeats prompts, but a stream yields each once: pass a list of rows")
+    if getattr(arguments.get("train_sampling_strategy"), "value", arguments.get("train_sampling_strategy")) == GROUPED:
+        raise ConfigError(
+            f"train_sampling_strategy={GROUPED!r} cannot be combined with {objective.name}, whose batches are "
+            "completions of few prompts: use 'random' or 'sequential'",
+            field="train_sampling_strategy",
+        )
+    rows, steps = (arguments.get(name, usual) for name, usual in _STEP_SIZE.items())
+    if type(rows) is int and type(steps) is int and rows * steps % copies:
+        size = rows * steps
+        product = " x ".join(f"{name} ({number})" for name, number in zip(_STEP_SIZE, (rows, steps), strict=True))
+        near = next((number for number in range(copies - 1, 1, -1) if size % number == 0), None)
+        choice = "" if near is None else f", or num_generations={near}"
+        raise ConfigError(
+            f"num_generations={copies} does not divide the {size} completions of a step ({product}): "
+            f"set per_device_train_batch_size={-(-rows // copies) * copies}{choice}",
+            field="num_generations",
+        )
+    mapped = {column: name for name, column in (request.columns or {}).items()}
+    others = [name for name in columns if mapped.get(name, name) not in (*PROMPTED.needs, *PROMPTED.may)]
+    rewards = Rewards.of(request.rewards, objective.reward_weights, others)
+    if request.eval_data is not None and request.score is None:  # the loss says nothing: its rewards are relative
+        arguments = {"metric_for_best_model": "reward", "greater_is_better": True, **arguments}
+    return replace(request, trainer_class=RolloutTrainer, rewards=rewards, arguments=arguments)
 
 
 def _fields_of(
@@ -87,8 +148,8 @@ def _fields_of(
     for name, value in found.items():
         if kind.name not in fields[name]:
             raise ConfigError(
-                f"{name!r} is a field of {', '.join(fields[name])}, and this trains {kind.name}: leave it out, or "
-                f"objective={next(iter(fields[name]))!r}",
+                f"{name!r} is a field of {', '.join(fields[name])}, but the objective is {kind.name}: remove it, or "
+                f"set objective={next(iter(fields[name]))!r}",
                 field=name,
             )
         if isinstance(value, Sweep):
@@ -96,9 +157,11 @@ def _fields_of(
     return found
 
 
-def _of_the_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Objective], str]:
+def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Objective], str]:
     """The objective that follows from the rows, and why."""
     checked_columns(request.columns, columns)
+    if request.rewards is not None:
+        return objective_named("grpo"), "rewards are given"
     compared = {*COMPARED.needs} <= {*columns, *(request.columns or ())} or _are_pairs(columns)
     if classes_of(request.model) is not None:
         if compared and _scores(request.model):
@@ -109,40 +172,71 @@ def _of_the_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Ob
     form = form_of(columns, request.columns or {}, kind=None)
     if form is COMPARED:
         return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
+    if form is PAIR and are_judged(request.data, checked_columns(request.columns, columns)):
+        return objective_named("kto"), "the rows have labels of good and bad completions"
+    if form is PROMPTED:
+        raise ConfigError(
+            "the rows have only prompts: pass rewards, functions that score the completions of the model "
+            "(objective='grpo'), or rows with completions to learn",
+            field="rewards",
+        )
     return objective_named("sft"), ""
 
 
 def _are_pairs(columns: Sequence[str]) -> bool:
-    """Whether rows with these columns are tokenised, with two completions each."""
+    """Whether rows with these columns are tokenized, with two completions each."""
     names = ("input_ids", "labels")
     return {*names, *(f"{REJECTED}{name}" for name in names)} <= {*columns}
 
 
 def _check_model(request: TrainRequest, objective: Objective, columns: Sequence[str]) -> None:
-    name, model = objective.name, request.model
-    if name == "classify" and classes_of(model) is None:
-        raise TrainingError(f"classify trains a classifier of texts, and {type(base_of(model)).__name__} is none")
-    if name == "sft" and classes_of(model) is not None:
-        raise TrainingError(f"sft trains a language model, and {type(base_of(model)).__name__} is a classifier")
+    model, kind = request.model, type(base_of(request.model)).__name__
+    needs = f"objective={objective.name!r} needs"
+    if objective.name == "classify" and classes_of(model) is None:
+        raise TrainingError(f"{needs} a model for sequence classification; {kind} is not one")
+    if objective.name == "sft" and classes_of(model) is not None:
+        raise TrainingError(f"{needs} a language model; {kind} is a classifier")
     if not objective.rows:
         return
     if objective.scores and not _scores(model):
         labels = getattr(getattr(base_of(model), "config", None), "num_labels", None)
-        what = f"{type(base_of(model)).__name__} {'is none' if classes_of(model) is None else f'has {labels}'}"
-        raise TrainingError(f"{name} trains a classifier of texts with one label (num_labels=1), and {what}")
+        what = "is not one" if classes_of(model) is None else f"has {labels} labels"
+        raise TrainingError(f"{needs} a model for sequence classification with num_labels=1; {kind} {what}")
     if not objective.scores and not is_causal(model):
-        raise TrainingError(f"{name} trains causal language models, and {type(base_of(model)).__name__} is none")
+        raise TrainingError(f"{needs} a causal language model; {kind} is not one")
     if manager_of(model) is None:
-        raise TrainingError(f"{name} trains adapters of nbpeft, which a {type(model).__name__} does not have")
-    if _are_pairs(columns):
+        raise TrainingError(f"{needs} adapters of nbpeft, which a {type(model).__name__} does not have")
+    if objective.generates:
+        _check_generation(request, objective, columns)
+    elif _are_pairs(columns) and objective.rows != JUDGED:
         return
-    if "input_ids" in columns and not request.columns:
+    elif "input_ids" in columns and not request.columns:
         what = (
-            f"{name} takes rows of text with chosen and rejected, and these are tokenised: tokenised ones have "
-            f"input_ids, labels, {REJECTED}input_ids and {REJECTED}labels"
+            f"{needs} rows of text with chosen and rejected, or tokenized rows with input_ids, labels, "
+            f"{REJECTED}input_ids and {REJECTED}labels"
         )
+        if objective.rows == JUDGED:
+            what = f"{needs} rows of text with prompt, completion and label, not tokenized rows"
         raise TrainingError(what, columns=columns)
     form_of(columns, request.columns or {}, kind=objective.rows)
+
+
+def _check_generation(request: TrainRequest, objective: Objective, columns: Sequence[str]) -> None:
+    name, base = objective.name, base_of(request.model)
+    if not hasattr(base, "generate"):
+        raise TrainingError(f"{name} generates completions, but a {type(base).__name__} has no generate()")
+    if call_columns(request.model):
+        raise TrainingError(
+            f"{name} generates completions without {', '.join(call_columns(request.model))}, which the method of the "
+            "adapter takes"
+        )
+    if request.tokenizer is None or not hasattr(request.tokenizer, "decode"):
+        raise ConfigError(f"{name} needs a tokenizer: pass tokenizer=…", field="tokenizer")
+    if "prompt" not in {*columns, *(request.columns or ())} and "input_ids" in columns:
+        raise TrainingError(
+            f"{name} needs rows of text with a prompt, which reward functions get, not tokenized rows",
+            columns=columns,
+        )
 
 
 def _scores(model: nn.Module) -> bool:
@@ -152,29 +246,41 @@ def _scores(model: nn.Module) -> bool:
 
 
 def _check_arguments(request: TrainRequest, objective: Objective) -> None:
-    given = {"packing": request.packing, **request.arguments}
-    for name, reason in _OF_ONE_COMPLETION.items():
+    own = {name: getattr(request, name) for name in ("packing", "processes", "machines")}
+    given = {**own, **request.arguments}
+    for name, reason in (_NOT_WITH_GENERATION if objective.generates else _NOT_WITH_PAIRS).items():
         if given.get(name) not in (None, False, 0):
-            raise ConfigError(f"{name} does not go with {objective.name}: {reason}", field=name)
+            raise ConfigError(f"{name} cannot be combined with {objective.name}: {reason}", field=name)
     if request.arguments.get("neftune_noise_alpha") and getattr(objective, "disable_dropout", False):
         raise ConfigError(
-            "neftune_noise_alpha does not go with disable_dropout=True, which switches noise off, too: "
+            "neftune_noise_alpha cannot be combined with disable_dropout=True, which disables the noise too: set "
             "disable_dropout=False",
             field="neftune_noise_alpha",
         )
-    if request.trainer_class not in (Trainer, ObjectiveTrainer):
+    if request.trainer_class not in (Trainer, ObjectiveTrainer, RolloutTrainer):
         raise ConfigError(
-            f"objective={objective.name!r} has a Trainer of its own: leave trainer_class out", field="trainer_class"
+            f"objective={objective.name!r} has its own Trainer: remove trainer_class", field="trainer_class"
         )
-    if not objective.uses_reference:
+    if objective.rows == JUDGED and request.arguments.get("per_device_train_batch_size") == 1:
+        raise ConfigError(
+            f"{objective.name} compares the rows of a batch with each other: per_device_train_batch_size of at least 2",
+            field="per_device_train_batch_size",
+        )
+    sweep = request.members is not None or any(isinstance(value, Sweep) for value in request.given.values())
+    if sweep and objective.generates:
+        raise ConfigError(
+            f"{objective.name} trains one adapter, whose completions are generated before each step: remove the sweep"
+        )
+    if not objective.reference_needed:
         if request.reference is not None:
-            raise ConfigError(f"{objective.name} has no reference: leave reference out", field="reference")
+            without = f" with beta={getattr(objective, 'beta', 0)}" if objective.uses_reference else ""
+            raise ConfigError(f"objective={objective.name!r}{without} uses no reference: remove it", field="reference")
         return
     check_reference(
         request.model,
         request.reference,
         adapter=request.adapter,
-        sweep=request.members is not None or any(isinstance(value, Sweep) for value in request.given.values()),
+        sweep=sweep,
         sharded=bool(request.arguments.get("fsdp")),
     )
 
@@ -186,23 +292,24 @@ def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
 
     Args:
         request: the arguments of the training; the adapters to train are active.
-        rows: the tokenised rows, of which the first is computed.
+        rows: the tokenized rows, of which the first is computed.
 
     Raises:
         ConfigError: the reference does not support this training.
     """
     objective = request.objective
     assert isinstance(objective, Objective)
-    if not objective.uses_reference:
+    if not objective.reference_needed:
         return None
     alone = trains_only_adapters(request.model)
     if request.reference == BASE and not alone:
         raise ConfigError(
-            "weights of the base are trained too, so that it is no reference: reference='start'", field="reference"
+            "weights of the base are trained too, so it cannot be the reference: set reference='start'",
+            field="reference",
         )
     if request.reference is not None:
         return request.reference
-    if alone and _is_new(request.model, rows, request.tokenizer):
+    if alone and _is_new(request, objective, rows):
         return BASE
     check_reference(
         request.model,
@@ -214,9 +321,14 @@ def chosen_reference(request: TrainRequest, rows: Any) -> str | None:
     return START
 
 
-def _is_new(model: nn.Module, rows: Any, tokenizer: Any) -> bool:
+def _is_new(request: TrainRequest, objective: Objective, rows: Any) -> bool:
     """Whether the model computes the same with its active adapters and without them, on the first row."""
-    batch = stacked(PairCollator(collator_for(model, tokenizer))([first_row(rows)]))
+    model, row = request.model, dict(first_row(rows))
+    collator = collator_for(model, request.tokenizer)
+    if "labels" in row:
+        batch = stacked(collator_of(objective, collator)([row]))
+    else:  # a prompt alone
+        batch = collator([{name: row["input_ids"] for name in ("input_ids", "labels")}])
     with torch.no_grad(), evaluated(model):
         inputs = moved(batch, device_of(base_of(model)))
         now = log_probs(model, inputs)
@@ -225,17 +337,46 @@ def _is_new(model: nn.Module, rows: Any, tokenizer: Any) -> bool:
     return bool(torch.allclose(now, without, rtol=1e-5, atol=1e-4))
 
 
-def collator_of(objective: Objective, collator: Collator) -> Any:
+def batches_of(request: TrainRequest, objective: Objective) -> Any:
+    """Returns the collator of the rows of a training.
+
+    Args:
+        request: the arguments of the training.
+        objective: its objective.
+    """
+    limit = request.max_length
+    if limit is None and request.tokenizer is not None:
+        limit = default_length(request.tokenizer)
+    return collator_of(objective, collator_for(request.model, request.tokenizer), limit)
+
+
+def metrics_of(request: TrainRequest) -> dict[str, Any]:
+    """Returns the option of the Trainer with the metrics of evaluations; empty for other models than classifiers.
+
+    Args:
+        request: the arguments of the training, with its objective.
+    """
+    classes = classes_of(request.model) if isinstance(request.objective, Classify) else None
+    measure = None if classes is None or request.eval_data is None else metrics_for(classes)
+    return {} if measure is None else {"compute_metrics": measure}
+
+
+def collator_of(objective: Objective, collator: Collator, limit: int | None = None) -> Any:
     """Returns the collator of an objective's rows.
 
     Args:
         objective: the objective.
         collator: the collator of rows with one completion.
+        limit: number of tokens to which sequences are cut that the collator makes; None for no limit.
     """
+    if objective.rows == JUDGED:
+        return ShiftedCollator(PairCollator(collator), limit)
+    if objective.generates:
+        return PromptCollator(collator)
     return PairCollator(collator) if objective.rows else collator
 
 
-def in_words(objective: Objective, reason: str, reference: str | None) -> str:
+def objective_text(objective: Objective, reason: str, reference: str | None) -> str:
     """Returns the objective of a training for its card; empty for the usual one.
 
     Args:

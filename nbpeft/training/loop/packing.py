@@ -29,6 +29,7 @@ from nbpeft.training.data import (
     open_data,
     prepared,
 )
+from nbpeft.training.data.forms import PROMPTED
 from nbpeft.training.data.lengths import lengths_of
 from nbpeft.training.data.packing import best_fit
 from nbpeft.training.data.reading import default_length
@@ -72,15 +73,15 @@ def pack(
     """
     refuse_to_pack(model)
     if "data_collator" in given:
-        raise _refusal("the data_collator that is given makes batches of its own")
+        raise _refusal("the given data_collator makes its own batches")
     if is_stream(rows):
-        raise _refusal("a stream's rows are not known before they come; give a list of them, or a dataset")
+        raise _refusal("the rows of a stream are not known in advance; pass a list or a dataset")
     lengths = lengths_of(rows)
     if lengths is None:
-        raise _refusal("only rows of tokens can be packed, from a list or a dataset that is read at once")
+        raise _refusal("only tokenized rows of a list or a dataset that is read at once can be packed")
     extra = sorted((set(rows[0]) - _JOINED) & set(inspect.signature(base_of(model).forward).parameters))
     if extra:
-        raise _refusal(f"the rows hold {', '.join(extra)} besides tokens and labels")
+        raise _refusal(f"the rows have {', '.join(extra)} in addition to tokens and labels")
     packed = PackedRows(rows, max_length or max(default_length(tokenizer), *lengths))
     return packed, packed_collator(model, collator)
 
@@ -115,12 +116,17 @@ def longest_sequence(
     rows = prepared(opened, tokenizer, max_length=max_length, columns=columns, inputs=inputs).rows
     lengths = lengths_of(rows)
     if lengths is None:
-        raise TrainingError("how long these rows are is not known without going through them; give a sequence length")
+        raise TrainingError("the lengths of these rows are unknown; pass a sequence length")
     pairs = f"{REJECTED}input_ids" in columns_of(rows)
+    if PROMPTED.needs[0] in columns_of(rows):
+        raise TrainingError(
+            f"these rows have prompts alone, of up to {max(lengths):,} tokens: give a sequence length that includes "
+            "the completions"
+        )
     if not packing:
         return max(lengths), 2 if pairs else 1
     if pairs:
-        raise _refusal("its rows have a chosen and a rejected completion each")
+        raise _refusal("each row has a chosen and a rejected completion")
     if isinstance(model, nn.Module):
         refuse_to_pack(model)
     packs = best_fit(lengths, max_length or max(default_length(tokenizer), *lengths))
@@ -136,18 +142,18 @@ def refuse_to_pack(model: nn.Module) -> None:
     base = base_of(model)
     name = type(base).__name__
     if not is_causal(model):
-        raise _refusal(f"it is for causal language models, and {name} is none")
+        raise _refusal(f"it needs a causal language model, and {name} is not one")
     if "position_ids" not in inspect.signature(base.forward).parameters:
-        raise _refusal(f"{name} takes no position_ids, so that a row would read on from the one before it")
+        raise _refusal(f"{name} accepts no position_ids, so a row would attend to the row before it")
     if getattr(getattr(base, "config", None), "output_router_logits", False):
-        raise _refusal(f"the routers of {name} have a loss of whole sequences; config.output_router_logits = False")
+        raise _refusal(f"the router loss of {name} is that of whole sequences; set config.output_router_logits = False")
     manager = manager_of(model)
     configs = {} if manager is None else {adapter: manager.configs[adapter] for adapter in manager.active}
     for adapter, config in configs.items():
-        if config.is_prompt_learning:
-            raise _refusal(f"adapter {adapter!r} puts tokens in front of each sequence, not of each row in it")
+        if config.learns_prompt:
+            raise _refusal(f"adapter {adapter!r} prepends tokens to each sequence, not to each row in it")
         if prepares_calls(config):
-            raise _refusal(f"adapter {adapter!r} looks for something in each sequence, and would take it for one row")
+            raise _refusal(f"adapter {adapter!r} would process each sequence as a single row")
 
 
 def packed_collator(model: nn.Module, plain: Collator) -> PackedCollator:
@@ -226,7 +232,7 @@ def check_packing(
     half = mixed or is_quantized(base_of(model)) or main_dtype(model).itemsize < 4
     leak, away = (float((first - other).abs().max()) / spread for other in (second, alone))
     if leak > _LEAK[half] or away > _ERROR[half]:
-        raise _refusal(f"{type(base_of(model)).__name__} reads a row differently behind another one, as it was tried")
+        raise _refusal(f"in a test, the logits of {type(base_of(model)).__name__} depended on the row before")
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Tensor:

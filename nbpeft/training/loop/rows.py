@@ -26,6 +26,7 @@ from nbpeft.training.data import (
     PreparedRows,
     StreamedRows,
     check_rows,
+    groups_of,
     hold_out,
     is_amount,
     prepared,
@@ -86,17 +87,25 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
         _check_loss(base_of(request.model))
     else:
         inputs = replace(inputs, tokens_only="")
+    if request.eval_by is not None and not is_amount(request.eval_data):
+        raise ConfigError(
+            "eval_by groups the rows that are held out for evaluation: give their share or number (eval_data=0.1)",
+            field="eval_by",
+        )
     read = _prepared(request, request.data, inputs)
     rows, notes, amount = read.rows, [read.notes] if read.notes else [], request.eval_data
     if not is_amount(amount):
         measured = PreparedRows(None) if amount is None else _prepared(request, amount, inputs)
-        notes += [f"of the evaluation rows: {measured.notes}"] if measured.notes else []
+        notes += [f"evaluation rows: {measured.notes}"] if measured.notes else []
         return TrainingRows(rows, measured.rows, tuple(notes))
-    train, evaluation = hold_out(rows, amount, request.seed)
+    groups = groups_of(rows, request.data, request.eval_by)
+    train, evaluation = hold_out(rows, amount, request.seed, groups)
     if isinstance(rows, StreamedRows) and rows.notes:  # reading the held-out rows may have added notes
         notes = [rows.notes]
     known = f"{count(len(evaluation))} of {plural(len(rows), 'row')}" if hasattr(rows, "__len__") else ""
     held = f"{known or plural(len(evaluation), 'row')} held out for evaluation"
+    if groups is not None and request.eval_by is not None:
+        held += f", in whole groups by {request.eval_by!r} ({plural(len({*groups}), 'group')})"
     return TrainingRows(train, evaluation, tuple(notes), held)
 
 
@@ -115,7 +124,8 @@ def inputs_of(request: TrainRequest) -> ModelInputs:
         return inputs
     rejected = {f"{REJECTED}{name}" for name in ("input_ids", "labels")}
     taken = None if inputs.columns is None else inputs.columns | rejected
-    why = f"the loss of {objective.name} takes none"
+    inputs = replace(inputs, numbers=()) if objective.generates else inputs
+    why = f"the loss of {objective.name} does not support weights"
     classes = None if objective.scores else inputs.classes
     return replace(inputs, kind=objective.rows, columns=taken, unweighted=why, classes=classes)
 
@@ -130,7 +140,7 @@ def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str
     """
     base, numbers, classes = base_of(model), call_columns(model), classes_of(model)
     if classes is not None and classes.problem != SINGLE_LABEL:
-        unweighted = unweighted or f"the loss of {classes.problem} takes none"
+        unweighted = unweighted or f"the loss of {classes.problem} does not support weights"
     taken = {*inspect.signature(base.forward).parameters, *numbers}
     return ModelInputs(
         encoder_decoder=classes is None and is_encoder_decoder(model),
@@ -152,7 +162,7 @@ def _why_tokens_only(base: nn.Module) -> str:
         return ""
     labels = [name for name in inspect.signature(base.forward).parameters if name in _OWN_LABELS]
     return (
-        f"{type(base).__name__} is neither a language model nor a classifier of texts: it takes tokenised rows with "
+        f"{type(base).__name__} is neither a language model nor a text classifier: it needs tokenized rows with "
         f"{listed(('input_ids', *labels))}"
     )
 
@@ -267,10 +277,9 @@ def check_reading(tokenizer: Any, max_length: Any) -> None:
 
 
 def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> PreparedRows:
-    model, tokenizer, max_length = request.model, request.tokenizer, request.max_length
-    check_reading(tokenizer, max_length)
-    options = {"columns": request.columns, "inputs": inputs, "skip_bad": request.skip_bad}
-    read = prepared(rows, tokenizer, max_length=max_length, **options)
+    model, tokenizer = request.model, request.tokenizer
+    check_reading(tokenizer, request.max_length)
+    read = prepared(rows, tokenizer, inputs=inputs, **request.reading)
     size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
     check: dict[str, Any] = {
         "vocabulary": size if isinstance(size, int) else None,
@@ -294,7 +303,7 @@ def _check_loss(base: nn.Module) -> None:
     code = getattr(inspect.unwrap(type(base).forward), "__code__", None)
     if head and not head.endswith(_LANGUAGE_HEADS) and "loss_function" in getattr(code, "co_names", ()):
         raise TrainingError(
-            f"transformers chooses a loss by the name of the class and finds none for {type(base).__name__}: set "
+            f"transformers selects the loss by the name of the class and has none for {type(base).__name__}: set "
             f"loss_type = {head!r} on the base model."
         )
 
@@ -304,6 +313,6 @@ def _check_padding(model: nn.Module, tokenizer: Any) -> None:
     base: Any = base_of(model)
     if getattr(tokenizer, "pad_token_id", None) is None and getattr(base.config, "pad_token_id", None) is None:
         raise TrainingError(
-            f"{type(base).__name__} needs a padding token, and neither its config nor the tokenizer names one: "
+            f"{type(base).__name__} needs a padding token, but neither its config nor the tokenizer defines one: set "
             "tokenizer.pad_token = tokenizer.eos_token"
         )

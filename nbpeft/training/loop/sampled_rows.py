@@ -11,7 +11,7 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.errors import ConfigError
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import is_amount
-from nbpeft.training.data.forms import Chat, Compared, Pair
+from nbpeft.training.data.forms import Chat, Compared, Pair, Prompted
 from nbpeft.training.data.reading import reading
 from nbpeft.training.loop.rows import TrainingRows, inputs_of
 from nbpeft.training.request import TrainRequest
@@ -29,7 +29,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     Raises:
         ConfigError: an argument is invalid, the model or tokenizer cannot generate answers, or the rows have no
             prompts.
-        AdapterError: the prompts cannot be tokenised.
+        AdapterError: the prompts cannot be tokenized.
     """
     given, every, tokenizer = request.sample, request.every, request.tokenizer
     is_count = isinstance(given, int) and not isinstance(given, bool)
@@ -37,7 +37,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     fits = isinstance(prompts, list | tuple) and all(isinstance(text, str) or is_conversation(text) for text in prompts)
     if not is_count and not (fits and prompts):
         raise ConfigError(
-            "sample must be a prompt (a text or a conversation), several in a list, or how many rows to ask, "
+            "sample must be a prompt (a text or a conversation), a list of prompts, or a number of rows, "
             f"not {given!r:.60}",
             field="sample",
         )
@@ -50,12 +50,13 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
         raise ConfigError("sample needs a tokenizer: pass tokenizer=…", field="sample")
     base: Any = base_of(request.model)
     if not hasattr(base, "generate"):
-        raise ConfigError(f"a {type(base).__name__} cannot answer prompts, so that there is nothing to sample")
+        raise ConfigError(f"sample needs a model that generates text, and a {type(base).__name__} has no generate()")
     if is_count:
         return _of_rows(request, rows, number, base)
     form = rows.format or PromptFormat(chat=True)
     asked = [(text, "") if isinstance(text, str) else _last_answer(text) for text in prompts]
     options: dict[str, Any] = {"chat": None if form.chat else False, "system": form.system or ""}
+    options["template"] = form.variables
     batch = PromptBatch.of([text for text, _ in asked], tokenizer, base, **options)
     return SamplePrompts(batch, given, tuple(answer for _, answer in asked))  # type: ignore[arg-type]
 
@@ -67,29 +68,39 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
     if not asked:
         where = "evaluation rows" if evaluates else "training rows"
         raise ConfigError(
-            f"sample={count} asks the prompts of rows, and none of the {where} has a prompt and an answer of its own: "
-            "give the prompts themselves",
+            f"sample={count} needs rows with a prompt and an answer, and none of the {where} has both: pass the "
+            "prompts instead",
             field="sample",
         )
     prompts, wanted = zip(*asked, strict=True)
-    batch = PromptBatch.of(prompts, request.tokenizer, base, chat=None if not isinstance(prompts[0], str) else False)
+    options: dict[str, Any] = {"chat": None if not isinstance(prompts[0], str) else False}
+    options["template"] = request.chat_template_kwargs or {}
+    batch = PromptBatch.of(prompts, request.tokenizer, base, **options)
     source = "" if evaluates else "the sampled prompts are training rows: no rows are held out for evaluation"
     return SamplePrompts(batch, count, tuple(wanted), source)
 
 
 def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, str]]:
-    """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both."""
+    """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both.
+
+    The wanted answer of a row with a prompt alone is empty.
+    """
     apart = rows.evaluation is not None and not is_amount(request.eval_data)
     source = request.eval_data if apart else request.data
     numbers = getattr(rows.train if rows.evaluation is None else rows.evaluation, "numbers", None)
     if numbers is None:  # given as tokens, or read from a stream
         return
-    reader = reading(source, request.tokenizer, columns=request.columns, inputs=inputs_of(request))
-    for number in numbers:
+    reader = reading(source, request.tokenizer, inputs=inputs_of(request), **request.reading)
+    if reader.form is None:
+        return
+    for number in dict.fromkeys(numbers):
         example = reader.example(source[number], number)
         if isinstance(example, Compared):
             example = example.chosen
-        if isinstance(example, Pair):
+        if isinstance(example, Prompted):
+            prompted = example.prompt
+            yield (prompted if isinstance(prompted, str) else prompted.messages), ""
+        elif isinstance(example, Pair):
             yield example.prompt, example.completion.strip()
         elif isinstance(example, Chat) and example.tools is None:
             roles = [message["role"] for message in example.messages]

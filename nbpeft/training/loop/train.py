@@ -22,11 +22,9 @@ from nbpeft._util.optional import needs
 from nbpeft.checkpoint import PromptFormat, prompt_format, scratch_folder, set_prompt_format
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.trained import mark_unsaved
-from nbpeft.engine.tree.model_tree import embedding_of, manager_of
+from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
-from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_dtype_message, slow_here
-from nbpeft.model.from_data.observing import modes_kept
 from nbpeft.model.saving import files
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
@@ -37,9 +35,10 @@ from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
 from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
-from nbpeft.training.loop.objective import chosen_reference, collator_of, in_words, with_objective
+from nbpeft.training.loop.objective import batches_of, chosen_reference, metrics_of, objective_text, with_objective
 from nbpeft.training.loop.packing import PackingCheck, pack
-from nbpeft.training.loop.rows import TrainingRows, collator_for, training_rows
+from nbpeft.training.loop.restoring import restoring
+from nbpeft.training.loop.rows import TrainingRows, training_rows
 from nbpeft.training.loop.sampled_rows import sample_prompts
 from nbpeft.training.monitor.callback import RunCallback
 from nbpeft.training.monitor.control import RunControl
@@ -50,6 +49,7 @@ from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows
 from nbpeft.training.objectives.objective import Objective, fields_by_name
 from nbpeft.training.objectives.reference import reference_of
 from nbpeft.training.request import TrainRequest
+from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
@@ -74,6 +74,11 @@ def train(
     columns: Mapping[str, str] | None = None,
     separator: str | None = None,
     skip_bad: bool = False,
+    learn: str = "all",
+    reasoning: str = "keep",
+    long: str = "cut",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    eval_by: str | None = None,
     data_hint: str = "",
     adapter: str | None = None,
     patience: int | None = None,
@@ -96,6 +101,7 @@ def train(
     replace: bool = False,
     objective: str | None = None,
     reference: str | None = None,
+    rewards: Any = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -111,69 +117,77 @@ def train(
 
     Args:
         model: A model with adapters.
-        data: Rows to learn, or where they are; see :mod:`nbpeft.training.data` for their forms and
+        data: Training rows or their source; see :mod:`nbpeft.training.data` for their forms and
             :func:`nbpeft.training.data.open_data` for sources. A stream needs ``max_steps``.
-        eval_data: Rows to measure on, in the same forms; or a share (0.1) or number (64) of the rows of
-            ``data`` to hold out, drawn by ``seed``.
-        tokenizer: Needed unless the rows are tokenised.
-        max_length: Greatest number of tokens of a row, the rest is cut off; by default the tokenizer's limit, at most
-            1024.
-        columns: Names of the columns in the data: ``{"prompt": "question", "completion": "answer"}``.
-        separator: What separates the cells of a ``.csv`` or ``.tsv`` file, e.g. ``";"``; by default it is detected.
-        skip_bad: Leave out rows that cannot be read, and say how many; by default they are refused. Rows with nothing
-            to learn are always left out.
-        data_hint: Where a person sees what was cut or left out; follows the note that says so.
-        adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
-            was done.
+        eval_data: Evaluation rows, in the same forms; or a share (0.1) or number (64) of the rows of ``data`` to hold
+            out, drawn with ``seed``.
+        tokenizer: Needed unless the rows are tokenized.
+        max_length: Maximum length of a row in tokens; longer rows are truncated. The default is the tokenizer's limit,
+            at most 1024.
+        columns: Names of the columns in the data, e.g. ``{"prompt": "question", "completion": "answer"}``.
+        separator: Character between the cells of a ``.csv`` or ``.tsv`` file, e.g. ``";"``; detected by default.
+        skip_bad: Leave out rows that cannot be read, with a note; by default they are refused. Rows without a token to
+            learn are always left out.
+        learn: Assistant turns of a conversation to learn: ``all``, the ``last`` one, or the ``completion``, which are
+            all turns after the last message of the user.
+        reasoning: ``keep`` the reasoning of the assistant (``reasoning_content`` of a turn, or ``<think>`` in its
+            content) and learn it, ``mask`` it, so that it is read but not learned, or ``drop`` it.
+        long: Rows longer than ``max_length``: ``cut`` them, ``drop`` them, or ``split`` texts into several rows.
+        chat_template_kwargs: Variables of the chat template, e.g. ``{"enable_thinking": False}``, which are saved with
+            the adapter and used when it is asked. A row's own, in a column with this name, have priority.
+        eval_by: Name of a column. ``eval_data`` holds out either all or none of the rows with the same value in it.
+        data_hint: Text that is appended to notes about truncated and omitted rows, e.g. a command that shows them.
+        adapter: Adapter to activate first; merged adapters are unmerged for it. It stays active once a step was done.
         patience: Stop after this many evaluations without improvement, and restore the best state. ``eval_data`` is
-            evaluated ten times a run unless ``eval_strategy`` or ``eval_steps`` says when. With ``score`` the scores
-            are the evaluations that count.
-        sample: A prompt, a text or a conversation, or several, that the adapter and the base answer during training;
-            or how many evaluation rows to ask, without evaluation rows of the training rows, whose wanted answers are
-            shown too. The answers are in ``result.state.samples``.
-        every: Number of steps between two such answers, and between two scores; by default there are about five
-            answers and ten scores in a run.
-        score: Rows to score during training, or where they are, as for :func:`nbpeft.score`. The scores are in the
-            card, in the run folder and in what trackers get, as metrics of an evaluation.
-        metric: How to score: the name of a metric of :func:`nbpeft.score` (default: ``exact``), a function
-            ``(answer, row) -> bool | float``, or several in a list, of which the first decides about the best state.
-        packing: Put several rows into one sequence of ``max_length`` tokens, so that nothing is padding; each row is
-            learned as it would be alone. The batch size counts sequences. Rows to evaluate on are not packed. Without
-            packing, batches are of rows about as long, in an order drawn by ``seed``, unless
-            ``train_sampling_strategy`` says otherwise (``"random"``).
-        control: Where Stop and Pause are requested.
+            evaluated ten times per run unless ``eval_strategy`` or ``eval_steps`` is given. With ``score``, the scores
+            are the evaluations.
+        sample: One or several prompts (texts or conversations) that the adapter and the base model answer during
+            training; or a number of evaluation rows (without ``eval_data``, training rows) to answer, whose reference
+            answers are shown too. The answers are in ``result.state.samples``.
+        every: Steps between samples and between scores; by default about five samples and ten scores per run.
+        score: Rows to score during training, or their source, as for :func:`nbpeft.score`. The scores are reported
+            like the metrics of an evaluation: in the card, in the run folder and to trackers.
+        metric: Name of a metric of :func:`nbpeft.score` (default: ``exact``), a function
+            ``(answer, row) -> bool | float``, or a list of them, of which the first determines the best state.
+        packing: Pack several rows into each sequence of ``max_length`` tokens, without padding. Each row is learned as
+            it would be alone, the batch size counts sequences, and evaluation rows are not packed. Without packing,
+            a batch has rows of similar length, in an order drawn with ``seed``, unless ``train_sampling_strategy`` is
+            given (``"random"``).
+        control: Receives the requests to stop and pause.
         publish: Called with each new state of the run.
-        run_factory: Makes the run, called like :class:`Run`.
+        run_factory: Creates the run; called like :class:`Run`.
         trainer_class: A Trainer class of another library to use.
-        arguments_class: The arguments class that belongs to it.
-        run_dir: A folder in which the run gets one of its own, ``ADAPTER-N``, with its settings, its curve and
-            every few seconds the state to resume from. Where it cannot be written, training continues without it.
-        track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them, which also get the numbers.
+        arguments_class: The arguments class of ``trainer_class``.
+        run_dir: Folder in which the run creates its own folder, ``ADAPTER-N``, with its settings, its curves and, every
+            few seconds, a checkpoint to resume from. If it cannot be written, training continues without it.
+        track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them, to which the metrics are logged.
         members: Adapters of the model to train side by side, each with its own fields:
-            ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. A sweep makes its members itself.
-        stop_on_divergence: Stop when the loss is NaN or infinite or the weights have exploded, and restore the last
-            good ones; in a sweep only that adapter stops. Copies of the trainable weights take about 1 % of the time,
-            and host memory of their size. See :mod:`nbpeft.training.watching.divergence`.
-        processes: Number of processes to train in on this machine, one a card; see :mod:`nbpeft.training.launch`.
-            Each takes ``per_device_train_batch_size`` rows a step. ``fsdp=True`` shards the model over them.
-        machines: Addresses of machines that see the same folders, this one's first; ``processes`` is the number on
-            each of them.
-        replace: Save over another adapter that ``output_dir`` holds: one of another name, another base model or other
-            tensors.
-        objective: What is minimised: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo`` or ``reward``. By
-            default it follows from the rows: if they have chosen and rejected it is ``dpo``, and ``reward`` for a
-            classifier with one label. See :mod:`nbpeft.training.objectives`.
-        reference: What ``dpo`` compares the adapter with: ``base`` (the model without adapters), ``start`` (the
-            adapter's weights at the beginning) or the name of another adapter. By default ``base`` for an adapter that
-            does not change the model yet, and ``start`` for others.
+            ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. A sweep creates its members itself.
+        stop_on_divergence: Stop if the loss is NaN or infinite or the weights explode, and restore the last good
+            weights; in a sweep only that adapter stops. Copying the trainable weights takes about 1 % of the time, and
+            host memory of their size. See :mod:`nbpeft.training.watching.divergence`.
+        processes: Number of training processes on this machine, one per GPU; see :mod:`nbpeft.training.launch`. Each
+            takes ``per_device_train_batch_size`` rows per step. ``fsdp=True`` shards the model over them.
+        machines: Addresses of machines with the same folders, this one's first; ``processes`` is the number on each.
+        replace: Overwrite another adapter in ``output_dir``: one with another name, base model or other tensors.
+        objective: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``kto``, ``reward`` or ``grpo``. By
+            default it follows from the rows and the model: ``dpo`` for rows with chosen and rejected, ``reward`` if
+            the model is a classifier with one label, ``kto`` for rows with labels of good and bad completions,
+            ``grpo`` with ``rewards``. See :mod:`nbpeft.training.objectives`.
+        reference: Reference of ``dpo`` and ``kto``: ``base`` (the model without adapters), ``start`` (the adapter's
+            weights at the beginning) or the name of another adapter. By default ``base`` for an adapter that does not
+            change the model yet, and ``start`` for others.
+        rewards: For ``grpo``: one or several functions that score completions of the rows' prompts:
+            ``f(completions, prompts, **columns) -> list[float]``, as for TRL's GRPOTrainer. See
+            :mod:`nbpeft.training.rewards`.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and of the objective
             (``beta``, ``loss_type``, …), and options of the Trainer (``callbacks``, ``compute_metrics``,
-            ``data_collator``, …).
-            With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
+            ``data_collator``, …). With ``output_dir`` the adapter is saved there at the end; without it, nothing is
+            saved.
 
     Raises:
-        AdapterExistsError: ``output_dir`` holds another adapter.
-        ConfigError: an argument is unknown or impossible.
+        AdapterExistsError: ``output_dir`` contains another adapter.
+        ConfigError: an argument is unknown or invalid.
         MissingPackageError: accelerate, which transformers' Trainer needs, is not installed.
         TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
         TrainingInterrupted: an interruption ended the run; the model keeps what it learned.
@@ -201,21 +215,18 @@ def _run(request: TrainRequest) -> TrainResult:
     model, launch, fields, options = _checked(request)
     request = request.opened()
     rows = training_rows(request)
-    _has_an_end(rows.train, fields)
-    if launch is not None and request.score is not None:
-        raise ConfigError("score works in one process: score the adapter when it is trained", field="score")
+    _check_length_known(rows.train, fields)
     scorer = scorer_of(request, fields)
     check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
     request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)
-    learned = rows.train
-    objective = request.objective
+    learned, objective = rows.train, request.objective
     assert isinstance(objective, Objective)
-    collator: Any = collator_of(objective, collator_for(model, request.tokenizer))
+    collator: Any = batches_of(request, objective)
     if request.packing:
-        reading = {"max_length": request.max_length, "tokenizer": request.tokenizer}
-        learned, collator = pack(model, learned, collator, **reading, given=given)
-    options = {"data_collator": collator, "processing_class": request.tokenizer} | given
+        sizes = {"max_length": request.max_length, "tokenizer": request.tokenizer, "given": given}
+        learned, collator = pack(model, learned, collator, **sizes)
+    options = {"data_collator": collator, "processing_class": request.tokenizer} | metrics_of(request) | given
     with scratch_folder() as folder:
         evaluates = rows.evaluation is not None
         settings = build_arguments(fields, request.arguments_class, folder=str(folder), evaluates=evaluates)
@@ -223,29 +234,24 @@ def _run(request: TrainRequest) -> TrainResult:
         failures: list[Exception] = []
         try:
             with _activated(model, request.adapter) as activation:
-                activation.run = run = request.run_factory(
-                    model, None, control=request.control, publish=request.publish
-                )
+                shown = {"control": request.control, "publish": request.publish}
+                activation.run = run = request.run_factory(model, None, **shown)
                 activation.note_format(model, rows)
                 run.output_dir = str(fields.get("output_dir", ""))
                 if objective.rows:
                     request = replace(request, reference=chosen_reference(request, rows.train))
-                run.note(in_words(objective, request.objective_reason, request.reference))
-                said = _note(run, rows, settings, request.data_hint)
-                for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
-                    run.note(note)
+                rows_note = _note(run, request, objective, rows, settings)
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:
-                    metrics = _elsewhere(request, run, launch, rows, said, kept)
+                    scored = replace(request, score=scorer)
+                    metrics = _fit_in_subprocesses(scored, run, launch, rows, rows_note, kept)
                 else:
-                    options |= _of_the_objective(request, objective)
+                    options |= _objective_options(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
                     check = PackingCheck(run, learned, collator) if request.packing else None
-                    around = (request, run, kept, rows)
-                    metrics = _fit(
-                        request, run, options, _around(*around), _inside(request, run, check, scorer), fields
-                    )
+                    outer = _outer_callbacks(request, run, kept, rows)
+                    metrics = _fit(request, run, options, outer, _inner_callbacks(request, run, check, scorer), fields)
         except Exception as error:
             failures.append(_error_to_raise(error, model, settings))
             if failures[0] is error and not isinstance(error, NbpeftError):
@@ -253,8 +259,7 @@ def _run(request: TrainRequest) -> TrainResult:
                 raise
     if failures:  # raised outside of the handler, so that the new error does not reference the frames of the old one
         raise failures.pop().with_traceback(None)
-    result = _result(request, run, metrics)
-    return _unless_interrupted(result, run)
+    return _unless_interrupted(_result(request, run, metrics), run)
 
 
 def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
@@ -274,7 +279,7 @@ def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str,
     tracker_names(request.track)
     launch = launch_of(request.processes, request.machines, sharded=bool(fields.get("fsdp")))
     if launch is not None and request.members is not None:
-        raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
+        raise ConfigError("A sweep trains in one process: remove processes or the sweep", field="processes")
     _refuse_other_adapters(model, {} if request.replace else fields)
     return model, launch, fields, options
 
@@ -282,7 +287,7 @@ def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str,
 def _unless_interrupted(result: TrainResult, run: Run) -> TrainResult:
     """Returns the result, or raises TrainingInterrupted with it."""
     if run.interrupted:
-        left = run.lost or ("progress is kept" if run.steps_done else "the adapters are as before")
+        left = run.lost or ("progress is kept" if run.steps_done else "the adapters are unchanged")
         raise TrainingInterrupted(f"{result} · {left}", result)
     return result
 
@@ -302,16 +307,24 @@ def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
         files.refuse_other_adapters(manager, home)
 
 
-def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> str:
-    """Adds notes about the rows and about slow dtypes to the run; returns the note about rows."""
+def _note(
+    run: Run, request: TrainRequest, objective: Objective, rows: TrainingRows, settings: TrainingArguments
+) -> str:
+    """Adds notes about objective, rows, slow dtypes and samples to the run; returns the note about rows."""
+    run.note(objective_text(objective, request.objective_reason, request.reference))
+    if isinstance(request.rewards, Rewards):
+        run.note(request.rewards.note)
+        run.learns_from_rewards = True
     for part in (rows.train, rows.evaluation):
         if isinstance(part, StreamedRows):
             part.report = run.note
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
-    note_on_rows += f" ({data_hint})" if data_hint and rows.notes else ""
+    note_on_rows += f" ({request.data_hint})" if request.data_hint and rows.notes else ""
     run.note(note_on_rows)
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
+    for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
+        run.note(note)
     return note_on_rows
 
 
@@ -326,7 +339,9 @@ def _can_train(model: nn.Module, adapter: str | None) -> None:
     manager: Any = getattr(model, "manager", None)
     if adapter is not None:
         if manager is None:
-            raise TrainingError(f"{type(model).__name__} cannot be switched to {adapter!r:.60} here: switch it first.")
+            raise TrainingError(
+                f"adapter {adapter!r:.60} of a {type(model).__name__} must be activated before training."
+            )
         manager.require_available(adapter)
     merged = getattr(manager, "merged", ())
     if merged and (adapter is None or merged == (adapter,)):
@@ -358,11 +373,13 @@ def _takes_labels(model: nn.Module, trainer_class: Any, options: Mapping[str, An
 def _can_learn(model: nn.Module) -> None:
     if not getattr(getattr(model, "manager", None), "enabled", True):
         raise TrainingError(
-            "The adapters are off, so that nothing would be learned: enable them first (model.enable_adapter_layers())."
+            "The adapters are disabled, so nothing would be trained: enable them first (model.enable_adapter_layers())."
         )
     if next(trainable(model), None) is None:
         names = ", ".join(map(repr, active_names(model))) or "none"
-        raise TrainingError(f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate one that is.")
+        raise TrainingError(
+            f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate a trainable one."
+        )
 
 
 class _Activation:
@@ -446,61 +463,63 @@ def _sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts 
     if request.sample is not None:
         return sample_prompts(request, rows)
     if request.every is not None and request.score is None:
-        raise ConfigError("every says how often to sample or score: pass sample=… or score=…, too", field="every")
+        raise ConfigError("every has no effect without sample=… or score=…", field="every")
     return None
 
 
-def _has_an_end(rows: Any, fields: Mapping[str, Any]) -> None:
+def _check_length_known(rows: Any, fields: Mapping[str, Any]) -> None:
     """Refuses a stream without a number of steps."""
     steps = fields.get("max_steps")
     if is_stream(rows) and not (isinstance(steps, int) and steps > 0):
         raise ConfigError(
-            "The rows are a stream, whose end is not known: say how many steps to train, e.g. max_steps=200",
+            "The rows are a stream of unknown length: set the number of steps, e.g. max_steps=200",
             field="max_steps",
         )
 
 
-def _around(
+def _outer_callbacks(
     request: TrainRequest, run: Run, kept: Mapping[str, Any], rows: TrainingRows
 ) -> list[RunCheckpointer | TrackCallback]:
     """Returns the callbacks that see the end of the run."""
     keeper, trackers = (
-        _keeper(request, run, kept, mark_of_rows(rows.train, rows.evaluation)),
+        _checkpointer(request, run, kept, mark_of_rows(rows.train, rows.evaluation)),
         tracker_names(request.track),
     )
     tracking = TrackCallback(trackers, run, kept) if trackers else None
     return [part for part in (keeper, tracking) if part is not None]
 
 
-def _inside(
+def _inner_callbacks(
     request: TrainRequest, run: Run, check: PackingCheck | None, scorer: Scorer | None
 ) -> list[TrainerCallback]:
     """Returns the callbacks that end before the run does.
 
     One of them ends a diverging training, or removes diverging adapters from a sweep.
     """
-    model, guarded = request.model, request.stop_on_divergence
+    model, guarded, group, patience = request.model, request.stop_on_divergence, request.members, request.patience
     found: list[TrainerCallback] = [] if check is None else [check]
-    found += callbacks_of(request.members, run, stop_on_divergence=guarded) or (
-        [DivergenceStop(run, model)] if guarded else []
-    )
-    found += [] if request.patience is None else [EarlyStop(run, model, request.patience)]
+    if isinstance(group, SideBySide):
+        found += callbacks_of(group, run, model, patience=patience, stop_on_divergence=guarded)
+    else:
+        found += [DivergenceStop(run, model)] if guarded else []
+        found += [] if patience is None else [EarlyStop(run, model, patience)]
     if scorer is not None:
         for note in scorer.notes:
-            run.note(f"of the rows to score: {note}")
-        found.append(ScoreCallback(run, model, scorer, request.every))
+            run.note(f"rows to score: {note}")
+        members = (lambda: group.training) if isinstance(group, SideBySide) else None
+        found.append(ScoreCallback(run, model, scorer, request.every, members))
     prompts = request.sample
     return found + ([SampleCallback(run, model, prompts, request.every)] if isinstance(prompts, SamplePrompts) else [])
 
 
-def _keeper(
+def _checkpointer(
     request: TrainRequest, run: Run, kept: Mapping[str, Any], data: Mapping[str, Any]
 ) -> RunCheckpointer | None:
     """Returns the callback that saves the run on disk, if it is to be saved."""
     if request.run_dir is None:
         return None
     if manager_of(request.model) is None:
-        run.note("runs of models that another library adapted are not kept on disk")
+        run.note("runs of models adapted by another library are not saved on disk")
         return None
     chosen = RunPlace.of(request.run_dir)
     if chosen.name is not None:
@@ -512,8 +531,8 @@ def _fit(
     request: TrainRequest,
     run: Run,
     options: dict[str, Any],
-    around: Sequence[RunCheckpointer | TrackCallback],
-    inside: Sequence[Any],
+    outer: Sequence[RunCheckpointer | TrackCallback],
+    inner: Sequence[Any],
     fields: Mapping[str, Any],
 ) -> dict[str, float]:
     """Runs a Trainer, and removes everything of it from the model afterwards.
@@ -522,8 +541,8 @@ def _fit(
         request: the arguments of the training.
         run: receives the progress.
         options: options of the Trainer.
-        around: callbacks that see the end of the run.
-        inside: callbacks that end before the run does.
+        outer: callbacks that see the end of the run.
+        inner: callbacks that end before the run does.
         fields: the given fields of the arguments; with ``output_dir`` the adapter is saved at the end.
     """
     model = request.model
@@ -531,27 +550,28 @@ def _fit(
     metrics: dict[str, float] = {}
     keep = "output_dir" in fields
     try:
-        with _restoring(model):
+        with restoring(model):
             with ExitStack() as block:
                 block.enter_context(_interrupted_once(run))
-                for part in around:
+                for part in outer:
                     block.enter_context(part)
                 block.enter_context(run)
                 trainer = _make_trainer(request.trainer_class, model, options)
-                trainer.remove_callback(PrinterCallback)
+                trainer.remove_callback(PrinterCallback)  # it prints each log entry, which the run displays
                 group_rows(trainer, wanted=wants_groups(fields))
                 callback = RunCallback(run)
-                _introduce(trainer, around, inside)
-                guards = [item for item in inside if isinstance(item, DivergenceStop | SideBySideCallback)]
-                for item in (*guards, *around, callback, *(item for item in inside if item not in guards)):
+                _connect(trainer, outer, inner)
+                # Guards first: they end a diverging training before other callbacks record or save its state.
+                guards = [item for item in inner if isinstance(item, DivergenceStop | SideBySideCallback)]
+                for item in (*guards, *outer, callback, *(item for item in inner if item not in guards)):
                     trainer.add_callback(item)
-                for item in inside:
+                for item in inner:
                     if isinstance(item, EarlyStop):
                         block.enter_context(item)
                 metrics = _train(trainer, model, callback, options["args"])
             if keep and trainer is not None:
                 _save_and_push(trainer, run)
-                for keeper in (part for part in around if isinstance(part, RunCheckpointer)):
+                for keeper in (part for part in outer if isinstance(part, RunCheckpointer)):
                     keeper.mark_saved(str(fields["output_dir"]))
         return metrics
     finally:
@@ -581,24 +601,24 @@ def _save_and_push(trainer: Any, run: Run) -> None:
         run.note(f"{saved} ({reason_of(error)}); push it again", warning=True)
 
 
-def _introduce(trainer: Any, around: Sequence[RunCheckpointer | TrackCallback], inside: Sequence[Any]) -> None:
+def _connect(trainer: Any, outer: Sequence[RunCheckpointer | TrackCallback], inner: Sequence[Any]) -> None:
     """Connects callbacks that work together."""
-    stops = [item for item in inside if isinstance(item, EarlyStop)]
-    for guard in inside:
+    stops = [item for item in inner if isinstance(item, EarlyStop)]
+    for guard in inner:
         if isinstance(guard, DivergenceStop) and stops:
             guard.best = stops[0]
-    for part in inside:
+    for part in inner:
         if isinstance(part, ScoreCallback):
             part.trainer, trainer.scored_metrics = trainer, part.metrics
-    for keeper in around:
+    for keeper in outer:
         if isinstance(keeper, RunCheckpointer):
             keeper.trainer = trainer
             for stop in stops:
                 stop.keep_last, keeper.write_more = keeper.keep_last, stop.write
 
 
-def _elsewhere(
-    request: TrainRequest, run: Run, launch: Launch, rows: TrainingRows, said: str, kept: Mapping[str, Any]
+def _fit_in_subprocesses(
+    request: TrainRequest, run: Run, launch: Launch, rows: TrainingRows, rows_note: str, kept: Mapping[str, Any]
 ) -> dict[str, float]:
     """Runs a Trainer in each of several processes, as ``_fit`` runs one in this process.
 
@@ -607,16 +627,16 @@ def _elsewhere(
         run: receives the progress.
         launch: the processes to start.
         rows: the rows of the training.
-        said: note about the rows, which the processes add to their record of the run.
+        rows_note: note about the rows, which the processes add to their record of the run.
         kept: arguments for the record: those given here, and not those of the processes.
     """
     if is_stream(rows.train):
-        raise TrainingError("several processes share rows out by number, and a stream has none: give a list of them")
+        raise TrainingError("several processes cannot share a stream of rows: pass a list or a dataset")
     metrics: dict[str, float] = {}
     learned, place, fields = rows.train, request.run_dir, request.arguments
     apart = replace(
         request,
-        data=learned.noting(*([said] if said else [])) if isinstance(learned, TokenizedRows) else learned,
+        data=learned.noting(*([rows_note] if rows_note else [])) if isinstance(learned, TokenizedRows) else learned,
         eval_data=rows.evaluation.noting() if isinstance(rows.evaluation, TokenizedRows) else rows.evaluation,
         columns=None,
         data_hint="",
@@ -625,7 +645,7 @@ def _elsewhere(
         publish=None,
         run_factory=Run,
         run_dir=None if place is None else replace(RunPlace.of(place), arguments=kept),
-        replace=True,  # what the folder holds was checked here
+        replace=True,  # the folder was checked here
     )
     run.mirrors = True
     with _interrupted_once(run), run:
@@ -655,16 +675,14 @@ def _make_trainer(trainer_class: type[Any], model: nn.Module, options: dict[str,
         reason = reason_of(error)
         if "to be installed" in reason:
             raise ConfigError(f"report_to: {reason}", field="report_to") from error
-        if options["args"].push_to_hub and (isinstance(error, OSError) or _is_of_network(error)):
+        library = type(error).__module__.partition(".")[0]
+        network = isinstance(error, OSError) or library in ("httpx", "httpcore", "requests", "huggingface_hub")
+        if options["args"].push_to_hub and network:
             raise ConfigError(
-                f"push_to_hub: the hub cannot be reached ({reason}); leave it out, and push when training is done",
+                f"push_to_hub: the hub cannot be reached ({reason}); remove it, and push after the training",
                 field="push_to_hub",
             ) from error
-        raise ConfigError(f"No {trainer_class.__name__} can be made of these: {reason}") from error
-
-
-def _is_of_network(error: Exception) -> bool:
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "huggingface_hub")
+        raise ConfigError(f"{trainer_class.__name__} refuses these arguments: {reason}") from error
 
 
 def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:
@@ -686,37 +704,7 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
             step=trainer.state.global_step,  # reading the state of the run would allocate
             costs=step_settings(trainer),
         )
-    raise failure  # out here it does not hold the frames of the old one
-
-
-@contextmanager
-def _restoring(model: nn.Module) -> Iterator[None]:
-    """Undoes what a Trainer leaves on a model: train mode, disabled cache, gradients, a cast forward, hooks.
-
-    After training, adapters are in the mode of their base, so that dropout is off in evaluation mode.
-    """
-    base: Any = base_of(model)
-    embedding = embedding_of(base)
-    watched = set() if embedding is None else set(embedding._forward_hooks)
-    config = getattr(base, "config", None)
-    cache = getattr(config, "use_cache", None)
-    checkpoints = is_checkpointing(base)
-    cast = {"forward", "_original_forward"} - vars(model).keys()
-    try:
-        with modes_kept(model):
-            yield
-        model.train(base.training)
-    finally:
-        model.zero_grad(set_to_none=True)
-        if config is not None:
-            config.use_cache = cache
-        if not checkpoints and is_checkpointing(base):
-            disable_checkpointing(base)
-        if embedding is not None:  # transformers adds a hook per training with gradient checkpointing
-            for hook in embedding._forward_hooks.keys() - watched:
-                del embedding._forward_hooks[hook]
-        for name in cast:
-            vars(model).pop(name, None)
+    raise failure  # outside of the handler, so that it does not reference the frames of the old one
 
 
 def _error_to_raise(error: Exception, model: nn.Module, settings: TrainingArguments) -> Exception:
@@ -730,12 +718,13 @@ def _error_to_raise(error: Exception, model: nn.Module, settings: TrainingArgume
     return oom_error(error, model, settings, None, optimizer=None, step=0)
 
 
-def _of_the_objective(request: TrainRequest, objective: Objective) -> dict[str, Any]:
+def _objective_options(request: TrainRequest, objective: Objective) -> dict[str, Any]:
     """Returns the options of the Trainer that computes the objective's loss."""
     if not objective.rows:
         return {}
     name = request.reference
-    return {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
+    found = {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
+    return {**found, **({"rewards": request.rewards} if objective.generates else {})}
 
 
 def _result(request: TrainRequest, run: Run, metrics: dict[str, float]) -> TrainResult:

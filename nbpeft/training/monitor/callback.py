@@ -13,7 +13,7 @@ from transformers.training_args import TrainingArguments
 
 from nbpeft.names import REJECTED
 from nbpeft.training.disk.agreement import is_distributed
-from nbpeft.training.monitor.record import score_of
+from nbpeft.training.monitor.record import is_of_objective, score_of
 from nbpeft.training.monitor.run import Run, StopRun
 
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -91,7 +91,7 @@ class RunCallback(TrainerCallback):
                 epoch=state.epoch,
                 gradient_norm=logs.get("grad_norm"),
             )
-            self.run.trace({name: value for name, value in logs.items() if "/" in name}, state.global_step)
+            self.run.trace({name: value for name, value in logs.items() if is_of_objective(name)}, state.global_step)
 
     def on_evaluate(
         self,
@@ -148,7 +148,7 @@ def metrics_of(reported: Mapping[str, Any]) -> dict[str, float]:
     Metrics of an objective, such as ``eval_rewards/margins``, keep it: training has a curve of the same name.
     """
     named = {
-        name if "/" in name else name.removeprefix("eval_"): value
+        name if is_of_objective(name.removeprefix("eval_")) else name.removeprefix("eval_"): value
         for name, value in reported.items()
         if name.startswith("eval_")
     }

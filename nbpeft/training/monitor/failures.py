@@ -244,7 +244,7 @@ def _changes(expected: Forecast | None, stage: str, size: int) -> str:
     """What to change, and the memory that saves."""
     if stage == "evaluation":
         return (
-            f"per_device_eval_batch_size {size} -> {max(size // 2, 1)}, which halves what it takes"
+            f"per_device_eval_batch_size {size} -> {max(size // 2, 1)}, which halves its memory"
             if size > 1
             else ("shorten the rows (max_length)")
         )

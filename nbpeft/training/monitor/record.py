@@ -13,11 +13,18 @@ from torch import Tensor
 from nbpeft.state import Curve
 
 Number = float | Tensor
-SERIES = ("learning rate", "gradient norm", "tokens/s", "memory")
+OF_REWARDS = ("reward", "reward_std", "frac_reward_zero_std", "kl")
+"""The names of an objective's curves that have no slash."""
+SERIES = ("learning rate", "gradient norm", "tokens/s", "memory", *OF_REWARDS)
 """The names of curves in ``TrainState.series``. Those of an objective, such as ``rewards/margins``, are there too; all
 other curves are metrics."""
 _SMALL = 60
 """The number of buckets of curves that are drawn small."""
+
+
+def is_of_objective(name: str) -> bool:
+    """Whether a value that a Trainer logs belongs to a curve of the objective."""
+    return "/" in name or name in OF_REWARDS
 
 
 def is_better(score: float | None, best: float | None) -> bool:

@@ -31,7 +31,7 @@ class TrainResult(Shown):
     state: TrainState = field(repr=False)
     """The run's last state, with its curves."""
     objective: str = "sft"
-    """What was minimised."""
+    """What was minimized."""
     reference: str | None = None
     """What the objective compared the adapter with; None if it has no reference."""
     message: str = ""

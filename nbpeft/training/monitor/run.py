@@ -4,7 +4,7 @@
       ^                         |
       └──── StopRun ────────────┴── control.wait_or_stop() <── Stop and Pause buttons
 
-Feeding a run does not synchronise with the device: losses stay tensors until the next publication.
+Feeding a run does not synchronize with the device: losses stay tensors until the next publication.
 """
 
 from __future__ import annotations
@@ -93,11 +93,13 @@ class Run:
         lost: Why the model did not receive the weights that other processes trained; else the empty string.
         diverged: Why the training diverged, or the empty string.
         kept_step: The step whose weights were restored after divergence; else None.
+        learns_from_rewards: Whether gradients may be zero, as where all rewards are equal; set before it begins.
     """
 
     interval = 0.2
     memory_interval = 0.5
     most_samples = 40
+    most_rewarded = 20
 
     def __init__(
         self,
@@ -128,8 +130,9 @@ class Run:
         self.folder = self.output_dir = ""
         self.steps_before, self.starts_from = 0, ""
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
-        self.mirrors = self._came_back = False
+        self.mirrors = self._has_weights = False
         self.lost = ""
+        self.learns_from_rewards = False
         self._mirrored: TrainState | None = None
         self._display_failed = False
         self._status: TrainStatus = "starting"
@@ -141,6 +144,7 @@ class Run:
         self._warnings: list[str] = []
         self._saved = ""
         self._samples: deque[Sample] = deque(maxlen=self.most_samples)
+        self._rewarded: deque[Sample] = deque(maxlen=self.most_rewarded)
         self._latest: TrainState | None = None
         self._check: LearningCheck | None = None
         self._end_watching: Callable[[], None] = lambda: None
@@ -178,7 +182,7 @@ class Run:
             self._started = self._clock()
             model = self._model()
             if model is not None and not self.mirrors:
-                self._check = LearningCheck(model, self.adapter)
+                self._check = LearningCheck(model, self.adapter, rewarded=self.learns_from_rewards)
                 record = self._record  # not self: the hook must not keep the run alive
                 self._end_watching = watch_steps(model, lambda: record.step)
                 weakref.finalize(self, self._end_watching)
@@ -210,7 +214,7 @@ class Run:
             StopRun: Stop was requested; the ``with`` block of the run handles it.
         """
         if not self.entered:
-            raise TrainingError("A run is fed inside its block: `with track(model) as run:` and then run.step(loss=…).")
+            raise TrainingError("run.step(loss=…) is only possible inside the block `with track(model) as run:`.")
         self.record(
             self._record.step + 1,
             loss=loss,
@@ -243,7 +247,7 @@ class Run:
             self._record.add_evaluation(at_step, None if loss is None else float(loss), metrics or {}, score)
         self.publish()
 
-    def goes_on(self, curves: Mapping[str, Curve], samples: Iterable[Sample]) -> None:
+    def restore_curves(self, curves: Mapping[str, Curve], samples: Iterable[Sample]) -> None:
         """Restores the curves and samples of a resumed run.
 
         Args:
@@ -252,7 +256,13 @@ class Run:
         """
         with self._lock:
             self._record.take_over(curves)
-            self._samples.extend(samples)
+            for sample in samples:
+                (self._samples if sample.reward is None else self._rewarded).append(sample)
+
+    def rewarded(self, samples: Iterable[Sample]) -> None:
+        """Adds completions with their rewards; the last ``most_rewarded`` are kept."""
+        with self._lock:
+            self._rewarded.extend(samples)
 
     def sampled(self, samples: Iterable[Sample]) -> None:
         """Adds sampled answers; the last ``most_samples`` are kept."""
@@ -368,13 +378,13 @@ class Run:
             self._started, self._waiting_since = now - state.elapsed, now if state.status == "paused" else None
         self.publish(force=True)  # rank 0 limits the rate already
 
-    def brought_back(self, token_count: int) -> None:
+    def received_weights(self, token_count: int) -> None:
         """Records that the model has received the weights trained in other processes.
 
         Args:
             token_count: the number of input tokens of all steps.
         """
-        self._record.done_tokens, self._came_back = token_count, True
+        self._record.done_tokens, self._has_weights = token_count, True
 
     def wait_or_stop(self) -> bool:
         """Waits while paused; returns whether the loop should end."""
@@ -549,7 +559,7 @@ class Run:
     @property
     def steps_done(self) -> int:
         """The number of steps of this run that the model's weights include, without those before it was resumed."""
-        if self.mirrors and not self._came_back:
+        if self.mirrors and not self._has_weights:
             return 0
         done = self._record.step if self.kept_step is None else self.kept_step
         return done - self._record.first_step
@@ -696,7 +706,7 @@ class Run:
             metrics=dict(record.metrics),
             metric_history={name: curve.points() for name, curve in record.metric_history.items()},
             best_step=record.best[0] if record.best else None,
-            samples=tuple(self._samples),
+            samples=(*self._samples, *self._rewarded),
             folder=self.folder,
             members=self.members(self._status_now()),
         )

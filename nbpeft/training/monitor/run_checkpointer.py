@@ -137,7 +137,7 @@ class RunCheckpointer(TrainerCallback):
             self.folder = folder
             if name is not None:
                 self._before, self._contents = folder.facts(), folder.contents()
-                self._run.goes_on(folder.series(state.global_step), folder.samples(state.global_step))
+                self._run.restore_curves(folder.series(state.global_step), folder.samples(state.global_step))
                 state.log_history = folder.cut_after(state.global_step)
                 self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
                 for field in ("saved", "saved_files"):  # steps from here on are not in the saved adapter
@@ -406,7 +406,7 @@ class RunCheckpointer(TrainerCallback):
             yield
         except (CheckpointError, OSError) as error:
             folder, self.folder = self.folder, None
-            since = "" if folder is None else " from here on"
+            since = "" if folder is None else " from now on"
             if folder is not None:
                 with suppress(OSError):  # the folder is empty if not even its settings could be written
                     folder.path.rmdir()
@@ -419,7 +419,7 @@ class RunCheckpointer(TrainerCallback):
 
 
 def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
-    """The fingerprint by which a resumed run recognises its rows: their number, and a digest of the first ones.
+    """The fingerprint by which a resumed run recognizes its rows: their number, and a digest of the first ones.
 
     Args:
         rows: the training rows.
@@ -449,7 +449,7 @@ def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, A
         count, present = then.get(f"{prefix}rows"), now.get(f"{prefix}rows")
         if count != present:
             raise TrainingError(
-                f"run {name} was trained with {count or 'no'} {what}, and these are {present or 'none'}"
+                f"run {name} was trained with {count or 'no'} {what}, but {present or 'none'} are given"
             )
         if then.get(f"{prefix}digest") != now.get(f"{prefix}digest"):
             raise TrainingError(f"run {name} was trained with other {what}: the first ones differ")

@@ -5,26 +5,31 @@ These files import torch only when a loss is computed, because completion lists 
 
 Door, what other rooms import:
 
+    classification.py  Metrics of evaluations of classifiers: accuracy and F1
     collator.py   Batches of rows with a chosen and a rejected completion
+    grpo.py       Group Relative Policy Optimization
     log_probs.py  Log-probabilities of completions, without the logits of all tokens in memory at once
     objective.py  The base class of objectives, and their registry
     reference.py  The reference of an objective: the base, another adapter, or the weights at the beginning
+    usual.py   The objectives whose loss is the model's own: ``sft`` and ``classify``
 
 Inside:
 
     cpo.py     Contrastive Preference Optimization, and SimPO
     dpo.py     Direct Preference Optimization
+    kto.py     Kahneman-Tversky Optimization
     orpo.py    Odds Ratio Preference Optimization
     reward.py  Reward models: a classifier of texts with one label, whose logit is the reward of a text
-    usual.py   The objectives whose loss is the model's own: ``sft`` and ``classify``
 """
 
 from nbpeft.training.objectives.cpo import Cpo, Simpo
 from nbpeft.training.objectives.dpo import Dpo
+from nbpeft.training.objectives.grpo import Grpo
+from nbpeft.training.objectives.kto import Kto
 from nbpeft.training.objectives.objective import register
 from nbpeft.training.objectives.orpo import Orpo
 from nbpeft.training.objectives.reward import Reward
 from nbpeft.training.objectives.usual import Classify, Sft
 
-for _objective in (Sft, Classify, Dpo, Orpo, Simpo, Cpo, Reward):
+for _objective in (Sft, Classify, Dpo, Orpo, Simpo, Cpo, Kto, Reward, Grpo):
     register(_objective)

@@ -1,4 +1,4 @@
-"""Batches of rows with a chosen and a rejected completion."""
+"""Batches of rows with a chosen and a rejected completion, or with a completion of another row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.names import REJECTED
+from nbpeft.names import IGNORED_LABEL, REJECTED
 from nbpeft.training.data import Collator
 
 _COLUMNS = ("input_ids", "labels")
@@ -36,6 +36,39 @@ class PairCollator:
         count, sequences = len(rows), (*_COLUMNS, "attention_mask")
         batch = {name: values[:count] for name, values in both.items()}
         return {**batch, **{f"{REJECTED}{name}": both[name][count:] for name in sequences}}
+
+
+@dataclass
+class ShiftedCollator:
+    """Collates rows with one completion into batches of pairs: a row, and its prompt with the completion of another.
+
+    The prompt of a row is followed by the completion of the row before it in the batch, that of the first by the last.
+
+    Attributes:
+        pairs: collates the pairs.
+        limit: number of tokens to which a prompt with another completion is cut; None for no limit.
+    """
+
+    pairs: PairCollator
+    limit: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collates rows; see :class:`PairCollator`."""
+        starts = [_completion_start(row["labels"]) for row in rows]
+        both = []
+        for place, row in enumerate(rows):
+            other, begin = rows[place - 1], starts[place - 1]
+            mixed = {
+                f"{REJECTED}{name}": [*row[name][: starts[place]], *other[name][begin:]][: self.limit]
+                for name in _COLUMNS
+            }
+            both.append({**row, **mixed})
+        return self.pairs(both)
+
+
+def _completion_start(labels: Sequence[int]) -> int:
+    """The place of the first label."""
+    return next((place for place, label in enumerate(labels) if label != IGNORED_LABEL), len(labels))
 
 
 def stacked(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -37,12 +37,8 @@ def log_probs_of(
         labels: of shape (rows, tokens), each of the first rows of the batch.
         chunk_size: see :func:`log_probs`.
     """
-    inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
-    if "use_cache" in inspect.signature(base_model_of(model).forward).parameters:
-        inputs["use_cache"] = False
     with chunked_head(model, chunk_size):
-        output: Any = model(**inputs)
-        logits = output["logits"] if isinstance(output, dict) else output[0]
+        logits = _logits(model, batch)
         return [_summed(logits, part[:, 1:]) for part in labels]
 
 
@@ -59,6 +55,38 @@ def _summed(logits: Tensor, targets: Tensor) -> Tensor:
         for row in range(len(targets))
     ]
     return -torch.stack(losses)
+
+
+def token_log_probs(
+    model: nn.Module, batch: Mapping[str, Tensor], *, temperature: float = 1.0, chunk_size: int = LOSS_CHUNK_SIZE
+) -> Tensor:
+    """The log-probability of each label of a batch, (rows, tokens - 1), in float32; 0 where there is no label.
+
+    Args:
+        model: see :func:`log_probs`.
+        batch: see :func:`log_probs`.
+        temperature: what the logits are divided by.
+        chunk_size: see :func:`log_probs`.
+    """
+    targets = batch["labels"][:, 1:]
+    with chunked_head(model, chunk_size):
+        logits = _logits(model, batch)[:, -targets.shape[1] - 1 : -1].float()
+        scaled = logits if temperature == 1 else torch.div(logits, temperature)
+        losses = F.cross_entropy(
+            scaled.reshape(-1, scaled.shape[-1]),
+            targets.reshape(-1).to(logits.device),
+            reduction="none",
+            ignore_index=IGNORED_LABEL,
+        )
+    return -losses.view(targets.shape)
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
+    if "use_cache" in inspect.signature(base_model_of(model).forward).parameters:
+        inputs["use_cache"] = False
+    output: Any = model(**inputs)
+    return output["logits"] if isinstance(output, dict) else output[0]
 
 
 def token_counts(labels: Tensor) -> Tensor:

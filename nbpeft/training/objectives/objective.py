@@ -25,6 +25,7 @@ class Completions:
         token_counts: number of tokens of each completion.
         prompts: the same of the prompts, for an objective that learns them; else None.
         margins: the margins of the rows, if they have any.
+        desirable: 1 for good completions and 0 for bad ones, if the rows say so.
     """
 
     log_probs: Tensor
@@ -32,6 +33,7 @@ class Completions:
     token_counts: Tensor
     prompts: Completions | None = None
     margins: Tensor | None = None
+    desirable: Tensor | None = None
 
     @property
     def averages(self) -> Tensor:
@@ -52,11 +54,15 @@ class Objective:
 
     Attributes:
         name: the name by which a training chooses it.
-        rows: the kind of rows it takes, ``PAIRS`` or ``SCORED_PAIRS``; empty if the model computes the loss itself.
+        rows: the kind of rows it takes: ``PAIRS``, ``SCORED_PAIRS`` or ``PROMPTS``; empty if the model computes the
+            loss itself.
         uses_reference: whether its loss compares the trained weights with a reference.
         scores: whether it trains the one logit of a classifier, and not the log-probabilities of a language model.
+        generates: whether the model answers the rows' prompts, and reward functions score the answers.
         learns_prompts: whether its loss needs the log-probabilities of the prompts of chosen completions, too.
         defaults: fields of ``TrainingArguments`` whose defaults differ with it.
+        learns_second: whether the second completion of each row has gradients; else it is computed
+            without, and its log-probabilities are those of all processes.
         metrics: names of the metrics that are reported of evaluations.
     """
 
@@ -64,7 +70,9 @@ class Objective:
     rows: ClassVar[str] = ""
     uses_reference: ClassVar[bool] = False
     scores: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
     learns_prompts: ClassVar[bool] = False
+    learns_second: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {}
     metrics: ClassVar[tuple[str, ...]] = ()
 
@@ -77,24 +85,36 @@ class Objective:
         for item in dataclasses.fields(self):
             value, choices = getattr(self, item.name), item.metadata.get("choices", ())
             usual = item.default
+            if usual is None and value is None:
+                continue
             if isinstance(usual, bool):
                 valid, wanted = isinstance(value, bool), "True or False"
-            elif isinstance(usual, float):
-                valid, wanted = _is_number(value), "a finite number"
-            else:
+            elif choices:
                 valid, wanted = value in choices, f"one of {', '.join(map(str, choices))}"
+            elif isinstance(usual, int):
+                least = item.metadata.get("least", 0)
+                valid, wanted = type(value) is int and value >= least, f"a whole number of at least {least}"
+            elif item.metadata.get("listed"):
+                valid, wanted = isinstance(value, list | tuple) and all(map(_is_number, value)), "a list of numbers"
+            else:
+                valid, wanted = _is_number(value), "a finite number"
             if not valid:
-                hint = did_you_mean(str(value), choices) if choices else ""
+                hint = did_you_mean(str(value), [name for name in choices if isinstance(name, str)])
                 raise ConfigError(f"{item.name} must be {wanted}, not {value!r:.60}.{hint}", field=item.name)
 
     def loss(self, chosen: Completions, rejected: Completions) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes the losses of the rows of a batch, and what its curves show, each of shape (rows,).
+        """Computes the losses of the rows of a batch, and what its curves show, each of shape (values,).
 
         Args:
             chosen: the chosen completions.
             rejected: the rejected completion of each row.
         """
         raise NotImplementedError(f"the model computes the loss of {self.name}")
+
+    @property
+    def reference_needed(self) -> bool:
+        """Whether its loss, with these fields, compares the trained weights with a reference."""
+        return self.uses_reference
 
     def changed(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""

@@ -185,7 +185,7 @@ def export_script(
         "CONFIG": _fields(config, written) | _targets(model, config),
         "ARGUMENTS": {
             "output_dir": f"{target.stem}_output",
-            **{name: value for name, value in arguments.items() if rows.as_they_are or name not in _OF_READING},
+            **{name: value for name, value in arguments.items() if rows.as_they_are or name not in _READING_OPTIONS},
             **{name: value for name, value in own.items() if value is not None},
         },
     }
@@ -198,7 +198,7 @@ def export_script(
     _sweep_rows(target, [target.parent / file.name for file in files])
     if left_out:
         warnings.warn(
-            f"{', '.join(left_out)} left out of the script, which is no place for secrets: {LOG_IN}", stacklevel=2
+            f"{', '.join(left_out)} left out, because a script must not contain secrets: {LOG_IN}", stacklevel=2
         )
     data_files = tuple(target.parent / name for name in rows.counts)
     notes = (*rows.notes, *([_LOCAL_BASE] if os.path.isabs(source.text) else []))
@@ -236,7 +236,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
     opened = with_objective(request.opened())
     if opened.reference not in (None, BASE, START):
         raise ConfigError(
-            f"a script trains a new adapter and has no {opened.reference!r}: reference='base'", field="reference"
+            f"a script trains a new adapter without {opened.reference!r}: set reference='base'", field="reference"
         )
     given, rows = (
         [part for part in (of.data, None if amount else of.eval_data) if part is not None] for of in (request, opened)
@@ -244,9 +244,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
     if any(map(is_stream, rows)):
         raise TrainingError("a stream cannot be written next to a script: give the rows to train on")
     found = training_rows(opened)
-    options: dict[str, Any] = {"max_length": request.max_length, "columns": request.columns}
-    options["skip_bad"] = request.skip_bad
-    readings = [reading(part, tokenizer, **options, inputs=inputs_of(opened)) for part in rows]
+    readings = [reading(part, tokenizer, inputs=inputs_of(opened), **request.reading) for part in rows]
     loaded = None
     texts = [how for how in readings if how.form is not None]
     if texts:
@@ -255,7 +253,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
         tokens = [part for part in (found.train, found.evaluation) if part is not None]
         sources = [_written(target, kind, json_lines(part)) for kind, part in zip(_KINDS, tokens, strict=False)]
         counts = {source.text: len(part) for source, part in zip(sources, tokens, strict=True)}
-        note = ["the rows are tokenised: no script can load the tokenizer of this notebook"] if texts else []
+        note = ["the rows are tokenized: no script can load the tokenizer of this notebook"] if texts else []
         evaluation = sources[1] if len(sources) > 1 else None
         return _Rows(sources[0], evaluation, None, counts, False, (*note, *found.notes))
     sources = [
@@ -270,7 +268,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
 
 
 _KINDS = ("data", "eval")
-_OF_READING = ("separator", "skip_bad")
+_READING_OPTIONS = ("separator", "skip_bad", "learn", "reasoning", "long", "chat_template_kwargs", "eval_by")
 """Arguments without effect on rows that are written in tokenized form."""
 
 
@@ -347,8 +345,8 @@ def _refuse_other(path: Path) -> None:
         found = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
     text, mark, digest = found.rpartition(_MARK)
     if not mark or digest.strip() != _digest(text):
-        why = "was changed since it was exported" if mark else "is there already and was not exported from here"
-        raise CheckpointError(f"{shown(path)} {why}: take another name, or replace it (replace=…)")
+        why = "was edited since its export" if mark else "exists already and is not an exported script"
+        raise CheckpointError(f"{shown(path)} {why}: choose another name, or replace it (replace=…)")
 
 
 def _dependencies(model: Any, rows: _Rows, base: str) -> list[str]:

@@ -62,7 +62,7 @@ def _of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
     request = dataclasses.replace(request, members=group, adapter=None, arguments=common)
     trainer_class, kind = request.trainer_class, request.arguments_class
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
-        return request  # the training itself refuses it
+        return request  # the training refuses it later
     known = {field.name for field in dataclasses.fields(kind)}
     fields = {name: value for name, value in common.items() if name in known}
     chosen = trainer_for(trainer_class, group, request.given)
@@ -70,7 +70,7 @@ def _of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
         own = {**fields, **member.fields}
         member.arguments = build_arguments(own, kind, folder="", evaluates=request.eval_data is not None)
         if member.arguments.world_size > 1 or member.arguments.n_gpu > 1:
-            raise ConfigError("a sweep trains on one device: start one process, and let it see one device")
+            raise ConfigError("a sweep trains on one device: use one process with one visible device")
     return dataclasses.replace(request, trainer_class=chosen)
 
 
@@ -80,18 +80,18 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
     model, members = request.model, request.members
     manager = manager_of(model)
     if manager is None:
-        raise TrainingError(f"a sweep trains adapters of nbpeft, which a {type(model).__name__} does not have")
+        raise TrainingError(f"a sweep needs adapters of nbpeft, which a {type(model).__name__} does not have")
     manager.refuse_merged("a sweep")
     if members is not None and swept(request.given):
         name = next(iter(swept(request.given)))
-        raise ConfigError(f"{name} is a sweep, and members=… says already what each adapter has", field=name)
+        raise ConfigError(f"{name} is a sweep, but members=… already sets the fields of each adapter", field=name)
     with HeldInterrupts() as interrupts:
         selected, enabled = manager.selected, manager.enabled
         group, made = None, list[str]()
         try:
             found = _made(manager, request, made) if members is None else _given(manager, members)
             group = SideBySide(model, found)
-            manager.activate(group.names[0])  # what else was active would train along
+            manager.activate(group.names[0])  # other active adapters would be trained too
             with group.opened:
                 group.opened.enter_context(manager.use(group.names, independent=True))
                 _check_alone(model, group)
@@ -150,7 +150,7 @@ def _origin(manager: AdapterManager, adapter: Any) -> str:
         return str(adapter)
     if len(manager.active) != 1:
         names = ", ".join(map(repr, manager.active)) or "none"
-        raise TrainingError(f"a sweep starts from one adapter (active: {names}): say which, adapter=…")
+        raise TrainingError(f"a sweep starts from one adapter (active: {names}): name it with adapter=…")
     return manager.active[0]
 
 
@@ -159,7 +159,7 @@ def _given(manager: AdapterManager, members: Any) -> list[Member]:
     fields_of = isinstance(members, Mapping) and all(isinstance(fields, Mapping) for fields in members.values())
     if not fields_of or len(members) < 2:
         raise ConfigError(
-            "members are two adapters or more with fields of their own, "
+            "members must map at least two adapters to their fields, e.g. "
             f"{{'a': {{'learning_rate': 1e-4}}, 'b': {{}}}}, not {members!r:.60}",
             field="members",
         )
@@ -177,10 +177,10 @@ def _check_same(manager: AdapterManager, name: str, wanted: AdapterConfig) -> No
     other = next((key for key in present if key not in BOOKKEEPING_FIELDS and planned.get(key) != present[key]), "")
     if other:
         raise AdapterExistsError(
-            f"{name!r} is there already with {other}={present[other]!r:.60}: rename or delete that one first", name=name
+            f"{name!r} exists already with {other}={present[other]!r:.60}: rename or delete it first", name=name
         )
     if name in manager.frozen:
-        raise TrainingError(f"{name!r} is there already and frozen: unfreeze or delete it")
+        raise TrainingError(f"{name!r} exists already and is frozen: unfreeze or delete it")
 
 
 def _check_alone(model: nn.Module, group: SideBySide) -> None:
@@ -190,9 +190,11 @@ def _check_alone(model: nn.Module, group: SideBySide) -> None:
     own = {id(parameter) for member in group.members for parameter in member.parameters}
     common = next((name for name, parameter in trainable(model) if id(parameter) not in own), None)
     if common is not None:
-        raise TrainingError(f"{common} trains too and is no part of one adapter: freeze it, or train without a sweep")
+        raise TrainingError(
+            f"{common} is trainable but in no adapter of the sweep: freeze it, or train without a sweep"
+        )
     for name in group.names:
         if manager.base_biases(name):
-            raise TrainingError(f"{name!r} trains biases of the base, which has one of each: bias='none' can be swept")
+            raise TrainingError(f"{name!r} trains biases of the base, which adapters share: a sweep needs bias='none'")
         if learns_with_hooks(manager.configs[name]):
-            raise TrainingError(f"{name!r} learns with hooks of its method and cannot be trained in a sweep")
+            raise TrainingError(f"the method of {name!r} has training hooks, which a sweep does not support")

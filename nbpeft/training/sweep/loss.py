@@ -13,7 +13,7 @@ _PLACE = "_loss_function"
 """Attribute of a transformers model that overrides its loss function."""
 
 
-class NotApartError(Exception):
+class NotSplittableError(Exception):
     """The loss of a model cannot be computed separately for groups of rows."""
 
 
@@ -58,10 +58,10 @@ class SplitLoss:
         """Refuses a loss that differs from the sum.
 
         Raises:
-            NotApartError: the model computes its loss elsewhere, or adds terms that depend on all rows.
+            NotSplittableError: the model computes its loss elsewhere, or adds terms that depend on all rows.
         """
         if self.total is None or not torch.allclose(loss.detach(), self.total, rtol=1e-4, equal_nan=True):
-            raise NotApartError
+            raise NotSplittableError
 
 
 @contextmanager
@@ -74,10 +74,10 @@ def split_loss(base: nn.Module, members: int, inputs: Mapping[str, Any]) -> Iter
         inputs: the batch.
 
     Raises:
-        NotApartError: the model has no loss function that can be replaced.
+        NotSplittableError: the model has no loss function that can be replaced.
     """
     if not isinstance(getattr(type(base), "loss_function", None), property):
-        raise NotApartError
+        raise NotSplittableError
     model: Any = base
     before = getattr(base, _PLACE, None)
     split = SplitLoss(model.loss_function, members, len(next(iter(inputs.values()))))

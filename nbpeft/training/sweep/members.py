@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +24,29 @@ from nbpeft.state import ENDED, MemberState, MemberStatus, TrainStatus
 from nbpeft.sweeps import MOST, check_own, members_together, names_of
 from nbpeft.training.adapters.learning_check import have_exploded
 from nbpeft.training.adapters.snapshot import copied, write_back
-from nbpeft.training.monitor.callback import shape_of
+from nbpeft.training.monitor.callback import metrics_of, shape_of
 from nbpeft.training.monitor.control import CloneRequest
-from nbpeft.training.monitor.record import Record
+from nbpeft.training.monitor.record import Record, score_of
 from nbpeft.training.transformers.arguments import changed_arguments
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation of one adapter.
+
+    Attributes:
+        step: the optimizer step.
+        score: the score by which the best evaluation is found, lower is better.
+        loss: the loss on the evaluation rows, or None.
+        metrics: further metrics, by name.
+        weights: a copy of the weights; empty if they were not kept.
+    """
+
+    step: int
+    score: float
+    loss: float | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class Member:
@@ -41,7 +63,8 @@ class Member:
         status: whether it is trained, or why not.
         settings: ``settings`` as text.
         learning_rate: learning rate of the current step.
-        good_step: step of the copied weights; None if there are none.
+        good_step: step of the last good weights; None if there are none.
+        best: its best evaluation, with a copy of the weights, if they are kept; else None.
     """
 
     arguments: TrainingArguments
@@ -59,6 +82,9 @@ class Member:
         self._broken: Tensor | None = None
         self._good: dict[str, Tensor] = {}
         self.good_step: int | None = None
+        self.best: Evaluation | None = None
+        self._last: Evaluation | None = None
+        self._news: Evaluation | None = None
         self._exploded, self._watches_weights = False, not have_exploded(self.parameters)
 
     def clip(self) -> Tensor | None:
@@ -101,32 +127,74 @@ class Member:
         self._exploded = self._watches_weights and have_exploded(self.parameters)
         if not self._exploded and (self._loss is None or bool(self._loss.isfinite())):
             with HeldInterrupts():
-                self._good = copied(self._numbered, self._good)
+                self._good = copied(self.numbered, self._good)
                 self.good_step = step
 
     def restore(self) -> int | None:
-        """Restores the copied weights; returns their step, or None if there are none."""
-        write_back(self._good, self._numbered)
+        """Restores the weights of the best evaluation, or else the last good ones.
+
+        Returns:
+            Their step; None if no weights are kept.
+        """
+        if self.best is not None:
+            write_back(self.best.weights, self.numbered)
+            self._last = self.best
+            return self.best.step
+        write_back(self._good, self.numbered)
         return self.good_step
 
     @property
-    def _numbered(self) -> dict[str, nn.Parameter]:
+    def numbered(self) -> dict[str, nn.Parameter]:
+        """Its parameters by their number, as text."""
         return {str(number): parameter for number, parameter in enumerate(self.parameters)}
 
-    def evaluated(self, step: int, loss: float | None) -> None:
-        """Records the loss on evaluation rows, if it was measured.
+    def evaluated(self, step: int, args: TrainingArguments, reported: Mapping[str, Any]) -> None:
+        """Records an evaluation.
 
         Args:
             step: the optimizer step.
-            loss: the loss, or None.
+            args: the arguments of the training, which say by what metric the best adapter is found.
+            reported: the metrics, as a Trainer reports them.
         """
-        if loss is not None:
-            self._record.add_evaluation(step, loss, {})
+        loss, metrics, score = reported.get("eval_loss"), metrics_of(reported), score_of(args, reported)
+        deciding = math.nan if score is None and args.metric_for_best_model else score
+        self._record.add_evaluation(step, loss, metrics, deciding)
+        if score is not None:
+            self._news = self._last = Evaluation(step, score, loss, metrics)
 
-    def state(self, run: TrainStatus) -> MemberState:
-        """Returns its current state, in a run with that status."""
-        record = self._record
+    def take_news(self) -> Evaluation | None:
+        """Returns an evaluation that was not returned before; None if there is none."""
+        news, self._news = self._news, None
+        return news
+
+    def keep_best(self, best: Evaluation, weights: dict[str, Tensor] | None = None) -> None:
+        """Keeps the weights of its best evaluation.
+
+        Args:
+            best: the evaluation.
+            weights: the weights; a copy of its current ones by default.
+        """
+        with HeldInterrupts():
+            before = {} if self.best is None else self.best.weights
+            self.best = replace(best, weights=copied(self.numbered, before) if weights is None else weights)
+
+    @property
+    def is_at_best(self) -> bool:
+        """Whether its weights are those of its best evaluation, or no such weights are kept."""
+        return self.best is None or self._last is self.best or self._record.step == self.best.step
+
+    def state(self, run: TrainStatus, metric: str = "") -> MemberState:
+        """Returns its current state.
+
+        Args:
+            run: the status of the run.
+            metric: the name of the metric by which the best adapter is found; empty for the loss.
+        """
+        record, last = self._record, self._last
         record.collect()
+        evaluated = record.evaluated
+        if last is not None and last is self.best and last.loss is not None:  # its weights are those of that step
+            evaluated = (last.step, last.loss)
         ended: MemberStatus = "finished" if run == "finished" else "stopped"
         return MemberState(
             name=self.name,
@@ -135,12 +203,17 @@ class Member:
             settings=dict(self.settings),
             loss=record.loss,
             smoothed_loss=record.smoothed.value,
-            eval_loss=record.evaluated[1] if record.evaluated else None,
-            eval_step=record.evaluated[0] if record.evaluated else None,
+            eval_loss=evaluated[1] if evaluated else None,
+            eval_step=evaluated[0] if evaluated else None,
             learning_rate=self.learning_rate,
             gradient_norm=record.gradient_norm,
             history=record.history.points(),
             eval_history=record.eval_history.points(),
+            metrics=dict(record.metrics if last is None else {**record.metrics, **last.metrics}),
+            metric_history={name: curve.points() for name, curve in record.metric_history.items()},
+            metric=metric,
+            score=None if last is None else last.score,
+            best_step=None if record.best is None else record.best[0],
         )
 
 
@@ -157,6 +230,7 @@ class SideBySide:
         learned: whether a step was done.
         join: copies the optimizer state of a member to a new one, which gets its own schedule.
         opened: contexts that are open until training ends.
+        metric: name of the metric by which the best adapter is found; empty for the loss.
     """
 
     join: Callable[[Member, Member], None]
@@ -167,6 +241,7 @@ class SideBySide:
         self.mixed, self.learned = True, False
         self.note: Callable[[str], None] = lambda message: None
         self.opened = ExitStack()
+        self.metric = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -189,7 +264,7 @@ class SideBySide:
 
     def states(self, run: TrainStatus) -> tuple[MemberState, ...]:
         """Returns the current state of each member, in a run with that status."""
-        return tuple(member.state(run) for member in self.members)
+        return tuple(member.state(run, self.metric) for member in self.members)
 
     def alone(self, member: Member) -> Call:
         """Returns a context manager for calls of the model in which one adapter serves all rows."""
@@ -214,9 +289,9 @@ class SideBySide:
         source = next((member for member in self.training if member.name == request.source), None)
         if source is None:
             learning = ", ".join(member.name for member in self.training)
-            raise AdapterError(f"{request.source!r:.60} is not trained together with others; {learning} do")
+            raise AdapterError(f"{request.source!r:.60} is not being trained in this sweep; these are: {learning}")
         if len(self.members) >= MOST:
-            raise ConfigError(f"{len(self.members)} adapters are trained side by side already, and {MOST} is the most")
+            raise ConfigError(f"{len(self.members)} adapters are trained side by side already; the limit is {MOST}")
         changed = dict(request.fields)
         if request.rate_factor != 1.0:
             changed["learning_rate"] = source.arguments.learning_rate * request.rate_factor

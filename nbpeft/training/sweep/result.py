@@ -19,7 +19,8 @@ class SweepResult(TrainResult):
     """The result of training several adapters; values other than ``members`` are for all of them together.
 
     Attributes:
-        best: the adapter with the lowest evaluation loss, or training loss if there was no evaluation. It is active.
+        best: the adapter with the best score or value of ``metric_for_best_model``, else with the lowest evaluation
+            loss, or training loss if there was no evaluation. It is active.
         best_fields: its own fields of ``TrainingArguments``.
     """
 
@@ -51,11 +52,14 @@ class SweepResult(TrainResult):
     def _parts(self, *, message: bool = True) -> list[str]:
         best = next(member for member in self.members if member.name == self.best)
         loss = best.smoothed_loss if best.eval_loss is None else best.eval_loss
-        kind = "loss" if best.eval_loss is None else "eval loss"
+        figure = f"{'loss' if best.eval_loss is None else 'eval loss'} {numbers.loss(loss)}"
+        if best.metric in best.metrics:
+            figure = f"{best.metric} {numbers.metric(best.metrics[best.metric])}"
         _, *others = super()._parts(message=message)
-        parts = [part for part in others if not part.startswith(("loss ", "eval loss "))]
+        of_all = ("loss ", "eval loss ", *(f"{name} " for name in self.state.metrics))
+        parts = [part for part in others if not part.startswith(of_all)]
         return [
             f"{len(self.members)} adapters {self.status}",
-            f"best {self.best} ({kind} {numbers.loss(loss)})",
+            f"best {self.best} ({figure})",
             *parts,
         ]

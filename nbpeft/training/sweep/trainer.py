@@ -21,27 +21,29 @@ from nbpeft.model.handle.serving import serving_rows
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.adapters.extra_loss import loss_divisor
 from nbpeft.training.disk.kept_arguments import is_plain_value
+from nbpeft.training.monitor.callback import metrics_of
 from nbpeft.training.monitor.control import CloneRequest
+from nbpeft.training.monitor.record import score_of
 from nbpeft.training.monitor.run import Run
-from nbpeft.training.sweep.loss import NotApartError, SplitLoss, split_loss
+from nbpeft.training.sweep.evaluations import SweepEvaluations
+from nbpeft.training.sweep.loss import NotSplittableError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.transformers.trainer import has_own_loss
 from nbpeft.training.watching.divergence import Seldom
+from nbpeft.training.watching.scoring import named_metrics
 
-_OF_A_GROUP = ("lr", "betas", "eps")
+_GROUP_OPTIONS = ("lr", "betas", "eps")
 """Optimizer options that are set per parameter group."""
 _OWN_PARAMETERS = ("params", "model", "optimizer_dict")
 """Options with which an optimizer of transformers selects its parameters itself."""
 
 
 _REFUSED = {
-    "fp16": "one scaler would skip the steps of all; take bf16",
-    "load_best_model_at_end": "the best adapter is active at the end, each with its last weights",
-    "optimizers": "each adapter has its own; say which with optim=…",
-    "optimizer_cls_and_kwargs": "each adapter has its own; say which with optim=…",
-    "patience": "stop an adapter when its curve says so",
-    "sample": "compare the adapters when they are trained",
-    "score": "score the adapters when they are trained",
+    "fp16": "one gradient scaler would skip the steps of all adapters; use bf16",
+    "load_best_model_at_end": "the best adapter is active at the end, and each has its last weights",
+    "optimizers": "each adapter has its own; select it with optim=…",
+    "optimizer_cls_and_kwargs": "each adapter has its own; select it with optim=…",
+    "sample": "compare the adapters after the training",
 }
 """Arguments that would affect all adapters together, with the reason or an alternative."""
 
@@ -53,7 +55,7 @@ class SideBySideTrainer(transformers.Trainer):
     given_class: ClassVar[type[Any]]
     _split: SplitLoss | None = None
     _evaluated: Member | None = None
-    _splits_surely = False
+    _split_checked = False
 
     # A step
 
@@ -63,9 +65,9 @@ class SideBySideTrainer(transformers.Trainer):
         """Computes forward and backward for each member's copy of the batch; returns the mean of their losses."""
         try:
             losses = self._passes(model, inputs, num_items_in_batch)
-        except NotApartError:  # before any backward
+        except NotSplittableError:  # before any backward
             self.group.mixed = False
-            self.group.note("one pass for each adapter: the loss of this model cannot be taken apart by rows")
+            self.group.note("each adapter needs its own pass: the loss of this model cannot be split by rows")
             losses = self._passes(model, inputs, num_items_in_batch)
         return torch.stack(losses).mean()
 
@@ -104,9 +106,9 @@ class SideBySideTrainer(transformers.Trainer):
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Computes the loss like the base class; refuses one that is not the sum of the members' losses."""
         loss = super().compute_loss(model, *args, **kwargs)
-        if self._split is not None and not self._splits_surely:
+        if self._split is not None and not self._split_checked:
             self._split.check(loss[0] if isinstance(loss, tuple) else loss)
-            self._splits_surely = True
+            self._split_checked = True
         return loss
 
     # Optimizer, schedule and clipping
@@ -129,8 +131,8 @@ class SideBySideTrainer(transformers.Trainer):
         kind, options = self.get_optimizer_cls_and_kwargs(member.arguments, whole)
         if not isinstance(kind, type) or any(name in options for name in _OWN_PARAMETERS):
             name = getattr(self.args.optim, "value", self.args.optim)
-            raise ConfigError(f"optim {name!r:.60} chooses its parameters itself: no sweep", field="optim")
-        own = {name: options[name] for name in _OF_A_GROUP if name in options}
+            raise ConfigError(f"optim {name!r:.60} selects its parameters itself: not in a sweep", field="optim")
+        own = {name: options[name] for name in _GROUP_OPTIONS if name in options}
         groups = []
         for decay in (True, False):
             chosen = [parameter for parameter in member.parameters if (id(parameter) in decayed) is decay]
@@ -176,15 +178,18 @@ class SideBySideTrainer(transformers.Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates each member that is trained; returns the outputs of the one with the lowest loss."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        members, outputs = self.group.training or list(self.group.members), []
+        members, outputs, found = self.group.training or list(self.group.members), [], {}
         try:
             for member in members:
                 self._evaluated = member
                 outputs.append(super().evaluation_loop(*args, **kwargs))
-                member.evaluated(self.state.global_step, (outputs[-1].metrics or {}).get(f"{prefix}_loss"))
+                found[member.name] = _reported(outputs[-1].metrics or {}, prefix)
+                member.evaluated(self.state.global_step, self.args, found[member.name])
         finally:
             self._evaluated = None
-        return min(outputs, key=partial(_rank, name=f"{prefix}_loss"))
+        if self.is_in_train:
+            self.log(named_metrics(found))
+        return min(outputs, key=partial(_rank, args=self.args, prefix=prefix))
 
     def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Predicts like the base class, with the member that is being evaluated."""
@@ -207,7 +212,7 @@ def trainer_for(trainer_class: type[Any], group: SideBySide, given: Mapping[str,
     """
     for name, reason in _REFUSED.items():
         if given.get(name) not in (None, False):
-            raise ConfigError(f"{name} does not go with a sweep: {reason}", field=name)
+            raise ConfigError(f"{name} cannot be combined with a sweep: {reason}", field=name)
     if has_own_loss(trainer_class) or given.get("compute_loss_func") is not None or given.get("label_smoothing_factor"):
         group.mixed = False  # its result for a mixed batch is unknown
     members = {"group": group, "given_class": trainer_class}
@@ -293,8 +298,8 @@ class SideBySideCallback(TrainerCallback, ExportableState):
             kept = member.restore()
             self._group.stop(member.name, "diverged")
             self._run.replaced_weights()
-            back = "" if kept is None else f"; {self._run.weights_of(kept)} were put back"
-            self._run.note(f"{member.name} diverged at step {step:,} and learns no more{back}", warning=True)
+            restored = "" if kept is None else f"; {self._run.weights_of(kept)} were restored"
+            self._run.note(f"{member.name} diverged at step {step:,} and is no longer trained{restored}", warning=True)
         if all(member.status == "diverged" for member in self._group.members):
             self._run.diverge("all adapters diverged", max(member.good_step or 0 for member in self._group.members))
 
@@ -323,17 +328,22 @@ def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: dict(own) for name, own in named if isinstance(name, str) and isinstance(own, Mapping)}
 
 
-def callbacks_of(members: object, run: Run, *, stop_on_divergence: bool = False) -> list[SideBySideCallback]:
-    """Returns the callback of a sweep, or an empty list for other trainings.
+def callbacks_of(
+    members: SideBySide, run: Run, model: nn.Module, *, patience: int | None, stop_on_divergence: bool = False
+) -> list[TrainerCallback]:
+    """Returns the callbacks of a sweep.
 
     Args:
-        members: a SideBySide, or None.
+        members: its adapters.
         run: the run.
+        model: the model in training.
+        patience: number of evaluations without improvement after which an adapter stops.
         stop_on_divergence: whether to stop diverging members.
     """
-    if not isinstance(members, SideBySide):
-        return []
-    return [SideBySideCallback(members, run, stop_on_divergence=stop_on_divergence)]
+    return [
+        SideBySideCallback(members, run, stop_on_divergence=stop_on_divergence),
+        SweepEvaluations(members, run, model, patience),
+    ]
 
 
 def _factor(member: Member, steps: int) -> Any:
@@ -350,12 +360,21 @@ def _factor(member: Member, steps: int) -> Any:
     if not isinstance(schedule, LambdaLR):
         kind = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
         raise ConfigError(
-            f"lr_scheduler_type {kind!r} looks at one loss and cannot serve a sweep: take linear, cosine or constant",
+            f"lr_scheduler_type {kind!r} depends on a single loss, unlike a sweep: use linear, cosine or constant",
             field="lr_scheduler_type",
         )
     return schedule.lr_lambdas[0]
 
 
-def _rank(output: Any, name: str) -> float:
-    loss = output.metrics.get(name)
-    return float(loss) if loss is not None and math.isfinite(loss) else math.inf
+def _reported(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Returns the loss and the values of ``compute_metrics`` of an evaluation, by the names of a single one."""
+    named = {f"eval_{name.removeprefix(f'{prefix}_')}": value for name, value in metrics.items()}
+    values = {f"eval_{name}": value for name, value in metrics_of(named).items() if "/" not in name}
+    return values | ({"eval_loss": named["eval_loss"]} if named.get("eval_loss") is not None else {})
+
+
+def _rank(output: Any, args: TrainingArguments, prefix: str) -> float:
+    reported = _reported(output.metrics, prefix)
+    score = score_of(args, reported)
+    score = reported.get("eval_loss") if score is None else score
+    return score if score is not None and math.isfinite(score) else math.inf

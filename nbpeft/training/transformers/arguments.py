@@ -127,7 +127,7 @@ def build_arguments(
     }
     if fields.get("load_best_model_at_end"):
         if not evaluates:
-            raise ConfigError("load_best_model_at_end needs data to evaluate on: pass eval_data=…")
+            raise ConfigError("load_best_model_at_end needs evaluation data: pass eval_data=…")
         values["eval_strategy"] = fields.get("eval_strategy", "steps" if "eval_steps" in fields else "epoch")
         values["save_strategy"] = values["eval_strategy"]
         if "eval_steps" in fields:
@@ -138,7 +138,7 @@ def build_arguments(
     keeps = str(getattr(fields.get("save_strategy", "no"), "value", fields.get("save_strategy", "no"))) != "no"
     if keeps and "output_dir" not in fields and not fields.get("load_best_model_at_end"):
         raise ConfigError(
-            f"save_strategy={fields['save_strategy']!r} writes checkpoints: give their folder, output_dir=…"
+            f"save_strategy={fields['save_strategy']!r} writes checkpoints: set their folder with output_dir=…"
         )
     check_values(fields, arguments_class)
     if fields.get("resume_from_checkpoint") is True and "output_dir" not in fields:
@@ -188,7 +188,7 @@ def _impossible(reason: str, fields: Mapping[str, Any]) -> ConfigError:
     unknown = re.match(r"(.+) is not a valid (\w+)", reason)
     name = next((name for name, value in fields.items() if unknown and str(value) == unknown[1].strip("'")), None)
     if unknown is None or name is None:
-        return ConfigError(f"These training arguments are not possible: {reason}")
+        return ConfigError(f"Invalid training arguments: {reason}")
     value = str(fields[name])
     choices = _choices(unknown[2])
     expected = did_you_mean(value, choices) or (
@@ -291,7 +291,7 @@ def _fits(value: Any, kind: type) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return "a number that long" if isinstance(value, int) and value.bit_length() > 64 else f"{value!r:.60}"
+    return "an integer of more than 64 bits" if isinstance(value, int) and value.bit_length() > 64 else f"{value!r:.60}"
 
 
 def _current_names(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> dict[str, Any]:

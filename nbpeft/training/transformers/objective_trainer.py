@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.memory.checkpointing import is_checkpointing
 from nbpeft.model.from_data.observing import evaluated
-from nbpeft.names import IGNORED_LABEL, REJECTED
+from nbpeft.names import DESIRABLE, IGNORED_LABEL, REJECTED
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data.forms import MARGIN
 from nbpeft.training.objectives.collator import stacked
@@ -40,8 +41,7 @@ class ObjectiveTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.objective, self.reference = objective, reference
         self.model_accepts_loss_kwargs = False  # a loss is the mean over rows, also of accumulated batches
-        self._sums: dict[str, Tensor] = {}
-        self._batches = 0
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._compared: tuple[Tensor, Tensor] | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -49,7 +49,7 @@ class ObjectiveTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
-            columns += [MARGIN, *(f"{REJECTED}{name}" for name in ("input_ids", "labels", "attention_mask"))]
+            columns += [MARGIN, DESIRABLE, *(f"{REJECTED}{name}" for name in ("input_ids", "labels", "attention_mask"))]
 
     def compute_loss(
         self,
@@ -63,7 +63,7 @@ class ObjectiveTrainer(Trainer):
         reference = self._of_the_reference(inputs, batch)
         # DistributedDataParallel traverses the tensors that a model returns, and cannot handle logits without data.
         chunk_size = self.loss_chunk_size if self.accelerator.num_processes == 1 else 0
-        margins = batch.pop(MARGIN, None)
+        margins, desirable = batch.pop(MARGIN, None), batch.pop(DESIRABLE, None)
         labels, half = batch["labels"], len(batch["labels"]) // 2
         learned = [labels, *([_prompts(batch)[:half]] if self.objective.learns_prompts else [])]
         self._switch_off_dropout()
@@ -71,7 +71,7 @@ class ObjectiveTrainer(Trainer):
             if self.objective.scores:
                 found = [model(**{name: part for name, part in batch.items() if name != "labels"}).logits[:, 0].float()]
             else:
-                found = log_probs_of(model, batch, learned, chunk_size=chunk_size)
+                found = self._log_probs(model, batch, learned, chunk_size)
         counts = [token_counts(part).to(found[0].device) for part in learned]
         prompts = Completions(found[1], None, counts[1]) if len(found) > 1 else None
         parts = [
@@ -81,15 +81,47 @@ class ObjectiveTrainer(Trainer):
                 token_counts=counts[0][rows],
                 prompts=before,
                 margins=None if margins is None else margins[rows],
+                desirable=None if desirable is None else desirable[rows],
             )
             for rows, before in ((slice(half), prompts), (slice(half, None), None))
         ]
+        if not self.objective.learns_second and self.accelerator.num_processes > 1:
+            parts[1] = self._of_all_processes(parts[1])
         losses, curves = self.objective.loss(*parts)
-        for name, values in curves.items():
-            mean = values.mean()
-            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
-        self._batches += 1
+        self.add_to_curves({name: values.mean() if len(values) else None for name, values in curves.items()})
         return (losses.mean(), {}) if return_outputs else losses.mean()
+
+    def add_to_curves(self, values: Mapping[str, Tensor | None]) -> None:
+        """Adds values to the means that are logged next.
+
+        Args:
+            values: name of the curve -> a scalar; None if the curve has no value for this batch.
+        """
+        for name, value in values.items():
+            total, count = self._sums.get(name, (torch.zeros((), device=self.args.device), 0))
+            self._sums[name] = (total, count) if value is None else (total + value, count + 1)
+
+    def _log_probs(
+        self, model: nn.Module, batch: Mapping[str, Tensor], learned: list[Tensor], chunk_size: int
+    ) -> list[Tensor]:
+        """The log-probabilities of each row; those of second completions without gradients if these are not learned."""
+        if self.objective.learns_second:
+            return log_probs_of(model, batch, learned, chunk_size=chunk_size)
+        half = len(batch["labels"]) // 2
+        parts = [{name: values[rows] for name, values in batch.items()} for rows in (slice(half), slice(half, None))]
+        with torch.no_grad():
+            second = log_probs(model, parts[1], chunk_size=chunk_size)
+        return [torch.cat([log_probs(model, parts[0], chunk_size=chunk_size), second])]
+
+    def _of_all_processes(self, part: Completions) -> Completions:
+        """The mean log-probabilities over the rows of all processes, of shape (1,)."""
+        reduce: Any = self.accelerator.reduce
+        reference = None if part.reference is None else reduce(part.reference.mean()[None], "mean")
+        return replace(part, log_probs=reduce(part.log_probs.mean()[None], "mean"), reference=reference)
+
+    def log_probs_of_the_reference(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The log-probabilities of a batch, as the loss compares them with those of the reference."""
+        return log_probs(model, batch, chunk_size=self.loss_chunk_size)
 
     def _of_the_reference(self, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Tensor | None:
         """The log-probabilities of the reference; those of a batch are computed once for all adapters of a sweep."""
@@ -105,7 +137,7 @@ class ObjectiveTrainer(Trainer):
             evaluated(model),
             self.reference.active(),
         ):
-            found = log_probs(model, batch, chunk_size=self.loss_chunk_size)
+            found = self.log_probs_of_the_reference(model, batch)
         self._compared = inputs["input_ids"], found
         return found
 
@@ -134,30 +166,33 @@ class ObjectiveTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's evaluation, with the metrics of the objective."""
-        sums, batches = self._sums, self._batches
-        self._sums, self._batches = {}, 0
+        sums, self._sums = self._sums, {}
         try:
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
             means = self._means()
             if output.metrics is not None:
-                output.metrics.update({f"{prefix}_{name}": means[name] for name in self.objective.metrics})
+                output.metrics.update(
+                    {f"{prefix}_{name}": means[name] for name in self.objective.metrics if name in means}
+                )
             return output
         finally:
-            self._sums, self._batches, self._compared = sums, batches, None
+            self._sums, self._compared = sums, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of the objective's curves since the last log of a loss."""
-        if "loss" in logs and self._batches:
+        if "loss" in logs and self._sums:
             logs = {**logs, **self._means()}
-            self._sums, self._batches = {}, 0
+            self._sums = {}
         super().log(logs, *args, **kwargs)
 
     def _means(self) -> dict[str, float]:
-        """The means of the curves over the batches of all processes."""
-        names, batches = [*self._sums], max(self._batches, 1)
-        means: Any = torch.stack([self._sums[name].float() / batches for name in names])
-        return dict(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        """The means of the curves over the batches of all processes; without those that have no value in any."""
+        if not self._sums:
+            return {}
+        parts = [torch.stack([total, torch.full_like(total, count)]).float() for total, count in self._sums.values()]
+        sums: Any = self.accelerator.reduce(torch.stack(parts), "sum")
+        return {name: total / count for name, (total, count) in zip(self._sums, sums.tolist(), strict=True) if count}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The Trainer's method; also writes the reference, for a resumed training."""

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from nbpeft.engine.calls.selective_recompute import selective_recompute
 from nbpeft.engine.tree.model_tree import base_model_of
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.errors import TrainingError, check_bool
 from nbpeft.losses import (
     ChunkedHead,
     LazyLogits,
@@ -64,8 +64,7 @@ class Trainer(transformers.Trainer):
     ) -> None:
         patch_trainer()
         self.loss_chunk_size = check_chunk_size(loss_chunk_size)
-        if not isinstance(recompute, bool):
-            raise ConfigError(f"recompute must be True or False, not {recompute!r:.60}", field="recompute")
+        check_bool("recompute", recompute)
         self.recompute = recompute
         self._loss_alone = False
         self._noted = False
@@ -162,7 +161,7 @@ class Trainer(transformers.Trainer):
         if not why or self._noted:
             return
         self._noted = True
-        note(self, f"the loss is computed from logits as a whole: {why}")
+        note(self, f"the loss is computed from complete logits: {why}")
 
 
 def _counted(batch: Any) -> Any:

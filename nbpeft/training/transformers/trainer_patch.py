@@ -1,6 +1,6 @@
 """The one place where nbpeft changes other libraries: they accept its models and configs like PEFT's.
 
-transformers, accelerate and TRL recognise models with adapters by their class, one of the
+transformers, accelerate and TRL recognize models with adapters by their class, one of the
 ``peft`` package. For any other class a Trainer writes full state dicts as checkpoints (and fails
 if weights are tied), refuses quantized bases and drops columns that it considers unused; TRL
 uses the wrong module as the backbone. :func:`patch_trainer` makes these changes, until :func:`unpatch_trainer`:
@@ -431,7 +431,7 @@ def _init_subclass(cls: type, /, **kwargs: Any) -> None:
 
 
 def _patch_trl(derived: type) -> None:
-    """Makes the module of a TRL Trainer recognise nbpeft's classes where it checks for PEFT's."""
+    """Makes the module of a TRL Trainer recognize nbpeft's classes where it checks for PEFT's."""
     name = derived.__module__
     names = vars(sys.modules[name]) if name.startswith("trl.") and name in sys.modules else {}
     for own, method in methods_with_imports(derived, _has_ours).items() if names else ():

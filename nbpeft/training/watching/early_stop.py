@@ -11,6 +11,7 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from nbpeft.display.numbers import plural
 from nbpeft.errors import ConfigError
 from nbpeft.training.adapters.snapshot import Snapshot
 from nbpeft.training.monitor.record import is_better, score_of
@@ -18,8 +19,52 @@ from nbpeft.training.monitor.run import Run, StopRun
 
 EVALUATIONS = 10
 """The default number of evaluations per run; three times the patience if that is more."""
-_FILE = "early_stop.safetensors"
+KEPT = "early_stop.safetensors"
 """The file in a checkpoint with the weights of the best evaluation, if they are not the checkpoint's own."""
+
+
+class Patience:
+    """Counts evaluations without improvement.
+
+    Args:
+        most: their greatest number; None for any number.
+
+    Attributes:
+        best_step: the step of the best evaluation.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self._most = most
+        self._best: float | None = None
+        self.best_step = self._worse = 0
+
+    def is_better(self, score: float | None, step: int) -> bool:
+        """Counts an evaluation, and returns whether it is the best one so far.
+
+        Args:
+            score: its score, lower is better; None if the metric was not measured, which does not count.
+            step: its step.
+        """
+        if score is None:
+            return False
+        if is_better(score, self._best):
+            self._best, self.best_step, self._worse = score, step, 0
+            return True
+        self._worse += 1
+        return False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there was no improvement in so many evaluations."""
+        return self._most is not None and self._worse >= self._most
+
+    @property
+    def has_best(self) -> bool:
+        """Whether there was an evaluation with a finite score."""
+        return self._best is not None
+
+    def __str__(self) -> str:
+        return f"no improvement in {plural(self._most or 0, 'evaluation')}"
 
 
 class EarlyStop(TrainerCallback):
@@ -30,7 +75,7 @@ class EarlyStop(TrainerCallback):
     Args:
         run: the run, to which the reason is reported.
         model: the model in training.
-        patience: number of evaluations without improvement after which training stops.
+        patience: number of evaluations without improvement after which training stops; None for any number.
 
     Attributes:
         keep_last: saves a checkpoint of the last step before the best weights are restored, so that the run can be
@@ -39,10 +84,8 @@ class EarlyStop(TrainerCallback):
 
     keep_last: Callable[[], None] | None = None
 
-    def __init__(self, run: Run, model: nn.Module, patience: int) -> None:
-        self._run, self._model, self._patience = run, model, patience
-        self._best: float | None = None
-        self._best_step = self._worse = 0
+    def __init__(self, run: Run, model: nn.Module, patience: int | None) -> None:
+        self._run, self._model, self._patience = run, model, Patience(patience)
         self._state: Snapshot | None = None
 
     def on_train_begin(
@@ -50,19 +93,16 @@ class EarlyStop(TrainerCallback):
     ) -> None:
         """In a resumed run, counts the evaluations so far and loads the weights of the best one."""
         for entry in state.log_history:
-            self._is_better(score_of(args, entry), int(entry.get("step", 0)))
-        if self._best is None:
+            self._patience.is_better(score_of(args, entry), int(entry.get("step", 0)))
+        if not self._patience.has_best:
             return
-        folder = args.resume_from_checkpoint
-        file = Path(folder, _FILE) if isinstance(folder, str | os.PathLike) else None
-        if self._best_step == state.global_step:
-            self._state = Snapshot.of(self._model, self._best_step)
-        elif file is not None and file.is_file() and (saved := Snapshot.read(file, self._model)).fits(self._model):
+        best_step, file = self._patience.best_step, kept_file(args)
+        if best_step == state.global_step:
+            self._state = Snapshot.of(self._model, best_step)
+        elif file is not None and (saved := Snapshot.read(file, self._model)).fits(self._model):
             self._state = saved
         else:
-            missing = (
-                f"the weights of step {self._best_step:,}, the best, were not saved: only a better step can be kept"
-            )
+            missing = f"the best weights, of step {best_step:,}, were not saved: only a better step can be restored"
             self._run.note(missing, warning=True)
 
     def on_evaluate(
@@ -74,24 +114,15 @@ class EarlyStop(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Takes a snapshot if this evaluation is the best, else counts it towards the patience."""
-        if self._is_better(score_of(args, metrics or {}), state.global_step):
+        if self._patience.is_better(score_of(args, metrics or {}), state.global_step):
             self._state = Snapshot.of(self._model, state.global_step)
-        elif self._worse >= self._patience:
+        elif self._patience.is_over:
             control.should_training_stop = True
 
     @property
     def kept_step(self) -> int | None:
         """The step of the best weights; None if there is no snapshot of them."""
         return None if self._state is None else self._state.step
-
-    def _is_better(self, score: float | None, step: int) -> bool:
-        if score is None:
-            return False
-        if is_better(score, self._best):
-            self._best, self._best_step, self._worse = score, step, 0
-            return True
-        self._worse += 1
-        return False
 
     def write(self, folder: Path) -> None:
         """Writes the best evaluation's weights into the checkpoint of a later step.
@@ -103,7 +134,7 @@ class EarlyStop(TrainerCallback):
             OSError: the file cannot be written.
         """
         if self._state is not None and self._state.step != self._run.state.step:
-            self._state.write(folder / _FILE)
+            self._state.write(folder / KEPT)
 
     def __enter__(self) -> Self:
         return self
@@ -114,15 +145,25 @@ class EarlyStop(TrainerCallback):
             self._restore()
 
     def _restore(self) -> None:
-        if self._worse >= self._patience:
-            evaluations = f"{self._patience} evaluation{'' if self._patience == 1 else 's'}"
-            self._run.note(f"stopped early: no improvement in {evaluations}")
+        if self._patience.is_over:
+            self._run.note(f"stopped early: {self._patience}")
         if self._state is None or self._run.state.step == self._state.step:
             return
         if self.keep_last is not None:
             self.keep_last()
         self._state.restore(self._model)
-        self._run.note(f"the weights of step {self._state.step:,}, the best, were restored")
+        self._run.note(f"the best weights, of step {self._state.step:,}, were restored")
+
+
+def kept_file(args: TrainingArguments) -> Path | None:
+    """The file with the best weights in the checkpoint from which a run resumes; None if there is none.
+
+    Args:
+        args: the arguments of the training.
+    """
+    folder = args.resume_from_checkpoint
+    file = Path(folder, KEPT) if isinstance(folder, str | os.PathLike) else None
+    return file if file is not None and file.is_file() else None
 
 
 def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool, scores: bool = False) -> None:
@@ -143,7 +184,7 @@ def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool,
     if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
         raise ConfigError(f"patience must be a number of evaluations of at least 1, not {patience!r:.60}")
     if not evaluates and not scores:
-        raise ConfigError("patience needs data to evaluate on: pass eval_data=…", field="patience")
+        raise ConfigError("patience needs evaluation data: pass eval_data=… or score=…", field="patience")
     if fields.get("load_best_model_at_end"):
         raise ConfigError(
             "patience keeps the best weights in memory: remove load_best_model_at_end", field="load_best_model_at_end"

@@ -54,7 +54,14 @@ class PromptBatch:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Prompt], tokenizer: Any, base: Any, *, chat: bool | None = None, system: str = ""
+        cls,
+        prompts: Sequence[Prompt],
+        tokenizer: Any,
+        base: Any,
+        *,
+        chat: bool | None = None,
+        system: str = "",
+        template: Mapping[str, Any] | None = None,
     ) -> PromptBatch:
         """Tokenize prompts.
 
@@ -64,6 +71,7 @@ class PromptBatch:
             base: the model that answers.
             chat: whether to apply the tokenizer's chat template to texts; None: if it has one.
             system: system prompt of the prompts to which the template is applied; conversations that have one keep it.
+            template: variables for the template.
 
         Raises:
             AdapterError: a prompt is empty, the tokenizer has no chat template but needs one, it refuses a
@@ -73,11 +81,11 @@ class PromptBatch:
             raise AdapterError("no prompt given")
         templated = bool(getattr(tokenizer, "chat_template", None))
         if not templated and (chat or any(not isinstance(prompt, str) for prompt in prompts)):
-            raise AdapterError("the tokenizer has no chat template: give prompts as plain text")
+            raise AdapterError("the tokenizer has no chat template: write prompts as plain text")
         chat = templated if chat is None else chat
         conversations = [_messages(prompt, system) if chat or not isinstance(prompt, str) else () for prompt in prompts]
         rows = [
-            _rendered(messages, tokenizer) if messages else _tokens(str(prompt), tokenizer)
+            _rendered(messages, tokenizer, template or {}) if messages else _tokens(str(prompt), tokenizer)
             for prompt, messages in zip(prompts, conversations, strict=True)
         ]
         table = base.get_input_embeddings()
@@ -386,14 +394,14 @@ def _messages(prompt: Prompt, system: str) -> Conversation:
             expected = "a text, or a conversation [{'role': 'user', 'content': '…'}, …]"
             raise AdapterError(f"a prompt is {expected}, not {shown(prompt)}")
         if messages[-1]["role"] == "assistant":
-            raise AdapterError("the conversation ends with the assistant's answer: ask without it (messages[:-1])")
+            raise AdapterError("the conversation ends with the assistant's answer: remove it (messages[:-1])")
     begins = messages[0]["role"] in ("system", "developer")
     return messages if begins or not system else ({"role": "system", "content": system}, *messages)
 
 
-def _rendered(messages: Conversation, tokenizer: Any) -> list[int]:
+def _rendered(messages: Conversation, tokenizer: Any, template: Mapping[str, Any]) -> list[int]:
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **template)
     except Exception as error:  # a template runs code of its own and may raise anything to refuse a chat
         why = in_one_line(error) or type(error).__name__
         raise AdapterError(f"the chat template refuses the prompt: {why:.200}") from None

@@ -15,7 +15,7 @@ class SamplePrompts:
     """Prompts to answer during a run.
 
     Attributes:
-        batch: the tokenised prompts.
+        batch: the tokenized prompts.
         given: the argument ``sample`` of the training.
         wanted: the wanted answer to each prompt; empty if they are unknown.
         source: where the prompts come from; empty if they were given.
@@ -30,5 +30,5 @@ class SamplePrompts:
     def notes(self) -> tuple[str, ...]:
         """Messages for the user: where the prompts come from, and with which system prompt they are sent."""
         system = self.batch.system
-        sent = f"samples are asked with the system prompt {system!r:.80}" if system else ""
+        sent = f"sampled prompts have the system prompt {system!r:.80}" if system else ""
         return tuple(note for note in (self.source, sent) if note)

@@ -118,7 +118,7 @@ def test_other_handles_take_a_base_over_as_ever(first: Any, second: Any) -> None
     before = nbpeft.get_peft_model(base, first)
     after = nbpeft.get_peft_model(base, second, "second")
     assert after.get_base_model() is base
-    with pytest.raises(StaleModelError, match="took it over"):
+    with pytest.raises(StaleModelError, match="another PeftModel was created"):
         numbers(before)
 
 

@@ -1,4 +1,4 @@
-"""Regular expressions of configs: the usual ones pass, those that could take for ever are refused at once."""
+"""Regular expressions of configs: the usual ones pass, those that could take forever are refused at once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_usual_expressions_pass(pattern: str, around: str) -> None:
 
 @pytest.mark.parametrize("pattern", ENDLESS)
 def test_what_could_take_for_ever_is_refused_unmatched(pattern: str) -> None:
-    with pytest.raises(ConfigError, match=r"^target_modules: matching .* could take for ever") as caught:
+    with pytest.raises(ConfigError, match=r"^target_modules: matching .* could take forever") as caught:
         LoraConfig(target_modules=pattern)
     assert len(str(caught.value)) < 300
 
@@ -72,7 +72,7 @@ def test_what_could_take_for_ever_is_refused_unmatched(pattern: str) -> None:
     ],
 )
 def test_all_fields_with_expressions_are_asked(fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="could take for ever"):
+    with pytest.raises(ConfigError, match="could take forever"):
         LoraConfig(**{"target_modules": ["q"], **fields})
 
 

@@ -247,20 +247,22 @@ def test_half_models_get_adapters_that_train() -> None:
 
 def test_what_it_cannot_do_is_refused_in_one_line() -> None:
     model = adapted(names=("a", "b"))
-    with pytest.raises(NotSupportedError, match="adapter_names cannot serve a LSTMWithLoRA"):
+    with pytest.raises(NotSupportedError, match="a LSTMWithLoRA does not support adapter_names"):
         model(BATCH, adapter_names=["a", "b", "__base__"])
     assert model(BATCH, adapter_names=["__base__"] * 3).shape == (3, 2, 2)
     model.base_model.manager.set_scale("a", 0.5)
-    with pytest.raises(NotSupportedError, match="acts at its trained strength: set the scale to 1"):
+    with pytest.raises(NotSupportedError, match="does not support scales: set the scale to 1"):
         model(BATCH)
-    with pytest.raises(ConfigError, match="lin is a OwnLinear, which takes no adapters of IA3Config: exclude it"):
+    with pytest.raises(ConfigError, match="lin is a OwnLinear, which does not support IA3Config: exclude it"):
         model.add_adapter("c", nbpeft.IA3Config(target_modules=["lin"], feedforward_modules=[]))
     other = LoraConfig(target_modules=["lin"])
     other._register_custom_module({nn.Linear: lstm_class(nbpeft)})
-    with pytest.raises(LayerKindError, match="lin carries adapters in a OwnLinear: it cannot become a LSTMWithLoRA"):
+    with pytest.raises(
+        LayerKindError, match="lin already has adapters in a OwnLinear: it cannot become a LSTMWithLoRA"
+    ):
         model.add_adapter("c", other)
     plain = get_peft_model(Net(), LoraConfig(target_modules=["lin"]))
-    with pytest.raises(LayerKindError, match="lin carries adapters already and cannot become a LSTMWithLoRA"):
+    with pytest.raises(LayerKindError, match="lin already has adapters and cannot become a LSTMWithLoRA"):
         plain.add_adapter("c", other)
 
 
@@ -306,7 +308,7 @@ def test_a_config_without_the_class_joins_it() -> None:
 def test_what_the_ready_class_does_not_compute_is_refused(fields: dict[str, Any]) -> None:
     settings = LoraConfig(target_modules=["lin"], **fields)
     settings._register_custom_module({nn.Linear: linear_class(nbpeft)})
-    with pytest.raises(ConfigError, match=r"is not for a layer class of one's own \(OwnLinear\): leave it out"):
+    with pytest.raises(ConfigError, match=r"is not supported by custom layer classes \(OwnLinear\): leave it out"):
         get_peft_model(Net(), settings)
 
 

@@ -56,7 +56,9 @@ def test_layers_that_peft_refuses_for_fused_kernels_are_refused(make: Any, name:
         peft.get_peft_model(make(), peft.LoraConfig(target_modules=["in_proj", name]))
     model = make()
     before = state(model)
-    with pytest.raises(TargetError, match=rf"mixer\.{name} cannot be adapted: .*kernels.*take '{name}' out") as error:
+    with pytest.raises(
+        TargetError, match=rf"mixer\.{name} cannot be adapted: .*kernels.*remove '{name}' from"
+    ) as error:
         get_peft_model(model, LoraConfig(target_modules=["in_proj", name]))
     assert "\n" not in str(error.value)
     assert same_state(before, state(model)) and all(p.requires_grad for p in model.parameters())
@@ -154,14 +156,14 @@ def test_starting_in_a_weight_that_is_not_finite(init: str) -> None:
 def test_a_weight_without_data_is_not_merged_into() -> None:
     with torch.device("meta"):
         model = get_peft_model(net(), LoraConfig(target_modules=["0"]))
-    with pytest.raises(MergeError, match="0: its weight has no data here"):
+    with pytest.raises(MergeError, match="0: its weight has no data"):
         model.merge_adapter()
     assert model.manager.merged == ()
 
 
 def test_an_adapter_many_times_its_model_is_refused() -> None:
     model = net()
-    with pytest.raises(ConfigError, match=r"268,435,456 numbers, many times the model's"):
+    with pytest.raises(ConfigError, match=r"268,435,456 values, more than ten times"):
         get_peft_model(model, LoraConfig(r=2**24, target_modules=["0"]))
     assert unchanged(model)
     get_peft_model(model, LoraConfig(r=512, target_modules=["0"]))
@@ -180,7 +182,7 @@ TOO_LARGE: dict[str, AdapterConfig] = {
 @pytest.mark.parametrize("case", TOO_LARGE)
 def test_what_is_shared_or_drawn_counts_as_well(case: str) -> None:
     model, config = net(), TOO_LARGE[case].copy(target_modules={"0"})
-    with pytest.raises(ConfigError, match=r"the adapter would have [\d,]{11,} numbers, many times the model's"):
+    with pytest.raises(ConfigError, match=r"the adapter would have [\d,]{11,} values, more than ten times"):
         get_peft_model(model, config)
     assert unchanged(model)
 

@@ -155,7 +155,7 @@ def test_several_adapters_share_the_replicas() -> None:
     ours.add_adapter("same", nbpeft.LoraConfig(**fields("llama", r=2)))
     ours.add_adapter("plain", nbpeft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
     assert ours.config.num_hidden_layers == 4 and close(output(ours), expected)
-    with pytest.raises(ConfigError, match=r"replicated as \[\(0, 2\), \(1, 3\)\] for the adapters it has"):
+    with pytest.raises(ConfigError, match=r"replicated as \[\(0, 2\), \(1, 3\)\] for its adapters"):
         ours.add_adapter("other", nbpeft.LoraConfig(**fields("llama", layer_replication=[[0, 3], [0, 3]])))
     for name in ("default", "same"):
         ours.delete_adapter(name)
@@ -169,7 +169,7 @@ def test_several_adapters_share_the_replicas() -> None:
     [
         ({"layer_replication": [[0, 9]]}, ConfigError, r"\[\(0, 9\)\], but model.layers has the layers 0 to 2"),
         ({"layer_replication": [[0, 2, 3]]}, ConfigError, "must be pairs of whole numbers"),
-        ({"bias": "all"}, ConfigError, "repeats biases, which bias='all' cannot train apart"),
+        ({"bias": "all"}, ConfigError, "repeats biases, which bias='all' cannot train separately"),
         ({"target_modules": ["nowhere"]}, TargetError, "nowhere"),
         ({"r": 4, "rank_pattern": {"q_proj": 0}}, ConfigError, ""),
     ],

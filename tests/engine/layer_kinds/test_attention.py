@@ -245,7 +245,7 @@ def test_dropout_does_not_act_there_as_in_peft_but_is_named() -> None:
 
 def test_an_adapter_on_its_out_proj_alone_is_kept_and_named() -> None:
     """PEFT trains such factors, too, and says nothing; they stay as they are."""
-    with pytest.warns(UserWarning, match="adapter at attn.out_proj does not act: .* target attn instead"):
+    with pytest.warns(UserWarning, match="adapter at attn.out_proj has no effect: .* target attn instead"):
         ours = adapt(nbpeft, base(), target_modules=["out_proj", "lin"])
     assert close(ours(rows()), adapt(peft, base(), target_modules=["out_proj", "lin"])(rows()))
     with warnings.catch_warnings():

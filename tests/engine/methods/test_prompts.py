@@ -333,7 +333,7 @@ def test_padding_on_the_left_changes_nothing(method: Method, fields: dict[str, A
 @torch.no_grad()
 def test_a_static_cache_is_refused_in_one_line() -> None:
     model = prompted()
-    with pytest.raises(AdapterError, match="a static cache makes others: leave cache_implementation out"):
+    with pytest.raises(AdapterError, match="not that of a static cache: omit cache_implementation"):
         model.generate(input_ids=tokens(), **GENERATE, cache_implementation="static")
 
 
@@ -455,19 +455,19 @@ def test_a_failing_call_leaves_the_model_as_it_was() -> None:
 def test_what_makes_no_sense_is_refused_in_one_line(tmp_path: Path) -> None:
     model = several()
     model.set_adapter("p4")
-    with pytest.raises(MergeError, match="cannot be merged into the weights: it puts trained tokens in front"):
+    with pytest.raises(MergeError, match="cannot be merged into the weights: it inserts trained tokens before"):
         model.merge_and_unload()
     with pytest.raises(NbpeftError, match="cannot be combined"):
         model.add_weighted_adapter(["p4", "p4"], [1.0, 1.0], "both")
     model.save_pretrained(tmp_path, selected_adapters=["p4"])
     with pytest.raises(NbpeftError, match="load the other one under another name"):
         nbpeft.hotswap_adapter(model, tmp_path / "p4", "p4")
-    with pytest.raises(AdapterError, match=r"cannot have a scale of 0\.5: tokens of a prompt are there or not"):
+    with pytest.raises(AdapterError, match=r"cannot have a scale of 0\.5, only 1: it is a prompt"):
         model.manager.set_scale("p4", 0.5)
     with blended(model.manager, {"p4": 0.5, "lora": 0.5}), pytest.raises(AdapterError, match=r"scale of 0\.5"):
         model(input_ids=tokens())
     pool = nbpeft.AdapterPool(model, 10.0)
-    with pytest.raises(NbpeftError, match="acts on whole calls"):
+    with pytest.raises(NbpeftError, match="changes the model's calls"):
         pool.register("stored", tmp_path / "p4")
         pool.load("stored")
 
@@ -562,7 +562,7 @@ def test_names_that_users_of_peft_reach_for() -> None:
     assert prefix.get_prompt(2).get_seq_length() == 4
     lora = get_peft_model(llama(), config())
     assert not hasattr(lora, "prompt_encoder") and not lora.active_peft_config.is_prompt_learning
-    with pytest.raises(AdapterError, match="learns no prompt"):
+    with pytest.raises(AdapterError, match="is not of a prompt method"):
         lora.get_prompt(1)
 
 
@@ -754,5 +754,40 @@ def test_an_embedding_that_is_not_named_is_found_by_its_size(method: Method, fie
     assert torch.equal(model(tokens(), **more).logits, expected(tokens(), **more).logits)
     model = unnamed()
     model.config.vocab_size += 1
+    if not method.adapter_class.needs_embedding:  # type: ignore[attr-defined]
+        return
     with pytest.raises(NbpeftError, match=r"config\.vocab_size"):
         get_peft_model(model, made(method, fields))
+
+
+def test_the_vocabulary_of_a_model_of_several_is_that_of_its_language_model() -> None:
+    model = llama()
+    model.config.text_config = LlamaConfig(vocab_size=model.config.vocab_size, hidden_size=32)
+    model.config.vocab_size = -1
+    model.get_input_embeddings = lambda: None
+    tuned = get_peft_model(model, nbpeft.PromptTuningConfig(num_virtual_tokens=3, num_layers=2, num_attention_heads=4))
+    assert tuned.word_embeddings is model.model.embed_tokens.base_layer
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if not method.adapter_class.needs_embedding])  # type: ignore[attr-defined]
+def test_a_prefix_needs_no_embedding(method: Method, tmp_path: Path) -> None:
+    """It lies on the first layer then, whose own adapters compute as before."""
+
+    def bare() -> Any:
+        made = seeded(lambda: LlamaModel(LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=64)))
+        made.embed_tokens, made.get_input_embeddings = None, lambda: None
+        return made
+
+    hidden = torch.randn(2, 5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(0))
+    model = get_peft_model(bare(), method.config_class(num_virtual_tokens=3)).eval()
+    randomize(model, scale=0.5)
+    prefixed = model(inputs_embeds=hidden)[0]
+    assert model.word_embeddings is None and not torch.equal(prefixed, bare()(inputs_embeds=hidden)[0])
+    model.save_pretrained(tmp_path)
+    model.add_adapter("factors", nbpeft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert torch.equal(model(inputs_embeds=hidden)[0], prefixed)
+    again = PeftModel.from_pretrained(bare(), tmp_path).eval()
+    assert torch.equal(again(inputs_embeds=hidden)[0], prefixed)
+    second = PeftModel.from_pretrained(again.get_base_model(), tmp_path).eval()
+    assert torch.equal(second(inputs_embeds=hidden)[0], prefixed)
+    assert torch.equal(again.unload()(inputs_embeds=hidden)[0], bare()(inputs_embeds=hidden)[0])

@@ -118,7 +118,7 @@ def test_a_target_that_names_other_layers_too_is_refused() -> None:
     base["inner"]["other"] = nn.Linear(4, 4)  # type: ignore[index]
     model: Any = get_peft_model(base, LoraConfig(target_modules=["other"]))
     model.add_adapter("all", LoraConfig(target_modules="all-linear"))
-    with pytest.raises(ConfigError, match="lin cannot be named as a target of 'default' by itself"):
+    with pytest.raises(ConfigError, match="lin cannot be added to the targets of 'default' alone"):
         base["lin"].update_layer("default", 2, 4, config=LoraConfig())  # type: ignore[operator]
     assert [*base["lin"].r] == ["all"]  # type: ignore[misc]
 

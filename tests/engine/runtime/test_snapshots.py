@@ -141,7 +141,7 @@ def test_merged_weights_refuse_it() -> None:
     kept = snapshot(manager, "b")
     manager.remove("b")
     manager.merge(["a"])
-    with pytest.raises(MergeError, match="'a' merged: unmerge before 'b' is put back"):
+    with pytest.raises(MergeError, match="'a' merged: unmerge before 'b' is restored"):
         restore(manager, kept)
     assert "b" not in manager.names and manager.merged == ("a",)
 

@@ -19,7 +19,7 @@ from nbpeft.errors import ConfigError, TargetError
 from tests.former_adapters import LAYERS, by_hand, file_of_then
 from tests.tiny_models import adapted, logits, mixture, same_state, state, tokens
 
-ALONG = "takes the experts along"
+ALONG = "includes the experts"
 pytestmark = pytest.mark.filterwarnings(f"ignore:.*{ALONG}", "ignore::UserWarning:peft")
 JOINED = ("mixtral", "qwen3_moe", "olmoe")
 """Mixtures that PEFT 0.21 knows by their former names, too."""
@@ -104,7 +104,7 @@ def test_excluded_experts_are_left_out_and_nothing_else_is_said(tmp_path: Path) 
     assert {path.rpartition(".")[2] for path in model.manager.layers} == {"q_proj", "gate_up_proj"}
 
 
-@pytest.mark.filterwarnings("ignore:.*stay as they are unless target_parameters")
+@pytest.mark.filterwarnings("ignore:.*are not adapted unless target_parameters")
 def test_a_router_that_is_trained_as_a_whole_is_no_target() -> None:
     for copied in ("gate", "mlp"):
         model = get_peft_model(
@@ -127,7 +127,7 @@ def test_layers_by_their_full_former_paths() -> None:
             *(["experts.down_proj"] if targets[-1].endswith("w2") else []),
             *(["gate.weight"] if targets[0].endswith("gate") else []),
         }
-    with pytest.raises(TargetError, match="names 1 of 4 experts and not the others: they are one parameter now"):
+    with pytest.raises(TargetError, match="names 1 of 4 experts: they are one parameter now"):
         get_peft_model(mixture("mixtral"), LoraConfig(r=2, target_modules=["experts.3.w2"]))
 
 
@@ -194,10 +194,10 @@ def test_all_linear_says_what_the_experts_add() -> None:
 
 
 def test_all_linear_leaves_experts_that_it_cannot_adapt_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="the experts .* stay as they are"):
+    with pytest.warns(UserWarning, match="the experts .* are not adapted"):
         model = get_peft_model(mixture("mixtral"), LoraConfig(r=2, target_modules="all-linear", use_dora=True))
     assert not any("mlp" in path for path in model.manager.layers)
-    with pytest.warns(UserWarning, match=r"leaves gate_up_proj as it is: .* does not work with lora_bias=True"):
+    with pytest.warns(UserWarning, match=r"does not adapt gate_up_proj: .* does not work with lora_bias=True"):
         model = get_peft_model(mixture("mixtral"), LoraConfig(r=2, target_modules="all-linear", lora_bias=True))
     assert not any("mlp" in path for path in model.manager.layers)
 

@@ -112,7 +112,7 @@ def test_modules_and_parameters_of_two_adapters_do_not_meet() -> None:
     model = get_peft_model(Net(), config("layer.weight", "bank.p3"))
     with pytest.raises(TargetError, match="layer has parameters that another adapter adapts"):
         model.add_adapter("other", LoraConfig(target_modules=["layer"]))
-    with pytest.raises(TargetError, match="carries adapters already and cannot be trained as a whole"):
+    with pytest.raises(TargetError, match="already has adapters and cannot be trained as a whole"):
         model.add_adapter("other", LoraConfig(target_modules=[], modules_to_save=["bank"]))
     other = get_peft_model(Net(), LoraConfig(target_modules=["layer"]))
     with pytest.raises(TargetError, match="layer is adapted as a layer by another adapter"):

@@ -35,7 +35,7 @@ def test_merging_parts_the_weight_and_unmerging_joins_it(targets: list[str]) -> 
 def test_a_merged_model_is_saved_as_two_weights(targets: list[str], tmp_path: Path) -> None:
     model = adapted(llama(tie_word_embeddings=True), target_modules=targets)
     expected = logits(model)
-    with pytest.warns(UserWarning, match="two weights now: config.tie_word_embeddings is set to False"):
+    with pytest.warns(UserWarning, match="no longer share a weight: set config.tie_word_embeddings=False"):
         bare: Any = model.merge_and_unload()
     torch.testing.assert_close(logits(bare), expected, atol=1e-5, rtol=1e-4)
     bare.save_pretrained(tmp_path)
@@ -121,7 +121,7 @@ def test_a_layer_does_not_change_a_merged_weight_of_several(end: str) -> None:
     merged, layer = logits(model), getattr(model, f"get_{end}_embeddings")()
     for command in (layer.unmerge, lambda: layer.merge(adapter_names=["other"])):
         with pytest.raises(
-            MergeError, match=r"(embed_tokens|lm_head) has one merged weight with .*: unmerge the model"
+            MergeError, match=r"(embed_tokens|lm_head) shares its merged weight with .*: unmerge the model"
         ):
             command()
         assert model.manager.merged == ("default",) and torch.equal(logits(model), merged)

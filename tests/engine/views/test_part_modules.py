@@ -353,7 +353,7 @@ def test_a_layer_without_its_model_says_so() -> None:
     layer = ours.base_model.model.first
     del ours
     gc.collect()
-    with pytest.raises(StaleModelError, match="a model that is gone"):
+    with pytest.raises(StaleModelError, match="a model that no longer exists"):
         layer.merge()
 
 
@@ -506,7 +506,7 @@ def test_an_injected_adapter_is_replaced_by_one_that_is_loaded(tmp_path: Any) ->
     ours, _ = pair("linear")
     ours.save_pretrained(tmp_path)
     base = inject_adapter_in_model(LoraConfig(r=2, target_modules=["second"]), copy.deepcopy(ours.unload()))
-    with pytest.warns(UserWarning, match="takes its place"):
+    with pytest.warns(UserWarning, match="replaces it"):
         loaded = PeftModel.from_pretrained(base, tmp_path)
     assert [path for path, module in base.named_modules() if isinstance(module, AdaptedLayer)] == ["first"]
     assert loaded.peft_config["default"].r == 4  # type: ignore[attr-defined]

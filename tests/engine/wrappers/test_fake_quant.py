@@ -235,9 +235,9 @@ def test_no_copy_and_no_file_has_the_twins(model: Any) -> None:
 
 def refusals() -> Iterator[tuple[Any, str]]:
     aware = {**SETTINGS, "quantization_aware": True}
-    yield lambda: LoraConfig(**aware, use_dora=True), "use_dora=True is not a part of it"
-    yield lambda: LoraConfig(**aware, lora_dropout=0.1), "lora_dropout=0.1 is not a part of it"
-    yield lambda: get_peft_model(llama(), LoraConfig(**aware)), "none of these layers is quantized: leave it out"
+    yield lambda: LoraConfig(**aware, use_dora=True), "does not work with use_dora=True"
+    yield lambda: LoraConfig(**aware, lora_dropout=0.1), "does not work with lora_dropout=0.1"
+    yield lambda: get_peft_model(llama(), LoraConfig(**aware)), "none of the target layers is quantized: remove it"
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -264,7 +264,7 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
 def test_rows_of_several_adapters_and_traced_calls_are_refused(model: Any) -> None:
     model.add_adapter("other", LoraConfig(**SETTINGS))
     ids = tokens()
-    with pytest.raises(AdapterError, match="cannot serve rows of one batch"):
+    with pytest.raises(AdapterError, match="do not support mixed batches"):
         model.eval()(ids, adapter_names=["default", "other"])
     with pytest.raises(AdapterError, match="cannot be compiled or traced"):
         torch.func.functional_call(model, {}, (ids,)) if False else torch.func.vmap(lambda x: model(x).logits)(

@@ -270,7 +270,7 @@ class Folded(nn.Conv1d):
 def test_a_linear_layer_with_a_map_of_its_own_is_refused(kind: type[nn.Module]) -> None:
     layer: Any = kind(6, 6)
     model = adapted(layer)
-    with pytest.raises(MergeError, match=f"^0: the forward of {kind.__name__} is not the plain map of its weight"):
+    with pytest.raises(MergeError, match=f"^0: the forward of {kind.__name__} does not compute W x \\+ b"):
         model.merge_adapter()
 
 

@@ -108,7 +108,7 @@ def test_two_copies_cannot_act_on_one_module() -> None:
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["copies", "tokens"])
-@pytest.mark.filterwarnings("ignore:.*was active and is deleted", "ignore:.*share one weight")
+@pytest.mark.filterwarnings("ignore:the active adapter", "ignore:.*share one weight")
 def test_the_active_adapter_is_a_string_as_in_peft(tokens: bool) -> None:
     """axolotl takes the copy ``modules_to_save[module.active_adapter]``."""
 

@@ -14,7 +14,7 @@ from nbpeft.errors import AdapterError
 from tests.tiny_models import MIXTURES, VOCABULARY, mixture, randomize, tokens
 
 NAMES = ["a", "b"]
-REFUSED = r"^adapter_names: \S+ .*; give each adapter a batch of its own$"
+REFUSED = r"^adapter_names: \S+ .*; use a separate batch for each adapter$"
 
 
 def two(base: nn.Module, *targets: str, **more: Any) -> PeftModel:

@@ -197,7 +197,7 @@ def test_a_bias_that_dora_would_drop_is_refused(first: str, kind: str) -> None:
     model = adapted(name="biased", lora_bias=True)
     model.add_adapter("dora", config(use_dora=True))
     names = [first, "dora" if first == "biased" else "biased"]
-    with pytest.raises(ConfigError, match="DoRA does not support the bias; leave one of them out"):
+    with pytest.raises(ConfigError, match="DoRA does not support the bias; remove one of them"):
         model.add_weighted_adapter(names, [0.5, 1.0], "mix", combination_type=kind)
     assert list(model.peft_config) == ["biased", "dora"]
 

@@ -116,17 +116,17 @@ def test_where_its_start_is_not_known_it_is_refused(tmp_path: Path) -> None:
     model = trained(base)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(HotSwapError, match="starts in a part of the base"):
+    with pytest.raises(HotSwapError, match="initialised from a part of the base weights"):
         nbpeft.hotswap_adapter(model, tmp_path / "adapter", "default")
     other = nbpeft.get_peft_model(copy.deepcopy(llama()), nbpeft.LoraConfig(**settings()))
     other.save_pretrained(tmp_path / "plain")
     model.peft_config["default"].init_lora_weights = True
     with pytest.raises(HotSwapError, match="started in a part of the base"):
         nbpeft.hotswap_adapter(model, tmp_path / "plain", "default")
-    with pytest.raises(MergeError, match="load it on that model"):
+    with pytest.raises(MergeError, match="load it on that base model"):
         merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     pool = nbpeft.AdapterPool(other, 10)
     pool.register("started", tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="starts in a part of the base"):
+    with pytest.raises(AdapterError, match="changes the base weights"):
         pool.load("started")
     assert torch.equal(logits(model), expected)

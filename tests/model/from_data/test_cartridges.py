@@ -128,9 +128,9 @@ def test_what_cannot_be_put_together_is_refused_and_nothing_written(tmp_path: Pa
     with_cartridge(gpt2(), count=3).save_pretrained(tmp_path / "wider")
     adapted().save_pretrained(tmp_path / "lora")
     for paths, message in (
-        (["one"], "needs two adapters at least, not 1"),
+        (["one"], "needs at least two adapters, not 1"),
         (["one", "lora"], "is not a CARTRIDGE adapter but LORA"),
-        (["one", "wider"], "differ in token_dim cannot be put together: 16 .* 32"),
+        (["one", "wider"], "differ in token_dim cannot be concatenated: 16 .* 32"),
         (["one", "nowhere"], "nowhere"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=message):

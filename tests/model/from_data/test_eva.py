@@ -150,7 +150,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
         initialize_lora_eva_weights(model, [])
     with pytest.raises(ConfigError, match="no batch has 8 tokens"):
         initialize_lora_eva_weights(model, [{"input_ids": torch.arange(5)[None]}], show_progress_bar=False)
-    with pytest.raises(ConfigError, match="names 'nothing', which EVA does not look at"):
+    with pytest.raises(ConfigError, match="names 'nothing', which EVA does not initialize"):
         get_eva_state_dict(model, batches(), prepare_layer_inputs_fn={"nothing": lambda *_: torch.empty(0)})
     with pytest.raises(TypeError, match="takes a batch as a dictionary, not list"):
         initialize_lora_eva_weights(model, [[1]], show_progress_bar=False)

@@ -114,7 +114,7 @@ def test_several_adapters_are_deleted_at_once_or_none() -> None:
     with pytest.raises(UnknownAdapterError, match="fourth does not exist"):
         model.delete_adapter(["first", "fourth"])
     assert list(model.peft_config) == ["first", "second", "third"] and model.active_adapters == ["first"]
-    with pytest.warns(UserWarning, match="'first' was active and is deleted: 'third' is active now"):
+    with pytest.warns(UserWarning, match="the active adapter 'first' was deleted: 'third' is active now"):
         model.delete_adapter(["first", "second", "first"])
     assert list(model.peft_config) == ["third"]
     model.base_model.delete_adapter(["third"])
@@ -400,7 +400,7 @@ def test_names_of_the_base_that_are_overridden_are_told() -> None:
     with pytest.warns(UserWarning, match="renamed from 'elsewhere' to 'here/tiny'"):
         model = get_peft_model(base, config(base_model_name_or_path="elsewhere"))
     assert model.peft_config["default"].base_model_name_or_path == "here/tiny"
-    with pytest.warns(UserWarning, match="has revision 'v1' of the base model already; 'v2' takes its place"):
+    with pytest.warns(UserWarning, match="revision 'v1' of the base model is replaced by 'v2'"):
         model = get_peft_model(llama(), config(revision="v1"), revision="v2")
     assert model.peft_config["default"].revision == "v2"
     with warnings.catch_warnings():

@@ -84,7 +84,7 @@ def test_a_prompt_is_saved_and_read_again_after_its_embedding_was_resized(tied: 
 def test_embeddings_with_adapters_of_their_own_are_not_resized(changes: dict[str, Any]) -> None:
     model = adapted(**changes)
     expected, before = logits(model), state(model)
-    with pytest.raises(AdapterError, match=r"size of the vocabulary: resize_token_embeddings\(\) comes before"):
+    with pytest.raises(AdapterError, match=r"the vocabulary's size: call resize_token_embeddings\(\) before"):
         model.resize_token_embeddings(VOCABULARY + 4)
     assert torch.equal(logits(model), expected)
     assert all(torch.equal(before[key], value) for key, value in state(model).items())
@@ -95,7 +95,7 @@ def test_embeddings_with_adapters_of_their_own_are_not_resized(changes: dict[str
 def test_a_tied_head_with_an_adapter_is_not_resized() -> None:
     model = adapted(llama(tie_word_embeddings=True), target_modules=["lm_head"])
     base, before = model.get_base_model(), state(model)
-    with pytest.raises(AdapterError, match="size of the vocabulary"):
+    with pytest.raises(AdapterError, match="the vocabulary's size"):
         model.resize_token_embeddings(VOCABULARY + 4)
     assert same_state(state(model), before)
     assert base.lm_head.base_layer.weight is base.get_input_embeddings().weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 import nbpeft.model as nbpeft
+from nbpeft import IA3Config, VeraConfig
 from nbpeft.checkpoint import inside
-from nbpeft.errors import CheckpointError
+from nbpeft.errors import CheckpointError, PeftWarning
 from nbpeft.model import LoraConfig, get_peft_model, get_peft_model_state_dict
 from tests.tiny_models import llama, logits
 
@@ -140,3 +142,25 @@ def test_a_pickled_file_is_not_written_where_another_is_read_first(tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"has adapter_model.safetensors, which is read before"):
         model.save_pretrained(tmp_path, safe_serialization=False)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["0"], use_dora=True),
+        VeraConfig(r=4, target_modules=["0"]),
+        IA3Config(target_modules=["0"], feedforward_modules=[]),
+    ],
+    ids=lambda config: str(config.peft_type),
+)
+def test_shards_are_saved_with_a_warning(config: Any, tmp_path: Path) -> None:
+    """A sharded model's parameters are one-dimensional, or have no numbers, as long as they are not gathered."""
+    model = nbpeft.get_peft_model(nn.Sequential(nn.Linear(10, 8)), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        model.save_pretrained(tmp_path)
+    parameter = model.manager.parameters("default")[0]
+    parameter.data = parameter.data.flatten()[:0]
+    with pytest.warns(PeftWarning, match=r"1 incomplete tensors \('0\..* DeepSpeed ZeRO-3 / FSDP shards"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()

@@ -149,7 +149,7 @@ def test_a_file_whose_base_is_not_there_is_told_of(tmp_path: Path) -> None:
     model = started("corda")
     train(model)
     by_hand(model, tmp_path)
-    with pytest.warns(UserWarning, match="a base without what it started from"):
+    with pytest.warns(UserWarning, match="a base model changed by its init"):
         nbpeft.PeftModel.from_pretrained(llama(), tmp_path)
 
 
@@ -213,7 +213,7 @@ def test_a_start_of_another_adapter_is_refused(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "other")
     started("pissa").save_pretrained(tmp_path / "started")
     for name, reason in (("other", "has another rank"), ("started", "must be True")):
-        with pytest.raises(CheckpointError, match=f"no start for 'default'.*{reason}"):
+        with pytest.raises(CheckpointError, match=f"not the initial adapter of 'default'.*{reason}"):
             model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / name)
     assert not (tmp_path / "out").exists()
 

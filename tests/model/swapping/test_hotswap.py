@@ -150,7 +150,7 @@ def test_validation_puts_the_old_adapter_back(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(candidate), expected, rtol=1e-5, atol=1e-5)
         return False
 
-    with pytest.raises(HotSwapError, match="did not pass its validation; 'default' is as before") as refused:
+    with pytest.raises(HotSwapError, match="did not pass its validation; 'default' is unchanged") as refused:
         hotswap_adapter(model, source, "default", validate=worse)
     assert refused.value.details == {"name": "default"}
     assert same_state(before, state(model)) and torch.equal(logits(model), output)
@@ -168,7 +168,7 @@ def test_a_validation_that_cannot_be_judged_puts_it_back_too(verdict: str, tmp_p
             raise RuntimeError("first line\nsecond line")
         return torch.tensor([True, False])
 
-    with pytest.raises(HotSwapError, match=r"validating the new adapter failed \(.*'default' is as before") as caught:
+    with pytest.raises(HotSwapError, match=r"validating the new adapter failed \(.*'default' is unchanged") as caught:
         hotswap_adapter(model, source, "default", validate=judge)
     assert "\n" not in str(caught.value)
     assert same_state(before, state(model))
@@ -180,10 +180,10 @@ def test_wrong_arguments_are_told_in_one_line_before_anything_happens(tmp_path: 
     tensors = get_peft_model_state_dict(model)
     with pytest.raises(ConfigError, match=r"has no argument 'validat'\. Did you mean 'validate'"):
         hotswap_adapter(model, source, "default", validat=lambda candidate: False)
-    with pytest.raises(ConfigError, match="there is no device 'nowhere' here"):
+    with pytest.raises(ConfigError, match="no device 'nowhere'"):
         hotswap_adapter(model, source, "default", torch_device="nowhere")
     for wrong in (None, dict.fromkeys(tensors, 3), {key: tensor.numpy() for key, tensor in tensors.items()}):
-        with pytest.raises(HotSwapError, match="state_dict must hold tensors"):
+        with pytest.raises(HotSwapError, match="state_dict must have tensors"):
             hotswap_adapter_from_state_dict(model, wrong, "default", own)  # type: ignore[arg-type]
     with pytest.raises(UnknownMethodError, match="LoraConfig of peft is not the config of a known method"):
         hotswap_adapter_from_state_dict(model, tensors, "default", peft.LoraConfig())  # type: ignore[arg-type]
@@ -258,7 +258,7 @@ def test_embeddings_that_the_file_brings_along(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         donor.save_pretrained(tmp_path / "other", save_embedding_layers=True)
         before = state(model)
-        with pytest.raises(HotSwapError, match=r"brings its own model\.embed_tokens\.weight"):
+        with pytest.raises(HotSwapError, match=r"has its own model\.embed_tokens\.weight"):
             hotswap_adapter(model, tmp_path / "other", "default")
     assert same_state(before, state(model)) and logits(model, tokens()).isfinite().all()
 

@@ -253,7 +253,7 @@ def test_files_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: P
         pool.load(["b", "wide"])
     with pytest.raises(ValueError, match="c_attn"):
         pool.load("gpt")
-    with pytest.raises(AdapterError, match=r"'biases' trained base biases \(bias='all'\)"):
+    with pytest.raises(AdapterError, match=r"'biases' trained the base model's biases \(bias='all'\)"):
         pool.load("biases")
     with pytest.raises(CheckpointError, match=r"'broken' in .* lacks .*_proj\.lora_"):
         pool.load("broken")
@@ -303,7 +303,7 @@ def test_what_others_do_to_the_model_is_noticed(folders: dict[str, Path], alone:
     assert pool.resident == () and pool.statistics.device_bytes == 0
     pool.set_adapter(["a", "b"])
     near(logits(pool.model.base_model), logits(pool.model))
-    with pytest.raises(AdapterExistsError, match="another adapter 'c' now, which is not the pool's"):
+    with pytest.raises(AdapterExistsError, match="an adapter 'c' that is not from the pool"):
         pool.load("c")
     pool.set_adapter("b")
     near(logits(pool.model), alone["b"])
@@ -330,10 +330,10 @@ def test_what_is_merged_gives_way_to_a_switch_alone(folders: dict[str, Path], al
         pool.set_adapter(name)
     pool.model.merge_adapter()
     for refused in (lambda: pool.load("c"), lambda: pool.model(input_ids=tokens(), adapter_names=["b", "c"])):
-        with pytest.raises(MergeError, match="'b' merged: unmerge before 'c' can be brought onto the model"):
+        with pytest.raises(MergeError, match="'b' merged: unmerge before loading 'c' onto the model"):
             refused()
         assert pool.resident == pool.manager.names == ("a", "b") and pool.manager.merged == ("b",)
-    with pytest.warns(UserWarning, match="unmerging before another is activated"):
+    with pytest.warns(UserWarning, match="unmerged before another is activated"):
         pool.set_adapter("c")
     near(logits(pool.model), alone["c"])
     assert pool.resident == ("b", "c") and not pool.manager.merged

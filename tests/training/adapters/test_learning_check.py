@@ -186,7 +186,7 @@ def test_an_optimizer_made_before_the_adapter():
         parameter.requires_grad_(False)
     with pytest.warns(UserWarning, match="No weight of adapter 'default' has changed in 10 steps") as caught:
         state = loop(model, steps=15, parameters=parameters)
-    assert "made before the adapter" in state.message and len(caught) == 1
+    assert "created before the adapter" in state.message and len(caught) == 1
 
 
 def test_a_short_run_is_judged_at_its_end():
@@ -204,7 +204,7 @@ def classifier(**config):
 
 def test_a_new_head_that_stays_frozen_is_named():
     note = frozen_head(classifier())
-    assert note.startswith("The head 'score' is newly initialised") and "modules_to_save=['score']" in note
+    assert note.startswith("The head 'score' is newly initialized") and "modules_to_save=['score']" in note
     model = classifier()
     with pytest.warns(UserWarning, match="The head 'score'"), track(model):
         pass

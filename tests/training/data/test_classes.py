@@ -181,7 +181,7 @@ def test_a_classifier_without_a_padding_token_is_refused_in_one_line() -> None:
 
     model = trainable(classifier(pad_token_id=None), task_type="SEQ_CLS")
     with pytest.raises(
-        TrainingError, match=r"^LlamaForSequenceClassification needs a padding token.*: tokenizer\.pad_token"
+        TrainingError, match=r"^LlamaForSequenceClassification needs a padding token.*: set tokenizer\.pad_token"
     ):
         train(model, [{"text": "ab", "label": 1}], tokenizer=Bare(), max_steps=1)
 
@@ -202,7 +202,7 @@ def test_a_language_model_names_a_label_that_it_does_not_use() -> None:
     assert train(trainable(), rows, tokenizer=CHARACTERS, max_steps=1).message == "columns not used: 'label'"
     shown = nbpeft.session().data(rows, CHARACTERS)
     assert shown.notes[0] == "columns not used: 'label'"
-    assert "columns={'prompt': 'text', 'completion': 'label'} makes it answer with the label" in shown.notes[1]
+    assert "columns={'prompt': 'text', 'completion': 'label'} trains it to answer with the label" in shown.notes[1]
 
 
 # Other names and other heads
@@ -242,7 +242,7 @@ def test_other_heads_take_tokenised_rows_alone(kind: Any, labels: dict[str, Any]
     model, ids = of_class(kind), {"input_ids": [5, 6, 7]}
     needed = ", ".join(map(repr, ("input_ids", *labels)))
     for rows in ({"text": "bad", "label": 1}, {"text": "bad"}, ids, {**ids, "completion_mask": [0, 1, 1]}):
-        with pytest.raises(TrainingError, match=f"takes tokenised rows with {needed}; found"):
+        with pytest.raises(TrainingError, match=f"needs tokenized rows with {needed}; found"):
             training_rows(TrainRequest(model, [rows], tokenizer=CHARACTERS))
     assert len(first_rows(model, [{"text": "bad"}], rows=1, tokenizer=CHARACTERS, loss=False).rows) == 1
     assert train(model, [{**ids, **labels}] * 2, max_steps=1).message == ""

@@ -33,6 +33,11 @@ GIVEN: dict[str, Any] = {
     "columns": {"prompt": "question"},
     "separator": ";",
     "skip_bad": True,
+    "learn": "last",
+    "reasoning": "mask",
+    "long": "drop",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "eval_by": "user",
     "patience": 3,
     "sample": ["Who?"],
     "every": 2,
@@ -48,6 +53,7 @@ GIVEN: dict[str, Any] = {
     "stop_on_divergence": False,
     "objective": "dpo",
     "reference": "base",
+    "rewards": [abs],
 }
 """A value that says something for each keyword of ``train``."""
 

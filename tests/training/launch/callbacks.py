@@ -15,6 +15,11 @@ from nbpeft.training import Trainer
 from nbpeft.training.monitor import run_checkpointer
 
 
+def of_the_row(answer: str, row: Any) -> float:
+    """A metric that depends on the row alone, for an equal score with any number of processes."""
+    return int(row["prompt"].partition(" ")[0]) / 10
+
+
 class FailsInTheSecond(TrainerCallback):
     """Raises after two steps in process 1."""
 

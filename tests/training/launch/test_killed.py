@@ -121,7 +121,7 @@ def test_what_is_interrupted_twice_says_that_the_adapter_is_as_before(tmp_path: 
         session.train(model, rows(), restart=True, callbacks=[KeepsEachState()], **TWO)
     (record,) = RunStore(tmp_path).records()
     assert record.status == "stopped" and record.step >= 2 and record.kept_steps
-    told = f"the adapters are as before; run sql-1 can be resumed from step {record.kept_steps[0]}"
+    told = f"the adapters are unchanged; run sql-1 can be resumed from step {record.kept_steps[0]}"
     assert str(caught.value).endswith(f" · {told}") and told in caught.value.result.message
     assert same_state(weights(model, "sql"), before) and model.manager.unsaved == unsaved
     assert session.context.models.get(model).steps_of(["sql"]) == (0, "")

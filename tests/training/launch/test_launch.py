@@ -20,7 +20,7 @@ from nbpeft.training import RunControl, train
 from tests.char_tokenizer import CharTokenizer
 from tests.runs.killed import session_in
 from tests.tiny_models import VOCABULARY, llama, same_state
-from tests.training.launch.callbacks import BreaksInTheSecond, FailsInTheSecond
+from tests.training.launch.callbacks import BreaksInTheSecond, FailsInTheSecond, of_the_row
 from tests.training.support import trainable, weights
 
 ARGUMENTS: dict[str, Any] = {"max_steps": 24, "learning_rate": 0.01}
@@ -46,6 +46,7 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
     alone, apart = trainable(lora_dropout=0.0), trainable(lora_dropout=0.0)
     weighted = [{**row, "weight": 1 + place % 3, "id": place} for place, row in enumerate(rows())]
     expected = train(alone, weighted, rows(4), **ONE, **ARGUMENTS)
+    vars(apart)["_is_accelerate_prepared"] = True  # as a Trainer of transformers leaves it
     control, seen = RunControl(), []
 
     def publish(state: Any) -> None:
@@ -70,6 +71,28 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
     assert all(message.count("columns not used: 'id'") == 1 for message in (result.message, facts["message"]))
     assert "saved in" in result.message and list(folder.glob("default-step-*/adapter_model.safetensors"))
     assert result.state.folder == str(folder) and result.state.memory is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"fsdp": True}], ids=["shared out", "sharded"])
+def test_two_processes_score_what_one_does(options: dict[str, Any]) -> None:
+    held_out = [{"prompt": f"{number} is", "completion": "ab"} for number in range(5)]
+    scored = {"score": held_out, "metric": [of_the_row, "loss"], "every": 4, "patience": 2}
+    given = {"tokenizer": CharTokenizer(), "max_steps": 8, "learning_rate": 0.01, "seed": 7, **scored}
+    alone, apart = trainable(lora_dropout=0.0), trainable(lora_dropout=0.0)
+    expected = train(alone, rows(), **ONE, **given)
+    result = train(apart, rows(), **TWO, **options, **given)
+    curve = dict(result.state.metric_history["of_the_row"])
+    assert list(curve) == [4, 8] and "no scores" not in result.message
+    assert curve == pytest.approx(dict(expected.state.metric_history["of_the_row"]))
+    assert dict(result.state.eval_history) == pytest.approx(dict(expected.state.eval_history), abs=1e-4)
+    assert result.best_step == expected.best_step
+
+
+def test_a_metric_of_the_notebook_cannot_be_sent_to_other_processes() -> None:
+    held_out = [{"prompt": "1 is", "completion": "ab"}]
+    with pytest.raises(TrainingError, match="put it into a module"):
+        train(trainable(), rows(), tokenizer=CharTokenizer(), score=held_out, metric=lambda answer, row: 1.0, **TWO)
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_more_processes_than_cards_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    with pytest.raises(ConfigError, match="2 processes need 2 cuda devices, and this machine has 1: processes=1"):
+    with pytest.raises(ConfigError, match="2 processes need 2 cuda devices, and this machine has 1: set processes=1"):
         launch_of(2)
 
 
@@ -133,12 +133,14 @@ def test_what_cannot_be_sent_leaves_model_and_disk_as_they_were(tmp_path: Path) 
 def test_a_stream_is_not_shared_out() -> None:
     datasets = pytest.importorskip("datasets")
     stream = datasets.IterableDataset.from_generator(lambda: iter(ROWS))
-    with pytest.raises(TrainingError, match="a stream has none: give a list"):
+    with pytest.raises(TrainingError, match="cannot share a stream of rows: pass a list"):
         train(trainable(), stream, processes=2, max_steps=1)
 
 
 def test_sharding_without_processes_says_what_is_missing() -> None:
-    with pytest.raises(ConfigError, match="fsdp shards a model over several processes: give their number, processes=…"):
+    with pytest.raises(
+        ConfigError, match="fsdp shards a model over several processes: set their number with processes=…"
+    ):
         train(trainable(), ROWS, fsdp=True, max_steps=1)
 
 
@@ -173,7 +175,7 @@ def test_a_run_that_mirrors_shows_the_other_process() -> None:
         clock.advance(9)
         assert run.state.elapsed == pytest.approx(2.5)
         run.mirror(TrainState("other", "default", "finished", 8, 8, loss=1.0, elapsed=3.0))
-        run.brought_back(64)
+        run.received_weights(64)
     assert (states[-1].status, states[-1].step, states[-1].remaining) == ("finished", 8, None)
     assert (run.steps_done, run.token_count) == (8, 64)
 

@@ -41,18 +41,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Bloom": ({"n_layer": 2, "n_head": 4}, "takes no position_ids"),
-    "Mamba": ({"state_size": 4}, "takes no position_ids"),
-    "OPT": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, "reads a row differently"),
+    "Bloom": ({"n_layer": 2, "n_head": 4}, "accepts no position_ids"),
+    "Mamba": ({"state_size": 4}, "accepts no position_ids"),
+    "OPT": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, "depended on the row before"),
     "Bamba": (
         {"mamba_n_heads": 8, "mamba_d_state": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "attn_layer_indices": [1]},
-        "reads a row differently",
+        "depended on the row before",
     ),
     "RecurrentGemma": (
         {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 8},
-        "reads a row differently",
+        "depended on the row before",
     ),
-    "Bert": ({}, "reads a row differently"),
+    "Bert": ({}, "depended on the row before"),
 }
 
 
@@ -168,21 +168,21 @@ def test_half_precision_passes_the_check() -> None:
 
 def test_what_cannot_be_packed_is_refused_in_one_line() -> None:
     given: dict[str, Any] = {"max_length": 8, "tokenizer": None}
-    with pytest.raises(ConfigError, match="packing: it is for causal language models, and LlamaForSequenceClass"):
+    with pytest.raises(ConfigError, match="packing: it needs a causal language model, and LlamaForSequenceClass"):
         pack(classifier(), rows_of(3), Collator(), **given, given={})
-    with pytest.raises(ConfigError, match="data_collator that is given"):
+    with pytest.raises(ConfigError, match="the given data_collator"):
         pack(llama(), rows_of(3), Collator(), **given, given={"data_collator": Collator()})
-    with pytest.raises(ConfigError, match="the rows hold inputs_embeds besides tokens and labels"):
+    with pytest.raises(ConfigError, match="the rows have inputs_embeds in addition to tokens and labels"):
         pack(llama(), [{"input_ids": [1], "inputs_embeds": [0.0]}], Collator(), **given, given={})
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[1])
-    with pytest.raises(ConfigError, match="adapter 'default' looks for something in each sequence"):
+    with pytest.raises(ConfigError, match="adapter 'default' would process each sequence as a single row"):
         pack(get_peft_model(llama(), config), rows_of(3), Collator(), **given, given={})
-    with pytest.raises(ConfigError, match="the routers of MixtralForCausalLM have a loss of whole sequences"):
+    with pytest.raises(ConfigError, match="the router loss of MixtralForCausalLM is that of whole sequences"):
         pack(causal("Mixtral", output_router_logits=True), rows_of(3), Collator(), **given, given={})
     encoder_decoder = transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=VOCABULARY)
     )
-    with pytest.raises(ConfigError, match="causal language models, and T5ForConditionalGeneration is none"):
+    with pytest.raises(ConfigError, match="a causal language model, and T5ForConditionalGeneration is not one"):
         pack(encoder_decoder, rows_of(3), Collator(), **given, given={})
 
 
@@ -265,7 +265,9 @@ def test_a_model_that_is_refused_is_as_before() -> None:
     model = get_peft_model(causal("OPT", **REFUSED["OPT"][0]), LoraConfig(target_modules=["q_proj"])).train()
     before = weights(model)
     states: list[TrainState] = []
-    with pytest.raises(ConfigError, match="packing: OPTForCausalLM reads a row differently behind another one"):
+    with pytest.raises(
+        ConfigError, match="packing: in a test, the logits of OPTForCausalLM depended on the row before"
+    ):
         train(model, token_rows(6), packing=True, max_steps=2, publish=states.append)
     assert all(torch.equal(part, before[name]) for name, part in weights(model).items())
     assert states[-1].status == "failed" and model.training

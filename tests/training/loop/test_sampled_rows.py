@@ -48,7 +48,7 @@ def test_a_number_asks_held_out_rows_and_shows_the_wanted_answers() -> None:
     )
     assert all(f"<Be brief><{prompt}>" in tokenizer.seen for prompt, _ in found)
     result = train(trainable(), ROWS, eval_data=3, sample=2, **SETTINGS)
-    assert "samples are asked with the system prompt 'Be brief'" in result.message
+    assert "sampled prompts have the system prompt 'Be brief'" in result.message
     assert "held out" in result.message and "the sampled prompts are training rows" not in result.message
 
 
@@ -77,7 +77,7 @@ def test_a_conversation_with_an_answer_is_asked_without_it() -> None:
 @pytest.mark.parametrize(
     ("rows", "sample", "words"),
     [
-        ([{"text": "a"}] * 2, 2, "none of the training rows has a prompt and an answer of its own"),
+        ([{"text": "a"}] * 2, 2, "none of the training rows has both"),
         (ROWS, 0, "1 to 8 prompts, not 0"),
         (ROWS, True, "sample must be a prompt"),
         (ROWS, [["a"]], "sample must be a prompt"),

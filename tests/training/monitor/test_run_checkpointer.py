@@ -239,7 +239,7 @@ def test_a_run_whose_settings_cannot_be_written_leaves_no_folder(place: Path, mo
 
     monkeypatch.setattr(RunFolder, "write", full)
     result = train(trainable(), token_rows(), run_dir=place, **QUICK)
-    assert result.steps == 6 and "not saved on disk from here on: the disk is full" in result.message
+    assert result.steps == 6 and "not saved on disk from now on: the disk is full" in result.message
     assert [path.name for path in place.iterdir()] == [".gitignore"] and not result.state.folder
 
 
@@ -253,7 +253,7 @@ def test_a_disk_that_fills_ends_the_keeping_alone(place: Path, often: None, monk
 
     monkeypatch.setattr(run_checkpointer, "put_checkpoint", full)
     result = train(trainable(), token_rows(), run_dir=place, **QUICK)
-    assert (result.status, result.steps) == ("finished", 6) and "on disk from here on: " in result.message
+    assert (result.status, result.steps) == ("finished", 6) and "on disk from now on: " in result.message
     record = the_run(place)
     assert (record.status, record.step, record.kept_steps) == ("finished", 6, (2, 1))
     assert not record.is_complete, "it can go on from its last state"
@@ -370,8 +370,8 @@ def test_other_rows_are_told_from_those_of_then() -> None:
         "sql-1", mark, run_checkpointer.mark_of_rows([dict(row) for row in rows], rows[:1])
     )
     for now, told in (
-        (run_checkpointer.mark_of_rows(rows * 2, rows[:1]), "was trained with 2 rows, and these are 4"),
-        (run_checkpointer.mark_of_rows(rows), "was trained with 1 evaluation rows, and these are none"),
+        (run_checkpointer.mark_of_rows(rows * 2, rows[:1]), "was trained with 2 rows, but 4 are given"),
+        (run_checkpointer.mark_of_rows(rows), "was trained with 1 evaluation rows, but none are given"),
         (run_checkpointer.mark_of_rows(rows[::-1], rows[:1]), "other rows: the first ones differ"),
     ):
         with pytest.raises(TrainingError, match=told):

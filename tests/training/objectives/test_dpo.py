@@ -291,12 +291,12 @@ def test_two_processes_have_the_losses_of_one() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
-    "packing": ({"packing": True}, ConfigError, "packing does not go with dpo: its rows have two completions each"),
-    "collator": ({"data_collator": list}, ConfigError, "data_collator does not go with dpo"),
-    "metrics": ({"compute_metrics": list}, ConfigError, "compute_metrics does not go with dpo"),
-    "noise": ({"neftune_noise_alpha": 5.0}, ConfigError, "which switches noise off, too: disable_dropout=False"),
-    "smoothing": ({"label_smoothing_factor": 0.1}, ConfigError, "its own field is label_smoothing"),
-    "trainer": ({"trainer_class": type("Mine", (nbpeft.Trainer,), {})}, ConfigError, "leave trainer_class out"),
+    "packing": ({"packing": True}, ConfigError, "packing cannot be combined with dpo: each row has two completions"),
+    "collator": ({"data_collator": list}, ConfigError, "data_collator cannot be combined with dpo"),
+    "metrics": ({"compute_metrics": list}, ConfigError, "compute_metrics cannot be combined with dpo"),
+    "noise": ({"neftune_noise_alpha": 5.0}, ConfigError, "which disables the noise too: set disable_dropout=False"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, ConfigError, "use its field label_smoothing"),
+    "trainer": ({"trainer_class": type("Mine", (nbpeft.Trainer,), {})}, ConfigError, "remove trainer_class"),
     "rows": (
         {"data": [{"prompt": "w1", "completion": "w2"}], "objective": "dpo"},
         TrainingError,
@@ -307,18 +307,26 @@ WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
         TrainingError,
         "Say which is which: columns={'chosen': 'Chosen', 'rejected': 'Rejected'}.",
     ),
-    "tokens": ({"data": [{"input_ids": [1, 2]}], "objective": "dpo"}, TrainingError, "and these are tokenised"),
+    "tokens": (
+        {"data": [{"input_ids": [1, 2]}], "objective": "dpo"},
+        TrainingError,
+        "or tokenized rows with input_ids",
+    ),
     "sft": ({"objective": "sft"}, TrainingError, "columns={'completion': 'chosen'} takes the chosen ones"),
     "sft fields": (
         {"data": ["w1 w2"], "beta": 0.2},
         ConfigError,
-        "'beta' is a field of dpo, orpo, simpo, cpo, and this",
+        "'beta' is a field of dpo, orpo, simpo, cpo",
     ),
     "no objective": ({"objective": "dop"}, ConfigError, "there is no objective 'dop'. Did you mean 'dpo'"),
-    "classify": ({"objective": "classify"}, TrainingError, "classify trains a classifier of texts"),
+    "classify": (
+        {"objective": "classify"},
+        TrainingError,
+        "objective='classify' needs a model for sequence classification",
+    ),
     "reference": ({"reference": "bas"}, ConfigError, "Did you mean 'base'?"),
     "itself": ({"reference": "default"}, ConfigError, "reference='start' is its weights at the beginning"),
-    "sft reference": ({"data": ["w1 w2"], "reference": "base"}, ConfigError, "sft has no reference"),
+    "sft reference": ({"data": ["w1 w2"], "reference": "base"}, ConfigError, "objective='sft' uses no reference"),
     "field": ({"bta": 0.1}, ConfigError, "'bta' is not a field"),
     "beta": ({"beta": 0}, ConfigError, "beta must be greater than 0, not 0"),
     "beta text": ({"beta": "high"}, ConfigError, "beta must be a finite number, not 'high'"),
@@ -327,7 +335,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
     "much smoothing": ({"label_smoothing": 0.5}, ConfigError, "less than 0.5"),
     "dropout": ({"disable_dropout": 1}, ConfigError, "disable_dropout must be True or False"),
     "swept": ({"beta": sweep(0.1, 0.2)}, ConfigError, "beta cannot be a sweep"),
-    "weights": ({"data": [{**ROWS[0], "weight": 0.5}]}, TrainingError, "the loss of dpo takes none"),
+    "weights": ({"data": [{**ROWS[0], "weight": 0.5}]}, TrainingError, "the loss of dpo does not support weights"),
 }
 
 
@@ -353,7 +361,9 @@ def test_a_base_whose_biases_are_trained_is_no_reference() -> None:
 
 def test_only_causal_language_models_are_trained_on_preferences() -> None:
     model = trainable(tiny_base(LlamaForSequenceClassification))
-    with pytest.raises(TrainingError, match="dpo trains causal language models, and LlamaForSequenceClassification is"):
+    with pytest.raises(
+        TrainingError, match="objective='dpo' needs a causal language model; LlamaForSequenceClassification is"
+    ):
         nbpeft.train(model, ROWS, objective="dpo", **FIELDS)
 
 

@@ -62,14 +62,14 @@ def test_the_loss_falls_and_the_margin_of_the_rewards_grows(objective: str) -> N
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a reference": ({"objective": "orpo", "reference": "base"}, "orpo has no reference: leave reference out"),
-    "a field of others": ({"simpo_gamma": 0.2}, "'simpo_gamma' is a field of simpo, cpo, and this trains dpo"),
+    "a reference": ({"objective": "orpo", "reference": "base"}, "objective='orpo' uses no reference: remove it"),
+    "a field of others": ({"simpo_gamma": 0.2}, "'simpo_gamma' is a field of simpo, cpo, but the objective is dpo"),
     "no gamma": ({"objective": "cpo", "simpo_gamma": 0.2}, "loss_type='sigmoid' has no simpo_gamma; 'simpo' has one"),
     "another loss": ({"objective": "simpo", "loss_type": "ipo"}, "loss_type must be one of simpo, not 'ipo'"),
     "alpha": ({"objective": "cpo", "cpo_alpha": -1.0}, "cpo_alpha must be at least 0"),
     "smoothing": ({"objective": "cpo", "loss_type": "ipo", "label_smoothing": 0.1}, "has no label_smoothing"),
     "beta": ({"objective": "orpo", "beta": -1.0}, "beta must be at least 0, not -1.0"),
-    "packing": ({"objective": "cpo", "packing": True}, "packing does not go with cpo"),
+    "packing": ({"objective": "cpo", "packing": True}, "packing cannot be combined with cpo"),
 }
 
 

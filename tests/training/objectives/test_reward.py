@@ -69,7 +69,7 @@ def test_a_margin_is_named_where_it_is_not_used() -> None:
 
 
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "causal": (new, {"objective": "reward"}, "with one label (num_labels=1), and LlamaForCausalLM is none"),
+    "causal": (new, {"objective": "reward"}, "with num_labels=1; LlamaForCausalLM is not one"),
     "two labels": (lambda: classifier(2), {"objective": "reward"}, "LlamaForSequenceClassification has 2"),
     "margin": (
         classifier,
@@ -77,8 +77,8 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         "Row 0: 'margin' is a str ('much'), not a finite",
     ),
     "center": (classifier, {"center_rewards_coefficient": -1.0}, "center_rewards_coefficient must be at least 0"),
-    "beta": (classifier, {"beta": 0.1}, "'beta' is a field of dpo, orpo, simpo, cpo, and this trains reward"),
-    "reference": (classifier, {"reference": "base"}, "reward has no reference"),
+    "beta": (classifier, {"beta": 0.1}, "'beta' is a field of dpo, orpo, simpo, cpo"),
+    "reference": (classifier, {"reference": "base"}, "objective='reward' uses no reference"),
     "rows": (
         classifier,
         {"data": [{"text": "w1", "label": 0.5}], "objective": "reward"},

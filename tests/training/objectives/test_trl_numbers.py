@@ -14,7 +14,18 @@ import pytest
 import torch
 
 import nbpeft
-from tests.training.objectives.trl_run import CASES, base_and_rows, filled
+from nbpeft.training.rewards import trainer as rollouts
+from nbpeft.training.rewards.rollouts import Completion
+from tests.training.objectives.trl_run import (
+    CASES,
+    COPIES,
+    OF_REWARDS,
+    base_and_rows,
+    completions_of,
+    even,
+    filled,
+    short,
+)
 from tests.training.trl_run import tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -36,8 +47,26 @@ def ours(case: str) -> dict[str, list[float]]:
 
     keep = Keep(nbpeft.training.Run(model, None))
     objective = case.partition("-")[0]
+    if objective == "grpo":
+        rows = [{"prompt": row["prompt"]} for row in rows]
+        fields |= {**OF_REWARDS, "rewards": [even, short]}
     nbpeft.train(model, rows, objective=objective, tokenizer=tiny_tokenizer(), callbacks=[keep], **fields)
     return {name: [entry[name] for entry in logged if name in entry] for name in logged[0]}
+
+
+def given(model: Any, base: Any, rows: Any, tokenizer: Any, *rest: Any) -> list[Completion]:
+    """The completions that TRL has learned, instead of generated ones."""
+    found = []
+    for place, row in enumerate(rows):
+        tokens = completions_of(row["prompt"], COPIES)[place % COPIES]
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        found.append(Completion(row, tuple(tokens), text, tokens[-1] == tokenizer.eos_token_id))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def learns_given_completions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "generated", given)
 
 
 def same(theirs: dict[str, list[float]], found: dict[str, list[float]]) -> None:

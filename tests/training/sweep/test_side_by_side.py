@@ -288,7 +288,7 @@ def test_adapters_that_are_there_go_on_and_others_are_refused() -> None:
     assert any(not torch.equal(*pair) for pair in zip(before, model.manager.parameters("a-lr1e-2"), strict=True))
     model.manager.copy("a", "b-r2")
     model.manager.rename("a", "b")
-    with pytest.raises(AdapterExistsError, match="'b-r2' is there already with r=4"):
+    with pytest.raises(AdapterExistsError, match="'b-r2' exists already with r=4"):
         train(model, token_rows(12), adapter="b", r=sweep(2, 8), **FAST)
 
 
@@ -297,9 +297,9 @@ def test_adapters_that_are_there_go_on_and_others_are_refused() -> None:
     [
         ({"learning_rate": sweep(0.1, 0.2), "lr": sweep(1, 2)}, "'lr' is not a field of TrainingArguments"),
         ({"num_train_epochs": sweep(1, 2)}, "num_train_epochs cannot be a sweep"),
-        ({"learning_rate": sweep(0.1, 0.2), "members": {"a": {}, "b": {}}}, "learning_rate is a sweep, and members"),
-        ({"members": {"a": {}}}, "members are two adapters or more"),
-        ({"learning_rate": sweep(0.1, 0.2), "fp16": True}, "fp16 does not go with a sweep"),
+        ({"learning_rate": sweep(0.1, 0.2), "members": {"a": {}, "b": {}}}, "learning_rate is a sweep, but members"),
+        ({"members": {"a": {}}}, "members must map at least two adapters"),
+        ({"learning_rate": sweep(0.1, 0.2), "fp16": True}, "fp16 cannot be combined with a sweep"),
         ({"learning_rate": sweep(0.1, "fast")}, "learning_rate must be a number, not 'fast'"),
         ({"r": sweep(4, -1)}, "r must be a positive whole number"),
     ],
@@ -320,7 +320,7 @@ def test_a_sweep_starts_from_one_adapter_and_trains_nothing_else() -> None:
         train(model, token_rows(4), learning_rate=sweep(0.1, 0.2))
     model.manager.activate("a")
     model.get_base_model().lm_head.weight.requires_grad_(True)
-    with pytest.raises(TrainingError, match=r"lm_head\.weight trains too"):
+    with pytest.raises(TrainingError, match=r"lm_head\.weight is trainable"):
         train(model, token_rows(4), learning_rate=sweep(0.1, 0.2))
     assert model.manager.names == ("a", "b")
 
@@ -373,12 +373,12 @@ def test_a_clone_goes_on_from_weights_and_optimizer_state(tokens: int, monkeypat
 @pytest.mark.parametrize(
     ("source", "name", "fields", "words"),
     [
-        ("c", "b", {}, "'c' is not trained together with others; a-lr1e-2, a-lr5e-2 do"),
+        ("c", "b", {}, "'c' is not being trained in this sweep; these are: a-lr1e-2, a-lr5e-2"),
         ("a-lr1e-2", "a", {}, "'a' already exists; delete it or take another name"),
         ("a-lr1e-2", "b", {"num_train_epochs": 2}, "num_train_epochs cannot be a sweep"),
         ("a-lr1e-2", "b", {"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
         ("a-lr1e-2", "b", {"lr_scheduler_type": "cosin"}, "lr_scheduler_type 'cosin' is unknown"),
-        ("a-lr1e-2", "b", {"lr_scheduler_type": "reduce_lr_on_plateau"}, "looks at one loss"),
+        ("a-lr1e-2", "b", {"lr_scheduler_type": "reduce_lr_on_plateau"}, "depends on a single loss"),
         ("a-lr1e-2", "b.c", {}, "'b.c'"),
     ],
 )

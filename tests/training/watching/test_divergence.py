@@ -143,7 +143,7 @@ def test_weights_that_have_exploded_before_are_trained_on() -> None:
 def test_the_best_weights_come_back_where_patience_keeps_them() -> None:
     model, kept, result = trained(eval_data=token_rows(4, 5), patience=5, eval_steps=3)
     assert (result.steps, result.kept_step, result.best_step) == (6, 3, 3)
-    assert result.message.endswith("check the labels · the weights of step 3, the best, were restored")
+    assert result.message.endswith("check the labels · the best weights, of step 3, were restored")
     assert same_state(weights(model), kept.weights[3])
 
 
@@ -246,7 +246,7 @@ def test_an_adapter_of_a_sweep_diverges_alone(clipping: float) -> None:
     lost, good = result.members
     assert (lost.status, good.status, result.status, result.best) == ("diverged", "finished", "finished", good.name)
     assert result.state.warnings == (
-        f"{lost.name} diverged at step 2 and learns no more; the initial weights were put back",
+        f"{lost.name} diverged at step 2 and is no longer trained; the initial weights were restored",
     )
     assert all(torch.equal(*pair) for pair in zip(weights(model, lost.name).values(), before.values(), strict=True))
     alone = trainable(name="a")

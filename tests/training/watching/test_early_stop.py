@@ -57,7 +57,7 @@ def test_it_stops_and_puts_the_best_state_back(tmp_path: Path, monkeypatch: pyte
     assert all(torch.equal(value, kept.weights[best][name]) for name, value in weights(model).items())
     assert (
         result.message
-        == f"stopped early: no improvement in 3 evaluations · the weights of step {best}, the best, were restored"
+        == f"stopped early: no improvement in 3 evaluations · the best weights, of step {best}, were restored"
     )
     assert f"best at step {best}" in str(result)
     assert list(tmp_path.iterdir()) == []
@@ -132,7 +132,7 @@ def test_a_resumed_run_counts_on_and_has_the_best_state(tmp_path: Path, how: str
     _, _, result = trained(patience=4, eval_steps=1, resume_from_checkpoint=state, run_dir=place)
     assert whole.steps == best + 4
     assert result.steps == best + 4 + (how == "Stop")  # the step it was stopped at is not evaluated
-    assert f"the weights of step {best}, the best, were restored" in result.message
+    assert f"the best weights, of step {best}, were restored" in result.message
 
 
 def test_the_best_is_that_of_the_metric_asked_for():
@@ -208,7 +208,7 @@ def test_a_checkpoint_of_an_infinite_metric_is_not_the_best() -> None:
         ({"patience": 0}, "number of evaluations"),
         ({"patience": True}, "number of evaluations"),
         ({"patience": "3"}, "number of evaluations"),
-        ({"patience": 3, "eval_data": None}, "needs data to evaluate on"),
+        ({"patience": 3, "eval_data": None}, "needs evaluation data"),
         ({"patience": 3, "load_best_model_at_end": True}, "remove load_best_model_at_end"),
         ({"patience": 3, "eval_strategy": "no"}, "needs evaluations"),
     ],

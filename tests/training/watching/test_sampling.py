@@ -114,12 +114,12 @@ def test_stop_ends_an_answer_too():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"sample": 3}, "has a prompt and an answer of its own"),
+        ({"sample": 3}, "has both"),
         ({"sample": [3]}, "sample must be a prompt"),
         ({"sample": []}, "sample must be a prompt"),
         ({"sample": ["a"] * 9}, "1 to 8 prompts, not 9"),
         ({"sample": "a", "every": 0}, "every must be a number of steps"),
-        ({"every": 3}, "pass sample"),
+        ({"every": 3}, "without sample"),
         ({"sample": "a", "tokenizer": None}, "needs a tokenizer"),
     ],
 )

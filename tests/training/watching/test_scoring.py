@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,13 @@ import torch
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from nbpeft import LoraConfig, get_peft_model, score, sweep, train
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.display.html import to_html
+from nbpeft.display.numbers import metric
+from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.runs.store import RunStore
 from nbpeft.session import Session
 from nbpeft.training.monitor.callback import RunCallback
+from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.run import Run
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama, same_state, state
@@ -63,16 +67,24 @@ def test_patience_goes_by_the_score_and_keeps_the_best_state() -> None:
     result = trained(watched, score=rows, metric=own, every=1, patience=2)
     assert [value for _, value in result.state.metric_history["own"]] == [0.2, 0.9, 0.5, 0.5]
     assert result.steps == 4
-    assert "the weights of step 2, the best, were restored" in result.message
+    assert "the best weights, of step 2, were restored" in result.message
     assert result.state.best_step == 2
 
 
 def test_a_smaller_loss_is_better_and_a_greater_share() -> None:
-    for metric, best in (("loss", False), ("exact", True)):
+    for name, best in (("loss", False), ("exact", True)):
         seen: list[Any] = []
-        trained(score=HELD_OUT, metric=metric, every=3, patience=5, callbacks=[Seeing(seen)])
-        assert (seen[0].metric_for_best_model, seen[0].greater_is_better) == (metric, best)
+        trained(score=HELD_OUT, metric=name, every=3, patience=5, callbacks=[Seeing(seen)])
+        assert (seen[0].metric_for_best_model, seen[0].greater_is_better) == (name, best)
         assert seen[0].eval_strategy == "no"
+
+
+def test_a_score_that_is_named_by_hand_is_the_better_the_smaller_it_is_if_it_is_so() -> None:
+    for given, greater in (({}, False), ({"greater_is_better": True}, True)):
+        seen: list[Any] = []
+        options = {"metric": ["exact", "perplexity"], "metric_for_best_model": "perplexity", "every": 3}
+        trained(score=HELD_OUT, patience=5, callbacks=[Seeing(seen)], **options, **given)
+        assert (seen[0].metric_for_best_model, seen[0].greater_is_better) == ("perplexity", greater)
 
 
 class Seeing:
@@ -103,17 +115,76 @@ def test_a_metric_that_fails_ends_the_scores_and_not_the_run() -> None:
     assert "no scores: TrainingError: metric 'own' fails at row" in result.message
 
 
+def test_an_interruption_of_the_scores_is_one_of_the_training() -> None:
+    def own(answer: str, row: Any) -> float:
+        calls.append(1)
+        if len(calls) > len(HELD_OUT):
+            raise KeyboardInterrupt
+        return 0.5
+
+    calls: list[int] = []
+    with pytest.raises(TrainingInterrupted) as caught:
+        trained(score=HELD_OUT, metric=own, every=2)
+    result = caught.value.result
+    assert (result.status, result.steps) == ("stopped", 4)
+    assert dict(result.state.metric_history["own"]) == {2: 0.5}
+
+
+def test_a_stop_during_the_scores_ends_the_training_without_them() -> None:
+    control, calls = RunControl(), []
+
+    def own(answer: str, row: Any) -> float:
+        calls.append(1)
+        if len(calls) == 3:
+            control.request_stop("enough")
+        return 0.5
+
+    rows = ROWS * 5  # two batches
+    result = trained(score=rows, metric=own, every=2, control=control)
+    assert (result.status, result.steps) == ("stopped", 3)
+    assert result.state.metric_history == {}
+    assert "no scores" not in result.message
+
+
+def test_a_training_in_the_background_is_scored() -> None:
+    session, target = Session(), model()
+    session.watch(target, name="model")
+    options = {"score": HELD_OUT, "metric": "exact", "every": 2, "keep": False}
+    session.train(target, ROWS, **SETTINGS | options, max_steps=4, background=True)
+    result = session.result(wait=True)
+    assert [step for step, _ in result.state.metric_history["exact"]] == [2, 4]
+
+
+def test_rows_on_which_a_metric_fails_are_left_out_and_named() -> None:
+    def own(answer: str, row: Any) -> float:
+        return 1 / (int(row["prompt"][0]) - 1)
+
+    result = trained(score=HELD_OUT, metric=own, every=3)
+    assert [value for _, value in result.state.metric_history["own"]] == [0.0, 0.0]  # of -1 and 1
+    assert "scores at step 3: metric 'own' fails at row 1" in result.message
+    assert "scores at step 6" not in result.message
+
+
+@pytest.mark.filterwarnings("ignore:.*finite", "ignore:.*NaN", "ignore:.*nan", "ignore:.*exploded")
+def test_outputs_that_are_not_numbers_are_named_once() -> None:
+    target = model()
+    with torch.no_grad():
+        next(iter(target.manager.parameters("default"))).fill_(float("nan"))
+    result = trained(target, score=HELD_OUT, metric="loss", every=3, max_steps=3, stop_on_divergence=False)
+    assert "scores at step 3: default: its outputs are not numbers (NaN) at rows 0, 1, 2" in result.message
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"metric": "exact"}, ConfigError, "pass score=…"),
-        ({"every": 2}, ConfigError, "pass sample=… or score=…"),
+        ({"metric": "exact"}, ConfigError, "without score=…"),
+        ({"every": 2}, ConfigError, "without sample=… or score=…"),
         ({"score": HELD_OUT, "every": 0}, ConfigError, "every must be a number of steps"),
         ({"score": HELD_OUT, "metric": "exakt"}, ConfigError, "Did you mean 'exact'"),
         ({"score": ["text only"]}, TrainingError, "it has no reference"),
-        ({"score": HELD_OUT, "metric": "loss", "eval_data": 2}, ConfigError, "eval_data measures the loss"),
-        ({"score": HELD_OUT, "processes": 2}, ConfigError, "score works in one process"),
-        ({"score": HELD_OUT, "learning_rate": sweep(1e-3, 1e-2)}, ConfigError, "score does not go with a sweep"),
+        ({"score": HELD_OUT, "metric": "loss", "eval_data": 2}, ConfigError, "eval_data already measures the loss"),
+        ({"score": HELD_OUT, "metric": "exakt", "processes": 2}, ConfigError, "Did you mean 'exact'"),
+        ({"score": HELD_OUT, "metric": "exakt", "learning_rate": sweep(1e-3, 1e-2)}, ConfigError, "Did you mean"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_the_training(
@@ -150,6 +221,14 @@ def test_a_run_keeps_its_scores_and_needs_the_rows_again(tmp_path: Path) -> None
         session.resume(**rest)
     result = session.resume(**rest, score=HELD_OUT).training
     assert [step for step, _ in result.state.metric_history["exact"]] == [2, 4, 6, 8]
+    value = result.state.metrics["exact"]
+    assert f"exact {metric(value)}" in str(session.runs())
+    other = session.train(target, ROWS, **SETTINGS, max_steps=2)
+    compared = session.runs(Path(result.state.folder).name, Path(other.state.folder).name)
+    assert compared.metric_curves["exact"] == (result.state.metric_history["exact"], ())
+    assert re.search(rf"exact +{re.escape(metric(value))} +–", str(compared))
+    assert ">exact<" in to_html(compared.view())
+    assert session.runs().to_dataframe().set_index("name")["exact"][record.name] == value
 
 
 def test_evaluations_between_the_scores_do_not_decide_about_the_best_state() -> None:

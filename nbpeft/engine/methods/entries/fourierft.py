@@ -34,7 +34,7 @@ SPECTRUM = "fourierft_spectrum"
 
 @dataclass
 class FourierFTConfig(LayersConfig):
-    """Config of FourierFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of FourierFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         n_frequency: number of trained frequencies of a layer.

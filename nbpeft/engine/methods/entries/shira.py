@@ -34,7 +34,7 @@ MaskFunction = Callable[..., Tensor]
 
 @dataclass
 class ShiraConfig(LayersConfig):
-    """Config of SHiRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of SHiRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: the number of trained entries of a weight is that of a LoRA of this rank.
@@ -73,7 +73,7 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
     Args:
         base_layer: has ``out_features`` and ``in_features``.
         r: how many ones.
-        random_seed: of the places.
+        random_seed: seed of the places.
         **kwargs: not used.
     """
     shape = int(base_layer.out_features), int(base_layer.in_features)  # type: ignore[arg-type]

@@ -36,13 +36,13 @@ FACTOR_A, FACTOR_B = "supertuning_lora_A", "supertuning_lora_B"
 
 @dataclass
 class SupertuningConfig(LayersConfig):
-    """Config of Super-Tuning. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of Super-Tuning. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         sparsity: share of a weight's entries that is not trained.
-        select_top: train the entries of largest magnitude; False for those of smallest.
-        r: rank of additional LoRA factors; None for none.
-        lora_alpha: what the factors add is multiplied by lora_alpha / r; by default 2 r.
+        select_top: train the entries of largest magnitude; False for the smallest.
+        r: rank of additional LoRA factors; None for no factors.
+        lora_alpha: the factors' product is multiplied by lora_alpha / r; by default 2 r.
         lora_dropout: dropout probability of the factors' input.
         init_weights: start at the base model; False for random numbers.
         save_precomputed_indices: save the positions, too; otherwise they are recomputed from the weights.
@@ -157,7 +157,7 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
     def fixed_tensors(
         cls, config: SupertuningConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """The places, where the config asks for it; see ``Adapter``."""
+        """The places, with ``save_precomputed_indices``; see ``Adapter``."""
         return {INDICES: (shapes[VALUES], torch.int32)} if config.save_precomputed_indices else {}
 
     @classmethod
@@ -198,7 +198,7 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         return dense + (second @ first) * (self.alpha / self.rank * self.scaling)
 
     def with_factors(self, x: Tensor, output: Tensor) -> Tensor:
-        """An output and what the factors add to it, in the dtype of the output."""
+        """``output`` plus the factors' product with ``x``, in the dtype of ``output``."""
         if not self.rank:
             return output
         first, second = self.tensors[1:]
@@ -217,7 +217,7 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         return None if found is None else self.with_factors(x, found)
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """Its parameters and, where the config asks for it, the places; see ``Adapter``."""
+        """The parameters, and the places with ``save_precomputed_indices``; see ``Adapter``."""
         return super().saved_tensors(shapes) | ({INDICES: self.places} if self.saves_places else {})
 
 

@@ -65,14 +65,14 @@ _COIFLETS = (
         *(-0.00016627707056177495, -9.8345063554743215e-5),
     ),
 )
-"""What solves the quadratic equations of coif1, coif2, …: see ``_coiflet``."""
+"""Solutions of the quadratic equations of coif1, coif2, …; see ``_coiflet``."""
 
 _FAMILIES = {"db": range(1, 39), "sym": range(2, 21), "coif": range(1, 6)}
 
 
 @dataclass
 class WaveFTConfig(LayersConfig):
-    """Config of WaveFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of WaveFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         n_frequency: number of trained coefficients of a layer.
@@ -114,7 +114,7 @@ class WaveFTConfig(LayersConfig):
         _parts_of(self.wavelet_family)
 
     def fill_in_layers(self, features: Mapping[str, tuple[int, int]]) -> bool:
-        """Shares the coefficients out, where they are shared out; see ``AdapterConfig``."""
+        """Distributes the coefficients over the layers by size (``proportional_parameters``); see ``AdapterConfig``."""
         if not self.proportional_parameters:
             return False
         sizes = {path: taken * given for path, (taken, given) in features.items()}
@@ -138,7 +138,7 @@ def _parts_of(name: str) -> tuple[str, int]:
     """Family and order of a wavelet.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no wavelet of that name.
     """
     match = re.fullmatch(r"(db|sym|coif)([1-9]\d?)", name)
     if match is None or int(match[2]) not in _FAMILIES[match[1]]:
@@ -288,9 +288,9 @@ class WaveFT(WeightDelta, Rescales):
     def config_warnings(
         cls, config: WaveFTConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]
     ) -> Iterable[str]:
-        """That PEFT's coif4 is another one; see ``Adapter``."""
+        """Warns that PEFT's coif4 differs; see ``Adapter``."""
         if config.wavelet_family == "coif4" and config.use_idwt:
-            yield "PEFT's coif4 is not the wavelet of that name: what it trained computes something else here"
+            yield "PEFT's coif4 is not the wavelet of that name: adapters trained in PEFT compute something else here"
 
     @property
     def count(self) -> int:
@@ -332,7 +332,7 @@ def _synthesis_filters(taps: Sequence[float], like: Tensor) -> tuple[Tensor, Ten
 
 
 def _written(at: Tensor, filters: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Where coefficients write along one direction, and with which factors, (n, taps) each; 0 outside."""
+    """Positions that coefficients write to along one direction, and the factors, (n, taps) each; 0 outside."""
     taps = filters.shape[1]
     where = 2 * at[:, None] + torch.arange(2 - taps, 2, device=at.device)
     return where.clamp(0, size - 1), filters * ((where >= 0) & (where < size))

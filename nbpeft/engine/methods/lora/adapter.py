@@ -49,7 +49,7 @@ def reset_factors(adapted: AdaptedLayer, adapter_name: str, init_lora_weights: b
 
     Args:
         adapted: the layer with its adapters.
-        adapter_name: the adapter; ignored if the layer has none of that name.
+        adapter_name: the adapter; ignored if the layer does not have it.
         init_lora_weights: as in ``LoraConfig``; False leaves the factors unchanged.
 
     Raises:
@@ -96,7 +96,7 @@ def update_layer(
     if r <= 0:
         raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}", field="r")
     here = config.copy(r=r, lora_alpha=lora_alpha, rank_pattern={}, alpha_pattern={})
-    adapted._commands().remake(adapted, adapter_name, here)
+    adapted._commands().rebuild(adapted, adapter_name, here)
 
 
 class LowRankAdapter(
@@ -117,7 +117,7 @@ class LowRankAdapter(
         alpha: the config's alpha for the layer.
         use_rslora: whether the scaling is alpha / sqrt(r).
         padded: whether the factors have more rows than the adapter uses, filled with zeros.
-        started_as: the init that computed the component of the weight it trains; empty if there is none.
+        started_as: the init that computed the trained component of the weight; empty if there is none.
     """
 
     low_rank: LowRank
@@ -335,7 +335,7 @@ class LowRankAdapter(
         """Sets the factor of ``row_scale``, if the method has one."""
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why the product is not a weight of the layer; empty if it is one."""
+        """Why the product cannot be merged; see ``Adapter``."""
         return self.low_rank.no_product_reason(base.module)
 
     @classmethod

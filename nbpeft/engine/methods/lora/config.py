@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from nbpeft.engine.config.config_checks import (
-    check_bias,
+    check_choice,
     check_count,
     check_number,
     check_share,
@@ -46,7 +46,7 @@ _MOST_ITERATIONS = 128
 _VARIANTS = ("use_dora", "alora_invocation_tokens", "use_qalora", *VARIANT_CONFIGS)
 """Fields that select another method than LoRA; see ``LoraConfig.variant``."""
 _OWN_START = ("use_bdlora", "use_qalora", "kasa_config")
-"""Those variants with their own initialization, to which a named init does not apply."""
+"""Variants with their own initialization, to which a named init does not apply."""
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -196,7 +196,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         self.alpha_pattern = checked_pattern("alpha_pattern", self.alpha_pattern, check_number)
 
     def _check_choices(self) -> None:
-        check_bias(self.bias, _BIASES)
+        check_choice("bias", self.bias, _BIASES)
         _check_init_name(self.init_lora_weights)
         if self.use_dora and self.lora_bias:
             raise ConfigError(
@@ -235,8 +235,8 @@ class LoraConfig(AdapterConfig, LayerByLayer):
                 setattr(self, name, settings_class())
         if self.initialised_from_data and self.use_dora:
             raise ConfigError(
-                f"init_lora_weights={self.init_lora_weights!r} cannot be used with use_dora=True: a file could not say "
-                "what it started from; use 'pissa' or 'olora'",
+                f"init_lora_weights={self.init_lora_weights!r} cannot be used with use_dora=True: its start could not "
+                "be saved; use 'pissa' or 'olora'",
                 field="use_dora",
             )
 
@@ -304,14 +304,14 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         for name in ("lora_dropout", variant) if self.quantization_aware else ():
             if name and getattr(self, name):
                 raise ConfigError(
-                    f"quantization_aware=True rounds what an adapter adds to the weight, and {name}="
-                    f"{getattr(self, name)!r} is not a part of it: leave one of the two out",
+                    f"quantization_aware=True does not work with {name}={getattr(self, name)!r}, whose effect is not "
+                    "part of the rounded weight: remove one of the two",
                     field=name,
                 )
 
     @property
     def is_quantization_aware(self) -> bool:
-        """Whether it is ``quantization_aware``; see ``AdapterConfig``."""
+        """The value of ``quantization_aware``; see ``AdapterConfig``."""
         return self.quantization_aware
 
     def rounded(self) -> Self:
@@ -336,12 +336,12 @@ class LoraConfig(AdapterConfig, LayerByLayer):
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Whether it is KaSA, or the init is OLoRA, PiSSA, LoftQ, CorDA or LoRA-GA; see ``AdapterConfig``."""
+        """Whether the variant is KaSA, or the init OLoRA, PiSSA, LoftQ, CorDA or LoRA-GA; see ``AdapterConfig``."""
         return self.kasa_config is not None or self.init_from_weight
 
     @property
     def init_from_weight(self) -> bool:
-        """The same without KaSA: whether ``init_lora_weights`` names such an init."""
+        """Whether ``init_lora_weights`` is OLoRA, PiSSA, LoftQ, CorDA or LoRA-GA."""
         return self.init_name in ("olora", "pissa", "pissa_niter", "loftq") or self.initialised_from_data
 
     @property

@@ -44,12 +44,12 @@ def as_plain_lora(
     """
     started = {path: (adapters[path], start) for path, start in weights.starts.items()}
     if config.use_dora:
-        raise AdapterError("it is DoRA, whose norm a plain LoRA does not have: save it as it is")
+        raise AdapterError("it is DoRA, whose norm a plain LoRA does not have: save it without conversion")
     if config.init_name == "loftq":
-        raise AdapterError("LoftQ replaced the base's weights: save it as it is, together with the base")
+        raise AdapterError("LoftQ replaced the base's weights: save it without conversion, together with the base")
     lost = any(adapter.loses_start for adapter, _ in started.values())
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern) and not lost:
-        raise AdapterError("it joins use_rslora with rank_pattern or alpha_pattern: save it as it is")
+        raise AdapterError("it combines use_rslora with rank_pattern or alpha_pattern: save it without conversion")
     tensors = dict(weights.adapters)
     for path, (adapter, start) in started.items():
         name_A, name_B = adapter.factor_names

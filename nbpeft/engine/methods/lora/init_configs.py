@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nbpeft.engine.config.config_checks import check_count
+from nbpeft.engine.config.config_checks import check_choice, check_count
 from nbpeft.engine.contract.field_types import check_types
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
@@ -15,17 +15,6 @@ CORDA_METHODS = ("ipm", "kpm")
 GRADIENT_DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
 GRADIENT_SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 LOFTQ_BITS = (2, 4, 8)
-
-
-def check_choice(config: object, name: str, choices: tuple[Any, ...]) -> None:
-    """Raises ConfigError if a field has none of the allowed values."""
-    value = getattr(config, name)
-    if value not in choices:
-        raise ConfigError(
-            f"{name} must be one of {', '.join(map(repr, choices))}, not {shown(value)}."
-            + did_you_mean(str(value), [str(choice) for choice in choices]),
-            field=name,
-        )
 
 
 @dataclass
@@ -46,7 +35,7 @@ class LoftQConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_choice(self, "loftq_bits", LOFTQ_BITS)
+        check_choice("loftq_bits", self.loftq_bits, LOFTQ_BITS)
         check_count("loftq_iter", self.loftq_iter)
 
 
@@ -107,7 +96,7 @@ class CordaConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_choice(self, "corda_method", CORDA_METHODS)
+        check_choice("corda_method", self.corda_method, CORDA_METHODS)
 
 
 @dataclass
@@ -131,8 +120,8 @@ class LoraGAConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_choice(self, "direction", GRADIENT_DIRECTIONS)
-        check_choice(self, "scale", GRADIENT_SCALES)
+        check_choice("direction", self.direction, GRADIENT_DIRECTIONS)
+        check_choice("scale", self.scale, GRADIENT_SCALES)
         check_count("stable_gamma", self.stable_gamma)
 
 

@@ -114,11 +114,11 @@ class LowRank:
         return lora_B @ lora_A
 
     def normed_product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """The change of the weight of which DoRA takes row norms: ``product``, or PEFT's substitute for it."""
+        """The change of the weight in DoRA's row norms: ``product``, or PEFT's substitute for it."""
         return self.product(module, lora_A, lora_B)
 
     def no_product_reason(self, module: nn.Module) -> str:
-        """Why B A is not a weight of this layer, and so cannot be merged; empty if it is one."""
+        """Why B A cannot be merged into the weight of this layer; empty if it can."""
         return ""
 
 
@@ -213,7 +213,7 @@ class LowRankConvolution(LowRank):
         return (lora_B.reshape(-1, lora_A.shape[0]) @ lora_A.flatten(1)).view(module.weight.shape)
 
     def no_product_reason(self, module: Any) -> str:
-        """Why the product on a grouped convolution is not a weight of it."""
+        """Why the product cannot be merged into a grouped convolution; see ``LowRank``."""
         if module.groups == 1:
             return ""
         return (

@@ -33,7 +33,7 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
 
     observed: Mapping[str, Any] | None = None
     observable: ClassVar[bool] = True
-    """Whether a call can be computed by the modules of the factors, one after the other, so that their hooks run."""
+    """Whether the factors' modules can be called one after the other, so that their hooks run."""
 
     @classmethod
     def parameter_shapes(

@@ -30,7 +30,7 @@ _INITS = ("default", "random", "gaussian")
 
 
 def check_tied(config: LoraConfig, paths: Sequence[str]) -> None:
-    """Refuses a config with which some layers cannot share factors.
+    """Raises ConfigError if some layers cannot share factors with a config.
 
     Args:
         config: the adapter's config.
@@ -51,8 +51,8 @@ def check_tied(config: LoraConfig, paths: Sequence[str]) -> None:
         ranks, alphas = zip(settings[first], settings[other], strict=True)
         field, values = ("rank_pattern", ranks) if ranks[0] != ranks[1] else ("alpha_pattern", alphas)
         raise ConfigError(
-            f"ensure_weight_tying: {first} and {other} share their factors, and {field} gives them {values[0]:g} and "
-            f"{values[1]:g}; name both in it or neither",
+            f"ensure_weight_tying: {first} and {other} share their factors, but {field} sets {values[0]:g} and "
+            f"{values[1]:g} for them; name both in it or neither",
             field=field,
         )
 
@@ -76,7 +76,7 @@ class TiedProduct(LowRankProduct, UsesAnother):
 
     @torch.no_grad()
     def tie_to(self, source: Adapter) -> None:
-        """Uses the factors of another adapter from now on; new factors are initialized as the head's, as in PEFT.
+        """Shares the factors of another adapter; new factors are initialized as for the head, as in PEFT.
 
         Loaded factors are written to that adapter: a file may contain them for this layer only.
         """
@@ -132,7 +132,7 @@ class TiedProduct(LowRankProduct, UsesAnother):
 
 
 def _drawn(config: LoraConfig, site: AdapterSite) -> dict[str, Tensor]:
-    """Initial factors of a head, which are written to those of the embedding."""
+    """Initial factors of a head, which are copied to the embedding's factors."""
     skip_built(config, site)
     if config.init_name == "random":
         return {}

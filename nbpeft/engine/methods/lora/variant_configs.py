@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nbpeft.engine.config.config_checks import check_count, check_number
+from nbpeft.engine.config.config_checks import check_choice, check_count, check_number
 from nbpeft.engine.contract.field_types import check_types
-from nbpeft.engine.methods.lora.init_configs import check_choice
 from nbpeft.errors import ConfigError, few
 
 DIRECTIONS = ("batch_average", "batch_average_once", "random")
@@ -81,7 +80,7 @@ class VeloraConfig:
         check_types(self)
         check_count("num_groups", self.num_groups)
         _check_positive(self, "scale")
-        check_choice(self, "init_type", DIRECTIONS)
+        check_choice("init_type", self.init_type, DIRECTIONS)
 
 
 @dataclass

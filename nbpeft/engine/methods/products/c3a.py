@@ -33,7 +33,7 @@ KERNEL = "c3a_kernel"
 
 @dataclass
 class C3AConfig(LayersConfig):
-    """Config of C3A. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of C3A. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         block_size: size of a block, which divides the inputs and the outputs of each layer: larger ones cost less.

@@ -1,9 +1,9 @@
-"""DeLoRA: low-rank adaptation of which strength and direction are apart (Bini et al. 2025, arXiv:2503.18225).
+"""DeLoRA: low-rank adaptation with separate strength and direction (Bini et al. 2025, arXiv:2503.18225).
 
     Δ = B diag(λ / (r ‖a_i‖ ‖b_i‖)) A diag(‖w_j‖)        A: (r, in) with rows a_i, B: (out, r) with columns b_i
 
 λ, which is trained, bounds how far the weight can move; w_j are the columns of the frozen weight when the adapter was
-made, whose norms a file holds.
+created, and their norms are saved.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _LEAST_NORM = 1e-4
 
 @dataclass
 class DeloraConfig(LayersConfig):
-    """Config of DeLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of DeLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of the factors.
-        delora_lambda: what the bound starts with.
+        delora_lambda: initial value of the bound λ.
         module_dropout: dropout probability of the adapter's input, from 0 to 1.
         bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random factors.

@@ -35,13 +35,13 @@ _DEVIATION = 0.02
 
 @dataclass
 class GloraConfig(LayersConfig):
-    """Config of GLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of GLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of the products.
-        config_A_B: what A and B are: "lora", "vector", "constant" or "none".
-        config_C: what C is: "lora", "vector" or "none".
-        config_D_E: what D and E are: "vector", "constant" or "none".
+        config_A_B: form of A and B: "lora", "vector", "constant" or "none".
+        config_C: form of C: "lora", "vector" or "none".
+        config_D_E: form of D and E: "vector", "constant" or "none".
         bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
     """
@@ -106,7 +106,7 @@ class Glora(Adapter, ReplacesCall):
 
     reads_weight: ClassVar[bool] = True
     peft: ClassVar[PeftNames] = PeftNames(
-        "glora_A glora_B glora_C glora_D glora_E", "r", layer_prefix="Glora", attributes={"r": "rank"}
+        "glora_A glora_B glora_C glora_D glora_E", "r", layer_prefix="Glora", attributes={"r": "rank"}, grouped=_KEYS
     )
     from_config: ClassVar[Mapping[str, str]] = {"rank": "r"}
 
@@ -116,7 +116,7 @@ class Glora(Adapter, ReplacesCall):
     def parameter_shapes(
         cls, config: GloraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
-        """Those of A and B, and where the layer has a bias of C, D and E; see ``Adapter``."""
+        """Shapes of A and B, and of C, D and E if the layer has a bias; see ``Adapter``."""
         check_linear("GLoRA", path, kind)
         in_features, out_features = kind.features(module)
         found: dict[str, tuple[int, ...]] = {}
@@ -140,7 +140,7 @@ class Glora(Adapter, ReplacesCall):
         return tuple(tensor for tensor in found if tensor is not None)
 
     def _change(self, weight: Tensor, *parameters: Tensor) -> Tensor:
-        """``W ∘ A + B``, shaped like the weight, in the dtype of the parameters: those of A, then those of B."""
+        """``W ∘ A + B``, shaped like the weight; ``parameters`` are those of A, then of B, and determine the dtype."""
         first, second = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
         return weight.to(parameters[0].dtype) * _value(first) + _value(second)
 

@@ -34,7 +34,7 @@ WHOLE_A, WHOLE_B = "gralora_A_general", "gralora_B_general"
 
 @dataclass
 class GraloraConfig(LayersConfig):
-    """Config of GraLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of GraLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of all blocks of a row together; the size of the adapter is that of a LoRA of this rank.
@@ -97,7 +97,7 @@ def _smaller(config: GraloraConfig) -> GraloraConfig | None:
     files=FileFormat(keys={name: f"{name}.weight" for name in (WHOLE_A, WHOLE_B)}),
 )
 class Gralora(WeightDelta, Rescales):
-    """The factors of one layer: A, (k, in / k, r), B, (k, r, out / k), and those of the whole weight, if any."""
+    """The factors of one layer: A, (k, in / k, r), B, (k, r, out / k), and factors of the whole weight, if any."""
 
     peft: ClassVar[PeftNames] = PeftNames(
         "gralora_A gralora_B gralora_A_general gralora_B_general",

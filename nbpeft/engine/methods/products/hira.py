@@ -32,7 +32,7 @@ _FACTORS, _EMBEDDING_FACTORS = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_
 
 @dataclass
 class HiraConfig(LayersConfig):
-    """Config of HiRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of HiRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of the product that the weight is multiplied with.

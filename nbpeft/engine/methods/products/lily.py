@@ -43,13 +43,13 @@ _UNMERGEABLE = "a weight: Lily mixes its experts by the inputs of each call"
 
 @dataclass
 class LilyConfig(LayersConfig):
-    """Config of Lily. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of Lily. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of the factors; as layers share them, it can be two to four times that of a LoRA.
-        stride_A: how many layers of a group in turn share one A; 1 for an A of each layer.
-        num_B: experts of a group, at least 2: all its layers share them.
-        scaling: the delta is multiplied by it.
+        stride_A: number of consecutive layers of a group that share one A; 1 for a separate A for each layer.
+        num_B: number of experts, shared by all layers of a group; at least 2.
+        scaling: factor on the delta.
         init_weights: start at the base model; False for random experts.
     """
 

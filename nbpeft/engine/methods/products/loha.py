@@ -33,7 +33,7 @@ _CORES = ("hada_t1", "hada_t2")
 
 @dataclass
 class LoHaConfig(RankedConfig):
-    """Config of LoHa. Field names and defaults are PEFT's; see ``RankedConfig`` for those of the layers and ranks.
+    """Config of LoHa. Field names and defaults are PEFT's; see ``RankedConfig`` for the target and rank fields.
 
     Attributes:
         rank_dropout: share of the rows of what is added that are dropped in training, from 0 to 1.

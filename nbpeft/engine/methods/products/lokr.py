@@ -34,7 +34,7 @@ W2, W2_A, W2_B, T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
 
 @dataclass
 class LoKrConfig(RankedConfig):
-    """Config of LoKr. Field names and defaults are PEFT's; see ``RankedConfig`` for those of the layers and ranks.
+    """Config of LoKr. Field names and defaults are PEFT's; see ``RankedConfig`` for the target and rank fields.
 
     Attributes:
         rank_dropout: share of the rows of what is added that are dropped in training, from 0 to 1.
@@ -140,7 +140,7 @@ class LoKr(ScaledDelta, ConvertsToLora):
 
     @classmethod
     def initial_tensors(cls, config: LoKrConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random matrices, but for one of them at zeros; see ``Adapter``."""
+        """Random matrices, except for one of zeros; see ``Adapter``."""
         first, second = (W1, W1_A), (W2, W2_B)
         zeros = () if not config.init_weights else second if config.init_weights == "lycoris" else first
         zero = next((name for name in zeros if name in site.shapes), "")

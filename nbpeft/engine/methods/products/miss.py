@@ -34,12 +34,12 @@ BLOCK = "miss_block"
 
 @dataclass
 class MissConfig(LayersConfig):
-    """Config of MiSS. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of MiSS. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
-        r: number of inputs in a group, which is the rank of what is added.
+        r: number of inputs in a group, which is the rank of the delta.
         miss_dropout: dropout probability of the adapter's input, from 0 to 1; not with 'bat'.
-        mini_r: with init_weights='mini', outputs of the block; it divides those of each layer.
+        mini_r: with init_weights='mini', number of outputs of the block, a divisor of each layer's outputs.
         init_weights: True starts at the base model, 'mini' and 'bat' too in their forms; False for a random block.
         bias: which biases of the model are also trained.
     """
@@ -121,7 +121,7 @@ class Miss(WeightDelta, ConvertsToLora):
 
     @classmethod
     def create(cls, config: MissConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Miss:
-        """Bat where the config asks for it; see ``Adapter``."""
+        """Creates a ``Bat`` if the config selects it; see ``Adapter``."""
         own: type[Miss] = Bat if config.init_weights == "bat" else Miss
         return super(Miss, own).create(config, site, tensors)
 
@@ -162,7 +162,7 @@ class Miss(WeightDelta, ConvertsToLora):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """What sums the groups of inputs, and the block; see ``ConvertsToLora``."""
+        """The matrix that sums the groups of inputs, and the block; see ``ConvertsToLora``."""
         block = self._whole_block(base)
         groups = -(-base.in_features // self.rank)
         sums = torch.eye(self.rank, device=block.device, dtype=block.dtype).repeat(1, groups)[:, : base.in_features]

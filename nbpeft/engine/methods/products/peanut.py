@@ -31,16 +31,13 @@ from nbpeft.errors import ConfigError, did_you_mean, shown
 FIRST, LAST = "peanut_A", "peanut_B"
 _MOST_LAYERS = 64
 """The largest depth: deeper networks are typos."""
-_HIDDEN = {
-    f"peanut_{side}_{number}": f"peanut_{side}.{number}.weight"
-    for side in ("encoders", "decoders")
-    for number in range(_MOST_LAYERS)
-}
+HIDDEN = ("peanut_encoders", "peanut_decoders")
+_KEYS = {f"{name}.{number}": f"{name}.{number}.weight" for name in HIDDEN for number in range(_MOST_LAYERS)}
 
 
 @dataclass
 class PeanutConfig(LayersConfig):
-    """Config of PEANuT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of PEANuT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: width of the network.
@@ -106,7 +103,7 @@ def _activations() -> Any:
         "flat": {"r": 4},
         "deep": {"r": 3, "depth": 2, "act_fn": "silu", "scaling": 0.5},
     },
-    files=FileFormat(keys={FIRST: f"{FIRST}.weight", LAST: f"{LAST}.weight", **_HIDDEN}),
+    files=FileFormat(keys={FIRST: f"{FIRST}.weight", LAST: f"{LAST}.weight", **_KEYS}),
 )
 class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     """The network of one layer."""
@@ -115,7 +112,8 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     peft: ClassVar[PeftNames] = PeftNames(
         "peanut_A peanut_B peanut_encoders peanut_decoders",
         "r depth scaling act_fn res_num",
-        wrapped=(FIRST, LAST),
+        wrapped=(FIRST, LAST, *HIDDEN),
+        lists=HIDDEN,
         attributes={"r": "rank", "depth": "depth", "res_num": "depth", "act_fn": "activation"},
     )
     from_config: ClassVar[Mapping[str, str]] = {"scaling": "scaling", "activation": "act_fn", "function": "activation"}
@@ -131,7 +129,7 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
         """A, (r, out), B, (out, r), and the hidden layers, (r, r) each; see ``Adapter``."""
         check_linear("PEANuT", path, kind)
         rank, out_features = config.r, kind.features(module)[1]
-        hidden = [f"peanut_{side}_{number}" for side in ("encoders", "decoders") for number in range(config.depth)]
+        hidden = [f"{name}.{number}" for name in HIDDEN for number in range(config.depth)]
         shapes: dict[str, tuple[int, ...]] = {FIRST: (rank, out_features), LAST: (out_features, rank)}
         return {**shapes, **dict.fromkeys(hidden, (rank, rank))}
 
@@ -152,7 +150,7 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     @property
     def depth(self) -> int:
         """Hidden layers on the way down."""
-        return sum(name.startswith("peanut_encoders") for name in self._names)
+        return sum(name.startswith(HIDDEN[0]) for name in self._names)
 
     @property
     def delta_rank(self) -> int | None:
@@ -178,7 +176,7 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
 
     def _layers(self) -> tuple[Tensor, ...]:
         """A and the hidden layers, as ``rows`` takes them."""
-        names = (f"peanut_{side}_{number}" for side in ("encoders", "decoders") for number in range(self.depth))
+        names = (f"{name}.{number}" for name in HIDDEN for number in range(self.depth))
         return self.tensor(FIRST), *(self.tensor(name) for name in names)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:

@@ -44,7 +44,7 @@ _LARGEST_LOGIT = 1e-3
 
 @dataclass
 class PolyConfig(LayersConfig):
-    """Config of Polytropon. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of Polytropon. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     With several tasks, calls say with ``task_ids`` (rows,), and rows of a training in a column of that name, which
     task each row is of.
@@ -145,17 +145,17 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
 
     @property
     def rank(self) -> int:
-        """Of each skill."""
+        """The rank of each skill."""
         return int(self.tensor(A).shape[3])
 
     @property
     def task_count(self) -> int:
-        """Number of tasks that the router knows."""
+        """Number of tasks of the router."""
         return int(self.tensor(ROUTER).shape[0])
 
     @property
     def skill_count(self) -> int:
-        """Number of skills that it mixes."""
+        """Number of skills that are mixed."""
         return int(self.tensor(A).shape[1])
 
     @property
@@ -165,7 +165,7 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
 
     @property
     def delta_rank(self) -> int | None:
-        """The rank of what it adds to a row."""
+        """The rank of the delta of a row."""
         return self.rank
 
     @classmethod
@@ -177,8 +177,8 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         """The share of each skill for each row, (rows, splits, skills), float32 or wider.
 
         Args:
-            ids: (rows,), the task of each.
-            drawn: draw new ones, as in training.
+            ids: the task of each row, int64, (rows,).
+            drawn: sample the shares, as in training.
         """
         logits = self.tensor(ROUTER)
         chosen = logits[ids.to(logits.device)].view(len(ids), self.split_count, self.skill_count)
@@ -189,12 +189,12 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         return weights / (weights.sum(-1, keepdim=True) + 1e-12)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """What the skills of each row's task give; see ``Adapter``.
+        """The mixed skills of each row's task, applied to it; see ``Adapter``.
 
         Args:
-            x: (rows, …, in); several rows for each of the call's, with beams.
+            x: (rows, …, in); with beams there are several rows for each row of the call.
             base_output: (rows, …, out).
-            base: the layer; its context is the task of each row of the call, (rows,), or None where there is one.
+            base: the layer; its context is the task of each row of the call, (rows,), or None for a single task.
 
         Raises:
             AdapterError: the input does not have the rows of the batch in front.
@@ -211,14 +211,13 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         beams, rest = divmod(rows, len(ids))
         if rest or not beams or (beams > 1 and x.dim() == 2):
             raise AdapterError(
-                f"task_ids are of {len(ids)} rows, and a layer with Polytropon was given an input of shape "
-                f"{tuple(x.shape)}: give one number for each row, and leave layers whose input does not have the rows "
-                "in front out of target_modules"
+                f"task_ids has {len(ids)} rows, but the input of a layer with Polytropon has shape {tuple(x.shape)}: "
+                "pass one number for each row, and do not target layers whose input does not start with the rows"
             )
         return ids.repeat_interleave(beams)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """What it adds for its one task; see ``Adapter``."""
+        """The delta, if there is only one task; see ``Adapter``."""
         found = self.low_rank_delta(base)
         if found is None:
             raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")

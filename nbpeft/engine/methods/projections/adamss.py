@@ -69,7 +69,7 @@ Sizes = tuple[tuple[int, int], ...]
 
 @dataclass
 class AdamssConfig(LayersConfig):
-    """Config of AdaMSS. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of AdaMSS. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: number of singular directions of a weight that are used.
@@ -156,7 +156,7 @@ class AdamssConfig(LayersConfig):
         return int(self.asa_target_subspaces + more)
 
     def reconciled(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
-        """The config, which knows the sizes of the subspaces in the file; see ``AdapterConfig``."""
+        """A copy of the config with the sizes of the subspaces in the file; see ``AdapterConfig``."""
         found: dict[str, dict[tuple[str, int], Tensor]] = {}
         for key, tensor in tensors.items():
             named = _KEY.fullmatch(key)
@@ -333,7 +333,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
 
     @classmethod
     def create(cls, config: AdamssConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors, of which the clusters may be lacking, or makes new ones; see ``Adapter``."""
+        """Binds loaded tensors, possibly without clusters, or creates new ones; see ``Adapter``."""
         given = dict(tensors or {})
         if CLUSTERS in given:
             _check_clusters(given[CLUSTERS], site)
@@ -344,7 +344,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
             given = {**_start(found, config, site), **given} if tensors is None else given
             given = {DIRECTIONS: found.directions, CLUSTERS: found.clusters.to(torch.int16), **given}
         assert isinstance(site.shared, SubspaceAllocator)
-        made, device = cls(), given[f"{A}.0"].device  # that of the layer, unless only the file is there
+        made, device = cls(), given[f"{A}.0"].device  # the layer's device, unless only a file was read
         made.bind({name: given[name] for name in given if _KEY.fullmatch(f"x.{name}")})
         made.register_buffer(DIRECTIONS, given[DIRECTIONS].to(device, torch.float32))
         made.register_buffer(CLUSTERS, given[CLUSTERS].to(device))
@@ -466,7 +466,7 @@ class Subspaces:
 
 
 class _FoundAt(dict[str, Subspaces]):
-    """Path -> what a plan found in a weight, until an adapter is made of it; copies of a config have none."""
+    """Path -> subspaces that a plan computed, for the adapter to reuse; not copied with the config."""
 
     def __deepcopy__(self, memo: Any) -> _FoundAt:
         return _FoundAt()
@@ -493,7 +493,7 @@ def _subspaces(config: AdamssConfig, base: BaseLayer) -> Subspaces:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether it has values: a tensor of a plan or a forecast has only a shape."""
+    """Whether a tensor has values; those of plans and forecasts only have a shape."""
     return not tensor.is_meta and not isinstance(tensor, loaded("torch._subclasses.fake_tensor", "FakeTensor"))
 
 
@@ -523,7 +523,7 @@ def main_directions(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tenso
     Args:
         matrix: (out, in), float32.
         rank: r; at most the smaller size.
-        seed: of the draws.
+        seed: seed of the draws.
     """
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     drawn = torch.randn(tall.shape[1], rank, generator=torch.Generator().manual_seed(seed)).to(matrix)
@@ -535,7 +535,7 @@ def main_directions(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tenso
 
 
 def _basis(product: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], drawn: Tensor) -> Tensor:
-    """An orthonormal basis, (n, r), near the main directions of what a matrix maps to, from numbers drawn (m, r)."""
+    """An orthonormal basis, (n, r), close to a matrix' main left singular directions, from random numbers (m, r)."""
     basis: Tensor = torch.linalg.qr(product(drawn)).Q
     for _ in range(2):
         basis = torch.linalg.qr(product(torch.linalg.qr(transposed(basis)).Q)).Q
@@ -561,7 +561,7 @@ def row_clusters(rows: Tensor, count: int) -> Tensor:
 
     Args:
         rows: (n, features).
-        count: of clusters; at most n.
+        count: number of clusters; at most n.
     """
     points = rows.detach().to("cpu", torch.float32)
     tolerance = 1e-4 * points.var(0, unbiased=False).mean()
@@ -590,7 +590,7 @@ def _nearest(points: Tensor, centers: Tensor) -> Tensor:
 
 
 def _centers(points: Tensor, numbers: Tensor, before: Tensor) -> Tensor:
-    """Means of the points with each number; those of no point move to the points farthest from their centers."""
+    """Mean of the points of each cluster; empty clusters move to the points farthest from their centers."""
     sums, counts = torch.zeros_like(before).index_add_(0, numbers, points), numbers.bincount(minlength=len(before))
     empty = (counts == 0).nonzero().flatten().tolist()
     distances = (points - before[numbers]).square().sum(1)
@@ -609,7 +609,7 @@ def _start(found: Subspaces, config: AdamssConfig, site: AdapterSite) -> dict[st
     device, made = site.base.device, {}
     for k, (outputs, rank) in enumerate(found.sizes):
         if _has_values(found.rows):
-            if config.use_dynamic_rank:  # PEFT finds the rank by a search of its own
+            if config.use_dynamic_rank:  # PEFT draws these numbers to find the rank
                 skip(normal_, device, (outputs, outputs))
             first = row_directions(found.rows[found.clusters == k], rank)
         else:
@@ -648,7 +648,7 @@ def _check_sizes(found: Subspaces, site: AdapterSite) -> None:
 
 
 def _sizes_of(config: AdamssConfig, given: Mapping[tuple[str, int], Tensor]) -> Sizes:
-    """Those of a complete set of matrices that the config allows; else none."""
+    """Sizes of the subspaces of a complete set of matrices that the config allows; otherwise ()."""
     count = len(given) // 2
     if count > config.num_subspaces or given.keys() != {(name, k) for name in (A, B) for k in range(count)}:
         return ()

@@ -38,7 +38,7 @@ _DEVIATION = 0.02
 
 @dataclass
 class DeftConfig(LayersConfig):
-    """Config of DEFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of DEFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: how many directions of the output are taken out and put in.
@@ -204,13 +204,13 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
         return shapes[DIRECTIONS][1]
 
     def swap_refusal(self) -> str:
-        """Why a layer that another adapter lacks cannot be left as it is; see ``Adapter``."""
+        """Why a layer without the other adapter cannot stay unchanged; see ``Adapter``."""
         removes = self.only_removes and self.decomposition == "qr"
         return "takes directions out of every layer, whatever its tensors are" if removes else ""
 
     @torch.no_grad()
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the directions with zeros, and adds what they remove."""
+        """Resets the adapter so that it adds exactly what its directions remove."""
         directions = self.get_parameter(DIRECTIONS)
         directions.zero_()
         if not self.only_removes:

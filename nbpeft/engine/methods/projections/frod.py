@@ -44,14 +44,14 @@ SCALES, ENTRIES = "frod_lambda_l", "frod_lambda_s_values"
 DIRECTIONS, PLACES, SIZES = "frod_V", "frod_s_indices", "frod_s_size"
 OUTPUTS, START = "frod_U", "frod_start"
 _NOTHING = 1e-12
-"""Length of a column of U diag(λ₀) up to which it is taken for zero."""
+"""Columns of U diag(λ₀) up to this length count as zero."""
 _DEVIATION = 0.1
 """Standard deviation of random numbers (``init_weights=False``)."""
 
 
 @dataclass
 class FrodConfig(LayersConfig):
-    """Config of FRoD. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of FRoD. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         projection_prng_key: seed of the positions of S's entries.
@@ -61,7 +61,7 @@ class FrodConfig(LayersConfig):
         bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
         sparse_rate: share of the entries of S, off its diagonal, that are trained, from 0 to 1.
-        regularization_alpha: added to what is inverted to find V, for layers whose weights are alike.
+        regularization_alpha: added to the matrix that is inverted to find V, for layers with similar weights.
         progressbar: ignored, accepted as in PEFT: no progress bar is shown.
         runtime_offload_base_weight: ignored, accepted as in PEFT: the base's weight is needed in each call.
     """
@@ -97,7 +97,7 @@ class FrodConfig(LayersConfig):
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Always: U is found in the weight, and V in those of all layers."""
+        """Always: U is computed from the layer's weight, and V from the weights of all layers."""
         return True
 
     def entry_count(self, size: int) -> int:
@@ -108,7 +108,7 @@ class FrodConfig(LayersConfig):
 
 
 def role_of(path: str) -> str:
-    """What layers are called that share a V: ``self_attn_q_proj`` of ``layers.3.self_attn.q_proj``, as in PEFT."""
+    """Name of the layers that share a V, as in PEFT: ``self_attn_q_proj`` of ``layers.3.self_attn.q_proj``."""
     parts = path.split(".")
     if len(parts) == 1 or parts[-2].isdigit():
         return parts[-1]
@@ -195,7 +195,7 @@ class FrodDirections(SharedState):
 
     @classmethod
     def is_saved(cls, config: FrodConfig) -> bool:
-        """Whether the config asks for it."""
+        """Whether V and the places are saved (``save_projection``)."""
         return bool(config.save_projection)
 
     @classmethod
@@ -208,7 +208,7 @@ class FrodDirections(SharedState):
         return cls({name: tensors[name].to(site.device) for name in site.shapes}, config)
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Finds V in the weights, where it was not loaded; see ``SharedState``."""
+        """Computes V from the weights, unless it was loaded; see ``SharedState``."""
         held: Any = self._modules[DIRECTIONS]
         blocks: dict[str, dict[int, BaseLayer]] = {}
         for number, (path, base) in enumerate(layers.items()):
@@ -250,7 +250,7 @@ def _drawn(config: FrodConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 
 
 def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ConfigError for loaded places that are not in S, or another size of it."""
+    """Raises ConfigError if loaded places are outside of S, or the size of S differs."""
     for role, size in _sizes(shapes).items():
         places, sizes = tensors[f"{PLACES}.{role}"], tensors[f"{SIZES}.{role}"]
         if places.numel() and not bool(((places >= 0) & (places < size)).all()):
@@ -260,12 +260,12 @@ def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]])
 
 
 def _dtype_on(base: BaseLayer) -> torch.dtype:
-    """That of the weight, or float32 where that is stored in 8 bits."""
+    """The dtype of the weight, or float32 for an 8-bit weight."""
     return base.dtype if base.dtype.itemsize > 1 else torch.float32
 
 
 def _on_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor on the CPU, where a decomposition gives the directions that PEFT finds; one without data stays so."""
+    """The tensor on the CPU, where decompositions give PEFT's directions; meta tensors stay meta tensors."""
     return tensor.detach().to("meta" if tensor.is_meta else "cpu", dtype)
 
 
@@ -298,7 +298,7 @@ def _directions(role: str, weights: Sequence[Tensor], regularization: float) -> 
 
 
 def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
-    """U, (out, in), and λ₀, (in,), so that U diag(λ₀) Vᵀ is the weight, both in its dtype and where it is."""
+    """U, (out, in), and λ₀, (in,), with U diag(λ₀) Vᵀ equal to the weight, in its dtype and on its device."""
     weight, wide = _on_host(base.weight(), torch.float64), _on_host(directions, torch.float64)
     try:
         product = torch.linalg.solve(wide, weight.T).T
@@ -383,12 +383,12 @@ class Frod(Adapter, ReplacesCall):
 
     @property
     def directions(self) -> Tensor:
-        """V, where it is kept."""
+        """V, on the device where it is stored."""
         return self.projections.of_role(DIRECTIONS, self.role)
 
     @property
     def places(self) -> Tensor:
-        """Rows and columns of the entries, where they are kept."""
+        """Rows and columns of the entries, on the device where they are stored."""
         return self.projections.of_role(PLACES, self.role)
 
     @property
@@ -402,7 +402,7 @@ class Frod(Adapter, ReplacesCall):
         return int(self.outputs.shape[0])
 
     def change(self, scales: Tensor, entries: Tensor) -> Tensor:
-        """``S + diag(λ - λ₀)``, (in, in), in the dtype of what is trained."""
+        """``S + diag(λ - λ₀)``, (in, in), in the dtype of the trained parameters."""
         return self.whole(scales - self.tensor(START).to(scales.dtype), entries)
 
     def whole(self, scales: Tensor, entries: Tensor) -> Tensor:
@@ -437,12 +437,12 @@ class Frod(Adapter, ReplacesCall):
 
     @torch.no_grad()
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites λ with that of the weight, and the entries with zeros."""
+        """Sets λ to λ₀ and the entries to zero."""
         self.get_parameter(SCALES).copy_(self.tensor(START))
         self.get_parameter(ENTRIES).zero_()
 
     @classmethod
     def config_warnings(cls, config: FrodConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Says that weights stay where they are."""
+        """Warns that ``runtime_offload_base_weight`` has no effect."""
         if config.runtime_offload_base_weight:
             yield "runtime_offload_base_weight does nothing: the base's weights are needed in each call, and stay"

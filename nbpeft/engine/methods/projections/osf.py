@@ -37,6 +37,7 @@ _FIRST = "_osf_{}_low_init"
 LEFT_START, VALUES_START, RIGHT_START = (_FIRST.format(one) for one in "USV")
 LEFT_KEPT, RIGHT_KEPT = "_osf_U_high", "_osf_V_high"
 _TRAINED = "osf_svd_params"
+_KEYS = {name: f"{_TRAINED}.{name.removeprefix('osf_')}" for name in (LEFT, VALUES, RIGHT)}
 
 _TARGETS: dict[tuple[str, ...], str] = {
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"): (
@@ -56,7 +57,7 @@ def _targets(model_type: str | None) -> list[str] | str:
 
 @dataclass
 class OSFConfig(LayersConfig):
-    """Config of OSF. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of OSF. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         effective_rank: number of the largest singular directions that stay frozen; a fraction up to 1.0 is a share of
@@ -85,7 +86,7 @@ class OSFConfig(LayersConfig):
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Always: the directions are those of the weight."""
+        """Always: the directions are computed from the weight."""
         return True
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
@@ -122,11 +123,11 @@ def _check_kept(name: str, value: float, *, field: str = "") -> None:
 
 
 class _Projected(torch.autograd.Function):
-    """A tensor as it is, whose gradient is projected."""
+    """Returns a tensor unchanged, and projects its gradient."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
-        ctx.basis, ctx.inside = basis, inside  # not a result of this call, so it is not changed
+        ctx.basis, ctx.inside = basis, inside  # not save_for_backward: the basis is constant
         return tensor.view_as(tensor)
 
     @staticmethod
@@ -136,14 +137,14 @@ class _Projected(torch.autograd.Function):
 
 
 def projection(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
-    """The part of columns, (n, …), that an orthonormal basis, (n, k), spans, or the other part."""
+    """The part of columns, (n, …), in the span of an orthonormal basis, (n, k), or the part outside of it."""
     basis = basis.to(tensor.dtype)
     part = basis @ (basis.T @ tensor)
     return part if inside else tensor - part
 
 
 def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
-    """A tensor as it is; the gradient of its columns is that part of it alone."""
+    """Returns a tensor unchanged; only the ``projection`` of its gradient is passed on."""
     if not composes():
         return _Projected.apply(tensor, basis, inside)  # type: ignore[no-any-return, no-untyped-call]
     part = projection(tensor, basis, inside)
@@ -161,17 +162,16 @@ def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
     ),
     default_targets=_targets,
     sample_configs={"half": {}, "most": {"effective_rank": 0.8}},
-    files=FileFormat(keys={name: f"{_TRAINED}.{name.removeprefix('osf_')}" for name in (LEFT, VALUES, RIGHT)}),
+    files=FileFormat(keys=_KEYS),
 )
 class Osf(Adapter, ConvertsToLora):
-    """s, U and V of one layer, and what they start as."""
+    """s, U and V of one layer, and their initial values."""
 
     peft: ClassVar[PeftNames] = PeftNames(
         "osf_svd_params",
         "_osf_U_low_init _osf_S_low_init _osf_V_low_init _osf_U_high _osf_V_high effective_rank",
-        single_mapping=_TRAINED,
+        grouped=_KEYS,
         attributes={
-            _TRAINED: "trained",
             "effective_rank": "kept",
             **{name: name for name in (LEFT_START, VALUES_START, RIGHT_START, LEFT_KEPT, RIGHT_KEPT)},
         },
@@ -212,13 +212,8 @@ class Osf(Adapter, ConvertsToLora):
         return made
 
     @property
-    def trained(self) -> nn.ParameterDict:
-        """Its parameters by PEFT's names."""
-        return nn.ParameterDict({name.removeprefix("osf_"): self.tensor(name) for name in (VALUES, LEFT, RIGHT)})
-
-    @property
     def delta_rank(self) -> int | None:
-        """That of what is taken out and of what is put in together."""
+        """The rank of the subtracted and the added part together."""
         return 2 * int(self.tensor(VALUES).shape[0])
 
     def _start(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,13 +255,13 @@ class Osf(Adapter, ConvertsToLora):
 
     @torch.no_grad()
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites its parameters with what they start as."""
+        """Resets the parameters to their initial values."""
         for name, start in zip((LEFT, VALUES, RIGHT), self._start(), strict=True):
             self.get_parameter(name).copy_(start)
 
 
 def _own(part: Tensor) -> Tensor:
-    """A copy without the rest."""
+    """A contiguous copy, so that the whole tensor can be freed."""
     return part.clone(memory_format=torch.contiguous_format)
 
 
@@ -276,10 +271,10 @@ def _apply(x: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
 
 
 def _parts(site: AdapterSite) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular directions of a weight, rounded to its dtype as PEFT rounds them, in that of the adapter.
+    """All singular directions of a weight, in the adapter's dtype but rounded to the weight's, as in PEFT.
 
     Raises:
-        ConfigError: the weight has none, as one with NaN in it.
+        ConfigError: the decomposition fails, as for a weight with NaN.
     """
     weight = site.base.weight()
     try:

@@ -30,7 +30,7 @@ class VectorsConfig(LayersConfig):
         r: rank of the shared projections; it costs r numbers a layer, so it can be large.
         projection_prng_key: seed of the projections.
         save_projection: save the projections too; otherwise they are drawn again from the seed.
-        d_initial: what the vector between the projections starts with.
+        d_initial: initial value of the vector between the projections.
         fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random vectors.
@@ -128,7 +128,7 @@ class ProjectedVectors(Adapter, HotSwaps):
         return b, d
 
     def parts(self, base: BaseLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A, B, d and b of this layer, where it is."""
+        """A, B, d and b of this layer, on its device."""
         (first, second), (b, d) = self.projections.matrices, self.vectors
         return first[:, : base.in_features].to(b.device), second[: base.out_features].to(b.device), d, b
 

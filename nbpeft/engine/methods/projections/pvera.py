@@ -41,7 +41,7 @@ _CALLS = 256
 
 @dataclass
 class PveraConfig(VectorsConfig):
-    """Config of PVeRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of PVeRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         pvera_dropout: dropout probability of the adapter's input, from 0 to 1.
@@ -74,13 +74,13 @@ class PveraConfig(VectorsConfig):
 
 
 class Normals:
-    """Standard normal numbers from a seed, on the CPU; for a call that is computed again those of that call.
+    """Standard normal numbers from a seed, on the CPU; a recomputed call gets the numbers of the original call.
 
     Args:
-        seed: of the first call.
+        seed: seed of the first call.
 
     Attributes:
-        first_state: of the generator, for the first call.
+        first_state: state of the generator, for the first call.
     """
 
     def __init__(self, seed: int) -> None:
@@ -89,16 +89,16 @@ class Normals:
 
     @property
     def state(self) -> Tensor:
-        """Of the generator, for the next call."""
+        """State of the generator, for the next call."""
         return self._state
 
     def continue_from(self, state: Tensor) -> None:
-        """Draws from a state that it had before."""
+        """Sets the state, for resuming training."""
         self._state = state.clone()
         self._calls.clear()
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Draws a tensor with the shape, dtype and device of another."""
+        """Draws numbers with the shape, dtype and device of a tensor."""
         start = self._start_of_this_call()
         generator = torch.Generator()
         generator.set_state(self._state if start is None else start)
@@ -193,7 +193,7 @@ class Pvera(ProjectedVectors, ConvertsToLora, HasTrainingState):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """That of the mean; see ``Adapter``."""
+        """The delta of the mean; see ``Adapter``."""
         product = self.low_rank_delta(base)
         return product.up @ product.down
 
@@ -208,21 +208,21 @@ class Pvera(ProjectedVectors, ConvertsToLora, HasTrainingState):
         if self.normals is None:
             return torch.randn_like(tensor)
         draw: Any = self.normals.like
-        if torch.compiler.is_compiling():  # which knows no generators
+        if torch.compiler.is_compiling():  # torch.compile does not support generators
             draw = torch.compiler.disable(draw)  # type: ignore[no-untyped-call]
         drawn: Tensor = draw(tensor)
         return drawn
 
     @property
     def has_training_state(self) -> bool:
-        """With a generator of its own; see ``HasTrainingState``."""
+        """Whether the layer has its own generator; see ``HasTrainingState``."""
         return self.normals is not None
 
     def training_state(self) -> dict[str, Tensor]:
-        """That of its generator; see ``HasTrainingState``."""
+        """The state of the generator; see ``HasTrainingState``."""
         return {} if self.normals is None else {_GENERATOR: self.normals.state}
 
     def set_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Sets that; see ``HasTrainingState``."""
+        """Sets the state of the generator; see ``HasTrainingState``."""
         if self.normals is not None:
             self.normals.continue_from(state.get(_GENERATOR, self.normals.first_state))

@@ -36,7 +36,7 @@ BASIS_A, BASIS_B = "randlora_A", "randlora_B"
 
 @dataclass
 class RandLoraConfig(LayersConfig):
-    """Config of RandLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of RandLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of a basis: a smaller one trains more numbers.

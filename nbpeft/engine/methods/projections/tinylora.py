@@ -38,15 +38,15 @@ DOWN, UP, PROJECTION = "tinylora_A", "tinylora_B", "tinylora_P"
 
 @dataclass
 class TinyLoraConfig(LayersConfig):
-    """Config of TinyLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of TinyLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: number of singular directions of a weight that are used.
         u: length of a trained vector.
         weight_tying: 0: each layer has a vector; 1: all layers share one; between: in groups that follow each other.
-        projection_seed: seed of the projections P; that of a layer is this and its number.
+        projection_seed: seed of the projections P; each layer adds its number.
         save_projection: save the projections too; otherwise they are drawn again from the seed.
-        init_v_bound: the vectors start with uniform numbers up to this one, to both sides, where they are drawn.
+        init_v_bound: random initial vectors are uniform between minus and plus this value.
         tinylora_dropout: dropout probability of the adapter's input, from 0 to 1.
         fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         bias: which biases of the model are also trained.
@@ -119,7 +119,7 @@ class TinyVectors(SharedState):
     def tensor_shapes(
         cls, config: TinyLoraConfig, features: Mapping[str, tuple[int, int]]
     ) -> dict[str, tuple[int, ...]]:
-        """Those of the vectors; see ``SharedState``."""
+        """Shapes of the vectors; see ``SharedState``."""
         return {f"{VECTORS}.{number}": (config.u,) for number in range(config.groups(len(features)))}
 
     @classmethod
@@ -189,7 +189,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
     def parameter_shapes(
         cls, config: TinyLoraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
-        """Nothing: what is trained is shared; see ``Adapter``."""
+        """Empty: the trained tensors are shared; see ``Adapter``."""
         if not kind.is_linear and not kind.takes_ids:
             raise LayerKindError(
                 f"{path}: TinyLoRA works on linear layers and embeddings, not on {kind.peft_name}; exclude it",
@@ -201,7 +201,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
     def fixed_tensors(
         cls, config: TinyLoraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """A and B, and the projections where the config asks for it; see ``Adapter``."""
+        """A and B, and P with ``save_projection``; see ``Adapter``."""
         rows, columns = kind.weight_shape(module)
         if kind.takes_ids:
             rows, columns = columns, rows
@@ -213,11 +213,11 @@ class TinyLora(ComputedFactors, HasFixedTensors):
 
     @classmethod
     def unsaved_elements(cls, config: TinyLoraConfig, module: nn.Module, kind: LayerKind) -> int:
-        """The projections, where they are drawn; see ``Adapter``."""
+        """The size of P, without ``save_projection``; see ``Adapter``."""
         return 0 if config.save_projection else config.u * min(config.r, *kind.weight_shape(module)) ** 2
 
     def prepare(self, config: TinyLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """A, B and the projection, made from the weight and the seed where no file holds them; see ``Adapter``."""
+        """Sets A, B and P, which are computed from the weight and the seed if not loaded; see ``Adapter``."""
         assert isinstance(site.shared, TinyVectors)
         given = dict(tensors)
         if DOWN not in given or UP not in given:
@@ -289,7 +289,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
         return F.linear(F.linear(hidden, core.to(dtype)), self.up.to(dtype))
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """A, B and, where the config asks for it, P; see ``Adapter``."""
+        """A and B, and P with ``save_projection``; see ``Adapter``."""
         return {DOWN: self.down, UP: self.up} | ({PROJECTION: self.projection} if self.saves_projection else {})
 
     def reset_(self, base: BaseLayer) -> None:

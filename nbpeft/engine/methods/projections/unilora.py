@@ -37,18 +37,18 @@ _BUFFERS = (INDICES_A, INDICES_B, SCALES_A, SCALES_B)
 
 @dataclass
 class UniLoraConfig(LayersConfig):
-    """Config of Uni-LoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of Uni-LoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of the two factors.
         proj_seed: seed of the draws.
-        theta_d_length: how many numbers are trained, for the whole model.
+        theta_d_length: number of trained values of the whole model.
         unilora_dropout: dropout probability of the adapter's input, from 0 to 1.
         fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         bias: which biases of the model are also trained.
-        init_theta_d_bound: the numbers start uniform up to this one, to both sides.
-        init_weights: False for numbers that start from a normal distribution instead.
-        save_indices: save what was drawn too; otherwise it is drawn again from the seed.
+        init_theta_d_bound: initial values are uniform between minus and plus this value.
+        init_weights: False for initial values from a normal distribution.
+        save_indices: save the drawn indices and scales too; otherwise they are drawn again from the seed.
     """
 
     r: int = field(default=4)
@@ -98,7 +98,7 @@ class UniVector(SharedState):
     def tensor_shapes(
         cls, config: UniLoraConfig, features: Mapping[str, tuple[int, int]]
     ) -> dict[str, tuple[int, ...]]:
-        """That of θ; see ``SharedState``."""
+        """Shape of θ; see ``SharedState``."""
         return {THETA: (config.theta_d_length,)}
 
     @classmethod
@@ -110,13 +110,13 @@ class UniVector(SharedState):
 
     @classmethod
     def create(cls, config: UniLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Knows the config besides; see ``SharedState``."""
+        """Also stores the config; see ``SharedState``."""
         made = super().create(config, site, tensors)
         made.bind(config=config)
         return made
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Remembers where the entries of each layer begin among all; see ``SharedState``."""
+        """Stores the offset of each layer's entries in the draws; see ``SharedState``."""
         features = {path: (base.in_features, base.out_features) for path, base in layers.items()}
         sizes = [sum(pair) * self.config.r for pair in features.values()]
         *starts, total = itertools.accumulate(sizes, initial=0)
@@ -124,7 +124,7 @@ class UniVector(SharedState):
         self.bind(features=features, places=places, total=total, drawn=None, scales=None)
 
     def indices_of(self, path: str) -> tuple[Tensor, Tensor]:
-        """Which number each entry of A, (r, in), and of B, (out, r), of a layer is; int64, on the CPU."""
+        """Index in θ of each entry of a layer's A, (r, in), and B, (out, r); int64, on the CPU."""
         if self.drawn is None:
             drawn = _balanced(self.total, self.config.theta_d_length, self.config.proj_seed)
             self.bind(drawn=torch.as_tensor(drawn))
@@ -137,7 +137,7 @@ class UniVector(SharedState):
         return own[: rank * in_features].view(rank, in_features), own[rank * in_features :].view(out_features, rank)
 
     def scales_of(self, indices: Tensor) -> Tensor:
-        """What multiplies the numbers of entries: one by the root of how often each was drawn, in float32."""
+        """Factors on the entries: one over the root of how often their value was drawn, float32."""
         if self.scales is None:
             counts = torch.as_tensor(_draws(self.total, self.config.theta_d_length, self.config.proj_seed)[0])
             self.bind(scales=counts.clamp_min(1).float().rsqrt())
@@ -204,7 +204,7 @@ class UniLora(ComputedFactors, HasFixedTensors):
     def parameter_shapes(
         cls, config: UniLoraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
-        """Nothing: what is trained is shared; see ``Adapter``."""
+        """Empty: the trained tensor is shared; see ``Adapter``."""
         check_linear("Uni-LoRA", path, kind)
         return {}
 
@@ -225,7 +225,7 @@ class UniLora(ComputedFactors, HasFixedTensors):
 
     @classmethod
     def unsaved_elements(cls, config: UniLoraConfig, module: nn.Module, kind: LayerKind) -> int:
-        """An index and a scale for each entry of the factors, where they are drawn; see ``Adapter``."""
+        """Number of indices and scales, without ``save_indices``; see ``Adapter``."""
         return 0 if config.save_indices else 2 * config.r * sum(kind.features(module))
 
     @classmethod
@@ -235,7 +235,7 @@ class UniLora(ComputedFactors, HasFixedTensors):
         given = dict(tensors or {})
         if not given.keys() >= set(_BUFFERS):
             indices = site.shared.indices_of(site.path)
-            if tensors is None:  # other indices are drawn first, which these take the place of
+            if tensors is None:  # PEFT first draws indices that are replaced
                 shapes = (one.shape for one in indices)
                 skip(lambda one: torch.randint(config.theta_d_length, one.shape), site.device, *shapes)
             dtype = site.base.dtype if site.base.dtype.itemsize > 1 else site.dtype

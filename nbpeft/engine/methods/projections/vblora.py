@@ -37,7 +37,7 @@ _LEFT_OUT = -1e4
 
 @dataclass
 class VBLoRAConfig(LayersConfig):
-    """Config of VB-LoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of VB-LoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of the two factors.
@@ -139,7 +139,7 @@ def _unpacked(config: VBLoRAConfig, tensors: Mapping[str, Tensor]) -> Mapping[st
     """Logits that mix those vectors in those shares.
 
     Raises:
-        CheckpointError: what is there in place of logits cannot be.
+        CheckpointError: the file's tensors cannot be logits.
     """
     packed = [key.removesuffix(_INDICES) for key in tensors if key.endswith(_INDICES)]
     if not packed:
@@ -170,7 +170,7 @@ def savable_parameters(manager: Any, adapter: str = "default") -> tuple[int, int
     """The sizes of an adapter's file and of the model's other trained parameters, both in numbers of 4 bytes.
 
     Args:
-        manager: of the model.
+        manager: manager of the model.
         adapter: which adapter.
     """
     manager.require(adapter)

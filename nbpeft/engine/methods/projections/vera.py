@@ -25,7 +25,7 @@ from nbpeft.engine.methods.projections.projected_vectors import ProjectedVectors
 
 @dataclass
 class VeraConfig(VectorsConfig):
-    """Config of VeRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of VeRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         vera_dropout: dropout probability of the adapter's input, from 0 to 1.

@@ -32,9 +32,9 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
 _PREFIX = "base_model.model."
-"""What the keys of PEFT's files begin with."""
+"""Prefix of the keys in PEFT's files."""
 _NAMES = (".adaption_prompt", ".adaption_gate")
-"""What they end with."""
+"""Suffixes of these keys."""
 _ATTENTIONS = {"gpt2": "attn", "llama": "self_attn", "mistral": "self_attn"}
 """Model type -> name of its attentions."""
 _PROJECTIONS = {"gpt2": ("c_attn",), "llama": (_LLAMA := ("q_proj", "k_proj", "v_proj", "o_proj")), "mistral": _LLAMA}
@@ -46,8 +46,8 @@ class AdaptionPromptConfig(AdapterConfig):
     """Config of LLaMA-Adapter. Field names and defaults are PEFT's.
 
     Attributes:
-        target_modules: name of the attentions, or a list of that one; by default that of the model's type: GPT-2, LLaMA
-            or Mistral.
+        target_modules: name of the attention modules, or a list with it; by default the name in the model's type
+            (GPT-2, LLaMA or Mistral).
         adapter_len: tokens of each prompt.
         adapter_layers: how many layers have one, from the top.
 
@@ -59,6 +59,7 @@ class AdaptionPromptConfig(AdapterConfig):
     adapter_len: int | None = field(default=None)
     adapter_layers: int | None = field(default=None)
 
+    on_last_layers: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ()
     """Paths of the attentions in the model it was completed for."""
     features: ClassVar[int] = 0
@@ -75,11 +76,6 @@ class AdaptionPromptConfig(AdapterConfig):
         for name in ("adapter_len", "adapter_layers"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-
-    @property
-    def is_adaption_prompt(self) -> bool:
-        """True: it is one."""
-        return True
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
         """Looks for the attentions; see ``AdapterConfig``."""
@@ -204,13 +200,9 @@ def _with_positions(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attended(queries: Tensor, keys: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-    """Attention to a prompt, (rows, heads, length, features), times the gate.
+    """Attention of queries (rows, heads, length, features) to a prompt, times the gate (1,); shaped like the queries.
 
-    Args:
-        queries: (rows, heads, length, features).
-        keys: (1 or rows, heads or fewer groups of them, tokens, features).
-        values: likewise.
-        gate: (1,).
+    Keys and values are (1 or rows, heads or groups of heads, tokens, features).
     """
     groups = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)

@@ -63,7 +63,7 @@ def _packed(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 def _unpacked(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The two parts of a file's tensor, views of it."""
+    """Splits a file's tensor into the frozen and the trained part, which are views."""
     whole, count = tensors.get(PROMPT_KEY), config.num_frozen_tokens
     if whole is None or whole.ndim != 2 or len(whole) < count:
         return dict(tensors)

@@ -6,7 +6,7 @@ Each token has a type: in the k-th example 4k + 1 for the format around its inpu
 the format around its output, 4k + 4 for the output, which the model learns; 0 is none of these. Calls with labels may
 say the types of their own tokens as ``input_type_mask`` (rows, length), counted from the first example; without it
 all are output. ε_i is ``opt_projection_format_epsilon`` for types 4k + 1 and 4k + 3, ``opt_projection_epsilon`` for
-4k + 2, each times sqrt(features / 2048); the embeddings of outputs stay as they are. With
+4k + 2, each times sqrt(features / 2048); the embeddings of outputs are not changed. With
 ``opt_weighted_loss_type="decay"`` each earlier output counts ``opt_loss_decay_factor`` times as much as the next one.
 
 In PEFT the types of the input come after the largest type of the examples: if that is not an output, they change their
@@ -17,7 +17,7 @@ losses of accumulated batches. Its file contains only the sum e + d, so d restar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -40,7 +40,7 @@ _ROWS, _DELTA = "embedding.weight", "delta_embedding.weight"
 _PER_EXAMPLE = 4
 """Types of tokens of one example."""
 _WIDTH = 2048
-"""Features of the model for which a radius is meant as it is given."""
+"""Number of features for which a radius applies without scaling."""
 _FIXED = 1e-10
 """Radius for tokens that are not trained, as in PEFT."""
 
@@ -52,7 +52,7 @@ class CPTConfig(PromptLearningConfig):
     Attributes:
         cpt_token_ids: the tokens of the examples; their number is ``num_virtual_tokens``.
         cpt_mask: unused, as in PEFT; must be as long as the tokens.
-        cpt_tokens_type_mask: the type of each; by default 1, the format around an input.
+        cpt_tokens_type_mask: the type of each token; by default 1, the format around an input.
         opt_weighted_loss_type: "none", or "decay" where earlier examples count less.
         opt_loss_decay_factor: the weight of an output's loss relative to that of the next output.
         opt_projection_epsilon: the largest change of the embeddings of inputs.
@@ -79,7 +79,7 @@ class CPTConfig(PromptLearningConfig):
         if self.cpt_token_ids is None:
             self.cpt_token_ids = [0]
         count = len(self.cpt_token_ids) if isinstance(self.cpt_token_ids, list) else 0
-        # The sizes are those of the tokens and of the model, whatever is given.
+        # The sizes are determined by the tokens and the model; given values are ignored.
         self.num_virtual_tokens, self.num_transformer_submodules = count or None, 1
         self.num_layers = self.token_dim = self.num_attention_heads = None
         self.cpt_mask = [1] * count if self.cpt_mask is None else self.cpt_mask
@@ -100,20 +100,19 @@ class CPTConfig(PromptLearningConfig):
                 f"{count}, {len(self.cpt_mask)} and {len(self.cpt_tokens_type_mask)}",
                 field="cpt_tokens_type_mask",
             )
-        _check_types("cpt_tokens_type_mask", self.cpt_tokens_type_mask)
+        if not all(0 <= kind < 2**31 for kind in self.cpt_tokens_type_mask):
+            raise ConfigError(
+                f"cpt_tokens_type_mask must be the types of tokens, 0 or more, not {shown(self.cpt_tokens_type_mask)}",
+                field="cpt_tokens_type_mask",
+            )
         for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
             check_number(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, but it is {getattr(self, name)}", field=name)
 
 
-def _check_types(name: str, types: Sequence[int]) -> None:
-    if not all(0 <= kind < 2**31 for kind in types):
-        raise ConfigError(f"{name} must be the types of tokens, 0 or more, not {shown(types)}", field=name)
-
-
 def _both(config: CPTConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The embeddings of a file and what was added to them: zeros if the file has only their sum."""
+    """The embeddings and their trained changes; the changes are zero if the file has only the sum."""
     others = {key: tensor for key, tensor in tensors.items() if key != PROMPT_KEY}
     whole = tensors.get(PROMPT_KEY)
     if whole is None or {_ROWS, _DELTA} <= others.keys():
@@ -122,7 +121,7 @@ def _both(config: CPTConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tens
 
 
 def _sum(config: CPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What PEFT's file holds: the tokens themselves, (tokens, features)."""
+    """The tensor in PEFT's files: embeddings plus changes, (tokens, features)."""
     with torch.no_grad():
         return {PROMPT_KEY: CPTEmbedding.bound(config, tensors).prompt()}
 
@@ -155,9 +154,9 @@ def _sum(config: CPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ),
 )
 class CPTEmbedding(TokenPrompt, WeighsTokens):
-    """The embeddings of the examples and what is added to them.
+    """The embeddings of the examples and their trained changes.
 
-    In training what is added is written back as it is after projection, so that an optimizer steps from there.
+    In training the projected changes are written back, so that the optimizer's next step starts from them.
 
     Attributes:
         embedding: (tokens, features), frozen.
@@ -203,14 +202,14 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
 
     @torch.no_grad()
     def get_projection(self) -> Tensor:
-        """What is added, with its norm limited, (tokens, features)."""
+        """The changes with limited norms, (tokens, features)."""
         delta = self.delta_embedding.weight
         norms = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
         radii = self.get_epsilon().to(norms).unsqueeze(1)
         return torch.where(norms > 0, delta * (radii / norms.clamp(min=radii)), delta)
 
     def prompt(self) -> Tensor:
-        """The embeddings with what is added, (tokens, features)."""
+        """The changed embeddings, (tokens, features)."""
         delta, projected = self.delta_embedding.weight, self.get_projection()
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
@@ -219,11 +218,11 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
         return self.embedding.weight.detach() + (projected + torch.where(trained, delta - delta.detach(), 0.0))
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """The embeddings with what is added; see ``ModelAdapter``."""
+        """The changed embeddings; see ``ModelAdapter``."""
         return self.prompt().unsqueeze(0)
 
     def learned(self, labels: Tensor, start: int, front: int, base: BaseLayer) -> tuple[Tensor, Tensor]:
-        """Outputs alone, those of the examples too; see ``WeighsTokens``."""
+        """Only tokens of outputs count, including those of the examples; see ``WeighsTokens``."""
         own, given = labels[:, front:], base.context
         if given is None:
             given = torch.full_like(own, _PER_EXAMPLE)

@@ -155,7 +155,7 @@ class MultitaskPromptEmbedding(TokenPrompt):
 
 
 def _of_tasks(config: MultitaskPromptTuningConfig, tensor: Tensor | None) -> Tensor | None:
-    """The mean over the tasks of a file, or one of them, (1, …)."""
+    """The mean over the tasks in a file, or one task, (1, …)."""
     if tensor is None:
         return None
     if config.starts_as("AVERAGE_SOURCE_TASKS"):

@@ -70,7 +70,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         return True
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """The size of the network is that of a token where none is given; see ``PromptLearningConfig``."""
+        """Sets the network's size to that of a token by default; see ``PromptLearningConfig``."""
         super().fill_in_sizes(model, width)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
@@ -98,7 +98,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     files=FileFormat(keys={"embedding.weight": PROMPT_KEY}, derived=derived_tokens, unpack=with_rows),
 )
 class PromptEncoder(EncodedPrompt):
-    """The inputs of a network, (tokens, features), and the network; or what it computed alone."""
+    """The network and its inputs, (tokens, features); or only the tokens that it computed."""
 
     mlp_head: nn.Sequential
     lstm_head: nn.LSTM
@@ -107,7 +107,7 @@ class PromptEncoder(EncodedPrompt):
         super().__init__(config)
         assert config.num_virtual_tokens is not None and config.token_dim is not None
         self.token_count, width = config.num_virtual_tokens, config.token_dim
-        self.hold(nn.Embedding(config.total_tokens, width), encoded=config.encoded)
+        self.set_rows(nn.Embedding(config.total_tokens, width), encoded=config.encoded)
         if not config.encoded:
             return
         hidden = config.encoder_hidden_size or width

@@ -2,8 +2,8 @@
 
     attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer, trained or computed by an MLP that is
 
-They are where a cache has the tokens before the input, so the model must take one; with gradient checkpointing it
-does not. A file holds the keys and values, as PEFT's, and the MLP too where there is one.
+They are passed to the model as a cache of the tokens before the input, so the model must support one; with gradient
+checkpointing it does not. A file contains the keys and values, as in PEFT, and the MLP if there is one.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class PrefixEncoder(EncodedPrompt, CachedPrefix):
         super().__init__(config)
         width, size = int(config.token_dim or 0), self.state_features
         encoded = config.prefix_projection and config.encoded
-        self.hold(nn.Embedding(self.state_count, width if encoded else size), encoded=encoded)
+        self.set_rows(nn.Embedding(self.state_count, width if encoded else size), encoded=encoded)
         if encoded:
             hidden = int(config.encoder_hidden_size or width)
             self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, size))

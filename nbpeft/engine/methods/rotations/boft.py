@@ -36,11 +36,11 @@ _MEANS = {ROTATION: 0.0, SCALE: 1.0}
 
 @dataclass
 class BOFTConfig(LayersConfig):
-    """Config of BOFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of BOFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
-        boft_block_size: inputs of a block, which divides those of each layer; 0 where boft_block_num is given.
-        boft_block_num: blocks of a layer; 0 where boft_block_size is given.
+        boft_block_size: number of inputs of a block, a divisor of each layer's inputs; 0 with boft_block_num.
+        boft_block_num: number of blocks of a layer; 0 with boft_block_size.
         boft_n_butterfly_factor: number of factors; with more than one, blocks are mixed. PEFT takes 1 on a CPU.
         boft_dropout: share of the blocks of one factor that are not rotated in a call of the training, from 0 to 1.
         fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
@@ -82,9 +82,7 @@ class BOFTConfig(LayersConfig):
         given = "boft_block_size" if self.boft_block_size else "boft_block_num"
         wanted = getattr(self, given)
         if features % wanted:
-            raise ConfigError(
-                f"{path}: {given} = {wanted} must divide its {features} inputs; choose another", path=path
-            )
+            raise ConfigError(f"{path}: {given} = {wanted} must divide its {features} inputs", path=path)
         count, size = (features // wanted, wanted) if self.boft_block_size else (wanted, features // wanted)
         factors = self.boft_n_butterfly_factor
         if factors > 1 and (size % 2 or factors > _LARGEST_EXPONENT or count % 2 ** (factors - 1)):

@@ -33,7 +33,7 @@ VECTORS = "hra_u"
 
 @dataclass
 class HRAConfig(LayersConfig):
-    """Config of HRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of HRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: number of reflections; an even one starts at the base model.
@@ -127,7 +127,7 @@ class HRA(Adapter):
         Args:
             rows: (…, in).
             vectors: u, (in, r).
-            transposed: of ``x Hᵀ``, an input's; else of ``w H``, a weight's.
+            transposed: whether to return the change of ``x Hᵀ``, for inputs, and not of ``w H``, for weights.
         """
         if self.orthogonal:
             basis = _basis(vectors)

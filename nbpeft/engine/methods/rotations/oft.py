@@ -36,11 +36,11 @@ _MOST_TERMS = 64
 
 @dataclass
 class OFTConfig(LayersConfig):
-    """Config of OFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of OFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
-        r: number of blocks of a layer; 0 where oft_block_size is given.
-        oft_block_size: inputs of a block; 0 where r is given. Where it does not divide the inputs, the nearest is.
+        r: number of blocks of a layer; 0 with oft_block_size.
+        oft_block_size: number of inputs of a block; 0 with r. The nearest divisor of a layer's inputs is used.
         module_dropout: share of the blocks that are not rotated in a call of the training, from 0 to 1.
         fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         bias: which biases of the model are also trained.
@@ -186,7 +186,7 @@ class OFT(Adapter):
 
     @property
     def triangles(self) -> Tensor:
-        """The parameter; in a training with ``coft`` it is made small first."""
+        """The parameter; in training with ``coft``, it is first projected to a small norm in place."""
         triangles: Tensor = self.tensor(self.parameter_name)
         if self.eps is not None and self.training and triangles.requires_grad:
             with torch.no_grad():
@@ -328,7 +328,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _blockwise(rows: Tensor, blocks: Tensor) -> Tensor:
-    """Vectors (…, blocks * b), each part of which is multiplied with its block (blocks, b, b)."""
+    """Multiplies each part of vectors, (…, blocks * b), with its block, (blocks, b, b)."""
     parts = rows.reshape(*rows.shape[:-1], *blocks.shape[:2])
     return torch.einsum("...rk,rkc->...rc", parts, blocks).flatten(-2)
 

@@ -32,6 +32,7 @@ from nbpeft.engine.kernels.numerics import cayley, compute_dtype, neumann_cayley
 from nbpeft.errors import ConfigError
 
 CORE, SCALE_A, SCALE_B = "psoft_R", "psoft_R_vector_a", "psoft_R_vector_b"
+_KEYS = {CORE: f"{CORE}.weight", SCALE_A: f"{CORE}.vector_a", SCALE_B: f"{CORE}.vector_b"}
 DOWN, UP = "psoft_A", "psoft_B"
 _DEVIATION = 0.1
 """Standard deviation of a random core around the identity."""
@@ -42,11 +43,11 @@ _MOST_ITERATIONS = 128
 
 @dataclass
 class PsoftConfig(LayersConfig):
-    """Config of PSOFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of PSOFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: how many singular directions are rotated.
-        psoft_alpha: B is divided by alpha / r, and what is added multiplied by it.
+        psoft_alpha: B is divided by alpha / r, and the delta is multiplied by it.
         psoft_dropout: dropout probability of the adapter's input, from 0 to 1.
         fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         ab_svd_init: "psoft_init" has the singular values in B, "pissa_init" a root of them on each side.
@@ -55,10 +56,10 @@ class PsoftConfig(LayersConfig):
         random_seed: seed of that.
         psoft_orth: rotate; False for any matrix.
         psoft_mag_b: learn a factor on each output of the rotation.
-        psoft_mag_a: learn a factor on each input of it.
+        psoft_mag_a: train a factor on each input of the rotation.
         use_cayley_neumann: approximate the Cayley transform by a series: faster, and not exactly orthogonal.
         num_cayley_neumann_terms: number of its terms.
-        cayley_neumann_eps: largest norm of what is transformed in a series; None for any.
+        cayley_neumann_eps: largest norm of the matrix in a Neumann series; None for no limit.
         init_weights: start at the base model; False for a random core.
     """
 
@@ -108,7 +109,7 @@ class PsoftConfig(LayersConfig):
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Always: the directions are those of the weight."""
+        """Always: the directions are computed from the weight."""
         return True
 
     @property
@@ -141,7 +142,7 @@ class PsoftConfig(LayersConfig):
         },
         "free": {"r": 3, "psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False},
     },
-    files=FileFormat(keys={CORE: f"{CORE}.weight", SCALE_A: f"{CORE}.vector_a", SCALE_B: f"{CORE}.vector_b"}),
+    files=FileFormat(keys=_KEYS),
 )
 class Psoft(Adapter, ConvertsToLora, Rescales):
     """The trained parameters between the directions of one layer."""
@@ -150,7 +151,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         "psoft_R",
         "r psoft_alpha scaling psoft_dropout psoft_svd psoft_svd_lowrank_niter random_seed ab_svd_init "
         "_psoft_A_cache _psoft_B_cache",
-        wrapped=(CORE,),
+        grouped=_KEYS,
         attributes={"r": "rank", "psoft_alpha": "alpha"},
     )
     from_config: ClassVar[Mapping[str, str]] = {
@@ -208,7 +209,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         return self.rank
 
     def change(self) -> Tensor:
-        """``diag(b) Q diag(a) - I``, (r, r), in the dtype of what is trained."""
+        """``diag(b) Q diag(a) - I``, (r, r), in the dtype of the trained parameters."""
         names = [name for name in (CORE, SCALE_B, SCALE_A) if self.tensor(name, optional=True) is not None]
 
         def made(*given: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         return found.up @ found.down * found.scaling
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites its parameters with those of the identity."""
+        """Resets the parameters to the identity."""
         for name, parameter in self.named_parameters():
             held = parameter.detach()
             if name != CORE:

@@ -2,8 +2,8 @@
 
     y = R (W x + b)        R: for each pair of outputs α [cos θ, -sin θ; sin θ, cos θ]
 
-Outputs are paired within groups: one of the first half with one of the second half. ``road_2`` gives each output of a
-pair an α and a θ of its own, ``road_4`` each entry of the four.
+Outputs are paired within groups: one of the first half with one of the second half. With ``road_2`` each output of a
+pair has its own α and θ, with ``road_4`` each of the four entries.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _FOR_A_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 @dataclass
 class RoadConfig(LayersConfig):
-    """Config of RoAd. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of RoAd. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         variant: ``road_1``, ``road_2`` or ``road_4``: how many angles and scales a pair of outputs has.
-        group_size: outputs of a group, an even number that divides those of each layer.
+        group_size: number of outputs of a group, an even divisor of each layer's outputs.
         init_weights: start at the base model; False for random angles and scales.
     """
 

@@ -2,10 +2,11 @@
 
 config.py     ShadowConfig
 network.py    builds or loads the network for a model
+token_network.py  the network for diffusion transformers
 losses.py     the losses of the network alone
 shadow.py     the adapter, and PEFT's names of its parts on a model
 cache.py      a cache of keys and values for both
-detached.py   the network as a model of its own
+detached.py   the network as a separate model
 """
 
 from nbpeft.engine.methods.shadow import shadow

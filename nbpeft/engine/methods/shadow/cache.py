@@ -10,7 +10,7 @@ from nbpeft.engine.calls.two_pass_cache import TwoPassCache
 
 
 class ShadowCache(TwoPassCache):
-    """The cache of a model, which contains that of the network; changes of rows and length apply to both."""
+    """A model's cache that contains the network's cache; reordering and cropping apply to both."""
 
     needed_because: ClassVar[str] = "ShadowPEFT runs a second network, whose keys and values are cached, too"
 

@@ -24,21 +24,21 @@ class ShadowConfig(LayersConfig):
     """Config of ShadowPEFT. Field names and defaults are PEFT's.
 
     Attributes:
-        target_modules: the blocks of the decoder that take part, which must follow each other; None for all.
-        exclude_modules: names of blocks that do not, or a pattern.
-        r: rank of what is added to the input of a block.
-        shadow_alpha: factor on that.
-        shadow_dropout: dropout in front of it.
+        target_modules: consecutive blocks of the decoder to adapt; None for all.
+        exclude_modules: names of blocks that are not adapted, or a pattern.
+        r: rank of the change of a block's input.
+        shadow_alpha: factor on that change.
+        shadow_dropout: dropout probability of the change's input.
         init_weights: start with zeros in the second factor, so that nothing is added at first.
-        shadow_model: 'mirror' for a new network of the model's own architecture, or a folder or hub id of another one.
+        shadow_model: 'mirror' for a new network of the model's architecture, or folder or hub id of another network.
         shadow_num_hidden_layers: layers of a mirror; None for 1.
         shadow_hidden_size: features of a mirror; None for the model's.
         shadow_num_attention_heads: attention heads of a mirror; None for the model's.
         shadow_intermediate_size: features between the feed-forward layers of a mirror; None for the model's.
         share_embeddings: let a mirror read the model's input embeddings, as far as the sizes are the same.
         update_hidden_size: features inside the two networks that advance the state; None for r.
-        auxiliary_loss_weight: factor on the loss of the network by itself, which is added to that of the model.
-        layers_to_transform: numbers of the blocks that take part; None for all.
+        auxiliary_loss_weight: factor on the network's own loss, which is added to the model's loss.
+        layers_to_transform: indices of the blocks to adapt; None for all.
         layers_pattern: name of the list of blocks that layers_to_transform counts in.
         modules_to_save: names of other modules that are copied, trained as a whole and saved.
 
@@ -67,9 +67,9 @@ class ShadowConfig(LayersConfig):
     value_fields: ClassVar[tuple[str, ...]] = ("shadow_alpha", "shadow_dropout", "auxiliary_loss_weight")
     condenses_targets: ClassVar[bool] = False
     places: ClassVar[tuple[str, ...]] = ()
-    """Paths of the blocks in the model that it was completed for."""
+    """Paths of the adapted blocks in the model, once resolved."""
     recipe: ClassVar[Recipe | None] = None
-    """How the network for that model is made."""
+    """How to build the network for the model, once resolved."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,18 +91,18 @@ class ShadowConfig(LayersConfig):
         given = [name for name in _SIZES if getattr(self, name) is not None]
         if self.shadow_model != MIRROR and given:
             raise ConfigError(
-                f"shadow_model {shown(self.shadow_model)} has sizes of its own: leave out these mirror-only overrides, "
+                f"shadow_model {shown(self.shadow_model)} determines its sizes: leave out these mirror-only overrides, "
                 f"{', '.join(given)}",
                 field=given[0],
             )
 
     def on_model(self, model: nn.Module, planned: Callable[[AdapterConfig], Any]) -> Self:
-        """Refuses what is no decoder; see ``AdapterConfig``."""
+        """Raises ConfigError if the model is not a decoder; see ``AdapterConfig``."""
         blocks_of(model)
         return self
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Looks for the blocks, and how the network is made; see ``AdapterConfig``."""
+        """Resolves the blocks and the network's recipe; see ``AdapterConfig``."""
         backbone, blocks = blocks_of(model)
         if self.target_modules is None:
             self.target_modules = set(blocks)

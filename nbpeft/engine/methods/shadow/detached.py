@@ -1,4 +1,4 @@
-"""The network of a ShadowPEFT adapter as a model of its own."""
+"""The network of a ShadowPEFT adapter as a separate model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-
 
     Args:
         backbone: the network.
-        projection: to the features of the head; None for none.
-        head: a head of a language model or of a classification; None for hidden states.
-        is_classification: which of both.
-        input_embeddings: of another model, which the network reads; not part of this one's state dict.
+        projection: projection to the head's features, or None.
+        head: a language modeling or classification head; None for hidden states.
+        is_classification: whether the head is a classification head.
+        input_embeddings: input embedding of another model to use; not in this model's state dict.
     """
 
     main_input_name = "input_ids"
@@ -45,15 +45,15 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         self.shadow_hidden_projection = nn.Identity() if projection is None else projection
         self.head = head
         self.is_classification = is_classification
-        object.__setattr__(self, "shared_embeddings", input_embeddings)  # no submodule: they are the base model's
+        object.__setattr__(self, "shared_embeddings", input_embeddings)  # not a submodule: it belongs to the base model
         self.generation_config = GenerationConfig.from_model_config(self.config)
 
     def can_generate(self) -> bool:  # type: ignore[override]
-        """Whether it is a language model."""
+        """Whether the model is a language model."""
         return getattr(self, "head", None) is not None and not getattr(self, "is_classification", False)
 
     def get_input_embeddings(self) -> Any:
-        """The embedding that it reads."""
+        """The network's input embedding, or the shared one."""
         shared = self.shared_embeddings
         return embedding_of(self.backbone) if shared is None else shared
 
@@ -114,7 +114,7 @@ def detached(network: Any, model: nn.Module, *, owned: bool) -> DetachedShadowMo
     backbone, projection = own["shadow_backbone"], own["shadow_projection"]
     embedding = embedding_of(model) if network.recipe.shares else None
     if owned:
-        embedding = None if embedding is None else frozen_module(embedding)  # without the network, which it has
+        embedding = None if embedding is None else frozen_module(embedding)  # its wrapper contains the network
         backbone, projection, head, embedding = copy.deepcopy((backbone, projection, head, embedding))
         if embedding is not None:
             backbone.embed_tokens, embedding = embedding, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
+from nbpeft.engine.config.prompt_config import WIDTHS
 from nbpeft.engine.contract.adapter import TaskType
+from nbpeft.engine.methods.shadow.token_network import TokenNetwork, TokenNetworkConfig
 from nbpeft.engine.tree.model_tree import bare_modules
 from nbpeft.errors import ConfigError, in_one_line, shortened, shown
 
 _LISTS = ("layers", "h")
-"""Names of the list of blocks in models."""
-_WIDTHS = ("hidden_size", "n_embd", "d_model")
+"""Names of the list of blocks in language models."""
+_DIFFUSION_LISTS = ("single_transformer_blocks", "transformer_blocks")
+"""The same in diffusion transformers, on the model itself."""
 _HEADS = ("score", "classifier")
 """Names of the head of a sequence classifier in models."""
 _PROJECTED = "causal_lm_with_hidden_projection"
@@ -30,18 +34,23 @@ _PROJECTION = "shadow_hidden_projection.weight"
 
 
 def blocks_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """The module that has the blocks of a decoder, and their paths.
+    """The module that has the blocks of a decoder or of a diffusion transformer, and their paths.
 
     Raises:
-        ConfigError: the model is not a decoder with token ids as input.
+        ConfigError: the model is neither, or one for which PEFT has a network of its own.
     """
     name = type(model).__name__
+    attribute = diffusion_blocks(model)
+    if name.startswith("Flux2"):
+        raise ConfigError(f"ShadowPEFT of {name} needs a smaller Flux 2 model as network, which is not implemented")
+    if attribute:
+        return model, [f"{attribute}.{number}" for number in range(len(getattr(model, attribute)))]
     config: Any = getattr(model, "config", None)
     if has_encoder(model):
         raise ConfigError(f"ShadowPEFT works with decoder language models, and {name} has an encoder and a decoder")
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     if text is None or text is not config:
-        raise ConfigError(f"ShadowPEFT works with decoder language models of transformers, and {name} is none")
+        raise ConfigError(f"ShadowPEFT works with decoder language models of transformers, not with {name}")
     for path, module in bare_modules(model):
         for attribute in _LISTS:
             blocks = module._modules.get(attribute)
@@ -51,13 +60,22 @@ def blocks_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
     raise ConfigError(f"ShadowPEFT works with decoder language models, and {name} has no list of blocks (layers, h)")
 
 
+def diffusion_blocks(model: nn.Module) -> str:
+    """Name of the list of blocks in a diffusion transformer; empty for other models."""
+    lists = {name for name, module in model._modules.items() if isinstance(module, nn.ModuleList) and len(module)}
+    return "" if "layers" in lists else next((name for name in _DIFFUSION_LISTS if name in lists), "")
+
+
 def width_of(config: Any) -> int:
     """Features of the hidden states, from a model's config.
 
     Raises:
         ConfigError: the config does not have it.
     """
-    found = next((getattr(config, name) for name in _WIDTHS if hasattr(config, name)), None)
+    found = next((getattr(config, name) for name in WIDTHS if hasattr(config, name)), None)
+    of_heads = [getattr(config, name, None) for name in ("num_attention_heads", "attention_head_dim")]
+    if found is None and all(isinstance(size, int) for size in of_heads):  # in configs of diffusers
+        found = math.prod(of_heads)  # type: ignore[arg-type]
     if not isinstance(found, int):
         raise ConfigError(f"{type(config).__name__} does not say its hidden_size")
     return found
@@ -70,11 +88,12 @@ class Recipe:
         network_class: class of the network.
         network_config: its config.
         source: folder or hub id of its weights; empty for a new one.
-        is_projected: whether those have a projection with them.
+        is_projected: whether the weights include a projection.
         width: features of the model's hidden states.
         shares: whether it reads the model's input embeddings.
-        is_lm: whether its loss is that of a language model, whose head it takes.
-        head: of a classification, without data; None where there is none.
+        reads_states: whether it reads the input of the model's first block instead of the input of the model.
+        is_lm: whether the network has a language modeling loss, with the model's head.
+        head: a classification head without data, or None.
     """
 
     def __init__(
@@ -83,7 +102,7 @@ class Recipe:
         self.network_class, self.network_config = network_class, network_config
         self.source, self.is_projected = source, is_projected
         self.width = 0
-        self.shares = self.is_lm = False
+        self.shares = self.is_lm = self.reads_states = False
         self.head: nn.Module | None = None
         self._source_of_head: Any = None
 
@@ -101,7 +120,7 @@ class Recipe:
 
     def network(self) -> Any:
         """A new network, without an embedding if it reads the model's."""
-        # What is read whole is not drawn first.
+        # All weights will be loaded, so torch's random state must not depend on initializing them.
         with torch.random.fork_rng(devices=()) if self.source and not self.is_projected else nullcontext():
             made = self.network_class(self.network_config)
         if self.shares and isinstance(getattr(made, "embed_tokens", None), nn.Module):
@@ -119,7 +138,7 @@ class Recipe:
         """The saved tensors of the network and its projection, if any.
 
         Args:
-            reads: gives the tensors of a file.
+            reads: returns the tensors of a file.
 
         Raises:
             ConfigError: they cannot be read.
@@ -155,6 +174,8 @@ def recipe_for(config: Any, model: nn.Module, backbone: nn.Module) -> Recipe:
         ConfigError: there is no such network, or it does not fit the model.
     """
     is_mirror = config.shadow_model == "mirror"
+    if diffusion_blocks(model):
+        return _of_tokens(config, model)
     made = _mirrored(config, backbone) if is_mirror else _saved(config.shadow_model)
     made.width = width_of(model.config)
     try:
@@ -176,6 +197,25 @@ def recipe_for(config: Any, model: nn.Module, backbone: nn.Module) -> Recipe:
     return made
 
 
+def _of_tokens(config: Any, model: nn.Module) -> Recipe:
+    """A new network for a diffusion transformer."""
+    for field, given in (
+        ("shadow_model", config.shadow_model != "mirror"),
+        ("shadow_num_attention_heads", config.shadow_num_attention_heads is not None),
+    ):
+        if given:
+            raise ConfigError(
+                f"leave out {field}: the network for {type(model).__name__}, a diffusion transformer, is a new MLP",
+                field=field,
+            )
+    width = width_of(getattr(model, "config", None))
+    size = config.shadow_hidden_size or width
+    layers, inner = config.shadow_num_hidden_layers or 1, config.shadow_intermediate_size or size
+    made = Recipe(TokenNetwork, TokenNetworkConfig(width, size, layers, inner))
+    made.width, made.reads_states = width, True
+    return made
+
+
 def _mirrored(config: Any, backbone: Any) -> Recipe:
     """A new network of the class of a model's backbone."""
     own = copy.deepcopy(backbone.config)
@@ -185,7 +225,7 @@ def _mirrored(config: Any, backbone: Any) -> Recipe:
             "shadow_num_hidden_layers",
             ("num_hidden_layers", "n_layer", "num_layers"),
         ),
-        (config.shadow_hidden_size, "shadow_hidden_size", _WIDTHS),
+        (config.shadow_hidden_size, "shadow_hidden_size", WIDTHS),
         (config.shadow_intermediate_size, "shadow_intermediate_size", ("intermediate_size", "ffn_dim", "n_inner")),
         (
             config.shadow_num_attention_heads,

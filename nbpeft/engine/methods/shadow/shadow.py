@@ -5,7 +5,8 @@
     s   = (1 - g) s + g T(h'),   g = sigmoid(G(h'))             after it, from its output h'
 
 The model is frozen. W_up starts at zero, so training starts at the base model. The network is also trained with a loss
-of its own: that of the model's head on s_0, and can be taken out as a small model (``unload_shadow``).
+of its own, the loss of the model's head on s_0, and can be extracted as a small model (``unload_shadow``). In a
+diffusion transformer x is the input of the first adapted block, and the network has no loss.
 
 PEFT computes the network in the dtype of the model; here the dtype is the adapter's. PEFT also updates the state after
 the last block, which is not read, and adds the network's loss even in calls without gradient.
@@ -27,14 +28,14 @@ from nbpeft.engine.calls.model_calls import cache_argument, fills_cache, take_ca
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
-from nbpeft.engine.contract.model_adapter import ModelAdapter, RunsBeside
+from nbpeft.engine.contract.model_adapter import HasSideNetwork, ModelAdapter
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.methods.shadow.config import ShadowConfig
 from nbpeft.engine.methods.shadow.losses import class_loss, in_dtype_of, language_loss, last_tokens
 from nbpeft.engine.methods.shadow.network import Recipe
 from nbpeft.engine.tree.model_tree import embedding_of
-from nbpeft.errors import AdapterError, UnknownAdapterError
+from nbpeft.errors import AdapterError, NotSupportedError, UnknownAdapterError
 
 _PARTS = ("shadow_backbone", "shadow_projection", "shadow_head")
 _OF_BLOCK = "shadow_down|shadow_up|shadow_update_transform|shadow_update_gate"
@@ -93,15 +94,16 @@ def _last_loss(tuner: Any) -> Tensor | None:
 
 
 def unload_shadow(manager: Any, adapter_name: str | None = None, copy: bool = False) -> Any:
-    """Returns the network of an adapter as a model of its own, with the head of the base model.
+    """Returns the network of an adapter as a separate model, with the head of the base model.
 
     Args:
-        manager: of the model.
-        adapter_name: of the adapter; None for the active one.
-        copy: give it tensors of its own, the input embedding among them, as saving it as a whole needs.
+        manager: manager of the model.
+        adapter_name: name of the adapter; None for the active one.
+        copy: copy all tensors, including the input embedding, so that the whole model can be saved.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
+        NotSupportedError: the model is a diffusion transformer.
     """
     from nbpeft.engine.methods.shadow.detached import detached
 
@@ -109,6 +111,8 @@ def unload_shadow(manager: Any, adapter_name: str | None = None, copy: bool = Fa
     name = next((one for one in manager.active if one in found), None) if adapter_name is None else adapter_name
     if name is None or name not in found:
         raise UnknownAdapterError(f"there is no ShadowPEFT adapter {name or 'active'!r}", adapter=name)
+    if found[name].recipe.reads_states:
+        raise NotSupportedError("unload_shadow() is not supported for Diffusers models: their network makes no image")
     return detached(found[name], manager.model, owned=copy)
 
 
@@ -137,7 +141,7 @@ def _sharing(tuner: Any) -> dict[str, bool]:
     calls=CallInputs(context=lambda config, args, kwargs: None),
     files=FileFormat(pack=_packed, unpack=_unpacked),
 )
-class ShadowNetwork(ModelAdapter, RunsBeside):
+class ShadowNetwork(ModelAdapter, HasSideNetwork):
     """The network, its projection and head, and for each block the modules that compute its delta and the next state.
 
     The modules of a block are below the block's path in the model.
@@ -157,6 +161,7 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
         "dropout": "shadow_dropout",
         "loss_weight": "auxiliary_loss_weight",
     }
+    needs_embedding: ClassVar[bool] = False
     title: str = "ShadowPEFT"
 
     def __init__(self, config: ShadowConfig) -> None:
@@ -174,7 +179,7 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
             for name in parents:
                 holder = holder._modules.setdefault(name, nn.Module())  # type: ignore[assignment]
             holder._modules[last] = ShadowBlock(config, recipe.width)
-        if recipe.source:  # as large as those of a whole model
+        if recipe.source:  # a pretrained network's embeddings are large, and stay frozen
             tables = [one for one in map(embedding_of, (network,)) if one is not None]
             kept = {id(parameter) for table in tables for parameter in table.parameters()}
             frozen = tuple(name for name, parameter in self.named_parameters() if id(parameter) in kept)
@@ -217,17 +222,17 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
                 found["shadow_projection.weight"] = projection
         return found
 
-    def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor:
-        """What the network gives; see ``RunsBeside``."""
+    def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor | None:
+        """The projected output of the network; see ``HasSideNetwork``."""
+        if self.recipe.reads_states:
+            return None
         network: Any = self._modules["shadow_backbone"]
         ids: Tensor | None = call.get("input_ids")
         embeds: Tensor | None = call.get("inputs_embeds")
         if embeds is None and self.recipe.shares and ids is not None:
             embeds = model.get_input_embeddings()(ids)  # type: ignore[operator]
         if not self.recipe.shares and ids is None:
-            raise AdapterError(
-                "the network of the active ShadowPEFT adapter has an embedding of its own: pass input_ids"
-            )
+            raise AdapterError("the network of the active ShadowPEFT adapter has its own embedding: pass input_ids")
         if ids is None and embeds is None:
             raise AdapterError("pass input_ids or inputs_embeds, which the network of the active adapter reads")
         options: dict[str, Any] = {name: call.get(name) for name in ("attention_mask", "position_ids") if name in call}
@@ -248,8 +253,14 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
         state: Tensor = self._modules["shadow_projection"](output.last_hidden_state)  # type: ignore[misc]
         return state
 
+    def state_of(self, hidden: Tensor) -> Tensor:
+        """The projected output of the network for a diffusion transformer; see ``HasSideNetwork``."""
+        network: Any = self._modules["shadow_backbone"]
+        state: Tensor = self._modules["shadow_projection"](network(hidden.to(network.proj_in.weight.dtype)))  # type: ignore[misc]
+        return state
+
     def injected(self, path: str, hidden: Tensor, state: Tensor, scale: float) -> Tensor:
-        """The hidden states and a low-rank map of how they differ from the state; see ``RunsBeside``."""
+        """The hidden states and a low-rank map of how they differ from the state; see ``HasSideNetwork``."""
         block: Any = self.get_submodule(path)
         dtype = block.shadow_down.weight.dtype
         differing = F.dropout(hidden.to(dtype) - state.to(dtype), self.dropout, self.training)
@@ -258,7 +269,7 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
         return changed
 
     def advanced(self, path: str, hidden: Tensor, state: Tensor) -> Tensor:
-        """A mean of the state and of a map of the block's output, with a gate; see ``RunsBeside``."""
+        """A mean of the state and of a map of the block's output, with a gate; see ``HasSideNetwork``."""
         block: Any = self.get_submodule(path)
         hidden = hidden.to(block.shadow_down.weight.dtype)
         candidate = block.shadow_update_transform(hidden)
@@ -267,7 +278,7 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
         return following
 
     def own_loss(self, model: nn.Module, call: Mapping[str, Any], state: Tensor) -> Tensor | None:
-        """The loss of the head on the network's output; see ``RunsBeside``."""
+        """The loss of the head on the network's output; see ``HasSideNetwork``."""
         labels: Tensor = call["labels"]
         if self.recipe.is_lm:
             head: Any = embedding_of(model, output=True)
@@ -277,12 +288,10 @@ class ShadowNetwork(ModelAdapter, RunsBeside):
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why it cannot be merged; see ``Adapter``."""
-        return (
-            "the weights: what it adds to the input of a block depends on the text; unload_shadow() gives its network"
-        )
+        return "the weights: its changes of a block's input depend on the text; unload_shadow() returns its network"
 
     def swap_refusal(self) -> str:
-        """Why nothing takes its place; see ``Adapter``."""
+        """Why the adapter cannot be hot-swapped; see ``Adapter``."""
         return "is a second network; load the other one under another name and switch with set_adapter()"
 
     def reset_(self, base: BaseLayer) -> None:

@@ -1,4 +1,4 @@
-"""BEFT: one bias a layer, that of the value projections (Huang et al. 2025, arXiv:2509.15974).
+"""BEFT: trains one bias per layer, usually of the value projections (Huang et al. 2025, arXiv:2509.15974).
 
     y = W x + b + β        β: (1, out)
 
@@ -36,7 +36,7 @@ _VALUES = {
 
 @dataclass
 class BeftConfig(LayersConfig):
-    """Config of BEFT. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+    """Config of BEFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         init_weights: start at the base model; False for random biases.
@@ -94,7 +94,7 @@ class Beft(Adapter, TransformsOutput, MergesInPlace):
 
     @property
     def bias(self) -> Tensor:
-        """What is added, (out,)."""
+        """The trained bias, (out,)."""
         return self.tensor(BIAS).flatten()
 
     @property

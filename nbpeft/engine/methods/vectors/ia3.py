@@ -127,7 +127,7 @@ class IA3Config(AdapterConfig):
 
 
 def _scaled(config: IA3Config) -> str:
-    """What the vectors of a config scale, if the config determines it."""
+    """Whether the vectors scale inputs, outputs or both."""
     if not config.feedforward_modules:
         return "outputs"
     return "inputs" if config.feedforward_modules == config.target_modules else "inputs and outputs"

@@ -1,9 +1,9 @@
 """LN tuning: the weights and biases of norms, and nothing else (Zhao et al. 2023, arXiv:2312.11420).
 
-    y = norm(x) ∘ w + b        w, b: trained copies, which start at those of the layer
+    y = norm(x) ∘ w + b        w, b: trained copies of the layer's weight and bias
 
-A norm runs once, with the copies in place of its own. So does any other layer that is named as a target: it is
-trained as a whole, as long as its weight is not quantized.
+A norm runs once, with the copies instead of its parameters. Any other layer that is named as a target is trained as a
+whole in the same way, if its weight is not quantized.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nbpeft.errors import TargetError
 WEIGHT, BIAS = "weight", "bias"
 COPIES = "ln_tuning_layers"
 OWN = {COPIES: WEIGHT, f"{COPIES}_bias": BIAS}
-"""Parameter of an adapter -> the layer's that it is a copy of."""
+"""Parameter of an adapter -> parameter of the layer that it copies."""
 _BLOCK = ["input_layernorm", "post_attention_layernorm"]
 _FOUR = [*_BLOCK, "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"]
 _TARGETS = {
@@ -64,7 +64,7 @@ class Norm:
     takes_ids = False
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether it is called a norm and has such a weight; one over batches or groups of channels has not."""
+        """Whether the class name contains "norm" and the weight is a vector; batch and group norms do not match."""
         weight = parameter_of(module, WEIGHT)
         other = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
         return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1 and not other
@@ -100,7 +100,7 @@ def _computed(module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor | No
 
 @dataclass
 class LNTuningConfig(LayersConfig):
-    """Config of LN tuning. Field names are PEFT's; see ``LayersConfig`` for those of the layers."""
+    """Config of LN tuning. Field names are PEFT's; see ``LayersConfig`` for the target fields."""
 
     method_type: ClassVar[str] = "LN_TUNING"
     not_in_peft: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
@@ -130,10 +130,10 @@ class LNTuning(Adapter, ReplacesCall):
     def parameter_shapes(
         cls, config: LNTuningConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
-        """Those of the layer; see ``Adapter``.
+        """The shapes of the layer's weight and bias; see ``Adapter``.
 
         Raises:
-            TargetError: its weight is quantized.
+            TargetError: the weight is quantized.
         """
         backend = resolve_backend(module)
         if backend is None or backend.name != "dense":

@@ -7,8 +7,8 @@ of new tokens were initialized differently. They are initialized with the base's
 embedding's weight also uses the trained rows, and has no tensors of its own. If a config names other tokens for the
 head, or only the head, the head has its own rows.
 
-It is a method of its own (``TrainableTokensConfig``), and a companion of others: their configs ask for it
-with ``trainable_token_indices``.
+It is a separate method (``TrainableTokensConfig``), and a companion of other methods, whose configs enable it with
+``trainable_token_indices``.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class TokenRows:
     Attributes:
         indices: the rows.
         init_weights: whether they start as the embedding's.
-        companion: whether the config of another method asks for them.
-        tied: whether the rows are those of another module.
+        companion: whether the config of another method enables them.
+        tied: whether the rows are shared with another module, which owns them.
     """
 
     indices: tuple[int, ...]
@@ -160,7 +160,7 @@ _NAMES = PeftNames(
     },
 )
 _REQUESTED = replace(_NAMES, container="token_adapter")
-"""The names of rows that the config of another method requests."""
+"""PEFT's names of rows that the config of another method enables."""
 
 
 @register(
@@ -200,7 +200,7 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
     def parameter_shapes(
         cls, config: TokenRows, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
-        """The rows, (tokens, features), where they are its own; see ``Adapter``."""
+        """The rows, (tokens, features), unless they are tied; see ``Adapter``."""
         inside, outside = kind.features(module)
         return {} if config.tied else {ROWS: (len(config.indices), outside if kind.takes_ids else inside)}
 
@@ -234,7 +234,7 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def tie_to(self, source: Adapter) -> None:
-        """Uses the rows of another adapter from now on."""
+        """Shares the rows of another adapter."""
         self.bind(source=source)
 
     @property
@@ -328,7 +328,7 @@ def _checked(path: str, module: nn.Module, indices: Any, field: str) -> tuple[in
     wrong = next((index for index in indices if not 0 <= index < rows), None)
     if wrong is not None:
         raise ConfigError(
-            f"{field}: {path} has {rows} rows and no row {wrong}; resize_token_embeddings() comes first",
+            f"{field}: {path} has {rows} rows and no row {wrong}; call resize_token_embeddings() first",
             field=field,
             index=wrong,
         )
@@ -340,7 +340,7 @@ def _checked(path: str, module: nn.Module, indices: Any, field: str) -> tuple[in
 def _with_tied(model: nn.Module, config: Any, found: dict[str, TokenRows], modules: Modules) -> dict[str, Part]:
     """Adds modules that share the weight of one whose rows are trained.
 
-    As in PEFT each has rows of its own where the config names other tokens for one of them, or not the embedding.
+    As in PEFT, they have separate rows if the config names different tokens for them, or does not name the embedding.
     """
     owners = {path: path for path in found}
     leaders: dict[int, str] = {}

@@ -494,7 +494,7 @@ REFUSED = (
     # PEFT starts an embedding as init_lora_weights=True does, whatever was asked for.
     r"init_lora_weights='(olora|pissa|orthogonal)' works on linear layers only",
     # PEFT trains both and saves one: the other is gone with the file.
-    r"adapted or trained as a whole already; it cannot have an adapter of trainable_token_indices too",
+    r"already adapted or trained as a whole and cannot be in trainable_token_indices too",
     # PEFT takes those of its inits that read a weight where the parameter happens to be called weight.
     r"\(target_parameters\) does not work with init_lora_weights='(olora|pissa|orthogonal)'",
     # PEFT ties factors of another rank or strength, what is excluded, and DoRA, whose norms differ.

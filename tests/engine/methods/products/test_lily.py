@@ -176,7 +176,7 @@ def test_copies_that_differ_do_not_go_into_one_tensor(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     before, tensors = logits(model), load_file(tmp_path / "adapter_model.safetensors")
     tensors[f"base_model.model.{SECOND}.lily_B.weight"] += 1
-    words = rf"other lily_B for {SECOND} than for model\.layers\.0\.self_attn\.q_proj, which share one"
+    words = rf"different lily_B for {SECOND} and model\.layers\.0\.self_attn\.q_proj, which share it"
     with pytest.raises(CheckpointError, match=words):
         nbpeft.set_peft_model_state_dict(model, tensors)
     assert torch.equal(logits(model), before)

@@ -33,6 +33,12 @@ def test_outputs_and_parameters_are_those_of_peft(depth: int, activation: str, t
     assert layer.depth["default"] == depth and layer.act_fn["default"] == activation and layer.r["default"] == 3
     assert layer.res_num["default"] == depth
     assert layer.peanut_A["default"].weight.shape == (3, layer.out_features)
+    assert len(layer.peanut_encoders["default"]) == depth
+    trained = [[name for name, one in model.named_parameters() if one.requires_grad] for model in (ours, theirs)]
+    assert trained[0] == trained[1]
+    again = get_peft_model(llama(), nbpeft.PeanutConfig(**fields)).eval()
+    again.load_state_dict(theirs.state_dict())
+    assert torch.equal(logits(again), logits(ours))
     layer.set_scale("default", 2.0)
     assert layer.scaling["default"] == 3.0
 
@@ -56,8 +62,8 @@ def test_gradients_are_those_of_the_written_out_formula() -> None:
     held = dict(model.base_model.model[0].adapter("default").named_parameters())
     copies = {name: tensor.detach().clone().requires_grad_() for name, tensor in held.items()}
     first = (layer.weight.detach().T @ copies["peanut_A"].T).tanh()
-    second = (first @ copies["peanut_encoders_0"].T).tanh()
-    rows = (second @ copies["peanut_decoders_0"].T).tanh() + first
+    second = (first @ copies["peanut_encoders.0"].T).tanh()
+    rows = (second @ copies["peanut_decoders.0"].T).tanh() + first
     (layer(x) + x @ rows @ copies["peanut_B"].T).square().sum().backward()
     for name, tensor in held.items():
         torch.testing.assert_close(tensor.grad, copies[name].grad)

@@ -132,7 +132,7 @@ def test_tasks_that_do_not_fit_are_refused() -> None:
         (torch.tensor([0.0, 1.0]), "must be one number for each row"),
         (torch.tensor([True, False]), "must be one number for each row"),
         (torch.tensor([[0], [1]]), "must be one number for each row"),
-        (torch.tensor([0, 1, 2]), r"of 3 rows, and a layer .* an input of shape \(2, 6, 32\)"),
+        (torch.tensor([0, 1, 2]), r"has 3 rows, but the input of a layer .* has shape \(2, 6, 32\)"),
     ):
         with pytest.raises(AdapterError, match=words):
             model(input_ids=ids, task_ids=given)
@@ -204,7 +204,7 @@ def test_layers_whose_input_has_other_rows_are_named() -> None:
             return self.inner(x.flatten(0, 1)).view_as(x)
 
     model = get_peft_model(Flat(), nbpeft.PolyConfig(n_tasks=2, target_modules=["inner"], init_weights=False)).eval()
-    with pytest.raises(AdapterError, match=r"of 2 rows, and a layer .* an input of shape \(6, 4\)"):
+    with pytest.raises(AdapterError, match=r"has 2 rows, but the input of a layer .* has shape \(6, 4\)"):
         model(torch.ones(2, 3, 4), task_ids=torch.tensor([0, 1]))
     assert model(torch.ones(2, 1, 4), task_ids=torch.tensor([0, 1])).shape == (2, 1, 4)
 

@@ -196,7 +196,7 @@ def test_impossible_fields_are_refused(fields: dict[str, Any]) -> None:
 
 
 def test_patterns_are_checked_and_unused_ones_named() -> None:
-    with pytest.raises(ConfigError, match="could take for ever"):
+    with pytest.raises(ConfigError, match="could take forever"):
         nbpeft.OSFConfig(rank_pattern={"(a*)*b": 3})
     with pytest.raises(ConfigError, match=r"effective_rank = 0\.01 keeps none of the 32 directions of its weight"):
         get_peft_model(llama(), nbpeft.OSFConfig(**FIELDS, effective_rank=0.01))

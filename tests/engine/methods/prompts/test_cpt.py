@@ -225,5 +225,5 @@ def test_what_makes_no_sense_is_refused_in_one_line() -> None:
         cpt(base=encoding)
     with pytest.raises(AdapterError, match=r"input_type_mask must have the shape \(2, 9\), as the input, not \(2, 8\)"):
         cpt()(**batch() | {"input_type_mask": TYPES[:, 1:]})
-    with pytest.raises(AdapterError, match="labels must be one for each of the 9 tokens"):
+    with pytest.raises(AdapterError, match="labels must have one entry for each of the 9 tokens"):
         cpt()(**batch() | {"labels": tokens()[:, 1:]})

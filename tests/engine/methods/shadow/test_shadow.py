@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaModel, T5Config, T5ForConditionalGeneration
 
 import nbpeft
@@ -181,7 +182,8 @@ def test_a_cache_keeps_what_the_network_computes() -> None:
         plain = model(input_ids=ids, use_cache=True).past_key_values
     refused(lambda: model(input_ids=ids[:, :1], past_key_values=plain), "tokens that the active adapter has not seen")
     refused(
-        lambda: model.generate(input_ids=ids, **GENERATE, cache_implementation="static"), "a StaticCache cannot keep"
+        lambda: model.generate(input_ids=ids, **GENERATE, cache_implementation="static"),
+        "a StaticCache cannot store two caches",
     )
 
 
@@ -288,7 +290,7 @@ def test_a_saved_network_is_read_and_its_embedding_stays(projected: bool, tmp_pa
     own = ours.base_model.shadow_backbone["default"]
     assert torch.equal(own.layers[0].mlp.up_proj.weight, network.layers[0].mlp.up_proj.weight)
     assert own.embed_tokens.weight.grad is None and own.norm.weight.grad is not None
-    refused(lambda: ours(inputs_embeds=torch.randn(1, 3, 32)), "has an embedding of its own: pass input_ids")
+    refused(lambda: ours(inputs_embeds=torch.randn(1, 3, 32)), "has its own embedding: pass input_ids")
 
 
 def test_a_base_in_half_precision_has_a_network_in_float32() -> None:
@@ -307,7 +309,9 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
         lambda: model.base_model.set_adapter(["default", "other"]), "requires exactly one active adapter", AdapterError
     )
     refused(
-        lambda: model(input_ids=tokens(), adapter_names=["default", "other"]), "mixed adapter batches", AdapterError
+        lambda: model(input_ids=tokens(), adapter_names=["default", "other"]),
+        "does not support mixed batches",
+        AdapterError,
     )
     refused(lambda: model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both"), "cannot be combined")
     block = model.get_base_model().model.layers[0]
@@ -319,11 +323,113 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
     assert torch.equal(logits(model), before)
 
 
+class Sizes:
+    """A config as of diffusers: without a hidden size."""
+
+    num_attention_heads, attention_head_dim = 2, 4
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        changed: Tensor = hidden_states + self.linear(self.norm(hidden_states))
+        return changed
+
+
+class Denoiser(nn.Module):
+    """A diffusion transformer: its inputs are latents, which its first layer maps to hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config: Any = Sizes()
+        self.embedder, self.last = nn.Linear(3, 8), nn.Linear(8, 3)
+        self.transformer_blocks = nn.ModuleList(Block() for _ in range(3))
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden = self.embedder(hidden_states)
+        for block in self.transformer_blocks:
+            if self.gradient_checkpointing:
+                hidden = checkpoint(block.__call__, hidden, use_reentrant=False)
+            else:
+                hidden = block(hidden)
+        given: Tensor = self.last(hidden)
+        return given
+
+
+LATENTS = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"shadow_hidden_size": 4, "shadow_intermediate_size": 6, "shadow_num_hidden_layers": 2}],
+    ids=["plain", "sizes"],
+)
+def test_on_a_diffusion_transformer_it_is_that_of_peft(fields: dict[str, Any], tmp_path: Path) -> None:
+    given = []
+    for library in (nbpeft, peft):
+        model: Any = Denoiser()
+        torch.manual_seed(1)
+        config = library.ShadowConfig(init_weights=False, shadow_dropout=0.0, **fields)  # type: ignore[attr-defined]
+        tuned = library.get_peft_model(model, config)  # type: ignore[attr-defined]
+        loss = tuned(hidden_states=LATENTS).square().mean()
+        loss.backward()
+        trained = [one.grad for one in tuned.parameters() if one.requires_grad]
+        given.append((loss, torch.stack([one.norm() for one in trained if one is not None]).norm()))
+        tuned.save_pretrained(tmp_path / library.__name__)
+    torch.testing.assert_close(given[0], given[1])
+    saved, those = (load_file(tmp_path / who.__name__ / "adapter_model.safetensors") for who in (nbpeft, peft))
+    assert saved.keys() == those.keys() and all(torch.equal(value, those[key]) for key, value in saved.items())
+    again = nbpeft.PeftModel.from_pretrained(Denoiser(), tmp_path / "peft")
+    assert torch.allclose(again(hidden_states=LATENTS).square().mean(), given[1][0])
+
+
+def test_on_a_diffusion_transformer_it_is_trained_with_checkpointing_switched_and_taken_off() -> None:
+    latents = LATENTS.clone().requires_grad_()
+    found = []
+    for checkpointing in (False, True):
+        model = shadowed(Denoiser(), task_type=None, shadow_dropout=0.0)
+        model.get_base_model().gradient_checkpointing = checkpointing
+        found.append(gradients(model, lambda model: model(hidden_states=latents).square().mean()))
+    plain, recomputed = found
+    assert plain.keys() == recomputed.keys() and all(torch.equal(one, recomputed[key]) for key, one in plain.items())
+    assert any("shadow_backbone" in key and bool(one.any()) for key, one in plain.items())
+    bare = Denoiser()(LATENTS)
+    assert not torch.equal(model(hidden_states=LATENTS), bare)
+    with model.disable_adapter():
+        assert torch.equal(model(hidden_states=LATENTS), bare)
+    block = model.get_base_model().transformer_blocks[0]
+    refused(lambda: block(torch.randn(1, 3, 8)), "transformer_blocks.0 is called alone", AdapterError)
+    refused(model.base_model.unload_shadow, "not supported for Diffusers models")
+    assert torch.equal(model.unload()(LATENTS), bare)
+
+
+def test_blocks_of_a_diffusion_transformer_with_several_outputs_are_refused() -> None:
+    model = shadowed(Denoiser(), task_type=None)
+    block = model.get_base_model().transformer_blocks[0]
+    block.forward = lambda hidden_states: (hidden_states, hidden_states)
+    refused(lambda: model(hidden_states=LATENTS), "transformer_blocks.0 returns a tuple", AdapterError)
+
+
 @pytest.mark.parametrize(
     ("base", "fields", "words"),
     [
+        (
+            "diffusion",
+            {"shadow_model": "a/b"},
+            "leave out shadow_model: .* is a new MLP",
+        ),
+        ("diffusion", {"shadow_num_attention_heads": 2}, "leave out shadow_num_attention_heads"),
+        ("flux", {}, "of Flux2Denoiser needs a smaller Flux 2 model as network"),
         ("encoder", {}, "has an encoder and a decoder"),
-        ("plain", {}, "Sequential is none"),
+        ("plain", {}, "not with Sequential"),
         ("llama", {"target_modules": ["q_proj"]}, "'q_proj' names none of the blocks of LlamaForCausalLM"),
         ("llama", {"target_modules": ["model.layers.0", "model.layers.7"]}, "'model.layers.7' names none"),
         ("llama", {"target_modules": r".*layers\.(0|2)$"}, "must follow each other"),
@@ -340,6 +446,8 @@ def test_what_fits_no_model_is_refused(base: str, fields: dict[str, Any], words:
     made: dict[str, Callable[[], nn.Module]] = {
         "encoder": lambda: T5ForConditionalGeneration(small),
         "plain": lambda: nn.Sequential(nn.Embedding(5, 6)),
+        "diffusion": Denoiser,
+        "flux": type("Flux2Denoiser", (Denoiser,), {}),
         "llama": lambda: llama(num_hidden_layers=3),
         "gpt2": gpt2,
     }
@@ -354,7 +462,7 @@ def test_what_fits_no_model_is_refused(base: str, fields: dict[str, Any], words:
 def test_it_is_shipped_as_a_folder_of_peft_alone(config: Any, tmp_path: Path) -> None:
     model = nbpeft.get_peft_model(wide(), config)
     for engine in ("transformers", "vllm"):
-        with pytest.raises(AdapterError, match="which acts on calls of the whole model"):
+        with pytest.raises(AdapterError, match="which changes the model's calls"):
             nbpeft.ship(model, engine=engine, to=tmp_path / engine)
         assert not (tmp_path / engine).exists()
     nbpeft.ship(model, engine="peft", to=tmp_path / "peft")

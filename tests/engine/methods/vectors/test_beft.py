@@ -53,7 +53,7 @@ def test_without_a_bias_in_the_base_it_learns_and_is_not_merged() -> None:
     randomize(model, scale=0.5)
     expected = logits(model.eval())
     assert not torch.allclose(expected, logits(llama()), atol=1e-3)
-    with pytest.raises(MergeError, match="adds a bias but the base layer has none"):
+    with pytest.raises(MergeError, match="adds a bias, but the base layer has no bias"):
         model.merge_adapter()
     config, tensors = nbpeft.convert_to_lora(model, rank=1)
     assert config.lora_bias and config.r == 1

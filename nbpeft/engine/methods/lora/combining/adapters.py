@@ -56,7 +56,7 @@ class CombineLowRank:
         losses = {path: layer.loss for path, layer in combined.layers.items()} if known else None
 
         def finish(path: str, adapter: Adapter, base: BaseLayer) -> None:
-            """Sets the magnitude of a DoRA result with which its delta is the exact sum."""
+            """Sets the magnitude of a DoRA result so that its delta is the exact sum."""
             row_scale = combined.layers[path].row_scale
             if isinstance(adapter, LowRankAdapter) and (row_scale is not None or recipe.combination_type == "exact"):
                 adapter.set_row_scale_(row_scale, base)

@@ -14,11 +14,10 @@ _SELECTORS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any:
-    """A config that describes a combination, from those of its adapters (LoRA configs).
+    """The config of a combination, from the LoRA configs of its adapters.
 
-    It is the first adapter's config with the rank of the combination and an alpha that makes every
-    scaling 1, without rsLoRA. Targets are joined as in PEFT; if the configs select layers in ways
-    that cannot be joined, the combined layers are listed by their full paths.
+    It is the first adapter's config with the rank of the combination and an alpha that makes every scaling 1, without
+    rsLoRA. Targets are merged as in PEFT; if that is not possible, the combined layers are listed by their full paths.
 
     Raises:
         ConfigError: the combination would be a DoRA adapter with a bias.
@@ -31,7 +30,7 @@ def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any
     if use_dora and lora_bias:
         raise ConfigError(
             "adapters with lora_bias=True and with use_dora=True cannot be combined: DoRA does not support the bias; "
-            "leave one of them out",
+            "remove one of them",
             field="lora_bias",
         )
     ranks = rank_patterns(combination.ranks_apart, combination.layers)

@@ -90,7 +90,7 @@ class Recipe:
 
 
 def settings_for(combination_type: str) -> tuple[str, ...]:
-    """Those of ``svd_rank``, ``svd_clamp`` and ``density`` that affect a type."""
+    """Which of ``svd_rank``, ``svd_clamp`` and ``density`` affect a combination type."""
     ranked = ("svd_rank", "svd_clamp") if combination_type == "exact" or combination_type.endswith("svd") else ()
     pruned = ("density",) if combination_type.removesuffix("_svd") in _PRUNING_RULES else ()
     return (*ranked, *pruned)

@@ -26,7 +26,7 @@ def gradient_factors(gradient: Tensor, config: LoraConfig, site: AdapterSite) ->
     """A (r, in) and B (out, r) from the gradient of a layer's weight.
 
     Raises:
-        ConfigError: the gradient's shape is not that of the weight.
+        ConfigError: the gradient's shape differs from the weight's.
     """
     base, settings, rank = site.base, config.lora_ga_config, config.rank_at(site.path)
     assert settings is not None

@@ -302,7 +302,7 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     if config.variant == "kasa_config":
         return _subtracted(_stored(_kasa(weight, rank, scaling), site), config)
     if config.pissa_iterations is not None and is_new:
-        # PEFT's randomized SVD draws these numbers; the one here has a generator of its own.
+        # PEFT's randomized SVD draws these numbers from torch's generator; the SVD here has its own generator.
         skip(normal_, site.device, (min(weight.shape), rank))
     factors = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
     return _subtracted(_stored(factors, site), config)
@@ -359,8 +359,8 @@ def _data_start(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start
                 path=site.path,
             )
         warnings.warn(
-            f"an adapter with init_lora_weights={config.init_lora_weights!r} is loaded without what {function} found: "
-            "it is right on a base that its start was taken from, as PEFT saves one",
+            f"an adapter with init_lora_weights={config.init_lora_weights!r} is loaded without the initial factors of "
+            f"{function}: it is only correct on a base model from which they were subtracted, as PEFT saves it",
             stacklevel=2,
         )
         return RANDOM

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_bias, check_count, check_number, check_share
+from nbpeft.engine.config.config_checks import check_choice, check_count, check_number, check_share
 from nbpeft.engine.config.targets import usual_wide_targets
 from nbpeft.engine.contract.adapter import (
     Adapter,
@@ -126,13 +126,13 @@ class AdaLoraConfig(LoraConfig):
         for name, left in self.rank_pattern.items():
             if len(left) != self.init_r:
                 raise ConfigError(
-                    f"rank_pattern[{shown(name)}] must tell of each of init_r = {self.init_r} ranks whether it is "
-                    f"left, not of {len(left)}",
+                    f"rank_pattern[{shown(name)}] must have one flag for each of init_r = {self.init_r} ranks, not "
+                    f"{len(left)}",
                     field="rank_pattern",
                 )
 
     def _check_choices(self) -> None:
-        check_bias(self.bias, self.choices["bias"])
+        check_choice("bias", self.bias, self.choices["bias"])
         if not isinstance(self.init_lora_weights, bool):
             raise ConfigError(
                 f"init_lora_weights must be True or False for AdaLoRA, not {shown(self.init_lora_weights)}",
@@ -143,8 +143,8 @@ class AdaLoraConfig(LoraConfig):
         assert self.total_step is not None
         if self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
-                f"tinit = {self.tinit} and tfinal = {self.tfinal} leave no step of total_step = {self.total_step} in "
-                "which ranks go: lower them",
+                f"tinit = {self.tinit} and tfinal = {self.tfinal} leave no step of total_step = {self.total_step} for "
+                "pruning ranks: lower them",
                 field="tinit",
             )
 
@@ -280,7 +280,7 @@ class RankAllocator(Allocator):
                     importance[path, name] = tuple(one.to(parameter, copy=True) for one in pair if one is not None)
 
     def in_training(self, config: Any, weights: AdapterWeights) -> tuple[Any, AdapterWeights]:
-        """Config and tensors with pruned ranks, which are still trained and may come back; see ``HasTrainingState``."""
+        """Config and tensors including pruned ranks, which may be used again; see ``HasTrainingState``."""
         whole = {path: adapter.whole_tensors for path, adapter in self.adapters.items()}
         pattern = {
             f"{path}.{_E}": adapter.flags_of_places for path, adapter in self.adapters.items() if not adapter.is_whole
@@ -300,7 +300,7 @@ class RankAllocator(Allocator):
                 importance[path, name] = mean, spread.lerp((now - mean).abs(), 1 - config.beta2)
 
     def _scores(self, path: str) -> Tensor | None:
-        """The importance of each rank of a layer, (r,); None where it has not been measured."""
+        """The importance of each rank of a layer, (r,); None if it has not been measured yet."""
         measured = [self.importance.get((path, name), ()) for name in (_A, _B, _E)]
         if not all(measured):
             return None
@@ -364,7 +364,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
     """The three factors of one layer.
 
     Attributes:
-        path: of the layer.
+        path: path of the layer.
         dropout: dropout probability of the adapter's input.
         alpha: the config's alpha.
         flags_of_places: for each of the initial ranks, whether the factors contain it: a file lacks pruned ranks.
@@ -472,7 +472,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         """Sets entries of E to zero.
 
         Args:
-            left: bool (r,), True for entries that are left; None for those of the config.
+            left: bool (r,), True for entries to keep; None to keep those in the config's ``rank_pattern``.
         """
         pattern = self.allocator.config.rank_pattern
         assert pattern is not None
@@ -487,7 +487,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         self.tensor(_E).masked_fill_(~left.view(-1, 1).to(self.tensor(_E).device), 0.0)
 
     def _own(self, left: Sequence[bool]) -> list[bool]:
-        """Selects from flags for all initial ranks those of the ranks that the factors contain."""
+        """Selects the flags of the ranks in the factors from the flags of all initial ranks."""
         return [flag for flag, has in zip(left, self.flags_of_places, strict=True) if has]
 
     @property

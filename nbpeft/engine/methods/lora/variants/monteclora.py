@@ -44,6 +44,7 @@ from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig
 STD = "lora_monteclora_std_prior"
 PRIOR = "lora_monteclora_expert_weights_prior"
 _PLACE = "lora_monteclora_sampler."
+_KEYS = {STD: f"{_PLACE}std_prior", PRIOR: f"{_PLACE}expert_weights_prior"}
 _LEAST_VARIANCE = 1e-3
 _LEAST = 1e-6
 """Lower bound of concentrations and of the variances of the weights' logits, and added to these; as in PEFT."""
@@ -168,7 +169,7 @@ def monteclora_loss(manager: Any, adapter_names: str | Sequence[str] | None = No
         **FAMILY,
         "files": replace(
             FILES,
-            keys={**FILES.keys, STD: f"{_PLACE}std_prior", PRIOR: f"{_PLACE}expert_weights_prior"},
+            keys={**FILES.keys, **_KEYS},
             pack=_with_samplers,
             unpack=_without_samplers,
         ),
@@ -183,7 +184,9 @@ class MonteCLoRA(LowRankProduct):
             (num_samples,).
     """
 
-    peft: ClassVar[PeftNames] = replace(LowRankProduct.peft, model_functions={"_get_monteclora_loss": monteclora_loss})
+    peft: ClassVar[PeftNames] = replace(
+        LowRankProduct.peft, grouped=_KEYS, model_functions={"_get_monteclora_loss": monteclora_loss}
+    )
 
     settings: MontecloraConfig
     drawn: tuple[Tensor, Tensor] | None

@@ -166,7 +166,7 @@ def test_a_run_and_a_trainer_call_it_themselves(tmp_path: Path) -> None:
         ({"use_dora": True}, "use_dora is not implemented"),
         ({"orth_reg_weight": -1.0}, "orth_reg_weight must not be negative"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be True or False"),
-        ({"rank_pattern": {"a.lora_E": [True]}}, "of each of init_r = 6 ranks"),
+        ({"rank_pattern": {"a.lora_E": [True]}}, "for each of init_r = 6 ranks"),
     ],
 )
 def test_impossible_values_are_refused(fields: dict[str, Any], said: str) -> None:

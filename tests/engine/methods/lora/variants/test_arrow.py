@@ -225,7 +225,7 @@ def test_what_fails_leaves_the_model_as_it_was(experts: list[str], tmp_path: Pat
         (([], ArrowConfig()), "at least one adapter"),
         ((experts[:1], ArrowConfig(use_gks=True)), "general LoRA paths"),
         (([experts[0], str(tmp_path / "none")], ArrowConfig()), "none"),
-        (([experts[0], other], ArrowConfig()), "'task_0' and 'task_1' are on different layers"),
+        (([experts[0], other], ArrowConfig()), "'task_0' and 'task_1' adapt different layers"),
         ((experts[:1], ArrowConfig(use_gks=True), [wide]), "one rank, these have 3, 5"),
         (([experts[0]], ArrowConfig(use_gks=True), [dora]), "'gks_0' is a DoRA"),
     ]

@@ -180,7 +180,7 @@ def test_the_direction_of_the_first_batch_stays(tmp_path: Path) -> None:
 def test_what_does_not_go_is_refused_in_one_line(tmp_path: Path) -> None:
     model = velora(SETTINGS[0])
     model.save_pretrained(tmp_path)
-    with pytest.raises(HotSwapError, match=r"no place for .*lora_velora_embed"):
+    with pytest.raises(HotSwapError, match=r"has no .*lora_velora_embed"):
         hotswap_adapter(model, str(tmp_path), "default")
     with pytest.raises(ConfigError, match="velora_config works on linear layers only"):
         velora({"num_groups": 2}, target_modules=["embed_tokens"])

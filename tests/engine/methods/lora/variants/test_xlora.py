@@ -211,10 +211,10 @@ def test_a_cache_without_the_first_pass_is_refused(adapters: dict[str, str]) -> 
     filled = DynamicCache()
     with model.disable_adapter():
         model(input_ids=ids, past_key_values=filled)
-    with pytest.raises(AdapterError, match="holds tokens that the active adapter has not seen"):
+    with pytest.raises(AdapterError, match="contains tokens that the active adapter has not seen"):
         model(input_ids=ids, past_key_values=filled)
     static = StaticCache(model.get_base_model().config, max_cache_len=20)
-    with pytest.raises(AdapterError, match="which a StaticCache cannot keep"):
+    with pytest.raises(AdapterError, match="a StaticCache cannot store two caches"):
         model(input_ids=ids, past_key_values=static)
 
 

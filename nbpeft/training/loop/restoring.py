@@ -1,0 +1,47 @@
+"""Leaves a model as it was found before a training, except for the weights that were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.tree.model_tree import embedding_of
+from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
+from nbpeft.model.from_data.observing import modes_kept
+from nbpeft.training.adapters.adapted_model import PREPARED, base_of
+
+
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """Undoes what a Trainer leaves on a model: train mode, disabled cache, gradients, cast forward, hooks, a mark.
+
+    After training, adapters are in the mode of their base, so that dropout is off in evaluation mode.
+
+    Args:
+        model: the model that the block trains.
+    """
+    base: Any = base_of(model)
+    embedding = embedding_of(base)
+    watched = set() if embedding is None else set(embedding._forward_hooks)
+    config = getattr(base, "config", None)
+    cache = getattr(config, "use_cache", None)
+    checkpoints = is_checkpointing(base)
+    left = {"forward", "_original_forward", PREPARED} - vars(model).keys()
+    try:
+        with modes_kept(model):
+            yield
+        model.train(base.training)
+    finally:
+        model.zero_grad(set_to_none=True)
+        if config is not None:
+            config.use_cache = cache
+        if not checkpoints and is_checkpointing(base):
+            disable_checkpointing(base)
+        if embedding is not None:  # transformers adds a hook per training with gradient checkpointing
+            for hook in embedding._forward_hooks.keys() - watched:
+                del embedding._forward_hooks[hook]
+        for name in left:
+            vars(model).pop(name, None)

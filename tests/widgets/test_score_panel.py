@@ -1,0 +1,108 @@
+"""The panel of scores: one filters the items and pages through them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import ipywidgets
+import pytest
+
+from nbpeft.scoring.items import MetricFacts
+from nbpeft.scoring.result import ScoreResult
+from nbpeft.session.results.paged_scores import PagedScores
+from nbpeft.widgets import ScorePanel
+from nbpeft.widgets.score_panel import MOST
+from tests.scoring.samples import orders
+
+pytestmark = pytest.mark.usefixtures("no_widget_stays")
+
+
+@pytest.fixture
+def panel() -> Iterator[ScorePanel]:
+    made = ScorePanel(orders(), ui="widgets")
+    yield made
+    made.close()
+
+
+def walk(widget: Any) -> Iterator[Any]:
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from walk(child)
+
+
+def button(panel: ScorePanel, label: str) -> Any:
+    found = (part for part in walk(panel.widget) if isinstance(part, ipywidgets.Button))
+    return next(part for part in found if part.description == label)
+
+
+def page(panel: ScorePanel) -> str:
+    return "".join(part.value for part in walk(panel.widget) if isinstance(part, ipywidgets.HTML))
+
+
+def rows(panel: ScorePanel) -> list[int]:
+    return [int(part.partition("<")[0]) for part in page(panel).split(">row ")[1:]]
+
+
+def test_one_pages_through_the_items_of_a_filter(panel: ScorePanel) -> None:
+    assert button(panel, "fixed by orders: 18") is not None
+    first = rows(panel)
+    assert len(first) == 5 and "1–5 of 18" in page(panel) and button(panel, "Previous").disabled
+    seen = [*first]
+    while not button(panel, "Next").disabled:
+        button(panel, "Next").click()
+        seen += rows(panel)
+    assert "16–18 of 18" in page(panel)
+    assert seen == [item.number for item in orders().flips("base", "orders").fixed]
+    button(panel, "Previous").click()
+    assert "11–15 of 18" in page(panel)
+    button(panel, "broken by orders: 3").click()
+    assert rows(panel) == [30, 31, 32]
+    assert button(panel, "Next").layout.display == "none"
+    assert "nbpeft-on" in button(panel, "broken by orders: 3")._dom_classes
+    assert "nbpeft-on" not in button(panel, "fixed by orders: 18")._dom_classes
+    button(panel, "all items: 48").click()
+    assert (rows(panel) == [0, 1, 2, 3, 4] and "<mark" in page(panel)) or "background" in page(panel)
+
+
+def test_another_metric_has_filters_of_its_own() -> None:
+    result = orders()
+    items = tuple(
+        replace(item, values={**item.values, "f1": {name: 0.5 for name in result.columns}}) for item in result.items
+    )
+    both = replace(result, items=items, metrics=(*result.metrics, MetricFacts("f1", is_share=False)))
+    panel = ScorePanel(both, ui="widgets")
+    disagreeing = f"disagreeing: {len(result.disagreeing)}"
+    button(panel, disagreeing).click()
+    button(panel, "f1").click()
+    assert "nbpeft-on" in button(panel, "all items: 48")._dom_classes  # nothing differs by it
+    button(panel, "exact").click()
+    assert "nbpeft-on" in button(panel, disagreeing)._dom_classes
+    panel.close()
+
+
+def test_without_widgets_it_is_the_card(panel: ScorePanel) -> None:
+    saved = panel._repr_mimebundle_()
+    assert "fixed 18, broke 3" in saved["text/html"] and "<details" in saved["text/html"]
+    assert "exact · 48 items" in saved["text/plain"] and "for buttons" in saved["text/plain"]
+
+
+def test_the_oldest_panels_become_cards() -> None:
+    panels = [ScorePanel(orders(), ui="widgets") for _ in range(MOST + 1)]
+    for panel in panels:
+        panel.widget  # noqa: B018
+    assert [panel.closed for panel in panels] == [True, *[False] * MOST]
+    for panel in panels:
+        panel.close()
+
+
+def test_the_result_of_the_line_is_shown_as_a_panel_and_copied_as_a_card() -> None:
+    result = PagedScores.of(orders(), lambda paged: ScorePanel(paged, ui="html")._ipython_display_())
+    with pytest.raises(NotImplementedError):  # without widgets IPython asks for the HTML
+        result._ipython_display_()
+    with pytest.raises(NotImplementedError):
+        result.by("exact")._ipython_display_()
+    copied = pickle.loads(pickle.dumps(result))
+    assert type(copied) is ScoreResult and copied == orders()
