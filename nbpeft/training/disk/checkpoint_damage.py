@@ -68,7 +68,7 @@ def archive_damage(file: Path) -> str | None:
     Returns:
         None for a sound file, and for other files, which are not checked.
     """
-    from transformers.trainer_pt_utils import safe_globals
+    from transformers.trainer import safe_globals  # type: ignore[attr-defined]  # where 5.0 defines it
 
     kinds: Mapping[str, tuple[Callable[[Any], object], str]] = {
         "rng_state": (_set_random, "delete it to resume with a new random state"),

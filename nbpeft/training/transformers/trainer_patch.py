@@ -383,6 +383,7 @@ def _patch_diffusers(module: ModuleType) -> None:
 def _replace_code(library: str, function: Any, replacement: Any) -> None:
     code = function.__code__
     original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    original.__kwdefaults__, original.__annotations__ = function.__kwdefaults__, function.__annotations__
     _originals[library] = function.__wrapped__ = original
     function.__code__ = replacement.__code__
 
