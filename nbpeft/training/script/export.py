@@ -29,6 +29,7 @@ from nbpeft.training.data.reading import reading
 from nbpeft.training.disk.kept_arguments import plain
 from nbpeft.training.loop.objective import with_objective
 from nbpeft.training.loop.rows import inputs_of, training_rows
+from nbpeft.training.objectives.objective import Objective
 from nbpeft.training.objectives.reference import BASE, START
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.script.python import call, is_literal, source_of
@@ -249,7 +250,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
     texts = [how for how in readings if how.form is not None]
     if texts:
         loaded = source_of_tokenizer(tokenizer, texts, f"{target.stem}_tokenizer", target.parent)
-    if loaded is None and opened.objective.rows == JUDGED:
+    if loaded is None and isinstance(opened.objective, Objective) and opened.objective.rows == JUDGED:
         raise TrainingError(
             "no script can load the tokenizer of this notebook, and the rows of kto cannot be given as tokens: use a "
             "tokenizer that AutoTokenizer loads"
