@@ -222,10 +222,14 @@ def load_from_checkpoint(
 def determine_best_metric(
     original: Callable[..., Any], trainer: Any, metrics: dict[str, float], *args: Any, **kwargs: Any
 ) -> bool:
-    """The Trainer's method; an evaluation with NaN or infinity is never the best, nor one without the scores."""
+    """The Trainer's method; an evaluation with NaN or infinity is never the best, nor one without the metric.
+
+    Scores are measured at steps of their own, and some rows have no value of an objective's metric.
+    """
     score = score_of(trainer.args, metrics)
     name = str(trainer.args.metric_for_best_model).removeprefix("eval_")
-    if score is None and name in getattr(trainer, "scored_metrics", ()):  # they are measured at steps of their own
+    of_objective = getattr(getattr(trainer, "objective", None), "metrics", ())
+    if score is None and name in (*getattr(trainer, "scored_metrics", ()), *of_objective):
         return False
     return (score is None or math.isfinite(score)) and bool(original(trainer, metrics, *args, **kwargs))
 

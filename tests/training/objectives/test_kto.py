@@ -76,6 +76,13 @@ def test_rows_that_are_all_good_are_learned_by_sft_unless_kto_is_named() -> None
     assert nbpeft.train(new(), stream, objective="kto", **FIELDS).steps == 3
 
 
+def test_an_evaluation_without_the_metric_is_not_the_best() -> None:
+    fields = {"metric_for_best_model": "rewards/margins", "eval_strategy": "steps", "eval_steps": 1, "patience": 2}
+    good = [{**row, "label": True} for row in ROWS[:4]]
+    result = nbpeft.train(new(), ROWS, good, **fields, **FIELDS)
+    assert result.steps == 3 and result.state.best_step is None and "eval_kl" in result.state.metrics
+
+
 def test_curves_are_means_over_the_batches_that_have_a_value() -> None:
     rows = [{**ROWS[0], "label": True}] * 2 + [{**ROWS[1], "label": False}] * 2
     fields = FIELDS | {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2}
