@@ -132,8 +132,10 @@ def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]
             f"set per_device_train_batch_size={-(-rows // copies) * copies}{choice}",
             field="num_generations",
         )
-    mapped = {column: name for name, column in (request.columns or {}).items()}
-    others = [name for name in columns if mapped.get(name, name) not in (*PROMPTED.needs, *PROMPTED.may)]
+    if getattr(request.data, "column_names", None) is None:  # rows may have different columns
+        columns = tuple(dict.fromkeys(str(name) for row in request.data if isinstance(row, Mapping) for name in row))
+    own = {(request.columns or {}).get(name, name) for name in (*PROMPTED.needs, *PROMPTED.may)}
+    others = [name for name in columns if name not in own]
     rewards = Rewards.of(request.rewards, objective.reward_weights, others)
     if request.eval_data is not None and request.score is None:  # the loss says nothing: its rewards are relative
         arguments = {"metric_for_best_model": "reward", **arguments}

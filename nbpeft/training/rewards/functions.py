@@ -27,11 +27,13 @@ class Rewards:
         functions: called with keywords: ``completions``, ``prompts``, ``completion_ids``, ``trainer_state``, and each
             column of the rows as a list.
         names: their names, each different.
+        columns: the columns of the rows; of a row that lacks one it is None.
         unused: columns of the rows that no function takes.
     """
 
     functions: tuple[Callable[..., Any], ...]
     names: tuple[str, ...]
+    columns: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
     @property
@@ -77,7 +79,8 @@ class Rewards:
             raise ConfigError(
                 f"reward_weights has {len(weights)} numbers for {len(functions)} rewards", field="reward_weights"
             )
-        return cls(functions, tuple(names), tuple(name for name in columns if name not in taken))
+        unused = tuple(name for name in columns if name not in taken)
+        return cls(functions, tuple(names), tuple(columns), unused)
 
     def of_completions(self, completions: Sequence[Completion], trainer_state: Any) -> Tensor:
         """The rewards of completions, (completions, functions) in float32; NaN where a function returned None.
@@ -99,9 +102,9 @@ class Rewards:
         self, name: str, function: Callable[..., Any], completions: Sequence[Completion], trainer_state: Any
     ) -> list[float]:
         try:
-            returned = function(**_keywords(function, completions, trainer_state))
+            returned = function(**self._keywords(function, completions, trainer_state))
         except Exception as error:
-            raise _failure(name, function, completions, trainer_state, error) from error
+            raise self._failure(name, function, completions, trainer_state, error) from error
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(values, list | tuple):
             raise TrainingError(
@@ -110,6 +113,43 @@ class Rewards:
         if len(values) != len(completions):
             raise TrainingError(f"reward {name!r} returned {len(values)} numbers for {len(completions)} completions")
         return [_number(name, value, row) for value, row in zip(values, completions, strict=True)]
+
+    def _keywords(
+        self, function: Callable[..., Any], completions: Sequence[Completion], trainer_state: Any
+    ) -> dict[str, Any]:
+        """What a function is called with: all of it, or only what it takes."""
+        keywords: dict[str, Any] = {
+            "completions": [row.shown for row in completions],
+            "prompts": [row.prompt for row in completions],
+            "completion_ids": [list(row.token_ids) for row in completions],
+            "trainer_state": trainer_state,
+            **{name: [row.columns.get(name) for row in completions] for name in self.columns},
+        }
+        parameters = _parameters(function)
+        if parameters is None or any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
+            return keywords
+        return {name: value for name, value in keywords.items() if name in parameters}
+
+    def _failure(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        completions: Sequence[Completion],
+        trainer_state: Any,
+        error: Exception,
+    ) -> TrainingError:
+        """The error for a function that failed; it is called again for one completion at a time to find the row."""
+        for row in completions:
+            try:
+                function(**self._keywords(function, [row], trainer_state))
+            except Exception as again:
+                if type(again) is type(error):
+                    what = f"{type(again).__name__}: {in_one_line(again)}"
+                    return TrainingError(
+                        f"Row {row.number}: reward {name!r} failed on the completion {row.text!r:.60} ({what:.200})",
+                        index=row.number,
+                    )
+        return TrainingError(f"reward {name!r} failed: {type(error).__name__}: {in_one_line(error):.200}")
 
 
 def _check_callable(function: Any) -> None:
@@ -160,43 +200,6 @@ def _taken(name: str, function: Callable[..., Any], columns: Sequence[str]) -> s
                 field="rewards",
             )
     return taken
-
-
-def _keywords(function: Callable[..., Any], completions: Sequence[Completion], trainer_state: Any) -> dict[str, Any]:
-    """What a function is called with: all of it, or only what it takes."""
-    names = dict.fromkeys(name for row in completions for name in row.columns)
-    keywords: dict[str, Any] = {
-        "completions": [row.shown for row in completions],
-        "prompts": [row.prompt for row in completions],
-        "completion_ids": [list(row.token_ids) for row in completions],
-        "trainer_state": trainer_state,
-        **{name: [row.columns.get(name) for row in completions] for name in names},
-    }
-    parameters = _parameters(function)
-    if parameters is None or any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
-        return keywords
-    return {name: value for name, value in keywords.items() if name in parameters}
-
-
-def _failure(
-    name: str,
-    function: Callable[..., Any],
-    completions: Sequence[Completion],
-    trainer_state: Any,
-    error: Exception,
-) -> TrainingError:
-    """The error for a function that failed; it is called again for one completion at a time to find the row."""
-    for row in completions:
-        try:
-            function(**_keywords(function, [row], trainer_state))
-        except Exception as again:
-            if type(again) is type(error):
-                what = f"{type(again).__name__}: {in_one_line(again)}"
-                return TrainingError(
-                    f"Row {row.number}: reward {name!r} failed on the completion {row.text!r:.60} ({what:.200})",
-                    index=row.number,
-                )
-    return TrainingError(f"reward {name!r} failed: {type(error).__name__}: {in_one_line(error):.200}")
 
 
 def _number(name: str, value: Any, row: Completion) -> float:

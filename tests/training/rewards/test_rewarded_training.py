@@ -146,6 +146,18 @@ def test_the_columns_of_a_row_go_to_the_functions_with_its_completions() -> None
     assert len(seen) == 12 and set(seen) <= {(row["prompt"], row["answer"]) for row in PROMPTS}
 
 
+def test_columns_that_only_some_rows_have_are_none_in_others() -> None:
+    seen: dict[str, Any] = {}
+
+    def keep(prompts: Any, topic: Any, prompt: Any, completions: Any) -> list[float]:
+        seen.update({asked: (one, other) for asked, one, other in zip(prompts, topic, prompt, strict=True)})
+        return list(map(float, range(len(completions))))
+
+    rows = [{"ask": "w1"}, {"ask": "w2", "topic": 5}, {"ask": "w3", "prompt": "w4"}]
+    nbpeft.train(new(), rows, rewards=keep, columns={"prompt": "ask"}, **FIELDS)
+    assert seen == {"w1": (None, None), "w2": (5, None), "w3": (None, "w4")}
+
+
 def test_conversations_are_asked_in_the_chat_template() -> None:
     seen: list[Any] = []
 
