@@ -44,7 +44,7 @@ from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
 from nbpeft.engine.runtime.adapter_tensors import is_half
 from nbpeft.engine.tree.model_tree import unwrapped
-from nbpeft.errors import BaseMismatchError, CheckpointError, CheckpointNotFoundError
+from nbpeft.errors import BaseMismatchError, CheckpointError, CheckpointNotFoundError, ConfigError, did_you_mean
 from nbpeft.model import LoraLayer, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from nbpeft.model.saving import files
 from nbpeft.names import DEFAULT_ADAPTER
@@ -231,7 +231,18 @@ def determine_best_metric(
     of_objective = getattr(getattr(trainer, "objective", None), "metrics", ())
     if score is None and name in (*getattr(trainer, "scored_metrics", ()), *of_objective):
         return False
-    return (score is None or math.isfinite(score)) and bool(original(trainer, metrics, *args, **kwargs))
+    if score is not None and not math.isfinite(score):
+        return False
+    try:
+        return bool(original(trainer, metrics, *args, **kwargs))
+    except KeyError:
+        known = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_")]
+        known = [key for key in known if not key.endswith(("runtime", "_per_second"))]
+        raise ConfigError(
+            f"metric_for_best_model={name!r} is not measured: the evaluations have {', '.join(known)}."
+            f"{did_you_mean(name, known)}",
+            field="metric_for_best_model",
+        ) from None
 
 
 def load_best_model(original: Callable[..., Any], trainer: Any) -> None:

@@ -433,3 +433,13 @@ def test_the_adapters_of_a_sweep_are_compared_by_a_metric_of_the_objective() -> 
         assert member.best_step is not None and len(member.metric_history["eval_rewards/margins"]) == 3
     best = max(result.members, key=lambda member: member.metrics["eval_rewards/margins"])
     assert result.best == best.name and f"best {best.name} (rewards/margins " in str(result)
+
+
+def test_a_metric_that_is_not_measured_is_one_line_with_the_nearest_one() -> None:
+    fields = {"metric_for_best_model": "rewards/margin", "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ConfigError) as refused:
+        nbpeft.train(new(), ROWS, ROWS[:3], **fields, **FIELDS)
+    assert str(refused.value).startswith(
+        "metric_for_best_model='rewards/margin' is not measured: the evaluations have loss, rewards/accuracies, "
+        "rewards/margins. Did you mean 'rewards/margins'"
+    )
