@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nbpeft.confidential import is_secret, masked
+from nbpeft.confidential import has_secret_name, masked
 
 _LONGEST_OBJECT, _DEEPEST, _MOST_BITS = 200, 20, 1024
 _MASK = "***"
@@ -75,7 +75,7 @@ class AsDict:
 
 def _named(values: Mapping[Any, Any], around: tuple[int, ...]) -> dict[str, Any]:
     named = ((str(as_json(key)), item) for key, item in values.items())
-    return {key: _MASK if is_secret(key, item) else as_json(item, around) for key, item in named}
+    return {key: _MASK if has_secret_name(key, item) else as_json(item, around) for key, item in named}
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def test_secrets_in_the_fields_of_a_dataclass_are_masked() -> None:
 
     assert as_json([Login("me", "abc")]) == [{"user": "me", "api_key": "***"}]
     assert Login("me", "abc").to_dict()["api_key"] == "***"
+    assert as_json({"answer": "use https://me:abc@host/a"}) == {"answer": "use https:/***@host/a"}
 
 
 class _Fails(dict[str, int]):
