@@ -217,3 +217,6 @@ def test_everything_that_functions_and_commands_return_can_be_read_as_json() -> 
     }
     assert {"TrainResult", "ScoreResult", "MergedFolder", "SaveResult", "PlanResult"} <= returned
     assert [name for name in returned if not issubclass(classes[name], AsDict)] == []
+    results_of = {nbpeft.Session.memory: "MemoryState", nbpeft.Session.measure: "MemoryState"}
+    for function, name in results_of.items():
+        assert name in function.__annotations__["return"] and issubclass(classes[name], AsDict)
