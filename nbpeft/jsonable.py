@@ -69,7 +69,7 @@ class AsDict:
         Fields that are no part of its value, e.g. its reference to the model, are left out.
         """
         kind = next(cls.__name__ for cls in type(self).__mro__ if not cls.__name__.startswith("_"))
-        fields = as_json(_fields(self)) if dataclasses.is_dataclass(self) else {}
+        fields: dict[str, Any] = as_json(_fields(self)) if dataclasses.is_dataclass(self) else {}
         return {"type": kind, **fields, "text": masked(str(self))}
 
 

@@ -183,12 +183,14 @@ def _variables(model: nn.Module, columns: Sequence[Column]) -> tuple[Mapping[str
     if manager is None:
         return {}, ()
     names = dict.fromkeys(name for column in columns if not column.folder for name in column.names)
-    found = [manager.configs.get(name) or (manager.provider and manager.provider.config_of(name)) for name in names]
-    configs = [config for config in found if config is not None] or list(manager.configs.values())
-    forms = [form for form in map(prompt_format, configs) if form is not None]
+    configs = {name: manager.configs.get(name) for name in names}
+    if manager.provider is not None:  # adapters that are loaded when they are used
+        configs |= {name: manager.provider.config_of(name) for name, config in configs.items() if config is None}
+    used = [config for config in configs.values() if config is not None] or list(manager.configs.values())
+    forms = [form for config in used if (form := prompt_format(config)) is not None]
     if len({form.template for form in forms if form.chat}) > 1:
         return {}, (_DIFFERENT_VARIABLES,)
-    form = common_format(configs)
+    form = common_format(used)
     return ({} if form is None else form.variables), ()
 
 

@@ -118,7 +118,7 @@ def check_classes(label: str, adapter_class: type[Any], config_class: type[Any],
         (state_class, "settle", "recompute_derived"),
     ):
         # PEFT's names are attributes of all configs, but the engine does not read them.
-        if getattr(owner, former, _ABSENT) is not getattr(AdapterConfig, former, _ABSENT):
+        if owner is not None and getattr(owner, former, _ABSENT) is not getattr(AdapterConfig, former, _ABSENT):
             raise ConfigError(f"{label}: {owner.__name__}.{former} is now called {name}", field=former)
     if state_class is not None and "device" in _parameters(state_class.create):
         raise ConfigError(
