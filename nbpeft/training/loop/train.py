@@ -322,10 +322,11 @@ def _note(
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
     note_on_rows += f" ({request.data_hint})" if request.data_hint and rows.notes else ""
     run.note(note_on_rows)
-    if objective.rows == JUDGED and request.processes is None:
-        size, count = settings.train_batch_size, 0 if is_stream(rows.train) else len(rows.train)
-        if count % size == 1 and not settings.dataloader_drop_last:
-            run.note("the last batch of an epoch has one row, and its kl is estimated from this row itself")
+    if objective.rows == JUDGED and request.processes is None and not settings.dataloader_drop_last:
+        sizes = {"an epoch": settings.train_batch_size, "an evaluation": settings.eval_batch_size}
+        for part, (name, size) in zip((rows.train, rows.evaluation), sizes.items(), strict=True):
+            if part is not None and not is_stream(part) and len(part) % size == 1:
+                run.note(f"the last batch of {name} has one row, and its kl is estimated from this row itself")
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
     for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
