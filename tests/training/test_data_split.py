@@ -117,6 +117,7 @@ def test_parts_of_a_row_are_held_out_together() -> None:
     [
         (GROUPED, None, r"eval_by groups the rows that are held out .* \(eval_data=0.1\)"),
         (GROUPED, 4, "each of the 7 groups has at least 5 rows, and eval_data holds out 4: hold out more rows"),
+        ([{"text": "a", "user": 1}] * 4, 2, "all rows are one group, so that no group can be held out: pass eval_data"),
         ([{"text": "a", "usr": 1}] * 4, 2, "eval_by: row 0 has no 'user'; it has 'text', 'usr'. Did you mean 'usr'"),
         (datasets.Dataset.from_list(GROUPED).to_iterable_dataset(), 4, "eval_by needs all rows"),
     ],

@@ -66,6 +66,8 @@ def _of_groups(groups: Sequence[Hashable], number: int, generator: torch.Generat
         members.setdefault(group, []).append(row)
     held: set[int] = set()
     drawn = list(members.values())
+    if len(drawn) == 1:
+        raise ConfigError("all rows are one group, so that no group can be held out: pass eval_data", field="eval_data")
     for place in torch.randperm(len(drawn), generator=generator).tolist():
         if len(held) + len(drawn[place]) <= number:
             held.update(drawn[place])
