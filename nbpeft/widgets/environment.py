@@ -94,14 +94,18 @@ class Resender:
             events.unregister("post_run_cell", self._cell_ended)
 
     def _send(self) -> None:
-        self._scheduled = False
-        for view in list(self._views):
+        with self._lock:
+            self._scheduled, views = False, list(self._views)
+        for view in views:
             view.resend()
 
     def _cell_ended(self, *_: object) -> None:
         """Sends once more: a message that belongs to no running cell may be dropped, too."""
-        self._send()
-        self._views.clear()
+        with self._lock:
+            views = list(self._views)
+            self._views.clear()  # before they are sent: what is drawn meanwhile is sent later
+        for view in views:
+            view.resend()
 
 
 resender = Resender()

@@ -553,7 +553,10 @@ def _empty(container: Any) -> None:
 def _kept(shown: Mapping[str, Any], shown_as: str, name: str, adapter: Adapter) -> nn.Module | None:
     """The existing module that shows a part of an adapter."""
     leaves: Any = shown[shown_as]._modules if isinstance(shown.get(shown_as), ShownParts) else None
-    return None if leaves is None else leaves.of(name, adapter)
+    kept: nn.Module | None = None if leaves is None else leaves.of(name, adapter)
+    groups = (place.partition(".")[0] for place in adapter.peft.grouped.values())
+    # nbpeft 0.2 pickled other modules under the names of groups.
+    return None if shown_as in groups and not isinstance(kept, ParameterMapping) else kept
 
 
 def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: BaseLayer) -> nn.Module:

@@ -554,6 +554,10 @@ class AdaptedLayer(Wrapper):
 
     # The tree, with the names that the records of methods declare
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The submodules are made again where their names have changed since the layer was pickled.
+        super().__setstate__({**state, "_shown": {}})  # type: ignore[no-untyped-call]
+
     def show_adapters(self) -> None:
         """Updates the submodules that show the adapters after these have changed."""
         adapters = self.adapters._modules

@@ -268,6 +268,17 @@ def test_state_dicts_with_the_names_of_0_2_are_loaded(config: Any, names: dict[s
     layer.load_state_dict({name.removeprefix("base_model.model.0."): value for name, value in state.items()})
 
 
+def test_modules_that_0_2_pickled_are_made_again() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 8)), nbpeft.PsoftConfig(r=2, target_modules=["0"]))
+    names, layer = set(model.state_dict()), model.base_model.model[0]
+    adapter = layer.adapter("default")
+    shown = layer._modules["psoft_R"]._modules
+    dict.__setitem__(shown, "default", nn.Linear(2, 2, bias=False))
+    twin = pickle.loads(pickle.dumps(model))
+    assert set(twin.state_dict()) == names
+    assert twin.base_model.model[0].adapter("default") is not adapter
+
+
 def test_token_rows_hang_where_peft_has_them() -> None:
     settings: dict[str, Any] = {"target_modules": ["first"], "trainable_token_indices": {"table": [1, 2]}}
     ours, theirs = (
