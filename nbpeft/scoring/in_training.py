@@ -36,6 +36,7 @@ class RowScorer(Scorer):
         separator: as for ``score``.
         skip_bad: as for ``score``.
         variables: variables for the chat template, as far as it has them.
+        reasoning: ``drop`` removes the reasoning of the assistant from references, ``keep`` does not.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -54,11 +55,12 @@ class RowScorer(Scorer):
         separator: str | None = None,
         skip_bad: bool = False,
         variables: Mapping[str, Any] | None = None,
+        reasoning: str = "keep",
     ) -> None:
         self._given, self._tokenizer = metric, tokenizer
         self._metrics = metrics_of(metric, AnswerSettings())
         reading: dict[str, Any] = {"columns": columns, "max_length": max_length}
-        reading |= {"separator": separator, "skip_bad": skip_bad, "usual_variables": variables}
+        reading |= {"separator": separator, "skip_bad": skip_bad, "usual_variables": variables, "reasoning": reasoning}
         self._read = read_rows(model, rows, self._metrics, tokenizer, **reading)
         self.name = self._metrics[0].name
         self.metrics = {item.name: item.greater_is_better for item in self._metrics}

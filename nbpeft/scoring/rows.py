@@ -97,6 +97,7 @@ def read_rows(
     skip_bad: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     usual_variables: Mapping[str, Any] | None = None,
+    reasoning: str = "keep",
 ) -> ScoredRows:
     """Reads rows as training does, and finds the reference of each.
 
@@ -111,6 +112,7 @@ def read_rows(
         skip_bad: as for ``prepare_data``.
         chat_template_kwargs: as for ``prepare_data``.
         usual_variables: those that are used by default, as far as the chat template has them.
+        reasoning: ``drop`` removes the reasoning of the assistant from conversations, ``keep`` does not.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -126,7 +128,8 @@ def read_rows(
     if not values:
         raise TrainingError("The stream has no rows.")
     reader = replace(reader, rows=values, skip_bad=skip_bad)
-    reader = replace(reader, options=_options(reader, chat_template_kwargs, usual_variables or {}))
+    options = _options(reader, chat_template_kwargs, usual_variables or {})
+    reader = replace(reader, options=replace(options, reasoning=reasoning))
     reading_rows = _Rows(model, reader, own, metrics)
     rows, left_out = [], []
     for number in range(len(values)):

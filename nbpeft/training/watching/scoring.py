@@ -212,5 +212,7 @@ def _new_scorer(request: Any) -> Scorer:
         separator=separator_for(request.score, request.separator),
         skip_bad=bool(request.skip_bad),
         variables=request.chat_template_kwargs,
+        # Reasoning that is not learned is not answered: a reference with it would never be reached.
+        reasoning="keep" if request.reasoning == "keep" else "drop",
     )
     return scorer

@@ -15,7 +15,9 @@ from nbpeft.training import prepare_data, summarize, train
 from nbpeft.training.data import ModelInputs
 from nbpeft.training.disk.kept_arguments import to_keep, to_take_over
 from nbpeft.training.request import TrainRequest
+from nbpeft.training.watching.scoring import scorer_of
 from tests.char_tokenizer import CharTokenizer
+from tests.tiny_models import llama
 from tests.training.data.test_chats import CALLS, THINKING
 from tests.training.support import trainable
 from tests.training.test_data import CHATML, FORGETFUL, learned
@@ -255,3 +257,15 @@ def test_a_sweep_reads_rows_like_a_training_and_a_resumed_run_takes_the_options_
     request = TrainRequest(trainable(), rows, 0.5, eval_by="user", chat_template_kwargs={"loud": True}, **how)
     taken, rest = to_take_over(to_keep(request.kept())[0])
     assert taken == {**how, "eval_data": 0.5, "eval_by": "user", "chat_template_kwargs": {"loud": True}} and not rest
+
+
+@pytest.mark.parametrize(("reasoning", "kept"), [("keep", True), ("mask", False), ("drop", False)])
+def test_references_in_training_have_the_reasoning_that_is_learned(
+    tokenizer: Any, use: Any, reasoning: str, kept: bool
+) -> None:
+    use(THINKING)
+    rows = [{"messages": [ASK, INLINE]}]
+    scored = {"score": rows, "metric": "exact", "reasoning": reasoning}
+    scorer: Any = scorer_of(TrainRequest(trainable(llama(vocab_size=300)), rows, tokenizer=tokenizer, **scored), {})
+    [reference] = [row.reference for row in scorer._read.rows]
+    assert reference.endswith("yes") and ("the mat" in reference) is kept
