@@ -248,7 +248,7 @@ def _gradients(trial: Trial) -> None:
     """Gradients reach every trained parameter, and no weight of the base model."""
     model = trial.randomized().train()
     own = _parameters(model)
-    trial.call(model).float().square().sum().backward()
+    torch.autograd.backward(trial.call(model).float().square().sum())
     for name, parameter in model.named_parameters():
         if name not in own and (parameter.requires_grad or parameter.grad is not None):
             _fail(f"{name}, a parameter of the base model, is trained")
@@ -376,7 +376,7 @@ def _bfloat16(trial: Trial) -> None:
         output = half.call(model)
         if output.dtype != torch.bfloat16:
             _fail(f"the output is {output.dtype}, that of the base model torch.bfloat16")
-        output.float().square().sum().backward()
+        torch.autograd.backward(output.float().square().sum())
         if not all(_has_gradient(parameter) for parameter in model.parameters() if parameter.requires_grad):
             _fail("a gradient is missing or not finite")
 

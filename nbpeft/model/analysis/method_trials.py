@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.tree.model_tree import embedding_of, is_quantized, manager_of
-from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.errors import AdapterError, ConfigError, in_one_line, with_article
 from nbpeft.model.handle.peft_model import PeftModel
 from nbpeft.model.handle.tasks import get_peft_model
 
@@ -101,7 +101,8 @@ class Trial:
     def call(self, model: nn.Module, rows: slice = slice(None), **options: Any) -> Tensor:
         """Calls a model with gradients; see ``output``."""
         args = [_cut(value, rows) for value in self.args]
-        kwargs = {name: _cut(value, rows) for name, value in self.kwargs.items()}
+        own = () if isinstance(model, PeftModel) else method_of(self.config).calls.arguments
+        kwargs = {name: _cut(value, rows) for name, value in self.kwargs.items() if name not in own}
         return _tensor_in(model(*args, **kwargs, **options))
 
     @property
@@ -142,27 +143,37 @@ def trials_on(model: nn.Module, config: AdapterConfig, inputs: Any) -> list[Tria
 
     Raises:
         AdapterError: the model has adapters.
-        ConfigError: the model is quantized, ``inputs`` is something else, or it is None and the model has no input
-            embedding.
+        ConfigError: the model is quantized or cannot be called with ``inputs``, ``inputs`` is something else, or it is
+            None and the model has no input embedding.
     """
     if manager_of(model) is not None:
         raise AdapterError("check_method needs a model without adapters: unload() returns the base model")
     if is_quantized(model):
         raise ConfigError("check_method needs a model whose weights are not quantized", field="model")
+    trial = _trial(model, config, inputs).in_dtype(torch.float32)
+    try:
+        trial.output(trial.plain())
+    except Exception as error:  # whatever the code of the model raises
+        reason = f"{type(error).__name__}: {in_one_line(error):.200}"
+        raise ConfigError(f"{trial.name} without adapters cannot be called: {reason}", field="inputs") from error
+    return [trial]
+
+
+def _trial(model: nn.Module, config: AdapterConfig, inputs: Any) -> Trial:
     name = type(model).__name__
     if isinstance(inputs, Tensor):
-        return [Trial(name, model, config, args=(inputs,)).in_dtype(torch.float32)]
+        return Trial(name, model, config, args=(inputs,))
     if isinstance(inputs, Mapping):
-        return [Trial(name, model, config, kwargs=dict(inputs)).in_dtype(torch.float32)]
+        return Trial(name, model, config, kwargs=dict(inputs))
     if inputs is not None:
-        kind = type(inputs).__name__
-        raise ConfigError(f"inputs must be a tensor or a dict of keyword arguments, not {kind}", field="inputs")
+        message = f"inputs must be a tensor or a dict of keyword arguments, not {with_article(inputs)}"
+        raise ConfigError(message, field="inputs")
     embedding = embedding_of(model)
     size = getattr(embedding, "num_embeddings", None)
     if not size:
         raise ConfigError(f"{name} has no input embedding: pass inputs, a tensor or keyword arguments", field="inputs")
     ids = torch.randint(1, int(size), (_ROWS, _LENGTH), device=next(model.parameters()).device)
-    return [Trial(name, model, config, kwargs={"input_ids": ids}).in_dtype(torch.float32)]
+    return Trial(name, model, config, kwargs={"input_ids": ids})
 
 
 def small_trials(config: AdapterConfig) -> list[Trial]:

@@ -315,15 +315,36 @@ def test_skipped_checks_have_their_reason() -> None:
 
 
 def test_a_given_model_is_not_changed_and_gets_token_ids() -> None:
-    base = llama()
+    base = llama(dtype=torch.bfloat16)
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    random = torch.get_rng_state()
-    config = nbpeft.MultitaskPromptTuningConfig(num_virtual_tokens=2, num_tasks=2, task_type="CAUSAL_LM")
+    random, config = torch.get_rng_state(), nbpeft.LoraConfig(r=2)
+    report = nbpeft.check_method(config, base)
+    assert report.ok and {check.model for check in report.checks} == {"LlamaForCausalLM"}
+    after = base.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(random, torch.get_rng_state()) and config.target_modules is None
+
+
+class Strict(nn.Module):
+    """Accepts no other argument than token ids, and has an input embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = llama()
+        self.config = self.model.config
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, attention_mask: Any = None) -> Any:
+        return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+
+
+def test_arguments_that_only_adapters_read_are_not_passed_to_the_base_model() -> None:
+    config = nbpeft.MultitaskPromptTuningConfig(num_virtual_tokens=2, num_tasks=2, num_ranks=1, task_type="CAUSAL_LM")
     inputs = {"input_ids": tokens(3), "task_ids": torch.tensor([0, 1, 0])}
-    assert nbpeft.check_method(config, base, inputs=inputs, skip=["identity"]).checks[0].model == "LlamaForCausalLM"
-    assert nbpeft.check_method(nbpeft.LoraConfig(r=2), base.to(torch.bfloat16)).ok
-    assert before.keys() == base.state_dict().keys() and not hasattr(base, "peft_config")
-    assert torch.equal(random, torch.get_rng_state()) and config.token_dim is None
+    report = nbpeft.check_method(config, Strict(), inputs=inputs)
+    assert {check.check for check in report.checks if check.status == "ok"} >= {"injection", "save", "unload"}, report
 
 
 def test_the_report_is_a_table_json_and_one_error() -> None:
@@ -349,7 +370,11 @@ def test_the_report_is_a_table_json_and_one_error() -> None:
         ({"model": "llama"}, "model must be a torch model, not a str"),
         ({"inputs": INPUTS}, "inputs need a model"),
         ({"model": OneProjection()}, "OneProjection has no input embedding: pass inputs"),
-        ({"model": OneProjection(), "inputs": 3}, "inputs must be a tensor or a dict of keyword arguments, not int"),
+        ({"model": OneProjection(), "inputs": 3}, "inputs must be a tensor or a dict of keyword arguments, not an int"),
+        (
+            {"model": OneProjection(), "inputs": {"y": INPUTS}},
+            "OneProjection without adapters cannot be called: TypeError",
+        ),
         ({"skip": "merge"}, "skip must be a list of checks"),
         ({"skip": ["merging"]}, "'merging' is not a check that can be skipped. Did you mean 'merge'"),
         ({"skip": ["injection"]}, "'injection' is not a check that can be skipped"),
