@@ -36,10 +36,17 @@ def is_secret(name: object, value: object) -> bool:
         name: name of the value, e.g. the field of a config.
         value: the value; None, booleans and the empty string are never secret.
     """
-    if value is None or isinstance(value, bool) or value == "":
-        return False
-    named = isinstance(name, str) and _NAMES.fullmatch(name) is not None and isinstance(value, str | bytes)
-    return named or (isinstance(value, str) and _VALUES.search(value) is not None)
+    return has_secret_name(name, value) or (isinstance(value, str) and _VALUES.search(value) is not None)
+
+
+def has_secret_name(name: object, value: object) -> bool:
+    """Returns whether a value is text under the name of a token, password or key.
+
+    Args:
+        name: name of the value.
+        value: the value; the empty string is never secret.
+    """
+    return isinstance(name, str) and isinstance(value, str | bytes) and value != "" and bool(_NAMES.fullmatch(name))
 
 
 def without_secrets(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

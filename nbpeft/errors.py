@@ -67,7 +67,7 @@ class _Coded:
     def to_dict(self) -> dict[str, Any]:
         """Returns the error as JSON types: ``code``, ``type`` (its class), ``message`` and ``details``."""
         details = as_json(getattr(self, "details", {}))
-        return {"code": self.code, "type": type(self).__name__, "message": str(self), "details": details}
+        return {"code": self.code, "type": type(self).__name__, "message": masked(str(self)), "details": details}
 
 
 def error_as_json(error: BaseException) -> dict[str, Any]:

@@ -12,43 +12,51 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nbpeft.confidential import is_secret, masked
+from nbpeft.confidential import has_secret_name, masked
 
 _LONGEST_OBJECT, _DEEPEST, _MOST_BITS = 200, 20, 1024
 _MASK = "***"
 
 
-def as_json(value: object, depth: int = 0) -> Any:
+def as_json(value: object, around: tuple[int, ...] = ()) -> Any:
     """Returns a value as types that ``json.dumps`` accepts, without an access token and without NaN, which JSON lacks.
 
     Sets become sorted lists, NaN and infinities become None. Scalars of numpy and torch become numbers. An object that
-    is not data becomes its ``str`` if that is one short line, and else its type in angle brackets.
+    is not data, or that cannot be read, becomes its ``str`` if that is one short line, and else its type in angle
+    brackets.
 
     Args:
         value: the value.
-        depth: number of containers around it; the content of those that are too deep is left out.
+        around: ids of the containers around it; a container in itself, or in too many others, is not read.
     """
+    try:
+        return _as_json(value, around)
+    except Exception:  # e.g. a tensor on the meta device has no number
+        return _described(value)
+
+
+def _as_json(value: object, around: tuple[int, ...]) -> Any:
     if isinstance(value, enum.Enum):
-        return as_json(value.value, depth)
+        return as_json(value.value, around)
     if value is None or (isinstance(value, int) and value.bit_length() <= _MOST_BITS):
         return value
     if isinstance(value, str):
         return masked(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if depth == _DEEPEST:
+    if len(around) == _DEEPEST or id(value) in around:
         return _described(value)
+    within = (*around, id(value))
     if isinstance(value, Mapping):
-        named = ((str(as_json(key)), item) for key, item in value.items())
-        return {key: _MASK if is_secret(key, item) else as_json(item, depth + 1) for key, item in named}
+        return _named(value, within)
     if isinstance(value, list | tuple):
-        return [as_json(item, depth + 1) for item in value]
+        return [as_json(item, within) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((as_json(item, depth + 1) for item in value), key=repr)
+        return sorted((as_json(item, within) for item in value), key=repr)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _fields(value, depth)
+        return _named(_fields(value), within)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return as_json(value.item(), depth + 1)
+        return as_json(value.item(), within)
     return _described(value)
 
 
@@ -61,14 +69,18 @@ class AsDict:
         Fields that are no part of its value, e.g. its reference to the model, are left out.
         """
         kind = next(cls.__name__ for cls in type(self).__mro__ if not cls.__name__.startswith("_"))
-        fields: dict[str, Any] = _fields(self, 0) if dataclasses.is_dataclass(self) else {}
-        return {"type": kind, "text": masked(str(self)), **fields}
+        fields: dict[str, Any] = as_json(_fields(self)) if dataclasses.is_dataclass(self) else {}
+        return {"type": kind, **fields, "text": masked(str(self))}
 
 
-def _fields(value: Any, depth: int) -> dict[str, Any]:
+def _named(values: Mapping[Any, Any], around: tuple[int, ...]) -> dict[str, Any]:
+    named = ((str(as_json(key)), item) for key, item in values.items())
+    return {key: _MASK if has_secret_name(key, item) else as_json(item, around) for key, item in named}
+
+
+def _fields(value: Any) -> dict[str, Any]:
     """The fields of a dataclass that take part in comparisons."""
-    compared = (field.name for field in dataclasses.fields(value) if field.compare)
-    return {name: as_json(getattr(value, name), depth + 1) for name in compared}
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
 
 
 def _described(value: object) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nbpeft.jsonable import AsDict
+
 TrainStatus = Literal["starting", "running", "pausing", "paused", "stopping", "finished", "stopped", "failed"]
 
 ENDED: tuple[TrainStatus, ...] = ("finished", "stopped", "failed")
@@ -52,7 +54,7 @@ class MemoryPart:
 
 
 @dataclass(frozen=True)
-class MemoryState:
+class MemoryState(AsDict):
     """Memory of one model and of its device, in bytes; None for what the device does not report."""
 
     device: str

@@ -19,6 +19,7 @@ import nbpeft
 from nbpeft import errors
 from nbpeft.display.shown import Shown
 from nbpeft.jsonable import AsDict, as_json
+from nbpeft.session.results.base import RecordResult, TracebackResult
 from tests.display.samples import results
 
 CODES = {
@@ -123,6 +124,36 @@ def test_a_list_that_contains_itself_ends() -> None:
     endless: list[object] = []
     endless.append(endless)
     json.dumps(as_json(endless))
+    both: list[object] = []
+    both += [both, {"both": both}, both]
+    assert len(json.dumps(as_json(both))) < 500
+
+
+def test_secrets_in_the_fields_of_a_dataclass_are_masked() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Login(AsDict):
+        user: str
+        api_key: str
+
+    assert as_json([Login("me", "abc")]) == [{"user": "me", "api_key": "***"}]
+    assert Login("me", "abc").to_dict()["api_key"] == "***"
+    assert as_json({"answer": "use https://me:abc@host/a"}) == {"answer": "use https:/***@host/a"}
+
+
+class _Fails(dict[str, int]):
+    def items(self) -> Any:
+        raise OSError("the file is gone")
+
+
+def test_values_that_cannot_be_read_do_not_hide_the_others() -> None:
+    values = as_json({"scalar": torch.empty((), device="meta"), "lazy": _Fails(a=1), "fine": 1})
+    assert (values["lazy"], values["fine"]) == ("{'a': 1}", 1)
+    assert values["scalar"].startswith("tensor(")
+
+
+def test_a_field_called_text_is_the_printed_text() -> None:
+    nothing = TracebackResult("")
+    assert nothing.to_dict()["text"] == str(nothing) != ""
 
 
 def test_a_result_has_its_type_its_text_and_what_it_is_compared_by() -> None:
@@ -157,6 +188,17 @@ def test_each_result_is_json_and_one_text(name: str, result: Shown) -> None:
     assert {field.name for field in values if field.compare} <= told.keys()
 
 
+def test_a_result_with_a_record_lists_the_attributes_of_the_record() -> None:
+    shown = [result for result in results().values() if isinstance(result, RecordResult)]
+    assert {type(result).__name__ for result in shown} >= {"CombineResult", "SwapResult", "MergedCopy"}
+    for result in shown:
+        record = getattr(result, result._RECORD)
+        names = {name for name in dir(record) if not name.startswith("_")}
+        assert names <= set(dir(result)) and all(hasattr(result, name) for name in names)
+        with pytest.raises(AttributeError, match=f"'{type(result).__name__}' object has no attribute 'no_such'"):
+            _ = result.no_such
+
+
 def test_everything_that_is_shown_has_a_text_of_its_own() -> None:
     shown = [cls for cls in package_classes().values() if issubclass(cls, Shown)]
     assert len(shown) > 30
@@ -176,3 +218,6 @@ def test_everything_that_functions_and_commands_return_can_be_read_as_json() -> 
     }
     assert {"TrainResult", "ScoreResult", "MergedFolder", "SaveResult", "PlanResult"} <= returned
     assert [name for name in returned if not issubclass(classes[name], AsDict)] == []
+    results_of = {nbpeft.Session.memory: "MemoryState", nbpeft.Session.measure: "MemoryState"}
+    for function, name in results_of.items():
+        assert name in function.__annotations__["return"] and issubclass(classes[name], AsDict)

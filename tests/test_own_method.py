@@ -202,6 +202,20 @@ def test_functions_of_configs_and_shared_states_that_were_renamed_are_refused() 
         register(ShiftConfig, peft_type="FORMER", label="Former", shares=SharedTensors(state))(Shift)
 
 
+@pytest.mark.parametrize(
+    ("former", "name"),
+    [
+        ("is_prompt_learning", "learns_prompt"),
+        ("is_adaption_prompt", "on_last_layers"),
+        ("beside_embeddings", "inserts_embeddings"),
+    ],
+)
+def test_attributes_of_configs_that_the_engine_no_longer_reads_are_refused(former: str, name: str) -> None:
+    config = type("FormerConfig", (ShiftConfig,), {former: True})
+    with pytest.raises(ConfigError, match=rf"FormerConfig\.{former} is now called {name}"):
+        register(config, peft_type="FORMER", label="Former")(Shift)
+
+
 @pytest.mark.usefixtures("registered")
 def test_what_it_takes_from_its_config_is_set_swapped_and_shown() -> None:
     model = nbpeft.get_peft_model(llama(), ShiftConfig(start=0.1))

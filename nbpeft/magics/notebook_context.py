@@ -259,11 +259,16 @@ class NotebookContext:
             ``a*0.7 b*0.3``.
 
         Raises:
-            CellError: it is a variable that is not defined, or an expression that cannot be evaluated.
+            CellError: it is a variable that is not defined, or an expression that cannot be evaluated; or a part of a
+                mixture is given twice.
         """
         namespace = self.namespace
         if is_mixture(text):
-            return mixture(**{part: (self.data(part, option), weight) for part, weight in parts_of(text)})
+            parts = parts_of(text)
+            names = [part for part, _ in parts]
+            if twice := [part for part in names if names.count(part) > 1]:
+                raise CellError(f"{option}: {twice[0]!r:.60} is in the mixture twice: give it one share")
+            return mixture(**{part: (self.data(part, option), weight) for part, weight in parts})
         if (match := _FILE.fullmatch(text)) and not hasattr(namespace.get(match[1]), match[2]):
             return text
         if (match := _HUB_NAME.fullmatch(text)) and not (match[1] in namespace and match[2] in namespace):

@@ -22,7 +22,7 @@ from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL
 from nbpeft.training.data.encoding import Span, encode
-from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles, likely_completion
+from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles, likely_completion, row_of
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.options import RowOptions, why_not_used
 from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, columns_of, reading
@@ -278,6 +278,7 @@ class _Rows:
         if self._reader.form is None:
             row = self._of_tokens(row, coded)
         elif self._reader.inputs.classes is None:
+            self._check_good(row)
             row = self._of_text(row)
         if "options" in self._needs:
             row = self._with_options(row)
@@ -289,6 +290,13 @@ class _Rows:
         if "answers" in self._needs and not row.prompt_ids:
             raise _Missing("its prompt is empty")
         return row
+
+    def _check_good(self, row: ScoredRow) -> None:
+        """Leaves out a row whose completion is no reference, as its label marks it as bad."""
+        if self._reader.form is _PROMPT or "options" in self._needs:  # the label may be the number of an option
+            return
+        if self._reader.is_bad(row_of(row.given, row.number, self._reader.columns)):
+            raise _Missing("its label marks the completion as bad")
 
     def _with_tokens(self, row: ScoredRow, coded: CodedRow | None) -> ScoredRow:
         """The row with its tokens and labels; for a classifier with its text and class."""

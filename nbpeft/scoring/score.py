@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.checkpoint import common_format
+from nbpeft.checkpoint import common_format, prompt_format
 from nbpeft.display.numbers import plural
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError, check_bool, few
@@ -28,6 +28,9 @@ from nbpeft.training.data import separator_for
 from nbpeft.training.watching.generation import INTERVAL, evaluating
 
 Report = Callable[[ScoreResult], object]
+_DIFFERENT_VARIABLES = (
+    "the adapters were trained with different variables of the chat template, so none is set: pass chat_template_kwargs"
+)
 _GENERAL = Path(__file__).with_name("general_text.txt")
 
 
@@ -103,7 +106,7 @@ def score(
         separator: what separates the cells of a ``.csv`` or ``.tsv`` file; by default it is detected.
         skip_bad: leave out rows that cannot be read, and say which; by default they are refused.
         chat_template_kwargs: variables for the chat template, e.g. ``{"enable_thinking": False}``; by default those
-            with which the adapters of the model were trained.
+            with which the scored adapters were trained.
         max_length: number of tokens to which rows are cut for ``loss``, ``perplexity`` and ``accuracy``; by default
             the tokenizer's limit, at most 1024.
         also: further rows, of which the loss is measured, to see what an adapter forgot.
@@ -140,10 +143,11 @@ def score(
     found, column_notes = columns_of(model, adapters, base, others=bool(folders))
     found += folder_columns(folders, [column.title for column in found])
     reading: dict[str, Any] = {"separator": separator, "skip_bad": skip_bad, "max_length": max_length}
-    reading["usual_variables"] = chat_template_kwargs or _variables(model)
+    usual, variable_notes = (chat_template_kwargs, ()) if chat_template_kwargs else _variables(model, found)
+    reading["usual_variables"] = usual
     own: dict[str, Any] = {"columns": columns, "chat_template_kwargs": chat_template_kwargs}
     read = read_rows(model, rows, metrics, tokenizer, **own, **reading)
-    state = Scoring(name, found, metrics, read, settings, [*column_notes, *read.notes])
+    state = Scoring(name, found, metrics, read, settings, [*column_notes, *variable_notes, *read.notes])
     further = _elsewhere(model, state, also, general, tokenizer, reading)
     limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
     parts = [state] if further is None else [state, further]
@@ -173,11 +177,21 @@ def score(
     return replace(result, elsewhere=further.result("finished"))
 
 
-def _variables(model: nn.Module) -> Mapping[str, Any]:
-    """The variables for the chat template with which all adapters of a model were trained."""
+def _variables(model: nn.Module, columns: Sequence[Column]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The common variables for the chat template with which the adapters were trained; and a note if they differ."""
     manager = manager_of(model)
-    form = None if manager is None else common_format(manager.configs.values())
-    return {} if form is None else form.variables
+    if manager is None:
+        return {}, ()
+    names = dict.fromkeys(name for column in columns if not column.folder for name in column.names)
+    configs = {name: manager.configs.get(name) for name in names}
+    if manager.provider is not None:  # adapters that are loaded when they are used
+        configs |= {name: manager.provider.config_of(name) for name, config in configs.items() if config is None}
+    used = [config for config in configs.values() if config is not None] or list(manager.configs.values())
+    forms = [form for config in used if (form := prompt_format(config)) is not None]
+    if len({form.template for form in forms if form.chat}) > 1:
+        return {}, (_DIFFERENT_VARIABLES,)
+    form = common_format(used)
+    return ({} if form is None else form.variables), ()
 
 
 def _elsewhere(

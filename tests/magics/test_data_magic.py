@@ -293,4 +293,5 @@ def test_data_is_mixed_in_the_line(ready: Notebook) -> None:
     command = message.partition("(%lora data")[2].rpartition(" shows them)")[0]
     assert ready.do(f"%lora data{command}").summary.row_count == 9
     assert ready.do("%lora data rows*2").summary.row_count == 16  # an expression
+    assert ready.run("%lora data rows*2 rows*1 more*1").line.startswith("data: 'rows' is in the mixture twice")
     assert ready.run("%lora data rows*0.5 missing*0.5").line.startswith("name 'missing' is not defined")

@@ -156,7 +156,6 @@ def test_a_script_is_written_with_the_best(ready: Notebook, tmp_path: Any) -> No
         (TRAIN.replace("max_steps = 2", "max_steps = sweep(2, 3)"), "line 1: max_steps cannot be a sweep"),
         (TRAIN.replace("0.05)", "-1.0)"), "line 3: learning_rate must be at least 0"),
         (TRAIN + "\nr = sweep(*range(1, 10))", "line 4: the sweep has 18 combinations"),
-        (TRAIN.replace("--eval", "--patience 2 --eval"), "patience cannot be combined with a sweep"),
         (
             TRAIN + "\neval_strategy = 'steps'\nlr_scheduler_type = sweep('linear', 'reduce_lr_on_plateau')",
             "depends on a single loss",

@@ -626,3 +626,12 @@ def test_rows_come_from_every_source_of_training(source: str, tmp_path: Path) ->
         rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
     result = scored(adapted(), rows, max_new_tokens=2, adapters="sql", base=False)
     assert [item.reference for item in result.items] == [row["completion"] for row in ROWS[:3]]
+
+
+def test_bad_completions_are_no_references() -> None:
+    rows = [{"prompt": f"{number}>", "completion": "b", "label": number % 2} for number in range(4)]
+    result = scored(adapted(), rows, metric="exact")
+    assert result.notes[0] == "2 rows left out: rows 0, 2: its label marks the completion as bad"
+    assert [item.number for item in result.items] == [1, 3]
+    classes = [{**row, "label": row["label"] + 1} for row in rows]  # not good and bad
+    assert len(scored(adapted(), classes, metric="exact").items) == 4

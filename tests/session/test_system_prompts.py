@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nbpeft.checkpoint import PromptFormat, prompt_format
+from nbpeft.checkpoint import PromptFormat, prompt_format, set_prompt_format
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.swapping.pool import AdapterPool
 from nbpeft.session import Session
@@ -239,3 +239,30 @@ def test_the_variables_of_the_template_are_kept_with_the_adapter(
         session.score(rows, tokenizer=LOUD, chat_template_kwargs={"lowd": True})
     with pytest.raises(ConfigError, match="chat_template_kwargs is for conversations"):
         session.score([{"prompt": "a", "completion": "b"}], tokenizer=LOUD, chat_template_kwargs={"loud": True})
+
+
+def test_scores_use_the_variables_of_the_adapters_that_are_scored(
+    session: Session, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, used = [chat()] * 2, []
+    session.train(None, rows, tokenizer=LOUD, max_steps=1, keep=False, chat_template_kwargs={"loud": True})
+    other = session.add(None, {"r": 2, "target_modules": ["q_proj"]}, name="quiet").model
+    set_prompt_format(other.manager.configs["quiet"], PromptFormat(True))
+    watched = Loud("{{ loud }}")
+    render = watched.apply_chat_template
+    monkeypatch.setattr(
+        watched,
+        "apply_chat_template",
+        lambda messages, **options: used.append(options.get("loud")) or render(messages, **options),
+    )
+    few: dict[str, Any] = {"tokenizer": watched, "max_new_tokens": 2}
+    one = session.score(rows, adapters=["orders"], **few)
+    assert set(used) == {True} and not any("variables" in note for note in one.notes)
+    used.clear()
+    both = session.score(rows, **few)
+    assert set(used) == {None} and any(
+        "trained with different variables of the chat template" in note for note in both.notes
+    )
+    used.clear()
+    chosen = session.score(rows, **few, chat_template_kwargs={"loud": True})
+    assert set(used) == {True} and not any("variables" in note for note in chosen.notes)

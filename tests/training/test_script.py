@@ -19,6 +19,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from datasets import ClassLabel, Dataset
 from packaging.requirements import Requirement
 
 import nbpeft
@@ -439,3 +440,16 @@ def test_the_options_of_rows_are_exported_with_the_column_of_their_groups(folder
     assert how.items() <= constants(files.script)["ARGUMENTS"].items()
     written = [json.loads(line) for line in files.data[0].read_text().splitlines()]
     assert [row.keys() for row in written] == [{"messages", "user"}] * 6
+
+
+def test_completions_that_are_good_or_bad_are_exported_with_the_meaning_of_their_labels(folder: Path) -> None:
+    rows = Dataset.from_list([{"prompt": "a b", "completion": "c", "label": number % 2} for number in range(4)])
+    rows = rows.cast_column("label", ClassLabel(names=["good", "bad"]))
+    given = {"tokenizer": saved_tokenizer(folder / "base"), **ARGUMENTS}
+    files = export_script(loaded(folder), folder / "train.py", rows, **given)
+    written = [json.loads(line) for line in files.data[0].read_text().splitlines()]
+    assert [row["label"] for row in written] == ["good", "bad", "good", "bad"]
+    assert train(loaded(folder), written, **given).objective == "kto"
+    with pytest.raises(TrainingError, match="the rows of kto cannot be given as tokens"):
+        export_script(loaded(folder), folder / "other.py", rows, **given | {"tokenizer": CharTokenizer()})
+    assert not (folder / "other.py").exists()

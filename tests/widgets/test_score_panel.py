@@ -100,6 +100,7 @@ def test_the_oldest_panels_become_cards() -> None:
 
 def test_the_result_of_the_line_is_shown_as_a_panel_and_copied_as_a_card() -> None:
     result = PagedScores.of(orders(), lambda paged: ScorePanel(paged, ui="html")._ipython_display_())
+    assert result.to_dict() == orders().to_dict()
     with pytest.raises(NotImplementedError):  # without widgets IPython asks for the HTML
         result._ipython_display_()
     with pytest.raises(NotImplementedError):

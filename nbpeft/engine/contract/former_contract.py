@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.capabilities import (
     HasFixedTensors,
     HasInnerAdapters,
@@ -20,6 +21,7 @@ from nbpeft.engine.contract.capabilities import (
 from nbpeft.errors import ConfigError, did_you_mean
 
 _HOME = HotSwaps.__module__
+_ABSENT = object()
 _FIELDS = {
     **{name: f"files=FileFormat({name}=…)" for name in ("prefix", "pack", "unpack", "derived", "fuse", "parts")},
     **{name: f"files=FileFormat({name}=…)" for name in ("with_parts", "without_weight")},
@@ -107,8 +109,16 @@ def check_classes(label: str, adapter_class: type[Any], config_class: type[Any],
         if name is not None:
             raise ConfigError(f"{label}: {cls.__name__}.{name} is no longer used: write {_MEMBERS[name]}", field=name)
         _check_capabilities(label, adapter_class, cls)
-    for owner, former, name in ((config_class, "beside", "reconciled"), (state_class, "settle", "recompute_derived")):
-        if owner is not None and hasattr(owner, former):
+    for owner, former, name in (
+        (config_class, "beside", "reconciled"),
+        (config_class, "beside_embeddings", "inserts_embeddings"),
+        (config_class, "is_prompt_learning", "learns_prompt"),
+        (config_class, "is_adaption_prompt", "on_last_layers"),
+        (adapter_class, "hold_scaling_as_tensor", "store_scaling_as_tensor"),
+        (state_class, "settle", "recompute_derived"),
+    ):
+        # PEFT's names are attributes of all configs, but the engine does not read them.
+        if owner is not None and getattr(owner, former, _ABSENT) is not getattr(AdapterConfig, former, _ABSENT):
             raise ConfigError(f"{label}: {owner.__name__}.{former} is now called {name}", field=former)
     if state_class is not None and "device" in _parameters(state_class.create):
         raise ConfigError(

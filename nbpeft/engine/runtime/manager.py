@@ -786,7 +786,7 @@ class AdapterManager:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"removed": state.pop("moved_away", {}), **state})  # its name in nbpeft 0.2
         self._transaction = Transaction(self.active_state, self._notify)
         self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
         watch(self)

@@ -197,6 +197,23 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     return ".".join(filter(None, (adapter.peft.container, own, name)))
 
 
+def former_names(adapter: Adapter, name: str) -> dict[str, str]:
+    """Returns the names below an adapted layer that were others in nbpeft 0.2: former name -> ``shown_name``.
+
+    Args:
+        adapter: the adapter.
+        name: name of the adapter.
+    """
+    peft, former = adapter.peft, dict[str, str]()
+    for own in adapter._parameters:
+        listed, _, number = own.partition(".")
+        if own in peft.grouped:
+            former[f"{own}.{name}"] = shown_name(adapter, own, name)
+        elif listed in peft.lists and listed in peft.wrapped:
+            former[f"{listed}_{number}.{name}"] = shown_name(adapter, own, name)
+    return former
+
+
 class Observed(nn.Module):
     """A module that registers itself with its adapter when it gets hooks or another forward.
 

@@ -36,6 +36,7 @@ from nbpeft.engine.views.part_modules import (
     AdapterDict,
     ParameterMapping,
     ShownParts,
+    former_names,
     show_adapters,
     shown_under,
     unfilled,
@@ -636,6 +637,10 @@ class AdaptedLayer(Wrapper):
         if self.is_passed_over:  # keys lack "base_layer."; the children's dictionaries are made from this one
             for key in [key for key in state_dict if not key.startswith(f"{prefix}base_layer.")]:
                 state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        for name, adapter in self._named().items():
+            for former, shown in former_names(adapter, name).items():
+                if prefix + former in state_dict:
+                    state_dict[prefix + shown] = state_dict.pop(prefix + former)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -30,7 +30,14 @@ class RecordResult(Result):
     def __getattr__(self, name: str) -> Any:
         if name == self._RECORD or name.startswith("__"):  # while the object is being unpickled
             raise AttributeError(name)
-        return getattr(getattr(self, self._RECORD), name)
+        record = getattr(self, self._RECORD)
+        if name.startswith("_") or not hasattr(record, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        return getattr(record, name)
+
+    def __dir__(self) -> list[str]:
+        public = (name for name in dir(getattr(self, self._RECORD)) if not name.startswith("_"))
+        return sorted({*super().__dir__(), *public})
 
 
 @dataclass(frozen=True, repr=False)

@@ -26,6 +26,10 @@ class PagedScores(ScoreResult):
         vars(paged)["show"] = show
         return paged
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the same as for the scores themselves."""
+        return ScoreResult(*_values(self)).to_dict()
+
     def __reduce__(self) -> tuple[type[ScoreResult], tuple[Any, ...]]:
         return ScoreResult, _values(self)
 

@@ -134,7 +134,7 @@ def _read_text(row: Row, chat: bool) -> Example:
 def _read_pair(row: Row, chat: bool) -> Example:
     prompt, completion = row.value("prompt"), row.value("completion")
     if isinstance(prompt, str) or (prompt is None and (completion is None or isinstance(completion, str))):
-        return Pair(row.text("prompt"), row.text("completion"), _tools_of_text(row))
+        return Pair(row.text("prompt"), row.text("completion"), _unused_of_text(row))
     return _chat(row, row.messages("completion"), row.messages("prompt"))
 
 
@@ -152,7 +152,7 @@ def _read_instruction(row: Row, chat: bool) -> Example:
         head, middle = (_ALPACA_INPUT, f"\n\n### Input:\n{more}") if more else (_ALPACA, "")
         head = row.optional("system") or head
         prompt = f"{head}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:\n"
-        return Pair(prompt, output, _tools_of_text(row))
+        return Pair(prompt, output, _unused_of_text(row))
     if not output.strip():
         return Pair(instruction, "")
     request = f"{instruction}\n\n{more}" if more else instruction
@@ -173,7 +173,7 @@ def _read_compared(row: Row, chat: bool) -> Example:
         differs = next((place for place, (left, right) in pairs if left != right), min(map(len, texts.values())))
         text = re.sub(r"\S*$", "", texts["chosen"][:differs])
         texts = {name: completion[len(text) :] for name, completion in texts.items()}
-    unused = _tools_of_text(row)
+    unused = _unused_of_text(row)
     return Compared(Pair(text, texts["chosen"], unused), Pair(text, texts["rejected"], unused))
 
 
@@ -208,9 +208,10 @@ def _read_prompt(row: Row, chat: bool) -> Example:
     return Prompted(given)
 
 
-def _tools_of_text(row: Row) -> tuple[str, ...]:
-    """The name of the column of tools in a row without a chat, where no template can print them."""
-    return () if row.tools() is None else (repr(row.columns.get("tools", "tools")),)
+def _unused_of_text(row: Row) -> tuple[str, ...]:
+    """The names of the columns for a chat template that a row of plain text has, to which no template is applied."""
+    given = {"tools": row.tools(), TEMPLATE: row.variables(TEMPLATE) or None}
+    return tuple(repr(row.columns.get(name, name)) for name, value in given.items() if value is not None)
 
 
 def _system(row: Row) -> Messages:

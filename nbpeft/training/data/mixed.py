@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from nbpeft._util.mixtures import Mixture
 from nbpeft.display.numbers import count
-from nbpeft.errors import ConfigError, NbpeftError
+from nbpeft.errors import ConfigError, NbpeftError, few
 from nbpeft.training.data.forms import form_of, keys_of
+from nbpeft.training.data.verdicts import labels_in
 
 
 class MixedRows(list[Any]):
@@ -18,9 +20,11 @@ class MixedRows(list[Any]):
 
     Attributes:
         note: how many rows of each part there are.
+        features: columns with numbered classes -> their names, as of a dataset.
     """
 
     note: str = ""
+    features: Mapping[str, Any] = MappingProxyType({})
 
 
 def draw(mixture: Mixture, opened: Callable[[Any], Any], seed: int) -> MixedRows:
@@ -32,7 +36,7 @@ def draw(mixture: Mixture, opened: Callable[[Any], Any], seed: int) -> MixedRows
         seed: seed of the random draw.
 
     Raises:
-        ConfigError: a part is a stream, or the parts have different forms.
+        ConfigError: a part is a stream, or the parts have different forms, or number classes differently.
         TrainingError: a source cannot be read.
     """
     sources = [opened(part.data) for part in mixture.parts]
@@ -40,6 +44,7 @@ def draw(mixture: Mixture, opened: Callable[[Any], Any], seed: int) -> MixedRows
         if not hasattr(rows, "__len__"):
             raise ConfigError(f"{part.name} of the mixture is a stream, which has no length to draw from", field="data")
     _check_forms(mixture, sources)
+    features = _numbered_classes(mixture, sources)
     total = min(len(rows) / share for rows, share in zip(sources, mixture.shares, strict=True))
     numbers = [
         max(1, min(len(rows), round(total * share))) for rows, share in zip(sources, mixture.shares, strict=True)
@@ -53,6 +58,7 @@ def draw(mixture: Mixture, opened: Callable[[Any], Any], seed: int) -> MixedRows
     found = MixedRows(drawn[place] for place in torch.randperm(len(drawn), generator=generator).tolist())
     parts = zip(mixture.parts, sources, numbers, strict=True)
     counts = [f"{count(number)} of {count(len(rows))} rows of {part.name}" for part, rows, number in parts]
+    found.features = features
     found.note = f"mixture: {', '.join(counts)}"
     return found
 
@@ -70,3 +76,24 @@ def _check_forms(mixture: Mixture, sources: Sequence[Any]) -> None:
     if len({*names}) > 1:
         found = ", ".join(f"{part.name} has {name}" for part, name in zip(mixture.parts, names, strict=True))
         raise ConfigError(f"the parts of a mixture must have the same form of rows: {found}", field="data")
+
+
+def _numbered_classes(mixture: Mixture, sources: Sequence[Any]) -> dict[str, Any]:
+    """The columns of datasets whose numbers are classes with names.
+
+    Raises:
+        ConfigError: a number means different classes in different parts.
+    """
+    features = [dict(getattr(rows, "features", None) or {}) for rows in sources]
+    found = {name: value for each in features for name, value in each.items() if getattr(value, "names", None)}
+    for column, feature in found.items():
+        for part, rows, each in zip(mixture.parts, sources, features, strict=True):
+            names = getattr(each.get(column), "names", None)
+            counted = any(type(label) is int for label in labels_in(rows, column)) if names is None else False
+            if counted or names not in (None, feature.names):
+                raise ConfigError(
+                    f"the numbers in {column!r} are not the same classes in all parts of the mixture: {part.name} has "
+                    f"{few(names) if names else 'no names for them'}, another has {few(feature.names)}",
+                    field="data",
+                )
+    return found

@@ -84,8 +84,9 @@ class RowOptions:
             )
         if self.long != "cut" and form is None:
             raise ConfigError("long has no effect: tokenised rows are used whole", field="long")
-        if isinstance(example, Prompted) and self.learn != "all":
-            raise ConfigError("learn has no effect: generated completions are learned whole", field="learn")
+        for name, value, default in (("learn", self.learn, "all"), ("reasoning", self.reasoning, "keep")):
+            if isinstance(example, Prompted) and value not in (default, "drop"):
+                raise ConfigError(f"{name} has no effect: generated completions are learned whole", field=name)
         example = example.chosen if isinstance(example, Compared) else example
         example = example.prompt if isinstance(example, Prompted) and isinstance(example.prompt, Chat) else example
         if isinstance(example, Chat) or (form is not None and example is None):

@@ -368,19 +368,28 @@ class Reading:
         bad = any(is_good(self._named(label)) is False for label in labels_in(self.rows, column))
         return bad and self._labels_are_verdicts
 
-    def _check_good(self, row: Row) -> None:
-        """Refuses a row whose label marks its completion as bad, as in preference data.
+    def is_bad(self, row: Row) -> bool:
+        """Whether the label of a row marks its completion as bad, as in preference data.
 
-        Labels of rows with one text, and labels that are classes, have another meaning and are not checked.
+        Labels of rows with one text, and labels that are classes, have another meaning.
+
+        Args:
+            row: the row.
+        """
+        label = row.values.get(self.columns.get(LABEL, LABEL))
+        if self.form in (LABELLED, TEXT) or is_nothing(label) or is_good(self._named(label)) is not False:
+            return False
+        return self._labels_are_verdicts
+
+    def _check_good(self, row: Row) -> None:
+        """Refuses a row with a bad completion, unless the objective learns from it.
 
         Raises:
             TrainingError: the label marks the completion as bad.
         """
         column = self.columns.get(LABEL, LABEL)
         label = row.values.get(column)
-        if self.form in (LABELLED, TEXT, VERDICT) or is_nothing(label) or is_good(self._named(label)) is not False:
-            return
-        if self._labels_are_verdicts:
+        if self.form is not VERDICT and self.is_bad(row):
             named = self._named(label)
             name = "" if named is label else f" ({named})"
             raise row.error(
@@ -394,6 +403,12 @@ class Reading:
         """Whether all labels in the column mark completions as good or bad; assumed for a stream, which is not read."""
         column = self.columns.get(LABEL, LABEL)
         return is_stream(self.rows) or are_verdicts(map(self._named, labels_in(self.rows, column)))
+
+    def named_label(self, label: Any) -> Any:
+        """A label as it is read: its name, if it is a number for which the dataset has one that is used."""
+        classes = self.inputs.classes
+        named = self.form is VERDICT or (classes is not None and classes.names.keys() >= {*self.class_names})
+        return self._named(label) if named else label
 
     def _named(self, label: Any) -> Any:
         """The name of a label that is a number, if the dataset has names for them; else the label itself."""

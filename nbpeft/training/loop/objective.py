@@ -136,7 +136,7 @@ def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]
     others = [name for name in columns if mapped.get(name, name) not in (*PROMPTED.needs, *PROMPTED.may)]
     rewards = Rewards.of(request.rewards, objective.reward_weights, others)
     if request.eval_data is not None and request.score is None:  # the loss says nothing: its rewards are relative
-        arguments = {"metric_for_best_model": "reward", "greater_is_better": True, **arguments}
+        arguments = {"metric_for_best_model": "reward", **arguments}
     return replace(request, trainer_class=RolloutTrainer, rewards=rewards, arguments=arguments)
 
 
@@ -261,11 +261,11 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
         raise ConfigError(
             f"objective={objective.name!r} has its own Trainer: remove trainer_class", field="trainer_class"
         )
-    if objective.rows == JUDGED and request.arguments.get("per_device_train_batch_size") == 1:
-        raise ConfigError(
-            f"{objective.name} compares the rows of a batch with each other: per_device_train_batch_size of at least 2",
-            field="per_device_train_batch_size",
-        )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if objective.rows == JUDGED and request.arguments.get(name) == 1:
+            raise ConfigError(
+                f"{objective.name} compares the rows of a batch with each other: {name} of at least 2", field=name
+            )
     sweep = request.members is not None or any(isinstance(value, Sweep) for value in request.given.values())
     if sweep and objective.generates:
         raise ConfigError(

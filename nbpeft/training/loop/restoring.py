@@ -13,6 +13,9 @@ from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.model.from_data.observing import modes_kept
 from nbpeft.training.adapters.adapted_model import PREPARED, base_of
 
+_OF_ACCELERATE = ("forward", "_original_forward", PREPARED)
+"""What accelerate sets on a model."""
+
 
 @contextmanager
 def restoring(model: nn.Module) -> Iterator[None]:
@@ -29,7 +32,8 @@ def restoring(model: nn.Module) -> Iterator[None]:
     config = getattr(base, "config", None)
     cache = getattr(config, "use_cache", None)
     checkpoints = is_checkpointing(base)
-    left = {"forward", "_original_forward", PREPARED} - vars(model).keys()
+    before = {name: vars(model)[name] for name in _OF_ACCELERATE if name in vars(model)}
+    vars(model).pop(PREPARED, None)  # with the mark of another Trainer, accelerate would ignore bf16 and fp16
     try:
         with modes_kept(model):
             yield
@@ -43,5 +47,6 @@ def restoring(model: nn.Module) -> Iterator[None]:
         if embedding is not None:  # transformers adds a hook per training with gradient checkpointing
             for hook in embedding._forward_hooks.keys() - watched:
                 del embedding._forward_hooks[hook]
-        for name in left:
+        for name in _OF_ACCELERATE:
             vars(model).pop(name, None)
+        vars(model).update(before)

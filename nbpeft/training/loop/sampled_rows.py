@@ -11,7 +11,7 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.errors import ConfigError
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import is_amount
-from nbpeft.training.data.forms import Chat, Compared, Pair, Prompted
+from nbpeft.training.data.forms import VERDICT, Chat, Compared, Pair, Prompted, row_of
 from nbpeft.training.data.reading import reading
 from nbpeft.training.loop.rows import TrainingRows, inputs_of
 from nbpeft.training.request import TrainRequest
@@ -83,6 +83,8 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
 def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, str]]:
     """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both.
 
+    Rows whose label marks the completion as bad are skipped.
+
     The wanted answer of a row with a prompt alone is empty.
     """
     apart = rows.evaluation is not None and not is_amount(request.eval_data)
@@ -95,6 +97,8 @@ def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, 
         return
     for number in dict.fromkeys(numbers):
         example = reader.example(source[number], number)
+        if reader.form is VERDICT and reader.is_bad(row_of(source[number], number, reader.columns)):
+            continue
         if isinstance(example, Compared):
             example = example.chosen
         if isinstance(example, Prompted):

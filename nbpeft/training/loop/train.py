@@ -26,6 +26,7 @@ from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
 from nbpeft.memory.processor import slow_dtype_message, slow_here
 from nbpeft.model.saving import files
+from nbpeft.names import JUDGED
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.sweeps import swept
@@ -321,6 +322,10 @@ def _note(
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
     note_on_rows += f" ({request.data_hint})" if request.data_hint and rows.notes else ""
     run.note(note_on_rows)
+    if objective.rows == JUDGED and request.processes is None:
+        size, count = settings.train_batch_size, 0 if is_stream(rows.train) else len(rows.train)
+        if count % size == 1 and not settings.dataloader_drop_last:
+            run.note("the last batch of an epoch has one row, and its kl is estimated from this row itself")
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
     for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():

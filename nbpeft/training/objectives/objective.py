@@ -90,7 +90,8 @@ class Objective:
             if isinstance(usual, bool):
                 valid, wanted = isinstance(value, bool), "True or False"
             elif choices:
-                valid, wanted = value in choices, f"one of {', '.join(map(str, choices))}"
+                same = (type(value) is type(choice) and value == choice for choice in choices)  # 1 == True
+                valid, wanted = any(same), f"one of {', '.join(map(str, choices))}"
             elif isinstance(usual, int):
                 least = item.metadata.get("least", 0)
                 valid, wanted = type(value) is int and value >= least, f"a whole number of at least {least}"

@@ -16,6 +16,7 @@ from nbpeft.training.rewards.rollouts import Completion
 
 _GIVEN = ("completions", "prompts", "completion_ids", "trainer_state")
 """What every reward function can take, with the names of TRL; the others are the columns of the rows."""
+_GREATEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def _number(name: str, value: Any, row: Completion) -> float:
     if value is None:  # it does not judge this completion
         return math.nan
     value = value.item() if hasattr(value, "item") else value
-    if not isinstance(value, bool | int | float) or not math.isfinite(value):
+    if not isinstance(value, bool | int | float) or not abs(value) <= _GREATEST:  # NaN too
         raise TrainingError(
             f"Row {row.number}: reward {name!r} returned {value!r:.40} for the completion {row.text!r:.60}, not a "
             "finite number",

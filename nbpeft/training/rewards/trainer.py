@@ -131,7 +131,7 @@ class RolloutTrainer(ObjectiveTrainer):
         with drawing_from(self.args.seed * _APART + self.state.global_step):
             rewards = self.rewards.of_completions(completions, self.state)
         advantages, whole = self.objective.advantages(rewards)
-        self.add_to_curves(self._curves(completions, rewards, whole))
+        self.add_to_curves(self._curves(completions, rewards, whole), len(completions))
         if bool(whole.isnan().any()):
             note(self, "some completions have no reward, as every function returned None: they are not learned")
         found = batches(completions, advantages, sizes, self.data_collator.collator, self.objective)
@@ -173,13 +173,14 @@ class RolloutTrainer(ObjectiveTrainer):
         reference = inputs.get("reference")
         if reference is None:
             reference = self._of_the_reference(inputs, batch)
+        is_learned = model.training  # switching dropout off may end it
         self._switch_off_dropout()
         with self.compute_loss_context_manager():
             found = token_log_probs(
                 model, batch, temperature=self.objective.temperature, chunk_size=self.loss_chunk_size
             )
         earlier = inputs.get("earlier", found.detach())
-        if self.objective.num_iterations > 1 and model.training:
+        if self.objective.num_iterations > 1 and is_learned:
             computed = {"earlier": earlier, "reference": reference}
             self._completed[inputs["place"]].update({name: part for name, part in computed.items() if part is not None})
         loss, curves = self.objective.loss_of(
@@ -192,7 +193,7 @@ class RolloutTrainer(ObjectiveTrainer):
                 share=inputs["share"],
             )
         )
-        self.add_to_curves(curves)
+        self.add_to_curves(curves, len(found))
         return (loss, {}) if return_outputs else loss
 
     def log_probs_of_the_reference(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -208,14 +209,15 @@ class RolloutTrainer(ObjectiveTrainer):
         copies = self.objective.num_generations
         rows = [row for row in inputs["prompts"].rows for _ in range(copies)]
         size = max(1, self.args.eval_batch_size // copies) * copies
-        losses = []
+        losses: list[Tensor] = []
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             completions = self._complete(part, -1 - first - part[0]["number"])
             for batch in self._scored(completions, [len(part)])[0]:
                 with torch.no_grad():
-                    losses.append(self.compute_loss(model, self._prepare_inputs(batch)).detach())
-        return torch.stack(losses).mean(), None, None
+                    loss = self.compute_loss(model, self._prepare_inputs(batch)).detach()
+                losses += [loss.expand(len(part))]
+        return torch.cat(losses).mean(), None, None
 
     # Checkpoints
 

@@ -22,13 +22,14 @@ from nbpeft.checkpoint.inside import shown
 from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model.quantization.weight_storage import stored_parts
-from nbpeft.names import DEFAULT_SEED, ORIGIN_FIELDS, QUANTIZATIONS
+from nbpeft.names import DEFAULT_SEED, JUDGED, ORIGIN_FIELDS, QUANTIZATIONS
 from nbpeft.training.adapters.adapted_model import base_of, main_dtype, trained_names
 from nbpeft.training.data import is_amount, is_stream
 from nbpeft.training.data.reading import reading
 from nbpeft.training.disk.kept_arguments import plain
 from nbpeft.training.loop.objective import with_objective
 from nbpeft.training.loop.rows import inputs_of, training_rows
+from nbpeft.training.objectives.objective import Objective
 from nbpeft.training.objectives.reference import BASE, START
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.script.python import call, is_literal, source_of
@@ -249,6 +250,11 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
     texts = [how for how in readings if how.form is not None]
     if texts:
         loaded = source_of_tokenizer(tokenizer, texts, f"{target.stem}_tokenizer", target.parent)
+    if loaded is None and isinstance(opened.objective, Objective) and opened.objective.rows == JUDGED:
+        raise TrainingError(
+            "no script can load the tokenizer of this notebook, and the rows of kto cannot be given as tokens: use a "
+            "tokenizer that AutoTokenizer loads"
+        )
     if loaded is None and (texts or not all(isinstance(part, (str, os.PathLike)) for part in given)):
         tokens = [part for part in (found.train, found.evaluation) if part is not None]
         sources = [_written(target, kind, json_lines(part)) for kind, part in zip(_KINDS, tokens, strict=False)]

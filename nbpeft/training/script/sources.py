@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from nbpeft.training.data.forms import row_of
 from nbpeft.training.data.reading import Reading, default_length
 from nbpeft.training.data.row import is_empty_cell
 from nbpeft.training.data.sources import place_in
+from nbpeft.training.data.verdicts import LABEL
 
 _COMPARED = 500
 """Number of rows on which two tokenizers are compared."""
@@ -132,13 +133,16 @@ def _first_read(how: Reading) -> list[Any]:
 
 
 def text_rows(how: Reading) -> str:
-    """Returns rows as JSON lines, with the columns that training reads."""
-    return json_lines(_kept(row, number, how.used) for number, row in enumerate(how.rows))
+    """Returns rows as JSON lines, with the columns that training reads; labels that a dataset numbers by their name."""
+    return json_lines(_kept(row, number, how) for number, row in enumerate(how.rows))
 
 
-def _kept(value: Any, number: int, wanted: Collection[str]) -> dict[str, Any]:
-    row = dict(row_of(value, number, {}).values)
-    return {name: None if is_empty_cell(item) else item for name, item in row.items() if name in wanted}
+def _kept(value: Any, number: int, how: Reading) -> dict[str, Any]:
+    row = {name: item for name, item in row_of(value, number, {}).values.items() if name in how.used}
+    label = how.columns.get(LABEL, LABEL)
+    if label in row:
+        row[label] = how.named_label(row[label])
+    return {name: None if is_empty_cell(item) else item for name, item in row.items()}
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:

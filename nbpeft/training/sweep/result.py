@@ -53,8 +53,8 @@ class SweepResult(TrainResult):
         best = next(member for member in self.members if member.name == self.best)
         loss = best.smoothed_loss if best.eval_loss is None else best.eval_loss
         figure = f"{'loss' if best.eval_loss is None else 'eval loss'} {numbers.loss(loss)}"
-        if best.metric in best.metrics:
-            figure = f"{best.metric} {numbers.metric(best.metrics[best.metric])}"
+        for name in {best.metric, f"eval_{best.metric}"} & best.metrics.keys():  # an objective's keep their prefix
+            figure = f"{best.metric} {numbers.metric(best.metrics[name])}"
         _, *others = super()._parts(message=message)
         of_all = ("loss ", "eval loss ", *(f"{name} " for name in self.state.metrics))
         parts = [part for part in others if not part.startswith(of_all)]

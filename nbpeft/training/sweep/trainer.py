@@ -367,10 +367,11 @@ def _factor(member: Member, steps: int) -> Any:
 
 
 def _reported(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Returns the loss and the values of ``compute_metrics`` of an evaluation, by the names of a single one."""
+    """Returns the loss and the metrics of an evaluation, by the names of a single one."""
     named = {f"eval_{name.removeprefix(f'{prefix}_')}": value for name, value in metrics.items()}
-    values = {f"eval_{name}": value for name, value in metrics_of(named).items() if "/" not in name}
-    return values | ({"eval_loss": named["eval_loss"]} if named.get("eval_loss") is not None else {})
+    known = metrics_of(named)  # an objective's metrics keep their prefix in it
+    found = {name: value for name, value in named.items() if name in known or name.removeprefix("eval_") in known}
+    return found | ({"eval_loss": named["eval_loss"]} if named.get("eval_loss") is not None else {})
 
 
 def _rank(output: Any, args: TrainingArguments, prefix: str) -> float:

@@ -41,7 +41,7 @@ class ObjectiveTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.objective, self.reference = objective, reference
         self.model_accepts_loss_kwargs = False  # a loss is the mean over rows, also of accumulated batches
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, tuple[Tensor, int]] = {}  # name of a curve -> sum over rows, and their number
         self._compared: tuple[Tensor, Tensor] | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -88,18 +88,19 @@ class ObjectiveTrainer(Trainer):
         if not self.objective.learns_second and self.accelerator.num_processes > 1:
             parts[1] = self._of_all_processes(parts[1])
         losses, curves = self.objective.loss(*parts)
-        self.add_to_curves({name: values.mean() if len(values) else None for name, values in curves.items()})
+        self.add_to_curves(curves, half)
         return (losses.mean(), {}) if return_outputs else losses.mean()
 
-    def add_to_curves(self, values: Mapping[str, Tensor | None]) -> None:
-        """Adds values to the means that are logged next.
+    def add_to_curves(self, curves: Mapping[str, Tensor], rows: int) -> None:
+        """Adds values of a batch to the means that are logged next.
 
         Args:
-            values: name of the curve -> a scalar; None if the curve has no value for this batch.
+            curves: name of the curve -> its values, whose mean is added; none if there is no value for this batch.
+            rows: number of rows of the batch, by which its means are weighted: the last batch may be smaller.
         """
-        for name, value in values.items():
+        for name, values in curves.items():
             total, count = self._sums.get(name, (torch.zeros((), device=self.args.device), 0))
-            self._sums[name] = (total, count) if value is None else (total + value, count + 1)
+            self._sums[name] = (total + values.mean() * rows, count + rows) if values.numel() else (total, count)
 
     def _log_probs(
         self, model: nn.Module, batch: Mapping[str, Tensor], learned: list[Tensor], chunk_size: int
@@ -187,7 +188,7 @@ class ObjectiveTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _means(self) -> dict[str, float]:
-        """The means of the curves over the batches of all processes; without those that have no value in any."""
+        """The means of the curves over the rows of all processes; without those that have no value in any."""
         if not self._sums:
             return {}
         parts = [torch.stack([total, torch.full_like(total, count)]).float() for total, count in self._sums.values()]

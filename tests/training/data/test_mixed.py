@@ -14,6 +14,7 @@ from nbpeft.errors import ConfigError, NbpeftError
 from nbpeft.training import summarize, train
 from nbpeft.training.data import Mixture, mixture, open_data
 from nbpeft.training.loop.rows import training_rows
+from nbpeft.training.objectives.kto import Kto
 from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
 from tests.training.support import trainable
@@ -78,3 +79,21 @@ def test_what_cannot_be_mixed_is_one_line(case: str) -> None:
         make()
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert isinstance(refused.value, ConfigError) or case == "file"
+
+
+def labelled(names: list[str], label: Any) -> datasets.Dataset:
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": str(number), "label": label} for number in (1, 2)])
+    return rows.cast_column("label", datasets.ClassLabel(names=names))
+
+
+def test_numbered_labels_keep_the_names_that_their_dataset_has() -> None:
+    good, bad = labelled(["good", "bad"], 0), labelled(["good", "bad"], 1)
+    request = TrainRequest(trainable(), mixture((good, 1), (bad, 1)), tokenizer=CharTokenizer(), objective=Kto())
+    assert [row["desirable"] for row in training_rows(request).train] == [
+        float(row["label"] == 0) for row in request.opened().data
+    ]
+    words = [{"prompt": "a", "completion": "b", "label": "bad"}]
+    assert len(open_data(mixture((good, 2), (words, 1)))) == 3
+    for other in (labelled(["bad", "good"], 1), [{"prompt": "a", "completion": "b", "label": 1}]):
+        with pytest.raises(ConfigError, match="the numbers in 'label' are not the same classes in all parts"):
+            open_data(mixture((good, 1), (other, 1)))

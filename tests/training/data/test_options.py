@@ -168,6 +168,12 @@ def test_an_option_without_effect_is_refused(tokenizer: Any, row: Any, how: Any)
         assert len(prepare_data([row], tokenizer, inputs=pairs(), learn="last")) == 1
 
 
+@pytest.mark.parametrize("how", [{"learn": "last"}, {"reasoning": "mask"}], ids=["learn", "reasoning"])
+def test_prompts_alone_have_nothing_to_choose_for_learning(tokenizer: Any, how: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(how))} has no effect: generated completions are learned whole"):
+        prepare_data([{"prompt": [ASK, YES, ASK]}], tokenizer, inputs=pairs(), **how)
+
+
 def test_a_row_with_an_unknown_variable_is_named(tokenizer: Any, use: Any) -> None:
     use(PICKY)
     rows = [{"messages": [ASK, YES], "chat_template_kwargs": given} for given in ({"loud": 1}, {"low": 1}, "{", [1])]

@@ -42,7 +42,7 @@ def test_its_status_is_that_of_its_processes(
 ) -> None:
     started = Started(3, Failure(5, "Error", "out of memory", 0.0, "") if fails else None)
     monkeypatch.setattr(host, "Processes", started)
-    monkeypatch.setattr(host, "_TURN", 0.0)
+    monkeypatch.setattr(host, "_POLL_INTERVAL", 0.0)
     assert host.main("/shared/job", "2", "3", "1", "10.0.0.1", "29500") == int(fails)
     assert capsys.readouterr().err == ("process 5 of 6: out of memory\n" if fails else "")
     folder, launch, named = started.arguments

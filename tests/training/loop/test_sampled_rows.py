@@ -91,3 +91,8 @@ def test_what_cannot_be_asked_is_one_line(rows: Any, sample: Any, words: str) ->
 def test_a_number_asks_the_prompts_of_preferences_with_the_chosen_answers() -> None:
     rows = [{"prompt": f"q{number} ", "chosen": " yes", "rejected": " no"} for number in range(3)]
     assert samples(rows, sample=2) == [("q0 ", "yes"), ("q1 ", "yes")]
+
+
+def test_bad_completions_are_no_wanted_answers() -> None:
+    rows = [{"prompt": f"q{number} ", "completion": " x", "label": bool(number % 2)} for number in range(4)]
+    assert samples(rows, sample=4) == [("q1 ", "x"), ("q3 ", "x")]

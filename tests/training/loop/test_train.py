@@ -75,9 +75,12 @@ def test_a_second_training_is_prepared_like_the_first():
             cast.append("_original_forward" in vars(model))
 
     model = trainable()
-    for _ in range(2):
+    for prepared in (False, False, True):
+        if prepared:  # by a Trainer of transformers
+            vars(model)["_is_accelerate_prepared"] = True
         train(model, token_rows(), bf16=True, callbacks=[Seeing()], max_steps=1)
-    assert cast == [True, True], "the forward pass is in bfloat16"
+        assert ("_is_accelerate_prepared" in vars(model)) is prepared and "forward" not in vars(model)
+    assert cast == [True, True, True], "the forward pass is in bfloat16"
 
 
 def test_nothing_is_kept_unless_asked_for(tmp_path, monkeypatch):

@@ -414,3 +414,22 @@ def test_an_objective_of_another_package_has_its_own_fields_and_loss() -> None:
             register(type("Mine", (Likelihood,), {"name": "dpo"}))
     finally:
         registry._registered.pop("likelihood")
+
+
+def test_each_evaluation_row_counts_the_same() -> None:
+    fields = FIELDS | {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "reference": "base"}
+    metrics = [
+        nbpeft.train(filled(new()), ROWS[:6], ROWS[6:9], per_device_eval_batch_size=size, **fields).state.metrics
+        for size in (2, 3)
+    ]
+    assert len(metrics[0]) == 2 and metrics[0] == pytest.approx(metrics[1], abs=1e-5)
+
+
+def test_the_adapters_of_a_sweep_are_compared_by_a_metric_of_the_objective() -> None:
+    fields = {"metric_for_best_model": "rewards/margins", "eval_strategy": "steps", "eval_steps": 1, "patience": 3}
+    result = nbpeft.train(new(), ROWS, ROWS[:3], **fields, **FIELDS | {"learning_rate": sweep(1e-2, 5e-2)})
+    for member in result.members:
+        assert member.score == -member.metrics["eval_rewards/margins"]
+        assert member.best_step is not None and len(member.metric_history["eval_rewards/margins"]) == 3
+    best = max(result.members, key=lambda member: member.metrics["eval_rewards/margins"])
+    assert result.best == best.name and f"best {best.name} (rewards/margins " in str(result)

@@ -86,6 +86,14 @@ def test_curves_are_means_over_the_batches_that_have_a_value() -> None:
         assert values[0] == pytest.approx(values[1], abs=1e-5)
 
 
+def test_a_last_batch_of_one_row_is_told() -> None:
+    told = "the last batch of an epoch has one row, and its kl is estimated from this row itself"
+    for count, size, drop in ((5, 4, False), (5, 4, True), (6, 4, False)):
+        fields = {"per_device_train_batch_size": size, "dataloader_drop_last": drop}
+        message = nbpeft.train(new(), ROWS[:count], objective="kto", **fields, **FIELDS | {"max_steps": 1}).message
+        assert (told in message) is (count == 5 and not drop)
+
+
 def test_the_prompt_of_a_row_is_followed_by_the_completion_before_it() -> None:
     collate = ShiftedCollator(PairCollator(Collator()), limit=4)
     rows = [
@@ -147,6 +155,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "rows of text with prompt, completion and label, not tokenized rows",
     ),
     "batch": ({"per_device_train_batch_size": 1}, "per_device_train_batch_size of at least 2"),
+    "evaluation": ({"per_device_eval_batch_size": 1}, "per_device_eval_batch_size of at least 2"),
     "packing": ({"packing": True}, "packing cannot be combined with kto: "),
     "weight": ({"desirable_weight": -1.0}, "desirable_weight must be at least 0, not -1.0"),
     "beta": ({"beta": 0.0}, "beta must be greater than 0, not 0.0"),

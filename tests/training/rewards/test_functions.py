@@ -124,9 +124,11 @@ def test_weights_and_names_of_columns_are_checked() -> None:
         (None, "reward '<lambda>' returned None, not a list"),
         ([1.0, math.nan], "Row 4: reward '<lambda>' returned nan for the completion 'two two', not a finite number"),
         ([math.inf, 1.0], "Row 3: reward '<lambda>' returned inf for the completion 'one'"),
+        ([1e39, 1.0], "Row 3: reward '<lambda>' returned 1e+39 for the completion 'one', not a finite number"),
+        ([10**400, 1.0], "Row 3: reward '<lambda>' returned 1000"),
         (["good", 1.0], "Row 3: reward '<lambda>' returned 'good' for the completion 'one'"),
     ],
-    ids=str,
+    ids=range(8),
 )  # fmt: skip
 def test_what_is_no_number_for_each_completion_is_one_line(returned: Any, told: str) -> None:
     with pytest.raises(TrainingError) as refused:

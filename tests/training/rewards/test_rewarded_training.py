@@ -15,9 +15,11 @@ from transformers import LlamaForSequenceClassification
 import nbpeft
 from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
 from nbpeft.sweeps import sweep
+from nbpeft.training.loop.objective import with_objective
 from nbpeft.training.loop.packing import longest_sequence
 from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.objectives.log_probs import token_log_probs
+from nbpeft.training.request import TrainRequest
 from nbpeft.training.rewards import trainer as rollouts
 from tests.tiny_models import same_state
 from tests.training.objectives.trl_run import ROWS, filled
@@ -80,11 +82,15 @@ def test_the_result_and_the_curves_say_what_was_learned() -> None:
     assert curve(result, "reward") == pytest.approx(both)
 
 
-def test_ratios_are_exactly_1_in_the_step_after_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("without_dropout", [False, True])
+def test_ratios_are_exactly_1_in_the_step_after_generation(
+    without_dropout: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
     loss_of = Grpo.loss_of
     monkeypatch.setattr(Grpo, "loss_of", lambda self, batch: seen.append(batch) or loss_of(self, batch))
-    nbpeft.train(new(lora_dropout=0.2), PROMPTS, rewards=even, num_iterations=2, **FIELDS | {"max_steps": 4})
+    fields = FIELDS | {"max_steps": 4, "num_iterations": 2, "disable_dropout": without_dropout}
+    nbpeft.train(new(lora_dropout=0.2), PROMPTS, rewards=even, **fields)
     same = [torch.equal(batch.log_probs, batch.earlier) for batch in seen]
     assert same == [True, False, True, False]
 
@@ -341,6 +347,26 @@ def test_evaluation_has_the_rewards_by_which_the_best_state_is_found() -> None:
     assert len(curve(result, "reward")) == 3
 
 
+def test_each_evaluation_row_counts_the_same() -> None:
+    rows = [{"prompt": f"w{number}", "points": points} for number, points in enumerate((0.0, 0.0, 9.0))]
+    fields = FIELDS | {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+
+    def given(completions: list[str], points: list[float | None]) -> list[float]:
+        drawn = even(completions)  # of training rows, which differ
+        return [value if point is None else point for value, point in zip(drawn, points, strict=True)]
+
+    for size in (8, 2):  # two prompts at a time, and two batches
+        learned = [{**row, "points": None} for row in PROMPTS]
+        result = nbpeft.train(new(), learned, rows, rewards=given, per_device_eval_batch_size=size, **fields)
+        assert result.state.metrics["eval_reward"] == pytest.approx(3)
+
+
+def test_another_metric_than_the_reward_keeps_its_direction() -> None:
+    for given, chosen in (({}, "reward"), ({"metric_for_best_model": "loss"}, "loss")):
+        request = with_objective(TrainRequest.of(new(), PROMPTS, 2, rewards=even, **given, **FIELDS))
+        assert request.arguments["metric_for_best_model"] == chosen and "greater_is_better" not in request.arguments
+
+
 def test_a_divergence_from_the_reference_is_a_curve() -> None:
     result = nbpeft.train(new(), PROMPTS, rewards=even, beta=0.1, **FIELDS)
     assert result.reference == "start" and curve(result, "kl")[0] == 0 < curve(result, "kl")[-1]
@@ -407,6 +433,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"scale_rewards": "groups"},
         "scale_rewards must be one of group, batch, none, True, False, not 'groups'. Did you mean 'group'?",
     ),
+    ({"scale_rewards": 1}, "scale_rewards must be one of group, batch, none, True, False, not 1."),
     ({"reward_weights": 2.0}, "reward_weights must be a list of numbers, not 2.0"),
     ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1 rewards"),
     ({"use_bias_correction_kl": False}, "use_bias_correction_kl is for the divergence from a reference"),

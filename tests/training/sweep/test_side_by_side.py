@@ -374,7 +374,7 @@ def test_a_clone_goes_on_from_weights_and_optimizer_state(tokens: int, monkeypat
     ("source", "name", "fields", "words"),
     [
         ("c", "b", {}, "'c' is not being trained in this sweep; these are: a-lr1e-2, a-lr5e-2"),
-        ("a-lr1e-2", "a", {}, "'a' already exists; delete it or take another name"),
+        ("a-lr1e-2", "a", {}, "'a' already exists; delete it or choose another name"),
         ("a-lr1e-2", "b", {"num_train_epochs": 2}, "num_train_epochs cannot be a sweep"),
         ("a-lr1e-2", "b", {"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
         ("a-lr1e-2", "b", {"lr_scheduler_type": "cosin"}, "lr_scheduler_type 'cosin' is unknown"),

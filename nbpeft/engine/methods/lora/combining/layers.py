@@ -170,8 +170,8 @@ def _combined_finite(
             if tensor is not None
         )
     ]
-    whose = f"adapter {broken[0]!r} holds" if broken else f"{', '.join(map(repr, names))} give"
-    raise AdapterError(f"{whose} numbers at {path} that are not finite: they cannot be combined", path=path)
+    whose = f"adapter {broken[0]!r} has" if broken else f"the combination of {', '.join(map(repr, names))} has"
+    raise AdapterError(f"{whose} non-finite values at {path}", path=path)
 
 
 def _combine_layer(parts: Sequence[Factors], weights: Sequence[float], rank: int, recipe: Recipe) -> CombinedLayer:
