@@ -76,6 +76,7 @@ from .errors import CorruptCheckpointError as CorruptCheckpointError
 from .errors import HotSwapError as HotSwapError
 from .errors import LayerKindError as LayerKindError
 from .errors import MergeError as MergeError
+from .errors import MethodCheckError as MethodCheckError
 from .errors import MissingPackageError as MissingPackageError
 from .errors import NbpeftError as NbpeftError
 from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
@@ -114,6 +115,8 @@ from .model import LoraGAConfig as LoraGAConfig
 from .model import LoraLayer as LoraLayer
 from .model import LoraModel as LoraModel
 from .model import LoraRuntimeConfig as LoraRuntimeConfig
+from .model import MethodCheck as MethodCheck
+from .model import MethodReport as MethodReport
 from .model import ModelStatus as ModelStatus
 from .model import ModulesToSaveWrapper as ModulesToSaveWrapper
 from .model import MontecloraConfig as MontecloraConfig
@@ -132,6 +135,7 @@ from .model import VeloraConfig as VeloraConfig
 from .model import cast_adapter_dtype as cast_adapter_dtype
 from .model import cast_mixed_precision_params as cast_mixed_precision_params
 from .model import check_if_peft_model as check_if_peft_model
+from .model import check_method as check_method
 from .model import compose_cartridge_adapters as compose_cartridge_adapters
 from .model import convert_to_lora as convert_to_lora
 from .model import create_arrow_model as create_arrow_model

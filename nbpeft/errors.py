@@ -21,6 +21,7 @@
     ├── NotSupportedError         nbpeft does not support the used name of PEFT
     ├── StaleModelError           the ``PeftModel`` is no longer valid: its adapters were merged, unloaded or taken over
     ├── BusyError                 another command is running on the model
+    ├── MethodCheckError          a method fails checks of ``check_method``
     ├── TrainingError             the run cannot start or cannot learn
     ├── MissingPackageError       an optional dependency is not installed
     └── CellError                 a magic's line or cell cannot be parsed
@@ -184,6 +185,10 @@ class StaleModelError(NbpeftError, RuntimeError):
 
 class BusyError(NbpeftError, RuntimeError):
     """Another command is running on the model."""
+
+
+class MethodCheckError(NbpeftError, AssertionError):
+    """A method fails checks of ``check_method``."""
 
 
 class TrainingError(NbpeftError, RuntimeError):

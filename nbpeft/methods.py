@@ -10,9 +10,11 @@ everything else::
 
     @register(ScaleConfig, peft_type="SCALE", label="Scale", sample_configs={"plain": {"start": 0.1}})
     class Scale(Adapter):
+        reads_weight = True
+
         @classmethod
         def parameter_shapes(cls, config, path, module, kind):
-            return {"scale_s": (kind.features(module)[1], 1)}
+            return {"scale_s": (1,)}
 
         @classmethod
         def initial_tensors(cls, config, site):
@@ -23,8 +25,9 @@ everything else::
 
 A plain method needs no more; without ``initial_tensors`` its parameters are initialized with zeros. A method that can
 compute its output without a tensor of the weight's size overrides ``forward``, and ``from_config`` to store the
-settings that its adapters use. ``Adapter`` documents the other methods that can be overridden. A package publishes its
-methods with an entry point in the group ``nbpeft.methods``, which names a module whose import registers them.
+settings that its adapters use. ``Adapter`` documents the other methods that can be overridden.
+``nbpeft.check_method`` checks a method on small models. A package publishes its methods with an entry point in the
+group ``nbpeft.methods``, which names a module whose import registers them.
 
     MethodConfig, Adapter, register     needed by every method
     AdapterSite, BaseLayer, LayerKind   describe the layer that an adapter is on

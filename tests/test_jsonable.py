@@ -44,6 +44,7 @@ CODES = {
     "NotSupportedError": "not-supported",
     "StaleModelError": "stale-model",
     "BusyError": "busy",
+    "MethodCheckError": "method-check",
     "TrainingError": "training",
     "MissingPackageError": "missing-package",
     "CellError": "cell",

@@ -19,6 +19,9 @@ from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper as Modul
 from nbpeft.model.analysis.intruders import reduce_intruder_dimension as reduce_intruder_dimension
 from nbpeft.model.analysis.kappa import KappaTuneSelector as KappaTuneSelector
 from nbpeft.model.analysis.kappa import find_kappa_target_modules as find_kappa_target_modules
+from nbpeft.model.analysis.method_checks import check_method as check_method
+from nbpeft.model.analysis.method_report import MethodCheck as MethodCheck
+from nbpeft.model.analysis.method_report import MethodReport as MethodReport
 from nbpeft.model.combine.combining import Combined as Combined
 from nbpeft.model.combine.conversion import convert_to_lora as convert_to_lora
 from nbpeft.model.combine.conversion import save_as_lora as save_as_lora

@@ -55,6 +55,16 @@ def trained(more: Any, **fields: Any) -> Any:
     return model.eval()
 
 
+def test_it_passes_the_checks_of_methods(more: Any) -> None:
+    report = nbpeft.check_method(more.MoreConfig(r=2, blocks=2, target_modules=["q_proj", "down_proj"]))
+    report.raise_for_failures()
+    assert {check.model for check in report.checks if check.check == "merge" and check.status == "ok"} == {
+        "Linear",
+        "Linear without bias",
+        "LlamaForCausalLM",
+    }
+
+
 def test_it_is_short(more: Any) -> None:
     assert len(Path(more.__file__).read_text("utf-8").splitlines()) <= MOST_LINES
 
