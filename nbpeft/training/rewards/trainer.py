@@ -134,6 +134,8 @@ class RolloutTrainer(ObjectiveTrainer):
         self.add_to_curves(self._curves(completions, rewards, whole), len(completions))
         if bool(whole.isnan().any()):
             note(self, "some completions have no reward, as every function returned None: they are not learned")
+        if self.objective.mask_truncated_completions and not any(row.ended for row in completions):
+            note(self, "nothing is learned from steps whose completions are all cut: raise max_completion_length")
         found = batches(completions, advantages, sizes, self.data_collator.collator, self.objective)
         return found, whole.tolist()
 

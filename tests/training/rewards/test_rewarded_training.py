@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +404,16 @@ def test_cut_completions_are_left_out_where_the_cell_says_so(monkeypatch: pytest
     nbpeft.train(new(), PROMPTS, rewards=even, mask_truncated_completions=True, **fields)
     learned = [bool(row.any()) for batch in seen for row in batch.mask]
     assert learned == ends and set(ends) == {True, False}
+
+
+def test_a_step_whose_completions_are_all_cut_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = rollouts.generated
+    cut = lambda *args: [replace(row, ended=False) for row in made(*args)]  # noqa: E731
+    monkeypatch.setattr(rollouts, "generated", cut)
+    options = FIELDS | {"max_steps": 1}
+    result = nbpeft.train(new(), PROMPTS, rewards=even, mask_truncated_completions=True, **options)
+    assert "nothing is learned from steps whose completions are all cut" in result.message
+    assert "are all cut" not in nbpeft.train(new(), PROMPTS, rewards=even, **options).message
 
 
 def test_prompts_that_are_too_long_or_empty_are_left_out_and_named() -> None:
