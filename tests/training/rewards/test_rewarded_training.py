@@ -406,6 +406,7 @@ def test_cut_completions_are_left_out_where_the_cell_says_so(monkeypatch: pytest
     assert learned == ends and set(ends) == {True, False}
 
 
+@pytest.mark.filterwarnings("ignore:No weight of adapter")
 def test_a_step_whose_completions_are_all_cut_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     made = rollouts.generated
     cut = lambda *args: [replace(row, ended=False) for row in made(*args)]  # noqa: E731
