@@ -32,6 +32,7 @@ OWN_PROCESSES = {
     "training/launch/processes.py": "a pipe from a process that this one started",
     "training/launch/transport.py": "a file in a scratch folder that this user's processes alone can read",
     "peft_api/helpers.py": "PEFT's torch_load, where a person says weights_only=False",
+    "model/analysis/method_checks.py": "bytes that the same expression pickled",
 }
 """Where pickles are read."""
 NAMED_MODULES = {
