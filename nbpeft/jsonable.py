@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,8 @@ def _as_json(value: object, around: tuple[int, ...]) -> Any:
         return value
     if isinstance(value, str):
         return masked(value)
+    if isinstance(value, os.PathLike):
+        return as_json(os.fspath(value), around)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if len(around) == _DEEPEST or id(value) in around:

@@ -110,6 +110,7 @@ def error_classes() -> dict[str, Any]:
         (int, "int"),
         (ValueError("no"), "ValueError: no"),
         pytest.param(10**5000, "<int>", id="a long int"),
+        pytest.param(Path("a" * 300), "a" * 300, id="a long path"),
         ("hf_abcdefghijklmnopqrst", "***"),
         ({"hub_token": "secret", "pad_token": "<pad>"}, {"hub_token": "***", "pad_token": "<pad>"}),
         (Two(1, object()), {"first": 1}),
