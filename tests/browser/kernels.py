@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -66,8 +68,9 @@ class Stack:
 
 COLAB = Generation("colab", ("ipython==7.34.0", "ipykernel==6.17.1", "ipython_genutils"), ("ipywidgets==7.7.1",))
 CURRENT = Generation("current", ("ipython>=8.20", "ipywidgets>=8.1,<9", "ipykernel>=7"))
+COLAB_TODAY = Stack(COLAB, "6.17.1")
 STACKS = (
-    *(Stack(COLAB, version) for version in ("5.5.6", "6.17.1")),
+    *(Stack(COLAB, "5.5.6"), COLAB_TODAY),
     *(Stack(CURRENT, version) for version in ("6.17.1", "6.31.0", "7.0.1", "7.3.0", "7.4.0")),
 )
 
@@ -94,11 +97,14 @@ class Interpreter:
 
 
 def interpreter_of(stack: Stack) -> Interpreter:
-    """The interpreter of a stack, whose environment is made if it is not there.
+    """The interpreter of a stack, whose environment is made if it is missing; the test fails if that is impossible."""
+    try:
+        return _made(stack)
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"{stack.name} cannot be installed:\n{error.stderr[-2000:]}", pytrace=False)
 
-    Raises:
-        subprocess.CalledProcessError: it cannot be installed.
-    """
+
+def _made(stack: Stack) -> Interpreter:
     generation = stack.generation
     shared = _folder(generation.name, *generation.requirements, *generation.bare)
     python = shared / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

@@ -5,14 +5,13 @@ The kernel is that of the matrix; torch and transformers come from this environm
 
 from __future__ import annotations
 
-import subprocess
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.browser.kernels import COLAB, ROOT, Stack, interpreter_of, running_kernel
+from tests.browser.kernels import COLAB_TODAY, ROOT, interpreter_of, running_kernel
 from tests.browser.test_kernel_matrix import VERSIONS, Notebook
 
 pytestmark = pytest.mark.slow
@@ -35,11 +34,7 @@ report_to = []
 
 @pytest.fixture(scope="module")
 def colab() -> Iterator[Notebook]:
-    try:
-        interpreter = interpreter_of(Stack(COLAB, "6.17.1"))
-    except subprocess.CalledProcessError as error:
-        pytest.fail(f"Colab's packages cannot be installed:\n{error.stderr[-2000:]}", pytrace=False)
-    with running_kernel(interpreter) as client:
+    with running_kernel(interpreter_of(COLAB_TODAY)) as client:
         notebook = Notebook(client)
         notebook.wait_for_end(notebook.start("pass"))
         yield notebook

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.kernels import COLAB, ROOT, Interpreter, Stack, interpreter_of, running_kernel
+from tests.browser.kernels import COLAB_TODAY, ROOT, Interpreter, interpreter_of, running_kernel
 from tests.browser.test_kernel_matrix import Notebook
 
 pytestmark = pytest.mark.slow
@@ -61,10 +60,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Notebook]:
     """A kernel of this environment, and Colab's."""
     interpreter = Interpreter(Path(sys.executable), ROOT)
     if request.param == "colab":
-        try:
-            interpreter = interpreter_of(Stack(COLAB, "6.17.1"))
-        except subprocess.CalledProcessError as error:
-            pytest.fail(f"Colab's packages cannot be installed:\n{error.stderr[-2000:]}", pytrace=False)
+        interpreter = interpreter_of(COLAB_TODAY)
     with running_kernel(interpreter) as client:
         notebook = Notebook(client)
         notebook.run(SET_UP)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -145,11 +144,7 @@ def stack(request: pytest.FixtureRequest) -> Stack:
 
 @pytest.fixture(scope="module")
 def kernel(stack: Stack) -> Iterator[Notebook]:
-    try:
-        interpreter = interpreter_of(stack)
-    except subprocess.CalledProcessError as error:
-        pytest.fail(f"{stack.name} cannot be installed:\n{error.stderr[-2000:]}", pytrace=False)
-    with running_kernel(interpreter) as client:
+    with running_kernel(interpreter_of(stack)) as client:
         notebook = Notebook(client, forgetful=stack.overlooks_requests)
         notebook.run(SET_UP)
         yield notebook

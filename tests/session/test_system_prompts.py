@@ -201,13 +201,26 @@ class Loud(CharTokenizer):
         return ("!" if loud else "") + super().apply_chat_template(messages, **options)
 
 
+class Recording(Loud):
+    """The same; appends the variable of each call to a list, None if it has none."""
+
+    def __init__(self, recorded: list[Any]) -> None:
+        super().__init__("{{ loud }}")
+        self.recorded = recorded
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        self.recorded.append(options.get("loud"))
+        return super().apply_chat_template(messages, **options)
+
+
 LOUD = Loud("{{ loud }}")
 
 
 def test_the_variables_of_the_template_are_kept_with_the_adapter(
     session: Session, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, asked = [chat()] * 2, []
+    rows = [chat()] * 2
+    asked: list[Any] = []
     more: dict[str, Any] = {"chat_template_kwargs": {"loud": True}, "sample": 1, "score": rows, "every": 1}
     made: list[Any] = []
     monkeypatch.setattr(generation, "_rendered", lambda *args: made.append(args[2]) or [1, 2])
@@ -215,13 +228,7 @@ def test_the_variables_of_the_template_are_kept_with_the_adapter(
     session.train(None, rows, tokenizer=LOUD, max_steps=1, keep=False, **more | {"sample": "Hi"})
     assert made == [{"loud": True}] * 2
     monkeypatch.undo()
-    watched = Loud("{{ loud }}")
-    render = watched.apply_chat_template
-    monkeypatch.setattr(
-        watched,
-        "apply_chat_template",
-        lambda messages, **options: asked.append(options.get("loud")) or render(messages, **options),
-    )
+    watched = Recording(asked)
     session.ask("Hi", max_new_tokens=2, tokenizer=watched)
     session.score(rows, tokenizer=watched, max_new_tokens=2)
     assert asked and set(asked) == {True}
@@ -241,20 +248,13 @@ def test_the_variables_of_the_template_are_kept_with_the_adapter(
         session.score([{"prompt": "a", "completion": "b"}], tokenizer=LOUD, chat_template_kwargs={"loud": True})
 
 
-def test_scores_use_the_variables_of_the_adapters_that_are_scored(
-    session: Session, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows, used = [chat()] * 2, []
+def test_scores_use_the_variables_of_the_adapters_that_are_scored(session: Session, model: Any) -> None:
+    rows = [chat()] * 2
+    used: list[Any] = []
     session.train(None, rows, tokenizer=LOUD, max_steps=1, keep=False, chat_template_kwargs={"loud": True})
     other = session.add(None, {"r": 2, "target_modules": ["q_proj"]}, name="quiet").model
     set_prompt_format(other.manager.configs["quiet"], PromptFormat(True))
-    watched = Loud("{{ loud }}")
-    render = watched.apply_chat_template
-    monkeypatch.setattr(
-        watched,
-        "apply_chat_template",
-        lambda messages, **options: used.append(options.get("loud")) or render(messages, **options),
-    )
+    watched = Recording(used)
     few: dict[str, Any] = {"tokenizer": watched, "max_new_tokens": 2}
     one = session.score(rows, adapters=["orders"], **few)
     assert set(used) == {True} and not any("variables" in note for note in one.notes)
