@@ -249,6 +249,11 @@ class TrainState:
     members: tuple[MemberState, ...] = ()
     """The adapters of a sweep; the figures above then refer to all of them."""
 
+    @property
+    def best_member(self) -> MemberState | None:
+        """The best adapter of a sweep; None for other trainings."""
+        return min(self.members, key=lambda member: member.rank, default=None)
+
 
 @dataclass(frozen=True)
 class ModelState:

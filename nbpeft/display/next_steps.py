@@ -42,8 +42,8 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         state: state of the session.
         model_name: name of the run's model in the session.
     """
-    best = min(train.members, key=lambda member: member.rank).name if train.members else train.adapter
-    names = tuple(name for name in best.split(", ") if name)
+    best = train.best_member
+    names = tuple(name for name in (train.adapter if best is None else best.name).split(", ") if name)
     if train.status not in ENDED or not names:
         return None
     run = PurePath(train.folder).name if train.folder else ""

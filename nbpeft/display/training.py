@@ -132,7 +132,7 @@ def _subject(train: TrainState) -> str:
 
 def _curves(train: TrainState) -> Block:
     """Returns a chart of the run's loss, of its reward, or of the loss of each adapter of a sweep."""
-    live = train.status not in (*ENDED, "paused")
+    live = _is_live(train)
     if train.series.get(REWARD):  # the loss of such a training says nothing: it is relative within each step
         return CurveChart(((REWARD, train.series[REWARD], ()),), legend=False, live=live, metric=REWARD)
     if not train.members:
@@ -147,7 +147,12 @@ def _scores(train: TrainState) -> Block | None:
     curves = tuple((member.name, member.metric_history.get(metric, ()), ()) for member in train.members)
     if not any(len(curve) > 1 for _, curve, _ in curves):
         return None
-    return CurveChart(curves, legend=False, live=train.status not in (*ENDED, "paused"), metric=metric)
+    return CurveChart(curves, legend=False, live=_is_live(train), metric=metric)
+
+
+def _is_live(train: TrainState) -> bool:
+    """Returns whether the state changes while it is shown."""
+    return train.status not in (*ENDED, "paused")
 
 
 def _smoothed(curve: Curve) -> Curve:
@@ -167,9 +172,9 @@ def _figures(train: TrainState) -> Figures:
     memory = train.memory
     used = sum(part.byte_count for part in memory.parts) if memory is not None else None
     peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
-    mean = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
+    mean, best = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else "", train.best_member
     figures = (
-        _loss_of_the_best(train) if train.members else Figure("loss", numbers.loss(train.loss), mean, 84),
+        Figure("loss", numbers.loss(train.loss), mean, 84) if best is None else _loss_of_the_best(best),
         *_reward(train),
         *_evaluations(train),
         Figure("step", f"{train.step:,}{total}", " · ".join(filter(None, (epoch, begun))), 84),
@@ -184,8 +189,8 @@ def _figures(train: TrainState) -> Figures:
 def _evaluations(train: TrainState) -> Iterator[Figure]:
     """Yields the evaluation loss and the metrics; in a sweep those of the best adapter."""
     measured, loss, title, words = train.eval_step, train.eval_loss, "eval loss", _best_words(train)
-    if train.members:
-        best, title = min(train.members, key=lambda member: member.rank), "lowest eval loss"
+    if (best := train.best_member) is not None:
+        title = "lowest eval loss"
         if best.metric:  # the last evaluation is that of the adapters that were trained then
             measured, loss, title = best.eval_step, best.eval_loss, "eval loss of the best"
             words = f"at step {measured:,}" if measured else ""
@@ -197,13 +202,12 @@ def _evaluations(train: TrainState) -> Iterator[Figure]:
 
 def _metrics(train: TrainState) -> Mapping[str, float]:
     """Returns the last values of the metrics; in a sweep those of the best adapter."""
-    best = min(train.members, key=lambda member: member.rank, default=None)
+    best = train.best_member
     return train.metrics if best is None or not best.metrics else best.metrics
 
 
-def _loss_of_the_best(train: TrainState) -> Figure:
+def _loss_of_the_best(best: MemberState) -> Figure:
     """Returns the loss of the best adapter of a sweep: a mean over good and bad ones says nothing."""
-    best = min(train.members, key=lambda member: member.rank)
     return Figure("loss of the best", numbers.loss(best.smoothed_loss), cut(best.name, _LONGEST_NAME), 84, best.name)
 
 

@@ -35,9 +35,10 @@ class SweepResult(TrainResult):
             result: result of the training.
             fields: adapter name -> its own fields.
         """
-        best = min(result.state.members, key=lambda member: member.rank).name
+        best = result.state.best_member
+        assert best is not None
         values = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
-        return cls(**values | {"best": best, "best_fields": dict(fields[best])})
+        return cls(**values | {"best": best.name, "best_fields": dict(fields[best.name])})
 
     @property
     def members(self) -> tuple[MemberState, ...]:
