@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,10 +125,8 @@ class Rewards:
             "trainer_state": trainer_state,
             **{name: [row.columns.get(name) for row in completions] for name in self.columns},
         }
-        parameters = _parameters(function)
-        if parameters is None or any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
-            return keywords
-        return {name: value for name, value in keywords.items() if name in parameters}
+        accepted = _accepted(_parameters(function), keywords)
+        return {name: value for name, value in keywords.items() if name in accepted}
 
     def _failure(
         self,
@@ -180,6 +178,13 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
         return None
 
 
+def _accepted(parameters: Mapping[str, inspect.Parameter] | None, keywords: Iterable[str]) -> set[str]:
+    """The keywords that a function with these parameters accepts; all if they are unknown."""
+    if parameters is None or any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
+        return {*keywords}
+    return {*keywords} & parameters.keys()
+
+
 def _taken(name: str, function: Callable[..., Any], columns: Sequence[str]) -> set[str]:
     """The columns that a function takes.
 
@@ -187,10 +192,6 @@ def _taken(name: str, function: Callable[..., Any], columns: Sequence[str]) -> s
         ConfigError: it needs something that it is not given.
     """
     parameters, given = _parameters(function), (*_GIVEN, *columns)
-    if parameters is None or any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
-        taken = {*columns}
-    else:
-        taken = {*columns} & parameters.keys()
     for item in (parameters or {}).values():
         if item.kind in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
             continue
@@ -199,7 +200,7 @@ def _taken(name: str, function: Callable[..., Any], columns: Sequence[str]) -> s
                 f"reward {name!r} needs {item.name!r}, and is called with the keywords {few(given, 8, quoted=False)}",
                 field="rewards",
             )
-    return taken
+    return _accepted(parameters, columns)
 
 
 def _number(name: str, value: Any, row: Completion) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class RolloutTrainer(ObjectiveTrainer):
         ConfigError: several processes train, or an argument does not support generated completions.
     """
 
+    row_columns: ClassVar[tuple[str, ...]] = ("prompt", "columns", "number")
     objective: Grpo
     data_collator: PromptCollator
 
@@ -60,13 +61,6 @@ class RolloutTrainer(ObjectiveTrainer):
         self._checked = False
 
     # The prompts
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Adds the parts of a row to the columns that the Trainer does not drop."""
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            columns: Any = self._signature_columns
-            columns += ["prompt", "columns", "number"]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PromptOrder:
         """Each prompt as often as it is completed; see ``transformers.Trainer``."""

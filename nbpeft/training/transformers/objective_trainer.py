@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,15 @@ class ObjectiveTrainer(Trainer):
         objective: the objective.
         reference: its reference; None if it uses none.
         **kwargs: arguments of ``nbpeft.Trainer``.
+
+    Attributes:
+        row_columns: the parts of the objective's rows in addition to those that the model takes.
     """
 
+    row_columns: ClassVar[tuple[str, ...]] = (
+        *(MARGIN, DESIRABLE),
+        *(f"{REJECTED}{name}" for name in ("input_ids", "labels", "attention_mask")),
+    )
     objective: Objective
     reference: Reference | None
 
@@ -45,11 +52,11 @@ class ObjectiveTrainer(Trainer):
         self._compared: tuple[Tensor, Tensor] | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Adds the columns of the rejected completions to those that the Trainer does not drop."""
+        """Adds the parts of the objective's rows to the columns that the Trainer does not drop."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
-            columns += [MARGIN, DESIRABLE, *(f"{REJECTED}{name}" for name in ("input_ids", "labels", "attention_mask"))]
+            columns += self.row_columns
 
     def compute_loss(
         self,
