@@ -80,6 +80,15 @@ SERVING_ENGINES = ("vllm", "llama.cpp", "ollama", "transformers", "peft", "diffu
 STORED_TYPES = ("f32", "f16", "bf16", "q8_0")
 """Storage types of exported weights; ``q8_0`` only in GGUF files."""
 
+ROW_CHOICES = {
+    "learn": ("all", "last", "completion"),
+    "reasoning": ("keep", "mask", "drop"),
+    "long": ("cut", "drop", "split"),
+}
+"""Option of how texts and conversations are read -> its values, of which the first is the default."""
+ROW_OPTIONS = (*ROW_CHOICES, "chat_template_kwargs")
+"""All options of how texts and conversations are read."""
+
 METRICS = (
     *("exact", "contains", "startswith", "regex", "number", "json", "json_valid", "f1"),
     *("choice", "choice_norm", "loss", "perplexity", "accuracy"),

@@ -11,7 +11,7 @@ from typing import Any
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import Argument, AsMapping, Subcommand, argument, pair, positive, prompt_text, variable
-from nbpeft.names import DEFAULT_ADAPTER
+from nbpeft.names import DEFAULT_ADAPTER, ROW_CHOICES, ROW_OPTIONS
 
 Run = Callable[[argparse.Namespace, NotebookContext], object]
 
@@ -92,34 +92,29 @@ TEMPLATE = argument(
     words=("enable_thinking=", "thinking=", "reasoning_effort="),
     help="variables for the chat template, e.g. enable_thinking=False; kept with the adapter, which is asked with them",
 )
+
+
+def _row_choice(name: str, words: str) -> Argument:
+    """The option for one of ``ROW_CHOICES``."""
+    values = ROW_CHOICES[name]
+    return argument(f"--{name}", choices=values, words=values, help=f"{words} (default: {values[0]})")
+
+
 CHATS = (
-    argument(
-        "--learn",
-        choices=("all", "last", "completion"),
-        words=("all", "last", "completion"),
-        help="turns of the assistant to learn: all, the last one, or the completion: all after the last message of the "
-        "user (default: all)",
+    _row_choice(
+        "learn",
+        "turns of the assistant to learn: all, the last one, or the completion: all after the last message of the user",
     ),
-    argument(
-        "--reasoning",
-        choices=("keep", "mask", "drop"),
-        words=("keep", "mask", "drop"),
-        help="reasoning of the assistant: keep it, mask it (read, not learned) or drop it (default: keep)",
-    ),
+    _row_choice("reasoning", "reasoning of the assistant: keep it, mask it (read, not learned) or drop it"),
     TEMPLATE,
-    argument(
-        "--long",
-        choices=("cut", "drop", "split"),
-        words=("cut", "drop", "split"),
-        help="rows longer than --max-length: cut them, drop them, or split texts into several rows (default: cut)",
-    ),
+    _row_choice("long", "rows longer than --max-length: cut them, drop them, or split texts into several rows"),
 )
 """Options of rows that are texts and conversations."""
 
 
 def chats_of(options: argparse.Namespace) -> dict[str, Any]:
     """The values of the options ``CHATS`` that are given."""
-    values = {name: getattr(options, name, None) for name in ("learn", "reasoning", "long", "chat_template_kwargs")}
+    values = {name: getattr(options, name, None) for name in ROW_OPTIONS}
     return {name: value for name, value in values.items() if value is not None}
 
 

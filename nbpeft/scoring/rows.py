@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -128,8 +127,8 @@ def read_rows(
     if not values:
         raise TrainingError("The stream has no rows.")
     reader = replace(reader, rows=values, skip_bad=skip_bad)
-    options = _options(reader, chat_template_kwargs, usual_variables or {})
-    reader = replace(reader, options=replace(options, reasoning=reasoning))
+    variables = _variables(reader, chat_template_kwargs, usual_variables or {})
+    reader = replace(reader, options=RowOptions(reasoning=reasoning, chat_template_kwargs=variables))
     reading_rows = _Rows(model, reader, own, metrics)
     rows, left_out = [], []
     for number in range(len(values)):
@@ -155,21 +154,17 @@ def read_rows(
     return ScoredRows(tuple(rows), tuple(notes), frozenset(reading_rows.ends), inputs)
 
 
-def _options(reader: Reading, given: Mapping[str, Any] | None, usual: Mapping[str, Any]) -> RowOptions:
+def _variables(reader: Reading, given: Mapping[str, Any] | None, usual: Mapping[str, Any]) -> Mapping[str, Any]:
     """The variables for the chat template.
 
     Raises:
         ConfigError: no chat template is applied to the rows, or it has no such variable.
     """
+    if given:
+        replace(reader, options=RowOptions(chat_template_kwargs=given)).check_options()
+        return given
     template = str(getattr(reader.tokenizer, "chat_template", "") or "")
-    if not given:
-        known = {name: value for name, value in usual.items() if not why_not_used({name: value}, template)}
-        return RowOptions(chat_template_kwargs=known)
-    options, example = RowOptions(chat_template_kwargs=given), None
-    with contextlib.suppress(TrainingError):  # a row that cannot be read, which is reported with the others
-        example = None if reader.form is None else reader.example(reader.rows[0], 0)
-    options.check(reader.form, example, template)
-    return options
+    return {name: value for name, value in usual.items() if not why_not_used({name: value}, template)}
 
 
 def _check_model(model: nn.Module, inputs: ModelInputs, needs: set[Needs], tokenizer: Any) -> None:

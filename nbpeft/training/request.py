@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from nbpeft.errors import check_bool
-from nbpeft.names import DEFAULT_SEED
+from nbpeft.names import DEFAULT_SEED, ROW_OPTIONS
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.data import is_amount, open_data, separator_for
@@ -129,7 +129,7 @@ class TrainRequest:
     @property
     def reading(self) -> dict[str, Any]:
         """How the rows are read: arguments of :func:`nbpeft.training.data.reading.reading`."""
-        names = ("max_length", "columns", "skip_bad", "learn", "reasoning", "long", "chat_template_kwargs")
+        names = ("max_length", "columns", "skip_bad", *ROW_OPTIONS)
         return {"group": self.eval_by, **{name: getattr(self, name) for name in names}}
 
     def opened(self) -> Self:

@@ -9,16 +9,11 @@ from typing import Any
 
 from nbpeft.checkpoint.prompt_format import NOT_FOR_TEMPLATES
 from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.names import ROW_CHOICES
 from nbpeft.training.data.forms import TEXT, Chat, Compared, Example, Form, Pair, Prompted
 from nbpeft.training.data.row import WEIGHT, is_nothing
 from nbpeft.training.data.unused import MESSAGES, UnusedParts
 
-CHOICES = {
-    "learn": ("all", "last", "completion"),
-    "reasoning": ("keep", "mask", "drop"),
-    "long": ("cut", "drop", "split"),
-}
-"""Option -> its values, of which the first is the default."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message in which chat templates expect reasoning."""
 _REASONING = (MESSAGES, "reasoning")
@@ -51,7 +46,7 @@ class RowOptions:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name, choices in CHOICES.items():
+        for name, choices in ROW_CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 hint = did_you_mean(str(value), choices)

@@ -224,6 +224,17 @@ class Reading:
         """
         return self._example(row_of(value, number, self.columns))
 
+    def check_options(self) -> None:
+        """Refuses options that have no effect on these rows.
+
+        Raises:
+            ConfigError: an option would have no effect, or the chat template has no such variable.
+        """
+        example = None
+        with contextlib.suppress(TrainingError):  # a row that cannot be read, which is reported with the others
+            example = None if self.form is None else self.example(first_row(self.rows), 0)
+        self.options.check(self.form, example, str(getattr(self.tokenizer, "chat_template", "") or ""))
+
     def _example(self, row: Row) -> Example:
         assert self.form is not None
         return self.options.applied(self.form.read(row, self.has_template))
@@ -567,8 +578,9 @@ def reading(
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
     common: dict[str, Any] = {"skip_bad": skip_bad, "options": options, "group": group or ""}
     if form is None:
-        options.check(None, None, "")
-        return Reading(rows, None, mapping, tokenizer, inputs=inputs, **common)
+        found = Reading(rows, None, mapping, tokenizer, inputs=inputs, **common)
+        found.check_options()
+        return found
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=available)
     inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in available))
@@ -578,10 +590,7 @@ def reading(
     if inputs.kind is None and found.is_judged:
         found = replace(found, form=VERDICT)
     if options != RowOptions():
-        example = None
-        with contextlib.suppress(TrainingError):  # a row that cannot be read, which is reported with the others
-            example = found.example(first_row(rows), 0)
-        options.check(form, example, str(getattr(tokenizer, "chat_template", "") or ""))
+        found.check_options()
     return found
 
 

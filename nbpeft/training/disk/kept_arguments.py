@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nbpeft.names import ROW_OPTIONS
 from nbpeft.training.objectives.objective import fields_by_name
 
 _TAKEN_OVER = frozenset(
@@ -36,7 +37,8 @@ _TAKEN_OVER = frozenset(
         *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
         *("max_length", "packing", "columns", "separator", "skip_bad", "members", "patience", "sample", "every"),
         *("metric", "stop_on_divergence", "objective", "reference"),
-        *("learn", "reasoning", "long", "chat_template_kwargs", "eval_by"),
+        *ROW_OPTIONS,
+        "eval_by",
     }
 )
 """Arguments that affect the losses or what is shown during the training."""

@@ -22,7 +22,7 @@ from nbpeft.checkpoint.inside import shown
 from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model.quantization.weight_storage import stored_parts
-from nbpeft.names import DEFAULT_SEED, JUDGED, ORIGIN_FIELDS, QUANTIZATIONS
+from nbpeft.names import DEFAULT_SEED, JUDGED, ORIGIN_FIELDS, QUANTIZATIONS, ROW_OPTIONS
 from nbpeft.training.adapters.adapted_model import base_of, main_dtype, trained_names
 from nbpeft.training.data import is_amount, is_stream
 from nbpeft.training.data.reading import reading
@@ -274,7 +274,7 @@ def _rows(target: Path, request: TrainRequest) -> _Rows:
 
 
 _KINDS = ("data", "eval")
-_READING_OPTIONS = ("separator", "skip_bad", "learn", "reasoning", "long", "chat_template_kwargs", "eval_by")
+_READING_OPTIONS = ("separator", "skip_bad", *ROW_OPTIONS, "eval_by")
 """Arguments without effect on rows that are written in tokenized form."""
 
 
