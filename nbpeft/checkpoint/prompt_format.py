@@ -15,6 +15,7 @@ from nbpeft.engine.contract.adapter import AdapterConfig
 
 _ATTRIBUTE = "_prompt_format"
 _CHAT, _SYSTEM, _TEMPLATE = "nbpeft.prompt.chat", "nbpeft.prompt.system", "nbpeft.prompt.template"
+_REASONING = "nbpeft.prompt.reasoning"
 _LONGEST = 100_000
 """Most characters of a system prompt that is read from a file."""
 NOT_FOR_TEMPLATES = frozenset(
@@ -35,11 +36,13 @@ class PromptFormat:
         chat: whether the chat template was applied.
         system: the common system prompt of all rows; empty without one, None if the rows have different prompts.
         template: variables passed to the chat template, as JSON; empty if there are none.
+        learns_reasoning: whether the reasoning of the assistant, if the rows have any, was learned.
     """
 
     chat: bool
     system: str | None = ""
     template: str = ""
+    learns_reasoning: bool = True
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -50,6 +53,7 @@ class PromptFormat:
     def to_metadata(self) -> dict[str, str]:
         """Returns entries for a file's metadata."""
         found = {_CHAT: str(self.chat).lower(), _TEMPLATE: self.template}
+        found[_REASONING] = "" if self.learns_reasoning else "false"
         if self.system is not None:
             found[_SYSTEM] = self.system
         return {name: value for name, value in found.items() if value or name == _SYSTEM}
@@ -60,7 +64,8 @@ class PromptFormat:
         chat, system = metadata.get(_CHAT), metadata.get(_SYSTEM)
         if chat not in ("true", "false") or len(system or "") > _LONGEST:
             return None
-        return cls(chat == "true", system, _checked(metadata.get(_TEMPLATE, "")))
+        learns_reasoning = metadata.get(_REASONING) != "false"
+        return cls(chat == "true", system, _checked(metadata.get(_TEMPLATE, "")), learns_reasoning)
 
 
 def prompt_format(config: AdapterConfig) -> PromptFormat | None:
@@ -95,7 +100,7 @@ def common_format(configs: Iterable[AdapterConfig]) -> PromptFormat | None:
     if len(chats) != 1:
         return None
     system, template = (some.pop() if len(some) == 1 else None for some in (systems, templates))
-    return PromptFormat(chats.pop(), system, template or "")
+    return PromptFormat(chats.pop(), system, template or "", any(form.learns_reasoning for form in found))
 
 
 def as_text(variables: Mapping[str, Any]) -> str:
