@@ -337,9 +337,8 @@ def form_of(
         expected = "prompt, completion and label" if kind == JUDGED else "chosen and rejected (and prompt)"
         what = f"Expected columns {expected}; found {listed(columns)}.{_hint(columns, needs)}"
         raise TrainingError(what, columns=columns)
-    lower = {column.lower(): column for column in columns}
-    if kind is None and not labelled and lower.keys() >= {*COMPARED.needs}:
-        names = {name: lower[name] for name in COMPARED.needs}
+    names = {} if kind is not None or labelled else _likely_compared(columns)
+    if names:
         what = f"Expected columns chosen and rejected; found {listed(columns)}. Say which is which: columns={names}."
         raise TrainingError(what, columns=columns)
     expected, hint = (_EXPECTED_LABELLED, _hint(columns, LABELLED.needs)) if labelled else (_EXPECTED, _hint(columns))
@@ -389,6 +388,17 @@ def check_roles(row: int, chat: Chat, template: str) -> None:
             known = SHAREGPT_ROLES.get(role)
             hint = f" Did you mean {known!r}?" if known else nearest_role(role, KNOWN_ROLES)
             raise TrainingError(f"Row {row}: message {place} has the role {role!r:.40}.{hint}", index=row)
+
+
+def _likely_compared(columns: Sequence[str]) -> dict[str, str]:
+    """The columns that likely have the parts of preferences, by their names; empty if none do."""
+    named = {need: [column for column in columns if need in column.lower()] for need in COMPARED.needs}
+    found = {need: [c for c in likely if c.lower() == need] or likely for need, likely in named.items()}
+    names = {need: likely[0] for need, likely in found.items() if len(likely) == 1}
+    if len({*names.values()}) < len(COMPARED.needs):
+        return {}
+    prompt, _ = _likely(columns)
+    return names if prompt in (None, "prompt", *names.values()) else {"prompt": prompt, **names}
 
 
 def _is_pair(value: Any) -> bool:
