@@ -97,7 +97,7 @@ def kept_steps(train: TrainState, saved: Mapping[str, str], *, has_checkpoint: b
 
 def _escaped(prompt: str) -> str:
     """A prompt as it is written between quotation marks in a line."""
-    escapes = {"\\": r"\\", "\n": r"\n", "\t": r"\t", '"': "'"}
+    escapes: dict[str, str | int | None] = {"\\": r"\\", "\n": r"\n", "\t": r"\t", '"': "'"}
     return prompt.translate(str.maketrans(escapes))
 
 

@@ -203,9 +203,9 @@ def _trained_form(
     used = [config for config in configs.values() if config is not None] or list(manager.configs.values())
     forms = [form for config in used if (form := prompt_format(config)) is not None and form.chat]
     variables, reasoning = {form.template for form in forms}, {form.learns_reasoning for form in forms}
-    notes = (_DIFFERENT_VARIABLES,) if len(variables) > 1 and not given_variables else ()
-    notes += (_DIFFERENT_REASONING,) if len(reasoning) > 1 else ()
-    return common_format(used) or usual, notes
+    notes = [_DIFFERENT_VARIABLES] if len(variables) > 1 and not given_variables else []
+    notes += [_DIFFERENT_REASONING] if len(reasoning) > 1 else []
+    return common_format(used) or usual, tuple(notes)
 
 
 def _elsewhere(

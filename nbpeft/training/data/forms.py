@@ -398,7 +398,9 @@ def _likely_compared(columns: Sequence[str]) -> dict[str, str]:
     if len({*names.values()}) < len(COMPARED.needs):
         return {}
     prompt, _ = _likely(columns)
-    return names if prompt in (None, "prompt", *names.values()) else {"prompt": prompt, **names}
+    if prompt is None or prompt in ("prompt", *names.values()):
+        return names
+    return {"prompt": prompt, **names}
 
 
 def _is_pair(value: Any) -> bool:
