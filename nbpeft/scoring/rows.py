@@ -176,6 +176,11 @@ def _check_model(model: nn.Module, inputs: ModelInputs, needs: set[Needs], token
     name = type(base_of(model)).__name__
     if inputs.classes is None and "classes" in needs:
         raise ConfigError(f"accuracy is for classifiers, and {name} is none: choice compares the options of a row")
+    if inputs.classes is not None and inputs.classes.per_token:
+        raise ConfigError(
+            f"{name} has a class for each token, and accuracy compares that of a row: evaluation rows of a training "
+            "(eval_data) report accuracy and f1"
+        )
     if inputs.classes is not None and needs != {"classes"}:
         raise ConfigError(f"{name} is a classifier: its metric is accuracy")
     if inputs.classes is not None and inputs.classes.problem != SINGLE_LABEL:

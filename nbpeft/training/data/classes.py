@@ -1,4 +1,4 @@
-"""The classes of a text classifier, and the conversion of a row's label to one of them."""
+"""The classes of a classifier of texts or tokens, and the conversion of a row's label to one of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbpeft.errors import did_you_mean, few
+from nbpeft.names import IGNORED_LABEL
 from nbpeft.training.data.row import is_empty_cell
 
 SINGLE_LABEL = "single_label_classification"
@@ -21,16 +22,25 @@ class Classes:
         count: number of its outputs.
         names: name of a class -> its number, as in ``config.label2id``.
         problem: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
+        per_token: whether each token has a label, not each text.
     """
 
     count: int
     names: Mapping[str, int] = field(default_factory=dict)
     problem: str = SINGLE_LABEL
+    per_token: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> Classes:
-        """The classes of a model with this config of transformers."""
+    def of(cls, config: Any, *, per_token: bool = False) -> Classes:
+        """The classes of a model.
+
+        Args:
+            config: its config of transformers.
+            per_token: whether each token has a label; transformers computes the loss of single labels for them.
+        """
         count = int(config.num_labels)
+        if per_token:
+            return cls(count, dict(config.label2id or {}), per_token=True)
         usual = "regression" if count == 1 else SINGLE_LABEL
         return cls(count, dict(config.label2id or {}), config.problem_type or usual)
 
@@ -54,6 +64,20 @@ class Classes:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != self.count:
             raise ValueError(f"expected a list of {self.count} numbers ({self.problem})")
         return [self._real(item) for item in value]
+
+    def tag(self, value: Any) -> int:
+        """The label of a token in the form the model takes; ``IGNORED_LABEL`` stays as it is.
+
+        Args:
+            value: the number or name of a class.
+
+        Raises:
+            ValueError: it is not a label of this model; the message says what is expected.
+        """
+        label = IGNORED_LABEL if value == IGNORED_LABEL else self.label(value)
+        if label is None:
+            raise ValueError(f"expected a class or {IGNORED_LABEL}, which is not learned")
+        return int(label)  # type: ignore[arg-type]
 
     def name(self, label: Any) -> str:
         """A label as text to display."""

@@ -13,7 +13,7 @@ from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError
 from nbpeft.names import LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.bad_rows import kind_of
-from nbpeft.training.data.forms import LABELLED, row_of
+from nbpeft.training.data.forms import FOR_CLASSIFIERS, row_of
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import (
     LABELS,
@@ -285,7 +285,7 @@ def _in_memory(reader: Reading) -> TokenizedRows:
     lines = lines_of(reader, unused, formats, count)
     split = split_rows, split_parts
     found = TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines, numbers=numbers, split=split)
-    if reader.form not in (None, LABELLED):
+    if reader.form not in (None, *FOR_CLASSIFIERS):
         found.format = formats.format
     return found
 

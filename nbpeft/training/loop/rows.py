@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import count, plural
-from nbpeft.engine.calls.model_calls import class_names, is_text_classifier
+from nbpeft.engine.calls.model_calls import class_names, is_text_classifier, is_token_classifier
 from nbpeft.engine.tree.model_tree import embedding_of
 from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.losses import with_loss_weights
@@ -86,7 +86,7 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     if loss:
         _check_loss(base_of(request.model))
     else:
-        inputs = replace(inputs, tokens_only="")
+        inputs = replace(inputs, tokens_only="", labels_needed=False)
     if request.eval_by is not None and not is_amount(request.eval_data):
         raise ConfigError(
             "eval_by groups the rows that are held out for evaluation: give their share or number (eval_data=0.1)",
@@ -156,24 +156,32 @@ def _why_tokens_only(base: nn.Module) -> str:
     """Returns why a model does not accept rows of text; empty if it does."""
     heads = [found for name in class_names(base) if (found := _HEAD.search(name))]
     transformers_model = hasattr(type(base), "_from_config")
-    if not (transformers_model and heads) or is_text_classifier(base) or embedding_of(base, output=True) is not None:
+    if not (transformers_model and heads) or classes_of(base) is not None:
+        return ""
+    if embedding_of(base, output=True) is not None:
         return ""
     if any(found[1].endswith(_LANGUAGE_HEADS) for found in heads):
         return ""
     labels = [name for name in inspect.signature(base.forward).parameters if name in _OWN_LABELS]
     return (
-        f"{type(base).__name__} is neither a language model nor a text classifier: it needs tokenized rows with "
-        f"{listed(('input_ids', *labels))}"
+        f"{type(base).__name__} is neither a language model nor a classifier of texts or tokens: it needs "
+        f"tokenized rows with {listed(('input_ids', *labels))}"
     )
 
 
 def classes_of(model: nn.Module) -> Classes | None:
-    """Returns the classes of a text classifier; None for any other model."""
+    """Returns the classes of a classifier of texts or tokens; None for any other model."""
     base = base_of(model)
-    config = getattr(base, "config", None)
-    if not is_text_classifier(base) or not hasattr(config, "num_labels"):
+    config, per_token = getattr(base, "config", None), is_token_classifier(base)
+    if not (per_token or is_text_classifier(base)) or not hasattr(config, "num_labels"):
         return None
-    return Classes.of(config)
+    return Classes.of(config, per_token=per_token)
+
+
+def is_of_texts(model: nn.Module) -> bool:
+    """Returns whether a model is a classifier of texts."""
+    classes = classes_of(model)
+    return classes is not None and not classes.per_token
 
 
 def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
@@ -284,9 +292,9 @@ def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> Prepared
     check: dict[str, Any] = {
         "vocabulary": size if isinstance(size, int) else None,
         "causal": is_causal(model),
-        "classes": inputs.classes,
+        "classes": inputs.classes if inputs.labels_needed or is_of_texts(model) else None,
     }
-    if classes_of(model) is not None:
+    if is_of_texts(model):
         _check_padding(model, tokenizer)
     if isinstance(read.rows, StreamedRows):
         read.rows.check = partial(check_row, **check)
