@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nbpeft.checkpoint.prompt_format import are_unnamed
 from nbpeft.errors import did_you_mean, few
 from nbpeft.names import IGNORED_LABEL
 from nbpeft.training.data.row import is_empty_cell
@@ -43,6 +44,45 @@ class Classes:
             return cls(count, dict(config.label2id or {}), per_token=True)
         usual = "regression" if count == 1 else SINGLE_LABEL
         return cls(count, dict(config.label2id or {}), config.problem_type or usual)
+
+    @property
+    def by_number(self) -> tuple[str, ...]:
+        """The names of the classes, by number; none if they have only those that transformers gives."""
+        if are_unnamed(self.names.items()) or len(self.names) != self.count:
+            return ()
+        return tuple(sorted(self.names, key=self.names.__getitem__))
+
+    def named(self, labels: Iterable[Any], numbered: Sequence[str] = ()) -> Classes:
+        """The classes with the names of the labels of rows, in alphabetical order, if they have no names yet.
+
+        Args:
+            labels: the labels of all rows.
+            numbered: the dataset's names of labels that are numbers.
+
+        Raises:
+            ValueError: there are more or fewer names than classes; the message says how to load the model.
+        """
+        if self.problem != SINGLE_LABEL or not are_unnamed(self.names.items()):
+            return self
+        names = list(numbered) if len(numbered) == self.count else sorted(self._names_in(labels))
+        if names and len(names) != self.count:
+            raise ValueError(
+                f"the rows have {len(names)} labels ({few(names, 8, quoted=False)}), and the model {self.count} "
+                f"classes without names: load it with num_labels={len(names)} or with the label2id of all labels, or "
+                "correct the labels"
+            )
+        return replace(self, names={name: number for number, name in enumerate(names)}) if names else self
+
+    def _names_in(self, labels: Iterable[Any]) -> set[str]:
+        """The names in the labels of rows; none if a label is a number, or a name that the model has."""
+        found: set[str] = set()
+        for value in labels:
+            if is_empty_cell(value) or value == "":
+                continue
+            if not isinstance(value, str) or value in self.names or _is_number(value):
+                return set()
+            found.add(str(value))
+        return found
 
     def label(self, value: Any) -> int | float | list[float] | None:
         """A label in the form the model takes; None for an empty cell.
@@ -108,3 +148,20 @@ class Classes:
         if not math.isfinite(number):
             raise ValueError(f"expected a number ({self.problem})")
         return number
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def names_of(feature: Any) -> tuple[str, ...]:
+    """The names of the numbers in a column of a dataset, also of numbers in lists; empty if there are none.
+
+    Args:
+        feature: the dataset's description of the column, or None.
+    """
+    return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())

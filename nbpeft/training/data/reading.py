@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from nbpeft.errors import TrainingError, in_one_line
-from nbpeft.names import DESIRABLE, IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
+from nbpeft.names import DESIRABLE, IGNORED_LABEL, LOSS_WEIGHTS
 from nbpeft.training.data.bad_rows import GIVE_UP, reason_of, refusal
 from nbpeft.training.data.chats import ChatRenderer
-from nbpeft.training.data.classes import Classes
-from nbpeft.training.data.encoding import Encoded, Span, encode
+from nbpeft.training.data.classes import Classes, names_of
+from nbpeft.training.data.encoding import CodedRow, Encoded, Span, encode
 from nbpeft.training.data.forms import (
     FOR_CLASSIFIERS,
     FORMS,
@@ -54,6 +54,8 @@ LABELS = ("labels", "label", "label_ids")
 """Columns of tokenised rows that may contain the labels; the first one that a row has is used."""
 _TOKENS = frozenset(("input_ids", "attention_mask", LOSS_WEIGHTS, WEIGHT, *MASKS))
 _SECOND = "token_type_ids"
+_NAMED = 20
+"""The greatest number of classes whose names are listed."""
 Rendered = TypeVar("Rendered")
 
 
@@ -97,113 +99,6 @@ class ModelInputs:
 
 
 @dataclass(frozen=True)
-class CodedRow:
-    """One tokenised row, before truncation.
-
-    Attributes:
-        number: 0 for the first.
-        whole: The whole row.
-        limit: The greatest number of tokens; the rest is cut off.
-        encoder_decoder: Whether the labels are a sequence of their own, not one for each input token.
-        reason: Why there is nothing to train on, if that is known before truncation.
-        own_labels: Whether a label is that of its token, not of the next one.
-        label: The label of a text for a classifier; None if there is one for each token.
-        more: Other columns of the row for the model. For a classifier they include ``input_ids`` (and the labels of
-            tokens) as truncated by the tokenizer, which keeps special tokens at the end.
-        weight: The factor on the loss of ``label``.
-        unused: The parts of the row that are not trained on.
-        system: The system prompt, empty if there is none; None for a row without the chat template.
-        rejected: The row with the rejected completion; None if there is one completion.
-        dropped: Whether the row is left out because it is too long.
-        part: Which part of a row it is, 0 for the first.
-        part_count: The number of parts into which the row is split.
-        prompted: For a row with a prompt alone: the prompt and the other columns, as reward functions get them.
-        pieces: The parts into which the row is split, if tokens alone do not say where; empty if they do.
-    """
-
-    number: int
-    whole: Encoded
-    limit: int
-    encoder_decoder: bool = False
-    reason: str = ""
-    label: Any = None
-    more: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-    unused: tuple[Unused, ...] = ()
-    system: str | None = None
-    rejected: CodedRow | None = None
-    dropped: bool = False
-    part: int = 0
-    part_count: int = 1
-    prompted: Mapping[str, Any] | None = None
-    own_labels: bool = False
-    pieces: tuple[CodedRow, ...] = ()
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """The truncated row, as the collator takes it."""
-        if self.prompted is not None:
-            return {"input_ids": self.whole.input_ids, **self.prompted}
-        ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
-        if self.rejected is not None:
-            other = {f"{REJECTED}{name}": value for name, value in self.rejected.row.items()}
-            return {"input_ids": ids, "labels": labels, **self.more, **other}
-        if self.label is not None:
-            weighted = {LOSS_WEIGHTS: self.weight} if self.weight != 1 else {}
-            return {"input_ids": ids, "labels": self.label, **self.more, **weighted}
-        if weights is None:
-            return {"input_ids": ids, "labels": labels, **self.more}
-        return {"input_ids": ids, "labels": labels, **self.more, LOSS_WEIGHTS: weights[: self.limit]}
-
-    @property
-    def cut(self) -> bool:
-        """Whether the row is too long and is truncated."""
-        if self.prompted is not None:  # a longer prompt is left out: its end is what is answered
-            return False
-        rejected = self.rejected is not None and self.rejected.cut
-        is_long = rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
-        return is_long and not self.dropped
-
-    def fitted(self, long: str) -> Iterator[CodedRow]:
-        """The row, or its parts, within the greatest length.
-
-        Each part begins with the last token of the part before, so that the part's own first token is predicted, too.
-
-        Args:
-            long: see ``RowOptions``.
-        """
-        if not self.cut or long == "cut":
-            yield self
-        elif long == "drop":
-            yield replace(self, dropped=True, reason=self.reason or f"longer than {self.limit} tokens (long='drop')")
-        elif self.pieces:
-            for part, piece in enumerate(self.pieces):
-                yield replace(piece, part=part, part_count=len(self.pieces), unused=() if part else self.unused)
-        else:
-            starts = range(0, len(self.whole.input_ids) - 1, max(1, self.limit - 1))
-            for part, start in enumerate(starts):
-                whole = self.whole.between(start, start + self.limit)
-                unused = () if part else self.unused
-                yield replace(self, whole=whole, part=part, part_count=len(starts), unused=unused)
-
-    @property
-    def learned_count(self) -> int:
-        """The number of labels that count in the loss."""
-        if self.prompted is not None:
-            return 0
-        return (
-            1 if self.label is not None else count_learned(self.row["labels"], self.encoder_decoder or self.own_labels)
-        )
-
-    @property
-    def missing(self) -> str:
-        """Why there is nothing to train on; empty if there is something."""
-        if self.reason or self.prompted is not None or self.learned_count:
-            return self.reason or ("" if self.rejected is None else self.rejected.missing)
-        return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
-
-
-@dataclass(frozen=True)
 class Reading:
     """Opened data, and how to read and tokenise its rows.
 
@@ -218,6 +113,7 @@ class Reading:
         skip_bad: whether to leave out rows that cannot be read; None if that cannot be requested.
         options: how rows are read otherwise.
         group: the column by which rows are grouped for evaluation; empty if there is none.
+        note: a line about the names of classes that come from the rows; empty if none do.
     """
 
     rows: Any
@@ -230,6 +126,7 @@ class Reading:
     skip_bad: bool | None = None
     options: RowOptions = field(default_factory=RowOptions)
     group: str = ""
+    note: str = ""
 
     @property
     def has_template(self) -> bool:
@@ -253,6 +150,29 @@ class Reading:
             TrainingError: it does not have the form of the first row; names the row.
         """
         return self._example(row_of(value, number, self.columns))
+
+    def with_names(self) -> Reading:
+        """The same, with the names of the labels of these rows as those of classes without names.
+
+        Raises:
+            TrainingError: there are more or fewer names than classes.
+        """
+        classes = self.inputs.classes
+        if classes is None or self.form not in FOR_CLASSIFIERS or is_stream(self.rows):
+            return self
+        name = self.form.needs[-1]
+        given = labels_in(self.rows, self.columns.get(name, name))
+        labels = (label for labels in given for label in _listed(labels)) if classes.per_token else given
+        try:
+            named = classes.named(labels, self.class_names)
+        except ValueError as error:
+            raise TrainingError(f"{error}.") from None
+        if named is classes:
+            return self
+        known = ", ".join(f"{number} = {name}" for number, name in enumerate(named.by_number[:_NAMED]))
+        more = f" and {named.count - _NAMED} more" if named.count > _NAMED else ""
+        note = f"the classes get the names of the labels: {known}{more}"
+        return replace(self, inputs=replace(self.inputs, classes=named), note=note)
 
     def check_options(self) -> None:
         """Refuses options that have no effect on these rows.
@@ -678,6 +598,7 @@ def reading(
     found = Reading(rows, form, mapping, tokenizer, limit, inputs, names, **common)
     if inputs.kind is None and found.is_judged:
         found = replace(found, form=VERDICT)
+    found = found.with_names()
     if options != RowOptions():
         found.check_options()
     return found
@@ -695,9 +616,7 @@ def are_judged(rows: Any, columns: Mapping[str, str]) -> bool:
 
 def _class_names(rows: Any, columns: Mapping[str, str], name: str = LABEL) -> tuple[str, ...]:
     """The names of labels that are numbers; empty if the dataset has none."""
-    feature = (getattr(rows, "features", None) or {}).get(columns.get(name, name))
-    feature = getattr(feature, "feature", feature)  # of a list
-    return tuple(getattr(feature, "names", None) or ())
+    return names_of((getattr(rows, "features", None) or {}).get(columns.get(name, name)))
 
 
 def default_length(tokenizer: Any) -> int:
@@ -735,11 +654,6 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
     if isinstance(example, Prompted):
         return isinstance(example.prompt, str)
     return not isinstance(example.chosen if isinstance(example, Compared) else example, Chat)
-
-
-def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:
-    """How many tokens a loss is taken on: a decoder does not predict the first one."""
-    return sum(label != IGNORED_LABEL for label in (labels if encoder_decoder else labels[1:]))
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import TrainingError
 from nbpeft.names import IGNORED_LABEL
+from nbpeft.training.data.encoding import CodedRow
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, PAIR
 from nbpeft.training.data.left_out import named_rows
-from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
+from nbpeft.training.data.reading import ModelInputs, Reading, reading
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.tokenized import check_columns, lines_of

@@ -16,6 +16,7 @@ from nbpeft.names import JUDGED, REJECTED
 from nbpeft.sweeps import Sweep, not_swept
 from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import Collator, columns_of
+from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns, form_of
 from nbpeft.training.data.reading import are_judged, default_length
 from nbpeft.training.data.sources import first_row, is_stream
@@ -352,13 +353,14 @@ def batches_of(request: TrainRequest, objective: Objective) -> Any:
     return collator_of(objective, collator_for(request.model, request.tokenizer), limit)
 
 
-def metrics_of(request: TrainRequest) -> dict[str, Any]:
+def metrics_of(request: TrainRequest, classes: Classes | None) -> dict[str, Any]:
     """Returns the option of the Trainer with the metrics of evaluations; empty for other models than classifiers.
 
     Args:
         request: the arguments of the training, with its objective.
+        classes: the classes, if the model is a classifier.
     """
-    classes = classes_of(request.model) if isinstance(request.objective, Classify) else None
+    classes = classes if isinstance(request.objective, Classify) else None
     measure = None if classes is None or request.eval_data is None else metrics_for(classes)
     return {} if measure is None else {"compute_metrics": measure}
 

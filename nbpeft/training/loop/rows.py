@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import count, plural
 from nbpeft.engine.calls.model_calls import class_names, is_text_classifier, is_token_classifier
-from nbpeft.engine.tree.model_tree import embedding_of
+from nbpeft.engine.tree.model_tree import embedding_of, manager_of
 from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.losses import with_loss_weights
 from nbpeft.names import LOSS_WEIGHTS, REJECTED
-from nbpeft.training.adapters.adapted_model import base_of, call_columns
+from nbpeft.training.adapters.adapted_model import base_of, call_columns, trained_names
 from nbpeft.training.data import (
     Collator,
     ModelInputs,
@@ -56,12 +57,14 @@ class TrainingRows:
         evaluation: evaluation rows, or None.
         notes: messages about rows that were cut, left out or not used.
         held_out: message about rows that were held out for evaluation; empty if there are none.
+        classes: the classes of a classifier, with the names that its model or the rows give them.
     """
 
     train: Any
     evaluation: Any = None
     notes: tuple[str, ...] = ()
     held_out: str = ""
+    classes: Classes | None = None
 
     @property
     def format(self) -> PromptFormat | None:
@@ -93,11 +96,14 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
             field="eval_by",
         )
     read = _prepared(request, request.data, inputs)
+    if read.classes is not None and read.classes is not inputs.classes:
+        _check_head_is_new(request)
+        inputs = replace(inputs, classes=read.classes)
     rows, notes, amount = read.rows, [read.notes] if read.notes else [], request.eval_data
     if not is_amount(amount):
         measured = PreparedRows(None) if amount is None else _prepared(request, amount, inputs)
         notes += [f"evaluation rows: {measured.notes}"] if measured.notes else []
-        return TrainingRows(rows, measured.rows, tuple(notes))
+        return TrainingRows(rows, measured.rows, tuple(notes), classes=inputs.classes)
     groups = groups_of(rows, request.data, request.eval_by)
     train, evaluation = hold_out(rows, amount, request.seed, groups)
     if isinstance(rows, StreamedRows) and rows.notes:  # reading the held-out rows may have added notes
@@ -106,7 +112,7 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     held = f"{known or plural(len(evaluation), 'row')} held out for evaluation"
     if groups is not None and request.eval_by is not None:
         held += f", in whole groups by {request.eval_by!r} ({plural(len({*groups}), 'group')})"
-    return TrainingRows(train, evaluation, tuple(notes), held)
+    return TrainingRows(train, evaluation, tuple(notes), held, inputs.classes)
 
 
 def inputs_of(request: TrainRequest) -> ModelInputs:
@@ -314,6 +320,27 @@ def _check_loss(base: nn.Module) -> None:
             f"transformers selects the loss by the name of the class and has none for {type(base).__name__}: set "
             f"loss_type = {head!r} on the base model."
         )
+
+
+def _check_head_is_new(request: TrainRequest) -> None:
+    """Refuses names of classes that the rows give to a head which an adapter has trained with numbers.
+
+    Raises:
+        TrainingError: the copy of the head that is trained differs from that of the base.
+    """
+    manager = manager_of(request.model)
+    if manager is None:
+        return
+    names = trained_names(request.model) if request.adapter is None else (request.adapter,)
+    for copied in manager.copies.values():
+        first = dict(copied.original_module.named_parameters())
+        for name in names:
+            copy = copied.modules_to_save[name].named_parameters() if name in copied.modules_to_save else ()
+            if any(part in first and not torch.equal(tensor, first[part].to(tensor)) for part, tensor in copy):
+                raise TrainingError(
+                    f"the head of {name!r} has learned classes without names, and the rows name their labels: give "
+                    "the numbers of the classes, or set label2id and id2label of the model's config"
+                )
 
 
 def _check_padding(model: nn.Module, tokenizer: Any) -> None:

@@ -143,7 +143,7 @@ def test_the_template_gets_its_variables_and_the_adapter_keeps_them(tokenizer: A
         ({"chat_template_kwargs": {"tools": []}}, "'tools' is not a variable of a chat template"),
         (
             {"long": "split"},
-            "long='split' is for rows with text or with tokens and tags, and these are rows with messages",
+            "is for rows with text or with tokens and tags, and these are rows with messages",
         ),
     ],
 )
