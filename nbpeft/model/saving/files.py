@@ -170,14 +170,14 @@ def read(
         note = None  # the adapter was saved for a base with other weights
     _warn_of_mismatches(source, loaded, note)
     _check_base_tensors(manager, name, plan, loaded.weights)
-    modes = {"trainable": trainable, "training": trainable, "half": half}
-    put = manager.prepare(name, plan, loaded.weights, replace=True, **modes)
+    put = manager.prepare(name, plan, loaded.weights, replace=True, trainable=trainable, training=trainable, half=half)
 
     def load() -> LoadResult:
         with manager.transaction() as change:
             put()
             if starts:
                 mark_left(manager, name)
+            change.on_undo(checkpoint.name_classes(manager.model, checkpoint.prompt_format(saved.config)))
             if given is not None:
                 take_given(manager, name, given, change, loading=True)
             result = load_result(manager, name, loaded.missing, loaded.unexpected)
