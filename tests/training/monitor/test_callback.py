@@ -5,14 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from nbpeft.training.monitor import callback
-from nbpeft.training.monitor.callback import any_process, metrics_of
+from nbpeft.training.monitor.callback import RunCallback, any_process, metrics_of
+from nbpeft.training.monitor.run import Run
+from tests.tiny_models import llama
+
+
+@pytest.mark.parametrize(("given", "planned"), [(0, None), (-1, None), (7, 7)])
+def test_the_number_of_steps_is_known_when_it_is_given(given: int, planned: int | None) -> None:
+    run = Run(llama(), None)
+    arguments = TrainingArguments(use_cpu=True, report_to="none")
+    RunCallback(run).on_train_begin(arguments, TrainerState(max_steps=given), TrainerControl())
+    assert run.total_steps == planned
 
 
 def test_metrics_are_the_numbers_of_an_evaluation_but_its_loss_and_times() -> None:
-    reported = {"eval_loss": 2.0, "eval_accuracy": 0.5, "eval_runtime": 3.0, "eval_matrix": [1], "epoch": 1.0, "loss": 4}
-    assert metrics_of(reported | {"eval_rewards/margins": 1}) == {"accuracy": 0.5, "eval_rewards/margins": 1.0}
+    times = {"eval_runtime": 3.0, "eval_samples_per_second": 4.0}
+    others = {"eval_loss": 2.0, "eval_matrix": [1], "epoch": 1.0, "loss": 4}
+    metrics = {"eval_accuracy": 0.5, "eval_rewards/margins": 1}
+    assert metrics_of(times | others | metrics) == {"accuracy": 0.5, "eval_rewards/margins": 1.0}
 
 
 @pytest.mark.parametrize("elsewhere", [0, 1])
