@@ -262,7 +262,6 @@ class ParameterModule(Observed, _Shows):
 
     @property
     def adapter(self) -> Any:
-        """The adapter that owns the parameter."""
         return self._shown[0]
 
     @property

@@ -705,7 +705,6 @@ class LayerReplica(AdaptedLayer):
         """Does nothing: a replica is never changed."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Computes the output on the replica's device; see ``AdaptedLayer``."""
         use_shown(self.adapters._modules, self._modules)
         return super().forward(x, *args, **kwargs)
 
