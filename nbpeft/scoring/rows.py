@@ -20,11 +20,11 @@ from nbpeft.training.data.bad_rows import reason_of
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL
-from nbpeft.training.data.encoding import Span, encode
+from nbpeft.training.data.encoding import CodedRow, Span, encode
 from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles, likely_completion, row_of
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.options import REASONING, RowOptions, why_not_used
-from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, columns_of, reading
+from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import Row, is_nothing
 from nbpeft.training.loop.rows import check_reading, is_causal, model_inputs
 from nbpeft.training.watching.generation import PromptBatch
@@ -179,6 +179,11 @@ def _check_model(model: nn.Module, inputs: ModelInputs, needs: set[Needs], token
     name = type(base_of(model)).__name__
     if inputs.classes is None and "classes" in needs:
         raise ConfigError(f"accuracy is for classifiers, and {name} is none: choice compares the options of a row")
+    if inputs.classes is not None and inputs.classes.per_token:
+        raise ConfigError(
+            f"{name} has a class for each token, and accuracy compares that of a row: evaluation rows of a training "
+            "(eval_data) report accuracy and f1"
+        )
     if inputs.classes is not None and needs != {"classes"}:
         raise ConfigError(f"{name} is a classifier: its metric is accuracy")
     if inputs.classes is not None and inputs.classes.problem != SINGLE_LABEL:

@@ -10,7 +10,7 @@ from typing import Any
 from nbpeft.checkpoint.prompt_format import NOT_FOR_TEMPLATES
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import ROW_CHOICES
-from nbpeft.training.data.forms import TEXT, Chat, Compared, Example, Form, Pair, Prompted
+from nbpeft.training.data.forms import TAGGED, TEXT, Chat, Compared, Example, Form, Pair, Prompted
 from nbpeft.training.data.row import WEIGHT, is_nothing
 from nbpeft.training.data.unused import MESSAGES, UnusedParts
 
@@ -73,9 +73,10 @@ class RowOptions:
             ConfigError: an option would have no effect, or the template has no such variable.
         """
         what = "tokenised rows" if form is None else f"rows with {form.name}"
-        if self.long == "split" and form is not TEXT:
+        if self.long == "split" and form not in (TEXT, TAGGED):
             raise ConfigError(
-                f"long='split' is for rows with text, and these are {what}, whose parts would lack their beginning: "
+                f"long='split' is for rows with text or with {TAGGED.name}, and these are {what}, whose "
+                "parts would lack their beginning: "
                 "long='drop' leaves out those that are too long",
                 field="long",
             )

@@ -39,7 +39,7 @@ class SeenFormats:
             return PromptFormat(chat=False)
         systems = [system for system in self._systems if system is not None]
         system = systems[0] if len(systems) == 1 else None
-        return PromptFormat(True, system, self._template, self._learns_reasoning)
+        return PromptFormat(True, system, self._template, learns_reasoning=self._learns_reasoning)
 
     def lines(self) -> tuple[str, ...]:
         """A line about rows with different system prompts; none if they agree."""

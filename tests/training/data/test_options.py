@@ -143,7 +143,10 @@ def test_the_template_gets_its_variables_and_the_adapter_keeps_them(tokenizer: A
         ({"chat_template_kwargs": "loud"}, "chat_template_kwargs must be a dictionary"),
         ({"chat_template_kwargs": {"lowd": 1}}, "the chat template has no variable 'lowd'. Did you mean 'loud'"),
         ({"chat_template_kwargs": {"tools": []}}, "'tools' is not a variable of a chat template"),
-        ({"long": "split"}, "long='split' is for rows with text, and these are rows with messages"),
+        (
+            {"long": "split"},
+            "is for rows with text or with tokens and tags, and these are rows with messages",
+        ),
     ],
 )
 def test_a_wrong_value_is_one_line(tokenizer: Any, use: Any, how: Any, message: str) -> None:
