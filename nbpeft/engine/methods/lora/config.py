@@ -379,7 +379,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         return self.alpha_at(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     @property
-    def size(self) -> int | None:
+    def adapter_size(self) -> int | None:
         """The rank; None if a pattern gives some layers another rank."""
         return None if self.rank_pattern else self.r
 

@@ -186,7 +186,7 @@ class AdaLoraConfig(LoraConfig):
         return self.alpha_at(path) / (self.init_r + 1e-5)
 
     @property
-    def size(self) -> int | None:
+    def adapter_size(self) -> int | None:
         """The initial rank; None once ranks were pruned."""
         return None if self.rank_pattern else self.init_r
 
