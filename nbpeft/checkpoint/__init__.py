@@ -14,6 +14,7 @@ Files:
     identity.py        Fingerprints of base models, to check that an adapter belongs to a model; computed in
                        milliseconds
     inside.py          Access to files inside a folder without following symbolic links
+    k_quants.py        llama.cpp's block formats q4_k, q5_k and q6_k, byte by byte as its own quantizer writes them
     key_conversion.py  Loads adapters that were trained on an earlier version of a model's class in transformers
     lora_file.py       LoRA files of image models: one safetensors file without a config, with keys in one of several
                        formats
@@ -78,6 +79,7 @@ from nbpeft.checkpoint.present import other_adapter as other_adapter
 from nbpeft.checkpoint.present import other_config as other_config
 from nbpeft.checkpoint.prompt_format import PromptFormat as PromptFormat
 from nbpeft.checkpoint.prompt_format import common_format as common_format
+from nbpeft.checkpoint.prompt_format import name_classes as name_classes
 from nbpeft.checkpoint.prompt_format import prompt_format as prompt_format
 from nbpeft.checkpoint.prompt_format import set_prompt_format as set_prompt_format
 from nbpeft.checkpoint.source import CONFIG_NAME as CONFIG_NAME

@@ -21,9 +21,9 @@ Files:
     chats.py         Renders chats as text with the assistant's turns marked, and finds the parts that a chat template
                      does not print
     checks.py        Checks that rows fit a model, before a training step fails on them with an error that names no row
-    classes.py       The classes of a text classifier, and the conversion of a row's label to one of them
+    classes.py       The classes of a classifier of texts or tokens, and the conversion of a row's label to one of them
     collator.py      Collates rows into batches
-    encoding.py      Encodes text with marked spans as token ids and labels
+    encoding.py      Tokenised rows, and the encoding of text with marked spans as token ids and labels
     files.py         Reads rows from a file: JSON Lines, JSON, CSV and TSV with the standard library, Parquet with
                      pyarrow
     forms.py         The forms of rows, recognised by their columns, and the example that each row gives
@@ -41,6 +41,8 @@ Files:
     sources.py       The sources of rows: lists, datasets, streams, tables, files and datasets on the Hub
     split.py         Splits evaluation rows off the training rows
     summary.py       Rows as a model reads them, and the lengths of all rows
+    tags.py          Tokenises words with a tag each: the first token of a word has the label of its tag, the others
+                     have none
     tokenized.py     Tokenises rows of any form: all at once, or one by one as a stream yields them
     unused.py        Parts of rows that are not trained on: counted while the rows are read, and reported before the
                      first step
