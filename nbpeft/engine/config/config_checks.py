@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -100,6 +101,32 @@ def check_count(name: str, value: object, *, field: str = "") -> None:
         raise ConfigError(
             f"{name} must be a positive whole number{small}, not {shown(value)}", field=field or name, value=value
         )
+
+
+def check_declared(config: Any) -> None:
+    """Checks the values of a config as its class declares them: ``counts``, ``shares``, ``choices`` and defaults.
+
+    Raises:
+        ConfigError: a value is invalid, not finite, or None although the default is not.
+    """
+    check_filled(config)
+    for name in config.counts:
+        check_count(name, getattr(config, name))
+    for name in config.shares:
+        check_share(name, getattr(config, name))
+    for name, values in config.choices.items():
+        check_choice(name, getattr(config, name), values)
+    for item in dataclasses.fields(config):
+        if isinstance(getattr(config, item.name), float):
+            check_number(item.name, getattr(config, item.name))
+
+
+def check_filled(config: Any) -> None:
+    """Raises ConfigError for None in a field whose default is a number, string or bool and whose choices lack None."""
+    for item in dataclasses.fields(config):
+        is_plain = isinstance(item.default, bool | int | float | str)
+        if getattr(config, item.name) is None and is_plain and None not in config.choices.get(item.name, ()):
+            raise ConfigError(f"{item.name} must have a value, such as {item.default!r}, not None", field=item.name)
 
 
 def check_number(name: str, value: object, *, field: str = "") -> None:

@@ -137,6 +137,10 @@ class AdapterConfig:
     """Fields that ``check_types`` skips because another check covers their type and value."""
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Field -> its valid values, or examples of them. A field that is missing here takes any value of its type."""
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Fields with a rank or another size: whole numbers from 1."""
+    shares: ClassVar[tuple[str, ...]] = ()
+    """Fields with a dropout or another fraction, from 0 to 1."""
     condenses_targets: ClassVar[bool] = True
     """Whether a long list of targets may be saved as shorter suffixes that match the same modules."""
     value_fields: ClassVar[tuple[str, ...]] = ()
@@ -304,12 +308,12 @@ class AdapterConfig:
         return store_of(type(self)).tensors(path)
 
     @property
-    def size(self) -> int | None:
-        """The size (rank) of the adapter; None if the method has none, or it differs between layers."""
+    def adapter_size(self) -> int | None:
+        """The rank, or another size, of the adapter; None if the method has none, or it differs between layers."""
         return None
 
     def resized(self, size: int) -> Self:
-        """A copy with another size; called only if ``size`` is not None."""
+        """A copy with another size; called only if ``adapter_size`` is not None."""
         raise NotImplementedError
 
     def set_size(self, size: int, paths: Sequence[str]) -> None:
@@ -410,7 +414,7 @@ def store_of(cls: type[AdapterConfig]) -> ConfigStore:
 
 
 class Adapter(Bindable):
-    """One method, for one adapter name, on one layer. Subclass it in ``methods/``.
+    """One method, for one adapter name, on one layer. The base class of a method's adapters.
 
     A subclass implements ``parameter_shapes``, ``initial_tensors``, ``forward`` and ``delta_weight``, and declares in
     ``from_config`` which settings it takes from its config. All tensors that it trains are its own parameters, named as
@@ -455,7 +459,7 @@ class Adapter(Bindable):
         Raises:
             ConfigError: the method does not work on this layer with this config.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} does not implement parameter_shapes")
 
     @classmethod
     def initial_tensors(cls, config: Any, site: AdapterSite) -> Mapping[str, Tensor]:
@@ -494,7 +498,7 @@ class Adapter(Bindable):
             The adapter.
         """
         made = cls()
-        given = cls.initial_tensors(config, site) if tensors is None else tensors
+        given = site.checked(cls.initial_tensors(config, site), cls) if tensors is None else tensors
         names = tuple(site.shapes)
         made.bind({name: given[name] for name in names}, _names=names, **made._config_values(config, site.path))
         made.prepare(config, site, given)
@@ -529,7 +533,7 @@ class Adapter(Bindable):
         Returns:
             A tensor shaped like ``weight``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement delta_weight")
 
     # Defaults that a method may improve on
 
@@ -556,7 +560,13 @@ class Adapter(Bindable):
             Parameter name -> tensor.
         """
         own = self._parameters.items()
-        return {key: value for key, value in own if value is not None and key not in self.peft.constants}
+        saved: dict[str, Tensor] = {
+            key: value for key, value in own if value is not None and key not in self.peft.constants
+        }
+        if not isinstance(self, Pads) or not self.rank_axes:
+            return saved
+        unpadded = shapes()
+        return {key: self.used_part(key, value, unpadded[key])[0] for key, value in saved.items()}
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites its parameters so that it adds nothing."""

@@ -93,4 +93,4 @@ def _router_config(manager: AdapterManager, settings: ArrowConfig, names: Sequen
     # None for the names, so that adapters that are added later take part in the routing.
     own = replace(settings, task_adapter_names=None, gks_adapter_names=None)
     targets = sorted(paths[names[0]])
-    return LoraConfig(arrow_config=own, target_modules=targets, r=config.size or 8, task_type=config.task_type)
+    return LoraConfig(arrow_config=own, target_modules=targets, r=config.adapter_size or 8, task_type=config.task_type)

@@ -150,7 +150,7 @@ def _planned(
         return adapter
     if type(rank) is not int or rank < 1:
         raise ConfigError(f"rank is {rank!r}, expected a whole number of at least 1", field="rank")
-    if adapter.size is None:
+    if adapter.adapter_size is None:
         raise ConfigError(f"this {label_of(adapter)} adapter has no single rank that could be changed", field="rank")
     return adapter.resized(rank)
 
@@ -268,7 +268,7 @@ class MemoryPlanner:
         import torch
 
         adapter = self.setting.adapter_config
-        if adapter is not None and settings.rank is not None and adapter.size is not None:
+        if adapter is not None and settings.rank is not None and adapter.adapter_size is not None:
             adapter = adapter.resized(settings.rank)
         return dataclasses.replace(
             self.setting,
@@ -286,7 +286,7 @@ class MemoryPlanner:
         return PlanSettings(
             setting.batch_size,
             setting.sequence_length,
-            None if setting.adapter_config is None else setting.adapter_config.size,
+            None if setting.adapter_config is None else setting.adapter_config.adapter_size,
             str(setting.dtype).removeprefix("torch."),
             setting.quantization,
             setting.gradient_checkpointing,
@@ -323,7 +323,7 @@ def _experts_note(weights: Weights) -> str:
 
 def _adapter_title(adapter: AdapterConfig) -> str:
     """Return the method and its size as text: ``LoRA r=16``. The rest of a summary needs the model."""
-    size_words = [f"{key}={value}" for key, value in summary_of(adapter).items() if value == str(adapter.size)]
+    size_words = [f"{key}={value}" for key, value in summary_of(adapter).items() if value == str(adapter.adapter_size)]
     return " ".join((label_of(adapter), *size_words[:1]))
 
 

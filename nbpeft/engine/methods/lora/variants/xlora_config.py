@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
-from nbpeft.engine.config.config_checks import check_count, check_number, check_share
-from nbpeft.engine.config.layers_config import check_filled
+from nbpeft.engine.config.config_checks import check_count, check_filled, check_number, check_share
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, ReadsTensors, store_of
 from nbpeft.engine.contract.base import Shape
 from nbpeft.engine.contract.registry import layer_kind_named
