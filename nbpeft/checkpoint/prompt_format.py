@@ -16,6 +16,7 @@ from nbpeft.engine.contract.adapter import AdapterConfig
 _ATTRIBUTE = "_prompt_format"
 _CHAT, _SYSTEM, _TEMPLATE = "nbpeft.prompt.chat", "nbpeft.prompt.system", "nbpeft.prompt.template"
 _CLASSES = "nbpeft.classes"
+_REASONING = "nbpeft.prompt.reasoning"
 _LONGEST = 100_000
 """Most characters of a system prompt, or of the names of classes, that are read from a file."""
 NOT_FOR_TEMPLATES = frozenset(
@@ -37,12 +38,14 @@ class PromptFormat:
         system: the common system prompt of all rows; empty without one, None if the rows have different prompts.
         template: variables passed to the chat template, as JSON; empty if there are none.
         classes: names of a classifier's classes, by number; empty for a language model, or if they have no names.
+        learns_reasoning: whether the reasoning of the assistant, if the rows have any, was learned.
     """
 
     chat: bool
     system: str | None = ""
     template: str = ""
     classes: tuple[str, ...] = ()
+    learns_reasoning: bool = True
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -53,6 +56,7 @@ class PromptFormat:
     def to_metadata(self) -> dict[str, str]:
         """Returns entries for a file's metadata."""
         found = {_CHAT: str(self.chat).lower(), _TEMPLATE: self.template}
+        found[_REASONING] = "" if self.learns_reasoning else "false"
         if self.system is not None:
             found[_SYSTEM] = self.system
         if self.classes:
@@ -65,7 +69,13 @@ class PromptFormat:
         chat, system = metadata.get(_CHAT), metadata.get(_SYSTEM)
         if chat not in ("true", "false") or len(system or "") > _LONGEST:
             return None
-        return cls(chat == "true", system, _checked(metadata.get(_TEMPLATE, "")), _names(metadata.get(_CLASSES, "")))
+        return cls(
+            chat == "true",
+            system,
+            _checked(metadata.get(_TEMPLATE, "")),
+            _names(metadata.get(_CLASSES, "")),
+            metadata.get(_REASONING) != "false",
+        )
 
 
 def prompt_format(config: AdapterConfig) -> PromptFormat | None:
@@ -101,7 +111,8 @@ def common_format(configs: Iterable[AdapterConfig]) -> PromptFormat | None:
         return None
     system, template = (some.pop() if len(some) == 1 else None for some in (systems, templates))
     classes = {form.classes for form in found}
-    return PromptFormat(chats.pop(), system, template or "", classes.pop() if len(classes) == 1 else ())
+    learned = any(form.learns_reasoning for form in found)
+    return PromptFormat(chats.pop(), system, template or "", classes.pop() if len(classes) == 1 else (), learned)
 
 
 def are_unnamed(names: Iterable[tuple[str, int]]) -> bool:
@@ -125,7 +136,7 @@ def name_classes(model: Any, form: PromptFormat | None) -> Callable[[], None]:
     """
     config: Any = getattr(model, "config", None)
     classes = () if form is None else form.classes
-    former = getattr(config, "id2label", None), getattr(config, "label2id", None)
+    former: tuple[Any, Any] = getattr(config, "id2label", None), getattr(config, "label2id", None)
 
     def put(names: Any, numbers: Any) -> None:
         config.id2label, config.label2id = names, numbers

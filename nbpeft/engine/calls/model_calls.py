@@ -211,7 +211,7 @@ class _ModelHook(_CallHook):
     """Hook on a model that has no separate encoder."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: _Call) -> None:
-        """Inserts tokens and, if the model takes a cache, keys and values; see ``_CallHook``."""
+        """Inserts tokens and, if the model takes a cache, keys and values."""
         name = cache_argument(module)
         states = prompts.counts(_STATES) if name else {}
         tokens = prompts.counts(_TOKENS)
@@ -299,7 +299,7 @@ class _CacheHook(_CallHook):
     """Hook on a backbone that takes a cache, of a model that does not."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
-        """Inserts keys and values; see ``_CallHook``."""
+        """Inserts keys and values."""
         states, size = prompts.counts(_STATES), _size(call)
         if not states or size is None:
             return
@@ -331,7 +331,7 @@ class _EncoderDecoderHook(_CallHook):
     """Hook on an encoder-decoder model: extends the encoder's mask, and inserts the decoder's part of a prompt."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
-        """Extends masks, the decoder's input and labels, and the cache; see ``_CallHook``."""
+        """Extends masks, the decoder's input and labels, and the cache."""
         tokens = prompts.counts(_TOKENS)
         encoded = call.get("encoder_outputs")
         if tokens:

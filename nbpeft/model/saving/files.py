@@ -31,6 +31,7 @@ from nbpeft.engine.contract.adapter import (
 )
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.contract.shared_state import listed_name
 from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -695,7 +696,7 @@ def _picked(
         },
         {key: find(key, own) for key, own in weights.base.items()},
         {
-            key: _shared_in(state_dict, f"{ADAPTER_PARTS}.{name}.shared.{key}", own)
+            key: _shared_in(state_dict, (f"{ADAPTER_PARTS}.{name}.shared.{key}", f".{listed_name(key, name)}"), own)
             for key, own in weights.shared.items()
         },
         weights.parameters,
@@ -703,8 +704,8 @@ def _picked(
     )
 
 
-def _shared_in(state_dict: Mapping[str, Tensor], ending: str, own: Tensor) -> Tensor:
-    return next((value for key, value in state_dict.items() if key.endswith(ending)), own)
+def _shared_in(state_dict: Mapping[str, Tensor], endings: tuple[str, ...], own: Tensor) -> Tensor:
+    return next((value for key, value in state_dict.items() if key.endswith(endings)), own)
 
 
 def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:

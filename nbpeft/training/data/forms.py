@@ -371,9 +371,8 @@ def form_of(
         expected = "prompt, completion and label" if kind == JUDGED else "chosen and rejected (and prompt)"
         what = f"Expected columns {expected}; found {listed(columns)}.{_hint(columns, needs)}"
         raise TrainingError(what, columns=columns)
-    lower = {column.lower(): column for column in columns}
-    if kind is None and usual is FORMS and lower.keys() >= {*COMPARED.needs}:
-        names = {name: lower[name] for name in COMPARED.needs}
+    names = _likely_compared(columns) if kind is None and usual is FORMS else {}
+    if names:
         what = f"Expected columns chosen and rejected; found {listed(columns)}. Say which is which: columns={names}."
         raise TrainingError(what, columns=columns)
     form = usual[0]
@@ -433,6 +432,17 @@ def check_roles(row: int, chat: Chat, template: str) -> None:
             known = SHAREGPT_ROLES.get(role)
             hint = f" Did you mean {known!r}?" if known else nearest_role(role, KNOWN_ROLES)
             raise TrainingError(f"Row {row}: message {place} has the role {role!r:.40}.{hint}", index=row)
+
+
+def _likely_compared(columns: Sequence[str]) -> dict[str, str]:
+    """The columns that likely have the parts of preferences, by their names; empty if none do."""
+    named = {need: [column for column in columns if need in column.lower()] for need in COMPARED.needs}
+    found = {need: [c for c in likely if c.lower() == need] or likely for need, likely in named.items()}
+    names = {need: likely[0] for need, likely in found.items() if len(likely) == 1}
+    if len({*names.values()}) < len(COMPARED.needs):
+        return {}
+    prompt, _ = _likely(columns)
+    return names if prompt is None or prompt in ("prompt", *names.values()) else {"prompt": prompt, **names}
 
 
 def _is_pair(value: Any) -> bool:

@@ -16,8 +16,10 @@ from nbpeft.training.data.unused import MESSAGES, UnusedParts
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message in which chat templates expect reasoning."""
-_REASONING = (MESSAGES, "reasoning")
-MASKED_REASONING = ("read, but not learned", "reasoning")
+REASONING = "reasoning"
+"""The name of reasoning among the parts of a row that are not used."""
+_REASONING = (MESSAGES, REASONING)
+MASKED_REASONING = ("read, but not learned", REASONING)
 """The reason and the name of reasoning that is masked."""
 _BLOCK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 """Reasoning at the beginning of a content."""
@@ -112,7 +114,7 @@ class RowOptions:
         if self.reasoning == "drop":
             chat = replace(chat, messages=tuple(map(_without_reasoning, chat.messages)))
         if any(map(has_reasoning, example.messages)):
-            dropped = (_REASONING[1],) if self.reasoning == "drop" else ()
+            dropped = (REASONING,) if self.reasoning == "drop" else ()
             chat = replace(chat, masks=self.reasoning == "mask", unused=(*chat.unused, *dropped))
         return self._learning(chat)
 

@@ -432,7 +432,7 @@ class Reading:
             if len(ids) > self.limit:
                 read = encode_words(self.tokenizer, words[first:last], labels[first:last], self.limit)
             taken = self.inputs.columns
-            given = {name: values for name, values in read.more.items() if taken is None or name in taken}
+            given: dict[str, Any] = {n: v for n, v in read.more.items() if taken is None or n in taken}
             given |= {"input_ids": read.encoded.input_ids, "labels": read.encoded.labels}
             given |= {LOSS_WEIGHTS: [weight] * len(read.encoded.labels)} if weight not in (0, 1) else {}
             return CodedRow(

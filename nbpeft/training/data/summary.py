@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nbpeft._util.mixtures import Mixture
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
-from nbpeft.errors import TrainingError
-from nbpeft.names import IGNORED_LABEL
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
 from nbpeft.training.data.encoding import CodedRow
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, PAIR
 from nbpeft.training.data.left_out import named_rows
@@ -147,6 +148,7 @@ def summarize(
     rows: int = 3,
     separator: str | None = None,
     skip_bad: bool = False,
+    seed: int | None = None,
     **how: Any,
 ) -> DataSummary:
     """Summarizes all rows, read by the same code as in training; of a stream the first 1,000.
@@ -160,13 +162,16 @@ def summarize(
         rows: the number of rows to show; up to two rows that are truncated or left out follow them.
         separator: as for ``prepare_data``.
         skip_bad: as for ``prepare_data``.
+        seed: seed of the training, with which the rows of a mixture are drawn; None for the default one.
         **how: as for ``prepare_data``.
 
     Raises:
-        ConfigError: as for ``prepare_data``.
+        ConfigError: as for ``prepare_data``; or a seed is given, and the rows are not drawn.
         TrainingError: as for ``prepare_data``, except that rows with nothing to train on are only reported.
     """
-    opened = open_data(data, separator, skip_bad=skip_bad)
+    if seed is not None and not isinstance(data, Mixture):
+        raise ConfigError("seed has no effect: only the rows of a mixture are drawn", field="seed")
+    opened = open_data(data, separator, skip_bad=skip_bad, seed=DEFAULT_SEED if seed is None else seed)
     how |= {"max_length": max_length, "columns": columns, "inputs": inputs, "skip_bad": skip_bad}
     reader = reading(opened, tokenizer, **how)
     if reader.form is None:
@@ -174,7 +179,7 @@ def summarize(
     streamed = is_stream(reader.rows)
     coded: Iterator[CodedRow] = itertools.islice(reader.coded(), _STREAMED if streamed else None)
     shown_rows: list[CodedRow] = []
-    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options.chat_template_kwargs)
+    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options)
     for row in coded:
         totals.add(row)
         unused.add(row.unused)
