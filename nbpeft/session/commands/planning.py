@@ -34,11 +34,12 @@ _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
     *("optimizer", "training", "packing", "adapters", "device", "variable", "changes", "rank"),
     *("processes", "sharded", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
+    *("reference", "generation"),
 )
 _WHOLE_NOTE = "complete logits are counted; nbpeft's own Trainer computes them in chunks"
 _PAIRS_NOTE = (
-    "each row is counted as two sequences, chosen and rejected, of supervised training; further memory that dpo needs, "
-    "such as a copy of the adapter for reference='start', is not included"
+    "each row is counted as two sequences, chosen and rejected; for an adapter that is trained already, "
+    "reference='start' counts the copy of its weights"
 )
 _CUDA_NOTE = "allow 0.5 to 1 GB more for the CUDA context and fragmentation"
 
@@ -57,7 +58,9 @@ def plan_memory(
         **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``, ``"fp4"``, ``"int8"``
             or None; by default that of the model), ``gradient_checkpointing``, ``double_quant``, ``optimizer``,
             ``training``, ``packing``, ``adapters`` (number of adapters trained side by side; a sweep in ``changes``
-            sets it too), ``processes`` and ``sharded`` (memory of one of several processes, with DDP or with FSDP2),
+            sets it too), ``reference`` (``"start"`` counts a copy of the trained weights), ``generation`` (completions
+            are generated before each step, as by ``grpo``), ``processes`` and ``sharded`` (memory of one of several
+            processes, with DDP or with FSDP2),
             ``loss_chunk_size`` and ``recompute`` (as in ``nbpeft.Trainer``; a ``trainer_class`` of another library
             stores complete logits and activations), ``device`` (bytes, ``"16GB"``, ``"T4"`` or a torch device; by
             default this machine's), ``suggest=False`` for no suggestions if it does not fit. ``rank`` and ``changes``
@@ -188,6 +191,8 @@ class MemoryPlanner:
         loss_chunk_size: int = LOSS_CHUNK_SIZE,
         recompute: bool = True,
         sequences_per_row: int = 1,
+        reference: str | None = None,
+        generation: bool = False,
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
@@ -221,6 +226,8 @@ class MemoryPlanner:
             sharded=sharded,
             loss_chunk_size=loss_chunk_size,
             recompute=recompute,
+            reference=reference,
+            generation=generation,
             quantized_experts=found.experts or quantization != AS_IT_IS,
         )
         self._stored_note = found.note
