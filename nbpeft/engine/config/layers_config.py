@@ -13,6 +13,7 @@ from nbpeft.engine.config.config_checks import (
     check_choice,
     check_count,
     check_number,
+    check_seed,
     check_share,
     check_target_fields,
     checked_pattern,
@@ -53,6 +54,10 @@ class LayersConfig(AdapterConfig):
     """Fields with a rank or another size: whole numbers from 1."""
     shares: ClassVar[tuple[str, ...]] = ()
     """Fields with a dropout or another fraction, from 0 to 1."""
+    numbers: ClassVar[tuple[str, ...]] = ()
+    """Fields with a finite number."""
+    seeds: ClassVar[tuple[str, ...]] = ()
+    """Fields with a seed of torch's generators."""
     not_in_peft: ClassVar[tuple[str, ...]] = ()
     """Fields that PEFT's config of the method does not have; ``to_dict`` leaves them out if they are None."""
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {}
@@ -66,6 +71,10 @@ class LayersConfig(AdapterConfig):
             check_count(name, getattr(self, name))
         for name in self.shares:
             check_share(name, getattr(self, name))
+        for name in self.numbers:
+            check_number(name, getattr(self, name))
+        for name in self.seeds:
+            check_seed(name, getattr(self, name))
         for name, check in self.pattern_fields.items():
             setattr(self, name, checked_pattern(name, getattr(self, name), check))
         for name, values in self.choices.items():
@@ -80,6 +89,37 @@ class LayersConfig(AdapterConfig):
     def unused_patterns(self, paths: Sequence[str]) -> str:
         """Describes keys of ``pattern_fields`` that match no adapted module."""
         return unused_patterns(self, tuple(self.pattern_fields), paths)
+
+
+@dataclass
+class HasFanInFanOut(LayersConfig):
+    """Has a field of PEFT for the layout of weights.
+
+    Attributes:
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+    """
+
+    fan_in_fan_out: bool = field(default=False)
+
+
+@dataclass
+class TrainsBiases(LayersConfig):
+    """Can train biases of the model, too.
+
+    Attributes:
+        bias: which biases of the model are also trained.
+    """
+
+    bias: str = field(default="none")
+
+    own_biases: ClassVar[str] = ""
+    """The choice of the biases of adapted layers; by default the name of the method with "_only"."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.method_type:
+            own = cls.own_biases or f"{cls.method_type.lower()}_only"
+            cls.choices = {**cls.choices, "bias": ("none", "all", own)}
 
 
 def check_filled(config: Any) -> None:
@@ -111,11 +151,8 @@ class RankedConfig(LayersConfig):
         "rank_pattern": check_count,
         "alpha_pattern": check_number,
     }
+    numbers: ClassVar[tuple[str, ...]] = ("alpha",)
     value_fields: ClassVar[tuple[str, ...]] = ("alpha", "alpha_pattern")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("alpha", self.alpha)
 
     def rank_at(self, path: str) -> int:
         """The rank of the layer at a path, ``rank_pattern`` included."""

@@ -119,14 +119,14 @@ _entry_points_lock = threading.RLock()
 
 
 def register(
-    config_class: type[AdapterConfig], *, peft_type: str, label: str, **fields: Any
+    config_class: type[AdapterConfig], *, label: str, peft_type: str = "", **fields: Any
 ) -> Callable[[AdapterClass], AdapterClass]:
     """Class decorator that registers an adapter class as a method.
 
     Args:
         config_class: class of its configs.
-        peft_type: the ``peft_type`` in config files.
         label: its display name.
+        peft_type: the ``peft_type`` in config files; by default the ``method_type`` of the config class.
         **fields: the other attributes of ``Method``.
 
     Returns:
@@ -137,6 +137,9 @@ def register(
         ConfigError: ``Method`` has no such attribute, the type of a value is wrong, or the class is written for the
             contract of nbpeft 0.2.
     """
+    type_in_files = peft_type or getattr(config_class, "method_type", "")
+    if not type_in_files:
+        raise ConfigError(f"{label}: peft_type is missing: name the one of its config files", field="peft_type")
     check_fields(label, fields, _FIELDS)
     for name, record in _RECORDS.items():
         if not isinstance(fields.get(name, record()), record):
@@ -144,7 +147,7 @@ def register(
             raise ConfigError(message, field=name)
 
     def decorate(cls: AdapterClass) -> AdapterClass:
-        method = Method(label, peft_type, config_class, cls, **fields)
+        method = Method(label, type_in_files, config_class, cls, **fields)
         check_classes(label, cls, config_class, method.shares.state)
         clash = next((m for m in _methods if m.label == label and m.adapter_class is not cls), None)
         if clash is not None and clash.adapter_class.__qualname__ != cls.__qualname__:
@@ -153,7 +156,7 @@ def register(
             )
         if clash is not None:
             _methods.remove(clash)
-        PeftType.add(peft_type)
+        PeftType.add(type_in_files)
         _methods.append(method)
         return cls
 
