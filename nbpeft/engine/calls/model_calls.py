@@ -82,6 +82,11 @@ def is_text_classifier(model: nn.Module) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in class_names(model))
 
 
+def is_token_classifier(model: nn.Module) -> bool:
+    """Whether a model has a label for each token: transformers' ``…ForTokenClassification``."""
+    return any(name.endswith("ForTokenClassification") for name in class_names(model))
+
+
 def part_with_cache(model: nn.Module) -> nn.Module | None:
     """The model itself, or its backbone, whichever takes cached keys and values; None if neither does."""
     backbone = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", None)

@@ -97,6 +97,8 @@ class _Numbered(Bindable):
 class TinyVectors(SharedState):
     """The trained vectors, (u,) each, and which layers there are."""
 
+    in_layers: ClassVar[bool] = True
+
     numbers: Mapping[str, int]
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -212,7 +214,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
             drawn = torch.normal(0.0, rank**-0.5, (config.u, rank, rank), generator=generator, dtype=torch.float32)
             given[PROJECTION] = drawn.to(given[DOWN].device)
         for name in (DOWN, UP, PROJECTION):
-            self.register_buffer(name, given[name])
+            self.register_buffer(name, given[name], persistent=name != PROJECTION or config.save_projection)
         group = site.shared.group_of(site.path)
         self.bind(vectors=site.shared, group=group, takes_ids=site.base.kind.takes_ids)
 

@@ -77,6 +77,8 @@ class UniLoraConfig(HasFanInFanOut, TrainsBiases):
 class UniVector(SharedState):
     """θ, (theta_d_length,), which is trained, and the indices of the numbers that each layer uses."""
 
+    in_layers: ClassVar[bool] = True
+
     config: UniLoraConfig
     features: Mapping[str, tuple[int, int]]
     places: Mapping[str, int]
@@ -236,7 +238,7 @@ class UniLora(ComputedFactors, HasFixedTensors):
             )
         made = super().create(config, site, given)
         for name in _BUFFERS:
-            made.register_buffer(name, given[name])
+            made.register_buffer(name, given[name], persistent=config.save_indices)
         made.bind(vector=site.shared)
         return made
 

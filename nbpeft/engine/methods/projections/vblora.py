@@ -81,6 +81,8 @@ class VBLoRAConfig(HasFanInFanOut, TrainsBiases):
 class VectorBank(SharedState):
     """The vectors, (num_vectors, vector_length), which are trained."""
 
+    in_layers: ClassVar[bool] = True
+
     is_new: bool
 
     @property
