@@ -70,6 +70,37 @@ class LayersConfig(AdapterConfig):
 
 
 @dataclass
+class HasFanInFanOut(LayersConfig):
+    """Has a field of PEFT for the layout of weights.
+
+    Attributes:
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+    """
+
+    fan_in_fan_out: bool = field(default=False)
+
+
+@dataclass
+class TrainsBiases(LayersConfig):
+    """Can train biases of the model, too.
+
+    Attributes:
+        bias: which biases of the model are also trained.
+    """
+
+    bias: str = field(default="none")
+
+    own_biases: ClassVar[str] = ""
+    """The choice of the biases of adapted layers; by default the name of the method with "_only"."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.method_type:
+            own = cls.own_biases or f"{cls.method_type.lower()}_only"
+            cls.choices = {**cls.choices, "bias": ("none", "all", own)}
+
+
+@dataclass
 class RankedConfig(LayersConfig):
     """Adds a rank and an alpha, which patterns can override for some layers.
 
@@ -91,10 +122,6 @@ class RankedConfig(LayersConfig):
         "alpha_pattern": check_number,
     }
     value_fields: ClassVar[tuple[str, ...]] = ("alpha", "alpha_pattern")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("alpha", self.alpha)
 
     def rank_at(self, path: str) -> int:
         """The rank of the layer at a path, ``rank_pattern`` included."""

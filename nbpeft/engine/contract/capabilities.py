@@ -260,7 +260,7 @@ class IsLowRank(ConvertsToLora):
 
 
 class HasFixedTensors:
-    """Has buffers that are saved, or values that follow from its config; ``prepare`` sets both."""
+    """Has persistent buffers, which are saved, or values that follow from its config; ``prepare`` sets both."""
 
     optional_tensors: ClassVar[tuple[str, ...]] = ()
     """Names in ``fixed_tensors`` that a file may lack; ``prepare`` then computes these tensors."""

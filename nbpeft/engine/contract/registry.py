@@ -30,7 +30,7 @@ from nbpeft.engine.contract.method_records import Part as Part
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registration import check_config_class, check_peft_type, check_values
-from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
+from nbpeft.errors import ConfigError, UnknownMethodError, did_you_mean, in_one_line, shortened
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
 """Also the module with the names that a package needs to define a method."""
@@ -122,14 +122,14 @@ _entry_points_lock = threading.RLock()
 
 
 def register(
-    config_class: type[AdapterConfig], *, peft_type: str, label: str, **fields: Any
+    config_class: type[AdapterConfig], *, label: str, peft_type: str = "", **fields: Any
 ) -> Callable[[AdapterClass], AdapterClass]:
     """Class decorator that registers an adapter class as a method.
 
     Args:
         config_class: class of its configs.
-        peft_type: the ``peft_type`` in config files.
         label: its display name.
+        peft_type: the ``peft_type`` in config files; by default the ``method_type`` of the config class.
         **fields: the other attributes of ``Method``.
 
     Returns:
@@ -140,11 +140,14 @@ def register(
         ConfigError: ``Method`` has no such attribute, a value is invalid, or the class is written for the contract of
             nbpeft 0.2.
     """
+    type_in_files = peft_type or getattr(config_class, "method_type", "")
+    if not type_in_files:
+        raise ConfigError(f"{label}: peft_type is missing: name the one of its config files", field="peft_type")
     check_fields(label, fields, _FIELDS)
     check_values(label, fields, _RECORDS)
 
     def decorate(cls: AdapterClass) -> AdapterClass:
-        method = Method(label, peft_type, config_class, cls, **fields)
+        method = Method(label, type_in_files, config_class, cls, **fields)
         check_classes(label, cls, config_class, method.shares.state)
         check_peft_type(label, peft_type, config_class, {m.peft_type: m.config_class for m in _methods})
         check_config_class(label, config_class, method.sample_configs)
@@ -155,7 +158,7 @@ def register(
             )
         if clash is not None:
             _methods.remove(clash)
-        PeftType.add(peft_type)
+        PeftType.add(type_in_files)
         _methods.append(method)
         return cls
 
