@@ -222,7 +222,6 @@ def download(repo_id: str, filename: str, subfolder: str | None, options: Mappin
 
     Args:
         repo_id: id of the repository.
-        filename: name of the file.
         subfolder: folder of the file in the repository, or None.
         options: options of ``hf_hub_download``.
 
@@ -252,7 +251,6 @@ def start_of_large_file(
 
     Args:
         repo_id: id of the repository.
-        filename: name of the file.
         subfolder: folder of the file in the repository, or None.
         options: options of ``hf_hub_download``.
 
@@ -357,7 +355,6 @@ def present_file(
 
     Args:
         repo_id: id of the repository.
-        name: name of the file.
         token: access token, or None.
         revision: branch, tag or commit; None for the default branch.
         endpoint: URL of the hub; None for the default.

@@ -99,7 +99,6 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
     """Evaluate one expression; every failure becomes an error with a one-line message.
 
     Args:
-        expression: the expression.
         scope: names it may use.
         line: its line in a cell body, for the error.
 

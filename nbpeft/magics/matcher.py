@@ -26,7 +26,6 @@ class Completion:
     Args:
         subcommands: subcommands of ``%lora``.
         cells: cell magic -> the command whose arguments its line takes.
-        sources: the sources of names.
     """
 
     def __init__(
@@ -92,7 +91,6 @@ def install(shell: Any, completion: Completion) -> Callable[[], None]:
 
     Args:
         shell: the IPython shell.
-        completion: the completion.
 
     Returns:
         A function that removes it.

@@ -182,12 +182,7 @@ class NotebookContext:
         result.release()
 
     def replace(self, old: object, new: object) -> None:
-        """Assign an object to every variable whose value is another object.
-
-        Args:
-            old: the current value.
-            new: the new value.
-        """
+        """Assign an object to every variable whose value is another object."""
         names = [name for name, value in self.namespace.items() if value is old and not name.startswith("_")]
         for name in names:
             self.namespace[name] = new
@@ -341,7 +336,6 @@ def which_model(names: Sequence[str], command: str) -> CellError:
     """The error of a command without a model, if there are several.
 
     Args:
-        names: the models.
         command: the part of the line before the model.
     """
     return CellError(f"several models: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")

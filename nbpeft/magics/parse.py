@@ -117,7 +117,6 @@ class LineParser(argparse.ArgumentParser):
     """The parser of a subcommand; it neither prints nor exits.
 
     Args:
-        command: the subcommand.
         prog: how the line begins, e.g. ``%lora use``.
     """
 
@@ -176,7 +175,6 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
     """Parses the arguments of one command.
 
     Args:
-        command: the subcommand.
         prog: how the line begins.
         words: the words after it.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
@@ -249,7 +247,6 @@ def parse_line(
 
     Args:
         line: the line after the magic's name.
-        subcommands: the subcommands, by name.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
         magic: the magic, for messages.
         cells: names of the cell magics, for messages.
@@ -311,7 +308,6 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     ``--rank={r}``, ``orders={weight}``.
 
     Args:
-        word: the word.
         namespace: variables of the notebook.
 
     Raises:

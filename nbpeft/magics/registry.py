@@ -141,7 +141,6 @@ def subcommand(
     Args:
         name: the word after ``%lora``, or the cell magic.
         summary: one line for the help.
-        *arguments: its arguments.
         fields: the kind of fields that ``name=value`` words and cell bodies set: ``config``, ``training``, ``qlora`` or
             none.
         example: shown in the help.
@@ -191,7 +190,6 @@ def session_command(name: str, summary: str, *arguments: Argument, method: str =
     Args:
         name: the word after ``%lora``.
         summary: one line for the help.
-        *arguments: its arguments.
         method: the name of the method; by default that of the subcommand.
         example: shown in the help.
     """

@@ -212,7 +212,6 @@ class SessionContext:
         """Return the result of a command that only reports one line.
 
         Args:
-            tracked: the model.
             line: what was done, as text.
             notes: messages for the user.
         """
@@ -221,12 +220,7 @@ class SessionContext:
         return CommandResult(line, tracked.state(), tuple(notes))
 
     def keep_result(self, tracked: TrackedModel, result: TrainResult) -> None:
-        """Store the result of the training of a model, whether it finished or not.
-
-        Args:
-            tracked: the model.
-            result: the result.
-        """
+        """Store the result of the training of a model, whether it finished or not."""
         tracked.result = self.last_result = result
 
     @property

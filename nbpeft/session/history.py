@@ -120,8 +120,6 @@ class History:
         """Adds a past adapter, and drops the oldest ones beyond the limits.
 
         Args:
-            manager: manager of the model.
-            past: the past adapter.
             change: transaction that records the change.
         """
         kept, left = [past], MOST_BYTES - past.kept.byte_count
@@ -140,7 +138,6 @@ class History:
         """Resets the past adapters of a model to those of an earlier moment.
 
         Args:
-            manager: manager of the model.
             past: the earlier past adapters.
             change: transaction that records the change.
         """

@@ -32,7 +32,6 @@ def prompt_batch(
 
     Args:
         ctx: context of the session, which stores the tokenizer.
-        tracked: the model.
         prompts: texts or conversations.
         tokenizer: None for the last one given.
         chat: apply the chat template to texts; None decides by how the adapters were trained, or else by whether the
@@ -76,7 +75,6 @@ def chosen_tokenizer(ctx: SessionContext, tracked: TrackedModel, tokenizer: Any)
 
     Args:
         ctx: context of the session, which stores the tokenizer.
-        tracked: the model.
         tokenizer: None for the last one given.
 
     Raises:

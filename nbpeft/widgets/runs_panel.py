@@ -28,7 +28,6 @@ class RunsPanel(Panel):
 
     Args:
         session: Reads the runs to compare.
-        result: The runs.
         sort: The order in which they are given.
         ui: How to show it; by default the richest form that works here.
     """

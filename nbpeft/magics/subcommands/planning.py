@@ -166,7 +166,6 @@ def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[
     """Create the memory panel with sliders.
 
     Args:
-        notebook: the notebook.
         name: what to plan for, as for ``%lora plan``; None for the only model.
         settings: the initial settings, as keywords of ``Session.memory_planner``.
     """

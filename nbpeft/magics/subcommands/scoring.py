@@ -133,7 +133,6 @@ def metric_of(word: str, notebook: NotebookContext) -> Any:
 
     Args:
         word: the word of the line.
-        notebook: the notebook.
 
     Raises:
         CellError: it is neither.

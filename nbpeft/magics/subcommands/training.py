@@ -334,7 +334,6 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
 
     Args:
         cell: the options of the line, or the stored text of an earlier cell.
-        notebook: the notebook.
 
     Returns:
         The rows, the evaluation rows or None, and the tokenizer or None.
