@@ -162,11 +162,7 @@ class Source:
 
 
 def _is_file(path: Path) -> bool:
-    """Returns whether a path is a file.
-
-    Raises:
-        CheckpointError: it cannot be checked, because of missing permissions or a name that is too long.
-    """
+    """Returns whether a path is a file."""
     try:
         return path.is_file()
     except OSError as error:

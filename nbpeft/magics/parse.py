@@ -137,11 +137,7 @@ class LineParser(argparse.ArgumentParser):
             self.add_argument(*item.flags, **item.options)
 
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's message into a one-line error.
-
-        Raises:
-            CellError: always.
-        """
+        """Turn argparse's message into a one-line error."""
         message = re.sub(r"(--[\w-]+)/-\w\b", r"\1", message)
         needed = message.removeprefix(_REQUIRED)
         if needed != message:
@@ -150,11 +146,7 @@ class LineParser(argparse.ArgumentParser):
         raise CellError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse words.
-
-        Raises:
-            CellError: an argument is unknown, missing or invalid.
-        """
+        """Parse words."""
         options, unknown = self.parse_known_args(list(words))
         if not unknown:
             return options
@@ -178,9 +170,6 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
         prog: how the line begins.
         words: the words after it.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
-
-    Raises:
-        CellError: an argument is unknown, missing or invalid.
     """
     if any(word.text in ("-h", "--help") and not word.quoted for word in words):
         return Request(command, argparse.Namespace(), help=True)
@@ -253,9 +242,6 @@ def parse_line(
 
     Returns:
         None for an empty line.
-
-    Raises:
-        CellError: there is no such subcommand, or its arguments are invalid.
     """
     words = tokenize(line)
     if not words:
@@ -309,9 +295,6 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
 
     Args:
         namespace: variables of the notebook.
-
-    Raises:
-        CellError: the variable is not defined, or is not text, a number or a path.
     """
     head, text = "", word.text
     before, equals, after = word.text.partition("=")

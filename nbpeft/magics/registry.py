@@ -163,9 +163,6 @@ def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
     Args:
         options: the parsed line with its fields.
         names: the names that are not allowed as fields.
-
-    Raises:
-        CellError: one of them is set as a field.
     """
     for name in names:
         if name in options.fields:
@@ -173,11 +170,7 @@ def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
 
 
 def fields_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a config, with the ``peft_type`` that ``--method`` names.
-
-    Raises:
-        CellError: the field ``peft_type`` names another method.
-    """
+    """The fields of a config, with the ``peft_type`` that ``--method`` names."""
     fields = dict(options.fields)
     if options.method is not None and fields.setdefault("peft_type", options.method) != options.method:
         raise CellError(f"--method {options.method} and peft_type = {fields['peft_type']!r} contradict each other")

@@ -93,11 +93,7 @@ def _result(tracked: TrackedModel, past: PastModel, notes: list[str]) -> Restore
 
 
 def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
-    """Refuses a base model that is not that of the adapters, if that is known.
-
-    Raises:
-        BaseMismatchError: it is another base model.
-    """
+    """Refuses a base model that is not that of the adapters, if that is known."""
     why = base_difference(past.fingerprint, base)
     if why is not None:
         raise BaseMismatchError(

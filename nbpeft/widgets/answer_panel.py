@@ -30,9 +30,9 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         heading: Its title, up to the name of the model.
 
     Args:
-        session: Runs the commands and publishes the states.
-        model_name: A model of the session; the current one by default.
-        ui: How to show it; by default the richest form that works here.
+        session: See ``SessionPanel``, also for the next two.
+        model_name: A model of the session.
+        ui: How to show it.
         tokenizer: A tokenizer, or a function that returns one when a prompt is read; by default the
             one that the session used last.
         prompt: The initial prompt.
@@ -78,11 +78,7 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         return self._result
 
     def _asked(self) -> tuple[str, ModelState]:
-        """The prompt in the box and the model that answers it.
-
-        Raises:
-            NbpeftError: there is no prompt, or no model.
-        """
+        """The prompt in the box and the model that answers it."""
         prompt, model = str(self._parts.question.prompt), self._model()
         if not prompt:
             raise NbpeftError("Write a prompt first.")
@@ -114,13 +110,7 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         return " ".join(part for part in (self.heading, self._name) if part)
 
     def _submit(self, ask: Callable[..., CompareResult], tokens: int, delay: float = 0.0) -> None:
-        """Starts answers in the worker thread.
-
-        Args:
-            ask: A command of the session; called with the options that all of them share.
-            tokens: The limit of an answer, in tokens.
-            delay: Seconds to wait first, in case a newer prompt replaces this one.
-        """
+        """Starts answers in the worker thread, after ``delay`` seconds in which a newer prompt may replace this one."""
         self._parts.question.running(True)
         self._parts.frame.head("answering …", running=True)
         options = {"model": self._name, "tokenizer": self._source(), "chat": self._parts.form.chat}

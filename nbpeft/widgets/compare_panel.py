@@ -143,13 +143,7 @@ class _Parts:
             self.show(result)
 
     def draw(self, model: ModelState | None, name: str | None, left_out: set[str]) -> None:
-        """Shows a button for each column.
-
-        Args:
-            model: The model, or None if it is gone.
-            name: Its name in the session.
-            left_out: The columns that are switched off.
-        """
+        """Shows a button for each column; those in ``left_out`` are switched off."""
         self.system.draw(() if model is None else model.adapters)
         names = [BASE, *(item.name for item in model.adapters)] if model is not None else []
         picks: dict[tuple[str, ...], tuple[str, str]]

@@ -157,7 +157,17 @@ class Panel:
     def _failed(self) -> None:
         """Restores what a failed command had begun to change on screen."""
 
+    def _run(self, *command: Any) -> str:
+        """Runs the command of a widget; returns the message to show."""
+        raise NotImplementedError
+
     # Opening, and reporting the result of a command; handlers may run in another thread
+
+    def _command(self, *command: Any) -> None:
+        """The entry point of all widgets: runs a command and shows its message."""
+        with self._lock:
+            if self._parts is not None:
+                self._guarded(lambda: self._run(*command))
 
     @property
     def _place(self) -> tuple[str, Hashable]:
@@ -173,12 +183,7 @@ class Panel:
         self._opened()
 
     def _guarded(self, act: Callable[[], str], notices: Sequence[str] = ()) -> None:
-        """Calls a function and shows its message, or its error.
-
-        Args:
-            act: The function; returns the message to show.
-            notices: Messages to show before that one.
-        """
+        """Calls a function and shows the notices and its message, or its error."""
         tone: Tone
         try:
             words = act()
@@ -214,23 +219,12 @@ class WorkerPanel(Panel):
         self._worker = Worker()
 
     def close(self, leaving: str = "") -> None:
-        """Stops computing and closes the widgets. May be called twice.
-
-        Args:
-            leaving: A line that stays where the panel was shown.
-        """
+        """Stops computing and closes the widgets; see ``Panel.close``."""
         self._worker.stop()
         super().close(leaving)
 
     def wait(self, timeout: float = 60.0) -> bool:
-        """Waits until nothing is being computed.
-
-        Args:
-            timeout: The longest wait, in seconds.
-
-        Returns:
-            False if the timeout passed first.
-        """
+        """Waits until nothing is being computed; False if ``timeout`` seconds passed first."""
         return self._worker.wait(timeout)
 
 
@@ -262,16 +256,11 @@ class SessionPanel(Panel):
     def _model(self) -> ModelState | None:
         return self._session.state.model(self._name)
 
-    def _run(self, *command: Any) -> str:
-        """Runs the command of a widget; returns the message to show."""
-        raise NotImplementedError
-
     def _draw(self, state: SessionState) -> None:
         """Shows a state."""
         raise NotImplementedError
 
     def _command(self, *command: Any) -> None:
-        """The entry point of all widgets: runs a command and shows its message."""
         self._guarded(lambda: self._run(*command), self._session.notices())
 
     def _opened(self) -> None:

@@ -72,17 +72,10 @@ class PlanPanel(WorkerPanel):
     def _title(self) -> str:
         return f"Memory plan for {self._planner.name}"
 
-    def _command(self, *command: Any) -> None:
-        """The entry point of all widgets; handlers may run in another thread."""
-        with self._lock:
-            if self._parts is not None:
-                self._guarded(self._moved)
-
-    def _moved(self) -> str:
+    def _run(self, *command: Any) -> str:
         """Starts computing the plan for the settings shown."""
-        if self._parts is not None:
-            self._parts.show(self._result, current=False)
-            self._compute(self._parts.settings, delay=_DEBOUNCE)
+        self._parts.show(self._result, current=False)
+        self._compute(self._parts.settings, delay=_DEBOUNCE)
         return ""
 
     def _compute(self, settings: PlanSettings, delay: float = 0.0) -> None:

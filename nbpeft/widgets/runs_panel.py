@@ -29,7 +29,7 @@ class RunsPanel(Panel):
     Args:
         session: Reads the runs to compare.
         sort: The order in which they are given.
-        ui: How to show it; by default the richest form that works here.
+        ui: See ``Panel``.
     """
 
     kind: ClassVar[str] = "runs"
@@ -68,12 +68,6 @@ class RunsPanel(Panel):
         listed = self._result.view()
         listed = card(listed.title, *listed.blocks, line(dim(hint)), aside=listed.aside)
         return listed if self._comparison is None else Stack((listed, self._comparison.view()))
-
-    def _command(self, *command: Any) -> None:
-        """The entry point of all widgets."""
-        with self._lock:
-            if self._parts is not None:
-                self._guarded(lambda: self._run(*command))
 
     def _run(self, what: str, *arguments: Any) -> str:
         if what == "sort":
@@ -129,22 +123,9 @@ class _Parts:
         self.root = parts.panel_root(self._head, self._table, foot, self._compared, self.message.box)
 
     def draw(
-        self,
-        result: RunsResult,
-        sort: str,
-        limit: int,
-        selected: list[str],
-        comparison: RunsComparison | None,
+        self, result: RunsResult, sort: str, limit: int, selected: list[str], comparison: RunsComparison | None
     ) -> None:
-        """Shows the runs and the comparison.
-
-        Args:
-            result: The runs in order.
-            sort: Their order.
-            limit: The number of runs to show.
-            selected: Names of the selected runs.
-            comparison: The comparison of these, or None.
-        """
+        """Shows the first ``limit`` runs, and the comparison of the selected ones."""
         from nbpeft.widgets.controls import mark, one_each
 
         count = len(result.records)

@@ -133,9 +133,6 @@ def metric_of(word: str, notebook: NotebookContext) -> Any:
 
     Args:
         word: the word of the line.
-
-    Raises:
-        CellError: it is neither.
     """
     if word in METRICS:
         return word
@@ -146,11 +143,7 @@ def metric_of(word: str, notebook: NotebookContext) -> Any:
 
 
 def _folders(words: list[str]) -> list[str]:
-    """The folders, with patterns expanded.
-
-    Raises:
-        CellError: a pattern matches no folder.
-    """
+    """The folders, with patterns expanded."""
     found: list[str] = []
     for word in words:
         text = os.path.expanduser(word)

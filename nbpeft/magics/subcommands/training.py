@@ -190,11 +190,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     cell=True,
 )
 def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Train; ``options.fields`` are the training arguments.
-
-    Raises:
-        CellError: a variable is not defined.
-    """
+    """Train; ``options.fields`` are the training arguments."""
     model = notebook.module(options.target)
     data, eval_data, tokenizer = training_data(options, notebook)
     arguments = training_arguments(options, notebook)
@@ -267,11 +263,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
 
 
 def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
-    """The prompts of ``--sample``, or the number of rows to answer.
-
-    Raises:
-        CellError: both prompts and a number are given, or the value of a variable is neither.
-    """
+    """The prompts of ``--sample``, or the number of rows to answer."""
     counts = [int(word) for word in words if word.isdecimal()]
     if counts and len(words) > 1:
         raise CellError("--sample takes either a number of rows or prompts, not both")
@@ -301,11 +293,7 @@ def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> ob
     example="%lora export train.py",
 )
 def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Write the last training of a model as a script.
-
-    Raises:
-        CellError: no cell trained the model, or a field's value cannot be written into a script.
-    """
+    """Write the last training of a model as a script."""
     if options.model is None and len(notebook.trained) > 1:
         raise which_model(list(notebook.trained), "%lora export SCRIPT --model")
     target = str(options.model or next(iter(notebook.trained), ""))

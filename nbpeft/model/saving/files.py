@@ -315,11 +315,7 @@ def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> li
 
 
 def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
-    """Removes a file's base tensors that equal those of the base model, and warns about those that differ.
-
-    Raises:
-        CheckpointError: the base's tensor has no data here, so that it could not be restored later.
-    """
+    """Removes a file's base tensors that equal those of the base model, and warns about those that differ."""
     brought = [key for key in weights.base if key not in plan.biases]
     known = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
     present = {key: known[key] for key in brought}
@@ -503,11 +499,7 @@ def _refuse_other(
     tensors: Mapping[str, Tensor],
     base: checkpoint.Fingerprint | None,
 ) -> None:
-    """Refuses to overwrite another adapter.
-
-    Raises:
-        AdapterExistsError: the folder has one.
-    """
+    """Refuses to overwrite another adapter."""
     owner = owner_of(manager, name, folder)
     if owner is None:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}

@@ -565,11 +565,7 @@ def adapter_in(state: ModelState, name: str) -> AdapterState:
 
 
 def _revision_in(source: str, given: str | None) -> tuple[str, str | None]:
-    """Split a source such as ``user/name@v1`` into the source and its revision, unless it is an existing path.
-
-    Raises:
-        AdapterError: two different revisions are given.
-    """
+    """Split a source such as ``user/name@v1`` into the source and its revision, unless it is an existing path."""
     place, at, revision = source.rpartition("@")
     if not at or not revision or place.count("/") != 1 or os.path.exists(source):
         return source, given

@@ -129,11 +129,7 @@ def ask(
 
 
 def _earlier(conversations: Mapping[str, Earlier], title: str, batch: PromptBatch) -> Earlier:
-    """Return the turns and the messages of the conversation to continue.
-
-    Raises:
-        AdapterError: there is no conversation, or no chat template.
-    """
+    """Return the turns and the messages of the conversation to continue."""
     if not batch.chat:
         raise AdapterError(NO_TEMPLATE)
     if title not in conversations:
@@ -142,11 +138,7 @@ def _earlier(conversations: Mapping[str, Earlier], title: str, batch: PromptBatc
 
 
 def _names(manager: AdapterManager, adapter: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return the adapters that answer: an empty tuple for the base model, None for the active ones.
-
-    Raises:
-        UnknownAdapterError: there is no such adapter.
-    """
+    """Return the adapters that answer: an empty tuple for the base model, None for the active ones."""
     if adapter is None:
         return None
     names = tuple(dict.fromkeys(names_of(adapter)))

@@ -177,11 +177,7 @@ def _check_options(manager: AdapterManager, weights: Mapping[str, float], settin
 def _may_replace(
     ctx: SessionContext, tracked: TrackedModel, name: str, weights: Mapping[str, float], replace: bool
 ) -> bool:
-    """Return whether there is an adapter with this name to replace.
-
-    Raises:
-        AdapterExistsError: there is one that must not be replaced.
-    """
+    """Return whether there is an adapter with this name to replace."""
     manager = tracked.manager
     if name not in manager.configs:
         return False

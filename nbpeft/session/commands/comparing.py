@@ -267,11 +267,7 @@ class _Answering:
 def _continuing(
     columns: list[Column], after: CompareResult, prompts: Sequence[Prompt], chat: bool | None
 ) -> list[Column]:
-    """Return the columns, each with its own conversation so far.
-
-    Raises:
-        AdapterError: there is not exactly one prompt, or no chat template was applied.
-    """
+    """Return the columns, each with its own conversation so far."""
     if len(prompts) != 1 or len(after.prompts) != 1:
         raise AdapterError("a conversation continues with one prompt at a time")
     if chat is False or not after.chat:
@@ -288,11 +284,7 @@ def _continuing(
 
 
 def _columns(names: Sequence[str], blends: Sequence[Mapping[str, float]], include_base: bool) -> list[Column]:
-    """Return the columns, without answers.
-
-    Raises:
-        AdapterError: there are none.
-    """
+    """Return the columns, without answers."""
     columns = [Column(BASE if BASE not in names else f"({BASE})", row=BASE_ROW)] if include_base else []
     columns += [Column(name, ((name, 1.0),), row=name) for name in names]
     for weights in blends:

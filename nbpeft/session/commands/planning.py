@@ -127,11 +127,7 @@ def memory_planner(
 def _planned(
     tracked: TrackedModel | None, config: ConfigLike | None, changes: Mapping[str, Any], rank: int | None
 ) -> AdapterConfig:
-    """Return the config of the adapter to plan for; see ``plan_memory``.
-
-    Raises:
-        ConfigError: a field is unknown or invalid, or the adapter has no rank that could be changed.
-    """
+    """Return the config of the adapter to plan for; see ``plan_memory``."""
     if config is None and tracked is not None and tracked.manager.names:
         manager = tracked.manager
         name = (manager.active or manager.names)[0]

@@ -77,12 +77,7 @@ def push(
 
 
 def _adapter(tracked: TrackedModel, name: str | None) -> str:
-    """Return the name of the adapter to push.
-
-    Raises:
-        UnknownAdapterError: there is no such adapter.
-        AdapterError: there is none, or there are several and no name.
-    """
+    """Return the name of the adapter to push."""
     names = tuple(tracked.manager.names)
     if name is not None:
         tracked.manager.require(name)

@@ -81,11 +81,7 @@ def runs_folder(ctx: SessionContext, /, folder: str | os.PathLike[str] | None = 
 
 
 def _check_writable(path: Path) -> None:
-    """Refuse a folder for runs that is a file, cannot be written, or is below a folder that does not exist.
-
-    Raises:
-        CheckpointError: it is one of these.
-    """
+    """Refuse a folder for runs that is a file, cannot be written, or is below a folder that does not exist."""
     there = path if os.path.lexists(path) else path.parent
     if not os.path.lexists(there):
         raise CheckpointError(f"there is no folder {there} for {path.name!r}: mount or create it first", path=str(path))
