@@ -217,7 +217,7 @@ class SessionContext:
         """
         if len(self.models.all()) > 1 and tracked.name not in line:
             line = f"{line} ({tracked.name})"
-        return CommandResult(line, tracked.state(), tuple(notes))
+        return CommandResult(line, tracked.state(), notes=tuple(notes))
 
     def keep_result(self, tracked: TrackedModel, result: TrainResult) -> None:
         """Store the result of the training of a model, whether it finished or not."""

@@ -414,7 +414,7 @@ def save(
         )
         for adapter in saved:
             _note_with_run(ctx, tracked, adapter)
-        return SaveResult(tracked.name, saved, tuple(notes))
+        return SaveResult(tracked.name, saved, notes=tuple(notes))
 
 
 def _facts(tracked: TrackedModel, name: str) -> CardFacts:

@@ -92,21 +92,8 @@ def ask(
         batch = prompt_batch(ctx, tracked, [prompt], tokenizer, chat, system, answering, earlier)
 
     def result(answer: Answer, status: Status, notes: Sequence[str] = ()) -> AskResult:
-        seconds = time.perf_counter() - started
-        settings = sampling.settings
-        return AskResult(
-            tracked.name,
-            title,
-            batch.prompts[0],
-            answer,
-            seconds,
-            settings,
-            turns,
-            status,
-            batch.form,
-            tuple(notes),
-            batch.system,
-        )
+        seconds, how = time.perf_counter() - started, (sampling.settings, turns, status, batch.form, batch.system)
+        return AskResult(tracked.name, title, batch.prompts[0], answer, seconds, *how, notes=tuple(notes))
 
     def report(answers: list[Answer]) -> None:
         if on_text is not None:

@@ -79,16 +79,9 @@ def combine(
             notes.append("linear mixes the factors of one adapter with another's; type exact keeps the true sum")
         if remade:
             notes.append("it replaces the previous combination; session.undo() restores that")
-        state = tracked.state()
-        return CombineResult(
-            tracked.name,
-            tuple((name, float(weight)) for name, weight in weights.items()),
-            adapter_in(state, as_name),
-            combined,
-            state,
-            remade,
-            tuple(notes),
-        )
+        state, pairs = tracked.state(), tuple((name, float(weight)) for name, weight in weights.items())
+        made = adapter_in(state, as_name)
+        return CombineResult(tracked.name, pairs, made, combined, state, remade, notes=tuple(notes))
 
 
 def combination_settings(

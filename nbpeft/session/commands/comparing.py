@@ -253,15 +253,9 @@ class _Answering:
             self._on_text(self._result(status))
 
     def _result(self, status: Status) -> CompareResult:
-        return CompareResult(
-            self._tracked.name,
-            self._prompts,
-            tuple(self._columns),
-            time.perf_counter() - self._started,
-            len(self._passes()),
-            status,
-            settings=self._settings,
-        )
+        seconds, passes = time.perf_counter() - self._started, len(self._passes())
+        columns, settings = tuple(self._columns), self._settings
+        return CompareResult(self._tracked.name, self._prompts, columns, seconds, passes, status, settings=settings)
 
 
 def _continuing(

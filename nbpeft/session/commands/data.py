@@ -78,4 +78,4 @@ def data(
             inputs=replace(ModelInputs() if trained is None else model_inputs(trained), kind=None),
             rows=rows,
         )
-    return DataResult(name, summary, notes_of(summary))
+    return DataResult(name, summary, notes=notes_of(summary))

@@ -72,7 +72,7 @@ def methods(
             notes.append("name a model to see the cost of each method on it")
         words = ", ".join(f"{name}={value}" for name, value in fields.items())
         given = f"{words} where available" if words else "their defaults"
-        return MethodsResult(title, sorted_rows(rows, sort), given, bool(settings), tuple(notes), sort)
+        return MethodsResult(title, sorted_rows(rows, sort), given, bool(settings), sort, notes=tuple(notes))
 
 
 def _written(method: Method) -> str:

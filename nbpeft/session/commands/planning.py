@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft._util.device_names import DEVICES, THIS_MACHINE, is_apple, named
 from nbpeft.display.numbers import share, size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
-from nbpeft.names import LOSS_CHUNK_SIZE, SHORT_DTYPES
+from nbpeft.names import SHORT_DTYPES
 from nbpeft.session.configs import DEFAULT_METHOD, build_config, label_of, meaning, summary_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
@@ -158,6 +158,7 @@ class MemoryPlanner:
         adapter: config of the trained adapter.
         name: display name of the model.
         batch_size: see ``Session.plan_memory``, also for the further arguments.
+        **others: further fields of ``nbpeft.memory.estimate.Setting``.
         sequences_per_row: number of sequences of each row of the data.
     """
 
@@ -172,17 +173,10 @@ class MemoryPlanner:
         dtype: torch.dtype | str | None = None,
         quantization: str | None = AS_IT_IS,
         gradient_checkpointing: bool | None = None,
-        optimizer: str = "adamw",
-        training: bool = True,
-        packing: bool = False,
-        adapters: int = 1,
-        device: Any = None,
         double_quant: bool | None = None,
-        processes: int = 1,
-        sharded: bool = False,
-        loss_chunk_size: int = LOSS_CHUNK_SIZE,
-        recompute: bool = True,
+        device: Any = None,
         sequences_per_row: int = 1,
+        **others: Any,
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
@@ -206,17 +200,10 @@ class MemoryPlanner:
             dtype=dtype or found.dtype,
             quantization=found.quantization if quantization == AS_IT_IS else quantization,
             gradient_checkpointing=gradient_checkpointing,
-            optimizer=optimizer,
-            training=training,
-            packing=packing,
-            adapters=adapters,
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
-            processes=processes,
-            sharded=sharded,
-            loss_chunk_size=loss_chunk_size,
-            recompute=recompute,
             quantized_experts=found.experts or quantization != AS_IT_IS,
+            **{"optimizer": "adamw", "training": True, **others},
         )
         self._stored_note = found.note
         self.name = name

@@ -73,7 +73,7 @@ def push(
             replace=replace,
             **{key: value for key, value in options.items() if value is not None},
         )
-        return PushResult(tracked.name, chosen, address, tuple(notes))
+        return PushResult(tracked.name, chosen, address, notes=tuple(notes))
 
 
 def _adapter(tracked: TrackedModel, name: str | None) -> str:

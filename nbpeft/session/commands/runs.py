@@ -352,7 +352,7 @@ def resume(
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
         notes = () if result is None else tuple(filter(None, [_not_restored_note(facts, left_out, arguments)]))
-        return ResumeResult(reference, record.name, step, names, result, notes)
+        return ResumeResult(reference, record.name, step, names, result, notes=notes)
 
 
 def _kept_members(state: Path) -> dict[str, dict[str, Any]]:

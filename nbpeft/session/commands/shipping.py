@@ -67,4 +67,4 @@ def ship(
             overwrite=overwrite,
             dry_run=dry_run,
         )
-        return ShipResult(tracked.name, done, (*done.notes, *notes))
+        return ShipResult(tracked.name, done, notes=(*done.notes, *notes))

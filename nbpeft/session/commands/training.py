@@ -304,7 +304,7 @@ def export(
         how = {"tokenizer": tokenizer, "base": base, "replace": replace, "written": written}
         files = export_script(tracked.model, place, data, eval_data, **how, **arguments)
         data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
-        return ExportResult(str(files.script), files.adapter, data_files, (*files.notes, *notes))
+        return ExportResult(str(files.script), files.adapter, data_files, notes=(*files.notes, *notes))
 
 
 def control(ctx: SessionContext, model: str | None = None) -> RunControl | None:

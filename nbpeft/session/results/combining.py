@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nbpeft.display.blocks import Box, Card, Columns, Details, Table, card, dim, line, notes
 from nbpeft.display.differences import differences
-from nbpeft.display.models import activity, adapter_table, describe, model_title, with_notes
+from nbpeft.display.models import activity, adapter_table, describe, model_title
 from nbpeft.display.numbers import plural
 from nbpeft.session.results.base import RecordResult, adapter_card
 from nbpeft.state import AdapterState, ModelState
@@ -31,7 +31,6 @@ class CombineResult(RecordResult):
         combined: its rank and its errors, in total and for each layer.
         state: state of the model after the command.
         remade: whether it replaced an adapter with the same name.
-        notes: messages for the user.
     """
 
     _RECORD = "combined"
@@ -41,7 +40,6 @@ class CombineResult(RecordResult):
     combined: Combined
     state: ModelState
     remade: bool = False
-    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -70,7 +68,7 @@ class CombineResult(RecordResult):
             return "nothing lost"
         return f"relative error {_percent(made.relative_error)}, energy kept {_percent(made.energy_kept)}"
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         did, made = "remade" if self.remade else "made", self.combined
         line = (
             f"{did} {self.adapter.name!r} = {self.formula} on {self.model_name}: {self.how}, "
@@ -78,7 +76,7 @@ class CombineResult(RecordResult):
         )
         if made.relative_error >= _LOST:
             line += f" (worst: {made.worst.path}, {_percent(made.worst.relative_error)})"
-        return with_notes(line, self.notes)
+        return line
 
     def view(self) -> Card:
         """Shows the new adapter, and the errors of each layer."""
@@ -122,7 +120,6 @@ class SwapResult(RecordResult):
         prompt: prompt of the check, or empty.
         before: answer to the prompt before the swap.
         after: answer to the prompt after the swap.
-        notes: messages for the user.
     """
 
     _RECORD = "swapped"
@@ -135,9 +132,8 @@ class SwapResult(RecordResult):
     prompt: str = ""
     before: str = ""
     after: str = ""
-    notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         line = (
             f"swapped {self.adapter.name!r} on {self.model_name} for {self.source}: {describe(self.adapter)}; "
             f"{self._facts()}"
@@ -146,7 +142,7 @@ class SwapResult(RecordResult):
             from nbpeft.display.text import columns
 
             line += f"\n{self.prompt}\n{columns((('before', self.before), ('after', self.after)))}"
-        return with_notes(line, self.notes)
+        return line
 
     def _facts(self) -> str:
         done = self.swapped

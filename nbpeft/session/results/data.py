@@ -19,7 +19,7 @@ from nbpeft.display.blocks import (
     notes,
 )
 from nbpeft.display.numbers import count, plural, short_count
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import NotedResult
 from nbpeft.session.results.comparing import system_block, system_line
 
 if TYPE_CHECKING:
@@ -28,18 +28,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class DataResult(Result):
+class DataResult(NotedResult):
     """The data that a training would read.
 
     Attributes:
         name: the user's name for the data.
         summary: counts, lengths and some rows.
-        notes: messages for the user.
     """
 
     name: str
     summary: DataSummary
-    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         summary = self.summary

@@ -268,7 +268,6 @@ class ResumeResult(ModelResult):
     step: int
     adapters: tuple[str, ...]
     training: TrainResult | None = None
-    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.training is None:
