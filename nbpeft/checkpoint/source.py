@@ -399,8 +399,7 @@ def _writing(call: Callable[[], Result], repo_id: str) -> Result:
             ) from None
         if status == 403 and not isinstance(error, errors.GatedRepoError):
             raise CheckpointError(
-                f"this access token cannot write to {repo_id!r}; it needs write access ({TOKENS_PAGE})",
-                repo_id=repo_id,
+                f"this access token cannot write to {repo_id!r}; it needs write access ({TOKENS_PAGE})", repo_id=repo_id
             ) from None
         raise
     except getattr(errors, "HTTPError", ()):  # no response at all

@@ -219,10 +219,6 @@ class SessionContext:
             line = f"{line} ({tracked.name})"
         return CommandResult(line, tracked.state(), notes=tuple(notes))
 
-    def keep_result(self, tracked: TrackedModel, result: TrainResult) -> None:
-        """Store the result of the training of a model, whether it finished or not."""
-        tracked.result = self.last_result = result
-
     @property
     def training_in_background(self) -> BackgroundTraining | None:
         """The training that is running in the background, or None."""

@@ -28,6 +28,7 @@ class AnswerPanel(WorkerPanel, SessionPanel):
 
     Attributes:
         heading: Its title, up to the name of the model.
+        result: The latest answers; None before the first.
 
     Args:
         session: See ``SessionPanel``, also for the next two.
@@ -63,7 +64,7 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         self._source: TokenizerSource = (
             tokenizer if callable(tokenizer) and not hasattr(tokenizer, "decode") else (lambda: tokenizer)
         )
-        self._result: CompareResult | None = None
+        self.result: CompareResult | None = None
 
     @property
     def prompt(self) -> str:
@@ -71,11 +72,6 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         with self._lock:
             written = str(self._parts.question.prompt) if self._parts is not None else ""
             return written or self._prompt
-
-    @property
-    def result(self) -> CompareResult | None:
-        """The latest answers; None before the first."""
-        return self._result
 
     def _asked(self) -> tuple[str, ModelState]:
         """The prompt in the box and the model that answers it."""
@@ -88,16 +84,16 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         return prompt, model
 
     def _text(self) -> str:
-        if self._result is None:
+        if self.result is None:
             return f"{self.kind} {self._name}: {NOTHING_YET}"
-        return f"{self.kind} {self._name}: {self._answered_by(self._result)}; {self._result.aside}."
+        return f"{self.kind} {self._name}: {self._answered_by(self.result)}; {self.result.aside}."
 
     def _answered_by(self, result: CompareResult) -> str:
         """The columns of a result as text."""
         return ", ".join(column.title for column in result.columns)
 
     def _card(self, hint: str) -> Block:
-        result, model = self._result, self._model()
+        result, model = self.result, self._model()
         if result is not None:
             return card(self._title, result.blocks(), line(dim(hint)), aside=result.aside)
         names = ", ".join(item.name for item in model.adapters) if model is not None else ""
@@ -129,7 +125,7 @@ class AnswerPanel(WorkerPanel, SessionPanel):
 
     def _answered(self, result: CompareResult) -> None:
         """Shows the answers so far."""
-        self._result = result
+        self.result = result
         with self._lock:
             if self._parts is not None:
                 self._parts.show(result)
@@ -139,7 +135,7 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         """Shows that no answer is being generated any more; the reason of a failure is shown below."""
         with self._lock:
             if self._parts is not None and not self._worker.waiting:
-                result = self._result
+                result = self.result
                 self._parts.question.running(False)
                 self._parts.frame.head("" if result is None or result.status == "running" else result.aside)
 

@@ -63,7 +63,7 @@ class ComparePanel(AnswerPanel):
         names = [item.name for item in model.adapters if item.name not in self._left_out]
         include_base = BASE not in self._left_out
         settings = parts.sampling.settings
-        previous = self._result
+        previous = self.result
         if previous is not None and previous.chat and not previous.is_coming and parts.form.chat is not False:
             settings["after"] = previous
         ask = functools.partial(self._session.compare, prompt, adapters=names, include_base=include_base, **settings)
@@ -72,20 +72,20 @@ class ComparePanel(AnswerPanel):
     def _new_conversation(self, parts: _Parts) -> None:
         """Starts a new conversation."""
         with self._lock:
-            self._result = None
+            self.result = None
             parts.clear()
             self._changed()
 
     def _ended(self) -> None:
         super()._ended()
         with self._lock:
-            result = self._result
+            result = self.result
             if self._parts is not None and result is not None and result.chat and not result.is_coming:
                 self._parts.next_prompt(result)
 
     def _show(self) -> None:
-        if self._result is not None:
-            self._answered(self._result)
+        if self.result is not None:
+            self._answered(self.result)
 
     def _draw(self, state: SessionState) -> None:
         self._parts.draw(state.model(self._name), self._name, self._left_out)

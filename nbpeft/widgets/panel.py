@@ -34,6 +34,10 @@ class Panel:
 
     Args:
         ui: How to show it; by default the richest form that works here.
+
+    Attributes:
+        closed: Whether it has been closed since it was last shown.
+        on_change: Called after each change of what is shown.
     """
 
     kind: ClassVar[str]
@@ -44,12 +48,7 @@ class Panel:
         self._parts: Any = None
         self._output: PanelOutput | None = None
         self.on_change: Callable[[], None] = lambda: None
-        self._closed = False
-
-    @property
-    def closed(self) -> bool:
-        """Whether it has been closed since it was last shown."""
-        return self._closed
+        self.closed = False
 
     @property
     def widget(self) -> Any:
@@ -73,7 +72,7 @@ class Panel:
             output, self._output = self._output, None
             if output is not None:
                 output.close(_line(leaving) if leaving else None)
-            self._closed = True
+            self.closed = True
             parts, self._parts = self._parts, None
             if _open.get(self._place) is self:
                 del _open[self._place]
@@ -88,7 +87,7 @@ class Panel:
         return self._text()
 
     def _ipython_display_(self) -> None:
-        if self._closed or shown_as(self._ui) != "widgets":
+        if self.closed or shown_as(self._ui) != "widgets":
             raise NotImplementedError  # IPython then calls _repr_mimebundle_
         with self._lock:
             root = self.widget
@@ -177,7 +176,7 @@ class Panel:
         before = _open.get(self._place)
         if before is not None and before is not self:
             before.close(MOVED)
-        self._closed = False
+        self.closed = False
         self._parts = self._build()
         _open[self._place] = self
         self._opened()

@@ -273,11 +273,7 @@ def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
     return prompts[0] if len(prompts) == 1 and not isinstance(prompts[0], str) else prompts
 
 
-@subcommand(
-    "traceback",
-    "Show the whole traceback of the last command that failed.",
-    example="%lora traceback",
-)
+@subcommand("traceback", "Show the whole traceback of the last command that failed.", example="%lora traceback")
 def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Show the last traceback, which is stored as text."""
     return TracebackResult(notebook.session.last_traceback)

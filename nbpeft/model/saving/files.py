@@ -493,11 +493,7 @@ def _fingerprint(manager: AdapterManager, *, take: bool = True) -> checkpoint.Fi
 
 
 def _refuse_other(
-    manager: AdapterManager,
-    name: str,
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    base: checkpoint.Fingerprint | None,
+    manager: AdapterManager, name: str, folder: Path, tensors: Mapping[str, Tensor], base: checkpoint.Fingerprint | None
 ) -> None:
     """Refuses to overwrite another adapter."""
     owner = owner_of(manager, name, folder)

@@ -14,13 +14,7 @@ from nbpeft.session.prompts import NO_TEMPLATE, prompt_batch
 from nbpeft.session.results.asking import AskResult
 from nbpeft.session.results.comparing import BASE, Answer
 from nbpeft.session.sampling import Sampling
-from nbpeft.training.watching.generation import (
-    GenerationRequest,
-    answered,
-    evaluating,
-    generate_batch,
-    waits,
-)
+from nbpeft.training.watching.generation import GenerationRequest, answered, evaluating, generate_batch, waits
 
 if TYPE_CHECKING:
     from nbpeft.engine.runtime.manager import AdapterManager

@@ -86,11 +86,7 @@ def _written(method: Method) -> str:
 
 
 def _cost(
-    ctx: SessionContext,
-    method: Method,
-    base: Any,
-    fields: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    ctx: SessionContext, method: Method, base: Any, fields: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> MethodCost:
     """Return the cost of a method, or why it cannot be used on the model."""
     from nbpeft.engine.injection.plan import plan

@@ -215,11 +215,7 @@ class MemoryPlanner:
         return self._settings(self.setting)
 
     def plan(
-        self,
-        settings: PlanSettings | None = None,
-        *,
-        suggest: bool = True,
-        stopped: Callable[[], bool] = lambda: False,
+        self, settings: PlanSettings | None = None, *, suggest: bool = True, stopped: Callable[[], bool] = lambda: False
     ) -> PlanResult:
         """Estimates the memory of a step; takes about a second the first time, and longer if it does not fit.
 

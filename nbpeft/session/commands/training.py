@@ -212,9 +212,9 @@ def _trained(
                 else:  # made again from the adapter that the sweep starts from
                     manager.remove(name)
             result = run_training(opened)
-        ctx.keep_result(tracked, result)
+        tracked.result = ctx.last_result = result
     except TrainingInterrupted as error:
-        ctx.keep_result(tracked, error.result)
+        tracked.result = ctx.last_result = error.result
         raise
     finally:
         if learned():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.display.blocks import Block, Card, Stack, Table, Text, card, dim, line, notes
@@ -64,7 +65,6 @@ class AddResult(ModelResult):
         return f"{self.did} {where}: {describe(self.adapter)}; {trainable(self.state)}"
 
     def view(self) -> Card:
-        """Shows the adapter and what is trainable."""
         did = "already set up like this, nothing changed" if self.unchanged else self.did
         if self.others:
             table = adapter_table((self.adapter, *self.others))
@@ -90,7 +90,6 @@ class CommandResult(NotedResult):
         return self.line
 
     def view(self) -> Card:
-        """Shows what was done and which adapters are active."""
         words = f"{activity(self.state)}; {trainable(self.state)}"
         return card(self.line, line(dim(words)), notes(self.notes), aside=model_title(self.state))
 
@@ -113,7 +112,6 @@ class RestoreResult(ModelResult):
         return self.line
 
     def view(self) -> Card:
-        """Shows what was done, and the model's adapters."""
         return card(self.line, adapter_table(self.state.adapters), notes(self.notes), aside=model_title(self.state))
 
 
@@ -138,7 +136,6 @@ class LoadResult(ModelResult):
         return what if self.adapter.active else f"{what}; it is not active"
 
     def view(self) -> Card:
-        """Shows the adapter and its source."""
         return adapter_card("loaded", self, line(dim(f"from {self.source}; {activity(self.state)}")))
 
 
@@ -175,14 +172,9 @@ class SaveResult(NotedResult):
         return "saved " + ", ".join(f"{item.name!r} to {item.folder} ({size(item.byte_count)})" for item in self.saved)
 
     def view(self) -> Card:
-        """Shows one row per adapter."""
+        named = partial(Text, wrap="names")
         rows = tuple(
-            (
-                *(Text(text, wrap="names") for text in (item.name, item.folder)),
-                ", ".join(item.files),
-                size(item.byte_count),
-            )
-            for item in self.saved
+            (named(item.name), named(item.folder), ", ".join(item.files), size(item.byte_count)) for item in self.saved
         )
         table = Table(("Adapter", "Folder", "Files", "Size"), rows, right=(3,))
         return card("saved", table, notes(self.notes), aside=self.model_name)
@@ -217,7 +209,6 @@ class UnloadResult(ModelResult):
         return f"{how}: {few(self.names)}; {self.model_name} is the base model again"
 
     def view(self) -> Card:
-        """Shows what was unloaded."""
         return card(self._what(), notes(self.notes), aside=self.model_name)
 
 
@@ -255,7 +246,6 @@ class StatusReport(Result):
         )
 
     def view(self) -> Block:
-        """Shows one card per model."""
         cards = [model_card(model, hint=training_now(model)) for model in self.state.models] or [model_card(None)]
         return Stack((*cards, *(line(Text(words, "warning")) for words in self._past())))
 
@@ -271,7 +261,6 @@ class MemoryReport(Result):
         return f"memory on {self.memory.device}: {parts_text(self.memory.parts)}{f'; {free}' if free else ''}"
 
     def view(self) -> Card:
-        """Shows the parts with their details."""
         rows = tuple((part.name, size(part.byte_count), dim(part.detail)) for part in self.memory.parts)
         peak = f"peak {size(self.memory.peak)}" if self.memory.peak is not None else ""
         words = "; ".join(text for text in (peak, free_words(self.memory)) if text)

@@ -71,7 +71,6 @@ class AskResult(NotedResult):
         return f"{words}\n{self.adapter}: {self.aside}"
 
     def view(self) -> Card:
-        """Shows the conversation."""
         blocks: list[Block] = []
         if self.system:
             blocks.append(system_block(system_line(self.system)))

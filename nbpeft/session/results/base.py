@@ -76,7 +76,6 @@ class Notice(LineResult):
     """A message for the user before a command, e.g. that a variable refers to another model now."""
 
     def view(self) -> Line:
-        """Shows the message."""
         return line(Text(self.line, "warning"))
 
 
@@ -94,7 +93,6 @@ class TracebackResult(Result):
         return self.text or "no command has failed yet"
 
     def view(self) -> Card:
-        """Shows the traceback as code."""
         return card("traceback", line(Text(str(self), "code", wrap="as is")))
 
 

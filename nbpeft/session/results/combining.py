@@ -79,18 +79,12 @@ class CombineResult(RecordResult):
         return line
 
     def view(self) -> Card:
-        """Shows the new adapter, and the errors of each layer."""
         made = self.combined
         lost = made.relative_error >= _LOST
         worst = f"worst layer {made.worst.path}: {_percent(made.worst.relative_error)}" if lost else ""
         ranked = ("Rank",) if made.rank is not None else ()
         rows = tuple(
-            (
-                item.path,
-                *(str(item.rank) for _ in ranked),
-                _percent(item.relative_error),
-                _percent(item.energy_kept),
-            )
+            (item.path, *(str(item.rank) for _ in ranked), _percent(item.relative_error), _percent(item.energy_kept))
             for item in made.layers
         )
         head = ("Layer", *ranked, "Relative error", "Energy kept")
@@ -154,7 +148,6 @@ class SwapResult(RecordResult):
         return ", ".join(facts)
 
     def view(self) -> Card:
-        """Shows the adapter, and the answers before and after."""
         checked = None
         if self.prompt:
             runs, relation = differences(self.after, self.before)

@@ -67,7 +67,6 @@ class ConvertResult(NotedResult):
         )
 
     def view(self) -> Card:
-        """Shows the LoRA, and the preserved share of each layer."""
         rows = tuple((item.path, str(item.rank), _percent(item.energy_kept)) for item in self.layers)
         table = Table(("Layer", "Rank", "Kept"), rows, right=(1, 2))
         lost = self.worst.energy_kept <= _WHOLE

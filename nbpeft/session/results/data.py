@@ -5,19 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nbpeft.display.blocks import (
-    Block,
-    Card,
-    Figure,
-    Figures,
-    Histogram,
-    Tokens,
-    TokenSpan,
-    card,
-    dim,
-    line,
-    notes,
-)
+from nbpeft.display.blocks import Block, Card, Figure, Figures, Histogram, Tokens, TokenSpan, card, dim, line, notes
 from nbpeft.display.numbers import count, plural, short_count
 from nbpeft.session.results.base import NotedResult
 from nbpeft.session.results.comparing import system_block, system_line
@@ -54,7 +42,6 @@ class DataResult(NotedResult):
         )
 
     def view(self) -> Card:
-        """Shows counts, a histogram of lengths, and rows in which the learned tokens are marked."""
         system = self._system
         return card(
             f"{self.name} · training data",

@@ -77,7 +77,6 @@ class InspectResult(NotedResult):
         return "\n".join(lines)
 
     def view(self) -> Card:
-        """Shows a heat map of the model, and a table of the layers."""
         return card(
             f"Where {self.adapter} changed the model",
             line(self.summary),

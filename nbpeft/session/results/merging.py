@@ -51,7 +51,6 @@ class MergedCopy(RecordResult):
         return _figure(error), self.errors.delta_message(error)
 
     def view(self) -> Card:
-        """Shows the error of each way to merge, and the layers with the largest errors."""
         requantized = self.errors.requantized
         ways = [("this copy", self.merged.dtype, *self._both(self.errors.full_precision))]
         if requantized is not None:

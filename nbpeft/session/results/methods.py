@@ -121,7 +121,6 @@ class MethodsResult(NotedResult):
         return f"{len(self.rows)} methods" + (f" on {self.model_name}, with {self.settings}" if self.model_name else "")
 
     def view(self) -> Card:
-        """Shows all methods as a table."""
         head = ("Method", *self._costs, *_CAN, "When to choose it")
         rows: list[tuple[Cell, ...]] = []
         for row, heading in self._headed():
@@ -137,12 +136,7 @@ class MethodsResult(NotedResult):
         figures = tuple(range(1, 1 + len(self._costs)))
         table = Table(head, tuple(rows), right=figures, prose=(len(head) - 1,))
         added = "To train: the adapter with gradients and AdamW's moments." if self.model_name else ""
-        return card(
-            self._title,
-            table,
-            line(dim(" ".join(filter(None, (added, _LEGEND, _TIME))))),
-            notes(self.notes),
-        )
+        return card(self._title, table, line(dim(" ".join(filter(None, (added, _LEGEND, _TIME))))), notes(self.notes))
 
     def _headed(self) -> Iterable[tuple[MethodRow, str]]:
         """Yields each row with the heading above it; empty for a row in the group of the one before."""

@@ -179,7 +179,6 @@ class PlanResult(NotedResult):
         return ", ".join(f"{label(name)} ({size(over)})" for name, over in self.exceeding)
 
     def view(self) -> Card:
-        """Shows the plan with its settings."""
         assumed = tuple(line(dim(note)) for note in self.notes)
         settings = line(dim(str(self.settings)))
         return card(f"Memory plan for {self.model_name}", settings, self.blocks(), assumed, aside=self.aside)

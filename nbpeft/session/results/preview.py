@@ -98,7 +98,6 @@ class Preview(NotedResult):
         return (*missing, *self.notes)
 
     def view(self) -> Card:
-        """Shows what would be adapted, and what training would need."""
         title = f"{self.name}: dry run, nothing was changed"
         return card(title, self.blocks(), aside=f"{self.model_name}, {self.method}")
 

@@ -36,6 +36,5 @@ class PushResult(NotedResult):
         return f"pushed {self.adapter!r} to {self.url} (commit {self.commit[:8]})"
 
     def view(self) -> Card:
-        """Shows links to the repository and the commit."""
         links = line(Text(self.url, href=self.url), dim("· commit"), Text(self.commit[:8], href=self.commit_url))
         return card(f"{self.adapter} · pushed", links, notes(self.notes), aside=self.model_name)

@@ -31,5 +31,4 @@ class ExportResult(NotedResult):
         return f"wrote {self.script}, which trains {self.adapter!r}{data}; run it with: {launch}"
 
     def view(self) -> Card:
-        """Shows what was written."""
         return card(self._what(), notes(self.notes))

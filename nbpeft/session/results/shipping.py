@@ -37,7 +37,6 @@ class ShipResult(RecordResult):
         return "merged into its base" if self.shipment.merged else "as an adapter"
 
     def view(self) -> Card:
-        """Shows the files with their sizes, and the commands."""
         done = self.shipment
         rows = tuple((name, done.stored_as or "unchanged", size(count)) for name, count in done.files)
         rows += tuple((name, NONE, NONE) for name in done.texts)
