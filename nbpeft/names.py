@@ -77,8 +77,8 @@ COMBINATION_TYPES = (
 SERVING_ENGINES = ("vllm", "llama.cpp", "ollama", "transformers", "peft", "diffusers", "kohya")
 """Programs for which adapters can be exported."""
 
-STORED_TYPES = ("f32", "f16", "bf16", "q8_0")
-"""Storage types of exported weights; ``q8_0`` only in GGUF files."""
+STORED_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+"""Storage types of exported weights; those that begin with q only in GGUF files, ``q…_k`` only for whole models."""
 
 ROW_CHOICES = {
     "learn": ("all", "last", "completion"),

@@ -254,6 +254,9 @@ def _prompt_lines(config: AdapterConfig) -> list[str]:
     form = prompt_format(config)
     if form is None:
         return []
+    if form.classes:
+        names = ", ".join(f"{number} = {_code(masked(name))}" for number, name in enumerate(form.classes))
+        return ["", f"Classes: {names}."]
     if not form.chat:
         return ["", "Trained on text without a chat template: prompt it with plain text."]
     system = f" and the system prompt {_code(masked(form.system))}" if form.system else ""

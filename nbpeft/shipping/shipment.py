@@ -86,8 +86,8 @@ def ship(
         engine: ``vllm``, ``llama.cpp``, ``ollama``, ``transformers``, ``peft``, ``diffusers`` or ``kohya``.
         to: the new folder to write; None for ``<adapter>-<engine>``.
         merged: merge the adapter into the base model and export the merged model.
-        quantize: storage type of the weights: ``f32``, ``f16``, ``bf16`` or ``q8_0`` (only GGUF); None for the
-            engine's default.
+        quantize: storage type of the weights: ``f32``, ``f16`` or ``bf16``, and in GGUF files ``q8_0``, of whole models
+            also ``q6_k``, ``q5_k_m`` or ``q4_k_m``; None for the engine's default.
         base: for Ollama: name of its base model, to which the adapter is added; None merges the adapter instead.
         tokenizer: saved with a merged model; required for a merged GGUF file.
         overwrite: replace an existing folder of an earlier export.

@@ -41,6 +41,7 @@ class AdaptersPanel(SessionPanel):
     """
 
     kind: ClassVar[str] = "adapters"
+    session_method: ClassVar[str] = "use"
 
     def __init__(
         self, session: Session, model_name: str | None = None, *, ui: Ui = "auto", tokenizer: Any = None

@@ -23,6 +23,7 @@ class ComparePanel(AnswerPanel):
     """A prompt box, the adapters as columns, and the differing words of their answers marked; see ``AnswerPanel``."""
 
     kind: ClassVar[str] = "compare"
+    session_method: ClassVar[str] = "compare"
     heading: ClassVar[str] = "Compare answers of"
 
     def __init__(

@@ -11,7 +11,7 @@ from nbpeft.display.blocks import Block, Tone, dim, line
 from nbpeft.display.html import to_html
 from nbpeft.errors import BusyError, NbpeftError
 from nbpeft.state import ModelState, SessionState
-from nbpeft.widgets.environment import Ui, resender, shown_as
+from nbpeft.widgets.environment import Ui, in_marimo, resender, shown_as
 from nbpeft.widgets.lifetime import close_tree, send_tree
 from nbpeft.widgets.panel_output import PanelOutput
 from nbpeft.widgets.styles import style_sheet
@@ -41,6 +41,8 @@ class Panel:
     """
 
     kind: ClassVar[str]
+    session_method: ClassVar[str]
+    """The method of the session that does in Python what this panel does by clicks."""
 
     def __init__(self, ui: Ui) -> None:
         self._ui: Ui = ui
@@ -100,6 +102,9 @@ class Panel:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         if shown_as(self._ui) == "text":
             return {"text/plain": self._text()}
+        if in_marimo():
+            call = f"nbpeft.get_session().{self.session_method}(…)"
+            return self._state(f"marimo does not show the buttons of this panel: call {call}.")
         return self._state("" if shown_as(self._ui) == "html" else AGAIN)
 
     # For subclasses

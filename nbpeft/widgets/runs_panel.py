@@ -36,6 +36,7 @@ class RunsPanel(Panel):
     """
 
     kind: ClassVar[str] = "runs"
+    session_method: ClassVar[str] = "runs"
 
     def __init__(self, session: Session, result: RunsResult, sort: str = "time", *, ui: Ui = "auto") -> None:
         super().__init__(ui)

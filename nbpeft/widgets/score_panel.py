@@ -28,6 +28,7 @@ class ScorePanel(Panel):
     """
 
     kind: ClassVar[str] = "score"
+    session_method: ClassVar[str] = "score"
     _opened_panels: ClassVar[list[ScorePanel]] = []
 
     def __init__(self, result: ScoreResult, *, ui: Ui = "auto") -> None:

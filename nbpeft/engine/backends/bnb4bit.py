@@ -75,7 +75,6 @@ class Bnb4bit(StoredWeight):
         return state is None or not (state.shape[0] % PACKED_ROWS or state.shape[-1] % state.blocksize)
 
     def release(self, module: nn.Module) -> None:
-        """Allows the library to re-pack the weight again."""
         setattr(module, _REPACKS, True)
 
     def tensors(self, module: nn.Module) -> list[Tensor]:

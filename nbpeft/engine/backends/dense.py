@@ -26,7 +26,6 @@ class Dense(StoredWeight):
         return not wraps or type(weight).__name__ == "DTensor"
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """The weight alone."""
         return [_weight(module)]
 
     def dtype(self, module: nn.Module) -> torch.dtype:

@@ -36,7 +36,6 @@ class Hqq(StoredWeight):
         return isinstance(module, loaded("hqq.core.quantize", "HQQLinear"))
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """Codes, scales and zeros, quantized or not."""
         found = [plain(module.W_q)]
         _map_tensors(_meta(module), lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
         return found

@@ -25,7 +25,6 @@ class Quanto(StoredWeight):
         return quantized.weight_qtype is not None
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """Codes, scales and shifts."""
         return inner_tensors(module.weight)
 
     def label(self, module: nn.Module) -> str:

@@ -28,7 +28,6 @@ class TorchAO(StoredWeight):
         return weight is not None and type(weight).__module__.startswith("torchao.")
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """Codes, scales and zero points."""
         return inner_tensors(module.weight)
 
     def label(self, module: nn.Module) -> str:

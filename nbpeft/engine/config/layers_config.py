@@ -73,12 +73,12 @@ class LayersConfig(AdapterConfig):
         check_target_fields(self, pattern_fields=tuple(self.pattern_fields))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, without those of ``not_in_peft`` that are None; see ``AdapterConfig``."""
+        """All fields, without those of ``not_in_peft`` that are None."""
         fields = super().to_dict()
         return {name: value for name, value in fields.items() if name not in self.not_in_peft or value is not None}
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
-        """Describes keys of ``pattern_fields`` that match no adapted module; see ``AdapterConfig``."""
+        """Describes keys of ``pattern_fields`` that match no adapted module."""
         return unused_patterns(self, tuple(self.pattern_fields), paths)
 
 

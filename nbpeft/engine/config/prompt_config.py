@@ -83,7 +83,6 @@ class PromptLearningConfig(AdapterConfig):
         return int(self.num_virtual_tokens or 0) * int(self.num_transformer_submodules or 1)
 
     def reconciled(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
-        """Removes the encoder from the config if the file has none; see ``AdapterConfig``."""
         if not self.has_encoder:
             return self, tensors
         encoded = ENCODER_KEY in tensors

@@ -27,7 +27,7 @@ from nbpeft.engine.contract.adapter_weights import AdapterWeights as AdapterWeig
 from nbpeft.engine.contract.adapter_weights import LowRankDelta as LowRankDelta
 from nbpeft.engine.contract.adapter_weights import ReadsTensors as ReadsTensors
 from nbpeft.engine.contract.adapter_weights import TakenOver as TakenOver
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import Bindable
 from nbpeft.engine.contract.capabilities import ChangesBase as ChangesBase
 from nbpeft.engine.contract.capabilities import ConvertsToLora as ConvertsToLora
@@ -440,7 +440,7 @@ class Adapter(Bindable):
     # What every method implements
 
     @classmethod
-    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         """The parameters that an adapter on this layer will have.
 
         Args:
@@ -546,7 +546,7 @@ class Adapter(Bindable):
         """The largest rank that its delta can have; None if the method does not bound it."""
         return None
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
         """The tensors that are saved: its parameters or views of them, not copies.
 
         Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.engine.contract.adapter_weights import TakenOver
-from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.base import BaseLayer, Shape
 from nbpeft.engine.contract.initial_draws import Fill, drawn, dtype_in_layer
 from nbpeft.engine.contract.shared_state import SharedState
 
@@ -31,7 +31,7 @@ class AdapterSite:
 
     path: str
     base: BaseLayer
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, Shape]
     dtype: torch.dtype
     shared: SharedState | None = None
     name: str = "default"

@@ -36,9 +36,8 @@ from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter_weights import LowRankDelta, TakenOver
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
-
-Shape = tuple[int, ...]
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.base import Shape as Shape
 
 
 class TransformsInput(ABC):
@@ -299,7 +298,7 @@ class StartsInWeight(ABC):
         """Subtracts the initial part from a canonical weight in place, which gives the residual."""
 
     @abstractmethod
-    def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
+    def shapes_with_start(self) -> Shapes:
         """Parameter name -> shape in a file, the initial part included; called only if it ``loses_start``."""
 
     @abstractmethod

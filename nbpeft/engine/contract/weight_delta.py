@@ -62,7 +62,6 @@ class WeightDelta(Adapter):
         return lambda *parameters: self.delta(base, *parameters)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The layer's output with the delta as its weight; see ``Adapter``."""
         compute = self.delta_in_training(base) if self.training else lambda *tensors: self.delta(base, *tensors)
         if compute is None:
             return torch.zeros_like(base_output)
@@ -70,7 +69,6 @@ class WeightDelta(Adapter):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """The delta, in the dtype of the parameters; see ``Adapter``."""
         return self.delta(base, *self.tensors)
 
 
@@ -115,7 +113,6 @@ class ScaledDelta(WeightDelta, Rescales):
         raise NotImplementedError
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """Scales the delta; see ``WeightDelta``."""
         return self.unscaled_delta(base, *parameters) * self.scaling
 
     def is_left_out(self) -> bool:
@@ -128,7 +125,7 @@ class ScaledDelta(WeightDelta, Rescales):
         return float(torch.rand(1)) <= self.module_dropout
 
     def delta_in_training(self, base: BaseLayer) -> Compute | None:
-        """Applies ``module_dropout`` and ``rank_dropout``; see ``WeightDelta``."""
+        """Applies ``module_dropout`` and ``rank_dropout``."""
         if self.is_left_out():
             return None
         if not self.rank_dropout:
@@ -157,11 +154,10 @@ class ComputedFactors(Adapter, IsLowRank):
 
     @property
     def delta_rank(self) -> int | None:
-        """The rank of the factors."""
         return self.rank
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``B A dropout(x)``; see ``Adapter``."""
+        """``B A dropout(x)``."""
         first, second = self.factors()
         dtype = compute_dtype(x, first)
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
@@ -169,13 +165,12 @@ class ComputedFactors(Adapter, IsLowRank):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``B A``; see ``Adapter``."""
+        """``B A``."""
         first, second = self.factors()
         return second @ first
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """Both factors; see ``IsLowRank``."""
         return LowRankDelta(*self.factors(), 1.0)
 
 

@@ -87,12 +87,10 @@ class ReadOnlyWeight(StoredWeight):
     can_merge = False
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """All parameters and buffers of the layer except its bias."""
         own = {**module._parameters, **module._buffers}
         return [plain(tensor) for name, tensor in own.items() if tensor is not None and name != "bias"]
 
     def label(self, module: nn.Module) -> str:
-        """The name of the backend."""
         return self.name
 
     def dtype(self, module: nn.Module) -> torch.dtype:

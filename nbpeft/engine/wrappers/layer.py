@@ -29,6 +29,7 @@ from nbpeft.engine.contract.adapter import (
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.contract.model_adapter import learns_prompt
 from nbpeft.engine.contract.registry import Method, method_of_adapter, methods_of_type
+from nbpeft.engine.contract.shared_state import add_shared, take_shared
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.kernels.recomputed import parts_of
 from nbpeft.engine.views.layer_attributes import attribute_by_name, by_name, function_by_name
@@ -634,7 +635,9 @@ class AdaptedLayer(Wrapper):
         self.show_adapters()
         if self.is_passed_over:
             return self.base_layer.state_dict(*args, **kwargs)
-        return super().state_dict(*args, **kwargs)
+        found = super().state_dict(*args, **kwargs)
+        add_shared(self._named(), found, kwargs.get("prefix", ""), keep_vars=kwargs.get("keep_vars", False))
+        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.show_adapters()
@@ -645,6 +648,7 @@ class AdaptedLayer(Wrapper):
             for former, shown in former_names(adapter, name).items():
                 if prefix + former in state_dict:
                     state_dict[prefix + shown] = state_dict.pop(prefix + former)
+        take_shared({n: one for n, one in self._named().items() if "shared" not in one._modules}, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -701,7 +705,6 @@ class LayerReplica(AdaptedLayer):
         """Does nothing: a replica is never changed."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Computes the output on the replica's device; see ``AdaptedLayer``."""
         use_shown(self.adapters._modules, self._modules)
         return super().forward(x, *args, **kwargs)
 

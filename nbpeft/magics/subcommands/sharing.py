@@ -42,7 +42,8 @@ session_command(
         "--quantize",
         metavar="TYPE",
         words=STORED_TYPES,
-        help="data type of the weights: f32, f16, bf16, or q8_0 in GGUF files (default: the engine's usual one)",
+        help="data type of the weights: f32, f16, bf16, in GGUF files q8_0, of whole models also q6_k, q5_k_m or "
+        "q4_k_m (default: the engine's usual one)",
     ),
     argument(
         "--base",

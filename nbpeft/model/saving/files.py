@@ -31,6 +31,7 @@ from nbpeft.engine.contract.adapter import (
 )
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.contract.shared_state import listed_name
 from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -166,14 +167,14 @@ def read(
         note = None  # the adapter was saved for a base with other weights
     _warn_of_mismatches(source, loaded, note)
     _check_base_tensors(manager, name, plan, loaded.weights)
-    modes = {"trainable": trainable, "training": trainable, "half": half}
-    put = manager.prepare(name, plan, loaded.weights, replace=True, **modes)
+    put = manager.prepare(name, plan, loaded.weights, replace=True, trainable=trainable, training=trainable, half=half)
 
     def load() -> LoadResult:
         with manager.transaction() as change:
             put()
             if starts:
                 mark_left(manager, name)
+            change.on_undo(checkpoint.name_classes(manager.model, checkpoint.prompt_format(saved.config)))
             if given is not None:
                 take_given(manager, name, given, change, loading=True)
             result = load_result(manager, name, loaded.missing, loaded.unexpected)
@@ -677,7 +678,7 @@ def _picked(
         },
         {key: find(key, own) for key, own in weights.base.items()},
         {
-            key: _shared_in(state_dict, f"{ADAPTER_PARTS}.{name}.shared.{key}", own)
+            key: _shared_in(state_dict, (f"{ADAPTER_PARTS}.{name}.shared.{key}", f".{listed_name(key, name)}"), own)
             for key, own in weights.shared.items()
         },
         weights.parameters,
@@ -685,8 +686,8 @@ def _picked(
     )
 
 
-def _shared_in(state_dict: Mapping[str, Tensor], ending: str, own: Tensor) -> Tensor:
-    return next((value for key, value in state_dict.items() if key.endswith(ending)), own)
+def _shared_in(state_dict: Mapping[str, Tensor], endings: tuple[str, ...], own: Tensor) -> Tensor:
+    return next((value for key, value in state_dict.items() if key.endswith(endings)), own)
 
 
 def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:

@@ -34,7 +34,8 @@ def ship(
         engine: ``vllm``, ``llama.cpp``, ``ollama``, ``transformers``, ``peft``, ``diffusers`` or ``kohya``.
         to: a folder that does not exist yet; None for ``<adapter>-<engine>``.
         merged: merge the adapter into the base, and write the merged model.
-        quantize: storage type of the weights: ``f32``, ``f16``, ``bf16`` or ``q8_0`` (only GGUF); None for the default.
+        quantize: storage type of the weights: ``f32``, ``f16`` or ``bf16``, and in GGUF files ``q8_0``, of whole models
+            also ``q6_k``, ``q5_k_m`` or ``q4_k_m``; None for the default.
         base: name of the base model in Ollama, to which the adapter is added; without it the adapter is merged.
         tokenizer: tokenizer to save with a merged model; None for the one last used with the model.
         overwrite: replace a folder that has an earlier shipment.

@@ -307,6 +307,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
         TrainingError,
         "Say which is which: columns={'chosen': 'Chosen', 'rejected': 'Rejected'}.",
     ),
+    "other names": (
+        {"data": [{"question": "w3", "chosen_answer": "w1", "rejected_answer": "w2"}]},
+        TrainingError,
+        "Say which is which: columns={'prompt': 'question', 'chosen': 'chosen_answer', 'rejected': 'rejected_answer'}.",
+    ),
     "tokens": (
         {"data": [{"input_ids": [1, 2]}], "objective": "dpo"},
         TrainingError,

@@ -20,7 +20,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -105,10 +105,8 @@ class FourierFT(WeightDelta, Rescales):
     seed: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: FourierFTConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The numbers, (n,); see ``Adapter``."""
+    def parameter_shapes(cls, config: FourierFTConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The numbers, (n,)."""
         check_linear("FourierFT", path, kind)
         count = config.frequencies_at(path)
         check_frequencies(count, path, kind.features(module))
@@ -116,7 +114,6 @@ class FourierFT(WeightDelta, Rescales):
 
     @classmethod
     def initial_tensors(cls, config: FourierFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random numbers, or zeros; see ``Adapter``."""
         spectrum = site.new(site.shapes[SPECTRUM], normal_)
         return {SPECTRUM: spectrum.zero_() if config.init_weights else spectrum}
 
@@ -126,7 +123,7 @@ class FourierFT(WeightDelta, Rescales):
         return int(self.tensors[0].shape[0])
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The inverse Fourier transform of the numbers at their positions; see ``WeightDelta``."""
+        """The inverse Fourier transform of the numbers at their positions."""
         spectrum = parameters[0]
         shape = base.out_features, base.in_features
         places = drawn_places(shape[0] * shape[1], self.count, self.seed).to(spectrum.device)

@@ -18,7 +18,7 @@ from nbpeft.engine.config.config_checks import check_linear, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -118,10 +118,8 @@ class Shira(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
     rank: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: ShiraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The entries, (r (in + out),); see ``Adapter``."""
+    def parameter_shapes(cls, config: ShiraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The entries, (r (in + out),)."""
         check_linear("SHiRA", path, kind)
         in_features, out_features = kind.features(module)
         count = config.r * (in_features + out_features)
@@ -137,21 +135,17 @@ class Shira(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
     def fixed_tensors(
         cls, config: ShiraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """The positions; see ``Adapter``."""
         return {INDICES: ((2, *shapes[WEIGHT]), torch.int32)}
 
     @classmethod
     def initial_tensors(cls, config: ShiraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Entries at zeros, or random ones; see ``Adapter``."""
         return {WEIGHT: site.new(site.shapes[WEIGHT], None if config.init_weights else normal_)}
 
     def prepare(self, config: ShiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """The positions of the entries, which may be loaded; see ``Adapter``."""
         places = _checked(tensors[INDICES], site) if INDICES in tensors else _new_places(config, site)
         self.register_buffer(INDICES, places.to(tensors[WEIGHT].device, torch.int32))
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """Zeros, and the entries at their positions; see ``WeightDelta``."""
         entries = parameters[0]
         return self._added(entries.new_zeros(base.out_features, base.in_features), entries)
 
@@ -165,11 +159,10 @@ class Shira(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         return self.tensor(INDICES)
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """``(W + Δ) x + b``, in one product, where the weight is not quantized; see ``ReplacesCall``."""
+        """``(W + Δ) x + b``, in one product, where the weight is not quantized."""
         return in_one_product(x, base, self._added, self.tensors)
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """The entries and their places; see ``Adapter``."""
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
         return super().saved_tensors(shapes) | {INDICES: self.held_indices}
 
 

@@ -32,7 +32,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -114,7 +114,7 @@ class WaveFTConfig(LayersConfig):
         _parts_of(self.wavelet_family)
 
     def fill_in_layers(self, features: Mapping[str, tuple[int, int]]) -> bool:
-        """Distributes the coefficients over the layers by size (``proportional_parameters``); see ``AdapterConfig``."""
+        """Distributes the coefficients over the layers by size (``proportional_parameters``)."""
         if not self.proportional_parameters:
             return False
         sizes = {path: taken * given for path, (taken, given) in features.items()}
@@ -269,10 +269,8 @@ class WaveFT(WeightDelta, Rescales):
     taps: tuple[float, ...]
 
     @classmethod
-    def parameter_shapes(
-        cls, config: WaveFTConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The coefficients, (n,); see ``Adapter``."""
+    def parameter_shapes(cls, config: WaveFTConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The coefficients, (n,)."""
         check_linear("WaveFT", path, kind)
         count = config.frequencies_at(path)
         check_frequencies(count, path, kind.features(module))
@@ -280,7 +278,6 @@ class WaveFT(WeightDelta, Rescales):
 
     @classmethod
     def initial_tensors(cls, config: WaveFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Coefficients at zeros, or random; see ``Adapter``."""
         normal = None if config.init_weights else partial(normal_, std=_DEVIATION)
         return {SPECTRUM: site.new(site.shapes[SPECTRUM], normal)}
 
@@ -288,7 +285,7 @@ class WaveFT(WeightDelta, Rescales):
     def config_warnings(
         cls, config: WaveFTConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]
     ) -> Iterable[str]:
-        """Warns that PEFT's coif4 differs; see ``Adapter``."""
+        """Warns that PEFT's coif4 differs."""
         if config.wavelet_family == "coif4" and config.use_idwt:
             yield "PEFT's coif4 is not the wavelet of that name: adapters trained in PEFT compute something else here"
 
@@ -298,7 +295,7 @@ class WaveFT(WeightDelta, Rescales):
         return int(self.tensors[0].shape[0])
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The inverse transform of the coefficients at their positions; see ``WeightDelta``."""
+        """The inverse transform of the coefficients at their positions."""
         spectrum = parameters[0]
         rows, columns = base.out_features, base.in_features
         places = drawn_places(rows * columns, self.count, self.seed).to(spectrum.device)

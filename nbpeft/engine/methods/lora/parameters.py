@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite, MergesInPlace, NotConvertible
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -37,9 +37,7 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters, MergesInPlace, NotConverti
     low_rank: LowRankParameter
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: Any, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: Any, kind: LayerKind) -> Shapes:
         """A and B; see ``Adapter``.
 
         Raises:
@@ -62,7 +60,6 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters, MergesInPlace, NotConverti
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones; see ``Adapter``."""
         given = init_factors(config, site, None) if tensors is None else tensors
         parameters = {name: nn.Parameter(tensor) for name, tensor in given.items()}
         adapter = cls(parameters, site.base.kind, config, site.path)
@@ -72,16 +69,14 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters, MergesInPlace, NotConverti
 
     @property
     def rank(self) -> int:
-        """Rank of each expert's product, padding included."""
         return int(self.trained_factors[0].shape[0]) // self.count
 
     @property
     def delta_rank(self) -> int | None:
-        """The rank of each expert's product."""
         return self.rank
 
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         """None: the shapes do not contain the number of experts among which the rows of A are divided."""
         return None
 
@@ -96,7 +91,6 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters, MergesInPlace, NotConverti
         return blocks[:, :used], [blocks[:, used:]]
 
     def parameter_products(self, base: BaseLayer) -> tuple[Product]:
-        """One product for each expert; see ``AdaptsParameters``."""
         view = base.module
         assert isinstance(view, ParameterView)
         dropout = self.dropout if self.training else 0.0

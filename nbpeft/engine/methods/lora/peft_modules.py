@@ -64,12 +64,10 @@ class TiedFactor(LinearFactor):
 
     @property
     def adapter(self) -> Any:
-        """The adapter."""
         return self._adapter
 
     @property
     def shown_parameter(self) -> str:
-        """Name of the factor."""
         return self._name
 
     @property
@@ -135,7 +133,6 @@ class BlockDiagonalFactor(ParameterModule):
         return F.linear(x.to(self.weight.dtype), self.weight_as_blockdiagonal_matrix())
 
     def extra_repr(self) -> str:
-        """Its sizes."""
         return f"in_features={self.in_features}, out_features={self.out_features}, nblocks={self.nblocks}"
 
     def _get_name(self) -> str:
@@ -219,7 +216,6 @@ class AdapterDropout(Observed, nn.Dropout):
 
     @property
     def adapter(self) -> Any:
-        """The adapter."""
         return self._adapter
 
     @property

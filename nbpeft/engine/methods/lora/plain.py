@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite, FusesAdd, IsLowRank, LowRankDelta, MergesInPlace, ServesRows
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, compute_dtype
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout
@@ -36,10 +36,8 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
     """Whether the factors' modules can be called one after the other, so that their hooks run."""
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A and B, and the bias of B (out,) with ``lora_bias``; see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A and B, and the bias of B (out,) with ``lora_bias``."""
         check_init(config, path, module, kind)
         low_rank = low_rank_of(kind)
         shapes = dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
@@ -53,7 +51,6 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones; see ``Adapter``."""
         start = start_of(config, site, is_new=tensors is None)
         given = init_factors(config, site, start.factors) if tensors is None else tensors
         frozen = cls.frozen_parameters
@@ -97,11 +94,11 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
 
     @property
     def computes_by_parts(self) -> bool:
-        """Whether the product is computed by two modules, as on linear layers and convolutions; see ``Adapter``."""
+        """Whether the product is computed by two modules, as on linear layers and convolutions."""
         return self.observable and self.low_rank.has_steps
 
     def observe(self, module: nn.Module, name: str = "") -> None:
-        """Uses a module for its step of the product from now on, so that its hooks run; see ``Adapter``."""
+        """Uses a module for its step of the product from now on, so that its hooks run."""
         if not self.computes_by_parts:
             super().observe(module)
             return
@@ -109,7 +106,7 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
         self.bind(observed={**(self.observed or {}), name or shown: module})
 
     def forget_observed(self, name: str) -> None:
-        """Computes a step without its module again; see ``Adapter``."""
+        """Computes a step without its module again."""
         others = {other: module for other, module in (self.observed or {}).items() if other != name}
         self.bind(observed=others or None)
 
@@ -133,7 +130,7 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
         return x if delta is None else x + delta
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why the product of the factors differs from what the layer computes, if it does; see ``Adapter``."""
+        """Why the product of the factors differs from what the layer computes, if it does."""
         parts = {name: module for name, module in (self.observed or {}).items() if name in self.factor_names}
         known = (ParameterModule, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         other = next((name for name, module in parts.items() if not isinstance(module, known)), None)
@@ -162,7 +159,7 @@ class LowRankProduct(PlainLowRank, ServesRows, IsLowRank, FusesAdd):
     def mixed(
         cls, adapters: Sequence[Any], scales: Sequence[float], base: BaseLayer, kept: dict[Any, Any]
     ) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """A mixed batch on linear layers as two batched products; see ``ServesRows``."""
+        """A mixed batch on linear layers as two batched products."""
         if not base.kind.is_linear:
             return None
         if any(adapter is not None and (adapter.output_bias is not None or adapter.observed) for adapter in adapters):
@@ -176,7 +173,6 @@ class LowRankProduct(PlainLowRank, ServesRows, IsLowRank, FusesAdd):
         return kept["served"]  # type: ignore[no-any-return]
 
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """A, B and their scaling; see ``IsLowRank``."""
         lora_A, lora_B = self.detached_factors
         if self.padded:
             used = lora_A.flatten(1).any(1) | lora_B.transpose(0, 1).flatten(1).any(1)

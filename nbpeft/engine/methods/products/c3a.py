@@ -20,7 +20,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -81,10 +81,8 @@ class C3A(WeightDelta):
     )
 
     @classmethod
-    def parameter_shapes(
-        cls, config: C3AConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The first rows; see ``Adapter``."""
+    def parameter_shapes(cls, config: C3AConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The first rows."""
         check_linear("C3A", path, kind)
         size, (in_features, out_features) = config.block_size_at(path), kind.features(module)
         if in_features % size or out_features % size:
@@ -97,7 +95,6 @@ class C3A(WeightDelta):
 
     @classmethod
     def initial_tensors(cls, config: C3AConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """First rows at zeros, or random ones; see ``Adapter``."""
         inputs, outputs, init = site.base.in_features, site.base.out_features, config.init_weights
         bound = math.sqrt(1 / inputs if init == "kaiming_uniform" else 6 / (inputs + outputs))
         fill = normal_ if init == "gaussian" else lambda kernel: kernel.uniform_(-bound, bound)
@@ -109,11 +106,9 @@ class C3A(WeightDelta):
         return int(self.tensors[0].shape[2])
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The circular correlations of the blocks of the input, summed; see ``Adapter``."""
         return keeping_inputs(_convolved, x, self.tensors[0])
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The circulant blocks; see ``WeightDelta``."""
         kernel = parameters[0]
         rows, columns, size = kernel.shape
         step = torch.arange(size, device=kernel.device)

@@ -20,7 +20,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape
-from nbpeft.engine.contract.base import LayerKind
+from nbpeft.engine.contract.base import LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -102,10 +102,8 @@ class Delora(ComputedFactors, HasFixedTensors):
     identity: ClassVar[Mapping[str, float]] = {FACTOR_B: 0.0}
 
     @classmethod
-    def parameter_shapes(
-        cls, config: DeloraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, (r, in), B, (out, r), and the bound, (1,); see ``Adapter``."""
+    def parameter_shapes(cls, config: DeloraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, (r, in), B, (out, r), and the bound, (1,)."""
         check_linear("DeLoRA", path, kind)
         rank, (in_features, out_features) = config.rank_at(path), kind.features(module)
         return {FACTOR_A: (rank, in_features), FACTOR_B: (out_features, rank), BOUND: (1,)}
@@ -114,12 +112,10 @@ class Delora(ComputedFactors, HasFixedTensors):
     def fixed_tensors(
         cls, config: DeloraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """The norms; see ``Adapter``."""
         return {NORMS: ((shapes[FACTOR_A][1],), torch.float32)}
 
     @classmethod
     def initial_tensors(cls, config: DeloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """A random, B at zeros or random, and the bound of the config; see ``Adapter``."""
         return {
             FACTOR_A: site.new(site.shapes[FACTOR_A], linear_),
             FACTOR_B: site.new(site.shapes[FACTOR_B], None if config.init_weights else linear_),
@@ -127,7 +123,6 @@ class Delora(ComputedFactors, HasFixedTensors):
         }
 
     def prepare(self, config: DeloraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """The norms of the weight's columns, which may be loaded; see ``Adapter``."""
         norms = tensors.get(NORMS)
         norms = site.base.weight().float().norm(dim=0) if norms is None else norms
         self.register_buffer(NORMS, norms.to(tensors[FACTOR_A].device, torch.float32))
@@ -154,6 +149,5 @@ class Delora(ComputedFactors, HasFixedTensors):
 
         return keeping_inputs(first, self.tensor(FACTOR_A), second, self.tensor(BOUND)), second
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """Its parameters and the norms; see ``Adapter``."""
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
         return super().saved_tensors(shapes) | {NORMS: self.norms}

@@ -20,7 +20,7 @@ from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -65,7 +65,7 @@ class GloraConfig(LayersConfig):
     value_fields: ClassVar[tuple[str, ...]] = ("init_weights",)
 
 
-def _shapes(path: str, form: str, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
+def _shapes(path: str, form: str, rows: int, columns: int, rank: int) -> Shapes:
     """Parameter name -> shape of one of A to E, which is (rows, columns), or (rows,) where columns is 0."""
     if form == "lora":
         return {f"glora_{path}_Xd": (rows, rank), f"glora_{path}_Xu": (rank, columns)}
@@ -113,13 +113,11 @@ class Glora(Adapter, ReplacesCall):
     rank: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: GloraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes of A and B, and of C, D and E if the layer has a bias; see ``Adapter``."""
+    def parameter_shapes(cls, config: GloraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Shapes of A and B, and of C, D and E if the layer has a bias."""
         check_linear("GLoRA", path, kind)
         in_features, out_features = kind.features(module)
-        found: dict[str, tuple[int, ...]] = {}
+        found: Shapes = {}
         for one in "AB":
             found |= _shapes(one, config.config_A_B, out_features, in_features, config.r)
         if getattr(module, "bias", None) is not None:
@@ -130,7 +128,6 @@ class Glora(Adapter, ReplacesCall):
 
     @classmethod
     def initial_tensors(cls, config: GloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """New tensors in the order of PEFT's draws; see ``Adapter``."""
         order = sorted(site.shapes, key=lambda one: (one[:7], one[-1] == "d"))
         return {name: _start(name, config, site) for name in order}
 
@@ -156,7 +153,7 @@ class Glora(Adapter, ReplacesCall):
         return own if projected is None else own + projected
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """``W' x + b'`` in one product, where the weight is not quantized; see ``ReplacesCall``."""
+        """``W' x + b'`` in one product, where the weight is not quantized."""
         parameters = self._path("A") + self._path("B")
 
         def changed(weight: Tensor, *given: Tensor) -> Tensor:
@@ -167,7 +164,7 @@ class Glora(Adapter, ReplacesCall):
         return found if found is None or bias is None else found + bias.to(found.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The layer's map with ``W ∘ A + B`` and the change of the bias; see ``Adapter``."""
+        """The layer's map with ``W ∘ A + B`` and the change of the bias."""
         parameters, bias = self._path("A") + self._path("B"), self._bias_change(base)
         if not parameters:
             return torch.zeros_like(base_output) if bias is None else bias.expand_as(base_output)
@@ -182,11 +179,10 @@ class Glora(Adapter, ReplacesCall):
 
     @torch.no_grad()
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
-        """``b ∘ D + E + W C``; see ``Adapter``."""
+        """``b ∘ D + E + W C``."""
         return self._bias_change(base)
 
     def reset_(self, base: BaseLayer) -> None:
-        """Sets the factors that are multiplied last to zero."""
         for name, parameter in self.named_parameters():
             if not name.endswith("Xu"):
                 parameter.detach().zero_()

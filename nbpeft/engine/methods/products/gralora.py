@@ -19,7 +19,7 @@ from nbpeft.engine.config.config_checks import check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -111,17 +111,15 @@ class Gralora(WeightDelta, Rescales):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: GraloraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The factors; see ``Adapter``."""
+    def parameter_shapes(cls, config: GraloraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The factors."""
         check_linear("GraLoRA", path, kind)
         count, (inputs, outputs) = config.gralora_k, kind.features(module)
         if inputs % count or outputs % count:
             raise ConfigError(
                 f"{path}: gralora_k = {count} must divide its {inputs} inputs and {outputs} outputs", path=path
             )
-        shapes: dict[str, tuple[int, ...]] = {
+        shapes: Shapes = {
             BLOCKS_A: (count, inputs // count, config.r),
             BLOCKS_B: (count, config.r, outputs // count),
         }
@@ -130,7 +128,6 @@ class Gralora(WeightDelta, Rescales):
 
     @classmethod
     def initial_tensors(cls, config: GraloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """New factors; see ``Adapter``."""
         return _drawn(config, site)
 
     @property
@@ -150,11 +147,10 @@ class Gralora(WeightDelta, Rescales):
 
     @property
     def delta_rank(self) -> int | None:
-        """The largest rank that the change of the weight can have."""
         return self.gralora_k * self.rank + self.hybrid_r
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The products of the blocks, summed; see ``Adapter``."""
+        """The products of the blocks, summed."""
         dropped = F.dropout(x, self.dropout, self.training)
         first, second, *whole = self.tensors
         if not (whole and self.dropout and self.training):
@@ -165,7 +161,7 @@ class Gralora(WeightDelta, Rescales):
         return (found + F.linear(F.linear(dropped, whole_A), whole_B)) * self.scaling
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The blocks, and the product of the whole weight; see ``WeightDelta``."""
+        """The blocks, and the product of the whole weight."""
         first, second, *whole = parameters
         count, inputs, rank = first.shape
         left, right = first.view(count, inputs, count, -1), second.view(count, count, rank // count, -1)
@@ -175,7 +171,6 @@ class Gralora(WeightDelta, Rescales):
         return delta * self.scaling
 
     def reset_(self, base: BaseLayer) -> None:
-        """Sets the factors that are multiplied last to zero."""
         for tensor in self.tensors[1::2]:  # B, and that of the whole weight
             tensor.detach().zero_()
 

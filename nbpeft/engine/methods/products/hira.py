@@ -19,7 +19,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_, normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -85,10 +85,8 @@ class Hira(WeightDelta):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: HiraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, (r, in, *kernel), and B, (out, r, 1, …); see ``Adapter``."""
+    def parameter_shapes(cls, config: HiraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, (r, in, *kernel), and B, (out, r, 1, …)."""
         if int(getattr(module, "groups", 1)) > 1:
             raise LayerKindError(f"{path}: HiRA does not work on a convolution in groups; exclude it", path=path)
         rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
@@ -97,7 +95,7 @@ class Hira(WeightDelta):
 
     @classmethod
     def initial_tensors(cls, config: HiraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random factors, but for B, or the A of an embedding, at zeros; see ``Adapter``."""
+        """Random factors, but for B, or the A of an embedding, at zeros."""
         drawn = {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
         name_A, name_B = site.shapes
         if config.init_weights:
@@ -114,7 +112,7 @@ class Hira(WeightDelta):
         return int(self.tensors[0].shape[0])
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The layer's map with ``W ∘ (B A)``; see ``Adapter``."""
+        """The layer's map with ``W ∘ (B A)``."""
         if base.kind.takes_ids:
             first, second = self.tensors
             rows = F.embedding(x, first.T) @ second.T
@@ -122,7 +120,7 @@ class Hira(WeightDelta):
         return super().forward(F.dropout(x, self.dropout, self.training), base_output, base)
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """``W ∘ (B A)``; see ``WeightDelta``."""
+        """``W ∘ (B A)``."""
         return _product(base.weight(), *parameters)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
@@ -130,7 +128,6 @@ class Hira(WeightDelta):
         return _product(weight, *(tensor.detach() for tensor in self.tensors))
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites B, or the A of an embedding, with zeros."""
         self.tensors[0 if base.kind.takes_ids else 1].detach().zero_()
 
 

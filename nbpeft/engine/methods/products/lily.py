@@ -28,7 +28,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import suffixes
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -118,17 +118,13 @@ class Lily(Adapter, Rescales, HotSwaps):
     stride: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LilyConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, the experts and the router; see ``Adapter``."""
+    def parameter_shapes(cls, config: LilyConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         check_linear("Lily", path, kind)
         (inputs, outputs), rank, count = kind.features(module), config.r, config.num_B
         return {A: (rank, inputs), B: (count * rank, outputs), ROUTER: (count, rank)}
 
     @classmethod
     def initial_tensors(cls, config: LilyConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """A, the router and the experts, in the order of PEFT's draws; see ``Adapter``."""
         skip_linear(site.device, *site.shapes.values())
         return {
             name: site.new(site.shapes[name], None if name == B and config.init_weights else linear_)
@@ -147,25 +143,23 @@ class Lily(Adapter, Rescales, HotSwaps):
 
     @property
     def delta_rank(self) -> int | None:
-        """The rank of the change in one call."""
         return self.rank
 
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         """The rank: rows of A."""
         return shapes[A][0]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The mixture of the experts for ``x``; see ``Adapter``."""
+        """The mixture of the experts for ``x``."""
         parameters = (self.tensor(name).to(x.device) for name in (A, B, ROUTER))  # of a layer that is elsewhere
         return keeping_inputs(_mixed, x, *parameters, keeps_little=True) * self.scaling
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Refuses; see ``unmergeable_reason``."""
+        """Refuses."""
         raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
         return _UNMERGEABLE
 
     def swap_refusal(self) -> str:

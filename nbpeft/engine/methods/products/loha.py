@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nbpeft.engine.config.layers_config import RankedConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -79,10 +79,8 @@ class LoHa(ScaledDelta, ConvertsToLora):
     )
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoHaConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A and B, twice, and the cores of a convolution; see ``Adapter``."""
+    def parameter_shapes(cls, config: LoHaConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A and B, twice, and the cores of a convolution."""
         if kind.takes_ids:
             raise LayerKindError(f"{path}: LoHa does not work on an {kind.name}; exclude it", path=path)
         rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
@@ -96,12 +94,11 @@ class LoHa(ScaledDelta, ConvertsToLora):
 
     @classmethod
     def initial_tensors(cls, config: LoHaConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random factors, but for the second B at zeros; see ``Adapter``."""
         zero = "hada_w2_b" if config.init_weights else ""
         return {name: site.new(shape, None if name == zero else linear_) for name, shape in site.shapes.items()}
 
     def unscaled_delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The Hadamard product; see ``ScaledDelta``."""
+        """The Hadamard product."""
         pairs = parameters[:2], parameters[2:4]
         if len(parameters) == len(_MATRICES):
             first, second = (A @ B for A, B in pairs)
@@ -124,5 +121,4 @@ class LoHa(ScaledDelta, ConvertsToLora):
 
     @property
     def delta_rank(self) -> int | None:
-        """The product of the ranks."""
         return self.rank**2

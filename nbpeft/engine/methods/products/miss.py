@@ -20,7 +20,7 @@ from nbpeft.engine.config.config_checks import check_linear, warn_of_unused
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -94,10 +94,8 @@ class Miss(WeightDelta, ConvertsToLora):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: MissConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The block: (r, out), with 'mini' (r, mini_r), with 'bat' (out / r, r, r); see ``Adapter``."""
+    def parameter_shapes(cls, config: MissConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The block: (r, out), with 'mini' (r, mini_r), with 'bat' (out / r, r, r)."""
         check_linear("MiSS", path, kind)
         rank, (in_features, out_features) = config.r, kind.features(module)
         if rank > in_features:
@@ -121,13 +119,12 @@ class Miss(WeightDelta, ConvertsToLora):
 
     @classmethod
     def create(cls, config: MissConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Miss:
-        """Creates a ``Bat`` if the config selects it; see ``Adapter``."""
+        """Creates a ``Bat`` if the config selects it."""
         own: type[Miss] = Bat if config.init_weights == "bat" else Miss
         return super(Miss, own).create(config, site, tensors)
 
     @classmethod
     def initial_tensors(cls, config: MissConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """A block of zeros, or a random one; see ``Adapter``."""
         return {BLOCK: site.new(site.shapes[BLOCK], None if config.init_weights else linear_)}
 
     @property
@@ -137,11 +134,10 @@ class Miss(WeightDelta, ConvertsToLora):
 
     @property
     def delta_rank(self) -> int | None:
-        """All groups of inputs share one block."""
         return self.rank
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Sums the groups of inputs and multiplies them with the block; see ``Adapter``."""
+        """Sums the groups of inputs and multiplies them with the block."""
         block = self._whole_block(base)
         dtype = compute_dtype(x, block)
         missing = -x.shape[-1] % self.rank
@@ -156,13 +152,11 @@ class Miss(WeightDelta, ConvertsToLora):
         return block.repeat(1, base.out_features // block.shape[1]) if block.shape[1] < base.out_features else block
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The block, repeated along the inputs; see ``WeightDelta``."""
         block = self._whole_block(base).T
         return block.repeat(1, -(-base.in_features // self.rank))[:, : base.in_features]
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """The matrix that sums the groups of inputs, and the block; see ``ConvertsToLora``."""
         block = self._whole_block(base)
         groups = -(-base.in_features // self.rank)
         sums = torch.eye(self.rank, device=block.device, dtype=block.dtype).repeat(1, groups)[:, : base.in_features]
@@ -184,11 +178,10 @@ class Bat(Miss):
         return None
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The layer's map with the delta as its weight; see ``Adapter``."""
         return WeightDelta.forward(self, x, base_output, base)
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """``W D + D``; see ``WeightDelta``."""
+        """``W D + D``."""
         return _on_tiles(base.weight(), *parameters)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:

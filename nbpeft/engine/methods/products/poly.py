@@ -26,7 +26,7 @@ from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, ShowsModules
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -119,10 +119,8 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
     identity: ClassVar[Mapping[str, float]] = {B: 0.0}
 
     @classmethod
-    def parameter_shapes(
-        cls, config: PolyConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The skills and the router; see ``Adapter``."""
+    def parameter_shapes(cls, config: PolyConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The skills and the router."""
         check_linear("Polytropon", path, kind)
         splits, skills, (inputs, outputs) = config.n_splits, config.n_skills, kind.features(module)
         if inputs % splits or outputs % splits:
@@ -137,7 +135,6 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
 
     @classmethod
     def initial_tensors(cls, config: PolyConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random skills, with B at zeros, and a random router; see ``Adapter``."""
         first = _skills(site.shapes[A], site)
         second = site.new(site.shapes[B]) if config.init_weights else _skills(site.shapes[B], site)
         router = site.new(site.shapes[ROUTER]).uniform_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
@@ -165,12 +162,10 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
 
     @property
     def delta_rank(self) -> int | None:
-        """The rank of the delta of a row."""
         return self.rank
 
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The rank of each skill."""
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         return shapes[A][3]
 
     def shares(self, ids: Tensor, *, drawn: bool) -> Tensor:
@@ -217,7 +212,7 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         return ids.repeat_interleave(beams)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """The delta, if there is only one task; see ``Adapter``."""
+        """The delta, if there is only one task."""
         found = self.low_rank_delta(base)
         if found is None:
             raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
@@ -225,7 +220,6 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """The mixture of its one task; None if there are several. See ``ConvertsToLora``."""
         if self.task_count > 1:
             return None
         shares = self.shares(checked_task_ids(None, 1), drawn=False)
@@ -233,11 +227,9 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         return LowRankDelta(down[0].T, up[0].T, 1 / self.rank)
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged if there are several tasks."""
         return _UNMERGEABLE if self.task_count > 1 else ""
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
-        """The router; see ``Adapter``."""
         return PolyRouter()
 
 

@@ -40,7 +40,7 @@ from nbpeft.engine.contract.adapter import (
     Shape,
 )
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -156,7 +156,7 @@ class AdamssConfig(LayersConfig):
         return int(self.asa_target_subspaces + more)
 
     def reconciled(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
-        """A copy of the config with the sizes of the subspaces in the file; see ``AdapterConfig``."""
+        """A copy of the config with the sizes of the subspaces in the file."""
         found: dict[str, dict[tuple[str, int], Tensor]] = {}
         for key, tensor in tensors.items():
             named = _KEY.fullmatch(key)
@@ -218,18 +218,17 @@ class SubspaceAllocator(Allocator):
     config: AdamssConfig
 
     def extra_loss(self) -> Tensor | None:
-        """None; see ``Allocator``."""
         if self.config.use_asa:
             self.warn_if_not_stepped()
         return None
 
     @property
     def has_training_state(self) -> bool:
-        """With ``use_asa``; see ``HasTrainingState``."""
+        """With ``use_asa``."""
         return self.config.use_asa
 
     def training_state(self) -> dict[str, Tensor]:
-        """The moving averages, and the pruned subspaces; see ``HasTrainingState``."""
+        """The moving averages, and the pruned subspaces."""
         state: dict[str, Tensor] = {}
         for path, adapter in self.adapters.items():
             for name, pair in adapter.importance.items():
@@ -239,7 +238,7 @@ class SubspaceAllocator(Allocator):
         return state
 
     def set_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Sets both; see ``HasTrainingState``."""
+        """Sets both."""
         for path, adapter in self.adapters.items():
             adapter.importance.clear()
             for name, parameter in adapter.named_parameters(recurse=False):
@@ -255,7 +254,7 @@ class SubspaceAllocator(Allocator):
                 adapter.keep_gone_()
 
     def allocate(self, step: int) -> None:
-        """Measures the importance of each subspace, and prunes subspaces by the schedule; see ``Allocator``."""
+        """Measures the importance of each subspace, and prunes subspaces by the schedule."""
         config, adapters = self.config, list(self.adapters.values())
         if not config.use_asa:
             return
@@ -313,10 +312,8 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
     allocator: SubspaceAllocator
 
     @classmethod
-    def parameter_shapes(
-        cls, config: AdamssConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Of each subspace A, (rank, r), and B, (outputs, rank); see ``Adapter``."""
+    def parameter_shapes(cls, config: AdamssConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Of each subspace A, (rank, r), and B, (outputs, rank)."""
         check_linear("AdaMSS", path, kind)
         sizes, rank = config.sizes_at(path, module, kind), min(config.r, *_matrix_shape(module, kind))
         shapes = {f"{A}.{k}": (size, rank) for k, (_, size) in enumerate(sizes)}
@@ -326,14 +323,14 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
     def fixed_tensors(
         cls, config: AdamssConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """V, and the number of each output's cluster, (out,); see ``Adapter``."""
+        """V, and the number of each output's cluster, (out,)."""
         outputs, inputs = _matrix_shape(module, kind)
         directions = (min(config.r, outputs, inputs), inputs)
         return {DIRECTIONS: (directions, torch.float32), CLUSTERS: ((outputs,), torch.int16)}
 
     @classmethod
     def create(cls, config: AdamssConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors, possibly without clusters, or creates new ones; see ``Adapter``."""
+        """Binds loaded tensors, possibly without clusters, or creates new ones."""
         given = dict(tensors or {})
         if CLUSTERS in given:
             _check_clusters(given[CLUSTERS], site)
@@ -357,7 +354,6 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
 
     @property
     def delta_rank(self) -> int | None:
-        """The ranks of all subspaces together, or the rank of V."""
         ranks = sum(matrix.shape[0] for matrix in self._matrices(A))
         return min(ranks, int(self.tensor(DIRECTIONS).shape[0]))
 
@@ -367,7 +363,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
         return torch.zeros_like(blocks).index_copy(0, self.tensor(CLUSTERS).argsort(stable=True), blocks)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``B_k A_k V [x, 1]`` in the outputs of each cluster; see ``Adapter``."""
+        """``B_k A_k V [x, 1]`` in the outputs of each cluster."""
         down, directions = torch.cat(self._matrices(A)), self.tensor(DIRECTIONS)
         dtype, inputs = compute_dtype(x, down), base.in_features
         constant = directions[:, inputs].to(dtype) if directions.shape[1] > inputs else None
@@ -379,19 +375,17 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """All A times V and all B, and the change of the bias; see ``ConvertsToLora``."""
         up, inputs = self._up(*self._matrices(B)), base.in_features
         down = torch.cat(self._matrices(A)) @ self.tensor(DIRECTIONS).to(up.dtype)
         bias = None if down.shape[1] == inputs else up @ down[:, inputs]
         return LowRankDelta(down[:, :inputs].contiguous(), up, 1.0, bias)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``B_k A_k V`` without its last column where the layer has a bias; see ``Adapter``."""
+        """``B_k A_k V`` without its last column where the layer has a bias."""
         found = self.low_rank_delta(base)
         return found.up @ found.down
 
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
-        """That column; see ``Adapter``."""
         return self.low_rank_delta(base).bias
 
     def measure(self, importance_beta: float, uncertainty_beta: float) -> None:
@@ -430,21 +424,17 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
                 found[f"{what}_{of}"] = [None if pair is None else pair[place] for pair in pairs]
         return SimpleNamespace(**found)
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """Its parameters, V and the clusters; see ``Adapter``."""
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
         return super().saved_tensors(shapes) | {name: self.tensor(name) for name in (DIRECTIONS, CLUSTERS)}
 
     def reset_(self, base: BaseLayer) -> None:
-        """Sets all B to zero."""
         for matrix in self._matrices(B):
             matrix.detach().zero_()
 
     def configure(self, config: AdamssConfig, path: str) -> None:
-        """Sets the schedule from a config."""
         self.allocator.bind(config=config)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records the schedule."""
         change.keep_attributes(self.allocator, "config")
 
 

@@ -24,7 +24,7 @@ from nbpeft.engine.config.config_checks import check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -119,19 +119,17 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: DeftConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """P, (out, r), and, but for PaRa, R, (r, in), with r at most out; see ``Adapter``."""
+    def parameter_shapes(cls, config: DeftConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """P, (out, r), and, but for PaRa, R, (r, in), with r at most out."""
         check_linear("DEFT", path, kind)
         in_features, out_features = kind.features(module)
         rank = min(config.r, out_features)
-        shapes: dict[str, tuple[int, ...]] = {DIRECTIONS: (out_features, rank)}
+        shapes: Shapes = {DIRECTIONS: (out_features, rank)}
         return shapes if config.para else {**shapes, INJECTION: (rank, in_features)}
 
     @classmethod
     def initial_tensors(cls, config: DeftConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random directions, and an injection that undoes them, or a random one; see ``Adapter``."""
+        """Random directions, and an injection that undoes them, or a random one."""
         normal = partial(normal_, std=_DEVIATION)
         directions = site.new(site.shapes[DIRECTIONS], normal)
         if config.para:
@@ -154,23 +152,19 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
 
     @property
     def delta_rank(self) -> int | None:
-        """As many as there are directions."""
         return self.rank
 
     def prepare(self, config: DeftConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """s; see ``Adapter``."""
         self.bind(factor=_factor(config.alpha, self.rank))
 
     def configure(self, config: DeftConfig, path: str) -> None:
-        """Sets s from a config; see ``HotSwaps``."""
         self.bind(factor=_factor(config.alpha, self.rank))
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records s; see ``HotSwaps``."""
         change.keep_attributes(self, "factor")
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``Q (s R dropout(x) - Nᵀ W x)``; see ``Adapter``."""
+        """``Q (s R dropout(x) - Nᵀ W x)``."""
         directions, reader = _projection(self.tensor(DIRECTIONS), self.decomposition)
         dtype = compute_dtype(x, directions)
         product = base_output.to(dtype)
@@ -195,16 +189,15 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
         return directions @ rows
 
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """``s R - Nᵀ W`` and Q; see ``ConvertsToLora``."""
+        """``s R - Nᵀ W`` and Q."""
         return LowRankDelta(*self._factors(base.weight()), 1.0)
 
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """Number of directions."""
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         return shapes[DIRECTIONS][1]
 
     def swap_refusal(self) -> str:
-        """Why a layer without the other adapter cannot stay unchanged; see ``Adapter``."""
+        """Why a layer without the other adapter cannot stay unchanged."""
         removes = self.only_removes and self.decomposition == "qr"
         return "takes directions out of every layer, whatever its tensors are" if removes else ""
 

@@ -32,7 +32,7 @@ from nbpeft.engine.config.config_checks import check_linear, check_number, check
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -170,8 +170,8 @@ class FrodDirections(SharedState):
         return holder[role]  # type: ignore[no-any-return]
 
     @classmethod
-    def tensor_shapes(cls, config: FrodConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """V, places and size of each role; see ``SharedState``."""
+    def tensor_shapes(cls, config: FrodConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
+        """V, places and size of each role."""
         sizes: dict[str, tuple[str, int]] = {}
         for path, (size, _) in features.items():
             first, expected = sizes.setdefault(role_of(path), (path, size))
@@ -189,8 +189,7 @@ class FrodDirections(SharedState):
         }
 
     @classmethod
-    def other_dtypes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.dtype]:
-        """Places and sizes are whole numbers; see ``SharedState``."""
+    def other_dtypes(cls, shapes: Mapping[str, Shape]) -> dict[str, torch.dtype]:
         return {name: torch.int64 for name in shapes if not name.startswith(f"{DIRECTIONS}.")}
 
     @classmethod
@@ -208,7 +207,7 @@ class FrodDirections(SharedState):
         return cls({name: tensors[name].to(site.device) for name in site.shapes}, config)
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Computes V from the weights, unless it was loaded; see ``SharedState``."""
+        """Computes V from the weights, unless it was loaded."""
         held: Any = self._modules[DIRECTIONS]
         blocks: dict[str, dict[int, BaseLayer]] = {}
         for number, (path, base) in enumerate(layers.items()):
@@ -222,7 +221,7 @@ class FrodDirections(SharedState):
             held.hold(role, made.to(self.of_role(PLACES, role).device, _dtype_on(next(iter(blocks[role].values())))))
 
     def recompute_derived(self, layers: Mapping[str, tuple[nn.Module, BaseLayer]], change: Transaction) -> None:
-        """Finds U and λ₀ again; see ``SharedState``."""
+        """Finds U and λ₀ again."""
         for adapter, base in layers.values():
             assert isinstance(adapter, Frod)
             own = adapter.tensor(OUTPUTS), adapter.tensor(START)
@@ -231,12 +230,12 @@ class FrodDirections(SharedState):
                 tensor.copy_(found)
 
 
-def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def _sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Role -> number of inputs."""
     return {name.partition(".")[2]: shape[0] for name, shape in shapes.items() if name.startswith(f"{DIRECTIONS}.")}
 
 
-def _drawn(config: FrodConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _drawn(config: FrodConfig, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     """The places, off the diagonal, on the CPU and as PEFT draws them; V is left out."""
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     found = {}
@@ -249,7 +248,7 @@ def _drawn(config: FrodConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     return found
 
 
-def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> None:
     """Raises ConfigError if loaded places are outside of S, or the size of S differs."""
     for role, size in _sizes(shapes).items():
         places, sizes = tensors[f"{PLACES}.{role}"], tensors[f"{SIZES}.{role}"]
@@ -349,17 +348,15 @@ class Frod(Adapter, ReplacesCall):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: FrodConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """λ, (in,), and the entries, (n,); see ``Adapter``."""
+    def parameter_shapes(cls, config: FrodConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """λ, (in,), and the entries, (n,)."""
         check_linear("FRoD", path, kind)
         size = kind.features(module)[0]
         return {SCALES: (size,), ENTRIES: (config.entry_count(size),)}
 
     @classmethod
     def create(cls, config: FrodConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones, and finds U; see ``Adapter``."""
+        """Binds loaded tensors or makes new ones, and finds U."""
         assert isinstance(site.shared, FrodDirections)
         role = role_of(site.path)
         outputs, start = _outputs(site.shared.of_role(DIRECTIONS, role), site.base)
@@ -418,11 +415,11 @@ class Frod(Adapter, ReplacesCall):
         return F.linear(apply_delta(inner, base, compute, trained, dtype=dtype), outputs.to(dtype), bias)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``U (S + diag(λ - λ₀)) Vᵀ dropout(x)``; see ``Adapter``."""
+        """``U (S + diag(λ - λ₀)) Vᵀ dropout(x)``."""
         return self._between(F.dropout(x, self.dropout, self.training), base, self.change, None)
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """``U (S + diag(λ)) Vᵀ x`` and the bias, where that is as exact as the weight; see ``ReplacesCall``."""
+        """``U (S + diag(λ)) Vᵀ x`` and the bias, where that is as exact as the weight."""
         dtypes = {base.dtype, x.dtype, compute_dtype(x, self.outputs)}
         if base.backend.name != "dense" or dtypes != {torch.float32} or (self.training and self.dropout):
             return None
@@ -430,7 +427,7 @@ class Frod(Adapter, ReplacesCall):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``U (S + diag(λ - λ₀)) Vᵀ``; see ``Adapter``."""
+        """``U (S + diag(λ - λ₀)) Vᵀ``."""
         outputs = widened(self.outputs)
         change = self.change(self.tensor(SCALES), self.tensor(ENTRIES)).to(outputs.dtype)
         return outputs @ (change @ self.directions.to(outputs).T)

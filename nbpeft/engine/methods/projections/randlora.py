@@ -21,7 +21,7 @@ from nbpeft.engine.config.config_checks import check_linear, check_number, check
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -93,25 +93,21 @@ class Bases(DrawnTensors):
     made_from: ClassVar[tuple[str, ...]] = (*DrawnTensors.made_from, "sparse", "very_sparse")
 
     @classmethod
-    def tensor_shapes(
-        cls, config: RandLoraConfig, features: Mapping[str, tuple[int, int]]
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes that suit the largest layers; see ``SharedState``."""
+    def tensor_shapes(cls, config: RandLoraConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
         sizes = list(zip(*features.values(), strict=True)) or [(0,), (0,)]
         small, large = sorted((max(sizes[0]), max(sizes[1])))
         return {BASIS_A: (config.r, 1, small), BASIS_B: (large, -(-small // config.r), config.r)}
 
     @classmethod
     def drawn(
-        cls, config: RandLoraConfig, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
+        cls, config: RandLoraConfig, shapes: Mapping[str, Shape], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Dense or sparse ones, scaled to a deviation of one; see ``DrawnTensors``."""
         sparsity = config.sparsity(shapes[BASIS_A][2])
         found = _dense_bases(shapes, generator) if sparsity is None else _sparse_bases(shapes, generator, sparsity)
         return {name: tensor / tensor.std() for name, tensor in found.items()}
 
 
-def _dense_bases(shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, Tensor]:
+def _dense_bases(shapes: Mapping[str, Shape], generator: torch.Generator) -> dict[str, Tensor]:
     """Uniform numbers; B one basis after the other."""
     large, count, rank = shapes[BASIS_B]
     first = _uniform(shapes[BASIS_A], generator)
@@ -124,9 +120,7 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 
 
-def _sparse_bases(
-    shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator, sparsity: float
-) -> dict[str, Tensor]:
+def _sparse_bases(shapes: Mapping[str, Shape], generator: torch.Generator, sparsity: float) -> dict[str, Tensor]:
     """Zeros, and as many ones as minus ones: one entry of ``sparsity`` together."""
     bases = {}
     for name in (BASIS_A, BASIS_B):
@@ -168,10 +162,8 @@ class RandLora(Adapter, Rescales):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: RandLoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """λ, (r, bases), and γ, (bases, the smaller of in and out); see ``Adapter``."""
+    def parameter_shapes(cls, config: RandLoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """λ, (r, bases), and γ, (bases, the smaller of in and out)."""
         check_linear("RandLoRA", path, kind)
         small = min(kind.features(module))
         count = -(-small // config.r)
@@ -179,7 +171,7 @@ class RandLora(Adapter, Rescales):
 
     @classmethod
     def initial_tensors(cls, config: RandLoraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """λ at zeros, or random, and γ at one by the larger side; see ``Adapter``."""
+        """λ at zeros, or random, and γ at one by the larger side."""
         scales, shape = site.new(site.shapes[LAMBDA], normal_), site.shapes[GAMMA]
         largest = max(shape) if config.init_weights else max(site.base.in_features, site.base.out_features)
         return {
@@ -188,7 +180,7 @@ class RandLora(Adapter, Rescales):
         }
 
     def prepare(self, config: RandLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Refers to the bases, which the first layer has as a module; see ``Adapter``."""
+        """Refers to the bases, which the first layer has as a module."""
         self.bind(bases=site.shared)
 
     @property
@@ -211,7 +203,6 @@ class RandLora(Adapter, Rescales):
         return (trained, second) if small == base.in_features else (second.T, trained.T)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The sum of the scaled bases on the input; see ``Adapter``."""
         first, second = self._factors(base)
         dtype = compute_dtype(x, self.tensor(LAMBDA))
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
@@ -219,6 +210,5 @@ class RandLora(Adapter, Rescales):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """The sum of the scaled bases; see ``Adapter``."""
         first, second = self._factors(base)
         return second @ first * self.scaling

@@ -23,7 +23,7 @@ from nbpeft.engine.config.config_checks import check_number, check_seed
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import Bindable
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -104,6 +104,8 @@ class _Numbered(Bindable):
 class TinyVectors(SharedState):
     """The trained vectors, (u,) each, and which layers there are."""
 
+    in_layers: ClassVar[bool] = True
+
     numbers: Mapping[str, int]
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -116,27 +118,21 @@ class TinyVectors(SharedState):
         return self._modules[VECTORS]
 
     @classmethod
-    def tensor_shapes(
-        cls, config: TinyLoraConfig, features: Mapping[str, tuple[int, int]]
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the vectors; see ``SharedState``."""
+    def tensor_shapes(cls, config: TinyLoraConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
         return {f"{VECTORS}.{number}": (config.u,) for number in range(config.groups(len(features)))}
 
     @classmethod
     def initial_tensors(cls, config: TinyLoraConfig, site: SharedSite) -> Mapping[str, Tensor]:
-        """Zeros, or random vectors; see ``SharedState``."""
         bound = config.init_v_bound
         fill = None if config.init_weights is True else lambda v: v.uniform_(-bound, bound)
         return {name: site.new(shape, fill) for name, shape in site.shapes.items()}
 
     @classmethod
     def create(cls, config: TinyLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded vectors or makes new ones, by their numbers; see ``SharedState``."""
         given = cls.initial_tensors(config, site) if tensors is None else tensors
         return cls([given[name].to(site.device, site.dtype) for name in site.shapes])
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Numbers the layers; see ``SharedState``."""
         self.bind(numbers={path: number for number, path in enumerate(layers)})
 
     def group_of(self, path: str) -> str:
@@ -186,10 +182,8 @@ class TinyLora(ComputedFactors, HasFixedTensors):
     takes_ids: bool
 
     @classmethod
-    def parameter_shapes(
-        cls, config: TinyLoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Empty: the trained tensors are shared; see ``Adapter``."""
+    def parameter_shapes(cls, config: TinyLoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Empty: the trained tensors are shared."""
         if not kind.is_linear and not kind.takes_ids:
             raise LayerKindError(
                 f"{path}: TinyLoRA works on linear layers and embeddings, not on {kind.peft_name}; exclude it",
@@ -201,23 +195,23 @@ class TinyLora(ComputedFactors, HasFixedTensors):
     def fixed_tensors(
         cls, config: TinyLoraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """A and B, and P with ``save_projection``; see ``Adapter``."""
+        """A and B, and P with ``save_projection``."""
         rows, columns = kind.weight_shape(module)
         if kind.takes_ids:
             rows, columns = columns, rows
         rank = min(config.r, rows, columns)
-        fixed: dict[str, Shape] = {DOWN: (rank, columns), UP: (rows, rank)}
+        fixed: Shapes = {DOWN: (rank, columns), UP: (rows, rank)}
         if config.save_projection:
             fixed[PROJECTION] = (config.u, rank, rank)
         return {name: (shape, torch.float32) for name, shape in fixed.items()}
 
     @classmethod
     def unsaved_elements(cls, config: TinyLoraConfig, module: nn.Module, kind: LayerKind) -> int:
-        """The size of P, without ``save_projection``; see ``Adapter``."""
+        """The size of P, without ``save_projection``."""
         return 0 if config.save_projection else config.u * min(config.r, *kind.weight_shape(module)) ** 2
 
     def prepare(self, config: TinyLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Sets A, B and P, which are computed from the weight and the seed if not loaded; see ``Adapter``."""
+        """Sets A, B and P, which are computed from the weight and the seed if not loaded."""
         assert isinstance(site.shared, TinyVectors)
         given = dict(tensors)
         if DOWN not in given or UP not in given:
@@ -228,7 +222,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
             drawn = torch.normal(0.0, rank**-0.5, (config.u, rank, rank), generator=generator, dtype=torch.float32)
             given[PROJECTION] = drawn.to(given[DOWN].device)
         for name in (DOWN, UP, PROJECTION):
-            self.register_buffer(name, given[name])
+            self.register_buffer(name, given[name], persistent=name != PROJECTION or config.save_projection)
         group = site.shared.group_of(site.path)
         self.bind(vectors=site.shared, group=group, takes_ids=site.base.kind.takes_ids)
 
@@ -249,7 +243,6 @@ class TinyLora(ComputedFactors, HasFixedTensors):
 
     @property
     def rank(self) -> int:
-        """The rank of the product."""
         return int(self.down.shape[0])
 
     @property
@@ -275,7 +268,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
         return (self.up.T.to(core.dtype), middle.T) if self.takes_ids else (middle, self.up.to(core.dtype))
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``B R A dropout(x)``, or of an embedding the rows ``dropout(B[x]) R A``; see ``Adapter``."""
+        """``B R A dropout(x)``, or of an embedding the rows ``dropout(B[x]) R A``."""
         core = self.core()
         if self.takes_ids:
             kind: Any = base.kind
@@ -288,12 +281,11 @@ class TinyLora(ComputedFactors, HasFixedTensors):
         hidden = F.linear(F.dropout(x.to(dtype), self.dropout, self.training), self.down.to(dtype))
         return F.linear(F.linear(hidden, core.to(dtype)), self.up.to(dtype))
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """A and B, and P with ``save_projection``; see ``Adapter``."""
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
+        """A and B, and P with ``save_projection``."""
         return {DOWN: self.down, UP: self.up} | ({PROJECTION: self.projection} if self.saves_projection else {})
 
     def reset_(self, base: BaseLayer) -> None:
-        """Sets the vector to zero, which other layers may share."""
         self.vector.detach().zero_()
 
 

@@ -21,7 +21,7 @@ from nbpeft.engine.config.config_checks import check_linear, check_number, check
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -82,6 +82,8 @@ class UniLoraConfig(LayersConfig):
 class UniVector(SharedState):
     """θ, (theta_d_length,), which is trained, and the indices of the numbers that each layer uses."""
 
+    in_layers: ClassVar[bool] = True
+
     config: UniLoraConfig
     features: Mapping[str, tuple[int, int]]
     places: Mapping[str, int]
@@ -95,28 +97,23 @@ class UniVector(SharedState):
         return self.tensor(THETA)
 
     @classmethod
-    def tensor_shapes(
-        cls, config: UniLoraConfig, features: Mapping[str, tuple[int, int]]
-    ) -> dict[str, tuple[int, ...]]:
-        """Shape of θ; see ``SharedState``."""
+    def tensor_shapes(cls, config: UniLoraConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
+        """Shape of θ."""
         return {THETA: (config.theta_d_length,)}
 
     @classmethod
     def initial_tensors(cls, config: UniLoraConfig, site: SharedSite) -> Mapping[str, Tensor]:
-        """Random numbers; see ``SharedState``."""
         bound = config.init_theta_d_bound
         fill = (lambda theta: theta.uniform_(-bound, bound)) if config.init_weights else normal_
         return {THETA: site.new(site.shapes[THETA], fill)}
 
     @classmethod
     def create(cls, config: UniLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Also stores the config; see ``SharedState``."""
         made = super().create(config, site, tensors)
         made.bind(config=config)
         return made
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Stores the offset of each layer's entries in the draws; see ``SharedState``."""
         features = {path: (base.in_features, base.out_features) for path, base in layers.items()}
         sizes = [sum(pair) * self.config.r for pair in features.values()]
         *starts, total = itertools.accumulate(sizes, initial=0)
@@ -201,10 +198,8 @@ class UniLora(ComputedFactors, HasFixedTensors):
     saves_indices: bool
 
     @classmethod
-    def parameter_shapes(
-        cls, config: UniLoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Empty: the trained tensor is shared; see ``Adapter``."""
+    def parameter_shapes(cls, config: UniLoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Empty: the trained tensor is shared."""
         check_linear("Uni-LoRA", path, kind)
         return {}
 
@@ -212,7 +207,7 @@ class UniLora(ComputedFactors, HasFixedTensors):
     def fixed_tensors(
         cls, config: UniLoraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """The indices and scales, where the config asks for it; see ``Adapter``."""
+        """The indices and scales, where the config asks for it."""
         if not config.save_indices:
             return {}
         in_features, out_features = kind.features(module)
@@ -225,12 +220,12 @@ class UniLora(ComputedFactors, HasFixedTensors):
 
     @classmethod
     def unsaved_elements(cls, config: UniLoraConfig, module: nn.Module, kind: LayerKind) -> int:
-        """Number of indices and scales, without ``save_indices``; see ``Adapter``."""
+        """Number of indices and scales, without ``save_indices``."""
         return 0 if config.save_indices else 2 * config.r * sum(kind.features(module))
 
     @classmethod
     def create(cls, config: UniLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded indices and scales or draws them; see ``Adapter``."""
+        """Binds loaded indices and scales or draws them."""
         assert isinstance(site.shared, UniVector)
         given = dict(tensors or {})
         if not given.keys() >= set(_BUFFERS):
@@ -249,13 +244,12 @@ class UniLora(ComputedFactors, HasFixedTensors):
             )
         made = super().create(config, site, given)
         for name in _BUFFERS:
-            made.register_buffer(name, given[name])
+            made.register_buffer(name, given[name], persistent=config.save_indices)
         made.bind(vector=site.shared)
         return made
 
     @property
     def rank(self) -> int:
-        """The rank of the factors."""
         return int(self.tensor(INDICES_A).shape[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -264,8 +258,7 @@ class UniLora(ComputedFactors, HasFixedTensors):
         theta = self.vector.theta.to(indices_A.device)
         return theta[indices_A] * scales_A.to(theta.dtype), theta[indices_B] * scales_B.to(theta.dtype)
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """The indices and scales, where the config asks for it; see ``Adapter``."""
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
         return {name: self.tensor(name) for name in _BUFFERS} if self.saves_indices else {}
 
     def reset_(self, base: BaseLayer) -> None:

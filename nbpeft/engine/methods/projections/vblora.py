@@ -21,7 +21,7 @@ from nbpeft.engine.config.config_checks import check_linear, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_wide_targets
 from nbpeft.engine.contract.adapter import AdapterSite, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import drawn, normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -88,6 +88,8 @@ class VBLoRAConfig(LayersConfig):
 class VectorBank(SharedState):
     """The vectors, (num_vectors, vector_length), which are trained."""
 
+    in_layers: ClassVar[bool] = True
+
     is_new: bool
 
     @property
@@ -96,13 +98,11 @@ class VectorBank(SharedState):
         return self.tensor(BANK)
 
     @classmethod
-    def tensor_shapes(cls, config: VBLoRAConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """The bank's; see ``SharedState``."""
+    def tensor_shapes(cls, config: VBLoRAConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
         return {BANK: (config.num_vectors, config.vector_length)}
 
     @classmethod
     def create(cls, config: VBLoRAConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds a loaded bank, or zeros, where the layers draw a new one; see ``SharedState``."""
         made = super().create(config, site, tensors)
         made.bind(is_new=tensors is None)
         return made
@@ -228,10 +228,8 @@ class VBLoRA(ComputedFactors):
     is_picked: bool
 
     @classmethod
-    def parameter_shapes(
-        cls, config: VBLoRAConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Logits of A, (r, in / length, vectors), and of B, (out / length, r, vectors); see ``Adapter``."""
+    def parameter_shapes(cls, config: VBLoRAConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Logits of A, (r, in / length, vectors), and of B, (out / length, r, vectors)."""
         check_linear("VB-LoRA", path, kind)
         length, (in_features, out_features) = config.vector_length, kind.features(module)
         if in_features % length or out_features % length:
@@ -247,26 +245,24 @@ class VBLoRA(ComputedFactors):
 
     @classmethod
     def create(cls, config: VBLoRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Looks whether the logits of a file mix only some vectors; see ``Adapter``."""
+        """Looks whether the logits of a file mix only some vectors."""
         made = super().create(config, site, tensors)
         made.bind(is_picked=any(bool((one <= _LEFT_OUT).any()) for one in (tensors or {}).values()))
         return made
 
     @classmethod
     def initial_tensors(cls, config: VBLoRAConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random logits; see ``Adapter``."""
         assert isinstance(site.shared, VectorBank)
         site.shared.draw_(config)
         normal = partial(normal_, std=config.init_logits_std)
         return {name: site.new(shape, normal) for name, shape in site.shapes.items()}
 
     def prepare(self, config: VBLoRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Refers to the bank, which the first layer has as a module; see ``Adapter``."""
+        """Refers to the bank, which the first layer has as a module."""
         self.bind(bank=site.shared)
 
     @property
     def rank(self) -> int:
-        """The rank of the factors."""
         return int(self.tensor(LOGITS_A).shape[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from nbpeft.engine.calls.token_prompt import TokenPrompt
 from nbpeft.engine.config.config_checks import check_number
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig
 from nbpeft.engine.contract.adapter import TaskType
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.model_adapter import WeighsTokens
 from nbpeft.engine.contract.registry import register
@@ -175,12 +175,10 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
 
     @staticmethod
     def initial_tokens(config: Any, base: BaseLayer) -> Tensor | None:
-        """The tokens of the examples; see ``TokenPrompt``."""
         return torch.tensor(config.cpt_token_ids, dtype=torch.long)
 
     @classmethod
-    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
-        """Shapes of both; refuses tokens that the model does not have. See ``ModelAdapter``."""
+    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         shapes = super().parameter_shapes(config, path, module, kind)
         known, last = kind.features(module)[0], max(config.cpt_token_ids)
         if last >= known:
@@ -189,7 +187,7 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
 
     @classmethod
     def check_model(cls, config: CPTConfig, model: nn.Module) -> None:
-        """Refuses models with an encoder; see ``ModelAdapter``."""
+        """Refuses models with an encoder."""
         if has_encoder(model):
             raise ConfigError(f"CPT is for causal language models, and {type(model).__name__} has an encoder")
 
@@ -218,11 +216,10 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
         return self.embedding.weight.detach() + (projected + torch.where(trained, delta - delta.detach(), 0.0))
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """The changed embeddings; see ``ModelAdapter``."""
         return self.prompt().unsqueeze(0)
 
     def learned(self, labels: Tensor, start: int, front: int, base: BaseLayer) -> tuple[Tensor, Tensor]:
-        """Only tokens of outputs count, including those of the examples; see ``WeighsTokens``."""
+        """Only tokens of outputs count, including those of the examples."""
         own, given = labels[:, front:], base.context
         if given is None:
             given = torch.full_like(own, _PER_EXAMPLE)

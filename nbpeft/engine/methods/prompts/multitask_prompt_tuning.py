@@ -121,7 +121,7 @@ class MultitaskPromptEmbedding(TokenPrompt):
         self.prefix_task_rows = nn.Parameter(torch.empty(tasks, rank, width).normal_(0, 0.02))
 
     def initialise(self, config: Any, base: BaseLayer) -> None:
-        """Copies rows of the model's embedding, or a trained file; see ``ModelAdapter``."""
+        """Copies rows of the model's embedding, or a trained file."""
         if not config.of_a_source:
             super().initialise(config, base)
             return
@@ -146,11 +146,10 @@ class MultitaskPromptEmbedding(TokenPrompt):
         return self.embedding.weight * (self.prefix_task_cols[ids] @ self.prefix_task_rows[ids])
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """The first tokens of the rows' prompts; see ``ModelAdapter``."""
+        """The first tokens of the rows' prompts."""
         return self._prompts(base)[:, : self.token_count]
 
     def decoder_tokens(self, base: BaseLayer) -> Tensor:
-        """The tokens behind those; see ``ModelAdapter``."""
         return self._prompts(base)[:, self.token_count :]
 
 

@@ -70,7 +70,6 @@ class PromptEncoderConfig(PromptLearningConfig):
         return True
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Sets the network's size to that of a token by default; see ``PromptLearningConfig``."""
         super().fill_in_sizes(model, width)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
@@ -121,21 +120,19 @@ class PromptEncoder(EncodedPrompt):
             self.mlp_head = nn.Sequential(*inner, nn.Linear(hidden, width))
 
     def encoded(self) -> Tensor:
-        """All tokens, (1, tokens, features); see ``EncodedPrompt``."""
+        """All tokens, (1, tokens, features)."""
         values: Tensor = self.embedding.weight.unsqueeze(0)
         if "lstm_head" in self._modules:
             values = self.lstm_head(values)[0]
         return self.mlp_head(values) if "mlp_head" in self._modules else values
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """The computed tokens; see ``ModelAdapter``."""
         return self.encoded()[:, : self.token_count]
 
     @classmethod
     def config_warnings(
         cls, config: PromptEncoderConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]
     ) -> Iterable[str]:
-        """That an MLP has the layers that it has; see ``Adapter``."""
         mlp = config.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP
         if mlp and config.encoder_num_layers != _MLP_LAYERS:
             yield (

@@ -46,11 +46,9 @@ class PrefixTuningConfig(CachedPrefixConfig):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether an MLP computes the keys and values."""
         return self.prefix_projection
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """By default the MLP is as wide as a token; see ``CachedPrefixConfig``."""
         super().fill_in_sizes(model, width)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
@@ -89,7 +87,6 @@ class PrefixEncoder(EncodedPrompt, CachedPrefix):
             self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, size))
 
     def initialise(self, config: PrefixTuningConfig, base: BaseLayer) -> None:
-        """Starts with zeros where the config asks for them; see ``ModelAdapter``."""
         if config.init_weights == "zero":
             last: Any = self.transform[-1] if "transform" in self._modules else self.embedding
             for parameter in last.parameters():

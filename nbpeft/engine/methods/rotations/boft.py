@@ -21,7 +21,7 @@ from nbpeft.engine.config.config_checks import check_count
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -136,10 +136,8 @@ class BOFT(Adapter):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: BOFTConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The matrices and the scales, which are (1, out) for a convolution; see ``Adapter``."""
+    def parameter_shapes(cls, config: BOFTConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The matrices and the scales, which are (1, out) for a convolution."""
         if not kind.is_linear and kind.peft_name != "Conv2d":
             raise LayerKindError(
                 f"{path}: BOFT works on linear layers and Conv2d, not on {kind.peft_name}; exclude it", path=path
@@ -153,13 +151,11 @@ class BOFT(Adapter):
 
     @classmethod
     def create(cls, config: BOFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> BOFT:
-        """One for linear layers and one for convolutions; see ``Adapter``."""
         own: type[BOFT] = BOFTOnLinear if site.base.kind.is_linear else BOFTOnConvolution
         return super(BOFT, own).create(config, site, tensors)
 
     @classmethod
     def initial_tensors(cls, config: BOFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Matrices at zeros and scales at ones, or random; see ``Adapter``."""
         if config.init_weights:
             return {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
         return {
@@ -199,7 +195,7 @@ class BOFT(Adapter):
         return kept.to(self.matrices.device) if dropped else None
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``s ∘ W M - W``, in the dtype of the matrices; see ``Adapter``."""
+        """``s ∘ W M - W``, in the dtype of the matrices."""
         return _change_of_weight(weight, self.matrices.detach(), self.scale.detach(), None)
 
 
@@ -219,7 +215,7 @@ class BOFTOnLinear(BOFT, TransformsInput, TransformsOutput):
         return (output * scale + bias * (1 - scale)).to(output.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``s ∘ W M x - W x``; see ``Adapter``."""
+        """``s ∘ W M x - W x``."""
         kept = self._kept()
         rotated = keeping_inputs(lambda x, matrices: _rotated(x, matrices, kept), x, self.matrices)
         weight = base.weight().to(rotated.dtype)
@@ -231,7 +227,7 @@ class BOFTOnConvolution(BOFT):
     """Rotates and scales the rows of the weight."""
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The convolution with ``s ∘ W M - W``; see ``Adapter``."""
+        """The convolution with ``s ∘ W M - W``."""
         weight, kept = base.weight(), self._kept()
         return apply_delta(
             x,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, TransformsInput
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -77,10 +77,8 @@ class HRA(Adapter):
     orthogonal: bool
 
     @classmethod
-    def parameter_shapes(
-        cls, config: HRAConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The vectors, (in, r), for a convolution (in * kernel, r); see ``Adapter``."""
+    def parameter_shapes(cls, config: HRAConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The vectors, (in, r), for a convolution (in * kernel, r)."""
         if kind.takes_ids:
             raise LayerKindError(f"{path}: HRA does not work on an {kind.name}; exclude it", path=path)
         if int(getattr(module, "groups", 1)) > 1:
@@ -94,13 +92,12 @@ class HRA(Adapter):
 
     @classmethod
     def create(cls, config: HRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> HRA:
-        """One for linear layers and one for convolutions; see ``Adapter``."""
         own: type[HRA] = HRAOnLinear if site.base.kind.is_linear else HRAOnConvolution
         return super(HRA, own).create(config, site, tensors)
 
     @classmethod
     def initial_tensors(cls, config: HRAConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Pairs of equal vectors, whose reflections undo each other, or random vectors; see ``Adapter``."""
+        """Pairs of equal vectors, whose reflections undo each other, or random vectors."""
         features, rank = site.shapes[VECTORS]
         if config.init_weights and rank % 2 == 0:
             return {VECTORS: site.new((features, rank // 2), linear_).repeat_interleave(2, dim=1)}
@@ -118,7 +115,6 @@ class HRA(Adapter):
 
     @property
     def delta_rank(self) -> int | None:
-        """Each reflection changes one direction."""
         return self.rank
 
     def change(self, rows: Tensor, vectors: Tensor, *, transposed: bool) -> Tensor:
@@ -136,7 +132,7 @@ class HRA(Adapter):
         return rows @ unit @ (core.T if transposed else core) @ unit.T * -1
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``W H - W``, in the dtype of the vectors; see ``Adapter``."""
+        """``W H - W``, in the dtype of the vectors."""
         vectors = self.vectors.detach()
         rows = weight.to(vectors.dtype).flatten(1)
         return self.change(rows, vectors, transposed=False).view(weight.shape)
@@ -149,7 +145,6 @@ class HRA(Adapter):
 
     @classmethod
     def config_warnings(cls, config: HRAConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Warns if it cannot start at the base model."""
         if config.init_weights and config.r % 2:
             yield f"with an odd r ({config.r}) HRA does not start at the base model: take an even one"
 
@@ -163,7 +158,7 @@ class HRAOnLinear(HRA, TransformsInput, ConvertsToLora):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """``Vᵀ`` and ``-W V C``; see ``ConvertsToLora``."""
+        """``Vᵀ`` and ``-W V C``."""
         vectors = self.vectors
         weight = base.weight().to(vectors.dtype)
         if self.orthogonal:
@@ -177,7 +172,7 @@ class HRAOnLinear(HRA, TransformsInput, ConvertsToLora):
         return (rows + self.change(rows, vectors, transposed=True)).to(x.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``W (H x - x)``; see ``Adapter``."""
+        """``W (H x - x)``."""
         vectors = self.vectors
         change = self.change(x.to(vectors.dtype), vectors, transposed=True)
         return base.kind.apply(base.module, change, base.weight().to(change.dtype))
@@ -187,7 +182,7 @@ class HRAOnConvolution(HRA):
     """Reflects the rows of the weight."""
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The convolution with ``W H - W``; see ``Adapter``."""
+        """The convolution with ``W H - W``."""
         weight = base.weight()
 
         def delta(vectors: Tensor) -> Tensor:

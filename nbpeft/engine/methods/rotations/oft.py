@@ -21,7 +21,7 @@ from nbpeft.engine.config.config_checks import check_number, warn_of_unused
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -147,10 +147,8 @@ class OFT(Adapter):
     from_config: ClassVar[Mapping[str, str]] = {"dropout": "module_dropout", "eps": "freedom", "terms": "terms"}
 
     @classmethod
-    def parameter_shapes(
-        cls, config: OFTConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The upper triangles; see ``Adapter``."""
+    def parameter_shapes(cls, config: OFTConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The upper triangles."""
         count, size = config.blocks_of(_rotated(module, kind))
         if size < 2:
             raise ConfigError(f"{path}: a block of one input cannot be rotated; choose larger blocks", path=path)
@@ -161,19 +159,16 @@ class OFT(Adapter):
 
     @classmethod
     def create(cls, config: OFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> OFT:
-        """One for each kind of layer; see ``Adapter``."""
         kind = site.base.kind
         own: type[OFT] = OFTOnLinear if kind.is_linear else OFTOnEmbedding if kind.takes_ids else OFTOnConvolution
         return super(OFT, own).create(config, site, tensors)
 
     @classmethod
     def initial_tensors(cls, config: OFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Triangles of zeros, or random ones; see ``Adapter``."""
         fill = None if config.init_weights else partial(normal_, std=0.1)
         return {name: site.new(shape, fill) for name, shape in site.shapes.items()}
 
     def prepare(self, config: OFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Number and size of the blocks on the layer; see ``Adapter``."""
         count, size = config.blocks_of(_rotated(site.base.module, site.base.kind))
         self.bind(parameter_name=next(iter(site.shapes)), count=count, size=size)
 
@@ -234,7 +229,7 @@ class OFT(Adapter):
         return _blockwise(rows.to(blocks.dtype), blocks.mT if transposed else blocks)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``W R - W``, in the dtype of the parameter; see ``Adapter``."""
+        """``W R - W``, in the dtype of the parameter."""
         return self._change_of_weight(weight, self.tensor(self.parameter_name).detach(), None)
 
     def _change_of_weight(self, weight: Tensor, triangles: Tensor, kept: Tensor | None) -> Tensor:
@@ -267,7 +262,7 @@ class OFTOnLinear(OFT, TransformsInput):
         return _Rotate.apply(x, triangles, rotations)  # type: ignore[no-any-return, no-untyped-call]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``W (R x - x)``; see ``Adapter``."""
+        """``W (R x - x)``."""
         rotated = self.rotated(x, self._kept(x.device), self.triangles)
         return base.kind.apply(base.module, rotated - x.to(rotated.dtype), base.weight().to(rotated.dtype))
 
@@ -280,7 +275,7 @@ class OFTOnEmbedding(OFT, TransformsOutput):
         return self.rotated(output, self._kept(output.device), self.triangles).to(output.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``R y - y``; see ``Adapter``."""
+        """``R y - y``."""
         rotated = self.rotated(base_output, self._kept(base_output.device), self.triangles)
         return rotated - base_output.to(rotated.dtype)
 
@@ -293,7 +288,7 @@ class OFTOnConvolution(OFT):
     """Rotates the rows of the weight."""
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The convolution with ``W R - W``; see ``Adapter``."""
+        """The convolution with ``W R - W``."""
         weight, kept = base.weight(), self._kept(x.device)
         return apply_delta(
             x, base, lambda triangles: self._change_of_weight(weight, triangles, kept), (self.triangles,)

@@ -22,7 +22,7 @@ from nbpeft.engine.config.config_checks import check_linear, check_number, check
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -168,21 +168,19 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
     eps: float | None
 
     @classmethod
-    def parameter_shapes(
-        cls, config: PsoftConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The core, the r (r - 1) / 2 numbers of a rotation or (r, r), and the factors, (r,); see ``Adapter``."""
+    def parameter_shapes(cls, config: PsoftConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The core, the r (r - 1) / 2 numbers of a rotation or (r, r), and the factors, (r,)."""
         check_linear("PSOFT", path, kind)
         rank, largest = config.r, min(kind.features(module))
         if rank > largest:
             raise ConfigError(f"{path}: r = {rank} is more than the {largest} directions of its weight", path=path)
-        shapes: dict[str, tuple[int, ...]] = {CORE: (rank * (rank - 1) // 2,) if config.psoft_orth else (rank, rank)}
+        shapes: Shapes = {CORE: (rank * (rank - 1) // 2,) if config.psoft_orth else (rank, rank)}
         wanted = {SCALE_B: config.psoft_mag_b, SCALE_A: config.psoft_mag_a}
         return {**shapes, **{name: (rank,) for name, is_wanted in wanted.items() if is_wanted}}
 
     @classmethod
     def initial_tensors(cls, config: PsoftConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """The identity, or random tensors around it; see ``Adapter``."""
+        """The identity, or random tensors around it."""
         options: Any = {"device": site.base.device, "dtype": site.dtype}
         tensors = {name: torch.ones(shape, **options) for name, shape in site.shapes.items()}
         normal = None if config.init_weights else normal_
@@ -194,7 +192,6 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         return tensors
 
     def prepare(self, config: PsoftConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Finds A and B in the weight; see ``Adapter``."""
         for name, found in zip((DOWN, UP), _directions(config, site.base), strict=True):
             self.register_buffer(name, found, persistent=False)
 
@@ -205,7 +202,6 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
 
     @property
     def delta_rank(self) -> int | None:
-        """As many as there are directions."""
         return self.rank
 
     def change(self) -> Tensor:
@@ -236,7 +232,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         return neumann_cayley(skew, self.terms)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``s B (diag(b) Q diag(a) - I) A dropout(x)``; see ``Adapter``."""
+        """``s B (diag(b) Q diag(a) - I) A dropout(x)``."""
         change = self.change()
         dtype = compute_dtype(x, change)
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
@@ -245,12 +241,12 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """A and ``B (diag(b) Q diag(a) - I)``; see ``ConvertsToLora``."""
+        """A and ``B (diag(b) Q diag(a) - I)``."""
         down, up = self.tensor(DOWN), self.tensor(UP)
         return LowRankDelta(down, up @ self.change().to(up.dtype), float(self.scaling))
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``s B (diag(b) Q diag(a) - I) A``; see ``Adapter``."""
+        """``s B (diag(b) Q diag(a) - I) A``."""
         found = self.low_rank_delta(base)
         return found.up @ found.down * found.scaling
 

@@ -27,7 +27,7 @@ from nbpeft.engine.contract.adapter import (
     TransformsInput,
     TransformsOutput,
 )
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.combination import Combination, Member
 from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import Listing
@@ -212,10 +212,8 @@ class IA3(Adapter):
     peft: ClassVar[PeftNames] = PeftNames("ia3_l")
 
     @classmethod
-    def parameter_shapes(
-        cls, config: IA3Config, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The vector: (1, in) or (out, 1) of a linear layer, (1, channels, 1, …) of a convolution; see ``Adapter``."""
+    def parameter_shapes(cls, config: IA3Config, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The vector: (1, in) or (out, 1) of a linear layer, (1, channels, 1, …) of a convolution."""
         if kind.takes_ids:
             raise LayerKindError(f"{path}: (IA)³ does not work on an {kind.name}; exclude it", path=path)
         inputs = config.scales_input(path)
@@ -226,13 +224,11 @@ class IA3(Adapter):
 
     @classmethod
     def create(cls, config: IA3Config, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> IA3:
-        """An adapter that scales the input or the output; see ``Adapter``."""
         own: type[IA3] = IA3OnInput if config.scales_input(site.path) else IA3OnOutput
         return super(IA3, own).create(config, site, tensors)
 
     @classmethod
     def initial_tensors(cls, config: IA3Config, site: AdapterSite) -> Mapping[str, Tensor]:
-        """A vector of ones, or a random one; see ``Adapter``."""
         shape = site.shapes[VECTOR]
         if not config.init_ia3_weights:
             return {VECTOR: site.new(shape, normal_)}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterWeights, FusesAdd, TaskType
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.combination import Combination, Member
 from nbpeft.engine.contract.method_records import CallInputs
 from nbpeft.engine.contract.registry import register
@@ -101,7 +101,6 @@ class _CombineInvoked(CombineLowRank):
         weights: Sequence[float],
         settings: Mapping[str, Any],
     ) -> Combination:
-        """See ``nbpeft.engine.contract.combination.Combine``."""
         for name, config in zip(adapters, configs, strict=True):
             if config.alora_invocation_tokens != configs[0].alora_invocation_tokens:
                 raise AdapterError(
@@ -131,16 +130,12 @@ class ALoRA(PlainLowRank, FusesAdd):
     """An aLoRA adapter on one layer."""
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A and B, as of LoRA; see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         check_linear("alora_invocation_tokens", path, kind)
         return super().parameter_shapes(config, path, module, kind)
 
     @classmethod
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Warns about tasks in which the adapter is never active."""
         yield from super().config_warnings(config, modules)
         if config.task_type != TaskType.CAUSAL_LM:
             yield (
@@ -149,7 +144,6 @@ class ALoRA(PlainLowRank, FusesAdd):
             )
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
         return "a weight: aLoRA does not support merging, it acts only on tokens from its invocation onward"
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, IsLowRank
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -97,16 +97,12 @@ class Arrow(Adapter, HotSwaps):
     _kept: tuple[Any, Tensor, Factors | None] | None = None
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """None; see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         check_linear("arrow_config", path, kind)
         return {}
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Creates the router if there are adapters to route to; see ``Adapter``."""
         made = super().create(config, site, tensors)
         try:
             made._products(site.base)
@@ -188,23 +184,19 @@ class Arrow(Adapter, HotSwaps):
         return torch.zeros_like(scores, dtype=shares.dtype).scatter(-1, places, shares)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Refuses; see ``unmergeable_reason``."""
+        """Refuses."""
         raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
         return _UNMERGEABLE
 
     def swap_refusal(self) -> str:
-        """Why it cannot be hot-swapped."""
         return "routes over other adapters and has no tensors of its own"
 
     def configure(self, config: LoraConfig, path: str) -> None:
-        """Clears the cache; see ``HotSwaps``."""
         self.bind(_kept=None)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records the cache; see ``HotSwaps``."""
         change.keep_attributes(self, "_kept")
 
     def __getstate__(self) -> dict[str, Any]:

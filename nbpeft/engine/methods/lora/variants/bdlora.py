@@ -14,7 +14,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
@@ -65,10 +65,8 @@ class BDLoRA(LowRankProduct):
         self.bind(blocks=config.use_bdlora.blocks_at(path))
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The blocks of A and those of B; see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The blocks of A and those of B."""
         check_linear("use_bdlora", path, kind)
         assert config.use_bdlora is not None
         blocks = config.use_bdlora.blocks_at(path)
@@ -86,7 +84,7 @@ class BDLoRA(LowRankProduct):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded blocks or draws new ones, after full factors as in PEFT; see ``Adapter``."""
+        """Binds loaded blocks or draws new ones, after full factors as in PEFT."""
         if tensors is None and config.use_bdlora is not None:
             made = init_whole_factors(config, site)
             fills = nn.init.kaiming_uniform_, None
@@ -98,7 +96,6 @@ class BDLoRA(LowRankProduct):
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:
-        """A and B as full matrices, with zeros outside the blocks."""
         first, second = (
             block_diagonal(held, count) if count > 1 else held
             for held, count in zip(self.trained_factors, self.blocks, strict=True)
@@ -106,7 +103,6 @@ class BDLoRA(LowRankProduct):
         return first, second
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
-        """A factor or the dropout; see ``Adapter``."""
         blocks = dict(zip(self.factor_names, self.blocks, strict=True)).get(name, 1)
         return BlockDiagonalFactor(blocks) if blocks > 1 else super().peft_module(name, base)
 

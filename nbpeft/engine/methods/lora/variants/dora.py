@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import stamp
 from nbpeft.engine.methods.lora.adapter import MAGNITUDE, LowRankAdapter
@@ -59,10 +59,8 @@ class DoRA(LowRankAdapter):
     _norm: tuple[Any, Tensor] | None = None
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, B and the magnitude, (out,) with the dimensions of the layer's output; see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, B and the magnitude, (out,) with the dimensions of the layer's output."""
         low_rank = low_rank_of(kind)
         check_init(config, path, module, kind)
         shapes = dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
@@ -72,7 +70,7 @@ class DoRA(LowRankAdapter):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones, with the magnitude set to the current norm; see ``Adapter``."""
+        """Binds loaded tensors or makes new ones, with the magnitude set to the current norm."""
         start = start_of(config, site, is_new=tensors is None)
         given = init_factors(config, site, start.factors) if tensors is None else tensors
         parameters = {name: nn.Parameter(given[name]) for name in site.shapes}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.loss_terms import requested_loss
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -91,15 +91,13 @@ class KaSA(LowRankProduct, LearnsWithHooks):
         self.bind(weights=(config.kasa_config.beta, config.kasa_config.gamma))
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, B, the bias of B (out,) with ``lora_bias``, and the diagonal, (r,); see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, B, the bias of B (out,) with ``lora_bias``, and the diagonal, (r,)."""
         return super().parameter_shapes(config, path, module, kind) | {DIAGONAL: (config.rank_at(path),)}
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
+        """Binds loaded tensors or makes new ones."""
         start = start_of(config, site, is_new=tensors is None)
         if tensors is None:
             made = init_factors(config, site, None)
@@ -116,7 +114,6 @@ class KaSA(LowRankProduct, LearnsWithHooks):
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:
-        """diag(E) A and B."""
         lora_A, lora_B = self.trained_factors
         return lora_A * self.diagonal[:, None], lora_B
 
@@ -129,7 +126,6 @@ class KaSA(LowRankProduct, LearnsWithHooks):
         return total
 
     def extra_loss(self) -> Tensor | None:
-        """The same; None if both weights are zero. See ``LearnsWithHooks``."""
         return self.penalty() if any(self.weights) else None
 
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.loss_terms import requested_loss
 from nbpeft.engine.contract.method_records import SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -128,7 +128,7 @@ class Divergence(Together, LearnsWithHooks):
     """The loss term of all layers."""
 
     def extra_loss(self) -> Tensor | None:
-        """The mean of the loss terms of the layers called in training, a scalar; see ``LearnsWithHooks``."""
+        """The mean of the loss terms of the layers called in training, a scalar."""
         losses = [loss for adapter in self.adapters.values() if (loss := adapter.variational_loss()) is not None]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
 
@@ -192,10 +192,8 @@ class MonteCLoRA(LowRankProduct):
     drawn: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A and B, the logarithms of standard deviations (r,) and of concentrations (num_samples,); see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A and B, the logarithms of standard deviations (r,) and of concentrations (num_samples,)."""
         check_linear("monteclora_config", path, kind)
         assert config.monteclora_config is not None
         shapes = super().parameter_shapes(config, path, module, kind)
@@ -203,7 +201,7 @@ class MonteCLoRA(LowRankProduct):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
+        """Binds loaded tensors or makes new ones."""
         made = super().create(config, site, tensors)
         if tensors is None:
             for name in (STD, PRIOR):
@@ -215,7 +213,6 @@ class MonteCLoRA(LowRankProduct):
 
     @property
     def active_factors(self) -> tuple[Tensor, Tensor]:
-        """A, with N added in training, and B."""
         lora_A, lora_B = self.trained_factors
         return (lora_A + self._perturbation(lora_A) if self.training else lora_A), lora_B
 
@@ -258,7 +255,6 @@ class MonteCLoRA(LowRankProduct):
         return loss + weights.square().sum() if settings.use_entropy else loss
 
     def swap_refusal(self) -> str:
-        """Why it cannot be hot-swapped."""
         return super().swap_refusal() or "stores the spread of its factors, too"
 
     def reset_(self, base: BaseLayer) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -27,7 +27,7 @@ from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_linear, init_whole_factors
-from nbpeft.engine.methods.lora.low_rank import Shapes
+from nbpeft.engine.methods.lora.low_rank import FactorShapes
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.errors import ConfigError
 
@@ -67,10 +67,8 @@ class QALoRA(LowRankProduct):
         self.bind(group_size=config.qalora_group_size)
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, (r, in / g), and B; see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, (r, in / g), and B."""
         check_linear("use_qalora", path, kind)
         in_features, size = kind.features(module)[0], config.qalora_group_size
         if in_features % size:
@@ -83,14 +81,13 @@ class QALoRA(LowRankProduct):
         (name_A, (rank, _)), *others = super().parameter_shapes(config, path, module, kind).items()
         return {name_A: (rank, in_features // size), **dict(others)}
 
-    def shapes_at(self, size: int, base: BaseLayer) -> Shapes:
-        """Shapes of A and B for a rank."""
+    def shapes_at(self, size: int, base: BaseLayer) -> FactorShapes:
         (rank, in_features), shape_B = super().shapes_at(size, base)
         return (rank, in_features // self.group_size), shape_B
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or draws new ones, A after one of LoRA's shape as in PEFT; see ``Adapter``."""
+        """Binds loaded factors or draws new ones, A after one of LoRA's shape as in PEFT."""
         if tensors is None:
             name_A = next(iter(site.shapes))
             tensors = {**init_whole_factors(config, site), name_A: site.new(site.shapes[name_A], linear_)}

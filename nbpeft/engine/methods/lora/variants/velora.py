@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import add_delta, compute_dtype
@@ -83,24 +83,20 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
     )
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A and B, as of LoRA; see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         check_linear("velora_config", path, kind)
         return super().parameter_shapes(config, path, module, kind)
 
     @classmethod
     def fixed_tensors(
-        cls, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, kind: LayerKind
+        cls, config: LoraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The direction; see ``Adapter``."""
         assert config.velora_config is not None
         return {DIRECTION: ((-(-shapes["lora_A"][1] // config.velora_config.num_groups),), torch.float32)}
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones; see ``Adapter``."""
+        """Binds loaded factors or makes new ones."""
         given = dict(tensors or {})
         direction = given.pop(DIRECTION, None)
         made = super().create(config, site, None if tensors is None else given)
@@ -128,7 +124,7 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         return direction.to(x.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """Computes the same as ``LoRA.forward``, but saves less of ``x`` in training; see there."""
+        """Computes the same as ``LoRA.forward``, but saves less of ``x`` in training."""
         if not (self.training and torch.is_grad_enabled()) or self.observed is not None:
             return super().forward(x, base_output, base, fused)
         lora_A, lora_B = self.trained_factors
@@ -150,12 +146,10 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         learned = F.linear(projections, pieces(lora_A, count) @ direction * self.settings.scale)
         return F.linear(x, lora_A.detach()) + (learned - learned.detach())
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """The factors and the direction; see ``Adapter``."""
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
         direction = self._buffers[DIRECTION]
         assert direction is not None
         return super().saved_tensors(shapes) | {DIRECTION: direction}
 
     def swap_refusal(self) -> str:
-        """Why it cannot be hot-swapped."""
         return super().swap_refusal() or "stores a direction of its inputs in addition to its factors"

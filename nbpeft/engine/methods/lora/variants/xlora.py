@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nbpeft.engine.calls.first_pass import NeedsFirstPass
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HasInnerAdapters, HotSwaps, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -71,8 +71,7 @@ class XLoraState(SharedState, NeedsFirstPass):
         return self._modules[CLASSIFIER]
 
     @classmethod
-    def tensor_shapes(cls, config: XLoraConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """Those of the classifier; see ``SharedState``."""
+    def tensor_shapes(cls, config: XLoraConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
         with torch.device("meta"):
             made = XLoraClassifier(config, len(config.experts), len(features))
         return {f"{CLASSIFIER}.{name}": tuple(one.shape) for name, one in made.named_parameters()}
@@ -94,7 +93,7 @@ class XLoraState(SharedState, NeedsFirstPass):
         return cls(config, classifier, is_new=tensors is None)
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Reads the adapters, and repeats PEFT's draws; see ``SharedState``."""
+        """Reads the adapters, and repeats PEFT's draws."""
         self.numbers.update({path: number for number, path in enumerate(layers)})
         self.classifier.n_layers = len(layers)
         dtype = self.classifier.layers[-1].weight.dtype
@@ -119,7 +118,7 @@ class XLoraState(SharedState, NeedsFirstPass):
         return float(self.config.scaling_pass_value * self.config.global_scaling_weight)
 
     def context(self, hidden: Tensor) -> Tensor:
-        """The weights of the adapters, (rows, length, layers, adapters); see ``NeedsFirstPass``."""
+        """The weights of the adapters, (rows, length, layers, adapters)."""
         classifier = self.classifier
         chosen: Tensor = classifier.chosen(classifier(hidden)) * self.config.global_scaling_weight
         return chosen
@@ -292,10 +291,8 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
     number: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: XLoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Those of the adapters, if they are trained; see ``Adapter``."""
+    def parameter_shapes(cls, config: XLoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Those of the adapters, if they are trained."""
         if not config.use_trainable_adapters:
             return {}
         return {
@@ -306,7 +303,7 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
 
     @classmethod
     def create(cls, config: XLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Creates it from the adapters that were read, with saved tensors if there are any; see ``Adapter``."""
+        """Creates it from the adapters that were read, with saved tensors if there are any."""
         assert isinstance(site.shared, XLoraState)
         made = cls(site.shared, site.path)
         for name, tensor in (tensors or {}).items():
@@ -325,11 +322,9 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
 
     @property
     def inner_adapters(self) -> Mapping[str, Adapter]:
-        """The adapters by index; see ``HasInnerAdapters``."""
         return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
-        """Those of the adapters, if they are trained; see ``Adapter``."""
         if self.frozen_parameters:
             return {}
         adapters = self.inner_adapters.items()
@@ -375,24 +370,20 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
         )
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Refuses; see ``unmergeable_reason``."""
+        """Refuses."""
         raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
         return _UNMERGEABLE
 
     def swap_refusal(self) -> str:
-        """Why it cannot be hot-swapped."""
         return "consists of several adapters; load the other one under another name and switch with set_adapter()"
 
     def configure(self, config: XLoraConfig, path: str) -> None:
-        """Sets the settings from a config."""
         self.state.bind(config=config)
         self.state.classifier.config = config
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records the settings."""
         change.keep_attributes(self.state, "config")
         change.keep_attributes(self.state.classifier, "config")
 

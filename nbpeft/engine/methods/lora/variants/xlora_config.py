@@ -14,6 +14,7 @@ from nbpeft.engine.calls.model_calls import has_encoder
 from nbpeft.engine.config.config_checks import check_count, check_number, check_share
 from nbpeft.engine.config.layers_config import check_filled
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, ReadsTensors, store_of
+from nbpeft.engine.contract.base import Shape
 from nbpeft.engine.contract.registry import layer_kind_named
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.lora import LoRA
@@ -30,9 +31,7 @@ class Expert:
         shapes: path of each adapted layer -> parameter -> shape.
     """
 
-    def __init__(
-        self, name: str, source: str, config: LoraConfig, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
-    ) -> None:
+    def __init__(self, name: str, source: str, config: LoraConfig, shapes: Mapping[str, Mapping[str, Shape]]) -> None:
         self.name, self.source, self.config, self.shapes = name, source, config, shapes
         self.reads: ReadsTensors | None = None
 
@@ -127,7 +126,7 @@ class XLoraConfig(AdapterConfig):
             warnings.warn("`enable_softmax_topk` is enabled and `top_k_lora` is not set: it takes all", stacklevel=3)
 
     def on_model(self, model: nn.Module, planned: Callable[[AdapterConfig], Any]) -> Self:
-        """Reads which layers the adapters are on; see ``AdapterConfig``."""
+        """Reads which layers the adapters are on."""
         if has_encoder(model):
             raise ConfigError(
                 f"X-LoRA weighs the tokens of one sequence, and {type(model).__name__} has an encoder and a decoder"
