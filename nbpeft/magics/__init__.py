@@ -1,5 +1,8 @@
 """The notebook's commands: ``%load_ext nbpeft`` registers them, ``%unload_ext nbpeft`` leaves nothing behind.
 
+A mistake in a line or in a cell is a ``CellError`` of the function that reads it: one line that names the nearest valid
+word. The functions ``install`` change a shell, and return a function that restores it.
+
 Files:
 
     body.py              Cell bodies: Python assignments, one per line, evaluated in the notebook's namespace

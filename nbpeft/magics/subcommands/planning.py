@@ -46,11 +46,7 @@ DRY_RUN_SIZES = tuple(
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that were given, as keywords of ``Session.plan_memory``.
-
-    Raises:
-        CellError: a memory size has no unit, or a data type or quantization is unknown.
-    """
+    """Return the options that were given, as keywords of ``Session.plan_memory``."""
     given = {name: value for name, value in vars(options).items() if value is not None}
     names = {"batch": "batch_size", "seq": "sequence_length"} | {
         name: name for name in ("device", "optimizer", "adapters", "processes", "reference")
@@ -169,7 +165,6 @@ def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[
     """Create the memory panel with sliders.
 
     Args:
-        notebook: the notebook.
         name: what to plan for, as for ``%lora plan``; None for the only model.
         settings: the initial settings, as keywords of ``Session.memory_planner``.
     """
@@ -180,11 +175,7 @@ def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[
 
 
 def _source(name: str | None, notebook: NotebookContext) -> tuple[Any, str]:
-    """The object to plan for, a model or config in a variable, or a folder or Hub id; and its name.
-
-    Raises:
-        CellError: the variable's value is something else.
-    """
+    """The object to plan for, a model or config in a variable, or a folder or Hub id; and its name."""
     if name is None:
         if notebook.session.names:
             return (found := notebook.adapted_model(None, "%lora plan")), found

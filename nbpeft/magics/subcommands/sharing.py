@@ -6,34 +6,22 @@ import argparse
 
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import ON_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.registry import ON_MODEL, TOKENIZER, session_command, subcommand
 from nbpeft.names import SERVING_ENGINES, STORED_TYPES
 
-
-@subcommand(
+session_command(
     "push",
     "Upload an adapter to the Hub, with a model card. The access token comes from HF_TOKEN, a login, or a secret of "
     "Colab or Kaggle.",
     argument("repo", metavar="USER/NAME", help="the repository, created if needed"),
     argument("--name", "-n", metavar="NAME", completes="adapter", help="the adapter, if there are several"),
-    argument("--private", action="store_true", help="make a new repository private"),
+    argument("--private", action="store_true", default=None, help="make a new repository private"),
     argument("--message", metavar="TEXT", help="message of the commit (default: Upload adapter)"),
     argument("--revision", metavar="BRANCH", help="a branch, created if needed (default: main)"),
     argument("--replace", action="store_true", help="overwrite another adapter in that repository"),
     ON_MODEL,
     example="%lora push user/sql-adapter --private",
 )
-def push(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Upload one adapter."""
-    return notebook.session.push(
-        options.repo,
-        name=options.name,
-        model=notebook.chosen(options.model),
-        private=True if options.private else None,
-        message=options.message,
-        revision=options.revision,
-        replace=options.replace,
-    )
 
 
 @subcommand(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft._util.device_names import DEVICES, THIS_MACHINE, is_apple, named
 from nbpeft.display.numbers import share, size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
-from nbpeft.names import LOSS_CHUNK_SIZE, SHORT_DTYPES
+from nbpeft.names import SHORT_DTYPES
 from nbpeft.session.configs import DEFAULT_METHOD, build_config, label_of, meaning, summary_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
@@ -50,7 +50,6 @@ def plan_memory(
     """Forecast the memory of a run, by part, and whether a device has enough; nothing is loaded or changed.
 
     Args:
-        ctx: context of the session.
         model: a model or its name in the session, a transformers config, or the folder or hub id of one; only its
             config is read.
         config: the adapter's config, or its fields; by default that of the model's active adapter, or LoRA of rank 16
@@ -131,11 +130,7 @@ def memory_planner(
 def _planned(
     tracked: TrackedModel | None, config: ConfigLike | None, changes: Mapping[str, Any], rank: int | None
 ) -> AdapterConfig:
-    """Return the config of the adapter to plan for; see ``plan_memory``.
-
-    Raises:
-        ConfigError: a field is unknown or invalid, or the adapter has no rank that could be changed.
-    """
+    """Return the config of the adapter to plan for; see ``plan_memory``."""
     if config is None and tracked is not None and tracked.manager.names:
         manager = tracked.manager
         name = (manager.active or manager.names)[0]
@@ -166,6 +161,7 @@ class MemoryPlanner:
         adapter: config of the trained adapter.
         name: display name of the model.
         batch_size: see ``Session.plan_memory``, also for the further arguments.
+        **others: further fields of ``nbpeft.memory.estimate.Setting``.
         sequences_per_row: number of sequences of each row of the data.
     """
 
@@ -180,19 +176,10 @@ class MemoryPlanner:
         dtype: torch.dtype | str | None = None,
         quantization: str | None = AS_IT_IS,
         gradient_checkpointing: bool | None = None,
-        optimizer: str = "adamw",
-        training: bool = True,
-        packing: bool = False,
-        adapters: int = 1,
-        device: Any = None,
         double_quant: bool | None = None,
-        processes: int = 1,
-        sharded: bool = False,
-        loss_chunk_size: int = LOSS_CHUNK_SIZE,
-        recompute: bool = True,
+        device: Any = None,
         sequences_per_row: int = 1,
-        reference: str | None = None,
-        generation: bool = False,
+        **others: Any,
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
@@ -216,19 +203,10 @@ class MemoryPlanner:
             dtype=dtype or found.dtype,
             quantization=found.quantization if quantization == AS_IT_IS else quantization,
             gradient_checkpointing=gradient_checkpointing,
-            optimizer=optimizer,
-            training=training,
-            packing=packing,
-            adapters=adapters,
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
-            processes=processes,
-            sharded=sharded,
-            loss_chunk_size=loss_chunk_size,
-            recompute=recompute,
-            reference=reference,
-            generation=generation,
             quantized_experts=found.experts or quantization != AS_IT_IS,
+            **{"optimizer": "adamw", "training": True, **others},
         )
         self._stored_note = found.note
         self.name = name
@@ -240,11 +218,7 @@ class MemoryPlanner:
         return self._settings(self.setting)
 
     def plan(
-        self,
-        settings: PlanSettings | None = None,
-        *,
-        suggest: bool = True,
-        stopped: Callable[[], bool] = lambda: False,
+        self, settings: PlanSettings | None = None, *, suggest: bool = True, stopped: Callable[[], bool] = lambda: False
     ) -> PlanResult:
         """Estimates the memory of a step; takes about a second the first time, and longer if it does not fit.
 
@@ -423,7 +397,6 @@ def plan_or_reason(source: Any, config: AdapterConfig, name: str, settings: Mapp
 
     Args:
         source: a model, a config, a folder or a hub id.
-        config: config of the adapter.
         name: display name of the model.
         settings: further arguments of ``MemoryPlanner``.
     """
