@@ -776,8 +776,7 @@ def push(
     hub = {key: kwargs.get(key) for key in ("token", "revision", "endpoint")}
     with checkpoint.scratch_folder() as folder:
         if facts is not None:
-            present = checkpoint.present_file(repo_id, "README.md", **hub)
-            if present:
+            if present := checkpoint.present_file(repo_id, "README.md", **hub):
                 (folder / "README.md").write_bytes(present.encode())
         names = list(manager.names) if name is None else [name]
         save(manager, folder, names=names, flat=name is not None, facts=facts, mark_saved=False)
