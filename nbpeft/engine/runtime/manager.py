@@ -421,6 +421,7 @@ class AdapterManager:
             self.require(name)
             if name in self._merged or (self._merged and self._biases.originals(name)):
                 raise MergeError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
+            self.layer_commands.apply_pending(change)
             self._keep_structure(change)
             drop(self.model, name, self.layers.values(), self.copies.values(), change)
             self._tree_with()
