@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,20 @@ ONE_WORD = {
 """What runs without the name ``peft``."""
 
 
+@functools.cache
+def of_peft(client: str) -> dict[str, Any]:
+    """What PEFT gives in all cases of a client; a case seeds what it draws, whichever ran before it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return results(client, "peft", cases_of(client), Path(folder))
+
+
+def cases_of(client: str) -> list[str]:
+    """The names of its cases."""
+    return [name for name in CASES if name.startswith(client)]
+
+
 def results(client: str, library: str, names: list[str], folder: Path) -> dict[str, Any]:
-    """What one side gives in the cases of a client."""
+    """What one side gives in some cases of a client."""
     file, packages = folder / f"{library}.json", PACKAGES[client]
     paths = [str(ROOT), *([str(installed(*packages))] if packages else [])]
     script = str(ROOT / "tests/clients/client_run.py")
@@ -52,7 +66,7 @@ def close(one: Any, other: Any) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("client", PACKAGES)
 def test_a_client_gives_what_it_gives_with_peft(client: str, tmp_path: Path) -> None:
-    compare(client, "as-peft", [name for name in CASES if name.startswith(client)], tmp_path)
+    compare(client, "as-peft", cases_of(client), tmp_path)
 
 
 @pytest.mark.slow
@@ -64,7 +78,7 @@ def test_a_client_takes_configs_by_the_one_word_replaced(client: str, tmp_path: 
 def compare(client: str, library: str, names: list[str], folder: Path) -> None:
     """Asserts that a client gives in some cases what it gives with PEFT."""
     pytest.importorskip("peft")
-    theirs, ours = (results(client, each, names, folder) for each in ("peft", library))
+    theirs, ours = {name: of_peft(client)[name] for name in names}, results(client, library, names, folder)
     failed = {name: found for name, found in (theirs | ours).items() if isinstance(found, str)}
     assert not failed, "\n".join(failed.values())
     assert [name for name in names if not close(ours[name], theirs[name])] == [], (ours, theirs)

@@ -21,7 +21,7 @@ import pytest
 from tests.effort import drawn as effort_drawn
 from tests.effort import effort
 
-KILLS = effort(quick=3, full=20, long=200)
+KILLS = effort(quick=3, full=10, long=200)
 """Deaths of each writer at random moments."""
 CHILD_SECONDS = 120
 """How long a forked process may take."""

@@ -115,7 +115,7 @@ def test_a_command_works_or_is_refused_when_another_thread_comes_between(name: s
     if made.model is None or made.pool is not None:
         pytest.skip("there are no adapters that another thread could change")
     points = points_of(made, lambda stage: run_quietly(command, stage))
-    for number, point in enumerate(drawn(points, quick=6, full=50)):
+    for number, point in enumerate(drawn(points, quick=6, full=20)):
         for other in drawn(list(OTHERS.values()), quick=2, seed=number):
             stage = twin(made)
             interleaved(stage, lambda stage: run_quietly(command, stage), point, other)

@@ -54,7 +54,7 @@ def interrupted_at(point: Point) -> Iterator[None]:
 @pytest.mark.parametrize(("name", "storage"), CASES)
 def test_an_interrupted_command_leaves_the_model_before_or_after(name: str, storage: str) -> None:
     harness = Harness(name, storage)
-    points = drawn(points_of(harness), quick=3, full=150, seed=CASES.index((name, storage)))
+    points = drawn(points_of(harness), quick=3, full=80, seed=CASES.index((name, storage)))
     harness.try_all(points, interrupted_at, KeyboardInterrupt)
 
 

@@ -70,12 +70,6 @@ def check_counts(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_completion_alone_is_learned(tmp_path: Path) -> None:
-    found = results(NEWEST, tmp_path, dict.fromkeys(("nbpeft", "peft"), ("sft-completion",)))
-    compare(found["nbpeft"], found["peft"], ("sft-completion",))
-
-
-@pytest.mark.slow
 def test_every_trainer_learns_as_with_peft_installed_or_not(tmp_path: Path) -> None:
     alone = tuple(name for name in CASES if name != "sft-nll")
     both = dict.fromkeys(("nbpeft", "peft", "as-peft"), CASES + SPECIAL)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.base import BaseLayer, Shape, Shapes
 from nbpeft.engine.contract.bindable import Bindable
 from nbpeft.engine.contract.initial_draws import Fill, drawn
 
@@ -25,7 +25,7 @@ class SharedSite:
         dtype: dtype of new tensors.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, Shape]
     device: torch.device
     dtype: torch.dtype
 
@@ -55,7 +55,7 @@ class SharedState(Bindable):
     """Names of its modules that in PEFT map a tensor name to a mapping by adapter name, not the other way round."""
 
     @classmethod
-    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> Shapes:
         """The names and shapes of its tensors.
 
         Args:
@@ -101,7 +101,7 @@ class SharedState(Bindable):
         return made
 
     @classmethod
-    def other_dtypes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.dtype]:
+    def other_dtypes(cls, shapes: Mapping[str, Shape]) -> dict[str, torch.dtype]:
         """The dtypes of tensors that are not floating-point, such as indices.
 
         Args:
@@ -162,9 +162,7 @@ class DrawnTensors(SharedState):
         return first, second
 
     @classmethod
-    def drawn(
-        cls, config: Any, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
-    ) -> Mapping[str, Tensor]:
+    def drawn(cls, config: Any, shapes: Mapping[str, Shape], generator: torch.Generator) -> Mapping[str, Tensor]:
         """Draws the tensors on the CPU, with the same numbers as PEFT.
 
         Args:
@@ -179,7 +177,6 @@ class DrawnTensors(SharedState):
 
     @classmethod
     def create(cls, config: Any, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Registers loaded tensors, or draws them from the config's seed; see ``SharedState``."""
         if tensors is None:
             tensors = cls.drawn(config, site.shapes, torch.Generator().manual_seed(config.projection_prng_key))
         placed = {name: tensor.to(site.device, site.dtype) for name, tensor in tensors.items()}
@@ -210,7 +207,7 @@ class Together(SharedState):
         self.bind(config=config, adapters={})
 
     @classmethod
-    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> Shapes:
         """None: it has no tensors."""
         return {}
 

@@ -384,6 +384,12 @@ def test_a_weight_that_is_not_quantized_yet_has_no_grid():
     assert backend.grid(bnb.nn.Linear4bit(64, 32), torch.zeros(32, 64)) is None
 
 
+@pytest.mark.parametrize(("inputs", "outputs", "has_one"), [(96, 64, False), (64, 96, True)])
+def test_a_weight_whose_blocks_extend_over_the_ends_of_rows_has_no_grid(inputs, outputs, has_one):
+    layer = bnb.nn.Linear4bit(inputs, outputs, bias=False).to("cpu")
+    assert (backend.grid(layer, backend.dequantize(layer)) is not None) == has_one
+
+
 def test_a_grid_reaches_as_far_as_the_weight_to_round():
     layer, _ = quantized()
     before = backend.dequantize(layer).float()

@@ -78,7 +78,7 @@ class AdaptionPromptConfig(AdapterConfig):
                 check_count(name, getattr(self, name))
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Looks for the attentions; see ``AdapterConfig``."""
+        """Looks for the attentions."""
         for name in ("adapter_len", "adapter_layers"):
             check_count(name, getattr(self, name))
         config: Any = getattr(model, "config", None)
@@ -163,7 +163,7 @@ class AdaptionPromptModel(ModelAdapter, AddsInside):
     def addition(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int
     ) -> Tensor:
-        """The gated attention to the prompt; see ``AddsInside``."""
+        """The gated attention to the prompt."""
         own: Any = self.get_submodule(path)
         attention: Any = module
         x: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -189,7 +189,6 @@ class AdaptionPromptModel(ModelAdapter, AddsInside):
         return projected
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
         return "the weights: what it adds to an attention depends on the queries"
 
 
