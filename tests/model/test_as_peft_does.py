@@ -512,5 +512,5 @@ def test_an_adapter_that_layers_have_active_is_deleted_from_the_model(library: A
     layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
     for layer in layers:  # as transformers' set_adapter
         layer.set_adapter(["one", "two"])
-    importlib.import_module(f"{library.__name__}.functional").delete_adapter(model, "one")
+    importlib.import_module(f"{library.__name__}.functional").delete_adapter(model, "one", "lora_")
     assert [layer.active_adapters for layer in layers] == [["two"]] * len(layers)
