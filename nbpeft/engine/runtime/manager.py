@@ -654,11 +654,7 @@ class AdapterManager:
             hooked.after_backward(step)
 
     def extra_loss(self) -> Tensor | None:
-        """Loss terms of the adapters that train; they add nothing to a loss that already contains them.
-
-        Returns:
-            A scalar; None if there are no terms.
-        """
+        """A scalar, the loss terms of the adapters that train, or None; a loss that contains them stays as it is."""
         extra = extra_loss(self)
         return None if extra is None else extra.as_subclass(LossTerm)
 
