@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.config.config_checks import check_choice, check_count, check_target_fields
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, TaskType
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.errors import ConfigError
 
 PROMPT_KEY = "prompt_embeddings"
@@ -90,11 +91,7 @@ class PromptLearningConfig(AdapterConfig):
         return self.copy(encoded=encoded), kept
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Fills in sizes that are None, in place; see ``AdapterConfig``.
-
-        Args:
-            model: the base model.
-            width: features of its input embedding; 0 if it has none.
+        """Fills in the sizes that are None.
 
         Raises:
             ConfigError: the model's config lacks a size, or ``token_dim`` does not fit the model.
@@ -138,6 +135,29 @@ def size_in(config: Any, field: str, names: Sequence[str]) -> int:
         if isinstance(value, int):
             return value
     raise ConfigError(f"Please specify `{field}`: the model's config does not have it", field=field)
+
+
+def prompt_listing(
+    when: str, paper: str, more: Callable[[Any], Mapping[str, str]] = lambda config: {}, **fields: Any
+) -> Listing:
+    """The listing of a method that learns a prompt of some tokens.
+
+    Args:
+        when: as in ``Listing``.
+        paper: likewise.
+        more: config -> settings to show after the number of tokens.
+        **fields: other fields of ``Listing``.
+    """
+    halved: dict[str, Any] = {
+        "smaller": lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+        "listed_with": {"num_virtual_tokens": 20},
+    }
+    return Listing(
+        when=when,
+        paper=paper,
+        summary=lambda config: {"tokens": str(config.num_virtual_tokens), **more(config)},
+        **(halved | fields),
+    )
 
 
 @dataclass

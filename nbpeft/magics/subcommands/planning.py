@@ -180,11 +180,7 @@ def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[
 
 
 def _source(name: str | None, notebook: NotebookContext) -> tuple[Any, str]:
-    """The object to plan for, a model or config in a variable, or a folder or Hub id; and its name.
-
-    Raises:
-        CellError: the variable's value is something else.
-    """
+    """The object to plan for, a model or config in a variable, or a folder or Hub id; and its name."""
     if name is None:
         if notebook.session.names:
             return (found := notebook.adapted_model(None, "%lora plan")), found

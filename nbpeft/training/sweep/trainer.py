@@ -108,15 +108,16 @@ class SideBySideTrainer(transformers.Trainer):
     @contextmanager
     def _minimizing(self, objective: Objective) -> Iterator[None]:
         """Computes the loss of a member's objective inside the block, if the Trainer has one of its own."""
-        former = getattr(self, "objective", None)
+        trainer: Any = self
+        former = getattr(trainer, "objective", None)
         if former is None:
             yield
             return
-        self.objective = objective
+        trainer.objective = objective
         try:
             yield
         finally:
-            self.objective = former
+            trainer.objective = former
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Computes the loss like the base class; refuses one that is not the sum of the members' losses."""

@@ -9,7 +9,7 @@ For a quantized weight PEFT uses the magnitudes of the packed codes; here those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -59,6 +59,7 @@ class SupertuningConfig(LayersConfig):
     method_type: ClassVar[str] = "SUPERTUNING"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     value_fields: ClassVar[tuple[str, ...]] = ("lora_alpha", "lora_dropout", "init_weights")
+    scaling: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,11 +80,6 @@ class SupertuningConfig(LayersConfig):
         return not self.save_precomputed_indices
 
     @property
-    def scaling(self) -> float:
-        """Always 1."""
-        return 1.0
-
-    @property
     def alpha(self) -> float:
         """The scaling of the factors; 0 without factors."""
         return float(self.lora_alpha or 0.0)
@@ -91,7 +87,6 @@ class SupertuningConfig(LayersConfig):
 
 @register(
     SupertuningConfig,
-    peft_type="SUPERTUNING",
     label="Super-Tuning",
     listing=Listing(
         when="like SHiRA, with entries chosen by magnitude; optionally together with LoRA",
@@ -128,12 +123,10 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         "scaling": "scaling",
         "alpha": "alpha",
         "dropout": "lora_dropout",
-        "saves_places": "save_precomputed_indices",
     }
 
     alpha: float
     dropout: float
-    saves_places: bool
 
     @classmethod
     def parameter_shapes(cls, config: SupertuningConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
@@ -209,10 +202,6 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         """``(W + Δ) x + b`` in one product, where the weight is not quantized, and the factors'."""
         found = in_one_product(x, base, self.entries_in, self.tensors[:1])
         return None if found is None else self.with_factors(x, found)
-
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
-        """The parameters, and the places with ``save_precomputed_indices``."""
-        return super().saved_tensors(shapes) | ({INDICES: self.places} if self.saves_places else {})
 
 
 def _new(config: SupertuningConfig, site: AdapterSite) -> dict[str, Tensor]:

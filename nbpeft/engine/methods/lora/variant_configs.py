@@ -7,20 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nbpeft.engine.config.config_checks import check_choice, check_count, check_number
+from nbpeft.engine.config.config_checks import (
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_number,
+    check_positive,
+)
 from nbpeft.engine.contract.field_types import check_types
 from nbpeft.errors import ConfigError, few
 
 DIRECTIONS = ("batch_average", "batch_average_once", "random")
 _GENERAL = re.compile(r"gks_\d+")
 """Names that ``create_arrow_model`` gives to general adapters."""
-
-
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        check_number(name, getattr(config, name))
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} must be above 0, not {getattr(config, name)}", field=name)
 
 
 @dataclass
@@ -51,7 +50,7 @@ class ArrowConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_count("top_k", self.top_k)
-        _check_positive(self, "router_temperature")
+        check_positive("router_temperature", self.router_temperature)
 
     def general_among(self, names: Iterable[str]) -> list[str]:
         """Names of the general adapters: those of the settings, else those among ``names`` that are named gks_N."""
@@ -79,7 +78,7 @@ class VeloraConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_count("num_groups", self.num_groups)
-        _check_positive(self, "scale")
+        check_positive("scale", self.scale)
         check_choice("init_type", self.init_type, DIRECTIONS)
 
 
@@ -112,7 +111,7 @@ class MontecloraConfig:
             check_count(name, getattr(self, name))
         for name in ("sample_scaler", "kl_loss_weight"):
             check_number(name, getattr(self, name))
-        _check_positive(self, "dirichlet_prior")
+        check_positive("dirichlet_prior", self.dirichlet_prior)
 
 
 @dataclass
@@ -192,9 +191,7 @@ class KasaConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("beta", "gamma"):
-            check_number(name, getattr(self, name))
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, as {getattr(self, name)} is", field=name)
+            check_not_negative(name, getattr(self, name))
 
 
 VARIANT_CONFIGS: dict[str, type[Any]] = {

@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
-from nbpeft.engine.config.config_checks import check_count, check_number, check_share
-from nbpeft.engine.config.layers_config import check_filled
+from nbpeft.engine.config.config_checks import check_count, check_filled, check_number, check_positive, check_share
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, ReadsTensors, store_of
 from nbpeft.engine.contract.base import Shape
 from nbpeft.engine.contract.registry import layer_kind_named
@@ -110,12 +109,9 @@ class XLoraConfig(AdapterConfig):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_share("xlora_dropout_p", self.xlora_dropout_p)
-        for name in ("softmax_temperature", "scaling_pass_value", "global_scaling_weight"):
+        for name in ("scaling_pass_value", "global_scaling_weight"):
             check_number(name, getattr(self, name))
-        if self.softmax_temperature <= 0:
-            raise ConfigError(
-                f"softmax_temperature must be positive, not {self.softmax_temperature:g}", field="softmax_temperature"
-            )
+        check_positive("softmax_temperature", self.softmax_temperature)
         if self.enable_softmax_topk and self.enable_softmax:
             warnings.warn(
                 "`enable_softmax_topk` and `enable_softmax` are both enabled: the weights go through two softmaxes, "
