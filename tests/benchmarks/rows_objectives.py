@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from tests.benchmarks.harness import OURS, PEFT, Measure, Row, Size
-from tests.benchmarks.rows_training import LAYERS, VOCABULARY, base_of
+from tests.benchmarks.rows_training import VOCABULARY, base_of
 
 TRL_DPO, TRL_GRPO, SFT = "peft under TRL's DPOTrainer", "peft under TRL's GRPOTrainer", "nbpeft, sft"
+LAYERS = 4
 PAIRS, PROMPT, COMPLETION = 4, 64, (24, 96)
 COPIES, GENERATED = 4, 32
 OF_REWARDS: dict[str, Any] = {"num_generations": COPIES, "max_completion_length": GENERATED}
@@ -107,7 +108,7 @@ def measured(library: str, objective: str, size: Size) -> tuple[float, float]:
         toy = {"hidden": size.hidden, "layers": 2, "vocabulary": 128, "steps": 2, "shrink": 8}
         peak, seconds = train(library, objective, **toy)
         return peak, seconds
-    sizes = {"hidden": size.hidden, "layers": LAYERS, "vocabulary": VOCABULARY, "steps": 4, "shrink": 1}
+    sizes = {"hidden": size.hidden, "layers": LAYERS, "vocabulary": VOCABULARY, "steps": 3, "shrink": 1}
     code = (
         "import json; from tests.benchmarks.rows_objectives import train; "
         f"print(json.dumps(train({library!r}, {objective!r}, **{sizes!r})))"
