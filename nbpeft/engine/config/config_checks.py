@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from nbpeft.engine.config.module_paths import PLAIN_PATTERN, pattern_table
 from nbpeft.engine.config.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
 from nbpeft.engine.contract.base import LayerKind
+from nbpeft.engine.contract.field_types import check_types
 from nbpeft.errors import BiasError, ConfigError, LayerKindError, did_you_mean, few, shown
 
 _LARGEST_COUNT = 2**24
@@ -283,3 +284,44 @@ def unused_patterns(config: Any, names: Sequence[str], paths: Sequence[str]) -> 
                 f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
             )
     return " ".join(parts)
+
+
+class Checked:
+    """A config that declares which values its fields take; a field whose default is None may be None, too."""
+
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Fields with a rank or another size: whole numbers from 1."""
+    shares: ClassVar[tuple[str, ...]] = ()
+    """Fields with a dropout or another fraction, from 0 to 1."""
+    numbers: ClassVar[tuple[str, ...]] = ()
+    """Fields with a finite number."""
+    positive: ClassVar[tuple[str, ...]] = ()
+    """Fields with a number above 0."""
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    """Fields with a number of at least 0."""
+    seeds: ClassVar[tuple[str, ...]] = ()
+    """Fields with a seed of torch's generators."""
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Field -> its values."""
+
+    def check_values(self) -> None:
+        """Raises ConfigError for a value of another kind."""
+        declared: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
+            *((check_count, self.counts), (check_share, self.shares), (check_number, self.numbers)),
+            *((check_positive, self.positive), (check_not_negative, self.not_negative), (check_seed, self.seeds)),
+        )
+        for check, names in declared:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None or getattr(type(self), name, None) is not None:
+                    check(name, value)
+        for name, values in self.choices.items():
+            check_choice(name, getattr(self, name), values)
+
+
+class Settings(Checked):
+    """Base class of dataclasses with the settings of one variant or init."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self.check_values()

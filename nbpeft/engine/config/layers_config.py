@@ -10,11 +10,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from nbpeft.engine.config.config_checks import (
-    check_choice,
+    Checked,
     check_count,
     check_number,
-    check_seed,
-    check_share,
     check_target_fields,
     checked_pattern,
     unused_patterns,
@@ -25,7 +23,7 @@ from nbpeft.errors import ConfigError
 
 
 @dataclass
-class LayersConfig(AdapterConfig):
+class LayersConfig(Checked, AdapterConfig):
     """Selects the layers to adapt.
 
     Attributes:
@@ -50,14 +48,6 @@ class LayersConfig(AdapterConfig):
     )
     method_type: ClassVar[str] = ""
     """The ``peft_type``."""
-    counts: ClassVar[tuple[str, ...]] = ()
-    """Fields with a rank or another size: whole numbers from 1."""
-    shares: ClassVar[tuple[str, ...]] = ()
-    """Fields with a dropout or another fraction, from 0 to 1."""
-    numbers: ClassVar[tuple[str, ...]] = ()
-    """Fields with a finite number."""
-    seeds: ClassVar[tuple[str, ...]] = ()
-    """Fields with a seed of torch's generators."""
     not_in_peft: ClassVar[tuple[str, ...]] = ()
     """Fields that PEFT's config of the method does not have; ``to_dict`` leaves them out if they are None."""
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {}
@@ -67,18 +57,9 @@ class LayersConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = PeftType(self.method_type)
         check_filled(self)
-        for name in self.counts:
-            check_count(name, getattr(self, name))
-        for name in self.shares:
-            check_share(name, getattr(self, name))
-        for name in self.numbers:
-            check_number(name, getattr(self, name))
-        for name in self.seeds:
-            check_seed(name, getattr(self, name))
+        self.check_values()
         for name, check in self.pattern_fields.items():
             setattr(self, name, checked_pattern(name, getattr(self, name), check))
-        for name, values in self.choices.items():
-            check_choice(name, getattr(self, name), values)
         check_target_fields(self, pattern_fields=tuple(self.pattern_fields))
 
     def to_dict(self) -> dict[str, Any]:

@@ -488,7 +488,7 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
     for name, state in shared.items():
         for own in list(state._parameters):
             parameters.setdefault(("", own), {})[name] = (state, own)
-        for own, module in state._modules.items():
+        for own, module in state.named_children():
             modules.setdefault(own, {})[name] = module
     for name, adapter in adapters.items():
         for own, make in _parts_of(adapter, base):
