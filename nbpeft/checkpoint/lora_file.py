@@ -58,7 +58,6 @@ def write_lora_file(path: Path, deltas: Mapping[str, LowRankDelta], component: s
     """Writes an adapter as a single LoRA file for other programs.
 
     Args:
-        path: the file.
         deltas: path of a layer -> the low-rank update of its weight.
         component: component of the pipeline: ``unet``, ``text_encoder``, …
         style: ``kohya`` or ``diffusers``. The latter has no alpha in its files, so the scaling is multiplied into
@@ -102,7 +101,6 @@ def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.devic
     Warns about keys for other components.
 
     Args:
-        path: the file.
         modules: paths of the model's modules. They are needed for kohya's keys, in which ``_`` replaces each dot.
         device: device of the tensors.
 
@@ -154,11 +152,7 @@ def _check(file: TensorFile, pairs: Mapping[str, _Pair], others: Iterable[str]) 
 
 
 def _fields(file: TensorFile, pairs: Mapping[str, _Pair]) -> dict[str, Any]:
-    """Returns ranks and alphas as config fields.
-
-    Raises:
-        CheckpointError: an alpha is NaN or infinite.
-    """
+    """Returns ranks and alphas as config fields."""
     ranks = {where: int(file.header[pair.parts["down"]].shape[0]) for where, pair in pairs.items()}
     given = file.read(pair.alpha for pair in pairs.values() if pair.alpha)
     numbers = {key: float(tensor) for key, tensor in given.items()}

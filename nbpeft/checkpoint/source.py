@@ -162,11 +162,7 @@ class Source:
 
 
 def _is_file(path: Path) -> bool:
-    """Returns whether a path is a file.
-
-    Raises:
-        CheckpointError: it cannot be checked, because of missing permissions or a name that is too long.
-    """
+    """Returns whether a path is a file."""
     try:
         return path.is_file()
     except OSError as error:
@@ -222,7 +218,6 @@ def download(repo_id: str, filename: str, subfolder: str | None, options: Mappin
 
     Args:
         repo_id: id of the repository.
-        filename: name of the file.
         subfolder: folder of the file in the repository, or None.
         options: options of ``hf_hub_download``.
 
@@ -252,7 +247,6 @@ def start_of_large_file(
 
     Args:
         repo_id: id of the repository.
-        filename: name of the file.
         subfolder: folder of the file in the repository, or None.
         options: options of ``hf_hub_download``.
 
@@ -357,7 +351,6 @@ def present_file(
 
     Args:
         repo_id: id of the repository.
-        name: name of the file.
         token: access token, or None.
         revision: branch, tag or commit; None for the default branch.
         endpoint: URL of the hub; None for the default.
@@ -406,8 +399,7 @@ def _writing(call: Callable[[], Result], repo_id: str) -> Result:
             ) from None
         if status == 403 and not isinstance(error, errors.GatedRepoError):
             raise CheckpointError(
-                f"this access token cannot write to {repo_id!r}; it needs write access ({TOKENS_PAGE})",
-                repo_id=repo_id,
+                f"this access token cannot write to {repo_id!r}; it needs write access ({TOKENS_PAGE})", repo_id=repo_id
             ) from None
         raise
     except getattr(errors, "HTTPError", ()):  # no response at all

@@ -42,12 +42,19 @@ class Argument:
             adapter), ``name`` (a new one), or empty.
         words: further values to complete. A word such as ``prompt=`` declares that ``prompt=value`` after the option
             belongs to the option and is not a field.
+        reads: called with the notebook and the value; returns what a method of the session takes. None for the value.
     """
 
     flags: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     completes: str = ""
     words: tuple[str, ...] = ()
+    reads: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def dest(self) -> str:
+        """The name under which argparse stores its value."""
+        return self.options.get("dest") or self.flags[0].lstrip("-").replace("-", "_")
 
     @property
     def positional(self) -> bool:
@@ -65,16 +72,15 @@ class Argument:
         return self.options.get("nargs") in ("+", "*")
 
 
-def argument(*flags: str, completes: str = "", words: tuple[str, ...] = (), **options: Any) -> Argument:
-    """Create an ``Argument``, with the keywords of argparse's ``add_argument``.
-
-    Args:
-        *flags: as for ``add_argument``.
-        completes: see ``Argument``.
-        words: see ``Argument``.
-        **options: keywords of ``add_argument``.
-    """
-    return Argument(flags, options, completes, words)
+def argument(
+    *flags: str,
+    completes: str = "",
+    words: tuple[str, ...] = (),
+    reads: Callable[[Any, Any], Any] | None = None,
+    **options: Any,
+) -> Argument:
+    """Create an ``Argument``, with the keywords of argparse's ``add_argument`` as ``options``."""
+    return Argument(flags, options, completes, words, reads)
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,6 @@ class LineParser(argparse.ArgumentParser):
     """The parser of a subcommand; it neither prints nor exits.
 
     Args:
-        command: the subcommand.
         prog: how the line begins, e.g. ``%lora use``.
     """
 
@@ -138,11 +143,7 @@ class LineParser(argparse.ArgumentParser):
             self.add_argument(*item.flags, **item.options)
 
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's message into a one-line error.
-
-        Raises:
-            CellError: always.
-        """
+        """Turn argparse's message into a one-line error."""
         message = re.sub(r"(--[\w-]+)/-\w\b", r"\1", message)
         needed = message.removeprefix(_REQUIRED)
         if needed != message:
@@ -151,11 +152,7 @@ class LineParser(argparse.ArgumentParser):
         raise CellError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse words.
-
-        Raises:
-            CellError: an argument is unknown, missing or invalid.
-        """
+        """Parse words."""
         options, unknown = self.parse_known_args(list(words))
         if not unknown:
             return options
@@ -176,13 +173,9 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
     """Parses the arguments of one command.
 
     Args:
-        command: the subcommand.
         prog: how the line begins.
         words: the words after it.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
-
-    Raises:
-        CellError: an argument is unknown, missing or invalid.
     """
     if any(word.text in ("-h", "--help") and not word.quoted for word in words):
         return Request(command, argparse.Namespace(), help=True)
@@ -249,16 +242,12 @@ def parse_line(
 
     Args:
         line: the line after the magic's name.
-        subcommands: the subcommands, by name.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
         magic: the magic, for messages.
         cells: names of the cell magics, for messages.
 
     Returns:
         None for an empty line.
-
-    Raises:
-        CellError: there is no such subcommand, or its arguments are invalid.
     """
     words = tokenize(line)
     if not words:
@@ -311,11 +300,7 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     ``--rank={r}``, ``orders={weight}``.
 
     Args:
-        word: the word.
         namespace: variables of the notebook.
-
-    Raises:
-        CellError: the variable is not defined, or is not text, a number or a path.
     """
     head, text = "", word.text
     before, equals, after = word.text.partition("=")

@@ -23,6 +23,7 @@ ON_MODEL = argument(
     "-m",
     metavar="MODEL",
     completes="model",
+    reads=NotebookContext.chosen,
     help="the model; not needed if only one has adapters",
 )
 """The option of subcommands that need an adapted model: required if there are several."""
@@ -141,7 +142,6 @@ def subcommand(
     Args:
         name: the word after ``%lora``, or the cell magic.
         summary: one line for the help.
-        *arguments: its arguments.
         fields: the kind of fields that ``name=value`` words and cell bodies set: ``config``, ``training``, ``qlora`` or
             none.
         example: shown in the help.
@@ -164,9 +164,6 @@ def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
     Args:
         options: the parsed line with its fields.
         names: the names that are not allowed as fields.
-
-    Raises:
-        CellError: one of them is set as a field.
     """
     for name in names:
         if name in options.fields:
@@ -174,11 +171,7 @@ def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
 
 
 def fields_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a config, with the ``peft_type`` that ``--method`` names.
-
-    Raises:
-        CellError: the field ``peft_type`` names another method.
-    """
+    """The fields of a config, with the ``peft_type`` that ``--method`` names."""
     fields = dict(options.fields)
     if options.method is not None and fields.setdefault("peft_type", options.method) != options.method:
         raise CellError(f"--method {options.method} and peft_type = {fields['peft_type']!r} contradict each other")
@@ -186,20 +179,26 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def session_command(name: str, summary: str, *arguments: Argument, method: str = "", example: str = "") -> None:
-    """Register a subcommand that only passes its positional arguments and the model to a method of the session.
+    """Register a subcommand that only passes its arguments to a method of the session: options by name.
 
     Args:
         name: the word after ``%lora``.
         summary: one line for the help.
-        *arguments: its arguments.
         method: the name of the method; by default that of the subcommand.
         example: shown in the help.
     """
-    places = [item.flags[0] for item in arguments if item.positional]
 
     def run(options: argparse.Namespace, notebook: NotebookContext) -> Any:
-        values = [getattr(options, place) for place in places]
-        return getattr(notebook.session, method or name)(*values, model=notebook.chosen(options.model))
+        places: list[Any] = []
+        named: dict[str, Any] = {}
+        for item in arguments:
+            value = getattr(options, item.dest)
+            value = value if item.reads is None else item.reads(notebook, value)
+            if item.positional:
+                places.append(value)
+            else:
+                named[item.dest] = value
+        return getattr(notebook.session, method or name)(*places, **named)
 
     subcommand(name, summary, *arguments, example=example)(run)
 

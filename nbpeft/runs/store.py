@@ -84,7 +84,6 @@ class RunStore:
 
         Args:
             name: current name of the run.
-            new: its new name.
 
         Raises:
             CheckpointNotFoundError: there is no such run.

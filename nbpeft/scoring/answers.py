@@ -50,10 +50,18 @@ def default_limit(rows: Sequence[ScoredRow], metrics: Sequence[Metric], *, strip
         metrics: the metrics.
         stripped: whether white space before the answer is ignored.
     """
-    names = {metric.name for metric in metrics if metric.needs == "answers"}
-    if names <= _AT_THE_START:
+    if only_the_start_counts(metrics):
         return max(row.reference_count for row in rows) + (2 if stripped else 1) * _MARGIN
     return _USUAL_LIMIT
+
+
+def only_the_start_counts(metrics: Sequence[Metric]) -> bool:
+    """Whether nothing of an answer counts that follows the length of the reference.
+
+    Args:
+        metrics: the metrics.
+    """
+    return {metric.name for metric in metrics if metric.needs == "answers"} <= _AT_THE_START
 
 
 def answer_rows(

@@ -56,6 +56,7 @@ class BackgroundTraining:
         control: Stop and Pause.
         result: the result; None before the end, or if it failed.
         error: the error with which it failed.
+        ended: whether the thread no longer uses the model.
         traceback: traceback of the error, as text.
     """
 
@@ -68,12 +69,7 @@ class BackgroundTraining:
         self._gate = gate
         self._condition = threading.Condition()
         self._run: Run | None = None
-        self._started = self._shown = self._ended = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether the thread no longer uses the model."""
-        return self._ended
+        self._started = self._shown = self.ended = False
 
     @property
     def state(self) -> TrainState | None:
@@ -98,7 +94,7 @@ class BackgroundTraining:
             thread.start()
             self._started = True
         with self._condition:
-            self._condition.wait_for(lambda: self._run is not None or self._ended)
+            self._condition.wait_for(lambda: self._run is not None or self.ended)
         if self._run is not None:
             show(self._run)
         self._release()
@@ -122,18 +118,9 @@ class BackgroundTraining:
             self._condition.wait_for(lambda: self._shown)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Waits for the end.
-
-        An interruption ends only the wait.
-
-        Args:
-            timeout: maximal time in seconds; None for no limit.
-
-        Returns:
-            Whether the training has ended.
-        """
+        """Waits for the end, at most ``timeout`` seconds; returns whether it came. An interruption ends the wait."""
         with self._condition:
-            return self._condition.wait_for(lambda: self._ended, timeout)
+            return self._condition.wait_for(lambda: self.ended, timeout)
 
     def _release(self) -> None:
         with self._condition:
@@ -158,7 +145,7 @@ class BackgroundTraining:
     def _end(self) -> None:
         self._gate.end()
         with self._condition:
-            self._ended = True
+            self.ended = True
             self._condition.notify_all()
 
 

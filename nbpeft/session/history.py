@@ -120,8 +120,6 @@ class History:
         """Adds a past adapter, and drops the oldest ones beyond the limits.
 
         Args:
-            manager: manager of the model.
-            past: the past adapter.
             change: transaction that records the change.
         """
         kept, left = [past], MOST_BYTES - past.kept.byte_count
@@ -130,23 +128,14 @@ class History:
             if left < 0:
                 break
             kept.insert(0, older)
-        self._set(manager, tuple(kept), change)
+        self.take_back(manager, tuple(kept), change)
 
     def drop_last(self, manager: AdapterManager, change: Transaction) -> None:
         """Drops the most recent past adapter of a model."""
-        self._set(manager, self.of(manager)[:-1], change)
+        self.take_back(manager, self.of(manager)[:-1], change)
 
     def take_back(self, manager: AdapterManager, past: tuple[PastAdapter, ...], change: Transaction) -> None:
-        """Resets the past adapters of a model to those of an earlier moment.
-
-        Args:
-            manager: manager of the model.
-            past: the earlier past adapters.
-            change: transaction that records the change.
-        """
-        self._set(manager, past, change)
-
-    def _set(self, manager: AdapterManager, past: tuple[PastAdapter, ...], change: Transaction) -> None:
+        """Sets the past adapters of a model, e.g. to those of an earlier moment."""
         before = self.of(manager)
         change.on_undo(lambda: self._past.__setitem__(manager, before))
         self._past[manager] = past

@@ -67,8 +67,6 @@ class InitRows:
         """Returns the rows in the form that training gives to a base model; they are read only once.
 
         Args:
-            ctx: context of the session.
-            model: the base model.
             loss: whether a loss will be computed, so that labels are needed.
         """
         from nbpeft.training.loop.rows import first_rows
@@ -87,7 +85,6 @@ def starting_from(
     """Runs rows through a base model, to initialize an adapter that is created in the block.
 
     Args:
-        ctx: context of the session.
         model: the base model, with or without adapters; it is not changed.
         config: config of the new adapter.
         rows: None if none were given.
@@ -102,8 +99,7 @@ def starting_from(
     init = init_from_data(config)
     if rows is None and lacks_rows(model, config):
         raise ConfigError(
-            f"init_lora_weights={init!r} needs rows of the training data (init_data=…)",
-            field="init_lora_weights",
+            f"init_lora_weights={init!r} needs rows of the training data (init_data=…)", field="init_lora_weights"
         )
     if rows is None and not reads_a_file(model, config):
         yield lambda manager, name: None

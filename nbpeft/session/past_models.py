@@ -24,7 +24,6 @@ def lost(ctx: SessionContext, variable: str | None, *, other: bool = True) -> Pa
     """Returns the model whose adapters can be restored to a variable, because it is deleted or not in a variable.
 
     Args:
-        ctx: context of the session.
         variable: name of the variable; None for any.
         other: if there is none for this variable, return the last model of another variable.
     """
@@ -44,11 +43,9 @@ def restore_lost(
     """Adds the adapters of a lost model to another one, all or none.
 
     Args:
-        ctx: context of the session.
         source: the model that had them.
         tracked: the model that gets them; None if it has no adapters.
         model: that model; None or a name for the current value of the variable of ``source``.
-        variable: name for the model.
 
     Raises:
         AdapterError: there is no model to add them to.
@@ -92,15 +89,11 @@ def _result(tracked: TrackedModel, past: PastModel, notes: list[str]) -> Restore
     where = f"{'are' if several else 'is'} on {tracked.name}, as on the model before"
     line = f"{names} {where}; {'their' if several else 'its'} training is not saved"
     reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
-    return RestoreResult(reference, tracked.name, line, tracked.state(), tuple(notes))
+    return RestoreResult(reference, tracked.name, line, tracked.state(), notes=tuple(notes))
 
 
 def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
-    """Refuses a base model that is not that of the adapters, if that is known.
-
-    Raises:
-        BaseMismatchError: it is another base model.
-    """
+    """Refuses a base model that is not that of the adapters, if that is known."""
     why = base_difference(past.fingerprint, base)
     if why is not None:
         raise BaseMismatchError(

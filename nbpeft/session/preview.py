@@ -29,10 +29,8 @@ def preview_of(
     """Counts the parts of a new adapter; the model is not changed.
 
     Args:
-        base: the base model.
         wanted: config of the new adapter, or its plan.
         name: name of the new adapter.
-        model_name: name of the model.
         replaces: whether there is an adapter with that name.
         notes: notes for the preview.
         stored: path -> backend of layers that will be quantized first.
@@ -87,5 +85,5 @@ def _size(target: Target) -> int | None:
     """Returns the rank; for experts, the rank of each."""
     from nbpeft.engine.contract.adapter import size_of
 
-    size: int | None = target.config.size if target.is_bare else size_of(target.adapter_class, target.shapes)
+    size: int | None = target.config.adapter_size if target.is_bare else size_of(target.adapter_class, target.shapes)
     return size

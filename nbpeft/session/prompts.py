@@ -32,7 +32,6 @@ def prompt_batch(
 
     Args:
         ctx: context of the session, which stores the tokenizer.
-        tracked: the model.
         prompts: texts or conversations.
         tokenizer: None for the last one given.
         chat: apply the chat template to texts; None decides by how the adapters were trained, or else by whether the
@@ -76,7 +75,6 @@ def chosen_tokenizer(ctx: SessionContext, tracked: TrackedModel, tokenizer: Any)
 
     Args:
         ctx: context of the session, which stores the tokenizer.
-        tracked: the model.
         tokenizer: None for the last one given.
 
     Raises:
@@ -92,11 +90,7 @@ def chosen_tokenizer(ctx: SessionContext, tracked: TrackedModel, tokenizer: Any)
 
 
 def _check_system(system: object, prompts: Sequence[Prompt], *, applied: bool) -> None:
-    """Refuse a system prompt that would have no effect.
-
-    Raises:
-        AdapterError: it is not a text, no chat template is applied, or a conversation has another one.
-    """
+    """Refuse a system prompt that would have no effect."""
     if not isinstance(system, str):
         raise AdapterError(f"system must be a text, not {system!r:.60}")
     if system and not applied and any(isinstance(prompt, str) for prompt in prompts):

@@ -98,7 +98,6 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
 
     Args:
         manager: the model's adapters.
-        name: name of the adapter.
 
     Raises:
         UnknownAdapterError: there is no adapter of that name.

@@ -45,7 +45,6 @@ class Slider:
     """The weight of one adapter.
 
     Args:
-        name: The adapter.
         value: Its initial weight.
         command: Called with ``moved``.
     """

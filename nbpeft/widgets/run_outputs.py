@@ -60,7 +60,6 @@ class WidgetOutput(RunOutput):
 
     Args:
         card: Draws a state.
-        buttons: The buttons of the run.
         train: The first state.
     """
 

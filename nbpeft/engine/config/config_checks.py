@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from nbpeft.engine.config.module_paths import PLAIN_PATTERN, pattern_table
@@ -101,6 +102,34 @@ def check_count(name: str, value: object, *, field: str = "") -> None:
         raise ConfigError(
             f"{name} must be a positive whole number{small}, not {shown(value)}", field=field or name, value=value
         )
+
+
+def check_declared(config: Any) -> None:
+    """Checks the values of a config as its class declares them, and against its defaults.
+
+    Raises:
+        ConfigError: a value is invalid, not finite, or None although the default is not.
+    """
+    check_filled(config)
+    declared: tuple[tuple[Callable[..., None], Iterable[str]], ...] = (
+        *((check_count, config.counts), (check_share, config.shares), (check_seed, config.seeds)),
+        *((check_positive, config.positive), (check_not_negative, config.not_negative)),
+        (check_number, [item.name for item in fields(config) if isinstance(getattr(config, item.name), float)]),
+    )
+    for check, names in declared:
+        for name in names:
+            if getattr(config, name) is not None:
+                check(name, getattr(config, name))
+    for name, values in config.choices.items():
+        check_choice(name, getattr(config, name), values)
+
+
+def check_filled(config: Any) -> None:
+    """Raises ConfigError for None in a field whose default is a number, string or bool and whose choices lack None."""
+    for item in fields(config):
+        is_plain = isinstance(item.default, bool | int | float | str)
+        if getattr(config, item.name) is None and is_plain and None not in config.choices.get(item.name, ()):
+            raise ConfigError(f"{item.name} must have a value, such as {item.default!r}, not None", field=item.name)
 
 
 def check_number(name: str, value: object, *, field: str = "") -> None:
@@ -286,42 +315,16 @@ def unused_patterns(config: Any, names: Sequence[str], paths: Sequence[str]) -> 
     return " ".join(parts)
 
 
-class Checked:
-    """A config that declares which values its fields take; a field whose default is None may be None, too."""
+class Settings:
+    """Base class of dataclasses with the settings of one variant or init, which are checked as those of a config."""
 
     counts: ClassVar[tuple[str, ...]] = ()
-    """Fields with a rank or another size: whole numbers from 1."""
     shares: ClassVar[tuple[str, ...]] = ()
-    """Fields with a dropout or another fraction, from 0 to 1."""
-    numbers: ClassVar[tuple[str, ...]] = ()
-    """Fields with a finite number."""
     positive: ClassVar[tuple[str, ...]] = ()
-    """Fields with a number above 0."""
     not_negative: ClassVar[tuple[str, ...]] = ()
-    """Fields with a number of at least 0."""
     seeds: ClassVar[tuple[str, ...]] = ()
-    """Fields with a seed of torch's generators."""
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Field -> its values."""
-
-    def check_values(self) -> None:
-        """Raises ConfigError for a value of another kind."""
-        declared: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
-            *((check_count, self.counts), (check_share, self.shares), (check_number, self.numbers)),
-            *((check_positive, self.positive), (check_not_negative, self.not_negative), (check_seed, self.seeds)),
-        )
-        for check, names in declared:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None or getattr(type(self), name, None) is not None:
-                    check(name, value)
-        for name, values in self.choices.items():
-            check_choice(name, getattr(self, name), values)
-
-
-class Settings(Checked):
-    """Base class of dataclasses with the settings of one variant or init."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        self.check_values()
+        check_declared(self)

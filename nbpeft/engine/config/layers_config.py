@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,8 +9,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from nbpeft.engine.config.config_checks import (
-    Checked,
     check_count,
+    check_declared,
     check_number,
     check_target_fields,
     checked_pattern,
@@ -19,11 +18,10 @@ from nbpeft.engine.config.config_checks import (
 )
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
-from nbpeft.errors import ConfigError
 
 
 @dataclass
-class LayersConfig(Checked, AdapterConfig):
+class LayersConfig(AdapterConfig):
     """Selects the layers to adapt.
 
     Attributes:
@@ -56,8 +54,7 @@ class LayersConfig(Checked, AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(self.method_type)
-        check_filled(self)
-        self.check_values()
+        check_declared(self)
         for name, check in self.pattern_fields.items():
             setattr(self, name, checked_pattern(name, getattr(self, name), check))
         check_target_fields(self, pattern_fields=tuple(self.pattern_fields))
@@ -103,14 +100,6 @@ class TrainsBiases(LayersConfig):
             cls.choices = {**cls.choices, "bias": ("none", "all", own)}
 
 
-def check_filled(config: Any) -> None:
-    """Raises ConfigError for None in a field whose default is a number, string or bool and whose choices lack None."""
-    for item in dataclasses.fields(config):
-        is_plain = isinstance(item.default, bool | int | float | str)
-        if getattr(config, item.name) is None and is_plain and None not in config.choices.get(item.name, ()):
-            raise ConfigError(f"{item.name} must have a value, such as {item.default!r}, not None", field=item.name)
-
-
 @dataclass
 class RankedConfig(LayersConfig):
     """Adds a rank and an alpha, which patterns can override for some layers.
@@ -132,7 +121,6 @@ class RankedConfig(LayersConfig):
         "rank_pattern": check_count,
         "alpha_pattern": check_number,
     }
-    numbers: ClassVar[tuple[str, ...]] = ("alpha",)
     value_fields: ClassVar[tuple[str, ...]] = ("alpha", "alpha_pattern")
 
     def rank_at(self, path: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import Checked, check_target_fields
+from nbpeft.engine.config.config_checks import check_declared, check_target_fields
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, TaskType
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.errors import ConfigError
@@ -28,7 +28,7 @@ WIDTHS = ("hidden_size", "n_embd", "d_model")
 
 
 @dataclass
-class PromptLearningConfig(Checked, AdapterConfig):
+class PromptLearningConfig(AdapterConfig):
     """Config of a learned prompt. Field names and defaults are PEFT's.
 
     Attributes:
@@ -65,7 +65,7 @@ class PromptLearningConfig(Checked, AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(self.method_type)
-        self.check_values()
+        check_declared(self)
         check_target_fields(self)
 
     @property

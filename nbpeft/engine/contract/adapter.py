@@ -138,6 +138,16 @@ class AdapterConfig:
     """Fields that ``check_types`` skips because another check covers their type and value."""
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Field -> its valid values, or examples of them. A field that is missing here takes any value of its type."""
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Fields with a rank or another size: whole numbers from 1."""
+    shares: ClassVar[tuple[str, ...]] = ()
+    """Fields with a dropout or another fraction, from 0 to 1."""
+    seeds: ClassVar[tuple[str, ...]] = ()
+    """Fields with a seed of torch's generators."""
+    positive: ClassVar[tuple[str, ...]] = ()
+    """Fields with a number above 0."""
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    """Fields with a number of at least 0."""
     condenses_targets: ClassVar[bool] = True
     """Whether a long list of targets may be saved as shorter suffixes that match the same modules."""
     value_fields: ClassVar[tuple[str, ...]] = ()
@@ -305,12 +315,12 @@ class AdapterConfig:
         return store_of(type(self)).tensors(path)
 
     @property
-    def size(self) -> int | None:
-        """The size (rank) of the adapter; None if the method has none, or it differs between layers."""
+    def adapter_size(self) -> int | None:
+        """The rank, or another size, of the adapter; None if the method has none, or it differs between layers."""
         return None
 
     def resized(self, size: int) -> Self:
-        """A copy with another size; called only if ``size`` is not None."""
+        """A copy with another size; called only if ``adapter_size`` is not None."""
         raise NotImplementedError
 
     def set_size(self, size: int, paths: Sequence[str]) -> None:
@@ -411,7 +421,7 @@ def store_of(cls: type[AdapterConfig]) -> ConfigStore:
 
 
 class Adapter(Bindable):
-    """One method, for one adapter name, on one layer. Subclass it in ``methods/``.
+    """One method, for one adapter name, on one layer. The base class of a method's adapters.
 
     A subclass implements ``parameter_shapes``, ``initial_tensors``, ``forward`` and ``delta_weight``, and declares in
     ``from_config`` which settings it takes from its config. All tensors that it trains are its own parameters, named as
@@ -456,7 +466,7 @@ class Adapter(Bindable):
         Raises:
             ConfigError: the method does not work on this layer with this config.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} does not implement parameter_shapes")
 
     @classmethod
     def initial_tensors(cls, config: Any, site: AdapterSite) -> Mapping[str, Tensor]:
@@ -501,7 +511,7 @@ class Adapter(Bindable):
         """
         own: Any = cls._class_for(config, site)
         made: Self = own()
-        given = own.initial_tensors(config, site) if tensors is None else tensors
+        given = site.checked(own.initial_tensors(config, site), own) if tensors is None else tensors
         names = tuple(site.shapes)
         made.bind({name: given[name] for name in names}, _names=names, **made._config_values(config, site.path))
         made.prepare(config, site, given)
@@ -546,7 +556,7 @@ class Adapter(Bindable):
             return product.up @ product.down * product.scaling
         reason = self.unmergeable_reason(base)
         if not reason:
-            raise NotImplementedError
+            raise NotImplementedError(f"{type(self).__name__} does not implement delta_weight")
         raise MergeError(f"what the adapter adds is not {reason}")
 
     # Defaults that a method may improve on
@@ -577,7 +587,11 @@ class Adapter(Bindable):
         own: dict[str, Tensor | None] = {key: value for key, value in self._parameters.items() if key not in constants}
         if isinstance(self, HasFixedTensors):
             own |= {key: value for key, value in self._buffers.items() if key not in self._non_persistent_buffers_set}
-        return {key: value for key, value in own.items() if value is not None}
+        saved = {key: value for key, value in own.items() if value is not None}
+        if not isinstance(self, Pads) or not self.rank_axes:
+            return saved
+        unpadded = shapes()
+        return {key: self.used_part(key, value, unpadded[key])[0] for key, value in saved.items()}
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites its parameters so that it adds nothing."""

@@ -29,11 +29,7 @@ SAMPLING = (
 
 
 def chat_of(options: argparse.Namespace) -> bool | None:
-    """Whether to apply the chat template; None if neither option is given.
-
-    Raises:
-        CellError: both options are given.
-    """
+    """Whether to apply the chat template; None if neither option is given."""
     if options.raw and options.chat:
         raise CellError("--raw and --chat exclude each other")
     return True if options.chat else False if options.raw else None
@@ -68,11 +64,7 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     example='%lora ask "Order: Ana from Lima needs 12 chairs." --temperature 0.7 --seed 1',
 )
 def ask(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Answer a prompt; the answer appears while it is generated.
-
-    Raises:
-        CellError: two options contradict each other.
-    """
+    """Answer a prompt; the answer appears while it is generated."""
     if options.go_on and options.new:
         raise CellError("--continue and --new exclude each other")
     model = notebook.chosen(options.model)

@@ -133,10 +133,6 @@ def metric_of(word: str, notebook: NotebookContext) -> Any:
 
     Args:
         word: the word of the line.
-        notebook: the notebook.
-
-    Raises:
-        CellError: it is neither.
     """
     if word in METRICS:
         return word
@@ -147,11 +143,7 @@ def metric_of(word: str, notebook: NotebookContext) -> Any:
 
 
 def _folders(words: list[str]) -> list[str]:
-    """The folders, with patterns expanded.
-
-    Raises:
-        CellError: a pattern matches no folder.
-    """
+    """The folders, with patterns expanded."""
     found: list[str] = []
     for word in words:
         text = os.path.expanduser(word)

@@ -197,11 +197,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     cell=True,
 )
 def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Train; ``options.fields`` are the training arguments.
-
-    Raises:
-        CellError: a variable is not defined.
-    """
+    """Train; ``options.fields`` are the training arguments."""
     model = notebook.module(options.target)
     data, eval_data, tokenizer = training_data(options, notebook)
     arguments = training_arguments(options, notebook)
@@ -274,11 +270,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
 
 
 def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
-    """The prompts of ``--sample``, or the number of rows to answer.
-
-    Raises:
-        CellError: both prompts and a number are given, or the value of a variable is neither.
-    """
+    """The prompts of ``--sample``, or the number of rows to answer."""
     counts = [int(word) for word in words if word.isdecimal()]
     if counts and len(words) > 1:
         raise CellError("--sample takes either a number of rows or prompts, not both")
@@ -288,11 +280,7 @@ def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
     return prompts[0] if len(prompts) == 1 and not isinstance(prompts[0], str) else prompts
 
 
-@subcommand(
-    "traceback",
-    "Show the whole traceback of the last command that failed.",
-    example="%lora traceback",
-)
+@subcommand("traceback", "Show the whole traceback of the last command that failed.", example="%lora traceback")
 def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Show the last traceback, which is stored as text."""
     return TracebackResult(notebook.session.last_traceback)
@@ -308,11 +296,7 @@ def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> ob
     example="%lora export train.py",
 )
 def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Write the last training of a model as a script.
-
-    Raises:
-        CellError: no cell trained the model, or a field's value cannot be written into a script.
-    """
+    """Write the last training of a model as a script."""
     if options.model is None and len(notebook.trained) > 1:
         raise which_model(list(notebook.trained), "%lora export SCRIPT --model")
     target = str(options.model or next(iter(notebook.trained), ""))
@@ -341,7 +325,6 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
 
     Args:
         cell: the options of the line, or the stored text of an earlier cell.
-        notebook: the notebook.
 
     Returns:
         The rows, the evaluation rows or None, and the tokenizer or None.

@@ -70,7 +70,6 @@ def moved(inputs: Any, device: torch.device | None) -> Any:
 
     Args:
         inputs: a tensor, a batch, or nested mappings and sequences of them.
-        device: the device, or None.
     """
     if device is None:
         return inputs

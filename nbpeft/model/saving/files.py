@@ -74,8 +74,6 @@ def load_result(
     """Returns the keys that did not match while an adapter was loaded, under the model's names.
 
     Args:
-        manager: manager of the model.
-        name: name of the adapter.
         missing: missing keys, as in a file.
         unexpected: unexpected keys, as they were given.
         bare: the model is not a PeftModel, so that its names have no prefix.
@@ -125,7 +123,6 @@ def read(
     """Reads a saved adapter and checks that it fits; changes nothing yet.
 
     Args:
-        manager: manager of the base model.
         source: a folder, a hub id, or a single file with keys as in kohya's or diffusers' files (see ``lora_file``).
         name: name to give the adapter.
         trainable: whether it is trainable while active.
@@ -212,9 +209,7 @@ def fitted(
     moved to a device, and never ties those of an encoder and a decoder. Then the plan does not tie them either.
 
     Args:
-        manager: manager of the base model.
         name: name of an adapter that the new one replaces, or None.
-        config: config of the adapter.
         tensors: key in the file -> tensor, already read or not.
         **options: options of ``checkpoint.from_file``.
 
@@ -321,11 +316,7 @@ def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> li
 
 
 def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
-    """Removes a file's base tensors that equal those of the base model, and warns about those that differ.
-
-    Raises:
-        CheckpointError: the base's tensor has no data here, so that it could not be restored later.
-    """
+    """Removes a file's base tensors that equal those of the base model, and warns about those that differ."""
     brought = [key for key in weights.base if key not in plan.biases]
     known = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
     present = {key: known[key] for key in brought}
@@ -390,7 +381,6 @@ def save(
     """Saves adapters. If they are sharded over processes, all processes call this and one writes.
 
     Args:
-        manager: manager of the model.
         folder: folder for ``default``; other adapters are saved in subfolders.
         names: names of the adapters; None for all.
         embeddings: also save the embeddings; "auto" decides from the model.
@@ -504,17 +494,9 @@ def _fingerprint(manager: AdapterManager, *, take: bool = True) -> checkpoint.Fi
 
 
 def _refuse_other(
-    manager: AdapterManager,
-    name: str,
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    base: checkpoint.Fingerprint | None,
+    manager: AdapterManager, name: str, folder: Path, tensors: Mapping[str, Tensor], base: checkpoint.Fingerprint | None
 ) -> None:
-    """Refuses to overwrite another adapter.
-
-    Raises:
-        AdapterExistsError: the folder has one.
-    """
+    """Refuses to overwrite another adapter."""
     owner = owner_of(manager, name, folder)
     if owner is None:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -758,7 +740,6 @@ def push(
     """Saves adapters into a temporary folder and uploads it.
 
     Args:
-        manager: manager of the model.
         repo_id: ``user/name``.
         name: the adapter to save in the root of the repository; None saves all, with ``default`` in the root and the
             others in folders.

@@ -45,7 +45,6 @@ def combine(
     trained since, is only replaced with ``replace``.
 
     Args:
-        ctx: context of the session.
         weights: adapter name -> weight; negative ones subtract.
         as_name: name of the new adapter.
         type: ``exact`` (the default) is the exact weighted sum of the deltas, with a truncated SVD if ``rank`` is
@@ -80,16 +79,9 @@ def combine(
             notes.append("linear mixes the factors of one adapter with another's; type exact keeps the true sum")
         if remade:
             notes.append("it replaces the previous combination; session.undo() restores that")
-        state = tracked.state()
-        return CombineResult(
-            tracked.name,
-            tuple((name, float(weight)) for name, weight in weights.items()),
-            adapter_in(state, as_name),
-            combined,
-            state,
-            remade,
-            tuple(notes),
-        )
+        state, pairs = tracked.state(), tuple((name, float(weight)) for name, weight in weights.items())
+        made = adapter_in(state, as_name)
+        return CombineResult(tracked.name, pairs, made, combined, state, remade, notes=tuple(notes))
 
 
 def combination_settings(
@@ -122,7 +114,6 @@ def make_combination(
     """Combine adapters; a replaced adapter is removed only after the new one is complete.
 
     Args:
-        ctx: context of the session.
         tracked: the model.
         weights: adapter name -> weight.
         name: name of the new adapter.
@@ -179,11 +170,7 @@ def _check_options(manager: AdapterManager, weights: Mapping[str, float], settin
 def _may_replace(
     ctx: SessionContext, tracked: TrackedModel, name: str, weights: Mapping[str, float], replace: bool
 ) -> bool:
-    """Return whether there is an adapter with this name to replace.
-
-    Raises:
-        AdapterExistsError: there is one that must not be replaced.
-    """
+    """Return whether there is an adapter with this name to replace."""
     manager = tracked.manager
     if name not in manager.configs:
         return False

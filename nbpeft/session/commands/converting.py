@@ -27,7 +27,6 @@ def convert(
     """Add the best LoRA approximation of an adapter of any method as a new adapter, which is frozen and inactive.
 
     Args:
-        ctx: context of the session.
         name: name of the adapter, which is not changed.
         rank: rank of the LoRA; a float is the share of the squared norm of the change to preserve per layer.
         as_name: name of the LoRA; by default the adapter's name followed by ``_lora``.
@@ -70,4 +69,5 @@ def convert(
         with Undoable(ctx, tracked, made_name, "converted again").change() if exists else manager.transaction():
             put()
         state, method = tracked.state(), method_of(manager.configs[name]).title(manager.configs[name])
-        return ConvertResult(tracked.name, name, method, adapter_in(state, made_name), made.layers, state, tuple(notes))
+        lora = adapter_in(state, made_name)
+        return ConvertResult(tracked.name, name, method, lora, made.layers, state, notes=tuple(notes))

@@ -36,7 +36,6 @@ def merge(
     """Merge adapters into the base weights, so that they need no time when the model runs.
 
     Args:
-        ctx: context of the session.
         names: names of the adapters; None for the active ones.
         model: an adapted model.
         safe: raise an error if a merged weight would not be finite.
@@ -82,7 +81,6 @@ def unmerge(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
     """Restore the base weights, bit for bit.
 
     Args:
-        ctx: context of the session.
         model: an adapted model.
     """
     tracked = ctx.models.get(model, command="unmerge")
@@ -98,7 +96,6 @@ def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None,
     """Unload all adapters and remove the model from the session; its PeftModels are unusable afterwards.
 
     Args:
-        ctx: context of the session.
         merge: merge the active adapters into the base weights first.
         model: an adapted model.
         safe: with ``merge``, raise an error if a merged weight would not be finite.
@@ -109,7 +106,7 @@ def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None,
         with HeldInterrupts():
             base = tracked.manager.unload(merge=merge, safe=safe)
             ctx.models.remove(tracked)
-        return UnloadResult(ModelRef(base), tracked.name, names, merge, tuple(notes))
+        return UnloadResult(ModelRef(base), tracked.name, names, merge, notes=tuple(notes))
 
 
 def _requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:
@@ -153,4 +150,4 @@ def _write_copy(
     """Write the copy; see ``nbpeft.merge_to_folder`` for the arguments in ``how``."""
     from nbpeft.model import merge_to_folder
 
-    return MergedCopy(model_name, merge_to_folder(manager.model, names, folder, **how), tuple(notes))
+    return MergedCopy(model_name, merge_to_folder(manager.model, names, folder, **how), notes=tuple(notes))

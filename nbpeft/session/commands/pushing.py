@@ -37,7 +37,6 @@ def push(
     ``HF_TOKEN``, of the hub's login, or of the secrets of Colab or Kaggle.
 
     Args:
-        ctx: context of the session.
         repo: ``user/name``; created if it does not exist.
         name: name of the adapter; None if the model has only one.
         model: an adapted model.
@@ -74,16 +73,11 @@ def push(
             replace=replace,
             **{key: value for key, value in options.items() if value is not None},
         )
-        return PushResult(tracked.name, chosen, address, tuple(notes))
+        return PushResult(tracked.name, chosen, address, notes=tuple(notes))
 
 
 def _adapter(tracked: TrackedModel, name: str | None) -> str:
-    """Return the name of the adapter to push.
-
-    Raises:
-        UnknownAdapterError: there is no such adapter.
-        AdapterError: there is none, or there are several and no name.
-    """
+    """Return the name of the adapter to push."""
     names = tuple(tracked.manager.names)
     if name is not None:
         tracked.manager.require(name)
@@ -99,8 +93,6 @@ def card_facts(tracked: TrackedModel, name: str, source: str, title: str) -> Car
     """Return information for an adapter's card in addition to its config.
 
     Args:
-        tracked: the model.
-        name: name of the adapter.
         source: repository or folder from which the card's code loads the adapter.
         title: heading of the card.
     """

@@ -70,7 +70,6 @@ def qlora(
     A repeated call with the same source and quantization only reconfigures the adapter.
 
     Args:
-        ctx: context of the session.
         source: a folder, a hub id, a ``.gguf`` file, or a loaded model, which is quantized in place.
         config: a config, or its fields.
         name: name of the adapter.
@@ -162,7 +161,6 @@ def preview_qlora(
     Only the config of a folder, a hub id or a GGUF file is read.
 
     Args:
-        ctx: context of the session.
         source: as for ``qlora``.
         config: config of the new adapter, or its fields.
         name: name of the new adapter.
@@ -212,7 +210,6 @@ def would_reuse(ctx: SessionContext, model: Any, variable: str, source: str, how
     """Return whether ``qlora`` would reuse the model in a variable, because it created it from the same source.
 
     Args:
-        ctx: context of the session.
         model: value of the variable.
         variable: name of the variable.
         source: a folder, a hub id or a ``.gguf`` file.
@@ -254,11 +251,7 @@ class _Request:
 
 
 def _request(config: ConfigLike, how: Mapping[str, Any]) -> _Request:
-    """Check and sort the arguments of ``qlora``.
-
-    Raises:
-        ConfigError: a value is invalid.
-    """
+    """Check and sort the arguments of ``qlora``."""
     from nbpeft.model.quantization.quantize import quantization
     from nbpeft.training.loop.prepare import check_upcast
 
@@ -291,9 +284,6 @@ def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _R
 
     Returns:
         Where the model comes from, and its base model, or None if it has to be loaded.
-
-    Raises:
-        ConfigError: it is a model in memory, but arguments are for loading one or for another quantization.
     """
     if isinstance(source, str | os.PathLike):
         place = place_of(source, "qlora")
@@ -406,12 +396,7 @@ class _Skeleton:
 
 
 def _skeleton(source: str, request: _Request) -> _Skeleton:
-    """Read a config and build its model without weights, in the dtype in which it would be loaded.
-
-    Raises:
-        CheckpointNotFoundError: there is no config at ``source``.
-        ConfigError: its class or a dtype is unknown.
-    """
+    """Read a config and build its model without weights, in the dtype in which it would be loaded."""
     import torch
 
     from nbpeft.memory.architecture import silenced

@@ -24,7 +24,6 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
     """Start a training of a model in the background.
 
     Args:
-        ctx: context of the session.
         tracked: the model.
         names: names of the adapters, as text.
         work: runs the training; called in the new thread.
@@ -62,7 +61,6 @@ def stop(ctx: SessionContext, model: str | None = None, *, adapter: str | None =
     """Request a training to end after the current step; what was learned remains.
 
     Args:
-        ctx: context of the session.
         model: name of its model; may be left out if only one training is running.
         adapter: stop only this adapter of a sweep; the others continue.
 
@@ -73,8 +71,7 @@ def stop(ctx: SessionContext, model: str | None = None, *, adapter: str | None =
     if adapter is not None:
         _check_learns(run, adapter)
         run.control.request_stop_of(adapter)
-        state = run.state
-        return RequestResult(adapter, "stops after this step; the others continue", state.step, state.total_steps)
+        return _requested(run, "stops after this step; the others continue", adapter)
     run.control.request_stop()
     return _requested(run, "stops after the current step")
 
@@ -88,7 +85,6 @@ def clone(
     trained side by side, each with its own settings; the schedule is that of the whole run.
 
     Args:
-        ctx: context of the session.
         adapter: an adapter that is being trained.
         name: name of the copy; by default derived from the adapter and the copy's own settings.
         model: see ``stop``.
@@ -115,15 +111,13 @@ def clone(
         if trained is not None and name in trained.manager.configs:
             raise AdapterExistsError(f"an adapter {name!r} exists already; choose another name", name=name)
     run.control.request_clone_of(adapter, name, **fields)
-    what, state = f"is cloned after this step{f' as {name}' if name else ''}", run.state
-    return RequestResult(adapter, what, state.step, state.total_steps)
+    return _requested(run, f"is cloned after this step{f' as {name}' if name else ''}", adapter)
 
 
 def pause(ctx: SessionContext, model: str | None = None) -> RequestResult:
     """Request a training to wait after the current step; ``go_on`` continues it.
 
     Args:
-        ctx: context of the session.
         model: see ``stop``.
 
     Raises:
@@ -138,7 +132,6 @@ def go_on(ctx: SessionContext, model: str | None = None) -> RequestResult:
     """Continue a paused training.
 
     Args:
-        ctx: context of the session.
         model: see ``stop``.
 
     Raises:
@@ -175,6 +168,6 @@ def runs_by_name(ctx: SessionContext) -> dict[str, Run]:
     return {UNTRACKED if tracked is None else tracked.name: run for tracked, run in list(ctx.runs.items())}
 
 
-def _requested(run: Run, what: str) -> RequestResult:
+def _requested(run: Run, what: str, adapter: str | None = None) -> RequestResult:
     state = run.state
-    return RequestResult(state.adapter, what, state.step, state.total_steps)
+    return RequestResult(state.adapter if adapter is None else adapter, what, state.step, state.total_steps)

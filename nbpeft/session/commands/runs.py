@@ -59,7 +59,6 @@ def runs_folder(ctx: SessionContext, /, folder: str | os.PathLike[str] | None = 
     """Return the folder of the runs, or use another one from now on.
 
     Args:
-        ctx: context of the session.
         folder: a folder that survives the machine, e.g. one on a mounted drive; it is created with the first run, and
             the folder around it has to exist. ``"off"`` saves no runs. None changes nothing.
 
@@ -82,11 +81,7 @@ def runs_folder(ctx: SessionContext, /, folder: str | os.PathLike[str] | None = 
 
 
 def _check_writable(path: Path) -> None:
-    """Refuse a folder for runs that is a file, cannot be written, or is below a folder that does not exist.
-
-    Raises:
-        CheckpointError: it is one of these.
-    """
+    """Refuse a folder for runs that is a file, cannot be written, or is below a folder that does not exist."""
     there = path if os.path.lexists(path) else path.parent
     if not os.path.lexists(there):
         raise CheckpointError(f"there is no folder {there} for {path.name!r}: mount or create it first", path=str(path))
@@ -100,7 +95,6 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
     """List the saved runs, or compare some of them.
 
     Args:
-        ctx: context of the session.
         *names: names of runs to compare; without any, all runs are listed.
         sort: ``time`` (newest first), ``loss``, ``eval``, ``best``, ``steps``, ``rows``, ``seconds``, ``name``,
             ``status``, ``base`` or ``method``.
@@ -160,7 +154,6 @@ def rename_run(ctx: SessionContext, name: str, new: str) -> LineResult:
     """Rename a run that has ended.
 
     Args:
-        ctx: context of the session.
         name: name of the run.
         new: its new name.
 
@@ -175,7 +168,6 @@ def delete_run(ctx: SessionContext, name: str) -> LineResult:
     """Delete a run that has ended, with its folder; the adapter on the model is not changed.
 
     Args:
-        ctx: context of the session.
         name: the exact name of the run.
 
     Raises:
@@ -189,7 +181,6 @@ def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | R
     """Find a training to show: a running one, or the final state of one that has ended.
 
     Args:
-        ctx: context of the session.
         run: name of the run; None for the running one, or else the last one.
 
     Returns:
@@ -257,7 +248,6 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
     """Return the run that ``resume`` would continue, and the recorded facts about its start.
 
     Args:
-        ctx: context of the session.
         run: name of the run; None for the newest one.
 
     Raises:
@@ -298,7 +288,6 @@ def resume(
     continues as without the interruption. For a run that had finished, only the adapter is restored.
 
     Args:
-        ctx: context of the session.
         run: name of the run; None for the newest one.
         model: the base model of the run, bare or adapted; by default the session's model with the name that the run's
             model had.
@@ -363,7 +352,7 @@ def resume(
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
         notes = () if result is None else tuple(filter(None, [_not_restored_note(facts, left_out, arguments)]))
-        return ResumeResult(reference, record.name, step, names, result, notes)
+        return ResumeResult(reference, record.name, step, names, result, notes=notes)
 
 
 def _kept_members(state: Path) -> dict[str, dict[str, Any]]:

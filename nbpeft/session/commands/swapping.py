@@ -42,7 +42,6 @@ def swap(
     recompiled.
 
     Args:
-        ctx: context of the session.
         path: a folder or a hub id.
         into: name of the adapter to replace; None for the active one.
         validate: called with the model after the swap, when the new adapter is the only active one. If it returns
@@ -85,18 +84,8 @@ def swap(
         seconds = time.perf_counter() - started - check.seconds
         ctx.changed = True
         state = tracked.state()
-        return SwapResult(
-            tracked.name,
-            place,
-            adapter_in(state, name),
-            swapped,
-            seconds,
-            state,
-            check_prompt or "",
-            before,
-            check.answer,
-            tuple(notes),
-        )
+        adapter, answers = adapter_in(state, name), (check_prompt or "", before, check.answer)
+        return SwapResult(tracked.name, place, adapter, swapped, seconds, state, *answers, notes=tuple(notes))
 
 
 class _SwapCheck:

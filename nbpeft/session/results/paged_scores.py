@@ -19,7 +19,6 @@ class PagedScores(ScoreResult):
         """The same result.
 
         Args:
-            result: the scores.
             show: shows it; raises NotImplementedError where it cannot.
         """
         paged = cls(*_values(result))

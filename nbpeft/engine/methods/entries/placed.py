@@ -36,7 +36,6 @@ class PlacedConfig(HasFanInFanOut, TrainsBiases):
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
 
     counts: ClassVar[tuple[str, ...]] = ("n_frequency",)
-    numbers: ClassVar[tuple[str, ...]] = ("scaling",)
     seeds: ClassVar[tuple[str, ...]] = ("random_loc_seed",)
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {"n_frequency_pattern": check_count}
 

@@ -57,7 +57,6 @@ class SupertuningConfig(LayersConfig):
     save_precomputed_indices: bool = field(default=True)
 
     counts: ClassVar[tuple[str, ...]] = ("r",)
-    numbers: ClassVar[tuple[str, ...]] = ("lora_alpha",)
     method_type: ClassVar[str] = "SUPERTUNING"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     value_fields: ClassVar[tuple[str, ...]] = ("lora_alpha", "lora_dropout", "init_weights")

@@ -86,7 +86,6 @@ class MontecloraConfig(Settings):
     buffer_size: int = field(default=150)
 
     counts: ClassVar[tuple[str, ...]] = ("num_samples", "buffer_size")
-    numbers: ClassVar[tuple[str, ...]] = ("sample_scaler", "kl_loss_weight")
     positive: ClassVar[tuple[str, ...]] = ("dirichlet_prior",)
 
 

@@ -54,7 +54,6 @@ class DeloraConfig(TrainsBiases):
     method_type: ClassVar[str] = "DELORA"
     counts: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("module_dropout",)
-    numbers: ClassVar[tuple[str, ...]] = ("delora_lambda",)
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {
         "rank_pattern": check_count,
         "lambda_pattern": check_number,

@@ -56,7 +56,6 @@ class GraloraConfig(HasFanInFanOut, TrainsBiases):
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "gralora_k")
     shares: ClassVar[tuple[str, ...]] = ("gralora_dropout",)
-    numbers: ClassVar[tuple[str, ...]] = ("alpha",)
     value_fields: ClassVar[tuple[str, ...]] = ("alpha", "gralora_dropout", "init_weights")
 
     def __post_init__(self) -> None:

@@ -60,7 +60,6 @@ class LilyConfig(LayersConfig):
 
     method_type: ClassVar[str] = "LILY"
     counts: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B")
-    numbers: ClassVar[tuple[str, ...]] = ("scaling",)
     value_fields: ClassVar[tuple[str, ...]] = ("scaling", "init_weights")
 
     def __post_init__(self) -> None:

@@ -55,7 +55,6 @@ class PeanutConfig(LayersConfig):
 
     method_type: ClassVar[str] = "PEANUT"
     counts: ClassVar[tuple[str, ...]] = ("r",)
-    numbers: ClassVar[tuple[str, ...]] = ("scaling",)
     value_fields: ClassVar[tuple[str, ...]] = ("act_fn", "scaling", "init_weights")
 
     def __post_init__(self) -> None:

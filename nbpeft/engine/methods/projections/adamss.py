@@ -111,7 +111,6 @@ class AdamssConfig(LayersConfig):
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "num_subspaces", "subspace_rank")
     shares: ClassVar[tuple[str, ...]] = ("asa_importance_beta", "asa_uncertainty_beta", "svd_threshold")
-    numbers: ClassVar[tuple[str, ...]] = ("asa_schedule_exponent",)
     seeds: ClassVar[tuple[str, ...]] = ("random_seed",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_weights": ("orthogonal", None)}
     value_fields: ClassVar[tuple[str, ...]] = (

@@ -61,7 +61,6 @@ class DeftConfig(HasFanInFanOut, TrainsBiases):
     method_type: ClassVar[str] = "DEFT"
     counts: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("deft_dropout",)
-    numbers: ClassVar[tuple[str, ...]] = ("init_scale", "alpha")
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"decomposition_method": ("relu", "qr")}
     value_fields: ClassVar[tuple[str, ...]] = (
         *("decomposition_method", "init_scale", "alpha", "deft_dropout", "init_weights"),

@@ -62,7 +62,6 @@ class RandLoraConfig(HasFanInFanOut, TrainsBiases):
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("randlora_dropout",)
-    numbers: ClassVar[tuple[str, ...]] = ("randlora_alpha",)
     seeds: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
     value_fields: ClassVar[tuple[str, ...]] = ("randlora_alpha", "randlora_dropout", "init_weights")
 

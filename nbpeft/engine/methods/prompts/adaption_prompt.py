@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import Checked, check_count
+from nbpeft.engine.config.config_checks import check_count, check_declared
 from nbpeft.engine.config.targets import is_all_linear
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
 from nbpeft.engine.contract.base import BaseLayer
@@ -42,7 +42,7 @@ _PROJECTIONS = {"gpt2": ("c_attn",), "llama": (_LLAMA := ("q_proj", "k_proj", "v
 
 
 @dataclass
-class AdaptionPromptConfig(Checked, AdapterConfig):
+class AdaptionPromptConfig(AdapterConfig):
     """Config of LLaMA-Adapter. Field names and defaults are PEFT's.
 
     Attributes:
@@ -74,7 +74,7 @@ class AdaptionPromptConfig(Checked, AdapterConfig):
         self.peft_type = PeftType("ADAPTION_PROMPT")
         if is_all_linear(self.target_modules):
             raise ConfigError("target_modules is the name of the attentions; leave it out", field="target_modules")
-        self.check_values()
+        check_declared(self)
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
         """Looks for the attentions."""

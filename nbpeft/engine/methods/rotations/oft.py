@@ -62,7 +62,6 @@ class OFTConfig(HasFanInFanOut, TrainsBiases):
 
     method_type: ClassVar[str] = "OFT"
     shares: ClassVar[tuple[str, ...]] = ("module_dropout",)
-    numbers: ClassVar[tuple[str, ...]] = ("eps",)
     value_fields: ClassVar[tuple[str, ...]] = (
         *("module_dropout", "init_weights", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
     )

@@ -190,7 +190,7 @@ class AdaLoraConfig(LoraConfig):
         return self.alpha_at(path) / (self.init_r + 1e-5)
 
     @property
-    def size(self) -> int | None:
+    def adapter_size(self) -> int | None:
         return None if self.rank_pattern else self.init_r
 
     def resized(self, size: int) -> Self:

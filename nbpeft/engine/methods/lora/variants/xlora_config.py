@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
-from nbpeft.engine.config.config_checks import Checked, check_count
-from nbpeft.engine.config.layers_config import check_filled
+from nbpeft.engine.config.config_checks import check_count, check_declared
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, ReadsTensors, store_of
 from nbpeft.engine.contract.base import Shape
 from nbpeft.engine.contract.registry import layer_kind_named
@@ -52,7 +51,7 @@ class Expert:
 
 
 @dataclass
-class XLoraConfig(Checked, AdapterConfig):
+class XLoraConfig(AdapterConfig):
     """Config of X-LoRA. Field names and defaults are PEFT's.
 
     Attributes:
@@ -90,7 +89,6 @@ class XLoraConfig(Checked, AdapterConfig):
 
     counts: ClassVar[tuple[str, ...]] = ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora")
     shares: ClassVar[tuple[str, ...]] = ("xlora_dropout_p",)
-    numbers: ClassVar[tuple[str, ...]] = ("scaling_pass_value", "global_scaling_weight")
     positive: ClassVar[tuple[str, ...]] = ("softmax_temperature",)
     value_fields: ClassVar[tuple[str, ...]] = (
         *("enable_softmax", "enable_softmax_topk", "xlora_dropout_p", "softmax_temperature", "top_k_lora"),
@@ -109,8 +107,7 @@ class XLoraConfig(Checked, AdapterConfig):
         super().__post_init__()
         self.peft_type = PeftType("XLORA")
         self.adapters = {} if self.adapters is None else self.adapters
-        check_filled(self)
-        self.check_values()
+        check_declared(self)
         if self.enable_softmax_topk and self.enable_softmax:
             warnings.warn(
                 "`enable_softmax_topk` and `enable_softmax` are both enabled: the weights go through two softmaxes, "
