@@ -284,6 +284,7 @@ def write_config(config: AdapterConfig, folder: str | os.PathLike[str]) -> Path:
     """Writes only ``adapter_config.json``, atomically.
 
     Args:
+        config: the config.
         folder: the target, created if needed.
 
     Returns:

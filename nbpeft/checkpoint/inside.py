@@ -242,6 +242,7 @@ def read_file(path: Path, most: int) -> bytes:
     """Reads a regular file that the caller trusts, or a link to one.
 
     Args:
+        path: the file.
         most: largest accepted size in bytes.
 
     Raises:

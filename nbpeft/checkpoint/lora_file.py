@@ -58,6 +58,7 @@ def write_lora_file(path: Path, deltas: Mapping[str, LowRankDelta], component: s
     """Writes an adapter as a single LoRA file for other programs.
 
     Args:
+        path: the file.
         deltas: path of a layer -> the low-rank update of its weight.
         component: component of the pipeline: ``unet``, ``text_encoder``, …
         style: ``kohya`` or ``diffusers``. The latter has no alpha in its files, so the scaling is multiplied into
@@ -101,6 +102,7 @@ def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.devic
     Warns about keys for other components.
 
     Args:
+        path: the file.
         modules: paths of the model's modules. They are needed for kohya's keys, in which ``_`` replaces each dot.
         device: device of the tensors.
 

@@ -31,6 +31,7 @@ def other_adapter(
         folder: the folder to save to.
         name: name of the adapter to save.
         shapes: key -> shape of the adapter's tensors.
+        base: fingerprint of its base model.
         optional: keys that either of the two may lack, such as embeddings.
 
     Returns:

@@ -79,7 +79,11 @@ class PromptFormat:
 
 
 def prompt_format(config: AdapterConfig) -> PromptFormat | None:
-    """Returns the format of the rows that an adapter was trained on; None if it is unknown."""
+    """Returns the format of the rows that an adapter was trained on; None if it is unknown.
+
+    Args:
+        config: config of the adapter.
+    """
     found: PromptFormat | None = vars(config).get(_ATTRIBUTE)
     return found
 
@@ -88,6 +92,7 @@ def set_prompt_format(config: AdapterConfig, form: PromptFormat | None) -> None:
     """Records the format of the rows that an adapter was trained on.
 
     Args:
+        config: config of the adapter.
         form: the format; None if it is unknown.
     """
     vars(config)[_ATTRIBUTE] = form

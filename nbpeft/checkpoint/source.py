@@ -218,6 +218,7 @@ def download(repo_id: str, filename: str, subfolder: str | None, options: Mappin
 
     Args:
         repo_id: id of the repository.
+        filename: name of the file.
         subfolder: folder of the file in the repository, or None.
         options: options of ``hf_hub_download``.
 
@@ -247,6 +248,7 @@ def start_of_large_file(
 
     Args:
         repo_id: id of the repository.
+        filename: name of the file.
         subfolder: folder of the file in the repository, or None.
         options: options of ``hf_hub_download``.
 
@@ -351,6 +353,7 @@ def present_file(
 
     Args:
         repo_id: id of the repository.
+        name: name of the file.
         token: access token, or None.
         revision: branch, tag or commit; None for the default branch.
         endpoint: URL of the hub; None for the default.

@@ -272,6 +272,7 @@ def take_back(folder: Path, entry: str, names: list[str]) -> None:
     """Undoes renames: restores replaced files and removes new ones.
 
     Args:
+        folder: folder of the files.
         entry: name of the staging folder in it.
         names: paths of the files relative to ``folder``.
     """
@@ -288,6 +289,7 @@ def mark_of(folder: Path, name: str) -> Mark | None:
     """Returns the mark of a file, or None if it does not exist.
 
     Args:
+        folder: folder of the file.
         name: path of the file relative to it.
     """
     found = inside.status(folder, name)

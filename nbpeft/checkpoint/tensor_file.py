@@ -88,6 +88,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     The file gets the permissions of any new file; safetensors itself makes it readable by its owner alone.
 
     Args:
+        path: the file.
         tensors: key -> tensor, as returned by ``storable``.
         metadata: entries of the file's metadata.
     """
@@ -102,6 +103,7 @@ def write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors as a pickle, as PEFT did before safetensors, for programs that read nothing else.
 
     Args:
+        path: the file.
         tensors: key -> tensor.
     """
     # Cloned, because torch.save writes the whole storage of a view.
@@ -112,6 +114,9 @@ class TensorFile:
     """A file of tensors, safetensors or PEFT's old ``.bin``. Creating it reads only the header.
 
     A safetensors file stays open, so that tensors read later match the header even if the file at the path is replaced.
+
+    Args:
+        path: the file.
 
     Attributes:
         path: the file.
@@ -298,6 +303,7 @@ class UnreadTensors:
     """Tensors of a file that are not read yet, with the changes to apply to them after reading.
 
     Args:
+        file: the file.
         device: device of the tensors.
         keys: keys of the tensors; all of the file by default.
 
@@ -439,6 +445,7 @@ def unreadable(path: Path, error: Exception) -> CorruptCheckpointError:
     """Returns the error to raise for a file that cannot be read.
 
     Args:
+        path: the file.
         error: one of ``UNREADABLE``.
     """
     text = f"its dtype {error} is not known here" if isinstance(error, KeyError) else str(error)

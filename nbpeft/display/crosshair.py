@@ -44,6 +44,7 @@ def columns(curves: Curves, steps: Iterable[float], begin: float, end: float) ->
 
     Args:
         curves: the curves, whose values at each step the column shows, or their last values before it.
+        steps: the steps with values.
         begin: step at the left edge of the chart.
         end: step at its right edge.
     """
@@ -80,6 +81,7 @@ def with_crosshair(chart: str, shown: Sequence[Column], left: float, right: floa
 
     Args:
         chart: the chart as HTML.
+        shown: its columns.
         left: space to the left of its curves in percent of its width.
         right: space to the right of its curves in percent of its width.
         top: space above its curves in pixels.

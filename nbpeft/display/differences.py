@@ -18,6 +18,7 @@ def differences(text: str, reference: str) -> tuple[Runs, str]:
     """Marks the words of a text that differ from a reference.
 
     Args:
+        text: the text.
         reference: the text to compare with.
 
     Returns:

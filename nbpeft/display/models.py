@@ -22,6 +22,7 @@ def with_notes(text: str, notes: tuple[str, ...]) -> str:
     """Returns a text followed by its notes.
 
     Args:
+        text: the text.
         notes: notes for the user.
     """
     return text + "".join(f" [note: {note}]" for note in notes)
@@ -66,6 +67,7 @@ def condition(adapter: AdapterState, *, brief: bool = False) -> str:
     """Returns the state of an adapter as text: ``active, trainable`` or ``inactive, not saved``.
 
     Args:
+        adapter: the adapter.
         brief: whether ``not saved`` replaces ``trainable`` and ``inactive``, for narrow tables.
     """
     if adapter.merged:
@@ -165,6 +167,7 @@ def totals(model: ModelState, *more: str) -> Line:
     """Returns a line with the number of trainable parameters, the adapters in the pool, and further texts.
 
     Args:
+        model: the model.
         *more: further texts; empty ones are skipped.
     """
     words = "; ".join(("", *(part for part in (in_pool(model), *more) if part)))

@@ -10,6 +10,7 @@ def shortened(name: str, longest: int = LONGEST) -> str:
     """Returns a name, shortened by an ellipsis in the middle: names of one experiment differ at the end.
 
     Args:
+        name: the name.
         longest: most characters of the result.
     """
     if len(name) <= longest:

@@ -39,6 +39,7 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
 
     Args:
         train: the run.
+        state: state of the session.
         model_name: name of the run's model in the session.
     """
     best = train.best_member

@@ -45,6 +45,7 @@ def plural(number: int, noun: str, many: str | None = None) -> str:
     """Returns a number with its noun: ``1 module``, ``2 modules``.
 
     Args:
+        number: the number.
         noun: the noun in singular.
         many: its plural; by default with an ``s``.
     """

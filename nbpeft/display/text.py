@@ -28,6 +28,7 @@ def to_text(block: blocks.Block, width: int = 100) -> str:
     """Returns a block as plain text.
 
     Args:
+        block: the block.
         width: width of a line in characters.
     """
     return _printed(renderable(block), width)

@@ -64,6 +64,7 @@ def training_card(
 
     Args:
         train: the run.
+        model_name: name of its model.
         hint: how to stop the run if there are no buttons.
         seen: the current time as text, for a card in a file: it shows when a running run was last seen.
         next_steps: what to do after the run.

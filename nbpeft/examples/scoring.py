@@ -137,6 +137,7 @@ def answers(
 
     Args:
         model: a causal language model, adapted or not.
+        tokenizer: its tokenizer.
         prompts: the prompts, answered in one batch.
         max_new_tokens: the limit of an answer, in tokens.
         shared: the result of ``shared_beginning`` for these prompts, whose beginning is then not processed again.
@@ -189,6 +190,8 @@ def shared_beginning(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Shar
 
     Args:
         model: a causal language model, adapted or not.
+        tokenizer: its tokenizer.
+        prompts: the prompts.
 
     Returns:
         The beginning with its cache; None if it is too short.

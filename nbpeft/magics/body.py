@@ -99,8 +99,12 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
     """Evaluate one expression; every failure becomes an error with a one-line message.
 
     Args:
+        expression: the expression.
         scope: names it may use.
         line: its line in a cell body, for the error.
+
+    Raises:
+        CellError: the expression fails.
     """
     failure = ""
     try:
@@ -130,6 +134,9 @@ def parse_fields(words: Iterable[Word], namespace: Mapping[str, Any]) -> dict[st
 
     Returns:
         Field -> value.
+
+    Raises:
+        CellError: a word is not ``name=value``, a field occurs twice, or a variable is not defined.
     """
     values: dict[str, Any] = {}
     for word in words:
@@ -153,6 +160,9 @@ def with_fields(options: Namespace, cell: str | None, namespace: Mapping[str, An
 
     Returns:
         The same options.
+
+    Raises:
+        CellError: a field cannot be read or evaluated.
     """
     options.fields = parse_fields(options.fields, namespace)
     if cell is not None:
@@ -161,7 +171,11 @@ def with_fields(options: Namespace, cell: str | None, namespace: Mapping[str, An
 
 
 def look_up(name: str, namespace: Mapping[str, Any], *, column: int | None = None) -> Any:
-    """Return the value of a notebook variable."""
+    """Return the value of a notebook variable.
+
+    Raises:
+        CellError: it is not defined.
+    """
     if name not in namespace:
         raise CellError(f"name {name!r:.60} is not defined.{did_you_mean(name, own_names(namespace))}", column=column)
     return namespace[name]
@@ -173,6 +187,9 @@ def expression_of(text: str, what: str) -> ast.expr:
     Args:
         text: the expression.
         what: what it is for, e.g. an option; a message begins with it.
+
+    Raises:
+        CellError: it is not a valid expression.
     """
     try:
         return ast.parse(text, mode="eval").body

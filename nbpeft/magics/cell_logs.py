@@ -13,6 +13,12 @@ def install(shell: Any) -> Callable[[], None]:
     """Open a ``collapsed()`` block when a cell begins and close it when it ends.
 
     Cells may be nested (``get_ipython().run_cell``). A cell that began before the installation has no block.
+
+    Args:
+        shell: the IPython shell.
+
+    Returns:
+        A function that uninstalls it.
     """
     blocks: list[ExitStack] = []
 

@@ -93,6 +93,7 @@ def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: C
     Args:
         before: the line up to the cursor, without the magic's name and the space after it.
         subcommands: the subcommands of the magic.
+        sources: the sources of names.
     """
     words, fragment = split(before)
     if not words:
@@ -111,8 +112,10 @@ def complete_arguments(
     """Suggestions for the arguments of a subcommand.
 
     Args:
+        command: the subcommand.
         words: its complete arguments before the cursor.
         fragment: the part of the next argument typed so far.
+        sources: the sources of names.
     """
     option = _open_option(command, words, fragment)
     if option is not None:

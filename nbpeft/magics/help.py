@@ -115,6 +115,7 @@ def command_help(command: Subcommand, prog: str) -> HelpText:
     """The help of one subcommand or cell magic.
 
     Args:
+        command: the command.
         prog: how its line begins, e.g. ``%lora use``.
     """
     example = command.example or " ".join((prog, *(_usage(item) for item in command.arguments if item.positional)))

@@ -101,7 +101,15 @@ class NbpeftMagics(magic.Magics):
     lora_train.__doc__ = str(command_help(CELLS["lora_train"], "%%lora_train"))
 
     def describe(self, text: str, cursor: int) -> str | None:
-        """Describe the field, command or option at a position in a cell, for a tooltip; see ``inspecting.describe``."""
+        """Describe the field, command or option at a position in a cell, for a tooltip.
+
+        Args:
+            text: the whole cell.
+            cursor: offset in the cell, in characters.
+
+        Returns:
+            The description, or None if the position does not belong to these magics.
+        """
         return describe(text, cursor, SUBCOMMANDS, CELLS, self.session.fields)
 
     def _run(self, name: str, line: str, cell: str | None, *, silent: bool) -> object:

@@ -26,6 +26,7 @@ class Completion:
     Args:
         subcommands: subcommands of ``%lora``.
         cells: cell magic -> the command whose arguments its line takes.
+        sources: the sources of names.
     """
 
     def __init__(
@@ -87,7 +88,15 @@ class Completion:
 
 
 def install(shell: Any, completion: Completion) -> Callable[[], None]:
-    """Register the completion with a shell."""
+    """Register the completion with a shell.
+
+    Args:
+        shell: the IPython shell.
+        completion: the completion.
+
+    Returns:
+        A function that removes it.
+    """
     matchers = getattr(shell.Completer, "custom_matchers", None)
     matcher = _matcher(completion) if matchers is not None else None
     if matchers is None or matcher is None:

@@ -107,6 +107,9 @@ class NotebookContext:
         Args:
             name: the variable.
             base: Hub id or folder of the model, for the message that no model was loaded yet.
+
+        Raises:
+            CellError: the variable is not defined, or is not a model; names variables that are.
         """
         text = reference(name) or name
         if text not in self.namespace and text in self.session.names:  # no variable holds it any more
@@ -123,6 +126,9 @@ class NotebookContext:
 
         Args:
             what: the command that needs a model, for the message.
+
+        Raises:
+            CellError: there is no model, or more than one.
         """
         names = self.model_names()
         if len(names) == 1:
@@ -158,6 +164,9 @@ class NotebookContext:
 
         Returns:
             A module, a name in the session, or None for the only model.
+
+        Raises:
+            CellError: no model has that name.
         """
         return name if name is None or name in self.session.past_names else self.module(name)
 
@@ -173,7 +182,12 @@ class NotebookContext:
         result.release()
 
     def replace(self, old: object, new: object) -> None:
-        """Assign an object to every variable whose value is another object."""
+        """Assign an object to every variable whose value is another object.
+
+        Args:
+            old: the current value.
+            new: the new value.
+        """
         names = [name for name, value in self.namespace.items() if value is old and not name.startswith("_")]
         for name in names:
             self.namespace[name] = new
@@ -184,6 +198,9 @@ class NotebookContext:
         Args:
             text: the variable or expression, e.g. ``train_ds`` or ``ds["train"]``.
             option: the option, for the message.
+
+        Raises:
+            CellError: it is not defined or cannot be evaluated.
         """
         name = reference(text) or text
         if name.isidentifier():
@@ -196,6 +213,9 @@ class NotebookContext:
         Args:
             text: the text of an option, parsed by ``prompt_text``; None if there is none.
             what: the option, for the message.
+
+        Raises:
+            CellError: the value is something else, or the expression cannot be evaluated.
         """
         if not isinstance(text, Expression):
             return text
@@ -237,6 +257,10 @@ class NotebookContext:
         Returns:
             The value of a variable or expression; the text itself for a file or a dataset; a mixture of them for
             ``a*0.7 b*0.3``.
+
+        Raises:
+            CellError: it is a variable that is not defined, or an expression that cannot be evaluated; or a part of a
+                mixture is given twice.
         """
         namespace = self.namespace
         if is_mixture(text):
@@ -259,6 +283,9 @@ class NotebookContext:
         Args:
             name: a variable or an expression; by default a variable named ``tokenizer``, ``tok`` or ``processor``, or
                 else the only tokenizer in the notebook.
+
+        Raises:
+            CellError: the variable is not defined, or is not a tokenizer.
         """
         if name is not None:
             tokenizer = self.value(name, "--tokenizer")
@@ -314,6 +341,7 @@ def which_model(names: Sequence[str], command: str) -> CellError:
     """The error of a command without a model, if there are several.
 
     Args:
+        names: the models.
         command: the part of the line before the model.
     """
     return CellError(f"several models: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")

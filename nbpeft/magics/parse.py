@@ -123,6 +123,7 @@ class LineParser(argparse.ArgumentParser):
     """The parser of a subcommand; it neither prints nor exits.
 
     Args:
+        command: the subcommand.
         prog: how the line begins, e.g. ``%lora use``.
     """
 
@@ -143,7 +144,11 @@ class LineParser(argparse.ArgumentParser):
             self.add_argument(*item.flags, **item.options)
 
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's message into a one-line error."""
+        """Turn argparse's message into a one-line error.
+
+        Raises:
+            CellError: always.
+        """
         message = re.sub(r"(--[\w-]+)/-\w\b", r"\1", message)
         needed = message.removeprefix(_REQUIRED)
         if needed != message:
@@ -152,7 +157,11 @@ class LineParser(argparse.ArgumentParser):
         raise CellError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse words."""
+        """Parse words.
+
+        Raises:
+            CellError: an argument is unknown, missing or invalid.
+        """
         options, unknown = self.parse_known_args(list(words))
         if not unknown:
             return options
@@ -173,9 +182,13 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
     """Parses the arguments of one command.
 
     Args:
+        command: the subcommand.
         prog: how the line begins.
         words: the words after it.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
+
+    Raises:
+        CellError: an argument is unknown, missing or invalid.
     """
     if any(word.text in ("-h", "--help") and not word.quoted for word in words):
         return Request(command, argparse.Namespace(), help=True)
@@ -242,12 +255,16 @@ def parse_line(
 
     Args:
         line: the line after the magic's name.
+        subcommands: the subcommands, by name.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
         magic: the magic, for messages.
         cells: names of the cell magics, for messages.
 
     Returns:
         None for an empty line.
+
+    Raises:
+        CellError: there is no such subcommand, or its arguments are invalid.
     """
     words = tokenize(line)
     if not words:
@@ -300,7 +317,11 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     ``--rank={r}``, ``orders={weight}``.
 
     Args:
+        word: the word.
         namespace: variables of the notebook.
+
+    Raises:
+        CellError: the variable is not defined, or is not text, a number or a path.
     """
     head, text = "", word.text
     before, equals, after = word.text.partition("=")

@@ -142,6 +142,7 @@ def subcommand(
     Args:
         name: the word after ``%lora``, or the cell magic.
         summary: one line for the help.
+        *arguments: its arguments.
         fields: the kind of fields that ``name=value`` words and cell bodies set: ``config``, ``training``, ``qlora`` or
             none.
         example: shown in the help.
@@ -164,6 +165,9 @@ def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
     Args:
         options: the parsed line with its fields.
         names: the names that are not allowed as fields.
+
+    Raises:
+        CellError: one of them is set as a field.
     """
     for name in names:
         if name in options.fields:
@@ -171,7 +175,11 @@ def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
 
 
 def fields_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a config, with the ``peft_type`` that ``--method`` names."""
+    """The fields of a config, with the ``peft_type`` that ``--method`` names.
+
+    Raises:
+        CellError: the field ``peft_type`` names another method.
+    """
     fields = dict(options.fields)
     if options.method is not None and fields.setdefault("peft_type", options.method) != options.method:
         raise CellError(f"--method {options.method} and peft_type = {fields['peft_type']!r} contradict each other")
@@ -179,11 +187,12 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def session_command(name: str, summary: str, *arguments: Argument, method: str = "", example: str = "") -> None:
-    """Register a subcommand that only passes its arguments to a method of the session: options by name.
+    """Register a subcommand that only passes its positional arguments and the model to a method of the session.
 
     Args:
         name: the word after ``%lora``.
         summary: one line for the help.
+        *arguments: its arguments.
         method: the name of the method; by default that of the subcommand.
         example: shown in the help.
     """

@@ -236,6 +236,7 @@ def equal_layers(model: nn.Module, count: int) -> str:
     ``requires_grad``, and if they share no trained tensor.
 
     Args:
+        model: the model.
         count: number of its layers.
 
     Returns:

@@ -60,6 +60,7 @@ def replace_by_fakes(
     """Replace linear layers and experts of a fake model, with or without adapters, by quantized ones.
 
     Args:
+        model: the model.
         layers: the layers to replace.
         kind: ``nf4``, ``fp4`` or ``int8``.
         double: whether 4-bit constants are quantized too.

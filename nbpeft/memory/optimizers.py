@@ -82,6 +82,7 @@ def state_bytes(optimizer: str, parameters: Iterable[tuple[tuple[int, ...], int]
     """Return the size of an optimizer's state in bytes.
 
     Args:
+        optimizer: name of the optimizer.
         parameters: (shape, bytes per element) of each trained parameter.
     """
     size = _STATE_BYTES[kind_of(optimizer)[0]]

@@ -40,6 +40,7 @@ class Peak:
         """Interpolate linearly between this peak and another one, or extrapolate.
 
         Args:
+            other: the other peak.
             share: 0 for this peak, 1 for the other one; may be outside of this range.
         """
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)

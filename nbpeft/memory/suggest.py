@@ -144,6 +144,7 @@ class _Search:
         Args:
             change_to: returns the change to a value.
             above: a value that does not fit.
+            step: the step.
             least: the smallest value to try; by default the step.
             others: further changes that are made too.
 

@@ -98,6 +98,7 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
 
     Args:
         name: name of the run.
+        path: path of its folder.
         facts: what ``checked_facts`` returned.
         running: whether a process is writing the run.
         kept_steps: steps of the checkpoints in descending order.
@@ -121,6 +122,7 @@ def unreadable(name: str, path: str, why: str) -> RunRecord:
 
     Args:
         name: name of the run.
+        path: path of its folder.
         why: the reason, for the record's message.
     """
     return RunRecord(name, path, "", "", UNREADABLE, message=why)

@@ -84,6 +84,7 @@ class RunStore:
 
         Args:
             name: current name of the run.
+            new: its new name.
 
         Raises:
             CheckpointNotFoundError: there is no such run.

@@ -118,7 +118,16 @@ class BackgroundTraining:
             self._condition.wait_for(lambda: self._shown)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Waits for the end, at most ``timeout`` seconds; returns whether it came. An interruption ends the wait."""
+        """Waits for the end.
+
+        An interruption ends only the wait.
+
+        Args:
+            timeout: maximal time in seconds; None for no limit.
+
+        Returns:
+            Whether the training has ended.
+        """
         with self._condition:
             return self._condition.wait_for(lambda: self.ended, timeout)
 

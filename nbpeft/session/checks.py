@@ -17,6 +17,7 @@ def adapter_name(name: Any, *, given: bool = True) -> str:
     """Check the name of a new adapter.
 
     Args:
+        name: the name.
         given: whether the user gave it; False if it was derived from a folder's name.
 
     Raises:

@@ -212,6 +212,7 @@ class SessionContext:
         """Return the result of a command that only reports one line.
 
         Args:
+            tracked: the model.
             line: what was done, as text.
             notes: messages for the user.
         """

@@ -20,6 +20,9 @@ def reinitialize(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed:
     Its config, its position, whether it is active and whether it is trainable do not change.
 
     Args:
+        ctx: context of the session.
+        tracked: the model.
+        name: name of the adapter.
         seed: seed of the random numbers if the initial ones are unknown; None uses the current random state.
 
     Raises:
@@ -53,6 +56,7 @@ def weights_kept_unless(
     """Restores adapters if the block fails before anything was learned.
 
     Args:
+        ctx: context of the session.
         tracked: their model.
         names: adapters whose weights the block replaces.
         learned: returns whether a training step was done.

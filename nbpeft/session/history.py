@@ -120,6 +120,8 @@ class History:
         """Adds a past adapter, and drops the oldest ones beyond the limits.
 
         Args:
+            manager: manager of the model.
+            past: the past adapter.
             change: transaction that records the change.
         """
         kept, left = [past], MOST_BYTES - past.kept.byte_count
@@ -135,7 +137,13 @@ class History:
         self.take_back(manager, self.of(manager)[:-1], change)
 
     def take_back(self, manager: AdapterManager, past: tuple[PastAdapter, ...], change: Transaction) -> None:
-        """Sets the past adapters of a model, e.g. to those of an earlier moment."""
+        """Resets the past adapters of a model to those of an earlier moment.
+
+        Args:
+            manager: manager of the model.
+            past: the earlier past adapters.
+            change: transaction that records the change.
+        """
         before = self.of(manager)
         change.on_undo(lambda: self._past.__setitem__(manager, before))
         self._past[manager] = past

@@ -67,6 +67,8 @@ class InitRows:
         """Returns the rows in the form that training gives to a base model; they are read only once.
 
         Args:
+            ctx: context of the session.
+            model: the base model.
             loss: whether a loss will be computed, so that labels are needed.
         """
         from nbpeft.training.loop.rows import first_rows
@@ -85,6 +87,7 @@ def starting_from(
     """Runs rows through a base model, to initialize an adapter that is created in the block.
 
     Args:
+        ctx: context of the session.
         model: the base model, with or without adapters; it is not changed.
         config: config of the new adapter.
         rows: None if none were given.

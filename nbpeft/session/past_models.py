@@ -24,6 +24,7 @@ def lost(ctx: SessionContext, variable: str | None, *, other: bool = True) -> Pa
     """Returns the model whose adapters can be restored to a variable, because it is deleted or not in a variable.
 
     Args:
+        ctx: context of the session.
         variable: name of the variable; None for any.
         other: if there is none for this variable, return the last model of another variable.
     """
@@ -43,9 +44,11 @@ def restore_lost(
     """Adds the adapters of a lost model to another one, all or none.
 
     Args:
+        ctx: context of the session.
         source: the model that had them.
         tracked: the model that gets them; None if it has no adapters.
         model: that model; None or a name for the current value of the variable of ``source``.
+        variable: name for the model.
 
     Raises:
         AdapterError: there is no model to add them to.

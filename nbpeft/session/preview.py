@@ -29,8 +29,10 @@ def preview_of(
     """Counts the parts of a new adapter; the model is not changed.
 
     Args:
+        base: the base model.
         wanted: config of the new adapter, or its plan.
         name: name of the new adapter.
+        model_name: name of the model.
         replaces: whether there is an adapter with that name.
         notes: notes for the preview.
         stored: path -> backend of layers that will be quantized first.

@@ -32,6 +32,7 @@ def prompt_batch(
 
     Args:
         ctx: context of the session, which stores the tokenizer.
+        tracked: the model.
         prompts: texts or conversations.
         tokenizer: None for the last one given.
         chat: apply the chat template to texts; None decides by how the adapters were trained, or else by whether the
@@ -75,6 +76,7 @@ def chosen_tokenizer(ctx: SessionContext, tracked: TrackedModel, tokenizer: Any)
 
     Args:
         ctx: context of the session, which stores the tokenizer.
+        tracked: the model.
         tokenizer: None for the last one given.
 
     Raises:

@@ -96,7 +96,12 @@ class TrackedModel:
         return (*names, *clones)
 
     def count_steps(self, names: Iterable[str], run: Run) -> None:
-        """Records the training steps of a run for adapters."""
+        """Records the training steps of a run for adapters.
+
+        Args:
+            names: names of the adapters.
+            run: the run.
+        """
         for name in names:
             config, state = self.manager.configs.get(name), run.state
             steps = run.steps_before + (state.step if state.kept_step is None else state.kept_step)

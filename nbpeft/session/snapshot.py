@@ -50,6 +50,8 @@ class Snapshots:
         """Returns the model's current state.
 
         Args:
+            name: name of the model.
+            manager: its manager.
             memory: the last measurement, for the state.
             training: the state of the last run, for the state.
         """

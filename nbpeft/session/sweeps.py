@@ -35,6 +35,7 @@ def plan_sweep(tracked: TrackedModel, request: TrainRequest) -> tuple[tuple[str,
     added for several values of a config are trained together.
 
     Args:
+        tracked: the model.
         request: the arguments of the training.
 
     Returns:
@@ -94,6 +95,7 @@ def restore(tracked: TrackedModel, names: tuple[str, ...], selected: tuple[str, 
     """Removes the adapters that are not in ``names`` from a model, and unloads it if there are none.
 
     Args:
+        tracked: the model.
         names: adapters to preserve.
         selected: adapters to activate.
         enabled: whether adapters are enabled afterwards.

@@ -34,6 +34,7 @@ def training_call(run_id: str, request: TrainRequest) -> TrainingCall:
     """Describes a training; stores neither rows nor anything that is not a plain value.
 
     Args:
+        run_id: id of the run.
         request: the arguments of the training, with its data as given.
     """
     given = {name: value for name, value in request.given.items() if name != "data_hint"}

@@ -20,6 +20,9 @@ class Undoable:
     """An adapter that a command is about to delete or replace.
 
     Args:
+        ctx: context of the session.
+        tracked: its model.
+        name: name of the adapter.
         did: what happens to it, e.g. ``deleted``.
         in_place: whether its tensors are overwritten.
     """

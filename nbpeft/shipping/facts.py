@@ -98,6 +98,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
 
     Args:
         manager: the model's adapters.
+        name: name of the adapter.
 
     Raises:
         UnknownAdapterError: there is no adapter of that name.

@@ -46,6 +46,7 @@ def adapter_folder(manager: AdapterManager, facts: AdapterFacts, *, one_rank: bo
     """Returns an adapter in PEFT's format.
 
     Args:
+        manager: the adapters of the model.
         facts: the adapter's properties.
         one_rank: whether the engine needs plain LoRA with one rank and one scaling for all layers; embeddings are
             not saved then.
@@ -92,6 +93,7 @@ def merged_folder(manager: AdapterManager, facts: AdapterFacts, stored_as: str, 
     """Returns a merged model in the format of transformers.
 
     Args:
+        manager: the adapters of the model.
         facts: properties of the adapter to merge.
         stored_as: storage type, one of ``DTYPES``.
         tokenizer: saved with the model, or None.
@@ -113,6 +115,7 @@ def adapter_gguf(
     A GGUF adapter has one alpha; llama.cpp scales each pair of factors by alpha over the rank of the pair.
 
     Args:
+        manager: the adapters of the model.
         facts: the adapter's properties.
         stored_as: storage type of the tensors.
         texts: further files to write.
@@ -142,6 +145,7 @@ def merged_gguf(
     """Returns a merged model for llama.cpp, with its tokenizer.
 
     Args:
+        manager: the adapters of the model.
         facts: properties of the adapter to merge.
         stored_as: storage type of the weights.
         tokenizer: the model's tokenizer.

@@ -61,6 +61,7 @@ def verdict_of(engine: Engine, facts: AdapterFacts) -> Verdict:
     """Applies an engine's rules to an adapter.
 
     Args:
+        engine: the engine.
         facts: the adapter's properties.
     """
     obstacles = obstacles_of(engine.adapter, facts, f"{engine.label} does not load adapters")

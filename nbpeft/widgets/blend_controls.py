@@ -45,6 +45,7 @@ class Slider:
     """The weight of one adapter.
 
     Args:
+        name: The adapter.
         value: Its initial weight.
         command: Called with ``moved``.
     """

@@ -71,6 +71,7 @@ def one_each(box: Any, old: dict[Key, Item], keys: Iterable[Key], make: Callable
     """Gives a box one child for each key: items of known keys are reused, those of keys that are gone are closed.
 
     Args:
+        box: The box.
         old: The items in it now, widgets or objects with a ``box``.
         keys: The keys of the items it should have.
         make: Creates the item of a new key.

@@ -74,7 +74,11 @@ class Resender:
         self._events: Any = None
 
     def drawn(self, view: View) -> None:
-        """Notes that a view was drawn in this thread."""
+        """Notes that a view was drawn in this thread.
+
+        Args:
+            view: the view.
+        """
         kernel = running_kernel()
         in_main = threading.current_thread() is threading.main_thread()
         if in_main or kernel is None or not drops_threads():

@@ -223,12 +223,23 @@ class WorkerPanel(Panel):
         self._worker = Worker()
 
     def close(self, leaving: str = "") -> None:
-        """Stops computing and closes the widgets; see ``Panel.close``."""
+        """Stops computing and closes the widgets. May be called twice.
+
+        Args:
+            leaving: A line that stays where the panel was shown.
+        """
         self._worker.stop()
         super().close(leaving)
 
     def wait(self, timeout: float = 60.0) -> bool:
-        """Waits until nothing is being computed; False if ``timeout`` seconds passed first."""
+        """Waits until nothing is being computed.
+
+        Args:
+            timeout: The longest wait, in seconds.
+
+        Returns:
+            False if the timeout passed first.
+        """
         return self._worker.wait(timeout)
 
 

@@ -108,6 +108,7 @@ class PlanControls:
         """Shows a plan.
 
         Args:
+            result: The plan.
             current: Whether it belongs to the settings shown; otherwise it is drawn faintly.
         """
         self.frame.head(result.aside if current else "computing …", running=not current)

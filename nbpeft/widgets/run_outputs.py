@@ -60,6 +60,7 @@ class WidgetOutput(RunOutput):
 
     Args:
         card: Draws a state.
+        buttons: The buttons of the run.
         train: The first state.
     """
 

@@ -24,6 +24,7 @@ class ScorePanel(Panel):
     """The scores, with buttons for the metric, the filter and the page of the items.
 
     Args:
+        result: The scores.
         ui: How to show it; by default the richest form that works here.
     """
 

@@ -29,7 +29,11 @@ SAMPLING = (
 
 
 def chat_of(options: argparse.Namespace) -> bool | None:
-    """Whether to apply the chat template; None if neither option is given."""
+    """Whether to apply the chat template; None if neither option is given.
+
+    Raises:
+        CellError: both options are given.
+    """
     if options.raw and options.chat:
         raise CellError("--raw and --chat exclude each other")
     return True if options.chat else False if options.raw else None
@@ -64,7 +68,11 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     example='%lora ask "Order: Ana from Lima needs 12 chairs." --temperature 0.7 --seed 1',
 )
 def ask(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Answer a prompt; the answer appears while it is generated."""
+    """Answer a prompt; the answer appears while it is generated.
+
+    Raises:
+        CellError: two options contradict each other.
+    """
     if options.go_on and options.new:
         raise CellError("--continue and --new exclude each other")
     model = notebook.chosen(options.model)

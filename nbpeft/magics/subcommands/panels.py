@@ -67,6 +67,7 @@ def show_training(notebook: NotebookContext, run: str | None) -> object:
     """Show the card of a training.
 
     Args:
+        notebook: the notebook.
         run: name of the run; None for the running one, or else the last one.
 
     Returns:
@@ -89,6 +90,7 @@ def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **con
     """Create a panel of a model.
 
     Args:
+        notebook: the notebook.
         kind: ``adapters``, ``compare`` or ``blend``.
         variable: the model; None for the only one.
         **content: the panel's initial content, e.g. the prompt.

@@ -46,7 +46,11 @@ DRY_RUN_SIZES = tuple(
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that were given, as keywords of ``Session.plan_memory``."""
+    """Return the options that were given, as keywords of ``Session.plan_memory``.
+
+    Raises:
+        CellError: a memory size has no unit, or a data type or quantization is unknown.
+    """
     given = {name: value for name, value in vars(options).items() if value is not None}
     names = {"batch": "batch_size", "seq": "sequence_length"} | {
         name: name for name in ("device", "optimizer", "adapters", "processes", "reference")
@@ -165,6 +169,7 @@ def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[
     """Create the memory panel with sliders.
 
     Args:
+        notebook: the notebook.
         name: what to plan for, as for ``%lora plan``; None for the only model.
         settings: the initial settings, as keywords of ``Session.memory_planner``.
     """

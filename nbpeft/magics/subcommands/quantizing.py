@@ -57,6 +57,7 @@ def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
     Args:
         options: the parsed line; ``fields`` are those of the quantization and of the adapter's config.
+        notebook: the notebook.
 
     Raises:
         CellError: the line is invalid, or the variable is in use.

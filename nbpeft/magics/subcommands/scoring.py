@@ -133,6 +133,10 @@ def metric_of(word: str, notebook: NotebookContext) -> Any:
 
     Args:
         word: the word of the line.
+        notebook: the notebook.
+
+    Raises:
+        CellError: it is neither.
     """
     if word in METRICS:
         return word

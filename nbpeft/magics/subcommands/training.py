@@ -197,7 +197,11 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     cell=True,
 )
 def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Train; ``options.fields`` are the training arguments."""
+    """Train; ``options.fields`` are the training arguments.
+
+    Raises:
+        CellError: a variable is not defined.
+    """
     model = notebook.module(options.target)
     data, eval_data, tokenizer = training_data(options, notebook)
     arguments = training_arguments(options, notebook)
@@ -296,7 +300,11 @@ def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> ob
     example="%lora export train.py",
 )
 def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Write the last training of a model as a script."""
+    """Write the last training of a model as a script.
+
+    Raises:
+        CellError: no cell trained the model, or a field's value cannot be written into a script.
+    """
     if options.model is None and len(notebook.trained) > 1:
         raise which_model(list(notebook.trained), "%lora export SCRIPT --model")
     target = str(options.model or next(iter(notebook.trained), ""))
@@ -325,6 +333,7 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
 
     Args:
         cell: the options of the line, or the stored text of an earlier cell.
+        notebook: the notebook.
 
     Returns:
         The rows, the evaluation rows or None, and the tokenizer or None.

@@ -61,6 +61,7 @@ def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """Calls a model with a batch of keyword arguments.
 
     Args:
+        model: the model.
         inputs: keyword arguments of its forward.
 
     Returns:
@@ -176,6 +177,10 @@ def get_eva_state_dict(
 def targeted_layers(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[str, nn.Module]]:
     """Finds the linear layers of a base model that a config targets.
 
+    Args:
+        model: the base model.
+        config: config of the adapter.
+
     Returns:
         Name of the layer -> its path and the frozen layer.
     """
@@ -290,6 +295,8 @@ def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor
     """Replaces an adapter with ``init_lora_weights="eva"`` by one that has the directions and their ranks.
 
     Args:
+        manager: manager of the model.
+        name: name of the adapter.
         directions: path -> directions (rank, in).
 
     Raises:

@@ -70,6 +70,7 @@ def moved(inputs: Any, device: torch.device | None) -> Any:
 
     Args:
         inputs: a tensor, a batch, or nested mappings and sequences of them.
+        device: the device, or None.
     """
     if device is None:
         return inputs

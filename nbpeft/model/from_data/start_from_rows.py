@@ -61,6 +61,10 @@ class DataStart:
     def finish(self, manager: AdapterManager, name: str) -> str:
         """Completes the init of an adapter that was created inside the block.
 
+        Args:
+            manager: manager of the model.
+            name: name of the adapter.
+
         Returns:
             A description of the init, for users.
         """
@@ -98,6 +102,7 @@ def reads_a_file(model: nn.Module, config: Any) -> bool:
     """Returns whether the init of this config reads a file, because the base model is not prepared for it.
 
     Args:
+        model: the base model.
         config: the adapter's config.
     """
     return _has_files(config) and not _is_prepared(model, config)

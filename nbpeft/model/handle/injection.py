@@ -52,6 +52,8 @@ def replacing(manager: AdapterManager, name: str, new: str) -> Iterator[bool]:
     """Context manager for adding an adapter; warns afterwards if it replaced one of the same name, as PEFT does.
 
     Args:
+        manager: manager of the model.
+        name: name of the adapter.
         new: description of the new adapter, for the warning.
 
     Yields:
@@ -76,6 +78,9 @@ def inject(
     """Adds an adapter and activates it; see ``inject_adapter_in_model``.
 
     Args:
+        manager: manager of the model.
+        config: config of the adapter.
+        name: name of the adapter.
         empty: leave the parameters on the meta device.
         state_dict: its keys select the modules to adapt; None for the config's targets.
         replace: replace an existing adapter with the same name.
@@ -92,6 +97,7 @@ def put_active(manager: AdapterManager, put: Callable[[], object], name: str, *,
     Args:
         manager: manager of the model, which may not be attached yet.
         put: result of ``manager.prepare``; adds the adapter.
+        name: name of the adapter.
         empty: leave the parameters on the meta device.
     """
     with manager.transaction():

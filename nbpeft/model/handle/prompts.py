@@ -25,6 +25,7 @@ def list_apart(manager: AdapterManager, modules: dict[str, nn.Module | None], ch
     """Lists learned prompts as the PeftModel's own modules, as PEFT does, if the first adapter is a prompt.
 
     Args:
+        manager: manager of the model.
         modules: modules of the PeftModel, changed in place.
         change: transaction that records the change.
     """
@@ -43,6 +44,7 @@ def list_anew(manager: AdapterManager, modules: dict[str, nn.Module | None]) -> 
     """Updates the prompts that a PeftModel lists, if it lists any; see ``list_apart``.
 
     Args:
+        manager: manager of the model.
         modules: modules of the PeftModel, changed in place.
     """
     if LISTED not in modules:
@@ -96,6 +98,7 @@ def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) 
     """Resizes the embeddings with the model's own method, which requires unwrapped layers, and restores the prompts.
 
     Args:
+        manager: manager of the model.
         *args: arguments of the model's ``resize_token_embeddings``.
         **kwargs: keyword arguments of it.
 
@@ -157,6 +160,7 @@ def prompt(manager: AdapterManager, batch_size: int, task_ids: Tensor | None) ->
     """Returns the active prompt for a batch.
 
     Args:
+        manager: manager of the model.
         batch_size: number of rows.
         task_ids: task of each row, (rows,) int64, for methods with tasks.
 

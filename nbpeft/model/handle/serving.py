@@ -29,6 +29,7 @@ def serving(
     """Context manager around one call of a model, with the active adapters or with one adapter for each row.
 
     Args:
+        manager: manager of the model.
         adapter_names: one name per row, or None for the active adapters. While adapters are disabled, all rows are
             computed by the base model.
         args: positional arguments of the call.
@@ -53,6 +54,7 @@ def of_the_model(manager: AdapterManager, kwargs: Mapping[str, Any]) -> dict[str
     """Returns the keyword arguments of a call without those that only adapters use.
 
     Args:
+        manager: manager of the model.
         kwargs: keyword arguments of the call.
     """
     own = call_arguments(manager.configs.values())
@@ -71,6 +73,7 @@ def serving_rows(
     """Context manager around calls with one adapter for each row.
 
     Args:
+        manager: manager of the model.
         adapter_names: one name per row.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
@@ -128,6 +131,7 @@ def blended(manager: AdapterManager, weights: Mapping[str, float]) -> Iterator[N
     threads do not change. Each weight multiplies the adapter's current scale.
 
     Args:
+        manager: manager of the model.
         weights: adapter name -> weight; 0 skips the adapter, a negative weight subtracts it.
 
     Raises:

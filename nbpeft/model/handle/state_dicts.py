@@ -147,6 +147,8 @@ def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, wei
     """Raises CheckpointError if tensors that are tied in the adapter differ in a state dict.
 
     Args:
+        manager: manager of the model.
+        name: name of the adapter.
         present: the adapter's tensors.
         weights: tensors of the state dict.
     """
@@ -241,6 +243,8 @@ def _complete(
     """Gives the parameters that are still on the meta device the values with which their layer adds nothing.
 
     Args:
+        manager: manager of the model.
+        name: name of the adapter.
         given: path -> tensors that were loaded, which stay as they are.
         change: the transaction of the load.
     """

@@ -74,6 +74,8 @@ def load_result(
     """Returns the keys that did not match while an adapter was loaded, under the model's names.
 
     Args:
+        manager: manager of the model.
+        name: name of the adapter.
         missing: missing keys, as in a file.
         unexpected: unexpected keys, as they were given.
         bare: the model is not a PeftModel, so that its names have no prefix.
@@ -123,6 +125,7 @@ def read(
     """Reads a saved adapter and checks that it fits; changes nothing yet.
 
     Args:
+        manager: manager of the base model.
         source: a folder, a hub id, or a single file with keys as in kohya's or diffusers' files (see ``lora_file``).
         name: name to give the adapter.
         trainable: whether it is trainable while active.
@@ -209,7 +212,9 @@ def fitted(
     moved to a device, and never ties those of an encoder and a decoder. Then the plan does not tie them either.
 
     Args:
+        manager: manager of the base model.
         name: name of an adapter that the new one replaces, or None.
+        config: config of the adapter.
         tensors: key in the file -> tensor, already read or not.
         **options: options of ``checkpoint.from_file``.
 
@@ -381,6 +386,7 @@ def save(
     """Saves adapters. If they are sharded over processes, all processes call this and one writes.
 
     Args:
+        manager: manager of the model.
         folder: folder for ``default``; other adapters are saved in subfolders.
         names: names of the adapters; None for all.
         embeddings: also save the embeddings; "auto" decides from the model.
@@ -740,6 +746,7 @@ def push(
     """Saves adapters into a temporary folder and uploads it.
 
     Args:
+        manager: manager of the model.
         repo_id: ``user/name``.
         name: the adapter to save in the root of the repository; None saves all, with ``default`` in the root and the
             others in folders.

@@ -52,6 +52,8 @@ def take_given(
     """Makes the user's config object the config of an adapter, with the added values; a used object is not changed.
 
     Args:
+        manager: manager of the model.
+        name: name of the adapter.
         given: the user's config object.
         change: transaction that records the change.
         loading: the object was passed for loading a saved adapter; another adapter that has it gets a copy instead.

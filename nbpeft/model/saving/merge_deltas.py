@@ -133,6 +133,10 @@ class Deltas:
 def deltas_of(manager: AdapterManager, names: Sequence[str]) -> Deltas:
     """Returns the deltas of adapters on a loaded model.
 
+    Args:
+        manager: manager of the model.
+        names: names of the adapters.
+
     Raises:
         MergeError: adapters are merged, or cannot be merged into a weight.
         AdapterError: two adapters have each trained a copy of the same module.

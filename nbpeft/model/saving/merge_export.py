@@ -248,6 +248,7 @@ def merged_tensors(model: nn.Module, adapter: str | Sequence[str], *, dtype: tor
 
     Args:
         model: an adapted model, quantized or not.
+        adapter: name or names.
         dtype: dtype of the tensors.
 
     Raises:

@@ -29,13 +29,23 @@ START = "nbpeft.start"
 
 
 def starting(manager: AdapterManager, name: str) -> list[StartsInWeight]:
-    """Returns an adapter's modules on the layers where its init takes over a part of the weight."""
+    """Returns an adapter's modules on the layers where its init takes over a part of the weight.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+    """
     adapters = [layer.adapter(name) for layer in manager.layers.values() if name in layer.adapters]
     return [adapter for adapter in adapters if isinstance(adapter, StartsInWeight) and adapter.taken_over is not None]
 
 
 def left_start(manager: AdapterManager, name: str) -> dict[str, str]:
-    """Returns the metadata of a file for the residual; empty if the adapter's file is for the original base."""
+    """Returns the metadata of a file for the residual; empty if the adapter's file is for the original base.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+    """
     if manager.configs[name].initialised_from_weight:
         return {}
     inits = dict.fromkeys(start.init for one in starting(manager, name) if (start := one.taken_over) is not None)
@@ -47,6 +57,8 @@ def take_out_of_saved(manager: AdapterManager, name: str, weights: AdapterWeight
     """Subtracts an adapter's initial component from the base weights in its file, such as embeddings.
 
     Args:
+        manager: manager of the model.
+        name: name of the adapter.
         weights: the tensors to save, changed in place.
     """
     for path in weights.starts:
@@ -58,7 +70,12 @@ def take_out_of_saved(manager: AdapterManager, name: str, weights: AdapterWeight
 
 
 def mark_left(manager: AdapterManager, name: str) -> None:
-    """Records that a file for the residual was written or read, so that ``unload()`` returns the residual."""
+    """Records that a file for the residual was written or read, so that ``unload()`` returns the residual.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+    """
     for adapter in starting(manager, name):
         adapter.leaves_start = True
 
@@ -69,8 +86,11 @@ def kept_start(
     """Returns the initial components of an adapter that a loaded file for the residual continues.
 
     Args:
+        manager: manager of the model.
         name: name of the adapter on the model that the file replaces. As in PEFT its initial components are preserved
             if the file is for the residual.
+        config: config of the file.
+        saved: the file.
         weights: the file's tensors, by layer.
 
     Returns:
@@ -93,7 +113,13 @@ def kept_start(
 
 
 def config_on(model: nn.Module, config: AdapterConfig, metadata: Mapping[str, str]) -> AdapterConfig:
-    """Returns the config of a file on a base; for a file for the residual on the original base, with its init."""
+    """Returns the config of a file on a base; for a file for the residual on the original base, with its init.
+
+    Args:
+        model: the base model.
+        config: config of the file.
+        metadata: metadata of the file.
+    """
     init = metadata.get(START)
     if init is None or config.initialised_from_weight or not checkpoint.is_same_base(metadata, model):
         return config

@@ -52,7 +52,13 @@ _lock = threading.RLock()
 
 
 def note_place(manager: AdapterManager, name: str, folder: str | os.PathLike[str]) -> None:
-    """Records that a folder has the current state of an adapter."""
+    """Records that a folder has the current state of an adapter.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+        folder: the folder.
+    """
     with _lock:
         for place, owners in list(_owners.items()):
             _owners[place] = [owner for owner in owners if owner.name is not None]
@@ -64,7 +70,13 @@ def note_place(manager: AdapterManager, name: str, folder: str | os.PathLike[str
 
 
 def owner_of(manager: AdapterManager, name: str, folder: str | os.PathLike[str]) -> str | None:
-    """Returns which adapter a folder has: the empty string for this one, the name of another, or None if unknown."""
+    """Returns which adapter a folder has: the empty string for this one, the name of another, or None if unknown.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+        folder: the folder.
+    """
     with _lock:
         mark, names = _mark(folder), []
         for owner in _owners.get(_key(folder), ()):
@@ -77,6 +89,7 @@ def note_saved(manager: AdapterManager, places: Mapping[str, Path]) -> None:
     """Records that adapters were saved; adapters whose only copy was overwritten become unsaved.
 
     Args:
+        manager: manager of the model.
         places: adapter name -> folder.
     """
     with _lock:

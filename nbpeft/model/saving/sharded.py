@@ -40,6 +40,8 @@ def warn_of_shards(manager: AdapterManager, name: str, weights: AdapterWeights) 
     """Warns if tensors to save of an adapter are shards, which are saved all the same, as in PEFT.
 
     Args:
+        manager: manager of the model.
+        name: the adapter.
         weights: its tensors.
     """
     found = flattened(manager.layers, name, manager.configs[name], weights.adapters)

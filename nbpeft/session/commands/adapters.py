@@ -61,6 +61,7 @@ def add(
     active, and the next training trains all of them side by side.
 
     Args:
+        ctx: context of the session.
         model: a bare or an adapted model.
         config: a config, or its fields.
         name: name of the adapter.
@@ -230,6 +231,7 @@ def preview(
     """Report what ``add`` would do and what training would need; nothing is changed or tracked.
 
     Args:
+        ctx: context of the session.
         model: a bare or an adapted model.
         config: config of the new adapter, or its fields.
         name: name of the new adapter.
@@ -268,7 +270,9 @@ def completed(config: AdapterConfig, tracked: TrackedModel | None, base: nn.Modu
     """Return a config as it is used on a base model, with the heads of its task, which are trained too.
 
     Args:
+        config: the config.
         tracked: the session's model, if it knows it.
+        base: the base model.
     """
     from nbpeft.model import PeftModel
 
@@ -302,6 +306,7 @@ def load(
     """Load a saved adapter under a new name; the first adapter of a model becomes active.
 
     Args:
+        ctx: context of the session.
         source: a folder, a file in kohya's or diffusers' format, or a hub id, optionally followed by ``@`` and a
             revision.
         name: name to give the adapter; None for the last component of ``source``, or of ``subfolder``.
@@ -379,6 +384,7 @@ def save(
     """Save adapters in PEFT's format, all of them completely or none.
 
     Args:
+        ctx: context of the session.
         folder: folder for one adapter; several adapters are saved in subfolders with their names.
         name: name of the adapter; None for all of the model's adapters.
         model: an adapted model.
@@ -438,6 +444,7 @@ def delete(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Comman
     """Delete an adapter from the model; ``undo`` restores it.
 
     Args:
+        ctx: context of the session.
         name: name of the adapter.
         model: an adapted model.
 
@@ -462,6 +469,7 @@ def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None)
     """Rename an adapter.
 
     Args:
+        ctx: context of the session.
         name: name of the adapter.
         new: its new name.
         model: an adapted model.
@@ -485,6 +493,7 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
     """Copy an adapter under a new name.
 
     Args:
+        ctx: context of the session.
         name: name of the adapter.
         new: name of the copy.
         model: an adapted model.
@@ -554,6 +563,10 @@ def _reference(tracked: TrackedModel) -> ModelRef:
 
 def adapter_in(state: ModelState, name: str) -> AdapterState:
     """Return an adapter in the state of a model.
+
+    Args:
+        state: state of the model.
+        name: name of the adapter.
 
     Raises:
         UnknownAdapterError: there is no such adapter.

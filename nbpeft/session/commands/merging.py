@@ -36,6 +36,7 @@ def merge(
     """Merge adapters into the base weights, so that they need no time when the model runs.
 
     Args:
+        ctx: context of the session.
         names: names of the adapters; None for the active ones.
         model: an adapted model.
         safe: raise an error if a merged weight would not be finite.
@@ -81,6 +82,7 @@ def unmerge(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
     """Restore the base weights, bit for bit.
 
     Args:
+        ctx: context of the session.
         model: an adapted model.
     """
     tracked = ctx.models.get(model, command="unmerge")
@@ -96,6 +98,7 @@ def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None,
     """Unload all adapters and remove the model from the session; its PeftModels are unusable afterwards.
 
     Args:
+        ctx: context of the session.
         merge: merge the active adapters into the base weights first.
         model: an adapted model.
         safe: with ``merge``, raise an error if a merged weight would not be finite.

@@ -50,6 +50,7 @@ def plan_memory(
     """Forecast the memory of a run, by part, and whether a device has enough; nothing is loaded or changed.
 
     Args:
+        ctx: context of the session.
         model: a model or its name in the session, a transformers config, or the folder or hub id of one; only its
             config is read.
         config: the adapter's config, or its fields; by default that of the model's active adapter, or LoRA of rank 16
@@ -397,6 +398,7 @@ def plan_or_reason(source: Any, config: AdapterConfig, name: str, settings: Mapp
 
     Args:
         source: a model, a config, a folder or a hub id.
+        config: config of the adapter.
         name: display name of the model.
         settings: further arguments of ``MemoryPlanner``.
     """

@@ -37,6 +37,7 @@ def push(
     ``HF_TOKEN``, of the hub's login, or of the secrets of Colab or Kaggle.
 
     Args:
+        ctx: context of the session.
         repo: ``user/name``; created if it does not exist.
         name: name of the adapter; None if the model has only one.
         model: an adapted model.
@@ -93,6 +94,8 @@ def card_facts(tracked: TrackedModel, name: str, source: str, title: str) -> Car
     """Return information for an adapter's card in addition to its config.
 
     Args:
+        tracked: the model.
+        name: name of the adapter.
         source: repository or folder from which the card's code loads the adapter.
         title: heading of the card.
     """

@@ -24,6 +24,7 @@ def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None =
     another model before, that model's trained and unsaved adapters are restored on the variable's current model.
 
     Args:
+        ctx: context of the session.
         model: an adapted model; or a bare one, to restore the adapters of a model that no longer exists.
         variable: name for a model that the session does not know yet.
 
@@ -45,6 +46,7 @@ def discard(ctx: SessionContext, model: str) -> LineResult:
     """Discard the unsaved adapters of a model that no longer exists; ``undo`` cannot restore them any more.
 
     Args:
+        ctx: context of the session.
         model: the model's name since it was lost, e.g. ``model (before)``.
 
     Raises:
@@ -107,6 +109,7 @@ def reset(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Command
     An adapter that was loaded gets new weights, initialized from its config.
 
     Args:
+        ctx: context of the session.
         name: name of the adapter.
         model: an adapted model.
 
@@ -129,6 +132,7 @@ def refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) ->
     """Refuse to change adapters whose parameters an optimizer has.
 
     Args:
+        ctx: context of the session.
         tracked: the model.
         what: what cannot be done, e.g. ``reset an adapter``.
 

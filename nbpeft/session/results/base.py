@@ -100,6 +100,7 @@ class ModelRef:
     """A reference to a model that is strong until it is released, and weak afterwards.
 
     Args:
+        model: the model.
         rehandle: returns the model again if its PeftModel was deleted.
     """
 

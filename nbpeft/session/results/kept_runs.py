@@ -69,6 +69,7 @@ def sorted_records(records: tuple[RunRecord, ...], sort: str) -> tuple[RunRecord
     """Sorts runs by time (newest first), or by another column in ascending order.
 
     Args:
+        records: the runs.
         sort: name of the column, see ``SORTS``.
 
     Raises:

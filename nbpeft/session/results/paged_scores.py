@@ -19,6 +19,7 @@ class PagedScores(ScoreResult):
         """The same result.
 
         Args:
+            result: the scores.
             show: shows it; raises NotImplementedError where it cannot.
         """
         paged = cls(*_values(result))
