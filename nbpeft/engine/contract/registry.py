@@ -30,7 +30,7 @@ from nbpeft.engine.contract.method_records import Part as Part
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registration import check_config_class, check_peft_type, check_values
-from nbpeft.errors import ConfigError, UnknownMethodError, did_you_mean, in_one_line, shortened
+from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
 """Also the module with the names that a package needs to define a method."""
@@ -141,15 +141,13 @@ def register(
             nbpeft 0.2.
     """
     type_in_files = peft_type or getattr(config_class, "method_type", "")
-    if not type_in_files:
-        raise ConfigError(f"{label}: peft_type is missing: name the one of its config files", field="peft_type")
     check_fields(label, fields, _FIELDS)
     check_values(label, fields, _RECORDS)
 
     def decorate(cls: AdapterClass) -> AdapterClass:
         method = Method(label, type_in_files, config_class, cls, **fields)
         check_classes(label, cls, config_class, method.shares.state)
-        check_peft_type(label, peft_type, config_class, {m.peft_type: m.config_class for m in _methods})
+        check_peft_type(label, type_in_files, config_class, {m.peft_type: m.config_class for m in _methods})
         check_config_class(label, config_class, method.sample_configs)
         clash = next((m for m in _methods if m.label == label), None)
         if clash is not None and clash.adapter_class.__qualname__ != cls.__qualname__:
