@@ -65,6 +65,9 @@ JUDGED = "judged"
 DESIRABLE = "desirable"
 """The key of that label in a tokenized row and in a batch: 1 or 0."""
 
+BASE, START = "base", "start"
+"""Values of ``reference``: the model without adapters, and the trained weights at the beginning."""
+
 REJECTED = "rejected_"
 """Prefix of the keys of a rejected completion in a tokenized row and in a batch: ``rejected_input_ids``."""
 

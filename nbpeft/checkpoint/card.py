@@ -68,11 +68,7 @@ class CardFacts:
 
 
 def card_text(
-    config: AdapterConfig,
-    present: str | None = None,
-    *,
-    tags: Sequence[str] = (),
-    facts: CardFacts | None = None,
+    config: AdapterConfig, present: str | None = None, *, tags: Sequence[str] = (), facts: CardFacts | None = None
 ) -> str:
     """Returns the README text for an adapter.
 

@@ -34,12 +34,14 @@ class GgufTensor:
         shape: outermost dimension first, as in torch.
         stored_as: storage type: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q4_k``, ``q5_k`` or ``q6_k``.
         read: returns the tensor; called when it is written, so that only one is in memory at a time.
+        importance: returns how much errors in each column count, for ``q4_k``, ``q5_k`` and ``q6_k``; None if unknown.
     """
 
     name: str
     shape: tuple[int, ...]
     stored_as: str
     read: Callable[[], Tensor]
+    importance: Callable[[], Tensor | None] = lambda: None
 
     @property
     def type(self) -> Any:
@@ -134,5 +136,6 @@ def _data(tensor: GgufTensor) -> Any:
         raise CheckpointError(f"{tensor.name} has shape {tuple(value.shape)}, expected {tensor.shape}")
     array = value.detach().to("cpu", torch.float32).contiguous().numpy()
     if tensor.type.name in _FOR_SHORT_ROWS:
-        return k_quants.quantize(array, tensor.type.name.lower())
+        counts = tensor.importance()
+        return k_quants.quantize(array, tensor.type.name.lower(), None if counts is None else counts.numpy())
     return gguf_package().quants.quantize(array, tensor.type)

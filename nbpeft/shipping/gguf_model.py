@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,7 +124,11 @@ class GgufModel:
         yield GgufTensor(f"{name}.lora_b", tuple(delta.up.shape), stored_as, up)
 
     def model_tensors(
-        self, specs: Sequence[TensorSpec], read: Callable[[str], Tensor], stored_as: str
+        self,
+        specs: Sequence[TensorSpec],
+        read: Callable[[str], Tensor],
+        stored_as: str,
+        importance: Callable[[str], Tensor | None] = lambda key: None,
     ) -> list[GgufTensor]:
         """Returns the tensors of a model, sorted by name; vectors are always float32.
 
@@ -131,6 +136,7 @@ class GgufModel:
             specs: the model's tensors.
             read: returns a tensor by name.
             stored_as: storage type of the matrices.
+            importance: returns how much errors in each input of a matrix count, by its name; None if unknown.
 
         Raises:
             ConfigError: its rotary embeddings have an unsupported scaling type.
@@ -151,7 +157,8 @@ class GgufModel:
         for spec in sorted(specs, key=lambda spec: spec.name):
             name = self.name(spec.name)
             kind = self._type(name, stored_as, output=name == output) if len(spec.shape) > 1 else "f32"
-            tensors.append(GgufTensor(name, spec.shape, kind, self._reader(spec.name, read)))
+            counts = partial(importance, spec.name)
+            tensors.append(GgufTensor(name, spec.shape, kind, self._reader(spec.name, read), counts))
         return tensors
 
     def _type(self, name: str, stored_as: str, *, output: bool) -> str:

@@ -201,8 +201,7 @@ def _make_plain(module: nn.Module) -> None:
 
 def _original_dtype(state: Any) -> torch.dtype:
     packed = getattr(state, "packing_format_for_cpu", False)
-    dtype: torch.dtype = state.original_dtype if packed else state.dtype
-    return dtype
+    return state.original_dtype if packed else state.dtype
 
 
 def _nested(module: nn.Module) -> bool:

@@ -28,10 +28,6 @@ class Dense(StoredWeight):
     def tensors(self, module: nn.Module) -> list[Tensor]:
         return [_weight(module)]
 
-    def dtype(self, module: nn.Module) -> torch.dtype:
-        """The stored dtype."""
-        return module.weight.dtype  # type: ignore[return-value]
-
     def dequantize(self, module: nn.Module) -> Tensor:
         """The stored tensor itself, detached: writing to it changes the module."""
         return _weight(module)

@@ -56,5 +56,4 @@ class QuantizedExperts(StoredWeight):
 
 def _weight(module: nn.Module) -> QuantizedMatrices:
     weight: Any = module.weight
-    found: QuantizedMatrices = weight
-    return found
+    return weight

@@ -101,15 +101,7 @@ class ScaledDelta(WeightDelta, Rescales):
     rescales_rows: bool = True
 
     def unscaled_delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """Computes the delta without ``scaling``; see ``WeightDelta.delta``.
-
-        Args:
-            base: the layer.
-            *parameters: in the order of ``parameter_shapes``.
-
-        Returns:
-            Shaped like the canonical weight, in the dtype of the parameters.
-        """
+        """Computes the delta without ``scaling``, like ``WeightDelta.delta``."""
         raise NotImplementedError
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
@@ -148,13 +140,13 @@ class ComputedFactors(Adapter, IsLowRank):
     def rank(self) -> int:
         """The rank of the factors."""
 
-    @abstractmethod
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Computes A, (r, in), and B, (out, r); differentiable."""
-
     @property
     def delta_rank(self) -> int | None:
         return self.rank
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Computes A, (r, in), and B, (out, r); differentiable."""
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``B A dropout(x)``."""
@@ -162,12 +154,6 @@ class ComputedFactors(Adapter, IsLowRank):
         dtype = compute_dtype(x, first)
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
         return F.linear(F.linear(dropped, first.to(dtype)), second.to(dtype))
-
-    @torch.no_grad()
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``B A``."""
-        first, second = self.factors()
-        return second @ first
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
@@ -199,7 +185,7 @@ def apply_delta(
     dtype = dtype or compute_dtype(x, parameters[0])
     if composes():
         return _map(base, _cast(x, dtype), compute(*parameters).to(dtype), bias)
-    return _ApplyDelta.apply(x, base, compute, dtype, bias, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return _ApplyDelta.apply(x, base, compute, dtype, bias, *parameters)  # type: ignore[no-untyped-call]
 
 
 def in_one_product(
@@ -323,7 +309,7 @@ def keeping_inputs(
     """
     if composes() or (keeps_little and compute_dtype(x, parameters[0]) == x.dtype):
         return function(x, *parameters)
-    return _KeepingInputs.apply(function, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return _KeepingInputs.apply(function, x, *parameters)  # type: ignore[no-untyped-call]
 
 
 class _KeepingInputs(torch.autograd.Function):

@@ -56,7 +56,7 @@ from nbpeft.engine.injection.config_warnings import (
     warn_of_uncalled,
 )
 from nbpeft.engine.injection.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
-from nbpeft.engine.injection.injection_checks import bypassed, check_called, check_copy, check_shaped
+from nbpeft.engine.injection.injection_checks import bypassed, check_called, check_copy, check_shaped, check_shapes
 from nbpeft.engine.injection.replication import pending_replication, replicated
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.tree.fused_layers import fused_layers, with_parameters
@@ -481,7 +481,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
         paths = (path for path, _ in bare_modules(model, repeat=True) if path)
         resolved.target_modules = condensed_if_many(resolved.target_modules, paths)  # type: ignore[attr-defined]
     if is_all_linear(targets) and not getattr(config, "target_parameters", None):
-        warn_of_experts(model, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
+        warn_of_experts(model, config, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
     return resolved
 
 
@@ -661,6 +661,7 @@ def _target(
     else:
         kind, backend = resolve_parts(site, method)
         shapes = made_by.parameter_shapes(config, site.path, site.module, kind)
+        check_shapes(made_by, site.path, shapes)
     taken, given = kind.features(site.module)
     fixed: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     unsaved = 0

@@ -8,7 +8,7 @@ also from ``load_state_dict``, ``torch.func.functional_call`` and FSDP.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -217,6 +217,17 @@ def former_names(adapter: Adapter, name: str) -> dict[str, str]:
     return former
 
 
+def _observing(register: Callable[..., Any]) -> Any:
+    """A method of ``nn.Module`` that adds a hook, with which the adapter calls the module from then on."""
+
+    @wraps(register)
+    def registering(self: Observed, *args: Any, **kwargs: Any) -> Any:
+        _observe(self.adapter, self)
+        return register(self, *args, **kwargs)
+
+    return registering
+
+
 class Observed(nn.Module):
     """A module that registers itself with its adapter when it gets hooks or another forward.
 
@@ -233,25 +244,10 @@ class Observed(nn.Module):
             _observe(self.adapter, self)
         super().__setattr__(name, value)
 
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of ``nn.Module``."""
-        _observe(self.adapter, self)
-        return super().register_forward_hook(*args, **kwargs)
-
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of ``nn.Module``."""
-        _observe(self.adapter, self)
-        return super().register_forward_pre_hook(*args, **kwargs)
-
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of ``nn.Module``."""
-        _observe(self.adapter, self)
-        return super().register_full_backward_hook(*args, **kwargs)
-
-    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of ``nn.Module``."""
-        _observe(self.adapter, self)
-        return super().register_full_backward_pre_hook(*args, **kwargs)
+    register_forward_hook = _observing(nn.Module.register_forward_hook)
+    register_forward_pre_hook = _observing(nn.Module.register_forward_pre_hook)
+    register_full_backward_hook = _observing(nn.Module.register_full_backward_hook)
+    register_full_backward_pre_hook = _observing(nn.Module.register_full_backward_pre_hook)
 
 
 class ParameterModule(Observed, _Shows):
@@ -369,7 +365,7 @@ class Container(_FollowsMode):
         self.__dict__["adapters"] = adapters
 
     def _showing(self) -> Iterable[nn.Module]:
-        return self.__dict__["adapters"].values()  # type: ignore[no-any-return]
+        return self.__dict__["adapters"].values()
 
     def __getattr__(self, name: str) -> Any:
         found = None if name.startswith("__") else by_name(self.__dict__.get("adapters", {}), name)
@@ -413,7 +409,7 @@ class BufferMapping(_FollowsMode):
         self.__dict__.update(adapters=having, _buffers=buffers, _non_persistent_buffers_set=hidden)
 
     def _showing(self) -> Iterable[nn.Module]:
-        return self.__dict__.get("adapters", {}).values()  # type: ignore[no-any-return]
+        return self.__dict__.get("adapters", {}).values()
 
     def __getitem__(self, name: str) -> Any:
         return self._buffers[name]
@@ -492,7 +488,7 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
     for name, state in shared.items():
         for own in list(state._parameters):
             parameters.setdefault(("", own), {})[name] = (state, own)
-        for own, module in state._modules.items():
+        for own, module in state.named_children():
             modules.setdefault(own, {})[name] = module
     for name, adapter in adapters.items():
         for own, make in _parts_of(adapter, base):

@@ -119,8 +119,7 @@ class AdaptedLayer(Wrapper):
     """The ``peft_type`` of the last deleted adapter, for a layer without adapters."""
 
     def _named(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.__dict__["adapters"]._modules
-        return found
+        return self.__dict__["adapters"]._modules
 
     def _methods(self) -> list[Method]:
         """The methods of the adapters on this layer; if it has none, that of the last deleted adapter."""
@@ -133,8 +132,7 @@ class AdaptedLayer(Wrapper):
 
     def wrapped_module(self) -> nn.Module:
         """The frozen layer; for an adapted parameter the module that has it, inside all wrappers."""
-        layer: nn.Module = self.__dict__["_modules"]["base_layer"]
-        return layer
+        return self.__dict__["_modules"]["base_layer"]
 
     @property
     def weight_module(self) -> nn.Module:
@@ -178,8 +176,7 @@ class AdaptedLayer(Wrapper):
         """
         active = self.active_state.current()
         if self.merged_names:
-            merged: Tensor = self.base_layer(x, *args, **kwargs)
-            return merged
+            return self.base_layer(x, *args, **kwargs)
         if self.is_quantization_aware(active.call_names):
             return self._rounded(x, active, args, kwargs)
         alone = self._alone(active)
@@ -200,7 +197,7 @@ class AdaptedLayer(Wrapper):
             return alone.transform_output(output, self._base_in(active, active.names[0]))
         if isinstance(alone, FusesAdd):
             adapter: Any = alone
-            return adapter(x, output, self._base_in(active, active.names[0]), True)  # type: ignore[no-any-return]
+            return adapter(x, output, self._base_in(active, active.names[0]), True)
         return self._with_deltas(x, output, active)
 
     def _alone(self, active: ActiveAdapters) -> Any:
@@ -331,7 +328,7 @@ class AdaptedLayer(Wrapper):
             return adapter.transform_output(output, base)
         if scale == 1.0 and isinstance(adapter, FusesAdd):
             fusing: Any = adapter
-            return fusing(x, output, base, True)  # type: ignore[no-any-return]
+            return fusing(x, output, base, True)
         return add_delta(output, adapter(x, output, base) * scale)
 
     def has_any_of(self, active: ActiveAdapters) -> bool:
@@ -648,7 +645,8 @@ class AdaptedLayer(Wrapper):
             for former, shown in former_names(adapter, name).items():
                 if prefix + former in state_dict:
                     state_dict[prefix + shown] = state_dict.pop(prefix + former)
-        take_shared({n: one for n, one in self._named().items() if "shared" not in one._modules}, state_dict, prefix)
+        elsewhere = {name: adapter for name, adapter in self._named().items() if "shared" not in adapter._modules}
+        take_shared(elsewhere, state_dict, prefix, args[2], args[4])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:

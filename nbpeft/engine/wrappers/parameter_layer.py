@@ -67,7 +67,7 @@ class AdaptedOwner(AdaptedLayer):
         inner: Any = self
         while isinstance(inner, AdaptedLayer):
             inner = inner._modules["base_layer"]
-        return inner  # type: ignore[no-any-return]
+        return inner
 
 
 class AdaptedParameter(AdaptedOwner):

@@ -274,11 +274,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
 
 
 def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
-    """The prompts of ``--sample``, or the number of rows to answer.
-
-    Raises:
-        CellError: both prompts and a number are given, or the value of a variable is neither.
-    """
+    """The prompts of ``--sample``, or the number of rows to answer."""
     counts = [int(word) for word in words if word.isdecimal()]
     if counts and len(words) > 1:
         raise CellError("--sample takes either a number of rows or prompts, not both")
@@ -288,11 +284,7 @@ def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
     return prompts[0] if len(prompts) == 1 and not isinstance(prompts[0], str) else prompts
 
 
-@subcommand(
-    "traceback",
-    "Show the whole traceback of the last command that failed.",
-    example="%lora traceback",
-)
+@subcommand("traceback", "Show the whole traceback of the last command that failed.", example="%lora traceback")
 def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Show the last traceback, which is stored as text."""
     return TracebackResult(notebook.session.last_traceback)

@@ -321,11 +321,7 @@ def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> li
 
 
 def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
-    """Removes a file's base tensors that equal those of the base model, and warns about those that differ.
-
-    Raises:
-        CheckpointError: the base's tensor has no data here, so that it could not be restored later.
-    """
+    """Removes a file's base tensors that equal those of the base model, and warns about those that differ."""
     brought = [key for key in weights.base if key not in plan.biases]
     known = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
     present = {key: known[key] for key in brought}
@@ -504,17 +500,9 @@ def _fingerprint(manager: AdapterManager, *, take: bool = True) -> checkpoint.Fi
 
 
 def _refuse_other(
-    manager: AdapterManager,
-    name: str,
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    base: checkpoint.Fingerprint | None,
+    manager: AdapterManager, name: str, folder: Path, tensors: Mapping[str, Tensor], base: checkpoint.Fingerprint | None
 ) -> None:
-    """Refuses to overwrite another adapter.
-
-    Raises:
-        AdapterExistsError: the folder has one.
-    """
+    """Refuses to overwrite another adapter."""
     owner = owner_of(manager, name, folder)
     if owner is None:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -775,10 +763,8 @@ def push(
     manager.check_alive()
     hub = {key: kwargs.get(key) for key in ("token", "revision", "endpoint")}
     with checkpoint.scratch_folder() as folder:
-        if facts is not None:
-            present = checkpoint.present_file(repo_id, "README.md", **hub)
-            if present:
-                (folder / "README.md").write_bytes(present.encode())
+        if facts is not None and (present := checkpoint.present_file(repo_id, "README.md", **hub)):
+            (folder / "README.md").write_bytes(present.encode())
         names = list(manager.names) if name is None else [name]
         save(manager, folder, names=names, flat=name is not None, facts=facts, mark_saved=False)
         if not replace:

@@ -83,4 +83,4 @@ def data(
             rows=rows,
             seed=seed,
         )
-    return DataResult(name, summary, notes_of(summary))
+    return DataResult(name, summary, notes=notes_of(summary))

@@ -13,7 +13,7 @@ from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.from_data.observing import device_of, evaluated, moved
 from nbpeft.names import JUDGED, REJECTED
-from nbpeft.sweeps import Sweep, not_swept
+from nbpeft.sweeps import Sweep, combinations, not_swept, swept
 from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import Collator, columns_of
 from nbpeft.training.data.classes import Classes
@@ -97,8 +97,11 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     if kind is None:
         kind, why = _from_rows(request, columns)
         given = _fields_of(kind, given, fields, own)
-    objective = kind(**given)
-    rest = {name: value for name, value in request.arguments.items() if name not in given}
+    several = swept(given)
+    objective = kind(**{name: value for name, value in given.items() if name not in several})
+    for values in combinations(several):
+        replace(objective, **values)
+    rest = {name: value for name, value in request.arguments.items() if name not in given or name in several}
     request = replace(request, objective=objective, objective_reason=why, arguments={**objective.defaults, **rest})
     _check_model(request, objective, columns)
     if not objective.rows:
@@ -155,7 +158,7 @@ def _fields_of(
                 f"set objective={next(iter(fields[name]))!r}",
                 field=name,
             )
-        if isinstance(value, Sweep):
+        if isinstance(value, Sweep) and (kind.generates or name not in kind.own_fields()):
             raise not_swept(name)
     return found
 

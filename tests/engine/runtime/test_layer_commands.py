@@ -92,6 +92,20 @@ def test_an_unknown_adapter_is_added_to_the_layer_alone() -> None:
     assert torch.equal(output(model), before)
 
 
+@pytest.mark.parametrize(("count", "active"), [(1, ["default"]), (3, ["other"])])
+def test_a_choice_of_single_layers_is_the_model_s_once_all_agree(count: int, active: list[str]) -> None:
+    model, _ = adapted()
+    fields = {"target_modules": ["lin0", "lin1", "table"], "init_lora_weights": False}
+    model.add_adapter("other", LoraConfig(r=2, **fields))
+    layers = list(model.manager.layers.values())
+    assert len(layers) == 3
+    for layer in layers[:count]:
+        layer.set_adapter("other")
+    with model.disable_adapter():
+        pass
+    assert model.active_adapters == active and {tuple(layer.active_adapters) for layer in layers} == {tuple(active)}
+
+
 def test_what_a_file_could_not_hold_is_refused_and_nothing_changes() -> None:
     model, layer = adapted()
     before = {key: value.clone() for key, value in model.state_dict().items()}

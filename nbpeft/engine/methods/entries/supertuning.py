@@ -9,7 +9,7 @@ For a quantized weight PEFT uses the magnitudes of the packed codes; here those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count, check_linear, check_number
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
@@ -56,9 +56,11 @@ class SupertuningConfig(LayersConfig):
     init_weights: bool = field(default=True)
     save_precomputed_indices: bool = field(default=True)
 
+    counts: ClassVar[tuple[str, ...]] = ("r",)
     method_type: ClassVar[str] = "SUPERTUNING"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     value_fields: ClassVar[tuple[str, ...]] = ("lora_alpha", "lora_dropout", "init_weights")
+    scaling: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,19 +71,12 @@ class SupertuningConfig(LayersConfig):
                 )
         if self.r is None and self.lora_alpha is not None:
             raise ConfigError("lora_alpha needs r, the rank of the factors that it scales", field="lora_alpha")
-        if self.r is not None:
-            check_count("r", self.r)
-            self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
-            check_number("lora_alpha", self.lora_alpha)
+        if self.r is not None and self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
 
     @property
     def initialised_from_weight(self) -> bool:
         return not self.save_precomputed_indices
-
-    @property
-    def scaling(self) -> float:
-        """Always 1."""
-        return 1.0
 
     @property
     def alpha(self) -> float:
@@ -91,7 +86,6 @@ class SupertuningConfig(LayersConfig):
 
 @register(
     SupertuningConfig,
-    peft_type="SUPERTUNING",
     label="Super-Tuning",
     listing=Listing(
         when="like SHiRA, with entries chosen by magnitude; optionally together with LoRA",
@@ -128,12 +122,10 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         "scaling": "scaling",
         "alpha": "alpha",
         "dropout": "lora_dropout",
-        "saves_places": "save_precomputed_indices",
     }
 
     alpha: float
     dropout: float
-    saves_places: bool
 
     @classmethod
     def parameter_shapes(cls, config: SupertuningConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
@@ -209,10 +201,6 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         """``(W + Δ) x + b`` in one product, where the weight is not quantized, and the factors'."""
         found = in_one_product(x, base, self.entries_in, self.tensors[:1])
         return None if found is None else self.with_factors(x, found)
-
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
-        """The parameters, and the places with ``save_precomputed_indices``."""
-        return super().saved_tensors(shapes) | ({INDICES: self.places} if self.saves_places else {})
 
 
 def _new(config: SupertuningConfig, site: AdapterSite) -> dict[str, Tensor]:

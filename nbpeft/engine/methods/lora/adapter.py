@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.kernels.numerics import widened
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.initialization.decompositions import nearest_product
-from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_init, init_factors
+from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Factors, Start, check_init, init_factors, start_of
 from nbpeft.engine.methods.lora.low_rank import FactorShapes, LowRank, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -105,7 +105,7 @@ class LowRankAdapter(
     """Two factors A and B whose product, times a scaling, is added to a weight.
 
     Args:
-        tensors: parameter name -> parameter.
+        tensors: parameter name -> tensor.
         kind: the kind of layer.
         config: the adapter's config.
         path: path of the layer.
@@ -156,13 +156,27 @@ class LowRankAdapter(
         "is_quantization_aware": "is_quantization_aware",
     }
 
+    @classmethod
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: Any, kind: LayerKind) -> Shapes:
+        """A and B."""
+        low_rank = low_rank_of(kind)
+        return dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
+
+    @classmethod
+    def drawn_tensors(cls, config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
+        """The tensors of a new adapter by name, with factors from ``start_of`` unless they are random."""
+        return init_factors(config, site, initial)
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        start = start_of(config, site, is_new=tensors is None)
+        given = cls.drawn_tensors(config, site, start.factors) if tensors is None else tensors
+        made = cls({name: given[name] for name in site.shapes}, site.base.kind, config, site.path, start)
+        made.prepare(config, site, given)
+        return made
+
     def __init__(
-        self,
-        tensors: Mapping[str, nn.Parameter],
-        kind: LayerKind,
-        config: Any,
-        path: str,
-        start: Start = RANDOM,
+        self, tensors: Mapping[str, Tensor], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
     ) -> None:
         super().__init__()
         self.bind(
@@ -290,7 +304,7 @@ class LowRankAdapter(
         return None
 
     def shapes_with_start(self) -> Shapes:
-        """FactorShapes of its tensors in a file that also contains the initial component."""
+        """Shapes of its tensors in a file that also contains the initial component."""
         (name_A, name_B), (lora_A, lora_B) = self.factor_names, self.factors
         own = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
         return own | {name_A: tuple(lora_A.shape), name_B: tuple(lora_B.shape)}
@@ -360,8 +374,8 @@ class LowRankAdapter(
         tensors = super().saved_tensors(shapes)
         if not self.padded:
             return tensors
-        used = shapes()
-        return {key: self.used_part(key, tensor, used[key])[0].reshape(used[key]) for key, tensor in tensors.items()}
+        unpadded = {key: shape for key, shape in shapes().items() if key in tensors}
+        return tensors | {key: self.used_part(key, tensors[key], to)[0].reshape(to) for key, to in unpadded.items()}
 
     @property
     def _groups(self) -> int:
@@ -379,15 +393,7 @@ class LowRankAdapter(
         return next(iter(shapes.values()))[0]
 
     def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Views of the part of a factor that an adapter of some shape uses, and of the rest.
-
-        The A of a grouped convolution has one block of rows for each group, and each block is padded.
-
-        Args:
-            key: name of the factor.
-            tensor: the factor, padding included.
-            shape: its shape without padding.
-        """
+        """The A of a grouped convolution has one block of rows for each group, and each block is padded."""
         if tensor.shape == tuple(shape) or key not in self.factor_names:
             return tensor, []
         if key == self.factor_names[1]:
@@ -399,7 +405,7 @@ class LowRankAdapter(
         return blocks[:, : shape[0] // groups], [blocks[:, shape[0] // groups :]]
 
     def shapes_at(self, size: int, base: BaseLayer) -> FactorShapes:
-        """FactorShapes of A and B for a rank."""
+        """Shapes of A and B for a rank."""
         return self.low_rank.shapes(base.module, size)
 
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:

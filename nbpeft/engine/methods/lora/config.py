@@ -378,7 +378,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         return self.alpha_at(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     @property
-    def size(self) -> int | None:
+    def adapter_size(self) -> int | None:
         return None if self.rank_pattern else self.r
 
     def resized(self, size: int) -> Self:

@@ -50,7 +50,7 @@ class LowRank:
         self.kind = kind
 
     def shapes(self, module: nn.Module, rank: int) -> FactorShapes:
-        """FactorShapes of A and B for a rank.
+        """Shapes of A and B for a rank.
 
         Raises:
             ConfigError: the layer does not support that rank.
@@ -147,19 +147,17 @@ class LowRankLookup(LowRank):
 
     def down(self, module: Any, x: Tensor, lora_A: Tensor) -> Tensor:
         """The first step: the columns of A for ids."""
-        hidden: Tensor = self.kind.look_up(module, x, lora_A.T)
-        return hidden
+        return self.kind.look_up(module, x, lora_A.T)
 
     def up(self, module: Any, hidden: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
-        output: Tensor = F.linear(hidden, lora_B, bias) * self.kind.output_scale(module, hidden.dtype)
-        return output
+        return F.linear(hidden, lora_B, bias) * self.kind.output_scale(module, hidden.dtype)
 
 
 class LowRankConvolution(LowRank):
     """The product on a convolution."""
 
     def shapes(self, module: Any, rank: int) -> FactorShapes:
-        """FactorShapes of A and B."""
+        """Shapes of A and B."""
         if rank % module.groups:
             raise ConfigError(
                 f"a {type(module).__name__} with {module.groups} groups cannot take rank {rank}: "
@@ -191,8 +189,7 @@ class LowRankConvolution(LowRank):
 
     def down(self, module: Any, x: Tensor, lora_A: Tensor) -> Tensor:
         """The first step: a convolution with the layer's settings."""
-        hidden: Tensor = self.kind.convolve(module, x, lora_A, groups=1)
-        return hidden
+        return self.kind.convolve(module, x, lora_A, groups=1)
 
     def up(self, module: Any, hidden: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
         """The second step: a convolution with kernel 1."""

@@ -73,8 +73,7 @@ class TiedFactor(LinearFactor):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The factor."""
-        view: Tensor = self.adapter.tensor(self.shown_parameter)
-        return view
+        return self.adapter.tensor(self.shown_parameter)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
@@ -95,8 +94,7 @@ def block_diagonal(blocks: Tensor, count: int) -> Tensor:
     Returns:
         (rows, columns).
     """
-    whole: Tensor = torch.block_diag(*blocks.chunk(count))  # type: ignore[no-untyped-call]
-    return whole
+    return torch.block_diag(*blocks.chunk(count))  # type: ignore[no-untyped-call]
 
 
 class BlockDiagonalFactor(ParameterModule):

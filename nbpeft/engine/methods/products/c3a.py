@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count, check_linear
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_count, check_divides, check_linear
+from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite
@@ -26,25 +26,22 @@ from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta, keeping_inputs
-from nbpeft.errors import ConfigError
 
 KERNEL = "c3a_kernel"
 
 
 @dataclass
-class C3AConfig(LayersConfig):
+class C3AConfig(TrainsBiases):
     """Config of C3A. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         block_size: size of a block, which divides the inputs and the outputs of each layer: larger ones cost less.
         block_size_pattern: layer name or pattern -> another block_size.
-        bias: which biases of the model are also trained.
         init_weights: True starts at the base model; False is 'xavier_uniform'.
     """
 
     block_size: int = field(default=256)
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)
-    bias: str = field(default="none")
     init_weights: bool | str | None = field(default="xavier_uniform")
 
     method_type: ClassVar[str] = "C3A"
@@ -53,7 +50,6 @@ class C3AConfig(LayersConfig):
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {"block_size_pattern": check_count}
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "init_weights": (True, False, "xavier_uniform", "kaiming_uniform", "gaussian"),
-        "bias": ("none", "all", "c3a_only"),
     }
 
     def block_size_at(self, path: str) -> int:
@@ -63,7 +59,6 @@ class C3AConfig(LayersConfig):
 
 @register(
     C3AConfig,
-    peft_type="C3A",
     label="C3A",
     listing=Listing(
         when="high rank from few parameters; the block size must divide the layer's sizes",
@@ -85,12 +80,7 @@ class C3A(WeightDelta):
         """The first rows."""
         check_linear("C3A", path, kind)
         size, (in_features, out_features) = config.block_size_at(path), kind.features(module)
-        if in_features % size or out_features % size:
-            raise ConfigError(
-                f"{path}: block_size = {size} must divide its {in_features} inputs and {out_features} outputs, as "
-                f"{math.gcd(in_features, out_features)} does",
-                path=path,
-            )
+        check_divides("block_size", size, path, (in_features, out_features))
         return {KERNEL: (out_features // size, in_features // size, size)}
 
     @classmethod
@@ -121,5 +111,4 @@ def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
     size = kernel.shape[2]
     parts = torch.fft.rfft(x.float().reshape(*x.shape[:-1], -1, size))
     product = torch.einsum("...nb,mnb->...mb", parts, torch.fft.rfft(kernel.float()).conj())
-    found: Tensor = torch.fft.irfft(product, n=size).flatten(-2) / x.shape[-1]
-    return found
+    return torch.fft.irfft(product, n=size).flatten(-2) / x.shape[-1]

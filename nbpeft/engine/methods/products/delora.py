@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.config.config_checks import check_count, check_linear, check_number
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape
@@ -32,14 +32,13 @@ _LEAST_NORM = 1e-4
 
 
 @dataclass
-class DeloraConfig(LayersConfig):
+class DeloraConfig(TrainsBiases):
     """Config of DeLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of the factors.
         delora_lambda: initial value of the bound λ.
         module_dropout: dropout probability of the adapter's input, from 0 to 1.
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random factors.
         rank_pattern: layer name or pattern -> another r.
         lambda_pattern: layer name or pattern -> another delora_lambda.
@@ -48,7 +47,6 @@ class DeloraConfig(LayersConfig):
     r: int = field(default=8)
     delora_lambda: float = field(default=15)
     module_dropout: float = field(default=0.0)
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
@@ -60,12 +58,7 @@ class DeloraConfig(LayersConfig):
         "rank_pattern": check_count,
         "lambda_pattern": check_number,
     }
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "delora_only")}
     value_fields: ClassVar[tuple[str, ...]] = ("module_dropout", "init_weights")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("delora_lambda", self.delora_lambda)
 
     def rank_at(self, path: str) -> int:
         """The rank at a module path."""
@@ -78,13 +71,11 @@ class DeloraConfig(LayersConfig):
 
 @register(
     DeloraConfig,
-    peft_type="DELORA",
     label="DeLoRA",
     listing=Listing(
         when="like LoRA, with a limit on how far each layer can move; robust learning rates",
         paper="arXiv:2503.18225",
         summary=lambda config: {"r": str(config.r), "λ": f"{config.delora_lambda:g}"},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={"r4": {"r": 4, "delora_lambda": 2}},
@@ -132,14 +123,9 @@ class Delora(ComputedFactors, HasFixedTensors):
         """The rank: rows of A."""
         return int(self.tensor(FACTOR_A).shape[0])
 
-    @property
-    def norms(self) -> Tensor:
-        """‖w_j‖, (in,)."""
-        return self.tensor(NORMS)
-
     def factors(self) -> tuple[Tensor, Tensor]:
         """A with the norms in its columns and the strengths in its rows, (r, in), and B, (out, r)."""
-        norms = self.norms
+        norms = self.tensor(NORMS)
         second: Tensor = self.tensor(FACTOR_B)
 
         def first(rows: Tensor, columns: Tensor, bound: Tensor) -> Tensor:
@@ -148,6 +134,3 @@ class Delora(ComputedFactors, HasFixedTensors):
             return rows * strengths[:, None] * norms.to(rows)
 
         return keeping_inputs(first, self.tensor(FACTOR_A), second, self.tensor(BOUND)), second
-
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
-        return super().saved_tensors(shapes) | {NORMS: self.norms}

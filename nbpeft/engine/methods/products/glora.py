@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.config.config_checks import check_linear
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
@@ -34,7 +34,7 @@ _DEVIATION = 0.02
 
 
 @dataclass
-class GloraConfig(LayersConfig):
+class GloraConfig(TrainsBiases):
     """Config of GLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -42,7 +42,6 @@ class GloraConfig(LayersConfig):
         config_A_B: form of A and B: "lora", "vector", "constant" or "none".
         config_C: form of C: "lora", "vector" or "none".
         config_D_E: form of D and E: "vector", "constant" or "none".
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
     """
 
@@ -50,14 +49,12 @@ class GloraConfig(LayersConfig):
     config_A_B: str = field(default="lora")
     config_C: str = field(default="lora")
     config_D_E: str = field(default="constant")
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
 
     method_type: ClassVar[str] = "GLORA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     counts: ClassVar[tuple[str, ...]] = ("r",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "bias": ("none", "all", "glora_only"),
         "config_A_B": ("lora", "vector", "constant", "none"),
         "config_C": ("lora", "vector", "none"),
         "config_D_E": ("vector", "constant", "none"),
@@ -80,7 +77,6 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
 
 @register(
     GloraConfig,
-    peft_type="GLORA",
     label="GLoRA",
     listing=Listing(
         when="like LoRA, but also scales weights and trains biases",
@@ -91,7 +87,6 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
             "C": config.config_C,
             "DE": config.config_D_E,
         },
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={

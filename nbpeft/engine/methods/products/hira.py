@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_count, check_ungrouped
+from nbpeft.engine.config.layers_config import HasFanInFanOut
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite
@@ -25,26 +25,23 @@ from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
-from nbpeft.errors import LayerKindError
 
 _FACTORS, _EMBEDDING_FACTORS = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
 
 
 @dataclass
-class HiraConfig(LayersConfig):
+class HiraConfig(HasFanInFanOut):
     """Config of HiRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of the product that the weight is multiplied with.
         hira_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         init_weights: True and 'gaussian' start at the base model; False for random factors.
         rank_pattern: layer name or pattern -> another r.
     """
 
     r: int = field(default=32)
     hira_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
     init_weights: bool | str | None = field(default=True)
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
 
@@ -62,13 +59,10 @@ class HiraConfig(LayersConfig):
 
 @register(
     HiraConfig,
-    peft_type="HIRA",
     label="HiRA",
     listing=Listing(
         when="hard tasks: a high-rank change with as many parameters as LoRA",
         paper="https://openreview.net/forum?id=TwJrTz9cRS",
-        summary=lambda config: {"r": str(config.r)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={"r4": {"r": 4}},
@@ -87,8 +81,7 @@ class Hira(WeightDelta):
     @classmethod
     def parameter_shapes(cls, config: HiraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         """A, (r, in, *kernel), and B, (out, r, 1, …)."""
-        if int(getattr(module, "groups", 1)) > 1:
-            raise LayerKindError(f"{path}: HiRA does not work on a convolution in groups; exclude it", path=path)
+        check_ungrouped("HiRA", path, module)
         rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
         names = _EMBEDDING_FACTORS if kind.takes_ids else _FACTORS
         return dict(zip(names, ((rank, columns, *kernel), (rows, rank, *[1] * len(kernel))), strict=True))

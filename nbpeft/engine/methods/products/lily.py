@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import suffixes
 from nbpeft.engine.config.targets import usual_targets
@@ -35,10 +35,9 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
-from nbpeft.errors import ConfigError, MergeError
+from nbpeft.errors import ConfigError
 
 A, B, ROUTER = "lily_A", "lily_B", "lily_router"
-_UNMERGEABLE = "a weight: Lily mixes its experts by the inputs of each call"
 
 
 @dataclass
@@ -65,7 +64,6 @@ class LilyConfig(LayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("scaling", self.scaling)
         if self.num_B < 2:
             raise ConfigError(
                 f"num_B must be at least 2, not {self.num_B}: the router chooses between experts", field="num_B"
@@ -90,13 +88,11 @@ def _tied(config: LilyConfig, features: Mapping[str, tuple[int, int]]) -> dict[s
 
 @register(
     LilyConfig,
-    peft_type="LILY",
     label="Lily",
     listing=Listing(
         when="layers that share factors, and so afford a higher rank",
         paper="arXiv:2407.09946",
         summary=lambda config: {"r": str(config.r), "stride": str(config.stride_A), "experts": str(config.num_B)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={"own": {"r": 4}, "shared": {"r": 4, "stride_A": 2, "num_B": 3, "scaling": 2.0}},
@@ -136,14 +132,12 @@ class Lily(Adapter, Rescales, HotSwaps):
         """The rank: rows of A."""
         return int(self.tensor(A).shape[0])
 
+    delta_rank = rank
+
     @property
     def expert_count(self) -> int:
         """Number of experts that the router mixes."""
         return int(self.tensor(ROUTER).shape[0])
-
-    @property
-    def delta_rank(self) -> int | None:
-        return self.rank
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
@@ -155,12 +149,8 @@ class Lily(Adapter, Rescales, HotSwaps):
         parameters = (self.tensor(name).to(x.device) for name in (A, B, ROUTER))  # of a layer that is elsewhere
         return keeping_inputs(_mixed, x, *parameters, keeps_little=True) * self.scaling
 
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Refuses."""
-        raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
-
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        return _UNMERGEABLE
+        return "a weight: Lily mixes its experts by the inputs of each call"
 
     def swap_refusal(self) -> str:
         """Why it cannot be hot-swapped: the layers of another adapter may share other tensors."""

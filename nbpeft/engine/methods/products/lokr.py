@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.config.config_checks import check_takes_features
 from nbpeft.engine.config.layers_config import RankedConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
@@ -26,7 +27,7 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ScaledDelta, keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import ConfigError
 
 W1, W1_A, W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 W2, W2_A, W2_B, T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
@@ -91,13 +92,11 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
 
 @register(
     LoKrConfig,
-    peft_type="LOKR",
     label="LoKr",
     listing=Listing(
         when="very small files; common for image models",
         paper="arXiv:2212.10650",
         summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -120,8 +119,7 @@ class LoKr(ScaledDelta, ConvertsToLora):
     @classmethod
     def parameter_shapes(cls, config: LoKrConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         """W1 or its factors, and W2 or its factors, with a core where a convolution is taken apart."""
-        if kind.takes_ids:
-            raise LayerKindError(f"{path}: LoKr does not work on an {kind.name}; exclude it", path=path)
+        check_takes_features("LoKr", path, kind)
         rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
         m, n = two_factors(columns, config.decompose_factor)
         l, k = two_factors(rows, config.decompose_factor)  # noqa: E741 - the names of the docstring

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, warn_of_unused
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_divides, check_linear, warn_of_unused
+from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
@@ -33,7 +33,7 @@ BLOCK = "miss_block"
 
 
 @dataclass
-class MissConfig(LayersConfig):
+class MissConfig(TrainsBiases):
     """Config of MiSS. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -41,21 +41,19 @@ class MissConfig(LayersConfig):
         miss_dropout: dropout probability of the adapter's input, from 0 to 1; not with 'bat'.
         mini_r: with init_weights='mini', number of outputs of the block, a divisor of each layer's outputs.
         init_weights: True starts at the base model, 'mini' and 'bat' too in their forms; False for a random block.
-        bias: which biases of the model are also trained.
     """
 
     r: int = field(default=64)
     miss_dropout: float = field(default=0.0)
     mini_r: int = field(default=1)
     init_weights: bool | str = field(default=True)
-    bias: str = field(default="none")
 
     method_type: ClassVar[str] = "MISS"
+    own_biases: ClassVar[str] = "MiSS_only"
     counts: ClassVar[tuple[str, ...]] = ("r", "mini_r")
     shares: ClassVar[tuple[str, ...]] = ("miss_dropout",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "init_weights": (True, False, "bat", "mini"),
-        "bias": ("none", "all", "MiSS_only"),
     }
     value_fields: ClassVar[tuple[str, ...]] = ("miss_dropout",)
 
@@ -66,14 +64,11 @@ class MissConfig(LayersConfig):
 
 @register(
     MissConfig,
-    peft_type="MISS",
     label="MiSS",
     listing=Listing(
         when="about half of LoRA's parameters at the same rank, with the same memory",
         paper="arXiv:2409.15371",
         variant=lambda config: {"bat": "Bat", "mini": "MiSS mini"}.get(str(config.init_weights), ""),
-        summary=lambda config: {"r": str(config.r)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -108,20 +103,13 @@ class Miss(WeightDelta, ConvertsToLora):
                 )
             return {BLOCK: (rank, config.mini_r)}
         if config.init_weights == "bat":
-            if in_features % rank or out_features % rank:
-                raise ConfigError(
-                    f"{path}: with init_weights='bat' r = {rank} must divide its {in_features} inputs and "
-                    f"{out_features} outputs; choose another",
-                    path=path,
-                )
+            check_divides("with init_weights='bat' r", rank, path, (in_features, out_features))
             return {BLOCK: (out_features // rank, rank, rank)}
         return {BLOCK: (rank, out_features)}
 
     @classmethod
-    def create(cls, config: MissConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Miss:
-        """Creates a ``Bat`` if the config selects it."""
-        own: type[Miss] = Bat if config.init_weights == "bat" else Miss
-        return super(Miss, own).create(config, site, tensors)
+    def _class_for(cls, config: MissConfig, site: AdapterSite) -> type[Miss]:
+        return Bat if config.init_weights == "bat" else cls
 
     @classmethod
     def initial_tensors(cls, config: MissConfig, site: AdapterSite) -> Mapping[str, Tensor]:
@@ -134,7 +122,7 @@ class Miss(WeightDelta, ConvertsToLora):
 
     @property
     def delta_rank(self) -> int | None:
-        return self.rank
+        return None if self.reads_weight else self.rank
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """Sums the groups of inputs and multiplies them with the block."""
@@ -167,11 +155,6 @@ class Bat(Miss):
     """A block for each row of tiles of the weight, which is multiplied by the weight itself."""
 
     reads_weight: ClassVar[bool] = True
-
-    @property
-    def delta_rank(self) -> int | None:
-        """None: the change of the weight has full rank."""
-        return None
 
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
         """None: the change of the weight has its full rank."""

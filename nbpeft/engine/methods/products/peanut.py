@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, Rescales
@@ -59,7 +59,6 @@ class PeanutConfig(LayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("scaling", self.scaling)
         if not 0 <= self.depth <= _MOST_LAYERS:
             raise ConfigError(f"depth must be from 0 to {_MOST_LAYERS}, not {shown(self.depth)}", field="depth")
         known = _activations()
@@ -77,8 +76,7 @@ class PeanutConfig(LayersConfig):
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
         """The function that ``act_fn`` names."""
-        found: Callable[[Tensor], Tensor] = _activations()[self.act_fn]
-        return found
+        return _activations()[self.act_fn]
 
 
 def _activations() -> Any:
@@ -90,13 +88,11 @@ def _activations() -> Any:
 
 @register(
     PeanutConfig,
-    peft_type="PEANUT",
     label="PEANuT",
     listing=Listing(
         when="changes that a small network computes from the weights themselves",
         paper="arXiv:2410.01870",
         summary=lambda config: {"r": str(config.r), "depth": str(config.depth), "σ": config.act_fn},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -144,6 +140,8 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
         """Width of the network."""
         return int(self.tensor(LAST).shape[1])
 
+    delta_rank = rank
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         former = {f"{name}_{number}": f"{name}.{number}" for name in HIDDEN for number in range(_MOST_LAYERS)}
         # Only different if pickled by nbpeft 0.2.
@@ -155,10 +153,6 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     def depth(self) -> int:
         """Hidden layers on the way down."""
         return sum(name.startswith(HIDDEN[0]) for name in self._names)
-
-    @property
-    def delta_rank(self) -> int | None:
-        return self.rank
 
     def rows(self, weight: Tensor, first: Tensor, *hidden: Tensor) -> Tensor:
         """``f(Wᵀ)``, (in, r), in the dtype of A.

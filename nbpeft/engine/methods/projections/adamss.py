@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_count, check_linear, check_number, check_seed, warn_of_unused
+from nbpeft.engine.config.config_checks import check_count, check_linear, check_positive, warn_of_unused
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import (
@@ -111,6 +111,7 @@ class AdamssConfig(LayersConfig):
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "num_subspaces", "subspace_rank")
     shares: ClassVar[tuple[str, ...]] = ("asa_importance_beta", "asa_uncertainty_beta", "svd_threshold")
+    seeds: ClassVar[tuple[str, ...]] = ("random_seed",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_weights": ("orthogonal", None)}
     value_fields: ClassVar[tuple[str, ...]] = (
         *("init_weights", "use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
@@ -122,8 +123,6 @@ class AdamssConfig(LayersConfig):
     def __post_init__(self) -> None:
         self.init_weights = None if self.init_weights is False else self.init_weights
         super().__post_init__()
-        check_seed("random_seed", self.random_seed)
-        check_number("asa_schedule_exponent", self.asa_schedule_exponent)
         if self.num_subspaces > _MOST_CLUSTERS:
             raise ConfigError(
                 f"num_subspaces must be at most {_MOST_CLUSTERS}, not {self.num_subspaces:.3g}", field="num_subspaces"
@@ -143,11 +142,7 @@ class AdamssConfig(LayersConfig):
                 "subspaces go: lower it",
                 field="init_warmup",
             )
-        if self.asa_schedule_exponent <= 0:
-            raise ConfigError(
-                f"asa_schedule_exponent must be positive, not {self.asa_schedule_exponent:g}",
-                field="asa_schedule_exponent",
-            )
+        check_positive("asa_schedule_exponent", self.asa_schedule_exponent)
 
     def budget_at(self, step: int, subspaces: int) -> int:
         """Number of subspaces that are trained after a step of the schedule."""
@@ -280,13 +275,11 @@ class SubspaceAllocator(Allocator):
 
 @register(
     AdamssConfig,
-    peft_type="ADAMSS",
     label="AdaMSS",
     listing=Listing(
         when="few parameters per cluster of a weight; can reduce their number in training",
         paper="https://openreview.net/forum?id=8ZdWmpYxT0",
         summary=lambda config: {"r": f"{config.r}, {config.subspace_rank} in each", "K": str(config.num_subspaces)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -380,11 +373,6 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
         bias = None if down.shape[1] == inputs else up @ down[:, inputs]
         return LowRankDelta(down[:, :inputs].contiguous(), up, 1.0, bias)
 
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``B_k A_k V`` without its last column where the layer has a bias."""
-        found = self.low_rank_delta(base)
-        return found.up @ found.down
-
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
         return self.low_rank_delta(base).bias
 
@@ -423,9 +411,6 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
                 pairs = (self.importance.get(f"{name}.{k}") for k in range(self.count))
                 found[f"{what}_{of}"] = [None if pair is None else pair[place] for pair in pairs]
         return SimpleNamespace(**found)
-
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
-        return super().saved_tensors(shapes) | {name: self.tensor(name) for name in (DIRECTIONS, CLUSTERS)}
 
     def reset_(self, base: BaseLayer) -> None:
         for matrix in self._matrices(B):
@@ -540,8 +525,7 @@ def row_directions(rows: Tensor, rank: int) -> Tensor:
 
     basis = _basis(gram, gram, torch.randn(len(rows), rank, device=rows.device, dtype=rows.dtype))
     left = torch.linalg.svd(gram(basis).T, full_matrices=False)[0]
-    found: Tensor = torch.linalg.qr(rows.T @ (basis @ left)).Q.T
-    return found
+    return torch.linalg.qr(rows.T @ (basis @ left)).Q.T
 
 
 def row_clusters(rows: Tensor, count: int) -> Tensor:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_linear, check_number
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
@@ -37,7 +37,7 @@ _DEVIATION = 0.02
 
 
 @dataclass
-class DeftConfig(LayersConfig):
+class DeftConfig(HasFanInFanOut, TrainsBiases):
     """Config of DEFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -46,10 +46,8 @@ class DeftConfig(LayersConfig):
         init_scale: with init_weights=False, the injection starts with a deviation of 0.02 times this.
         alpha: the injection is multiplied by alpha / r; None for 1.
         para: take directions out alone, which cannot start at the base model.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         deft_dropout: share of the injection's inputs that are dropped in training, from 0 to 1.
         init_weights: start at the base model; False for a random injection.
-        bias: which biases of the model are also trained.
     """
 
     r: int = field(default=8)
@@ -57,39 +55,26 @@ class DeftConfig(LayersConfig):
     init_scale: float = field(default=1.0)
     alpha: float | None = field(default=None)
     para: bool = field(default=False)
-    fan_in_fan_out: bool = field(default=False)
     deft_dropout: float = field(default=0.0)
     init_weights: bool = field(default=True)
-    bias: str = field(default="none")
 
     method_type: ClassVar[str] = "DEFT"
     counts: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("deft_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "bias": ("none", "all", "deft_only"),
-        "decomposition_method": ("relu", "qr"),
-    }
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"decomposition_method": ("relu", "qr")}
     value_fields: ClassVar[tuple[str, ...]] = (
         *("decomposition_method", "init_scale", "alpha", "deft_dropout", "init_weights"),
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("init_scale", self.init_scale)
-        if self.alpha is not None:
-            check_number("alpha", self.alpha)
-
 
 @register(
     DeftConfig,
-    peft_type="DEFT",
     label="DEFT",
     listing=Listing(
         when="replacing content of an image model: a subject or a style",
         paper="https://proceedings.neurips.cc/paper_files/paper/2025/hash/93a34a7138bdad95e874018d5f491cc6-Abstract-Conference.html",
         variant=lambda config: "PaRa" if config.para else "",
         summary=lambda config: {"r": str(config.r), "by": config.decomposition_method},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -145,14 +130,12 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
         """Number of directions."""
         return int(self.tensor(DIRECTIONS).shape[1])
 
+    delta_rank = rank
+
     @property
     def only_removes(self) -> bool:
         """Whether nothing is added."""
         return self.tensor(INJECTION, optional=True) is None
-
-    @property
-    def delta_rank(self) -> int | None:
-        return self.rank
 
     def prepare(self, config: DeftConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         self.bind(factor=_factor(config.alpha, self.rank))

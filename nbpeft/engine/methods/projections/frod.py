@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
@@ -50,15 +50,13 @@ _DEVIATION = 0.1
 
 
 @dataclass
-class FrodConfig(LayersConfig):
+class FrodConfig(HasFanInFanOut, TrainsBiases):
     """Config of FRoD. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         projection_prng_key: seed of the positions of S's entries.
         save_projection: save V and the places too; otherwise they are found again from the weights and the seed.
         frod_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
         sparse_rate: share of the entries of S, off its diagonal, that are trained, from 0 to 1.
         regularization_alpha: added to the matrix that is inverted to find V, for layers with similar weights.
@@ -69,31 +67,20 @@ class FrodConfig(LayersConfig):
     projection_prng_key: int = field(default=0)
     save_projection: bool = field(default=True)
     frod_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
     sparse_rate: float = field(default=0.01)
     regularization_alpha: float = field(default=1e-3)
     progressbar: bool = field(default=True)
     runtime_offload_base_weight: bool = field(default=False)
 
+    not_negative: ClassVar[tuple[str, ...]] = ("regularization_alpha",)
     method_type: ClassVar[str] = "FROD"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     shares: ClassVar[tuple[str, ...]] = ("frod_dropout", "sparse_rate")
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "frod_only")}
+    seeds: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
     value_fields: ClassVar[tuple[str, ...]] = (
         *("frod_dropout", "init_weights", "regularization_alpha", "progressbar", "runtime_offload_base_weight"),
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed("projection_prng_key", self.projection_prng_key)
-        check_number("regularization_alpha", self.regularization_alpha)
-        if self.regularization_alpha < 0:
-            raise ConfigError(
-                f"regularization_alpha must not be negative, as {self.regularization_alpha:g} is",
-                field="regularization_alpha",
-            )
 
     @property
     def initialised_from_weight(self) -> bool:
@@ -140,8 +127,8 @@ class _ByRole(nn.Module):
             self._non_persistent_buffers_set.add(role)
 
     def __getitem__(self, role: str) -> Tensor:
-        found: Any = self._buffers[role]
-        return found  # type: ignore[no-any-return]
+        tensor: Any = self._buffers[role]
+        return tensor
 
 
 class FrodDirections(SharedState):
@@ -167,7 +154,7 @@ class FrodDirections(SharedState):
     def of_role(self, name: str, role: str) -> Tensor:
         """One of its tensors."""
         holder: Any = self._modules[name]
-        return holder[role]  # type: ignore[no-any-return]
+        return holder[role]
 
     @classmethod
     def tensor_shapes(cls, config: FrodConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
@@ -287,8 +274,7 @@ def _directions(role: str, weights: Sequence[Tensor], regularization: float) -> 
         total = torch.zeros(size, size, device=rows.device)
         for part in own:
             total += torch.linalg.inv(part.T @ part + ridge)
-        found: Tensor = triangle.T @ torch.linalg.eigh(total / len(own)).eigenvectors
-        return found
+        return triangle.T @ torch.linalg.eigh(total / len(own)).eigenvectors
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ConfigError(
             f"FRoD finds no directions in the weights of {role}; raise regularization_alpha = {regularization:g}: "
@@ -312,7 +298,6 @@ def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
 
 @register(
     FrodConfig,
-    peft_type="FROD",
     label="FRoD",
     listing=Listing(
         when="full rank from few parameters: fast convergence, slow to add",

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number, checked_pattern
+from nbpeft.engine.config.config_checks import check_linear, check_positive, checked_pattern
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.patterns import ANYWHERE, check_patterns
 from nbpeft.engine.config.targets import ALL_LINEAR
@@ -72,16 +72,15 @@ class OSFConfig(LayersConfig):
     init_weights: bool = field(default=True)
     target_svd_config: dict[str, int] | None = field(default=None)
 
+    positive: ClassVar[tuple[str, ...]] = ("effective_rank",)
     method_type: ClassVar[str] = "OSF"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     value_fields: ClassVar[tuple[str, ...]] = ("init_weights", "target_svd_config")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.effective_rank is not None:
-            _check_kept("effective_rank", self.effective_rank)
         if self.rank_pattern is not None:
-            self.rank_pattern = checked_pattern("rank_pattern", self.rank_pattern, _check_kept)
+            self.rank_pattern = checked_pattern("rank_pattern", self.rank_pattern, check_positive)
             check_patterns(("rank_pattern", pattern, ANYWHERE) for pattern in self.rank_pattern)
 
     @property
@@ -115,12 +114,6 @@ class OSFConfig(LayersConfig):
         return kept
 
 
-def _check_kept(name: str, value: float, *, field: str = "") -> None:
-    check_number(name, value, field=field)
-    if value <= 0:
-        raise ConfigError(f"{name} must be positive, not {value:g}", field=field or name)
-
-
 class _Projected(torch.autograd.Function):
     """Returns a tensor unchanged, and projects its gradient."""
 
@@ -145,14 +138,13 @@ def projection(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
 def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
     """Returns a tensor unchanged; only the ``projection`` of its gradient is passed on."""
     if not composes():
-        return _Projected.apply(tensor, basis, inside)  # type: ignore[no-any-return, no-untyped-call]
+        return _Projected.apply(tensor, basis, inside)  # type: ignore[no-untyped-call]
     part = projection(tensor, basis, inside)
     return tensor.detach() + (part - part.detach())
 
 
 @register(
     OSFConfig,
-    peft_type="OSF",
     label="OSF",
     listing=Listing(
         when="continual learning: trains minor directions and preserves the main ones",

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
@@ -35,7 +35,7 @@ BASIS_A, BASIS_B = "randlora_A", "randlora_B"
 
 
 @dataclass
-class RandLoraConfig(LayersConfig):
+class RandLoraConfig(HasFanInFanOut, TrainsBiases):
     """Config of RandLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -45,9 +45,7 @@ class RandLoraConfig(LayersConfig):
         sparse: bases of zeros and, for a third of the entries, ones and minus ones.
         very_sparse: the same with fewer, one of the root of the smaller side.
         randlora_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         randlora_alpha: the delta is multiplied by randlora_alpha / r.
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
     """
 
@@ -57,22 +55,15 @@ class RandLoraConfig(LayersConfig):
     sparse: bool = field(default=False)
     very_sparse: bool = field(default=False)
     randlora_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
     randlora_alpha: float = field(default=640)
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
 
     method_type: ClassVar[str] = "RANDLORA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("randlora_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "randlora_only")}
+    seeds: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
     value_fields: ClassVar[tuple[str, ...]] = ("randlora_alpha", "randlora_dropout", "init_weights")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("randlora_alpha", self.randlora_alpha)
-        check_seed("projection_prng_key", self.projection_prng_key)
 
     @property
     def scaling(self) -> float:
@@ -132,7 +123,6 @@ def _sparse_bases(shapes: Mapping[str, Shape], generator: torch.Generator, spars
 
 @register(
     RandLoraConfig,
-    peft_type="RANDLORA",
     label="RandLoRA",
     listing=Listing(
         when="full rank from few parameters",

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_number, check_seed
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
@@ -30,14 +29,14 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors
 from nbpeft.engine.kernels.numerics import compute_dtype, widened
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import LayerKindError
 
 VECTORS = "tinylora_v"
 DOWN, UP, PROJECTION = "tinylora_A", "tinylora_B", "tinylora_P"
 
 
 @dataclass
-class TinyLoraConfig(LayersConfig):
+class TinyLoraConfig(HasFanInFanOut, TrainsBiases):
     """Config of TinyLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -48,8 +47,6 @@ class TinyLoraConfig(LayersConfig):
         save_projection: save the projections too; otherwise they are drawn again from the seed.
         init_v_bound: random initial vectors are uniform between minus and plus this value.
         tinylora_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_weights: True: start at the base model; "uniform" or False: drawn vectors (PEFT's False leaves them as the
             memory happens to be).
     """
@@ -61,26 +58,18 @@ class TinyLoraConfig(LayersConfig):
     save_projection: bool = field(default=True)
     init_v_bound: float = field(default=0.02)
     tinylora_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_weights: bool | str = field(default=True)
 
+    not_negative: ClassVar[tuple[str, ...]] = ("init_v_bound",)
     method_type: ClassVar[str] = "TINYLORA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "u")
     shares: ClassVar[tuple[str, ...]] = ("weight_tying", "tinylora_dropout")
+    seeds: ClassVar[tuple[str, ...]] = ("projection_seed",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "bias": ("none", "all", "tinylora_only"),
         "init_weights": (True, False, "uniform"),
     }
     value_fields: ClassVar[tuple[str, ...]] = ("tinylora_dropout", "init_v_bound", "init_weights")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed("projection_seed", self.projection_seed)
-        check_number("init_v_bound", self.init_v_bound)
-        if self.init_v_bound < 0:
-            raise ConfigError(f"init_v_bound must not be negative, as {self.init_v_bound:g} is", field="init_v_bound")
 
     def groups(self, layers: int) -> int:
         """The number of vectors for a number of layers."""
@@ -144,7 +133,6 @@ class TinyVectors(SharedState):
 
 @register(
     TinyLoraConfig,
-    peft_type="TINYLORA",
     label="TinyLoRA",
     listing=Listing(
         when="reinforcement learning: about a dozen parameters for a whole model",
@@ -253,8 +241,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
     @property
     def vector(self) -> Tensor:
         """v, (u,), on the device of the vectors."""
-        found: Tensor = self.vectors.tinylora_v[self.group]
-        return found
+        return self.vectors.tinylora_v[self.group]
 
     def core(self) -> Tensor:
         """Σ_i v_i P_i, (r, r), on the device of the layer."""
@@ -275,8 +262,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
             dtype = core.dtype
             rows = kind.look_up(base.module, x.to(self.up.device), self.up.to(dtype))
             found = F.dropout(rows, self.dropout, self.training) @ core @ self.down.to(dtype)
-            scaled: Tensor = found * kind.output_scale(base.module, dtype)
-            return scaled
+            return found * kind.output_scale(base.module, dtype)
         dtype = compute_dtype(x, core)
         hidden = F.linear(F.dropout(x.to(dtype), self.dropout, self.training), self.down.to(dtype))
         return F.linear(F.linear(hidden, core.to(dtype)), self.up.to(dtype))

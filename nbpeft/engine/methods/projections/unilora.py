@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
@@ -36,7 +36,7 @@ _BUFFERS = (INDICES_A, INDICES_B, SCALES_A, SCALES_B)
 
 
 @dataclass
-class UniLoraConfig(LayersConfig):
+class UniLoraConfig(HasFanInFanOut, TrainsBiases):
     """Config of Uni-LoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -44,8 +44,6 @@ class UniLoraConfig(LayersConfig):
         proj_seed: seed of the draws.
         theta_d_length: number of trained values of the whole model.
         unilora_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_theta_d_bound: initial values are uniform between minus and plus this value.
         init_weights: False for initial values from a normal distribution.
         save_indices: save the drawn indices and scales too; otherwise they are drawn again from the seed.
@@ -55,8 +53,6 @@ class UniLoraConfig(LayersConfig):
     proj_seed: int = field(default=42)
     theta_d_length: int = field(default=256)
     unilora_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_theta_d_bound: float = field(default=0.02)
     init_weights: bool = field(default=True)
     save_indices: bool = field(default=False)
@@ -65,12 +61,11 @@ class UniLoraConfig(LayersConfig):
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "theta_d_length")
     shares: ClassVar[tuple[str, ...]] = ("unilora_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "unilora_only")}
+    seeds: ClassVar[tuple[str, ...]] = ("proj_seed",)
     value_fields: ClassVar[tuple[str, ...]] = ("unilora_dropout", "init_theta_d_bound", "init_weights")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_seed("proj_seed", self.proj_seed)
         check_number("init_theta_d_bound", self.init_theta_d_bound)
         if self.init_theta_d_bound <= 0:
             raise ConfigError(
@@ -165,7 +160,6 @@ def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
 
 @register(
     UniLoraConfig,
-    peft_type="UNILORA",
     label="Uni-LoRA",
     listing=Listing(
         when="tiny files: some hundred parameters for all low-rank factors of a model",

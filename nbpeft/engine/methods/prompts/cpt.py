@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
 from nbpeft.engine.calls.token_prompt import TokenPrompt
-from nbpeft.engine.config.config_checks import check_number
-from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig
+from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig, prompt_listing
 from nbpeft.engine.contract.adapter import TaskType
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat
 from nbpeft.engine.contract.model_adapter import WeighsTokens
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import AdapterError, ConfigError, shown
@@ -72,6 +71,9 @@ class CPTConfig(PromptLearningConfig):
     opt_projection_format_epsilon: float | None = field(default=0.1)
     tokenizer_name_or_path: str | None = field(default=None)
 
+    not_negative: ClassVar[tuple[str, ...]] = (
+        *("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"),
+    )
     method_type: ClassVar[str] = "CPT"
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"opt_weighted_loss_type": ("none", "decay", None)}
 
@@ -105,10 +107,6 @@ class CPTConfig(PromptLearningConfig):
                 f"cpt_tokens_type_mask must be the types of tokens, 0 or more, not {shown(self.cpt_tokens_type_mask)}",
                 field="cpt_tokens_type_mask",
             )
-        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
-            check_number(name, getattr(self, name))
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, but it is {getattr(self, name)}", field=name)
 
 
 def _both(config: CPTConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -128,15 +126,12 @@ def _sum(config: CPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @register(
     CPTConfig,
-    peft_type="CPT",
     label="CPT",
-    listing=Listing(
+    listing=prompt_listing(
         when="few examples: starts from in-context examples and avoids overfitting",
         paper="arXiv:2410.17222",
-        summary=lambda config: {
-            "tokens": str(config.num_virtual_tokens),
-            "ε": f"{config.opt_projection_epsilon:g}/{config.opt_projection_format_epsilon:g}",
-        },
+        more=lambda config: {"ε": f"{config.opt_projection_epsilon:g}/{config.opt_projection_format_epsilon:g}"},
+        smaller=lambda config: None,
         listed_with={"task_type": "CAUSAL_LM"},
     ),
     sample_configs={

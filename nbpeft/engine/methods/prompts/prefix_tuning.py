@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
 from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with_rows
-from nbpeft.engine.config.prompt_config import PROMPT_KEY
+from nbpeft.engine.config.prompt_config import PROMPT_KEY, prompt_listing
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.method_records import FileFormat, Listing
+from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.contract.registry import register
 
 
@@ -30,9 +30,6 @@ class PrefixTuningConfig(CachedPrefixConfig):
         init_weights: "zero" to start with keys and values of zeros; None for random ones.
         encoder_hidden_size: features inside the MLP; by default those of a token.
         prefix_projection: whether an MLP computes the keys and values.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     init_weights: Literal["zero"] | None = field(default=None)
@@ -55,16 +52,11 @@ class PrefixTuningConfig(CachedPrefixConfig):
 
 @register(
     PrefixTuningConfig,
-    peft_type="PREFIX_TUNING",
     label="prefix tuning",
-    listing=Listing(
+    listing=prompt_listing(
         when="generation tasks: steers every layer, and the input keeps its length",
         paper="arXiv:2101.00190",
-        summary=lambda config: (
-            {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})
-        ),
-        smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-        listed_with={"num_virtual_tokens": 20},
+        more=lambda config: {"projection": "MLP"} if config.prefix_projection else {},
     ),
     sample_configs={
         "plain": {"num_virtual_tokens": 4},

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_takes_features, check_ungrouped
+from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, TransformsInput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
@@ -26,40 +27,35 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, keeping_inputs
 from nbpeft.engine.kernels.numerics import widened
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import ConfigError
 
 VECTORS = "hra_u"
 
 
 @dataclass
-class HRAConfig(LayersConfig):
+class HRAConfig(TrainsBiases):
     """Config of HRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: number of reflections; an even one starts at the base model.
         apply_GS: make the vectors orthogonal to each other (Gram-Schmidt).
         init_weights: start with equal pairs of reflections, which undo each other; False for random vectors.
-        bias: which biases of the model are also trained.
     """
 
     r: int = field(default=8)
     apply_GS: bool = field(default=False)
     init_weights: bool = field(default=True)
-    bias: str = field(default="none")
 
     method_type: ClassVar[str] = "HRA"
     counts: ClassVar[tuple[str, ...]] = ("r",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "hra_only")}
 
 
 @register(
     HRAConfig,
-    peft_type="HRA",
     label="HRA",
     listing=Listing(
         when="like OFT, with fewer parameters",
         paper="arXiv:2405.17484",
-        summary=lambda config: {"r": str(config.r)},
         smaller=lambda config: config.copy(r=config.r // 4 * 2) if config.r > 3 else None,
     ),
     default_targets=usual_targets,
@@ -79,10 +75,8 @@ class HRA(Adapter):
     @classmethod
     def parameter_shapes(cls, config: HRAConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         """The vectors, (in, r), for a convolution (in * kernel, r)."""
-        if kind.takes_ids:
-            raise LayerKindError(f"{path}: HRA does not work on an {kind.name}; exclude it", path=path)
-        if int(getattr(module, "groups", 1)) > 1:
-            raise LayerKindError(f"{path}: HRA does not work on a convolution in groups; exclude it", path=path)
+        check_takes_features("HRA", path, kind)
+        check_ungrouped("HRA", path, module)
         features = math.prod(kind.weight_shape(module)[1:])
         if config.apply_GS and config.r > features:
             raise ConfigError(
@@ -91,9 +85,8 @@ class HRA(Adapter):
         return {VECTORS: (features, config.r)}
 
     @classmethod
-    def create(cls, config: HRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> HRA:
-        own: type[HRA] = HRAOnLinear if site.base.kind.is_linear else HRAOnConvolution
-        return super(HRA, own).create(config, site, tensors)
+    def _class_for(cls, config: HRAConfig, site: AdapterSite) -> type[HRA]:
+        return HRAOnLinear if site.base.kind.is_linear else HRAOnConvolution
 
     @classmethod
     def initial_tensors(cls, config: HRAConfig, site: AdapterSite) -> Mapping[str, Tensor]:
@@ -113,9 +106,7 @@ class HRA(Adapter):
         """Number of reflections."""
         return int(self.vectors.shape[1])
 
-    @property
-    def delta_rank(self) -> int | None:
-        return self.rank
+    delta_rank = rank
 
     def change(self, rows: Tensor, vectors: Tensor, *, transposed: bool) -> Tensor:
         """The change of vectors by the reflections.

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_number, warn_of_unused
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_ungrouped, warn_of_unused
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
@@ -28,22 +28,20 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta
 from nbpeft.engine.kernels.numerics import cayley, composes, neumann_cayley, without_autocast
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import ConfigError
 
 ROTATION, EMBEDDING_ROTATION = "oft_R", "oft_embedding_R"
 _MOST_TERMS = 64
 
 
 @dataclass
-class OFTConfig(LayersConfig):
+class OFTConfig(HasFanInFanOut, TrainsBiases):
     """Config of OFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: number of blocks of a layer; 0 with oft_block_size.
         oft_block_size: number of inputs of a block; 0 with r. The nearest divisor of a layer's inputs is used.
         module_dropout: share of the blocks that are not rotated in a call of the training, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random rotations.
         coft: keep the rotations small (constrained OFT).
         eps: how small, with coft.
@@ -55,8 +53,6 @@ class OFTConfig(LayersConfig):
     r: int = field(default=0)
     oft_block_size: int = field(default=32)
     module_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
     coft: bool = field(default=False)
     eps: float = field(default=6e-5)
@@ -66,7 +62,6 @@ class OFTConfig(LayersConfig):
 
     method_type: ClassVar[str] = "OFT"
     shares: ClassVar[tuple[str, ...]] = ("module_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "oft_only")}
     value_fields: ClassVar[tuple[str, ...]] = (
         *("module_dropout", "init_weights", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
     )
@@ -79,7 +74,6 @@ class OFTConfig(LayersConfig):
                 f"oft_block_size={self.oft_block_size}",
                 field="r",
             )
-        check_number("eps", self.eps)
         if not 0 < self.num_cayley_neumann_terms <= _MOST_TERMS:
             raise ConfigError(
                 f"num_cayley_neumann_terms must be from 1 to {_MOST_TERMS}, not {self.num_cayley_neumann_terms:.3g}",
@@ -116,7 +110,6 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 @register(
     OFTConfig,
-    peft_type="OFT",
     label="OFT",
     listing=Listing(
         when="preserving the base model's knowledge: rotations keep angles between neurons",
@@ -152,16 +145,14 @@ class OFT(Adapter):
         count, size = config.blocks_of(_rotated(module, kind))
         if size < 2:
             raise ConfigError(f"{path}: a block of one input cannot be rotated; choose larger blocks", path=path)
-        if int(getattr(module, "groups", 1)) > 1:
-            raise LayerKindError(f"{path}: OFT does not work on a convolution in groups; exclude it", path=path)
+        check_ungrouped("OFT", path, module)
         name = EMBEDDING_ROTATION if kind.takes_ids else ROTATION
         return {name: (1 if config.block_share else count, size * (size - 1) // 2)}
 
     @classmethod
-    def create(cls, config: OFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> OFT:
+    def _class_for(cls, config: OFTConfig, site: AdapterSite) -> type[OFT]:
         kind = site.base.kind
-        own: type[OFT] = OFTOnLinear if kind.is_linear else OFTOnEmbedding if kind.takes_ids else OFTOnConvolution
-        return super(OFT, own).create(config, site, tensors)
+        return OFTOnLinear if kind.is_linear else OFTOnEmbedding if kind.takes_ids else OFTOnConvolution
 
     @classmethod
     def initial_tensors(cls, config: OFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
@@ -195,8 +186,7 @@ class OFT(Adapter):
         """Factors (blocks, 1), at most 1, that bring the norm of each skew-symmetric matrix down to its bound."""
         bound = eps / math.sqrt(triangles.shape[0])
         norm = math.sqrt(2) * triangles.norm(dim=1, keepdim=True)
-        factors: Tensor = (bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
-        return factors
+        return (bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
 
     def rotations(self, triangles: Tensor, kept: Tensor | None = None) -> Tensor:
         """The rotations, (blocks, b, b).
@@ -259,7 +249,7 @@ class OFTOnLinear(OFT, TransformsInput):
         if composes():
             return self.rotated(x, kept, triangles).to(x.dtype)
         rotations = partial(self.rotations, kept=kept)
-        return _Rotate.apply(x, triangles, rotations)  # type: ignore[no-any-return, no-untyped-call]
+        return _Rotate.apply(x, triangles, rotations)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``W (R x - x)``."""

@@ -62,7 +62,6 @@ class RoadConfig(LayersConfig):
 
 @register(
     RoadConfig,
-    peft_type="ROAD",
     label="RoAd",
     listing=Listing(
         when="like (IA)³, but also rotates outputs; fast steps",
@@ -105,11 +104,6 @@ class Road(Adapter, TransformsOutput):
         return {
             name: site.new(site.shapes[name], partial(normal_, std=0.5, mean=mean)) for name, mean in _MEANS.items()
         }
-
-    @property
-    def delta_rank(self) -> int | None:
-        """None: the change of the weight has full rank."""
-        return None
 
     def _changed(self, rows: Tensor, angle: Tensor, scale: Tensor) -> Tensor:
         """``R y - y`` of vectors (…, out), in the dtype of the parameters."""

@@ -55,7 +55,6 @@ def _value_projections(model_type: str | None) -> list[str] | None:
 
 @register(
     BeftConfig,
-    peft_type="BEFT",
     label="BEFT",
     listing=Listing(
         when="few examples: one bias per layer, very few parameters, fast steps",

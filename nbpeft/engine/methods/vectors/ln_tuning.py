@@ -94,8 +94,7 @@ class Norm:
 
 def _computed(module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor | None]) -> Tensor:
     """The output of a layer with other parameters."""
-    output: Tensor = type(module).forward(with_parameters(module, parameters), x)
-    return output
+    return type(module).forward(with_parameters(module, parameters), x)
 
 
 @dataclass
@@ -108,7 +107,6 @@ class LNTuningConfig(LayersConfig):
 
 @register(
     LNTuningConfig,
-    peft_type="LN_TUNING",
     label="LN tuning",
     listing=Listing(
         when="very few parameters: trains only norms, and adds nothing to the model",

@@ -253,14 +253,7 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         return "trains rows of embeddings (trainable_token_indices)"
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """Computes the change of the output at the positions of trained tokens.
-
-        Args:
-            x: ids (…) of an embedding, or the input (…, features) of a head.
-            base_output: (…, features) of an embedding, (…, vocabulary) of a head.
-            base: the layer.
-            fused: return the output with the change, in its dtype.
-        """
+        """The change of the output at the positions of trained tokens."""
         rows = self.rows
         frozen = _table(base.weight(), base)[self.tokens]
         change = rows - frozen.to(rows.dtype)
@@ -280,8 +273,7 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         padding = getattr(base.module, "padding_idx", None)  # looked up, it learns nothing: torch's rule
         row = self._indices.index(padding) if padding in self._indices else None
         found = F.embedding(self.order[place], change, padding_idx=row)
-        delta: Tensor = found * hit * kind.output_scale(base.module, change.dtype)
-        return delta
+        return found * hit * kind.output_scale(base.module, change.dtype)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         delta = torch.zeros_like(weight)

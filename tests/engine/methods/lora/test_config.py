@@ -41,6 +41,21 @@ def test_an_impossible_value_is_told_with_its_field(field: str, value: Any, mess
     assert failure.value.details["field"] == field
 
 
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (nbpeft.LoftQConfig, "loftq_bits", 3),
+        (nbpeft.CordaConfig, "corda_method", "x"),
+        (nbpeft.LoraGAConfig, "direction", "x"),
+        (nbpeft.LoraGAConfig, "scale", "x"),
+        (nbpeft.LoraGAConfig, "stable_gamma", 0),
+    ],
+)
+def test_what_an_initialisation_cannot_do_is_refused_with_its_field(config: Any, field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{field} must be .*not {value!r}"):
+        config(**{field: value})
+
+
 def test_a_pattern_of_layers_is_a_name_or_names() -> None:
     with pytest.raises(ConfigError, match="layers_pattern must be a name pattern or a list of names, not 3"):
         LoraConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern=3)

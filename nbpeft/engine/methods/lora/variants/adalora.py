@@ -12,6 +12,7 @@ which they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_choice, check_count, check_number, check_share
+from nbpeft.engine.config.config_checks import (
+    check_choice,
+    check_count,
+    check_linear_or_conv2d,
+    check_not_negative,
+    check_number,
+    check_share,
+)
 from nbpeft.engine.config.targets import usual_wide_targets
 from nbpeft.engine.contract.adapter import (
     Adapter,
@@ -45,7 +53,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout
 from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS
-from nbpeft.errors import ConfigError, LayerKindError, few, shown
+from nbpeft.errors import ConfigError, few, shown
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
 _AVERAGES, _LEFT = ("importance", "uncertainty"), "left"
@@ -112,11 +120,9 @@ class AdaLoraConfig(LoraConfig):
     def _check_numbers(self) -> None:
         for name in ("init_r", "target_r", "deltaT", "total_step"):
             check_count(name, getattr(self, name))
-        for name in ("lora_alpha", "orth_reg_weight", "tinit", "tfinal"):
-            check_number(name, getattr(self, name))
+        check_number("lora_alpha", self.lora_alpha)
         for name in ("orth_reg_weight", "tinit", "tfinal"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, as {getattr(self, name)} is", field=name)
+            check_not_negative(name, getattr(self, name))
         for name in ("beta1", "beta2"):
             check_share(name, getattr(self, name))
             if getattr(self, name) in (0, 1):
@@ -184,7 +190,7 @@ class AdaLoraConfig(LoraConfig):
         return self.alpha_at(path) / (self.init_r + 1e-5)
 
     @property
-    def size(self) -> int | None:
+    def adapter_size(self) -> int | None:
         return None if self.rank_pattern else self.init_r
 
     def resized(self, size: int) -> Self:
@@ -301,8 +307,7 @@ class RankAllocator(Allocator):
         if not all(measured):
             return None
         of_A, of_B, of_E = (mean * spread for mean, spread in measured)
-        score: Tensor = of_A.mean(1) + of_B.mean(0) + of_E.view(-1)
-        return score
+        return of_A.mean(1) + of_B.mean(0) + of_E.view(-1)
 
     def _allocate(self, budget: int) -> None:
         """Sets the least important entries of E to zero, so that at most ``budget`` are left in the model."""
@@ -333,8 +338,7 @@ def _places(config: AdaLoraConfig, path: str, rank: int) -> list[bool]:
 def _distance(matrix: Tensor) -> Tensor:
     """``‖M Mᵀ - I‖`` of a matrix (r, n), a scalar."""
     identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
-    distance: Tensor = torch.linalg.vector_norm(matrix @ matrix.T - identity)
-    return distance
+    return torch.linalg.vector_norm(matrix @ matrix.T - identity)
 
 
 @register(
@@ -389,17 +393,9 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
     @classmethod
     def parameter_shapes(cls, config: AdaLoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         """A, (r, in * kernel), B, (out, r), and E, (r, 1)."""
-        if not kind.is_linear and kind.peft_name != "Conv2d":
-            raise LayerKindError(
-                f"{path}: AdaLoRA works on linear layers and Conv2d, not on {kind.peft_name}; exclude it", path=path
-            )
-        if int(getattr(module, "groups", 1)) > 1:
-            raise LayerKindError(f"{path}: AdaLoRA does not work on a convolution in groups; exclude it", path=path)
+        check_linear_or_conv2d("AdaLoRA", path, module, kind)
         rank, (rows, *others) = config.rank_at(path), kind.weight_shape(module)
-        columns = 1
-        for size in others:
-            columns *= size
-        return {_A: (rank, columns), _B: (rows, rank), _E: (rank, 1)}
+        return {_A: (rank, math.prod(others)), _B: (rows, rank), _E: (rank, 1)}
 
     @classmethod
     def initial_tensors(cls, config: AdaLoraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
@@ -427,9 +423,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         """The rank: rows of A."""
         return int(self.tensor(_E).shape[0])
 
-    @property
-    def delta_rank(self) -> int | None:
-        return self.rank
+    delta_rank = rank
 
     @property
     def orthogonal_rows(self) -> tuple[Tensor, Tensor]:

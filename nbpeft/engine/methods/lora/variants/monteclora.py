@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from nbpeft.engine.kernels.numerics import composes, without_autocast
 from nbpeft.engine.methods.lora.autograd import draw_seed
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, FILES, listing
-from nbpeft.engine.methods.lora.initialization.inits import check_linear
+from nbpeft.engine.methods.lora.initialization.inits import Factors
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig
 
@@ -88,7 +88,7 @@ def _weighted_normals(weights: Tensor, seed: int, shape: tuple[int, ...]) -> Ten
     if composes():
         samples = torch.randn(len(weights), *shape, device=weights.device)
         return (samples * weights.view(-1, 1, 1)).sum(0)
-    return _WeightedNormals.apply(weights, seed, shape)  # type: ignore[no-any-return, no-untyped-call]
+    return _WeightedNormals.apply(weights, seed, shape)  # type: ignore[no-untyped-call]
 
 
 def dirichlet_divergence(concentration: Tensor, prior: float) -> Tensor:
@@ -188,28 +188,28 @@ class MonteCLoRA(LowRankProduct):
         LowRankProduct.peft, grouped=_KEYS, model_functions={"_get_monteclora_loss": monteclora_loss}
     )
 
+    linear_setting: ClassVar[str] = "monteclora_config"
+    from_config: ClassVar[Mapping[str, str]] = {**LowRankProduct.from_config, "settings": "monteclora_config"}
+
     settings: MontecloraConfig
     drawn: tuple[Tensor, Tensor] | None
 
     @classmethod
     def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         """A and B, the logarithms of standard deviations (r,) and of concentrations (num_samples,)."""
-        check_linear("monteclora_config", path, kind)
         assert config.monteclora_config is not None
         shapes = super().parameter_shapes(config, path, module, kind)
         return {**shapes, STD: (config.rank_at(path),), PRIOR: (config.monteclora_config.num_samples,)}
 
     @classmethod
-    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones."""
-        made = super().create(config, site, tensors)
-        if tensors is None:
-            for name in (STD, PRIOR):
-                made.get_parameter(name).detach().copy_(site.new(site.shapes[name], Tensor.uniform_))
+    def drawn_tensors(cls, config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
+        made = super().drawn_tensors(config, site, initial)
+        return made | {name: site.new(site.shapes[name], Tensor.uniform_) for name in (STD, PRIOR)}
+
+    def prepare(self, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         assert isinstance(site.shared, Divergence)
-        site.shared.adapters[site.path] = made
-        made.bind(settings=config.monteclora_config, drawn=None)
-        return made
+        site.shared.adapters[site.path] = self
+        self.bind(drawn=None)
 
     @property
     def active_factors(self) -> tuple[Tensor, Tensor]:

@@ -36,10 +36,9 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.lora import LoRA
 from nbpeft.engine.methods.lora.variants.xlora_classifier import XLoraClassifier
 from nbpeft.engine.methods.lora.variants.xlora_config import XLoraConfig, with_parts
-from nbpeft.errors import AdapterError, ConfigError, MergeError, shown
+from nbpeft.errors import AdapterError, ConfigError, shown
 
 CLASSIFIER = "internal_xlora_classifier"
-_UNMERGEABLE = "a weight: X-LoRA weights its adapters for each token"
 _IN_PEFT = re.compile(r"base_model\.lora_model\.model\.(.+)\.(lora_(?:embedding_)?[AB])\.(\d+)(\.weight|\.bias)?")
 """Name of an adapter's tensor in a file, as in PEFT's model."""
 _HERE = re.compile(r"base_model\.model\.(.+)\.(\d+)\.(lora_(?:embedding_)?[AB])(_bias)?")
@@ -120,8 +119,7 @@ class XLoraState(SharedState, NeedsFirstPass):
     def context(self, hidden: Tensor) -> Tensor:
         """The weights of the adapters, (rows, length, layers, adapters)."""
         classifier = self.classifier
-        chosen: Tensor = classifier.chosen(classifier(hidden)) * self.config.global_scaling_weight
-        return chosen
+        return classifier.chosen(classifier(hidden)) * self.config.global_scaling_weight
 
 
 @torch.no_grad()
@@ -214,7 +212,7 @@ def _number(name: str, value: Any) -> Any:
 
 def get_latest_scalings(manager: Any) -> Tensor | None:
     """Returns the last predicted weights, (rows, length, layers, adapters); None if there are none."""
-    return _state(manager).classifier.latest  # type: ignore[no-any-return]
+    return _state(manager).classifier.latest
 
 
 def get_scalings_log(manager: Any) -> list[Tensor]:
@@ -224,7 +222,7 @@ def get_scalings_log(manager: Any) -> list[Tensor]:
 
 def get_bucketed_scalings_log(manager: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
     """Returns the logged weights by input length: length -> indices in the log, and the weights."""
-    return _state(manager).classifier.bucketed()  # type: ignore[no-any-return]
+    return _state(manager).classifier.bucketed()
 
 
 def enable_scalings_logging(manager: Any) -> None:
@@ -331,13 +329,10 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
         return {f"{number}.{name}": value for number, adapter in adapters for name, value in adapter.named_parameters()}
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The sum of the adapters' deltas, weighted for each token; see ``Adapter``.
+        """The sum of the adapters' deltas, weighted for each token.
 
-        Args:
-            x: (rows, length, in), or (rows, length) ids.
-            base_output: (rows, length, out).
-            base: the layer; its context is the weights of the call (rows, length, layers, adapters), one number for
-                all, or None if the layer is called outside of the model: then each adapter has the weight 1.
+        The context of ``base`` is the weights of the call, (rows, length, layers, adapters), one number for all, or
+        None if the layer is called outside of the model: then each adapter has the weight 1.
 
         Raises:
             AdapterError: the tokens of the input are not those of the call.
@@ -369,12 +364,8 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
             f"{tuple(output.shape)}: use adapters without that layer"
         )
 
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Refuses."""
-        raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
-
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        return _UNMERGEABLE
+        return "a weight: X-LoRA weights its adapters for each token"
 
     def swap_refusal(self) -> str:
         return "consists of several adapters; load the other one under another name and switch with set_adapter()"
@@ -416,7 +407,7 @@ def _weighed(expert: Any, x: Tensor, base_output: Tensor, base: BaseLayer, weigh
     if isinstance(scaling, Tensor):
         scaling = scaling.to(dtype)
     if not low_rank.has_steps:
-        return low_rank.forward(base.module, x, (lora_A, lora_B, scaling), None)  # type: ignore[no-any-return]
+        return low_rank.forward(base.module, x, (lora_A, lora_B, scaling), None)
     dropped = F.dropout(x.to(lora_A.device, dtype), expert.dropout, expert.training)
     hidden = low_rank.down(base.module, dropped, lora_A.to(dtype)) * scaling
     added: Tensor = low_rank.up(base.module, hidden, lora_B.to(dtype), None)
