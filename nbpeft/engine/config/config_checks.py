@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar
 
 from nbpeft.engine.config.module_paths import PLAIN_PATTERN, pattern_table
 from nbpeft.engine.config.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
 from nbpeft.engine.contract.base import LayerKind
+from nbpeft.engine.contract.field_types import check_types
 from nbpeft.errors import BiasError, ConfigError, LayerKindError, did_you_mean, few, shown
 
 _LARGEST_COUNT = 2**24
@@ -110,22 +111,22 @@ def check_declared(config: Any) -> None:
         ConfigError: a value is invalid, not finite, or None although the default is not.
     """
     check_filled(config)
-    for name in config.counts:
-        check_count(name, getattr(config, name))
-    for name in config.shares:
-        check_share(name, getattr(config, name))
-    for name in config.seeds:
-        check_seed(name, getattr(config, name))
+    declared: tuple[tuple[Callable[..., None], Iterable[str]], ...] = (
+        *((check_count, config.counts), (check_share, config.shares), (check_seed, config.seeds)),
+        *((check_positive, config.positive), (check_not_negative, config.not_negative)),
+        (check_number, [item.name for item in fields(config) if isinstance(getattr(config, item.name), float)]),
+    )
+    for check, names in declared:
+        for name in names:
+            if getattr(config, name) is not None:
+                check(name, getattr(config, name))
     for name, values in config.choices.items():
         check_choice(name, getattr(config, name), values)
-    for item in dataclasses.fields(config):
-        if isinstance(getattr(config, item.name), float):
-            check_number(item.name, getattr(config, item.name))
 
 
 def check_filled(config: Any) -> None:
     """Raises ConfigError for None in a field whose default is a number, string or bool and whose choices lack None."""
-    for item in dataclasses.fields(config):
+    for item in fields(config):
         is_plain = isinstance(item.default, bool | int | float | str)
         if getattr(config, item.name) is None and is_plain and None not in config.choices.get(item.name, ()):
             raise ConfigError(f"{item.name} must have a value, such as {item.default!r}, not None", field=item.name)
@@ -312,3 +313,18 @@ def unused_patterns(config: Any, names: Sequence[str], paths: Sequence[str]) -> 
                 f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
             )
     return " ".join(parts)
+
+
+class Settings:
+    """Base class of dataclasses with the settings of one variant or init, which are checked as those of a config."""
+
+    counts: ClassVar[tuple[str, ...]] = ()
+    shares: ClassVar[tuple[str, ...]] = ()
+    positive: ClassVar[tuple[str, ...]] = ()
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    seeds: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_declared(self)

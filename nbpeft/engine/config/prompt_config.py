@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_choice, check_count, check_target_fields
+from nbpeft.engine.config.config_checks import check_declared, check_target_fields
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, TaskType
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.errors import ConfigError
@@ -56,7 +56,6 @@ class PromptLearningConfig(AdapterConfig):
     counts: ClassVar[tuple[str, ...]] = (
         *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
     )
-    """Fields with a size; None for the size of the model."""
     inserts_embeddings: ClassVar[bool] = True
     """Whether its tokens are joined to the model's embeddings, so that they need the same number of features."""
     learns_prompt: ClassVar[bool] = True
@@ -66,11 +65,7 @@ class PromptLearningConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(self.method_type)
-        for name in self.counts:
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        for name, values in self.choices.items():
-            check_choice(name, getattr(self, name), values)
+        check_declared(self)
         check_target_fields(self)
 
     @property

@@ -144,6 +144,10 @@ class AdapterConfig:
     """Fields with a dropout or another fraction, from 0 to 1."""
     seeds: ClassVar[tuple[str, ...]] = ()
     """Fields with a seed of torch's generators."""
+    positive: ClassVar[tuple[str, ...]] = ()
+    """Fields with a number above 0."""
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    """Fields with a number of at least 0."""
     condenses_targets: ClassVar[bool] = True
     """Whether a long list of targets may be saved as shorter suffixes that match the same modules."""
     value_fields: ClassVar[tuple[str, ...]] = ()

@@ -30,7 +30,7 @@ from nbpeft.engine.contract.method_records import Part as Part
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registration import check_config_class, check_peft_type, check_values
-from nbpeft.errors import ConfigError, UnknownMethodError, did_you_mean, in_one_line, shortened
+from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
 """Also the module with the names that a package needs to define a method."""
@@ -141,8 +141,6 @@ def register(
             nbpeft 0.2.
     """
     type_in_files = peft_type or getattr(config_class, "method_type", "")
-    if not type_in_files:
-        raise ConfigError(f"{label}: peft_type is missing: name the one of its config files", field="peft_type")
     check_fields(label, fields, _FIELDS)
     check_values(label, fields, _RECORDS)
 

@@ -763,10 +763,8 @@ def push(
     manager.check_alive()
     hub = {key: kwargs.get(key) for key in ("token", "revision", "endpoint")}
     with checkpoint.scratch_folder() as folder:
-        if facts is not None:
-            present = checkpoint.present_file(repo_id, "README.md", **hub)
-            if present:
-                (folder / "README.md").write_bytes(present.encode())
+        if facts is not None and (present := checkpoint.present_file(repo_id, "README.md", **hub)):
+            (folder / "README.md").write_bytes(present.encode())
         names = list(manager.names) if name is None else [name]
         save(manager, folder, names=names, flat=name is not None, facts=facts, mark_saved=False)
         if not replace:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_seed
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import HasFanInFanOut
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
@@ -48,6 +48,7 @@ class ShiraConfig(HasFanInFanOut):
     random_seed: int | None = field(default=None)
     init_weights: bool = field(default=True)
 
+    seeds: ClassVar[tuple[str, ...]] = ("random_seed",)
     method_type: ClassVar[str] = "SHIRA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     counts: ClassVar[tuple[str, ...]] = ("r",)
@@ -56,8 +57,6 @@ class ShiraConfig(HasFanInFanOut):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.random_seed is not None:
-            check_seed("random_seed", self.random_seed)
         self.mask_fn: MaskFunction | None = random_mask if self.mask_type == "random" else None
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count, check_linear, check_number
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
@@ -56,6 +56,7 @@ class SupertuningConfig(LayersConfig):
     init_weights: bool = field(default=True)
     save_precomputed_indices: bool = field(default=True)
 
+    counts: ClassVar[tuple[str, ...]] = ("r",)
     method_type: ClassVar[str] = "SUPERTUNING"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     value_fields: ClassVar[tuple[str, ...]] = ("lora_alpha", "lora_dropout", "init_weights")
@@ -70,10 +71,8 @@ class SupertuningConfig(LayersConfig):
                 )
         if self.r is None and self.lora_alpha is not None:
             raise ConfigError("lora_alpha needs r, the rank of the factors that it scales", field="lora_alpha")
-        if self.r is not None:
-            check_count("r", self.r)
-            self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
-            check_number("lora_alpha", self.lora_alpha)
+        if self.r is not None and self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
 
     @property
     def initialised_from_weight(self) -> bool:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta
@@ -61,17 +61,10 @@ class DeftConfig(HasFanInFanOut, TrainsBiases):
     method_type: ClassVar[str] = "DEFT"
     counts: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("deft_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "decomposition_method": ("relu", "qr"),
-    }
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"decomposition_method": ("relu", "qr")}
     value_fields: ClassVar[tuple[str, ...]] = (
         *("decomposition_method", "init_scale", "alpha", "deft_dropout", "init_weights"),
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha is not None:
-            check_number("alpha", self.alpha)
 
 
 @register(

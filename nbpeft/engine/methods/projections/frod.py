@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_linear, check_not_negative
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall, SharedSite, SharedState
@@ -73,6 +73,7 @@ class FrodConfig(HasFanInFanOut, TrainsBiases):
     progressbar: bool = field(default=True)
     runtime_offload_base_weight: bool = field(default=False)
 
+    not_negative: ClassVar[tuple[str, ...]] = ("regularization_alpha",)
     method_type: ClassVar[str] = "FROD"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     shares: ClassVar[tuple[str, ...]] = ("frod_dropout", "sparse_rate")
@@ -80,10 +81,6 @@ class FrodConfig(HasFanInFanOut, TrainsBiases):
     value_fields: ClassVar[tuple[str, ...]] = (
         *("frod_dropout", "init_weights", "regularization_alpha", "progressbar", "runtime_offload_base_weight"),
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative("regularization_alpha", self.regularization_alpha)
 
     @property
     def initialised_from_weight(self) -> bool:

@@ -72,14 +72,13 @@ class OSFConfig(LayersConfig):
     init_weights: bool = field(default=True)
     target_svd_config: dict[str, int] | None = field(default=None)
 
+    positive: ClassVar[tuple[str, ...]] = ("effective_rank",)
     method_type: ClassVar[str] = "OSF"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     value_fields: ClassVar[tuple[str, ...]] = ("init_weights", "target_svd_config")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.effective_rank is not None:
-            check_positive("effective_rank", self.effective_rank)
         if self.rank_pattern is not None:
             self.rank_pattern = checked_pattern("rank_pattern", self.rank_pattern, check_positive)
             check_patterns(("rank_pattern", pattern, ANYWHERE) for pattern in self.rank_pattern)

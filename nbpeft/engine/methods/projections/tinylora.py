@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_not_negative
 from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
@@ -61,6 +60,7 @@ class TinyLoraConfig(HasFanInFanOut, TrainsBiases):
     tinylora_dropout: float = field(default=0.0)
     init_weights: bool | str = field(default=True)
 
+    not_negative: ClassVar[tuple[str, ...]] = ("init_v_bound",)
     method_type: ClassVar[str] = "TINYLORA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "u")
@@ -70,10 +70,6 @@ class TinyLoraConfig(HasFanInFanOut, TrainsBiases):
         "init_weights": (True, False, "uniform"),
     }
     value_fields: ClassVar[tuple[str, ...]] = ("tinylora_dropout", "init_v_bound", "init_weights")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative("init_v_bound", self.init_v_bound)
 
     def groups(self, layers: int) -> int:
         """The number of vectors for a number of layers."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_divides, check_linear, check_not_negative
+from nbpeft.engine.config.config_checks import check_divides, check_linear
 from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_wide_targets
 from nbpeft.engine.contract.adapter import AdapterSite, SharedSite, SharedState
@@ -60,6 +60,7 @@ class VBLoRAConfig(HasFanInFanOut, TrainsBiases):
     init_vector_bank_bound: float = field(default=0.02)
     init_logits_std: float = field(default=0.1)
 
+    not_negative: ClassVar[tuple[str, ...]] = ("init_vector_bank_bound", "init_logits_std")
     method_type: ClassVar[str] = "VBLORA"
     counts: ClassVar[tuple[str, ...]] = ("r", "num_vectors", "vector_length", "topk")
     shares: ClassVar[tuple[str, ...]] = ("vblora_dropout",)
@@ -74,8 +75,6 @@ class VBLoRAConfig(HasFanInFanOut, TrainsBiases):
                 f"topk = {self.topk} is more than the num_vectors = {self.num_vectors} of the bank; lower it",
                 field="topk",
             )
-        for name in ("init_vector_bank_bound", "init_logits_std"):
-            check_not_negative(name, getattr(self, name))
 
 
 class VectorBank(SharedState):

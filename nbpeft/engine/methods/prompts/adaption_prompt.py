@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count
+from nbpeft.engine.config.config_checks import check_count, check_declared
 from nbpeft.engine.config.targets import is_all_linear
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
 from nbpeft.engine.contract.base import BaseLayer
@@ -59,6 +59,7 @@ class AdaptionPromptConfig(AdapterConfig):
     adapter_len: int | None = field(default=None)
     adapter_layers: int | None = field(default=None)
 
+    counts: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers")
     on_last_layers: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ()
     """Paths of the attentions in the model it was completed for."""
@@ -73,13 +74,11 @@ class AdaptionPromptConfig(AdapterConfig):
         self.peft_type = PeftType("ADAPTION_PROMPT")
         if is_all_linear(self.target_modules):
             raise ConfigError("target_modules is the name of the attentions; leave it out", field="target_modules")
-        for name in ("adapter_len", "adapter_layers"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        check_declared(self)
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
         """Looks for the attentions."""
-        for name in ("adapter_len", "adapter_layers"):
+        for name in self.counts:
             check_count(name, getattr(self, name))
         config: Any = getattr(model, "config", None)
         kind = str(getattr(config, "model_type", None))

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
 from nbpeft.engine.calls.token_prompt import TokenPrompt
-from nbpeft.engine.config.config_checks import check_not_negative
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig, prompt_listing
 from nbpeft.engine.contract.adapter import TaskType
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
@@ -72,6 +71,9 @@ class CPTConfig(PromptLearningConfig):
     opt_projection_format_epsilon: float | None = field(default=0.1)
     tokenizer_name_or_path: str | None = field(default=None)
 
+    not_negative: ClassVar[tuple[str, ...]] = (
+        *("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"),
+    )
     method_type: ClassVar[str] = "CPT"
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"opt_weighted_loss_type": ("none", "decay", None)}
 
@@ -105,8 +107,6 @@ class CPTConfig(PromptLearningConfig):
                 f"cpt_tokens_type_mask must be the types of tokens, 0 or more, not {shown(self.cpt_tokens_type_mask)}",
                 field="cpt_tokens_type_mask",
             )
-        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
-            check_not_negative(name, getattr(self, name))
 
 
 def _both(config: CPTConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.task_ids import TASK_IDS, checked_task_ids
 from nbpeft.engine.calls.token_prompt import TokenPrompt
-from nbpeft.engine.config.config_checks import check_count
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig, prompt_listing
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat
@@ -55,13 +54,12 @@ class MultitaskPromptTuningConfig(InitialisedPromptConfig):
     num_ranks: int | None = field(default=1)
     num_tasks: int | None = field(default=1)
 
+    counts: ClassVar[tuple[str, ...]] = (*InitialisedPromptConfig.counts, "num_ranks", "num_tasks")
     method_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"prompt_tuning_init": tuple(MultitaskPromptTuningInit)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_ranks", "num_tasks"):
-            check_count(name, getattr(self, name))
         if self.of_a_source and self.prompt_tuning_init_state_dict_path is None:
             raise ConfigError(
                 "prompt_tuning_init_state_dict_path needs to be specified with prompt_tuning_init="

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with_rows
-from nbpeft.engine.config.config_checks import check_count, check_share
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig, prompt_listing
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.method_records import FileFormat
@@ -51,15 +50,11 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_dropout: float = field(default=0.0)
 
     method_type: ClassVar[str] = "P_TUNING"
-    counts: ClassVar[tuple[str, ...]] = (*PromptLearningConfig.counts, "encoder_hidden_size")
+    counts: ClassVar[tuple[str, ...]] = (*PromptLearningConfig.counts, "encoder_hidden_size", "encoder_num_layers")
+    shares: ClassVar[tuple[str, ...]] = ("encoder_dropout",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "encoder_reparameterization_type": tuple(PromptEncoderReparameterizationType)
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("encoder_num_layers", self.encoder_num_layers)
-        check_share("encoder_dropout", self.encoder_dropout)
 
     @property
     def has_encoder(self) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.random_numbers import drawing_from
-from nbpeft.engine.config.config_checks import check_linear, check_positive, warn_of_unused
+from nbpeft.engine.config.config_checks import check_linear, warn_of_unused
 from nbpeft.engine.config.layers_config import HasFanInFanOut
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
@@ -77,6 +77,7 @@ class PsoftConfig(HasFanInFanOut):
     cayley_neumann_eps: float | None = field(default=None)
     init_weights: bool = field(default=True)
 
+    positive: ClassVar[tuple[str, ...]] = ("psoft_alpha",)
     method_type: ClassVar[str] = "PSOFT"
     counts: ClassVar[tuple[str, ...]] = ("r", "psoft_svd_lowrank_niter")
     shares: ClassVar[tuple[str, ...]] = ("psoft_dropout",)
@@ -91,7 +92,6 @@ class PsoftConfig(HasFanInFanOut):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("psoft_alpha", self.psoft_alpha)
         for name, most in (("psoft_svd_lowrank_niter", _MOST_ITERATIONS), ("num_cayley_neumann_terms", _MOST_TERMS)):
             if not 0 < getattr(self, name) <= most:
                 raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name):.3g}", field=name)

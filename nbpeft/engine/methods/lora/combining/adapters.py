@@ -29,6 +29,7 @@ class CombineLowRank:
     usual_type = "svd"
 
     def takes(self, combination_type: str) -> Sequence[str]:
+        """The names of the settings that a combination type uses."""
         return settings_for(combination_type)
 
     def check(self, configs: Sequence[Any], adapters: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
-from nbpeft.engine.config.config_checks import check_count, check_filled, check_number, check_positive, check_share
+from nbpeft.engine.config.config_checks import check_count, check_declared
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, ReadsTensors, store_of
 from nbpeft.engine.contract.base import Shape
 from nbpeft.engine.contract.registry import layer_kind_named
@@ -87,6 +87,9 @@ class XLoraConfig(AdapterConfig):
     scaling_pass_value: float = field(default=0.0)
     global_scaling_weight: float = field(default=1.0)
 
+    counts: ClassVar[tuple[str, ...]] = ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora")
+    shares: ClassVar[tuple[str, ...]] = ("xlora_dropout_p",)
+    positive: ClassVar[tuple[str, ...]] = ("softmax_temperature",)
     value_fields: ClassVar[tuple[str, ...]] = (
         *("enable_softmax", "enable_softmax_topk", "xlora_dropout_p", "softmax_temperature", "top_k_lora"),
         *("scaling_pass_value", "global_scaling_weight"),
@@ -104,14 +107,7 @@ class XLoraConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = PeftType("XLORA")
         self.adapters = {} if self.adapters is None else self.adapters
-        check_filled(self)
-        for name in ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        check_share("xlora_dropout_p", self.xlora_dropout_p)
-        for name in ("scaling_pass_value", "global_scaling_weight"):
-            check_number(name, getattr(self, name))
-        check_positive("softmax_temperature", self.softmax_temperature)
+        check_declared(self)
         if self.enable_softmax_topk and self.enable_softmax:
             warnings.warn(
                 "`enable_softmax_topk` and `enable_softmax` are both enabled: the weights go through two softmaxes, "
