@@ -450,7 +450,6 @@ def pipelines_control(peft: Any, folder: str) -> list[Any]:
         (wide, None),
         (wide, elsewhere),
         (elsewhere, wide),
-        (narrow, wide),
         (wide, narrow),
         (wide, norms),
     ):
