@@ -1,4 +1,4 @@
-"""Dropout of the rows of a change of the weight."""
+"""The product with a change of the weight, and dropout of its rows."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ def test_rows_that_are_left_keep_the_mean_if_they_are_rescaled(rescaled: bool) -
         left = found.abs().amax(1) > 0
         factor = len(left) / int(left.sum()) if rescaled else 1.0
         torch.testing.assert_close(found, whole * left[:, None] * factor)
+
+
+@pytest.mark.parametrize("config", [nbpeft.LoHaConfig, nbpeft.LoKrConfig, nbpeft.HRAConfig])
+@torch.no_grad()
+def test_transforms_of_torch_see_through_the_product(config: Any) -> None:
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 8)), config(r=2, target_modules=["0"])).eval()
+    randomize(model)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    value, tangent = torch.func.jvp(model, (x,), (x,))
+    torch.testing.assert_close(value, model(x))
+    torch.testing.assert_close(tangent, model(x) - model(torch.zeros_like(x)))
