@@ -47,7 +47,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import nbpeft.model  # noqa: F401 - gives configs their file formats
-from nbpeft.engine.config.config_checks import check_target_fields
+from nbpeft.engine.config.config_checks import check_declared, check_target_fields
 from nbpeft.engine.contract.adapter import (
     Adapter,
     AdapterConfig,
@@ -94,6 +94,10 @@ __all__ = [
 class MethodConfig(AdapterConfig):
     """Base class of the configs: a dataclass whose fields all have defaults.
 
+    A subclass may declare which values are valid: the class attributes ``counts`` (names of fields with a rank or
+    another size, from 1), ``shares`` (fields with a dropout or another fraction, from 0 to 1) and ``choices`` (field ->
+    its valid values). The types of all values are checked against the annotations.
+
     Attributes:
         target_modules: names of the layers, a regular expression, or "all-linear"; None for the method's default.
         exclude_modules: names of layers to leave out, or a regular expression.
@@ -113,4 +117,5 @@ class MethodConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(method_of(self).peft_type)
+        check_declared(self)
         check_target_fields(self)

@@ -65,6 +65,9 @@ JUDGED = "judged"
 DESIRABLE = "desirable"
 """The key of that label in a tokenized row and in a batch: 1 or 0."""
 
+BASE, START = "base", "start"
+"""Values of ``reference``: the model without adapters, and the trained weights at the beginning."""
+
 REJECTED = "rejected_"
 """Prefix of the keys of a rejected completion in a tokenized row and in a batch: ``rejected_input_ids``."""
 
@@ -77,8 +80,8 @@ COMBINATION_TYPES = (
 SERVING_ENGINES = ("vllm", "llama.cpp", "ollama", "transformers", "peft", "diffusers", "kohya")
 """Programs for which adapters can be exported."""
 
-STORED_TYPES = ("f32", "f16", "bf16", "q8_0")
-"""Storage types of exported weights; ``q8_0`` only in GGUF files."""
+STORED_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+"""Storage types of exported weights; those that begin with q only in GGUF files, ``q…_k`` only for whole models."""
 
 ROW_CHOICES = {
     "learn": ("all", "last", "completion"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -95,19 +95,23 @@ def not_swept(name: str) -> ConfigError:
     """Returns the error for a field that cannot differ between the adapters of a sweep."""
     return ConfigError(
         f"{name} cannot be a sweep: adapters that learn side by side share rows, batches and steps. A field of the "
-        f"adapter's config can, and {', '.join(OWN_FIELDS[:5])}, …",
+        f"adapter's config can, beta and other fields of the objective, and {', '.join(OWN_FIELDS[:5])}, …",
         field=name,
     )
 
 
-def check_own(fields: Iterable[str]) -> None:
+def check_own(fields: Iterable[str], more: Collection[str] = ()) -> None:
     """Refuses fields that cannot differ between the adapters of a sweep.
 
+    Args:
+        fields: names of fields.
+        more: fields in addition to ``OWN_FIELDS`` that can: those of the objective.
+
     Raises:
-        ConfigError: a field is not in ``OWN_FIELDS``.
+        ConfigError: a field cannot differ.
     """
     for name in fields:
-        if name not in OWN_FIELDS:
+        if name not in OWN_FIELDS and name not in more:
             raise not_swept(name)
 
 

@@ -465,6 +465,31 @@ def test_everything_registered_has_a_room_and_every_room_registers(folder: str) 
         assert len(names) == len(rooms)
 
 
+def test_a_method_that_overrides_nothing_has_a_docstring() -> None:
+    """An override in the engine or of a result is described by what it overrides, except for what is special."""
+    files = [file for room in ("engine", "session/results", "display") for file in (PACKAGE / room).rglob("*.py")]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+    classes = {node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+    def overrides(cls: ast.ClassDef, name: str) -> bool:
+        bases = [classes[base.id] for base in cls.bases if isinstance(base, ast.Name) and base.id in classes]
+        return any(name in (getattr(part, "name", "") for part in base.body) or overrides(base, name) for base in bases)
+
+    own_contract = {PACKAGE / "engine" / "backends", PACKAGE / "engine" / "layer_kinds"}
+    bare = [
+        f"{path.stem}: {cls.name}.{part.name}"
+        for path, tree in trees.items()
+        for cls in ast.walk(tree)
+        if path.parent not in own_contract and isinstance(cls, ast.ClassDef) and not cls.name.startswith("_")
+        if "Protocol" not in map(ast.unparse, cls.bases)
+        for part in cls.body
+        if isinstance(part, ast.FunctionDef) and not part.name.startswith("_") and not ast.get_docstring(part)
+        if not any("setter" in ast.unparse(mark) or "overload" in ast.unparse(mark) for mark in part.decorator_list)
+        if not overrides(cls, part.name)
+    ]
+    assert not bare
+
+
 def project_files() -> list[Path]:
     """The files that belong to the project, as git sees them where it is there."""
     listed = subprocess.run(

@@ -10,46 +10,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-_when_imported: list[Callable[[], None]] = []
-_when_configured: list[Callable[[], None]] = []
-_when_adapted: list[Callable[[], None]] = []
 _scorers: list[Callable[..., Any]] = []
 
 
-def when_engine_imported(call: Callable[[], None]) -> None:
-    """Registers ``call`` to run when the engine is imported, as by the first config or by unpickling a model."""
-    if call not in _when_imported:
-        _when_imported.append(call)
+class Event:
+    """Callbacks that upper layers register, each once; a call runs all of them."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], None]] = []
+
+    def register(self, call: Callable[[], None]) -> None:
+        """Registers a function to run whenever the event happens; repeated calls of it should be fast."""
+        if call not in self._calls:
+            self._calls.append(call)
+
+    def __call__(self) -> None:
+        for call in self._calls:
+            call()
 
 
-def when_configured(call: Callable[[], None]) -> None:
-    """Registers ``call`` to run whenever a config is created; repeated calls should be fast."""
-    if call not in _when_configured:
-        _when_configured.append(call)
-
-
-def when_adapted(call: Callable[[], None]) -> None:
-    """Registers ``call`` to run whenever a ``BaseTuner`` is created; repeated calls should be fast."""
-    if call not in _when_adapted:
-        _when_adapted.append(call)
-
-
-def engine_imported() -> None:
-    """Runs the callbacks for the engine; called at the end of its import."""
-    for call in _when_imported:
-        call()
-
-
-def configured() -> None:
-    """Runs the callbacks for configs; called by their constructor."""
-    for call in _when_configured:
-        call()
-
-
-def adapted() -> None:
-    """Runs the callbacks for models; ``BaseTuner`` calls it when it is created, copied or unpickled."""
-    for call in _when_adapted:
-        call()
+engine_imported = Event()
+"""The engine was imported, as by the first config or by unpickling a model; called at the end of its import."""
+configured = Event()
+"""A config is created; called by its constructor."""
+adapted = Event()
+"""A model is adapted; ``BaseTuner`` calls it when it is created, copied or unpickled."""
+when_engine_imported, when_configured, when_adapted = engine_imported.register, configured.register, adapted.register
 
 
 def when_scored(make: Callable[..., Any]) -> None:

@@ -1,6 +1,33 @@
 """Checkpoints on disk and on the hub: the only package that knows PEFT's file formats and key names.
 
 Importing it sets the store that ``AdapterConfig.from_pretrained`` and ``save_pretrained`` use.
+
+Files:
+
+    atomic.py          Atomic updates of several files in a folder: either all of them change or none does
+    card.py            The model card (README.md) of a saved adapter: YAML front matter for the hub, then Markdown
+    config_format.py   Reads and writes ``adapter_config.json`` in PEFT's format
+    folder.py          Reads and writes a saved adapter: the config, tensors and model card of one folder
+    gguf_file.py       Reads GGUF files, and writes them one tensor at a time, with the package ``gguf``
+    hub_token.py       Finds the access token for the hub. The token is passed to ``huggingface_hub`` and to nothing
+                       else
+    identity.py        Fingerprints of base models, to check that an adapter belongs to a model; computed in
+                       milliseconds
+    inside.py          Access to files inside a folder without following symbolic links
+    k_quants.py        llama.cpp's block formats q4_k, q5_k and q6_k, byte by byte as its own quantizer writes them
+    key_conversion.py  Loads adapters that were trained on an earlier version of a model's class in transformers
+    lora_file.py       LoRA files of image models: one safetensors file without a config, with keys in one of several
+                       formats
+    model_files.py     Whole models on disk: reads and writes safetensors shards one tensor at a time
+    model_keys.py      Converts keys of a whole model's state dict, which contain the adapter's name, to keys of an
+                       adapter's file
+    present.py         Detects a different adapter in a target folder or repository, so that it is not overwritten by
+                       accident
+    prompt_format.py   The format of the rows that an adapter was trained on, so that prompts can use the same format
+    source.py          Location of a checkpoint: a local folder or a repository on the hub; downloads and uploads
+    staging.py         Staging folders: hidden folders in which files are written before they are renamed into place
+    tensor_file.py     Reads and writes files of tensors. Nothing but plain tensors is ever unpickled
+    weights_format.py  Converts between the engine's tensors and the keys of PEFT's files
 """
 
 from __future__ import annotations
@@ -52,6 +79,7 @@ from nbpeft.checkpoint.present import other_adapter as other_adapter
 from nbpeft.checkpoint.present import other_config as other_config
 from nbpeft.checkpoint.prompt_format import PromptFormat as PromptFormat
 from nbpeft.checkpoint.prompt_format import common_format as common_format
+from nbpeft.checkpoint.prompt_format import name_classes as name_classes
 from nbpeft.checkpoint.prompt_format import prompt_format as prompt_format
 from nbpeft.checkpoint.prompt_format import set_prompt_format as set_prompt_format
 from nbpeft.checkpoint.source import CONFIG_NAME as CONFIG_NAME

@@ -68,11 +68,7 @@ class CardFacts:
 
 
 def card_text(
-    config: AdapterConfig,
-    present: str | None = None,
-    *,
-    tags: Sequence[str] = (),
-    facts: CardFacts | None = None,
+    config: AdapterConfig, present: str | None = None, *, tags: Sequence[str] = (), facts: CardFacts | None = None
 ) -> str:
     """Returns the README text for an adapter.
 
@@ -258,6 +254,9 @@ def _prompt_lines(config: AdapterConfig) -> list[str]:
     form = prompt_format(config)
     if form is None:
         return []
+    if form.classes:
+        names = ", ".join(f"{number} = {_code(masked(name))}" for number, name in enumerate(form.classes))
+        return ["", f"Classes: {names}."]
     if not form.chat:
         return ["", "Trained on text without a chat template: prompt it with plain text."]
     system = f" and the system prompt {_code(masked(form.system))}" if form.system else ""

@@ -16,13 +16,7 @@ from nbpeft.engine.config.targets import condensed_if_many
 from nbpeft.engine.contract import registry
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.tree.model_tree import bare_modules
-from nbpeft.errors import (
-    ConfigError,
-    CorruptCheckpointError,
-    UntypedConfigError,
-    in_one_line,
-    shown,
-)
+from nbpeft.errors import ConfigError, CorruptCheckpointError, UntypedConfigError, in_one_line, shown
 from nbpeft.names import PEFT_VERSION
 
 LARGEST_CONFIG = 8_000_000

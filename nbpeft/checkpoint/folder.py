@@ -129,11 +129,7 @@ def read_config(
 
 
 def read_checkpoint(
-    source: str | os.PathLike[str],
-    *,
-    subfolder: str | None = None,
-    device: str | torch.device = "cpu",
-    **hub: Any,
+    source: str | os.PathLike[str], *, subfolder: str | None = None, device: str | torch.device = "cpu", **hub: Any
 ) -> Checkpoint:
     """Reads the config of a saved adapter and the header of its tensor file, from a folder or the hub.
 

@@ -13,10 +13,16 @@ import torch
 from torch import Tensor
 
 from nbpeft._util.optional import needs
+from nbpeft.checkpoint import k_quants
 from nbpeft.errors import CheckpointError, in_one_line
 
-GGUF_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+GGUF_TYPES = {
+    **{"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"},
+    **{"q6_k": "MOSTLY_Q6_K", "q5_k_m": "MOSTLY_Q5_K_M", "q4_k_m": "MOSTLY_Q4_K_M"},
+}
 """Storage type of the weights -> name of the GGUF file type (``general.file_type``)."""
+_FOR_SHORT_ROWS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""Type with blocks of 256 -> the type with blocks of 32 that llama.cpp uses where rows do not divide into them."""
 
 
 @dataclass(frozen=True)
@@ -26,22 +32,26 @@ class GgufTensor:
     Attributes:
         name: its name in the file.
         shape: outermost dimension first, as in torch.
-        stored_as: storage type, one of ``GGUF_TYPES``.
+        stored_as: storage type: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q4_k``, ``q5_k`` or ``q6_k``.
         read: returns the tensor; called when it is written, so that only one is in memory at a time.
+        importance: returns how much errors in each column count, for ``q4_k``, ``q5_k`` and ``q6_k``; None if unknown.
     """
 
     name: str
     shape: tuple[int, ...]
     stored_as: str
     read: Callable[[], Tensor]
+    importance: Callable[[], Tensor | None] = lambda: None
 
     @property
     def type(self) -> Any:
-        """The ``GGMLQuantizationType``; like llama.cpp's converters, f16 if rows do not divide into blocks."""
-        quantization = gguf_package().GGMLQuantizationType
-        wanted = quantization[self.stored_as.upper()]
-        block, _ = gguf_package().GGML_QUANT_SIZES[wanted]
-        return quantization.F16 if self.shape[-1] % block else wanted
+        """The ``GGMLQuantizationType``; as in llama.cpp another one if rows do not divide into blocks, f16 at last."""
+        types, sizes = gguf_package().GGMLQuantizationType, gguf_package().GGML_QUANT_SIZES
+        wanted = self.stored_as.upper()
+        for name in (wanted, _FOR_SHORT_ROWS.get(wanted, "F16")):
+            if self.shape[-1] % sizes[types[name]][0] == 0:
+                return types[name]
+        return types.F16
 
     @property
     def byte_count(self) -> int:
@@ -125,4 +135,7 @@ def _data(tensor: GgufTensor) -> Any:
     if tuple(value.shape) != tensor.shape:
         raise CheckpointError(f"{tensor.name} has shape {tuple(value.shape)}, expected {tensor.shape}")
     array = value.detach().to("cpu", torch.float32).contiguous().numpy()
+    if tensor.type.name in _FOR_SHORT_ROWS:
+        counts = tensor.importance()
+        return k_quants.quantize(array, tensor.type.name.lower(), None if counts is None else counts.numpy())
     return gguf_package().quants.quantize(array, tensor.type)

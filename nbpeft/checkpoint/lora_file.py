@@ -154,11 +154,7 @@ def _check(file: TensorFile, pairs: Mapping[str, _Pair], others: Iterable[str]) 
 
 
 def _fields(file: TensorFile, pairs: Mapping[str, _Pair]) -> dict[str, Any]:
-    """Returns ranks and alphas as config fields.
-
-    Raises:
-        CheckpointError: an alpha is NaN or infinite.
-    """
+    """Returns ranks and alphas as config fields."""
     ranks = {where: int(file.header[pair.parts["down"]].shape[0]) for where, pair in pairs.items()}
     given = file.read(pair.alpha for pair in pairs.values() if pair.alpha)
     numbers = {key: float(tensor) for key, tensor in given.items()}

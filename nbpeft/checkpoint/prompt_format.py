@@ -7,7 +7,7 @@ file, which PEFT does not read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ from nbpeft.engine.contract.adapter import AdapterConfig
 
 _ATTRIBUTE = "_prompt_format"
 _CHAT, _SYSTEM, _TEMPLATE = "nbpeft.prompt.chat", "nbpeft.prompt.system", "nbpeft.prompt.template"
+_CLASSES = "nbpeft.classes"
+_REASONING = "nbpeft.prompt.reasoning"
 _LONGEST = 100_000
-"""Most characters of a system prompt that is read from a file."""
+"""Most characters of a system prompt, or of the names of classes, that are read from a file."""
 NOT_FOR_TEMPLATES = frozenset(
     {
         *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
@@ -35,11 +37,15 @@ class PromptFormat:
         chat: whether the chat template was applied.
         system: the common system prompt of all rows; empty without one, None if the rows have different prompts.
         template: variables passed to the chat template, as JSON; empty if there are none.
+        classes: names of a classifier's classes, by number; empty for a language model, or if they have no names.
+        learns_reasoning: whether the reasoning of the assistant, if the rows have any, was learned.
     """
 
     chat: bool
     system: str | None = ""
     template: str = ""
+    classes: tuple[str, ...] = ()
+    learns_reasoning: bool = True
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -50,8 +56,11 @@ class PromptFormat:
     def to_metadata(self) -> dict[str, str]:
         """Returns entries for a file's metadata."""
         found = {_CHAT: str(self.chat).lower(), _TEMPLATE: self.template}
+        found[_REASONING] = "" if self.learns_reasoning else "false"
         if self.system is not None:
             found[_SYSTEM] = self.system
+        if self.classes:
+            found[_CLASSES] = json.dumps(self.classes)
         return {name: value for name, value in found.items() if value or name == _SYSTEM}
 
     @classmethod
@@ -60,7 +69,13 @@ class PromptFormat:
         chat, system = metadata.get(_CHAT), metadata.get(_SYSTEM)
         if chat not in ("true", "false") or len(system or "") > _LONGEST:
             return None
-        return cls(chat == "true", system, _checked(metadata.get(_TEMPLATE, "")))
+        return cls(
+            chat == "true",
+            system,
+            _checked(metadata.get(_TEMPLATE, "")),
+            _names(metadata.get(_CLASSES, "")),
+            metadata.get(_REASONING) != "false",
+        )
 
 
 def prompt_format(config: AdapterConfig) -> PromptFormat | None:
@@ -95,7 +110,41 @@ def common_format(configs: Iterable[AdapterConfig]) -> PromptFormat | None:
     if len(chats) != 1:
         return None
     system, template = (some.pop() if len(some) == 1 else None for some in (systems, templates))
-    return PromptFormat(chats.pop(), system, template or "")
+    classes = {form.classes for form in found}
+    learned = any(form.learns_reasoning for form in found)
+    return PromptFormat(chats.pop(), system, template or "", classes.pop() if len(classes) == 1 else (), learned)
+
+
+def are_unnamed(names: Iterable[tuple[str, int]]) -> bool:
+    """Returns whether classes have only the names that transformers gives them: ``LABEL_0`` etc.
+
+    Args:
+        names: (name, number) of each class.
+    """
+    return all(name == f"LABEL_{number}" for name, number in names)
+
+
+def name_classes(model: Any, form: PromptFormat | None) -> Callable[[], None]:
+    """Gives the classes of a model the names of a format, if there are as many of them and they have none.
+
+    Args:
+        model: a model of transformers, or any other.
+        form: the format of the rows of an adapter; None if it is unknown.
+
+    Returns:
+        A function that takes the names back.
+    """
+    config: Any = getattr(model, "config", None)
+    classes = () if form is None else form.classes
+    former: tuple[Any, Any] = getattr(config, "id2label", None), getattr(config, "label2id", None)
+
+    def put(names: Any, numbers: Any) -> None:
+        config.id2label, config.label2id = names, numbers
+
+    if not classes or None in former or len(former[0]) != len(classes) or not are_unnamed(former[1].items()):
+        return lambda: None
+    put(dict(enumerate(classes)), {name: number for number, name in enumerate(classes)})
+    return lambda: put(*former)
 
 
 def as_text(variables: Mapping[str, Any]) -> str:
@@ -108,6 +157,16 @@ def as_text(variables: Mapping[str, Any]) -> str:
         return json.dumps(dict(variables), sort_keys=True) if variables else ""
     except (TypeError, ValueError):
         return ""
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The names of classes in a file's metadata; none if they are not different texts."""
+    try:
+        found = json.loads(text) if text and len(text) <= _LONGEST else []
+    except (ValueError, RecursionError):
+        return ()
+    fits = isinstance(found, list) and all(isinstance(name, str) for name in found) and len({*found}) == len(found)
+    return tuple(found) if fits else ()
 
 
 def _checked(text: str) -> str:

@@ -162,11 +162,7 @@ class Source:
 
 
 def _is_file(path: Path) -> bool:
-    """Returns whether a path is a file.
-
-    Raises:
-        CheckpointError: it cannot be checked, because of missing permissions or a name that is too long.
-    """
+    """Returns whether a path is a file."""
     try:
         return path.is_file()
     except OSError as error:
@@ -406,8 +402,7 @@ def _writing(call: Callable[[], Result], repo_id: str) -> Result:
             ) from None
         if status == 403 and not isinstance(error, errors.GatedRepoError):
             raise CheckpointError(
-                f"this access token cannot write to {repo_id!r}; it needs write access ({TOKENS_PAGE})",
-                repo_id=repo_id,
+                f"this access token cannot write to {repo_id!r}; it needs write access ({TOKENS_PAGE})", repo_id=repo_id
             ) from None
         raise
     except getattr(errors, "HTTPError", ()):  # no response at all

@@ -171,7 +171,7 @@ class Picture:
     def image(self, style: ChartStyle) -> str:
         """Returns the chart as a self-contained ``<img>``."""
         return (
-            f'<img src="{_data_uri(self.svg(style))}" width="{WIDTH}" height="{self.height}" '
+            f'<img src="{data_uri(self.svg(style))}" width="{WIDTH}" height="{self.height}" '
             f'alt="{escape(self.label)}" style="display:block;width:100%;max-width:{WIDTH}px;height:{self.height}px;'
             'margin:0">'
         )
@@ -267,7 +267,7 @@ def small_chart(curve: Curve, train: TrainState) -> str:
         f'<path d="M{corners}" fill="none" stroke-width="1.5" stroke-linejoin="round" '
         f'vector-effect="non-scaling-stroke" style="stroke:{style.line}"/></svg>'
     )
-    return f'<img src="{_data_uri(svg)}" {box} alt="" style="{shape}">' if ended else svg
+    return f'<img src="{data_uri(svg)}" {box} alt="" style="{shape}">' if ended else svg
 
 
 def spark_image(curve: Curve, words: str) -> str:
@@ -286,7 +286,7 @@ def spark_image(curve: Curve, words: str) -> str:
         f'<path d="M{corners}" fill="none" stroke-width="1.5" stroke-linejoin="round" stroke="{NEUTRAL.line}"/></svg>'
     )
     return (
-        f'<img src="{_data_uri(svg)}" width="{_SPARK_WIDTH}" height="{_SPARK_HEIGHT}" alt="{escape(words)}" '
+        f'<img src="{data_uri(svg)}" width="{_SPARK_WIDTH}" height="{_SPARK_HEIGHT}" alt="{escape(words)}" '
         f'title="{escape(words)}" style="display:block;max-width:none;margin:0">'
     )
 
@@ -316,7 +316,8 @@ def describe(train: TrainState) -> str:
     return f"training loss {start:.4g} at step {first:g}, {end:.4g} at step {last:g}"
 
 
-def _data_uri(svg: str) -> str:
+def data_uri(svg: str) -> str:
+    """Returns an SVG as the source of an image."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
@@ -379,10 +380,10 @@ class _Frame:
         for tick in self.across:
             share = (tick - self.begin) / (self.end - self.begin)
             anchor = "start" if share < 0.02 else "end" if share > 0.98 else "middle"
-            texts.append(_text(f"{100 * share:.2f}%", HEIGHT - BOTTOM + 16, f"{tick:,.0f}", anchor))
-        texts.append(_text("50%", HEIGHT - 5, "step"))
+            texts.append(svg_text(f"{100 * share:.2f}%", HEIGHT - BOTTOM + 16, f"{tick:,.0f}", anchor))
+        texts.append(svg_text("50%", HEIGHT - 5, "step"))
         if self.empty:
-            texts.append(_text("50%", (HEIGHT - BOTTOM + TOP) // 2 + 4, self.empty))
+            texts.append(svg_text("50%", (HEIGHT - BOTTOM + TOP) // 2 + 4, self.empty))
         return "".join(texts)
 
     def _words(self, tick: float) -> str:
@@ -444,7 +445,8 @@ def _path(points: Sequence[Point], colour: str, width: str, opacity: str) -> str
     )
 
 
-def _text(x: str, y: float, text: str, anchor: str = "middle") -> str:
+def svg_text(x: str, y: float, text: str, anchor: str = "middle") -> str:
+    """Returns a text of a chart."""
     return f'<text x="{x}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
 
 

@@ -169,19 +169,9 @@ def _(block: blocks.Line) -> str:
     return f'<div style="margin-top:6px">{words}</div>' if words else ""
 
 
-@to_html.register
-def _(block: blocks.BarChart) -> str:
-    return bar_image(block)
-
-
-@to_html.register
-def _(block: blocks.BarTable) -> str:
-    return bar_table_image(block)
-
-
-@to_html.register
-def _(block: blocks.Grid) -> str:
-    return grid_image(block)
+to_html.register(blocks.BarChart, bar_image)
+to_html.register(blocks.BarTable, bar_table_image)
+to_html.register(blocks.Grid, grid_image)
 
 
 @to_html.register

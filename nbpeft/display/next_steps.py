@@ -66,7 +66,7 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         "named": "" if several else f" --name {one}",
         "names": ",".join(names),
         "name": one,
-        "prompt": cut(train.samples[-1].prompt, 60).replace('"', "'") if train.samples else "your prompt",
+        "prompt": _escaped(cut(train.samples[-1].prompt, 60)) if train.samples else "your prompt",
         "model": "" if alone else f" --model {model_name}",
         "target": "" if alone else f" {model_name}",
     }
@@ -93,6 +93,12 @@ def kept_steps(train: TrainState, saved: Mapping[str, str], *, has_checkpoint: b
         )
     label = "Restore" if train.status == "finished" else "Resume"
     return NextSteps(False, "", ((label, f"%lora resume {PurePath(train.folder).name}"),)) if has_checkpoint else None
+
+
+def _escaped(prompt: str) -> str:
+    """A prompt as it is written between quotation marks in a line."""
+    escapes: dict[str, str | int | None] = {"\\": r"\\", "\n": r"\n", "\t": r"\t", '"': "'"}
+    return prompt.translate(str.maketrans(escapes))
 
 
 def _word(text: str) -> str:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from nbpeft.display import palette
 from nbpeft.display.blocks import LabelledCurves
-from nbpeft.display.charts import BOTTOM, NEUTRAL, TOP, WIDTH, Picture, across, decimate, finite, left_of, ticks
+from nbpeft.display.charts import (
+    BOTTOM,
+    NEUTRAL,
+    TOP,
+    WIDTH,
+    Picture,
+    across,
+    decimate,
+    finite,
+    left_of,
+    svg_text,
+    ticks,
+)
 from nbpeft.display.crosshair import Column, columns
 
 Point = tuple[float, float]
@@ -71,10 +82,10 @@ def _picture(curves: Sequence[LabelledCurves], metric: str) -> Picture:
     drawn, words = [], []
     for tick in steps:
         anchor = "start" if tick == 0 else "end" if tick > 0.98 * right else "middle"
-        words.append(_words(across(place(tick, low)[0]), HEIGHT - BOTTOM + 16, anchor, f"{tick:,.0f}"))
-    words.append(_words("50%", HEIGHT - 5, "middle", "step"))
+        words.append(svg_text(across(place(tick, low)[0]), HEIGHT - BOTTOM + 16, f"{tick:,.0f}", anchor))
+    words.append(svg_text("50%", HEIGHT - 5, "step"))
     if not points:
-        words.append(_words("50%", HEIGHT / 2 - 10, "middle", "no loss was logged"))
+        words.append(svg_text("50%", HEIGHT / 2 - 10, "no loss was logged"))
     for number, (losses, evaluated) in enumerate(lines):
         colour = colour_of(number)
         drawn.append(_line([place(*point) for point in decimate(losses)], colour, "1.5", ""))
@@ -103,10 +114,6 @@ def _axes(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     end = max([1.0, *(step for step, _ in points)])
     steps = [tick for tick in ticks(0, end, 6) if tick <= end * (1 + 1e-9) and tick == int(tick)]
     return steps, ticks(0.0 if 0 <= low < high / 2 else low, high, 5)
-
-
-def _words(x: str, y: float, anchor: str, text: str) -> str:
-    return f'<text x="{x}" y="{y:.1f}" text-anchor="{anchor}" fill="{NEUTRAL.text}">{escape(text)}</text>'
 
 
 def _line(points: Sequence[Point], colour: str, width: str, dashes: str) -> str:

@@ -6,12 +6,12 @@ readable on light and on dark backgrounds.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterable
 from html import escape
 
 from nbpeft.display.blocks import BarChart, BarTable, Grid
+from nbpeft.display.charts import data_uri
 from nbpeft.display.numbers import percent
 from nbpeft.errors import cut
 
@@ -131,8 +131,7 @@ def _image(parts: Iterable[str], width: int, height: int, words: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="system-ui, \'DejaVu Sans\', sans-serif" font-size="13">{"".join(parts)}</svg>'
     )
-    data = base64.b64encode(svg.encode()).decode()
     return (
-        f'<img src="data:image/svg+xml;base64,{data}" width="{width}" height="{height}" alt="{escape(words)}" '
+        f'<img src="{data_uri(svg)}" width="{width}" height="{height}" alt="{escape(words)}" '
         f'style="display:block;width:100%;max-width:{width}px;height:auto;margin:8px 0 0">'
     )

@@ -5,7 +5,8 @@
     code_table          all codes of order_codes as a text
     prompted            the same rows with solved examples, or a text, before each prompt
     score, answers      the answers of a model, and the share of correct ones
-    Score, Scores       one score, and a chart of several
+    Score               one score
+    Scores              a chart of scores, also of those of ``nbpeft.score``
     Times               a chart of durations
     Costs, Trained      a chart of the scores and costs of several trainings
 
@@ -13,14 +14,16 @@
 
     model, tokenizer = examples.small_model()
     train, held_out = examples.order_codes()
-    base = examples.score(model, tokenizer, held_out, label="base model")
+    result = nbpeft.score(model, held_out, metric="startswith", tokenizer=tokenizer)
+    examples.Scores("held-out orders", {"base model": result.scores["base"]})
 
 Importing this imports neither torch nor transformers.
 """
 
 from nbpeft.examples.base_model import HUB_NAME, small_model, small_model_path
 from nbpeft.examples.costs import Costs, Trained
-from nbpeft.examples.scoring import Score, Scores, answers, score
+from nbpeft.examples.scores import Scores
+from nbpeft.examples.scoring import Score, answers, score
 from nbpeft.examples.tasks import Row, code_table, dates, filters, order_codes, prompted, records
 from nbpeft.examples.times import Times
 

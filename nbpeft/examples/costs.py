@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 from nbpeft.display.blocks import BarTable, Card, card
 from nbpeft.display.numbers import percent, short_count, size
 from nbpeft.display.shares import describe_bar_table
 from nbpeft.display.shown import Shown
-from nbpeft.examples.scoring import Score
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Trained:
     """The score and costs of one training.
 
     Attributes:
-        score: the score of the trained model, or a share from 0 to 1.
+        score: the score of the trained model by ``nbpeft.score``, or a share from 0 to 1.
         parameters: number of trained parameters.
         byte_count: memory that it needed in addition to the model, in bytes.
         seconds: duration of a step, in seconds.
     """
 
-    score: Score | float
+    score: SupportsFloat
     parameters: int
     byte_count: int
     seconds: float

@@ -1,15 +1,15 @@
-"""The share of rows that a model answers exactly as expected, and charts that compare it."""
+"""The share of rows that a model answers exactly as expected."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nbpeft.display.blocks import BarChart, Block, Card, Grid, Table, Text, card, dim, line
+from nbpeft.display.blocks import Card, Table, Text, card, dim, line
 from nbpeft.display.numbers import percent
 from nbpeft.display.shown import Shown
 from nbpeft.errors import ConfigError
@@ -20,7 +20,6 @@ _SHOWN = 5
 """The number of answers in the card of a score."""
 _WORTH_SHARING = 32
 """The number of common tokens from which the prompts' shared beginning is processed only once."""
-Key = str | tuple[str, str]
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,59 +76,6 @@ class Score(Shown):
             line(dim(f"and {more} more")) if more else None,
             aside=aside,
         )
-
-
-class Scores(Shown, MutableMapping[Key, Score | float]):
-    """Scores by name, shown as one chart: bars, or a grid if the names are pairs (row, column).
-
-    ::
-
-        scores = Scores("held-out orders", {"base model": base, "adapter": trained})
-        scores["ten examples"] = score(model, tokenizer, prompted(held_out, train, 10))
-
-    Args:
-        title: the title.
-        scores: name -> score, or a share from 0 to 1.
-    """
-
-    def __init__(self, title: str = "correct answers", scores: Mapping[Any, Score | float] | None = None) -> None:
-        self.title = title
-        self._scores: dict[Key, Score | float] = {}
-        self.update(scores or {})
-
-    def __getitem__(self, name: Key) -> Score | float:
-        return self._scores[name]
-
-    def __setitem__(self, name: Key, value: Score | float) -> None:
-        if not isinstance(value, Score | float | int) or not 0 <= float(value) <= 1:
-            raise ConfigError(f"{name!r}: expected a score, or a share from 0 to 1, not {value!r:.60}")
-        if any(isinstance(name, tuple) != isinstance(other, tuple) for other in self._scores):
-            raise ConfigError("either all scores have single names, or all have pairs of names (row, column)")
-        self._scores[name] = value
-
-    def __delitem__(self, name: Key) -> None:
-        del self._scores[name]
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._scores)
-
-    def __len__(self) -> int:
-        return len(self._scores)
-
-    def __str__(self) -> str:
-        words = (
-            f"{' on '.join(name) if isinstance(name, tuple) else name} {percent(float(v))}" for name, v in self.items()
-        )
-        return f"{self.title}: {', '.join(words)}"
-
-    def view(self) -> Block:
-        """The chart."""
-        pairs = {name: float(value) for name, value in self.items() if isinstance(name, tuple)}
-        if pairs:
-            return card(self.title, Grid(tuple(pairs.items())))
-        costs = [_cost(value) for value in self.values()]
-        bars = tuple((str(name), float(value), cost) for (name, value), cost in zip(self.items(), costs, strict=True))
-        return card(self.title, BarChart(bars, "tokens a prompt" if any(costs) else ""))
 
 
 def score(
@@ -296,7 +242,3 @@ def _ends(tokenizer: Any) -> list[int]:
         encoded = tokenizer.encode(text, add_special_tokens=False)
         ends |= set(encoded if len(encoded) == 1 else ())
     return sorted(ends - {None})
-
-
-def _cost(value: Score | float) -> str:
-    return f"{value.prompt_tokens:.0f}" if isinstance(value, Score) else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from nbpeft.errors import ConfigError
 
@@ -155,12 +156,14 @@ _ONES = _words("""
 _TENS = _words("twenty thirty forty fifty sixty")
 
 
-def order_codes(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Orders and a shop's codes for them: ``Oslo needs 31 lamps.`` becomes ``NP35-31-N1``.
+class Task(Protocol):
+    """A function that makes training rows and held-out rows."""
 
-    Sixteen items and eight cities have arbitrary codes, which neither a base model nor a prompt
-    with some examples can know. 32 of the 128 pairs of an item and a city are held out: the training rows contain every
-    code, but no held-out pair.
+    def __call__(self, train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+        """Makes the rows, without duplicates."""
+
+
+_ARGUMENTS = """
 
     Args:
         train: number of training rows.
@@ -171,16 +174,33 @@ def order_codes(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple
         The training rows and the held-out rows.
     """
 
-    def make(rng: random.Random, new: bool) -> Row:
-        while True:
-            item, city = rng.randrange(len(_ITEMS)), rng.randrange(len(_CITIES))
-            if ((item + city) % 4 == 0) == new:
-                break
-        name, place, count = list(_ITEMS)[item], list(_CITIES)[city], rng.randint(2, 99)
-        order = rng.choice(_ORDERS).format(item=name, city=place, count=count)
-        return _row(f"Order: {order}\nCode:", f"{_ITEMS[name]}-{count}-{_CITIES[place]}")
 
-    return _split(make, train, held_out, seed)
+def _task(make: Callable[[random.Random, bool], Row]) -> Task:
+    """Turn a function that makes one row, a training row or a ``new`` one, into a task."""
+
+    def task(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+        return _distinct(make, train, False, seed), _distinct(make, held_out, True, seed)
+
+    task.__module__, task.__name__, task.__qualname__ = make.__module__, make.__name__, make.__qualname__
+    task.__doc__ = str(make.__doc__).rstrip() + _ARGUMENTS
+    return task
+
+
+@_task
+def order_codes(rng: random.Random, new: bool) -> Row:
+    """Orders and a shop's codes for them: ``Oslo needs 31 lamps.`` becomes ``NP35-31-N1``.
+
+    Sixteen items and eight cities have arbitrary codes, which neither a base model nor a prompt
+    with some examples can know. 32 of the 128 pairs of an item and a city are held out: the training rows contain every
+    code, but no held-out pair.
+    """
+    while True:
+        item, city = rng.randrange(len(_ITEMS)), rng.randrange(len(_CITIES))
+        if ((item + city) % 4 == 0) == new:
+            break
+    name, place, count = list(_ITEMS)[item], list(_CITIES)[city], rng.randint(2, 99)
+    order = rng.choice(_ORDERS).format(item=name, city=place, count=count)
+    return _row(f"Order: {order}\nCode:", f"{_ITEMS[name]}-{count}-{_CITIES[place]}")
 
 
 def code_table() -> str:
@@ -190,79 +210,46 @@ def code_table() -> str:
     return "\n".join(["Codes of items:", *lines, "", ""])
 
 
-def dates(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+@_task
+def dates(rng: random.Random, new: bool) -> Row:
     """Sentences with a date, and the date in ISO 8601: ``We met on 3 May 1987.`` becomes ``1987-05-03``.
 
     Every fourth year and five phrasings are held out.
-
-    Args:
-        train: number of training rows.
-        held_out: number of held-out rows.
-        seed: seed of the random choices.
-
-    Returns:
-        The training rows and the held-out rows.
     """
-
-    def make(rng: random.Random, new: bool) -> Row:
-        year = rng.choice([year for year in range(1950, 2031) if (year % 4 == 1) == new])
-        month, day = rng.randint(1, 12), rng.randint(1, 28)
-        ending = "th" if 10 <= day <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
-        text = rng.choice(_HELD_OUT_DATES if new else _DATES)
-        text = text.format(year=year, month=_MONTHS[month - 1], number=month, day=day, nth=f"{day}{ending}")
-        return _row(f"Text: {text}\nWhen:", f"{year}-{month:02d}-{day:02d}")
-
-    return _split(make, train, held_out, seed)
+    year = rng.choice([year for year in range(1950, 2031) if (year % 4 == 1) == new])
+    month, day = rng.randint(1, 12), rng.randint(1, 28)
+    ending = "th" if 10 <= day <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
+    text = rng.choice(_HELD_OUT_DATES if new else _DATES)
+    text = text.format(year=year, month=_MONTHS[month - 1], number=month, day=day, nth=f"{day}{ending}")
+    return _row(f"Text: {text}\nWhen:", f"{year}-{month:02d}-{day:02d}")
 
 
-def filters(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+@_task
+def filters(rng: random.Random, new: bool) -> Row:
     """Questions about people, and filters for a table: ``customers | city = Rome | age > 40``.
 
     The held-out rows have other names, cities, kinds of people and phrasings than the training rows.
-
-    Args:
-        train: number of training rows.
-        held_out: number of held-out rows.
-        seed: seed of the random choices.
-
-    Returns:
-        The training rows and the held-out rows.
     """
-
-    def make(rng: random.Random, new: bool) -> Row:
-        person = {key: rng.choice(_PEOPLE[new][key]) for key in ("kind", "name", "city")}
-        question, wanted = rng.choice(_HELD_OUT_QUESTIONS if new else _QUESTIONS)
-        age = rng.randint(18, 80)
-        return _row(f"Question: {question.format(**person, age=age)}\nFilter:", wanted.format(**person, age=age))
-
-    return _split(make, train, held_out, seed)
+    person = {key: rng.choice(_PEOPLE[new][key]) for key in ("kind", "name", "city")}
+    question, wanted = rng.choice(_HELD_OUT_QUESTIONS if new else _QUESTIONS)
+    age = rng.randint(18, 80)
+    return _row(f"Question: {question.format(**person, age=age)}\nFilter:", wanted.format(**person, age=age))
 
 
-def records(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+@_task
+def records(rng: random.Random, new: bool) -> Row:
     """Customers' orders, and their content as a record: ``name: Ana | city: Lima | item: chairs | count: 12``.
 
     40 % of the counts are written in words. Three examples in the prompt are enough for most rows, so that this task
     serves for comparison. The held-out rows have other names, cities, items and phrasings than the training rows.
-
-    Args:
-        train: number of training rows.
-        held_out: number of held-out rows.
-        seed: seed of the random choices.
-
-    Returns:
-        The training rows and the held-out rows.
     """
-
-    def make(rng: random.Random, new: bool) -> Row:
-        name, city, item = (rng.choice(_PEOPLE[new][key]) for key in ("name", "city", "item"))
-        count = rng.randint(2, 60)
-        written = _in_words(count) if rng.random() < 0.4 else count
-        text = rng.choice(_HELD_OUT_RECORDS if new else _RECORDS)
-        text = text.format(name=name, city=city, item=item, count=written)
-        record = f"name: {name} | city: {city} | item: {item} | count: {count}"
-        return _row(f"Order: {text[0].upper()}{text[1:]}\nRecord:", record)
-
-    return _split(make, train, held_out, seed)
+    name, city, item = (rng.choice(_PEOPLE[new][key]) for key in ("name", "city", "item"))
+    count = rng.randint(2, 60)
+    written = _in_words(count) if rng.random() < 0.4 else count
+    text = rng.choice(_HELD_OUT_RECORDS if new else _RECORDS)
+    text = text.format(name=name, city=city, item=item, count=written)
+    record = f"name: {name} | city: {city} | item: {item} | count: {count}"
+    return _row(f"Order: {text[0].upper()}{text[1:]}\nRecord:", record)
 
 
 def prompted(rows: Sequence[Row], examples: Sequence[Row], shots: int = 3, *, before: str = "") -> list[Row]:
@@ -292,13 +279,6 @@ def _in_words(number: int) -> str:
 
 def _row(prompt: str, completion: str) -> Row:
     return {"prompt": prompt, "completion": f" {completion}"}
-
-
-def _split(
-    make: Callable[[random.Random, bool], Row], train: int, held_out: int, seed: int
-) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows, without duplicates."""
-    return _distinct(make, train, False, seed), _distinct(make, held_out, True, seed)
 
 
 def _distinct(make: Callable[[random.Random, bool], Row], number: int, new: bool, seed: int) -> list[Row]:

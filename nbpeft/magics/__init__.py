@@ -1,4 +1,28 @@
-"""The notebook's commands: ``%load_ext nbpeft`` registers them, ``%unload_ext nbpeft`` leaves nothing behind."""
+"""The notebook's commands: ``%load_ext nbpeft`` registers them, ``%unload_ext nbpeft`` leaves nothing behind.
+
+A mistake in a line or in a cell is a ``CellError`` of the function that reads it: one line that names the nearest valid
+word. The functions ``install`` change a shell, and return a function that restores it.
+
+Files:
+
+    body.py              Cell bodies: Python assignments, one per line, evaluated in the notebook's namespace
+    cell_logs.py         Collapses repeated warnings of bitsandbytes and transformers within each cell of the notebook
+    cell_spelling.py     Rewrites the messages of the session in the notation of cells
+    complete.py          Completion of magics: the words that may follow at the cursor. Pure functions, without IPython
+    empty_bodies.py      Allows cell magics without a body, which IPython refuses before it calls the magic
+    front_end.py         The front end of the notebook: the part of ``%lora doctor`` that needs IPython, and the choice
+                         of display
+    help.py              Help texts, examples first, generated from the declarations of the commands
+    inspecting.py        Shift+Tab on a field, a command or an option shows its meaning, type, default and values
+    lora.py              The magics: they parse, call the session and return the result to IPython
+    matcher.py           Connects completion to IPython: as a v2 matcher, or with the old hook in versions without
+                         matchers
+    notebook_context.py  The context of a subcommand: the notebook's variables, the session, and how to show panels
+    parse.py             Parses the line of a magic into a request. Pure functions, without IPython or a model
+    registry.py          The registry of ``%lora`` subcommands and cell magics: every file in ``subcommands/`` registers
+                         its own
+    tokenize.py          Splits a magic's line into words
+"""
 
 from __future__ import annotations
 

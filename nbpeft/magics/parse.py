@@ -42,12 +42,19 @@ class Argument:
             adapter), ``name`` (a new one), or empty.
         words: further values to complete. A word such as ``prompt=`` declares that ``prompt=value`` after the option
             belongs to the option and is not a field.
+        reads: called with the notebook and the value; returns what a method of the session takes. None for the value.
     """
 
     flags: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     completes: str = ""
     words: tuple[str, ...] = ()
+    reads: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def dest(self) -> str:
+        """The name under which argparse stores its value."""
+        return self.options.get("dest") or self.flags[0].lstrip("-").replace("-", "_")
 
     @property
     def positional(self) -> bool:
@@ -65,16 +72,15 @@ class Argument:
         return self.options.get("nargs") in ("+", "*")
 
 
-def argument(*flags: str, completes: str = "", words: tuple[str, ...] = (), **options: Any) -> Argument:
-    """Create an ``Argument``, with the keywords of argparse's ``add_argument``.
-
-    Args:
-        *flags: as for ``add_argument``.
-        completes: see ``Argument``.
-        words: see ``Argument``.
-        **options: keywords of ``add_argument``.
-    """
-    return Argument(flags, options, completes, words)
+def argument(
+    *flags: str,
+    completes: str = "",
+    words: tuple[str, ...] = (),
+    reads: Callable[[Any, Any], Any] | None = None,
+    **options: Any,
+) -> Argument:
+    """Create an ``Argument``, with the keywords of argparse's ``add_argument`` as ``options``."""
+    return Argument(flags, options, completes, words, reads)
 
 
 @dataclass(frozen=True)

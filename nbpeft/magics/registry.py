@@ -23,6 +23,7 @@ ON_MODEL = argument(
     "-m",
     metavar="MODEL",
     completes="model",
+    reads=NotebookContext.chosen,
     help="the model; not needed if only one has adapters",
 )
 """The option of subcommands that need an adapted model: required if there are several."""
@@ -195,11 +196,18 @@ def session_command(name: str, summary: str, *arguments: Argument, method: str =
         method: the name of the method; by default that of the subcommand.
         example: shown in the help.
     """
-    places = [item.flags[0] for item in arguments if item.positional]
 
     def run(options: argparse.Namespace, notebook: NotebookContext) -> Any:
-        values = [getattr(options, place) for place in places]
-        return getattr(notebook.session, method or name)(*values, model=notebook.chosen(options.model))
+        places: list[Any] = []
+        named: dict[str, Any] = {}
+        for item in arguments:
+            value = getattr(options, item.dest)
+            value = value if item.reads is None else item.reads(notebook, value)
+            if item.positional:
+                places.append(value)
+            else:
+                named[item.dest] = value
+        return getattr(notebook.session, method or name)(*places, **named)
 
     subcommand(name, summary, *arguments, example=example)(run)
 

@@ -34,7 +34,7 @@ from nbpeft.memory.optimizers import kind_of, state_bytes
 from nbpeft.memory.saved import tensors_in
 from nbpeft.memory.shared_out import for_one_process
 from nbpeft.memory.stages import Peak
-from nbpeft.names import LOSS_CHUNK_SIZE
+from nbpeft.names import LOSS_CHUNK_SIZE, START
 from nbpeft.state import MemoryPart
 from nbpeft.sweeps import members_together
 
@@ -71,6 +71,8 @@ class Setting:
     quantized_experts: bool = True
     processes: int = 1
     sharded: bool = False
+    reference: str | None = None
+    generation: bool = False
 
     @property
     def one_pass(self) -> Setting:
@@ -175,11 +177,18 @@ def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     paged = "paged: may go to the host" if kind_of(setting.optimizer)[1] else setting.optimizer
     parts.append(MemoryPart("optimizer", states, paged))
     sizes = weights.trained_sizes
+    if setting.reference == START:
+        parts.append(MemoryPart("reference", sum(sizes), "the trained weights at the beginning"))
     gradients, largest = sum(sizes) * setting.adapters, max(sizes, default=0)
     full_passes = setting.adapters // setting.together  # a last pass with fewer adapters has a lower peak
     earlier = gradients * (full_passes - 1) * setting.together // setting.adapters  # gradients of earlier passes
     if gradients + 2 * largest > step.total + earlier:
         return (*parts, MemoryPart("gradients", gradients), MemoryPart("temporary", 2 * largest, "optimizer step"))
+    if setting.generation:  # before forward and backward, which need more unless layers are computed again
+        prefill = _peak_of(replace(setting.one_pass, training=False))
+        if prefill.total > step.total + earlier:
+            rest = prefill.total - prefill.result
+            return (*parts, MemoryPart("KV cache", prefill.result), MemoryPart("temporary", rest, "generation"))
     rest = step.total - step.saved - step.gradients
     return (
         *parts,

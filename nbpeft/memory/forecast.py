@@ -96,6 +96,8 @@ def forecast(
     recompute: bool = True,
     processes: int = 1,
     sharded: bool = False,
+    reference: str | None = None,
+    generation: bool = False,
 ) -> Forecast:
     """Estimate the peak memory of a training or inference step from shapes alone; no weights are loaded.
 
@@ -108,7 +110,8 @@ def forecast(
     Args:
         model_or_config: a transformers model, its config, a folder, or a hub id.
         adapter_config: config of the adapter; None for the model alone, all of whose parameters are then trained.
-        batch_size: sequences per step.
+        batch_size: sequences per step. A row with a chosen and a rejected completion has two, and computing the
+            reference of ``dpo`` needs no more memory than its training step.
         sequence_length: tokens per sequence, including padding, i.e. the length of the longest row; with ``packing``
             the tokens of all rows in a sequence; in inference the tokens of prompt and answer.
         dtype: dtype of weights and activations; by default the model's.
@@ -128,6 +131,10 @@ def forecast(
         processes: number of processes that train together, each with its own batch and device; the result is the
             memory of one of them.
         sharded: whether the processes shard the model (FSDP2) instead of each having a copy (DDP).
+        reference: ``"start"`` if the loss compares the trained weights with a copy of those at the beginning, as
+            ``dpo`` does for an adapter that is trained already; any other reference needs no memory.
+        generation: whether as many completions are generated before each step, as by ``grpo``; ``sequence_length`` is
+            then that of prompt and completion.
 
     Returns:
         The forecast, with its parts and suggestions to lower the peak.
@@ -158,6 +165,8 @@ def forecast(
         recompute=recompute,
         processes=processes,
         sharded=sharded,
+        reference=reference,
+        generation=generation,
         quantized_experts=stored.experts or quantization != stored.quantization,
     )
     return Forecast(estimate(setting), device_bytes(device), setting)
@@ -167,69 +176,39 @@ def setting_of(
     architecture: Architecture,
     adapter_config: AdapterConfig | None,
     *,
-    batch_size: int,
-    sequence_length: int,
     dtype: torch.dtype | str | None,
     quantization: str | None,
-    gradient_checkpointing: bool,
-    optimizer: str,
-    training: bool,
-    adapters: int = 1,
-    double_quant: bool = True,
-    on_cpu: bool = False,
-    loss_chunk_size: int = LOSS_CHUNK_SIZE,
-    recompute: bool = True,
-    packing: bool = False,
-    processes: int = 1,
-    sharded: bool = False,
-    quantized_experts: bool = True,
+    **fields: Any,
 ) -> Setting:
-    """Check the arguments of a forecast and combine them in a ``Setting``; see ``forecast`` for the arguments.
+    """Check the arguments of a forecast, which are the fields of a ``Setting``, and combine them in one.
 
     Raises:
         ConfigError: a value is invalid.
     """
-    sizes = {"batch_size": batch_size, "sequence_length": sequence_length}
-    sizes |= {"adapters": adapters, "processes": processes}
-    for name, value in sizes.items():
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
-    switches = {"gradient_checkpointing": gradient_checkpointing, "training": training, "double_quant": double_quant}
-    switches |= {"recompute": recompute, "packing": packing, "sharded": sharded}
-    for name, switch in switches.items():
-        if not isinstance(switch, bool):
-            raise ConfigError(f"{name} is {switch!r}; expected True or False")
-    kind_of(optimizer)
-    return Setting(
-        architecture=architecture,
-        adapter_config=adapter_config,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        dtype=_dtype(dtype, architecture.config),
-        quantization=_check_quantization(quantization),
-        double_quant=double_quant,
-        gradient_checkpointing=gradient_checkpointing,
-        optimizer=optimizer,
-        training=training,
-        adapters=adapters,
-        on_cpu=on_cpu,
-        loss_chunk_size=check_chunk_size(loss_chunk_size),
-        recompute=recompute,
-        packing=packing,
-        processes=processes,
-        sharded=sharded,
-        quantized_experts=quantized_experts,
+    setting = Setting(
+        architecture, adapter_config, dtype=_dtype(dtype, architecture.config), quantization=quantization, **fields
     )
+    for name in ("batch_size", "sequence_length", "adapters", "processes"):
+        if type(value := getattr(setting, name)) is not int or value < 1:
+            raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+    for name in ("gradient_checkpointing", "training", "double_quant", "recompute", "packing", "sharded", "generation"):
+        if not isinstance(value := getattr(setting, name), bool):
+            raise ConfigError(f"{name} is {value!r}; expected True or False")
+    kind_of(setting.optimizer)
+    if not isinstance(setting.reference, str | None):
+        raise ConfigError(f"reference is {setting.reference!r:.60}; expected 'base', 'start' or the name of an adapter")
+    _check_quantization(quantization)
+    check_chunk_size(setting.loss_chunk_size)
+    return setting
 
 
-def _check_quantization(kind: str | None) -> str | None:
+def _check_quantization(kind: str | None) -> None:
     if kind is not None and kind not in QUANTIZATIONS:
         raise ConfigError(
             f"quantization {kind!r} is not one of {', '.join(QUANTIZATIONS)} or None."
             + did_you_mean(str(kind), QUANTIZATIONS),
             quantization=kind,
         )
-    return kind
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:

@@ -17,6 +17,7 @@ from nbpeft.engine.config.targets import ALL_LINEAR, Matcher, condense_targets, 
 from nbpeft.engine.contract.adapter import ADAPTER_PARTS, AdapterConfig
 from nbpeft.engine.contract.base import onloaded
 from nbpeft.engine.contract.registry import method_of, resolve_backend
+from nbpeft.engine.contract.shared_state import state_of_all
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, base_model_of, embedding_of, manager_of, quantization_method
 from nbpeft.engine.tree.tied_weights import modules_tied_to_embedding
@@ -287,7 +288,13 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
     names = {layer: [name for name in layer.adapters if not layer.adapter(name).peft.container] for _, layer in layers}
     selected = [(path, layer) for path, layer in layers if names[layer] and adapter_name in (None, *names[layer])]
-    buffers = {layer: {own for one in layer.adapters.values() for own in one._buffers} for _, layer in selected}
+    adapters = {layer: [*layer.adapters.values()] for _, layer in selected}
+    states = {
+        layer: [state for one in own if (state := state_of_all(one)) is not None] for layer, own in adapters.items()
+    }
+    buffers = {
+        layer: {name for one in (*own, *states[layer]) for name in one._buffers} for layer, own in adapters.items()
+    }
     parts = [
         (path, name)
         for path, layer in selected

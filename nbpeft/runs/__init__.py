@@ -13,4 +13,10 @@ status ``running`` whose folder is not locked has crashed.
 When a run ends, old runs are cleaned up: beyond 200 runs (``MOST_RUNS``) the oldest are deleted, and beyond 4 GB
 (``MOST_BYTES``) the checkpoints of the oldest are deleted, but not their curves. The run that ends reports it. The last
 checkpoint of a run whose adapter was not saved elsewhere is never deleted.
+
+Files:
+
+    folder.py  The folder of one run: reads and writes its files, and locks it
+    record.py  The record of a run, read and checked from its folder
+    store.py   All runs of one folder: creates, finds, renames and deletes them, and cleans up old ones
 """

@@ -132,11 +132,7 @@ class RunFolder:
         return record_of(self.name, str(self.path), facts, running=running, kept_steps=self.kept_steps())
 
     def _content(self, name: str) -> bytes | None:
-        """Returns the content of a file, or None if there is none.
-
-        Raises:
-            CheckpointError: it is too large, not a regular file, or cannot be read.
-        """
+        """Returns the content of a file, or None if there is none."""
         try:
             return inside.read_plain(self.path.parent, f"{self.path.name}/{name}", LARGEST[name])
         except FileNotFoundError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nbpeft.errors import CorruptCheckpointError, in_one_line, shortened, shown
@@ -62,14 +62,14 @@ class RunRecord:
     adapter: str
     model: str
     status: str
-    step: int
-    total_steps: int | None
-    loss: float | None
-    eval_loss: float | None
-    best_loss: float | None
-    best_step: int | None
-    seconds: float
-    started: float
+    step: int = 0
+    total_steps: int | None = None
+    loss: float | None = None
+    eval_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    seconds: float = 0.0
+    started: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     message: str = ""
     saved: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -103,28 +103,13 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
         running: whether a process is writing the run.
         kept_steps: steps of the checkpoints in descending order.
     """
-    status = facts["status"]
-    return RunRecord(
-        name=name,
-        path=path,
-        adapter=facts["adapter"],
-        model=facts.get("model") or "",
-        status=CRASHED if status == "running" and not running else status,
-        step=facts.get("step") or 0,
-        total_steps=facts.get("total_steps"),
-        loss=facts.get("loss"),
-        eval_loss=facts.get("eval_loss"),
-        best_loss=facts.get("best_loss"),
-        best_step=facts.get("best_step"),
-        seconds=facts.get("seconds") or 0.0,
-        started=facts.get("started") or 0.0,
-        settings=facts.get("settings") or {},
-        message=_line(facts.get("message") or ""),
-        saved=facts.get("saved") or {},
-        saved_files=facts.get("saved_files") or {},
-        kept_steps=tuple(kept_steps),
-        metrics={name: float(value) for name, value in (facts.get("metrics") or {}).items() if _is_number(value)},
-    )
+    known = {field.name: facts[field.name] for field in fields(RunRecord) if facts.get(field.name) is not None}
+    own: dict[str, Any] = {"name": name, "path": path, "model": facts.get("model") or ""}
+    own |= {"kept_steps": tuple(kept_steps), "message": _line(facts.get("message") or "")}
+    own |= {"status": CRASHED} if facts["status"] == "running" and not running else {}
+    metrics = facts.get("metrics") or {}
+    own["metrics"] = {name: float(value) for name, value in metrics.items() if _is_number(value)}
+    return RunRecord(**(known | own))
 
 
 def _line(text: str) -> str:
@@ -140,22 +125,7 @@ def unreadable(name: str, path: str, why: str) -> RunRecord:
         path: path of its folder.
         why: the reason, for the record's message.
     """
-    return RunRecord(
-        name=name,
-        path=path,
-        adapter="",
-        model="",
-        status=UNREADABLE,
-        step=0,
-        total_steps=None,
-        loss=None,
-        eval_loss=None,
-        best_loss=None,
-        best_step=None,
-        seconds=0.0,
-        started=0.0,
-        message=why,
-    )
+    return RunRecord(name, path, "", "", UNREADABLE, message=why)
 
 
 def checked_facts(content: bytes) -> dict[str, Any]:

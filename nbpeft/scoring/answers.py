@@ -18,7 +18,7 @@ from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, 
 
 _USUAL_LIMIT = 256
 _MARGIN = 8
-"""Tokens beyond the longest reference, for an answer that is cut into other tokens."""
+"""Tokens beyond the longest reference, for an answer of other tokens; and as many for white space before it."""
 _AT_THE_START = frozenset(("exact", "startswith"))
 """Metrics for which nothing counts that follows the length of the reference."""
 
@@ -48,12 +48,20 @@ def default_limit(rows: Sequence[ScoredRow], metrics: Sequence[Metric], *, strip
     Args:
         rows: the rows.
         metrics: the metrics.
-        stripped: whether white space before the answer is ignored, whose length is unknown.
+        stripped: whether white space before the answer is ignored.
     """
-    names = {metric.name for metric in metrics if metric.needs == "answers"}
-    if names <= _AT_THE_START and not stripped:
-        return max(row.reference_count for row in rows) + _MARGIN
+    if only_the_start_counts(metrics):
+        return max(row.reference_count for row in rows) + (2 if stripped else 1) * _MARGIN
     return _USUAL_LIMIT
+
+
+def only_the_start_counts(metrics: Sequence[Metric]) -> bool:
+    """Whether nothing of an answer counts that follows the length of the reference.
+
+    Args:
+        metrics: the metrics.
+    """
+    return {metric.name for metric in metrics if metric.needs == "answers"} <= _AT_THE_START
 
 
 def answer_rows(

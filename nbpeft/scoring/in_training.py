@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from nbpeft.display.numbers import count
+from nbpeft.errors import ConfigError
 from nbpeft.model.saving.sharded import is_sharded
+from nbpeft.names import DEFAULT_SEED
 from nbpeft.scoring.answers import default_limit
 from nbpeft.scoring.metrics import AnswerSettings, metrics_of
 from nbpeft.scoring.result import ScoreResult
-from nbpeft.scoring.rows import read_rows
+from nbpeft.scoring.rows import ScoredRows, read_rows
 from nbpeft.scoring.score import Scoring
 from nbpeft.scoring.settings import Column, ScoreSettings, adapter_columns
 from nbpeft.training.adapters.adapted_model import active_names
 from nbpeft.training.disk.agreement import gathered, own_share
 from nbpeft.training.watching.scoring import Scorer
+
+MOST_ANSWERS = 200
+"""The default number of rows whose answers are generated each time: with ten scores a run, 2,000 answers."""
 
 
 class RowScorer(Scorer):
@@ -30,6 +37,8 @@ class RowScorer(Scorer):
         model: the model.
         rows: the rows, or where they are.
         metric: as for ``score``; the first of several decides which state is the best.
+        max_rows: the greatest number of rows; of more than that, a random sample is scored, the same one each time.
+            None for ``MOST_ANSWERS`` if answers are generated, and for all rows otherwise.
         tokenizer: the tokenizer of the model.
         columns: as for ``score``.
         max_length: as for ``score``.
@@ -49,6 +58,7 @@ class RowScorer(Scorer):
         rows: Any,
         metric: Any,
         *,
+        max_rows: int | None = None,
         tokenizer: Any = None,
         columns: Mapping[str, str] | None = None,
         max_length: int | None = None,
@@ -61,10 +71,24 @@ class RowScorer(Scorer):
         self._metrics = metrics_of(metric, AnswerSettings())
         reading: dict[str, Any] = {"columns": columns, "max_length": max_length}
         reading |= {"separator": separator, "skip_bad": skip_bad, "usual_variables": variables, "reasoning": reasoning}
-        self._read = read_rows(model, rows, self._metrics, tokenizer, **reading)
+        if max_rows is not None and (type(max_rows) is not int or max_rows < 1):
+            raise ConfigError(
+                f"max_score_rows must be a whole number of at least 1, not {max_rows!r:.40}", field="max_score_rows"
+            )
+        self._read = self._sampled(read_rows(model, rows, self._metrics, tokenizer, **reading), max_rows)
         self.name = self._metrics[0].name
         self.metrics = {item.name: item.greater_is_better for item in self._metrics}
         self.notes = self._read.notes
+
+    def _sampled(self, read: ScoredRows, max_rows: int | None) -> ScoredRows:
+        """The rows that are scored each time."""
+        generates = any(metric.needs == "answers" for metric in self._metrics)
+        most = max_rows or (MOST_ANSWERS if generates else len(read.rows))
+        if len(read.rows) <= most:
+            return read
+        chosen = sorted(random.Random(DEFAULT_SEED).sample(range(len(read.rows)), most))
+        note = f"{count(most)} of {count(len(read.rows))} are scored, sampled at random (max_score_rows)"
+        return replace(read, rows=tuple(read.rows[place] for place in chosen), notes=(*read.notes, note))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_metrics"}

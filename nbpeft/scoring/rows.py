@@ -20,11 +20,11 @@ from nbpeft.training.data.bad_rows import reason_of
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL
-from nbpeft.training.data.encoding import Span, encode
+from nbpeft.training.data.encoding import CodedRow, Span, encode
 from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles, likely_completion, row_of
 from nbpeft.training.data.left_out import named_rows
-from nbpeft.training.data.options import RowOptions, why_not_used
-from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, columns_of, reading
+from nbpeft.training.data.options import REASONING, RowOptions, why_not_used
+from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import Row, is_nothing
 from nbpeft.training.loop.rows import check_reading, is_causal, model_inputs
 from nbpeft.training.watching.generation import PromptBatch
@@ -151,6 +151,9 @@ def read_rows(
         notes.append(f"{plural(len(left_out), 'row')} left out: {named_rows(left_out)}")
     if reading_rows.cut:
         notes.append(f"{plural(reading_rows.cut, 'row')} cut to {reader.limit} tokens (max_length)")
+    if reading_rows.without_reasoning:
+        whose = plural(reading_rows.without_reasoning, "row")
+        notes.append(f"the reasoning of {whose} is left out: it was not learned")
     return ScoredRows(tuple(rows), tuple(notes), frozenset(reading_rows.ends), inputs)
 
 
@@ -176,6 +179,11 @@ def _check_model(model: nn.Module, inputs: ModelInputs, needs: set[Needs], token
     name = type(base_of(model)).__name__
     if inputs.classes is None and "classes" in needs:
         raise ConfigError(f"accuracy is for classifiers, and {name} is none: choice compares the options of a row")
+    if inputs.classes is not None and inputs.classes.per_token:
+        raise ConfigError(
+            f"{name} has a class for each token, and accuracy compares that of a row: evaluation rows of a training "
+            "(eval_data) report accuracy and f1"
+        )
     if inputs.classes is not None and needs != {"classes"}:
         raise ConfigError(f"{name} is a classifier: its metric is accuracy")
     if inputs.classes is not None and inputs.classes.problem != SINGLE_LABEL:
@@ -243,11 +251,12 @@ class _Rows:
 
     Attributes:
         cut: number of rows that were cut.
+        without_reasoning: number of rows whose reasoning was left out.
         ends: tokens with which the chat template ends a turn.
     """
 
     def __init__(self, model: nn.Module, reader: Reading, own: Mapping[str, str], metrics: Sequence[Metric]) -> None:
-        self.cut = 0
+        self.cut = self.without_reasoning = 0
         self.ends: set[int] = set()
         self._reader, self._own, self._metrics = reader, own, metrics
         self._needs = {metric.needs for metric in metrics}
@@ -331,6 +340,7 @@ class _Rows:
         example = self._reader.example(row.given, row.number)
         if isinstance(example, Chat):
             check_roles(row.number, example, str(getattr(self._tokenizer, "chat_template", "") or ""))
+            self.without_reasoning += REASONING in example.unused
             before, turn = self._turn(example, row.number)
             ids = list(self._tokenizer(before, add_special_tokens=False)["input_ids"])
             printed = list(self._tokenizer(turn, add_special_tokens=False)["input_ids"]) if turn else []

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.checkpoint import common_format, prompt_format
+from nbpeft.checkpoint import PromptFormat, common_format, prompt_format
 from nbpeft.display.numbers import plural
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError, check_bool, few
 from nbpeft.model.from_data.observing import progress as progress_bar
-from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit
+from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit, only_the_start_counts
 from nbpeft.scoring.folders import folder_columns, groups_of, loaded
 from nbpeft.scoring.items import MetricFacts, ScoreItem
 from nbpeft.scoring.likelihoods import Outputs, classes, token_losses
@@ -30,6 +30,9 @@ from nbpeft.training.watching.generation import INTERVAL, evaluating
 Report = Callable[[ScoreResult], object]
 _DIFFERENT_VARIABLES = (
     "the adapters were trained with different variables of the chat template, so none is set: pass chat_template_kwargs"
+)
+_DIFFERENT_REASONING = (
+    "some adapters were trained on reasoning and others were not: references are compared with their reasoning"
 )
 _GENERAL = Path(__file__).with_name("general_text.txt")
 
@@ -110,8 +113,10 @@ def score(
         max_length: number of tokens to which rows are cut for ``loss``, ``perplexity`` and ``accuracy``; by default
             the tokenizer's limit, at most 1024.
         also: further rows, of which the loss is measured, to see what an adapter forgot.
-        general: the same with a general text that the package has: 23 short paragraphs in English of many kinds,
-            written for this purpose, so that no model has learned them.
+        general: the same with a general text of 20 kB that the package has: 23 short paragraphs in English of many
+            kinds, written for this purpose, so that no model has learned them; and passages in the public domain that
+            most models know, from the Declaration of Independence, the Constitution of the United States with the
+            Bill of Rights, and two speeches of Lincoln.
         folders: further adapters to score that are not on the model: name -> folder or hub id, or several folders in a
             list. At most four of them are on the model at a time, and none afterwards.
         progress: whether to show a progress bar.
@@ -143,11 +148,12 @@ def score(
     found, column_notes = columns_of(model, adapters, base, others=bool(folders))
     found += folder_columns(folders, [column.title for column in found])
     reading: dict[str, Any] = {"separator": separator, "skip_bad": skip_bad, "max_length": max_length}
-    usual, variable_notes = (chat_template_kwargs, ()) if chat_template_kwargs else _variables(model, found)
-    reading["usual_variables"] = usual
+    form, form_notes = _trained_form(model, found, given_variables=bool(chat_template_kwargs))
+    reading["usual_variables"] = chat_template_kwargs or form.variables
+    reading["reasoning"] = "keep" if form.learns_reasoning else "drop"
     own: dict[str, Any] = {"columns": columns, "chat_template_kwargs": chat_template_kwargs}
     read = read_rows(model, rows, metrics, tokenizer, **own, **reading)
-    state = Scoring(name, found, metrics, read, settings, [*column_notes, *variable_notes, *read.notes])
+    state = Scoring(name, found, metrics, read, settings, [*column_notes, *form_notes, *read.notes])
     further = _elsewhere(model, state, also, general, tokenizer, reading)
     limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
     parts = [state] if further is None else [state, further]
@@ -177,21 +183,29 @@ def score(
     return replace(result, elsewhere=further.result("finished"))
 
 
-def _variables(model: nn.Module, columns: Sequence[Column]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The common variables for the chat template with which the adapters were trained; and a note if they differ."""
-    manager = manager_of(model)
+def _trained_form(
+    model: nn.Module, columns: Sequence[Column], *, given_variables: bool
+) -> tuple[PromptFormat, tuple[str, ...]]:
+    """What the rows have in common on which the adapters were trained; and notes on what differs.
+
+    Args:
+        model: the model.
+        columns: what is scored.
+        given_variables: whether the variables for the chat template are given, so that those of the rows do not count.
+    """
+    manager, usual = manager_of(model), PromptFormat(chat=True)
     if manager is None:
-        return {}, ()
+        return usual, ()
     names = dict.fromkeys(name for column in columns if not column.folder for name in column.names)
     configs = {name: manager.configs.get(name) for name in names}
     if manager.provider is not None:  # adapters that are loaded when they are used
         configs |= {name: manager.provider.config_of(name) for name, config in configs.items() if config is None}
     used = [config for config in configs.values() if config is not None] or list(manager.configs.values())
-    forms = [form for config in used if (form := prompt_format(config)) is not None]
-    if len({form.template for form in forms if form.chat}) > 1:
-        return {}, (_DIFFERENT_VARIABLES,)
-    form = common_format(used)
-    return ({} if form is None else form.variables), ()
+    forms = [form for config in used if (form := prompt_format(config)) is not None and form.chat]
+    variables, reasoning = {form.template for form in forms}, {form.learns_reasoning for form in forms}
+    notes: tuple[str, ...] = (_DIFFERENT_VARIABLES,) if len(variables) > 1 and not given_variables else ()
+    notes += (_DIFFERENT_REASONING,) if len(reasoning) > 1 else ()
+    return common_format(used) or usual, notes
 
 
 def _elsewhere(
@@ -468,11 +482,22 @@ class Scoring:
 
     def _problems(self) -> list[str]:
         """What a person should know of the answers, one line for each problem."""
-        cut = {column.title: sum(column.title in titles for titles in self._cut) for column in self.columns}
+        titles = [title for place in range(len(self._cut)) for title in self._cut_early(place)]
+        cut = {column.title: titles.count(column.title) for column in self.columns}
         if any(cut.values()):
             each = ", ".join(f"{title} {count}" for title, count in cut.items() if count)
             return [f"answers cut at {plural(self._limit, 'token')} (max_new_tokens): {each}", *self.failures()]
         return self.failures()
+
+    def _cut_early(self, place: int) -> list[str]:
+        """The columns whose answer to a row might have become right, or was cut at a limit that was given."""
+        reference = self.read.rows[place].reference.strip()
+        all_count = self.settings.max_new_tokens is not None or not only_the_start_counts(self.metrics)
+        return [
+            title
+            for title in self._cut[place]
+            if all_count or reference.startswith(self._answers[place].get(title, "").strip())
+        ]
 
     def failures(self) -> list[str]:
         """Which outputs are not numbers, and which answers are not counted because the metric failed."""

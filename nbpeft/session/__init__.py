@@ -4,6 +4,39 @@
     Session         the commands; publishes frozen ``SessionState`` objects
 
 Importing this package imports neither torch nor transformers; the first command does.
+
+Files:
+
+    background.py     Training in the background: the cell returns, and the training continues in its own thread
+    checks.py         Checks of command arguments; each error message is one line
+    configs.py        Building configs from the fields that a user writes, and comparing the meaning of configs
+    context.py        The common context of a session's commands: the models, the lock, and publishing the state
+    core.py           Session: the shared state of a notebook or a script. It has the commands, and publishes
+                      ``SessionState`` objects
+    description.py    The state of a session as JSON of limited size, for programs that drive a notebook
+    doctor.py         Diagnosis of the installation: versions, problems and what to install. Imports no large packages
+    fields.py         The fields that a cell may set, with values and help: those of a config, of quantization and of
+                      training
+    first_weights.py  The initial weights of adapters, for ``reset`` and for trainings that restart from them
+    handles.py        The PeftModels of adapted models: which one is live, and creating a new one if the last was
+                      deleted
+    history.py        Adapters that commands deleted or replaced, stored in host memory so that ``undo`` can restore
+                      them
+    init_rows.py      Rows for data-dependent inits of adapters
+    lock.py           The lock that allows one command at a time
+    past_models.py    Restoring the unsaved adapters of a model that no longer exists, or that no variable refers to
+    preview.py        Planning a config on a model, and counting what ``add`` would do
+    prompts.py        Tokenizing prompts with the session's tokenizer, in the form of the rows that the adapters were
+                      trained on
+    registry.py       The models that a session knows, by the name of their notebook variable, referenced weakly
+    sampling.py       How the next token is chosen: the most likely one, or sampled with separate random numbers
+    snapshot.py       Builds the frozen ``ModelState`` of an adapted model, which panels display
+    sweeps.py         Sweeps in a session: adapters that a cell adds for several values, and which of them the next
+                      training trains
+    trained.py        Description of a model's last training, for the model card of its adapters
+    undoable.py       Recording an adapter before a command deletes or replaces it, so that ``undo`` can restore it
+    variables.py      The variables of a notebook: which variable refers to which model, and what happens when a
+                      variable changes
 """
 
 from __future__ import annotations

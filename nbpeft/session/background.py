@@ -56,6 +56,7 @@ class BackgroundTraining:
         control: Stop and Pause.
         result: the result; None before the end, or if it failed.
         error: the error with which it failed.
+        ended: whether the thread no longer uses the model.
         traceback: traceback of the error, as text.
     """
 
@@ -68,12 +69,7 @@ class BackgroundTraining:
         self._gate = gate
         self._condition = threading.Condition()
         self._run: Run | None = None
-        self._started = self._shown = self._ended = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether the thread no longer uses the model."""
-        return self._ended
+        self._started = self._shown = self.ended = False
 
     @property
     def state(self) -> TrainState | None:
@@ -98,7 +94,7 @@ class BackgroundTraining:
             thread.start()
             self._started = True
         with self._condition:
-            self._condition.wait_for(lambda: self._run is not None or self._ended)
+            self._condition.wait_for(lambda: self._run is not None or self.ended)
         if self._run is not None:
             show(self._run)
         self._release()
@@ -133,7 +129,7 @@ class BackgroundTraining:
             Whether the training has ended.
         """
         with self._condition:
-            return self._condition.wait_for(lambda: self._ended, timeout)
+            return self._condition.wait_for(lambda: self.ended, timeout)
 
     def _release(self) -> None:
         with self._condition:
@@ -158,7 +154,7 @@ class BackgroundTraining:
     def _end(self) -> None:
         self._gate.end()
         with self._condition:
-            self._ended = True
+            self.ended = True
             self._condition.notify_all()
 
 

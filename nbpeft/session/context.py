@@ -218,16 +218,7 @@ class SessionContext:
         """
         if len(self.models.all()) > 1 and tracked.name not in line:
             line = f"{line} ({tracked.name})"
-        return CommandResult(line, tracked.state(), tuple(notes))
-
-    def keep_result(self, tracked: TrackedModel, result: TrainResult) -> None:
-        """Store the result of the training of a model, whether it finished or not.
-
-        Args:
-            tracked: the model.
-            result: the result.
-        """
-        tracked.result = self.last_result = result
+        return CommandResult(line, tracked.state(), notes=tuple(notes))
 
     @property
     def training_in_background(self) -> BackgroundTraining | None:

@@ -30,11 +30,6 @@ def uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def is_live(handle: PeftModel) -> bool:
-    """Returns whether a PeftModel owns its base model's adapters."""
-    return handle.is_live
-
-
 def handle_over(base: nn.Module) -> PeftModel | None:
     """Creates a PeftModel for a base model with adapters that has none; returns None for a bare model."""
     engine = sys.modules.get("nbpeft.engine.tree.model_tree")

@@ -130,11 +130,11 @@ class History:
             if left < 0:
                 break
             kept.insert(0, older)
-        self._set(manager, tuple(kept), change)
+        self.take_back(manager, tuple(kept), change)
 
     def drop_last(self, manager: AdapterManager, change: Transaction) -> None:
         """Drops the most recent past adapter of a model."""
-        self._set(manager, self.of(manager)[:-1], change)
+        self.take_back(manager, self.of(manager)[:-1], change)
 
     def take_back(self, manager: AdapterManager, past: tuple[PastAdapter, ...], change: Transaction) -> None:
         """Resets the past adapters of a model to those of an earlier moment.
@@ -144,9 +144,6 @@ class History:
             past: the earlier past adapters.
             change: transaction that records the change.
         """
-        self._set(manager, past, change)
-
-    def _set(self, manager: AdapterManager, past: tuple[PastAdapter, ...], change: Transaction) -> None:
         before = self.of(manager)
         change.on_undo(lambda: self._past.__setitem__(manager, before))
         self._past[manager] = past

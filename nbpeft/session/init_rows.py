@@ -102,8 +102,7 @@ def starting_from(
     init = init_from_data(config)
     if rows is None and lacks_rows(model, config):
         raise ConfigError(
-            f"init_lora_weights={init!r} needs rows of the training data (init_data=…)",
-            field="init_lora_weights",
+            f"init_lora_weights={init!r} needs rows of the training data (init_data=…)", field="init_lora_weights"
         )
     if rows is None and not reads_a_file(model, config):
         yield lambda manager, name: None

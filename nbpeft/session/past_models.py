@@ -92,15 +92,11 @@ def _result(tracked: TrackedModel, past: PastModel, notes: list[str]) -> Restore
     where = f"{'are' if several else 'is'} on {tracked.name}, as on the model before"
     line = f"{names} {where}; {'their' if several else 'its'} training is not saved"
     reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
-    return RestoreResult(reference, tracked.name, line, tracked.state(), tuple(notes))
+    return RestoreResult(reference, tracked.name, line, tracked.state(), notes=tuple(notes))
 
 
 def _check_base(past: PastModel, base: nn.Module, name: str) -> None:
-    """Refuses a base model that is not that of the adapters, if that is known.
-
-    Raises:
-        BaseMismatchError: it is another base model.
-    """
+    """Refuses a base model that is not that of the adapters, if that is known."""
     why = base_difference(past.fingerprint, base)
     if why is not None:
         raise BaseMismatchError(

@@ -87,5 +87,5 @@ def _size(target: Target) -> int | None:
     """Returns the rank; for experts, the rank of each."""
     from nbpeft.engine.contract.adapter import size_of
 
-    size: int | None = target.config.size if target.is_bare else size_of(target.adapter_class, target.shapes)
+    size: int | None = target.config.adapter_size if target.is_bare else size_of(target.adapter_class, target.shapes)
     return size

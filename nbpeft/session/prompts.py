@@ -92,11 +92,7 @@ def chosen_tokenizer(ctx: SessionContext, tracked: TrackedModel, tokenizer: Any)
 
 
 def _check_system(system: object, prompts: Sequence[Prompt], *, applied: bool) -> None:
-    """Refuse a system prompt that would have no effect.
-
-    Raises:
-        AdapterError: it is not a text, no chat template is applied, or a conversation has another one.
-    """
+    """Refuse a system prompt that would have no effect."""
     if not isinstance(system, str):
         raise AdapterError(f"system must be a text, not {system!r:.60}")
     if system and not applied and any(isinstance(prompt, str) for prompt in prompts):

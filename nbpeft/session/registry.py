@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nbpeft.errors import AdapterError, did_you_mean
 from nbpeft.session.configs import meaning
-from nbpeft.session.handles import handle_over, is_handle, is_live, is_module, uncompiled
+from nbpeft.session.handles import handle_over, is_handle, is_module, uncompiled
 from nbpeft.session.snapshot import Snapshots
 from nbpeft.state import MemberState, MemoryState, ModelState, TrainState
 
@@ -142,12 +142,14 @@ class TrackedModel:
         before, self.adapters, self.held = self.held, names, {}
         if manager is None or not self._bound:
             return
+        from nbpeft.engine.runtime.snapshots import Keeper
+
         for name in [name for name in names if name in manager.unsaved]:
             keeper = before.get(name)
             if keeper is not None and keeper.fits(manager):
                 keeper.update(manager)
             else:
-                keeper = _keeper(manager, name)
+                keeper = Keeper(manager, name)
             self.held[name] = keeper
 
     def on_change(self) -> None:
@@ -159,7 +161,7 @@ class TrackedModel:
     def alive(self) -> bool:
         """Whether the model still exists and is still adapted."""
         model = self._model()
-        return model is not None and is_live(model)
+        return model is not None and model.is_live
 
     @property
     def is_gone(self) -> bool:
@@ -455,12 +457,6 @@ class ModelRegistry:
 
 _ON_THE_BASE = ("merge", "unload")
 """Commands that change the base weights or all adapters, which are never applied to a model as a substitute."""
-
-
-def _keeper(manager: AdapterManager, name: str) -> Keeper:
-    from nbpeft.engine.runtime.snapshots import Keeper
-
-    return Keeper(manager, name)
 
 
 def _fingerprint(manager: AdapterManager) -> Mapping[str, str]:

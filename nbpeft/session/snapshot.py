@@ -5,8 +5,7 @@ Values that need a walk over the model are cached until its adapters change; fla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nbpeft.session.configs import label_of, summary_of
@@ -17,19 +16,6 @@ if TYPE_CHECKING:
 
     from nbpeft.engine.contract.adapter import AdapterConfig
     from nbpeft.engine.runtime.manager import AdapterManager
-
-
-@dataclass(frozen=True)
-class _AdapterFacts:
-    """The properties of an adapter that do not change while its config object is the same."""
-
-    config: AdapterConfig
-    label: str
-    summary: Mapping[str, str]
-    module_count: int
-    targets: tuple[str, ...]
-    parameter_count: int
-    byte_count: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +32,8 @@ class Snapshots:
     """Builds the states of one model, with a cache of what did not change."""
 
     def __init__(self) -> None:
-        self._adapters: dict[str, _AdapterFacts] = {}
+        self._adapters: dict[str, tuple[AdapterConfig, AdapterState]] = {}
+        """For each adapter its config and a state, whose counts hold while the config is the same object."""
         self._model: _ModelFacts | None = None
         self._built: ModelState | None = None
         self._revision = -1
@@ -115,47 +102,45 @@ class Snapshots:
         """Updates the cached properties of adapters; returns whether any changed."""
         old = self._adapters
         self._adapters = {
-            name: old[name] if name in old and old[name].config is config else _facts(name, config, manager)
+            name: old[name] if name in old and old[name][0] is config else (config, _counted(name, config, manager))
             for name, config in manager.configs.items()
         }
         return len(old) != len(self._adapters) or any(
-            old.get(name) is not facts for name, facts in self._adapters.items()
+            old.get(name) is not known for name, known in self._adapters.items()
         )
 
     def _adapter(self, name: str, manager: AdapterManager) -> AdapterState:
         from nbpeft.checkpoint import prompt_format
 
-        facts, form = self._adapters[name], prompt_format(manager.configs[name])
-        return AdapterState(
-            name=name,
-            method=facts.label,
-            module_count=facts.module_count,
-            targets=facts.targets,
-            parameter_count=facts.parameter_count,
-            byte_count=facts.byte_count,
+        form = prompt_format(manager.configs[name])
+        return replace(
+            self._adapters[name][1],
             trainable=any(parameter.requires_grad for parameter in manager.parameters(name)),
             active=name in _effective(manager),
             merged=name in manager.merged,
             scale=manager.scale(name),
-            summary=facts.summary,
             frozen=name in manager.frozen,
             unsaved=name in manager.unsaved,
             system=None if form is None else form.system or "",
         )
 
 
-def _facts(name: str, config: AdapterConfig, manager: AdapterManager) -> _AdapterFacts:
+def _counted(name: str, config: AdapterConfig, manager: AdapterManager) -> AdapterState:
+    """Returns the state of an adapter with its counts; its flags are not read yet."""
     paths = [path for path, layer in manager.layers.items() if name in layer.adapters]
     paths += [path for path, module in manager.copies.items() if name in module.modules_to_save]
     parameters = manager.parameters(name)
-    return _AdapterFacts(
-        config=config,
-        label=label_of(config),
-        summary=summary_of(config),
+    return AdapterState(
+        name=name,
+        method=label_of(config),
         module_count=len(paths),
         targets=tuple(sorted({path.rpartition(".")[2] for path in paths})),
         parameter_count=sum(parameter.numel() for parameter in parameters),
         byte_count=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        summary=summary_of(config),
+        trainable=False,
+        active=False,
+        merged=False,
     )
 
 

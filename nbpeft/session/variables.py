@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.session.handles import is_handle, is_live, is_module, uncompiled
+from nbpeft.session.handles import is_handle, is_module, uncompiled
 from nbpeft.session.history import History, PastModel, base_difference
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class Variables:
         for name, value in variables.items():
             if is_handle(value):
                 handle: Any = value
-                if is_live(handle) and models.find(handle) is None:
+                if handle.is_live and models.find(handle) is None:
                     new.append(models.add(name, handle, select=name == models.rebound))
         for tracked in new:
             tracked.bind()

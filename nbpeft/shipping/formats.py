@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.checkpoint import GgufTensor, NewFile
@@ -22,6 +22,7 @@ from nbpeft.shipping.engines.diffusers import component_of
 from nbpeft.shipping.facts import AdapterFacts
 from nbpeft.shipping.gguf_model import GgufModel, common_alpha
 from nbpeft.shipping.gguf_tokenizer import check_tokenizer, describe_tokenizer
+from nbpeft.shipping.importance import Rows, mean_squares
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 """Storage types of a folder of safetensors -> torch dtype."""
@@ -134,7 +135,12 @@ def adapter_gguf(
 
 
 def merged_gguf(
-    manager: AdapterManager, facts: AdapterFacts, stored_as: str, tokenizer: Any, texts: Sequence[NewFile] = ()
+    manager: AdapterManager,
+    facts: AdapterFacts,
+    stored_as: str,
+    tokenizer: Any,
+    texts: Sequence[NewFile] = (),
+    calibrate: Rows | None = None,
 ) -> Package:
     """Returns a merged model for llama.cpp, with its tokenizer.
 
@@ -144,6 +150,7 @@ def merged_gguf(
         stored_as: storage type of the weights.
         tokenizer: the model's tokenizer.
         texts: further files to write.
+        calibrate: rows on which the importance of inputs is measured when the file is written; None for no importance.
 
     Raises:
         ConfigError: the model or its tokenizer cannot be written as GGUF.
@@ -152,7 +159,8 @@ def merged_gguf(
     config = _config(manager)
     check_tokenizer(tokenizer, config.vocab_size)
     model = GgufModel(facts.model_class, config)
-    tensors = model.model_tensors(merged.specs, merged.read, stored_as)
+    importance: dict[str, Tensor] = {}
+    tensors = model.model_tensors(merged.specs, merged.read, stored_as, importance.get)
     gguf = checkpoint.gguf_package()
 
     def describe(writer: Any, folder: Path) -> None:
@@ -166,7 +174,14 @@ def merged_gguf(
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             describe_tokenizer(writer, tokenizer, config.vocab_size, scratch)
 
-    return _gguf(GGUF_MODEL, model.architecture, describe, tensors, texts)
+    package = _gguf(GGUF_MODEL, model.architecture, describe, tensors, texts)
+
+    def write(folder: Path) -> None:
+        if calibrate is not None:
+            importance.update(mean_squares(manager, facts.name, calibrate))
+        package.write(folder)
+
+    return Package(package.files, write)
 
 
 def single_file(facts: AdapterFacts, style: str) -> Package:

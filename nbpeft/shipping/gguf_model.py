@@ -8,8 +8,10 @@ are reordered.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +54,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 """Model class of transformers -> layout. Each was compared with llama.cpp's own converters, adapters byte by byte."""
 
+MIXTURES = {"q4_k_m": ("q4_k", "q6_k"), "q5_k_m": ("q5_k", "q6_k"), "q6_k": ("q6_k", "q6_k")}
+"""Storage type of a model -> that of most matrices, and that of those whose errors count most."""
+_LAYER = re.compile(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight")
+_LAYERS_OF_70B = 80
 _SCALING_TYPES = ("default", "linear", "yarn", "llama3")
 
 
@@ -118,7 +124,11 @@ class GgufModel:
         yield GgufTensor(f"{name}.lora_b", tuple(delta.up.shape), stored_as, up)
 
     def model_tensors(
-        self, specs: Sequence[TensorSpec], read: Callable[[str], Tensor], stored_as: str
+        self,
+        specs: Sequence[TensorSpec],
+        read: Callable[[str], Tensor],
+        stored_as: str,
+        importance: Callable[[str], Tensor | None] = lambda key: None,
     ) -> list[GgufTensor]:
         """Returns the tensors of a model, sorted by name; vectors are always float32.
 
@@ -126,6 +136,7 @@ class GgufModel:
             specs: the model's tensors.
             read: returns a tensor by name.
             stored_as: storage type of the matrices.
+            importance: returns how much errors in each input of a matrix count, by its name; None if unknown.
 
         Raises:
             ConfigError: its rotary embeddings have an unsupported scaling type.
@@ -142,10 +153,24 @@ class GgufModel:
             if factors is not None
             else []
         )
+        output = "output.weight" if any(spec.name == "lm_head.weight" for spec in specs) else "token_embd.weight"
         for spec in sorted(specs, key=lambda spec: spec.name):
-            kind = stored_as if len(spec.shape) > 1 else "f32"
-            tensors.append(GgufTensor(self.name(spec.name), spec.shape, kind, self._reader(spec.name, read)))
+            name = self.name(spec.name)
+            kind = self._type(name, stored_as, output=name == output) if len(spec.shape) > 1 else "f32"
+            counts = partial(importance, spec.name)
+            tensors.append(GgufTensor(name, spec.shape, kind, self._reader(spec.name, read), counts))
         return tensors
+
+    def _type(self, name: str, stored_as: str, *, output: bool) -> str:
+        """Returns the storage type of a matrix, as ``llama-quantize`` chooses it."""
+        if stored_as not in MIXTURES:
+            return stored_as
+        most, important = MIXTURES[stored_as]
+        found = _LAYER.fullmatch(name)
+        layers = int(self._config.num_hidden_layers)
+        if output or (found and _has_more_bits(int(found[1]), layers)):
+            return important
+        return "q5_k" if layers == _LAYERS_OF_70B and found and found[2] == "attn_v" and most == "q4_k" else most
 
     def _reader(self, key: str, read: Callable[[str], Tensor]) -> Callable[[], Tensor]:
         heads = self._heads(key.rpartition(".")[0])
@@ -222,6 +247,12 @@ def common_alpha(deltas: Mapping[str, LowRankDelta]) -> float:
     """Returns the most frequent alpha (scaling times rank) of the pairs, or 1 if that is 0."""
     alphas = [delta.scaling * delta.rank for delta in deltas.values()]
     return max(alphas, key=alphas.count) or 1.0
+
+
+def _has_more_bits(layer: int, layers: int) -> bool:
+    """Whether llama.cpp stores a layer more exactly: the first and last eighth of the layers, and every third."""
+    begin = layers // 8
+    return layer < begin or layer >= 7 * layers // 8 or (layer - begin) % 3 == 2
 
 
 def _neighbours(value: Tensor, heads: int) -> Tensor:

@@ -20,6 +20,8 @@ from nbpeft.shipping import formats
 from nbpeft.shipping.engines import ENGINES, Engine, Form
 from nbpeft.shipping.facts import AdapterFacts, facts_of
 from nbpeft.shipping.formats import GGUF_ADAPTER, GGUF_MODEL, Package
+from nbpeft.shipping.gguf_model import MIXTURES
+from nbpeft.shipping.importance import Rows
 from nbpeft.shipping.modelfile import chat_format_of, modelfile
 from nbpeft.shipping.verdict import Verdict, verdict_of
 
@@ -73,6 +75,7 @@ def ship(
     quantize: str | None = None,
     base: str | None = None,
     tokenizer: Any = None,
+    calibrate: Rows | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Shipment:
@@ -86,10 +89,12 @@ def ship(
         engine: ``vllm``, ``llama.cpp``, ``ollama``, ``transformers``, ``peft``, ``diffusers`` or ``kohya``.
         to: the new folder to write; None for ``<adapter>-<engine>``.
         merged: merge the adapter into the base model and export the merged model.
-        quantize: storage type of the weights: ``f32``, ``f16``, ``bf16`` or ``q8_0`` (only GGUF); None for the
-            engine's default.
+        quantize: storage type of the weights: ``f32``, ``f16`` or ``bf16``, and in GGUF files ``q8_0``, of whole models
+            also ``q6_k``, ``q5_k_m`` or ``q4_k_m``; None for the engine's default.
         base: for Ollama: name of its base model, to which the adapter is added; None merges the adapter instead.
         tokenizer: saved with a merged model; required for a merged GGUF file.
+        calibrate: tokenized rows for ``q4_k_m``, ``q5_k_m`` or ``q6_k``: the model is run on them, and errors in inputs
+            that are large there become smaller.
         overwrite: replace an existing folder of an earlier export.
         dry_run: return the plan without writing anything.
 
@@ -105,7 +110,15 @@ def ship(
     manager = _manager(model)
     with manager.active_state.hold():  # a background training would change the weights between plan and write
         planned, package = _plan(
-            manager, adapter, engine=engine, to=to, merged=merged, quantize=quantize, base=base, tokenizer=tokenizer
+            manager,
+            adapter,
+            engine=engine,
+            to=to,
+            merged=merged,
+            quantize=quantize,
+            base=base,
+            tokenizer=tokenizer,
+            calibrate=calibrate,
         )
         if dry_run:
             return planned
@@ -125,6 +138,7 @@ def _plan(
     quantize: str | None,
     base: str | None,
     tokenizer: Any,
+    calibrate: Rows | None,
 ) -> tuple[Shipment, Package]:
     """Returns the planned export, and the package that writes it."""
     chosen = _engine(engine)
@@ -144,10 +158,15 @@ def _plan(
     form = chosen.merged if merged else chosen.adapter
     assert form is not None
     stored_as = _type(quantize, form.types, chosen.label)
+    if calibrate is not None and stored_as not in MIXTURES:
+        raise ConfigError(
+            f"calibrate has no effect on weights of type {stored_as or 'unchanged'}: it is for whole models in "
+            f"{', '.join(MIXTURES)} (quantize=…)"
+        )
     notes = list(verdict.notes)
     system = getattr(prompt_format(manager.configs[facts.name]), "system", None) or ""
     texts = _modelfile(base, merged, tokenizer, system, notes) if chosen.name == "ollama" else []
-    package = _package(manager, facts, form, stored_as, tokenizer, texts)
+    package = _package(manager, facts, form, stored_as, tokenizer, texts, calibrate)
     folder = Path(os.path.expanduser(os.fspath(to or f"{facts.name}-{chosen.name}")))
     notes += _format_notes(facts, form)
     planned = Shipment(
@@ -206,7 +225,13 @@ def _type(wanted: str | None, types: tuple[str, ...], label: str) -> str:
 
 
 def _package(
-    manager: AdapterManager, facts: AdapterFacts, form: Form, stored_as: str, tokenizer: Any, texts: list[NewFile]
+    manager: AdapterManager,
+    facts: AdapterFacts,
+    form: Form,
+    stored_as: str,
+    tokenizer: Any,
+    texts: list[NewFile],
+    calibrate: Rows | None,
 ) -> Package:
     match form.format:
         case "folder":
@@ -216,7 +241,7 @@ def _package(
         case "gguf" if form.merges:
             if tokenizer is None:
                 raise ConfigError("a GGUF file of a whole model includes its tokenizer: give it (tokenizer=…)")
-            return formats.merged_gguf(manager, facts, stored_as, tokenizer, texts)
+            return formats.merged_gguf(manager, facts, stored_as, tokenizer, texts, calibrate)
         case "gguf":
             return formats.adapter_gguf(manager, facts, stored_as, texts)
     return formats.single_file(facts, form.format)

@@ -72,6 +72,7 @@ class TrainRequest:
     every: int | None = None
     score: Any = None
     metric: Any = None
+    max_score_rows: int | None = None
     packing: bool = False
     control: RunControl | None = None
     publish: Callable[[TrainState], None] | None = None

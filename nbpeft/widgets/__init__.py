@@ -1,6 +1,7 @@
 """Panels and live views of a notebook: they draw session states and send session commands.
 
     show_run(run, session, model_name)     a training run, live, with Stop and Pause
+    show_runs(session)                     every training that the session starts
     AdaptersPanel(session, model_name)     the adapters of a model, to switch, save and delete
     ComparePanel(session, model_name)      a prompt, and the answers of base model and adapters, side by side
     BlendPanel(session, model_name)        a slider for each adapter, and the answer of the blend
@@ -24,7 +25,7 @@ from nbpeft.widgets.panel import close_panels
 from nbpeft.widgets.plan_panel import PlanPanel
 from nbpeft.widgets.runs_panel import RunsPanel
 from nbpeft.widgets.score_panel import ScorePanel
-from nbpeft.widgets.training_panel import RunView, close_views, show_run
+from nbpeft.widgets.training_panel import RunView, close_views, show_run, show_runs
 
 __all__ = [
     "AdaptersPanel",
@@ -37,6 +38,7 @@ __all__ = [
     "ScorePanel",
     "close_all",
     "show_run",
+    "show_runs",
 ]
 
 

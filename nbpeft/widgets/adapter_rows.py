@@ -195,6 +195,9 @@ class SidePanel:
         model_name: The model of the panel.
         tokenizer: A tokenizer, or a function that returns one.
         changed: Called when the content of the open panel has changed.
+
+    Attributes:
+        panel: The open panel, or None.
     """
 
     def __init__(
@@ -202,20 +205,15 @@ class SidePanel:
     ) -> None:
         self._changed = changed
         self._session, self._name, self._tokenizer = session, model_name, tokenizer
-        self._panel: AnswerPanel | None = None
+        self.panel: AnswerPanel | None = None
         self._buttons = {kind: button(kind, words, weakly(self._toggle, kind)) for kind, (_, words) in _KINDS.items()}
         self.buttons = ipywidgets.HBox(list(self._buttons.values()), layout=ipywidgets.Layout(flex="0 1 auto"))
         self.buttons.add_class("nbpeft-foot")
         self.slot = ipywidgets.VBox([], layout=ipywidgets.Layout(width="100%", overflow="visible"))
 
-    @property
-    def panel(self) -> AnswerPanel | None:
-        """The open panel, or None."""
-        return self._panel
-
     def close(self) -> None:
         """Closes the open panel."""
-        panel, self._panel = self._panel, None
+        panel, self.panel = self.panel, None
         roots, self.slot.children = self.slot.children, ()
         if panel is not None:
             panel.close()
@@ -225,21 +223,21 @@ class SidePanel:
 
     def _toggle(self, kind: str) -> None:
         # A panel that moved to another cell counts as closed here: a click opens it here again.
-        shown = isinstance(self._panel, _KINDS[kind][0]) and not self._panel.closed
-        prompt = self._panel.prompt if self._panel is not None else ""
+        shown = isinstance(self.panel, _KINDS[kind][0]) and not self.panel.closed
+        prompt = self.panel.prompt if self.panel is not None else ""
         self.close()
         if shown:
             self._changed(None)
             return
         make = _KINDS[kind][0]
-        self._panel = make(self._session, self._name, ui="widgets", tokenizer=self._tokenizer, prompt=prompt)
-        root = self._panel.widget
+        self.panel = make(self._session, self._name, ui="widgets", tokenizer=self._tokenizer, prompt=prompt)
+        root = self.panel.widget
         root.add_class("nbpeft-inner")
         self.slot.children = (root,)
-        self._panel.on_change = functools.partial(self._changed, None)
+        self.panel.on_change = functools.partial(self._changed, None)
         self._mark()
         self._changed(None)
 
     def _mark(self) -> None:
         for kind, opener in self._buttons.items():
-            mark(opener, "nbpeft-on", isinstance(self._panel, _KINDS[kind][0]))
+            mark(opener, "nbpeft-on", isinstance(self.panel, _KINDS[kind][0]))

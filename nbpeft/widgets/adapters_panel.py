@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nbpeft.display.blocks import Block, Stack, Text, dim
 from nbpeft.display.html import head, to_html
 from nbpeft.display.memory import memory_bar
-from nbpeft.display.models import (
-    model_card,
-    model_summary,
-    model_text,
-    model_title,
-    no_adapters,
-    no_model,
-    totals,
-)
+from nbpeft.display.models import model_card, model_summary, model_text, model_title, no_adapters, no_model, totals
 from nbpeft.errors import AdapterExistsError, NbpeftError
 from nbpeft.session.results.comparing import BASE
 from nbpeft.state import MemoryState, ModelState, SessionState
@@ -49,6 +41,7 @@ class AdaptersPanel(SessionPanel):
     """
 
     kind: ClassVar[str] = "adapters"
+    session_method: ClassVar[str] = "use"
 
     def __init__(
         self, session: Session, model_name: str | None = None, *, ui: Ui = "auto", tokenizer: Any = None

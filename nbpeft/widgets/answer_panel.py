@@ -28,11 +28,12 @@ class AnswerPanel(WorkerPanel, SessionPanel):
 
     Attributes:
         heading: Its title, up to the name of the model.
+        result: The latest answers; None before the first.
 
     Args:
-        session: Runs the commands and publishes the states.
-        model_name: A model of the session; the current one by default.
-        ui: How to show it; by default the richest form that works here.
+        session: See ``SessionPanel``, also for the next two.
+        model_name: A model of the session.
+        ui: How to show it.
         tokenizer: A tokenizer, or a function that returns one when a prompt is read; by default the
             one that the session used last.
         prompt: The initial prompt.
@@ -63,7 +64,7 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         self._source: TokenizerSource = (
             tokenizer if callable(tokenizer) and not hasattr(tokenizer, "decode") else (lambda: tokenizer)
         )
-        self._result: CompareResult | None = None
+        self.result: CompareResult | None = None
 
     @property
     def prompt(self) -> str:
@@ -72,17 +73,8 @@ class AnswerPanel(WorkerPanel, SessionPanel):
             written = str(self._parts.question.prompt) if self._parts is not None else ""
             return written or self._prompt
 
-    @property
-    def result(self) -> CompareResult | None:
-        """The latest answers; None before the first."""
-        return self._result
-
     def _asked(self) -> tuple[str, ModelState]:
-        """The prompt in the box and the model that answers it.
-
-        Raises:
-            NbpeftError: there is no prompt, or no model.
-        """
+        """The prompt in the box and the model that answers it."""
         prompt, model = str(self._parts.question.prompt), self._model()
         if not prompt:
             raise NbpeftError("Write a prompt first.")
@@ -92,16 +84,16 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         return prompt, model
 
     def _text(self) -> str:
-        if self._result is None:
+        if self.result is None:
             return f"{self.kind} {self._name}: {NOTHING_YET}"
-        return f"{self.kind} {self._name}: {self._answered_by(self._result)}; {self._result.aside}."
+        return f"{self.kind} {self._name}: {self._answered_by(self.result)}; {self.result.aside}."
 
     def _answered_by(self, result: CompareResult) -> str:
         """The columns of a result as text."""
         return ", ".join(column.title for column in result.columns)
 
     def _card(self, hint: str) -> Block:
-        result, model = self._result, self._model()
+        result, model = self.result, self._model()
         if result is not None:
             return card(self._title, result.blocks(), line(dim(hint)), aside=result.aside)
         names = ", ".join(item.name for item in model.adapters) if model is not None else ""
@@ -114,13 +106,7 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         return " ".join(part for part in (self.heading, self._name) if part)
 
     def _submit(self, ask: Callable[..., CompareResult], tokens: int, delay: float = 0.0) -> None:
-        """Starts answers in the worker thread.
-
-        Args:
-            ask: A command of the session; called with the options that all of them share.
-            tokens: The limit of an answer, in tokens.
-            delay: Seconds to wait first, in case a newer prompt replaces this one.
-        """
+        """Starts answers in the worker thread, after ``delay`` seconds in which a newer prompt may replace this one."""
         self._parts.question.running(True)
         self._parts.frame.head("answering …", running=True)
         options = {"model": self._name, "tokenizer": self._source(), "chat": self._parts.form.chat}
@@ -139,7 +125,7 @@ class AnswerPanel(WorkerPanel, SessionPanel):
 
     def _answered(self, result: CompareResult) -> None:
         """Shows the answers so far."""
-        self._result = result
+        self.result = result
         with self._lock:
             if self._parts is not None:
                 self._parts.show(result)
@@ -149,7 +135,7 @@ class AnswerPanel(WorkerPanel, SessionPanel):
         """Shows that no answer is being generated any more; the reason of a failure is shown below."""
         with self._lock:
             if self._parts is not None and not self._worker.waiting:
-                result = self._result
+                result = self.result
                 self._parts.question.running(False)
                 self._parts.frame.head("" if result is None or result.status == "running" else result.aside)
 

@@ -38,6 +38,7 @@ class BlendPanel(AnswerPanel):
     """
 
     kind: ClassVar[str] = "blend"
+    session_method: ClassVar[str] = "try_combination"
     heading: ClassVar[str] = "Blend adapters of"
 
     def __init__(self, *arguments: Any, max_new_tokens: int = 48, **options: Any) -> None:

@@ -170,11 +170,7 @@ class _ThreadTap(_Tap):
         self._receive_with(self._forward)
 
     def _receive_with(self, receive: Callable[..., Any]) -> None:
-        """Sets the receiver of shell messages, in the thread that receives them.
-
-        Raises:
-            TimeoutError: the thread does not answer.
-        """
+        """Sets the receiver of shell messages, in the thread that receives them."""
         done = threading.Event()
 
         def change() -> None:

@@ -23,6 +23,7 @@ class ComparePanel(AnswerPanel):
     """A prompt box, the adapters as columns, and the differing words of their answers marked; see ``AnswerPanel``."""
 
     kind: ClassVar[str] = "compare"
+    session_method: ClassVar[str] = "compare"
     heading: ClassVar[str] = "Compare answers of"
 
     def __init__(
@@ -63,7 +64,7 @@ class ComparePanel(AnswerPanel):
         names = [item.name for item in model.adapters if item.name not in self._left_out]
         include_base = BASE not in self._left_out
         settings = parts.sampling.settings
-        previous = self._result
+        previous = self.result
         if previous is not None and previous.chat and not previous.is_coming and parts.form.chat is not False:
             settings["after"] = previous
         ask = functools.partial(self._session.compare, prompt, adapters=names, include_base=include_base, **settings)
@@ -72,20 +73,20 @@ class ComparePanel(AnswerPanel):
     def _new_conversation(self, parts: _Parts) -> None:
         """Starts a new conversation."""
         with self._lock:
-            self._result = None
+            self.result = None
             parts.clear()
             self._changed()
 
     def _ended(self) -> None:
         super()._ended()
         with self._lock:
-            result = self._result
+            result = self.result
             if self._parts is not None and result is not None and result.chat and not result.is_coming:
                 self._parts.next_prompt(result)
 
     def _show(self) -> None:
-        if self._result is not None:
-            self._answered(self._result)
+        if self.result is not None:
+            self._answered(self.result)
 
     def _draw(self, state: SessionState) -> None:
         self._parts.draw(state.model(self._name), self._name, self._left_out)
@@ -143,13 +144,7 @@ class _Parts:
             self.show(result)
 
     def draw(self, model: ModelState | None, name: str | None, left_out: set[str]) -> None:
-        """Shows a button for each column.
-
-        Args:
-            model: The model, or None if it is gone.
-            name: Its name in the session.
-            left_out: The columns that are switched off.
-        """
+        """Shows a button for each column; those in ``left_out`` are switched off."""
         self.system.draw(() if model is None else model.adapters)
         names = [BASE, *(item.name for item in model.adapters)] if model is not None else []
         picks: dict[tuple[str, ...], tuple[str, str]]

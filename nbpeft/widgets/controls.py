@@ -243,24 +243,27 @@ class Question:
         command: Called with ``run`` or ``stop``.
         prompt: The initial prompt.
         verb: The label of the button.
+
+    Attributes:
+        field: The prompt's widget.
     """
 
     def __init__(self, command: Command, prompt: str, verb: str) -> None:
-        self._prompt = ipywidgets.Textarea(
+        self.field = ipywidgets.Textarea(
             value=prompt,
             placeholder="A prompt",
             description="Prompt",
             rows=2,
             layout=ipywidgets.Layout(flex="1 1 220px", width="auto", margin="0", height="52px"),
         )
-        self._prompt.add_class("nbpeft-unlabelled")
+        self.field.add_class("nbpeft-unlabelled")
         self._ask = button(verb, "Answer this prompt", weakly(command, "run"), "primary", width="86px", hides=True)
         self._stop = button(
             "Stop", "Stop and keep the answers so far", weakly(command, "stop"), width="86px", hides=True
         )
         self._stop.layout.display = "none"
         self.box = ipywidgets.HBox(
-            [self._prompt, self._ask, self._stop],
+            [self.field, self._ask, self._stop],
             layout=ipywidgets.Layout(width="100%", align_items="flex-start", margin="0 0 8px 0"),
         )
         self.box.add_class("nbpeft-question")
@@ -268,12 +271,7 @@ class Question:
     @property
     def prompt(self) -> str:
         """The prompt, without surrounding white space."""
-        return str(self._prompt.value).strip()
-
-    @property
-    def field(self) -> Any:
-        """The prompt's widget."""
-        return self._prompt
+        return str(self.field.value).strip()
 
     def next(self, placeholder: str) -> None:
         """Clears the box.
@@ -281,7 +279,7 @@ class Question:
         Args:
             placeholder: The text shown in the empty box.
         """
-        self._prompt.value, self._prompt.placeholder = "", placeholder
+        self.field.value, self.field.placeholder = "", placeholder
 
     def running(self, running: bool) -> None:
         """Shows Stop while answers are generated."""

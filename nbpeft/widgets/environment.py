@@ -23,9 +23,16 @@ def shown_as(ui: Ui = "auto") -> Shown:
     Args:
         ui: The requested form; ``auto`` takes the richest that works here.
     """
-    if ui == "text" or (running_kernel() is None and ui == "auto"):
+    marimo = in_marimo()
+    if ui == "text" or (ui == "auto" and running_kernel() is None and not marimo):
         return "text"
-    return "widgets" if ui != "html" and has_ipywidgets() else "html"
+    return "widgets" if ui != "html" and has_ipywidgets() and not marimo else "html"
+
+
+def in_marimo() -> bool:
+    """Whether this code runs in a marimo notebook, which shows HTML but no ipywidgets."""
+    marimo = sys.modules.get("marimo")
+    return marimo is not None and bool(marimo.running_in_notebook())
 
 
 def has_ipywidgets() -> bool:
@@ -34,8 +41,8 @@ def has_ipywidgets() -> bool:
 
 
 def widgets_hint() -> str:
-    """How to get buttons where ipywidgets is missing, or the empty string."""
-    if has_ipywidgets():
+    """How to get buttons where ipywidgets is missing and can be shown, or the empty string."""
+    if has_ipywidgets() or in_marimo():
         return ""
     return f"For Stop and Pause buttons: {shlex.quote(sys.executable)} -m pip install ipywidgets"
 

@@ -11,7 +11,7 @@ from nbpeft.display.blocks import Block, Tone, dim, line
 from nbpeft.display.html import to_html
 from nbpeft.errors import BusyError, NbpeftError
 from nbpeft.state import ModelState, SessionState
-from nbpeft.widgets.environment import Ui, resender, shown_as
+from nbpeft.widgets.environment import Ui, in_marimo, resender, shown_as
 from nbpeft.widgets.lifetime import close_tree, send_tree
 from nbpeft.widgets.panel_output import PanelOutput
 from nbpeft.widgets.styles import style_sheet
@@ -34,9 +34,15 @@ class Panel:
 
     Args:
         ui: How to show it; by default the richest form that works here.
+
+    Attributes:
+        closed: Whether it has been closed since it was last shown.
+        on_change: Called after each change of what is shown.
     """
 
     kind: ClassVar[str]
+    session_method: ClassVar[str]
+    """The method of the session that does in Python what this panel does by clicks."""
 
     def __init__(self, ui: Ui) -> None:
         self._ui: Ui = ui
@@ -44,12 +50,7 @@ class Panel:
         self._parts: Any = None
         self._output: PanelOutput | None = None
         self.on_change: Callable[[], None] = lambda: None
-        self._closed = False
-
-    @property
-    def closed(self) -> bool:
-        """Whether it has been closed since it was last shown."""
-        return self._closed
+        self.closed = False
 
     @property
     def widget(self) -> Any:
@@ -73,7 +74,7 @@ class Panel:
             output, self._output = self._output, None
             if output is not None:
                 output.close(_line(leaving) if leaving else None)
-            self._closed = True
+            self.closed = True
             parts, self._parts = self._parts, None
             if _open.get(self._place) is self:
                 del _open[self._place]
@@ -88,7 +89,7 @@ class Panel:
         return self._text()
 
     def _ipython_display_(self) -> None:
-        if self._closed or shown_as(self._ui) != "widgets":
+        if self.closed or shown_as(self._ui) != "widgets":
             raise NotImplementedError  # IPython then calls _repr_mimebundle_
         with self._lock:
             root = self.widget
@@ -101,6 +102,9 @@ class Panel:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         if shown_as(self._ui) == "text":
             return {"text/plain": self._text()}
+        if in_marimo():
+            call = f"nbpeft.get_session().{self.session_method}(…)"
+            return self._state(f"marimo does not show the buttons of this panel: call {call}.")
         return self._state("" if shown_as(self._ui) == "html" else AGAIN)
 
     # For subclasses
@@ -157,7 +161,17 @@ class Panel:
     def _failed(self) -> None:
         """Restores what a failed command had begun to change on screen."""
 
+    def _run(self, *command: Any) -> str:
+        """Runs the command of a widget; returns the message to show."""
+        raise NotImplementedError
+
     # Opening, and reporting the result of a command; handlers may run in another thread
+
+    def _command(self, *command: Any) -> None:
+        """The entry point of all widgets: runs a command and shows its message."""
+        with self._lock:
+            if self._parts is not None:
+                self._guarded(lambda: self._run(*command))
 
     @property
     def _place(self) -> tuple[str, Hashable]:
@@ -167,18 +181,13 @@ class Panel:
         before = _open.get(self._place)
         if before is not None and before is not self:
             before.close(MOVED)
-        self._closed = False
+        self.closed = False
         self._parts = self._build()
         _open[self._place] = self
         self._opened()
 
     def _guarded(self, act: Callable[[], str], notices: Sequence[str] = ()) -> None:
-        """Calls a function and shows its message, or its error.
-
-        Args:
-            act: The function; returns the message to show.
-            notices: Messages to show before that one.
-        """
+        """Calls a function and shows the notices and its message, or its error."""
         tone: Tone
         try:
             words = act()
@@ -262,16 +271,11 @@ class SessionPanel(Panel):
     def _model(self) -> ModelState | None:
         return self._session.state.model(self._name)
 
-    def _run(self, *command: Any) -> str:
-        """Runs the command of a widget; returns the message to show."""
-        raise NotImplementedError
-
     def _draw(self, state: SessionState) -> None:
         """Shows a state."""
         raise NotImplementedError
 
     def _command(self, *command: Any) -> None:
-        """The entry point of all widgets: runs a command and shows its message."""
         self._guarded(lambda: self._run(*command), self._session.notices())
 
     def _opened(self) -> None:

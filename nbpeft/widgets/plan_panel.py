@@ -27,20 +27,19 @@ class PlanPanel(WorkerPanel):
 
     Args:
         planner: Computes the plans.
-        ui: How to show it; by default the richest form that works here.
+        ui: See ``Panel``.
+
+    Attributes:
+        result: The latest plan.
     """
 
     kind: ClassVar[str] = "plan"
+    session_method: ClassVar[str] = "plan_memory"
 
     def __init__(self, planner: MemoryPlanner, *, ui: Ui = "auto") -> None:
         super().__init__(ui)
         self._planner = planner
-        self._result = planner.plan(suggest=False)
-
-    @property
-    def result(self) -> PlanResult:
-        """The latest plan."""
-        return self._result
+        self.result = planner.plan(suggest=False)
 
     @property
     def _key(self) -> str:
@@ -49,40 +48,33 @@ class PlanPanel(WorkerPanel):
     def _build(self) -> Any:
         from nbpeft.widgets.plan_controls import PlanControls
 
-        return PlanControls(self._command, self._title, self._result.settings, self._result.room.name)
+        return PlanControls(self._command, self._title, self.result.settings, self.result.room.name)
 
     def _opened(self) -> None:
-        self._parts.show(self._result, current=True)
-        self._compute(self._result.settings)
+        self._parts.show(self.result, current=True)
+        self._compute(self.result.settings)
 
     def _release(self, parts: Any) -> None:
         parts.free()
 
     def _failed(self) -> None:
-        self._parts.show(self._result, current=True)
+        self._parts.show(self.result, current=True)
 
     def _text(self) -> str:
-        return str(self._result)
+        return str(self.result)
 
     def _card(self, hint: str) -> Block:
-        view = self._result.view()
+        view = self.result.view()
         return card(view.title, *view.blocks, line(dim(hint)), aside=view.aside)
 
     @property
     def _title(self) -> str:
         return f"Memory plan for {self._planner.name}"
 
-    def _command(self, *command: Any) -> None:
-        """The entry point of all widgets; handlers may run in another thread."""
-        with self._lock:
-            if self._parts is not None:
-                self._guarded(self._moved)
-
-    def _moved(self) -> str:
+    def _run(self, *command: Any) -> str:
         """Starts computing the plan for the settings shown."""
-        if self._parts is not None:
-            self._parts.show(self._result, current=False)
-            self._compute(self._parts.settings, delay=_DEBOUNCE)
+        self._parts.show(self.result, current=False)
+        self._compute(self._parts.settings, delay=_DEBOUNCE)
         return ""
 
     def _compute(self, settings: PlanSettings, delay: float = 0.0) -> None:
@@ -98,7 +90,7 @@ class PlanPanel(WorkerPanel):
         """Shows a plan, unless the settings have changed meanwhile."""
         with self._lock:
             if self._parts is not None and not stopped():
-                self._result = plan
+                self.result = plan
                 self._parts.show(plan, current=True)
                 self._changed()
                 self._say("", "dim")

@@ -203,12 +203,7 @@ class RunButtons:
 
 
 def _row_of(cells: Sequence[Span], figures: Collection[int]) -> str:
-    """A row of the table of adapters as HTML.
-
-    Args:
-        cells: Its cells; the last one is the adapter's status.
-        figures: The indices of those with figures.
-    """
+    """A row of the table of adapters as HTML; its last cell is the adapter's status."""
     columns = f"minmax(90px,2fr) repeat({len(cells) - 2},minmax(64px,1fr)) minmax(90px,1.4fr)"
     drawn = "".join(
         f'<div style="padding:3px 6px{";text-align:right;white-space:nowrap" if place in figures else ""}">'

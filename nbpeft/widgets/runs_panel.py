@@ -28,16 +28,19 @@ class RunsPanel(Panel):
 
     Args:
         session: Reads the runs to compare.
-        result: The runs.
         sort: The order in which they are given.
-        ui: How to show it; by default the richest form that works here.
+        ui: See ``Panel``.
+
+    Attributes:
+        result: The runs in the order shown.
     """
 
     kind: ClassVar[str] = "runs"
+    session_method: ClassVar[str] = "runs"
 
     def __init__(self, session: Session, result: RunsResult, sort: str = "time", *, ui: Ui = "auto") -> None:
         super().__init__(ui)
-        self._session, self._result, self._sort = session, result, sort
+        self._session, self.result, self._sort = session, result, sort
         self._selected: list[str] = []
         self._limit = MOST
         self._comparison: RunsComparison | None = None
@@ -48,13 +51,8 @@ class RunsPanel(Panel):
         return tuple(self._selected)
 
     @property
-    def result(self) -> RunsResult:
-        """The runs in the order shown."""
-        return self._result
-
-    @property
     def _key(self) -> tuple[int, str]:
-        return (id(self._session), self._result.place)
+        return (id(self._session), self.result.place)
 
     def _build(self) -> _Parts:
         return _Parts(self._command)
@@ -63,29 +61,23 @@ class RunsPanel(Panel):
         self._draw()
 
     def _text(self) -> str:
-        return str(self._result) if self._comparison is None else f"{self._result}\n{self._comparison}"
+        return str(self.result) if self._comparison is None else f"{self.result}\n{self._comparison}"
 
     def _card(self, hint: str) -> Block:
-        listed = self._result.view()
+        listed = self.result.view()
         listed = card(listed.title, *listed.blocks, line(dim(hint)), aside=listed.aside)
         return listed if self._comparison is None else Stack((listed, self._comparison.view()))
-
-    def _command(self, *command: Any) -> None:
-        """The entry point of all widgets."""
-        with self._lock:
-            if self._parts is not None:
-                self._guarded(lambda: self._run(*command))
 
     def _run(self, what: str, *arguments: Any) -> str:
         if what == "sort":
             self._sort = arguments[0]
-            order = {record.name: place for place, record in enumerate(self._result.records)}
-            records = sorted_records(self._result.records, self._sort)
-            curves = self._result.curves
+            order = {record.name: place for place, record in enumerate(self.result.records)}
+            records = sorted_records(self.result.records, self._sort)
+            curves = self.result.curves
             sorted_curves = tuple(curves[order[record.name]] for record in records) if curves else ()
-            self._result = RunsResult(self._result.place, records, sorted_curves)
+            self.result = RunsResult(self.result.place, records, sorted_curves)
         elif what == "more":
-            self._limit = len(self._result.records)
+            self._limit = len(self.result.records)
         else:  # "select"
             name, wanted = arguments
             self._selected = [*(other for other in self._selected if other != name), *([name] if wanted else [])]
@@ -97,7 +89,7 @@ class RunsPanel(Panel):
         return ""
 
     def _draw(self) -> None:
-        self._parts.draw(self._result, self._sort, self._limit, self._selected, self._comparison)
+        self._parts.draw(self.result, self._sort, self._limit, self._selected, self._comparison)
 
 
 class _Parts:
@@ -130,22 +122,9 @@ class _Parts:
         self.root = parts.panel_root(self._head, self._table, foot, self._compared, self.message.box)
 
     def draw(
-        self,
-        result: RunsResult,
-        sort: str,
-        limit: int,
-        selected: list[str],
-        comparison: RunsComparison | None,
+        self, result: RunsResult, sort: str, limit: int, selected: list[str], comparison: RunsComparison | None
     ) -> None:
-        """Shows the runs and the comparison.
-
-        Args:
-            result: The runs in order.
-            sort: Their order.
-            limit: The number of runs to show.
-            selected: Names of the selected runs.
-            comparison: The comparison of these, or None.
-        """
+        """Shows the first ``limit`` runs, and the comparison of the selected ones."""
         from nbpeft.widgets.controls import mark, one_each
 
         count = len(result.records)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from nbpeft.display.blocks import Block, card, dim, line
 from nbpeft.display.html import head, span, to_html
@@ -29,6 +29,7 @@ class ScorePanel(Panel):
     """
 
     kind: ClassVar[str] = "score"
+    session_method: ClassVar[str] = "score"
     _opened_panels: ClassVar[list[ScorePanel]] = []
 
     def __init__(self, result: ScoreResult, *, ui: Ui = "auto") -> None:
@@ -71,12 +72,6 @@ class ScorePanel(Panel):
         shown = self._result.view()
         return card(shown.title, *shown.blocks, line(dim(hint)), aside=shown.aside)
 
-    def _command(self, *command: Any) -> None:
-        """The entry point of all widgets."""
-        with self._lock:
-            if self._parts is not None:
-                self._guarded(lambda: self._run(*command))
-
     def _run(self, what: str, chosen: str = "") -> str:
         if what == "metric":
             self._result, self._start = self._result.by(chosen), 0
@@ -113,14 +108,7 @@ class _Parts:
         self.root = parts.panel_root(self._overview, *rows, self.message.box)
 
     def draw(self, result: ScoreResult, filters: tuple[Filter, ...], chosen: Filter, start: int) -> None:
-        """Shows a page of items.
-
-        Args:
-            result: The scores, by the chosen metric.
-            filters: The filters of that metric.
-            chosen: The filter whose items are shown.
-            start: The first item of the page.
-        """
+        """Shows the page of the chosen filter's items that begins with item ``start``."""
         if not self._drawn:  # the overview has all metrics and does not change
             shown = result.overview()
             inner = (to_html(block) for block in shown.blocks if block is not None)

@@ -15,13 +15,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.display.html import to_html
 from nbpeft.display.next_steps import NextSteps, next_steps
 from nbpeft.display.training import training_card
 from nbpeft.state import ENDED, SessionState, TrainState
-from nbpeft.widgets.environment import Ui, resender, shown_as, widgets_hint
+from nbpeft.widgets.environment import Ui, in_marimo, resender, shown_as, widgets_hint
 from nbpeft.widgets.run_buttons import RunButtons
 from nbpeft.widgets.run_outputs import HtmlOutput, RunOutput, TextOutput, WidgetOutput
 
@@ -63,6 +64,26 @@ def show_run(run: Run, session: Session, model_name: str, *, ui: Ui = "auto") ->
     _live[key] = view
     view.start()
     return view
+
+
+def show_runs(session: Session, *, ui: Ui = "auto") -> Callable[[], None]:
+    """Shows every training that the session starts from now on in the cell that starts it.
+
+    The Jupyter extension does this when it is loaded. Call it in a notebook without magics, such as one of marimo.
+
+    Args:
+        session: The session.
+        ui: How to show them; by default the richest form that works here.
+
+    Returns:
+        A function that ends it.
+
+    Example:
+        >>> import nbpeft
+        >>> end = show_runs(nbpeft.get_session())
+        >>> end()
+    """
+    return session.on_run(lambda run, model_name: show_run(run, session, model_name, ui=ui))
 
 
 class RunView:
@@ -158,7 +179,7 @@ class RunView:
             if not due or train == previous:
                 return
             if ended:
-                self._next_steps = next_steps(train, self._session.state, self._model_name)
+                self._next_steps = self._following(train, self._session.state)
             began = time.perf_counter()
             self._output.draw(train)
             self._wait = max(_INTERVAL, _SHARE * (time.perf_counter() - began))
@@ -208,13 +229,18 @@ class RunView:
         # The session has no state of a run on a model without adapters: the run has one.
         self.draw(train if train is not None and train.run_id == self.run_id else run.state)
 
+    def _following(self, train: TrainState, state: SessionState) -> NextSteps | None:
+        """What to do after the run; without the commands where there are no magics."""
+        steps = next_steps(train, state, self._model_name)
+        return replace(steps, commands=()) if steps is not None and in_marimo() else steps
+
     def _follow(self, state: SessionState) -> None:
         """Draws the card of an ended run again if its adapter was saved, changed or deleted."""
         with self._lock:
             train, output = self._drawn, self._output
             if train is None or output is None:
                 return
-            following = next_steps(train, state, self._model_name)
+            following = self._following(train, state)
             if following != self._next_steps:
                 self._next_steps = following
                 output.draw(train)

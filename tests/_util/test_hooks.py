@@ -12,7 +12,7 @@ from nbpeft._util import hooks
 
 def test_what_is_registered_runs_with_every_handle_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Callable[[], None]] = []
-    monkeypatch.setattr(hooks, "_when_adapted", calls)
+    monkeypatch.setattr(hooks.adapted, "_calls", calls)
     seen: list[int] = []
 
     def note() -> None:

@@ -98,14 +98,25 @@ class Interpreter:
 
 def interpreter_of(stack: Stack) -> Interpreter:
     """The interpreter of a stack, whose environment is made if it is missing; the test fails if that is impossible."""
-    try:
+    with _failing(stack.name):
         return _made(stack)
+
+
+def python_of(generation: Generation) -> Path:
+    """The interpreter of a generation, whose environment is made if it is missing; the test fails if that fails."""
+    with _failing(generation.name):
+        return _shared(generation)
+
+
+@contextmanager
+def _failing(name: str) -> Iterator[None]:
+    try:
+        yield
     except subprocess.CalledProcessError as error:
-        pytest.fail(f"{stack.name} cannot be installed:\n{error.stderr[-2000:]}", pytrace=False)
+        pytest.fail(f"{name} cannot be installed:\n{error.stderr[-2000:]}", pytrace=False)
 
 
-def _made(stack: Stack) -> Interpreter:
-    generation = stack.generation
+def _shared(generation: Generation) -> Path:
     shared = _folder(generation.name, *generation.requirements, *generation.bare)
     python = shared / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     with _making(shared) as missing:
@@ -114,6 +125,12 @@ def _made(stack: Stack) -> Interpreter:
             _install(python, *generation.requirements)
             if generation.bare:
                 _install(python, "--no-deps", *generation.bare)
+    return python
+
+
+def _made(stack: Stack) -> Interpreter:
+    python = _shared(stack.generation)
+    shared = python.parent.parent
     kernel = shared.with_name(f"{shared.name}-ipykernel-{stack.ipykernel}")
     with _making(kernel) as missing:
         if missing:

@@ -14,7 +14,8 @@ from tests.notebooks.support import NOTEBOOKS, shortened
 pytestmark = [pytest.mark.browser, pytest.mark.real_model]
 
 
-ANSWER = r'print(examples.answers(model, tokenizer, ["Order: Oslo needs 31 lamps.\nCode:"], max_new_tokens=12)[0])'
+ANSWER = """question = tokenizer("Order: Oslo needs 31 lamps.\\nCode:", return_tensors="pt")
+print(repr(tokenizer.decode(model.generate(**question, max_new_tokens=12, do_sample=False)[0])))"""
 
 
 def with_panel(folder: Path) -> tuple[Path, dict[str, int]]:

@@ -17,9 +17,14 @@ def nothing(writer: Any) -> None:
     """Adds no keys."""
 
 
-@pytest.mark.parametrize("stored_as", GGUF_TYPES)
-def test_sizes_are_known_before_and_values_come_back(stored_as: str, tmp_path: Path) -> None:
-    values = {"a": torch.randn(3, 64), "b": torch.randn(2, 32)}
+TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_k": "Q5_0", "q5_k": "Q5_1", "q6_k": "Q8_0"}
+"""Storage type -> that of rows which do not divide into blocks of 256 weights."""
+
+
+@pytest.mark.parametrize("columns", [32, 64, 256, 40])
+@pytest.mark.parametrize("stored_as", TYPES)
+def test_sizes_are_known_before_and_values_come_back(stored_as: str, columns: int, tmp_path: Path) -> None:
+    values = {"a": torch.randn(3, columns), "b": torch.randn(2, columns)}
     tensors = [
         GgufTensor(name, tuple(value.shape), stored_as, lambda value=value: value)  # type: ignore[misc]
         for name, value in values.items()
@@ -27,8 +32,14 @@ def test_sizes_are_known_before_and_values_come_back(stored_as: str, tmp_path: P
     write_gguf(tmp_path / "x.gguf", "llama", nothing, tensors)
     found = gguf.GGUFReader(tmp_path / "x.gguf").tensors
     assert [tensor.n_bytes for tensor in found] == [tensor.byte_count for tensor in tensors]
-    assert all(torch.allclose(value, values[name], atol=3e-2) for name, value in read_gguf(tmp_path / "x.gguf").items())
-    assert file_type(stored_as).name.lower().endswith(stored_as)
+    wanted = stored_as.upper() if columns == 256 or not stored_as.endswith("_k") else TYPES[stored_as]
+    assert {tensor.tensor_type.name for tensor in found} == {wanted if columns != 40 or wanted[0] != "Q" else "F16"}
+    near = 0.3 if stored_as.endswith("_k") else 0.03
+    assert all(torch.allclose(value, values[name], atol=near) for name, value in read_gguf(tmp_path / "x.gguf").items())
+
+
+def test_file_types_are_named_after_their_storage_type() -> None:
+    assert all(file_type(stored_as).name.lower().endswith(stored_as) for stored_as in GGUF_TYPES)
 
 
 def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:

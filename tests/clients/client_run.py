@@ -13,27 +13,13 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-Case = Callable[[Any, str], list[Any]]
-CASES: dict[str, Case] = {}
-
-
-def case(function: Case) -> Case:
-    """Notes a case: it is given PEFT, or nbpeft in its place, and an empty folder."""
-    CASES[function.__name__] = function
-    return function
-
-
-def config(peft: Any, rank: int = 4, seed: int = 0, **fields: Any) -> Any:
-    """A LoRA config whose adapters do not start at zero, and the seed that they are made from."""
-    torch.manual_seed(seed)
-    return peft.LoraConfig(r=rank, init_lora_weights=False, **{"target_modules": ["q_proj", "v_proj"], **fields})
-
+from tests.clients import diffusers_pipelines as diffusers_pipelines  # registers its cases
+from tests.clients.cases import CASES, case, config, refused
 
 # transformers
 
@@ -480,15 +466,6 @@ def diffusers_refusals(peft: Any, folder: str) -> list[Any]:
         found.append(refused(kind, model.load_lora_adapter, given, prefix=None, adapter_name=name))
         found.append(sorted(model.peft_config))
     return [*found, noise(model)]
-
-
-def refused(kind: type[Exception] | None, call: Callable[..., object], *args: Any, **kwargs: Any) -> bool:
-    """Whether a call ends with an error of a class, or without one."""
-    try:
-        call(*args, **kwargs)
-    except Exception as error:
-        return kind is not None and isinstance(error, kind)
-    return kind is None
 
 
 @case

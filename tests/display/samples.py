@@ -72,7 +72,9 @@ def plan_result(word: str = "model", room: Room | None = None) -> PlanResult:
     )
     settings = PlanSettings(8, 1024, 16, "bfloat16", "nf4", False, "adamw")
     there = room or Room("12.0 GB", 12_000_000_000)
-    return PlanResult(word, "LlamaForCausalLM", "LoRA r=16", settings, parts, there, changes, (f"{word} is assumed",))
+    return PlanResult(
+        word, "LlamaForCausalLM", "LoRA r=16", settings, parts, there, changes, notes=(f"{word} is assumed",)
+    )
 
 
 def results(word: str = "orders") -> dict[str, Shown]:
@@ -112,11 +114,11 @@ def _of_adapters(word: str) -> dict[str, Shown]:
     train = train_state(40, 40, status="finished", adapter=word, remaining=None)
     return {
         "add": AddResult(ModelRef(Thing()), word, adapter, state, reconfigured=True, notes=notes),
-        "done": CommandResult(f"{word} is used", state, notes),
+        "done": CommandResult(f"{word} is used", state, notes=notes),
         "load": LoadResult(ModelRef(Thing()), word, f"adapters/{word}", idle, state),
         "save": SaveResult(word, (saved,)),
-        "export": ExportResult("train.py", word, (("train.jsonl", 200),), notes),
-        "unload": UnloadResult(ModelRef(Thing()), word, (word, "pirate"), True, notes),
+        "export": ExportResult("train.py", word, (("train.jsonl", 200),), notes=notes),
+        "unload": UnloadResult(ModelRef(Thing()), word, (word, "pirate"), True, notes=notes),
         "status": StatusReport(SessionState((state, model("second", ADAPTERS[1:], memory=MEMORY)), word)),
         "status of nothing": StatusReport(SessionState()),
         "memory": MemoryReport(dataclasses.replace(MEMORY, device=word, peak=600_000_000)),
@@ -148,12 +150,12 @@ def _of_answers_and_layers(word: str) -> dict[str, Shown]:
         ),
         "swap": SwapResult(
             word, f"adapters/{word}", adapter, Swapped(word, 60, ("lm_head",), ()), 0.012, state,
-            PROMPT + word, ANSWERS["orders"], other + word, notes,
+            PROMPT + word, ANSWERS["orders"], other + word, notes=notes,
         ),
         "scores": _scores(word),
         "compare": CompareResult(word, (PROMPT, word), columns, 1.94, 1, notes=notes),
         "data": _data(word),
-        "inspect": InspectResult(word, word, changes, notes),
+        "inspect": InspectResult(word, word, changes, notes=notes),
         "merge": MergedCopy(
             word,
             MergedFolder(

@@ -308,11 +308,11 @@ class TestWhatFollowsATraining:
 
     def test_with_several_models_the_commands_name_one(self) -> None:
         trained = model(adapters=(adapter("orders", unsaved=True),))
-        steps = following(ended(samples=(Sample(3, 'Say "hi"', ""),)), trained, model("other"))
+        steps = following(ended(samples=(Sample(3, 'Say "hi"\n\\o/', ""),)), trained, model("other"))
         assert steps is not None
         assert dict(steps.commands) == {
             "Save": "%lora save adapters/orders --name orders --model model",
-            "Ask": "%lora ask \"Say 'hi'\" --adapter orders --model model",
+            "Ask": "%lora ask \"Say 'hi'\\n\\\\o/\" --adapter orders --model model",
             "Compare": "%lora panel compare model",
             "Score": "%lora score orders --data rows --model model",
             "Ship": "%lora ship orders --for ollama --model model",

@@ -91,6 +91,7 @@ class Strange(Adapter):
 """
 
 USE = """
+from nbpeft.methods import MethodConfig  # first: the package is loaded only after this import has ended
 import json, sys, tempfile, warnings
 import torch
 import nbpeft

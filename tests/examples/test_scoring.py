@@ -1,9 +1,7 @@
-"""Scores: answers as the model gives them alone, counted to the letter, shown as one picture."""
+"""Scores: answers as the model gives them alone, counted to the letter."""
 
 from __future__ import annotations
 
-import base64
-import re
 import warnings
 from typing import Any
 
@@ -15,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from nbpeft import examples
 from nbpeft.display.text import to_text
 from nbpeft.errors import ConfigError
-from nbpeft.examples import Score, Scores, scoring
+from nbpeft.examples import scoring
 from tests.magics.notebook import Notebook
 from tests.tiny_models import adapted, llama, randomize
 
@@ -102,39 +100,6 @@ def test_adapters_by_row(tokenizer: Any) -> None:
         examples.score(model, tokenizer, rows, adapter_names=["a"])
     with pytest.raises(ConfigError, match="no rows to score"):
         examples.score(model, tokenizer, [])
-
-
-def made_up(correct: int, tokens: float = 13.4) -> Score:
-    rows = tuple({"prompt": f"p{n}", "completion": " yes"} for n in range(4))
-    return Score(rows, ("yes",) * correct + ("no",) * (4 - correct), tokens, 1.0)
-
-
-def picture_of(shown: Any) -> str:
-    (data,) = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', shown._repr_html_())
-    return base64.b64decode(data).decode()
-
-
-def test_scores_are_one_picture() -> None:
-    scores = Scores("held-out orders", {"base <model>": 0.0, "ten examples": made_up(1, 258)})
-    scores["adapter"] = made_up(4)
-    picture = picture_of(scores)
-    for words in ("base &lt;model&gt;", "0 %", "25.0 %", "100 %", "258", "13", "tokens a prompt"):
-        assert words in picture
-    assert str(scores) == "held-out orders: base <model> 0 %, ten examples 25.0 %, adapter 100 %"
-    assert "100 %" in to_text(scores.view())
-    with pytest.raises(ConfigError, match="a share from 0 to 1, not 48"):
-        scores["wrong"] = 48
-    with pytest.raises(ConfigError, match="pairs of names"):
-        scores["a", "b"] = 0.5
-    assert list(scores) == ["base <model>", "ten examples", "adapter"]
-
-
-def test_pairs_are_a_grid() -> None:
-    scores = Scores("adapters on tasks", {("codes", "codes"): 1.0, ("codes", "dates"): made_up(1)})
-    scores["dates", "dates"] = 0.9
-    picture = picture_of(scores)
-    assert picture.count("<rect") == 4 and "90.0 %" in picture and "–" in picture
-    assert "codes on dates 25.0 %" in str(scores)
 
 
 def test_progress_in_a_notebook_is_one_line(bare: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ class MoreConfig(MethodConfig):
     blocks: int = 4
     alpha: float = 8.0
     dropout: float = 0.0
+    counts, shares = ("r", "blocks"), ("dropout",)
 
     def scaling_at(self, path):
         return self.alpha / self.r

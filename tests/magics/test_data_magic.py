@@ -287,11 +287,18 @@ def test_data_is_mixed_in_the_line(ready: Notebook) -> None:
     shown = ready.do("%lora data rows*0.5 more*0.5")
     assert shown.summary.row_count == 8
     assert shown.notes[0] == "mixture: 4 of 8 rows of rows, 4 of 4 rows of more"
+
+    def texts(command: str) -> list[str]:
+        return ["".join(span.text for span in row.spans) for row in ready.do(f"{command} --rows 8").summary.rows]
+
+    assert texts("%lora data rows*0.5 more*0.5 --seed 42") == texts("%lora data rows*0.5 more*0.5")
+    assert texts("%lora data rows*0.5 more*0.5 --seed 7") != texts("%lora data rows*0.5 more*0.5")
+    assert "seed has no effect: only the rows of a mixture are drawn" in ready.run("%lora data rows --seed 7").line
     mixed = "sums.jsonl*2 more[:3]*1"
     message = ready.do(f"%lora_train model --data {mixed} --max-length 12 --no-keep max_steps=1 seed=3").message
     assert "mixture: 6 of 8 rows of sums.jsonl, 3 of 3 rows of more[:3]" in message
     command = message.partition("(%lora data")[2].rpartition(" shows them)")[0]
-    assert ready.do(f"%lora data{command}").summary.row_count == 9
+    assert command.endswith(" --seed 3") and ready.do(f"%lora data{command}").summary.row_count == 9
     assert ready.do("%lora data rows*2").summary.row_count == 16  # an expression
     assert ready.run("%lora data rows*2 rows*1 more*1").line.startswith("data: 'rows' is in the mixture twice")
     assert ready.run("%lora data rows*0.5 missing*0.5").line.startswith("name 'missing' is not defined")

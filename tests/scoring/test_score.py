@@ -359,6 +359,15 @@ def test_cut_answers_are_counted() -> None:
     assert result.items[0].cut <= {"base", "sql"}
 
 
+def test_answers_that_can_no_longer_become_right_are_cut_without_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbpeft.scoring.answers._MARGIN", 0)
+    rows = [{"prompt": "0 is", "completion": "zz"}]
+    for options, noted in (({}, False), ({"max_new_tokens": 2}, True), ({"metric": ["exact", "contains"]}, True)):
+        result = scored(adapted(), rows, adapters="sql", base=False, **options)
+        assert result.items[0].cut == {"sql"} and "zz" not in result.items[0].answers["sql"]
+        assert any(note.startswith("answers cut at") for note in result.notes) is noted, options
+
+
 def test_outputs_that_are_no_numbers_are_named_and_the_others_kept() -> None:
     model = adapted()
     with torch.no_grad():
@@ -508,8 +517,11 @@ def test_the_package_has_a_general_text() -> None:
     tokenizer = byte_tokenizer()
     model = llama(vocab_size=len(tokenizer), max_position_embeddings=1024)
     result = scored(model, ROWS[:2], tokenizer=tokenizer, max_new_tokens=1, general=True)
-    assert len(result.elsewhere.items) == 23
-    assert sum(len(item.prompt) for item in result.elsewhere.items) > 7_000
+    assert len(result.elsewhere.items) == 38
+    texts = [item.prompt for item in result.elsewhere.items]
+    assert 19_500 < sum(len(text.encode()) + 2 for text in texts) < 20_500
+    for known in ("When in the Course", "We the People", "Four score and seven", "With malice toward none"):
+        assert sum(text.startswith(known) for text in texts) == 1, known
     assert "loss on general text" in str(result)
 
 

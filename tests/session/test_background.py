@@ -8,15 +8,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import BatchEncoding, TrainerCallback
+from transformers import TrainerCallback
 
 from nbpeft.errors import AdapterError, BusyError, NbpeftError
-from nbpeft.examples import scoring
+from nbpeft.scoring.score import score
 from nbpeft.session import Session
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from nbpeft.training.watching.generation import evaluating
@@ -157,20 +156,17 @@ def test_threads_that_never_pause_leave_it_its_steps_and_its_stop(session: Sessi
 
 
 def test_scoring_leaves_its_dropout_on(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = torch.arange(1, 9)[None]
-    monkeypatch.setattr(scoring, "_batch", lambda *_: BatchEncoding({"input_ids": ids, "attention_mask": ids > 0}))
-    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=0, encode=lambda *_, **__: [])
-    tokenizer.batch_decode = lambda *_, **__: ["x"]
     switched: list[object] = []
     monkeypatch.setattr(model, "eval", lambda: switched.append(model))
     run, gate = begin(session, model)
-    thread, done = elsewhere(lambda: scoring.answers(model, tokenizer, ["Ana"], max_new_tokens=1))
+    rows, tokenizer = [{"prompt": "Ana", "completion": "x"}], CharTokenizer()
+    thread, done = elsewhere(lambda: score(model, rows, tokenizer=tokenizer, max_new_tokens=1, progress=False))
     thread.join(0.2)
     assert thread.is_alive(), "it waits for the end of the step"
     gate.open()
     assert run.wait(60).steps == STEPS
     thread.join(60)
-    assert done == [["x"]] and not switched
+    assert [result.status for result in done] == ["finished"] and not switched
 
 
 def test_it_goes_on_after_a_block_that_was_never_left(session: Session, model: Any) -> None:

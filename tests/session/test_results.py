@@ -47,7 +47,7 @@ def test_text_of_users_is_escaped(field: str) -> None:
     change: dict[str, Any] = {field: (evil,) if field == "targets" else evil}
     adapter = dataclasses.replace(ADAPTER, **change)
     model = dataclasses.replace(MODEL, name=evil, class_name=evil, adapters=(adapter,), active=(evil,))
-    for html in (to_html(model_card(model)), CommandResult(evil, model, (evil,))._repr_html_()):
+    for html in (to_html(model_card(model)), CommandResult(evil, model, notes=(evil,))._repr_html_()):
         assert "<script>" not in html
         assert "&lt;script&gt;" in html
 

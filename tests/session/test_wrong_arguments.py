@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from nbpeft.errors import NbpeftError
 from nbpeft.session import Session
@@ -52,3 +53,12 @@ def test_wrong_kinds_are_told_in_one_line(
     assert "\n" not in str(caught.value)
     assert same_state(everything(model), before)
     assert list(tmp_path.iterdir()) == [] and session.state.busy == ""
+
+
+def test_an_error_of_the_model_is_not_taken_for_one_of_the_options(session: Session, two_adapters: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("the layer failed")
+
+    next(m for m in two_adapters.modules() if isinstance(m, nn.Embedding)).register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match=r"^the layer failed$"):
+        session.compare("Hi", tokenizer=CharTokenizer(), temperature=0.5)

@@ -12,10 +12,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from nbpeft.checkpoint import read_gguf
+from nbpeft.checkpoint import TensorSpec, read_gguf
 from nbpeft.errors import AdapterError, ConfigError, MissingPackageError
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.shipping import ship
+from nbpeft.shipping.gguf_model import GgufModel
 from tests.shipping.support import FAMILIES, SIZES, adapted, base_model, ids, keys, tokenizer
 from tests.tiny_models import logits
 
@@ -175,3 +176,48 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(MissingPackageError, match=r"^Writing a GGUF file needs gguf: pip install gguf$"):
         ship(model, engine="llama.cpp", to=tmp_path / "served")
     assert not list(tmp_path.iterdir())
+
+
+MORE_BITS = {0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23}
+"""The layers of 24 that llama.cpp stores more exactly: three at each end, and every third between them."""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("stored_as", "most"), [("q4_k_m", "Q4_K"), ("q5_k_m", "Q5_K"), ("q6_k", "Q6_K")])
+def test_matrices_whose_errors_count_most_are_stored_more_exactly(
+    stored_as: str, most: str, tied: bool, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 24, "num_attention_heads": 2}
+    model = adapted(base_model(**sizes, num_key_value_heads=1, tie_word_embeddings=tied))
+    done = ship(
+        model, engine="llama.cpp", merged=True, quantize=stored_as, tokenizer=tokenizer(), to=tmp_path / "served"
+    )
+    read = gguf.GGUFReader(done.folder / "model.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in read.tensors}
+    assert sum(int(tensor.n_bytes) for tensor in read.tensors) == done.byte_count
+    for layer in range(24):
+        important = "Q6_K" if layer in MORE_BITS else most
+        for name in ("attn_v", "ffn_down"):
+            assert types[f"blk.{layer}.{name}.weight"] == important
+        for name in ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up"):
+            assert types[f"blk.{layer}.{name}.weight"] == most
+        assert types[f"blk.{layer}.attn_norm.weight"] == "F32"
+    assert types["token_embd.weight"] == ("Q6_K" if tied else most)
+    assert types.get("output.weight") == (None if tied else "Q6_K")
+
+
+def test_values_of_a_model_of_80_layers_have_five_bits() -> None:
+    config = base_model().config
+    config.num_hidden_layers = 80
+    specs = [
+        TensorSpec(f"model.layers.{layer}.self_attn.{name}.weight", torch.float32, (256, 256))
+        for layer in (0, 10)
+        for name in ("v_proj", "k_proj")
+    ]
+    tensors = GgufModel("LlamaForCausalLM", config).model_tensors(specs, lambda key: torch.zeros(1), "q4_k_m")
+    assert {tensor.name.removesuffix(".weight"): tensor.stored_as for tensor in tensors} == {
+        "blk.0.attn_v": "q6_k",
+        "blk.0.attn_k": "q4_k",
+        "blk.10.attn_v": "q5_k",
+        "blk.10.attn_k": "q4_k",
+    }

@@ -25,6 +25,23 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[Output]:
     return shown
 
 
+@pytest.fixture(autouse=True)
+def only_widgets_of_every_front_end() -> Iterator[None]:
+    """Fails where a test makes a widget that some front end lacks.
+
+    VS Code and Colab carry the controls of ipywidgets; they load other packages' from a CDN, which may be blocked, and
+    VS Code does not support ``Output``.
+    """
+    from ipywidgets import Widget
+
+    made: dict[str, str] = {}
+    Widget.on_widget_constructed(lambda widget: made.update({type(widget).__name__: widget._model_module}))
+    yield
+    Widget.on_widget_constructed(None)
+    everywhere = ("@jupyter-widgets/base", "@jupyter-widgets/controls")
+    assert {name: module for name, module in made.items() if module not in everywhere} == {}
+
+
 @pytest.fixture
 def no_widget_stays() -> Iterator[None]:
     """Fails where a test leaves widgets behind."""

@@ -10,7 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from nbpeft.session import Session
 from nbpeft.widgets import environment
+from nbpeft.widgets.panel import Panel
+
+
+def _panels(base: type[Panel]) -> list[type[Panel]]:
+    """All panels that can be shown."""
+    own = [base] if hasattr(base, "kind") else []
+    return own + [panel for derived in base.__subclasses__() for panel in _panels(derived)]
 
 
 def test_the_command_that_installs_widgets_is_for_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +26,22 @@ def test_the_command_that_installs_widgets_is_for_a_shell(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "executable", "/my python; rm/bin/python")
     command = environment.widgets_hint().partition(": ")[2]
     assert shlex.split(command) == [sys.executable, "-m", "pip", "install", "ipywidgets"]
+
+
+def test_marimo_gets_html_without_buttons(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment.shown_as() == "text"
+    monkeypatch.setitem(sys.modules, "marimo", SimpleNamespace(running_in_notebook=lambda: True))
+    assert environment.shown_as() == environment.shown_as("widgets") == "html"
+    assert environment.shown_as("text") == "text"
+    monkeypatch.setattr(environment, "has_ipywidgets", lambda: False)
+    assert environment.widgets_hint() == "", "installing them would not help"
+    monkeypatch.setitem(sys.modules, "marimo", SimpleNamespace(running_in_notebook=lambda: False))
+    assert environment.shown_as() == "text", "imported in a script"
+
+
+@pytest.mark.parametrize("panel", _panels(Panel), ids=lambda panel: panel.kind)
+def test_where_there_are_no_buttons_a_panel_names_a_method_of_the_session(panel: type[Panel]) -> None:
+    assert callable(getattr(Session, panel.session_method))
 
 
 class _Kernel:

@@ -75,7 +75,6 @@ class Bnb4bit(StoredWeight):
         return state is None or not (state.shape[0] % PACKED_ROWS or state.shape[-1] % state.blocksize)
 
     def release(self, module: nn.Module) -> None:
-        """Allows the library to re-pack the weight again."""
         setattr(module, _REPACKS, True)
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
@@ -202,8 +201,7 @@ def _make_plain(module: nn.Module) -> None:
 
 def _original_dtype(state: Any) -> torch.dtype:
     packed = getattr(state, "packing_format_for_cpu", False)
-    dtype: torch.dtype = state.original_dtype if packed else state.dtype
-    return dtype
+    return state.original_dtype if packed else state.dtype
 
 
 def _nested(module: nn.Module) -> bool:

@@ -98,7 +98,7 @@ class Bnb8bit(StoredWeight):
         made = type(weight)(weight.data, requires_grad=False, has_fp16_weights=weight.has_fp16_weights)
         made.CB, made.SCB = weight.CB, weight.SCB
         twin._parameters["weight"], twin.state = made, copy.copy(twin.state)
-        return twin  # type: ignore[no-any-return]
+        return twin
 
     def snapshot(self, module: nn.Module) -> Snapshot8bit:
         """Copies codes and scales to the CPU, and records whether the parameter or the state had them."""

@@ -26,12 +26,7 @@ class Dense(StoredWeight):
         return not wraps or type(weight).__name__ == "DTensor"
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """The weight alone."""
         return [_weight(module)]
-
-    def dtype(self, module: nn.Module) -> torch.dtype:
-        """The stored dtype."""
-        return module.weight.dtype  # type: ignore[return-value]
 
     def dequantize(self, module: nn.Module) -> Tensor:
         """The stored tensor itself, detached: writing to it changes the module."""

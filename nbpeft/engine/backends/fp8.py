@@ -28,7 +28,6 @@ class Fp8(StoredWeight):
         return weight is not None and weight.dtype in _KINDS and weight.dim() == 2
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """The weight and its scales."""
         scales = _scales(module)
         return [plain(module.weight)] if scales is None else [plain(module.weight), scales]
 
@@ -58,7 +57,6 @@ class Fp8(StoredWeight):
             stored.copy_(dense.clamp(-limit, limit).to(stored.dtype))
 
     def twin(self, module: nn.Module) -> nn.Module:
-        """A second layer with copies of weight and scales."""
         twin = super().twin(module)
         for name in ("weight", "weight_scale_inv"):
             tensor = module._parameters.get(name)

@@ -36,7 +36,6 @@ class Hqq(StoredWeight):
         return isinstance(module, loaded("hqq.core.quantize", "HQQLinear"))
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """Codes, scales and zeros, quantized or not."""
         found = [plain(module.W_q)]
         _map_tensors(_meta(module), lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
         return found
@@ -48,8 +47,7 @@ class Hqq(StoredWeight):
     def dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype the layer computes in."""
         layer: Any = module
-        dtype: torch.dtype = layer.compute_dtype
-        return dtype
+        return layer.compute_dtype
 
     def dequantize(self, module: nn.Module) -> Tensor:
         """(out, in), a new tensor."""
@@ -88,8 +86,7 @@ class Hqq(StoredWeight):
 
 def _meta(module: nn.Module) -> dict[str, Any]:
     layer: Any = module
-    meta: dict[str, Any] = layer.meta
-    return meta
+    return layer.meta
 
 
 def _to(device: torch.device | str) -> Callable[[Tensor], Tensor]:

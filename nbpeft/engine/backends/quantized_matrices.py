@@ -26,7 +26,6 @@ class QuantizedExperts(StoredWeight):
         return isinstance(getattr(module, "weight", None), QuantizedMatrices)
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """Codes, constants and table."""
         return inner_tensors(module.weight)
 
     def label(self, module: nn.Module) -> str:
@@ -57,5 +56,4 @@ class QuantizedExperts(StoredWeight):
 
 def _weight(module: nn.Module) -> QuantizedMatrices:
     weight: Any = module.weight
-    found: QuantizedMatrices = weight
-    return found
+    return weight

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.registry import register_backend
-from nbpeft.engine.kernels.storage import StoredWeight, inner_tensors, moved_copy
+from nbpeft.engine.kernels.storage import WrappedWeight
 from nbpeft.errors import MergeError
 
 
 @register_backend
-class TorchAO(StoredWeight):
+class TorchAO(WrappedWeight):
     """A layer whose ``weight`` is one of torchao's tensors."""
 
     name = "torchao"
@@ -27,28 +27,11 @@ class TorchAO(StoredWeight):
         weight = module._parameters.get("weight")
         return weight is not None and type(weight).__module__.startswith("torchao.")
 
-    def tensors(self, module: nn.Module) -> list[Tensor]:
-        """Codes, scales and zero points."""
-        return inner_tensors(module.weight)
-
     def label(self, module: nn.Module) -> str:
         """``int8 torchao`` or ``int4 torchao``, from the class of the tensor."""
         kind = type(module.weight).__name__.lower()
         bits = next((bits for bits in ("int8", "int4", "float8", "nf4") if kind.startswith(bits)), kind)
         return f"{bits} torchao"
-
-    def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype of the dequantized tensor."""
-        weight: Any = module.weight
-        dtype: torch.dtype = weight.dtype
-        return dtype
-
-    def dequantize(self, module: nn.Module) -> Tensor:
-        """(out, in), a new tensor."""
-        weight: Any = module.weight
-        with torch.no_grad():
-            dense: Tensor = weight.detach().dequantize()
-        return dense
 
     def store(self, module: nn.Module, weight: Tensor) -> None:
         """Quantizes with the granularity of the current weight.
@@ -67,20 +50,7 @@ class TorchAO(StoredWeight):
             new = type(old).from_hp(
                 weight.detach().to(old.device, old.dtype), granularity=_granularity(old), mapping_type=_mapping(old)
             )
-        _bind(module, new)
-
-    def snapshot(self, module: nn.Module) -> Any:
-        """A copy on the CPU."""
-        weight: Any = module.weight
-        return moved_copy(weight.detach(), "cpu")
-
-    def restore(self, module: nn.Module, snapshot: Any) -> None:
-        """Replaces the weight by a copy of the snapshot."""
-        _bind(module, moved_copy(snapshot, self.device(module)))
-
-
-def _bind(module: nn.Module, weight: Any) -> None:
-    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        self.replace(module, new)
 
 
 def _granularity(weight: Any) -> Any:

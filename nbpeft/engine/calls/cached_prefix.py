@@ -26,7 +26,7 @@ class CachedPrefixConfig(PromptLearningConfig):
     inserts_embeddings: ClassVar[bool] = False
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Fills in the sizes of the key and value heads; see ``PromptLearningConfig``."""
+        """Fills in the sizes of the key and value heads."""
         own = (self.token_dim, self.num_attention_heads)
         super().fill_in_sizes(model, width)
         config: Any = getattr(model, "config", None)
@@ -60,7 +60,7 @@ class CachedPrefix(ModelAdapter):
         raise NotImplementedError
 
     def cached_states(self, base: BaseLayer) -> Tensor:
-        """The keys and values, (1, tokens, layers, 2, heads, features); see ``ModelAdapter``."""
+        """The keys and values, (1, tokens, layers, 2, heads, features)."""
         states = self.encoded().view(1, self.state_count, self.layers, 2, self.heads, -1)
         if not self.has_decoder:
             return states
@@ -90,7 +90,7 @@ class CachedPrefix(ModelAdapter):
 
     @classmethod
     def check_model(cls, config: CachedPrefixConfig, model: nn.Module) -> None:
-        """Refuses models that take no cache or use gradient checkpointing; see ``ModelAdapter``."""
+        """Refuses models that take no cache or use gradient checkpointing."""
         if part_with_cache(model) is None:
             raise ConfigError(
                 f"{type(model).__name__} does not support past key values, which are required for "

@@ -61,7 +61,6 @@ class _FirstPass(BeforeCall):
         return states
 
     def prepare(self, module: nn.Module, call: dict[str, Any], active: ActiveAdapters, found: dict[str, Any]) -> None:
-        """Makes the pass, and computes the contexts from it; see ``BeforeCall``."""
         contexts: Any = active.context
         first = _first_call(module, call)
         contexts.update({name: state.first_context for name, state in found.items()})

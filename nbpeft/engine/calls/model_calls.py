@@ -82,6 +82,11 @@ def is_text_classifier(model: nn.Module) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in class_names(model))
 
 
+def is_token_classifier(model: nn.Module) -> bool:
+    """Whether a model has a label for each token: transformers' ``…ForTokenClassification``."""
+    return any(name.endswith("ForTokenClassification") for name in class_names(model))
+
+
 def part_with_cache(model: nn.Module) -> nn.Module | None:
     """The model itself, or its backbone, whichever takes cached keys and values; None if neither does."""
     backbone = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", None)
@@ -206,7 +211,7 @@ class _ModelHook(_CallHook):
     """Hook on a model that has no separate encoder."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: _Call) -> None:
-        """Inserts tokens and, if the model takes a cache, keys and values; see ``_CallHook``."""
+        """Inserts tokens and, if the model takes a cache, keys and values."""
         name = cache_argument(module)
         states = prompts.counts(_STATES) if name else {}
         tokens = prompts.counts(_TOKENS)
@@ -294,7 +299,7 @@ class _CacheHook(_CallHook):
     """Hook on a backbone that takes a cache, of a model that does not."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
-        """Inserts keys and values; see ``_CallHook``."""
+        """Inserts keys and values."""
         states, size = prompts.counts(_STATES), _size(call)
         if not states or size is None:
             return
@@ -326,7 +331,7 @@ class _EncoderDecoderHook(_CallHook):
     """Hook on an encoder-decoder model: extends the encoder's mask, and inserts the decoder's part of a prompt."""
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
-        """Extends masks, the decoder's input and labels, and the cache; see ``_CallHook``."""
+        """Extends masks, the decoder's input and labels, and the cache."""
         tokens = prompts.counts(_TOKENS)
         encoded = call.get("encoder_outputs")
         if tokens:

@@ -54,7 +54,7 @@ class _Twins:
         copied: Any = _twin(module, {}) if twin is module else twin
         for attribute in (MANAGER, *on_models):
             copied.__dict__.pop(attribute, None)
-        return copied  # type: ignore[no-any-return]
+        return copied
 
     def _made_of(self, module: nn.Module) -> nn.Module:
         """The twin of a module that contains one of the places or has a prompt's hooks; else the module itself."""
@@ -79,7 +79,7 @@ def _twin(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
     for name, hooks in vars(module).items():
         if "_hooks" in name and isinstance(hooks, dict):
             attributes[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_of_prompt(hook))
-    return twin  # type: ignore[no-any-return]
+    return twin
 
 
 def _is_of_prompt(hook: Any) -> bool:

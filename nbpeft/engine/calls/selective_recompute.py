@@ -281,7 +281,7 @@ class _Activated:
 
     def __mul__(self, up: Any) -> Tensor:
         if not isinstance(up, Tensor) or self.tensor is not None:
-            return self._value() * up  # type: ignore[no-any-return]
+            return self._value() * up
         self.is_multiplied = True
         return recompute(partial(_gated, self._act), self._gate, up, pointwise=self._pointwise)
 

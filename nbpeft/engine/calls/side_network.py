@@ -80,7 +80,7 @@ class _SideCall(BeforeCall):
     """A hook that computes the first state before each call of a model."""
 
     def computing(self, active: ActiveAdapters) -> dict[str, HasSideNetwork]:
-        """Adapter name -> adapter, for the active adapters with a network; see ``BeforeCall``."""
+        """Adapter name -> adapter, for the active adapters with a network."""
         return _networks_in(self.layer, active.call_names)
 
     def prepare(self, module: nn.Module, call: dict[str, Any], active: ActiveAdapters, found: dict[str, Any]) -> None:
@@ -100,7 +100,6 @@ class _SideCall(BeforeCall):
         contexts[name] = SideState(adapter.first_state(module, call), recomputes=recomputes)
 
     def end(self) -> None:
-        """Releases the state; see ``BeforeCall``."""
         for context in self.layer.active_state.current().context.values():
             if isinstance(context, SideState):
                 context.end()

@@ -33,7 +33,6 @@ class TokenPrompt(ModelAdapter):
         self.embedding = nn.Embedding(config.total_tokens, config.token_dim)
 
     def initialise(self, config: Any, base: BaseLayer) -> None:
-        """Copies rows of the model's embedding if the config asks for it; see ``ModelAdapter``."""
         tokens = self.initial_tokens(config, base)
         if tokens is not None:
             with onloaded(base.module):
@@ -57,7 +56,7 @@ class TokenPrompt(ModelAdapter):
         return torch.tensor((ids * math.ceil(total / max(len(ids), 1)))[:total], dtype=torch.long)
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """The first rows of its embedding; see ``ModelAdapter``."""
+        """The first rows of its embedding."""
         return self.embedding.weight[: self.token_count].unsqueeze(0)
 
 

@@ -78,8 +78,7 @@ def with_first_pass(
         # The caller's object is extended in place, since the caller continues to use it.
         extended.__class__ = kind
         extended.first_pass = DynamicCache(config=_config(model if other is None else other))
-    with_both: TwoPassCache = extended
-    return with_both
+    return extended
 
 
 def _config(model: nn.Module) -> Any:

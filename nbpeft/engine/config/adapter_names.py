@@ -47,8 +47,7 @@ class ByName(dict[str, Any]):
 
     @property
     def _left(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.__dict__.setdefault("left", {})
-        return found
+        return self.__dict__.setdefault("left", {})
 
     def __missing__(self, name: object) -> Any:
         raise unknown_adapter(name, self)

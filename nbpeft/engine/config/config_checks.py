@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar
 
 from nbpeft.engine.config.module_paths import PLAIN_PATTERN, pattern_table
 from nbpeft.engine.config.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
 from nbpeft.engine.contract.base import LayerKind
+from nbpeft.engine.contract.field_types import check_types
 from nbpeft.errors import BiasError, ConfigError, LayerKindError, did_you_mean, few, shown
 
 _LARGEST_COUNT = 2**24
@@ -102,6 +104,34 @@ def check_count(name: str, value: object, *, field: str = "") -> None:
         )
 
 
+def check_declared(config: Any) -> None:
+    """Checks the values of a config as its class declares them, and against its defaults.
+
+    Raises:
+        ConfigError: a value is invalid, not finite, or None although the default is not.
+    """
+    check_filled(config)
+    declared: tuple[tuple[Callable[..., None], Iterable[str]], ...] = (
+        *((check_count, config.counts), (check_share, config.shares), (check_seed, config.seeds)),
+        *((check_positive, config.positive), (check_not_negative, config.not_negative)),
+        (check_number, [item.name for item in fields(config) if isinstance(getattr(config, item.name), float)]),
+    )
+    for check, names in declared:
+        for name in names:
+            if getattr(config, name) is not None:
+                check(name, getattr(config, name))
+    for name, values in config.choices.items():
+        check_choice(name, getattr(config, name), values)
+
+
+def check_filled(config: Any) -> None:
+    """Raises ConfigError for None in a field whose default is a number, string or bool and whose choices lack None."""
+    for item in fields(config):
+        is_plain = isinstance(item.default, bool | int | float | str)
+        if getattr(config, item.name) is None and is_plain and None not in config.choices.get(item.name, ()):
+            raise ConfigError(f"{item.name} must have a value, such as {item.default!r}, not None", field=item.name)
+
+
 def check_number(name: str, value: object, *, field: str = "") -> None:
     """Raises ConfigError for a value that is not a finite number; the arguments are those of ``check_count``."""
     try:
@@ -110,6 +140,20 @@ def check_number(name: str, value: object, *, field: str = "") -> None:
         finite = False
     if not finite:
         raise ConfigError(f"{name} must be a finite number, not {shown(value)}", field=field or name, value=value)
+
+
+def check_positive(name: str, value: Any, *, field: str = "") -> None:
+    """Raises ConfigError for a value that is not a finite number above 0; see ``check_count``."""
+    check_number(name, value, field=field)
+    if value <= 0:
+        raise ConfigError(f"{name} must be above 0, not {value:g}", field=field or name)
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raises ConfigError for a value that is not a finite number of at least 0."""
+    check_number(name, value)
+    if value < 0:
+        raise ConfigError(f"{name} must not be negative, as {value} is", field=name)
 
 
 def check_share(name: str, value: float | None) -> None:
@@ -125,10 +169,10 @@ def check_seed(name: str, value: float) -> None:
 
 
 def check_linear(method: str, path: str, kind: LayerKind) -> None:
-    """Checks that a layer is linear, for methods that support no other kind.
+    """Checks that a layer is linear, for methods and settings that support no other kind.
 
     Args:
-        method: its display name.
+        method: display name of the method, or the setting.
         path: path of the layer.
         kind: kind of the layer.
 
@@ -136,25 +180,59 @@ def check_linear(method: str, path: str, kind: LayerKind) -> None:
         LayerKindError: the layer is not linear.
     """
     if not kind.is_linear:
-        raise LayerKindError(f"{path}: {method} works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+        raise LayerKindError(
+            f"{path}: {method} works on linear layers only, not on {kind.peft_name}; exclude it", path=path
+        )
 
 
-def check_frequencies(count: int, path: str, features: tuple[int, int]) -> None:
-    """Checks that ``n_frequency`` is not larger than the number of entries of a linear layer's weight.
+def check_takes_features(method: str, path: str, kind: LayerKind) -> None:
+    """Raises LayerKindError for a layer that takes ids; the arguments are those of ``check_linear``."""
+    if kind.takes_ids:
+        raise LayerKindError(f"{path}: {method} does not work on an {kind.name}; exclude it", path=path)
+
+
+def check_ungrouped(method: str, path: str, module: Any) -> None:
+    """Checks that a layer is not a convolution in groups.
 
     Args:
-        count: value of ``n_frequency``.
+        method: display name of the method.
+        path: path of the layer.
+        module: the layer.
+
+    Raises:
+        LayerKindError: it is one.
+    """
+    if int(getattr(module, "groups", 1)) > 1:
+        raise LayerKindError(f"{path}: {method} does not work on a convolution in groups; exclude it", path=path)
+
+
+def check_linear_or_conv2d(method: str, path: str, module: Any, kind: LayerKind) -> None:
+    """Raises LayerKindError for a layer that is neither linear nor a Conv2d without groups; see ``check_ungrouped``."""
+    if not kind.is_linear and kind.peft_name != "Conv2d":
+        raise LayerKindError(
+            f"{path}: {method} works on linear layers and Conv2d, not on {kind.peft_name}; exclude it", path=path
+        )
+    check_ungrouped(method, path, module)
+
+
+def check_divides(name: str, size: int, path: str, features: tuple[int, int]) -> None:
+    """Checks that a number of blocks, or the size of a block, divides both sizes of a layer.
+
+    Args:
+        name: name of the field, for the message.
+        size: its value.
         path: path of the layer.
         features: (in, out) of the layer.
 
     Raises:
-        ConfigError: ``n_frequency`` is larger.
+        ConfigError: it does not divide one of them.
     """
-    in_features, out_features = features
-    if count > in_features * out_features:
+    inputs, outputs = features
+    if inputs % size or outputs % size:
+        common = math.gcd(inputs, outputs)
+        valid = next(smaller for smaller in range(min(size, common), 0, -1) if common % smaller == 0)
         raise ConfigError(
-            f"{path}: n_frequency = {count} is larger than its weight, {out_features} x {in_features}; lower it",
-            path=path,
+            f"{path}: {name} = {size} must divide its {inputs} inputs and {outputs} outputs, as {valid} does", path=path
         )
 
 
@@ -235,3 +313,18 @@ def unused_patterns(config: Any, names: Sequence[str], paths: Sequence[str]) -> 
                 f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
             )
     return " ".join(parts)
+
+
+class Settings:
+    """Base class of dataclasses with the settings of one variant or init, which are checked as those of a config."""
+
+    counts: ClassVar[tuple[str, ...]] = ()
+    shares: ClassVar[tuple[str, ...]] = ()
+    positive: ClassVar[tuple[str, ...]] = ()
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    seeds: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_declared(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,17 +9,15 @@ from typing import Any, ClassVar
 from torch import nn
 
 from nbpeft.engine.config.config_checks import (
-    check_choice,
     check_count,
+    check_declared,
     check_number,
-    check_share,
     check_target_fields,
     checked_pattern,
     unused_patterns,
 )
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
-from nbpeft.errors import ConfigError
 
 
 @dataclass
@@ -49,10 +46,6 @@ class LayersConfig(AdapterConfig):
     )
     method_type: ClassVar[str] = ""
     """The ``peft_type``."""
-    counts: ClassVar[tuple[str, ...]] = ()
-    """Fields with a rank or another size: whole numbers from 1."""
-    shares: ClassVar[tuple[str, ...]] = ()
-    """Fields with a dropout or another fraction, from 0 to 1."""
     not_in_peft: ClassVar[tuple[str, ...]] = ()
     """Fields that PEFT's config of the method does not have; ``to_dict`` leaves them out if they are None."""
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {}
@@ -61,33 +54,50 @@ class LayersConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(self.method_type)
-        check_filled(self)
-        for name in self.counts:
-            check_count(name, getattr(self, name))
-        for name in self.shares:
-            check_share(name, getattr(self, name))
+        check_declared(self)
         for name, check in self.pattern_fields.items():
             setattr(self, name, checked_pattern(name, getattr(self, name), check))
-        for name, values in self.choices.items():
-            check_choice(name, getattr(self, name), values)
         check_target_fields(self, pattern_fields=tuple(self.pattern_fields))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, without those of ``not_in_peft`` that are None; see ``AdapterConfig``."""
+        """All fields, without those of ``not_in_peft`` that are None."""
         fields = super().to_dict()
         return {name: value for name, value in fields.items() if name not in self.not_in_peft or value is not None}
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
-        """Describes keys of ``pattern_fields`` that match no adapted module; see ``AdapterConfig``."""
+        """Describes keys of ``pattern_fields`` that match no adapted module."""
         return unused_patterns(self, tuple(self.pattern_fields), paths)
 
 
-def check_filled(config: Any) -> None:
-    """Raises ConfigError for None in a field whose default is a number, string or bool and whose choices lack None."""
-    for item in dataclasses.fields(config):
-        is_plain = isinstance(item.default, bool | int | float | str)
-        if getattr(config, item.name) is None and is_plain and None not in config.choices.get(item.name, ()):
-            raise ConfigError(f"{item.name} must have a value, such as {item.default!r}, not None", field=item.name)
+@dataclass
+class HasFanInFanOut(LayersConfig):
+    """Has a field of PEFT for the layout of weights.
+
+    Attributes:
+        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+    """
+
+    fan_in_fan_out: bool = field(default=False)
+
+
+@dataclass
+class TrainsBiases(LayersConfig):
+    """Can train biases of the model, too.
+
+    Attributes:
+        bias: which biases of the model are also trained.
+    """
+
+    bias: str = field(default="none")
+
+    own_biases: ClassVar[str] = ""
+    """The choice of the biases of adapted layers; by default the name of the method with "_only"."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.method_type:
+            own = cls.own_biases or f"{cls.method_type.lower()}_only"
+            cls.choices = {**cls.choices, "bias": ("none", "all", own)}
 
 
 @dataclass
@@ -112,10 +122,6 @@ class RankedConfig(LayersConfig):
         "alpha_pattern": check_number,
     }
     value_fields: ClassVar[tuple[str, ...]] = ("alpha", "alpha_pattern")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("alpha", self.alpha)
 
     def rank_at(self, path: str) -> int:
         """The rank of the layer at a path, ``rank_pattern`` included."""

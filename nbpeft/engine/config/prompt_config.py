@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_choice, check_count, check_target_fields
+from nbpeft.engine.config.config_checks import check_declared, check_target_fields
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, TaskType
+from nbpeft.engine.contract.method_records import Listing
 from nbpeft.errors import ConfigError
 
 PROMPT_KEY = "prompt_embeddings"
@@ -55,7 +56,6 @@ class PromptLearningConfig(AdapterConfig):
     counts: ClassVar[tuple[str, ...]] = (
         *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
     )
-    """Fields with a size; None for the size of the model."""
     inserts_embeddings: ClassVar[bool] = True
     """Whether its tokens are joined to the model's embeddings, so that they need the same number of features."""
     learns_prompt: ClassVar[bool] = True
@@ -65,11 +65,7 @@ class PromptLearningConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(self.method_type)
-        for name in self.counts:
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        for name, values in self.choices.items():
-            check_choice(name, getattr(self, name), values)
+        check_declared(self)
         check_target_fields(self)
 
     @property
@@ -83,7 +79,6 @@ class PromptLearningConfig(AdapterConfig):
         return int(self.num_virtual_tokens or 0) * int(self.num_transformer_submodules or 1)
 
     def reconciled(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
-        """Removes the encoder from the config if the file has none; see ``AdapterConfig``."""
         if not self.has_encoder:
             return self, tensors
         encoded = ENCODER_KEY in tensors
@@ -91,11 +86,7 @@ class PromptLearningConfig(AdapterConfig):
         return self.copy(encoded=encoded), kept
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Fills in sizes that are None, in place; see ``AdapterConfig``.
-
-        Args:
-            model: the base model.
-            width: features of its input embedding; 0 if it has none.
+        """Fills in the sizes that are None.
 
         Raises:
             ConfigError: the model's config lacks a size, or ``token_dim`` does not fit the model.
@@ -139,6 +130,29 @@ def size_in(config: Any, field: str, names: Sequence[str]) -> int:
         if isinstance(value, int):
             return value
     raise ConfigError(f"Please specify `{field}`: the model's config does not have it", field=field)
+
+
+def prompt_listing(
+    when: str, paper: str, more: Callable[[Any], Mapping[str, str]] = lambda config: {}, **fields: Any
+) -> Listing:
+    """The listing of a method that learns a prompt of some tokens.
+
+    Args:
+        when: as in ``Listing``.
+        paper: likewise.
+        more: config -> settings to show after the number of tokens.
+        **fields: other fields of ``Listing``.
+    """
+    halved: dict[str, Any] = {
+        "smaller": lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+        "listed_with": {"num_virtual_tokens": 20},
+    }
+    return Listing(
+        when=when,
+        paper=paper,
+        summary=lambda config: {"tokens": str(config.num_virtual_tokens), **more(config)},
+        **(halved | fields),
+    )
 
 
 @dataclass

@@ -36,4 +36,5 @@ Inside:
     adapter_site.py     The layer that an adapter is built for, and how its new parameters are created
     adapter_weights.py  The tensors of one adapter, independent of the model that they are on and of any file format
     former_contract.py  Refuses methods that are written for the contract of nbpeft 0.2, and suggests the new names
+    registration.py     Checks what the author of a method passes to ``register``
 """

@@ -14,6 +14,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import MethodType
 from typing import Any, ClassVar, Protocol, Self
 
@@ -27,7 +28,7 @@ from nbpeft.engine.contract.adapter_weights import AdapterWeights as AdapterWeig
 from nbpeft.engine.contract.adapter_weights import LowRankDelta as LowRankDelta
 from nbpeft.engine.contract.adapter_weights import ReadsTensors as ReadsTensors
 from nbpeft.engine.contract.adapter_weights import TakenOver as TakenOver
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import Bindable
 from nbpeft.engine.contract.capabilities import ChangesBase as ChangesBase
 from nbpeft.engine.contract.capabilities import ConvertsToLora as ConvertsToLora
@@ -65,7 +66,7 @@ from nbpeft.engine.contract.peft_types import TaskType as TaskType
 from nbpeft.engine.contract.shared_state import SharedSite as SharedSite
 from nbpeft.engine.contract.shared_state import SharedState as SharedState
 from nbpeft.engine.kernels.numerics import add_scaled_, compute_dtype
-from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.errors import ConfigError, MergeError, did_you_mean
 from nbpeft.names import PEFT_VERSION
 
 
@@ -137,6 +138,16 @@ class AdapterConfig:
     """Fields that ``check_types`` skips because another check covers their type and value."""
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Field -> its valid values, or examples of them. A field that is missing here takes any value of its type."""
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Fields with a rank or another size: whole numbers from 1."""
+    shares: ClassVar[tuple[str, ...]] = ()
+    """Fields with a dropout or another fraction, from 0 to 1."""
+    seeds: ClassVar[tuple[str, ...]] = ()
+    """Fields with a seed of torch's generators."""
+    positive: ClassVar[tuple[str, ...]] = ()
+    """Fields with a number above 0."""
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    """Fields with a number of at least 0."""
     condenses_targets: ClassVar[bool] = True
     """Whether a long list of targets may be saved as shorter suffixes that match the same modules."""
     value_fields: ClassVar[tuple[str, ...]] = ()
@@ -304,12 +315,12 @@ class AdapterConfig:
         return store_of(type(self)).tensors(path)
 
     @property
-    def size(self) -> int | None:
-        """The size (rank) of the adapter; None if the method has none, or it differs between layers."""
+    def adapter_size(self) -> int | None:
+        """The rank, or another size, of the adapter; None if the method has none, or it differs between layers."""
         return None
 
     def resized(self, size: int) -> Self:
-        """A copy with another size; called only if ``size`` is not None."""
+        """A copy with another size; called only if ``adapter_size`` is not None."""
         raise NotImplementedError
 
     def set_size(self, size: int, paths: Sequence[str]) -> None:
@@ -410,7 +421,7 @@ def store_of(cls: type[AdapterConfig]) -> ConfigStore:
 
 
 class Adapter(Bindable):
-    """One method, for one adapter name, on one layer. Subclass it in ``methods/``.
+    """One method, for one adapter name, on one layer. The base class of a method's adapters.
 
     A subclass implements ``parameter_shapes``, ``initial_tensors``, ``forward`` and ``delta_weight``, and declares in
     ``from_config`` which settings it takes from its config. All tensors that it trains are its own parameters, named as
@@ -418,9 +429,9 @@ class Adapter(Bindable):
     """
 
     from_config: ClassVar[Mapping[str, str]] = {}
-    """Attribute of the adapter -> the field, property or method of the config that gives its value.
+    """Attribute of the adapter -> the field, property or method of the config, or of one of its fields (``a.b``).
 
-    A method of the config is called with the path of the layer. The attributes are set when the adapter is created,
+    A method is called with the path of the layer. The attributes are set when the adapter is created,
     replaced (and restored on failure) when another adapter is swapped in, and shown by ``repr``. An attribute named
     ``scaling`` is the factor that ``Rescales`` changes.
     """
@@ -440,7 +451,7 @@ class Adapter(Bindable):
     # What every method implements
 
     @classmethod
-    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         """The parameters that an adapter on this layer will have.
 
         Args:
@@ -455,7 +466,7 @@ class Adapter(Bindable):
         Raises:
             ConfigError: the method does not work on this layer with this config.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} does not implement parameter_shapes")
 
     @classmethod
     def initial_tensors(cls, config: Any, site: AdapterSite) -> Mapping[str, Tensor]:
@@ -482,6 +493,11 @@ class Adapter(Bindable):
     _names: tuple[str, ...] = ()
 
     @classmethod
+    def _class_for(cls, config: Any, site: AdapterSite) -> type[Adapter]:
+        """The class of the adapter on a layer: this one, or a subclass for such layers or configs."""
+        return cls
+
+    @classmethod
     def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Builds the adapter of one layer; rarely overridden.
 
@@ -493,8 +509,9 @@ class Adapter(Bindable):
         Returns:
             The adapter.
         """
-        made = cls()
-        given = cls.initial_tensors(config, site) if tensors is None else tensors
+        own: Any = cls._class_for(config, site)
+        made: Self = own()
+        given = site.checked(own.initial_tensors(config, site), own) if tensors is None else tensors
         names = tuple(site.shapes)
         made.bind({name: given[name] for name in names}, _names=names, **made._config_values(config, site.path))
         made.prepare(config, site, given)
@@ -520,7 +537,9 @@ class Adapter(Bindable):
         return output if bias is None else output + base.kind.per_channel(base.module, bias).to(output)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Computes what to ADD to the weight of the layer; differentiable if ``forward`` is not overridden.
+        """Computes what to ADD to the weight of the layer: by default the product of ``low_rank_delta``.
+
+        Override it if the adapter has none; the result must be differentiable if ``forward`` is not overridden.
 
         Args:
             weight: the frozen canonical weight, (out, in) or (out, in / groups, *kernel).
@@ -528,8 +547,17 @@ class Adapter(Bindable):
 
         Returns:
             A tensor shaped like ``weight``.
+
+        Raises:
+            MergeError: it cannot be merged; see ``unmergeable_reason``.
         """
-        raise NotImplementedError
+        product = self.low_rank_delta(base) if isinstance(self, ConvertsToLora) and not self.reads_weight else None
+        if product is not None:
+            return product.up @ product.down * product.scaling
+        reason = self.unmergeable_reason(base)
+        if not reason:
+            raise NotImplementedError(f"{type(self).__name__} does not implement delta_weight")
+        raise MergeError(f"what the adapter adds is not {reason}")
 
     # Defaults that a method may improve on
 
@@ -546,17 +574,24 @@ class Adapter(Bindable):
         """The largest rank that its delta can have; None if the method does not bound it."""
         return None
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """The tensors that are saved: its parameters or views of them, not copies.
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
+        """The tensors that are saved, not copies: parameters and, with ``HasFixedTensors``, persistent buffers.
 
         Args:
             shapes: returns what ``parameter_shapes`` gives for its config.
 
         Returns:
-            Parameter name -> tensor.
+            Name -> tensor.
         """
-        own = self._parameters.items()
-        return {key: value for key, value in own if value is not None and key not in self.peft.constants}
+        constants = self.peft.constants
+        own: dict[str, Tensor | None] = {key: value for key, value in self._parameters.items() if key not in constants}
+        if isinstance(self, HasFixedTensors):
+            own |= {key: value for key, value in self._buffers.items() if key not in self._non_persistent_buffers_set}
+        saved = {key: value for key, value in own.items() if value is not None}
+        if not isinstance(self, Pads) or not self.rank_axes:
+            return saved
+        unpadded = shapes()
+        return {key: self.used_part(key, value, unpadded[key])[0] for key, value in saved.items()}
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites its parameters so that it adds nothing."""
@@ -570,7 +605,7 @@ class Adapter(Bindable):
         """Attribute of ``from_config`` -> its value on the layer at ``path``."""
         values = {}
         for name, field_name in cls.from_config.items():
-            value = getattr(config, field_name)
+            value = attrgetter(field_name)(config)
             values[name] = value(path) if type(value) is MethodType else value
         if "scaling" in values:
             values["scaling"] = float(values["scaling"])

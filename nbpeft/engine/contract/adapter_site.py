@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nbpeft.engine.contract.adapter_weights import TakenOver
-from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.base import BaseLayer, Shape
 from nbpeft.engine.contract.initial_draws import Fill, drawn, dtype_in_layer
 from nbpeft.engine.contract.shared_state import SharedState
+from nbpeft.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class AdapterSite:
 
     path: str
     base: BaseLayer
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, Shape]
     dtype: torch.dtype
     shared: SharedState | None = None
     name: str = "default"
@@ -55,3 +57,23 @@ class AdapterSite:
         if fill is None:
             return torch.zeros(shape, device=self.device, dtype=self.dtype)
         return drawn(shape, fill, self.device, self.dtype, dtype_in_layer(self.base))
+
+    def checked(self, tensors: Any, adapter_class: type[Any]) -> Mapping[str, Tensor]:
+        """Returns the tensors of a new adapter.
+
+        Args:
+            tensors: what ``initial_tensors`` returned.
+            adapter_class: the class that it belongs to.
+
+        Raises:
+            ConfigError: a parameter has no tensor, or one of another shape.
+        """
+        for name, shape in self.shapes.items():
+            tensor = tensors.get(name) if isinstance(tensors, Mapping) else None
+            if not isinstance(tensor, Tensor) or tensor.shape != tuple(shape):
+                given = f"a tensor of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else "none"
+                raise ConfigError(
+                    f"{self.path}: {adapter_class.__name__}.initial_tensors returns {given} for {name!r}; expected "
+                    f"shape {tuple(shape)}"
+                )
+        return dict(tensors)

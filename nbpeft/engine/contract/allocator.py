@@ -60,7 +60,6 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
         self.bind(seen=self._gradient())
 
     def extra_loss(self) -> Tensor | None:
-        """None; see ``LearnsWithHooks``."""
         self.warn_if_not_stepped()
         return None
 

@@ -16,6 +16,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+"""Name of a tensor -> its shape."""
+
 
 class Backend(Protocol):
     """One way to store a weight. Stateless; one instance serves all modules.

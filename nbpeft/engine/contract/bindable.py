@@ -54,11 +54,11 @@ class Bindable(nn.Module):
         """
         tensor: Any = self._parameters.get(name)
         if tensor is not None:
-            return tensor  # type: ignore[no-any-return]
+            return tensor
         tensor = self._buffers.get(name)
         if tensor is None:
             tensor = self.__dict__.get(name) if optional else self.__dict__[name]
-        return tensor  # type: ignore[no-any-return]
+        return tensor
 
 
 def set_plain(module: nn.Module, **attributes: Any) -> None:

@@ -36,9 +36,8 @@ from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter_weights import LowRankDelta, TakenOver
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
-
-Shape = tuple[int, ...]
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.base import Shape as Shape
 
 
 class TransformsInput(ABC):
@@ -164,15 +163,25 @@ class ChangesBase(ABC):
         """
 
 
-class Pads(ABC):
-    """Its tensors can be larger than it needs, so that adapters of another size (rank) fit into them."""
+class Pads:
+    """Its tensors can be larger than it needs, so that adapters of another size (rank) fit into them.
+
+    Values of zero along ``rank_axes`` must add nothing.
+    """
+
+    rank_axes: ClassVar[Mapping[str, int]] = {}
+    """Parameter -> the axis whose length is the size (rank). The other members follow from it."""
+
+    @classmethod
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
+        """The size (rank) of an adapter with these parameter shapes; None if the method has no such size."""
+        return next((shapes[name][axis] for name, axis in cls.rank_axes.items()), None)
 
     @property
-    @abstractmethod
     def room(self) -> int:
         """The largest size (rank) that fits into its present tensors."""
+        return self.size_of({name: getattr(self, name).shape for name in self.rank_axes}) or 0
 
-    @abstractmethod
     def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Splits a padded parameter.
 
@@ -184,8 +193,12 @@ class Pads(ABC):
         Returns:
             A view of the part with ``shape``, and views of the padding.
         """
+        if tensor.shape == tuple(shape) or key not in self.rank_axes:
+            return tensor, []
+        axis = self.rank_axes[key]
+        used = shape[axis]
+        return tensor.narrow(axis, 0, used), [tensor.narrow(axis, used, tensor.shape[axis] - used)]
 
-    @abstractmethod
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Pads the parameters to a larger size; nothing is changed yet.
 
@@ -196,10 +209,16 @@ class Pads(ABC):
         Yields:
             A parameter that has to grow, and its value padded with zeros.
         """
+        for name, axis in self.rank_axes.items():
+            parameter: nn.Parameter = getattr(self, name)
+            shape = [*parameter.shape]
+            shape[axis] = size
+            larger = parameter.new_zeros(shape)
+            larger.narrow(axis, 0, parameter.shape[axis]).copy_(parameter.detach())
+            yield parameter, larger
 
-    @abstractmethod
     def mark_padded(self) -> None:
-        """Marks the adapter as padded: its tensors may be larger than it needs."""
+        """Called when the adapter was padded: its tensors may be larger than it needs."""
 
 
 class ServesRows(ABC):
@@ -241,7 +260,7 @@ class IsLowRank(ConvertsToLora):
 
 
 class HasFixedTensors:
-    """Has buffers that are saved, or values that follow from its config; ``prepare`` sets both."""
+    """Has persistent buffers, which are saved, or values that follow from its config; ``prepare`` sets both."""
 
     optional_tensors: ClassVar[tuple[str, ...]] = ()
     """Names in ``fixed_tensors`` that a file may lack; ``prepare`` then computes these tensors."""
@@ -299,7 +318,7 @@ class StartsInWeight(ABC):
         """Subtracts the initial part from a canonical weight in place, which gives the residual."""
 
     @abstractmethod
-    def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
+    def shapes_with_start(self) -> Shapes:
         """Parameter name -> shape in a file, the initial part included; called only if it ``loses_start``."""
 
     @abstractmethod
@@ -496,8 +515,8 @@ def swap_refusal(adapter: nn.Module) -> str:
 
 
 def size_of(adapter_class: type[nn.Module], shapes: Mapping[str, Shape]) -> int | None:
-    """The size (rank) of an adapter with some shapes (``HotSwaps``); None if it has no such size."""
-    return adapter_class.size_of(shapes) if issubclass(adapter_class, HotSwaps) else None
+    """The size (rank) of an adapter with some shapes (``HotSwaps``, ``Pads``); None if it has no such size."""
+    return adapter_class.size_of(shapes) if issubclass(adapter_class, HotSwaps | Pads) else None
 
 
 def rounds(adapter: nn.Module) -> bool:

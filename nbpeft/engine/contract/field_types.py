@@ -1,8 +1,8 @@
 """Checks the fields of a config against their annotations.
 
 ``use_dora: "no"`` would be true and ``r: "8"`` a string: both are refused, in a file and in a
-constructor. NumPy's numbers are converted to Python's. None always passes here; whether a field
-needs a value is checked elsewhere.
+constructor. Numbers of NumPy and tensors of one number are converted to Python's. None always
+passes here; whether a field needs a value is checked elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Union
 
+from torch import Tensor
+
 from nbpeft.errors import ConfigError, shown
 
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
@@ -26,7 +28,7 @@ def check_types(config: Any, *, passing: Collection[str] = ()) -> None:
     """Checks that the type of each value fits the annotation of its field.
 
     Args:
-        config: an instance of a dataclass; NumPy numbers in it are replaced with Python's.
+        config: an instance of a dataclass; numbers of NumPy and torch in it are replaced with Python's.
         passing: names of fields that are not checked.
 
     Raises:
@@ -37,10 +39,10 @@ def check_types(config: Any, *, passing: Collection[str] = ()) -> None:
         value = getattr(config, name, None)
         if value is None or name in passing:
             continue
-        if not _fits(value, kind):
-            what, kind, wrong = _culprit(name, kind, value)
+        as_plain = _plain_field(value)
+        if not _fits(as_plain, kind):
+            what, kind, wrong = _culprit(name, kind, as_plain)
             raise ConfigError(f"{what} must be {_described(kind)}, not {shown(wrong)}", field=name, value=value)
-        as_plain = plain(value)
         if as_plain is not value:
             setattr(config, name, as_plain)
 
@@ -96,10 +98,21 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
 
 
+def _plain_field(value: Any) -> Any:
+    """Converts a number, or the numbers in a dictionary; diffusers gives the alphas of files as tensors."""
+    if not isinstance(value, dict):
+        return plain(value)
+    converted = {key: plain(entry) for key, entry in value.items()}
+    changed = any(converted[key] is not entry for key, entry in value.items())
+    return converted if changed else value
+
+
 def plain(value: Any) -> Any:
-    """Converts a NumPy number to Python's; returns everything else unchanged."""
+    """Converts a number of NumPy, or a tensor without dimensions, to Python's; returns everything else unchanged."""
     if isinstance(value, int | float | enum.Enum):
         return value
+    if isinstance(value, Tensor):
+        return value if value.ndim or value.is_meta else value.item()
     if _is_bool(value):
         return bool(value)
     if isinstance(value, numbers.Integral):

@@ -131,7 +131,7 @@ def check_classes(label: str, adapter_class: type[Any], config_class: type[Any],
 def _check_capabilities(label: str, adapter_class: type[Any], cls: type[Any]) -> None:
     """Refuses a class that overrides a member of a capability without deriving from the capability."""
     for capability in _CAPABILITIES:
-        if issubclass(adapter_class, capability):
+        if issubclass(adapter_class, capability) or cls.__module__ == _HOME:  # a capability itself
             continue
         name = next((name for name in vars(capability) if not name.startswith("_") and name in vars(cls)), None)
         if name is not None:

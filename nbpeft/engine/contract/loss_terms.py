@@ -87,8 +87,7 @@ def share_of_batch(labels: Any, items: Any, *, shifts: bool) -> Tensor | float:
     """
     if items is None or not isinstance(labels, Tensor) or labels.ndim < 2:
         return 1.0
-    share: Tensor = (labels[..., int(shifts) :] != IGNORED_LABEL).sum() / items
-    return share
+    return (labels[..., int(shifts) :] != IGNORED_LABEL).sum() / items
 
 
 def requested_loss(manager: Any, terms: Mapping[str, Iterable[Tensor]]) -> Tensor | float:
@@ -173,7 +172,7 @@ def _marked(term: Tensor, key: Key) -> Tensor:
         return term
     if not term.requires_grad:  # otherwise no node would be recorded
         term = term.detach().requires_grad_()
-    return _Marked.apply(term, key)  # type: ignore[no-any-return, no-untyped-call]
+    return _Marked.apply(term, key)  # type: ignore[no-untyped-call]
 
 
 def terms_in(loss: Tensor, wanted: Iterable[Key] = ()) -> set[Key]:

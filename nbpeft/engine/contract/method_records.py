@@ -69,6 +69,12 @@ class Companion(Protocol):
         ...
 
 
+def _rank(config: Any) -> int:
+    """``r`` of a config; 0 without one."""
+    rank = getattr(config, "r", None)
+    return rank if isinstance(rank, int) else 0
+
+
 @dataclass(frozen=True)
 class Listing:
     """How lists, panels, model cards and messages present a method.
@@ -77,16 +83,17 @@ class Listing:
         when: when to choose it, in a few words.
         paper: where it is described: ``arXiv:2106.09685``, or a URL.
         variant: config -> a display name that is more specific than the label (``rsLoRA``), or the empty string.
-        summary: config -> settings to show: ``{"r": "16", "α": "32"}``.
-        smaller: config -> a config with fewer parameters, to suggest if a memory estimate does not fit, or None.
+        summary: config -> settings to show: ``{"r": "16", "α": "32"}``; by default ``r`` if the config has it.
+        smaller: config -> a config with fewer parameters, to suggest if a memory estimate does not fit, or None; by
+            default with half of ``r``.
         listed_with: config fields to use in lists of methods, if the config's defaults alone are not valid.
     """
 
     when: str = ""
     paper: str = ""
     variant: Callable[[Any], str] = lambda config: ""
-    summary: Callable[[Any], Mapping[str, str]] = lambda config: {}
-    smaller: Callable[[Any], Any] = lambda config: None
+    summary: Callable[[Any], Mapping[str, str]] = lambda config: {"r": str(config.r)} if _rank(config) else {}
+    smaller: Callable[[Any], Any] = lambda config: config.copy(r=config.r // 2) if _rank(config) > 1 else None
     listed_with: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, MeasuresDelta, TransformsOutput, Untargeted
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.errors import ConfigError
 
@@ -106,8 +106,7 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
     # What this class implements for all methods
 
     @classmethod
-    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
-        """Shapes of all parameters; see ``Adapter``."""
+    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         if cls.needs_embedding and not kind.takes_ids:
             raise ConfigError(f"{path} is not an embedding, so {cls.__name__} cannot insert tokens before its output")
         with torch.device("meta"):
@@ -115,7 +114,7 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
 
     @classmethod
     def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded parameters or makes new ones; see ``Adapter``."""
+        """Binds loaded parameters or makes new ones."""
         if tensors is None:
             made = cls(config)
             with torch.no_grad():
@@ -144,32 +143,26 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
         return made
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Zeros: nothing is added to the embedding's output; see ``Adapter``."""
+        """Zeros: nothing is added to the embedding's output."""
         return base_output.new_zeros(()).expand_as(base_output)
 
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
-        """The embedding's output, unchanged."""
         return output
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Zeros; see ``Adapter``."""
         return torch.zeros_like(weight)
 
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
-        """The norm of its parameters; see ``MeasuresDelta``."""
         norms = [torch.linalg.vector_norm(parameter.detach().float()) for parameter in self.parameters()]
         return float(torch.stack(norms).norm()), None
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
         return "the weights: it inserts trained tokens before the input and changes no weight"
 
     def swap_refusal(self) -> str:
-        """Why it cannot be hot-swapped; see ``HotSwaps``."""
         return "is a prompt of the whole model; load the other one under another name and switch with set_adapter()"
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
-        """All parameters; see ``Adapter``."""
         return dict(self.named_in_files())
 
     def name_in_files(self, name: str) -> str:
@@ -186,7 +179,6 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
         return {self.name_in_files(path): parameter for path, parameter in self.named_parameters()}
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites all parameters with zeros."""
         for parameter in self.parameters():
             parameter.detach().zero_()
 

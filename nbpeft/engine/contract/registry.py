@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,9 +29,11 @@ from nbpeft.engine.contract.method_records import Companion as Companion
 from nbpeft.engine.contract.method_records import Part as Part
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.peft_names import PeftNames
-from nbpeft.errors import ConfigError, UnknownMethodError, did_you_mean, in_one_line, shortened, shown
+from nbpeft.engine.contract.registration import check_config_class, check_peft_type, check_values
+from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
+"""Also the module with the names that a package needs to define a method."""
 
 Targets = Collection[str] | str | None
 
@@ -119,14 +122,14 @@ _entry_points_lock = threading.RLock()
 
 
 def register(
-    config_class: type[AdapterConfig], *, peft_type: str, label: str, **fields: Any
+    config_class: type[AdapterConfig], *, label: str, peft_type: str = "", **fields: Any
 ) -> Callable[[AdapterClass], AdapterClass]:
     """Class decorator that registers an adapter class as a method.
 
     Args:
         config_class: class of its configs.
-        peft_type: the ``peft_type`` in config files.
         label: its display name.
+        peft_type: the ``peft_type`` in config files; by default the ``method_type`` of the config class.
         **fields: the other attributes of ``Method``.
 
     Returns:
@@ -134,26 +137,26 @@ def register(
 
     Raises:
         UnknownMethodError: another class has this label.
-        ConfigError: ``Method`` has no such attribute, the type of a value is wrong, or the class is written for the
-            contract of nbpeft 0.2.
+        ConfigError: ``Method`` has no such attribute, a value is invalid, or the class is written for the contract of
+            nbpeft 0.2.
     """
+    type_in_files = peft_type or getattr(config_class, "method_type", "")
     check_fields(label, fields, _FIELDS)
-    for name, record in _RECORDS.items():
-        if not isinstance(fields.get(name, record()), record):
-            message = f"{label}: {name} must be a {record.__name__}, not {shown(fields[name])}"
-            raise ConfigError(message, field=name)
+    check_values(label, fields, _RECORDS)
 
     def decorate(cls: AdapterClass) -> AdapterClass:
-        method = Method(label, peft_type, config_class, cls, **fields)
+        method = Method(label, type_in_files, config_class, cls, **fields)
         check_classes(label, cls, config_class, method.shares.state)
-        clash = next((m for m in _methods if m.label == label and m.adapter_class is not cls), None)
+        check_peft_type(label, type_in_files, config_class, {m.peft_type: m.config_class for m in _methods})
+        check_config_class(label, config_class, method.sample_configs)
+        clash = next((m for m in _methods if m.label == label), None)
         if clash is not None and clash.adapter_class.__qualname__ != cls.__qualname__:
             raise UnknownMethodError(
                 f"the method name {label!r} is taken by {clash.adapter_class.__module__}", label=label
             )
         if clash is not None:
             _methods.remove(clash)
-        PeftType.add(peft_type)
+        PeftType.add(type_in_files)
         _methods.append(method)
         return cls
 
@@ -320,7 +323,9 @@ def _insert(ranked: list[Any], new: _Ranked) -> None:
 def _load_entry_points() -> None:
     """Imports the modules of other packages that register methods, once; a failing one is skipped with a warning."""
     global _entry_points_loaded, _entry_points_loading
-    if _entry_points_loaded:
+    # The packages import their names from ``nbpeft.methods``, and would fail while that is being imported itself.
+    names = sys.modules.get(ENTRY_POINT_GROUP)
+    if _entry_points_loaded or (names is not None and not hasattr(names, "MethodConfig")):
         return
     failures = []
     with HeldInterrupts(), _entry_points_lock:

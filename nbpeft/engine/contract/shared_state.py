@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.base import BaseLayer, Shape, Shapes
 from nbpeft.engine.contract.bindable import Bindable
 from nbpeft.engine.contract.initial_draws import Fill, drawn
 
@@ -25,7 +25,7 @@ class SharedSite:
         dtype: dtype of new tensors.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, Shape]
     device: torch.device
     dtype: torch.dtype
 
@@ -48,11 +48,14 @@ class SharedState(Bindable):
     is_trained: ClassVar[bool] = True
     """Whether its tensors are trained; otherwise they are frozen."""
 
+    in_layers: ClassVar[bool] = False
+    """Whether PEFT's state dicts contain its tensors in each adapted layer, and once more in ``base_model``."""
+
     named_first: ClassVar[tuple[str, ...]] = ()
     """Names of its modules that in PEFT map a tensor name to a mapping by adapter name, not the other way round."""
 
     @classmethod
-    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> Shapes:
         """The names and shapes of its tensors.
 
         Args:
@@ -98,7 +101,7 @@ class SharedState(Bindable):
         return made
 
     @classmethod
-    def other_dtypes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.dtype]:
+    def other_dtypes(cls, shapes: Mapping[str, Shape]) -> dict[str, torch.dtype]:
         """The dtypes of tensors that are not floating-point, such as indices.
 
         Args:
@@ -144,6 +147,7 @@ class DrawnTensors(SharedState):
 
     made_from: ClassVar[tuple[str, ...]] = ("r", "projection_prng_key", "save_projection")
     is_trained: ClassVar[bool] = False
+    in_layers: ClassVar[bool] = True
     names: ClassVar[tuple[str, str]]
 
     def __init__(self, tensors: Mapping[str, Tensor], *, saved: bool) -> None:
@@ -158,9 +162,7 @@ class DrawnTensors(SharedState):
         return first, second
 
     @classmethod
-    def drawn(
-        cls, config: Any, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
-    ) -> Mapping[str, Tensor]:
+    def drawn(cls, config: Any, shapes: Mapping[str, Shape], generator: torch.Generator) -> Mapping[str, Tensor]:
         """Draws the tensors on the CPU, with the same numbers as PEFT.
 
         Args:
@@ -175,7 +177,6 @@ class DrawnTensors(SharedState):
 
     @classmethod
     def create(cls, config: Any, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Registers loaded tensors, or draws them from the config's seed; see ``SharedState``."""
         if tensors is None:
             tensors = cls.drawn(config, site.shapes, torch.Generator().manual_seed(config.projection_prng_key))
         placed = {name: tensor.to(site.device, site.dtype) for name, tensor in tensors.items()}
@@ -206,7 +207,7 @@ class Together(SharedState):
         self.bind(config=config, adapters={})
 
     @classmethod
-    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> Shapes:
         """None: it has no tensors."""
         return {}
 
@@ -219,3 +220,65 @@ class Together(SharedState):
     def is_saved(cls, config: Any) -> bool:
         """False: there is nothing to save."""
         return False
+
+
+def state_of_all(adapter: nn.Module) -> SharedState | None:
+    """Returns the state that an adapter shares with those of other layers, if PEFT lists its tensors in each layer.
+
+    Args:
+        adapter: the adapter of a layer.
+    """
+    held = (adapter._modules.get("shared"), *vars(adapter).values())
+    return next((state for state in held if isinstance(state, SharedState) and state.in_layers), None)
+
+
+def listed_name(key: str, adapter: str) -> str:
+    """Returns the name in PEFT's modules of a tensor in a shared state.
+
+    Args:
+        key: its name in the state.
+        adapter: name of the adapter.
+    """
+    name, _, rest = key.partition(".")
+    return ".".join(filter(None, (name, adapter, rest)))
+
+
+def add_shared(adapters: Mapping[str, nn.Module], found: dict[str, Any], prefix: str, *, keep_vars: bool) -> None:
+    """Adds tensors of shared states to a state dict, under PEFT's names, if they are not in it.
+
+    Args:
+        adapters: adapter name -> adapter.
+        found: the state dict, changed in place.
+        prefix: prefix of the names.
+        keep_vars: add the parameters themselves, not detached.
+    """
+    for name, adapter in adapters.items():
+        state = state_of_all(adapter)
+        for key, tensor in {} if state is None else state.state_dict(keep_vars=keep_vars).items():
+            found.setdefault(prefix + listed_name(key, name), tensor)
+
+
+@torch.no_grad()
+def take_shared(
+    adapters: Mapping[str, nn.Module], state_dict: dict[str, Any], prefix: str, missing: list[str], errors: list[str]
+) -> None:
+    """Loads what ``add_shared`` added, and removes it from the state dict.
+
+    Args:
+        adapters: adapter name -> adapter.
+        state_dict: changed in place.
+        prefix: prefix of the names.
+        missing: names that are not in the state dict are appended.
+        errors: messages about tensors of another shape are appended.
+    """
+    for name, adapter in adapters.items():
+        state = state_of_all(adapter)
+        for key, tensor in {} if state is None else state.state_dict().items():
+            listed = prefix + listed_name(key, name)
+            given = state_dict.pop(listed, None)
+            if given is None:
+                missing.append(listed)
+            elif given.shape != tensor.shape:
+                errors.append(f"size mismatch for {listed}: {tuple(given.shape)} instead of {tuple(tensor.shape)}")
+            else:
+                tensor.copy_(given)

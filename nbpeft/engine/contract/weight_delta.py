@@ -62,7 +62,6 @@ class WeightDelta(Adapter):
         return lambda *parameters: self.delta(base, *parameters)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The layer's output with the delta as its weight; see ``Adapter``."""
         compute = self.delta_in_training(base) if self.training else lambda *tensors: self.delta(base, *tensors)
         if compute is None:
             return torch.zeros_like(base_output)
@@ -70,7 +69,6 @@ class WeightDelta(Adapter):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """The delta, in the dtype of the parameters; see ``Adapter``."""
         return self.delta(base, *self.tensors)
 
 
@@ -103,19 +101,10 @@ class ScaledDelta(WeightDelta, Rescales):
     rescales_rows: bool = True
 
     def unscaled_delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """Computes the delta without ``scaling``; see ``WeightDelta.delta``.
-
-        Args:
-            base: the layer.
-            *parameters: in the order of ``parameter_shapes``.
-
-        Returns:
-            Shaped like the canonical weight, in the dtype of the parameters.
-        """
+        """Computes the delta without ``scaling``, like ``WeightDelta.delta``."""
         raise NotImplementedError
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """Scales the delta; see ``WeightDelta``."""
         return self.unscaled_delta(base, *parameters) * self.scaling
 
     def is_left_out(self) -> bool:
@@ -128,7 +117,7 @@ class ScaledDelta(WeightDelta, Rescales):
         return float(torch.rand(1)) <= self.module_dropout
 
     def delta_in_training(self, base: BaseLayer) -> Compute | None:
-        """Applies ``module_dropout`` and ``rank_dropout``; see ``WeightDelta``."""
+        """Applies ``module_dropout`` and ``rank_dropout``."""
         if self.is_left_out():
             return None
         if not self.rank_dropout:
@@ -151,31 +140,23 @@ class ComputedFactors(Adapter, IsLowRank):
     def rank(self) -> int:
         """The rank of the factors."""
 
+    @property
+    def delta_rank(self) -> int | None:
+        return self.rank
+
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
         """Computes A, (r, in), and B, (out, r); differentiable."""
 
-    @property
-    def delta_rank(self) -> int | None:
-        """The rank of the factors."""
-        return self.rank
-
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``B A dropout(x)``; see ``Adapter``."""
+        """``B A dropout(x)``."""
         first, second = self.factors()
         dtype = compute_dtype(x, first)
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
         return F.linear(F.linear(dropped, first.to(dtype)), second.to(dtype))
 
     @torch.no_grad()
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``B A``; see ``Adapter``."""
-        first, second = self.factors()
-        return second @ first
-
-    @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """Both factors; see ``IsLowRank``."""
         return LowRankDelta(*self.factors(), 1.0)
 
 
@@ -204,7 +185,7 @@ def apply_delta(
     dtype = dtype or compute_dtype(x, parameters[0])
     if composes():
         return _map(base, _cast(x, dtype), compute(*parameters).to(dtype), bias)
-    return _ApplyDelta.apply(x, base, compute, dtype, bias, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return _ApplyDelta.apply(x, base, compute, dtype, bias, *parameters)  # type: ignore[no-untyped-call]
 
 
 def in_one_product(
@@ -328,7 +309,7 @@ def keeping_inputs(
     """
     if composes() or (keeps_little and compute_dtype(x, parameters[0]) == x.dtype):
         return function(x, *parameters)
-    return _KeepingInputs.apply(function, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return _KeepingInputs.apply(function, x, *parameters)  # type: ignore[no-untyped-call]
 
 
 class _KeepingInputs(torch.autograd.Function):

@@ -19,9 +19,9 @@ class Layers(Protocol):
     """The parts of the adapters' manager that padding uses."""
 
     @property
-    def layers(self) -> dict[str, AdaptedLayer]: ...  # noqa: D102
+    def layers(self) -> dict[str, AdaptedLayer]: ...
 
-    def transaction(self) -> AbstractContextManager[Transaction]: ...  # noqa: D102
+    def transaction(self) -> AbstractContextManager[Transaction]: ...
 
 
 def prepare_for_hotswap(manager: Layers, target_rank: int | None) -> None:

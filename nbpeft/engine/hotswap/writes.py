@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, Pads, configure, keep_settings, size_of, swap_refusal
+from nbpeft.engine.contract.base import Shape, Shapes
 from nbpeft.engine.hotswap.padding import put_larger
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
@@ -76,13 +77,13 @@ class Writes:
             # Layers without new tensors also get the new size, because saved tensors have to fit the new config.
             self._collect_adapter(path, layer, adapter, shapes, given.get(path, {}))
 
-    def _shapes_at(self, path: str, layer: AdaptedLayer, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    def _shapes_at(self, path: str, layer: AdaptedLayer, adapter: Adapter) -> Shapes:
         try:
             return type(adapter).parameter_shapes(self.config, path, layer.base.module, layer.kind)
         except ConfigError as error:
             raise HotSwapError(f"{path}: {error}", path=path) from None
 
-    def _check_form(self, path: str, shapes: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:
+    def _check_form(self, path: str, shapes: Mapping[str, Shape], adapter: Adapter) -> None:
         """Raises HotSwapError if the new adapter has other parameters than the slot."""
         read = adapter._parameters.keys() - set(adapter.peft.constants)
         parameters = ((key, value) for key, value in adapter._parameters.items() if value is not None and key in read)
@@ -99,7 +100,7 @@ class Writes:
             path=path,
         )
 
-    def _check_shapes(self, path: str, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
+    def _check_shapes(self, path: str, shapes: Mapping[str, Shape], given: Mapping[str, Tensor]) -> None:
         if given.keys() != shapes.keys():
             self._check_keys(path, given, shapes)
         for key, tensor in given.items():
@@ -124,7 +125,7 @@ class Writes:
         path: str,
         layer: AdaptedLayer,
         adapter: Adapter,
-        shapes: Mapping[str, tuple[int, ...]],
+        shapes: Mapping[str, Shape],
         given: Mapping[str, Tensor],
     ) -> None:
         larger: dict[nn.Parameter, Tensor] = {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from nbpeft.engine.contract.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import resolve_layer_kind
-from nbpeft.engine.tree.model_tree import Site, embedding_of, parameter_counts, reader_of
+from nbpeft.engine.tree.model_tree import Site, bare_modules, embedding_of, parameter_counts, reader_of
 from nbpeft.errors import PeftWarning, TargetError, few, shown
 
 
@@ -96,21 +96,28 @@ def warn_of_tied(
     )
 
 
-def warn_of_experts(model: nn.Module, taken: Callable[[str], bool]) -> None:
+def warn_of_experts(model: nn.Module, config: AdapterConfig, taken: Callable[[str], bool]) -> None:
     """Warns if ``"all-linear"`` adapts no stacked weights, although the model has some (experts of a mixture).
 
     Args:
-        model: the base model.
+        model: the base model, with or without adapters.
+        config: the config.
         taken: whether a parameter is adapted.
     """
-    stacked = {name: p.numel() for name, p in model.named_parameters() if _is_stacked(model, name, p)}
+    stacked = {
+        f"{path}.{name}".removeprefix("."): parameter
+        for path, module in bare_modules(model)
+        for name, parameter in module.named_parameters(recurse=False)
+        if _is_stacked(module, parameter)
+    }
     if not stacked or any(map(taken, stacked)):
         return
-    share = sum(stacked.values()) / parameter_counts(model)[1]
+    share = sum(parameter.numel() for parameter in set(stacked.values())) / parameter_counts(model)[1]
+    advice = " unless target_parameters names them" if hasattr(config, "target_parameters") else ""
     which = few(stacked, 1, quoted=False)
     warnings.warn(
         f"target_modules='all-linear' adapts linear layers only: the experts ({which}, {share:.0%} of the parameters) "
-        "are stacked weights and are not adapted unless target_parameters names them",
+        f"are stacked weights and are not adapted{advice}",
         stacklevel=5,
     )
 
@@ -131,9 +138,8 @@ def warn_of_experts_along(added: Sequence[tuple[int, int]]) -> None:
     )
 
 
-def _is_stacked(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+def _is_stacked(owner: nn.Module, parameter: nn.Parameter) -> bool:
     """Whether a parameter stacks the weights of several linear maps and is not in a layer of ``torch.nn``."""
-    owner = model.get_submodule(name.rpartition(".")[0])
     return parameter.ndim == 3 and parameter.shape[0] > 1 and not type(owner).__module__.startswith("torch.nn.")
 
 

@@ -23,7 +23,7 @@ from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.layers_config import LayerByLayer
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, Rescales
-from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind
+from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.kernels.storage import StoredWeight
 from nbpeft.engine.wrappers.layer import AdaptedLayer, WeightBackup
@@ -107,7 +107,7 @@ def _title(layer_class: type) -> tuple[str, str]:
     return layer_class.__module__, layer_class.__qualname__
 
 
-def probed_shapes(part: CustomPart, module: nn.Module, path: str) -> dict[str, tuple[int, ...]]:
+def probed_shapes(part: CustomPart, module: nn.Module, path: str) -> Shapes:
     """Finds the shapes of an adapter by creating one; the state of the CPU's random generator is restored.
 
     Args:
@@ -169,7 +169,6 @@ class OpaqueWeights(StoredWeight):
         return False
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """All parameters and buffers, or one empty tensor."""
         return [value.detach() for value in _values(module).values()] or [torch.empty(0)]
 
     def dtype(self, module: nn.Module) -> torch.dtype:
@@ -248,7 +247,7 @@ class CustomAdapter(Adapter, Rescales, HotSwaps):
 
     @classmethod
     def create(cls, config: CustomPart, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Creates a custom layer and copies loaded tensors into it; see ``Adapter``."""
+        """Creates a custom layer and copies loaded tensors into it."""
         made: Any = config.make(site.base.module, site.path, site.name)
         for parameter in made.parameters():
             if parameter.dtype in _HALF:
@@ -256,10 +255,10 @@ class CustomAdapter(Adapter, Rescales, HotSwaps):
         with torch.no_grad():
             for name, tensor in (tensors or {}).items():
                 made.tensors()[name].copy_(tensor)
-        return made  # type: ignore[no-any-return]
+        return made
 
     @classmethod
-    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         """Always raises ConfigError: the shapes are only known once a custom layer is created."""
         raise ConfigError(f"{path} is a custom layer: load the adapter instead of hot-swapping it", path=path)
 
@@ -269,12 +268,10 @@ class CustomAdapter(Adapter, Rescales, HotSwaps):
         return float(getattr(self.owner, "scaling", {}).get(self.name, 1.0))
 
     def rescale(self, scaling: float | Tensor, *, trained: bool = False) -> None:
-        """Sets the custom layer's scaling; see ``Rescales``."""
         self.__dict__["_trained_scaling"] = None if trained else self.trained_scaling
         self.owner.scaling[self.name] = self.entries["scaling"] = float(scaling)
 
     def keep_scaling(self, change: Transaction) -> None:
-        """Records the custom layer's scaling values."""
         change.keep(self.owner.scaling)
 
     def store_scaling_as_tensor(self, device: torch.device) -> None:
@@ -285,11 +282,9 @@ class CustomAdapter(Adapter, Rescales, HotSwaps):
         return dict(self.state_dict(keep_vars=True))
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
-        """The tensors by the custom layer's names; see ``Adapter``."""
         return self.tensors()
 
     def swap_refusal(self) -> str:
-        """Why the adapter cannot be hot-swapped; see ``Adapter``."""
         return "is on a custom layer"
 
     @property
@@ -357,7 +352,6 @@ class CustomLayer(AdaptedLayer):
         return self.custom(*args, **kwargs)
 
     def attach(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
-        """Replaces the frozen layer in the parent's modules; see ``AdaptedLayer``."""
         super().attach(modules, attribute, change)
         self.show_adapters()
 
@@ -390,12 +384,10 @@ class CustomLayer(AdaptedLayer):
         custom.__dict__.update(adapted_layer=self, training=self.training)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Named children of the custom layer."""
         self.show_adapters()
         return nn.Module.named_children(self)
 
     def children(self) -> Iterator[nn.Module]:
-        """Children of the custom layer."""
         return (child for _, child in self.named_children())
 
     def called_children(self) -> Any:
@@ -403,7 +395,6 @@ class CustomLayer(AdaptedLayer):
         return *(child for _, child in self.named_children()), self.adapters
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training or evaluation mode, also of the custom layer."""
         super().train(mode)
         if self.custom is not None:
             self.custom.training = mode
@@ -480,7 +471,6 @@ class CustomLayer(AdaptedLayer):
     # Merging
 
     def check_mergeable(self, names: Sequence[str]) -> None:
-        """Raises MergeError if the custom layer cannot merge."""
         if any(name in self.adapters._modules for name in names):
             if not callable(getattr(self.custom, "merge", None)):
                 raise MergeError(f"a {self._get_name()} has no merge()")
@@ -488,7 +478,7 @@ class CustomLayer(AdaptedLayer):
                 raise MergeError("its weight has no data (meta device): load the whole model")
 
     def not_finite_when_merged(self, names: Sequence[str], scales: Sequence[float]) -> str:
-        """Checks the adapters' tensors only; see ``AdaptedLayer``."""
+        """Checks the adapters' tensors only."""
         return "" if self.are_finite(names) else "weights"
 
     def _stored(self, *, untie: bool, spill: SpillFile | None = None) -> WeightBackup:
@@ -502,7 +492,7 @@ class CustomLayer(AdaptedLayer):
         self.custom.merged_adapters[:] = stored.merged
 
     def write_merged(self, chosen: Sequence[tuple[str, float]], module: nn.Module, bias: Tensor | None) -> None:
-        """Calls ``merge`` of the custom layer; see ``AdaptedLayer``."""
+        """Calls ``merge`` of the custom layer."""
         scaled = next((name for name, scale in chosen if scale != 1.0), None)
         if scaled is not None:
             raise MergeError(f"a {self._get_name()} cannot merge with a scale: set the scale of {scaled!r} to 1")

@@ -6,7 +6,7 @@ adapter there would have no effect.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.wrappers.layer import AdaptedLayer
-from nbpeft.errors import LayerKindError, TargetError
+from nbpeft.errors import ConfigError, LayerKindError, TargetError, shown
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -97,4 +97,26 @@ def check_copy(path: str, module: nn.Module, wrapper: nn.Module | None) -> None:
             f"modules_to_save cannot be applied to modules of type {type(module).__name__}, such as {path}, which "
             "has no forward(); name the modules inside it",
             path=path,
+        )
+
+
+def check_shapes(adapter_class: type[Any], path: str, shapes: object) -> None:
+    """Checks what ``parameter_shapes`` returned for a layer.
+
+    Args:
+        adapter_class: class of the adapter.
+        path: path of the layer.
+        shapes: what it returned.
+
+    Raises:
+        ConfigError: it is no dictionary from names to tuples of sizes.
+    """
+    is_valid = isinstance(shapes, Mapping) and all(
+        isinstance(shape, Sequence) and all(isinstance(size, int) and size >= 0 for size in shape)
+        for shape in shapes.values()
+    )
+    if not is_valid:
+        raise ConfigError(
+            f"{path}: {adapter_class.__name__}.parameter_shapes must return a tuple of whole numbers for each "
+            f"parameter, by name, not {shown(shapes)}"
         )

@@ -36,7 +36,7 @@ from nbpeft.engine.contract.adapter import (
     TaskType,
     UsesAnother,
 )
-from nbpeft.engine.contract.base import Backend, LayerKind
+from nbpeft.engine.contract.base import Backend, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.registry import (
     Method,
     companions,
@@ -56,7 +56,7 @@ from nbpeft.engine.injection.config_warnings import (
     warn_of_uncalled,
 )
 from nbpeft.engine.injection.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
-from nbpeft.engine.injection.injection_checks import bypassed, check_called, check_copy, check_shaped
+from nbpeft.engine.injection.injection_checks import bypassed, check_called, check_copy, check_shaped, check_shapes
 from nbpeft.engine.injection.replication import pending_replication, replicated
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.tree.fused_layers import fused_layers, with_parameters
@@ -107,7 +107,7 @@ class Target:
     backend: str
     in_features: int
     out_features: int
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Shapes
     adapter_class: type[Adapter]
     config: Any
     tied_to: str = ""
@@ -132,7 +132,7 @@ class Target:
         return ParameterView(module, self.parameter) if self.parameter else module
 
     @property
-    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+    def saved_shapes(self) -> Shapes:
         """Name -> shape of the saved tensors."""
         return self.shapes | {name: shape for name, (shape, _) in self.fixed.items()}
 
@@ -187,7 +187,7 @@ class InjectionPlan:
     biases: dict[str, Extent]
     excluded: tuple[str, ...]
     missing: tuple[str, ...]
-    shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shared: Shapes = field(default_factory=dict)
     features: dict[str, tuple[int, int]] = field(default_factory=dict)
     other_paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -211,7 +211,7 @@ class InjectionPlan:
         )
 
     @property
-    def saved_shared(self) -> dict[str, tuple[int, ...]]:
+    def saved_shared(self) -> Shapes:
         """The shared tensors that are saved."""
         state = method_of(self.config).shares.state
         return self.shared if state is not None and state.is_saved(self.config) else {}
@@ -433,7 +433,7 @@ def _embedding_site(model: nn.Module, sites: Sequence[Site]) -> Site | None:
     return next((site for site in tables if site.module.num_embeddings == rows), None)
 
 
-def _check_size(model: nn.Module, targets: Sequence[Target], shared: Mapping[str, tuple[int, ...]]) -> None:
+def _check_size(model: nn.Module, targets: Sequence[Target], shared: Mapping[str, Shape]) -> None:
     """Raises ConfigError if the adapter is more than ten times as large as the model, which can only be a mistake."""
     shapes = [*shared.values(), *(shape for target in targets for shape in target.saved_shapes.values())]
     size = sum(map(math.prod, shapes)) + sum(target.unsaved for target in targets)
@@ -481,7 +481,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
         paths = (path for path, _ in bare_modules(model, repeat=True) if path)
         resolved.target_modules = condensed_if_many(resolved.target_modules, paths)  # type: ignore[attr-defined]
     if is_all_linear(targets) and not getattr(config, "target_parameters", None):
-        warn_of_experts(model, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
+        warn_of_experts(model, config, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
     return resolved
 
 
@@ -661,6 +661,7 @@ def _target(
     else:
         kind, backend = resolve_parts(site, method)
         shapes = made_by.parameter_shapes(config, site.path, site.module, kind)
+        check_shapes(made_by, site.path, shapes)
     taken, given = kind.features(site.module)
     fixed: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     unsaved = 0

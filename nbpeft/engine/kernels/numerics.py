@@ -169,4 +169,4 @@ def add_delta(output: Tensor, delta: Tensor) -> Tensor:
         return output + delta
     if composes():
         return (output + delta).to(output.dtype)
-    return _AddDelta.apply(output, delta)  # type: ignore[no-any-return, no-untyped-call]
+    return _AddDelta.apply(output, delta)  # type: ignore[no-untyped-call]

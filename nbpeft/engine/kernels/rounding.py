@@ -96,8 +96,7 @@ def round_with_feedback(weight: Tensor, gram: Tensor, grid: Grid) -> Tensor:
 def _factor(gram: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped Gram matrix, which is changed in place."""
     gram.diagonal().add_(damping)
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
-    return factor
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
 
 
 def share_lost(rounded: Tensor, wanted: Tensor, frozen: Tensor, gram: Tensor) -> float:

@@ -21,8 +21,8 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 class StoredWeight:
     """Base class of backends, which derives device and size from the tensors of the weight.
 
-    A subclass implements ``name``, ``matches``, ``dtype``, ``dequantize``, ``store``, ``snapshot``,
-    ``restore`` and ``tensors`` of ``nbpeft.engine.contract.base.Backend``.
+    A subclass implements ``name``, ``matches``, ``dequantize``, ``store``, ``snapshot`` and ``restore`` of
+    ``nbpeft.engine.contract.base.Backend``, and ``tensors`` and ``dtype`` where they are not those of ``weight``.
     """
 
     name: str
@@ -52,6 +52,10 @@ class StoredWeight:
         """All tensors that the weight is stored in, including its quantization constants."""
         return [plain(module.weight)]
 
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype of the weight, dequantized."""
+        return module.weight.dtype  # type: ignore[return-value]
+
     def label(self, module: nn.Module) -> str:
         """The storage format as shown to users: ``bf16``, ``nf4``, ``int8``."""
         return short_name(self.tensors(module)[0].dtype)
@@ -77,6 +81,32 @@ class StoredWeight:
         return sum(unique_storages(self.tensors(module)).values())
 
 
+class WrappedWeight(StoredWeight):
+    """Base class of backends whose ``weight`` is a tensor around others, which a new one replaces."""
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        return inner_tensors(module.weight)
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """(out, in), a new tensor."""
+        weight: Any = module.weight
+        with torch.no_grad():
+            dense: Tensor = weight.detach().dequantize()
+        return dense
+
+    def snapshot(self, module: nn.Module) -> Any:
+        """A copy on the CPU."""
+        return moved_copy(module.weight.detach(), "cpu")  # type: ignore[operator]
+
+    def restore(self, module: nn.Module, snapshot: Any) -> None:
+        """Replaces the weight by a copy of the snapshot."""
+        self.replace(module, moved_copy(snapshot, self.device(module)))
+
+    def replace(self, module: nn.Module, weight: Tensor) -> None:
+        """Sets another tensor as the frozen weight."""
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+
+
 class ReadOnlyWeight(StoredWeight):
     """Base class of backends whose library can compute with a weight but not quantize a new one.
 
@@ -87,12 +117,10 @@ class ReadOnlyWeight(StoredWeight):
     can_merge = False
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """All parameters and buffers of the layer except its bias."""
         own = {**module._parameters, **module._buffers}
         return [plain(tensor) for name, tensor in own.items() if tensor is not None and name != "bias"]
 
     def label(self, module: nn.Module) -> str:
-        """The name of the backend."""
         return self.name
 
     def dtype(self, module: nn.Module) -> torch.dtype:
@@ -130,8 +158,7 @@ class ReadOnlyWeight(StoredWeight):
 
 def plain(weight: Any) -> Tensor:
     """A parameter or tensor subclass as an ordinary detached tensor on the same storage."""
-    tensor: Tensor = weight.detach().as_subclass(Tensor)
-    return tensor
+    return weight.detach().as_subclass(Tensor)
 
 
 def keep_parameter_classes(module: nn.Module) -> None:
@@ -186,16 +213,14 @@ def short_name(dtype: torch.dtype) -> str:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a ``DTensor``; any other tensor itself."""
-    part: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return part
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def storage_of(tensor: Any) -> torch.UntypedStorage:
     """The storage of a tensor, or of the first tensor that it wraps; all views of a tensor have the same storage."""
     while hasattr(tensor, "__tensor_flatten__"):
         tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
-    found: torch.UntypedStorage = tensor.untyped_storage()
-    return found
+    return tensor.untyped_storage()
 
 
 def unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:

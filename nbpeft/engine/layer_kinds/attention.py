@@ -32,7 +32,6 @@ class Attention(Composite):
         return isinstance(module, nn.MultiheadAttention)
 
     def refusal(self, module: Any) -> str:
-        """See ``Composite``."""
         if module.in_proj_weight is None:
             return (
                 f"its keys have {module.kdim} features and its values {module.vdim}, its queries {module.embed_dim}: "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Pads, SharedState, StartsInWeight
+from nbpeft.engine.contract.base import Shape, Shapes
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
@@ -103,7 +104,7 @@ def weights_source(layers: Layers, copies: Copies, name: str, config: AdapterCon
 
 
 def _weights(
-    layers: Layers, copies: Copies, name: str, shapes: Mapping[str, Callable[[], Mapping[str, tuple[int, ...]]]]
+    layers: Layers, copies: Copies, name: str, shapes: Mapping[str, Callable[[], Mapping[str, Shape]]]
 ) -> Callable[[], AdapterWeights]:
     adapters = {path: layers[path].adapter(name) for path in shapes}
     copied = {path: module.modules_to_save[name] for path, module in copies.items() if name in module.modules_to_save}
@@ -130,17 +131,13 @@ def parameter_paths(layers: Layers) -> tuple[str, ...]:
     return tuple(path for path, layer in layers.items() if isinstance(layer, AdaptedParameter))
 
 
-def _shapes(
-    path: str, layer: AdaptedLayer, name: str, config: AdapterConfig
-) -> Callable[[], dict[str, tuple[int, ...]]]:
+def _shapes(path: str, layer: AdaptedLayer, name: str, config: AdapterConfig) -> Callable[[], Shapes]:
     """Returns a function that computes the shapes of an adapter's parameters without padding."""
     adapter = layer.adapter(name)
     return lambda: type(adapter).parameter_shapes(config, path, layer.base.module, layer.kind)
 
 
-def flattened(
-    layers: Layers, name: str, config: AdapterConfig, tensors: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, tuple[int, ...]]:
+def flattened(layers: Layers, name: str, config: AdapterConfig, tensors: Mapping[str, Mapping[str, Tensor]]) -> Shapes:
     """Tensors that lost dimensions or all numbers, as shards of a sharded model do.
 
     Args:

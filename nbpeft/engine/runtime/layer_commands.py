@@ -100,8 +100,7 @@ class LayerCommands:
     @property
     def chosen(self) -> tuple[str, ...]:
         """Names of the model's active adapters; other libraries read them from each layer in turn."""
-        names: tuple[str, ...] = self.manager._chosen
-        return names
+        return self.manager._chosen
 
     def foreign_configs(self, wrapper: Wrapper) -> dict[str, AdapterConfig] | None:
         """Configs of the adapters on a layer that was copied or moved here from another model.

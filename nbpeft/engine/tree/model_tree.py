@@ -195,15 +195,13 @@ def manager_of(model: Any) -> AdapterManager | None:
         model: a base model, a handle such as a PeftModel, or a compiled or parallel wrapper of either. A handle
             keeps its manager after the adapters were unloaded; that manager is no longer ``alive``.
     """
-    found: AdapterManager | None = getattr(unwrapped(model), "__dict__", {}).get(MANAGER)
-    return found
+    return getattr(unwrapped(model), "__dict__", {}).get(MANAGER)
 
 
 def base_model_of(model: Any) -> nn.Module:
     """Returns the base model behind a handle and compiled or parallel wrappers, or the model itself."""
     manager = manager_of(model)
-    base: nn.Module = unwrapped(model) if manager is None else manager.model
-    return base
+    return unwrapped(model) if manager is None else manager.model
 
 
 # Embeddings and heads

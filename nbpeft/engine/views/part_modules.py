@@ -8,7 +8,7 @@ also from ``load_state_dict``, ``torch.func.functional_call`` and FSDP.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.capabilities import ShowsModules, inner_adapters_of, warn_not_called
 from nbpeft.engine.contract.registry import Method
+from nbpeft.engine.contract.shared_state import SharedState, listed_name, state_of_all
 from nbpeft.engine.kernels.live_parameters import LiveParameters, Slot
 from nbpeft.engine.views.layer_attributes import by_name
 from nbpeft.errors import AdapterError
@@ -198,7 +199,7 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
 
 
 def former_names(adapter: Adapter, name: str) -> dict[str, str]:
-    """Returns the names below an adapted layer that were others in nbpeft 0.2: former name -> ``shown_name``.
+    """Returns the names below an adapted layer that were others in nbpeft 0.2: former name -> present name.
 
     Args:
         adapter: the adapter.
@@ -211,7 +212,20 @@ def former_names(adapter: Adapter, name: str) -> dict[str, str]:
             former[f"{own}.{name}"] = shown_name(adapter, own, name)
         elif listed in peft.lists and listed in peft.wrapped:
             former[f"{listed}_{number}.{name}"] = shown_name(adapter, own, name)
+    for state in _shared_here({name: adapter}).values():
+        former |= {f"{peft.shown_as}.{name}.shared.{key}": listed_name(key, name) for key in state.state_dict()}
     return former
+
+
+def _observing(register: Callable[..., Any]) -> Any:
+    """A method of ``nn.Module`` that adds a hook, with which the adapter calls the module from then on."""
+
+    @wraps(register)
+    def registering(self: Observed, *args: Any, **kwargs: Any) -> Any:
+        _observe(self.adapter, self)
+        return register(self, *args, **kwargs)
+
+    return registering
 
 
 class Observed(nn.Module):
@@ -230,25 +244,10 @@ class Observed(nn.Module):
             _observe(self.adapter, self)
         super().__setattr__(name, value)
 
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of ``nn.Module``."""
-        _observe(self.adapter, self)
-        return super().register_forward_hook(*args, **kwargs)
-
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of ``nn.Module``."""
-        _observe(self.adapter, self)
-        return super().register_forward_pre_hook(*args, **kwargs)
-
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of ``nn.Module``."""
-        _observe(self.adapter, self)
-        return super().register_full_backward_hook(*args, **kwargs)
-
-    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of ``nn.Module``."""
-        _observe(self.adapter, self)
-        return super().register_full_backward_pre_hook(*args, **kwargs)
+    register_forward_hook = _observing(nn.Module.register_forward_hook)
+    register_forward_pre_hook = _observing(nn.Module.register_forward_pre_hook)
+    register_full_backward_hook = _observing(nn.Module.register_full_backward_hook)
+    register_full_backward_pre_hook = _observing(nn.Module.register_full_backward_pre_hook)
 
 
 class ParameterModule(Observed, _Shows):
@@ -259,7 +258,6 @@ class ParameterModule(Observed, _Shows):
 
     @property
     def adapter(self) -> Any:
-        """The adapter that owns the parameter."""
         return self._shown[0]
 
     @property
@@ -367,7 +365,7 @@ class Container(_FollowsMode):
         self.__dict__["adapters"] = adapters
 
     def _showing(self) -> Iterable[nn.Module]:
-        return self.__dict__["adapters"].values()  # type: ignore[no-any-return]
+        return self.__dict__["adapters"].values()
 
     def __getattr__(self, name: str) -> Any:
         found = None if name.startswith("__") else by_name(self.__dict__.get("adapters", {}), name)
@@ -375,7 +373,7 @@ class Container(_FollowsMode):
 
 
 class _LiveBuffers(MutableMapping[str, Any]):
-    """A buffer of a layer's adapters by adapter name, which reads and writes the adapters' buffers."""
+    """A buffer by adapter name, which reads and writes the buffers of the adapters or of what their layers share."""
 
     def __init__(self, adapters: Mapping[str, nn.Module], own: str) -> None:
         self._adapters, self._own = adapters, own
@@ -404,14 +402,14 @@ class BufferMapping(_FollowsMode):
     """A buffer of the adapters of a layer by adapter name, as in ``layer.core_norm["default"]``."""
 
     def show(self, adapters: Mapping[str, nn.Module], own: str) -> None:
-        """Sets the adapters whose buffer ``own`` is shown; those without the buffer are ignored."""
+        """Sets the adapters, or their shared states, whose buffer ``own`` is shown; those without it are ignored."""
         having = {name: adapter for name, adapter in adapters.items() if own in adapter._buffers}
         hidden = {name for name, adapter in having.items() if own in adapter._non_persistent_buffers_set}
         buffers = _LiveBuffers(having, own)
         self.__dict__.update(adapters=having, _buffers=buffers, _non_persistent_buffers_set=hidden)
 
     def _showing(self) -> Iterable[nn.Module]:
-        return self.__dict__.get("adapters", {}).values()  # type: ignore[no-any-return]
+        return self.__dict__.get("adapters", {}).values()
 
     def __getitem__(self, name: str) -> Any:
         return self._buffers[name]
@@ -449,12 +447,17 @@ class Remainder(_FollowsMode):
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
-        inner, own = inner_adapters_of(adapter), adapter._modules
-        shown = {name: module for name, module in own.items() if name not in inner} if inner else own
-        self.__dict__.update(adapter=adapter, _modules=shown)
+        shown, own = _unnamed(adapter), adapter._modules
+        self.__dict__.update(adapter=adapter, _modules=own if len(shown) == len(own) else shown)
 
     def _showing(self) -> Iterable[nn.Module]:
         return (self.__dict__["adapter"],)
+
+
+def _unnamed(adapter: Adapter) -> dict[str, Any]:
+    """The submodules of an adapter that have no name in PEFT."""
+    inner, shared = inner_adapters_of(adapter), state_of_all(adapter)
+    return {name: module for name, module in adapter._modules.items() if name not in inner and module is not shared}
 
 
 def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLayer) -> dict[str, Any]:
@@ -475,7 +478,18 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
     modules: dict[str, dict[str, nn.Module]] = {}
     slots: dict[str, dict[str, Slot]] = {}
     parameters: dict[tuple[str, str], dict[str, Slot]] = {}
-    buffers = dict.fromkeys(own for adapter in adapters.values() for own in list(adapter._buffers))
+    shared = _shared_here(present)
+    holders = [*adapters.items(), *shared.items()]
+    buffers = {
+        own: {name: one for name, one in holders if own in one._buffers}
+        for _, holder in holders
+        for own in list(holder._buffers)
+    }
+    for name, state in shared.items():
+        for own in list(state._parameters):
+            parameters.setdefault(("", own), {})[name] = (state, own)
+        for own, module in state.named_children():
+            modules.setdefault(own, {})[name] = module
     for name, adapter in adapters.items():
         for own, make in _parts_of(adapter, base):
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
@@ -488,20 +502,27 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
     for unused in shown.keys() - used:
         _empty(shown.pop(unused))
     for shown_as, leaves in modules.items():
-        _container(shown, shown_as, ShownParts)._modules.keep(leaves, slots[shown_as], base)
+        _container(shown, shown_as, ShownParts)._modules.keep(leaves, slots.get(shown_as, {}), base)
         shown[shown_as].show(parameters.pop(("", shown_as), {}))
     for (container, own), own_slots in parameters.items():
         place = shown.setdefault(container, Container(live))._modules if container else shown
         _container(place, own, ParameterMapping).show(own_slots)
-    for own in buffers:
-        _container(shown, own, BufferMapping).show(live, own)
-    _sort(shown, adapters)
+    for own, having in buffers.items():
+        _container(shown, own, BufferMapping).show(having, own)
+    _sort(shown, adapters, shared)
     return present
 
 
-def _sort(shown: dict[str, Any], adapters: Mapping[str, Any]) -> None:
+def _shared_here(adapters: Mapping[str, Any]) -> dict[str, SharedState]:
+    """Adapter name -> the state that its layers share, for states that this layer has and that PEFT's layers list."""
+    states = {name: state_of_all(adapter) for name, adapter in adapters.items()}
+    return {name: one for name, one in states.items() if one and adapters[name]._modules.get("shared") is one}
+
+
+def _sort(shown: dict[str, Any], adapters: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
     """Sorts the modules by the adapters' order of parameters, as in PEFT: optimizer state is keyed by this order."""
     own = [shown_name(adapter, key, "") for adapter in adapters.values() for key in list(adapter._parameters)]
+    own += [key for state in shared.values() for key in (*state._parameters, *state._modules)]
     places = {name: place for place, name in enumerate(dict.fromkeys(name.partition(".")[0] for name in own))}
     for name in sorted(places.keys() & shown.keys(), key=lambda name: places[name]):
         shown[name] = shown.pop(name)
@@ -523,7 +544,7 @@ def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable
     for own in list(adapter._parameters):
         if own in adapter.peft.wrapped:
             yield own, partial(_leaf, adapter, own, base)
-    if adapter._modules.keys() - inner_adapters_of(adapter).keys():
+    if _unnamed(adapter):
         yield adapter.peft.shown_as, partial(Remainder, adapter)
 
 

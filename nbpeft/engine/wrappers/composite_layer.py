@@ -73,7 +73,6 @@ class CompositeReplica(AdaptedComposite):
         """Does nothing: a replica is never changed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The same on the replica's device."""
         for layer in (self, *self._layers().values()):
             use_shown(layer.adapters._modules, layer._modules)
         return super().forward(*args, **kwargs)

@@ -133,8 +133,7 @@ class FactoredWeight:
         return [product._replace(left=left[index], right=right[index]) for product, (left, right) in parts]
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        product: Tensor = _product(torch.matmul, self, other)
-        return product
+        return _product(torch.matmul, self, other)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.weight if name in _OF_THE_WEIGHT else self.summed(), name)
@@ -225,7 +224,7 @@ def grouped_product(x: Tensor, left: Tensor, right: Tensor, offs: Tensor) -> Ten
         parts = [x[rows] @ left[i].to(x.dtype) @ right[i].to(x.dtype) for i, rows in groups]
         return F.pad(torch.cat(parts), (0, 0, 0, len(x) - ends[-1])) if parts else x.new_zeros(len(x), right.shape[2])
     with without_autocast(x.device.type):
-        return _Grouped.apply(x, left, right, groups)  # type: ignore[no-any-return, no-untyped-call]
+        return _Grouped.apply(x, left, right, groups)  # type: ignore[no-untyped-call]
 
 
 class _Grouped(torch.autograd.Function):

@@ -51,9 +51,9 @@ class Layer(Protocol):
     kind: LayerKind
     base_layer: nn.Module
 
-    def adapter(self, name: str) -> Adapter: ...  # noqa: D102
+    def adapter(self, name: str) -> Adapter: ...
 
-    def write_merged(self, chosen: Chosen, module: nn.Module, bias: Tensor | None) -> None: ...  # noqa: D102
+    def write_merged(self, chosen: Chosen, module: nn.Module, bias: Tensor | None) -> None: ...
 
 
 class FakeQuantLayer:

@@ -29,6 +29,7 @@ from nbpeft.engine.contract.adapter import (
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.contract.model_adapter import learns_prompt
 from nbpeft.engine.contract.registry import Method, method_of_adapter, methods_of_type
+from nbpeft.engine.contract.shared_state import add_shared, take_shared
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.kernels.recomputed import parts_of
 from nbpeft.engine.views.layer_attributes import attribute_by_name, by_name, function_by_name
@@ -118,8 +119,7 @@ class AdaptedLayer(Wrapper):
     """The ``peft_type`` of the last deleted adapter, for a layer without adapters."""
 
     def _named(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.__dict__["adapters"]._modules
-        return found
+        return self.__dict__["adapters"]._modules
 
     def _methods(self) -> list[Method]:
         """The methods of the adapters on this layer; if it has none, that of the last deleted adapter."""
@@ -132,8 +132,7 @@ class AdaptedLayer(Wrapper):
 
     def wrapped_module(self) -> nn.Module:
         """The frozen layer; for an adapted parameter the module that has it, inside all wrappers."""
-        layer: nn.Module = self.__dict__["_modules"]["base_layer"]
-        return layer
+        return self.__dict__["_modules"]["base_layer"]
 
     @property
     def weight_module(self) -> nn.Module:
@@ -177,8 +176,7 @@ class AdaptedLayer(Wrapper):
         """
         active = self.active_state.current()
         if self.merged_names:
-            merged: Tensor = self.base_layer(x, *args, **kwargs)
-            return merged
+            return self.base_layer(x, *args, **kwargs)
         if self.is_quantization_aware(active.call_names):
             return self._rounded(x, active, args, kwargs)
         alone = self._alone(active)
@@ -199,7 +197,7 @@ class AdaptedLayer(Wrapper):
             return alone.transform_output(output, self._base_in(active, active.names[0]))
         if isinstance(alone, FusesAdd):
             adapter: Any = alone
-            return adapter(x, output, self._base_in(active, active.names[0]), True)  # type: ignore[no-any-return]
+            return adapter(x, output, self._base_in(active, active.names[0]), True)
         return self._with_deltas(x, output, active)
 
     def _alone(self, active: ActiveAdapters) -> Any:
@@ -330,7 +328,7 @@ class AdaptedLayer(Wrapper):
             return adapter.transform_output(output, base)
         if scale == 1.0 and isinstance(adapter, FusesAdd):
             fusing: Any = adapter
-            return fusing(x, output, base, True)  # type: ignore[no-any-return]
+            return fusing(x, output, base, True)
         return add_delta(output, adapter(x, output, base) * scale)
 
     def has_any_of(self, active: ActiveAdapters) -> bool:
@@ -634,7 +632,9 @@ class AdaptedLayer(Wrapper):
         self.show_adapters()
         if self.is_passed_over:
             return self.base_layer.state_dict(*args, **kwargs)
-        return super().state_dict(*args, **kwargs)
+        found = super().state_dict(*args, **kwargs)
+        add_shared(self._named(), found, kwargs.get("prefix", ""), keep_vars=kwargs.get("keep_vars", False))
+        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.show_adapters()
@@ -645,6 +645,8 @@ class AdaptedLayer(Wrapper):
             for former, shown in former_names(adapter, name).items():
                 if prefix + former in state_dict:
                     state_dict[prefix + shown] = state_dict.pop(prefix + former)
+        elsewhere = {name: adapter for name, adapter in self._named().items() if "shared" not in adapter._modules}
+        take_shared(elsewhere, state_dict, prefix, args[2], args[4])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -701,7 +703,6 @@ class LayerReplica(AdaptedLayer):
         """Does nothing: a replica is never changed."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Computes the output on the replica's device; see ``AdaptedLayer``."""
         use_shown(self.adapters._modules, self._modules)
         return super().forward(x, *args, **kwargs)
 

@@ -154,8 +154,7 @@ def _maps_with_its_weight(base: BaseLayer) -> bool:
 def _own_forward(module: nn.Module) -> Callable[[Tensor], Any]:
     """The layer's forward, without accelerate's wrapper around it."""
     placed = "_hf_hook" in module.__dict__
-    found: Callable[[Tensor], Any] = module.__dict__.get("_old_forward", module.forward) if placed else module.forward
-    return found
+    return module.__dict__.get("_old_forward", module.forward) if placed else module.forward
 
 
 def _probe(base: BaseLayer) -> Tensor:

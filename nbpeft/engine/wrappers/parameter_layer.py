@@ -64,11 +64,10 @@ class AdaptedOwner(AdaptedLayer):
         )
 
     def wrapped_module(self) -> nn.Module:
-        """The module, inside all wrappers."""
         inner: Any = self
         while isinstance(inner, AdaptedLayer):
             inner = inner._modules["base_layer"]
-        return inner  # type: ignore[no-any-return]
+        return inner
 
 
 class AdaptedParameter(AdaptedOwner):
@@ -79,7 +78,7 @@ class AdaptedParameter(AdaptedOwner):
         return f"{place}.{self.parameter_name}"
 
     def attach(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
-        """Wraps the module, or its wrappers for other parameters, in its parent; see ``AdaptedLayer``."""
+        """Wraps the module, or its wrappers for other parameters, in its parent."""
         inner = modules[attribute]
         if not any(wrapper is self for wrapper in wrappers_of(inner)):
             self._modules["base_layer"] = inner
@@ -105,7 +104,6 @@ class ParameterReplica(AdaptedParameter):
         """Does nothing: a replica is never changed."""
 
     def with_adapters(self, active: ActiveAdapters) -> FactoredWeight | None:
-        """Computes the sum on the replica's device; see ``AdaptedOwner``."""
         use_shown(self.adapters._modules, self._modules)
         return super().with_adapters(active)
 

@@ -43,7 +43,7 @@ class Wrapper(nn.Module):
 
     def _shared_state(self) -> ActiveState:
         state: Any = self.__dict__["active_state"]
-        return getattr(state, "shared", state)  # type: ignore[no-any-return]
+        return getattr(state, "shared", state)
 
     def _activate_alone(self, names: Sequence[str], *, enabled: bool) -> None:
         """Activates adapters on this wrapper only, until the next command on the model.

@@ -174,11 +174,7 @@ def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 def _weights(words: Sequence[str], what: str) -> dict[str, float]:
-    """Read ``a=0.7 b`` as ``{"a": 0.7, "b": 1.0}``.
-
-    Raises:
-        CellError: a word is not ``name=number``, or an adapter occurs twice.
-    """
+    """Read ``a=0.7 b`` as ``{"a": 0.7, "b": 1.0}``."""
     weights: dict[str, float] = {}
     for word in words:
         name, _, number = word.rpartition("=") if "=" in word else (word, "", "1")

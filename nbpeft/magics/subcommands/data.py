@@ -34,6 +34,7 @@ from nbpeft.magics.registry import (
     SKIP_BAD,
     *CHATS,
     argument("--rows", type=positive, metavar="N", default=3, help="number of rows to show (default: 3)"),
+    argument("--seed", type=int, metavar="N", help="seed of the training, with which the rows of a mixture are drawn"),
     ON_MODEL,
     example="%lora data train.jsonl --tokenizer tok --columns prompt=question completion=answer",
 )
@@ -48,6 +49,7 @@ def data(options: argparse.Namespace, notebook: NotebookContext) -> object:
         skip_bad=options.skip_bad,
         **chats_of(options),
         rows=options.rows,
+        seed=options.seed,
         name=options.data,
         model=notebook.chosen(options.model),
     )

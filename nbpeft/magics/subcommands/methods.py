@@ -6,7 +6,7 @@ import argparse
 
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import ADAPTER, ON_MODEL, subcommand
+from nbpeft.magics.registry import ADAPTER, ON_MODEL, session_command, subcommand
 from nbpeft.magics.subcommands.planning import SIZES, settings_of
 from nbpeft.session.results.methods import SORTS
 
@@ -49,7 +49,7 @@ def rank_or_share(text: str) -> int | float:
         ) from None
 
 
-@subcommand(
+session_command(
     "convert",
     "Convert an adapter of any method to the closest LoRA, and report how much of its change is preserved.",
     ADAPTER,
@@ -65,9 +65,3 @@ def rank_or_share(text: str) -> int | float:
     ON_MODEL,
     example="%lora convert orders --rank 16",
 )
-def convert(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Convert an adapter."""
-    model = notebook.chosen(options.model)
-    return notebook.session.convert(
-        options.name, options.rank, as_name=options.as_name, replace=options.replace, model=model
-    )

@@ -13,7 +13,7 @@ from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.registry import COLUMNS, METHOD, TOKENIZER, fields_of, subcommand
-from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS, SHORT_DTYPES
+from nbpeft.names import BASE, DTYPES, OPTIMIZERS, QUANTIZATIONS, SHORT_DTYPES, START
 from nbpeft.session.commands.planning import MemoryPlanner
 from nbpeft.session.handles import is_module
 from nbpeft.session.results.planning import PlanResult
@@ -26,6 +26,7 @@ _FLAGS = {
     "sharded": ("sharded", True),
     "inference": ("training", False),
     "packing": ("packing", True),
+    "generation": ("generation", True),
 }
 """Option without a value -> the setting of ``Session.plan_memory`` that it makes."""
 
@@ -52,7 +53,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
     names = {"batch": "batch_size", "seq": "sequence_length"} | {
-        name: name for name in ("device", "optimizer", "adapters", "processes")
+        name: name for name in ("device", "optimizer", "adapters", "processes", "reference")
     }
     settings: dict[str, Any] = {names[option]: given[option] for option in names if option in given}
     device = str(given.get("device", ""))
@@ -99,6 +100,8 @@ def sizes_without_dry_run() -> CellError:
     COLUMNS,
     TOKENIZER,
     argument("--packing", action="store_true", help="several rows in each sequence, as with %%lora_train --packing"),
+    argument("--reference", metavar="NAME", words=(BASE, START), help="start counts a copy of the trained weights"),
+    argument("--generation", action="store_true", help="completions are generated before each step, as by grpo"),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library"),
     METHOD,
     argument("--rank", type=positive, metavar="R", help="rank of the adapter (default: the active adapter's, or 16)"),
@@ -177,11 +180,7 @@ def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[
 
 
 def _source(name: str | None, notebook: NotebookContext) -> tuple[Any, str]:
-    """The object to plan for, a model or config in a variable, or a folder or Hub id; and its name.
-
-    Raises:
-        CellError: the variable's value is something else.
-    """
+    """The object to plan for, a model or config in a variable, or a folder or Hub id; and its name."""
     if name is None:
         if notebook.session.names:
             return (found := notebook.adapted_model(None, "%lora plan")), found

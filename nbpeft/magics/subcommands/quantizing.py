@@ -102,11 +102,7 @@ def _source(options: argparse.Namespace, notebook: NotebookContext) -> tuple[Any
 def _refuse_rebinding(
     variable: str, source: Any, own: Mapping[str, Any], notebook: NotebookContext, *, named: bool
 ) -> None:
-    """Refuse to overwrite a variable that has unsaved adapters, or that is in use and was not named with ``--as``.
-
-    Raises:
-        CellError: the variable must not be overwritten; the message names its value.
-    """
+    """Refuse to overwrite a variable that has unsaved adapters, or that is in use and was not named with ``--as``."""
     value = notebook.namespace.get(variable)
     if value is None or value is source:
         return
@@ -130,11 +126,7 @@ def _refuse_rebinding(
 
 
 def _sorted(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Separate the fields of quantization, preparation and loading from those of the adapter's config.
-
-    Raises:
-        ConfigError: a field belongs to neither.
-    """
+    """Separate the fields of quantization, preparation and loading from those of the adapter's config."""
     own = {name: value for name, value in fields.items() if name in OWN_FIELDS}
     config = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
     known = field_names(config.get("peft_type") or "LORA")

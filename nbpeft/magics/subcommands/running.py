@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
 
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import refuse_fields, subcommand
+from nbpeft.magics.registry import refuse_fields, session_command, subcommand
 
 _MODEL = argument(
     "target", nargs="?", metavar="MODEL", completes="model", help="the model; not needed if only one training runs"
 )
 
 
-def _register(name: str, summary: str, method: str) -> Callable[[argparse.Namespace, NotebookContext], Any]:
-    def run(options: argparse.Namespace, notebook: NotebookContext) -> Any:
-        return getattr(notebook.session, method)(options.target)
-
-    return subcommand(name, summary, _MODEL, example=f"%lora {name}")(run)
-
-
-@subcommand(
+session_command(
     "stop",
     "Stop a background training after the current step; progress is kept.",
     _MODEL,
@@ -35,9 +26,6 @@ def _register(name: str, summary: str, method: str) -> Callable[[argparse.Namesp
     ),
     example="%lora stop",
 )
-def stop(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """End a training, or that of one adapter of a sweep."""
-    return notebook.session.stop(options.target, adapter=options.adapter)
 
 
 @subcommand(
@@ -61,19 +49,19 @@ def clone(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return notebook.session.clone(options.name, options.as_name, model=options.model, **options.fields)
 
 
-_register("pause", "Pause a background training after the current step.", "pause")
-_register("continue", "Continue a paused training.", "go_on")
-
-
-@subcommand(
+session_command("pause", "Pause a background training after the current step.", _MODEL, example="%lora pause")
+session_command("continue", "Continue a paused training.", _MODEL, method="go_on", example="%lora continue")
+session_command(
     "result",
     "Show how the last training of a model ended.",
     argument(
-        "target", nargs="?", metavar="MODEL", completes="model", help="the model; not needed if only one has adapters"
+        "target",
+        nargs="?",
+        metavar="MODEL",
+        completes="model",
+        reads=NotebookContext.chosen,
+        help="the model; not needed if only one has adapters",
     ),
     argument("--wait", action="store_true", help="wait for a background training; an interrupt stops only the waiting"),
     example="%lora result --wait",
 )
-def result(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """The result of the last training."""
-    return notebook.session.result(notebook.chosen(options.target), wait=options.wait)

@@ -147,11 +147,7 @@ def metric_of(word: str, notebook: NotebookContext) -> Any:
 
 
 def _folders(words: list[str]) -> list[str]:
-    """The folders, with patterns expanded.
-
-    Raises:
-        CellError: a pattern matches no folder.
-    """
+    """The folders, with patterns expanded."""
     found: list[str] = []
     for word in words:
         text = os.path.expanduser(word)

@@ -6,34 +6,22 @@ import argparse
 
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import ON_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.registry import ON_MODEL, TOKENIZER, session_command, subcommand
 from nbpeft.names import SERVING_ENGINES, STORED_TYPES
 
-
-@subcommand(
+session_command(
     "push",
     "Upload an adapter to the Hub, with a model card. The access token comes from HF_TOKEN, a login, or a secret of "
     "Colab or Kaggle.",
     argument("repo", metavar="USER/NAME", help="the repository, created if needed"),
     argument("--name", "-n", metavar="NAME", completes="adapter", help="the adapter, if there are several"),
-    argument("--private", action="store_true", help="make a new repository private"),
+    argument("--private", action="store_true", default=None, help="make a new repository private"),
     argument("--message", metavar="TEXT", help="message of the commit (default: Upload adapter)"),
     argument("--revision", metavar="BRANCH", help="a branch, created if needed (default: main)"),
     argument("--replace", action="store_true", help="overwrite another adapter in that repository"),
     ON_MODEL,
     example="%lora push user/sql-adapter --private",
 )
-def push(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Upload one adapter."""
-    return notebook.session.push(
-        options.repo,
-        name=options.name,
-        model=notebook.chosen(options.model),
-        private=True if options.private else None,
-        message=options.message,
-        revision=options.revision,
-        replace=options.replace,
-    )
 
 
 @subcommand(
@@ -54,12 +42,19 @@ def push(options: argparse.Namespace, notebook: NotebookContext) -> object:
         "--quantize",
         metavar="TYPE",
         words=STORED_TYPES,
-        help="data type of the weights: f32, f16, bf16, or q8_0 in GGUF files (default: the engine's usual one)",
+        help="data type of the weights: f32, f16, bf16, in GGUF files q8_0, of whole models also q6_k, q5_k_m or "
+        "q4_k_m (default: the engine's usual one)",
     ),
     argument(
         "--base",
         metavar="NAME",
         help="for ollama: the base model's name in Ollama, e.g. llama3.2:1b; without it the model is exported merged",
+    ),
+    argument(
+        "--calibrate",
+        metavar="ROWS",
+        completes="data",
+        help="for q4_k_m, q5_k_m and q6_k: rows, as for %%lora_train --data; errors that matter there become smaller",
     ),
     argument("--overwrite", action="store_true", help="replace an earlier export in that folder"),
     argument("--dry-run", action="store_true", help="only show what would be written"),
@@ -78,6 +73,7 @@ def ship(options: argparse.Namespace, notebook: NotebookContext) -> object:
         quantize=options.quantize,
         base=options.base,
         tokenizer=notebook.tokenizer(options.tokenizer) if needs_tokenizer or options.tokenizer else None,
+        calibrate=None if options.calibrate is None else notebook.data(options.calibrate, "--calibrate"),
         overwrite=options.overwrite,
         dry_run=options.dry_run,
         model=notebook.chosen(options.model),

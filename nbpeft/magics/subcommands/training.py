@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nbpeft._util.mixtures import Mixture
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text
@@ -55,7 +56,7 @@ _RESERVED = (
 )
 ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
-_NOT_EXPORTED = ("sample", "every", "score", "metric", "processes", "machines")
+_NOT_EXPORTED = ("sample", "every", "score", "metric", "max_score_rows", "processes", "machines")
 """Arguments that are not written into an exported script."""
 _EARLY_STOPPING = ("patience", "metric_for_best_model", "greater_is_better")
 """Arguments that are not written into it either if they refer to scores, which a script does not compute."""
@@ -85,6 +86,12 @@ SCORE = (
         words=METRICS,
         completes="variable",
         help="how to score, as for %%lora score (default: exact)",
+    ),
+    argument(
+        "--max-score-rows",
+        type=positive,
+        metavar="N",
+        help="score at most N of the rows each time (default: 200 if answers are generated, else all)",
     ),
 )
 TRACK = argument(
@@ -208,7 +215,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         keep=not options.no_keep,
         restart=options.restart,
         source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
-        data_hint=f"{_data_command(options, arguments)} shows them",
+        data_hint=f"{_data_command(options, arguments, mixed=isinstance(data, Mixture))} shows them",
         **arguments,
     )
     for name in ("track", "trainer_class", "replace"):
@@ -249,7 +256,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         CellError: a field is given that is an option of the line.
     """
     names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "machines", "track", "replace")
-    names += ("skip_bad", "objective", "reference", "eval_by")
+    names += ("skip_bad", "objective", "reference", "eval_by", "max_score_rows")
     sample = getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["sample"] = _samples(sample, notebook) if sample else None
@@ -267,11 +274,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
 
 
 def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
-    """The prompts of ``--sample``, or the number of rows to answer.
-
-    Raises:
-        CellError: both prompts and a number are given, or the value of a variable is neither.
-    """
+    """The prompts of ``--sample``, or the number of rows to answer."""
     counts = [int(word) for word in words if word.isdecimal()]
     if counts and len(words) > 1:
         raise CellError("--sample takes either a number of rows or prompts, not both")
@@ -281,11 +284,7 @@ def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
     return prompts[0] if len(prompts) == 1 and not isinstance(prompts[0], str) else prompts
 
 
-@subcommand(
-    "traceback",
-    "Show the whole traceback of the last command that failed.",
-    example="%lora traceback",
-)
+@subcommand("traceback", "Show the whole traceback of the last command that failed.", example="%lora traceback")
 def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Show the last traceback, which is stored as text."""
     return TracebackResult(notebook.session.last_traceback)
@@ -344,13 +343,14 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
     return data, eval_data, notebook.tokenizer(cell.tokenizer)
 
 
-def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any]) -> str:
+def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], *, mixed: bool) -> str:
     """The command that shows the rows of a training."""
     words = [f"%lora data {quoted(options.data)}"]
     words += [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
     words += [f"--separator {quoted(options.separator)}"] if options.separator else []
     words += ["--skip-bad"] if options.skip_bad else []
+    words += [f"--seed {arguments['seed']}"] if mixed and isinstance(arguments.get("seed"), int) else []
     given = chats_of(options)
     variables = given.pop("chat_template_kwargs", {})
     words += [f"--{name} {value}" for name, value in given.items()]

@@ -248,7 +248,10 @@ def _gradients(trial: Trial) -> None:
     """Gradients reach every trained parameter, and no weight of the base model."""
     model = trial.randomized().train()
     own = _parameters(model)
-    torch.autograd.backward(trial.call(model).float().square().sum())
+    loss = trial.call(model).float().square().sum()
+    if not loss.requires_grad:
+        _fail("the output depends on no parameter of the adapter")
+    torch.autograd.backward(loss)
     for name, parameter in model.named_parameters():
         if name not in own and (parameter.requires_grad or parameter.grad is not None):
             _fail(f"{name}, a parameter of the base model, is trained")

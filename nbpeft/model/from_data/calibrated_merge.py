@@ -173,11 +173,7 @@ def _grams(
     layers: Mapping[str, AdaptedLayer],
     batches: Sequence[Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Returns the mean of x xᵀ over the inputs of each layer with the adapters active, (in, in) float32.
-
-    Raises:
-        ConfigError: a layer had no inputs.
-    """
+    """Returns the mean of x xᵀ over the inputs of each layer with the adapters active, (in, in) float32."""
     grams, model = _Grams(), manager.model
     device = next(itertools.chain(model.parameters(), model.buffers())).device
     with torch.no_grad(), evaluated(model), manager.use(names), input_hooks(layers, grams.see):

@@ -9,7 +9,8 @@ Door, what other rooms import:
     injection.py    ``inject_adapter_in_model``: adapters on a model without a PeftModel
     peft_model.py   PeftModel: the wrapper of a base model with adapters
     serving.py      Which adapters serve a call: the active ones, one for each row of a mixed batch, or a weighted sum
-    state_dicts.py  State dicts of adapters under the keys of PEFT's files, and of the base model without its adapters
+    state_dicts.py  State dicts of adapters under the keys of PEFT's files, what a file leaves out, and state dicts of
+                    the base model without its adapters
     status.py       PEFT's status records of layers and models
     tasks.py        PEFT's task classes, and ``get_peft_model``
     tuner.py        ``PeftModel.base_model``: the object that PEFT has between the PeftModel and the base model

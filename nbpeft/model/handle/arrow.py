@@ -79,11 +79,7 @@ def repository_of(path: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
 
 
 def _router_config(manager: AdapterManager, settings: ArrowConfig, names: Sequence[str]) -> LoraConfig:
-    """Returns the config of a router over adapters.
-
-    Raises:
-        ConfigError: they are on different layers.
-    """
+    """Returns the config of a router over adapters."""
     paths = {name: {path for path, layer in manager.layers.items() if name in layer.adapters} for name in names}
     for name in names:
         differing = sorted(paths[names[0]] ^ paths[name])
@@ -93,4 +89,4 @@ def _router_config(manager: AdapterManager, settings: ArrowConfig, names: Sequen
     # None for the names, so that adapters that are added later take part in the routing.
     own = replace(settings, task_adapter_names=None, gks_adapter_names=None)
     targets = sorted(paths[names[0]])
-    return LoraConfig(arrow_config=own, target_modules=targets, r=config.size or 8, task_type=config.task_type)
+    return LoraConfig(arrow_config=own, target_modules=targets, r=config.adapter_size or 8, task_type=config.task_type)

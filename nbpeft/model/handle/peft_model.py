@@ -15,12 +15,7 @@ from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.engine.runtime.method_hooks import (
-    generation_arguments,
-    learns_with_hooks,
-    prepares_calls,
-    transforms_calls,
-)
+from nbpeft.engine.runtime.method_hooks import generation_arguments, learns_with_hooks, prepares_calls, transforms_calls
 from nbpeft.engine.runtime.scopes import AdapterContext
 from nbpeft.engine.tree.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
 from nbpeft.errors import UnknownAdapterError

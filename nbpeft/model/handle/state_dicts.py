@@ -270,10 +270,7 @@ def _complete(
 
 
 def _replace_data(
-    manager: AdapterManager,
-    name: str,
-    data: Callable[[nn.Parameter, AdaptedLayer], Tensor | None],
-    change: Transaction,
+    manager: AdapterManager, name: str, data: Callable[[nn.Parameter, AdaptedLayer], Tensor | None], change: Transaction
 ) -> None:
     """Replaces each parameter for which ``data`` returns new values; shared parameters stay shared."""
     replaced: dict[int, nn.Parameter] = {}

@@ -156,8 +156,7 @@ def get_peft_model(
     if revision is not None:
         if config.revision not in (None, revision):
             warnings.warn(
-                f"the config's revision {config.revision!r} of the base model is replaced by {revision!r}",
-                stacklevel=2,
+                f"the config's revision {config.revision!r} of the base model is replaced by {revision!r}", stacklevel=2
             )
         config = as_given(config).copy(revision=revision)
     handle = PeftModel.for_task(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -14,9 +14,9 @@ from nbpeft._util import hooks
 from nbpeft.engine.calls.model_calls import checkpoints_gradients, has_encoder
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.targets import usual_model_types
-from nbpeft.engine.contract.adapter import AdapterConfig, Untargeted
+from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, Untargeted
 from nbpeft.engine.contract.registry import Method, methods, methods_of_type
-from nbpeft.engine.contract.shared_state import Together
+from nbpeft.engine.contract.shared_state import Together, add_shared, state_of_all, take_shared
 from nbpeft.engine.runtime.adapter_tensors import parameter_paths
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import extra_loss_of_call, learns_with_hooks
@@ -111,6 +111,21 @@ class BaseTuner(nn.Module):
         """The manager of the base model's adapters."""
         manager: AdapterManager = self.__dict__[MANAGER]
         return manager
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the state dict in PEFT's layout; see ``nn.Module``."""
+        found = super().state_dict(*args, **kwargs)
+        add_shared(self._shared(), found, kwargs.get("prefix", ""), keep_vars=kwargs.get("keep_vars", False))
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        take_shared(self._shared(), state_dict, prefix, args[2], args[4])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _shared(self) -> dict[str, Adapter]:
+        """Adapter name -> an adapter, for those whose layers share tensors."""
+        layers = self.manager.layers.values()
+        return {name: one for layer in layers for name, one in layer.adapters.items() if state_of_all(one) is not None}
 
     @property
     def is_live(self) -> bool:

@@ -31,6 +31,7 @@ from nbpeft.engine.contract.adapter import (
 )
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.contract.shared_state import listed_name
 from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -169,14 +170,14 @@ def read(
         note = None  # the adapter was saved for a base with other weights
     _warn_of_mismatches(source, loaded, note)
     _check_base_tensors(manager, name, plan, loaded.weights)
-    modes = {"trainable": trainable, "training": trainable, "half": half}
-    put = manager.prepare(name, plan, loaded.weights, replace=True, **modes)
+    put = manager.prepare(name, plan, loaded.weights, replace=True, trainable=trainable, training=trainable, half=half)
 
     def load() -> LoadResult:
         with manager.transaction() as change:
             put()
             if starts:
                 mark_left(manager, name)
+            change.on_undo(checkpoint.name_classes(manager.model, checkpoint.prompt_format(saved.config)))
             if given is not None:
                 take_given(manager, name, given, change, loading=True)
             result = load_result(manager, name, loaded.missing, loaded.unexpected)
@@ -320,11 +321,7 @@ def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> li
 
 
 def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
-    """Removes a file's base tensors that equal those of the base model, and warns about those that differ.
-
-    Raises:
-        CheckpointError: the base's tensor has no data here, so that it could not be restored later.
-    """
+    """Removes a file's base tensors that equal those of the base model, and warns about those that differ."""
     brought = [key for key in weights.base if key not in plan.biases]
     known = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
     present = {key: known[key] for key in brought}
@@ -503,17 +500,9 @@ def _fingerprint(manager: AdapterManager, *, take: bool = True) -> checkpoint.Fi
 
 
 def _refuse_other(
-    manager: AdapterManager,
-    name: str,
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    base: checkpoint.Fingerprint | None,
+    manager: AdapterManager, name: str, folder: Path, tensors: Mapping[str, Tensor], base: checkpoint.Fingerprint | None
 ) -> None:
-    """Refuses to overwrite another adapter.
-
-    Raises:
-        AdapterExistsError: the folder has one.
-    """
+    """Refuses to overwrite another adapter."""
     owner = owner_of(manager, name, folder)
     if owner is None:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -695,7 +684,7 @@ def _picked(
         },
         {key: find(key, own) for key, own in weights.base.items()},
         {
-            key: _shared_in(state_dict, f"{ADAPTER_PARTS}.{name}.shared.{key}", own)
+            key: _shared_in(state_dict, (f"{ADAPTER_PARTS}.{name}.shared.{key}", f".{listed_name(key, name)}"), own)
             for key, own in weights.shared.items()
         },
         weights.parameters,
@@ -703,8 +692,8 @@ def _picked(
     )
 
 
-def _shared_in(state_dict: Mapping[str, Tensor], ending: str, own: Tensor) -> Tensor:
-    return next((value for key, value in state_dict.items() if key.endswith(ending)), own)
+def _shared_in(state_dict: Mapping[str, Tensor], endings: tuple[str, ...], own: Tensor) -> Tensor:
+    return next((value for key, value in state_dict.items() if key.endswith(endings)), own)
 
 
 def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
@@ -774,10 +763,8 @@ def push(
     manager.check_alive()
     hub = {key: kwargs.get(key) for key in ("token", "revision", "endpoint")}
     with checkpoint.scratch_folder() as folder:
-        if facts is not None:
-            present = checkpoint.present_file(repo_id, "README.md", **hub)
-            if present:
-                (folder / "README.md").write_bytes(present.encode())
+        if facts is not None and (present := checkpoint.present_file(repo_id, "README.md", **hub)):
+            (folder / "README.md").write_bytes(present.encode())
         names = list(manager.names) if name is None else [name]
         save(manager, folder, names=names, flat=name is not None, facts=facts, mark_saved=False)
         if not replace:

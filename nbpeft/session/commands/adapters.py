@@ -420,7 +420,7 @@ def save(
         )
         for adapter in saved:
             _note_with_run(ctx, tracked, adapter)
-        return SaveResult(tracked.name, saved, tuple(notes))
+        return SaveResult(tracked.name, saved, notes=tuple(notes))
 
 
 def _facts(tracked: TrackedModel, name: str) -> CardFacts:
@@ -578,11 +578,7 @@ def adapter_in(state: ModelState, name: str) -> AdapterState:
 
 
 def _revision_in(source: str, given: str | None) -> tuple[str, str | None]:
-    """Split a source such as ``user/name@v1`` into the source and its revision, unless it is an existing path.
-
-    Raises:
-        AdapterError: two different revisions are given.
-    """
+    """Split a source such as ``user/name@v1`` into the source and its revision, unless it is an existing path."""
     place, at, revision = source.rpartition("@")
     if not at or not revision or place.count("/") != 1 or os.path.exists(source):
         return source, given

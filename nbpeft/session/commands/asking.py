@@ -14,13 +14,7 @@ from nbpeft.session.prompts import NO_TEMPLATE, prompt_batch
 from nbpeft.session.results.asking import AskResult
 from nbpeft.session.results.comparing import BASE, Answer
 from nbpeft.session.sampling import Sampling
-from nbpeft.training.watching.generation import (
-    GenerationRequest,
-    answered,
-    evaluating,
-    generate_batch,
-    waits,
-)
+from nbpeft.training.watching.generation import GenerationRequest, answered, evaluating, generate_batch, waits
 
 if TYPE_CHECKING:
     from nbpeft.engine.runtime.manager import AdapterManager
@@ -93,21 +87,8 @@ def ask(
         batch = prompt_batch(ctx, tracked, [prompt], tokenizer, chat, system, answering, earlier)
 
     def result(answer: Answer, status: Status, notes: Sequence[str] = ()) -> AskResult:
-        seconds = time.perf_counter() - started
-        settings = sampling.settings
-        return AskResult(
-            tracked.name,
-            title,
-            batch.prompts[0],
-            answer,
-            seconds,
-            settings,
-            turns,
-            status,
-            batch.form,
-            tuple(notes),
-            batch.system,
-        )
+        seconds, how = time.perf_counter() - started, (sampling.settings, turns, status, batch.form, batch.system)
+        return AskResult(tracked.name, title, batch.prompts[0], answer, seconds, *how, notes=tuple(notes))
 
     def report(answers: list[Answer]) -> None:
         if on_text is not None:
@@ -130,11 +111,7 @@ def ask(
 
 
 def _earlier(conversations: Mapping[str, Earlier], title: str, batch: PromptBatch) -> Earlier:
-    """Return the turns and the messages of the conversation to continue.
-
-    Raises:
-        AdapterError: there is no conversation, or no chat template.
-    """
+    """Return the turns and the messages of the conversation to continue."""
     if not batch.chat:
         raise AdapterError(NO_TEMPLATE)
     if title not in conversations:
@@ -143,11 +120,7 @@ def _earlier(conversations: Mapping[str, Earlier], title: str, batch: PromptBatc
 
 
 def _names(manager: AdapterManager, adapter: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return the adapters that answer: an empty tuple for the base model, None for the active ones.
-
-    Raises:
-        UnknownAdapterError: there is no such adapter.
-    """
+    """Return the adapters that answer: an empty tuple for the base model, None for the active ones."""
     if adapter is None:
         return None
     names = tuple(dict.fromkeys(names_of(adapter)))

@@ -80,16 +80,9 @@ def combine(
             notes.append("linear mixes the factors of one adapter with another's; type exact keeps the true sum")
         if remade:
             notes.append("it replaces the previous combination; session.undo() restores that")
-        state = tracked.state()
-        return CombineResult(
-            tracked.name,
-            tuple((name, float(weight)) for name, weight in weights.items()),
-            adapter_in(state, as_name),
-            combined,
-            state,
-            remade,
-            tuple(notes),
-        )
+        state, pairs = tracked.state(), tuple((name, float(weight)) for name, weight in weights.items())
+        made = adapter_in(state, as_name)
+        return CombineResult(tracked.name, pairs, made, combined, state, remade, notes=tuple(notes))
 
 
 def combination_settings(
@@ -179,11 +172,7 @@ def _check_options(manager: AdapterManager, weights: Mapping[str, float], settin
 def _may_replace(
     ctx: SessionContext, tracked: TrackedModel, name: str, weights: Mapping[str, float], replace: bool
 ) -> bool:
-    """Return whether there is an adapter with this name to replace.
-
-    Raises:
-        AdapterExistsError: there is one that must not be replaced.
-    """
+    """Return whether there is an adapter with this name to replace."""
     manager = tracked.manager
     if name not in manager.configs:
         return False

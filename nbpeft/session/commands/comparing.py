@@ -178,7 +178,6 @@ class _Answering:
     """Fills columns with answers, one generation after the other, until one is stopped.
 
     Args:
-        tracked: the model.
         batches: the prompts of each column.
         columns: the columns without answers.
         request: the common settings of all generations.
@@ -256,25 +255,15 @@ class _Answering:
             self._on_text(self._result(status))
 
     def _result(self, status: Status) -> CompareResult:
-        return CompareResult(
-            self._tracked.name,
-            self._prompts,
-            tuple(self._columns),
-            time.perf_counter() - self._started,
-            len(self._passes()),
-            status,
-            settings=self._settings,
-        )
+        seconds, passes = time.perf_counter() - self._started, len(self._passes())
+        columns, settings = tuple(self._columns), self._settings
+        return CompareResult(self._tracked.name, self._prompts, columns, seconds, passes, status, settings=settings)
 
 
 def _continuing(
     columns: list[Column], after: CompareResult, prompts: Sequence[Prompt], chat: bool | None
 ) -> list[Column]:
-    """Return the columns, each with its own conversation so far.
-
-    Raises:
-        AdapterError: there is not exactly one prompt, or no chat template was applied.
-    """
+    """Return the columns, each with its own conversation so far."""
     if len(prompts) != 1 or len(after.prompts) != 1:
         raise AdapterError("a conversation continues with one prompt at a time")
     if chat is False or not after.chat:
@@ -291,11 +280,7 @@ def _continuing(
 
 
 def _columns(names: Sequence[str], blends: Sequence[Mapping[str, float]], include_base: bool) -> list[Column]:
-    """Return the columns, without answers.
-
-    Raises:
-        AdapterError: there are none.
-    """
+    """Return the columns, without answers."""
     columns = [Column(BASE if BASE not in names else f"({BASE})", row=BASE_ROW)] if include_base else []
     columns += [Column(name, ((name, 1.0),), row=name) for name in names]
     for weights in blends:

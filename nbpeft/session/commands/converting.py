@@ -70,4 +70,5 @@ def convert(
         with Undoable(ctx, tracked, made_name, "converted again").change() if exists else manager.transaction():
             put()
         state, method = tracked.state(), method_of(manager.configs[name]).title(manager.configs[name])
-        return ConvertResult(tracked.name, name, method, adapter_in(state, made_name), made.layers, state, tuple(notes))
+        lora = adapter_in(state, made_name)
+        return ConvertResult(tracked.name, name, method, lora, made.layers, state, notes=tuple(notes))

@@ -29,6 +29,7 @@ def data(
     long: str = "cut",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     rows: int = 3,
+    seed: int | None = None,
     name: str = "data",
     model: ModelLike = None,
 ) -> DataResult:
@@ -47,6 +48,8 @@ def data(
         long: what happens to rows longer than ``max_length``, as for ``train``.
         chat_template_kwargs: variables for the chat template, as for ``train``.
         rows: number of rows to show; some that are cut or left out are shown in addition.
+        seed: seed of the training, with which the rows of a mixture are drawn; by default that of
+            ``TrainingArguments``.
         name: display name of the data.
         model: the model to train; by default the current one. It matters for encoder-decoders, for classifiers and for
             which columns of tokenized rows are used.
@@ -78,5 +81,6 @@ def data(
             chat_template_kwargs=chat_template_kwargs,
             inputs=replace(ModelInputs() if trained is None else model_inputs(trained), kind=None),
             rows=rows,
+            seed=seed,
         )
-    return DataResult(name, summary, notes_of(summary))
+    return DataResult(name, summary, notes=notes_of(summary))

@@ -40,7 +40,8 @@ def inspect(
             raise AdapterError(f"say which adapter to inspect: {', '.join(candidates)}")
         name = candidates[0]
     with ctx.command(f"inspecting {name!r}", slow=True) as notes:
-        return InspectResult(tracked.name, name, inspect_adapter(manager, name, intruders=intruders), tuple(notes))
+        changes = inspect_adapter(manager, name, intruders=intruders)
+        return InspectResult(tracked.name, name, changes, notes=tuple(notes))
 
 
 def measure(ctx: SessionContext, model: str | None = None) -> MemoryState:

@@ -73,7 +73,7 @@ def methods(
             notes.append("name a model to see the cost of each method on it")
         words = ", ".join(f"{name}={value}" for name, value in fields.items())
         given = f"{words} where available" if words else "their defaults"
-        return MethodsResult(title, sorted_rows(rows, sort), given, bool(settings), tuple(notes), sort)
+        return MethodsResult(title, sorted_rows(rows, sort), given, bool(settings), sort, notes=tuple(notes))
 
 
 def _written(method: Method) -> str:
@@ -87,11 +87,7 @@ def _written(method: Method) -> str:
 
 
 def _cost(
-    ctx: SessionContext,
-    method: Method,
-    base: Any,
-    fields: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    ctx: SessionContext, method: Method, base: Any, fields: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> MethodCost:
     """Return the cost of a method, or why it cannot be used on the model."""
     from nbpeft.engine.injection.plan import plan

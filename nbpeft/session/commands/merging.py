@@ -109,7 +109,7 @@ def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None,
         with HeldInterrupts():
             base = tracked.manager.unload(merge=merge, safe=safe)
             ctx.models.remove(tracked)
-        return UnloadResult(ModelRef(base), tracked.name, names, merge, tuple(notes))
+        return UnloadResult(ModelRef(base), tracked.name, names, merge, notes=tuple(notes))
 
 
 def _requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:
@@ -153,4 +153,4 @@ def _write_copy(
     """Write the copy; see ``nbpeft.merge_to_folder`` for the arguments in ``how``."""
     from nbpeft.model import merge_to_folder
 
-    return MergedCopy(model_name, merge_to_folder(manager.model, names, folder, **how), tuple(notes))
+    return MergedCopy(model_name, merge_to_folder(manager.model, names, folder, **how), notes=tuple(notes))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft._util.device_names import DEVICES, THIS_MACHINE, is_apple, named
 from nbpeft.display.numbers import share, size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
-from nbpeft.names import LOSS_CHUNK_SIZE, SHORT_DTYPES
+from nbpeft.names import SHORT_DTYPES
 from nbpeft.session.configs import DEFAULT_METHOD, build_config, label_of, meaning, summary_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
@@ -34,11 +34,12 @@ _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
     *("optimizer", "training", "packing", "adapters", "device", "variable", "changes", "rank"),
     *("processes", "sharded", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
+    *("reference", "generation"),
 )
 _WHOLE_NOTE = "complete logits are counted; nbpeft's own Trainer computes them in chunks"
 _PAIRS_NOTE = (
-    "each row is counted as two sequences, chosen and rejected, of supervised training; further memory that dpo needs, "
-    "such as a copy of the adapter for reference='start', is not included"
+    "each row is counted as two sequences, chosen and rejected; for an adapter that is trained already, "
+    "reference='start' counts the copy of its weights"
 )
 _CUDA_NOTE = "allow 0.5 to 1 GB more for the CUDA context and fragmentation"
 
@@ -57,7 +58,9 @@ def plan_memory(
         **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``, ``"fp4"``, ``"int8"``
             or None; by default that of the model), ``gradient_checkpointing``, ``double_quant``, ``optimizer``,
             ``training``, ``packing``, ``adapters`` (number of adapters trained side by side; a sweep in ``changes``
-            sets it too), ``processes`` and ``sharded`` (memory of one of several processes, with DDP or with FSDP2),
+            sets it too), ``reference`` (``"start"`` counts a copy of the trained weights), ``generation`` (completions
+            are generated before each step, as by ``grpo``), ``processes`` and ``sharded`` (memory of one of several
+            processes, with DDP or with FSDP2),
             ``loss_chunk_size`` and ``recompute`` (as in ``nbpeft.Trainer``; a ``trainer_class`` of another library
             stores complete logits and activations), ``device`` (bytes, ``"16GB"``, ``"T4"`` or a torch device; by
             default this machine's), ``suggest=False`` for no suggestions if it does not fit. ``rank`` and ``changes``
@@ -128,11 +131,7 @@ def memory_planner(
 def _planned(
     tracked: TrackedModel | None, config: ConfigLike | None, changes: Mapping[str, Any], rank: int | None
 ) -> AdapterConfig:
-    """Return the config of the adapter to plan for; see ``plan_memory``.
-
-    Raises:
-        ConfigError: a field is unknown or invalid, or the adapter has no rank that could be changed.
-    """
+    """Return the config of the adapter to plan for; see ``plan_memory``."""
     if config is None and tracked is not None and tracked.manager.names:
         manager = tracked.manager
         name = (manager.active or manager.names)[0]
@@ -150,7 +149,7 @@ def _planned(
         return adapter
     if type(rank) is not int or rank < 1:
         raise ConfigError(f"rank is {rank!r}, expected a whole number of at least 1", field="rank")
-    if adapter.size is None:
+    if adapter.adapter_size is None:
         raise ConfigError(f"this {label_of(adapter)} adapter has no single rank that could be changed", field="rank")
     return adapter.resized(rank)
 
@@ -163,6 +162,7 @@ class MemoryPlanner:
         adapter: config of the trained adapter.
         name: display name of the model.
         batch_size: see ``Session.plan_memory``, also for the further arguments.
+        **others: further fields of ``nbpeft.memory.estimate.Setting``.
         sequences_per_row: number of sequences of each row of the data.
     """
 
@@ -177,17 +177,10 @@ class MemoryPlanner:
         dtype: torch.dtype | str | None = None,
         quantization: str | None = AS_IT_IS,
         gradient_checkpointing: bool | None = None,
-        optimizer: str = "adamw",
-        training: bool = True,
-        packing: bool = False,
-        adapters: int = 1,
-        device: Any = None,
         double_quant: bool | None = None,
-        processes: int = 1,
-        sharded: bool = False,
-        loss_chunk_size: int = LOSS_CHUNK_SIZE,
-        recompute: bool = True,
+        device: Any = None,
         sequences_per_row: int = 1,
+        **others: Any,
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
@@ -211,17 +204,10 @@ class MemoryPlanner:
             dtype=dtype or found.dtype,
             quantization=found.quantization if quantization == AS_IT_IS else quantization,
             gradient_checkpointing=gradient_checkpointing,
-            optimizer=optimizer,
-            training=training,
-            packing=packing,
-            adapters=adapters,
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
-            processes=processes,
-            sharded=sharded,
-            loss_chunk_size=loss_chunk_size,
-            recompute=recompute,
             quantized_experts=found.experts or quantization != AS_IT_IS,
+            **{"optimizer": "adamw", "training": True, **others},
         )
         self._stored_note = found.note
         self.name = name
@@ -233,11 +219,7 @@ class MemoryPlanner:
         return self._settings(self.setting)
 
     def plan(
-        self,
-        settings: PlanSettings | None = None,
-        *,
-        suggest: bool = True,
-        stopped: Callable[[], bool] = lambda: False,
+        self, settings: PlanSettings | None = None, *, suggest: bool = True, stopped: Callable[[], bool] = lambda: False
     ) -> PlanResult:
         """Estimates the memory of a step; takes about a second the first time, and longer if it does not fit.
 
@@ -268,7 +250,7 @@ class MemoryPlanner:
         import torch
 
         adapter = self.setting.adapter_config
-        if adapter is not None and settings.rank is not None and adapter.size is not None:
+        if adapter is not None and settings.rank is not None and adapter.adapter_size is not None:
             adapter = adapter.resized(settings.rank)
         return dataclasses.replace(
             self.setting,
@@ -286,7 +268,7 @@ class MemoryPlanner:
         return PlanSettings(
             setting.batch_size,
             setting.sequence_length,
-            None if setting.adapter_config is None else setting.adapter_config.size,
+            None if setting.adapter_config is None else setting.adapter_config.adapter_size,
             str(setting.dtype).removeprefix("torch."),
             setting.quantization,
             setting.gradient_checkpointing,
@@ -323,7 +305,7 @@ def _experts_note(weights: Weights) -> str:
 
 def _adapter_title(adapter: AdapterConfig) -> str:
     """Return the method and its size as text: ``LoRA r=16``. The rest of a summary needs the model."""
-    size_words = [f"{key}={value}" for key, value in summary_of(adapter).items() if value == str(adapter.size)]
+    size_words = [f"{key}={value}" for key, value in summary_of(adapter).items() if value == str(adapter.adapter_size)]
     return " ".join((label_of(adapter), *size_words[:1]))
 
 

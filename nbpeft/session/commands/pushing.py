@@ -74,16 +74,11 @@ def push(
             replace=replace,
             **{key: value for key, value in options.items() if value is not None},
         )
-        return PushResult(tracked.name, chosen, address, tuple(notes))
+        return PushResult(tracked.name, chosen, address, notes=tuple(notes))
 
 
 def _adapter(tracked: TrackedModel, name: str | None) -> str:
-    """Return the name of the adapter to push.
-
-    Raises:
-        UnknownAdapterError: there is no such adapter.
-        AdapterError: there is none, or there are several and no name.
-    """
+    """Return the name of the adapter to push."""
     names = tuple(tracked.manager.names)
     if name is not None:
         tracked.manager.require(name)

@@ -254,11 +254,7 @@ class _Request:
 
 
 def _request(config: ConfigLike, how: Mapping[str, Any]) -> _Request:
-    """Check and sort the arguments of ``qlora``.
-
-    Raises:
-        ConfigError: a value is invalid.
-    """
+    """Check and sort the arguments of ``qlora``."""
     from nbpeft.model.quantization.quantize import quantization
     from nbpeft.training.loop.prepare import check_upcast
 
@@ -291,9 +287,6 @@ def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _R
 
     Returns:
         Where the model comes from, and its base model, or None if it has to be loaded.
-
-    Raises:
-        ConfigError: it is a model in memory, but arguments are for loading one or for another quantization.
     """
     if isinstance(source, str | os.PathLike):
         place = place_of(source, "qlora")
@@ -406,12 +399,7 @@ class _Skeleton:
 
 
 def _skeleton(source: str, request: _Request) -> _Skeleton:
-    """Read a config and build its model without weights, in the dtype in which it would be loaded.
-
-    Raises:
-        CheckpointNotFoundError: there is no config at ``source``.
-        ConfigError: its class or a dtype is unknown.
-    """
+    """Read a config and build its model without weights, in the dtype in which it would be loaded."""
     import torch
 
     from nbpeft.memory.architecture import silenced

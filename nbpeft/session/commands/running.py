@@ -73,8 +73,7 @@ def stop(ctx: SessionContext, model: str | None = None, *, adapter: str | None =
     if adapter is not None:
         _check_learns(run, adapter)
         run.control.request_stop_of(adapter)
-        state = run.state
-        return RequestResult(adapter, "stops after this step; the others continue", state.step, state.total_steps)
+        return _requested(run, "stops after this step; the others continue", adapter)
     run.control.request_stop()
     return _requested(run, "stops after the current step")
 
@@ -115,8 +114,7 @@ def clone(
         if trained is not None and name in trained.manager.configs:
             raise AdapterExistsError(f"an adapter {name!r} exists already; choose another name", name=name)
     run.control.request_clone_of(adapter, name, **fields)
-    what, state = f"is cloned after this step{f' as {name}' if name else ''}", run.state
-    return RequestResult(adapter, what, state.step, state.total_steps)
+    return _requested(run, f"is cloned after this step{f' as {name}' if name else ''}", adapter)
 
 
 def pause(ctx: SessionContext, model: str | None = None) -> RequestResult:
@@ -175,6 +173,6 @@ def runs_by_name(ctx: SessionContext) -> dict[str, Run]:
     return {UNTRACKED if tracked is None else tracked.name: run for tracked, run in list(ctx.runs.items())}
 
 
-def _requested(run: Run, what: str) -> RequestResult:
+def _requested(run: Run, what: str, adapter: str | None = None) -> RequestResult:
     state = run.state
-    return RequestResult(state.adapter, what, state.step, state.total_steps)
+    return RequestResult(state.adapter if adapter is None else adapter, what, state.step, state.total_steps)

@@ -82,11 +82,7 @@ def runs_folder(ctx: SessionContext, /, folder: str | os.PathLike[str] | None = 
 
 
 def _check_writable(path: Path) -> None:
-    """Refuse a folder for runs that is a file, cannot be written, or is below a folder that does not exist.
-
-    Raises:
-        CheckpointError: it is one of these.
-    """
+    """Refuse a folder for runs that is a file, cannot be written, or is below a folder that does not exist."""
     there = path if os.path.lexists(path) else path.parent
     if not os.path.lexists(there):
         raise CheckpointError(f"there is no folder {there} for {path.name!r}: mount or create it first", path=str(path))
@@ -363,7 +359,7 @@ def resume(
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
         notes = () if result is None else tuple(filter(None, [_not_restored_note(facts, left_out, arguments)]))
-        return ResumeResult(reference, record.name, step, names, result, notes)
+        return ResumeResult(reference, record.name, step, names, result, notes=notes)
 
 
 def _kept_members(state: Path) -> dict[str, dict[str, Any]]:

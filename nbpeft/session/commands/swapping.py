@@ -85,18 +85,8 @@ def swap(
         seconds = time.perf_counter() - started - check.seconds
         ctx.changed = True
         state = tracked.state()
-        return SwapResult(
-            tracked.name,
-            place,
-            adapter_in(state, name),
-            swapped,
-            seconds,
-            state,
-            check_prompt or "",
-            before,
-            check.answer,
-            tuple(notes),
-        )
+        adapter, answers = adapter_in(state, name), (check_prompt or "", before, check.answer)
+        return SwapResult(tracked.name, place, adapter, swapped, seconds, state, *answers, notes=tuple(notes))
 
 
 class _SwapCheck:

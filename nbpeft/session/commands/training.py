@@ -215,9 +215,9 @@ def _trained(
                 else:  # made again from the adapter that the sweep starts from
                     manager.remove(name)
             result = run_training(opened)
-        ctx.keep_result(tracked, result)
+        tracked.result = ctx.last_result = result
     except TrainingInterrupted as error:
-        ctx.keep_result(tracked, error.result)
+        tracked.result = ctx.last_result = error.result
         raise
     finally:
         if learned():
@@ -310,7 +310,7 @@ def export(
         how = {"tokenizer": tokenizer, "base": base, "replace": replace, "written": written}
         files = export_script(tracked.model, place, data, eval_data, **how, **arguments)
         data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
-        return ExportResult(str(files.script), files.adapter, data_files, (*files.notes, *notes))
+        return ExportResult(str(files.script), files.adapter, data_files, notes=(*files.notes, *notes))
 
 
 def control(ctx: SessionContext, model: str | None = None) -> RunControl | None:

@@ -145,12 +145,7 @@ def refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) ->
 
 
 def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:
-    """Refuse to replace an adapter without being asked to.
-
-    Raises:
-        AdapterError: the replacement was trained and is not saved.
-        AdapterExistsError: another adapter was given the name since.
-    """
+    """Refuse to replace an adapter without being asked to."""
     from nbpeft.engine.runtime.snapshots import has_weights
 
     name = past.kept.name

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.display.blocks import Block, Card, Stack, Table, Text, card, dim, line, notes
@@ -18,11 +18,10 @@ from nbpeft.display.models import (
     settings,
     trainable,
     training_now,
-    with_notes,
 )
 from nbpeft.display.numbers import count, size
 from nbpeft.errors import few
-from nbpeft.session.results.base import ModelResult, Result, adapter_card
+from nbpeft.session.results.base import ModelResult, NotedResult, Result, adapter_card
 from nbpeft.state import AdapterState, MemoryState, ModelState, SessionState
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ class AddResult(ModelResult):
         reconfigured: whether it replaced an adapter with the same name.
         unchanged: whether the same adapter already existed, so that nothing was done.
         plan: the injection plan, which has no tensors; None if ``unchanged``.
-        notes: messages for the user.
         others: the other adapters of a sweep.
     """
 
@@ -50,7 +48,6 @@ class AddResult(ModelResult):
     reconfigured: bool = False
     unchanged: bool = False
     plan: Any = field(default=None, compare=False)
-    notes: tuple[str, ...] = ()
     others: tuple[AdapterState, ...] = ()
 
     @property
@@ -58,48 +55,41 @@ class AddResult(ModelResult):
         """``added``, ``reconfigured`` or ``unchanged``."""
         return "unchanged" if self.unchanged else "reconfigured" if self.reconfigured else "added"
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         if self.others:
             names = ", ".join(item.name for item in (self.adapter, *self.others))
-            return with_notes(f"{self.did} {names} on {self.model_name}; {trainable(self.state)}", self.notes)
-        what = (
-            f"{self.did} {self.adapter.name!r} on {self.model_name}: {describe(self.adapter)}; {trainable(self.state)}"
-        )
+            return f"{self.did} {names} on {self.model_name}; {trainable(self.state)}"
+        where = f"{self.adapter.name!r} on {self.model_name}"
         if self.unchanged:
-            what = f"{self.adapter.name!r} on {self.model_name} is set up like this already; nothing changed"
-        return with_notes(what, self.notes)
+            return f"{where} is set up like this already; nothing changed"
+        return f"{self.did} {where}: {describe(self.adapter)}; {trainable(self.state)}"
 
     def view(self) -> Card:
-        """Shows the adapter and what is trainable."""
         did = "already set up like this, nothing changed" if self.unchanged else self.did
         if self.others:
             table = adapter_table((self.adapter, *self.others))
             title = f"{1 + len(self.others)} adapters: {did}"
-            return card(
-                title, table, line(dim(trainable(self.state))), notes(self.notes), aside=model_title(self.state)
-            )
+            learned = line(dim(trainable(self.state)))
+            return card(title, table, learned, notes(self.notes), aside=model_title(self.state))
         return adapter_card(did, self, line(dim(trainable(self.state))))
 
 
 @dataclass(frozen=True, repr=False)
-class CommandResult(Result):
+class CommandResult(NotedResult):
     """A command was executed.
 
     Attributes:
         line: what was done, as text.
         state: state of the model after the command.
-        notes: messages for the user.
     """
 
     line: str
     state: ModelState
-    notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return with_notes(self.line, self.notes)
+    def _what(self) -> str:
+        return self.line
 
     def view(self) -> Card:
-        """Shows what was done and which adapters are active."""
         words = f"{activity(self.state)}; {trainable(self.state)}"
         return card(self.line, line(dim(words)), notes(self.notes), aside=model_title(self.state))
 
@@ -112,19 +102,16 @@ class RestoreResult(ModelResult):
         model_name: the notebook variable of the other model.
         line: what was done, as text.
         state: state of the model after the command.
-        notes: messages for the user.
     """
 
     model_name: str
     line: str
     state: ModelState
-    notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return with_notes(self.line, self.notes)
+    def _what(self) -> str:
+        return self.line
 
     def view(self) -> Card:
-        """Shows what was done, and the model's adapters."""
         return card(self.line, adapter_table(self.state.adapters), notes(self.notes), aside=model_title(self.state))
 
 
@@ -137,21 +124,18 @@ class LoadResult(ModelResult):
         source: folder or hub id from which it was loaded.
         adapter: state of the adapter after the command.
         state: state of the model after the command.
-        notes: messages for the user, e.g. that the checkpoint names no base.
     """
 
     model_name: str
     source: str
     adapter: AdapterState
     state: ModelState
-    notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         what = f"loaded {self.adapter.name!r} on {self.model_name} from {self.source}: {describe(self.adapter)}"
-        return with_notes(what if self.adapter.active else f"{what}; it is not active", self.notes)
+        return what if self.adapter.active else f"{what}; it is not active"
 
     def view(self) -> Card:
-        """Shows the adapter and its source."""
         return adapter_card("loaded", self, line(dim(f"from {self.source}; {activity(self.state)}")))
 
 
@@ -173,33 +157,24 @@ class SavedAdapter:
 
 
 @dataclass(frozen=True, repr=False)
-class SaveResult(Result):
+class SaveResult(NotedResult):
     """Adapters were saved.
 
     Attributes:
         model_name: the notebook variable of the model.
         saved: the saved adapters.
-        notes: messages for the user.
     """
 
     model_name: str
     saved: tuple[SavedAdapter, ...]
-    notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        parts = [f"{item.name!r} to {item.folder} ({size(item.byte_count)})" for item in self.saved]
-        return with_notes(f"saved {', '.join(parts)}", self.notes)
+    def _what(self) -> str:
+        return "saved " + ", ".join(f"{item.name!r} to {item.folder} ({size(item.byte_count)})" for item in self.saved)
 
     def view(self) -> Card:
-        """Shows one row per adapter."""
+        named = partial(Text, wrap="names")
         rows = tuple(
-            (
-                Text(item.name, wrap="names"),
-                Text(item.folder, wrap="names"),
-                ", ".join(item.files),
-                size(item.byte_count),
-            )
-            for item in self.saved
+            (named(item.name), named(item.folder), ", ".join(item.files), size(item.byte_count)) for item in self.saved
         )
         table = Table(("Adapter", "Folder", "Files", "Size"), rows, right=(3,))
         return card("saved", table, notes(self.notes), aside=self.model_name)
@@ -213,13 +188,11 @@ class UnloadResult(ModelResult):
         model_name: the notebook variable of the model.
         names: names of the unloaded adapters.
         merged: whether their deltas were merged into the base weights.
-        notes: messages for the user.
     """
 
     model_name: str
     names: tuple[str, ...]
     merged: bool = False
-    notes: tuple[str, ...] = ()
 
     @property
     def base(self) -> nn.Module:
@@ -231,13 +204,12 @@ class UnloadResult(ModelResult):
         base: nn.Module = self.reference.get("base model")
         return base
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         how = "merged into the base and unloaded" if self.merged else "unloaded"
-        return with_notes(f"{how}: {few(self.names)}; {self.model_name} is the base model again", self.notes)
+        return f"{how}: {few(self.names)}; {self.model_name} is the base model again"
 
     def view(self) -> Card:
-        """Shows what was unloaded."""
-        return card(str(dataclasses.replace(self, notes=())), notes(self.notes), aside=self.model_name)
+        return card(self._what(), notes(self.notes), aside=self.model_name)
 
 
 @dataclass(frozen=True, repr=False)
@@ -274,7 +246,6 @@ class StatusReport(Result):
         )
 
     def view(self) -> Block:
-        """Shows one card per model."""
         cards = [model_card(model, hint=training_now(model)) for model in self.state.models] or [model_card(None)]
         return Stack((*cards, *(line(Text(words, "warning")) for words in self._past())))
 
@@ -290,7 +261,6 @@ class MemoryReport(Result):
         return f"memory on {self.memory.device}: {parts_text(self.memory.parts)}{f'; {free}' if free else ''}"
 
     def view(self) -> Card:
-        """Shows the parts with their details."""
         rows = tuple((part.name, size(part.byte_count), dim(part.detail)) for part in self.memory.parts)
         peak = f"peak {size(self.memory.peak)}" if self.memory.peak is not None else ""
         words = "; ".join(text for text in (peak, free_words(self.memory)) if text)

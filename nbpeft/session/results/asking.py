@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nbpeft.display.blocks import Block, Card, Text, card, dim, line, notes
-from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import plural
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import NotedResult
 from nbpeft.session.results.comparing import WAITING, Answer, Status, Turn, system_block, system_line
 from nbpeft.session.sampling import shown_settings
 
 
 @dataclass(frozen=True, repr=False)
-class AskResult(Result):
+class AskResult(NotedResult):
     """One answer.
 
     Attributes:
@@ -27,7 +26,6 @@ class AskResult(Result):
         turns: (prompt, answer) of the earlier turns of a continued conversation.
         status: ``running`` while it is generated, ``waiting`` before that, ``stopped`` if it was ended early.
         form: whether the chat template was applied; empty if the tokenizer has none.
-        notes: messages for the user.
         system: the system prompt; empty if there is none.
     """
 
@@ -40,7 +38,6 @@ class AskResult(Result):
     turns: tuple[Turn, ...] = ()
     status: Status = "finished"
     form: str = ""
-    notes: tuple[str, ...] = ()
     system: str = ""
 
     @property
@@ -67,14 +64,13 @@ class AskResult(Result):
         parts = [plural(self.token_count, "token"), speed, shown_settings(self.settings) or "greedy", self.form]
         return ", ".join(part for part in (*parts, self.status if self.status == "stopped" else "") if part)
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         parts = [part for turn in (*self.turns, (self.prompt, self.text + self._ending)) for part in turn]
         words = "\n".join([f"{'>' if not index % 2 else ' '} {text}" for index, text in enumerate(parts)])
         words = f"{system_line(self.system)}\n{words}" if self.system else words
-        return with_notes(f"{words}\n{self.adapter}: {self.aside}", self.notes)
+        return f"{words}\n{self.adapter}: {self.aside}"
 
     def view(self) -> Card:
-        """Shows the conversation."""
         blocks: list[Block] = []
         if self.system:
             blocks.append(system_block(system_line(self.system)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbpeft.display.blocks import Block, Card, Line, Text, card, line, notes
-from nbpeft.display.models import adapter_table, model_title
+from nbpeft.display.models import adapter_table, model_title, with_notes
 from nbpeft.display.shown import Shown
 from nbpeft.errors import AdapterError
 
@@ -21,7 +21,25 @@ class Result(Shown):
     """Base of all results: a line of text in a terminal, a card in a notebook."""
 
 
-class RecordResult(Result):
+@dataclass(frozen=True, repr=False)
+class NotedResult(Result):
+    """Base of results with notes. Subclasses override ``_what`` for the text without them.
+
+    Attributes:
+        notes: messages for the user.
+    """
+
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def _what(self) -> str:
+        """Returns what was done, as text."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return with_notes(self._what(), self.notes)
+
+
+class RecordResult(NotedResult):
     """Base of results that show a record of the engine; the record's attributes are also attributes of the result."""
 
     _RECORD: ClassVar[str]
@@ -58,7 +76,6 @@ class Notice(LineResult):
     """A message for the user before a command, e.g. that a variable refers to another model now."""
 
     def view(self) -> Line:
-        """Shows the message."""
         return line(Text(self.line, "warning"))
 
 
@@ -76,7 +93,6 @@ class TracebackResult(Result):
         return self.text or "no command has failed yet"
 
     def view(self) -> Card:
-        """Shows the traceback as code."""
         return card("traceback", line(Text(str(self), "code", wrap="as is")))
 
 
@@ -112,7 +128,7 @@ class ModelRef:
 
 
 @dataclass(frozen=True, repr=False)
-class ModelResult(Result):
+class ModelResult(NotedResult):
     """A result that returns a model; in a notebook's ``Out`` it references the model weakly.
 
     Attributes:

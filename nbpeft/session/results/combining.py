@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nbpeft.display.blocks import Box, Card, Columns, Details, Table, card, dim, line, notes
 from nbpeft.display.differences import differences
-from nbpeft.display.models import activity, adapter_table, describe, model_title, with_notes
+from nbpeft.display.models import activity, adapter_table, describe, model_title
 from nbpeft.display.numbers import plural
 from nbpeft.session.results.base import RecordResult, adapter_card
 from nbpeft.state import AdapterState, ModelState
@@ -31,7 +31,6 @@ class CombineResult(RecordResult):
         combined: its rank and its errors, in total and for each layer.
         state: state of the model after the command.
         remade: whether it replaced an adapter with the same name.
-        notes: messages for the user.
     """
 
     _RECORD = "combined"
@@ -41,7 +40,6 @@ class CombineResult(RecordResult):
     combined: Combined
     state: ModelState
     remade: bool = False
-    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -70,7 +68,7 @@ class CombineResult(RecordResult):
             return "nothing lost"
         return f"relative error {_percent(made.relative_error)}, energy kept {_percent(made.energy_kept)}"
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         did, made = "remade" if self.remade else "made", self.combined
         line = (
             f"{did} {self.adapter.name!r} = {self.formula} on {self.model_name}: {self.how}, "
@@ -78,21 +76,15 @@ class CombineResult(RecordResult):
         )
         if made.relative_error >= _LOST:
             line += f" (worst: {made.worst.path}, {_percent(made.worst.relative_error)})"
-        return with_notes(line, self.notes)
+        return line
 
     def view(self) -> Card:
-        """Shows the new adapter, and the errors of each layer."""
         made = self.combined
         lost = made.relative_error >= _LOST
         worst = f"worst layer {made.worst.path}: {_percent(made.worst.relative_error)}" if lost else ""
         ranked = ("Rank",) if made.rank is not None else ()
         rows = tuple(
-            (
-                item.path,
-                *(str(item.rank) for _ in ranked),
-                _percent(item.relative_error),
-                _percent(item.energy_kept),
-            )
+            (item.path, *(str(item.rank) for _ in ranked), _percent(item.relative_error), _percent(item.energy_kept))
             for item in made.layers
         )
         head = ("Layer", *ranked, "Relative error", "Energy kept")
@@ -122,7 +114,6 @@ class SwapResult(RecordResult):
         prompt: prompt of the check, or empty.
         before: answer to the prompt before the swap.
         after: answer to the prompt after the swap.
-        notes: messages for the user.
     """
 
     _RECORD = "swapped"
@@ -135,9 +126,8 @@ class SwapResult(RecordResult):
     prompt: str = ""
     before: str = ""
     after: str = ""
-    notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         line = (
             f"swapped {self.adapter.name!r} on {self.model_name} for {self.source}: {describe(self.adapter)}; "
             f"{self._facts()}"
@@ -146,7 +136,7 @@ class SwapResult(RecordResult):
             from nbpeft.display.text import columns
 
             line += f"\n{self.prompt}\n{columns((('before', self.before), ('after', self.after)))}"
-        return with_notes(line, self.notes)
+        return line
 
     def _facts(self) -> str:
         done = self.swapped
@@ -158,7 +148,6 @@ class SwapResult(RecordResult):
         return ", ".join(facts)
 
     def view(self) -> Card:
-        """Shows the adapter, and the answers before and after."""
         checked = None
         if self.prompt:
             runs, relation = differences(self.after, self.before)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from nbpeft.display.blocks import Block, Box, Card, Columns, Line, Text, card, line, notes
 from nbpeft.display.differences import Runs, differences
-from nbpeft.display.models import with_notes
 from nbpeft.errors import cut
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import NotedResult
 from nbpeft.session.sampling import shown_settings
 from nbpeft.state import Answer as Answer
 
@@ -56,7 +55,7 @@ class Column:
 
 
 @dataclass(frozen=True, repr=False)
-class CompareResult(Result):
+class CompareResult(NotedResult):
     """Answers to the same prompts, side by side.
 
     Attributes:
@@ -67,7 +66,6 @@ class CompareResult(Result):
         passes: number of generations: one for the base and all adapters, and one for each blend.
         status: ``running`` while answers are generated, ``waiting`` before that for a training in the background,
             ``stopped`` if they were ended early.
-        notes: messages for the user.
         settings: temperature, top-p and seed for sampling; empty for greedy decoding.
     """
 
@@ -77,7 +75,6 @@ class CompareResult(Result):
     seconds: float = 0.0
     passes: int = 1
     status: Status = "finished"
-    notes: tuple[str, ...] = ()
     settings: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
@@ -129,7 +126,7 @@ class CompareResult(Result):
         parts = [f"{done} {self.seconds:.1f} s{batches}", shown_settings(self.settings), self.form]
         return ", ".join(part for part in parts if part)
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         from nbpeft.display.text import columns
 
         blocks = list(self.systems)
@@ -137,7 +134,7 @@ class CompareResult(Result):
             boxes = [_box(column, number, self._reference()) for column in self.columns]
             answers = columns([(box.title, box.plain, box.aside) for box in boxes])
             blocks.append(f"{' '.join(prompt.split())}\n{answers}")
-        return with_notes("\n".join([*blocks, self.aside]), self.notes)
+        return "\n".join([*blocks, self.aside])
 
     def view(self, against: str | None = None) -> Card:
         """Shows the answers side by side.

@@ -6,9 +6,8 @@ import statistics
 from dataclasses import dataclass
 
 from nbpeft.display.blocks import Card, Details, Table, dim, line
-from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import plural
-from nbpeft.session.results.base import Result, adapter_card
+from nbpeft.session.results.base import NotedResult, adapter_card
 from nbpeft.state import AdapterState, LayerLoss, ModelState
 
 _WHOLE = 1 - 1e-6
@@ -16,7 +15,7 @@ _WHOLE = 1 - 1e-6
 
 
 @dataclass(frozen=True, repr=False)
-class ConvertResult(Result):
+class ConvertResult(NotedResult):
     """An adapter of another method was converted to LoRA.
 
     Attributes:
@@ -26,7 +25,6 @@ class ConvertResult(Result):
         adapter: the LoRA.
         layers: the preserved share of each layer, in the model's order.
         state: the model's state after the conversion.
-        notes: messages for the user.
     """
 
     model_name: str
@@ -35,7 +33,6 @@ class ConvertResult(Result):
     adapter: AdapterState
     layers: tuple[LayerLoss, ...]
     state: ModelState
-    notes: tuple[str, ...] = ()
 
     @property
     def worst(self) -> LayerLoss:
@@ -63,15 +60,13 @@ class ConvertResult(Result):
             f"the worst ({self.worst.path})"
         )
 
-    def __str__(self) -> str:
-        text = (
+    def _what(self) -> str:
+        return (
             f"converted {self.source!r} ({self.method}) to {self.adapter.name!r} on {self.model_name}: LoRA, "
             f"{self.rank}, {plural(len(self.layers), 'layer')}, {self.kept}"
         )
-        return with_notes(text, self.notes)
 
     def view(self) -> Card:
-        """Shows the LoRA, and the preserved share of each layer."""
         rows = tuple((item.path, str(item.rank), _percent(item.energy_kept)) for item in self.layers)
         table = Table(("Layer", "Rank", "Kept"), rows, right=(1, 2))
         lost = self.worst.energy_kept <= _WHOLE

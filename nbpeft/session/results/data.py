@@ -5,21 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nbpeft.display.blocks import (
-    Block,
-    Card,
-    Figure,
-    Figures,
-    Histogram,
-    Tokens,
-    TokenSpan,
-    card,
-    dim,
-    line,
-    notes,
-)
+from nbpeft.display.blocks import Block, Card, Figure, Figures, Histogram, Tokens, TokenSpan, card, dim, line, notes
 from nbpeft.display.numbers import count, plural, short_count
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import NotedResult
 from nbpeft.session.results.comparing import system_block, system_line
 
 if TYPE_CHECKING:
@@ -28,18 +16,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class DataResult(Result):
+class DataResult(NotedResult):
     """The data that a training would read.
 
     Attributes:
         name: the user's name for the data.
         summary: counts, lengths and some rows.
-        notes: messages for the user.
     """
 
     name: str
     summary: DataSummary
-    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         summary = self.summary
@@ -56,7 +42,6 @@ class DataResult(Result):
         )
 
     def view(self) -> Card:
-        """Shows counts, a histogram of lengths, and rows in which the learned tokens are marked."""
         system = self._system
         return card(
             f"{self.name} · training data",

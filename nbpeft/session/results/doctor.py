@@ -62,7 +62,6 @@ class DoctorReport(Result):
         return f"nbpeft doctor: {self.verdict}\n{columns(rows)}"
 
     def view(self) -> Card:
-        """Shows one row per check."""
         rows = tuple(
             (
                 check.name,

@@ -7,9 +7,8 @@ import statistics
 from dataclasses import dataclass
 
 from nbpeft.display.blocks import Block, Card, Commands, Details, HeatMap, Table, card, dim, line, notes
-from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import NONE, plural
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import NotedResult
 from nbpeft.state import LayerChange
 
 _SHOWN = 5
@@ -17,21 +16,19 @@ _BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True, repr=False)
-class InspectResult(Result):
+class InspectResult(NotedResult):
     """How much an adapter changed each layer of a model.
 
     Attributes:
         model_name: the notebook variable of the model.
         adapter: name of the adapter.
         layers: the change of each layer, in the model's order.
-        notes: messages for the user.
         commands: what to do next, and the command for it.
     """
 
     model_name: str
     adapter: str
     layers: tuple[LayerChange, ...]
-    notes: tuple[str, ...] = ()
     commands: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -70,17 +67,16 @@ class InspectResult(Result):
         """Whether the adapter changes anything."""
         return bool(self.layers) and self.ranked[0].relative > 0
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         lines = [f"{self.adapter} on {self.model_name}: {self.summary}"]
         if self.changed:
             from nbpeft.display.text import columns
 
             most = [(item.path, percent(item.relative), _directions(item)) for item in self.ranked[:_SHOWN]]
             lines += ["most changed:", columns(most), *(f"{what}: {command}" for what, command in self.commands)]
-        return with_notes("\n".join(lines), self.notes)
+        return "\n".join(lines)
 
     def view(self) -> Card:
-        """Shows a heat map of the model, and a table of the layers."""
         return card(
             f"Where {self.adapter} changed the model",
             line(self.summary),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,7 +21,20 @@ from nbpeft.session.results.base import ModelResult, Result
 from nbpeft.state import Curve, SessionState, TrainState
 from nbpeft.training.monitor.result import TrainResult
 
-SORTS = ("time", "name", "status", "base", "method", "rows", "steps", "loss", "eval", "best", "seconds")
+_KEYS: Mapping[str, Callable[[RunRecord], Any]] = {
+    "time": lambda record: -record.started,
+    "name": lambda record: record.name,
+    "status": lambda record: record.status,
+    "base": lambda record: _setting(record, BASE),
+    "method": lambda record: _setting(record, METHOD),
+    "rows": lambda record: -(record.settings.get(ROWS) or 0),
+    "steps": lambda record: -record.step,
+    "loss": lambda record: _last_if_none(record.loss),
+    "eval": lambda record: _last_if_none(record.eval_loss),
+    "best": lambda record: _last_if_none(record.best_loss),
+    "seconds": lambda record: record.seconds,
+}
+SORTS = tuple(_KEYS)
 HEAD: tuple[tuple[str, str], ...] = (
     ("Run", "name"),
     ("Status", "status"),
@@ -63,21 +77,7 @@ def sorted_records(records: tuple[RunRecord, ...], sort: str) -> tuple[RunRecord
     """
     if sort not in SORTS:
         raise ConfigError(f"runs cannot be sorted by {sort!r:.60}.{did_you_mean(sort, SORTS)}", field="sort")
-    last = float("inf")
-    keys: dict[str, Any] = {
-        "time": lambda record: -record.started,
-        "name": lambda record: record.name,
-        "status": lambda record: record.status,
-        "base": lambda record: _setting(record, BASE),
-        "method": lambda record: _setting(record, METHOD),
-        "rows": lambda record: -(record.settings.get(ROWS) or 0),
-        "steps": lambda record: -record.step,
-        "loss": lambda record: last if record.loss is None else record.loss,
-        "eval": lambda record: last if record.eval_loss is None else record.eval_loss,
-        "best": lambda record: last if record.best_loss is None else record.best_loss,
-        "seconds": lambda record: record.seconds,
-    }
-    return tuple(sorted(records, key=keys[sort]))
+    return tuple(sorted(records, key=_KEYS[sort]))
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,7 +103,6 @@ class RunsResult(Result):
         return f"{plural(len(self.records), 'run')} in {self.place}\n{columns(rows)}"
 
     def view(self) -> Card:
-        """Shows all runs as a table."""
         if not self.records:
             return card("Runs", line(dim("There is no run yet: every training adds one.")), aside=self.place)
         table = Table(_TITLES, tuple(self.rows()), right=RIGHT, prose=(len(HEAD) - 1,))
@@ -166,7 +165,6 @@ class RunCard(Result):
         return training_text(self.train, seen=_now())
 
     def view(self) -> Card:
-        """Shows the card of the training."""
         following = None
         if self.state is not None:
             following = next_steps(self.train, self.state, self.model_name)
@@ -212,7 +210,6 @@ class RunsComparison(Result):
         return "\n".join((" · ".join(self._names()), table, *self._why_unreadable()))
 
     def view(self) -> Card:
-        """Shows their curves in one chart, and the settings that differ."""
         names = self._names()
         labelled = tuple(zip(names, self.curves, self.eval_curves, strict=True))
         width = range(1, 1 + len(names))
@@ -238,17 +235,18 @@ class RunsComparison(Result):
         return tuple(record.name for record in self.records)
 
     def _rows(self) -> list[tuple[str, ...]]:
-        results = [
-            ("status", *(record.status for record in self.records)),
-            (BASE, *(_base(record) for record in self.records)),
-            *((name, *(_setting(record, name) for record in self.records)) for name in (METHOD, ROWS)),
-            ("steps", *(f"{record.step:,}" for record in self.records)),
-            ("loss", *(loss(record.loss) for record in self.records)),
-            ("eval loss", *(loss(record.eval_loss) for record in self.records)),
-            ("best eval loss", *(loss(record.best_loss) for record in self.records)),
-            *((name, *(_metric(record, name) for record in self.records)) for name in metric_names(self.records)),
-            ("time", *(clock(record.seconds) for record in self.records)),
+        cells: list[tuple[str, Callable[[RunRecord], str]]] = [
+            ("status", lambda record: record.status),
+            (BASE, _base),
+            *((name, partial(_setting, name=name)) for name in (METHOD, ROWS)),
+            ("steps", lambda record: f"{record.step:,}"),
+            ("loss", lambda record: loss(record.loss)),
+            ("eval loss", lambda record: loss(record.eval_loss)),
+            ("best eval loss", lambda record: loss(record.best_loss)),
+            *((name, partial(_metric, name=name)) for name in metric_names(self.records)),
+            ("time", lambda record: clock(record.seconds)),
         ]
+        results = [(name, *map(cell, self.records)) for name, cell in cells]
         others = {name: values for name, values in self.differing.items() if name not in _IN_COLUMNS}
         return results + [(name, *map(_value_words, values)) for name, values in others.items()]
 
@@ -269,7 +267,6 @@ class ResumeResult(ModelResult):
     step: int
     adapters: tuple[str, ...]
     training: TrainResult | None = None
-    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.training is None:
@@ -278,7 +275,6 @@ class ResumeResult(ModelResult):
         return " · ".join((f"resumed {self.run} at step {self.step:,}: {self.training}", *self.notes))
 
     def view(self) -> Block:
-        """Shows from which step the run was resumed, and its result."""
         if self.training is None:
             return Card(str(self))
         resumed = line(dim(f"resumed {self.run} at step {self.step:,}"))
@@ -289,6 +285,10 @@ def _unreadable_row(record: RunRecord) -> tuple[Cell, ...]:
     """Returns the row of a run that cannot be read, with the reason."""
     name = Text(record.name, "bold", tooltip=str(from_here(Path(record.path))), wrap="names")
     return name, Text(record.status, _TONES[record.status]), *[""] * (len(HEAD) - 3), Text(record.message, "dim")
+
+
+def _last_if_none(number: float | None) -> float:
+    return float("inf") if number is None else number
 
 
 def _origin(record: RunRecord) -> str:
@@ -354,14 +354,9 @@ def _settings_words(settings: Mapping[str, tuple[Any, ...]], index: int) -> Text
 def _value_words(value: Any) -> str:
     if value is None:
         return "–"
-    text = (
-        ", ".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else str(value)
-    )
-    return cut(text, _LONGEST_VALUE)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return cut(", ".join(map(str, value)) if isinstance(value, list) else str(value), _LONGEST_VALUE)
 
 
 def _flat(cell: Any) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbpeft.display.blocks import Card, Table, card, dim, line, notes
-from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import NONE, plural, size
 from nbpeft.session.results.base import RecordResult
 
@@ -23,13 +22,11 @@ class MergedCopy(RecordResult):
     Attributes:
         model_name: the notebook variable of the model.
         merged: the written model, with its merge errors.
-        notes: messages for the user.
     """
 
     _RECORD = "merged"
     model_name: str
     merged: MergedFolder
-    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -42,9 +39,9 @@ class MergedCopy(RecordResult):
         assert self.merged.errors is not None
         return self.merged.errors
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         what = f"merged {', '.join(map(repr, self.merged.names))} of {self.model_name} into a copy in {self.folder}"
-        return with_notes(f"{what} ({self._stored()}); {self.errors}", self.notes)
+        return f"{what} ({self._stored()}); {self.errors}"
 
     def _stored(self) -> str:
         done = self.merged
@@ -54,7 +51,6 @@ class MergedCopy(RecordResult):
         return _figure(error), self.errors.delta_message(error)
 
     def view(self) -> Card:
-        """Shows the error of each way to merge, and the layers with the largest errors."""
         requantized = self.errors.requantized
         ways = [("this copy", self.merged.dtype, *self._both(self.errors.full_precision))]
         if requantized is not None:

@@ -9,10 +9,9 @@ from urllib.parse import urlsplit
 
 from nbpeft._util.optional import needs
 from nbpeft.display.blocks import Card, Cell, Table, Text, bold, card, dim, line, notes
-from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import NONE, count, size
 from nbpeft.errors import ConfigError, did_you_mean
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import NotedResult
 
 if TYPE_CHECKING:
     from nbpeft.model.analysis.method_facts import MethodFacts
@@ -83,7 +82,7 @@ class MethodRow:
 
 
 @dataclass(frozen=True, repr=False)
-class MethodsResult(Result):
+class MethodsResult(NotedResult):
     """All methods.
 
     Attributes:
@@ -91,7 +90,6 @@ class MethodsResult(Result):
         rows: one per method.
         settings: the config fields used for the table, as text.
         forecast: whether the peak of a training step was requested.
-        notes: messages for the user.
         sort: the order of the rows, one of ``SORTS``.
     """
 
@@ -99,7 +97,6 @@ class MethodsResult(Result):
     rows: tuple[MethodRow, ...]
     settings: str = ""
     forecast: bool = False
-    notes: tuple[str, ...] = ()
     sort: str = "group"
 
     @property
@@ -109,7 +106,7 @@ class MethodsResult(Result):
             return ()
         return ("Parameters", "To train", *(("Peak",) if self.forecast else ()))
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         from nbpeft.display.text import columns
 
         rows: list[tuple[str, ...]] = []
@@ -117,14 +114,13 @@ class MethodsResult(Result):
             rows += [(heading.upper(),)] if heading else []
             rows.append((row.label, row.written, *_figures(row, self._costs), *row.can, _why(row), row.paper))
         head = ("Method", "", *self._costs, *_CAN, "When to choose it", "Paper")
-        return with_notes(f"{self._title}\n{columns((head, *rows))}\n{_LEGEND} {_TIME}", self.notes)
+        return f"{self._title}\n{columns((head, *rows))}\n{_LEGEND} {_TIME}"
 
     @property
     def _title(self) -> str:
         return f"{len(self.rows)} methods" + (f" on {self.model_name}, with {self.settings}" if self.model_name else "")
 
     def view(self) -> Card:
-        """Shows all methods as a table."""
         head = ("Method", *self._costs, *_CAN, "When to choose it")
         rows: list[tuple[Cell, ...]] = []
         for row, heading in self._headed():
@@ -140,12 +136,7 @@ class MethodsResult(Result):
         figures = tuple(range(1, 1 + len(self._costs)))
         table = Table(head, tuple(rows), right=figures, prose=(len(head) - 1,))
         added = "To train: the adapter with gradients and AdamW's moments." if self.model_name else ""
-        return card(
-            self._title,
-            table,
-            line(dim(" ".join(filter(None, (added, _LEGEND, _TIME))))),
-            notes(self.notes),
-        )
+        return card(self._title, table, line(dim(" ".join(filter(None, (added, _LEGEND, _TIME))))), notes(self.notes))
 
     def _headed(self) -> Iterable[tuple[MethodRow, str]]:
         """Yields each row with the heading above it; empty for a row in the group of the one before."""

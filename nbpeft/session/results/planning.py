@@ -9,7 +9,7 @@ from nbpeft.display.blocks import Bar, Block, Card, Table, Text, Tone, bold, car
 from nbpeft.display.memory import label, parts_text, scale_of
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import size
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import NotedResult
 from nbpeft.state import MemoryPart
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Room:
 
 
 @dataclass(frozen=True, repr=False)
-class PlanResult(Result):
+class PlanResult(NotedResult):
     """The peak memory of a run.
 
     Attributes:
@@ -99,7 +99,6 @@ class PlanResult(Result):
         room: the device that it should fit.
         changes: settings that would lower the peak, those that make it fit first; empty if it fits anyway, or if not
             requested.
-        notes: messages for the user.
     """
 
     model_name: str
@@ -109,7 +108,6 @@ class PlanResult(Result):
     parts: tuple[MemoryPart, ...]
     room: Room
     changes: tuple[Suggestion, ...] = ()
-    notes: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -181,7 +179,6 @@ class PlanResult(Result):
         return ", ".join(f"{label(name)} ({size(over)})" for name, over in self.exceeding)
 
     def view(self) -> Card:
-        """Shows the plan with its settings."""
         assumed = tuple(line(dim(note)) for note in self.notes)
         settings = line(dim(str(self.settings)))
         return card(f"Memory plan for {self.model_name}", settings, self.blocks(), assumed, aside=self.aside)

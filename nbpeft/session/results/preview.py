@@ -8,7 +8,7 @@ from nbpeft.display.blocks import Block, Card, Table, bold, card, dim, line, not
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import NONE, count, plural, share, size
 from nbpeft.errors import few
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import NotedResult
 from nbpeft.session.results.planning import PlanResult
 
 
@@ -34,7 +34,7 @@ class PreviewRow:
 
 
 @dataclass(frozen=True, repr=False)
-class Preview(Result):
+class Preview(NotedResult):
     """What ``add`` would do; nothing was changed.
 
     Attributes:
@@ -52,7 +52,6 @@ class Preview(Result):
         training_bytes: size of gradients and AdamW's two moments in bytes.
         replaces: whether an adapter with this name would be reconfigured.
         memory: the forecast for training, or why there is none.
-        notes: messages for the user.
     """
 
     model_name: str
@@ -67,7 +66,6 @@ class Preview(Result):
     byte_count: int
     training_bytes: int
     replaces: bool = False
-    notes: tuple[str, ...] = ()
     memory: PlanResult | str = ""
     frozen_bytes: int = 0
 
@@ -100,7 +98,6 @@ class Preview(Result):
         return (*missing, *self.notes)
 
     def view(self) -> Card:
-        """Shows what would be adapted, and what training would need."""
         title = f"{self.name}: dry run, nothing was changed"
         return card(title, self.blocks(), aside=f"{self.model_name}, {self.method}")
 

@@ -5,25 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nbpeft.display.blocks import Card, Text, card, dim, line, notes
-from nbpeft.display.models import with_notes
-from nbpeft.session.results.base import Result
+from nbpeft.session.results.base import NotedResult
 
 
 @dataclass(frozen=True, repr=False)
-class PushResult(Result):
+class PushResult(NotedResult):
     """An adapter was uploaded.
 
     Attributes:
         model_name: the notebook variable of the model.
         adapter: name of the adapter.
         commit_url: URL of the commit.
-        notes: messages for the user.
     """
 
     model_name: str
     adapter: str
     commit_url: str
-    notes: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:
@@ -35,10 +32,9 @@ class PushResult(Result):
         """Hash of the commit."""
         return self.commit_url.partition("/commit/")[2]
 
-    def __str__(self) -> str:
-        return with_notes(f"pushed {self.adapter!r} to {self.url} (commit {self.commit[:8]})", self.notes)
+    def _what(self) -> str:
+        return f"pushed {self.adapter!r} to {self.url} (commit {self.commit[:8]})"
 
     def view(self) -> Card:
-        """Shows links to the repository and the commit."""
         links = line(Text(self.url, href=self.url), dim("· commit"), Text(self.commit[:8], href=self.commit_url))
         return card(f"{self.adapter} · pushed", links, notes(self.notes), aside=self.model_name)

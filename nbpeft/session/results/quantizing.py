@@ -94,7 +94,6 @@ class QloraResult(_BaseWeights, ModelResult):
         return f"4-bit layers compute in {self.compute_dtype}" if self.compute_dtype else ""
 
     def view(self) -> Card:
-        """Shows the base weights part by part, and the adapter."""
         took = f"{self.seconds:.1f} s" if self.quantized else "no weight was changed"
         return card(
             f"{self.added.adapter.name}: {self.added.did} on a {'newly ' if self.quantized else ''}quantized model",
@@ -132,7 +131,6 @@ class QloraPreview(_BaseWeights, Result):
         return with_notes(what, self.adapter.all_notes()) + self.adapter.forecast_text()
 
     def view(self) -> Card:
-        """Shows the base weights part by part, and the adapter."""
         untouched = "loaded or changed" if self.action.startswith("load") else "changed"
         return card(
             f"{self.adapter.name}: dry run, nothing was {untouched}",

@@ -29,5 +29,4 @@ class RequestResult(Result):
         return f"training {self.adapter or 'model'} {self.request} (step {self.step:,}{of})"
 
     def view(self) -> Line:
-        """The same as ``str``."""
         return line(str(self))

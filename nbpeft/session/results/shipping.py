@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbpeft.display.blocks import Card, Table, Text, card, dim, line, notes
-from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import NONE, size
 from nbpeft.session.results.base import RecordResult
 
@@ -21,26 +20,23 @@ class ShipResult(RecordResult):
     Attributes:
         model_name: the notebook variable of the model.
         shipment: what was written, or would be.
-        notes: messages for the user.
     """
 
     _RECORD = "shipment"
     model_name: str
     shipment: Shipment
-    notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def _what(self) -> str:
         done = self.shipment
         kind = f" in {done.stored_as}" if done.stored_as else ""
         what = f"{done.adapter!r} for {done.verdict.label}, {self._form()}{kind} ({size(done.byte_count)})"
         did = f"shipped {what} to {done.folder}" if done.written else f"would ship {what} to {done.folder}"
-        return with_notes(f"{did}; start it with: {'; '.join(done.commands)}", self.notes)
+        return f"{did}; start it with: {'; '.join(done.commands)}"
 
     def _form(self) -> str:
         return "merged into its base" if self.shipment.merged else "as an adapter"
 
     def view(self) -> Card:
-        """Shows the files with their sizes, and the commands."""
         done = self.shipment
         rows = tuple((name, done.stored_as or "unchanged", size(count)) for name, count in done.files)
         rows += tuple((name, NONE, NONE) for name in done.texts)

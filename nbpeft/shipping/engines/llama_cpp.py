@@ -19,8 +19,8 @@ from nbpeft.shipping.engines.rules import (
 from nbpeft.shipping.facts import AdapterFacts
 from nbpeft.shipping.gguf_model import LAYOUTS
 
-TYPES = ("f16", "q8_0", "bf16", "f32")
-"""Storage types that the package gguf can write; llama-quantize converts them to q4_k and similar types."""
+TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "bf16", "f32")
+"""Storage types of whole models."""
 OTHER_TOOL = "merge it for transformers, and convert that with llama.cpp's convert_hf_to_gguf.py"
 
 

@@ -14,6 +14,39 @@ Prompt and completion may be lists of messages too. ``columns`` maps other names
 a turn of the assistant, is a factor on its loss; with 0 it is not trained on. ``chat_template_kwargs`` of a row are
 variables for the chat template. Rows without any label that counts are left out. Any other content of a row is an error
 or is named in the notes of the training; none is ignored silently.
+
+Files:
+
+    bad_rows.py      Rows that cannot be read: counted by reason, refused in one line, or left out if that was requested
+    chats.py         Renders chats as text with the assistant's turns marked, and finds the parts that a chat template
+                     does not print
+    checks.py        Checks that rows fit a model, before a training step fails on them with an error that names no row
+    classes.py       The classes of a classifier of texts or tokens, and the conversion of a row's label to one of them
+    collator.py      Collates rows into batches
+    encoding.py      Tokenised rows, and the encoding of text with marked spans as token ids and labels
+    files.py         Reads rows from a file: JSON Lines, JSON, CSV and TSV with the standard library, Parquet with
+                     pyarrow
+    forms.py         The forms of rows, recognised by their columns, and the example that each row gives
+    hub.py           Loads datasets from the Hub and from folders with the ``datasets`` library
+    left_out.py      Names rows by number and reason in messages
+    lengths.py       The lengths of rows, and a sampling order in which the rows of a batch have about the same length
+    mixed.py         Draws the rows of a mixture
+    options.py       How rows are read: which turns of a chat are learned, and what happens to reasoning and to long
+                     rows
+    packing.py       Packs several rows into one sequence, so that no tokens are spent on padding
+    reading.py       Reads rows: each becomes the tokens and labels on which a model is trained
+    row.py           One row of data, read by the names of its form; errors name the row's number
+    seen_formats.py  How the rows of a training are written: with the chat template or without, and with which system
+                     prompts
+    sources.py       The sources of rows: lists, datasets, streams, tables, files and datasets on the Hub
+    split.py         Splits evaluation rows off the training rows
+    summary.py       Rows as a model reads them, and the lengths of all rows
+    tags.py          Tokenises words with a tag each: the first token of a word has the label of its tag, the others
+                     have none
+    tokenized.py     Tokenises rows of any form: all at once, or one by one as a stream yields them
+    unused.py        Parts of rows that are not trained on: counted while the rows are read, and reported before the
+                     first step
+    verdicts.py      Labels that mark a completion as good or bad, as in rows for preference tuning (KTO)
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.errors import TrainingError
-from nbpeft.names import REJECTED
+from nbpeft.names import IGNORED_LABEL, REJECTED
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.reading import LABELS
 
@@ -65,7 +65,9 @@ def check_row(
             index=index,
         )
     labels = next((row[name] for name in LABELS if name in row), None)
-    if classes is not None:
+    if classes is not None and classes.per_token:
+        _check_tags(labels, len(ids), index, classes)
+    elif classes is not None:
         _check_label(labels, index, classes)
     elif causal and labels is not None and (not hasattr(labels, "__len__") or getattr(labels, "ndim", 1) == 0):
         raise TrainingError(
@@ -73,6 +75,18 @@ def check_row(
         )
     elif causal and labels is not None and len(labels) != len(ids):
         raise TrainingError(f"Row {index} has {len(labels)} labels for {len(ids)} tokens.", index=index)
+
+
+def _check_tags(given: Any, tokens: int, index: int, classes: Classes) -> None:
+    """Refuses labels of tokens that a classifier would misread or reject."""
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(values, list | tuple):
+        raise TrainingError(f"Row {index} has no list of labels: give the class of each token.", index=index)
+    if len(values) != tokens:
+        raise TrainingError(f"Row {index} has {len(values)} labels for {tokens} tokens.", index=index)
+    for value in values:
+        if value != IGNORED_LABEL:
+            _check_label(value, index, classes)
 
 
 def _check_label(given: Any, index: int, classes: Classes) -> None:

@@ -1,13 +1,14 @@
-"""Encodes text with marked spans as token ids and labels."""
+"""Tokenised rows, and the encoding of text with marked spans as token ids and labels."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from nbpeft.names import IGNORED_LABEL
+from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
+from nbpeft.training.data.unused import Unused
 
 _FAR = sys.maxsize
 """A position after the end of any text."""
@@ -52,6 +53,118 @@ class Encoded:
             return self
         weights = [1.0] * len(self.labels) if self.weights is None else self.weights
         return Encoded(self.input_ids, self.labels, [factor * weight for weight in weights])
+
+
+@dataclass(frozen=True)
+class CodedRow:
+    """One tokenised row, before truncation.
+
+    Attributes:
+        number: 0 for the first.
+        whole: The whole row.
+        limit: The greatest number of tokens; the rest is cut off.
+        encoder_decoder: Whether the labels are a sequence of their own, not one for each input token.
+        reason: Why there is nothing to train on, if that is known before truncation.
+        own_labels: Whether a label is that of its token, not of the next one.
+        label: The label of a text for a classifier; None if there is one for each token.
+        more: Other columns of the row for the model. For a classifier they include ``input_ids`` (and the labels of
+            tokens) as truncated by the tokenizer, which keeps special tokens at the end.
+        weight: The factor on the loss of ``label``.
+        unused: The parts of the row that are not trained on.
+        system: The system prompt, empty if there is none; None for a row without the chat template.
+        rejected: The row with the rejected completion; None if there is one completion.
+        dropped: Whether the row is left out because it is too long.
+        part: Which part of a row it is, 0 for the first.
+        part_count: The number of parts into which the row is split.
+        prompted: For a row with a prompt alone: the prompt and the other columns, as reward functions get them.
+        pieces: The parts into which the row is split, if tokens alone do not say where; empty if they do.
+    """
+
+    number: int
+    whole: Encoded
+    limit: int
+    encoder_decoder: bool = False
+    reason: str = ""
+    label: Any = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    unused: tuple[Unused, ...] = ()
+    system: str | None = None
+    rejected: CodedRow | None = None
+    dropped: bool = False
+    part: int = 0
+    part_count: int = 1
+    prompted: Mapping[str, Any] | None = None
+    own_labels: bool = False
+    pieces: tuple[CodedRow, ...] = ()
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The truncated row, as the collator takes it."""
+        if self.prompted is not None:
+            return {"input_ids": self.whole.input_ids, **self.prompted}
+        ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
+        if self.rejected is not None:
+            other = {f"{REJECTED}{name}": value for name, value in self.rejected.row.items()}
+            return {"input_ids": ids, "labels": labels, **self.more, **other}
+        if self.label is not None:
+            weighted = {LOSS_WEIGHTS: self.weight} if self.weight != 1 else {}
+            return {"input_ids": ids, "labels": self.label, **self.more, **weighted}
+        if weights is None:
+            return {"input_ids": ids, "labels": labels, **self.more}
+        return {"input_ids": ids, "labels": labels, **self.more, LOSS_WEIGHTS: weights[: self.limit]}
+
+    @property
+    def cut(self) -> bool:
+        """Whether the row is too long and is truncated."""
+        if self.prompted is not None:  # a longer prompt is left out: its end is what is answered
+            return False
+        rejected = self.rejected is not None and self.rejected.cut
+        is_long = rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
+        return is_long and not self.dropped
+
+    def fitted(self, long: str) -> Iterator[CodedRow]:
+        """The row, or its parts, within the greatest length.
+
+        Each part begins with the last token of the part before, so that the part's own first token is predicted, too.
+
+        Args:
+            long: see ``RowOptions``.
+        """
+        if not self.cut or long == "cut":
+            yield self
+        elif long == "drop":
+            yield replace(self, dropped=True, reason=self.reason or f"longer than {self.limit} tokens (long='drop')")
+        elif self.pieces:
+            for part, piece in enumerate(self.pieces):
+                yield replace(piece, part=part, part_count=len(self.pieces), unused=() if part else self.unused)
+        else:
+            starts = range(0, len(self.whole.input_ids) - 1, max(1, self.limit - 1))
+            for part, start in enumerate(starts):
+                whole = self.whole.between(start, start + self.limit)
+                unused = () if part else self.unused
+                yield replace(self, whole=whole, part=part, part_count=len(starts), unused=unused)
+
+    @property
+    def learned_count(self) -> int:
+        """The number of labels that count in the loss."""
+        if self.prompted is not None:
+            return 0
+        return (
+            1 if self.label is not None else count_learned(self.row["labels"], self.encoder_decoder or self.own_labels)
+        )
+
+    @property
+    def missing(self) -> str:
+        """Why there is nothing to train on; empty if there is something."""
+        if self.reason or self.prompted is not None or self.learned_count:
+            return self.reason or ("" if self.rejected is None else self.rejected.missing)
+        return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
+
+
+def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:
+    """How many tokens a loss is taken on: a decoder does not predict the first one."""
+    return sum(label != IGNORED_LABEL for label in (labels if encoder_decoder else labels[1:]))
 
 
 def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = True, whole: bool = False) -> Encoded:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError, did_you_mean, with_article
 from nbpeft.names import JUDGED, PAIRS, PROMPTS, SCORED_PAIRS
 from nbpeft.training.data.bad_rows import Unreadable
@@ -32,6 +33,8 @@ _COMPLETIONS = ("answer", "response", "output", "target", "completion", "solutio
 _PROMPT_WORDS = ("text", "message", "body", "sentence", "review", "comment", "document", "article")
 _COMPLETION_WORDS = ("label", "labels", "category", "class", "intent", "tag", "team", "summary", "translation")
 """Words in names of columns that are not names of a form."""
+_WORDS, _TAGS = ("tokens", "words", "sentence", "text"), ("tags", "labels", "label")
+"""Names of columns with words and with their tags."""
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -93,6 +96,14 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Tagged:
+    """Words, with the label of each for a classifier of tokens."""
+
+    words: tuple[str, ...]
+    tags: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Compared:
     """Two completions of one prompt, of which the first is preferred."""
 
@@ -107,7 +118,7 @@ class Prompted:
     prompt: str | Chat
 
 
-Example = Plain | Pair | Chat | Labelled | Compared | Prompted
+Example = Plain | Pair | Chat | Labelled | Tagged | Compared | Prompted
 
 
 @dataclass(frozen=True)
@@ -198,6 +209,17 @@ def _read_labelled(row: Row, chat: bool) -> Example:
     return Labelled(row.text("text"), row.optional("text_pair") or None, row.value("label"))
 
 
+def _read_tagged(row: Row, chat: bool) -> Example:
+    words, tags = row.listed("tokens", "words"), row.listed("tags", "tags")
+    for place, word in enumerate(words):
+        if not isinstance(word, str):
+            column = row.columns.get("tokens", "tokens")
+            raise row.error(f"word {place} of {column!r} is {with_article(word)} ({word!r:.40}), not text.")
+    if len(words) != len(tags):
+        raise row.error(f"it has {plural(len(words), 'word')} and {plural(len(tags), 'tag')}; each word needs one tag.")
+    return Tagged(words, tags)
+
+
 def _read_prompt(row: Row, chat: bool) -> Example:
     value = row.value("prompt")
     if value is None or isinstance(value, str):
@@ -255,6 +277,10 @@ FORMS = (
 """The forms of rows for language models."""
 LABELLED = Form("text and label", ("text", "label"), _read_labelled, ("text_pair", WEIGHT))
 """The form of rows for text classifiers."""
+TAGGED = Form("tokens and tags", ("tokens", "tags"), _read_tagged, (WEIGHT,))
+"""The form of rows for classifiers of tokens: words, with a tag each."""
+FOR_CLASSIFIERS = (LABELLED, TAGGED)
+"""The forms of rows for classifiers."""
 COMPARED = Form(
     "chosen and rejected", ("chosen", "rejected"), _read_compared, ("prompt", "tools", "system", TEMPLATE, WEIGHT)
 )
@@ -268,8 +294,13 @@ PROMPTED = Form("prompt", ("prompt",), _read_prompt, ("tools", TEMPLATE))
 FORMS_OF = {"": FORMS, PAIRS: (COMPARED,), SCORED_PAIRS: (SCORED,), JUDGED: (VERDICT,), PROMPTS: (PROMPTED,)}
 """Kind of rows -> its forms."""
 _EXPECTED = "prompt and completion, messages, text, instruction and output, conversations, or input_ids"
-_EXPECTED_LABELLED = "text and label (and text_pair), or input_ids and labels, to train a classifier"
-NAMES = tuple(dict.fromkeys(name for form in (*FORMS, LABELLED, SCORED) for name in (*form.needs, *form.may)))
+_EXPECTED_OF = {
+    LABELLED.name: "text and label (and text_pair), or input_ids and labels, to train a classifier",
+    TAGGED.name: "tokens and tags, or input_ids and labels, to train a classifier of tokens",
+}
+_CLASS_OF = {LABELLED.name: "AutoModelForSequenceClassification", TAGGED.name: "AutoModelForTokenClassification"}
+"""Name of a form -> the class with which transformers loads a model that takes it."""
+NAMES = tuple(dict.fromkeys(name for form in (*FORMS, *FOR_CLASSIFIERS, SCORED) for name in (*form.needs, *form.may)))
 """The columns of all forms: the keys that ``columns`` may have."""
 
 
@@ -305,14 +336,18 @@ def keys_of(value: Any) -> tuple[str, ...]:
 
 
 def form_of(
-    columns: Sequence[str], mapping: Mapping[str, str], *, labelled: bool = False, kind: str | None = ""
+    columns: Sequence[str],
+    mapping: Mapping[str, str],
+    *,
+    usual: tuple[Form, ...] = FORMS,
+    kind: str | None = "",
 ) -> Form | None:
     """The form of rows with these columns; None for tokenised rows.
 
     Args:
         columns: the columns of the rows.
         mapping: name in a form -> column; only forms that use one of the names are considered.
-        labelled: whether the rows are for a classifier.
+        usual: the forms that the model takes if the kind of rows says nothing else.
         kind: the kind of rows, see ``FORMS_OF``; None for any.
 
     Raises:
@@ -321,7 +356,6 @@ def form_of(
     available = {*columns, *mapping}
     if TOKENISED in available and (not mapping or TOKENISED in mapping):
         return None
-    usual = (LABELLED,) if labelled else FORMS
     alone = (PROMPTED,) if {*columns} <= {*PROMPTED.needs, *PROMPTED.may} else ()
     for form in FORMS_OF[kind] if kind else (*usual, *((COMPARED, *alone) if kind is None else ())):
         if available.issuperset(form.needs) and (
@@ -337,13 +371,22 @@ def form_of(
         expected = "prompt, completion and label" if kind == JUDGED else "chosen and rejected (and prompt)"
         what = f"Expected columns {expected}; found {listed(columns)}.{_hint(columns, needs)}"
         raise TrainingError(what, columns=columns)
-    lower = {column.lower(): column for column in columns}
-    if kind is None and not labelled and lower.keys() >= {*COMPARED.needs}:
-        names = {name: lower[name] for name in COMPARED.needs}
+    names = _likely_compared(columns) if kind is None and usual is FORMS else {}
+    if names:
         what = f"Expected columns chosen and rejected; found {listed(columns)}. Say which is which: columns={names}."
         raise TrainingError(what, columns=columns)
-    expected, hint = (_EXPECTED_LABELLED, _hint(columns, LABELLED.needs)) if labelled else (_EXPECTED, _hint(columns))
+    form = usual[0]
+    expected = _EXPECTED_OF.get(form.name, _EXPECTED)
+    hint = _other_model(columns, form) or _hint(columns, form.needs if form in FOR_CLASSIFIERS else PAIR.needs)
     raise TrainingError(f"Expected columns {expected}; found {listed(columns)}.{hint}", columns=columns)
+
+
+def _other_model(columns: Sequence[str], wanted: Form) -> str:
+    """A hint at the model for which rows with these columns are; empty if they are for no other model."""
+    for form in FOR_CLASSIFIERS:
+        if form is not wanted and {*columns} >= {*form.needs}:
+            return f" Rows with {form.name} are for a model loaded with {_CLASS_OF[form.name]}."
+    return ""
 
 
 def checked_columns(mapping: Any, columns: Sequence[str]) -> dict[str, str]:
@@ -391,6 +434,17 @@ def check_roles(row: int, chat: Chat, template: str) -> None:
             raise TrainingError(f"Row {row}: message {place} has the role {role!r:.40}.{hint}", index=row)
 
 
+def _likely_compared(columns: Sequence[str]) -> dict[str, str]:
+    """The columns that likely have the parts of preferences, by their names; empty if none do."""
+    named = {need: [column for column in columns if need in column.lower()] for need in COMPARED.needs}
+    found = {need: [c for c in likely if c.lower() == need] or likely for need, likely in named.items()}
+    names = {need: likely[0] for need, likely in found.items() if len(likely) == 1}
+    if len({*names.values()}) < len(COMPARED.needs):
+        return {}
+    prompt, _ = _likely(columns)
+    return names if prompt is None or prompt in ("prompt", *names.values()) else {"prompt": prompt, **names}
+
+
 def _is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
@@ -410,6 +464,8 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
     names = dict.fromkeys(needs, "COLUMN")
     if "chosen" not in needs:
         likely = (prompt, lower.get(LABEL), completion) if needs == VERDICT.needs else (prompt, completion)
+        if needs == TAGGED.needs:
+            prompt, completion = likely = _likely_tags(columns)
         names = {name: column or "COLUMN" for name, column in zip(needs, likely, strict=False)}
         if prompt and (completion or len(needs) == 1):
             return f" Say which is which: columns={names}."
@@ -417,6 +473,13 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
     close = (did_you_mean(column, known) for column in columns if column not in (*known, prompt, completion))
     nearest = next(filter(None, close), "")
     return f"{nearest} Or say what they are called: columns={names}."
+
+
+def _likely_tags(columns: Sequence[str]) -> tuple[str | None, str | None]:
+    """The columns that are likely the words and their tags, by their names."""
+    words = next((name for name in columns if name.lower() in _WORDS), None)
+    tags = [name for name in columns if name.lower() in _TAGS or name.lower().endswith(("_tags", "_labels"))]
+    return words, min(tags, key=lambda name: "ner" not in name.lower(), default=None)
 
 
 def likely_completion(columns: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from nbpeft._util.mixtures import Mixture
 from nbpeft.display.numbers import count
 from nbpeft.errors import ConfigError, NbpeftError, few
+from nbpeft.training.data.classes import names_of
 from nbpeft.training.data.forms import form_of, keys_of
 from nbpeft.training.data.verdicts import labels_in
 
@@ -85,15 +86,20 @@ def _numbered_classes(mixture: Mixture, sources: Sequence[Any]) -> dict[str, Any
         ConfigError: a number means different classes in different parts.
     """
     features = [dict(getattr(rows, "features", None) or {}) for rows in sources]
-    found = {name: value for each in features for name, value in each.items() if getattr(value, "names", None)}
+    found = {name: value for each in features for name, value in each.items() if names_of(value)}
     for column, feature in found.items():
         for part, rows, each in zip(mixture.parts, sources, features, strict=True):
-            names = getattr(each.get(column), "names", None)
-            counted = any(type(label) is int for label in labels_in(rows, column)) if names is None else False
-            if counted or names not in (None, feature.names):
+            names = names_of(each.get(column))
+            labels = labels_in(rows, column)
+            counted = not names and any(type(item) is int for label in labels for item in _listed(label))
+            if counted or names not in ((), names_of(feature)):
                 raise ConfigError(
                     f"the numbers in {column!r} are not the same classes in all parts of the mixture: {part.name} has "
-                    f"{few(names) if names else 'no names for them'}, another has {few(feature.names)}",
+                    f"{few(names) if names else 'no names for them'}, another has {few(names_of(feature))}",
                     field="data",
                 )
     return found
+
+
+def _listed(label: Any) -> Sequence[Any]:
+    return label if isinstance(label, list | tuple) else (label,)

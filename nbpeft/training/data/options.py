@@ -10,14 +10,16 @@ from typing import Any
 from nbpeft.checkpoint.prompt_format import NOT_FOR_TEMPLATES
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import ROW_CHOICES
-from nbpeft.training.data.forms import TEXT, Chat, Compared, Example, Form, Pair, Prompted
+from nbpeft.training.data.forms import TAGGED, TEXT, Chat, Compared, Example, Form, Pair, Prompted
 from nbpeft.training.data.row import WEIGHT, is_nothing
 from nbpeft.training.data.unused import MESSAGES, UnusedParts
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message in which chat templates expect reasoning."""
-_REASONING = (MESSAGES, "reasoning")
-MASKED_REASONING = ("read, but not learned", "reasoning")
+REASONING = "reasoning"
+"""The name of reasoning among the parts of a row that are not used."""
+_REASONING = (MESSAGES, REASONING)
+MASKED_REASONING = ("read, but not learned", REASONING)
 """The reason and the name of reasoning that is masked."""
 _BLOCK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 """Reasoning at the beginning of a content."""
@@ -71,9 +73,10 @@ class RowOptions:
             ConfigError: an option would have no effect, or the template has no such variable.
         """
         what = "tokenised rows" if form is None else f"rows with {form.name}"
-        if self.long == "split" and form is not TEXT:
+        if self.long == "split" and form not in (TEXT, TAGGED):
             raise ConfigError(
-                f"long='split' is for rows with text, and these are {what}, whose parts would lack their beginning: "
+                f"long='split' is for rows with text or with {TAGGED.name}, and these are {what}, whose "
+                "parts would lack their beginning: "
                 "long='drop' leaves out those that are too long",
                 field="long",
             )
@@ -111,7 +114,7 @@ class RowOptions:
         if self.reasoning == "drop":
             chat = replace(chat, messages=tuple(map(_without_reasoning, chat.messages)))
         if any(map(has_reasoning, example.messages)):
-            dropped = (_REASONING[1],) if self.reasoning == "drop" else ()
+            dropped = (REASONING,) if self.reasoning == "drop" else ()
             chat = replace(chat, masks=self.reasoning == "mask", unused=(*chat.unused, *dropped))
         return self._learning(chat)
 

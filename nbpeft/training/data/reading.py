@@ -9,15 +9,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from nbpeft.errors import TrainingError, in_one_line
-from nbpeft.names import DESIRABLE, IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
+from nbpeft.names import DESIRABLE, IGNORED_LABEL, LOSS_WEIGHTS
 from nbpeft.training.data.bad_rows import GIVE_UP, reason_of, refusal
 from nbpeft.training.data.chats import ChatRenderer
-from nbpeft.training.data.classes import Classes
-from nbpeft.training.data.encoding import Encoded, Span, encode
+from nbpeft.training.data.classes import Classes, names_of
+from nbpeft.training.data.encoding import CodedRow, Encoded, Span, encode
 from nbpeft.training.data.forms import (
+    FOR_CLASSIFIERS,
+    FORMS,
     LABELLED,
     MARGIN,
     PAIR,
+    TAGGED,
     TEMPLATE,
     TEXT,
     VERDICT,
@@ -29,6 +32,7 @@ from nbpeft.training.data.forms import (
     Pair,
     Plain,
     Prompted,
+    Tagged,
     check_roles,
     checked_columns,
     form_of,
@@ -39,7 +43,8 @@ from nbpeft.training.data.options import MASKED_REASONING, RowOptions, why_not_u
 from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
 from nbpeft.training.data.seen_formats import system_of
 from nbpeft.training.data.sources import first_row, is_stream, open_data
-from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, Unused
+from nbpeft.training.data.tags import TaggedTokens, encode_words
+from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, UNTOKENISED, Unused
 from nbpeft.training.data.verdicts import LABEL, are_verdicts, is_good, labels_in
 
 DEFAULT_MAX_LENGTH = 1024
@@ -49,6 +54,8 @@ LABELS = ("labels", "label", "label_ids")
 """Columns of tokenised rows that may contain the labels; the first one that a row has is used."""
 _TOKENS = frozenset(("input_ids", "attention_mask", LOSS_WEIGHTS, WEIGHT, *MASKS))
 _SECOND = "token_type_ids"
+_NAMED = 20
+"""The greatest number of classes whose names are listed."""
 Rendered = TypeVar("Rendered")
 
 
@@ -58,12 +65,13 @@ class ModelInputs:
 
     Attributes:
         encoder_decoder: whether the prompt goes to the encoder and the completion to the decoder.
-        classes: its classes, if it is a text classifier.
+        classes: its classes, if it is a classifier of texts or tokens.
         numbers: optional columns with whole numbers that it takes in addition to tokens and labels: ``task_ids``.
         columns: columns of tokenised rows that it takes in addition to tokens and labels; None for all.
         unweighted: why rows cannot have different weights in the loss; empty if they can.
         tokens_only: why it takes no rows of text; empty if it does.
         kind: the kind of rows that the objective of a training takes, see ``FORMS_OF``; None for any.
+        labels_needed: whether rows of a classifier of tokens need labels; else it takes rows for language models, too.
     """
 
     encoder_decoder: bool = False
@@ -73,104 +81,21 @@ class ModelInputs:
     unweighted: str = ""
     tokens_only: str = ""
     kind: str | None = ""
-
-
-@dataclass(frozen=True)
-class CodedRow:
-    """One tokenised row, before truncation.
-
-    Attributes:
-        number: 0 for the first.
-        whole: The whole row.
-        limit: The greatest number of tokens; the rest is cut off.
-        encoder_decoder: Whether the labels are a sequence of their own, not one for each input token.
-        reason: Why there is nothing to train on, if that is known before truncation.
-        label: The label for a classifier; None if the row's tokens are the labels.
-        more: Other columns of the row for the model. For a classifier they include ``input_ids`` as truncated by the
-            tokenizer, which keeps special tokens at the end.
-        weight: The factor on the loss of ``label``.
-        unused: The parts of the row that are not trained on.
-        system: The system prompt, empty if there is none; None for a row without the chat template.
-        rejected: The row with the rejected completion; None if there is one completion.
-        dropped: Whether the row is left out because it is too long.
-        part: Which part of a row it is, 0 for the first.
-        part_count: The number of parts into which the row is split.
-        prompted: For a row with a prompt alone: the prompt and the other columns, as reward functions get them.
-    """
-
-    number: int
-    whole: Encoded
-    limit: int
-    encoder_decoder: bool = False
-    reason: str = ""
-    label: Any = None
-    more: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-    unused: tuple[Unused, ...] = ()
-    system: str | None = None
-    rejected: CodedRow | None = None
-    dropped: bool = False
-    part: int = 0
-    part_count: int = 1
-    prompted: Mapping[str, Any] | None = None
+    labels_needed: bool = True
 
     @property
-    def row(self) -> dict[str, Any]:
-        """The truncated row, as the collator takes it."""
-        if self.prompted is not None:
-            return {"input_ids": self.whole.input_ids, **self.prompted}
-        ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
-        if self.rejected is not None:
-            other = {f"{REJECTED}{name}": value for name, value in self.rejected.row.items()}
-            return {"input_ids": ids, "labels": labels, **self.more, **other}
-        if self.label is not None:
-            weighted = {LOSS_WEIGHTS: self.weight} if self.weight != 1 else {}
-            return {"input_ids": ids, "labels": self.label, **self.more, **weighted}
-        if weights is None:
-            return {"input_ids": ids, "labels": labels, **self.more}
-        return {"input_ids": ids, "labels": labels, **self.more, LOSS_WEIGHTS: weights[: self.limit]}
+    def has_class(self) -> bool:
+        """Whether a row has one label, for a classifier of texts."""
+        return self.classes is not None and not self.classes.per_token
 
     @property
-    def cut(self) -> bool:
-        """Whether the row is too long and is truncated."""
-        if self.prompted is not None:  # a longer prompt is left out: its end is what is answered
-            return False
-        rejected = self.rejected is not None and self.rejected.cut
-        is_long = rejected or len(self.whole.input_ids) > self.limit or len(self.whole.labels) > self.limit
-        return is_long and not self.dropped
-
-    def fitted(self, long: str) -> Iterator[CodedRow]:
-        """The row, or its parts, within the greatest length.
-
-        Each part begins with the last token of the part before, so that the part's own first token is predicted, too.
-
-        Args:
-            long: see ``RowOptions``.
-        """
-        if not self.cut or long == "cut":
-            yield self
-        elif long == "drop":
-            yield replace(self, dropped=True, reason=self.reason or f"longer than {self.limit} tokens (long='drop')")
-        else:
-            starts = range(0, len(self.whole.input_ids) - 1, max(1, self.limit - 1))
-            for part, start in enumerate(starts):
-                whole = self.whole.between(start, start + self.limit)
-                unused = () if part else self.unused
-                yield replace(self, whole=whole, part=part, part_count=len(starts), unused=unused)
-
-    @property
-    def learned_count(self) -> int:
-        """The number of labels that count in the loss."""
-        if self.prompted is not None:
-            return 0
-        return 1 if self.label is not None else count_learned(self.row["labels"], self.encoder_decoder)
-
-    @property
-    def missing(self) -> str:
-        """Why there is nothing to train on; empty if there is something."""
-        if self.reason or self.prompted is not None or self.learned_count:
-            return self.reason or ("" if self.rejected is None else self.rejected.missing)
-        return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
+    def forms(self) -> tuple[Form, ...]:
+        """The forms of rows that the model takes, if ``kind`` says nothing else."""
+        if self.classes is None:
+            return FORMS
+        if self.has_class:
+            return (LABELLED,)
+        return (TAGGED,) if self.labels_needed else (TAGGED, *FORMS)
 
 
 @dataclass(frozen=True)
@@ -188,6 +113,7 @@ class Reading:
         skip_bad: whether to leave out rows that cannot be read; None if that cannot be requested.
         options: how rows are read otherwise.
         group: the column by which rows are grouped for evaluation; empty if there is none.
+        note: a line about the names of classes that come from the rows; empty if none do.
     """
 
     rows: Any
@@ -200,6 +126,7 @@ class Reading:
     skip_bad: bool | None = None
     options: RowOptions = field(default_factory=RowOptions)
     group: str = ""
+    note: str = ""
 
     @property
     def has_template(self) -> bool:
@@ -223,6 +150,29 @@ class Reading:
             TrainingError: it does not have the form of the first row; names the row.
         """
         return self._example(row_of(value, number, self.columns))
+
+    def with_names(self) -> Reading:
+        """The same, with the names of the labels of these rows as those of classes without names.
+
+        Raises:
+            TrainingError: there are more or fewer names than classes.
+        """
+        classes = self.inputs.classes
+        if classes is None or self.form not in FOR_CLASSIFIERS or is_stream(self.rows):
+            return self
+        name = self.form.needs[-1]
+        given = labels_in(self.rows, self.columns.get(name, name))
+        labels = (label for labels in given for label in _listed(labels)) if classes.per_token else given
+        try:
+            named = classes.named(labels, self.class_names)
+        except ValueError as error:
+            raise TrainingError(f"{error}.") from None
+        if named is classes:
+            return self
+        known = ", ".join(f"{number} = {name}" for number, name in enumerate(named.by_number[:_NAMED]))
+        more = f" and {named.count - _NAMED} more" if named.count > _NAMED else ""
+        note = f"the classes get the names of the labels: {known}{more}"
+        return replace(self, inputs=replace(self.inputs, classes=named), note=note)
 
     def check_options(self) -> None:
         """Refuses options that have no effect on these rows.
@@ -290,6 +240,8 @@ class Reading:
         more: dict[str, Any] = {name: row.whole_number(name) for name in self.inputs.numbers}
         if isinstance(example, Labelled):
             return self._labelled(row, example, more, weight, tuple(unused))
+        if isinstance(example, Tagged):
+            return self._tagged(row, example, more, weight, tuple(unused))
         if isinstance(example, Compared):
             found = self._compared(row, example, renderer, "" if weight else "its weight is 0", weight)
             if MARGIN in self.form.may and self.columns.get(MARGIN, MARGIN) in row.values:
@@ -388,7 +340,7 @@ class Reading:
             row: the row.
         """
         label = row.values.get(self.columns.get(LABEL, LABEL))
-        if self.form in (LABELLED, TEXT) or is_nothing(label) or is_good(self._named(label)) is not False:
+        if self.form in (*FOR_CLASSIFIERS, TEXT) or is_nothing(label) or is_good(self._named(label)) is not False:
             return False
         return self._labels_are_verdicts
 
@@ -464,6 +416,65 @@ class Reading:
             row.number, Encoded(ids, []), self.limit, False, reason, label, {**tensors, **more}, weight, unused
         )
 
+    def _tagged(
+        self, row: Row, example: Tagged, more: Mapping[str, Any], weight: float, unused: tuple[Unused, ...]
+    ) -> CodedRow:
+        """A row with a label for each word; it is cut by the tokenizer, or split between words."""
+        words, labels = example.words, self._tags(row, example.tags)
+        whole = encode_words(self.tokenizer, words, labels)
+        reason = "there are no words" if not words else "" if weight else "its weight is 0"
+        if not {*range(len(words))} <= {*whole.owners}:
+            unused = (*unused, (UNTOKENISED, f"words of {self.columns.get('tokens', 'tokens')!r}"))
+
+        def coded(tokens: TaggedTokens, first: int, last: int) -> CodedRow:
+            ids = tokens.encoded.input_ids
+            read = tokens
+            if len(ids) > self.limit:
+                read = encode_words(self.tokenizer, words[first:last], labels[first:last], self.limit)
+            taken = self.inputs.columns
+            given: dict[str, Any] = {n: v for n, v in read.more.items() if taken is None or n in taken}
+            given |= {"input_ids": read.encoded.input_ids, "labels": read.encoded.labels}
+            given |= {LOSS_WEIGHTS: [weight] * len(read.encoded.labels)} if weight not in (0, 1) else {}
+            return CodedRow(
+                row.number,
+                tokens.encoded,
+                self.limit,
+                reason=reason,
+                more={**given, **more},
+                weight=weight,
+                unused=unused,
+                own_labels=True,
+            )
+
+        found = coded(whole, 0, len(words))
+        if not found.cut or self.options.long != "split":
+            return found
+        groups = [(part.start, part.stop) for part in whole.groups(len(words), self.limit)]
+        parts = [(encode_words(self.tokenizer, words[a:b], labels[a:b]), a, b) for a, b in groups]
+        return replace(found, pieces=tuple(coded(*part) for part in parts))
+
+    def _tags(self, row: Row, tags: Sequence[Any]) -> list[int]:
+        """The labels of a row's words.
+
+        Raises:
+            TrainingError: a tag is not one of the classes.
+        """
+        classes, labels = self.inputs.classes, []
+        assert classes is not None
+        for place, tag in enumerate(tags):
+            try:
+                labels.append(classes.tag(self._known(tag)))
+            except ValueError as error:
+                column = self.columns.get("tags", "tags")
+                raise row.error(f"tag {place} of {column!r} is {tag!r:.40}; {error}.") from None
+        return labels
+
+    def _known(self, label: Any) -> Any:
+        """A label by its name, if the dataset has names that the model knows: it may number them in another order."""
+        classes = self.inputs.classes
+        assert classes is not None
+        return self._named(label) if classes.names.keys() >= {*self.class_names} else label
+
     def _label(self, row: Row, value: Any, column: str) -> Any:
         """The label of a classifier's row.
 
@@ -472,12 +483,7 @@ class Reading:
         """
         classes = self.inputs.classes
         assert classes is not None
-        if (
-            classes.names.keys() >= {*self.class_names}
-            and isinstance(value, int)
-            and 0 <= value < len(self.class_names)
-        ):
-            value = self.class_names[value]  # a dataset may number the same classes in another order
+        value = self._known(value)
         try:
             return classes.label(value)
         except ValueError as error:
@@ -493,17 +499,22 @@ class Reading:
         reason = "" if weight else "its weight is 0"
         unused = tuple((COLUMNS, repr(name)) for name in self.extra(row.values) if name != self.group)
         more = self._kept(values)
-        if self.inputs.classes is not None:
+        per_token = self.inputs.classes is not None and not self.inputs.has_class
+        if self.inputs.has_class:
             label, weight = self._label(row, given_labels, name or "labels"), weight * row.weight(LOSS_WEIGHTS)
             reason = reason or ("the label is empty" if label is None else "")
             return CodedRow(row.number, Encoded(ids, []), len(ids), False, reason, label, more, weight, unused)
         seen = _listed(values.get("attention_mask", [1] * len(ids)))
         copied = [token if seen else IGNORED_LABEL for token, seen in zip(ids, seen, strict=False)]
+        if per_token and given_labels is None and self.inputs.labels_needed:
+            raise row.error("it has no labels: give the class of each token.")
         labels = copied if given_labels is None else _listed(given_labels)
         labels, weights = self._masked(row, values, labels)
         whole = Encoded(ids, labels, weights).weighted(weight or 1.0)
         limit, encoder_decoder = max(len(ids), len(labels)), self.inputs.encoder_decoder
-        return CodedRow(row.number, whole, limit, encoder_decoder, reason, None, more, unused=unused)
+        return CodedRow(
+            row.number, whole, limit, encoder_decoder, reason, None, more, unused=unused, own_labels=per_token
+        )
 
     def _masked(self, row: Row, values: Mapping[str, Any], labels: list[int]) -> tuple[list[int], list[float] | None]:
         """The labels selected by all masks of a row, and their weights.
@@ -532,9 +543,7 @@ class Reading:
         """
         taken, names = self.inputs.columns, {column: name for name, column in self.columns.items()}
         label = next((name for name in LABELS if self.columns.get(name, name) in columns), "labels")
-        known = (
-            _TOKENS - (frozenset() if self.inputs.classes is None else frozenset(MASKS)) | {label} | (taken or set())
-        )
+        known = _TOKENS - frozenset(MASKS if self.inputs.has_class else ()) | {label} | (taken or set())
         renamed_to = [names.get(column, None if column in self.columns else column) for column in columns]
         return [
             column
@@ -573,7 +582,7 @@ def reading(
     inputs, options = inputs or ModelInputs(), RowOptions(**how)
     available = columns_of(rows)
     mapping = checked_columns(columns, available)
-    form = form_of(available, columns or {}, labelled=inputs.classes is not None, kind=inputs.kind)
+    form = form_of(available, columns or {}, usual=inputs.forms, kind=inputs.kind)
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
     common: dict[str, Any] = {"skip_bad": skip_bad, "options": options, "group": group or ""}
@@ -584,11 +593,12 @@ def reading(
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=available)
     inputs = replace(inputs, numbers=tuple(name for name in inputs.numbers if name in available))
-    names = _class_names(rows, mapping)
+    names = _class_names(rows, mapping, form.needs[-1] if form is TAGGED else LABEL)
     limit = max_length or default_length(tokenizer)
     found = Reading(rows, form, mapping, tokenizer, limit, inputs, names, **common)
     if inputs.kind is None and found.is_judged:
         found = replace(found, form=VERDICT)
+    found = found.with_names()
     if options != RowOptions():
         found.check_options()
     return found
@@ -604,10 +614,9 @@ def are_judged(rows: Any, columns: Mapping[str, str]) -> bool:
     return Reading(rows, PAIR, columns, class_names=_class_names(rows, columns)).is_judged
 
 
-def _class_names(rows: Any, columns: Mapping[str, str]) -> tuple[str, ...]:
+def _class_names(rows: Any, columns: Mapping[str, str], name: str = LABEL) -> tuple[str, ...]:
     """The names of labels that are numbers; empty if the dataset has none."""
-    feature = (getattr(rows, "features", None) or {}).get(columns.get(LABEL, LABEL))
-    return tuple(getattr(feature, "names", None) or ())
+    return names_of((getattr(rows, "features", None) or {}).get(columns.get(name, name)))
 
 
 def default_length(tokenizer: Any) -> int:
@@ -645,11 +654,6 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
     if isinstance(example, Prompted):
         return isinstance(example.prompt, str)
     return not isinstance(example.chosen if isinstance(example, Compared) else example, Chat)
-
-
-def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:
-    """How many tokens a loss is taken on: a decoder does not predict the first one."""
-    return sum(label != IGNORED_LABEL for label in (labels if encoder_decoder else labels[1:]))
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

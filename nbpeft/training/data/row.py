@@ -98,6 +98,23 @@ class Row:
             raise self.error(f"{self.columns.get(name, name)!r} is {with_article(value)} ({value!r:.40}), not text.")
         return value or ""
 
+    def listed(self, name: str, what: str) -> tuple[Any, ...]:
+        """The items of a column with a list; none for an empty cell.
+
+        Args:
+            name: the form's name of the column.
+            what: what the list has, for the message.
+
+        Raises:
+            TrainingError: the value is not a list.
+        """
+        value = self.value(name)
+        value = value.tolist() if hasattr(value, "tolist") else value  # pandas and Parquet return arrays
+        if value is not None and not isinstance(value, list | tuple):
+            column = self.columns.get(name, name)
+            raise self.error(f"{column!r} is {with_article(value)} ({value!r:.40}), not a list of {what}.")
+        return tuple(value or ())
+
     def whole_number(self, name: str) -> int:
         """The whole number of a column.
 

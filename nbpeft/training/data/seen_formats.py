@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nbpeft._util.conversations import system_text
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.checkpoint.prompt_format import as_text
 from nbpeft.training.data.forms import Chat, Example
+from nbpeft.training.data.options import RowOptions
 
 
 class SeenFormats:
     """The forms of the rows read so far.
 
     Args:
-        template: the variables that the chat template gets for all rows.
+        options: how the rows are read.
     """
 
-    def __init__(self, template: Mapping[str, Any] | None = None) -> None:
-        self._template = as_text(template or {})
+    def __init__(self, options: RowOptions | None = None) -> None:
+        options = options or RowOptions()
+        self._template = as_text(options.chat_template_kwargs or {})
+        self._learns_reasoning = options.reasoning == "keep"
         self._systems: dict[str | None, int] = {}
 
     def add(self, system: str | None) -> None:
@@ -38,7 +38,8 @@ class SeenFormats:
         if next(iter(self._systems)) is None:
             return PromptFormat(chat=False)
         systems = [system for system in self._systems if system is not None]
-        return PromptFormat(True, systems[0] if len(systems) == 1 else None, self._template)
+        system = systems[0] if len(systems) == 1 else None
+        return PromptFormat(True, system, self._template, learns_reasoning=self._learns_reasoning)
 
     def lines(self) -> tuple[str, ...]:
         """A line about rows with different system prompts; none if they agree."""

@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nbpeft._util.mixtures import Mixture
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
-from nbpeft.errors import TrainingError
-from nbpeft.names import IGNORED_LABEL
-from nbpeft.training.data.forms import COMPARED, LABELLED, PAIR
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
+from nbpeft.training.data.encoding import CodedRow
+from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, PAIR
 from nbpeft.training.data.left_out import named_rows
-from nbpeft.training.data.reading import CodedRow, ModelInputs, Reading, reading
+from nbpeft.training.data.reading import ModelInputs, Reading, reading
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.tokenized import check_columns, lines_of
@@ -146,6 +148,7 @@ def summarize(
     rows: int = 3,
     separator: str | None = None,
     skip_bad: bool = False,
+    seed: int | None = None,
     **how: Any,
 ) -> DataSummary:
     """Summarizes all rows, read by the same code as in training; of a stream the first 1,000.
@@ -159,13 +162,16 @@ def summarize(
         rows: the number of rows to show; up to two rows that are truncated or left out follow them.
         separator: as for ``prepare_data``.
         skip_bad: as for ``prepare_data``.
+        seed: seed of the training, with which the rows of a mixture are drawn; None for the default one.
         **how: as for ``prepare_data``.
 
     Raises:
-        ConfigError: as for ``prepare_data``.
+        ConfigError: as for ``prepare_data``; or a seed is given, and the rows are not drawn.
         TrainingError: as for ``prepare_data``, except that rows with nothing to train on are only reported.
     """
-    opened = open_data(data, separator, skip_bad=skip_bad)
+    if seed is not None and not isinstance(data, Mixture):
+        raise ConfigError("seed has no effect: only the rows of a mixture are drawn", field="seed")
+    opened = open_data(data, separator, skip_bad=skip_bad, seed=DEFAULT_SEED if seed is None else seed)
     how |= {"max_length": max_length, "columns": columns, "inputs": inputs, "skip_bad": skip_bad}
     reader = reading(opened, tokenizer, **how)
     if reader.form is None:
@@ -173,7 +179,7 @@ def summarize(
     streamed = is_stream(reader.rows)
     coded: Iterator[CodedRow] = itertools.islice(reader.coded(), _STREAMED if streamed else None)
     shown_rows: list[CodedRow] = []
-    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options.chat_template_kwargs)
+    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options)
     for row in coded:
         totals.add(row)
         unused.add(row.unused)
@@ -205,9 +211,9 @@ def summarize(
         unused=lines_of(reader, unused, formats, len(lengths) - parts + totals.split_rows),
         split_rows=totals.split_rows,
         split_parts=parts,
-        has_labels=reader.inputs.classes is not None and reader.form is not COMPARED,
+        has_labels=reader.inputs.has_class and reader.form is not COMPARED,
         unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
-        format=formats.format if reader.form not in (None, LABELLED) else None,
+        format=formats.format if reader.form not in (None, *FOR_CLASSIFIERS) else None,
         for_template=_for_template(reader, formats.format),
     )
 
@@ -275,13 +281,16 @@ def _summary(row: CodedRow, reader: Reading, shown: int) -> RowSummary:
         return replace(parts[0], missing=row.missing, cut_count=cut, target=parts[1].spans, target_title="rejected")
     tokenizer, classes = reader.tokenizer, reader.inputs.classes
     learned = [label != IGNORED_LABEL and not row.missing for label in row.whole.labels]
+    title = RowSummary.target_title
     if row.encoder_decoder:
         spans = _spans_of(tokenizer, row.whole.input_ids, [False] * len(row.whole.input_ids), row.limit, shown)
         target = _spans_of(tokenizer, row.whole.labels, learned, row.limit, shown)
     else:
-        learned = [False, *learned[1:]] if learned else []
+        learned = [False, *learned[1:]] if learned and not row.own_labels else learned
         learned += [False] * (len(row.whole.input_ids) - len(learned))
         spans, target = _spans_of(tokenizer, row.whole.input_ids, learned, row.limit, shown), ()
+        if row.own_labels and not row.missing:
+            target, title = _tags(row, reader, shown), "tags"
     return RowSummary(
         row.number,
         min(len(row.whole.input_ids), row.limit),
@@ -291,8 +300,23 @@ def _summary(row: CodedRow, reader: Reading, shown: int) -> RowSummary:
         spans,
         target,
         "" if classes is None or row.label is None else classes.name(row.label),
+        title,
         part=f"part {row.part + 1} of {row.part_count}" if row.part_count > 1 else "",
     )
+
+
+def _tags(row: CodedRow, reader: Reading, most: int) -> tuple[TokenSpan, ...]:
+    """The first learned tokens of a row, with the tag of each."""
+    classes, read = reader.inputs.classes, row.row
+    assert classes is not None
+    places = [place for place, label in enumerate(read["labels"]) if label != IGNORED_LABEL]
+    parts = [
+        f"{_text(reader.tokenizer, read['input_ids'], place, place + 1, False).strip()}: "
+        f"{classes.name(read['labels'][place])}"
+        for place in places[:most]
+    ]
+    skipped = (TokenSpan("", skipped=len(places) - most),) if len(places) > most else ()
+    return (TokenSpan(", ".join(parts), learned=True), *skipped)
 
 
 def _spans_of(

@@ -13,12 +13,13 @@ from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError
 from nbpeft.names import LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.bad_rows import kind_of
-from nbpeft.training.data.forms import LABELLED, row_of
+from nbpeft.training.data.classes import Classes
+from nbpeft.training.data.encoding import CodedRow
+from nbpeft.training.data.forms import FOR_CLASSIFIERS, row_of
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import (
     LABELS,
     MASKS,
-    CodedRow,
     ModelInputs,
     Reading,
     columns_of,
@@ -189,10 +190,12 @@ class PreparedRows:
     Attributes:
         rows: the tokenised rows.
         notes: a line about what was truncated, left out or not used; empty if nothing was.
+        classes: the classes of a classifier, with the names that its model or the rows give them.
     """
 
     rows: Any
     notes: str = ""
+    classes: Classes | None = None
 
 
 def prepare_data(
@@ -238,10 +241,10 @@ def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
     if reader.form is None:
         return _tokens(reader)
     if is_stream(reader.rows):
-        streamed = StreamedRows(reader.coded, formats=SeenFormats(reader.options.chat_template_kwargs))
-        return PreparedRows(streamed, streamed.notes)
+        streamed = StreamedRows(reader.coded, formats=SeenFormats(reader.options))
+        return PreparedRows(streamed, streamed.notes, reader.inputs.classes)
     tokenized = _in_memory(reader)
-    return PreparedRows(tokenized, tokenized.notes)
+    return PreparedRows(tokenized, tokenized.notes, reader.inputs.classes)
 
 
 def lines_of(reader: Reading, unused: UnusedParts, formats: SeenFormats, count: int) -> tuple[str, ...]:
@@ -253,7 +256,7 @@ def lines_of(reader: Reading, unused: UnusedParts, formats: SeenFormats, count: 
         formats: the forms of the rows.
         count: the number of rows.
     """
-    mixed = [note] if (note := getattr(reader.rows, "note", "")) else []
+    mixed = filter(None, (getattr(reader.rows, "note", ""), reader.note))
     return (*mixed, *unused.lines(count), *reader.options.lines(unused), *formats.lines())
 
 
@@ -261,7 +264,7 @@ def _in_memory(reader: Reading) -> TokenizedRows:
     """Tokenises all rows."""
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str]] = []
-    unused, formats, truncated = UnusedParts(), SeenFormats(reader.options.chat_template_kwargs), 0
+    unused, formats, truncated = UnusedParts(), SeenFormats(reader.options), 0
     numbers: list[int] = []
     split_rows = split_parts = 0
     for coded in reader.coded():
@@ -285,8 +288,11 @@ def _in_memory(reader: Reading) -> TokenizedRows:
     lines = lines_of(reader, unused, formats, count)
     split = split_rows, split_parts
     found = TokenizedRows(rows, truncated=truncated, left_out=left_out, unused=lines, numbers=numbers, split=split)
-    if reader.form not in (None, LABELLED):
+    classes = reader.inputs.classes
+    if reader.form not in (None, *FOR_CLASSIFIERS):
         found.format = formats.format
+    elif classes is not None and classes.by_number:
+        found.format = PromptFormat(chat=False, classes=classes.by_number)
     return found
 
 

@@ -12,6 +12,7 @@ COLUMNS = "columns not used"
 MESSAGES = "not used"
 UNPRINTED = "not printed by the chat template, so not trained on"
 EMPTY = "empty"
+UNTOKENISED = "without a token, so their tags are not learned"
 
 
 class UnusedParts:

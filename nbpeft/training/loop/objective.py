@@ -13,14 +13,15 @@ from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.from_data.observing import device_of, evaluated, moved
 from nbpeft.names import JUDGED, REJECTED
-from nbpeft.sweeps import Sweep, not_swept
+from nbpeft.sweeps import Sweep, combinations, not_swept, swept
 from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import Collator, columns_of
+from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns, form_of
 from nbpeft.training.data.reading import are_judged, default_length
 from nbpeft.training.data.sources import first_row, is_stream
 from nbpeft.training.loop.grouping import GROUPED
-from nbpeft.training.loop.rows import classes_of, collator_for, is_causal
+from nbpeft.training.loop.rows import classes_of, collator_for, is_causal, is_of_texts
 from nbpeft.training.objectives.classification import metrics_for
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
 from nbpeft.training.objectives.grpo import Grpo
@@ -96,8 +97,11 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     if kind is None:
         kind, why = _from_rows(request, columns)
         given = _fields_of(kind, given, fields, own)
-    objective = kind(**given)
-    rest = {name: value for name, value in request.arguments.items() if name not in given}
+    several = swept(given)
+    objective = kind(**{name: value for name, value in given.items() if name not in several})
+    for values in combinations(several):
+        replace(objective, **values)
+    rest = {name: value for name, value in request.arguments.items() if name not in given or name in several}
     request = replace(request, objective=objective, objective_reason=why, arguments={**objective.defaults, **rest})
     _check_model(request, objective, columns)
     if not objective.rows:
@@ -154,7 +158,7 @@ def _fields_of(
                 f"set objective={next(iter(fields[name]))!r}",
                 field=name,
             )
-        if isinstance(value, Sweep):
+        if isinstance(value, Sweep) and (kind.generates or name not in kind.own_fields()):
             raise not_swept(name)
     return found
 
@@ -195,14 +199,14 @@ def _check_model(request: TrainRequest, objective: Objective, columns: Sequence[
     model, kind = request.model, type(base_of(request.model)).__name__
     needs = f"objective={objective.name!r} needs"
     if objective.name == "classify" and classes_of(model) is None:
-        raise TrainingError(f"{needs} a model for sequence classification; {kind} is not one")
+        raise TrainingError(f"{needs} a model for sequence or token classification; {kind} is not one")
     if objective.name == "sft" and classes_of(model) is not None:
         raise TrainingError(f"{needs} a language model; {kind} is a classifier")
     if not objective.rows:
         return
     if objective.scores and not _scores(model):
         labels = getattr(getattr(base_of(model), "config", None), "num_labels", None)
-        what = "is not one" if classes_of(model) is None else f"has {labels} labels"
+        what = f"has {labels} labels" if is_of_texts(model) else "is not one"
         raise TrainingError(f"{needs} a model for sequence classification with num_labels=1; {kind} {what}")
     if not objective.scores and not is_causal(model):
         raise TrainingError(f"{needs} a causal language model; {kind} is not one")
@@ -244,7 +248,7 @@ def _check_generation(request: TrainRequest, objective: Objective, columns: Sequ
 def _scores(model: nn.Module) -> bool:
     """Whether a model is a classifier of texts with one label."""
     config: Any = getattr(base_of(model), "config", None)
-    return classes_of(model) is not None and config.num_labels == 1
+    return is_of_texts(model) and config.num_labels == 1
 
 
 def _check_arguments(request: TrainRequest, objective: Objective) -> None:
@@ -352,13 +356,14 @@ def batches_of(request: TrainRequest, objective: Objective) -> Any:
     return collator_of(objective, collator_for(request.model, request.tokenizer), limit)
 
 
-def metrics_of(request: TrainRequest) -> dict[str, Any]:
+def metrics_of(request: TrainRequest, classes: Classes | None) -> dict[str, Any]:
     """Returns the option of the Trainer with the metrics of evaluations; empty for other models than classifiers.
 
     Args:
         request: the arguments of the training, with its objective.
+        classes: the classes, if the model is a classifier.
     """
-    classes = classes_of(request.model) if isinstance(request.objective, Classify) else None
+    classes = classes if isinstance(request.objective, Classify) else None
     measure = None if classes is None or request.eval_data is None else metrics_for(classes)
     return {} if measure is None else {"compute_metrics": measure}
 

@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import count, plural
-from nbpeft.engine.calls.model_calls import class_names, is_text_classifier
-from nbpeft.engine.tree.model_tree import embedding_of
+from nbpeft.engine.calls.model_calls import class_names, is_text_classifier, is_token_classifier
+from nbpeft.engine.tree.model_tree import embedding_of, manager_of
 from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.losses import with_loss_weights
 from nbpeft.names import LOSS_WEIGHTS, REJECTED
-from nbpeft.training.adapters.adapted_model import base_of, call_columns
+from nbpeft.training.adapters.adapted_model import base_of, call_columns, trained_names
 from nbpeft.training.data import (
     Collator,
     ModelInputs,
@@ -56,12 +57,14 @@ class TrainingRows:
         evaluation: evaluation rows, or None.
         notes: messages about rows that were cut, left out or not used.
         held_out: message about rows that were held out for evaluation; empty if there are none.
+        classes: the classes of a classifier, with the names that its model or the rows give them.
     """
 
     train: Any
     evaluation: Any = None
     notes: tuple[str, ...] = ()
     held_out: str = ""
+    classes: Classes | None = None
 
     @property
     def format(self) -> PromptFormat | None:
@@ -86,18 +89,21 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     if loss:
         _check_loss(base_of(request.model))
     else:
-        inputs = replace(inputs, tokens_only="")
+        inputs = replace(inputs, tokens_only="", labels_needed=False)
     if request.eval_by is not None and not is_amount(request.eval_data):
         raise ConfigError(
             "eval_by groups the rows that are held out for evaluation: give their share or number (eval_data=0.1)",
             field="eval_by",
         )
     read = _prepared(request, request.data, inputs)
+    if read.classes is not None and read.classes is not inputs.classes:
+        _check_head_is_new(request)
+        inputs = replace(inputs, classes=read.classes)
     rows, notes, amount = read.rows, [read.notes] if read.notes else [], request.eval_data
     if not is_amount(amount):
         measured = PreparedRows(None) if amount is None else _prepared(request, amount, inputs)
         notes += [f"evaluation rows: {measured.notes}"] if measured.notes else []
-        return TrainingRows(rows, measured.rows, tuple(notes))
+        return TrainingRows(rows, measured.rows, tuple(notes), classes=inputs.classes)
     groups = groups_of(rows, request.data, request.eval_by)
     train, evaluation = hold_out(rows, amount, request.seed, groups)
     if isinstance(rows, StreamedRows) and rows.notes:  # reading the held-out rows may have added notes
@@ -106,7 +112,7 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     held = f"{known or plural(len(evaluation), 'row')} held out for evaluation"
     if groups is not None and request.eval_by is not None:
         held += f", in whole groups by {request.eval_by!r} ({plural(len({*groups}), 'group')})"
-    return TrainingRows(train, evaluation, tuple(notes), held)
+    return TrainingRows(train, evaluation, tuple(notes), held, inputs.classes)
 
 
 def inputs_of(request: TrainRequest) -> ModelInputs:
@@ -156,24 +162,32 @@ def _why_tokens_only(base: nn.Module) -> str:
     """Returns why a model does not accept rows of text; empty if it does."""
     heads = [found for name in class_names(base) if (found := _HEAD.search(name))]
     transformers_model = hasattr(type(base), "_from_config")
-    if not (transformers_model and heads) or is_text_classifier(base) or embedding_of(base, output=True) is not None:
+    if not (transformers_model and heads) or classes_of(base) is not None:
+        return ""
+    if embedding_of(base, output=True) is not None:
         return ""
     if any(found[1].endswith(_LANGUAGE_HEADS) for found in heads):
         return ""
     labels = [name for name in inspect.signature(base.forward).parameters if name in _OWN_LABELS]
     return (
-        f"{type(base).__name__} is neither a language model nor a text classifier: it needs tokenized rows with "
-        f"{listed(('input_ids', *labels))}"
+        f"{type(base).__name__} is neither a language model nor a classifier of texts or tokens: it needs "
+        f"tokenized rows with {listed(('input_ids', *labels))}"
     )
 
 
 def classes_of(model: nn.Module) -> Classes | None:
-    """Returns the classes of a text classifier; None for any other model."""
+    """Returns the classes of a classifier of texts or tokens; None for any other model."""
     base = base_of(model)
-    config = getattr(base, "config", None)
-    if not is_text_classifier(base) or not hasattr(config, "num_labels"):
+    config, per_token = getattr(base, "config", None), is_token_classifier(base)
+    if not (per_token or is_text_classifier(base)) or not hasattr(config, "num_labels"):
         return None
-    return Classes.of(config)
+    return Classes.of(config, per_token=per_token)
+
+
+def is_of_texts(model: nn.Module) -> bool:
+    """Returns whether a model is a classifier of texts."""
+    classes = classes_of(model)
+    return classes is not None and not classes.per_token
 
 
 def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
@@ -284,9 +298,9 @@ def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> Prepared
     check: dict[str, Any] = {
         "vocabulary": size if isinstance(size, int) else None,
         "causal": is_causal(model),
-        "classes": inputs.classes,
+        "classes": inputs.classes if inputs.labels_needed or is_of_texts(model) else None,
     }
-    if classes_of(model) is not None:
+    if is_of_texts(model):
         _check_padding(model, tokenizer)
     if isinstance(read.rows, StreamedRows):
         read.rows.check = partial(check_row, **check)
@@ -306,6 +320,27 @@ def _check_loss(base: nn.Module) -> None:
             f"transformers selects the loss by the name of the class and has none for {type(base).__name__}: set "
             f"loss_type = {head!r} on the base model."
         )
+
+
+def _check_head_is_new(request: TrainRequest) -> None:
+    """Refuses names of classes that the rows give to a head which an adapter has trained with numbers.
+
+    Raises:
+        TrainingError: the copy of the head that is trained differs from that of the base.
+    """
+    manager = manager_of(request.model)
+    if manager is None:
+        return
+    names = trained_names(request.model) if request.adapter is None else (request.adapter,)
+    for copied in manager.copies.values():
+        first = dict(copied.original_module.named_parameters())
+        for name in names:
+            copy = copied.modules_to_save[name].named_parameters() if name in copied.modules_to_save else ()
+            if any(part in first and not torch.equal(tensor, first[part].to(tensor)) for part, tensor in copy):
+                raise TrainingError(
+                    f"the head of {name!r} has learned classes without names, and the rows name their labels: give "
+                    "the numbers of the classes, or set label2id and id2label of the model's config"
+                )
 
 
 def _check_padding(model: nn.Module, tokenizer: Any) -> None:

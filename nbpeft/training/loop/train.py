@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft._util.optional import needs
-from nbpeft.checkpoint import PromptFormat, prompt_format, scratch_folder, set_prompt_format
+from nbpeft.checkpoint import PromptFormat, name_classes, prompt_format, scratch_folder, set_prompt_format
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.trained import mark_unsaved
 from nbpeft.engine.tree.model_tree import manager_of
@@ -87,6 +87,7 @@ def train(
     every: int | None = None,
     score: Any = None,
     metric: Any = None,
+    max_score_rows: int | None = None,
     packing: bool = False,
     control: RunControl | None = None,
     publish: Callable[[TrainState], None] | None = None,
@@ -150,6 +151,8 @@ def train(
             like the metrics of an evaluation: in the card, in the run folder and to trackers.
         metric: Name of a metric of :func:`nbpeft.score` (default: ``exact``), a function
             ``(answer, row) -> bool | float``, or a list of them, of which the first determines the best state.
+        max_score_rows: Maximum number of rows that are scored each time. More rows than that are sampled, the same
+            ones each time. The default is 200 for metrics of answers, which are generated, and all rows for others.
         packing: Pack several rows into each sequence of ``max_length`` tokens, without padding. Each row is learned as
             it would be alone, the batch size counts sequences, and evaluation rows are not packed. Without packing,
             a batch has rows of similar length, in an order drawn with ``seed``, unless ``train_sampling_strategy`` is
@@ -227,7 +230,8 @@ def _run(request: TrainRequest) -> TrainResult:
     if request.packing:
         sizes = {"max_length": request.max_length, "tokenizer": request.tokenizer, "given": given}
         learned, collator = pack(model, learned, collator, **sizes)
-    options = {"data_collator": collator, "processing_class": request.tokenizer} | metrics_of(request) | given
+    options = {"data_collator": collator, "processing_class": request.tokenizer}
+    options |= metrics_of(request, rows.classes) | given
     with scratch_folder() as folder:
         evaluates = rows.evaluation is not None
         settings = build_arguments(fields, request.arguments_class, folder=str(folder), evaluates=evaluates)
@@ -396,10 +400,12 @@ class _Activation:
     def __init__(self) -> None:
         self._rows: TrainingRows | None = None
         self._formers: list[tuple[AdapterConfig, PromptFormat | None]] = []
+        self._unname: Callable[[], None] = lambda: None
 
     def note_format(self, model: nn.Module, rows: TrainingRows) -> None:
         """Records the form of the rows with the adapters to train, before their first state is saved."""
         manager = manager_of(model)
+        self._unname = name_classes(base_of(model), rows.format)
         if manager is not None and rows.format is not None:
             self._rows = rows
             configs = [manager.configs[name] for name in trained_names(model)]
@@ -409,6 +415,7 @@ class _Activation:
     def end(self) -> None:
         """Restores the former form of rows of the adapters if they learned nothing."""
         if not self.learned:
+            self._unname()
             for config, former in self._formers:
                 set_prompt_format(config, former)
         elif self._rows is not None:

@@ -117,6 +117,11 @@ class Objective:
         """Whether its loss, with these fields, compares the trained weights with a reference."""
         return self.uses_reference
 
+    @classmethod
+    def own_fields(cls) -> tuple[str, ...]:
+        """The fields that can differ between the adapters of a sweep, which share batches and their dropout."""
+        return tuple(item.name for item in dataclasses.fields(cls) if item.name != "disable_dropout")
+
     def changed(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}

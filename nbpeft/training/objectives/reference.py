@@ -23,10 +23,11 @@ from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import CheckpointError, ConfigError, did_you_mean
 from nbpeft.model.handle.serving import blended
+from nbpeft.names import BASE as BASE
+from nbpeft.names import START as START
 from nbpeft.training.adapters.adapted_model import trainable, trained_names
 from nbpeft.training.adapters.method_state import keeps_method_state, read_state
 
-BASE, START = "base", "start"
 _FILE = "reference.safetensors"
 _DIGEST = "digest"
 

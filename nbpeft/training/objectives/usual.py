@@ -17,6 +17,6 @@ class Sft(Objective):
 
 @dataclass(frozen=True)
 class Classify(Objective):
-    """The loss of a classifier of texts."""
+    """The loss of a classifier of texts or tokens."""
 
     name: ClassVar[str] = "classify"

@@ -24,6 +24,7 @@ from nbpeft.names import BOOKKEEPING_FIELDS
 from nbpeft.sweeps import OWN_FIELDS, Sweep, check_own, combinations, names_of, not_swept, swept
 from nbpeft.training.adapters.adapted_model import trainable
 from nbpeft.training.monitor.result import TrainResult
+from nbpeft.training.objectives.objective import Objective
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.sweep.result import SweepResult
@@ -66,8 +67,13 @@ def _of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
     known = {field.name for field in dataclasses.fields(kind)}
     fields = {name: value for name, value in common.items() if name in known}
     chosen = trainer_for(trainer_class, group, request.given)
+    objective = request.objective
+    assert isinstance(objective, Objective)
+    of_objective = objective.own_fields()
     for member in group.members:
-        own = {**fields, **member.fields}
+        changed = {name: value for name, value in member.fields.items() if name in of_objective}
+        member.objective = dataclasses.replace(objective, **changed)
+        own = {**fields, **{name: value for name, value in member.fields.items() if name not in changed}}
         member.arguments = build_arguments(own, kind, folder="", evaluates=request.eval_data is not None)
         if member.arguments.world_size > 1 or member.arguments.n_gpu > 1:
             raise ConfigError("a sweep trains on one device: use one process with one visible device")
@@ -89,7 +95,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
         selected, enabled = manager.selected, manager.enabled
         group, made = None, list[str]()
         try:
-            found = _made(manager, request, made) if members is None else _given(manager, members)
+            found = _made(manager, request, made) if members is None else _given(manager, members, request.objective)
             group = SideBySide(model, found)
             manager.activate(group.names[0])  # other active adapters would be trained too
             with group.opened:
@@ -116,7 +122,8 @@ def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> li
     origin = _origin(manager, request.adapter)
     config, fields = manager.configs[origin], swept(request.given)
     of_config = [item.name for item in dataclasses.fields(config) if item.init and item.name not in BOOKKEEPING_FIELDS]
-    strange = {name: sweep for name, sweep in fields.items() if name not in (*OWN_FIELDS, *of_config)}
+    own = (*OWN_FIELDS, *_own_fields(request.objective))
+    strange = {name: sweep for name, sweep in fields.items() if name not in (*own, *of_config)}
     split_arguments(strange, transformers.Trainer, request.arguments_class)
     for name in strange:
         raise not_swept(name)
@@ -125,7 +132,7 @@ def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> li
     with manager.transaction():
         for name, values in zip(names, combined, strict=True):
             check_name(name)
-            changed = {field: value for field, value in values.items() if field not in OWN_FIELDS}
+            changed = {field: value for field, value in values.items() if field not in own}
             wanted = dataclasses.replace(config, **changed) if changed else config
             if name in manager.configs:
                 _check_same(manager, name, wanted)
@@ -138,7 +145,7 @@ def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> li
                 manager.copy(origin, name)
                 manager.unfreeze(name)
         return [
-            Member(name, {key: values[key] for key in values if key in OWN_FIELDS}, values, manager.parameters(name))
+            Member(name, {key: values[key] for key in values if key in own}, values, manager.parameters(name))
             for name, values in zip(names, combined, strict=True)
         ]
 
@@ -154,7 +161,11 @@ def _origin(manager: AdapterManager, adapter: Any) -> str:
     return manager.active[0]
 
 
-def _given(manager: AdapterManager, members: Any) -> list[Member]:
+def _own_fields(objective: Any) -> tuple[str, ...]:
+    return objective.own_fields() if isinstance(objective, Objective) else ()
+
+
+def _given(manager: AdapterManager, members: Any, objective: Any) -> list[Member]:
     """Returns existing adapters with their own fields as members."""
     fields_of = isinstance(members, Mapping) and all(isinstance(fields, Mapping) for fields in members.values())
     if not fields_of or len(members) < 2:
@@ -165,7 +176,7 @@ def _given(manager: AdapterManager, members: Any) -> list[Member]:
         )
     manager.require(*members)
     for name, fields in members.items():
-        check_own(fields)
+        check_own(fields, _own_fields(objective))
         if name in manager.frozen:
             raise TrainingError(f"{name!r} is frozen: unfreeze it, or leave it out")
     return [Member(name, fields, fields, manager.parameters(name)) for name, fields in members.items()]

@@ -27,6 +27,7 @@ from nbpeft.training.adapters.snapshot import copied, write_back
 from nbpeft.training.monitor.callback import metrics_of, shape_of
 from nbpeft.training.monitor.control import CloneRequest
 from nbpeft.training.monitor.record import Record, score_of
+from nbpeft.training.objectives.objective import Objective
 from nbpeft.training.transformers.arguments import changed_arguments
 
 
@@ -54,12 +55,13 @@ class Member:
 
     Args:
         name: name of the adapter.
-        fields: its own fields of ``TrainingArguments``.
+        fields: its own fields of ``TrainingArguments`` and of the objective.
         settings: what distinguishes it from the others, including config fields.
         parameters: its trainable parameters.
 
     Attributes:
         arguments: its ``TrainingArguments``; set before training starts.
+        objective: what it minimizes; set before training starts.
         status: whether it is trained, or why not.
         settings: ``settings`` as text.
         learning_rate: learning rate of the current step.
@@ -68,6 +70,7 @@ class Member:
     """
 
     arguments: TrainingArguments
+    objective: Objective
 
     def __init__(
         self, name: str, fields: Mapping[str, Any], settings: Mapping[str, Any], parameters: Sequence[nn.Parameter]
@@ -305,7 +308,7 @@ class SideBySide:
             clone = Member(
                 name, {**source.fields, **changed}, {**source.settings, **changed}, self._manager.parameters(name)
             )
-            clone.arguments = arguments
+            clone.arguments, clone.objective = arguments, source.objective
             self.join(clone, source)
         for member in self.members:
             for field in changed:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from nbpeft.training.monitor.callback import metrics_of
 from nbpeft.training.monitor.control import CloneRequest
 from nbpeft.training.monitor.record import score_of
 from nbpeft.training.monitor.run import Run
+from nbpeft.training.objectives.objective import Objective
 from nbpeft.training.sweep.evaluations import SweepEvaluations
 from nbpeft.training.sweep.loss import NotSplittableError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
@@ -85,7 +87,7 @@ class SideBySideTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], members: list[Member], num_items: Tensor | int | None
     ) -> list[Tensor]:
         if len(members) == 1:
-            with self.group.alone(members[0]):
+            with self.group.alone(members[0]), self._minimizing(members[0].objective):
                 losses = [super().training_step(model, inputs, num_items)]
         else:
             count, rows = len(members), len(next(iter(inputs.values())))
@@ -102,6 +104,20 @@ class SideBySideTrainer(transformers.Trainer):
         for member, loss in zip(members, losses, strict=True):
             member.add_loss(loss)
         return losses
+
+    @contextmanager
+    def _minimizing(self, objective: Objective) -> Iterator[None]:
+        """Computes the loss of a member's objective inside the block, if the Trainer has one of its own."""
+        trainer: Any = self
+        former = getattr(trainer, "objective", None)
+        if former is None:
+            yield
+            return
+        trainer.objective = objective
+        try:
+            yield
+        finally:
+            trainer.objective = former
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Computes the loss like the base class; refuses one that is not the sum of the members' losses."""
@@ -195,7 +211,7 @@ class SideBySideTrainer(transformers.Trainer):
         """Predicts like the base class, with the member that is being evaluated."""
         if self._evaluated is None:
             return super().prediction_step(model, *args, **kwargs)
-        with self.group.alone(self._evaluated):
+        with self.group.alone(self._evaluated), self._minimizing(self._evaluated.objective):
             return super().prediction_step(model, *args, **kwargs)
 
 

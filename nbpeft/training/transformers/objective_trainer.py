@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,8 @@ class ObjectiveTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # a loss is the mean over rows, also of accumulated batches
         self._sums: dict[str, tuple[Tensor, int]] = {}  # name of a curve -> sum over rows, and their number
         self._compared: tuple[Tensor, Tensor] | None = None
+        self._of_evaluations: dict[bytes, Tensor] = {}  # digest of a batch -> log-probabilities of the reference
+        self._evaluates = False
 
     def _set_signature_columns_if_needed(self) -> None:
         """Adds the parts of the objective's rows to the columns that the Trainer does not drop."""
@@ -132,12 +135,19 @@ class ObjectiveTrainer(Trainer):
         return log_probs(model, batch, chunk_size=self.loss_chunk_size)
 
     def _of_the_reference(self, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Tensor | None:
-        """The log-probabilities of the reference; those of a batch are computed once for all adapters of a sweep."""
+        """The log-probabilities of the reference.
+
+        Those of a batch are computed once for all adapters of a sweep, and in evaluations, whose batches repeat, once
+        in a training.
+        """
         if self.reference is None:
             return None
         known = self._compared
         if known is not None and known[0] is inputs["input_ids"]:
             return known[1]
+        digest = _digest(batch) if self._evaluates and not self.objective.generates else b""
+        if digest in self._of_evaluations:
+            return self._of_evaluations[digest]
         model: Any = self.model
         with (
             torch.no_grad(),
@@ -147,6 +157,8 @@ class ObjectiveTrainer(Trainer):
         ):
             found = self.log_probs_of_the_reference(model, batch)
         self._compared = inputs["input_ids"], found
+        if digest:
+            self._of_evaluations[digest] = found
         return found
 
     def _switch_off_dropout(self) -> None:
@@ -174,7 +186,7 @@ class ObjectiveTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's evaluation, with the metrics of the objective."""
-        sums, self._sums = self._sums, {}
+        sums, self._sums, self._evaluates = self._sums, {}, True
         try:
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
@@ -185,7 +197,7 @@ class ObjectiveTrainer(Trainer):
                 )
             return output
         finally:
-            self._sums, self._compared = sums, None
+            self._sums, self._compared, self._evaluates = sums, None, False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of the objective's curves since the last log of a loss."""
@@ -213,6 +225,15 @@ class ObjectiveTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.reference is not None and checkpoint is not None:
             self.reference.read(Path(checkpoint))
+
+
+def _digest(batch: Mapping[str, Tensor]) -> bytes:
+    """A digest of the tokens and labels of a batch."""
+    found = hashlib.sha256()
+    for name in ("input_ids", "labels", "attention_mask"):
+        values = batch[name].cpu()
+        found.update(repr(tuple(values.shape)).encode() + values.contiguous().numpy().tobytes())
+    return found.digest()
 
 
 def _prompts(batch: Mapping[str, Tensor]) -> Tensor:

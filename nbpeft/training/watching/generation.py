@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -282,13 +283,18 @@ def generate_tokens(model: Any, batch: PromptBatch, request: GenerationRequest) 
     except (_StopAnswering, KeyboardInterrupt):
         return stream.tokens, False
     except ValueError as error:
-        if not request.options:
+        if not request.options or _raised_in_forward(error):
             raise
         reason = in_one_line(error)
         raise AdapterError(f"generate does not accept {', '.join(request.options)}: {reason:.200}") from error
     # A decoder of its own starts with one token, and not with the prompt.
     generated: list[list[int]] = tokens[:, 1 if two_halves else inputs["input_ids"].shape[1] :].tolist()
     return generated, True
+
+
+def _raised_in_forward(error: BaseException) -> bool:
+    """Whether the model itself raised an error, and not ``generate`` because of its options."""
+    return any(frame.f_code.co_name == "forward" for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _input_device(base: Any) -> Any:

@@ -176,8 +176,9 @@ def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
         TrainingError: the rows cannot be read.
     """
     if request.score is None:
-        if request.metric is not None:
-            raise ConfigError("metric has no effect without score=…", field="metric")
+        for name in ("metric", "max_score_rows"):
+            if getattr(request, name) is not None:
+                raise ConfigError(f"{name} has no effect without score=…", field=name)
         return None
     if request.every is not None and (type(request.every) is not int or request.every < 1):
         raise ConfigError(f"every must be a number of steps of at least 1, not {request.every!r:.60}", field="every")
@@ -206,6 +207,7 @@ def _new_scorer(request: Any) -> Scorer:
         request.model,
         request.score,
         "exact" if request.metric is None else request.metric,
+        max_rows=request.max_score_rows,
         tokenizer=request.tokenizer,
         columns=request.columns,
         max_length=request.max_length,

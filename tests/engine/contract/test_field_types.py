@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -61,6 +62,15 @@ def test_what_users_write_passes(fields: dict[str, Any]) -> None:
     assert fields.keys() <= made.to_dict().keys()
     for name in fields.keys() & {"alpha_pattern", "trainable_token_indices", "init_lora_weights"}:
         assert getattr(made, name) == (fields[name] or {})
+
+
+def test_tensors_of_one_number_become_pythons() -> None:
+    pattern = {"q": torch.tensor(4.0), "v": 2}
+    made = LoraConfig(lora_alpha=torch.tensor(8.0), use_rslora=torch.tensor(True), alpha_pattern=pattern)  # type: ignore[arg-type]
+    assert (made.lora_alpha, made.use_rslora, made.alpha_pattern) == (8.0, True, {"q": 4.0, "v": 2})
+    assert type(made.lora_alpha) is float and isinstance(pattern["q"], torch.Tensor)
+    with pytest.raises(ConfigError, match="lora_alpha must be a number"):
+        LoraConfig(lora_alpha=torch.ones(2))  # type: ignore[arg-type]
 
 
 def test_numbers_of_numpy_become_pythons() -> None:

@@ -157,9 +157,19 @@ def test_experts_that_all_linear_does_not_reach_are_told() -> None:
     model.experts = Experts()
     with pytest.warns(UserWarning, match=r"the experts \(experts\.down_proj, \d+% of .*\) are stacked weights"):
         plan(model, settings(target_modules="All-Linear"))
+    with pytest.warns(UserWarning, match="stacked weights and are not adapted$"):
+        plan(model, nbpeft.IA3Config(target_modules="all-linear", feedforward_modules=[]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plan(model, settings(target_modules=["first"]))
+
+
+def test_parameters_of_an_adapter_are_not_taken_for_experts() -> None:
+    model = get_peft_model(Model(), nbpeft.GraloraConfig(target_modules=["first"], r=2, gralora_k=2)).base_model.model
+    assert any(parameter.ndim == 3 for parameter in model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(model, settings(target_modules="all-linear"))
 
 
 def test_a_config_of_another_method_needs_no_field_that_it_does_not_use() -> None:

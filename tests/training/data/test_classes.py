@@ -239,15 +239,9 @@ def test_a_class_that_transformers_has_no_loss_for_is_refused() -> None:
         training_rows(TrainRequest(of_class(OwnName), [{"text": "bad", "label": 1}], tokenizer=CHARACTERS))
 
 
-@pytest.mark.parametrize(
-    ("kind", "labels"),
-    [
-        (transformers.LlamaForTokenClassification, {"labels": [0, 1, 2]}),
-        (transformers.LlamaForQuestionAnswering, {"start_positions": 1, "end_positions": 2}),
-    ],
-)
-def test_other_heads_take_tokenised_rows_alone(kind: Any, labels: dict[str, Any]) -> None:
-    model, ids = of_class(kind), {"input_ids": [5, 6, 7]}
+def test_other_heads_take_tokenised_rows_alone() -> None:
+    model, ids = of_class(transformers.LlamaForQuestionAnswering), {"input_ids": [5, 6, 7]}
+    labels = {"start_positions": 1, "end_positions": 2}
     needed = ", ".join(map(repr, ("input_ids", *labels)))
     for rows in ({"text": "bad", "label": 1}, {"text": "bad"}, ids, {**ids, "completion_mask": [0, 1, 1]}):
         with pytest.raises(TrainingError, match=f"needs tokenized rows with {needed}; found"):

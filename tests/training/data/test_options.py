@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import datasets
 import pytest
 
-from nbpeft.checkpoint import PromptFormat
+from nbpeft import LoraConfig, score
+from nbpeft.checkpoint import PromptFormat, set_prompt_format
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.sweeps import sweep
 from nbpeft.training import prepare_data, summarize, train
@@ -141,7 +143,10 @@ def test_the_template_gets_its_variables_and_the_adapter_keeps_them(tokenizer: A
         ({"chat_template_kwargs": "loud"}, "chat_template_kwargs must be a dictionary"),
         ({"chat_template_kwargs": {"lowd": 1}}, "the chat template has no variable 'lowd'. Did you mean 'loud'"),
         ({"chat_template_kwargs": {"tools": []}}, "'tools' is not a variable of a chat template"),
-        ({"long": "split"}, "long='split' is for rows with text, and these are rows with messages"),
+        (
+            {"long": "split"},
+            "is for rows with text or with tokens and tags, and these are rows with messages",
+        ),
     ],
 )
 def test_a_wrong_value_is_one_line(tokenizer: Any, use: Any, how: Any, message: str) -> None:
@@ -231,6 +236,8 @@ def test_a_stream_is_split_and_its_long_rows_are_dropped() -> None:
 def test_variables_in_a_file_are_checked() -> None:
     form = PromptFormat(True, "s", '{"loud": true}')
     assert PromptFormat.from_metadata(form.to_metadata()) == form
+    quiet = replace(form, learns_reasoning=False)
+    assert PromptFormat.from_metadata(quiet.to_metadata()) == quiet
     for text in ("{", "[1]", json.dumps({"tools": []}), json.dumps({"tokenize": True}), '{"a b": 1}'):
         read = PromptFormat.from_metadata({**form.to_metadata(), "nbpeft.prompt.template": text})
         assert read == PromptFormat(True, "s")
@@ -269,3 +276,25 @@ def test_references_in_training_have_the_reasoning_that_is_learned(
     scorer: Any = scorer_of(TrainRequest(trainable(llama(vocab_size=300)), rows, tokenizer=tokenizer, **scored), {})
     [reference] = [row.reference for row in scorer._read.rows]
     assert reference.endswith("yes") and ("the mat" in reference) is kept
+
+
+def test_references_after_a_training_have_the_reasoning_that_was_learned(tokenizer: Any, use: Any) -> None:
+    use(THINKING)
+    rows, model = [{"messages": [ASK, INLINE]}, {"messages": [ASK, YES]}], trainable(llama(vocab_size=300))
+    scoring: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 1, "progress": False}
+
+    def references(*adapters: str) -> tuple[str, tuple[str, ...]]:
+        result = score(model, rows, adapters=list(adapters), **scoring)
+        return result.items[0].reference, tuple(note for note in result.notes if "reasoning" in note)
+
+    assert "the mat" in references("default")[0]
+    set_prompt_format(model.peft_config["default"], prepare_data(rows, tokenizer, reasoning="mask").format)
+    text, notes = references("default")
+    assert text.endswith("yes") and "the mat" not in text
+    assert notes == ("the reasoning of 1 row is left out: it was not learned",)
+    model.add_adapter("loud", LoraConfig(r=2, target_modules=["q_proj"]))
+    set_prompt_format(model.peft_config["loud"], prepare_data(rows, tokenizer).format)
+    text, notes = references("default", "loud")
+    assert "the mat" in text and notes == (
+        "some adapters were trained on reasoning and others were not: references are compared with their reasoning",
+    )

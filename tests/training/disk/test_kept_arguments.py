@@ -43,6 +43,7 @@ GIVEN: dict[str, Any] = {
     "every": 2,
     "score": GIVEN_AGAIN,
     "metric": "f1",
+    "max_score_rows": 5,
     "packing": True,
     "track": "tensorboard",
     "eval_data": 0.25,

@@ -40,6 +40,26 @@ def test_metrics_of_several_labels_and_of_a_regression() -> None:
     assert metrics_for(Classes(1, problem="regression")) is None
 
 
+def test_metrics_of_tags_are_over_learned_tokens_and_whole_entities() -> None:
+    tags = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG"]
+    names = {tag: number for number, tag in enumerate(tags)}
+
+    def of(found: list[str], labels: list[str], names: dict[str, int] = names) -> dict[str, float]:
+        numbers = [names.get(tag, -100) for tag in labels]
+        logits = np.eye(len(names))[[names[tag] for tag in found]]
+        return measured(Classes(len(names), names, per_token=True), [logits], [numbers])
+
+    labels = ["B-PER", "I-PER", "", "O", "B-ORG", "B-ORG", "I-ORG"]
+    found = ["B-PER", "I-PER", "O", "O", "B-ORG", "I-ORG", "I-ORG"]
+    # Of the entities PER 0-2, ORG 3-4 and ORG 4-6 of the learned words, one of the two that are found is right.
+    assert of(found, labels) == pytest.approx(
+        {"accuracy": 5 / 6, "f1": (1 + 1 + 1 + 2 / 3 + 2 / 3) / 5, "entity_f1": 2 / 5}
+    )
+    assert of(["I-PER", "I-ORG"], ["B-PER", "B-ORG"])["entity_f1"] == 1.0  # as in the CoNLL evaluation
+    assert of(["O", "O"], ["O", "O"])["entity_f1"] == 0.0
+    assert of(["NOUN"], ["NOUN"], {"NOUN": 0, "O": 1}).keys() == {"accuracy", "f1"}
+
+
 def test_a_training_reports_them_and_patience_may_go_by_them() -> None:
     fields: dict[str, Any] = {"tokenizer": CHARACTERS, "max_steps": 40, "learning_rate": 3e-2}
     result = nbpeft.train(named(), ROWS, ROWS[:3], metric_for_best_model="accuracy", patience=20, **fields)

@@ -14,12 +14,14 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainingArguments
 
 import nbpeft
+from nbpeft import LoraConfig
 from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
-from nbpeft.sweeps import sweep
+from nbpeft.sweeps import combinations, sweep
 from nbpeft.training.objectives import objective as registry
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, objective_named, register
 from nbpeft.training.objectives.reference import OfTheStart
+from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from tests.tiny_models import same_state
 from tests.training.objectives.trl_run import ROWS, filled
 from tests.training.support import trainable, weights
@@ -271,6 +273,44 @@ def test_the_adapters_of_a_sweep_have_the_losses_that_each_has_alone() -> None:
         assert [value for _, value in member.history] == pytest.approx(losses(alone), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"beta": sweep(0.1, 0.5)}, {"learning_rate": sweep(1e-2, 3e-2), "loss_type": sweep("sigmoid", "hinge")}]
+)
+def test_adapters_with_other_fields_of_the_objective_learn_what_they_would_alone(
+    fields: dict[str, Any], monkeypatch: Any
+) -> None:
+    calls: list[str] = []
+    original = ObjectiveTrainer.log_probs_of_the_reference
+
+    def counted(trainer: Any, *args: Any) -> Any:
+        calls.append("reference")
+        return original(trainer, *args)
+
+    monkeypatch.setattr(ObjectiveTrainer, "log_probs_of_the_reference", counted)
+    model = new()
+    result = nbpeft.train(model, ROWS, ROWS[:3], **FIELDS | fields)
+    assert len(calls) == FIELDS["max_steps"] + 1  # a batch once for all adapters, and once for all evaluations
+    values = list(combinations(fields))
+    for member, own in zip(result.members, values, strict=True):
+        alone = new()
+        expected = nbpeft.train(alone, ROWS, ROWS[:3], **FIELDS | own)
+        assert [value for _, value in member.history] == losses(expected)
+        assert member.eval_loss == expected.eval_loss
+        pairs = zip(model.manager.parameters(member.name), alone.manager.parameters("default"), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+    assert dict(result.best_fields) in values and "beta=" not in result.message
+
+
+def test_given_adapters_have_their_own_fields_of_the_objective() -> None:
+    model, members = new(), {"a": {"beta": 0.2}, "b": {"beta": 0.4, "learning_rate": 3e-2}}
+    for name in members:
+        model.add_adapter(name, LoraConfig(r=4, target_modules=["q_proj"]))
+    result = nbpeft.train(model, ROWS, members=members, **FIELDS)
+    assert [member.settings["beta"] for member in result.members] == ["2.0e-1", "4.0e-1"]
+    with pytest.raises(ConfigError, match="disable_dropout cannot be a sweep"):
+        nbpeft.train(model, ROWS, members={"a": {"disable_dropout": False}, "b": {}}, **FIELDS)
+
+
 def test_the_adapters_of_a_sweep_start_at_ln_2_against_the_one_they_start_from() -> None:
     model = filled(new())
     with pytest.raises(ConfigError, match="no common start: reference='base', or the name of the adapter"):
@@ -307,6 +347,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
         TrainingError,
         "Say which is which: columns={'chosen': 'Chosen', 'rejected': 'Rejected'}.",
     ),
+    "other names": (
+        {"data": [{"question": "w3", "chosen_answer": "w1", "rejected_answer": "w2"}]},
+        TrainingError,
+        "Say which is which: columns={'prompt': 'question', 'chosen': 'chosen_answer', 'rejected': 'rejected_answer'}.",
+    ),
     "tokens": (
         {"data": [{"input_ids": [1, 2]}], "objective": "dpo"},
         TrainingError,
@@ -322,7 +367,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
     "classify": (
         {"objective": "classify"},
         TrainingError,
-        "objective='classify' needs a model for sequence classification",
+        "objective='classify' needs a model for sequence or token classification",
     ),
     "reference": ({"reference": "bas"}, ConfigError, "Did you mean 'base'?"),
     "itself": ({"reference": "default"}, ConfigError, "reference='start' is its weights at the beginning"),
@@ -334,7 +379,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
     "no smoothing": ({"loss_type": "hinge", "label_smoothing": 0.1}, ConfigError, "has no label_smoothing"),
     "much smoothing": ({"label_smoothing": 0.5}, ConfigError, "less than 0.5"),
     "dropout": ({"disable_dropout": 1}, ConfigError, "disable_dropout must be True or False"),
-    "swept": ({"beta": sweep(0.1, 0.2)}, ConfigError, "beta cannot be a sweep"),
+    "swept": ({"disable_dropout": sweep(True, False)}, ConfigError, "disable_dropout cannot be a sweep"),
+    "swept values": ({"beta": sweep(0.1, -0.2)}, ConfigError, "beta must be greater than 0, not -0.2"),
     "weights": ({"data": [{**ROWS[0], "weight": 0.5}]}, TrainingError, "the loss of dpo does not support weights"),
 }
 

@@ -16,10 +16,13 @@ from nbpeft.display.html import to_html
 from nbpeft.display.numbers import metric
 from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.runs.store import RunStore
+from nbpeft.scoring.in_training import MOST_ANSWERS, RowScorer
 from nbpeft.session import Session
+from nbpeft.training.disk.kept_arguments import to_keep, to_take_over
 from nbpeft.training.monitor.callback import RunCallback
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.run import Run
+from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama, same_state, state
 
@@ -178,6 +181,8 @@ def test_outputs_that_are_not_numbers_are_named_once() -> None:
     ("options", "error", "message"),
     [
         ({"metric": "exact"}, ConfigError, "without score=…"),
+        ({"max_score_rows": 3}, ConfigError, "max_score_rows has no effect without score=…"),
+        ({"score": HELD_OUT, "max_score_rows": 0}, ConfigError, "max_score_rows must be a whole number of at least 1"),
         ({"every": 2}, ConfigError, "without sample=… or score=…"),
         ({"score": HELD_OUT, "every": 0}, ConfigError, "every must be a number of steps"),
         ({"score": HELD_OUT, "metric": "exakt"}, ConfigError, "Did you mean 'exact'"),
@@ -195,6 +200,37 @@ def test_what_cannot_be_scored_is_refused_before_the_training(
     with pytest.raises(error, match=message):
         trained(target, **options)
     assert same_state(before, state(target))
+
+
+def test_many_rows_are_sampled_if_answers_are_generated() -> None:
+    rows = [{"prompt": f"{number}>", "completion": "ab"} for number in range(5 * MOST_ANSWERS)]
+    target = model()
+
+    def numbers(metric: Any, max_rows: int | None = None) -> list[int]:
+        scorer = RowScorer(target, rows, metric, tokenizer=TOKENIZER, max_rows=max_rows)
+        note = f"{len(scorer._read.rows):,} of 1,000 are scored, sampled at random (max_score_rows)"
+        assert scorer.notes == ((note,) if len(scorer._read.rows) < len(rows) else ())
+        return [row.number for row in scorer._read.rows]
+
+    chosen = numbers(["loss", "exact"])
+    assert len(set(chosen)) == MOST_ANSWERS and chosen == sorted(chosen) == numbers("f1")
+    assert max(chosen) > 4 * MOST_ANSWERS, "not the first rows, which may be of one kind"
+    assert len(numbers("loss")) == len(numbers("exact", 5 * MOST_ANSWERS)) == len(rows)
+    assert len(numbers("loss", 3)) == len(numbers("exact", 3)) == 3
+
+
+def test_the_number_of_scored_rows_is_an_option_that_a_run_keeps() -> None:
+    asked: list[int] = []
+
+    def own(answer: str, row: Any) -> float:
+        asked.append(int(row["prompt"].rstrip(">")))
+        return 1.0
+
+    result = trained(score=ROWS, metric=own, max_score_rows=2, every=3)
+    assert len(asked) == 4 and len(set(asked)) == 2
+    assert "rows to score: 2 of 8 are scored, sampled at random (max_score_rows)" in result.message
+    request = TrainRequest.of(model(), ROWS, score=ROWS, max_score_rows=2)
+    assert to_take_over(to_keep(request.kept())[0])[0]["max_score_rows"] == 2
 
 
 def test_a_run_keeps_its_scores_and_needs_the_rows_again(tmp_path: Path) -> None:

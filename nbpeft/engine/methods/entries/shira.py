@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_seed
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import HasFanInFanOut
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -33,38 +33,31 @@ MaskFunction = Callable[..., Tensor]
 
 
 @dataclass
-class ShiraConfig(LayersConfig):
+class ShiraConfig(HasFanInFanOut):
     """Config of SHiRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: the number of trained entries of a weight is that of a LoRA of this rank.
         mask_type: 'random' draws the positions; with another name, set ``mask_fn`` of the config, which is not saved.
         random_seed: seed of the positions; None for a fixed seed.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         init_weights: start at the base model; False for random entries.
     """
 
     r: int = field(default=32)
     mask_type: str = field(default="random")
     random_seed: int | None = field(default=None)
-    fan_in_fan_out: bool = field(default=False)
     init_weights: bool = field(default=True)
 
+    seeds: ClassVar[tuple[str, ...]] = ("random_seed",)
     method_type: ClassVar[str] = "SHIRA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     counts: ClassVar[tuple[str, ...]] = ("r",)
     value_fields: ClassVar[tuple[str, ...]] = ("init_weights",)
+    scaling: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.random_seed is not None:
-            check_seed("random_seed", self.random_seed)
         self.mask_fn: MaskFunction | None = random_mask if self.mask_type == "random" else None
-
-    @property
-    def scaling(self) -> float:
-        """Always 1."""
-        return 1.0
 
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
@@ -96,13 +89,10 @@ def _mask(shape: tuple[int, int], places: Tensor) -> Tensor:
 
 @register(
     ShiraConfig,
-    peft_type="SHIRA",
     label="SHiRA",
     listing=Listing(
         when="several adapters that should not interfere: each trains few entries of a weight",
         paper="arXiv:2406.13175",
-        summary=lambda config: {"r": str(config.r)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
     sample_configs={"r2": {"r": 2}, "seeded": {"r": 3, "random_seed": 7}},
@@ -111,17 +101,15 @@ class Shira(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
     """The entries of one layer, (n,), and their places, (2, n): rows and columns."""
 
     peft: ClassVar[PeftNames] = PeftNames(
-        "shira_weight", "r scaling shira_indices", attributes={"r": "rank", INDICES: "held_indices"}
+        "shira_weight", "r scaling shira_indices", attributes={"r": "rank", INDICES: INDICES}
     )
     from_config: ClassVar[Mapping[str, str]] = {"scaling": "scaling", "rank": "r"}
 
     rank: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: ShiraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The entries, (r (in + out),); see ``Adapter``."""
+    def parameter_shapes(cls, config: ShiraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The entries, (r (in + out),)."""
         check_linear("SHiRA", path, kind)
         in_features, out_features = kind.features(module)
         count = config.r * (in_features + out_features)
@@ -137,40 +125,27 @@ class Shira(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
     def fixed_tensors(
         cls, config: ShiraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """The positions; see ``Adapter``."""
         return {INDICES: ((2, *shapes[WEIGHT]), torch.int32)}
 
     @classmethod
     def initial_tensors(cls, config: ShiraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Entries at zeros, or random ones; see ``Adapter``."""
         return {WEIGHT: site.new(site.shapes[WEIGHT], None if config.init_weights else normal_)}
 
     def prepare(self, config: ShiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """The positions of the entries, which may be loaded; see ``Adapter``."""
         places = _checked(tensors[INDICES], site) if INDICES in tensors else _new_places(config, site)
         self.register_buffer(INDICES, places.to(tensors[WEIGHT].device, torch.int32))
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """Zeros, and the entries at their positions; see ``WeightDelta``."""
         entries = parameters[0]
         return self._added(entries.new_zeros(base.out_features, base.in_features), entries)
 
     def _added(self, weight: Tensor, entries: Tensor) -> Tensor:
         """A weight, (out, in), with the entries added at their places."""
-        return with_entries(weight, self.held_indices, entries * self.scaling)
-
-    @property
-    def held_indices(self) -> Tensor:
-        """Rows and columns of the entries, (2, n)."""
-        return self.tensor(INDICES)
+        return with_entries(weight, self.tensor(INDICES), entries * self.scaling)
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """``(W + Δ) x + b``, in one product, where the weight is not quantized; see ``ReplacesCall``."""
+        """``(W + Δ) x + b``, in one product, where the weight is not quantized."""
         return in_one_product(x, base, self._added, self.tensors)
-
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """The entries and their places; see ``Adapter``."""
-        return super().saved_tensors(shapes) | {INDICES: self.held_indices}
 
 
 def _new_places(config: ShiraConfig, site: AdapterSite) -> Tensor:

@@ -9,7 +9,7 @@ For a quantized weight PEFT uses the magnitudes of the packed codes; here those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count, check_linear, check_number
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -56,9 +56,11 @@ class SupertuningConfig(LayersConfig):
     init_weights: bool = field(default=True)
     save_precomputed_indices: bool = field(default=True)
 
+    counts: ClassVar[tuple[str, ...]] = ("r",)
     method_type: ClassVar[str] = "SUPERTUNING"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     value_fields: ClassVar[tuple[str, ...]] = ("lora_alpha", "lora_dropout", "init_weights")
+    scaling: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,20 +71,12 @@ class SupertuningConfig(LayersConfig):
                 )
         if self.r is None and self.lora_alpha is not None:
             raise ConfigError("lora_alpha needs r, the rank of the factors that it scales", field="lora_alpha")
-        if self.r is not None:
-            check_count("r", self.r)
-            self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
-            check_number("lora_alpha", self.lora_alpha)
+        if self.r is not None and self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Whether the places must be found in the weights again."""
         return not self.save_precomputed_indices
-
-    @property
-    def scaling(self) -> float:
-        """Always 1."""
-        return 1.0
 
     @property
     def alpha(self) -> float:
@@ -92,7 +86,6 @@ class SupertuningConfig(LayersConfig):
 
 @register(
     SupertuningConfig,
-    peft_type="SUPERTUNING",
     label="Super-Tuning",
     listing=Listing(
         when="like SHiRA, with entries chosen by magnitude; optionally together with LoRA",
@@ -129,18 +122,14 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         "scaling": "scaling",
         "alpha": "alpha",
         "dropout": "lora_dropout",
-        "saves_places": "save_precomputed_indices",
     }
 
     alpha: float
     dropout: float
-    saves_places: bool
 
     @classmethod
-    def parameter_shapes(
-        cls, config: SupertuningConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The entries, (n,), and of a rank A, (r, in), and B, (out, r); see ``Adapter``."""
+    def parameter_shapes(cls, config: SupertuningConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The entries, (n,), and of a rank A, (r, in), and B, (out, r)."""
         check_linear("Super-Tuning", path, kind)
         in_features, out_features = kind.features(module)
         count = int(in_features * out_features * (1 - config.sparsity))
@@ -157,16 +146,14 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
     def fixed_tensors(
         cls, config: SupertuningConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """The places, with ``save_precomputed_indices``; see ``Adapter``."""
+        """The places, with ``save_precomputed_indices``."""
         return {INDICES: (shapes[VALUES], torch.int32)} if config.save_precomputed_indices else {}
 
     @classmethod
     def initial_tensors(cls, config: SupertuningConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """New entries and factors; see ``Adapter``."""
         return _new(config, site)
 
     def prepare(self, config: SupertuningConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """The positions of the entries, which may be loaded; see ``Adapter``."""
         places = _checked(tensors[INDICES], site) if INDICES in tensors else _places(config, site)
         places = places.to(tensors[VALUES].device, torch.int32)
         self.register_buffer(INDICES, places, persistent=config.save_precomputed_indices)
@@ -190,7 +177,6 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         return self.entries_in(entries.new_zeros(base.out_features, base.in_features), entries)
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The entries, and the product of the factors; see ``WeightDelta``."""
         dense = self.entries_alone(base, parameters[0])
         if len(parameters) == 1:
             return dense
@@ -207,18 +193,14 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         return output + (F.linear(hidden, second.to(dtype)) * (self.alpha / self.rank * self.scaling)).to(output.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``Δ x + α/r B A dropout(x)``; see ``Adapter``."""
+        """``Δ x + α/r B A dropout(x)``."""
         found = apply_delta(x, base, lambda entries: self.entries_alone(base, entries), self.tensors[:1])
         return self.with_factors(x, found)
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """``(W + Δ) x + b`` in one product, where the weight is not quantized, and the factors'; see the contract."""
+        """``(W + Δ) x + b`` in one product, where the weight is not quantized, and the factors'."""
         found = in_one_product(x, base, self.entries_in, self.tensors[:1])
         return None if found is None else self.with_factors(x, found)
-
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """The parameters, and the places with ``save_precomputed_indices``; see ``Adapter``."""
-        return super().saved_tensors(shapes) | ({INDICES: self.places} if self.saves_places else {})
 
 
 def _new(config: SupertuningConfig, site: AdapterSite) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,18 +26,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.random_numbers import drawn_places
-from nbpeft.engine.config.config_checks import check_count, check_frequencies, check_linear, check_number, check_seed
-from nbpeft.engine.config.layers_config import LayersConfig
-from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_unfused_targets
-from nbpeft.engine.contract.adapter import AdapterSite, Rescales
+from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
-from nbpeft.engine.contract.weight_delta import WeightDelta
+from nbpeft.engine.methods.entries.placed import Placed, PlacedConfig, fewer, widest
 from nbpeft.errors import ConfigError, shown
 
 SPECTRUM = "waveft_spectrum"
@@ -71,18 +67,13 @@ _FAMILIES = {"db": range(1, 39), "sym": range(2, 21), "coif": range(1, 6)}
 
 
 @dataclass
-class WaveFTConfig(LayersConfig):
+class WaveFTConfig(PlacedConfig):
     """Config of WaveFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         n_frequency: number of trained coefficients of a layer.
-        scaling: factor on the delta.
         wavelet_family: which filter: db1 (Haar) to db38, sym2 to sym20, coif1 to coif5.
         use_idwt: transform the coefficients; False to train entries of the weight themselves, which is faster.
-        random_loc_seed: seed of the positions of the coefficients.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
-        n_frequency_pattern: layer name or pattern -> another n_frequency.
         proportional_parameters: share n_frequency times the number of layers out by the sizes of their weights;
             n_frequency_pattern is then ignored.
         init_weights: start at the base model; False for small random numbers.
@@ -92,29 +83,20 @@ class WaveFTConfig(LayersConfig):
     scaling: float = field(default=25.0)
     wavelet_family: str = field(default="db1")
     use_idwt: bool = field(default=True)
-    random_loc_seed: int = field(default=777)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
-    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
     proportional_parameters: bool = field(default=False)
     init_weights: bool = field(default=True)
 
     counts_at: ClassVar[Mapping[str, int]] = {}
     """Path -> number of coefficients of a layer, where ``proportional_parameters`` shares them out."""
     method_type: ClassVar[str] = "WAVEFT"
-    counts: ClassVar[tuple[str, ...]] = ("n_frequency",)
-    pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {"n_frequency_pattern": check_count}
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "waveft_only")}
     value_fields: ClassVar[tuple[str, ...]] = ("scaling", "wavelet_family", "use_idwt", "init_weights")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("scaling", self.scaling)
-        check_seed("random_loc_seed", self.random_loc_seed)
         _parts_of(self.wavelet_family)
 
     def fill_in_layers(self, features: Mapping[str, tuple[int, int]]) -> bool:
-        """Distributes the coefficients over the layers by size (``proportional_parameters``); see ``AdapterConfig``."""
+        """Distributes the coefficients over the layers by size (``proportional_parameters``)."""
         if not self.proportional_parameters:
             return False
         sizes = {path: taken * given for path, (taken, given) in features.items()}
@@ -126,7 +108,7 @@ class WaveFTConfig(LayersConfig):
         """The number of coefficients at a module path; 1 before they are distributed over the layers."""
         if self.proportional_parameters:
             return int(self.counts_at.get(path, 1))
-        return int(pattern_table(self, "n_frequency_pattern").get(path, self.n_frequency))
+        return super().frequencies_at(path)
 
     @property
     def taps(self) -> tuple[float, ...]:
@@ -225,13 +207,12 @@ def _coiflet(order: int) -> NDArray[np.float64]:
 
 @register(
     WaveFTConfig,
-    peft_type="WAVEFT",
     label="WaveFT",
     listing=Listing(
         when="like FourierFT, with localized changes: images of one subject",
         paper="arXiv:2505.12532",
         summary=lambda config: {"coefficients": str(config.n_frequency), "wavelet": config.wavelet_family},
-        smaller=lambda config: config.copy(n_frequency=config.n_frequency // 2) if config.n_frequency > 1 else None,
+        smaller=fewer,
     ),
     default_targets=usual_unfused_targets,
     sample_configs={
@@ -240,7 +221,7 @@ def _coiflet(order: int) -> NDArray[np.float64]:
         "entries": {"n_frequency": 20, "use_idwt": False},
     },
 )
-class WaveFT(WeightDelta, Rescales):
+class WaveFT(Placed):
     """The coefficients of one layer, (n,)."""
 
     peft: ClassVar[PeftNames] = PeftNames(
@@ -256,31 +237,20 @@ class WaveFT(WeightDelta, Rescales):
         },
     )
     from_config: ClassVar[Mapping[str, str]] = {
-        "scaling": "scaling",
-        "seed": "random_loc_seed",
+        **Placed.from_config,
         "family": "wavelet_family",
         "is_transformed": "use_idwt",
         "taps": "taps",
     }
 
-    seed: int
+    spectrum: ClassVar[str] = SPECTRUM
+
     family: str
     is_transformed: bool
     taps: tuple[float, ...]
 
     @classmethod
-    def parameter_shapes(
-        cls, config: WaveFTConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The coefficients, (n,); see ``Adapter``."""
-        check_linear("WaveFT", path, kind)
-        count = config.frequencies_at(path)
-        check_frequencies(count, path, kind.features(module))
-        return {SPECTRUM: (count,)}
-
-    @classmethod
     def initial_tensors(cls, config: WaveFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Coefficients at zeros, or random; see ``Adapter``."""
         normal = None if config.init_weights else partial(normal_, std=_DEVIATION)
         return {SPECTRUM: site.new(site.shapes[SPECTRUM], normal)}
 
@@ -288,21 +258,15 @@ class WaveFT(WeightDelta, Rescales):
     def config_warnings(
         cls, config: WaveFTConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]
     ) -> Iterable[str]:
-        """Warns that PEFT's coif4 differs; see ``Adapter``."""
+        """Warns that PEFT's coif4 differs."""
         if config.wavelet_family == "coif4" and config.use_idwt:
             yield "PEFT's coif4 is not the wavelet of that name: adapters trained in PEFT compute something else here"
 
-    @property
-    def count(self) -> int:
-        """Number of coefficients."""
-        return int(self.tensors[0].shape[0])
-
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The inverse transform of the coefficients at their positions; see ``WeightDelta``."""
+        """The inverse transform of the coefficients at their positions."""
         spectrum = parameters[0]
         rows, columns = base.out_features, base.in_features
-        places = drawn_places(rows * columns, self.count, self.seed).to(spectrum.device)
-        wide = torch.promote_types(spectrum.dtype, torch.float32)
+        places, wide = self.places(base), widest(spectrum.dtype)
         entries = spectrum.to(wide) * self.scaling
         if not self.is_transformed:
             dense = torch.zeros(rows * columns, device=spectrum.device, dtype=wide).index_put((places,), entries)

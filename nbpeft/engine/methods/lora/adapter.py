@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,13 @@ from nbpeft.engine.contract.adapter import (
     norm_of_delta,
     source_of,
 )
-from nbpeft.engine.contract.base import BaseLayer, Composite, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, Composite, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.kernels.numerics import widened
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.initialization.decompositions import nearest_product
-from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_init, init_factors
-from nbpeft.engine.methods.lora.low_rank import LowRank, Shapes, low_rank_of
+from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Factors, Start, check_init, init_factors, start_of
+from nbpeft.engine.methods.lora.low_rank import FactorShapes, LowRank, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import ConfigError
@@ -105,7 +105,7 @@ class LowRankAdapter(
     """Two factors A and B whose product, times a scaling, is added to a weight.
 
     Args:
-        tensors: parameter name -> parameter.
+        tensors: parameter name -> tensor.
         kind: the kind of layer.
         config: the adapter's config.
         path: path of the layer.
@@ -156,13 +156,27 @@ class LowRankAdapter(
         "is_quantization_aware": "is_quantization_aware",
     }
 
+    @classmethod
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: Any, kind: LayerKind) -> Shapes:
+        """A and B."""
+        low_rank = low_rank_of(kind)
+        return dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
+
+    @classmethod
+    def drawn_tensors(cls, config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
+        """The tensors of a new adapter by name, with factors from ``start_of`` unless they are random."""
+        return init_factors(config, site, initial)
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        start = start_of(config, site, is_new=tensors is None)
+        given = cls.drawn_tensors(config, site, start.factors) if tensors is None else tensors
+        made = cls({name: given[name] for name in site.shapes}, site.base.kind, config, site.path, start)
+        made.prepare(config, site, given)
+        return made
+
     def __init__(
-        self,
-        tensors: Mapping[str, nn.Parameter],
-        kind: LayerKind,
-        config: Any,
-        path: str,
-        start: Start = RANDOM,
+        self, tensors: Mapping[str, Tensor], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
     ) -> None:
         super().__init__()
         self.bind(
@@ -182,7 +196,7 @@ class LowRankAdapter(
                 self.register_buffer(name, tensor, persistent=False)
 
     def change_base(self, base: BaseLayer, change: Transaction) -> None:
-        """Stores LoftQ's quantized weight, and deletes CorDA's and LoRA-GA's data on the layer; see ``ChangesBase``."""
+        """Stores LoftQ's quantized weight, and deletes CorDA's and LoRA-GA's data on the layer."""
         start = self._start
         if start is RANDOM:
             return
@@ -209,13 +223,11 @@ class LowRankAdapter(
 
     @property
     def taken_over(self) -> TakenOver | None:
-        """That component; see ``Adapter``."""
         if self.initial is None:
             return None
         return TakenOver(*self.initial, self.started_as, self.factor_names)
 
     def take_out_(self, weight: Tensor) -> None:
-        """Subtracts that component as it was at the start, rounded once; see ``Adapter``."""
         assert self.initial is not None
         init_A, neg_init_B = map(widened, self.initial)
         weight.copy_(widened(weight) + self.trained_scaling * (neg_init_B @ init_A))
@@ -262,7 +274,6 @@ class LowRankAdapter(
         return self.tensor(f"{self.factor_names[1]}_bias", optional=True) is not None
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
-        """A factor or the dropout; see ``Adapter``."""
         if name in self.peft.modules:
             return AdapterDropout(self)
         if name not in self.factor_names:
@@ -271,15 +282,14 @@ class LowRankAdapter(
 
     @property
     def delta_rank(self) -> int | None:
-        """The rank of the product of the factors."""
         return int(self.factors[0].shape[0])
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``s * B A``, shaped like the canonical weight; see ``Adapter``."""
+        """``s * B A``, shaped like the canonical weight."""
         return self.low_rank.product(base.module, *self.detached_factors) * self.scaling
 
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
-        """Computes the norm of the change from the factors, without building their product; see ``Adapter``."""
+        """Computes the norm of the change from the factors, without building their product."""
         if self.reads_weight or weight.ndim != 2:
             return norm_of_delta(self, weight, base), None
         lora_A, lora_B = map(widened, self.detached_factors)
@@ -293,14 +303,14 @@ class LowRankAdapter(
         """The factor (out,) on the rows of the adapted weight ``W + s B A``, detached; None means 1."""
         return None
 
-    def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of its tensors in a file that also contains the initial component; see ``Adapter``."""
+    def shapes_with_start(self) -> Shapes:
+        """Shapes of its tensors in a file that also contains the initial component."""
         (name_A, name_B), (lora_A, lora_B) = self.factor_names, self.factors
         own = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
         return own | {name_A: tuple(lora_A.shape), name_B: tuple(lora_B.shape)}
 
     def split_start(self, tensors: Mapping[str, Tensor], change: Transaction) -> dict[str, Tensor]:
-        """Sets the initial component from a file's tensors, and returns the parameters'; see ``Adapter``."""
+        """Sets the initial component from a file's tensors, and returns the parameters'."""
         (name_A, name_B), (init_A, neg_init_B) = self.factor_names, self.initial or self.trained_factors
         rank = self.rank
         change.keep(self._buffers)
@@ -335,7 +345,6 @@ class LowRankAdapter(
         """Sets the factor of ``row_scale``, if the method has one."""
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why the product cannot be merged; see ``Adapter``."""
         return self.low_rank.no_product_reason(base.module)
 
     @classmethod
@@ -360,13 +369,13 @@ class LowRankAdapter(
 
     # Saving and swapping
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
         """Its parameters without padding: views, but a copy of the A of a grouped convolution."""
         tensors = super().saved_tensors(shapes)
         if not self.padded:
             return tensors
-        used = shapes()
-        return {key: self.used_part(key, tensor, used[key])[0].reshape(used[key]) for key, tensor in tensors.items()}
+        unpadded = {key: shape for key, shape in shapes().items() if key in tensors}
+        return tensors | {key: self.used_part(key, tensors[key], to)[0].reshape(to) for key, to in unpadded.items()}
 
     @property
     def _groups(self) -> int:
@@ -376,24 +385,15 @@ class LowRankAdapter(
 
     @property
     def room(self) -> int:
-        """The largest rank that the factors have room for."""
         return self.rank
 
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         """The rank of an adapter with these shapes: the number of rows of A, which comes first."""
         return next(iter(shapes.values()))[0]
 
     def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Views of the part of a factor that an adapter of some shape uses, and of the rest.
-
-        The A of a grouped convolution has one block of rows for each group, and each block is padded.
-
-        Args:
-            key: name of the factor.
-            tensor: the factor, padding included.
-            shape: its shape without padding.
-        """
+        """The A of a grouped convolution has one block of rows for each group, and each block is padded."""
         if tensor.shape == tuple(shape) or key not in self.factor_names:
             return tensor, []
         if key == self.factor_names[1]:
@@ -404,7 +404,7 @@ class LowRankAdapter(
         blocks = tensor.view(groups, tensor.shape[0] // groups, *tensor.shape[1:])
         return blocks[:, : shape[0] // groups], [blocks[:, shape[0] // groups :]]
 
-    def shapes_at(self, size: int, base: BaseLayer) -> Shapes:
+    def shapes_at(self, size: int, base: BaseLayer) -> FactorShapes:
         """Shapes of A and B for a rank."""
         return self.low_rank.shapes(base.module, size)
 
@@ -418,13 +418,10 @@ class LowRankAdapter(
             yield parameter, larger
 
     def mark_padded(self) -> None:
-        """Records that the factors are padded with zeros."""
         self.padded = True
 
     def swap_refusal(self) -> str:
-        """Why the factors cannot be hot-swapped; empty if they can."""
         return "" if self.initial is None else "started in a part of the base weights"
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records padding; see ``HotSwaps``."""
         change.keep_attributes(self, "padded")

@@ -16,7 +16,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import skip, skip_linear
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.initialization.inits import fill_of
@@ -32,9 +32,7 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
     """A LoRA adapter on one of the two weights of an attention module."""
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         """A and B; see ``Adapter``.
 
         Raises:
@@ -53,7 +51,7 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones; see ``Adapter``."""
+        """Binds loaded factors or makes new ones."""
         site = replace(site, path=_attention_path(site.path, site.base.kind))
         if tensors is None and not site.base.kind.is_linear and not site.base.adapters:
             # PEFT makes factors for ``out_proj`` with the first adapter of a module, and draws them again afterwards.
@@ -68,7 +66,7 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
         return _OUT_PROJ_TIMES if self.low_rank.kind.is_linear else 1.0
 
     def configure(self, config: Any, path: str) -> None:
-        """Sets the scaling of the attention module, whose path the patterns of a config mean; see ``HotSwaps``."""
+        """Sets the scaling of the attention module, whose path the patterns of a config mean."""
         place = _attention_path(path, self.low_rank.kind)
         self.rescale(config.scaling_at(place), trained=True)
         self.bind(alpha=config.alpha_at(place))
@@ -79,24 +77,20 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
         return False
 
     def parameter_products(self, base: BaseLayer) -> Sequence[Product]:
-        """The one product; see ``AdaptsParameters``."""
         lora_A, lora_B = self.trained_factors
         return (Product(lora_B, lora_A, self.scaling * self._times),)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """The delta if ``out_proj`` is called on its own; see ``Adapter``."""
+        """The delta if ``out_proj`` is called on its own."""
         return super().forward(x, base_output, base) * self._times
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """The product, shaped like the weight."""
         return super().delta_weight(weight, base) * self._times
 
     def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
-        """Adds the product to the weight in place; see ``Adapter``."""
         super().add_to_(weight, base, scale * self._times)
 
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
-        """Measures the product; see ``Adapter``."""
         norm, directions = super().delta_size(weight, base)
         return norm * self._times, directions
 

@@ -157,7 +157,7 @@ def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
         return x
     if dropout.probability >= 1.0 or composes():
         return F.dropout(x, dropout.probability)
-    return _SeededDropout.apply(x, dropout.probability)  # type: ignore[no-any-return, no-untyped-call]
+    return _SeededDropout.apply(x, dropout.probability)  # type: ignore[no-untyped-call]
 
 
 class _LowRank(torch.autograd.Function):
@@ -344,7 +344,7 @@ def low_rank_linear(x: Tensor, factors: Factors, probability: float, onto: Tenso
     dtype = compute_dtype(x, lora_A)
     if onto is not None and (onto.device != x.device or torch.promote_types(onto.dtype, dtype) != dtype):
         return add_delta(onto, low_rank_linear(x, factors, probability).to(onto.device))
-    return _LowRank.apply(x, lora_A, lora_B, onto, None, scaling, probability, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _LowRank.apply(x, lora_A, lora_B, onto, None, scaling, probability, dtype)  # type: ignore[no-untyped-call]
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout) -> Tensor | None:
@@ -370,4 +370,4 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Fact
         return None
     if composes() or torch.is_autocast_enabled(x.device.type):
         return None
-    return _LowRank.apply(x, lora_A, lora_B, None, (weight, bias), scaling, probability, x.dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _LowRank.apply(x, lora_A, lora_B, None, (weight, bias), scaling, probability, x.dtype)  # type: ignore[no-untyped-call]

@@ -311,11 +311,11 @@ class LoraConfig(AdapterConfig, LayerByLayer):
 
     @property
     def is_quantization_aware(self) -> bool:
-        """The value of ``quantization_aware``; see ``AdapterConfig``."""
+        """The value of ``quantization_aware``."""
         return self.quantization_aware
 
     def rounded(self) -> Self:
-        """A copy that is ``quantization_aware``; see ``AdapterConfig``."""
+        """A copy that is ``quantization_aware``."""
         twin = self.copy(quantization_aware=True)
         twin._check_quantization_aware()
         return twin
@@ -336,7 +336,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Whether the variant is KaSA, or the init OLoRA, PiSSA, LoftQ, CorDA or LoRA-GA; see ``AdapterConfig``."""
+        """Whether the variant is KaSA, or the init OLoRA, PiSSA, LoftQ, CorDA or LoRA-GA."""
         return self.kasa_config is not None or self.init_from_weight
 
     @property
@@ -350,12 +350,11 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         return self.init_name in ("corda", "lora_ga")
 
     def started_as(self, init: str) -> Self | None:
-        """A copy with another init that can be recomputed from the weight; see ``AdapterConfig``."""
+        """A copy with another init that can be recomputed from the weight."""
         config = self.copy(init_lora_weights=init)
         return config if config.initialised_from_weight and not config.initialised_from_data else None
 
     def has_scale_of(self, other: AdapterConfig, paths: Iterable[str]) -> bool:
-        """Whether ranks and scalings are the same at some paths; see ``AdapterConfig``."""
         if not isinstance(other, LoraConfig) or self.variant != other.variant:
             return False
         return all(
@@ -379,16 +378,14 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         return self.alpha_at(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     @property
-    def size(self) -> int | None:
-        """The rank; None if a pattern gives some layers another rank."""
+    def adapter_size(self) -> int | None:
         return None if self.rank_pattern else self.r
 
     def resized(self, size: int) -> Self:
-        """A copy with another rank."""
         return self.copy(r=size)
 
     def set_size(self, size: int, paths: Sequence[str]) -> None:
-        """Sets one rank for all layers and keeps the scaling of each path; see ``AdapterConfig``."""
+        """Sets one rank for all layers and keeps the scaling of each path."""
         factor = math.sqrt(size) if self.use_rslora else size
         scalings = {path: self.scaling_at(path) for path in paths}
         usual = self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
@@ -398,11 +395,10 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         self.alpha_pattern = dict(sorted(others.items(), key=lambda item: -len(item[0])))
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
-        """Describes the keys of its patterns that match no module; see ``AdapterConfig``."""
         return unused_patterns(self, self.pattern_fields, paths)
 
     def with_layer(self, path: str, layer_config: LoraConfig, *, target: bool) -> Self:
-        """A copy with rank and alpha of one layer; see ``LayerByLayer``."""
+        """A copy with rank and alpha of one layer."""
         apart = ("init_lora_weights",) if self.initialised_from_weight or layer_config.initialised_from_weight else ()
         for name in ("lora_bias", *no_variant(), "qalora_group_size", *apart):
             if getattr(self, name) != getattr(layer_config, name):
@@ -429,12 +425,11 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         self._custom_modules = {**(self._custom_modules or {}), **mapping}
 
     def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
-        """The custom class registered for a layer, or None."""
         registered = (self._custom_modules or {}).items()
         return next((custom for layer, custom in registered if isinstance(module, layer)), None)
 
     def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
-        """Creates a wrapper of a custom class with the arguments that PEFT passes; see ``LayerByLayer``."""
+        """Creates a wrapper of a custom class with the arguments that PEFT passes."""
         given: dict[str, Any] = {"r": self.rank_at(path), "lora_alpha": self.alpha_at(path), "target_name": path}
         given |= {"loaded_in_8bit": False, "loaded_in_4bit": False, "parameter_name": None, "tied_adapter": {}}
         offload = self.runtime_config.ephemeral_gpu_offload

@@ -110,7 +110,7 @@ def _doubled(config: Any, others: Iterable[str]) -> AdapterConfig:
     kept = sorted(others)
     ranks = {pattern: 2 * rank for pattern, rank in config.rank_pattern.items()}
     alphas = {pattern: factor * alpha for pattern, alpha in config.alpha_pattern.items()}
-    doubled: AdapterConfig = config.copy(
+    return config.copy(
         init_lora_weights=True,
         **no_settings(),
         **no_variant(),
@@ -119,4 +119,3 @@ def _doubled(config: Any, others: Iterable[str]) -> AdapterConfig:
         rank_pattern={path: config.rank_at(path) for path in kept} | ranks,
         alpha_pattern={path: config.alpha_at(path) for path in kept} | alphas,
     )
-    return doubled

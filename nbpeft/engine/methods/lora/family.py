@@ -26,9 +26,9 @@ def _summary(config: LoraConfig) -> Mapping[str, str]:
 
 def _smaller(config: LoraConfig) -> LoraConfig | None:
     """A config with a quarter of the rank, if all layers have the same rank."""
-    if config.size is None or config.size <= _LEAST_RANK:
+    if config.adapter_size is None or config.adapter_size <= _LEAST_RANK:
         return None
-    return config.resized(max(config.size // 4, _LEAST_RANK))
+    return config.resized(max(config.adapter_size // 4, _LEAST_RANK))
 
 
 def listing(**fields: Any) -> Listing:

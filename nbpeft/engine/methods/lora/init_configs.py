@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from nbpeft.engine.config.config_checks import check_choice, check_count
-from nbpeft.engine.contract.field_types import check_types
+from nbpeft.engine.config.config_checks import Settings
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
 CORDA_METHODS = ("ipm", "kpm")
@@ -18,29 +17,24 @@ LOFTQ_BITS = (2, 4, 8)
 
 
 @dataclass
-class LoftQConfig:
+class LoftQConfig(Settings):
     """Settings of ``init_lora_weights="loftq"``.
 
     Attributes:
         loftq_bits: bits of the base weight: 4 (nf4, blocks of 64), 8 (int8, by row), or 2 (normal float, blocks of 64),
             which PEFT does not have.
         loftq_iter: number of alternations between quantizing the weight and decomposing its error.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     loftq_bits: int = field(default=4)
     loftq_iter: int = field(default=1)
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_choice("loftq_bits", self.loftq_bits, LOFTQ_BITS)
-        check_count("loftq_iter", self.loftq_iter)
+    counts: ClassVar[tuple[str, ...]] = ("loftq_iter",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"loftq_bits": LOFTQ_BITS}
 
 
 @dataclass
-class EvaConfig:
+class EvaConfig(Settings):
     """Settings of ``init_lora_weights="eva"`` (Paischer et al. 2024, arXiv:2410.07170).
 
     Attributes:
@@ -50,9 +44,6 @@ class EvaConfig:
         label_mask_value: label of ignored tokens.
         whiten: divide each direction by the square root of its singular value.
         adjust_scaling_factors: keep ``lora_alpha / r`` of each layer when its rank changes.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     rho: float = field(default=2.0)
@@ -63,7 +54,7 @@ class EvaConfig:
     adjust_scaling_factors: bool = field(default=True)
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         if not self.rho >= 1.0:
             raise ConfigError(f"`rho` must be >= 1.0, not {shown(self.rho)}", field="rho")
         if not 0.0 <= self.tau <= 1.0:
@@ -71,7 +62,7 @@ class EvaConfig:
 
 
 @dataclass
-class CordaConfig:
+class CordaConfig(Settings):
     """Settings of ``init_lora_weights="corda"`` (Yang et al. 2024, arXiv:2406.05223).
 
     Attributes:
@@ -82,9 +73,6 @@ class CordaConfig:
         verbose: show a progress bar.
         use_float16_for_covariance: accumulate the covariances in the dtype of the inputs, not in float32.
         prune_temporary_fields: delete ``covariance_matrix`` and ``sample_count`` from the layers at the end.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     cache_file: str | None = field(default=None)
@@ -94,13 +82,11 @@ class CordaConfig:
     use_float16_for_covariance: bool = field(default=False)
     prune_temporary_fields: bool = field(default=True)
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_choice("corda_method", self.corda_method, CORDA_METHODS)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"corda_method": CORDA_METHODS}
 
 
 @dataclass
-class LoraGAConfig:
+class LoraGAConfig(Settings):
     """Settings of ``init_lora_weights="lora_ga"`` (Wang et al. 2024, arXiv:2407.05000).
 
     Attributes:
@@ -109,20 +95,14 @@ class LoraGAConfig:
         scale: factor on B: ``stable`` by the output features and ``stable_gamma``, ``weight_svd`` by the weight's
             largest singular value, ``gd_scale`` by the adapter's scaling, ``unit`` none.
         stable_gamma: larger values give smaller initial factors.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = field(default="ArB2r")
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = field(default="stable")
     stable_gamma: int = field(default=16)
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_choice("direction", self.direction, GRADIENT_DIRECTIONS)
-        check_choice("scale", self.scale, GRADIENT_SCALES)
-        check_count("stable_gamma", self.stable_gamma)
+    counts: ClassVar[tuple[str, ...]] = ("stable_gamma",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"direction": GRADIENT_DIRECTIONS, "scale": GRADIENT_SCALES}
 
 
 INIT_CONFIGS: dict[str, tuple[str, type[Any]]] = {

@@ -77,16 +77,9 @@ class LoRA(LowRankProduct, ReplacesCall):
     """A LoRA adapter on one layer."""
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """The output of an ordinary linear layer plus the product, in one function; see ``ReplacesCall``.
+        """The output of an ordinary linear layer plus the product, in one function; None for anything else.
 
         In the usual call of a layer a breakpoint stops here, and ``LowRank.forward`` is not called.
-
-        Args:
-            x: (…, in).
-            base: the layer.
-
-        Returns:
-            (…, out); None if the layer, the adapter or the call is not of the ordinary kind.
         """
         layer = base.module
         if composes():  # first, so that the compiler adds no guards for the checks below

@@ -29,7 +29,7 @@ from nbpeft.engine.layer_kinds.parameter import Parameter, ParameterView
 from nbpeft.engine.methods.lora.autograd import Dropout, Factors, KeepMask, low_rank_linear
 from nbpeft.errors import ConfigError, LayerKindError, MergeError
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+FactorShapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 _MERGE_ROWS = 256
 """Rows of a weight that are merged at a time, which bounds the additional memory of a merge."""
@@ -49,7 +49,7 @@ class LowRank:
     def __init__(self, kind: Any) -> None:
         self.kind = kind
 
-    def shapes(self, module: nn.Module, rank: int) -> Shapes:
+    def shapes(self, module: nn.Module, rank: int) -> FactorShapes:
         """Shapes of A and B for a rank.
 
         Raises:
@@ -129,8 +129,7 @@ class LowRankLookup(LowRank):
     zero_init_factor = 0
     has_steps = False
 
-    def shapes(self, module: nn.Module, rank: int) -> Shapes:
-        """Shapes of A and B; see ``LowRank.shapes``."""
+    def shapes(self, module: nn.Module, rank: int) -> FactorShapes:
         scale = getattr(module, "embed_scale", None)
         if isinstance(scale, Tensor) and scale.numel() != 1:
             raise ConfigError(f"an embedding whose embed_scale has shape {tuple(scale.shape)} cannot be adapted")
@@ -139,7 +138,7 @@ class LowRankLookup(LowRank):
     def forward(
         self, module: nn.Module, x: Tensor, factors: Factors, dropout: Dropout, onto: Tensor | None = None
     ) -> Tensor:
-        """The product for ids (…,): (…, features); see ``LowRank.forward``."""
+        """The product for ids (…,): (…, features)."""
         lora_A, lora_B, scaling = factors
         dtype = compute_dtype(lora_A, lora_A)
         hidden = self.down(module, x.to(lora_A.device), lora_A).to(dtype)
@@ -147,21 +146,18 @@ class LowRankLookup(LowRank):
         return delta if onto is None else add_delta(onto, delta)
 
     def down(self, module: Any, x: Tensor, lora_A: Tensor) -> Tensor:
-        """The first step: the columns of A for ids; see ``LowRank``."""
-        hidden: Tensor = self.kind.look_up(module, x, lora_A.T)
-        return hidden
+        """The first step: the columns of A for ids."""
+        return self.kind.look_up(module, x, lora_A.T)
 
     def up(self, module: Any, hidden: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
-        """The second step, with the scale of the embedding's output; see ``LowRank``."""
-        output: Tensor = F.linear(hidden, lora_B, bias) * self.kind.output_scale(module, hidden.dtype)
-        return output
+        return F.linear(hidden, lora_B, bias) * self.kind.output_scale(module, hidden.dtype)
 
 
 class LowRankConvolution(LowRank):
     """The product on a convolution."""
 
-    def shapes(self, module: Any, rank: int) -> Shapes:
-        """Shapes of A and B; see ``LowRank.shapes``."""
+    def shapes(self, module: Any, rank: int) -> FactorShapes:
+        """Shapes of A and B."""
         if rank % module.groups:
             raise ConfigError(
                 f"a {type(module).__name__} with {module.groups} groups cannot take rank {rank}: "
@@ -178,7 +174,7 @@ class LowRankConvolution(LowRank):
     def _in_one(
         self, module: nn.Module, x: Tensor, factors: Factors, probability: float, onto: Tensor | None
     ) -> Tensor:
-        """The product for (batch, in, *space): (batch, out, *space'); see ``LowRank``."""
+        """The product for (batch, in, *space): (batch, out, *space')."""
         dtype = compute_dtype(x, factors[0])
         if torch.is_grad_enabled() and (probability or x.dtype != dtype):
             delta: Tensor = _LeanProduct.apply(x, *factors, probability, dtype, self, module)  # type: ignore[no-untyped-call]
@@ -192,17 +188,16 @@ class LowRankConvolution(LowRank):
         return self.up(module, self.down(module, x, lora_A.to(x.dtype)) * scaling, lora_B.to(x.dtype), None)
 
     def down(self, module: Any, x: Tensor, lora_A: Tensor) -> Tensor:
-        """The first step: a convolution with the layer's settings; see ``LowRank``."""
-        hidden: Tensor = self.kind.convolve(module, x, lora_A, groups=1)
-        return hidden
+        """The first step: a convolution with the layer's settings."""
+        return self.kind.convolve(module, x, lora_A, groups=1)
 
     def up(self, module: Any, hidden: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
-        """The second step: a convolution with kernel 1; see ``LowRank``."""
+        """The second step: a convolution with kernel 1."""
         output: Tensor = self.kind.pointwise(hidden, lora_B, groups=module.groups)
         return output if bias is None else output + self.kind.per_channel(module, bias)
 
     def product(self, module: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """B A as a canonical weight (out, in, *kernel); see ``LowRank.product``."""
+        """B A as a canonical weight (out, in, *kernel)."""
         refusal = self.no_product_reason(module)
         if refusal:
             raise MergeError(refusal)
@@ -213,7 +208,6 @@ class LowRankConvolution(LowRank):
         return (lora_B.reshape(-1, lora_A.shape[0]) @ lora_A.flatten(1)).view(module.weight.shape)
 
     def no_product_reason(self, module: Any) -> str:
-        """Why the product cannot be merged into a grouped convolution; see ``LowRank``."""
         if module.groups == 1:
             return ""
         return (
@@ -227,8 +221,7 @@ class LowRankParameter(LowRank):
 
     has_steps = False
 
-    def shapes(self, module: Any, rank: int) -> Shapes:
-        """Shapes of A and B; see ``LowRank.shapes``."""
+    def shapes(self, module: Any, rank: int) -> FactorShapes:
         in_features, out_features = self.kind.features(module)
         return (rank * module.count, in_features), (out_features, rank * module.count)
 
@@ -241,7 +234,6 @@ class LowRankParameter(LowRank):
         return (right.transpose(1, 2), left.transpose(1, 2)) if module.is_transposed else (left, right)
 
     def product(self, module: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """The change of the parameter, shaped like it."""
         left, right = self.factors(module, lora_A, lora_B)
         return left @ right
 

@@ -121,8 +121,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    found: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(matrix, full_matrices=False)
-    return found
+    return torch.linalg.svd(matrix, full_matrices=False)
 
 
 def add_bias(tensors: dict[str, Tensor], bias: Tensor | None, base: BaseLayer) -> None:

@@ -290,8 +290,7 @@ class RiemannianPreconditioner:
 
     def _inverse(self, square: Tensor) -> Tensor:
         damping = self.reg * torch.eye(len(square), dtype=square.dtype, device=square.device)
-        inverse: Tensor = torch.linalg.pinv(square + damping)
-        return inverse
+        return torch.linalg.pinv(square + damping)
 
 
 def trained_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:

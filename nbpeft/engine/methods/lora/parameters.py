@@ -9,17 +9,16 @@ input of an expert's A, if the module is known to do nothing but multiply; PEFT,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nbpeft.engine.contract.adapter import AdapterSite, MergesInPlace, NotConvertible
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.initialization.inits import init_factors
-from nbpeft.engine.methods.lora.low_rank import LowRankParameter, add_product_, low_rank_of
+from nbpeft.engine.methods.lora.low_rank import LowRankParameter, add_product_
 from nbpeft.engine.wrappers.factored_weight import AdaptsParameters, Product
 from nbpeft.engine.wrappers.parameter_layer import only_multiplies
 from nbpeft.errors import ConfigError
@@ -37,9 +36,7 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters, MergesInPlace, NotConverti
     low_rank: LowRankParameter
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: Any, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: Any, kind: LayerKind) -> Shapes:
         """A and B; see ``Adapter``.
 
         Raises:
@@ -57,31 +54,20 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters, MergesInPlace, NotConverti
                     field=field,
                     path=path,
                 )
-        low_rank = low_rank_of(kind)
-        return dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
+        return super().parameter_shapes(config, path, module, kind)
 
-    @classmethod
-    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones; see ``Adapter``."""
-        given = init_factors(config, site, None) if tensors is None else tensors
-        parameters = {name: nn.Parameter(tensor) for name, tensor in given.items()}
-        adapter = cls(parameters, site.base.kind, config, site.path)
+    def prepare(self, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         view: Any = site.base.module
-        adapter.bind(count=view.count)
-        return adapter
+        self.bind(count=view.count)
 
     @property
     def rank(self) -> int:
-        """Rank of each expert's product, padding included."""
         return int(self.trained_factors[0].shape[0]) // self.count
 
-    @property
-    def delta_rank(self) -> int | None:
-        """The rank of each expert's product."""
-        return self.rank
+    delta_rank = rank
 
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         """None: the shapes do not contain the number of experts among which the rows of A are divided."""
         return None
 
@@ -96,7 +82,6 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters, MergesInPlace, NotConverti
         return blocks[:, :used], [blocks[:, used:]]
 
     def parameter_products(self, base: BaseLayer) -> tuple[Product]:
-        """One product for each expert; see ``AdaptsParameters``."""
         view = base.module
         assert isinstance(view, ParameterView)
         dropout = self.dropout if self.training else 0.0

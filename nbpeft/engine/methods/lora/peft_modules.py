@@ -64,19 +64,16 @@ class TiedFactor(LinearFactor):
 
     @property
     def adapter(self) -> Any:
-        """The adapter."""
         return self._adapter
 
     @property
     def shown_parameter(self) -> str:
-        """Name of the factor."""
         return self._name
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The factor."""
-        view: Tensor = self.adapter.tensor(self.shown_parameter)
-        return view
+        return self.adapter.tensor(self.shown_parameter)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
@@ -97,8 +94,7 @@ def block_diagonal(blocks: Tensor, count: int) -> Tensor:
     Returns:
         (rows, columns).
     """
-    whole: Tensor = torch.block_diag(*blocks.chunk(count))  # type: ignore[no-untyped-call]
-    return whole
+    return torch.block_diag(*blocks.chunk(count))  # type: ignore[no-untyped-call]
 
 
 class BlockDiagonalFactor(ParameterModule):
@@ -135,7 +131,6 @@ class BlockDiagonalFactor(ParameterModule):
         return F.linear(x.to(self.weight.dtype), self.weight_as_blockdiagonal_matrix())
 
     def extra_repr(self) -> str:
-        """Its sizes."""
         return f"in_features={self.in_features}, out_features={self.out_features}, nblocks={self.nblocks}"
 
     def _get_name(self) -> str:
@@ -219,7 +214,6 @@ class AdapterDropout(Observed, nn.Dropout):
 
     @property
     def adapter(self) -> Any:
-        """The adapter."""
         return self._adapter
 
     @property

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.contract.adapter import AdapterSite, FusesAdd, IsLowRank, LowRankDelta, MergesInPlace, ServesRows
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.contract.adapter import FusesAdd, IsLowRank, LowRankDelta, MergesInPlace, ServesRows
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, compute_dtype
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.initialization.inits import check_init, init_factors, start_of
+from nbpeft.engine.methods.lora.initialization.inits import check_init
 from nbpeft.engine.methods.lora.low_rank import add_product_, low_rank_of
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows
 from nbpeft.engine.views.part_modules import ParameterModule
@@ -31,18 +32,19 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
         observed: PEFT's name -> module with hooks, which computes its step of the product; None if there is none.
     """
 
+    linear_setting: ClassVar[str] = ""
+    """The setting that selects the method, if that works on linear layers only."""
     observed: Mapping[str, Any] | None = None
     observable: ClassVar[bool] = True
     """Whether the factors' modules can be called one after the other, so that their hooks run."""
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A and B, and the bias of B (out,) with ``lora_bias``; see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A and B, and the bias of B (out,) with ``lora_bias``."""
+        if cls.linear_setting:
+            check_linear(cls.linear_setting, path, kind)
         check_init(config, path, module, kind)
-        low_rank = low_rank_of(kind)
-        shapes = dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
+        shapes, low_rank = super().parameter_shapes(config, path, module, kind), low_rank_of(kind)
         if config.lora_bias:
             if low_rank.zero_init_factor == 0:
                 raise LayerKindError(
@@ -50,15 +52,6 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
                 )
             shapes[f"{low_rank.factor_names[1]}_bias"] = (kind.features(module)[1],)
         return shapes
-
-    @classmethod
-    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones; see ``Adapter``."""
-        start = start_of(config, site, is_new=tensors is None)
-        given = init_factors(config, site, start.factors) if tensors is None else tensors
-        frozen = cls.frozen_parameters
-        parameters = {name: nn.Parameter(tensor, name not in frozen) for name, tensor in given.items()}
-        return cls(parameters, site.base.kind, config, site.path, start)
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -71,14 +64,7 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
         return self.own_factors
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """Computes ``s * B A dropout(x)``, plus ``s`` times the bias of B if there is one.
-
-        Args:
-            x: (…, in), or ids of an embedding.
-            base_output: (…, out).
-            base: the layer.
-            fused: return ``base_output`` with the delta added, in its dtype.
-        """
+        """``s * B A dropout(x)``, plus ``s`` times the bias of B; with ``fused`` added to the output."""
         if self.observed is not None:
             delta = self._through_modules(base.module, x, self.observed)
             return add_delta(base_output, delta) if fused else delta
@@ -97,11 +83,11 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
 
     @property
     def computes_by_parts(self) -> bool:
-        """Whether the product is computed by two modules, as on linear layers and convolutions; see ``Adapter``."""
+        """Whether the product is computed by two modules, as on linear layers and convolutions."""
         return self.observable and self.low_rank.has_steps
 
     def observe(self, module: nn.Module, name: str = "") -> None:
-        """Uses a module for its step of the product from now on, so that its hooks run; see ``Adapter``."""
+        """Uses a module for its step of the product from now on, so that its hooks run."""
         if not self.computes_by_parts:
             super().observe(module)
             return
@@ -109,7 +95,7 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
         self.bind(observed={**(self.observed or {}), name or shown: module})
 
     def forget_observed(self, name: str) -> None:
-        """Computes a step without its module again; see ``Adapter``."""
+        """Computes a step without its module again."""
         others = {other: module for other, module in (self.observed or {}).items() if other != name}
         self.bind(observed=others or None)
 
@@ -133,7 +119,7 @@ class PlainLowRank(LowRankAdapter, MergesInPlace):
         return x if delta is None else x + delta
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why the product of the factors differs from what the layer computes, if it does; see ``Adapter``."""
+        """Why the product of the factors differs from what the layer computes, if it does."""
         parts = {name: module for name, module in (self.observed or {}).items() if name in self.factor_names}
         known = (ParameterModule, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         other = next((name for name, module in parts.items() if not isinstance(module, known)), None)
@@ -162,7 +148,7 @@ class LowRankProduct(PlainLowRank, ServesRows, IsLowRank, FusesAdd):
     def mixed(
         cls, adapters: Sequence[Any], scales: Sequence[float], base: BaseLayer, kept: dict[Any, Any]
     ) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """A mixed batch on linear layers as two batched products; see ``ServesRows``."""
+        """A mixed batch on linear layers as two batched products."""
         if not base.kind.is_linear:
             return None
         if any(adapter is not None and (adapter.output_bias is not None or adapter.observed) for adapter in adapters):
@@ -173,10 +159,9 @@ class LowRankProduct(PlainLowRank, ServesRows, IsLowRank, FusesAdd):
                 for adapter, scale in zip(adapters, scales, strict=True)
             ]
             kept["served"] = factor_rows(entries, base.device)
-        return kept["served"]  # type: ignore[no-any-return]
+        return kept["served"]
 
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """A, B and their scaling; see ``IsLowRank``."""
         lora_A, lora_B = self.detached_factors
         if self.padded:
             used = lora_A.flatten(1).any(1) | lora_B.transpose(0, 1).flatten(1).any(1)

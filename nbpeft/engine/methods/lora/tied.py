@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, UsesAnother
-from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.base import BaseLayer, Shape
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.initialization.inits import fill_of, skip_built
@@ -87,13 +87,11 @@ class TiedProduct(LowRankProduct, UsesAnother):
 
     @classmethod
     def tied_tensors(cls, names: Collection[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The factors under this layer's names; see ``Adapter``."""
         alike = {name: source[name] for name in names if name in source}
         pairs = zip(LowRank.factor_names, reversed(LowRankLookup.factor_names), strict=True)
         return alike or {name: source[other].T for name, other in pairs if other in source}
 
     def tensor(self, name: str, *, optional: bool = False) -> Any:
-        """A view of one of the source's factors; see ``Adapter``."""
         return self._views().get(name) if optional else self._views()[name]
 
     def _views(self) -> dict[str, Tensor]:
@@ -119,11 +117,9 @@ class TiedProduct(LowRankProduct, UsesAnother):
         return names if self._is_alike else replace(names, modules=(*names.modules, *self.factor_names))
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
-        """A factor or the dropout; see ``Adapter``."""
         return TiedFactor(self, name) if name in self.factor_names else super().peft_module(name, base)
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """The views; see ``Adapter``."""
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
         return self._views()
 
     def swap_refusal(self) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from nbpeft.engine.config.config_checks import check_choice, check_count, check_number
-from nbpeft.engine.contract.field_types import check_types
+from nbpeft.engine.config.config_checks import Settings
 from nbpeft.errors import ConfigError, few
 
 DIRECTIONS = ("batch_average", "batch_average_once", "random")
@@ -16,15 +15,8 @@ _GENERAL = re.compile(r"gks_\d+")
 """Names that ``create_arrow_model`` gives to general adapters."""
 
 
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        check_number(name, getattr(config, name))
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} must be above 0, not {getattr(config, name)}", field=name)
-
-
 @dataclass
-class ArrowConfig:
+class ArrowConfig(Settings):
     """Settings of Arrow (Ostapenko et al. 2024, arXiv:2405.11157) and GenKnowSub (2025.acl-short.54).
 
     Attributes:
@@ -36,9 +28,6 @@ class ArrowConfig:
             included.
         gks_adapter_names: the general adapters; None for those named gks_0, gks_1, …
         rng_seed: ignored, accepted as in PEFT: no random numbers are used.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     top_k: int = field(default=3)
@@ -48,10 +37,8 @@ class ArrowConfig:
     gks_adapter_names: list[str] | None = field(default=None, kw_only=True)
     rng_seed: int | None = field(default=None)
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_count("top_k", self.top_k)
-        _check_positive(self, "router_temperature")
+    counts: ClassVar[tuple[str, ...]] = ("top_k",)
+    positive: ClassVar[tuple[str, ...]] = ("router_temperature",)
 
     def general_among(self, names: Iterable[str]) -> list[str]:
         """Names of the general adapters: those of the settings, else those among ``names`` that are named gks_N."""
@@ -59,7 +46,7 @@ class ArrowConfig:
 
 
 @dataclass
-class VeloraConfig:
+class VeloraConfig(Settings):
     """Settings of VeLoRA (Miles et al. 2024, arXiv:2405.17991).
 
     Attributes:
@@ -67,24 +54,19 @@ class VeloraConfig:
         scale: factor on the input that is reconstructed from them.
         init_type: the direction onto which groups are projected: ``batch_average`` the mean group of each batch,
             ``batch_average_once`` that of the first batch, or ``random``.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     num_groups: int = field(default=64)
     scale: float = field(default=1.0)
     init_type: Literal["batch_average", "batch_average_once", "random"] = field(default="batch_average")
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_count("num_groups", self.num_groups)
-        _check_positive(self, "scale")
-        check_choice("init_type", self.init_type, DIRECTIONS)
+    counts: ClassVar[tuple[str, ...]] = ("num_groups",)
+    positive: ClassVar[tuple[str, ...]] = ("scale",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_type": DIRECTIONS}
 
 
 @dataclass
-class MontecloraConfig:
+class MontecloraConfig(Settings):
     """Settings of MonteCLoRA (Sengupta et al. 2024, arXiv:2411.04358).
 
     Attributes:
@@ -94,9 +76,6 @@ class MontecloraConfig:
         sample_scaler: factor on the perturbations.
         kl_loss_weight: weight of the KL divergence from the priors in the loss.
         buffer_size: ignored, accepted as in PEFT: nothing is drawn in advance.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     num_samples: int = field(default=8)
@@ -106,17 +85,12 @@ class MontecloraConfig:
     kl_loss_weight: float = field(default=1e-5)
     buffer_size: int = field(default=150)
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("num_samples", "buffer_size"):
-            check_count(name, getattr(self, name))
-        for name in ("sample_scaler", "kl_loss_weight"):
-            check_number(name, getattr(self, name))
-        _check_positive(self, "dirichlet_prior")
+    counts: ClassVar[tuple[str, ...]] = ("num_samples", "buffer_size")
+    positive: ClassVar[tuple[str, ...]] = ("dirichlet_prior",)
 
 
 @dataclass
-class BdLoraConfig:
+class BdLoraConfig(Settings):
     """Settings of BD-LoRA (arXiv:2510.23346), whose factors can be sharded without additional communication.
 
     On a layer that is sharded by its inputs (out_proj, down_proj) A is block-diagonal; on a layer that is sharded by
@@ -137,9 +111,10 @@ class BdLoraConfig:
     nblocks: int = field(default=1)
     match_strict: bool = field(default=True)
 
+    counts: ClassVar[tuple[str, ...]] = ("nblocks",)
+
     def __post_init__(self) -> None:
-        check_types(self)
-        check_count("nblocks", self.nblocks)
+        super().__post_init__()
         both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
         if both:
             raise ConfigError(
@@ -175,26 +150,18 @@ class BdLoraConfig:
 
 
 @dataclass
-class KasaConfig:
+class KasaConfig(Settings):
     """Settings of KaSA (Wang et al. 2024, arXiv:2412.06071): weights of its terms in the training loss.
 
     Attributes:
         beta: weight of the squares of the learned singular values.
         gamma: weight of the distances of A and B from orthogonality.
-
-    Raises:
-        ConfigError: a weight is negative.
     """
 
     beta: float = field(default=1e-4)
     gamma: float = field(default=1e-3)
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("beta", "gamma"):
-            check_number(name, getattr(self, name))
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, as {getattr(self, name)} is", field=name)
+    not_negative: ClassVar[tuple[str, ...]] = ("beta", "gamma")
 
 
 VARIANT_CONFIGS: dict[str, type[Any]] = {

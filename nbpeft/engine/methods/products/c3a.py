@@ -15,36 +15,33 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count, check_linear
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_count, check_divides, check_linear
+from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta, keeping_inputs
-from nbpeft.errors import ConfigError
 
 KERNEL = "c3a_kernel"
 
 
 @dataclass
-class C3AConfig(LayersConfig):
+class C3AConfig(TrainsBiases):
     """Config of C3A. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         block_size: size of a block, which divides the inputs and the outputs of each layer: larger ones cost less.
         block_size_pattern: layer name or pattern -> another block_size.
-        bias: which biases of the model are also trained.
         init_weights: True starts at the base model; False is 'xavier_uniform'.
     """
 
     block_size: int = field(default=256)
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)
-    bias: str = field(default="none")
     init_weights: bool | str | None = field(default="xavier_uniform")
 
     method_type: ClassVar[str] = "C3A"
@@ -53,7 +50,6 @@ class C3AConfig(LayersConfig):
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {"block_size_pattern": check_count}
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "init_weights": (True, False, "xavier_uniform", "kaiming_uniform", "gaussian"),
-        "bias": ("none", "all", "c3a_only"),
     }
 
     def block_size_at(self, path: str) -> int:
@@ -63,7 +59,6 @@ class C3AConfig(LayersConfig):
 
 @register(
     C3AConfig,
-    peft_type="C3A",
     label="C3A",
     listing=Listing(
         when="high rank from few parameters; the block size must divide the layer's sizes",
@@ -81,23 +76,15 @@ class C3A(WeightDelta):
     )
 
     @classmethod
-    def parameter_shapes(
-        cls, config: C3AConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The first rows; see ``Adapter``."""
+    def parameter_shapes(cls, config: C3AConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The first rows."""
         check_linear("C3A", path, kind)
         size, (in_features, out_features) = config.block_size_at(path), kind.features(module)
-        if in_features % size or out_features % size:
-            raise ConfigError(
-                f"{path}: block_size = {size} must divide its {in_features} inputs and {out_features} outputs, as "
-                f"{math.gcd(in_features, out_features)} does",
-                path=path,
-            )
+        check_divides("block_size", size, path, (in_features, out_features))
         return {KERNEL: (out_features // size, in_features // size, size)}
 
     @classmethod
     def initial_tensors(cls, config: C3AConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """First rows at zeros, or random ones; see ``Adapter``."""
         inputs, outputs, init = site.base.in_features, site.base.out_features, config.init_weights
         bound = math.sqrt(1 / inputs if init == "kaiming_uniform" else 6 / (inputs + outputs))
         fill = normal_ if init == "gaussian" else lambda kernel: kernel.uniform_(-bound, bound)
@@ -109,11 +96,9 @@ class C3A(WeightDelta):
         return int(self.tensors[0].shape[2])
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The circular correlations of the blocks of the input, summed; see ``Adapter``."""
         return keeping_inputs(_convolved, x, self.tensors[0])
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The circulant blocks; see ``WeightDelta``."""
         kernel = parameters[0]
         rows, columns, size = kernel.shape
         step = torch.arange(size, device=kernel.device)
@@ -126,5 +111,4 @@ def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
     size = kernel.shape[2]
     parts = torch.fft.rfft(x.float().reshape(*x.shape[:-1], -1, size))
     product = torch.einsum("...nb,mnb->...mb", parts, torch.fft.rfft(kernel.float()).conj())
-    found: Tensor = torch.fft.irfft(product, n=size).flatten(-2) / x.shape[-1]
-    return found
+    return torch.fft.irfft(product, n=size).flatten(-2) / x.shape[-1]

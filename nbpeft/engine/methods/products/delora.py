@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.config.config_checks import check_count, check_linear, check_number
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape
-from nbpeft.engine.contract.base import LayerKind
+from nbpeft.engine.contract.base import LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -32,14 +32,13 @@ _LEAST_NORM = 1e-4
 
 
 @dataclass
-class DeloraConfig(LayersConfig):
+class DeloraConfig(TrainsBiases):
     """Config of DeLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of the factors.
         delora_lambda: initial value of the bound λ.
         module_dropout: dropout probability of the adapter's input, from 0 to 1.
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random factors.
         rank_pattern: layer name or pattern -> another r.
         lambda_pattern: layer name or pattern -> another delora_lambda.
@@ -48,7 +47,6 @@ class DeloraConfig(LayersConfig):
     r: int = field(default=8)
     delora_lambda: float = field(default=15)
     module_dropout: float = field(default=0.0)
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
@@ -60,12 +58,7 @@ class DeloraConfig(LayersConfig):
         "rank_pattern": check_count,
         "lambda_pattern": check_number,
     }
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "delora_only")}
     value_fields: ClassVar[tuple[str, ...]] = ("module_dropout", "init_weights")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("delora_lambda", self.delora_lambda)
 
     def rank_at(self, path: str) -> int:
         """The rank at a module path."""
@@ -78,13 +71,11 @@ class DeloraConfig(LayersConfig):
 
 @register(
     DeloraConfig,
-    peft_type="DELORA",
     label="DeLoRA",
     listing=Listing(
         when="like LoRA, with a limit on how far each layer can move; robust learning rates",
         paper="arXiv:2503.18225",
         summary=lambda config: {"r": str(config.r), "λ": f"{config.delora_lambda:g}"},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={"r4": {"r": 4, "delora_lambda": 2}},
@@ -102,10 +93,8 @@ class Delora(ComputedFactors, HasFixedTensors):
     identity: ClassVar[Mapping[str, float]] = {FACTOR_B: 0.0}
 
     @classmethod
-    def parameter_shapes(
-        cls, config: DeloraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, (r, in), B, (out, r), and the bound, (1,); see ``Adapter``."""
+    def parameter_shapes(cls, config: DeloraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, (r, in), B, (out, r), and the bound, (1,)."""
         check_linear("DeLoRA", path, kind)
         rank, (in_features, out_features) = config.rank_at(path), kind.features(module)
         return {FACTOR_A: (rank, in_features), FACTOR_B: (out_features, rank), BOUND: (1,)}
@@ -114,12 +103,10 @@ class Delora(ComputedFactors, HasFixedTensors):
     def fixed_tensors(
         cls, config: DeloraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """The norms; see ``Adapter``."""
         return {NORMS: ((shapes[FACTOR_A][1],), torch.float32)}
 
     @classmethod
     def initial_tensors(cls, config: DeloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """A random, B at zeros or random, and the bound of the config; see ``Adapter``."""
         return {
             FACTOR_A: site.new(site.shapes[FACTOR_A], linear_),
             FACTOR_B: site.new(site.shapes[FACTOR_B], None if config.init_weights else linear_),
@@ -127,7 +114,6 @@ class Delora(ComputedFactors, HasFixedTensors):
         }
 
     def prepare(self, config: DeloraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """The norms of the weight's columns, which may be loaded; see ``Adapter``."""
         norms = tensors.get(NORMS)
         norms = site.base.weight().float().norm(dim=0) if norms is None else norms
         self.register_buffer(NORMS, norms.to(tensors[FACTOR_A].device, torch.float32))
@@ -137,14 +123,9 @@ class Delora(ComputedFactors, HasFixedTensors):
         """The rank: rows of A."""
         return int(self.tensor(FACTOR_A).shape[0])
 
-    @property
-    def norms(self) -> Tensor:
-        """‖w_j‖, (in,)."""
-        return self.tensor(NORMS)
-
     def factors(self) -> tuple[Tensor, Tensor]:
         """A with the norms in its columns and the strengths in its rows, (r, in), and B, (out, r)."""
-        norms = self.norms
+        norms = self.tensor(NORMS)
         second: Tensor = self.tensor(FACTOR_B)
 
         def first(rows: Tensor, columns: Tensor, bound: Tensor) -> Tensor:
@@ -153,7 +134,3 @@ class Delora(ComputedFactors, HasFixedTensors):
             return rows * strengths[:, None] * norms.to(rows)
 
         return keeping_inputs(first, self.tensor(FACTOR_A), second, self.tensor(BOUND)), second
-
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """Its parameters and the norms; see ``Adapter``."""
-        return super().saved_tensors(shapes) | {NORMS: self.norms}

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.config.config_checks import check_linear
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -34,7 +34,7 @@ _DEVIATION = 0.02
 
 
 @dataclass
-class GloraConfig(LayersConfig):
+class GloraConfig(TrainsBiases):
     """Config of GLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -42,7 +42,6 @@ class GloraConfig(LayersConfig):
         config_A_B: form of A and B: "lora", "vector", "constant" or "none".
         config_C: form of C: "lora", "vector" or "none".
         config_D_E: form of D and E: "vector", "constant" or "none".
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
     """
 
@@ -50,14 +49,12 @@ class GloraConfig(LayersConfig):
     config_A_B: str = field(default="lora")
     config_C: str = field(default="lora")
     config_D_E: str = field(default="constant")
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
 
     method_type: ClassVar[str] = "GLORA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     counts: ClassVar[tuple[str, ...]] = ("r",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "bias": ("none", "all", "glora_only"),
         "config_A_B": ("lora", "vector", "constant", "none"),
         "config_C": ("lora", "vector", "none"),
         "config_D_E": ("vector", "constant", "none"),
@@ -65,7 +62,7 @@ class GloraConfig(LayersConfig):
     value_fields: ClassVar[tuple[str, ...]] = ("init_weights",)
 
 
-def _shapes(path: str, form: str, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
+def _shapes(path: str, form: str, rows: int, columns: int, rank: int) -> Shapes:
     """Parameter name -> shape of one of A to E, which is (rows, columns), or (rows,) where columns is 0."""
     if form == "lora":
         return {f"glora_{path}_Xd": (rows, rank), f"glora_{path}_Xu": (rank, columns)}
@@ -80,7 +77,6 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
 
 @register(
     GloraConfig,
-    peft_type="GLORA",
     label="GLoRA",
     listing=Listing(
         when="like LoRA, but also scales weights and trains biases",
@@ -91,7 +87,6 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
             "C": config.config_C,
             "DE": config.config_D_E,
         },
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -113,13 +108,11 @@ class Glora(Adapter, ReplacesCall):
     rank: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: GloraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes of A and B, and of C, D and E if the layer has a bias; see ``Adapter``."""
+    def parameter_shapes(cls, config: GloraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Shapes of A and B, and of C, D and E if the layer has a bias."""
         check_linear("GLoRA", path, kind)
         in_features, out_features = kind.features(module)
-        found: dict[str, tuple[int, ...]] = {}
+        found: Shapes = {}
         for one in "AB":
             found |= _shapes(one, config.config_A_B, out_features, in_features, config.r)
         if getattr(module, "bias", None) is not None:
@@ -130,7 +123,6 @@ class Glora(Adapter, ReplacesCall):
 
     @classmethod
     def initial_tensors(cls, config: GloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """New tensors in the order of PEFT's draws; see ``Adapter``."""
         order = sorted(site.shapes, key=lambda one: (one[:7], one[-1] == "d"))
         return {name: _start(name, config, site) for name in order}
 
@@ -156,7 +148,7 @@ class Glora(Adapter, ReplacesCall):
         return own if projected is None else own + projected
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """``W' x + b'`` in one product, where the weight is not quantized; see ``ReplacesCall``."""
+        """``W' x + b'`` in one product, where the weight is not quantized."""
         parameters = self._path("A") + self._path("B")
 
         def changed(weight: Tensor, *given: Tensor) -> Tensor:
@@ -167,7 +159,7 @@ class Glora(Adapter, ReplacesCall):
         return found if found is None or bias is None else found + bias.to(found.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The layer's map with ``W ∘ A + B`` and the change of the bias; see ``Adapter``."""
+        """The layer's map with ``W ∘ A + B`` and the change of the bias."""
         parameters, bias = self._path("A") + self._path("B"), self._bias_change(base)
         if not parameters:
             return torch.zeros_like(base_output) if bias is None else bias.expand_as(base_output)
@@ -182,11 +174,10 @@ class Glora(Adapter, ReplacesCall):
 
     @torch.no_grad()
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
-        """``b ∘ D + E + W C``; see ``Adapter``."""
+        """``b ∘ D + E + W C``."""
         return self._bias_change(base)
 
     def reset_(self, base: BaseLayer) -> None:
-        """Sets the factors that are multiplied last to zero."""
         for name, parameter in self.named_parameters():
             if not name.endswith("Xu"):
                 parameter.detach().zero_()

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_divides, check_linear
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -33,7 +33,7 @@ WHOLE_A, WHOLE_B = "gralora_A_general", "gralora_B_general"
 
 
 @dataclass
-class GraloraConfig(LayersConfig):
+class GraloraConfig(HasFanInFanOut, TrainsBiases):
     """Config of GraLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -42,8 +42,6 @@ class GraloraConfig(LayersConfig):
         alpha: the delta is multiplied by alpha / (r + hybrid_r).
         gralora_dropout: dropout probability of the adapter's input, from 0 to 1.
         gralora_k: number of blocks along each side, which divides r and the inputs and outputs of each layer.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random factors.
     """
 
@@ -52,20 +50,16 @@ class GraloraConfig(LayersConfig):
     alpha: float = field(default=64)
     gralora_dropout: float = field(default=0.0)
     gralora_k: int = field(default=2)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
 
     method_type: ClassVar[str] = "GRALORA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "gralora_k")
     shares: ClassVar[tuple[str, ...]] = ("gralora_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "gralora_only")}
     value_fields: ClassVar[tuple[str, ...]] = ("alpha", "gralora_dropout", "init_weights")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("alpha", self.alpha)
         if self.hybrid_r < 0:
             raise ConfigError(f"hybrid_r must be a whole number of at least 0, not {self.hybrid_r}", field="hybrid_r")
         if self.r % self.gralora_k:
@@ -84,7 +78,6 @@ def _smaller(config: GraloraConfig) -> GraloraConfig | None:
 
 @register(
     GraloraConfig,
-    peft_type="GRALORA",
     label="GraLoRA",
     listing=Listing(
         when="a higher rank than LoRA with the same number of parameters",
@@ -111,17 +104,12 @@ class Gralora(WeightDelta, Rescales):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: GraloraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The factors; see ``Adapter``."""
+    def parameter_shapes(cls, config: GraloraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The factors."""
         check_linear("GraLoRA", path, kind)
         count, (inputs, outputs) = config.gralora_k, kind.features(module)
-        if inputs % count or outputs % count:
-            raise ConfigError(
-                f"{path}: gralora_k = {count} must divide its {inputs} inputs and {outputs} outputs", path=path
-            )
-        shapes: dict[str, tuple[int, ...]] = {
+        check_divides("gralora_k", count, path, (inputs, outputs))
+        shapes: Shapes = {
             BLOCKS_A: (count, inputs // count, config.r),
             BLOCKS_B: (count, config.r, outputs // count),
         }
@@ -130,8 +118,15 @@ class Gralora(WeightDelta, Rescales):
 
     @classmethod
     def initial_tensors(cls, config: GraloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """New factors; see ``Adapter``."""
-        return _drawn(config, site)
+        """Factors drawn block by block; those that are multiplied last are zeros."""
+        last = None if config.init_weights else linear_
+        fills, names = {BLOCKS_A: linear_, BLOCKS_B: last, WHOLE_A: linear_, WHOLE_B: last}, (BLOCKS_A, BLOCKS_B)
+        pairs = zip(*([site.shapes[name][:0:-1]] * site.shapes[name][0] for name in names), strict=True)
+        blocks = [[site.new(shape, fills[name]).T for name, shape in zip(names, pair, strict=True)] for pair in pairs]
+        made = {name: torch.stack(parts) for name, parts in zip(names, zip(*blocks, strict=True), strict=True)}
+        whole = {name: shape for name, shape in site.shapes.items() if name not in made}
+        skip_linear(site.device, *whole.values())
+        return made | {name: site.new(shape, fills[name]) for name, shape in whole.items()}
 
     @property
     def rank(self) -> int:
@@ -150,11 +145,10 @@ class Gralora(WeightDelta, Rescales):
 
     @property
     def delta_rank(self) -> int | None:
-        """The largest rank that the change of the weight can have."""
         return self.gralora_k * self.rank + self.hybrid_r
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The products of the blocks, summed; see ``Adapter``."""
+        """The products of the blocks, summed."""
         dropped = F.dropout(x, self.dropout, self.training)
         first, second, *whole = self.tensors
         if not (whole and self.dropout and self.training):
@@ -165,7 +159,7 @@ class Gralora(WeightDelta, Rescales):
         return (found + F.linear(F.linear(dropped, whole_A), whole_B)) * self.scaling
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The blocks, and the product of the whole weight; see ``WeightDelta``."""
+        """The blocks, and the product of the whole weight."""
         first, second, *whole = parameters
         count, inputs, rank = first.shape
         left, right = first.view(count, inputs, count, -1), second.view(count, count, rank // count, -1)
@@ -175,21 +169,8 @@ class Gralora(WeightDelta, Rescales):
         return delta * self.scaling
 
     def reset_(self, base: BaseLayer) -> None:
-        """Sets the factors that are multiplied last to zero."""
         for tensor in self.tensors[1::2]:  # B, and that of the whole weight
             tensor.detach().zero_()
-
-
-def _drawn(config: GraloraConfig, site: AdapterSite) -> dict[str, Tensor]:
-    """New factors, drawn block by block; those that are multiplied last are zeros."""
-    last = None if config.init_weights else linear_
-    fills, names = {BLOCKS_A: linear_, BLOCKS_B: last, WHOLE_A: linear_, WHOLE_B: last}, (BLOCKS_A, BLOCKS_B)
-    pairs = zip(*([site.shapes[name][:0:-1]] * site.shapes[name][0] for name in names), strict=True)
-    blocks = [[site.new(shape, fills[name]).T for name, shape in zip(names, pair, strict=True)] for pair in pairs]
-    made = {name: torch.stack(parts) for name, parts in zip(names, zip(*blocks, strict=True), strict=True)}
-    whole = {name: shape for name, shape in site.shapes.items() if name not in made}
-    skip_linear(site.device, *whole.values())
-    return made | {name: site.new(shape, fills[name]) for name, shape in whole.items()}
 
 
 def _product(x: Tensor, first: Tensor, second: Tensor, *whole: Tensor) -> Tensor:

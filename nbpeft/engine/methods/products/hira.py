@@ -14,37 +14,34 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_count, check_ungrouped
+from nbpeft.engine.config.layers_config import HasFanInFanOut
 from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_, normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import WeightDelta
-from nbpeft.errors import LayerKindError
 
 _FACTORS, _EMBEDDING_FACTORS = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
 
 
 @dataclass
-class HiraConfig(LayersConfig):
+class HiraConfig(HasFanInFanOut):
     """Config of HiRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: rank of the product that the weight is multiplied with.
         hira_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         init_weights: True and 'gaussian' start at the base model; False for random factors.
         rank_pattern: layer name or pattern -> another r.
     """
 
     r: int = field(default=32)
     hira_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
     init_weights: bool | str | None = field(default=True)
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
 
@@ -62,13 +59,10 @@ class HiraConfig(LayersConfig):
 
 @register(
     HiraConfig,
-    peft_type="HIRA",
     label="HiRA",
     listing=Listing(
         when="hard tasks: a high-rank change with as many parameters as LoRA",
         paper="https://openreview.net/forum?id=TwJrTz9cRS",
-        summary=lambda config: {"r": str(config.r)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={"r4": {"r": 4}},
@@ -85,19 +79,16 @@ class Hira(WeightDelta):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: HiraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, (r, in, *kernel), and B, (out, r, 1, …); see ``Adapter``."""
-        if int(getattr(module, "groups", 1)) > 1:
-            raise LayerKindError(f"{path}: HiRA does not work on a convolution in groups; exclude it", path=path)
+    def parameter_shapes(cls, config: HiraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, (r, in, *kernel), and B, (out, r, 1, …)."""
+        check_ungrouped("HiRA", path, module)
         rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
         names = _EMBEDDING_FACTORS if kind.takes_ids else _FACTORS
         return dict(zip(names, ((rank, columns, *kernel), (rows, rank, *[1] * len(kernel))), strict=True))
 
     @classmethod
     def initial_tensors(cls, config: HiraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random factors, but for B, or the A of an embedding, at zeros; see ``Adapter``."""
+        """Random factors, but for B, or the A of an embedding, at zeros."""
         drawn = {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
         name_A, name_B = site.shapes
         if config.init_weights:
@@ -114,7 +105,7 @@ class Hira(WeightDelta):
         return int(self.tensors[0].shape[0])
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The layer's map with ``W ∘ (B A)``; see ``Adapter``."""
+        """The layer's map with ``W ∘ (B A)``."""
         if base.kind.takes_ids:
             first, second = self.tensors
             rows = F.embedding(x, first.T) @ second.T
@@ -122,7 +113,7 @@ class Hira(WeightDelta):
         return super().forward(F.dropout(x, self.dropout, self.training), base_output, base)
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """``W ∘ (B A)``; see ``WeightDelta``."""
+        """``W ∘ (B A)``."""
         return _product(base.weight(), *parameters)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
@@ -130,7 +121,6 @@ class Hira(WeightDelta):
         return _product(weight, *(tensor.detach() for tensor in self.tensors))
 
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites B, or the A of an embedding, with zeros."""
         self.tensors[0 if base.kind.takes_ids else 1].detach().zero_()
 
 

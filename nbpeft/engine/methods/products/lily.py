@@ -23,22 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.module_paths import suffixes
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
-from nbpeft.errors import ConfigError, MergeError
+from nbpeft.errors import ConfigError
 
 A, B, ROUTER = "lily_A", "lily_B", "lily_router"
-_UNMERGEABLE = "a weight: Lily mixes its experts by the inputs of each call"
 
 
 @dataclass
@@ -65,7 +64,6 @@ class LilyConfig(LayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("scaling", self.scaling)
         if self.num_B < 2:
             raise ConfigError(
                 f"num_B must be at least 2, not {self.num_B}: the router chooses between experts", field="num_B"
@@ -90,13 +88,11 @@ def _tied(config: LilyConfig, features: Mapping[str, tuple[int, int]]) -> dict[s
 
 @register(
     LilyConfig,
-    peft_type="LILY",
     label="Lily",
     listing=Listing(
         when="layers that share factors, and so afford a higher rank",
         paper="arXiv:2407.09946",
         summary=lambda config: {"r": str(config.r), "stride": str(config.stride_A), "experts": str(config.num_B)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={"own": {"r": 4}, "shared": {"r": 4, "stride_A": 2, "num_B": 3, "scaling": 2.0}},
@@ -118,17 +114,13 @@ class Lily(Adapter, Rescales, HotSwaps):
     stride: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LilyConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, the experts and the router; see ``Adapter``."""
+    def parameter_shapes(cls, config: LilyConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         check_linear("Lily", path, kind)
         (inputs, outputs), rank, count = kind.features(module), config.r, config.num_B
         return {A: (rank, inputs), B: (count * rank, outputs), ROUTER: (count, rank)}
 
     @classmethod
     def initial_tensors(cls, config: LilyConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """A, the router and the experts, in the order of PEFT's draws; see ``Adapter``."""
         skip_linear(site.device, *site.shapes.values())
         return {
             name: site.new(site.shapes[name], None if name == B and config.init_weights else linear_)
@@ -140,33 +132,25 @@ class Lily(Adapter, Rescales, HotSwaps):
         """The rank: rows of A."""
         return int(self.tensor(A).shape[0])
 
+    delta_rank = rank
+
     @property
     def expert_count(self) -> int:
         """Number of experts that the router mixes."""
         return int(self.tensor(ROUTER).shape[0])
 
-    @property
-    def delta_rank(self) -> int | None:
-        """The rank of the change in one call."""
-        return self.rank
-
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         """The rank: rows of A."""
         return shapes[A][0]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The mixture of the experts for ``x``; see ``Adapter``."""
+        """The mixture of the experts for ``x``."""
         parameters = (self.tensor(name).to(x.device) for name in (A, B, ROUTER))  # of a layer that is elsewhere
         return keeping_inputs(_mixed, x, *parameters, keeps_little=True) * self.scaling
 
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Refuses; see ``unmergeable_reason``."""
-        raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
-
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
-        return _UNMERGEABLE
+        return "a weight: Lily mixes its experts by the inputs of each call"
 
     def swap_refusal(self) -> str:
         """Why it cannot be hot-swapped: the layers of another adapter may share other tensors."""

@@ -16,16 +16,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.config.config_checks import check_takes_features
 from nbpeft.engine.config.layers_config import RankedConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ScaledDelta
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import ConfigError
 
 _MATRICES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
@@ -56,13 +57,11 @@ class LoHaConfig(RankedConfig):
 
 @register(
     LoHaConfig,
-    peft_type="LOHA",
     label="LoHa",
     listing=Listing(
         when="high rank from few parameters; common for image models",
         paper="arXiv:2108.06098",
         summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={"r3": {"r": 3, "alpha": 4}, "cores": {"r": 2, "use_effective_conv2d": True}},
@@ -79,12 +78,9 @@ class LoHa(ScaledDelta, ConvertsToLora):
     )
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoHaConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A and B, twice, and the cores of a convolution; see ``Adapter``."""
-        if kind.takes_ids:
-            raise LayerKindError(f"{path}: LoHa does not work on an {kind.name}; exclude it", path=path)
+    def parameter_shapes(cls, config: LoHaConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A and B, twice, and the cores of a convolution."""
+        check_takes_features("LoHa", path, kind)
         rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
         if config.use_effective_conv2d and any(size != 1 for size in kernel):
             if len(kernel) > 2:
@@ -96,12 +92,11 @@ class LoHa(ScaledDelta, ConvertsToLora):
 
     @classmethod
     def initial_tensors(cls, config: LoHaConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random factors, but for the second B at zeros; see ``Adapter``."""
         zero = "hada_w2_b" if config.init_weights else ""
         return {name: site.new(shape, None if name == zero else linear_) for name, shape in site.shapes.items()}
 
     def unscaled_delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The Hadamard product; see ``ScaledDelta``."""
+        """The Hadamard product."""
         pairs = parameters[:2], parameters[2:4]
         if len(parameters) == len(_MATRICES):
             first, second = (A @ B for A, B in pairs)
@@ -124,5 +119,4 @@ class LoHa(ScaledDelta, ConvertsToLora):
 
     @property
     def delta_rank(self) -> int | None:
-        """The product of the ranks."""
         return self.rank**2

@@ -16,17 +16,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.config.config_checks import check_takes_features
 from nbpeft.engine.config.layers_config import RankedConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ScaledDelta, keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import ConfigError
 
 W1, W1_A, W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 W2, W2_A, W2_B, T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
@@ -91,13 +92,11 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
 
 @register(
     LoKrConfig,
-    peft_type="LOKR",
     label="LoKr",
     listing=Listing(
         when="very small files; common for image models",
         paper="arXiv:2212.10650",
         summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -118,17 +117,14 @@ class LoKr(ScaledDelta, ConvertsToLora):
     )
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoKrConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """W1 or its factors, and W2 or its factors, with a core where a convolution is taken apart; see ``Adapter``."""
-        if kind.takes_ids:
-            raise LayerKindError(f"{path}: LoKr does not work on an {kind.name}; exclude it", path=path)
+    def parameter_shapes(cls, config: LoKrConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """W1 or its factors, and W2 or its factors, with a core where a convolution is taken apart."""
+        check_takes_features("LoKr", path, kind)
         rank, (rows, columns, *kernel) = config.rank_at(path), kind.weight_shape(module)
         m, n = two_factors(columns, config.decompose_factor)
         l, k = two_factors(rows, config.decompose_factor)  # noqa: E741 - the names of the docstring
         small = config.decompose_both and rank < max(l, m) / 2
-        shapes: dict[str, tuple[int, ...]] = {W1_A: (l, rank), W1_B: (rank, m)} if small else {W1: (l, m)}
+        shapes: Shapes = {W1_A: (l, rank), W1_B: (rank, m)} if small else {W1: (l, m)}
         if rank >= max(k, n) / 2:
             return {**shapes, W2: (k, n, *kernel)}
         if config.use_effective_conv2d and any(size != 1 for size in kernel):
@@ -140,14 +136,13 @@ class LoKr(ScaledDelta, ConvertsToLora):
 
     @classmethod
     def initial_tensors(cls, config: LoKrConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random matrices, except for one of zeros; see ``Adapter``."""
         first, second = (W1, W1_A), (W2, W2_B)
         zeros = () if not config.init_weights else second if config.init_weights == "lycoris" else first
         zero = next((name for name in zeros if name in site.shapes), "")
         return {name: site.new(shape, None if name == zero else linear_) for name, shape in site.shapes.items()}
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``scaling (W1 ⊗ W2) x``; see ``Adapter``."""
+        """``scaling (W1 ⊗ W2) x``."""
         drops = self.training and (self.rank_dropout or self.module_dropout)
         if drops or not base.kind.is_linear:
             return super().forward(x, base_output, base)
@@ -165,7 +160,7 @@ class LoKr(ScaledDelta, ConvertsToLora):
         return keeping_inputs(product, x, *self.tensors)
 
     def unscaled_delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The Kronecker product; see ``ScaledDelta``."""
+        """The Kronecker product."""
         held = dict(zip(self._names, parameters, strict=True))
         first, second = _first(held), held.get(W2)
         if T2 in held:

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, warn_of_unused
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_divides, check_linear, warn_of_unused
+from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, ConvertsToLora, LowRankDelta
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -33,7 +33,7 @@ BLOCK = "miss_block"
 
 
 @dataclass
-class MissConfig(LayersConfig):
+class MissConfig(TrainsBiases):
     """Config of MiSS. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -41,21 +41,19 @@ class MissConfig(LayersConfig):
         miss_dropout: dropout probability of the adapter's input, from 0 to 1; not with 'bat'.
         mini_r: with init_weights='mini', number of outputs of the block, a divisor of each layer's outputs.
         init_weights: True starts at the base model, 'mini' and 'bat' too in their forms; False for a random block.
-        bias: which biases of the model are also trained.
     """
 
     r: int = field(default=64)
     miss_dropout: float = field(default=0.0)
     mini_r: int = field(default=1)
     init_weights: bool | str = field(default=True)
-    bias: str = field(default="none")
 
     method_type: ClassVar[str] = "MISS"
+    own_biases: ClassVar[str] = "MiSS_only"
     counts: ClassVar[tuple[str, ...]] = ("r", "mini_r")
     shares: ClassVar[tuple[str, ...]] = ("miss_dropout",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "init_weights": (True, False, "bat", "mini"),
-        "bias": ("none", "all", "MiSS_only"),
     }
     value_fields: ClassVar[tuple[str, ...]] = ("miss_dropout",)
 
@@ -66,14 +64,11 @@ class MissConfig(LayersConfig):
 
 @register(
     MissConfig,
-    peft_type="MISS",
     label="MiSS",
     listing=Listing(
         when="about half of LoRA's parameters at the same rank, with the same memory",
         paper="arXiv:2409.15371",
         variant=lambda config: {"bat": "Bat", "mini": "MiSS mini"}.get(str(config.init_weights), ""),
-        summary=lambda config: {"r": str(config.r)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -94,10 +89,8 @@ class Miss(WeightDelta, ConvertsToLora):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: MissConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The block: (r, out), with 'mini' (r, mini_r), with 'bat' (out / r, r, r); see ``Adapter``."""
+    def parameter_shapes(cls, config: MissConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The block: (r, out), with 'mini' (r, mini_r), with 'bat' (out / r, r, r)."""
         check_linear("MiSS", path, kind)
         rank, (in_features, out_features) = config.r, kind.features(module)
         if rank > in_features:
@@ -110,24 +103,16 @@ class Miss(WeightDelta, ConvertsToLora):
                 )
             return {BLOCK: (rank, config.mini_r)}
         if config.init_weights == "bat":
-            if in_features % rank or out_features % rank:
-                raise ConfigError(
-                    f"{path}: with init_weights='bat' r = {rank} must divide its {in_features} inputs and "
-                    f"{out_features} outputs; choose another",
-                    path=path,
-                )
+            check_divides("with init_weights='bat' r", rank, path, (in_features, out_features))
             return {BLOCK: (out_features // rank, rank, rank)}
         return {BLOCK: (rank, out_features)}
 
     @classmethod
-    def create(cls, config: MissConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Miss:
-        """Creates a ``Bat`` if the config selects it; see ``Adapter``."""
-        own: type[Miss] = Bat if config.init_weights == "bat" else Miss
-        return super(Miss, own).create(config, site, tensors)
+    def _class_for(cls, config: MissConfig, site: AdapterSite) -> type[Miss]:
+        return Bat if config.init_weights == "bat" else cls
 
     @classmethod
     def initial_tensors(cls, config: MissConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """A block of zeros, or a random one; see ``Adapter``."""
         return {BLOCK: site.new(site.shapes[BLOCK], None if config.init_weights else linear_)}
 
     @property
@@ -137,11 +122,10 @@ class Miss(WeightDelta, ConvertsToLora):
 
     @property
     def delta_rank(self) -> int | None:
-        """All groups of inputs share one block."""
-        return self.rank
+        return None if self.reads_weight else self.rank
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Sums the groups of inputs and multiplies them with the block; see ``Adapter``."""
+        """Sums the groups of inputs and multiplies them with the block."""
         block = self._whole_block(base)
         dtype = compute_dtype(x, block)
         missing = -x.shape[-1] % self.rank
@@ -156,13 +140,11 @@ class Miss(WeightDelta, ConvertsToLora):
         return block.repeat(1, base.out_features // block.shape[1]) if block.shape[1] < base.out_features else block
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """The block, repeated along the inputs; see ``WeightDelta``."""
         block = self._whole_block(base).T
         return block.repeat(1, -(-base.in_features // self.rank))[:, : base.in_features]
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """The matrix that sums the groups of inputs, and the block; see ``ConvertsToLora``."""
         block = self._whole_block(base)
         groups = -(-base.in_features // self.rank)
         sums = torch.eye(self.rank, device=block.device, dtype=block.dtype).repeat(1, groups)[:, : base.in_features]
@@ -174,21 +156,15 @@ class Bat(Miss):
 
     reads_weight: ClassVar[bool] = True
 
-    @property
-    def delta_rank(self) -> int | None:
-        """None: the change of the weight has full rank."""
-        return None
-
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
         """None: the change of the weight has its full rank."""
         return None
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The layer's map with the delta as its weight; see ``Adapter``."""
         return WeightDelta.forward(self, x, base_output, base)
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
-        """``W D + D``; see ``WeightDelta``."""
+        """``W D + D``."""
         return _on_tiles(base.weight(), *parameters)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -59,7 +59,6 @@ class PeanutConfig(LayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("scaling", self.scaling)
         if not 0 <= self.depth <= _MOST_LAYERS:
             raise ConfigError(f"depth must be from 0 to {_MOST_LAYERS}, not {shown(self.depth)}", field="depth")
         known = _activations()
@@ -77,8 +76,7 @@ class PeanutConfig(LayersConfig):
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
         """The function that ``act_fn`` names."""
-        found: Callable[[Tensor], Tensor] = _activations()[self.act_fn]
-        return found
+        return _activations()[self.act_fn]
 
 
 def _activations() -> Any:
@@ -90,13 +88,11 @@ def _activations() -> Any:
 
 @register(
     PeanutConfig,
-    peft_type="PEANUT",
     label="PEANuT",
     listing=Listing(
         when="changes that a small network computes from the weights themselves",
         paper="arXiv:2410.01870",
         summary=lambda config: {"r": str(config.r), "depth": str(config.depth), "σ": config.act_fn},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -123,19 +119,16 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     function: Callable[[Tensor], Tensor]
 
     @classmethod
-    def parameter_shapes(
-        cls, config: PeanutConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, (r, out), B, (out, r), and the hidden layers, (r, r) each; see ``Adapter``."""
+    def parameter_shapes(cls, config: PeanutConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, (r, out), B, (out, r), and the hidden layers, (r, r) each."""
         check_linear("PEANuT", path, kind)
         rank, out_features = config.r, kind.features(module)[1]
         hidden = [f"{name}.{number}" for name in HIDDEN for number in range(config.depth)]
-        shapes: dict[str, tuple[int, ...]] = {FIRST: (rank, out_features), LAST: (out_features, rank)}
+        shapes: Shapes = {FIRST: (rank, out_features), LAST: (out_features, rank)}
         return {**shapes, **dict.fromkeys(hidden, (rank, rank))}
 
     @classmethod
     def initial_tensors(cls, config: PeanutConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """B at zeros, or random, and drawn last; see ``Adapter``."""
         skip_linear(site.device, *site.shapes.values())
         return {
             name: site.new(site.shapes[name], None if name == LAST and config.init_weights else linear_)
@@ -146,6 +139,8 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     def rank(self) -> int:
         """Width of the network."""
         return int(self.tensor(LAST).shape[1])
+
+    delta_rank = rank
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         former = {f"{name}_{number}": f"{name}.{number}" for name in HIDDEN for number in range(_MOST_LAYERS)}
@@ -158,11 +153,6 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     def depth(self) -> int:
         """Hidden layers on the way down."""
         return sum(name.startswith(HIDDEN[0]) for name in self._names)
-
-    @property
-    def delta_rank(self) -> int | None:
-        """The width of the network."""
-        return self.rank
 
     def rows(self, weight: Tensor, first: Tensor, *hidden: Tensor) -> Tensor:
         """``f(Wᵀ)``, (in, r), in the dtype of A.
@@ -187,7 +177,7 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
         return self.tensor(FIRST), *(self.tensor(name) for name in names)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``scaling B f(Wᵀ)ᵀ x``; see ``Adapter``."""
+        """``scaling B f(Wᵀ)ᵀ x``."""
         # The weight is read again in backward, which costs less than to keep a dequantized one.
         rows = keeping_inputs(lambda first, *hidden: self.rows(base.weight(), first, *hidden), *self._layers())
         dtype = compute_dtype(x, rows)
@@ -201,12 +191,11 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """``f(Wᵀ)ᵀ`` and B; see ``ConvertsToLora``."""
+        """``f(Wᵀ)ᵀ`` and B."""
         return LowRankDelta(
             self.rows(base.weight(), *self._layers()).T, self.tensor(LAST).detach(), float(self.scaling)
         )
 
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The width of the network."""
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         return shapes[LAST][1]

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.task_ids import TASK_IDS, checked_task_ids
-from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.config_checks import check_divides, check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, ShowsModules
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -34,10 +34,9 @@ from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import keeping_inputs
 from nbpeft.engine.kernels.numerics import compute_dtype
 from nbpeft.engine.views.part_modules import ParameterModule
-from nbpeft.errors import AdapterError, ConfigError, MergeError
+from nbpeft.errors import AdapterError
 
 A, B, ROUTER, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router", "module_logits"
-_UNMERGEABLE = "a weight: Polytropon mixes its skills by the task of each row"
 _LARGEST_LOGIT = 1e-3
 """To each side, of a new router."""
 
@@ -78,7 +77,6 @@ def _tasks_of_rows(config: PolyConfig, args: Sequence[Any], kwargs: Mapping[str,
 
 @register(
     PolyConfig,
-    peft_type="POLY",
     draws_in_training=True,
     label="Polytropon",
     listing=Listing(
@@ -89,7 +87,6 @@ def _tasks_of_rows(config: PolyConfig, args: Sequence[Any], kwargs: Mapping[str,
             "tasks": str(config.n_tasks),
             "skills": str(config.n_skills),
         },
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={"one-task": {"r": 4}, "split": {"r": 2, "n_skills": 3, "n_splits": 4}},
@@ -119,16 +116,11 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
     identity: ClassVar[Mapping[str, float]] = {B: 0.0}
 
     @classmethod
-    def parameter_shapes(
-        cls, config: PolyConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The skills and the router; see ``Adapter``."""
+    def parameter_shapes(cls, config: PolyConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The skills and the router."""
         check_linear("Polytropon", path, kind)
         splits, skills, (inputs, outputs) = config.n_splits, config.n_skills, kind.features(module)
-        if inputs % splits or outputs % splits:
-            raise ConfigError(
-                f"{path}: n_splits = {splits} must divide its {inputs} inputs and {outputs} outputs", path=path
-            )
+        check_divides("n_splits", splits, path, (inputs, outputs))
         return {
             ROUTER: (config.n_tasks, splits * skills),
             A: (splits, skills, inputs // splits, config.r),
@@ -137,7 +129,6 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
 
     @classmethod
     def initial_tensors(cls, config: PolyConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random skills, with B at zeros, and a random router; see ``Adapter``."""
         first = _skills(site.shapes[A], site)
         second = site.new(site.shapes[B]) if config.init_weights else _skills(site.shapes[B], site)
         router = site.new(site.shapes[ROUTER]).uniform_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
@@ -147,6 +138,8 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
     def rank(self) -> int:
         """The rank of each skill."""
         return int(self.tensor(A).shape[3])
+
+    delta_rank = rank
 
     @property
     def task_count(self) -> int:
@@ -163,14 +156,8 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         """Number of parts with separate shares."""
         return int(self.tensor(A).shape[0])
 
-    @property
-    def delta_rank(self) -> int | None:
-        """The rank of the delta of a row."""
-        return self.rank
-
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The rank of each skill."""
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         return shapes[A][3]
 
     def shares(self, ids: Tensor, *, drawn: bool) -> Tensor:
@@ -189,12 +176,10 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         return weights / (weights.sum(-1, keepdim=True) + 1e-12)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The mixed skills of each row's task, applied to it; see ``Adapter``.
+        """The mixed skills of each row's task, applied to it.
 
-        Args:
-            x: (rows, …, in); with beams there are several rows for each row of the call.
-            base_output: (rows, …, out).
-            base: the layer; its context is the task of each row of the call, (rows,), or None for a single task.
+        The context of ``base`` is the task of each row of the call, (rows,), or None for a single task; with beams the
+        input has several rows for each of them.
 
         Raises:
             AdapterError: the input does not have the rows of the batch in front.
@@ -216,16 +201,8 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
             )
         return ids.repeat_interleave(beams)
 
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """The delta, if there is only one task; see ``Adapter``."""
-        found = self.low_rank_delta(base)
-        if found is None:
-            raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
-        return found.up @ found.down * found.scaling
-
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """The mixture of its one task; None if there are several. See ``ConvertsToLora``."""
         if self.task_count > 1:
             return None
         shares = self.shares(checked_task_ids(None, 1), drawn=False)
@@ -233,11 +210,9 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         return LowRankDelta(down[0].T, up[0].T, 1 / self.rank)
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged if there are several tasks."""
-        return _UNMERGEABLE if self.task_count > 1 else ""
+        return "a weight: Polytropon mixes its skills by the task of each row" if self.task_count > 1 else ""
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
-        """The router; see ``Adapter``."""
         return PolyRouter()
 
 
@@ -247,8 +222,7 @@ class PolyRouter(ParameterModule):
     def forward(self, task_ids: Tensor | None, input_ids: Tensor | None = None) -> Tensor:
         """How much of each skill rows of some tasks get; see ``Polytropon.shares``."""
         ids = checked_task_ids(task_ids, self.adapter.task_count)
-        shares: Tensor = self.adapter.shares(ids, drawn=self.training)
-        return shares
+        return self.adapter.shares(ids, drawn=self.training)
 
 
 def _skills(shape: Sequence[int], site: AdapterSite) -> Tensor:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_count, check_linear, check_number, check_seed, warn_of_unused
+from nbpeft.engine.config.config_checks import check_count, check_linear, check_positive, warn_of_unused
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import (
@@ -40,7 +40,7 @@ from nbpeft.engine.contract.adapter import (
     Shape,
 )
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -111,6 +111,7 @@ class AdamssConfig(LayersConfig):
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "num_subspaces", "subspace_rank")
     shares: ClassVar[tuple[str, ...]] = ("asa_importance_beta", "asa_uncertainty_beta", "svd_threshold")
+    seeds: ClassVar[tuple[str, ...]] = ("random_seed",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_weights": ("orthogonal", None)}
     value_fields: ClassVar[tuple[str, ...]] = (
         *("init_weights", "use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
@@ -122,8 +123,6 @@ class AdamssConfig(LayersConfig):
     def __post_init__(self) -> None:
         self.init_weights = None if self.init_weights is False else self.init_weights
         super().__post_init__()
-        check_seed("random_seed", self.random_seed)
-        check_number("asa_schedule_exponent", self.asa_schedule_exponent)
         if self.num_subspaces > _MOST_CLUSTERS:
             raise ConfigError(
                 f"num_subspaces must be at most {_MOST_CLUSTERS}, not {self.num_subspaces:.3g}", field="num_subspaces"
@@ -143,11 +142,7 @@ class AdamssConfig(LayersConfig):
                 "subspaces go: lower it",
                 field="init_warmup",
             )
-        if self.asa_schedule_exponent <= 0:
-            raise ConfigError(
-                f"asa_schedule_exponent must be positive, not {self.asa_schedule_exponent:g}",
-                field="asa_schedule_exponent",
-            )
+        check_positive("asa_schedule_exponent", self.asa_schedule_exponent)
 
     def budget_at(self, step: int, subspaces: int) -> int:
         """Number of subspaces that are trained after a step of the schedule."""
@@ -156,7 +151,7 @@ class AdamssConfig(LayersConfig):
         return int(self.asa_target_subspaces + more)
 
     def reconciled(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
-        """A copy of the config with the sizes of the subspaces in the file; see ``AdapterConfig``."""
+        """A copy of the config with the sizes of the subspaces in the file."""
         found: dict[str, dict[tuple[str, int], Tensor]] = {}
         for key, tensor in tensors.items():
             named = _KEY.fullmatch(key)
@@ -218,18 +213,17 @@ class SubspaceAllocator(Allocator):
     config: AdamssConfig
 
     def extra_loss(self) -> Tensor | None:
-        """None; see ``Allocator``."""
         if self.config.use_asa:
             self.warn_if_not_stepped()
         return None
 
     @property
     def has_training_state(self) -> bool:
-        """With ``use_asa``; see ``HasTrainingState``."""
+        """With ``use_asa``."""
         return self.config.use_asa
 
     def training_state(self) -> dict[str, Tensor]:
-        """The moving averages, and the pruned subspaces; see ``HasTrainingState``."""
+        """The moving averages, and the pruned subspaces."""
         state: dict[str, Tensor] = {}
         for path, adapter in self.adapters.items():
             for name, pair in adapter.importance.items():
@@ -239,7 +233,7 @@ class SubspaceAllocator(Allocator):
         return state
 
     def set_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Sets both; see ``HasTrainingState``."""
+        """Sets both."""
         for path, adapter in self.adapters.items():
             adapter.importance.clear()
             for name, parameter in adapter.named_parameters(recurse=False):
@@ -255,7 +249,7 @@ class SubspaceAllocator(Allocator):
                 adapter.keep_gone_()
 
     def allocate(self, step: int) -> None:
-        """Measures the importance of each subspace, and prunes subspaces by the schedule; see ``Allocator``."""
+        """Measures the importance of each subspace, and prunes subspaces by the schedule."""
         config, adapters = self.config, list(self.adapters.values())
         if not config.use_asa:
             return
@@ -281,13 +275,11 @@ class SubspaceAllocator(Allocator):
 
 @register(
     AdamssConfig,
-    peft_type="ADAMSS",
     label="AdaMSS",
     listing=Listing(
         when="few parameters per cluster of a weight; can reduce their number in training",
         paper="https://openreview.net/forum?id=8ZdWmpYxT0",
         summary=lambda config: {"r": f"{config.r}, {config.subspace_rank} in each", "K": str(config.num_subspaces)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -313,10 +305,8 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
     allocator: SubspaceAllocator
 
     @classmethod
-    def parameter_shapes(
-        cls, config: AdamssConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Of each subspace A, (rank, r), and B, (outputs, rank); see ``Adapter``."""
+    def parameter_shapes(cls, config: AdamssConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Of each subspace A, (rank, r), and B, (outputs, rank)."""
         check_linear("AdaMSS", path, kind)
         sizes, rank = config.sizes_at(path, module, kind), min(config.r, *_matrix_shape(module, kind))
         shapes = {f"{A}.{k}": (size, rank) for k, (_, size) in enumerate(sizes)}
@@ -326,14 +316,14 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
     def fixed_tensors(
         cls, config: AdamssConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """V, and the number of each output's cluster, (out,); see ``Adapter``."""
+        """V, and the number of each output's cluster, (out,)."""
         outputs, inputs = _matrix_shape(module, kind)
         directions = (min(config.r, outputs, inputs), inputs)
         return {DIRECTIONS: (directions, torch.float32), CLUSTERS: ((outputs,), torch.int16)}
 
     @classmethod
     def create(cls, config: AdamssConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors, possibly without clusters, or creates new ones; see ``Adapter``."""
+        """Binds loaded tensors, possibly without clusters, or creates new ones."""
         given = dict(tensors or {})
         if CLUSTERS in given:
             _check_clusters(given[CLUSTERS], site)
@@ -357,7 +347,6 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
 
     @property
     def delta_rank(self) -> int | None:
-        """The ranks of all subspaces together, or the rank of V."""
         ranks = sum(matrix.shape[0] for matrix in self._matrices(A))
         return min(ranks, int(self.tensor(DIRECTIONS).shape[0]))
 
@@ -367,7 +356,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
         return torch.zeros_like(blocks).index_copy(0, self.tensor(CLUSTERS).argsort(stable=True), blocks)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``B_k A_k V [x, 1]`` in the outputs of each cluster; see ``Adapter``."""
+        """``B_k A_k V [x, 1]`` in the outputs of each cluster."""
         down, directions = torch.cat(self._matrices(A)), self.tensor(DIRECTIONS)
         dtype, inputs = compute_dtype(x, down), base.in_features
         constant = directions[:, inputs].to(dtype) if directions.shape[1] > inputs else None
@@ -379,19 +368,12 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """All A times V and all B, and the change of the bias; see ``ConvertsToLora``."""
         up, inputs = self._up(*self._matrices(B)), base.in_features
         down = torch.cat(self._matrices(A)) @ self.tensor(DIRECTIONS).to(up.dtype)
         bias = None if down.shape[1] == inputs else up @ down[:, inputs]
         return LowRankDelta(down[:, :inputs].contiguous(), up, 1.0, bias)
 
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``B_k A_k V`` without its last column where the layer has a bias; see ``Adapter``."""
-        found = self.low_rank_delta(base)
-        return found.up @ found.down
-
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
-        """That column; see ``Adapter``."""
         return self.low_rank_delta(base).bias
 
     def measure(self, importance_beta: float, uncertainty_beta: float) -> None:
@@ -430,21 +412,14 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
                 found[f"{what}_{of}"] = [None if pair is None else pair[place] for pair in pairs]
         return SimpleNamespace(**found)
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """Its parameters, V and the clusters; see ``Adapter``."""
-        return super().saved_tensors(shapes) | {name: self.tensor(name) for name in (DIRECTIONS, CLUSTERS)}
-
     def reset_(self, base: BaseLayer) -> None:
-        """Sets all B to zero."""
         for matrix in self._matrices(B):
             matrix.detach().zero_()
 
     def configure(self, config: AdamssConfig, path: str) -> None:
-        """Sets the schedule from a config."""
         self.allocator.bind(config=config)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records the schedule."""
         change.keep_attributes(self.allocator, "config")
 
 
@@ -550,8 +525,7 @@ def row_directions(rows: Tensor, rank: int) -> Tensor:
 
     basis = _basis(gram, gram, torch.randn(len(rows), rank, device=rows.device, dtype=rows.dtype))
     left = torch.linalg.svd(gram(basis).T, full_matrices=False)[0]
-    found: Tensor = torch.linalg.qr(rows.T @ (basis @ left)).Q.T
-    return found
+    return torch.linalg.qr(rows.T @ (basis @ left)).Q.T
 
 
 def row_clusters(rows: Tensor, count: int) -> Tensor:

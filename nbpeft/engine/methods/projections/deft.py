@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_linear, check_number
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -37,7 +37,7 @@ _DEVIATION = 0.02
 
 
 @dataclass
-class DeftConfig(LayersConfig):
+class DeftConfig(HasFanInFanOut, TrainsBiases):
     """Config of DEFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -46,10 +46,8 @@ class DeftConfig(LayersConfig):
         init_scale: with init_weights=False, the injection starts with a deviation of 0.02 times this.
         alpha: the injection is multiplied by alpha / r; None for 1.
         para: take directions out alone, which cannot start at the base model.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         deft_dropout: share of the injection's inputs that are dropped in training, from 0 to 1.
         init_weights: start at the base model; False for a random injection.
-        bias: which biases of the model are also trained.
     """
 
     r: int = field(default=8)
@@ -57,39 +55,26 @@ class DeftConfig(LayersConfig):
     init_scale: float = field(default=1.0)
     alpha: float | None = field(default=None)
     para: bool = field(default=False)
-    fan_in_fan_out: bool = field(default=False)
     deft_dropout: float = field(default=0.0)
     init_weights: bool = field(default=True)
-    bias: str = field(default="none")
 
     method_type: ClassVar[str] = "DEFT"
     counts: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("deft_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "bias": ("none", "all", "deft_only"),
-        "decomposition_method": ("relu", "qr"),
-    }
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"decomposition_method": ("relu", "qr")}
     value_fields: ClassVar[tuple[str, ...]] = (
         *("decomposition_method", "init_scale", "alpha", "deft_dropout", "init_weights"),
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("init_scale", self.init_scale)
-        if self.alpha is not None:
-            check_number("alpha", self.alpha)
-
 
 @register(
     DeftConfig,
-    peft_type="DEFT",
     label="DEFT",
     listing=Listing(
         when="replacing content of an image model: a subject or a style",
         paper="https://proceedings.neurips.cc/paper_files/paper/2025/hash/93a34a7138bdad95e874018d5f491cc6-Abstract-Conference.html",
         variant=lambda config: "PaRa" if config.para else "",
         summary=lambda config: {"r": str(config.r), "by": config.decomposition_method},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -119,19 +104,17 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: DeftConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """P, (out, r), and, but for PaRa, R, (r, in), with r at most out; see ``Adapter``."""
+    def parameter_shapes(cls, config: DeftConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """P, (out, r), and, but for PaRa, R, (r, in), with r at most out."""
         check_linear("DEFT", path, kind)
         in_features, out_features = kind.features(module)
         rank = min(config.r, out_features)
-        shapes: dict[str, tuple[int, ...]] = {DIRECTIONS: (out_features, rank)}
+        shapes: Shapes = {DIRECTIONS: (out_features, rank)}
         return shapes if config.para else {**shapes, INJECTION: (rank, in_features)}
 
     @classmethod
     def initial_tensors(cls, config: DeftConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random directions, and an injection that undoes them, or a random one; see ``Adapter``."""
+        """Random directions, and an injection that undoes them, or a random one."""
         normal = partial(normal_, std=_DEVIATION)
         directions = site.new(site.shapes[DIRECTIONS], normal)
         if config.para:
@@ -147,30 +130,24 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
         """Number of directions."""
         return int(self.tensor(DIRECTIONS).shape[1])
 
+    delta_rank = rank
+
     @property
     def only_removes(self) -> bool:
         """Whether nothing is added."""
         return self.tensor(INJECTION, optional=True) is None
 
-    @property
-    def delta_rank(self) -> int | None:
-        """As many as there are directions."""
-        return self.rank
-
     def prepare(self, config: DeftConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """s; see ``Adapter``."""
         self.bind(factor=_factor(config.alpha, self.rank))
 
     def configure(self, config: DeftConfig, path: str) -> None:
-        """Sets s from a config; see ``HotSwaps``."""
         self.bind(factor=_factor(config.alpha, self.rank))
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records s; see ``HotSwaps``."""
         change.keep_attributes(self, "factor")
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``Q (s R dropout(x) - Nᵀ W x)``; see ``Adapter``."""
+        """``Q (s R dropout(x) - Nᵀ W x)``."""
         directions, reader = _projection(self.tensor(DIRECTIONS), self.decomposition)
         dtype = compute_dtype(x, directions)
         product = base_output.to(dtype)
@@ -195,16 +172,15 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
         return directions @ rows
 
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """``s R - Nᵀ W`` and Q; see ``ConvertsToLora``."""
+        """``s R - Nᵀ W`` and Q."""
         return LowRankDelta(*self._factors(base.weight()), 1.0)
 
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """Number of directions."""
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         return shapes[DIRECTIONS][1]
 
     def swap_refusal(self) -> str:
-        """Why a layer without the other adapter cannot stay unchanged; see ``Adapter``."""
+        """Why a layer without the other adapter cannot stay unchanged."""
         removes = self.only_removes and self.decomposition == "qr"
         return "takes directions out of every layer, whatever its tensors are" if removes else ""
 

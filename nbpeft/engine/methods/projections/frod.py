@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -50,15 +50,13 @@ _DEVIATION = 0.1
 
 
 @dataclass
-class FrodConfig(LayersConfig):
+class FrodConfig(HasFanInFanOut, TrainsBiases):
     """Config of FRoD. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         projection_prng_key: seed of the positions of S's entries.
         save_projection: save V and the places too; otherwise they are found again from the weights and the seed.
         frod_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
         sparse_rate: share of the entries of S, off its diagonal, that are trained, from 0 to 1.
         regularization_alpha: added to the matrix that is inverted to find V, for layers with similar weights.
@@ -69,31 +67,20 @@ class FrodConfig(LayersConfig):
     projection_prng_key: int = field(default=0)
     save_projection: bool = field(default=True)
     frod_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
     sparse_rate: float = field(default=0.01)
     regularization_alpha: float = field(default=1e-3)
     progressbar: bool = field(default=True)
     runtime_offload_base_weight: bool = field(default=False)
 
+    not_negative: ClassVar[tuple[str, ...]] = ("regularization_alpha",)
     method_type: ClassVar[str] = "FROD"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     shares: ClassVar[tuple[str, ...]] = ("frod_dropout", "sparse_rate")
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "frod_only")}
+    seeds: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
     value_fields: ClassVar[tuple[str, ...]] = (
         *("frod_dropout", "init_weights", "regularization_alpha", "progressbar", "runtime_offload_base_weight"),
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed("projection_prng_key", self.projection_prng_key)
-        check_number("regularization_alpha", self.regularization_alpha)
-        if self.regularization_alpha < 0:
-            raise ConfigError(
-                f"regularization_alpha must not be negative, as {self.regularization_alpha:g} is",
-                field="regularization_alpha",
-            )
 
     @property
     def initialised_from_weight(self) -> bool:
@@ -140,8 +127,8 @@ class _ByRole(nn.Module):
             self._non_persistent_buffers_set.add(role)
 
     def __getitem__(self, role: str) -> Tensor:
-        found: Any = self._buffers[role]
-        return found  # type: ignore[no-any-return]
+        tensor: Any = self._buffers[role]
+        return tensor
 
 
 class FrodDirections(SharedState):
@@ -167,11 +154,11 @@ class FrodDirections(SharedState):
     def of_role(self, name: str, role: str) -> Tensor:
         """One of its tensors."""
         holder: Any = self._modules[name]
-        return holder[role]  # type: ignore[no-any-return]
+        return holder[role]
 
     @classmethod
-    def tensor_shapes(cls, config: FrodConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """V, places and size of each role; see ``SharedState``."""
+    def tensor_shapes(cls, config: FrodConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
+        """V, places and size of each role."""
         sizes: dict[str, tuple[str, int]] = {}
         for path, (size, _) in features.items():
             first, expected = sizes.setdefault(role_of(path), (path, size))
@@ -189,8 +176,7 @@ class FrodDirections(SharedState):
         }
 
     @classmethod
-    def other_dtypes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.dtype]:
-        """Places and sizes are whole numbers; see ``SharedState``."""
+    def other_dtypes(cls, shapes: Mapping[str, Shape]) -> dict[str, torch.dtype]:
         return {name: torch.int64 for name in shapes if not name.startswith(f"{DIRECTIONS}.")}
 
     @classmethod
@@ -208,7 +194,7 @@ class FrodDirections(SharedState):
         return cls({name: tensors[name].to(site.device) for name in site.shapes}, config)
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Computes V from the weights, unless it was loaded; see ``SharedState``."""
+        """Computes V from the weights, unless it was loaded."""
         held: Any = self._modules[DIRECTIONS]
         blocks: dict[str, dict[int, BaseLayer]] = {}
         for number, (path, base) in enumerate(layers.items()):
@@ -222,7 +208,7 @@ class FrodDirections(SharedState):
             held.hold(role, made.to(self.of_role(PLACES, role).device, _dtype_on(next(iter(blocks[role].values())))))
 
     def recompute_derived(self, layers: Mapping[str, tuple[nn.Module, BaseLayer]], change: Transaction) -> None:
-        """Finds U and λ₀ again; see ``SharedState``."""
+        """Finds U and λ₀ again."""
         for adapter, base in layers.values():
             assert isinstance(adapter, Frod)
             own = adapter.tensor(OUTPUTS), adapter.tensor(START)
@@ -231,12 +217,12 @@ class FrodDirections(SharedState):
                 tensor.copy_(found)
 
 
-def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def _sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Role -> number of inputs."""
     return {name.partition(".")[2]: shape[0] for name, shape in shapes.items() if name.startswith(f"{DIRECTIONS}.")}
 
 
-def _drawn(config: FrodConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _drawn(config: FrodConfig, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     """The places, off the diagonal, on the CPU and as PEFT draws them; V is left out."""
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     found = {}
@@ -249,7 +235,7 @@ def _drawn(config: FrodConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     return found
 
 
-def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> None:
     """Raises ConfigError if loaded places are outside of S, or the size of S differs."""
     for role, size in _sizes(shapes).items():
         places, sizes = tensors[f"{PLACES}.{role}"], tensors[f"{SIZES}.{role}"]
@@ -288,8 +274,7 @@ def _directions(role: str, weights: Sequence[Tensor], regularization: float) -> 
         total = torch.zeros(size, size, device=rows.device)
         for part in own:
             total += torch.linalg.inv(part.T @ part + ridge)
-        found: Tensor = triangle.T @ torch.linalg.eigh(total / len(own)).eigenvectors
-        return found
+        return triangle.T @ torch.linalg.eigh(total / len(own)).eigenvectors
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ConfigError(
             f"FRoD finds no directions in the weights of {role}; raise regularization_alpha = {regularization:g}: "
@@ -313,7 +298,6 @@ def _outputs(directions: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
 
 @register(
     FrodConfig,
-    peft_type="FROD",
     label="FRoD",
     listing=Listing(
         when="full rank from few parameters: fast convergence, slow to add",
@@ -349,17 +333,15 @@ class Frod(Adapter, ReplacesCall):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: FrodConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """λ, (in,), and the entries, (n,); see ``Adapter``."""
+    def parameter_shapes(cls, config: FrodConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """λ, (in,), and the entries, (n,)."""
         check_linear("FRoD", path, kind)
         size = kind.features(module)[0]
         return {SCALES: (size,), ENTRIES: (config.entry_count(size),)}
 
     @classmethod
     def create(cls, config: FrodConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones, and finds U; see ``Adapter``."""
+        """Binds loaded tensors or makes new ones, and finds U."""
         assert isinstance(site.shared, FrodDirections)
         role = role_of(site.path)
         outputs, start = _outputs(site.shared.of_role(DIRECTIONS, role), site.base)
@@ -418,11 +400,11 @@ class Frod(Adapter, ReplacesCall):
         return F.linear(apply_delta(inner, base, compute, trained, dtype=dtype), outputs.to(dtype), bias)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``U (S + diag(λ - λ₀)) Vᵀ dropout(x)``; see ``Adapter``."""
+        """``U (S + diag(λ - λ₀)) Vᵀ dropout(x)``."""
         return self._between(F.dropout(x, self.dropout, self.training), base, self.change, None)
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """``U (S + diag(λ)) Vᵀ x`` and the bias, where that is as exact as the weight; see ``ReplacesCall``."""
+        """``U (S + diag(λ)) Vᵀ x`` and the bias, where that is as exact as the weight."""
         dtypes = {base.dtype, x.dtype, compute_dtype(x, self.outputs)}
         if base.backend.name != "dense" or dtypes != {torch.float32} or (self.training and self.dropout):
             return None
@@ -430,7 +412,7 @@ class Frod(Adapter, ReplacesCall):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``U (S + diag(λ - λ₀)) Vᵀ``; see ``Adapter``."""
+        """``U (S + diag(λ - λ₀)) Vᵀ``."""
         outputs = widened(self.outputs)
         change = self.change(self.tensor(SCALES), self.tensor(ENTRIES)).to(outputs.dtype)
         return outputs @ (change @ self.directions.to(outputs).T)

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number, checked_pattern
+from nbpeft.engine.config.config_checks import check_linear, check_positive, checked_pattern
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.patterns import ANYWHERE, check_patterns
 from nbpeft.engine.config.targets import ALL_LINEAR
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -72,16 +72,15 @@ class OSFConfig(LayersConfig):
     init_weights: bool = field(default=True)
     target_svd_config: dict[str, int] | None = field(default=None)
 
+    positive: ClassVar[tuple[str, ...]] = ("effective_rank",)
     method_type: ClassVar[str] = "OSF"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     value_fields: ClassVar[tuple[str, ...]] = ("init_weights", "target_svd_config")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.effective_rank is not None:
-            _check_kept("effective_rank", self.effective_rank)
         if self.rank_pattern is not None:
-            self.rank_pattern = checked_pattern("rank_pattern", self.rank_pattern, _check_kept)
+            self.rank_pattern = checked_pattern("rank_pattern", self.rank_pattern, check_positive)
             check_patterns(("rank_pattern", pattern, ANYWHERE) for pattern in self.rank_pattern)
 
     @property
@@ -90,7 +89,6 @@ class OSFConfig(LayersConfig):
         return True
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
-        """Describes the expressions that are found in no path; see ``AdapterConfig``."""
         unused = [one for one in self.rank_pattern or () if not any(re.search(one, path) for path in paths)]
         return f"rank_pattern [{few(unused)}] is found in no targeted module and is ignored." if unused else ""
 
@@ -114,12 +112,6 @@ class OSFConfig(LayersConfig):
                 field="effective_rank",
             )
         return kept
-
-
-def _check_kept(name: str, value: float, *, field: str = "") -> None:
-    check_number(name, value, field=field)
-    if value <= 0:
-        raise ConfigError(f"{name} must be positive, not {value:g}", field=field or name)
 
 
 class _Projected(torch.autograd.Function):
@@ -146,14 +138,13 @@ def projection(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
 def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
     """Returns a tensor unchanged; only the ``projection`` of its gradient is passed on."""
     if not composes():
-        return _Projected.apply(tensor, basis, inside)  # type: ignore[no-any-return, no-untyped-call]
+        return _Projected.apply(tensor, basis, inside)  # type: ignore[no-untyped-call]
     part = projection(tensor, basis, inside)
     return tensor.detach() + (part - part.detach())
 
 
 @register(
     OSFConfig,
-    peft_type="OSF",
     label="OSF",
     listing=Listing(
         when="continual learning: trains minor directions and preserves the main ones",
@@ -180,10 +171,8 @@ class Osf(Adapter, ConvertsToLora):
     kept: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: OSFConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """s, (r,), U, (out, r), and V, (r, in), with r the number of trained directions; see ``Adapter``."""
+    def parameter_shapes(cls, config: OSFConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """s, (r,), U, (out, r), and V, (r, in), with r the number of trained directions."""
         check_linear("OSF", path, kind)
         rows, columns = kind.weight_shape(module)
         rank = min(rows, columns) - config.kept_at(path, (rows, columns))
@@ -191,7 +180,7 @@ class Osf(Adapter, ConvertsToLora):
 
     @classmethod
     def create(cls, config: OSFConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones, and takes the weight apart; see ``Adapter``."""
+        """Binds loaded tensors or makes new ones, and takes the weight apart."""
         rank, (rows, columns) = site.shapes[VALUES][0], (site.shapes[LEFT][0], site.shapes[RIGHT][1])
         kept = min(rows, columns) - rank
         left, values, right = _parts(site)
@@ -213,7 +202,6 @@ class Osf(Adapter, ConvertsToLora):
 
     @property
     def delta_rank(self) -> int | None:
-        """The rank of the subtracted and the added part together."""
         return 2 * int(self.tensor(VALUES).shape[0])
 
     def _start(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,20 +220,20 @@ class Osf(Adapter, ConvertsToLora):
         return _projected(left, left_basis, not tall), values, _projected(right.T, right_basis.T, not wide).T
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``U diag(s) V x - U₀ diag(s₀) V₀ x``; see ``Adapter``."""
+        """``U diag(s) V x - U₀ diag(s₀) V₀ x``."""
         dtype = compute_dtype(x, self.tensor(LEFT))
         now, start = (_apply(x.to(dtype), *parts) for parts in (self._now(), self._start()))
         return now - start
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``U diag(s) V - U₀ diag(s₀) V₀``; see ``Adapter``."""
+        """``U diag(s) V - U₀ diag(s₀) V₀``."""
         now, start = ((left * values) @ right for left, values, right in (self._now(), self._start()))
         return now - start
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
-        """[V; V₀] and [U diag(s), -U₀ diag(s₀)]; None if all directions are frozen. See ``ConvertsToLora``."""
+        """[V; V₀] and [U diag(s), -U₀ diag(s₀)]; None if all directions are frozen."""
         left, values, right = self._now()
         if not values.numel():
             return None
@@ -255,7 +243,6 @@ class Osf(Adapter, ConvertsToLora):
 
     @torch.no_grad()
     def reset_(self, base: BaseLayer) -> None:
-        """Resets the parameters to their initial values."""
         for name, start in zip((LEFT, VALUES, RIGHT), self._start(), strict=True):
             self.get_parameter(name).copy_(start)
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_linear
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -35,7 +35,7 @@ BASIS_A, BASIS_B = "randlora_A", "randlora_B"
 
 
 @dataclass
-class RandLoraConfig(LayersConfig):
+class RandLoraConfig(HasFanInFanOut, TrainsBiases):
     """Config of RandLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -45,9 +45,7 @@ class RandLoraConfig(LayersConfig):
         sparse: bases of zeros and, for a third of the entries, ones and minus ones.
         very_sparse: the same with fewer, one of the root of the smaller side.
         randlora_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         randlora_alpha: the delta is multiplied by randlora_alpha / r.
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
     """
 
@@ -57,22 +55,15 @@ class RandLoraConfig(LayersConfig):
     sparse: bool = field(default=False)
     very_sparse: bool = field(default=False)
     randlora_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
     randlora_alpha: float = field(default=640)
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
 
     method_type: ClassVar[str] = "RANDLORA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("randlora_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "randlora_only")}
+    seeds: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
     value_fields: ClassVar[tuple[str, ...]] = ("randlora_alpha", "randlora_dropout", "init_weights")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("randlora_alpha", self.randlora_alpha)
-        check_seed("projection_prng_key", self.projection_prng_key)
 
     @property
     def scaling(self) -> float:
@@ -93,25 +84,21 @@ class Bases(DrawnTensors):
     made_from: ClassVar[tuple[str, ...]] = (*DrawnTensors.made_from, "sparse", "very_sparse")
 
     @classmethod
-    def tensor_shapes(
-        cls, config: RandLoraConfig, features: Mapping[str, tuple[int, int]]
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes that suit the largest layers; see ``SharedState``."""
+    def tensor_shapes(cls, config: RandLoraConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
         sizes = list(zip(*features.values(), strict=True)) or [(0,), (0,)]
         small, large = sorted((max(sizes[0]), max(sizes[1])))
         return {BASIS_A: (config.r, 1, small), BASIS_B: (large, -(-small // config.r), config.r)}
 
     @classmethod
     def drawn(
-        cls, config: RandLoraConfig, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
+        cls, config: RandLoraConfig, shapes: Mapping[str, Shape], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Dense or sparse ones, scaled to a deviation of one; see ``DrawnTensors``."""
         sparsity = config.sparsity(shapes[BASIS_A][2])
         found = _dense_bases(shapes, generator) if sparsity is None else _sparse_bases(shapes, generator, sparsity)
         return {name: tensor / tensor.std() for name, tensor in found.items()}
 
 
-def _dense_bases(shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, Tensor]:
+def _dense_bases(shapes: Mapping[str, Shape], generator: torch.Generator) -> dict[str, Tensor]:
     """Uniform numbers; B one basis after the other."""
     large, count, rank = shapes[BASIS_B]
     first = _uniform(shapes[BASIS_A], generator)
@@ -124,9 +111,7 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 
 
-def _sparse_bases(
-    shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator, sparsity: float
-) -> dict[str, Tensor]:
+def _sparse_bases(shapes: Mapping[str, Shape], generator: torch.Generator, sparsity: float) -> dict[str, Tensor]:
     """Zeros, and as many ones as minus ones: one entry of ``sparsity`` together."""
     bases = {}
     for name in (BASIS_A, BASIS_B):
@@ -138,7 +123,6 @@ def _sparse_bases(
 
 @register(
     RandLoraConfig,
-    peft_type="RANDLORA",
     label="RandLoRA",
     listing=Listing(
         when="full rank from few parameters",
@@ -168,10 +152,8 @@ class RandLora(Adapter, Rescales):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: RandLoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """λ, (r, bases), and γ, (bases, the smaller of in and out); see ``Adapter``."""
+    def parameter_shapes(cls, config: RandLoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """λ, (r, bases), and γ, (bases, the smaller of in and out)."""
         check_linear("RandLoRA", path, kind)
         small = min(kind.features(module))
         count = -(-small // config.r)
@@ -179,7 +161,7 @@ class RandLora(Adapter, Rescales):
 
     @classmethod
     def initial_tensors(cls, config: RandLoraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """λ at zeros, or random, and γ at one by the larger side; see ``Adapter``."""
+        """λ at zeros, or random, and γ at one by the larger side."""
         scales, shape = site.new(site.shapes[LAMBDA], normal_), site.shapes[GAMMA]
         largest = max(shape) if config.init_weights else max(site.base.in_features, site.base.out_features)
         return {
@@ -188,7 +170,7 @@ class RandLora(Adapter, Rescales):
         }
 
     def prepare(self, config: RandLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Refers to the bases, which the first layer has as a module; see ``Adapter``."""
+        """Refers to the bases, which the first layer has as a module."""
         self.bind(bases=site.shared)
 
     @property
@@ -211,7 +193,6 @@ class RandLora(Adapter, Rescales):
         return (trained, second) if small == base.in_features else (second.T, trained.T)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The sum of the scaled bases on the input; see ``Adapter``."""
         first, second = self._factors(base)
         dtype = compute_dtype(x, self.tensor(LAMBDA))
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
@@ -219,6 +200,5 @@ class RandLora(Adapter, Rescales):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """The sum of the scaled bases; see ``Adapter``."""
         first, second = self._factors(base)
         return second @ first * self.scaling

@@ -19,25 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_number, check_seed
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import Bindable
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import ComputedFactors
 from nbpeft.engine.kernels.numerics import compute_dtype, widened
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import LayerKindError
 
 VECTORS = "tinylora_v"
 DOWN, UP, PROJECTION = "tinylora_A", "tinylora_B", "tinylora_P"
 
 
 @dataclass
-class TinyLoraConfig(LayersConfig):
+class TinyLoraConfig(HasFanInFanOut, TrainsBiases):
     """Config of TinyLoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -48,8 +47,6 @@ class TinyLoraConfig(LayersConfig):
         save_projection: save the projections too; otherwise they are drawn again from the seed.
         init_v_bound: random initial vectors are uniform between minus and plus this value.
         tinylora_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_weights: True: start at the base model; "uniform" or False: drawn vectors (PEFT's False leaves them as the
             memory happens to be).
     """
@@ -61,26 +58,18 @@ class TinyLoraConfig(LayersConfig):
     save_projection: bool = field(default=True)
     init_v_bound: float = field(default=0.02)
     tinylora_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_weights: bool | str = field(default=True)
 
+    not_negative: ClassVar[tuple[str, ...]] = ("init_v_bound",)
     method_type: ClassVar[str] = "TINYLORA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "u")
     shares: ClassVar[tuple[str, ...]] = ("weight_tying", "tinylora_dropout")
+    seeds: ClassVar[tuple[str, ...]] = ("projection_seed",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "bias": ("none", "all", "tinylora_only"),
         "init_weights": (True, False, "uniform"),
     }
     value_fields: ClassVar[tuple[str, ...]] = ("tinylora_dropout", "init_v_bound", "init_weights")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed("projection_seed", self.projection_seed)
-        check_number("init_v_bound", self.init_v_bound)
-        if self.init_v_bound < 0:
-            raise ConfigError(f"init_v_bound must not be negative, as {self.init_v_bound:g} is", field="init_v_bound")
 
     def groups(self, layers: int) -> int:
         """The number of vectors for a number of layers."""
@@ -104,6 +93,8 @@ class _Numbered(Bindable):
 class TinyVectors(SharedState):
     """The trained vectors, (u,) each, and which layers there are."""
 
+    in_layers: ClassVar[bool] = True
+
     numbers: Mapping[str, int]
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -116,27 +107,21 @@ class TinyVectors(SharedState):
         return self._modules[VECTORS]
 
     @classmethod
-    def tensor_shapes(
-        cls, config: TinyLoraConfig, features: Mapping[str, tuple[int, int]]
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the vectors; see ``SharedState``."""
+    def tensor_shapes(cls, config: TinyLoraConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
         return {f"{VECTORS}.{number}": (config.u,) for number in range(config.groups(len(features)))}
 
     @classmethod
     def initial_tensors(cls, config: TinyLoraConfig, site: SharedSite) -> Mapping[str, Tensor]:
-        """Zeros, or random vectors; see ``SharedState``."""
         bound = config.init_v_bound
         fill = None if config.init_weights is True else lambda v: v.uniform_(-bound, bound)
         return {name: site.new(shape, fill) for name, shape in site.shapes.items()}
 
     @classmethod
     def create(cls, config: TinyLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded vectors or makes new ones, by their numbers; see ``SharedState``."""
         given = cls.initial_tensors(config, site) if tensors is None else tensors
         return cls([given[name].to(site.device, site.dtype) for name in site.shapes])
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Numbers the layers; see ``SharedState``."""
         self.bind(numbers={path: number for number, path in enumerate(layers)})
 
     def group_of(self, path: str) -> str:
@@ -148,7 +133,6 @@ class TinyVectors(SharedState):
 
 @register(
     TinyLoraConfig,
-    peft_type="TINYLORA",
     label="TinyLoRA",
     listing=Listing(
         when="reinforcement learning: about a dozen parameters for a whole model",
@@ -186,10 +170,8 @@ class TinyLora(ComputedFactors, HasFixedTensors):
     takes_ids: bool
 
     @classmethod
-    def parameter_shapes(
-        cls, config: TinyLoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Empty: the trained tensors are shared; see ``Adapter``."""
+    def parameter_shapes(cls, config: TinyLoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Empty: the trained tensors are shared."""
         if not kind.is_linear and not kind.takes_ids:
             raise LayerKindError(
                 f"{path}: TinyLoRA works on linear layers and embeddings, not on {kind.peft_name}; exclude it",
@@ -201,23 +183,23 @@ class TinyLora(ComputedFactors, HasFixedTensors):
     def fixed_tensors(
         cls, config: TinyLoraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """A and B, and P with ``save_projection``; see ``Adapter``."""
+        """A and B, and P with ``save_projection``."""
         rows, columns = kind.weight_shape(module)
         if kind.takes_ids:
             rows, columns = columns, rows
         rank = min(config.r, rows, columns)
-        fixed: dict[str, Shape] = {DOWN: (rank, columns), UP: (rows, rank)}
+        fixed: Shapes = {DOWN: (rank, columns), UP: (rows, rank)}
         if config.save_projection:
             fixed[PROJECTION] = (config.u, rank, rank)
         return {name: (shape, torch.float32) for name, shape in fixed.items()}
 
     @classmethod
     def unsaved_elements(cls, config: TinyLoraConfig, module: nn.Module, kind: LayerKind) -> int:
-        """The size of P, without ``save_projection``; see ``Adapter``."""
+        """The size of P, without ``save_projection``."""
         return 0 if config.save_projection else config.u * min(config.r, *kind.weight_shape(module)) ** 2
 
     def prepare(self, config: TinyLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Sets A, B and P, which are computed from the weight and the seed if not loaded; see ``Adapter``."""
+        """Sets A, B and P, which are computed from the weight and the seed if not loaded."""
         assert isinstance(site.shared, TinyVectors)
         given = dict(tensors)
         if DOWN not in given or UP not in given:
@@ -228,7 +210,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
             drawn = torch.normal(0.0, rank**-0.5, (config.u, rank, rank), generator=generator, dtype=torch.float32)
             given[PROJECTION] = drawn.to(given[DOWN].device)
         for name in (DOWN, UP, PROJECTION):
-            self.register_buffer(name, given[name])
+            self.register_buffer(name, given[name], persistent=name != PROJECTION or config.save_projection)
         group = site.shared.group_of(site.path)
         self.bind(vectors=site.shared, group=group, takes_ids=site.base.kind.takes_ids)
 
@@ -249,7 +231,6 @@ class TinyLora(ComputedFactors, HasFixedTensors):
 
     @property
     def rank(self) -> int:
-        """The rank of the product."""
         return int(self.down.shape[0])
 
     @property
@@ -260,8 +241,7 @@ class TinyLora(ComputedFactors, HasFixedTensors):
     @property
     def vector(self) -> Tensor:
         """v, (u,), on the device of the vectors."""
-        found: Tensor = self.vectors.tinylora_v[self.group]
-        return found
+        return self.vectors.tinylora_v[self.group]
 
     def core(self) -> Tensor:
         """Σ_i v_i P_i, (r, r), on the device of the layer."""
@@ -275,25 +255,23 @@ class TinyLora(ComputedFactors, HasFixedTensors):
         return (self.up.T.to(core.dtype), middle.T) if self.takes_ids else (middle, self.up.to(core.dtype))
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``B R A dropout(x)``, or of an embedding the rows ``dropout(B[x]) R A``; see ``Adapter``."""
+        """``B R A dropout(x)``, or of an embedding the rows ``dropout(B[x]) R A``."""
         core = self.core()
         if self.takes_ids:
             kind: Any = base.kind
             dtype = core.dtype
             rows = kind.look_up(base.module, x.to(self.up.device), self.up.to(dtype))
             found = F.dropout(rows, self.dropout, self.training) @ core @ self.down.to(dtype)
-            scaled: Tensor = found * kind.output_scale(base.module, dtype)
-            return scaled
+            return found * kind.output_scale(base.module, dtype)
         dtype = compute_dtype(x, core)
         hidden = F.linear(F.dropout(x.to(dtype), self.dropout, self.training), self.down.to(dtype))
         return F.linear(F.linear(hidden, core.to(dtype)), self.up.to(dtype))
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """A and B, and P with ``save_projection``; see ``Adapter``."""
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
+        """A and B, and P with ``save_projection``."""
         return {DOWN: self.down, UP: self.up} | ({PROJECTION: self.projection} if self.saves_projection else {})
 
     def reset_(self, base: BaseLayer) -> None:
-        """Sets the vector to zero, which other layers may share."""
         self.vector.detach().zero_()
 
 

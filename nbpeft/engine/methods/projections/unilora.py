@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_linear, check_number
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -36,7 +36,7 @@ _BUFFERS = (INDICES_A, INDICES_B, SCALES_A, SCALES_B)
 
 
 @dataclass
-class UniLoraConfig(LayersConfig):
+class UniLoraConfig(HasFanInFanOut, TrainsBiases):
     """Config of Uni-LoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -44,8 +44,6 @@ class UniLoraConfig(LayersConfig):
         proj_seed: seed of the draws.
         theta_d_length: number of trained values of the whole model.
         unilora_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_theta_d_bound: initial values are uniform between minus and plus this value.
         init_weights: False for initial values from a normal distribution.
         save_indices: save the drawn indices and scales too; otherwise they are drawn again from the seed.
@@ -55,8 +53,6 @@ class UniLoraConfig(LayersConfig):
     proj_seed: int = field(default=42)
     theta_d_length: int = field(default=256)
     unilora_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_theta_d_bound: float = field(default=0.02)
     init_weights: bool = field(default=True)
     save_indices: bool = field(default=False)
@@ -65,12 +61,11 @@ class UniLoraConfig(LayersConfig):
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r", "theta_d_length")
     shares: ClassVar[tuple[str, ...]] = ("unilora_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "unilora_only")}
+    seeds: ClassVar[tuple[str, ...]] = ("proj_seed",)
     value_fields: ClassVar[tuple[str, ...]] = ("unilora_dropout", "init_theta_d_bound", "init_weights")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_seed("proj_seed", self.proj_seed)
         check_number("init_theta_d_bound", self.init_theta_d_bound)
         if self.init_theta_d_bound <= 0:
             raise ConfigError(
@@ -81,6 +76,8 @@ class UniLoraConfig(LayersConfig):
 
 class UniVector(SharedState):
     """θ, (theta_d_length,), which is trained, and the indices of the numbers that each layer uses."""
+
+    in_layers: ClassVar[bool] = True
 
     config: UniLoraConfig
     features: Mapping[str, tuple[int, int]]
@@ -95,28 +92,23 @@ class UniVector(SharedState):
         return self.tensor(THETA)
 
     @classmethod
-    def tensor_shapes(
-        cls, config: UniLoraConfig, features: Mapping[str, tuple[int, int]]
-    ) -> dict[str, tuple[int, ...]]:
-        """Shape of θ; see ``SharedState``."""
+    def tensor_shapes(cls, config: UniLoraConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
+        """Shape of θ."""
         return {THETA: (config.theta_d_length,)}
 
     @classmethod
     def initial_tensors(cls, config: UniLoraConfig, site: SharedSite) -> Mapping[str, Tensor]:
-        """Random numbers; see ``SharedState``."""
         bound = config.init_theta_d_bound
         fill = (lambda theta: theta.uniform_(-bound, bound)) if config.init_weights else normal_
         return {THETA: site.new(site.shapes[THETA], fill)}
 
     @classmethod
     def create(cls, config: UniLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Also stores the config; see ``SharedState``."""
         made = super().create(config, site, tensors)
         made.bind(config=config)
         return made
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Stores the offset of each layer's entries in the draws; see ``SharedState``."""
         features = {path: (base.in_features, base.out_features) for path, base in layers.items()}
         sizes = [sum(pair) * self.config.r for pair in features.values()]
         *starts, total = itertools.accumulate(sizes, initial=0)
@@ -168,7 +160,6 @@ def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
 
 @register(
     UniLoraConfig,
-    peft_type="UNILORA",
     label="Uni-LoRA",
     listing=Listing(
         when="tiny files: some hundred parameters for all low-rank factors of a model",
@@ -201,10 +192,8 @@ class UniLora(ComputedFactors, HasFixedTensors):
     saves_indices: bool
 
     @classmethod
-    def parameter_shapes(
-        cls, config: UniLoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Empty: the trained tensor is shared; see ``Adapter``."""
+    def parameter_shapes(cls, config: UniLoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Empty: the trained tensor is shared."""
         check_linear("Uni-LoRA", path, kind)
         return {}
 
@@ -212,7 +201,7 @@ class UniLora(ComputedFactors, HasFixedTensors):
     def fixed_tensors(
         cls, config: UniLoraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[Shape, torch.dtype]]:
-        """The indices and scales, where the config asks for it; see ``Adapter``."""
+        """The indices and scales, where the config asks for it."""
         if not config.save_indices:
             return {}
         in_features, out_features = kind.features(module)
@@ -225,12 +214,12 @@ class UniLora(ComputedFactors, HasFixedTensors):
 
     @classmethod
     def unsaved_elements(cls, config: UniLoraConfig, module: nn.Module, kind: LayerKind) -> int:
-        """Number of indices and scales, without ``save_indices``; see ``Adapter``."""
+        """Number of indices and scales, without ``save_indices``."""
         return 0 if config.save_indices else 2 * config.r * sum(kind.features(module))
 
     @classmethod
     def create(cls, config: UniLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded indices and scales or draws them; see ``Adapter``."""
+        """Binds loaded indices and scales or draws them."""
         assert isinstance(site.shared, UniVector)
         given = dict(tensors or {})
         if not given.keys() >= set(_BUFFERS):
@@ -249,13 +238,12 @@ class UniLora(ComputedFactors, HasFixedTensors):
             )
         made = super().create(config, site, given)
         for name in _BUFFERS:
-            made.register_buffer(name, given[name])
+            made.register_buffer(name, given[name], persistent=config.save_indices)
         made.bind(vector=site.shared)
         return made
 
     @property
     def rank(self) -> int:
-        """The rank of the factors."""
         return int(self.tensor(INDICES_A).shape[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -264,8 +252,7 @@ class UniLora(ComputedFactors, HasFixedTensors):
         theta = self.vector.theta.to(indices_A.device)
         return theta[indices_A] * scales_A.to(theta.dtype), theta[indices_B] * scales_B.to(theta.dtype)
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """The indices and scales, where the config asks for it; see ``Adapter``."""
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
         return {name: self.tensor(name) for name in _BUFFERS} if self.saves_indices else {}
 
     def reset_(self, base: BaseLayer) -> None:

@@ -17,11 +17,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_linear, check_number
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_divides, check_linear
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_wide_targets
 from nbpeft.engine.contract.adapter import AdapterSite, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import drawn, normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -36,7 +36,7 @@ _LEFT_OUT = -1e4
 
 
 @dataclass
-class VBLoRAConfig(LayersConfig):
+class VBLoRAConfig(HasFanInFanOut, TrainsBiases):
     """Config of VB-LoRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -47,8 +47,6 @@ class VBLoRAConfig(LayersConfig):
         save_only_topk_weights: save of each piece which vectors it mixes and their shares, which is much smaller, and
             cannot be trained further.
         vblora_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_vector_bank_bound: the bank starts with uniform numbers up to this one, to both sides.
         init_logits_std: standard deviation of the logits at the start.
     """
@@ -59,15 +57,13 @@ class VBLoRAConfig(LayersConfig):
     topk: int = field(default=2)
     save_only_topk_weights: bool = field(default=False)
     vblora_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_vector_bank_bound: float = field(default=0.02)
     init_logits_std: float = field(default=0.1)
 
+    not_negative: ClassVar[tuple[str, ...]] = ("init_vector_bank_bound", "init_logits_std")
     method_type: ClassVar[str] = "VBLORA"
     counts: ClassVar[tuple[str, ...]] = ("r", "num_vectors", "vector_length", "topk")
     shares: ClassVar[tuple[str, ...]] = ("vblora_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "vblora_only")}
     value_fields: ClassVar[tuple[str, ...]] = (
         *("topk", "save_only_topk_weights", "vblora_dropout", "init_vector_bank_bound", "init_logits_std"),
     )
@@ -79,14 +75,12 @@ class VBLoRAConfig(LayersConfig):
                 f"topk = {self.topk} is more than the num_vectors = {self.num_vectors} of the bank; lower it",
                 field="topk",
             )
-        for name in ("init_vector_bank_bound", "init_logits_std"):
-            check_number(name, getattr(self, name))
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, as {getattr(self, name):g} is", field=name)
 
 
 class VectorBank(SharedState):
     """The vectors, (num_vectors, vector_length), which are trained."""
+
+    in_layers: ClassVar[bool] = True
 
     is_new: bool
 
@@ -96,13 +90,11 @@ class VectorBank(SharedState):
         return self.tensor(BANK)
 
     @classmethod
-    def tensor_shapes(cls, config: VBLoRAConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """The bank's; see ``SharedState``."""
+    def tensor_shapes(cls, config: VBLoRAConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
         return {BANK: (config.num_vectors, config.vector_length)}
 
     @classmethod
     def create(cls, config: VBLoRAConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds a loaded bank, or zeros, where the layers draw a new one; see ``SharedState``."""
         made = super().create(config, site, tensors)
         made.bind(is_new=tensors is None)
         return made
@@ -194,13 +186,11 @@ def print_savable_parameters(manager: Any, adapter: str = "default") -> None:
 
 @register(
     VBLoRAConfig,
-    peft_type="VBLORA",
     label="VB-LoRA",
     listing=Listing(
         when="very many adapters: the smallest files, vectors from a shared bank",
         paper="arXiv:2405.15179",
         summary=lambda config: {"r": str(config.r), "vectors": str(config.num_vectors), "k": str(config.topk)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_wide_targets,
     sample_configs={
@@ -228,18 +218,11 @@ class VBLoRA(ComputedFactors):
     is_picked: bool
 
     @classmethod
-    def parameter_shapes(
-        cls, config: VBLoRAConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Logits of A, (r, in / length, vectors), and of B, (out / length, r, vectors); see ``Adapter``."""
+    def parameter_shapes(cls, config: VBLoRAConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Logits of A, (r, in / length, vectors), and of B, (out / length, r, vectors)."""
         check_linear("VB-LoRA", path, kind)
         length, (in_features, out_features) = config.vector_length, kind.features(module)
-        if in_features % length or out_features % length:
-            raise ConfigError(
-                f"{path}: vector_length = {length} must divide its {in_features} inputs and {out_features} outputs; "
-                "choose another",
-                path=path,
-            )
+        check_divides("vector_length", length, path, (in_features, out_features))
         return {
             LOGITS_A: (config.r, in_features // length, config.num_vectors),
             LOGITS_B: (out_features // length, config.r, config.num_vectors),
@@ -247,26 +230,24 @@ class VBLoRA(ComputedFactors):
 
     @classmethod
     def create(cls, config: VBLoRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Looks whether the logits of a file mix only some vectors; see ``Adapter``."""
+        """Looks whether the logits of a file mix only some vectors."""
         made = super().create(config, site, tensors)
         made.bind(is_picked=any(bool((one <= _LEFT_OUT).any()) for one in (tensors or {}).values()))
         return made
 
     @classmethod
     def initial_tensors(cls, config: VBLoRAConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random logits; see ``Adapter``."""
         assert isinstance(site.shared, VectorBank)
         site.shared.draw_(config)
         normal = partial(normal_, std=config.init_logits_std)
         return {name: site.new(shape, normal) for name, shape in site.shapes.items()}
 
     def prepare(self, config: VBLoRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Refers to the bank, which the first layer has as a module; see ``Adapter``."""
+        """Refers to the bank, which the first layer has as a module."""
         self.bind(bank=site.shared)
 
     @property
     def rank(self) -> int:
-        """The rank of the factors."""
         return int(self.tensor(LOGITS_A).shape[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:

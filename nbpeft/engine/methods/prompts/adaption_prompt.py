@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count
+from nbpeft.engine.config.config_checks import check_count, check_declared
 from nbpeft.engine.config.targets import is_all_linear
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
 from nbpeft.engine.contract.base import BaseLayer
@@ -59,6 +59,7 @@ class AdaptionPromptConfig(AdapterConfig):
     adapter_len: int | None = field(default=None)
     adapter_layers: int | None = field(default=None)
 
+    counts: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers")
     on_last_layers: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ()
     """Paths of the attentions in the model it was completed for."""
@@ -73,13 +74,11 @@ class AdaptionPromptConfig(AdapterConfig):
         self.peft_type = PeftType("ADAPTION_PROMPT")
         if is_all_linear(self.target_modules):
             raise ConfigError("target_modules is the name of the attentions; leave it out", field="target_modules")
-        for name in ("adapter_len", "adapter_layers"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        check_declared(self)
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Looks for the attentions; see ``AdapterConfig``."""
-        for name in ("adapter_len", "adapter_layers"):
+        """Looks for the attentions."""
+        for name in self.counts:
             check_count(name, getattr(self, name))
         config: Any = getattr(model, "config", None)
         kind = str(getattr(config, "model_type", None))
@@ -163,7 +162,7 @@ class AdaptionPromptModel(ModelAdapter, AddsInside):
     def addition(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int
     ) -> Tensor:
-        """The gated attention to the prompt; see ``AddsInside``."""
+        """The gated attention to the prompt."""
         own: Any = self.get_submodule(path)
         attention: Any = module
         x: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -189,7 +188,6 @@ class AdaptionPromptModel(ModelAdapter, AddsInside):
         return projected
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
         return "the weights: what it adds to an attention depends on the queries"
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
-from nbpeft.engine.config.prompt_config import PROMPT_KEY
-from nbpeft.engine.contract.method_records import FileFormat, Listing
+from nbpeft.engine.config.prompt_config import PROMPT_KEY, prompt_listing
+from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import ConfigError, shown
 
@@ -31,9 +31,6 @@ class CartridgeConfig(CachedPrefixConfig):
 
     Attributes:
         num_frozen_tokens: number of tokens at the start that are not trained.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     num_frozen_tokens: int = field(default=1)
@@ -73,16 +70,14 @@ def _unpacked(config: CartridgeConfig, tensors: Mapping[str, Tensor]) -> dict[st
 
 @register(
     CartridgeConfig,
-    peft_type="CARTRIDGE",
     label="Cartridge",
-    listing=Listing(
+    listing=prompt_listing(
         when="many questions about one long text: a trained KV cache takes its place",
         paper="arXiv:2506.06266",
-        summary=lambda config: {"tokens": str(config.num_virtual_tokens), "frozen": str(config.num_frozen_tokens)},
+        more=lambda config: {"frozen": str(config.num_frozen_tokens)},
         smaller=lambda config: config.copy(
             num_virtual_tokens=max(1, config.num_frozen_tokens, config.num_virtual_tokens // 2)
         ),
-        listed_with={"num_virtual_tokens": 20},
     ),
     sample_configs={
         "sink": {"num_virtual_tokens": 4},

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
 from nbpeft.engine.calls.token_prompt import TokenPrompt
-from nbpeft.engine.config.config_checks import check_number
-from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig
+from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig, prompt_listing
 from nbpeft.engine.contract.adapter import TaskType
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat
 from nbpeft.engine.contract.model_adapter import WeighsTokens
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import AdapterError, ConfigError, shown
@@ -72,6 +71,9 @@ class CPTConfig(PromptLearningConfig):
     opt_projection_format_epsilon: float | None = field(default=0.1)
     tokenizer_name_or_path: str | None = field(default=None)
 
+    not_negative: ClassVar[tuple[str, ...]] = (
+        *("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"),
+    )
     method_type: ClassVar[str] = "CPT"
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"opt_weighted_loss_type": ("none", "decay", None)}
 
@@ -105,10 +107,6 @@ class CPTConfig(PromptLearningConfig):
                 f"cpt_tokens_type_mask must be the types of tokens, 0 or more, not {shown(self.cpt_tokens_type_mask)}",
                 field="cpt_tokens_type_mask",
             )
-        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
-            check_number(name, getattr(self, name))
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, but it is {getattr(self, name)}", field=name)
 
 
 def _both(config: CPTConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -128,15 +126,12 @@ def _sum(config: CPTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @register(
     CPTConfig,
-    peft_type="CPT",
     label="CPT",
-    listing=Listing(
+    listing=prompt_listing(
         when="few examples: starts from in-context examples and avoids overfitting",
         paper="arXiv:2410.17222",
-        summary=lambda config: {
-            "tokens": str(config.num_virtual_tokens),
-            "ε": f"{config.opt_projection_epsilon:g}/{config.opt_projection_format_epsilon:g}",
-        },
+        more=lambda config: {"ε": f"{config.opt_projection_epsilon:g}/{config.opt_projection_format_epsilon:g}"},
+        smaller=lambda config: None,
         listed_with={"task_type": "CAUSAL_LM"},
     ),
     sample_configs={
@@ -175,12 +170,10 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
 
     @staticmethod
     def initial_tokens(config: Any, base: BaseLayer) -> Tensor | None:
-        """The tokens of the examples; see ``TokenPrompt``."""
         return torch.tensor(config.cpt_token_ids, dtype=torch.long)
 
     @classmethod
-    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
-        """Shapes of both; refuses tokens that the model does not have. See ``ModelAdapter``."""
+    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         shapes = super().parameter_shapes(config, path, module, kind)
         known, last = kind.features(module)[0], max(config.cpt_token_ids)
         if last >= known:
@@ -189,7 +182,7 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
 
     @classmethod
     def check_model(cls, config: CPTConfig, model: nn.Module) -> None:
-        """Refuses models with an encoder; see ``ModelAdapter``."""
+        """Refuses models with an encoder."""
         if has_encoder(model):
             raise ConfigError(f"CPT is for causal language models, and {type(model).__name__} has an encoder")
 
@@ -218,11 +211,10 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
         return self.embedding.weight.detach() + (projected + torch.where(trained, delta - delta.detach(), 0.0))
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """The changed embeddings; see ``ModelAdapter``."""
         return self.prompt().unsqueeze(0)
 
     def learned(self, labels: Tensor, start: int, front: int, base: BaseLayer) -> tuple[Tensor, Tensor]:
-        """Only tokens of outputs count, including those of the examples; see ``WeighsTokens``."""
+        """Only tokens of outputs count, including those of the examples."""
         own, given = labels[:, front:], base.context
         if given is None:
             given = torch.full_like(own, _PER_EXAMPLE)

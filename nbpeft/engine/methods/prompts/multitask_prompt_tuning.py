@@ -8,7 +8,7 @@ Each call says with ``task_ids`` (rows,) which task a row is of.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.task_ids import TASK_IDS, checked_task_ids
 from nbpeft.engine.calls.token_prompt import TokenPrompt
-from nbpeft.engine.config.config_checks import check_count
-from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig
+from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig, prompt_listing
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
+from nbpeft.engine.contract.method_records import CallInputs, FileFormat
 from nbpeft.engine.contract.registry import register
 from nbpeft.errors import ConfigError
 
@@ -47,9 +46,6 @@ class MultitaskPromptTuningConfig(InitialisedPromptConfig):
         prompt_tuning_init_task: number of the task in it, for EXACT_SOURCE_TASK.
         num_ranks: rank of each task's matrix.
         num_tasks: number of tasks.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     prompt_tuning_init: MultitaskPromptTuningInit | str = field(default=MultitaskPromptTuningInit.RANDOM)
@@ -58,13 +54,12 @@ class MultitaskPromptTuningConfig(InitialisedPromptConfig):
     num_ranks: int | None = field(default=1)
     num_tasks: int | None = field(default=1)
 
+    counts: ClassVar[tuple[str, ...]] = (*InitialisedPromptConfig.counts, "num_ranks", "num_tasks")
     method_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"prompt_tuning_init": tuple(MultitaskPromptTuningInit)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_ranks", "num_tasks"):
-            check_count(name, getattr(self, name))
         if self.of_a_source and self.prompt_tuning_init_state_dict_path is None:
             raise ConfigError(
                 "prompt_tuning_init_state_dict_path needs to be specified with prompt_tuning_init="
@@ -78,28 +73,17 @@ class MultitaskPromptTuningConfig(InitialisedPromptConfig):
         return self.starts_as("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 
 
-def _task_ids(config: MultitaskPromptTuningConfig, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return kwargs.get(TASK_IDS)
-
-
 @register(
     MultitaskPromptTuningConfig,
-    peft_type="MULTITASK_PROMPT_TUNING",
     label="multitask prompt tuning",
-    listing=Listing(
+    listing=prompt_listing(
         when="several related tasks with little data each",
         paper="arXiv:2303.02861",
-        summary=lambda config: {
-            "tokens": str(config.num_virtual_tokens),
-            "tasks": str(config.num_tasks),
-            "r": str(config.num_ranks),
-        },
-        smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-        listed_with={"num_virtual_tokens": 20},
+        more=lambda config: {"tasks": str(config.num_tasks), "r": str(config.num_ranks)},
     ),
     sample_configs={"two-tasks": {"num_virtual_tokens": 4, "num_tasks": 2, "num_ranks": 2}},
     files=FileFormat(keys={"embedding.weight": PROMPT_KEY}),
-    calls=CallInputs(context=_task_ids, arguments=(TASK_IDS,)),
+    calls=CallInputs(context=lambda config, args, kwargs: kwargs.get(TASK_IDS), arguments=(TASK_IDS,)),
 )
 class MultitaskPromptEmbedding(TokenPrompt):
     """The prompt, and two factors for each task.
@@ -121,7 +105,7 @@ class MultitaskPromptEmbedding(TokenPrompt):
         self.prefix_task_rows = nn.Parameter(torch.empty(tasks, rank, width).normal_(0, 0.02))
 
     def initialise(self, config: Any, base: BaseLayer) -> None:
-        """Copies rows of the model's embedding, or a trained file; see ``ModelAdapter``."""
+        """Copies rows of the model's embedding, or a trained file."""
         if not config.of_a_source:
             super().initialise(config, base)
             return
@@ -146,11 +130,10 @@ class MultitaskPromptEmbedding(TokenPrompt):
         return self.embedding.weight * (self.prefix_task_cols[ids] @ self.prefix_task_rows[ids])
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """The first tokens of the rows' prompts; see ``ModelAdapter``."""
+        """The first tokens of the rows' prompts."""
         return self._prompts(base)[:, : self.token_count]
 
     def decoder_tokens(self, base: BaseLayer) -> Tensor:
-        """The tokens behind those; see ``ModelAdapter``."""
         return self._prompts(base)[:, self.token_count :]
 
 

@@ -16,10 +16,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with_rows
-from nbpeft.engine.config.config_checks import check_count, check_share
-from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig
+from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig, prompt_listing
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.method_records import FileFormat, Listing
+from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.contract.registry import register
 
 _MLP_LAYERS = 2
@@ -41,9 +40,6 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_hidden_size: features inside it; by default those of a token.
         encoder_num_layers: layers of the LSTM.
         encoder_dropout: share that is dropped between those in training, from 0 to 1.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     encoder_reparameterization_type: str | PromptEncoderReparameterizationType = field(
@@ -54,15 +50,11 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_dropout: float = field(default=0.0)
 
     method_type: ClassVar[str] = "P_TUNING"
-    counts: ClassVar[tuple[str, ...]] = (*PromptLearningConfig.counts, "encoder_hidden_size")
+    counts: ClassVar[tuple[str, ...]] = (*PromptLearningConfig.counts, "encoder_hidden_size", "encoder_num_layers")
+    shares: ClassVar[tuple[str, ...]] = ("encoder_dropout",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "encoder_reparameterization_type": tuple(PromptEncoderReparameterizationType)
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("encoder_num_layers", self.encoder_num_layers)
-        check_share("encoder_dropout", self.encoder_dropout)
 
     @property
     def has_encoder(self) -> bool:
@@ -70,26 +62,19 @@ class PromptEncoderConfig(PromptLearningConfig):
         return True
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """Sets the network's size to that of a token by default; see ``PromptLearningConfig``."""
         super().fill_in_sizes(model, width)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
 
 @register(
     PromptEncoderConfig,
-    peft_type="P_TUNING",
     label="P-tuning",
-    listing=Listing(
+    listing=prompt_listing(
         when="small models, where plain prompt tuning learns slowly",
         paper="arXiv:2103.10385",
-        summary=lambda config: {
-            "tokens": str(config.num_virtual_tokens),
-            "encoder": str(
-                getattr(config.encoder_reparameterization_type, "value", config.encoder_reparameterization_type)
-            ),
+        more=lambda config: {
+            "encoder": PromptEncoderReparameterizationType(config.encoder_reparameterization_type).value
         },
-        smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-        listed_with={"num_virtual_tokens": 20},
     ),
     sample_configs={
         "mlp": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
@@ -121,21 +106,19 @@ class PromptEncoder(EncodedPrompt):
             self.mlp_head = nn.Sequential(*inner, nn.Linear(hidden, width))
 
     def encoded(self) -> Tensor:
-        """All tokens, (1, tokens, features); see ``EncodedPrompt``."""
+        """All tokens, (1, tokens, features)."""
         values: Tensor = self.embedding.weight.unsqueeze(0)
         if "lstm_head" in self._modules:
             values = self.lstm_head(values)[0]
         return self.mlp_head(values) if "mlp_head" in self._modules else values
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """The computed tokens; see ``ModelAdapter``."""
         return self.encoded()[:, : self.token_count]
 
     @classmethod
     def config_warnings(
         cls, config: PromptEncoderConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]
     ) -> Iterable[str]:
-        """That an MLP has the layers that it has; see ``Adapter``."""
         mlp = config.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP
         if mlp and config.encoder_num_layers != _MLP_LAYERS:
             yield (

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
 from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with_rows
-from nbpeft.engine.config.prompt_config import PROMPT_KEY
+from nbpeft.engine.config.prompt_config import PROMPT_KEY, prompt_listing
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.method_records import FileFormat, Listing
+from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.contract.registry import register
 
 
@@ -30,9 +30,6 @@ class PrefixTuningConfig(CachedPrefixConfig):
         init_weights: "zero" to start with keys and values of zeros; None for random ones.
         encoder_hidden_size: features inside the MLP; by default those of a token.
         prefix_projection: whether an MLP computes the keys and values.
-
-    Raises:
-        ConfigError: a value is invalid.
     """
 
     init_weights: Literal["zero"] | None = field(default=None)
@@ -46,27 +43,20 @@ class PrefixTuningConfig(CachedPrefixConfig):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether an MLP computes the keys and values."""
         return self.prefix_projection
 
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
-        """By default the MLP is as wide as a token; see ``CachedPrefixConfig``."""
         super().fill_in_sizes(model, width)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
 
 @register(
     PrefixTuningConfig,
-    peft_type="PREFIX_TUNING",
     label="prefix tuning",
-    listing=Listing(
+    listing=prompt_listing(
         when="generation tasks: steers every layer, and the input keeps its length",
         paper="arXiv:2101.00190",
-        summary=lambda config: (
-            {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})
-        ),
-        smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-        listed_with={"num_virtual_tokens": 20},
+        more=lambda config: {"projection": "MLP"} if config.prefix_projection else {},
     ),
     sample_configs={
         "plain": {"num_virtual_tokens": 4},
@@ -89,7 +79,6 @@ class PrefixEncoder(EncodedPrompt, CachedPrefix):
             self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, size))
 
     def initialise(self, config: PrefixTuningConfig, base: BaseLayer) -> None:
-        """Starts with zeros where the config asks for them; see ``ModelAdapter``."""
         if config.init_weights == "zero":
             last: Any = self.transform[-1] if "transform" in self._modules else self.embedding
             for parameter in last.parameters():

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from nbpeft.engine.calls.token_prompt import TokenPrompt
-from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig
-from nbpeft.engine.contract.method_records import FileFormat, Listing
+from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig, prompt_listing
+from nbpeft.engine.contract.method_records import FileFormat
 from nbpeft.engine.contract.registry import register
 
 
@@ -36,14 +36,10 @@ class PromptTuningConfig(InitialisedPromptConfig):
 
 @register(
     PromptTuningConfig,
-    peft_type="PROMPT_TUNING",
     label="prompt tuning",
-    listing=Listing(
+    listing=prompt_listing(
         when="large models with many tasks: a few tokens per task, no layer changes",
         paper="arXiv:2104.08691",
-        summary=lambda config: {"tokens": str(config.num_virtual_tokens)},
-        smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
-        listed_with={"num_virtual_tokens": 20},
     ),
     sample_configs={
         "random": {"num_virtual_tokens": 4},

@@ -12,30 +12,30 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_count
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_count, check_linear_or_conv2d
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, keeping_inputs
 from nbpeft.engine.kernels.numerics import cayley
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import ConfigError
 
 ROTATION, SCALE = "boft_R", "boft_s"
 _MEANS = {ROTATION: 0.0, SCALE: 1.0}
 
 
 @dataclass
-class BOFTConfig(LayersConfig):
+class BOFTConfig(HasFanInFanOut, TrainsBiases):
     """Config of BOFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
@@ -43,8 +43,6 @@ class BOFTConfig(LayersConfig):
         boft_block_num: number of blocks of a layer; 0 with boft_block_size.
         boft_n_butterfly_factor: number of factors; with more than one, blocks are mixed. PEFT takes 1 on a CPU.
         boft_dropout: share of the blocks of one factor that are not rotated in a call of the training, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random numbers.
     """
 
@@ -52,14 +50,11 @@ class BOFTConfig(LayersConfig):
     boft_block_num: int = field(default=0)
     boft_n_butterfly_factor: int = field(default=1)
     boft_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
 
     method_type: ClassVar[str] = "BOFT"
     counts: ClassVar[tuple[str, ...]] = ("boft_n_butterfly_factor",)
     shares: ClassVar[tuple[str, ...]] = ("boft_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "boft_only")}
     value_fields: ClassVar[tuple[str, ...]] = ("boft_dropout", "init_weights")
 
     def __post_init__(self) -> None:
@@ -99,7 +94,6 @@ _LARGEST_EXPONENT = 24
 
 @register(
     BOFTConfig,
-    peft_type="BOFT",
     label="BOFT",
     listing=Listing(
         when="like OFT, but every input can be rotated against every other one",
@@ -136,30 +130,20 @@ class BOFT(Adapter):
     dropout: float
 
     @classmethod
-    def parameter_shapes(
-        cls, config: BOFTConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The matrices and the scales, which are (1, out) for a convolution; see ``Adapter``."""
-        if not kind.is_linear and kind.peft_name != "Conv2d":
-            raise LayerKindError(
-                f"{path}: BOFT works on linear layers and Conv2d, not on {kind.peft_name}; exclude it", path=path
-            )
-        if int(getattr(module, "groups", 1)) > 1:
-            raise LayerKindError(f"{path}: BOFT does not work on a convolution in groups; exclude it", path=path)
+    def parameter_shapes(cls, config: BOFTConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The matrices and the scales, which are (1, out) for a convolution."""
+        check_linear_or_conv2d("BOFT", path, module, kind)
         rows, *others = kind.weight_shape(module)
         count, size = config.blocks_of(path, math.prod(others))
         matrices = (config.boft_n_butterfly_factor, count, size, size)
         return {ROTATION: matrices, SCALE: (rows, 1) if kind.is_linear else (1, rows)}
 
     @classmethod
-    def create(cls, config: BOFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> BOFT:
-        """One for linear layers and one for convolutions; see ``Adapter``."""
-        own: type[BOFT] = BOFTOnLinear if site.base.kind.is_linear else BOFTOnConvolution
-        return super(BOFT, own).create(config, site, tensors)
+    def _class_for(cls, config: BOFTConfig, site: AdapterSite) -> type[BOFT]:
+        return BOFTOnLinear if site.base.kind.is_linear else BOFTOnConvolution
 
     @classmethod
     def initial_tensors(cls, config: BOFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Matrices at zeros and scales at ones, or random; see ``Adapter``."""
         if config.init_weights:
             return {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
         return {
@@ -169,8 +153,7 @@ class BOFT(Adapter):
     @property
     def matrices(self) -> Tensor:
         """The parameters of the rotations, (factors, blocks, b, b)."""
-        found: Tensor = self.tensor(ROTATION)
-        return found
+        return self.tensor(ROTATION)
 
     @property
     def scale(self) -> Tensor:
@@ -199,7 +182,7 @@ class BOFT(Adapter):
         return kept.to(self.matrices.device) if dropped else None
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``s ∘ W M - W``, in the dtype of the matrices; see ``Adapter``."""
+        """``s ∘ W M - W``, in the dtype of the matrices."""
         return _change_of_weight(weight, self.matrices.detach(), self.scale.detach(), None)
 
 
@@ -219,7 +202,7 @@ class BOFTOnLinear(BOFT, TransformsInput, TransformsOutput):
         return (output * scale + bias * (1 - scale)).to(output.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``s ∘ W M x - W x``; see ``Adapter``."""
+        """``s ∘ W M x - W x``."""
         kept = self._kept()
         rotated = keeping_inputs(lambda x, matrices: _rotated(x, matrices, kept), x, self.matrices)
         weight = base.weight().to(rotated.dtype)
@@ -231,7 +214,7 @@ class BOFTOnConvolution(BOFT):
     """Rotates and scales the rows of the weight."""
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The convolution with ``s ∘ W M - W``; see ``Adapter``."""
+        """The convolution with ``s ∘ W M - W``."""
         weight, kept = base.weight(), self._kept()
         return apply_delta(
             x,

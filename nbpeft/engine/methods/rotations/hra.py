@@ -11,55 +11,51 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_takes_features, check_ungrouped
+from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, TransformsInput
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta, keeping_inputs
 from nbpeft.engine.kernels.numerics import widened
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import ConfigError
 
 VECTORS = "hra_u"
 
 
 @dataclass
-class HRAConfig(LayersConfig):
+class HRAConfig(TrainsBiases):
     """Config of HRA. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: number of reflections; an even one starts at the base model.
         apply_GS: make the vectors orthogonal to each other (Gram-Schmidt).
         init_weights: start with equal pairs of reflections, which undo each other; False for random vectors.
-        bias: which biases of the model are also trained.
     """
 
     r: int = field(default=8)
     apply_GS: bool = field(default=False)
     init_weights: bool = field(default=True)
-    bias: str = field(default="none")
 
     method_type: ClassVar[str] = "HRA"
     counts: ClassVar[tuple[str, ...]] = ("r",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "hra_only")}
 
 
 @register(
     HRAConfig,
-    peft_type="HRA",
     label="HRA",
     listing=Listing(
         when="like OFT, with fewer parameters",
         paper="arXiv:2405.17484",
-        summary=lambda config: {"r": str(config.r)},
         smaller=lambda config: config.copy(r=config.r // 4 * 2) if config.r > 3 else None,
     ),
     default_targets=usual_targets,
@@ -77,14 +73,10 @@ class HRA(Adapter):
     orthogonal: bool
 
     @classmethod
-    def parameter_shapes(
-        cls, config: HRAConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The vectors, (in, r), for a convolution (in * kernel, r); see ``Adapter``."""
-        if kind.takes_ids:
-            raise LayerKindError(f"{path}: HRA does not work on an {kind.name}; exclude it", path=path)
-        if int(getattr(module, "groups", 1)) > 1:
-            raise LayerKindError(f"{path}: HRA does not work on a convolution in groups; exclude it", path=path)
+    def parameter_shapes(cls, config: HRAConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The vectors, (in, r), for a convolution (in * kernel, r)."""
+        check_takes_features("HRA", path, kind)
+        check_ungrouped("HRA", path, module)
         features = math.prod(kind.weight_shape(module)[1:])
         if config.apply_GS and config.r > features:
             raise ConfigError(
@@ -93,14 +85,12 @@ class HRA(Adapter):
         return {VECTORS: (features, config.r)}
 
     @classmethod
-    def create(cls, config: HRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> HRA:
-        """One for linear layers and one for convolutions; see ``Adapter``."""
-        own: type[HRA] = HRAOnLinear if site.base.kind.is_linear else HRAOnConvolution
-        return super(HRA, own).create(config, site, tensors)
+    def _class_for(cls, config: HRAConfig, site: AdapterSite) -> type[HRA]:
+        return HRAOnLinear if site.base.kind.is_linear else HRAOnConvolution
 
     @classmethod
     def initial_tensors(cls, config: HRAConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Pairs of equal vectors, whose reflections undo each other, or random vectors; see ``Adapter``."""
+        """Pairs of equal vectors, whose reflections undo each other, or random vectors."""
         features, rank = site.shapes[VECTORS]
         if config.init_weights and rank % 2 == 0:
             return {VECTORS: site.new((features, rank // 2), linear_).repeat_interleave(2, dim=1)}
@@ -116,10 +106,7 @@ class HRA(Adapter):
         """Number of reflections."""
         return int(self.vectors.shape[1])
 
-    @property
-    def delta_rank(self) -> int | None:
-        """Each reflection changes one direction."""
-        return self.rank
+    delta_rank = rank
 
     def change(self, rows: Tensor, vectors: Tensor, *, transposed: bool) -> Tensor:
         """The change of vectors by the reflections.
@@ -136,7 +123,7 @@ class HRA(Adapter):
         return rows @ unit @ (core.T if transposed else core) @ unit.T * -1
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``W H - W``, in the dtype of the vectors; see ``Adapter``."""
+        """``W H - W``, in the dtype of the vectors."""
         vectors = self.vectors.detach()
         rows = weight.to(vectors.dtype).flatten(1)
         return self.change(rows, vectors, transposed=False).view(weight.shape)
@@ -149,7 +136,6 @@ class HRA(Adapter):
 
     @classmethod
     def config_warnings(cls, config: HRAConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Warns if it cannot start at the base model."""
         if config.init_weights and config.r % 2:
             yield f"with an odd r ({config.r}) HRA does not start at the base model: take an even one"
 
@@ -163,7 +149,7 @@ class HRAOnLinear(HRA, TransformsInput, ConvertsToLora):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """``Vᵀ`` and ``-W V C``; see ``ConvertsToLora``."""
+        """``Vᵀ`` and ``-W V C``."""
         vectors = self.vectors
         weight = base.weight().to(vectors.dtype)
         if self.orthogonal:
@@ -177,7 +163,7 @@ class HRAOnLinear(HRA, TransformsInput, ConvertsToLora):
         return (rows + self.change(rows, vectors, transposed=True)).to(x.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``W (H x - x)``; see ``Adapter``."""
+        """``W (H x - x)``."""
         vectors = self.vectors
         change = self.change(x.to(vectors.dtype), vectors, transposed=True)
         return base.kind.apply(base.module, change, base.weight().to(change.dtype))
@@ -187,7 +173,7 @@ class HRAOnConvolution(HRA):
     """Reflects the rows of the weight."""
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The convolution with ``W H - W``; see ``Adapter``."""
+        """The convolution with ``W H - W``."""
         weight = base.weight()
 
         def delta(vectors: Tensor) -> Tensor:

@@ -17,33 +17,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_number, warn_of_unused
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_ungrouped, warn_of_unused
+from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.weight_delta import apply_delta
 from nbpeft.engine.kernels.numerics import cayley, composes, neumann_cayley, without_autocast
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import ConfigError
 
 ROTATION, EMBEDDING_ROTATION = "oft_R", "oft_embedding_R"
 _MOST_TERMS = 64
 
 
 @dataclass
-class OFTConfig(LayersConfig):
+class OFTConfig(HasFanInFanOut, TrainsBiases):
     """Config of OFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: number of blocks of a layer; 0 with oft_block_size.
         oft_block_size: number of inputs of a block; 0 with r. The nearest divisor of a layer's inputs is used.
         module_dropout: share of the blocks that are not rotated in a call of the training, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
-        bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random rotations.
         coft: keep the rotations small (constrained OFT).
         eps: how small, with coft.
@@ -55,8 +53,6 @@ class OFTConfig(LayersConfig):
     r: int = field(default=0)
     oft_block_size: int = field(default=32)
     module_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
     init_weights: bool = field(default=True)
     coft: bool = field(default=False)
     eps: float = field(default=6e-5)
@@ -66,7 +62,6 @@ class OFTConfig(LayersConfig):
 
     method_type: ClassVar[str] = "OFT"
     shares: ClassVar[tuple[str, ...]] = ("module_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "oft_only")}
     value_fields: ClassVar[tuple[str, ...]] = (
         *("module_dropout", "init_weights", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
     )
@@ -79,7 +74,6 @@ class OFTConfig(LayersConfig):
                 f"oft_block_size={self.oft_block_size}",
                 field="r",
             )
-        check_number("eps", self.eps)
         if not 0 < self.num_cayley_neumann_terms <= _MOST_TERMS:
             raise ConfigError(
                 f"num_cayley_neumann_terms must be from 1 to {_MOST_TERMS}, not {self.num_cayley_neumann_terms:.3g}",
@@ -116,7 +110,6 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 @register(
     OFTConfig,
-    peft_type="OFT",
     label="OFT",
     listing=Listing(
         when="preserving the base model's knowledge: rotations keep angles between neurons",
@@ -147,33 +140,26 @@ class OFT(Adapter):
     from_config: ClassVar[Mapping[str, str]] = {"dropout": "module_dropout", "eps": "freedom", "terms": "terms"}
 
     @classmethod
-    def parameter_shapes(
-        cls, config: OFTConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The upper triangles; see ``Adapter``."""
+    def parameter_shapes(cls, config: OFTConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The upper triangles."""
         count, size = config.blocks_of(_rotated(module, kind))
         if size < 2:
             raise ConfigError(f"{path}: a block of one input cannot be rotated; choose larger blocks", path=path)
-        if int(getattr(module, "groups", 1)) > 1:
-            raise LayerKindError(f"{path}: OFT does not work on a convolution in groups; exclude it", path=path)
+        check_ungrouped("OFT", path, module)
         name = EMBEDDING_ROTATION if kind.takes_ids else ROTATION
         return {name: (1 if config.block_share else count, size * (size - 1) // 2)}
 
     @classmethod
-    def create(cls, config: OFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> OFT:
-        """One for each kind of layer; see ``Adapter``."""
+    def _class_for(cls, config: OFTConfig, site: AdapterSite) -> type[OFT]:
         kind = site.base.kind
-        own: type[OFT] = OFTOnLinear if kind.is_linear else OFTOnEmbedding if kind.takes_ids else OFTOnConvolution
-        return super(OFT, own).create(config, site, tensors)
+        return OFTOnLinear if kind.is_linear else OFTOnEmbedding if kind.takes_ids else OFTOnConvolution
 
     @classmethod
     def initial_tensors(cls, config: OFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Triangles of zeros, or random ones; see ``Adapter``."""
         fill = None if config.init_weights else partial(normal_, std=0.1)
         return {name: site.new(shape, fill) for name, shape in site.shapes.items()}
 
     def prepare(self, config: OFTConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Number and size of the blocks on the layer; see ``Adapter``."""
         count, size = config.blocks_of(_rotated(site.base.module, site.base.kind))
         self.bind(parameter_name=next(iter(site.shapes)), count=count, size=size)
 
@@ -200,8 +186,7 @@ class OFT(Adapter):
         """Factors (blocks, 1), at most 1, that bring the norm of each skew-symmetric matrix down to its bound."""
         bound = eps / math.sqrt(triangles.shape[0])
         norm = math.sqrt(2) * triangles.norm(dim=1, keepdim=True)
-        factors: Tensor = (bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
-        return factors
+        return (bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
 
     def rotations(self, triangles: Tensor, kept: Tensor | None = None) -> Tensor:
         """The rotations, (blocks, b, b).
@@ -234,7 +219,7 @@ class OFT(Adapter):
         return _blockwise(rows.to(blocks.dtype), blocks.mT if transposed else blocks)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``W R - W``, in the dtype of the parameter; see ``Adapter``."""
+        """``W R - W``, in the dtype of the parameter."""
         return self._change_of_weight(weight, self.tensor(self.parameter_name).detach(), None)
 
     def _change_of_weight(self, weight: Tensor, triangles: Tensor, kept: Tensor | None) -> Tensor:
@@ -264,10 +249,10 @@ class OFTOnLinear(OFT, TransformsInput):
         if composes():
             return self.rotated(x, kept, triangles).to(x.dtype)
         rotations = partial(self.rotations, kept=kept)
-        return _Rotate.apply(x, triangles, rotations)  # type: ignore[no-any-return, no-untyped-call]
+        return _Rotate.apply(x, triangles, rotations)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``W (R x - x)``; see ``Adapter``."""
+        """``W (R x - x)``."""
         rotated = self.rotated(x, self._kept(x.device), self.triangles)
         return base.kind.apply(base.module, rotated - x.to(rotated.dtype), base.weight().to(rotated.dtype))
 
@@ -280,7 +265,7 @@ class OFTOnEmbedding(OFT, TransformsOutput):
         return self.rotated(output, self._kept(output.device), self.triangles).to(output.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``R y - y``; see ``Adapter``."""
+        """``R y - y``."""
         rotated = self.rotated(base_output, self._kept(base_output.device), self.triangles)
         return rotated - base_output.to(rotated.dtype)
 
@@ -293,7 +278,7 @@ class OFTOnConvolution(OFT):
     """Rotates the rows of the weight."""
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The convolution with ``W R - W``; see ``Adapter``."""
+        """The convolution with ``W R - W``."""
         weight, kept = base.weight(), self._kept(x.device)
         return apply_delta(
             x, base, lambda triangles: self._change_of_weight(weight, triangles, kept), (self.triangles,)

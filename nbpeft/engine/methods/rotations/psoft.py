@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.random_numbers import drawing_from
-from nbpeft.engine.config.config_checks import check_linear, check_number, check_seed, warn_of_unused
-from nbpeft.engine.config.layers_config import LayersConfig
+from nbpeft.engine.config.config_checks import check_linear, warn_of_unused
+from nbpeft.engine.config.layers_config import HasFanInFanOut
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -42,14 +42,13 @@ _MOST_ITERATIONS = 128
 
 
 @dataclass
-class PsoftConfig(LayersConfig):
+class PsoftConfig(HasFanInFanOut):
     """Config of PSOFT. Field names and defaults are PEFT's; see ``LayersConfig`` for the target fields.
 
     Attributes:
         r: how many singular directions are rotated.
         psoft_alpha: B is divided by alpha / r, and the delta is multiplied by it.
         psoft_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
         ab_svd_init: "psoft_init" has the singular values in B, "pissa_init" a root of them on each side.
         psoft_svd: "full", or "lowrank" for a randomized SVD, which is faster.
         psoft_svd_lowrank_niter: iterations of that; at most 128.
@@ -66,7 +65,6 @@ class PsoftConfig(LayersConfig):
     r: int = field(default=32)
     psoft_alpha: float = field(default=32)
     psoft_dropout: float = field(default=0.0)
-    fan_in_fan_out: bool = field(default=False)
     ab_svd_init: str = field(default="psoft_init")
     psoft_svd: str = field(default="full")
     psoft_svd_lowrank_niter: int = field(default=10)
@@ -79,9 +77,11 @@ class PsoftConfig(LayersConfig):
     cayley_neumann_eps: float | None = field(default=None)
     init_weights: bool = field(default=True)
 
+    positive: ClassVar[tuple[str, ...]] = ("psoft_alpha",)
     method_type: ClassVar[str] = "PSOFT"
     counts: ClassVar[tuple[str, ...]] = ("r", "psoft_svd_lowrank_niter")
     shares: ClassVar[tuple[str, ...]] = ("psoft_dropout",)
+    seeds: ClassVar[tuple[str, ...]] = ("random_seed",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "ab_svd_init": ("psoft_init", "pissa_init"),
         "psoft_svd": ("full", "lowrank"),
@@ -92,10 +92,6 @@ class PsoftConfig(LayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_seed("random_seed", self.random_seed)
-        check_number("psoft_alpha", self.psoft_alpha)
-        if self.psoft_alpha <= 0:
-            raise ConfigError(f"psoft_alpha must be positive, not {self.psoft_alpha:g}", field="psoft_alpha")
         for name, most in (("psoft_svd_lowrank_niter", _MOST_ITERATIONS), ("num_cayley_neumann_terms", _MOST_TERMS)):
             if not 0 < getattr(self, name) <= most:
                 raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name):.3g}", field=name)
@@ -125,13 +121,10 @@ class PsoftConfig(LayersConfig):
 
 @register(
     PsoftConfig,
-    peft_type="PSOFT",
     label="PSOFT",
     listing=Listing(
         when="like OFT, with few parameters: rotates only a weight's main directions",
         paper="https://openreview.net/forum?id=FSHrinMArK",
-        summary=lambda config: {"r": str(config.r)},
-        smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     ),
     default_targets=usual_targets,
     sample_configs={
@@ -168,21 +161,19 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
     eps: float | None
 
     @classmethod
-    def parameter_shapes(
-        cls, config: PsoftConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The core, the r (r - 1) / 2 numbers of a rotation or (r, r), and the factors, (r,); see ``Adapter``."""
+    def parameter_shapes(cls, config: PsoftConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The core, the r (r - 1) / 2 numbers of a rotation or (r, r), and the factors, (r,)."""
         check_linear("PSOFT", path, kind)
         rank, largest = config.r, min(kind.features(module))
         if rank > largest:
             raise ConfigError(f"{path}: r = {rank} is more than the {largest} directions of its weight", path=path)
-        shapes: dict[str, tuple[int, ...]] = {CORE: (rank * (rank - 1) // 2,) if config.psoft_orth else (rank, rank)}
+        shapes: Shapes = {CORE: (rank * (rank - 1) // 2,) if config.psoft_orth else (rank, rank)}
         wanted = {SCALE_B: config.psoft_mag_b, SCALE_A: config.psoft_mag_a}
         return {**shapes, **{name: (rank,) for name, is_wanted in wanted.items() if is_wanted}}
 
     @classmethod
     def initial_tensors(cls, config: PsoftConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """The identity, or random tensors around it; see ``Adapter``."""
+        """The identity, or random tensors around it."""
         options: Any = {"device": site.base.device, "dtype": site.dtype}
         tensors = {name: torch.ones(shape, **options) for name, shape in site.shapes.items()}
         normal = None if config.init_weights else normal_
@@ -194,7 +185,6 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         return tensors
 
     def prepare(self, config: PsoftConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Finds A and B in the weight; see ``Adapter``."""
         for name, found in zip((DOWN, UP), _directions(config, site.base), strict=True):
             self.register_buffer(name, found, persistent=False)
 
@@ -203,10 +193,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         """Number of directions."""
         return int(self.tensor(DOWN).shape[0])
 
-    @property
-    def delta_rank(self) -> int | None:
-        """As many as there are directions."""
-        return self.rank
+    delta_rank = rank
 
     def change(self) -> Tensor:
         """``diag(b) Q diag(a) - I``, (r, r), in the dtype of the trained parameters."""
@@ -236,7 +223,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         return neumann_cayley(skew, self.terms)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``s B (diag(b) Q diag(a) - I) A dropout(x)``; see ``Adapter``."""
+        """``s B (diag(b) Q diag(a) - I) A dropout(x)``."""
         change = self.change()
         dtype = compute_dtype(x, change)
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
@@ -245,14 +232,9 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """A and ``B (diag(b) Q diag(a) - I)``; see ``ConvertsToLora``."""
+        """A and ``B (diag(b) Q diag(a) - I)``."""
         down, up = self.tensor(DOWN), self.tensor(UP)
         return LowRankDelta(down, up @ self.change().to(up.dtype), float(self.scaling))
-
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``s B (diag(b) Q diag(a) - I) A``; see ``Adapter``."""
-        found = self.low_rank_delta(base)
-        return found.up @ found.down * found.scaling
 
     def reset_(self, base: BaseLayer) -> None:
         """Resets the parameters to the identity."""

@@ -20,7 +20,7 @@ from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsOutput
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -62,7 +62,6 @@ class RoadConfig(LayersConfig):
 
 @register(
     RoadConfig,
-    peft_type="ROAD",
     label="RoAd",
     listing=Listing(
         when="like (IA)³, but also rotates outputs; fast steps",
@@ -90,10 +89,7 @@ class Road(Adapter, TransformsOutput):
     size: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: RoadConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The angles and the scales; see ``Adapter``."""
+    def parameter_shapes(cls, config: RoadConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         check_linear("RoAd", path, kind)
         outputs = kind.features(module)[1]
         if outputs % config.group_size:
@@ -103,17 +99,11 @@ class Road(Adapter, TransformsOutput):
 
     @classmethod
     def initial_tensors(cls, config: RoadConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Angles at zeros and scales at ones, or random; see ``Adapter``."""
         if config.init_weights:
             return {name: site.new(site.shapes[name]) + mean for name, mean in _MEANS.items()}
         return {
             name: site.new(site.shapes[name], partial(normal_, std=0.5, mean=mean)) for name, mean in _MEANS.items()
         }
-
-    @property
-    def delta_rank(self) -> int | None:
-        """None: the change of the weight has full rank."""
-        return None
 
     def _changed(self, rows: Tensor, angle: Tensor, scale: Tensor) -> Tensor:
         """``R y - y`` of vectors (…, out), in the dtype of the parameters."""
@@ -151,7 +141,7 @@ class Road(Adapter, TransformsOutput):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``R W - W``, in the dtype of the parameters; see ``Adapter``."""
+        """``R W - W``, in the dtype of the parameters."""
         return self._changed(weight.T, *self._parts()).T
 
     @torch.no_grad()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import json
 import math
+import textwrap
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,13 +39,20 @@ def blocks_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The module that has the blocks of a decoder or of a diffusion transformer, and their paths.
 
     Raises:
-        ConfigError: the model is neither, or one for which PEFT has a network of its own.
+        ConfigError: the model is neither, or one for which PEFT has a network of its own, or its blocks return more
+            than hidden states.
     """
     name = type(model).__name__
     attribute = diffusion_blocks(model)
     if name.startswith("Flux2"):
         raise ConfigError(f"ShadowPEFT of {name} needs a smaller Flux 2 model as network, which is not implemented")
     if attribute:
+        several = next((block for block in getattr(model, attribute) if _returns_several(type(block))), None)
+        if several is not None:
+            raise ConfigError(
+                "ShadowPEFT works with diffusion transformers whose blocks return only their hidden states, and "
+                f"{type(several).__name__} of {name} returns several tensors"
+            )
         return model, [f"{attribute}.{number}" for number in range(len(getattr(model, attribute)))]
     config: Any = getattr(model, "config", None)
     if has_encoder(model):
@@ -64,6 +73,15 @@ def diffusion_blocks(model: nn.Module) -> str:
     """Name of the list of blocks in a diffusion transformer; empty for other models."""
     lists = {name for name, module in model._modules.items() if isinstance(module, nn.ModuleList) and len(module)}
     return "" if "layers" in lists else next((name for name in _DIFFUSION_LISTS if name in lists), "")
+
+
+def _returns_several(kind: type[nn.Module]) -> bool:
+    """Whether ``forward`` of a class returns a tuple, according to its code; False if the code is not available."""
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    return any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(code))
 
 
 def width_of(config: Any) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, MergesInPlace, TransformsOutput
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -55,7 +55,6 @@ def _value_projections(model_type: str | None) -> list[str] | None:
 
 @register(
     BeftConfig,
-    peft_type="BEFT",
     label="BEFT",
     listing=Listing(
         when="few examples: one bias per layer, very few parameters, fast steps",
@@ -71,16 +70,13 @@ class Beft(Adapter, TransformsOutput, MergesInPlace):
     peft: ClassVar[PeftNames] = PeftNames("beft_bias")
 
     @classmethod
-    def parameter_shapes(
-        cls, config: BeftConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The bias, as PEFT shapes it; see ``Adapter``."""
+    def parameter_shapes(cls, config: BeftConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The bias, as PEFT shapes it."""
         check_linear("BEFT", path, kind)
         return {BIAS: (1, kind.features(module)[1])}
 
     @classmethod
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Warns about layers on which the adapter cannot be merged."""
         bare = [path for path, module, _ in modules if getattr(module, "bias", None) is None]
         if bare:
             more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
@@ -88,7 +84,7 @@ class Beft(Adapter, TransformsOutput, MergesInPlace):
 
     @classmethod
     def initial_tensors(cls, config: BeftConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """β at zeros, or random; see ``Adapter``."""
+        """β at zeros, or random."""
         bias = site.new(site.shapes[BIAS], normal_)
         return {BIAS: bias.zero_() if config.init_weights else bias}
 
@@ -99,7 +95,6 @@ class Beft(Adapter, TransformsOutput, MergesInPlace):
 
     @property
     def delta_rank(self) -> int | None:
-        """The weight does not change."""
         return 0
 
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
@@ -107,12 +102,11 @@ class Beft(Adapter, TransformsOutput, MergesInPlace):
         return (output + self.bias).to(output.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """β, shaped like the output; see ``Adapter``."""
+        """β, shaped like the output."""
         bias = self.bias
         return bias.to(compute_dtype(x, bias)).expand(base_output.shape)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Zeros; see ``Adapter``."""
         return torch.zeros_like(weight)
 
     def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.config.config_checks import check_target_fields
+from nbpeft.engine.config.config_checks import check_takes_features, check_target_fields
 from nbpeft.engine.config.targets import Matcher, matches_segment_names
 from nbpeft.engine.contract.adapter import (
     Adapter,
@@ -27,13 +27,13 @@ from nbpeft.engine.contract.adapter import (
     TransformsInput,
     TransformsOutput,
 )
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.combination import Combination, Member
 from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
-from nbpeft.errors import AdapterError, ConfigError, LayerKindError
+from nbpeft.errors import AdapterError, ConfigError
 
 VECTOR = "ia3_l"
 
@@ -151,7 +151,6 @@ class _CombineIA3:
         weights: Sequence[float],
         settings: Mapping[str, Any],
     ) -> Combination:
-        """See ``nbpeft.engine.contract.combination.Combine``."""
         for name in ("svd_rank", "svd_clamp", "svd_driver", "density"):
             if settings.get(name) is not None:
                 raise ConfigError(f"{name} means nothing for (IA)³, whose vectors have no rank", field=name)
@@ -173,11 +172,7 @@ class _CombineIA3:
             tensors[path] = {VECTOR: made.to(vectors[0][0].dtype)}
         if not tensors:
             raise AdapterError(f"none of the adapters {', '.join(adapters)} has a vector on any layer")
-        config = configs[0].copy(
-            target_modules=set(tensors),
-            feedforward_modules=inputs,
-            exclude_modules=None,
-        )
+        config = configs[0].copy(target_modules=set(tensors), feedforward_modules=inputs, exclude_modules=None)
         return Combination(config, tensors, kind)
 
 
@@ -212,12 +207,9 @@ class IA3(Adapter):
     peft: ClassVar[PeftNames] = PeftNames("ia3_l")
 
     @classmethod
-    def parameter_shapes(
-        cls, config: IA3Config, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The vector: (1, in) or (out, 1) of a linear layer, (1, channels, 1, …) of a convolution; see ``Adapter``."""
-        if kind.takes_ids:
-            raise LayerKindError(f"{path}: (IA)³ does not work on an {kind.name}; exclude it", path=path)
+    def parameter_shapes(cls, config: IA3Config, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The vector: (1, in) or (out, 1) of a linear layer, (1, channels, 1, …) of a convolution."""
+        check_takes_features("(IA)³", path, kind)
         inputs = config.scales_input(path)
         features = kind.features(module)[0 if inputs else 1]
         if kind.is_linear:
@@ -225,14 +217,11 @@ class IA3(Adapter):
         return {VECTOR: (1, features, *[1] * (len(kind.weight_shape(module)) - 2))}
 
     @classmethod
-    def create(cls, config: IA3Config, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> IA3:
-        """An adapter that scales the input or the output; see ``Adapter``."""
-        own: type[IA3] = IA3OnInput if config.scales_input(site.path) else IA3OnOutput
-        return super(IA3, own).create(config, site, tensors)
+    def _class_for(cls, config: IA3Config, site: AdapterSite) -> type[IA3]:
+        return IA3OnInput if config.scales_input(site.path) else IA3OnOutput
 
     @classmethod
     def initial_tensors(cls, config: IA3Config, site: AdapterSite) -> Mapping[str, Tensor]:
-        """A vector of ones, or a random one; see ``Adapter``."""
         shape = site.shapes[VECTOR]
         if not config.init_ia3_weights:
             return {VECTOR: site.new(shape, normal_)}
@@ -243,11 +232,6 @@ class IA3(Adapter):
     def vector(self) -> Tensor:
         """l, (features,)."""
         return self.tensor(VECTOR).flatten()
-
-    @property
-    def delta_rank(self) -> int | None:
-        """None: the change of the weight has full rank."""
-        return None
 
 
 class IA3OnInput(IA3, TransformsInput):

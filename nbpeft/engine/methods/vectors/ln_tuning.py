@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import parameter_of, with_parameters
 from nbpeft.engine.contract.method_records import FileFormat, Listing, OwnKinds
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -94,8 +94,7 @@ class Norm:
 
 def _computed(module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor | None]) -> Tensor:
     """The output of a layer with other parameters."""
-    output: Tensor = type(module).forward(with_parameters(module, parameters), x)
-    return output
+    return type(module).forward(with_parameters(module, parameters), x)
 
 
 @dataclass
@@ -108,7 +107,6 @@ class LNTuningConfig(LayersConfig):
 
 @register(
     LNTuningConfig,
-    peft_type="LN_TUNING",
     label="LN tuning",
     listing=Listing(
         when="very few parameters: trains only norms, and adds nothing to the model",
@@ -127,9 +125,7 @@ class LNTuning(Adapter, ReplacesCall):
     peft: ClassVar[PeftNames] = PeftNames("ln_tuning_layers", layer="ln_tuning.LNTuningLayer", wrapped=(COPIES,))
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LNTuningConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, config: LNTuningConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         """The shapes of the layer's weight and bias; see ``Adapter``.
 
         Raises:
@@ -146,33 +142,27 @@ class LNTuning(Adapter, ReplacesCall):
 
     @classmethod
     def initial_tensors(cls, config: LNTuningConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Copies of the layer's parameters; see ``Adapter``."""
         own = _own(site.base)
         return {name: own[name].to(site.base.device, site.dtype, copy=True) for name in site.shapes}
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor:
-        """The layer's output with the copies; see ``ReplacesCall``."""
         copies = {own: copy for name, own in OWN.items() if (copy := self.tensor(name, optional=True)) is not None}
         copies = {own: copy.to(x.device, base.dtype) for own, copy in copies.items()}
         return _computed(base.module, x, copies)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The difference between that and the frozen layer's output; see ``Adapter``."""
         return self.output(x, base) - base_output
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """The copy of the weight minus the frozen one; see ``Adapter``."""
         copied = base.kind.canonical(base.module, self.tensor(COPIES).detach())
         return copied - weight.to(copied)
 
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
-        """The copy of the bias minus the frozen one."""
         bias, copied = base.bias, self.tensor(f"{COPIES}_bias", optional=True)
         return None if bias is None or copied is None else copied.detach() - bias.detach().to(copied)
 
     @torch.no_grad()
     def reset_(self, base: BaseLayer) -> None:
-        """Sets the copies to the frozen layer's values."""
         for name, own in _own(base).items():
             self.get_parameter(name).copy_(own)
 

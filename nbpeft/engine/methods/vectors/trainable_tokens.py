@@ -36,7 +36,7 @@ from nbpeft.engine.contract.adapter import (
     UsesAnother,
     source_of,
 )
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import parameter_of
 from nbpeft.engine.contract.combination import Member
 from nbpeft.engine.contract.initial_draws import normal_
@@ -197,16 +197,13 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
     own_base: BaseLayer
 
     @classmethod
-    def parameter_shapes(
-        cls, config: TokenRows, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The rows, (tokens, features), unless they are tied; see ``Adapter``."""
+    def parameter_shapes(cls, config: TokenRows, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The rows, (tokens, features), unless they are tied."""
         inside, outside = kind.features(module)
         return {} if config.tied else {ROWS: (len(config.indices), outside if kind.takes_ids else inside)}
 
     @classmethod
     def initial_tensors(cls, config: TokenRows, site: AdapterSite) -> Mapping[str, Tensor]:
-        """The embedding's own rows, or random ones; see ``Adapter``."""
         base = site.base
         if not config.init_weights:
             return {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
@@ -214,7 +211,7 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         return {name: _table(base.weight(), base)[rows].to(site.dtype) for name in site.shapes}
 
     def prepare(self, config: TokenRows, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """The tokens, also in their order; see ``Adapter``."""
+        """The tokens, also in their order."""
         device = None if site.base.device.type == "meta" else site.base.device
         rows = torch.tensor(config.indices, dtype=torch.long, device=device)
         ordered, order = rows.sort()
@@ -234,7 +231,6 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def tie_to(self, source: Adapter) -> None:
-        """Shares the rows of another adapter."""
         self.bind(source=source)
 
     @property
@@ -257,14 +253,7 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         return "trains rows of embeddings (trainable_token_indices)"
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """Computes the change of the output at the positions of trained tokens.
-
-        Args:
-            x: ids (…) of an embedding, or the input (…, features) of a head.
-            base_output: (…, features) of an embedding, (…, vocabulary) of a head.
-            base: the layer.
-            fused: return the output with the change, in its dtype.
-        """
+        """The change of the output at the positions of trained tokens."""
         rows = self.rows
         frozen = _table(base.weight(), base)[self.tokens]
         change = rows - frozen.to(rows.dtype)
@@ -284,11 +273,9 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         padding = getattr(base.module, "padding_idx", None)  # looked up, it learns nothing: torch's rule
         row = self._indices.index(padding) if padding in self._indices else None
         found = F.embedding(self.order[place], change, padding_idx=row)
-        delta: Tensor = found * hit * kind.output_scale(base.module, change.dtype)
-        return delta
+        return found * hit * kind.output_scale(base.module, change.dtype)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Zero except for the trained rows."""
         delta = torch.zeros_like(weight)
         rows = self.rows.detach().to(weight.dtype)
         _table(delta, base)[self.tokens] = rows - _table(weight, base)[self.tokens]

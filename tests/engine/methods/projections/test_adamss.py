@@ -275,7 +275,7 @@ def test_a_loop_that_calls_nothing_is_told_once_where_subspaces_should_go(asks: 
         ({"use_asa": True, "mask_interval": 0}, "mask_interval must be a positive whole number, not 0"),
         ({"use_asa": True, "asa_target_subspaces": 0}, "asa_target_subspaces"),
         ({"use_asa": True, "init_warmup": 1000}, "init_warmup = 1000 leaves no step until final_warmup = 1000"),
-        ({"use_asa": True, "asa_schedule_exponent": 0}, "asa_schedule_exponent must be positive, not 0"),
+        ({"use_asa": True, "asa_schedule_exponent": 0}, "asa_schedule_exponent must be above 0, not 0"),
         ({"num_subspaces": 2**15}, "num_subspaces must be at most 32767, not 3.28e"),
         ({"random_seed": -1}, "random_seed"),
     ],

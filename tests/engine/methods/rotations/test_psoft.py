@@ -104,7 +104,7 @@ def test_a_step_through_a_second_adapter_and_back(tmp_path: Path) -> None:
         ({"num_cayley_neumann_terms": 0}, "from 1 to 64"),
         ({"psoft_svd_lowrank_niter": 129}, "psoft_svd_lowrank_niter must be from 1 to 128, not 129"),
         ({"cayley_neumann_eps": 1.0}, "between 0 and 1"),
-        ({"psoft_alpha": 0}, "positive"),
+        ({"psoft_alpha": 0}, "above 0"),
     ],
 )
 def test_impossible_fields_are_refused(fields: dict[str, Any], words: str) -> None:

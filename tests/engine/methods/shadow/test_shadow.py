@@ -364,6 +364,19 @@ class Denoiser(nn.Module):
         return given
 
 
+class TextBlock(Block):
+    """A block that changes the hidden states of a text, too, as in Stable Diffusion 3 and Flux."""
+
+    def forward(self, hidden: Tensor) -> Any:
+        return hidden, super().forward(hidden)
+
+
+class TextDenoiser(Denoiser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([Block(), TextBlock()])
+
+
 LATENTS = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -428,6 +441,7 @@ def test_blocks_of_a_diffusion_transformer_with_several_outputs_are_refused() ->
         ),
         ("diffusion", {"shadow_num_attention_heads": 2}, "leave out shadow_num_attention_heads"),
         ("flux", {}, "of Flux2Denoiser needs a smaller Flux 2 model as network"),
+        ("text", {}, "TextBlock of TextDenoiser returns several tensors"),
         ("encoder", {}, "has an encoder and a decoder"),
         ("plain", {}, "not with Sequential"),
         ("llama", {"target_modules": ["q_proj"]}, "'q_proj' names none of the blocks of LlamaForCausalLM"),
@@ -447,6 +461,7 @@ def test_what_fits_no_model_is_refused(base: str, fields: dict[str, Any], words:
         "encoder": lambda: T5ForConditionalGeneration(small),
         "plain": lambda: nn.Sequential(nn.Embedding(5, 6)),
         "diffusion": Denoiser,
+        "text": TextDenoiser,
         "flux": type("Flux2Denoiser", (Denoiser,), {}),
         "llama": lambda: llama(num_hidden_layers=3),
         "gpt2": gpt2,

@@ -29,8 +29,11 @@ class CombineLowRank:
     usual_type = "svd"
 
     def takes(self, combination_type: str) -> Sequence[str]:
-        """See ``nbpeft.engine.contract.combination.Combine``."""
+        """The names of the settings that a combination type uses."""
         return settings_for(combination_type)
+
+    def check(self, configs: Sequence[Any], adapters: Sequence[str]) -> None:
+        """Raises AdapterError if adapters with these configs cannot be combined; any can, except in subclasses."""
 
     def __call__(
         self,
@@ -40,7 +43,7 @@ class CombineLowRank:
         weights: Sequence[float],
         settings: Mapping[str, Any],
     ) -> Combination:
-        """See ``nbpeft.engine.contract.combination.Combine``."""
+        self.check(configs, adapters)
         recipe = _recipe(settings)
         factors = {
             path: {name: _factors(name, member) for name, member in members.items()} for path, members in layers.items()
@@ -61,13 +64,8 @@ class CombineLowRank:
             if isinstance(adapter, LowRankAdapter) and (row_scale is not None or recipe.combination_type == "exact"):
                 adapter.set_row_scale_(row_scale, base)
 
-        return Combination(
-            combined_config(configs, combined),
-            tensors,
-            combined.recipe.combination_type,
-            losses,
-            finish,
-        )
+        config = combined_config(configs, combined)
+        return Combination(config, tensors, combined.recipe.combination_type, losses, finish)
 
 
 combine_low_rank = CombineLowRank()

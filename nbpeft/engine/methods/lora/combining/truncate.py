@@ -84,8 +84,7 @@ def _svd(matrix: Tensor, recipe: Recipe, *, full: bool) -> tuple[Tensor, Tensor,
         raise ConfigError(
             f"svd_driver={driver!r} works on CUDA only; the adapters lie on {matrix.device.type}", svd_driver=driver
         )
-    result: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(matrix, full_matrices=full, driver=driver)
-    return result
+    return torch.linalg.svd(matrix, full_matrices=full, driver=driver)
 
 
 def _clamped(kept_B: Tensor, kept_A: Tensor, clamp: float | None) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.contract.adapter import AdapterSite, TakenOver
 from nbpeft.engine.contract.base import LayerKind, offloading
 from nbpeft.engine.contract.initial_draws import Fill, linear_, normal_, skip, skip_linear
@@ -47,7 +48,7 @@ from nbpeft.engine.methods.lora.initialization.decompositions import randomized_
 from nbpeft.engine.methods.lora.initialization.gradients import GRADIENT, gradient_factors
 from nbpeft.engine.methods.lora.initialization.loftq import QuantizedWeight, loftq_start
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
-from nbpeft.errors import ConfigError, LayerKindError
+from nbpeft.errors import ConfigError
 
 _ORTHOGONAL_SCALE = 10.0
 
@@ -118,23 +119,6 @@ def remember_starts(config: LoraConfig, starts: Mapping[str, tuple[nn.Module, Fa
     vars(config)[_STARTS] = record = _Starts()
     for path, (module, factors) in starts.items():
         record[path], record.modules[path] = factors, module
-
-
-def check_linear(setting: str, path: str, kind: LayerKind) -> None:
-    """Refuses a layer that is not linear.
-
-    Args:
-        setting: the setting that requires linear layers, for the message.
-        path: path of the layer.
-        kind: kind of the layer.
-
-    Raises:
-        ConfigError: the layer is not linear.
-    """
-    if not kind.is_linear:
-        raise LayerKindError(
-            f"{path}: {setting} works on linear layers only, not on {kind.peft_name}; exclude it", path=path
-        )
 
 
 def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> None:

@@ -12,6 +12,7 @@ which they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.config_checks import check_choice, check_count, check_number, check_share
+from nbpeft.engine.config.config_checks import (
+    check_choice,
+    check_count,
+    check_linear_or_conv2d,
+    check_not_negative,
+    check_number,
+    check_share,
+)
 from nbpeft.engine.config.targets import usual_wide_targets
 from nbpeft.engine.contract.adapter import (
     Adapter,
@@ -35,7 +43,7 @@ from nbpeft.engine.contract.adapter import (
     ShowsModules,
 )
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -45,7 +53,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout
 from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS
-from nbpeft.errors import ConfigError, LayerKindError, few, shown
+from nbpeft.errors import ConfigError, few, shown
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
 _AVERAGES, _LEFT = ("importance", "uncertainty"), "left"
@@ -112,11 +120,9 @@ class AdaLoraConfig(LoraConfig):
     def _check_numbers(self) -> None:
         for name in ("init_r", "target_r", "deltaT", "total_step"):
             check_count(name, getattr(self, name))
-        for name in ("lora_alpha", "orth_reg_weight", "tinit", "tfinal"):
-            check_number(name, getattr(self, name))
+        check_number("lora_alpha", self.lora_alpha)
         for name in ("orth_reg_weight", "tinit", "tfinal"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, as {getattr(self, name)} is", field=name)
+            check_not_negative(name, getattr(self, name))
         for name in ("beta1", "beta2"):
             check_share(name, getattr(self, name))
             if getattr(self, name) in (0, 1):
@@ -173,7 +179,6 @@ class AdaLoraConfig(LoraConfig):
         return pattern.get(own) or next((left for key, left in pattern.items() if key.startswith(f"{own}.")), None)
 
     def rank_at(self, path: str) -> int:
-        """The rank in a file at a module path."""
         left = self.ranks_left(path)
         return self.init_r if left is None else sum(left)
 
@@ -182,20 +187,17 @@ class AdaLoraConfig(LoraConfig):
         return float(self.lora_alpha if self.lora_alpha > 0 else self.rank_at(path))
 
     def scaling_at(self, path: str) -> float:
-        """alpha / init_r, which pruning does not change."""
         return self.alpha_at(path) / (self.init_r + 1e-5)
 
     @property
-    def size(self) -> int | None:
-        """The initial rank; None once ranks were pruned."""
+    def adapter_size(self) -> int | None:
         return None if self.rank_pattern else self.init_r
 
     def resized(self, size: int) -> Self:
-        """A copy with another initial rank."""
         return self.copy(init_r=size, target_r=min(size, self.target_r))
 
     def set_size(self, size: int, paths: Sequence[str]) -> None:
-        """Refuses, because training determines the ranks; see ``AdapterConfig``."""
+        """Refuses, because training determines the ranks."""
         raise ConfigError("an AdaLoRA has no rank that could be set: training shares the ranks out")
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,7 +206,7 @@ class AdaLoraConfig(LoraConfig):
         return fields | {"rank_pattern": fields["rank_pattern"] or None}
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
-        """Describes the layers of ``rank_pattern`` that are not adapted; see ``AdapterConfig``."""
+        """Describes the layers of ``rank_pattern`` that are not adapted."""
         unused = [key for key in self.rank_pattern or {} if key.rpartition(f".{_E}")[0] not in set(paths)]
         return f"rank_pattern [{few(unused)}] did not match any targeted module" if unused else ""
 
@@ -240,7 +242,7 @@ class RankAllocator(Allocator):
         return total * self.config.orth_reg_weight
 
     def allocate(self, step: int) -> None:
-        """Measures the importance of each rank, and prunes ranks in the steps of the schedule; see ``Allocator``."""
+        """Measures the importance of each rank, and prunes ranks in the steps of the schedule."""
         config, last = self.config, self.config.last_allocation
         if step < last:
             self._measure()
@@ -252,7 +254,7 @@ class RankAllocator(Allocator):
             self._keep_allocated()
 
     def training_state(self) -> dict[str, Tensor]:
-        """The moving averages, and which ranks of each layer are left; see ``HasTrainingState``."""
+        """The moving averages, and which ranks of each layer are left."""
         state = {
             f"{path}.{name}.{which}": tensor
             for (path, name), pair in self.importance.items()
@@ -265,7 +267,7 @@ class RankAllocator(Allocator):
         return state
 
     def set_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Sets both; see ``HasTrainingState``."""
+        """Sets both."""
         importance, pattern = self.importance, self.config.rank_pattern
         assert pattern is not None
         importance.clear()
@@ -280,7 +282,7 @@ class RankAllocator(Allocator):
                     importance[path, name] = tuple(one.to(parameter, copy=True) for one in pair if one is not None)
 
     def in_training(self, config: Any, weights: AdapterWeights) -> tuple[Any, AdapterWeights]:
-        """Config and tensors including pruned ranks, which may be used again; see ``HasTrainingState``."""
+        """Config and tensors including pruned ranks, which may be used again."""
         whole = {path: adapter.whole_tensors for path, adapter in self.adapters.items()}
         pattern = {
             f"{path}.{_E}": adapter.flags_of_places for path, adapter in self.adapters.items() if not adapter.is_whole
@@ -305,8 +307,7 @@ class RankAllocator(Allocator):
         if not all(measured):
             return None
         of_A, of_B, of_E = (mean * spread for mean, spread in measured)
-        score: Tensor = of_A.mean(1) + of_B.mean(0) + of_E.view(-1)
-        return score
+        return of_A.mean(1) + of_B.mean(0) + of_E.view(-1)
 
     def _allocate(self, budget: int) -> None:
         """Sets the least important entries of E to zero, so that at most ``budget`` are left in the model."""
@@ -337,8 +338,7 @@ def _places(config: AdaLoraConfig, path: str, rank: int) -> list[bool]:
 def _distance(matrix: Tensor) -> Tensor:
     """``‖M Mᵀ - I‖`` of a matrix (r, n), a scalar."""
     identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
-    distance: Tensor = torch.linalg.vector_norm(matrix @ matrix.T - identity)
-    return distance
+    return torch.linalg.vector_norm(matrix @ matrix.T - identity)
 
 
 @register(
@@ -391,25 +391,15 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
     allocator: RankAllocator
 
     @classmethod
-    def parameter_shapes(
-        cls, config: AdaLoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, (r, in * kernel), B, (out, r), and E, (r, 1); see ``Adapter``."""
-        if not kind.is_linear and kind.peft_name != "Conv2d":
-            raise LayerKindError(
-                f"{path}: AdaLoRA works on linear layers and Conv2d, not on {kind.peft_name}; exclude it", path=path
-            )
-        if int(getattr(module, "groups", 1)) > 1:
-            raise LayerKindError(f"{path}: AdaLoRA does not work on a convolution in groups; exclude it", path=path)
+    def parameter_shapes(cls, config: AdaLoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, (r, in * kernel), B, (out, r), and E, (r, 1)."""
+        check_linear_or_conv2d("AdaLoRA", path, module, kind)
         rank, (rows, *others) = config.rank_at(path), kind.weight_shape(module)
-        columns = 1
-        for size in others:
-            columns *= size
-        return {_A: (rank, columns), _B: (rows, rank), _E: (rank, 1)}
+        return {_A: (rank, math.prod(others)), _B: (rows, rank), _E: (rank, 1)}
 
     @classmethod
     def initial_tensors(cls, config: AdaLoraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        """Random A and B, and E zero or random, in the order of PEFT's draws; see ``Adapter``."""
+        """Random A and B, and E zero or random, in the order of PEFT's draws."""
         made = {name: site.new(site.shapes[name], normal_) for name in (_A, _E, _B)}
         skip(normal_, site.device, (1,))  # a number for the rank
         if config.init_lora_weights:
@@ -418,7 +408,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         return made
 
     def prepare(self, config: AdaLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
-        """Sets the rank as a parameter, and the allocator, a module of the first layer; see ``Adapter``."""
+        """Sets the rank as a parameter, and the allocator, a module of the first layer."""
         assert isinstance(site.shared, RankAllocator)
         flags = _places(config, site.path, self.rank) or [True] * self.rank
         self.bind({_RANK: tensors[_E].new_full((1,), float(config.init_r))}, path=site.path, flags_of_places=flags)
@@ -426,7 +416,6 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         site.shared.adapters[site.path] = self
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
-        """The dropout; see ``Adapter``."""
         return AdapterDropout(self) if name in self.peft.modules else None
 
     @property
@@ -434,10 +423,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         """The rank: rows of A."""
         return int(self.tensor(_E).shape[0])
 
-    @property
-    def delta_rank(self) -> int | None:
-        """The rank of the product."""
-        return self.rank
+    delta_rank = rank
 
     @property
     def orthogonal_rows(self) -> tuple[Tensor, Tensor]:
@@ -453,18 +439,17 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         return first.view(-1, base.in_features, *kernel), second.view(*second.shape, *[1] * len(kernel))
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``s B diag(E) A dropout(x)``; see ``Adapter``."""
+        """``s B diag(E) A dropout(x)``."""
         factors, dropout = (*self._factors(base), self.scaling), Dropout(self.dropout, self.training)
         return low_rank_of(base.kind).forward(base.module, x, factors, dropout)
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``s B diag(E) A``; see ``Adapter``."""
+        """``s B diag(E) A``."""
         return low_rank_of(base.kind).product(base.module, *self._factors(base)) * self.scaling
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """diag(E) A and B; see ``IsLowRank``."""
         return LowRankDelta(*self._factors(base), float(self.scaling))
 
     @torch.no_grad()
@@ -500,8 +485,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         """The factors with all their ranks, pruned ones included."""
         return {name: self.get_parameter(name) for name in (_A, _B, _E)}
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """The ranks that are left; see ``Adapter``."""
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, Shape]]) -> dict[str, Tensor]:
         tensors = super().saved_tensors(shapes)
         left = self._own(self.allocator.config.ranks_left(self.path) or self.flags_of_places)
         if all(left):
@@ -510,18 +494,15 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         return {_A: tensors[_A][kept], _B: tensors[_B][:, kept], _E: tensors[_E][kept]}
 
     def configure(self, config: AdaLoraConfig, path: str) -> None:
-        """Sets ranks and schedule from a config; see ``HotSwaps``."""
         self.bind(flags_of_places=_places(config, path, self.rank) or self.flags_of_places)
         self.allocator.bind(config=config)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records ranks and schedule; see ``HotSwaps``."""
         change.keep_attributes(self, "flags_of_places")
         change.keep_attributes(self.allocator, "config")
 
     @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The rank."""
+    def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         return shapes[_E][0]
 
     @classmethod

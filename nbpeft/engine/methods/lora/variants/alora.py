@@ -14,21 +14,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterWeights, FusesAdd, TaskType
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.combination import Combination, Member
 from nbpeft.engine.contract.method_records import CallInputs
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import add_delta
 from nbpeft.engine.methods.lora.combining.adapters import CombineLowRank
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, FILES, listing
-from nbpeft.engine.methods.lora.initialization.inits import check_linear
 from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.errors import AdapterError
 
@@ -93,22 +91,13 @@ def _of_rows(starts: Tensor, length: int, kwargs: Mapping[str, Any]) -> Tensor:
 class _CombineInvoked(CombineLowRank):
     """Combines adapters with the same invocation tokens."""
 
-    def __call__(
-        self,
-        layers: Mapping[str, Mapping[str, Member]],
-        configs: Sequence[Any],
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        settings: Mapping[str, Any],
-    ) -> Combination:
-        """See ``nbpeft.engine.contract.combination.Combine``."""
+    def check(self, configs: Sequence[Any], adapters: Sequence[str]) -> None:
         for name, config in zip(adapters, configs, strict=True):
             if config.alora_invocation_tokens != configs[0].alora_invocation_tokens:
                 raise AdapterError(
                     f"adapters with different alora_invocation_tokens cannot be combined: {adapters[0]!r} has "
                     f"{configs[0].alora_invocation_tokens}, {name!r} has {config.alora_invocation_tokens}"
                 )
-        return super().__call__(layers, configs, adapters, weights, settings)
 
 
 def _no_plain_lora(config: Any, adapters: Mapping[str, Any], weights: AdapterWeights) -> tuple[Any, AdapterWeights]:
@@ -130,17 +119,10 @@ def _no_plain_lora(config: Any, adapters: Mapping[str, Any], weights: AdapterWei
 class ALoRA(PlainLowRank, FusesAdd):
     """An aLoRA adapter on one layer."""
 
-    @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A and B, as of LoRA; see ``Adapter``."""
-        check_linear("alora_invocation_tokens", path, kind)
-        return super().parameter_shapes(config, path, module, kind)
+    linear_setting: ClassVar[str] = "alora_invocation_tokens"
 
     @classmethod
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
-        """Warns about tasks in which the adapter is never active."""
         yield from super().config_warnings(config, modules)
         if config.task_type != TaskType.CAUSAL_LM:
             yield (
@@ -149,17 +131,13 @@ class ALoRA(PlainLowRank, FusesAdd):
             )
 
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
         return "a weight: aLoRA does not support merging, it acts only on tokens from its invocation onward"
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """Computes ``s * B A dropout(x)`` for the tokens from the invocation onward, zeros before.
+        """``s * B A dropout(x)`` for the tokens from the invocation onward, zeros before.
 
-        Args:
-            x: (batch, tokens, …, in), or (batch, in) for one token of each row.
-            base_output: (batch, tokens, …, out).
-            base: the layer; its context is the result of ``_invoked``, or None if the adapter is not invoked.
-            fused: return ``base_output`` with the delta added, in its dtype.
+        An input of two dimensions is one token of each row. The context of ``base`` is the result of ``_invoked``, or
+        None if the adapter is not invoked.
 
         Raises:
             AdapterError: the first dimension of the input is not the batch.

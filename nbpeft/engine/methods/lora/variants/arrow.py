@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, IsLowRank
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -37,11 +38,9 @@ from nbpeft.engine.kernels.numerics import compute_dtype, stamp
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, FILES
-from nbpeft.engine.methods.lora.initialization.inits import check_linear
 from nbpeft.engine.methods.lora.variant_configs import ArrowConfig
-from nbpeft.errors import AdapterError, ConfigError, MergeError, few
+from nbpeft.errors import AdapterError, ConfigError, few
 
-_UNMERGEABLE = "a weight: Arrow routes each token through adapters of its own"
 Factors = tuple[Tensor, Tensor]
 
 
@@ -55,8 +54,7 @@ def prototype(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     dtype = torch.promote_types(lora_A.dtype, torch.float32)
     outer = torch.linalg.qr(lora_A.to(dtype).T)
     core = torch.linalg.qr(lora_B.to(dtype)).R @ outer.R.T
-    found: Tensor = outer.Q @ torch.linalg.svd(core).Vh[0]
-    return found
+    return outer.Q @ torch.linalg.svd(core).Vh[0]
 
 
 def _without_factors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,16 +95,12 @@ class Arrow(Adapter, HotSwaps):
     _kept: tuple[Any, Tensor, Factors | None] | None = None
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """None; see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
         check_linear("arrow_config", path, kind)
         return {}
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Creates the router if there are adapters to route to; see ``Adapter``."""
         made = super().create(config, site, tensors)
         try:
             made._products(site.base)
@@ -147,12 +141,7 @@ class Arrow(Adapter, HotSwaps):
         return self._kept[1:]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Computes ``Σ_i c_i s_i B_i A_i x``, plus the biases of ``B_i`` if there are any.
-
-        Args:
-            x: (…, in).
-            base_output: (…, out).
-            base: the layer, with its adapters.
+        """``Σ_i c_i s_i B_i A_i x``, plus the biases of ``B_i`` if there are any.
 
         Raises:
             AdapterError: it cannot route, because adapters were deleted or renamed.
@@ -187,24 +176,16 @@ class Arrow(Adapter, HotSwaps):
         shares = (best / self.settings.router_temperature).softmax(-1)
         return torch.zeros_like(scores, dtype=shares.dtype).scatter(-1, places, shares)
 
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Refuses; see ``unmergeable_reason``."""
-        raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
-
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
-        return _UNMERGEABLE
+        return "a weight: Arrow routes each token through adapters of its own"
 
     def swap_refusal(self) -> str:
-        """Why it cannot be hot-swapped."""
         return "routes over other adapters and has no tensors of its own"
 
     def configure(self, config: LoraConfig, path: str) -> None:
-        """Clears the cache; see ``HotSwaps``."""
         self.bind(_kept=None)
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records the cache; see ``HotSwaps``."""
         change.keep_attributes(self, "_kept")
 
     def __getstate__(self) -> dict[str, Any]:

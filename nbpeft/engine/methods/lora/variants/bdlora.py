@@ -9,16 +9,16 @@ among n devices can be served with such an adapter without additional communicat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
-from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_linear, init_whole_factors
+from nbpeft.engine.methods.lora.initialization.inits import Factors, init_whole_factors
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor, block_diagonal
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.errors import ConfigError, HotSwapError
@@ -56,23 +56,16 @@ class BDLoRA(LowRankProduct):
         blocks: how many blocks A and B have.
     """
 
+    linear_setting: ClassVar[str] = "use_bdlora"
+    from_config: ClassVar[Mapping[str, str]] = {**LowRankProduct.from_config, "blocks": "use_bdlora.blocks_at"}
+
     blocks: tuple[int, int]
 
-    def __init__(
-        self, tensors: Mapping[str, nn.Parameter], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
-    ) -> None:
-        super().__init__(tensors, kind, config, path, start)
-        self.bind(blocks=config.use_bdlora.blocks_at(path))
-
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """The blocks of A and those of B; see ``Adapter``."""
-        check_linear("use_bdlora", path, kind)
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """The blocks of A and those of B."""
         assert config.use_bdlora is not None
-        blocks = config.use_bdlora.blocks_at(path)
-        shapes = super().parameter_shapes(config, path, module, kind)
+        shapes, blocks = super().parameter_shapes(config, path, module, kind), config.use_bdlora.blocks_at(path)
         for (name, (rows, columns)), count in zip(shapes.items(), blocks, strict=True):
             if rows % count or columns % count:
                 raise ConfigError(
@@ -85,20 +78,18 @@ class BDLoRA(LowRankProduct):
         return shapes
 
     @classmethod
-    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded blocks or draws new ones, after full factors as in PEFT; see ``Adapter``."""
-        if tensors is None and config.use_bdlora is not None:
-            made = init_whole_factors(config, site)
-            fills = nn.init.kaiming_uniform_, None
-            for name, count, fill in zip(site.shapes, config.use_bdlora.blocks_at(site.path), fills, strict=True):
-                if count > 1:
-                    made[name] = site.new(site.shapes[name], fill)
-            tensors = made
-        return super().create(config, site, tensors)
+    def drawn_tensors(cls, config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
+        """The blocks, drawn after full factors as in PEFT."""
+        assert config.use_bdlora is not None
+        made = init_whole_factors(config, site)
+        fills = nn.init.kaiming_uniform_, None
+        for name, count, fill in zip(site.shapes, config.use_bdlora.blocks_at(site.path), fills, strict=True):
+            if count > 1:
+                made[name] = site.new(site.shapes[name], fill)
+        return made
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:
-        """A and B as full matrices, with zeros outside the blocks."""
         first, second = (
             block_diagonal(held, count) if count > 1 else held
             for held, count in zip(self.trained_factors, self.blocks, strict=True)
@@ -106,7 +97,6 @@ class BDLoRA(LowRankProduct):
         return first, second
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
-        """A factor or the dropout; see ``Adapter``."""
         blocks = dict(zip(self.factor_names, self.blocks, strict=True)).get(name, 1)
         return BlockDiagonalFactor(blocks) if blocks > 1 else super().peft_module(name, base)
 

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import stamp
 from nbpeft.engine.methods.lora.adapter import MAGNITUDE, LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
-from nbpeft.engine.methods.lora.initialization.inits import check_init, init_factors, start_of
-from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.methods.lora.initialization.inits import check_init
 
 _NOT_DROPPED = Dropout(0.0, False)
 _CANCELLATION = 1e-2
@@ -59,25 +58,20 @@ class DoRA(LowRankAdapter):
     _norm: tuple[Any, Tensor] | None = None
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, B and the magnitude, (out,) with the dimensions of the layer's output; see ``Adapter``."""
-        low_rank = low_rank_of(kind)
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, B and the magnitude, (out,) with the dimensions of the layer's output."""
         check_init(config, path, module, kind)
-        shapes = dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
+        shapes = super().parameter_shapes(config, path, module, kind)
         out_features = kind.features(module)[1]
         shapes[MAGNITUDE] = tuple(kind.per_channel(module, torch.empty(out_features, device="meta")).shape)
         return shapes
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones, with the magnitude set to the current norm; see ``Adapter``."""
-        start = start_of(config, site, is_new=tensors is None)
-        given = init_factors(config, site, start.factors) if tensors is None else tensors
-        parameters = {name: nn.Parameter(given[name]) for name in site.shapes}
-        adapter = cls(parameters, site.base.kind, config, site.path, start)
+        """Binds loaded tensors or makes new ones, with the magnitude set to the current norm."""
+        adapter = super().create(config, site, tensors)
         if tensors is None:
+            start = adapter._start
             if start.quantized is None:
                 norm = adapter.row_norm(site.base)
             else:
@@ -127,14 +121,12 @@ class DoRA(LowRankAdapter):
             if bool(lost.any()):
                 summed = rows[lost].to(dtype) + flat_B[lost] @ flat_A
                 total[lost] = summed.square().sum(1)
-        norm: Tensor = total.clamp_min(0).sqrt()
-        return norm
+        return total.clamp_min(0).sqrt()
 
     def _exact_norm(self, weight: Tensor, base: BaseLayer, dtype: torch.dtype) -> Tensor:
         lora_A, lora_B = (factor.detach().to(dtype) for factor in self.factors)
         summed = weight.to(dtype) + self.low_rank.normed_product(base.module, lora_A, lora_B) * self.scaling
-        norm: Tensor = summed.flatten(1).norm(dim=1)
-        return norm
+        return summed.flatten(1).norm(dim=1)
 
     def _square(self, rows: Tensor, base: BaseLayer, dtype: torch.dtype) -> Tensor:
         """``||W||²`` per row, (out,), cached as long as the weight is the same."""
@@ -146,13 +138,7 @@ class DoRA(LowRankAdapter):
         return self._weight_square[1]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Computes ``m / ||W + s B A|| * (W + s B A) x - W x``.
-
-        Args:
-            x: (…, in), or ids of an embedding.
-            base_output: (…, out), bias included.
-            base: the layer.
-        """
+        """``m / ||W + s B A|| * (W + s B A) x - W x``."""
         factors = (*self.factors, self.scaling)
         kind, module = base.kind, base.module
         magnitude = self.tensor(MAGNITUDE)

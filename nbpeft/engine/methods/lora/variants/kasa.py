@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.loss_terms import requested_loss
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -31,7 +31,7 @@ from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.training_hooks import LearnsWithHooks
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
-from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, init_factors, start_of
+from nbpeft.engine.methods.lora.initialization.inits import Factors, init_factors
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.errors import HotSwapError
 
@@ -84,39 +84,26 @@ class KaSA(LowRankProduct, LearnsWithHooks):
 
     weights: tuple[float, float]
 
-    def __init__(
-        self, tensors: Mapping[str, nn.Parameter], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
-    ) -> None:
-        super().__init__(tensors, kind, config, path, start)
+    def prepare(self, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         self.bind(weights=(config.kasa_config.beta, config.kasa_config.gamma))
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, B, the bias of B (out,) with ``lora_bias``, and the diagonal, (r,); see ``Adapter``."""
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, B, the bias of B (out,) with ``lora_bias``, and the diagonal, (r,)."""
         return super().parameter_shapes(config, path, module, kind) | {DIAGONAL: (config.rank_at(path),)}
 
     @classmethod
-    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
-        start = start_of(config, site, is_new=tensors is None)
-        if tensors is None:
-            made = init_factors(config, site, None)
-            made[DIAGONAL] = site.new(site.shapes[DIAGONAL], normal_)
-            tensors = made
-        parameters = {name: nn.Parameter(tensors[name]) for name in site.shapes}
-        return cls(parameters, site.base.kind, config, site.path, start)
+    def drawn_tensors(cls, config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
+        """Random factors, not those of the component that is subtracted."""
+        return init_factors(config, site, None) | {DIAGONAL: site.new(site.shapes[DIAGONAL], normal_)}
 
     @property
     def diagonal(self) -> Tensor:
         """E, (r,)."""
-        held: Tensor = self.tensor(DIAGONAL)
-        return held
+        return self.tensor(DIAGONAL)
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:
-        """diag(E) A and B."""
         lora_A, lora_B = self.trained_factors
         return lora_A * self.diagonal[:, None], lora_B
 
@@ -125,11 +112,9 @@ class KaSA(LowRankProduct, LearnsWithHooks):
         beta, gamma = self.weights
         lora_A, lora_B = (factor.float() for factor in self.trained_factors)
         distances = [torch.linalg.vector_norm(rows @ rows.T - _identity(rows)) for rows in (lora_A, lora_B.T)]
-        total: Tensor = beta * self.diagonal.float().square().sum() + gamma * (distances[0] + distances[1])
-        return total
+        return beta * self.diagonal.float().square().sum() + gamma * (distances[0] + distances[1])
 
     def extra_loss(self) -> Tensor | None:
-        """The same; None if both weights are zero. See ``LearnsWithHooks``."""
         return self.penalty() if any(self.weights) else None
 
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.loss_terms import requested_loss
 from nbpeft.engine.contract.method_records import SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -37,7 +37,7 @@ from nbpeft.engine.kernels.numerics import composes, without_autocast
 from nbpeft.engine.methods.lora.autograd import draw_seed
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, FILES, listing
-from nbpeft.engine.methods.lora.initialization.inits import check_linear
+from nbpeft.engine.methods.lora.initialization.inits import Factors
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig
 
@@ -88,7 +88,7 @@ def _weighted_normals(weights: Tensor, seed: int, shape: tuple[int, ...]) -> Ten
     if composes():
         samples = torch.randn(len(weights), *shape, device=weights.device)
         return (samples * weights.view(-1, 1, 1)).sum(0)
-    return _WeightedNormals.apply(weights, seed, shape)  # type: ignore[no-any-return, no-untyped-call]
+    return _WeightedNormals.apply(weights, seed, shape)  # type: ignore[no-untyped-call]
 
 
 def dirichlet_divergence(concentration: Tensor, prior: float) -> Tensor:
@@ -128,7 +128,7 @@ class Divergence(Together, LearnsWithHooks):
     """The loss term of all layers."""
 
     def extra_loss(self) -> Tensor | None:
-        """The mean of the loss terms of the layers called in training, a scalar; see ``LearnsWithHooks``."""
+        """The mean of the loss terms of the layers called in training, a scalar."""
         losses = [loss for adapter in self.adapters.values() if (loss := adapter.variational_loss()) is not None]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
 
@@ -188,34 +188,31 @@ class MonteCLoRA(LowRankProduct):
         LowRankProduct.peft, grouped=_KEYS, model_functions={"_get_monteclora_loss": monteclora_loss}
     )
 
+    linear_setting: ClassVar[str] = "monteclora_config"
+    from_config: ClassVar[Mapping[str, str]] = {**LowRankProduct.from_config, "settings": "monteclora_config"}
+
     settings: MontecloraConfig
     drawn: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A and B, the logarithms of standard deviations (r,) and of concentrations (num_samples,); see ``Adapter``."""
-        check_linear("monteclora_config", path, kind)
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A and B, the logarithms of standard deviations (r,) and of concentrations (num_samples,)."""
         assert config.monteclora_config is not None
         shapes = super().parameter_shapes(config, path, module, kind)
         return {**shapes, STD: (config.rank_at(path),), PRIOR: (config.monteclora_config.num_samples,)}
 
     @classmethod
-    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded tensors or makes new ones; see ``Adapter``."""
-        made = super().create(config, site, tensors)
-        if tensors is None:
-            for name in (STD, PRIOR):
-                made.get_parameter(name).detach().copy_(site.new(site.shapes[name], Tensor.uniform_))
+    def drawn_tensors(cls, config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
+        made = super().drawn_tensors(config, site, initial)
+        return made | {name: site.new(site.shapes[name], Tensor.uniform_) for name in (STD, PRIOR)}
+
+    def prepare(self, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         assert isinstance(site.shared, Divergence)
-        site.shared.adapters[site.path] = made
-        made.bind(settings=config.monteclora_config, drawn=None)
-        return made
+        site.shared.adapters[site.path] = self
+        self.bind(drawn=None)
 
     @property
     def active_factors(self) -> tuple[Tensor, Tensor]:
-        """A, with N added in training, and B."""
         lora_A, lora_B = self.trained_factors
         return (lora_A + self._perturbation(lora_A) if self.training else lora_A), lora_B
 
@@ -258,7 +255,6 @@ class MonteCLoRA(LowRankProduct):
         return loss + weights.square().sum() if settings.use_entropy else loss
 
     def swap_refusal(self) -> str:
-        """Why it cannot be hot-swapped."""
         return super().swap_refusal() or "stores the spread of its factors, too"
 
     def reset_(self, base: BaseLayer) -> None:

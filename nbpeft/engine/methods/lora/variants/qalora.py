@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -26,8 +26,8 @@ from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
-from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Start, check_linear, init_whole_factors
-from nbpeft.engine.methods.lora.low_rank import Shapes
+from nbpeft.engine.methods.lora.initialization.inits import Factors, init_whole_factors
+from nbpeft.engine.methods.lora.low_rank import FactorShapes
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.errors import ConfigError
 
@@ -53,6 +53,8 @@ class QALoRA(LowRankProduct):
         group_size: number of inputs in a group.
     """
 
+    linear_setting: ClassVar[str] = "use_qalora"
+    from_config: ClassVar[Mapping[str, str]] = {**LowRankProduct.from_config, "group_size": "qalora_group_size"}
     observable: ClassVar[bool] = False
     peft: ClassVar[PeftNames] = replace(
         LowRankAdapter.peft, attributes={**LowRankAdapter.peft.attributes, "qalora_group_size": "group_size"}
@@ -60,18 +62,10 @@ class QALoRA(LowRankProduct):
 
     group_size: int
 
-    def __init__(
-        self, tensors: Mapping[str, nn.Parameter], kind: LayerKind, config: Any, path: str, start: Start = RANDOM
-    ) -> None:
-        super().__init__(tensors, kind, config, path, start)
-        self.bind(group_size=config.qalora_group_size)
-
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A, (r, in / g), and B; see ``Adapter``."""
-        check_linear("use_qalora", path, kind)
+    def parameter_shapes(cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """A, (r, in / g), and B."""
+        shapes = super().parameter_shapes(config, path, module, kind)
         in_features, size = kind.features(module)[0], config.qalora_group_size
         if in_features % size:
             raise ConfigError(
@@ -80,21 +74,18 @@ class QALoRA(LowRankProduct):
                 field="qalora_group_size",
                 path=path,
             )
-        (name_A, (rank, _)), *others = super().parameter_shapes(config, path, module, kind).items()
+        (name_A, (rank, _)), *others = shapes.items()
         return {name_A: (rank, in_features // size), **dict(others)}
 
-    def shapes_at(self, size: int, base: BaseLayer) -> Shapes:
-        """Shapes of A and B for a rank."""
+    def shapes_at(self, size: int, base: BaseLayer) -> FactorShapes:
         (rank, in_features), shape_B = super().shapes_at(size, base)
         return (rank, in_features // self.group_size), shape_B
 
     @classmethod
-    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or draws new ones, A after one of LoRA's shape as in PEFT; see ``Adapter``."""
-        if tensors is None:
-            name_A = next(iter(site.shapes))
-            tensors = {**init_whole_factors(config, site), name_A: site.new(site.shapes[name_A], linear_)}
-        return super().create(config, site, tensors)
+    def drawn_tensors(cls, config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
+        """The factors, with A drawn after one of LoRA's shape as in PEFT."""
+        name_A = next(iter(site.shapes))
+        return {**init_whole_factors(config, site), name_A: site.new(site.shapes[name_A], linear_)}
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:
@@ -103,14 +94,7 @@ class QALoRA(LowRankProduct):
         return lora_A.repeat_interleave(self.group_size, 1) * (lora_A.shape[1] / self.group_size), lora_B
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """Computes ``s * B A p(dropout(x))``.
-
-        Args:
-            x: (…, in).
-            base_output: (…, out).
-            base: the layer.
-            fused: return ``base_output`` with the delta added, in its dtype.
-        """
+        """``s * B A p(dropout(x))``, p the means of the groups."""
         lora_A, lora_B = self.trained_factors
         x = seeded_dropout(x.to(compute_dtype(x, lora_A)), Dropout(self.dropout, self.training))
         means = x.reshape(*x.shape[:-1], -1, self.group_size).mean(-1)

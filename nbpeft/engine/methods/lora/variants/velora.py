@@ -15,21 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import add_delta, compute_dtype
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
-from nbpeft.engine.methods.lora.initialization.inits import check_linear
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.variant_configs import VeloraConfig
 
@@ -76,6 +75,9 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         settings: the ``VeloraConfig``.
     """
 
+    linear_setting: ClassVar[str] = "velora_config"
+    from_config: ClassVar[Mapping[str, str]] = {**LowRankProduct.from_config, "settings": "velora_config"}
+
     settings: VeloraConfig
     is_found: ClassVar[bool] = False
     peft: ClassVar[PeftNames] = replace(
@@ -83,38 +85,22 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
     )
 
     @classmethod
-    def parameter_shapes(
-        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """A and B, as of LoRA; see ``Adapter``."""
-        check_linear("velora_config", path, kind)
-        return super().parameter_shapes(config, path, module, kind)
-
-    @classmethod
     def fixed_tensors(
-        cls, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, kind: LayerKind
+        cls, config: LoraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The direction; see ``Adapter``."""
         assert config.velora_config is not None
         return {DIRECTION: ((-(-shapes["lora_A"][1] // config.velora_config.num_groups),), torch.float32)}
 
-    @classmethod
-    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded factors or makes new ones; see ``Adapter``."""
-        given = dict(tensors or {})
-        direction = given.pop(DIRECTION, None)
-        made = super().create(config, site, None if tensors is None else given)
-        settings = config.velora_config
-        assert settings is not None
+    def prepare(self, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
+        """The direction, which may be loaded; until it is found it is zero."""
+        is_random, direction = self.settings.init_type == "random", tensors.get(DIRECTION)
         if direction is None:
-            (shape, dtype) = cls.fixed_tensors(config, site.shapes, site.base.module, site.base.kind)[DIRECTION]
-            make: Callable[..., Tensor] = torch.randn if settings.init_type == "random" else torch.zeros
+            (shape, dtype) = self.fixed_tensors(config, site.shapes, site.base.module, site.base.kind)[DIRECTION]
+            make: Callable[..., Tensor] = torch.randn if is_random else torch.zeros
             direction = make(shape, device=site.base.device, dtype=dtype)
-            direction = normalised(direction) if settings.init_type == "random" else direction
-        made.register_buffer(DIRECTION, direction)
-        found = settings.init_type == "random" or (not direction.is_meta and bool(direction.any()))
-        made.bind(settings=settings, is_found=found)
-        return made
+            direction = normalised(direction) if is_random else direction
+        self.register_buffer(DIRECTION, direction)
+        self.bind(is_found=is_random or (not direction.is_meta and bool(direction.any())))
 
     @torch.no_grad()
     def _direction(self, x: Tensor) -> Tensor:
@@ -128,7 +114,7 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         return direction.to(x.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
-        """Computes the same as ``LoRA.forward``, but saves less of ``x`` in training; see there."""
+        """Computes the same as ``LoRA.forward``, but saves less of ``x`` in training."""
         if not (self.training and torch.is_grad_enabled()) or self.observed is not None:
             return super().forward(x, base_output, base, fused)
         lora_A, lora_B = self.trained_factors
@@ -150,12 +136,5 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         learned = F.linear(projections, pieces(lora_A, count) @ direction * self.settings.scale)
         return F.linear(x, lora_A.detach()) + (learned - learned.detach())
 
-    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-        """The factors and the direction; see ``Adapter``."""
-        direction = self._buffers[DIRECTION]
-        assert direction is not None
-        return super().saved_tensors(shapes) | {DIRECTION: direction}
-
     def swap_refusal(self) -> str:
-        """Why it cannot be hot-swapped."""
         return super().swap_refusal() or "stores a direction of its inputs in addition to its factors"

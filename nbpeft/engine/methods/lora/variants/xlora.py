@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nbpeft.engine.calls.first_pass import NeedsFirstPass
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HasInnerAdapters, HotSwaps, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, LayerKind
+from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -36,10 +36,9 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.lora import LoRA
 from nbpeft.engine.methods.lora.variants.xlora_classifier import XLoraClassifier
 from nbpeft.engine.methods.lora.variants.xlora_config import XLoraConfig, with_parts
-from nbpeft.errors import AdapterError, ConfigError, MergeError, shown
+from nbpeft.errors import AdapterError, ConfigError, shown
 
 CLASSIFIER = "internal_xlora_classifier"
-_UNMERGEABLE = "a weight: X-LoRA weights its adapters for each token"
 _IN_PEFT = re.compile(r"base_model\.lora_model\.model\.(.+)\.(lora_(?:embedding_)?[AB])\.(\d+)(\.weight|\.bias)?")
 """Name of an adapter's tensor in a file, as in PEFT's model."""
 _HERE = re.compile(r"base_model\.model\.(.+)\.(\d+)\.(lora_(?:embedding_)?[AB])(_bias)?")
@@ -71,8 +70,7 @@ class XLoraState(SharedState, NeedsFirstPass):
         return self._modules[CLASSIFIER]
 
     @classmethod
-    def tensor_shapes(cls, config: XLoraConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """Those of the classifier; see ``SharedState``."""
+    def tensor_shapes(cls, config: XLoraConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
         with torch.device("meta"):
             made = XLoraClassifier(config, len(config.experts), len(features))
         return {f"{CLASSIFIER}.{name}": tuple(one.shape) for name, one in made.named_parameters()}
@@ -94,7 +92,7 @@ class XLoraState(SharedState, NeedsFirstPass):
         return cls(config, classifier, is_new=tensors is None)
 
     def place(self, layers: Mapping[str, BaseLayer]) -> None:
-        """Reads the adapters, and repeats PEFT's draws; see ``SharedState``."""
+        """Reads the adapters, and repeats PEFT's draws."""
         self.numbers.update({path: number for number, path in enumerate(layers)})
         self.classifier.n_layers = len(layers)
         dtype = self.classifier.layers[-1].weight.dtype
@@ -119,10 +117,9 @@ class XLoraState(SharedState, NeedsFirstPass):
         return float(self.config.scaling_pass_value * self.config.global_scaling_weight)
 
     def context(self, hidden: Tensor) -> Tensor:
-        """The weights of the adapters, (rows, length, layers, adapters); see ``NeedsFirstPass``."""
+        """The weights of the adapters, (rows, length, layers, adapters)."""
         classifier = self.classifier
-        chosen: Tensor = classifier.chosen(classifier(hidden)) * self.config.global_scaling_weight
-        return chosen
+        return classifier.chosen(classifier(hidden)) * self.config.global_scaling_weight
 
 
 @torch.no_grad()
@@ -215,7 +212,7 @@ def _number(name: str, value: Any) -> Any:
 
 def get_latest_scalings(manager: Any) -> Tensor | None:
     """Returns the last predicted weights, (rows, length, layers, adapters); None if there are none."""
-    return _state(manager).classifier.latest  # type: ignore[no-any-return]
+    return _state(manager).classifier.latest
 
 
 def get_scalings_log(manager: Any) -> list[Tensor]:
@@ -225,7 +222,7 @@ def get_scalings_log(manager: Any) -> list[Tensor]:
 
 def get_bucketed_scalings_log(manager: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
     """Returns the logged weights by input length: length -> indices in the log, and the weights."""
-    return _state(manager).classifier.bucketed()  # type: ignore[no-any-return]
+    return _state(manager).classifier.bucketed()
 
 
 def enable_scalings_logging(manager: Any) -> None:
@@ -292,10 +289,8 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
     number: int
 
     @classmethod
-    def parameter_shapes(
-        cls, config: XLoraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """Those of the adapters, if they are trained; see ``Adapter``."""
+    def parameter_shapes(cls, config: XLoraConfig, path: str, module: nn.Module, kind: LayerKind) -> Shapes:
+        """Those of the adapters, if they are trained."""
         if not config.use_trainable_adapters:
             return {}
         return {
@@ -306,7 +301,7 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
 
     @classmethod
     def create(cls, config: XLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Creates it from the adapters that were read, with saved tensors if there are any; see ``Adapter``."""
+        """Creates it from the adapters that were read, with saved tensors if there are any."""
         assert isinstance(site.shared, XLoraState)
         made = cls(site.shared, site.path)
         for name, tensor in (tensors or {}).items():
@@ -325,24 +320,19 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
 
     @property
     def inner_adapters(self) -> Mapping[str, Adapter]:
-        """The adapters by index; see ``HasInnerAdapters``."""
         return {name: module for name, module in self._modules.items() if isinstance(module, Adapter)}
 
     def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
-        """Those of the adapters, if they are trained; see ``Adapter``."""
         if self.frozen_parameters:
             return {}
         adapters = self.inner_adapters.items()
         return {f"{number}.{name}": value for number, adapter in adapters for name, value in adapter.named_parameters()}
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The sum of the adapters' deltas, weighted for each token; see ``Adapter``.
+        """The sum of the adapters' deltas, weighted for each token.
 
-        Args:
-            x: (rows, length, in), or (rows, length) ids.
-            base_output: (rows, length, out).
-            base: the layer; its context is the weights of the call (rows, length, layers, adapters), one number for
-                all, or None if the layer is called outside of the model: then each adapter has the weight 1.
+        The context of ``base`` is the weights of the call, (rows, length, layers, adapters), one number for all, or
+        None if the layer is called outside of the model: then each adapter has the weight 1.
 
         Raises:
             AdapterError: the tokens of the input are not those of the call.
@@ -374,25 +364,17 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
             f"{tuple(output.shape)}: use adapters without that layer"
         )
 
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Refuses; see ``unmergeable_reason``."""
-        raise MergeError(f"what the adapter adds is not {_UNMERGEABLE}")
-
     def unmergeable_reason(self, base: BaseLayer) -> str:
-        """Why it cannot be merged; see ``Adapter``."""
-        return _UNMERGEABLE
+        return "a weight: X-LoRA weights its adapters for each token"
 
     def swap_refusal(self) -> str:
-        """Why it cannot be hot-swapped."""
         return "consists of several adapters; load the other one under another name and switch with set_adapter()"
 
     def configure(self, config: XLoraConfig, path: str) -> None:
-        """Sets the settings from a config."""
         self.state.bind(config=config)
         self.state.classifier.config = config
 
     def keep_settings(self, change: Transaction) -> None:
-        """Records the settings."""
         change.keep_attributes(self.state, "config")
         change.keep_attributes(self.state.classifier, "config")
 
@@ -425,7 +407,7 @@ def _weighed(expert: Any, x: Tensor, base_output: Tensor, base: BaseLayer, weigh
     if isinstance(scaling, Tensor):
         scaling = scaling.to(dtype)
     if not low_rank.has_steps:
-        return low_rank.forward(base.module, x, (lora_A, lora_B, scaling), None)  # type: ignore[no-any-return]
+        return low_rank.forward(base.module, x, (lora_A, lora_B, scaling), None)
     dropped = F.dropout(x.to(lora_A.device, dtype), expert.dropout, expert.training)
     hidden = low_rank.down(base.module, dropped, lora_A.to(dtype)) * scaling
     added: Tensor = low_rank.up(base.module, hidden, lora_B.to(dtype), None)

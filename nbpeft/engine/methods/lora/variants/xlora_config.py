@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
-from nbpeft.engine.config.config_checks import check_count, check_number, check_share
-from nbpeft.engine.config.layers_config import check_filled
+from nbpeft.engine.config.config_checks import check_count, check_declared
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, ReadsTensors, store_of
+from nbpeft.engine.contract.base import Shape
 from nbpeft.engine.contract.registry import layer_kind_named
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.lora import LoRA
@@ -30,9 +30,7 @@ class Expert:
         shapes: path of each adapted layer -> parameter -> shape.
     """
 
-    def __init__(
-        self, name: str, source: str, config: LoraConfig, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
-    ) -> None:
+    def __init__(self, name: str, source: str, config: LoraConfig, shapes: Mapping[str, Mapping[str, Shape]]) -> None:
         self.name, self.source, self.config, self.shapes = name, source, config, shapes
         self.reads: ReadsTensors | None = None
 
@@ -89,6 +87,9 @@ class XLoraConfig(AdapterConfig):
     scaling_pass_value: float = field(default=0.0)
     global_scaling_weight: float = field(default=1.0)
 
+    counts: ClassVar[tuple[str, ...]] = ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora")
+    shares: ClassVar[tuple[str, ...]] = ("xlora_dropout_p",)
+    positive: ClassVar[tuple[str, ...]] = ("softmax_temperature",)
     value_fields: ClassVar[tuple[str, ...]] = (
         *("enable_softmax", "enable_softmax_topk", "xlora_dropout_p", "softmax_temperature", "top_k_lora"),
         *("scaling_pass_value", "global_scaling_weight"),
@@ -106,17 +107,7 @@ class XLoraConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = PeftType("XLORA")
         self.adapters = {} if self.adapters is None else self.adapters
-        check_filled(self)
-        for name in ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        check_share("xlora_dropout_p", self.xlora_dropout_p)
-        for name in ("softmax_temperature", "scaling_pass_value", "global_scaling_weight"):
-            check_number(name, getattr(self, name))
-        if self.softmax_temperature <= 0:
-            raise ConfigError(
-                f"softmax_temperature must be positive, not {self.softmax_temperature:g}", field="softmax_temperature"
-            )
+        check_declared(self)
         if self.enable_softmax_topk and self.enable_softmax:
             warnings.warn(
                 "`enable_softmax_topk` and `enable_softmax` are both enabled: the weights go through two softmaxes, "
@@ -127,7 +118,7 @@ class XLoraConfig(AdapterConfig):
             warnings.warn("`enable_softmax_topk` is enabled and `top_k_lora` is not set: it takes all", stacklevel=3)
 
     def on_model(self, model: nn.Module, planned: Callable[[AdapterConfig], Any]) -> Self:
-        """Reads which layers the adapters are on; see ``AdapterConfig``."""
+        """Reads which layers the adapters are on."""
         if has_encoder(model):
             raise ConfigError(
                 f"X-LoRA weighs the tokens of one sequence, and {type(model).__name__} has an encoder and a decoder"

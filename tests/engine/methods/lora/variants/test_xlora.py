@@ -433,7 +433,7 @@ def test_the_first_pass_gives_each_adapter_the_weight_that_was_set(adapters: dic
     [
         ({"xlora_depth": 0}, "xlora_depth must be a positive whole number"),
         ({"xlora_dropout_p": 1.5}, "xlora_dropout_p must be between 0 and 1"),
-        ({"softmax_temperature": 0.0}, "softmax_temperature must be positive"),
+        ({"softmax_temperature": 0.0}, "softmax_temperature must be above 0"),
         ({"top_k_lora": 0}, "top_k_lora must be a positive whole number"),
         ({"adapters": ["a"]}, "adapters must be"),
         ({"hidden_size": "large"}, "hidden_size must be a whole number"),

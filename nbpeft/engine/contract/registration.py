@@ -1,0 +1,100 @@
+"""Checks what the author of a method passes to ``register``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.errors import ConfigError, did_you_mean, shown
+
+
+def check_values(label: str, given: Mapping[str, Any], records: Mapping[str, type[Any]]) -> None:
+    """Checks the types of the optional arguments of ``register``.
+
+    Args:
+        label: label of the method.
+        given: the arguments.
+        records: argument -> class of its value, for those that take a record.
+
+    Raises:
+        ConfigError: the type of a value is wrong.
+    """
+    for name, record in records.items():
+        if not isinstance(given.get(name, record()), record):
+            message = f"{label}: {name} must be a {record.__name__}, not {shown(given[name])}"
+            raise ConfigError(message, field=name)
+    for name, takes in (("default_targets", "model type"), ("applies", "config")):
+        if not callable(given.get(name, callable)):
+            raise ConfigError(
+                f"{label}: {name} must be a function of the {takes}, not {shown(given[name])}", field=name
+            )
+    samples = given.get("sample_configs", {})
+    if not isinstance(samples, Mapping) or not all(isinstance(fields, Mapping) for fields in samples.values()):
+        message = f"{label}: sample_configs must map names to the fields of a config, not {shown(samples)}"
+        raise ConfigError(message, field="sample_configs")
+
+
+def check_peft_type(label: str, peft_type: object, config_class: type[Any], taken: Mapping[str, type[Any]]) -> None:
+    """Checks the name that a method has in files and for ``--method``.
+
+    Args:
+        label: label of the method.
+        peft_type: the name.
+        config_class: class of its configs.
+        taken: name -> config class of the registered methods.
+
+    Raises:
+        ConfigError: it is no upper-case name, or the configs of another method have it.
+    """
+    if not isinstance(peft_type, str) or not peft_type.isidentifier() or not peft_type.isupper():
+        raise ConfigError(
+            f"{label}: peft_type must be a name in upper case, such as 'MY_METHOD', not {shown(peft_type)}",
+            field="peft_type",
+        )
+    other = taken.get(peft_type, config_class)
+    related = issubclass(config_class, other) or issubclass(other, config_class)
+    if not related and other.__qualname__ != config_class.__qualname__:
+        raise ConfigError(
+            f"{label}: peft_type {peft_type!r} is that of {other.__name__} in {other.__module__}: files could not be "
+            "told apart; choose another",
+            field="peft_type",
+        )
+
+
+def check_config_class(label: str, config_class: type[Any], samples: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks the fields that a config declares.
+
+    Args:
+        label: label of the method.
+        config_class: class of its configs.
+        samples: name -> fields of a config.
+
+    Raises:
+        ConfigError: the class is no dataclass, a field has the name of a member of all configs, or a sample has a
+            field that does not exist.
+    """
+    own = [name for name, kind in vars(config_class).get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
+    if own and "__dataclass_fields__" not in vars(config_class):
+        raise ConfigError(
+            f"{label}: {config_class.__name__} has fields ({', '.join(own)}) but is no dataclass: write @dataclass "
+            "above it"
+        )
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    common = {field.name for field in dataclasses.fields(AdapterConfig)}
+    for name in fields:
+        if name not in common and hasattr(AdapterConfig, name):
+            raise ConfigError(
+                f"{label}: {config_class.__name__} cannot have a field {name!r}, because all configs have a member of "
+                "that name; choose another",
+                field=name,
+            )
+    for sample, values in samples.items():
+        unknown = next((name for name in values if name not in fields), None)
+        if unknown is not None:
+            hint = did_you_mean(unknown, fields)
+            raise ConfigError(
+                f"{label}: sample_configs[{sample!r}]: {config_class.__name__} has no field {unknown!r}.{hint}",
+                field="sample_configs",
+            )
