@@ -16,7 +16,7 @@ from nbpeft.display.numbers import plural
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError, check_bool, few
 from nbpeft.model.from_data.observing import progress as progress_bar
-from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit
+from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit, only_the_start_counts
 from nbpeft.scoring.folders import folder_columns, groups_of, loaded
 from nbpeft.scoring.items import MetricFacts, ScoreItem
 from nbpeft.scoring.likelihoods import Outputs, classes, token_losses
@@ -482,11 +482,22 @@ class Scoring:
 
     def _problems(self) -> list[str]:
         """What a person should know of the answers, one line for each problem."""
-        cut = {column.title: sum(column.title in titles for titles in self._cut) for column in self.columns}
+        titles = [title for place in range(len(self._cut)) for title in self._cut_early(place)]
+        cut = {column.title: titles.count(column.title) for column in self.columns}
         if any(cut.values()):
             each = ", ".join(f"{title} {count}" for title, count in cut.items() if count)
             return [f"answers cut at {plural(self._limit, 'token')} (max_new_tokens): {each}", *self.failures()]
         return self.failures()
+
+    def _cut_early(self, place: int) -> list[str]:
+        """The columns whose answer to a row might have become right, or was cut at a limit that was given."""
+        reference = self.read.rows[place].reference.strip()
+        all_count = self.settings.max_new_tokens is not None or not only_the_start_counts(self.metrics)
+        return [
+            title
+            for title in self._cut[place]
+            if all_count or reference.startswith(self._answers[place].get(title, "").strip())
+        ]
 
     def failures(self) -> list[str]:
         """Which outputs are not numbers, and which answers are not counted because the metric failed."""

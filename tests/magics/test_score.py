@@ -78,7 +78,7 @@ def test_the_loss_on_a_general_text_needs_no_rows(ready: Notebook) -> None:
     shown = str(ready.do("%lora inspect sql"))
     assert "Loss on general text: %lora score sql --general" in shown
     result = ready.do("%lora score sql --general --max-length 24")
-    assert (result.columns, result.metric, len(result.items)) == (("base", "sql"), "loss", 23)
+    assert (result.columns, result.metric, len(result.items)) == (("base", "sql"), "loss", 38)
 
 
 def test_names_metrics_and_data_are_completed(ready: Notebook) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -490,3 +491,26 @@ def test_what_fails_on_one_model_forgets_no_config_of_another() -> None:
     third = get_peft_model(llama(num_hidden_layers=3), config)
     assert second.peft_config["default"] is config is not third.peft_config["default"]
     assert len(third.targeted_module_names) == 3 * len(second.targeted_module_names) // 2
+
+
+@pytest.mark.parametrize("library", [peft, nbpeft])
+def test_an_injected_adapter_has_the_dtype_of_its_model(library: Any) -> None:
+    def dtypes(put: Callable[[nn.Module, Any], nn.Module]) -> set[torch.dtype]:
+        model = put(llama().bfloat16(), library.LoraConfig(target_modules=["q_proj"]))
+        return {parameter.dtype for name, parameter in model.named_parameters() if "lora_" in name}
+
+    assert dtypes(lambda model, config: library.inject_adapter_in_model(config, model)) == {torch.bfloat16}
+    assert dtypes(lambda model, config: library.LoraModel(model, config, "default")) == {torch.bfloat16}
+    assert dtypes(library.get_peft_model) == {torch.float32}
+
+
+@pytest.mark.parametrize("library", [peft, nbpeft])
+def test_an_adapter_that_layers_have_active_is_deleted_from_the_model(library: Any) -> None:
+    model = llama()
+    for name in ("one", "two"):
+        library.inject_adapter_in_model(library.LoraConfig(target_modules=["q_proj"]), model, name)
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    for layer in layers:  # as transformers' set_adapter
+        layer.set_adapter(["one", "two"])
+    importlib.import_module(f"{library.__name__}.functional").delete_adapter(model, "one", "lora_")
+    assert [layer.active_adapters for layer in layers] == [["two"]] * len(layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -109,24 +109,26 @@ def judge(mutant: Mutant, reached: Reached | None, given: Sequence[str] | None, 
     """Runs the tests of a mutant, the likeliest first."""
     from tests.mutation.killing import run
 
-    if reached is None:
-        assert given is not None
-        batches, reaching = [list(given)], len(given)
-    else:
-        found = reached.tests(mutant)
-        reaching, within = len(found), []
-        for test in found:
-            seconds_so_far = sum(map(reached.seconds.__getitem__, within))
-            if seconds_so_far + reached.seconds[test] <= seconds:
-                within.append(test)
-        batches = [batch for batch in (within[:FIRST], within[FIRST:]) if batch]
+    found = list(given or ()) if reached is None else reached.tests(mutant)
+    chosen = found if reached is None else within(seconds, found, reached.seconds)
+    batches = [batch for batch in (chosen[:FIRST], chosen[FIRST:]) if batch]
     if not batches:
         return Verdict(mutant, "not reached")
     for batch in batches:
         outcome = run(batch, mutant, 3 * seconds + 30)
         if outcome.ended != "passed":
-            return Verdict(mutant, "killed", outcome.killer or "the time was up", sum(map(len, batches)), reaching)
-    return Verdict(mutant, "survived", "", sum(map(len, batches)), reaching)
+            return Verdict(mutant, "killed", outcome.killer or "the time was up", len(chosen), len(found))
+    return Verdict(mutant, "survived", "", len(chosen), len(found))
+
+
+def within(seconds: float, tests: Sequence[str], took: Mapping[str, float]) -> list[str]:
+    """As many of some tests as take so long together, in their order."""
+    chosen: list[str] = []
+    for test in tests:
+        if took[test] <= seconds:
+            chosen.append(test)
+            seconds -= took[test]
+    return chosen
 
 
 def killers_that_fail_alone(verdicts: Sequence[Verdict]) -> list[str]:
@@ -141,7 +143,7 @@ def killers_that_fail_alone(verdicts: Sequence[Verdict]) -> list[str]:
 
 def table(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """The figures of each room and of all, in Markdown."""
-    rooms = {folder.removeprefix("nbpeft/"): [] for folder in SCOPE} | {"all": list(verdicts)}
+    rooms: dict[str, list[Verdict]] = {folder.removeprefix("nbpeft/"): [] for folder in SCOPE} | {"all": [*verdicts]}
     for verdict in verdicts:
         folder = next(each for each in SCOPE if verdict.mutant.path.startswith(f"{each}/"))
         rooms[folder.removeprefix("nbpeft/")].append(verdict)

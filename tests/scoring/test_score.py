@@ -361,7 +361,7 @@ def test_cut_answers_are_counted() -> None:
 
 def test_answers_that_can_no_longer_become_right_are_cut_without_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nbpeft.scoring.answers._MARGIN", 0)
-    rows = [{"prompt": "abc", "completion": "zz"}]
+    rows = [{"prompt": "0 is", "completion": "zz"}]
     for options, noted in (({}, False), ({"max_new_tokens": 2}, True), ({"metric": ["exact", "contains"]}, True)):
         result = scored(adapted(), rows, adapters="sql", base=False, **options)
         assert result.items[0].cut == {"sql"} and "zz" not in result.items[0].answers["sql"]

@@ -259,18 +259,26 @@ def add_shared(adapters: Mapping[str, nn.Module], found: dict[str, Any], prefix:
 
 
 @torch.no_grad()
-def take_shared(adapters: Mapping[str, nn.Module], state_dict: dict[str, Any], prefix: str) -> None:
+def take_shared(
+    adapters: Mapping[str, nn.Module], state_dict: dict[str, Any], prefix: str, missing: list[str], errors: list[str]
+) -> None:
     """Loads what ``add_shared`` added, and removes it from the state dict.
 
     Args:
         adapters: adapter name -> adapter.
-        state_dict: changed in place; tensors of another shape stay there, so that ``load_state_dict`` reports them.
+        state_dict: changed in place.
         prefix: prefix of the names.
+        missing: names that are not in the state dict are appended.
+        errors: messages about tensors of another shape are appended.
     """
     for name, adapter in adapters.items():
         state = state_of_all(adapter)
         for key, tensor in {} if state is None else state.state_dict().items():
-            given = state_dict.get(prefix + listed_name(key, name))
-            if isinstance(given, Tensor) and given.shape == tensor.shape:
+            listed = prefix + listed_name(key, name)
+            given = state_dict.pop(listed, None)
+            if given is None:
+                missing.append(listed)
+            elif given.shape != tensor.shape:
+                errors.append(f"size mismatch for {listed}: {tuple(given.shape)} instead of {tuple(tensor.shape)}")
+            else:
                 tensor.copy_(given)
-                del state_dict[prefix + listed_name(key, name)]

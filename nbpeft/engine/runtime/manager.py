@@ -421,6 +421,7 @@ class AdapterManager:
             self.require(name)
             if name in self._merged or (self._merged and self._biases.originals(name)):
                 raise MergeError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
+            self.layer_commands.apply_pending(change)
             self._keep_structure(change)
             drop(self.model, name, self.layers.values(), self.copies.values(), change)
             self._tree_with()
@@ -653,11 +654,7 @@ class AdapterManager:
             hooked.after_backward(step)
 
     def extra_loss(self) -> Tensor | None:
-        """Loss terms of the adapters that train; they add nothing to a loss that already contains them.
-
-        Returns:
-            A scalar; None if there are no terms.
-        """
+        """A scalar, the loss terms of the adapters that train, or None; a loss that contains them stays as it is."""
         extra = extra_loss(self)
         return None if extra is None else extra.as_subclass(LossTerm)
 

@@ -645,7 +645,8 @@ class AdaptedLayer(Wrapper):
             for former, shown in former_names(adapter, name).items():
                 if prefix + former in state_dict:
                     state_dict[prefix + shown] = state_dict.pop(prefix + former)
-        take_shared({n: one for n, one in self._named().items() if "shared" not in one._modules}, state_dict, prefix)
+        elsewhere = {name: adapter for name, adapter in self._named().items() if "shared" not in adapter._modules}
+        take_shared(elsewhere, state_dict, prefix, args[2], args[4])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:

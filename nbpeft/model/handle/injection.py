@@ -28,6 +28,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Adds an adapter to a model without creating a PeftModel, and returns the model itself.
 
+    Its parameters have the dtype of the base model, half precision too; those of a PeftModel are float32 by default.
+
     Args:
         peft_config: config of the adapter.
         model: the base model, changed in place.
@@ -87,7 +89,8 @@ def inject(
     """
     plan = manager.plan(config) if state_dict is None else _plan_for_keys(manager, config, state_dict)
     with drawing_nothing(empty):
-        put = manager.prepare(name, plan, trainable=not config.inference_mode, replace=replace, training=True)
+        trainable = not config.inference_mode
+        put = manager.prepare(name, plan, trainable=trainable, half=True, replace=replace, training=True)
     put_active(manager, put, name, empty=empty)
 
 

@@ -119,7 +119,7 @@ class BaseTuner(nn.Module):
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        take_shared(self._shared(), state_dict, prefix)
+        take_shared(self._shared(), state_dict, prefix, args[2], args[4])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _shared(self) -> dict[str, Adapter]:

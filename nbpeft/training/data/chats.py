@@ -239,6 +239,8 @@ class ChatRenderer:
         shared = closed.removesuffix(next((token for token in specials if closed.endswith(token)), ""))
         if not rest.startswith(shared):
             return None
+        if any(shared.rstrip().endswith(token) for token in specials):  # the last turn is closed, and the chat, too
+            return place + len(shared)
         mark = next((token for token in specials if rest.startswith(token, len(shared))), "")
         return place + len(shared) + len(mark)
 

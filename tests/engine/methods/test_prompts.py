@@ -367,21 +367,6 @@ def test_each_row_of_a_mixed_batch_is_as_alone() -> None:
             assert torch.equal(beams[row], model.generate(input_ids=one, **GENERATE | {"num_beams": 2})[0]), name
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@torch.no_grad()
-def test_rows_that_are_encoded_already_keep_their_own_prompts(masked: bool) -> None:
-    """Prompts of several lengths pad the encoder's output, which a mask has to hide."""
-    task = {"task_type": "SEQ_2_SEQ_LM"}
-    model, ids = prompted("p4", t5(), **task), tokens()
-    model.add_adapter("p2", nbpeft.PromptTuningConfig(num_virtual_tokens=2, **task))
-    randomize(model, "p2", scale=0.5)
-    call = {"decoder_input_ids": ids, "adapter_names": ["p4", "p2"]}
-    call |= {"attention_mask": torch.ones_like(ids)} if masked else {}
-    whole = model(input_ids=ids, **call)
-    again = model(encoder_outputs=(whole.encoder_last_hidden_state,), **call)
-    torch.testing.assert_close(again.logits, whole.logits, atol=1e-5, rtol=1e-4)
-
-
 @torch.no_grad()
 def test_two_prompts_and_a_lora_act_together() -> None:
     model, ids = several(), tokens()

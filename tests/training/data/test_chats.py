@@ -214,6 +214,11 @@ def test_the_last_turn_may_have_an_end_of_its_own(tokenizer: Any, use: Any) -> N
         spoken(tokenizer, USER, REPLY, USER, REPLY)
 
 
+def test_the_end_of_the_chat_is_not_that_of_an_earlier_turn(tokenizer: Any, use: Any) -> None:
+    use(PRINTING + "{% if not add_generation_prompt %}<pad>{% endif %}")
+    assert spoken(tokenizer, USER, REPLY, USER, REPLY) == ["yes<|end|>\n", "yes<|end|>\n<pad>"]
+
+
 def test_a_turn_that_is_written_otherwise_is_found_or_refused(tokenizer: Any, use: Any) -> None:
     def written_as(said: str) -> None:
         use(FORGETFUL.replace("{{ m['content'] }}", "{{ '' if m['role'] == 'user' else " + said + " }}"))

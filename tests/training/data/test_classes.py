@@ -88,6 +88,14 @@ def test_labels_come_in_tables_and_datasets_under_any_name() -> None:
         assert list(training_rows(TrainRequest(named(), data, tokenizer=CHARACTERS, columns=columns)).train) == expected
 
 
+def test_weights_of_a_tokenised_row_are_multiplied() -> None:
+    row = {"input_ids": [1, 2], "label": 1}
+    given: list[dict[str, Any]] = [{}, {"weight": 3}, {"loss_weights": 0.5}, {"weight": 3, "loss_weights": 0.5}]
+    rows = [{**row, "weight": 1, "loss_weights": 1.0, **weights} for weights in given]
+    found = training_rows(TrainRequest(named(), rows, tokenizer=CHARACTERS)).train
+    assert [one.get("loss_weights", 1.0) for one in found] == [1.0, 3.0, 0.5, 1.5]
+
+
 def test_numbers_of_named_classes_are_those_of_the_names() -> None:
     names = ["odd", "neg", "pos"]
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})

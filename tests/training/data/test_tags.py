@@ -85,7 +85,8 @@ def test_the_first_token_of_a_word_has_its_tag() -> None:
 
 
 def test_losses_and_metrics_are_those_of_transformers() -> None:
-    rows, fields = ROWS * 3, {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    rows = ROWS * 3
+    fields: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
     fields["train_sampling_strategy"] = "sequential"
     ours, theirs = tagger(), tagger()
     result = train(ours, rows, ROWS, tokenizer=TOKENIZER, logging_steps=1, eval_steps=4, **fields)

@@ -72,6 +72,12 @@ def facts(place: Path) -> Any:
     return json.loads(Path(the_run(place).path, "run.json").read_text())
 
 
+def test_what_older_runs_lost_is_noted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunStore, "tidy", lambda store: ["the oldest run was deleted"])
+    result = train(trainable(), token_rows(), run_dir=place, **QUICK)
+    assert "the oldest run was deleted" in result.message
+
+
 def test_a_finished_run_keeps_its_adapter_and_its_curve(place: Path) -> None:
     model = trainable(name="sql")
     result = train(model, token_rows(), token_rows(4), run_dir=place, **QUICK)

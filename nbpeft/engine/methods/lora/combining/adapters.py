@@ -29,7 +29,7 @@ class CombineLowRank:
     usual_type = "svd"
 
     def takes(self, combination_type: str) -> Sequence[str]:
-        """The settings of ``Recipe`` that have an effect for a type."""
+        """The names of the settings that a combination type uses."""
         return settings_for(combination_type)
 
     def check(self, configs: Sequence[Any], adapters: Sequence[str]) -> None:

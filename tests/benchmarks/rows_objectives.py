@@ -1,0 +1,143 @@
+"""Trainings on preferences and rewards: beside TRL's Trainers with PEFT, and DPO beside SFT on the same tokens.
+
+Each side runs in a fresh process, and is measured as in ``rows_training``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from tests.benchmarks.harness import OURS, PEFT, Measure, Row, Size
+from tests.benchmarks.rows_training import VOCABULARY, base_of
+
+TRL_DPO, TRL_GRPO, SFT = "peft under TRL's DPOTrainer", "peft under TRL's GRPOTrainer", "nbpeft, sft"
+LAYERS = 4
+PAIRS, PROMPT, COMPLETION = 4, 64, (24, 96)
+COPIES, GENERATED = 4, 32
+OF_REWARDS: dict[str, Any] = {"num_generations": COPIES, "max_completion_length": GENERATED}
+
+
+def _words(draw: random.Random, count: int) -> str:
+    return " ".join(f"w{draw.randrange(80)}" for _ in range(count))
+
+
+def pairs(shrink: int) -> list[dict[str, str]]:
+    """Rows with a prompt and two completions, of words that are one token each."""
+    draw = random.Random(0)
+    return [
+        {
+            "prompt": f"{_words(draw, PROMPT // shrink)} ",
+            **{name: _words(draw, draw.randint(*COMPLETION) // shrink) for name in ("chosen", "rejected")},
+        }
+        for _ in range(PAIRS)
+    ]
+
+
+def reward(completions: list[str], **columns: Any) -> list[float]:
+    """A reward for completions with different words."""
+    return [float(len({*text.split()})) for text in completions]
+
+
+def train(library: str, objective: str, *, vocabulary: int, steps: int, shrink: int, **sizes: int) -> Any:
+    """Trains and returns (peak bytes, median processor seconds of a step)."""
+    from tests.benchmarks.harness import library as imported
+    from tests.benchmarks.step_costs import StepCosts
+    from tests.training.trl_run import tiny_tokenizer
+
+    base = base_of("shape", vocabulary=vocabulary, **sizes)
+    source = imported(OURS if library in (OURS, SFT) else PEFT)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = source.get_peft_model(base, source.LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM"))
+    costs, rows, tokenizer = StepCosts(), pairs(shrink), tiny_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {"output_dir": folder, "max_steps": steps, "use_cpu": True}
+        settings["gradient_checkpointing"] = False
+        settings["per_device_train_batch_size"] = {"sft": 2 * PAIRS, "grpo": 2 * COPIES}.get(objective, PAIRS)
+        if objective == "grpo":
+            settings |= OF_REWARDS
+            rows = [{"prompt": row["prompt"]} for row in rows]
+        if library not in (OURS, SFT):
+            _train_with_trl(objective, model, rows, tokenizer, costs, settings)
+        else:
+            if objective == "sft":
+                names = ("chosen", "rejected")
+                rows = [{"prompt": row["prompt"], "completion": row[name]} for row in rows for name in names]
+            more: dict[str, Any] = {"rewards": [reward]} if objective == "grpo" else {}
+            source.train(model, rows, tokenizer=tokenizer, objective=objective, callbacks=[costs], **more, **settings)
+    return costs.peak, statistics.median(costs.seconds[1:-1] or costs.seconds)
+
+
+def _train_with_trl(objective: str, model: Any, rows: Any, tokenizer: Any, costs: Any, settings: Any) -> None:
+    import transformers
+    from datasets import Dataset
+
+    from tests.clients.packages import installed
+
+    sys.path.append(str(installed("trl==1.16.0")))
+    import trl
+
+    settings |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False}
+    kind = "GRPO" if objective == "grpo" else "DPO"
+    arguments = getattr(trl, f"{kind}Config")(bf16=False, logging_steps=1, **settings)
+    rewards = [[reward]] if objective == "grpo" else []
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model,
+        *rewards,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[costs],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+
+
+@functools.cache
+def measured(library: str, objective: str, size: Size) -> tuple[float, float]:
+    """(peak bytes, seconds of a step); at toy size in this process, else in one of its own."""
+    objective = "sft" if library == SFT else objective
+    if not size.repeats:
+        toy = {"hidden": size.hidden, "layers": 2, "vocabulary": 128, "steps": 2, "shrink": 8}
+        peak, seconds = train(library, objective, **toy)
+        return peak, seconds
+    sizes = {"hidden": size.hidden, "layers": LAYERS, "vocabulary": VOCABULARY, "steps": 3, "shrink": 1}
+    code = (
+        "import json; from tests.benchmarks.rows_objectives import train; "
+        f"print(json.dumps(train({library!r}, {objective!r}, **{sizes!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, seconds = json.loads(done.stdout.splitlines()[-1])
+    return peak, seconds
+
+
+def cost(objective: str, which: int) -> Callable[[str, Size], Measure]:
+    """The peak (0) or the time of a step (1)."""
+    return lambda name, size: lambda: measured(name, objective, size)[which]
+
+
+_COSTS: tuple[tuple[str, str, Literal["seconds", "bytes"]], ...] = (
+    ("peak", "peak of a step", "bytes"),
+    ("time", "that step (processor time)", "seconds"),
+)
+
+
+def rows_of(name: str, objective: str, title: str, rival: str, targets: tuple[float, float]) -> Iterator[Row]:
+    """The rows for peak and time of a step."""
+    for which, (ending, words, unit) in enumerate(_COSTS):
+        measure = cost(objective, which)
+        yield Row(f"{name}-{ending}", f"{words}, {title}", unit, targets[which], measure, rival=rival, repeats=1)
+
+
+ROWS = [
+    *rows_of("training-trl-dpo", "dpo", "DPO of 4 pairs, beside TRL", TRL_DPO, (0.45, 0.8)),
+    *rows_of("training-dpo", "dpo", "DPO beside SFT on the same tokens", SFT, (1.15, 1.45)),
+    *rows_of("training-trl-grpo", "grpo", "GRPO of 8 completions, beside TRL", TRL_GRPO, (1.0, 1.0)),
+]
