@@ -107,14 +107,16 @@ class Reached:
     def tests(self, mutant: Mutant) -> list[str]:
         """The tests that reach a mutant's lines, those first that probably notice it soonest.
 
-        What acts when a module is imported is reached by each test that reaches any line of it.
+        What acts when its module is imported is reached by each test that reaches any line of it; a function that is
+        called when other modules are imported, by all tests.
         """
         if mutant.path not in self._contexts:
             self._contexts[mutant.path] = self._data.contexts_by_lineno(mutant.path)
         contexts = self._contexts[mutant.path]
         first, last = mutant.lines
         lines = range(first, last + 1) if mutant.in_function else contexts
-        found = {test for line in lines for test in contexts.get(line, ()) if test in self.seconds}
+        names = {name for line in lines for name in contexts.get(line, ())}
+        found = names & self.seconds.keys() or (set(self.seconds) if names else set())
         return self._ordered(found, mirror_of(mutant.path))
 
     def _ordered(self, tests: set[str], mirror: str) -> list[str]:

@@ -89,8 +89,8 @@ def inject(
     """
     plan = manager.plan(config) if state_dict is None else _plan_for_keys(manager, config, state_dict)
     with drawing_nothing(empty):
-        options = {"trainable": not config.inference_mode, "replace": replace, "training": True}
-        put = manager.prepare(name, plan, half=True, **options)
+        trainable = not config.inference_mode
+        put = manager.prepare(name, plan, trainable=trainable, half=True, replace=replace, training=True)
     put_active(manager, put, name, empty=empty)
 
 

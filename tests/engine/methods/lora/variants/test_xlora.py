@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
 
 import nbpeft
+from nbpeft.engine.methods.lora.variants import xlora
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError, MergeError, NbpeftError
 from nbpeft.memory import forecast
 from nbpeft.model import PeftModel, get_peft_model
@@ -526,3 +528,12 @@ def test_it_is_no_weight(adapters: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(NbpeftError):
         nbpeft.hotswap_adapter(model, str(tmp_path), "default")
     assert torch.equal(logits(model.eval()), before)
+
+
+def test_parameters_without_data_are_not_filled() -> None:
+    with FakeTensorMode():
+        fake = torch.zeros(2)
+    real = torch.zeros(2)
+    for parameter in (fake, torch.zeros(2, device="meta"), real):
+        xlora._fill(parameter, torch.ones(2))
+    assert torch.equal(real, torch.ones(2))
