@@ -80,6 +80,7 @@ from nbpeft.checkpoint.present import other_config as other_config
 from nbpeft.checkpoint.prompt_format import PromptFormat as PromptFormat
 from nbpeft.checkpoint.prompt_format import common_format as common_format
 from nbpeft.checkpoint.prompt_format import name_classes as name_classes
+from nbpeft.checkpoint.prompt_format import other_classes as other_classes
 from nbpeft.checkpoint.prompt_format import prompt_format as prompt_format
 from nbpeft.checkpoint.prompt_format import set_prompt_format as set_prompt_format
 from nbpeft.checkpoint.source import CONFIG_NAME as CONFIG_NAME

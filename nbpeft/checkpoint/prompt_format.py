@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.errors import few
 
 _ATTRIBUTE = "_prompt_format"
 _CHAT, _SYSTEM, _TEMPLATE = "nbpeft.prompt.chat", "nbpeft.prompt.system", "nbpeft.prompt.template"
@@ -124,6 +125,17 @@ def are_unnamed(names: Iterable[tuple[str, int]]) -> bool:
     return all(name == f"LABEL_{number}" for name, number in names)
 
 
+def class_numbers(config: Any) -> dict[str, int]:
+    """Returns name -> number of the classes in a config of transformers.
+
+    ``from_pretrained(…, id2label=…)`` leaves ``label2id`` as it was, so that only one of them may have names.
+    """
+    numbers = dict(getattr(config, "label2id", None) or {})
+    if not are_unnamed(numbers.items()):
+        return numbers
+    return {name: int(number) for number, name in (getattr(config, "id2label", None) or {}).items()}
+
+
 def name_classes(model: Any, form: PromptFormat | None) -> Callable[[], None]:
     """Gives the classes of a model the names of a format, if there are as many of them and they have none.
 
@@ -141,10 +153,21 @@ def name_classes(model: Any, form: PromptFormat | None) -> Callable[[], None]:
     def put(names: Any, numbers: Any) -> None:
         config.id2label, config.label2id = names, numbers
 
-    if not classes or None in former or len(former[0]) != len(classes) or not are_unnamed(former[1].items()):
+    if not classes or former[0] is None or len(former[0]) != len(classes):
+        return lambda: None
+    if not are_unnamed(class_numbers(config).items()):
         return lambda: None
     put(dict(enumerate(classes)), {name: number for number, name in enumerate(classes)})
     return lambda: put(*former)
+
+
+def other_classes(model: Any, form: PromptFormat | None) -> str:
+    """Returns a message if the classes of a format have other names, or another order, than those of a model."""
+    numbers = class_numbers(getattr(model, "config", None))
+    own = tuple(sorted(numbers, key=numbers.__getitem__))
+    if form is None or form.classes in ((), own) or are_unnamed(numbers.items()):
+        return ""
+    return f"the adapter's classes are {few(form.classes, 8)}, but the model's config keeps the names {few(own, 8)}"
 
 
 def as_text(variables: Mapping[str, Any]) -> str:

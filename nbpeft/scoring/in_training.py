@@ -20,6 +20,7 @@ from nbpeft.scoring.rows import ScoredRows, read_rows
 from nbpeft.scoring.score import Scoring
 from nbpeft.scoring.settings import Column, ScoreSettings, adapter_columns
 from nbpeft.training.adapters.adapted_model import active_names
+from nbpeft.training.data.classes import Classes
 from nbpeft.training.disk.agreement import gathered, own_share
 from nbpeft.training.watching.scoring import Scorer
 
@@ -39,6 +40,7 @@ class RowScorer(Scorer):
         metric: as for ``score``; the first of several decides which state is the best.
         max_rows: the greatest number of rows; of more than that, a random sample is scored, the same one each time.
             None for ``MOST_ANSWERS`` if answers are generated, and for all rows otherwise.
+        classes: the classes of a classifier, if its training rows name them; by default as in its config.
         tokenizer: the tokenizer of the model.
         columns: as for ``score``.
         max_length: as for ``score``.
@@ -59,6 +61,7 @@ class RowScorer(Scorer):
         metric: Any,
         *,
         max_rows: int | None = None,
+        classes: Classes | None = None,
         tokenizer: Any = None,
         columns: Mapping[str, str] | None = None,
         max_length: int | None = None,
@@ -69,7 +72,7 @@ class RowScorer(Scorer):
     ) -> None:
         self._given, self._tokenizer = metric, tokenizer
         self._metrics = metrics_of(metric, AnswerSettings())
-        reading: dict[str, Any] = {"columns": columns, "max_length": max_length}
+        reading: dict[str, Any] = {"columns": columns, "max_length": max_length, "classes": classes}
         reading |= {"separator": separator, "skip_bad": skip_bad, "usual_variables": variables, "reasoning": reasoning}
         if max_rows is not None and (type(max_rows) is not int or max_rows < 1):
             raise ConfigError(

@@ -19,7 +19,7 @@ from nbpeft.training.data import is_stream, open_data
 from nbpeft.training.data.bad_rows import reason_of
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
-from nbpeft.training.data.classes import SINGLE_LABEL
+from nbpeft.training.data.classes import SINGLE_LABEL, Classes
 from nbpeft.training.data.encoding import CodedRow, Span, encode
 from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles, likely_completion, row_of
 from nbpeft.training.data.left_out import named_rows
@@ -97,6 +97,7 @@ def read_rows(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     usual_variables: Mapping[str, Any] | None = None,
     reasoning: str = "keep",
+    classes: Classes | None = None,
 ) -> ScoredRows:
     """Reads rows as training does, and finds the reference of each.
 
@@ -112,6 +113,7 @@ def read_rows(
         chat_template_kwargs: as for ``prepare_data``.
         usual_variables: those that are used by default, as far as the chat template has them.
         reasoning: ``drop`` removes the reasoning of the assistant from conversations, ``keep`` does not.
+        classes: the classes of a classifier, if a training has named them; by default as in its config.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -120,13 +122,15 @@ def read_rows(
     check_reading(tokenizer, max_length)
     needs = {metric.needs for metric in metrics}
     inputs = model_inputs(model)
+    inputs = inputs if classes is None else replace(inputs, classes=classes)
     _check_model(model, inputs, needs, tokenizer)
     opened = open_data(data, separator, skip_bad=skip_bad)
     reader, own = _reader(opened, tokenizer, needs, inputs, max_length, columns)
     values = list(itertools.islice(iter(opened), _STREAMED)) if is_stream(opened) else list(opened)
     if not values:
         raise TrainingError("The stream has no rows.")
-    reader = replace(reader, rows=values, skip_bad=skip_bad)
+    known = replace(reader.inputs, classes=inputs.classes)  # a trained head has its order of classes already
+    reader = replace(reader, rows=values, skip_bad=skip_bad, inputs=known)
     variables = _variables(reader, chat_template_kwargs, usual_variables or {})
     reader = replace(reader, options=RowOptions(reasoning=reasoning, chat_template_kwargs=variables))
     reading_rows = _Rows(model, reader, own, metrics)

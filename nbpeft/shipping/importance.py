@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import walk
-from nbpeft.errors import ConfigError
+from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.from_data.observing import device_of, evaluated, input_hooks, moved, progress
+
+_LEAST = 1e-6
+"""The least importance of an input, as a share of the mean."""
 
 
 class Rows(Protocol):
@@ -32,10 +35,12 @@ def mean_squares(manager: AdapterManager, name: str, rows: Rows) -> dict[str, Te
         rows: tokenized rows.
 
     Returns:
-        Name of a weight -> the means, (in features,), float32 on the CPU.
+        Name of a weight -> the means, (in features,), float32 on the CPU. An input that was always 0 has a small one:
+        weights whose errors do not count at all would have no scale, and the input is not 0 for all other rows.
 
     Raises:
         ConfigError: there are no rows.
+        AdapterError: an input is not a finite number.
     """
     model = manager.model
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -63,4 +68,10 @@ def mean_squares(manager: AdapterManager, name: str, rows: Rows) -> dict[str, Te
             check_interrupt()
             model(**moved(batch, device_of(model)))
             report(number + 1)
-    return {f"{path}.weight": (total / counts[path]).cpu() for path, total in sums.items()}
+    return {f"{path}.weight": _positive(path, total / counts[path]) for path, total in sums.items()}
+
+
+def _positive(path: str, means: Tensor) -> Tensor:
+    if not means.isfinite().all():
+        raise AdapterError(f"the inputs of {path} are not finite numbers on the rows to calibrate on")
+    return means.clamp(min=float(means.mean()) * _LEAST or 1.0).cpu()

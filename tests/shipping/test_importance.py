@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
 from nbpeft.checkpoint import k_quants, read_gguf
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.errors import AdapterError, CheckpointError, ConfigError, TrainingError
 from nbpeft.session import Session
 from nbpeft.shipping import ship
 from nbpeft.shipping.importance import mean_squares
@@ -47,6 +48,29 @@ def test_the_mean_squares_are_those_of_the_adapted_models_inputs() -> None:
     for path, parts in seen.items():
         assert torch.allclose(found[f"{path}.weight"], torch.cat(parts).square().mean(0), atol=1e-6)
     assert len(found) == 2 * 7 and "lm_head.weight" not in found
+
+
+@pytest.mark.parametrize("stored_as", ["q4_k", "q5_k", "q6_k"])
+def test_inputs_that_are_always_0_keep_their_weights(stored_as: str) -> None:
+    base = base_model(**SIZES)
+    base.model.layers[0].mlp.up_proj.weight.data.zero_()  # as in a pruned model: all inputs of down_proj are 0
+    counts = mean_squares(adapted(base, target_modules=["k_proj"]).manager, "sql", Tokenized())
+    weight = base.model.layers[0].mlp.down_proj.weight.detach().numpy()
+    stored = k_quants.quantize(weight, stored_as, counts["model.layers.0.mlp.down_proj.weight"].numpy())
+    read = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[stored_as.upper()])
+    assert abs(read - weight).max() < 0.2 * abs(weight).max()
+
+
+def test_inputs_and_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    base = base_model(**SIZES)
+    base.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    model = adapted(base, target_modules=["k_proj"])
+    with pytest.raises(AdapterError, match=r"the inputs of .* are not finite"):
+        mean_squares(model.manager, "sql", Tokenized())
+    options: dict[str, Any] = {"merged": True, "tokenizer": tokenizer(), "quantize": "q4_k_m"}
+    with pytest.raises(CheckpointError, match=r"blk.0.ffn_down.weight is not finite everywhere, so q4_k cannot"):
+        ship(model, engine="llama.cpp", to=tmp_path / "a", **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stored_as", ["q4_k_m", "q6_k"])

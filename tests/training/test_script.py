@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features, List, Value
 from packaging.requirements import Requirement
 
 import nbpeft
@@ -27,9 +27,13 @@ from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.training import export_script, prepare_model_for_kbit_training, train
-from nbpeft.training.script.sources import short_targets
+from nbpeft.training.data.reading import reading
+from nbpeft.training.loop.rows import model_inputs
+from nbpeft.training.script.sources import short_targets, text_rows
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama
+from tests.training.data.test_tags import TOKENIZER as TAGGER_TOKENIZER
+from tests.training.data.test_tags import tagger
 from tests.training.support import token_rows, trainable
 
 ROOT = Path(__file__).parents[2]
@@ -453,3 +457,11 @@ def test_completions_that_are_good_or_bad_are_exported_with_the_meaning_of_their
     with pytest.raises(TrainingError, match="the rows of kto cannot be given as tokens"):
         export_script(loaded(folder), folder / "other.py", rows, **given | {"tokenizer": CharTokenizer()})
     assert not (folder / "other.py").exists()
+
+
+def test_tags_that_a_dataset_numbers_are_exported_by_their_names() -> None:
+    names = ["O", "B-PER", "I-PER"]  # in another order than the model's
+    kinds = {"tokens": List(Value("string")), "tags": List(ClassLabel(names=names))}
+    data = Dataset.from_list([{"tokens": ["ab", "c"], "tags": [1, -100]}], features=Features(kinds))
+    written = text_rows(reading(data, TAGGER_TOKENIZER, inputs=model_inputs(tagger())))
+    assert json.loads(written) == {"tokens": ["ab", "c"], "tags": ["B-PER", -100]}

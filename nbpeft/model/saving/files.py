@@ -168,7 +168,8 @@ def read(
         loaded.weights.starts = starts
     elif START in saved.metadata:
         note = None  # the adapter was saved for a base with other weights
-    _warn_of_mismatches(source, loaded, note)
+    form = checkpoint.prompt_format(saved.config)
+    _warn_of_mismatches(source, loaded, note, checkpoint.other_classes(manager.model, form))
     _check_base_tensors(manager, name, plan, loaded.weights)
     put = manager.prepare(name, plan, loaded.weights, replace=True, trainable=trainable, training=trainable, half=half)
 
@@ -177,7 +178,7 @@ def read(
             put()
             if starts:
                 mark_left(manager, name)
-            change.on_undo(checkpoint.name_classes(manager.model, checkpoint.prompt_format(saved.config)))
+            change.on_undo(checkpoint.name_classes(manager.model, form))
             if given is not None:
                 take_given(manager, name, given, change, loading=True)
             result = load_result(manager, name, loaded.missing, loaded.unexpected)
@@ -348,14 +349,14 @@ def _device(manager: AdapterManager, wanted: object) -> str:
     return devices.pop() if len(devices) == 1 and devices != {"meta"} else "cpu"
 
 
-def _warn_of_mismatches(source: object, loaded: checkpoint.Loaded, note: str | None) -> None:
+def _warn_of_mismatches(source: object, loaded: checkpoint.Loaded, *notes: str | None) -> None:
     for what, keys in (("missing from {source}", loaded.missing), ("unexpected in {source}", loaded.unexpected)):
         if keys:
             count = "1 adapter key is" if len(keys) == 1 else f"{len(keys)} adapter keys are"
             warnings.warn(f"{count} {what.format(source=source)}: {few(keys, 3)}", stacklevel=5)
     if loaded.mismatched:
         warnings.warn(f"{len(loaded.mismatched)} tensors of another shape were skipped", stacklevel=5)
-    if note is not None:
+    for note in filter(None, notes):
         warnings.warn(note, stacklevel=5)
 
 

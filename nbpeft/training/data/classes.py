@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nbpeft.checkpoint.prompt_format import are_unnamed
+from nbpeft.checkpoint.prompt_format import are_unnamed, class_numbers
 from nbpeft.errors import did_you_mean, few
 from nbpeft.names import IGNORED_LABEL
 from nbpeft.training.data.row import is_empty_cell
@@ -21,7 +21,7 @@ class Classes:
 
     Attributes:
         count: number of its outputs.
-        names: name of a class -> its number, as in ``config.label2id``.
+        names: name of a class -> its number, as in the model's config.
         problem: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
         per_token: whether each token has a label, not each text.
     """
@@ -41,9 +41,9 @@ class Classes:
         """
         count = int(config.num_labels)
         if per_token:
-            return cls(count, dict(config.label2id or {}), per_token=True)
+            return cls(count, class_numbers(config), per_token=True)
         usual = "regression" if count == 1 else SINGLE_LABEL
-        return cls(count, dict(config.label2id or {}), config.problem_type or usual)
+        return cls(count, class_numbers(config), config.problem_type or usual)
 
     @property
     def by_number(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class Classes:
         """The names in the labels of rows; none if a label is a number, or a name that the model has."""
         found: set[str] = set()
         for value in labels:
-            if is_empty_cell(value) or value == "":
+            if is_empty_cell(value) or value == "" or (self.per_token and value == IGNORED_LABEL):
                 continue
             if not isinstance(value, str) or value in self.names or _is_number(value):
                 return set()

@@ -220,7 +220,7 @@ def _run(request: TrainRequest) -> TrainResult:
     request = request.opened()
     rows = training_rows(request)
     _check_length_known(rows.train, fields)
-    scorer = scorer_of(request, fields)
+    scorer = scorer_of(request, fields, rows.classes)
     check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
     request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)

@@ -17,7 +17,7 @@ from nbpeft.checkpoint.config_format import config_to_save
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.memory.architecture import silenced
-from nbpeft.training.data.forms import row_of
+from nbpeft.training.data.forms import TAGGED, row_of
 from nbpeft.training.data.reading import Reading, default_length
 from nbpeft.training.data.row import is_empty_cell
 from nbpeft.training.data.sources import place_in
@@ -142,6 +142,9 @@ def _kept(value: Any, number: int, how: Reading) -> dict[str, Any]:
     label = how.columns.get(LABEL, LABEL)
     if label in row:
         row[label] = how.named_label(row[label])
+    tags = how.columns.get("tags", "tags")
+    if how.form is TAGGED and row.get(tags) is not None:
+        row[tags] = [how.named_label(tag) for tag in row[tags]]
     return {name: None if is_empty_cell(item) else item for name, item in row.items()}
 
 

@@ -162,7 +162,7 @@ def metrics_named(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key.removesuffix(end): value for key, value in entry.items() if key.endswith(end)}
 
 
-def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
+def scorer_of(request: Any, fields: dict[str, Any], classes: Any = None) -> Scorer | None:
     """The scorer of a training; None if there is nothing to score.
 
     With a patience, and in a sweep, its metric decides which state is the best, unless another one is given.
@@ -170,6 +170,7 @@ def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
     Args:
         request: the arguments of the training.
         fields: fields of the training arguments, to which the metric is added.
+        classes: the classes of a classifier, with the names that the training rows give them.
 
     Raises:
         ConfigError: an argument is invalid, or has no effect.
@@ -182,7 +183,7 @@ def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
         return None
     if request.every is not None and (type(request.every) is not int or request.every < 1):
         raise ConfigError(f"every must be a number of steps of at least 1, not {request.every!r:.60}", field="every")
-    scorer = request.score if isinstance(request.score, Scorer) else _new_scorer(request)
+    scorer = request.score if isinstance(request.score, Scorer) else _new_scorer(request, classes)
     if "loss" in scorer.metrics and request.eval_data is not None:
         raise ConfigError(
             "eval_data already measures the loss: remove either eval_data or the metric loss", field="metric"
@@ -202,12 +203,13 @@ def scorer_of(request: Any, fields: dict[str, Any]) -> Scorer | None:
     return scorer
 
 
-def _new_scorer(request: Any) -> Scorer:
+def _new_scorer(request: Any, classes: Any) -> Scorer:
     scorer: Scorer = new_scorer(
         request.model,
         request.score,
         "exact" if request.metric is None else request.metric,
         max_rows=request.max_score_rows,
+        classes=classes,
         tokenizer=request.tokenizer,
         columns=request.columns,
         max_length=request.max_length,

@@ -15,7 +15,8 @@ from nbpeft.checkpoint import PromptFormat, common_format, prompt_format, set_pr
 from nbpeft.checkpoint.prompt_format import name_classes
 from nbpeft.errors import TrainingError
 from nbpeft.training import summarize, train
-from nbpeft.training.loop.rows import model_inputs
+from nbpeft.training.loop.rows import model_inputs, training_rows
+from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import classifier
 from tests.training.data.test_classes import ROWS as TEXTS
@@ -52,7 +53,8 @@ def test_the_config_gets_the_names_and_a_loaded_adapter_brings_them(tmp_path: Pa
     again = nbpeft.PeftModel.from_pretrained(classifier(), tmp_path, is_trainable=True)
     assert names_of(again) == names_of(model)
     named = classifier(label2id={"a": 0, "b": 1, "c": 2}, id2label={0: "a", 1: "b", 2: "c"})
-    assert names_of(nbpeft.PeftModel.from_pretrained(named, tmp_path)) == {"a": 0, "b": 1, "c": 2}
+    with pytest.warns(UserWarning, match="classes are 'neg', 'odd', 'pos', but the model's config keeps the names 'a'"):
+        assert names_of(nbpeft.PeftModel.from_pretrained(named, tmp_path)) == {"a": 0, "b": 1, "c": 2}
     told = train(again, TEXTS[2:3], tokenizer=CHARACTERS, max_steps=1).message  # a row has fewer labels
     assert "names of the labels" not in told
 
@@ -61,12 +63,45 @@ def test_tags_and_numbers_with_names_of_a_dataset_name_classes_too() -> None:
     model = tagger(label2id=UNNAMED, id2label={number: name for name, number in UNNAMED.items()})
     result = train(model, WORDS, WORDS, tokenizer=TOKENIZER, max_steps=1)
     assert names_of(model) == {"B-PER": 0, "I-PER": 1, "O": 2} and "entity_f1" in result.state.metrics
+    ignored = [{"tokens": ["a", "b", "c", "d"], "tags": ["O", -100, "B-PER", "I-PER"]}]
+    model = tagger(label2id=UNNAMED, id2label={number: name for name, number in UNNAMED.items()})
+    [row] = training_rows(TrainRequest(model, ignored, tokenizer=TOKENIZER)).train
+    assert row["labels"] == [-100, 2, -100, 0, 1, -100]
     label = datasets.ClassLabel(names=["pos", "odd", "neg"])
     features = datasets.Features({"text": datasets.Value("string"), "label": label})
     data = datasets.Dataset.from_list([{"text": "a", "label": number} for number in range(3)], features=features)
     model = unnamed()
     train(model, data, tokenizer=CHARACTERS, max_steps=1)
     assert names_of(model) == {"pos": 0, "odd": 1, "neg": 2}
+
+
+@pytest.mark.parametrize("numbers", [UNNAMED, None])
+def test_names_in_id2label_alone_are_those_of_the_model(numbers: Any, tmp_path: Path) -> None:
+    """Like ``from_pretrained(…, id2label=…)``, which leaves ``label2id`` as it was."""
+    names = {0: "pos", 1: "odd", 2: "neg"}
+    model = unnamed(id2label=names, label2id=numbers)
+    told = train(model, TEXTS, tokenizer=_Saved(), max_steps=1, output_dir=str(tmp_path)).message
+    assert "names of the labels" not in told and model.get_base_model().config.id2label == names
+    assert prompt_format(model.peft_config["default"]) == PromptFormat(False, classes=("pos", "odd", "neg"))
+    swapped = classifier(id2label={0: "neg", 1: "odd", 2: "pos"}, label2id=numbers)
+    with pytest.warns(UserWarning, match="the adapter's classes are 'pos', 'odd', 'neg'"):
+        nbpeft.PeftModel.from_pretrained(swapped, tmp_path)
+    assert swapped.config.id2label == {0: "neg", 1: "odd", 2: "pos"}
+
+
+def test_rows_to_score_have_the_numbers_of_the_training_rows() -> None:
+    label = datasets.ClassLabel(names=["pos", "odd", "neg"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    texts = [{"text": "aa", "label": 0}, {"text": "bb", "label": 1}, {"text": "cc", "label": 2}]
+    data = datasets.Dataset.from_list(texts, features=features)
+    score = [{"text": "aa", "label": "pos"}, {"text": "cc", "label": "neg"}]  # other order, and not all classes
+    model = unnamed()
+    options: dict[str, Any] = {"tokenizer": CHARACTERS, "max_steps": 30, "learning_rate": 3e-2}
+    result = train(model, data, score=score, metric="accuracy", **options)
+    assert result.state.metrics == {"accuracy": 1.0}
+    bare = classifier()
+    with pytest.raises(TrainingError, match="'label' is 'neg'; the model knows 0 to 2"):  # no guess for a trained head
+        nbpeft.score(bare, TEXTS, metric="accuracy", tokenizer=CHARACTERS)
 
 
 def test_a_training_that_learns_nothing_leaves_the_names() -> None:
