@@ -137,9 +137,7 @@ def _data(tensor: GgufTensor) -> Any:
     array = value.detach().to("cpu", torch.float32).contiguous().numpy()
     if tensor.type.name in _FOR_SHORT_ROWS:
         if not value.isfinite().all():
-            raise CheckpointError(
-                f"{tensor.name} has values that are not finite, which {tensor.stored_as} cannot store"
-            )
+            raise CheckpointError(f"{tensor.name} is not finite everywhere, so {tensor.stored_as} cannot store it")
         counts = tensor.importance()
         return k_quants.quantize(array, tensor.type.name.lower(), None if counts is None else counts.numpy())
     return gguf_package().quants.quantize(array, tensor.type)
