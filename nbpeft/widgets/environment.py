@@ -31,8 +31,8 @@ def shown_as(ui: Ui = "auto") -> Shown:
 
 def in_marimo() -> bool:
     """Whether this code runs in a marimo notebook, which shows HTML but no ipywidgets."""
-    marimo = sys.modules.get("marimo")
-    return marimo is not None and bool(marimo.running_in_notebook())
+    asked = getattr(sys.modules.get("marimo"), "running_in_notebook", None)  # a module of the user may have that name
+    return callable(asked) and bool(asked())
 
 
 def has_ipywidgets() -> bool:

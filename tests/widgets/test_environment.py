@@ -37,6 +37,8 @@ def test_marimo_gets_html_without_buttons(monkeypatch: pytest.MonkeyPatch) -> No
     assert environment.widgets_hint() == "", "installing them would not help"
     monkeypatch.setitem(sys.modules, "marimo", SimpleNamespace(running_in_notebook=lambda: False))
     assert environment.shown_as() == "text", "imported in a script"
+    monkeypatch.setitem(sys.modules, "marimo", SimpleNamespace())
+    assert environment.shown_as() == "text", "another module of that name"
 
 
 @pytest.mark.parametrize("panel", _panels(Panel), ids=lambda panel: panel.kind)

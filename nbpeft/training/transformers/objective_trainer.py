@@ -15,6 +15,7 @@ from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.memory.checkpointing import is_checkpointing
 from nbpeft.model.from_data.observing import evaluated
+from nbpeft.model.saving.sharded import is_sharded
 from nbpeft.names import DESIRABLE, IGNORED_LABEL, REJECTED
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data.forms import MARGIN
@@ -138,17 +139,18 @@ class ObjectiveTrainer(Trainer):
         """The log-probabilities of the reference.
 
         Those of a batch are computed once for all adapters of a sweep, and in evaluations, whose batches repeat, once
-        in a training.
+        in a training. With shards, all processes have to compute the same batches, of which only some may be known.
         """
         if self.reference is None:
             return None
         known = self._compared
         if known is not None and known[0] is inputs["input_ids"]:
             return known[1]
-        digest = _digest(batch) if self._evaluates and not self.objective.generates else b""
+        model: Any = self.model
+        repeats = self._evaluates and not self.objective.generates and not is_sharded(model)
+        digest = _digest(batch) if repeats else b""
         if digest in self._of_evaluations:
             return self._of_evaluations[digest]
-        model: Any = self.model
         with (
             torch.no_grad(),
             self.compute_loss_context_manager(),
@@ -228,11 +230,11 @@ class ObjectiveTrainer(Trainer):
 
 
 def _digest(batch: Mapping[str, Tensor]) -> bytes:
-    """A digest of the tokens and labels of a batch."""
+    """A digest of all tensors of a batch: adapters may take others than tokens, such as ``task_ids``."""
     found = hashlib.sha256()
-    for name in ("input_ids", "labels", "attention_mask"):
+    for name in sorted(batch):
         values = batch[name].cpu()
-        found.update(repr(tuple(values.shape)).encode() + values.contiguous().numpy().tobytes())
+        found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode() + values.contiguous().numpy().tobytes())
     return found.digest()
 
 

@@ -21,6 +21,7 @@ from nbpeft.training.objectives import objective as registry
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, objective_named, register
 from nbpeft.training.objectives.reference import OfTheStart
+from nbpeft.training.transformers import objective_trainer
 from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from tests.tiny_models import same_state
 from tests.training.objectives.trl_run import ROWS, filled
@@ -299,6 +300,20 @@ def test_adapters_with_other_fields_of_the_objective_learn_what_they_would_alone
         pairs = zip(model.manager.parameters(member.name), alone.manager.parameters("default"), strict=True)
         assert all(torch.equal(*pair) for pair in pairs)
     assert dict(result.best_fields) in values and "beta=" not in result.message
+
+
+def test_what_is_known_of_the_reference_is_not_used_with_shards_or_for_other_inputs(monkeypatch: Any) -> None:
+    calls: list[str] = []
+    original = ObjectiveTrainer.log_probs_of_the_reference
+    counted = lambda *args: calls.append("reference") or original(*args)  # type: ignore[func-returns-value]  # noqa: E731
+    monkeypatch.setattr(ObjectiveTrainer, "log_probs_of_the_reference", counted)
+    monkeypatch.setattr(objective_trainer, "is_sharded", lambda model: True)
+    fields = FIELDS | {"max_steps": 2, "per_device_eval_batch_size": 1, "eval_steps": 2}
+    nbpeft.train(new(), ROWS, [ROWS[0], ROWS[0]], **fields)
+    assert len(calls) == 2 + 2
+    batch = {"input_ids": torch.tensor([[1, 2]]), "task_ids": torch.tensor([0])}
+    digests = {objective_trainer._digest(batch | {"task_ids": torch.tensor([task])}) for task in (0, 1)}
+    assert len(digests) == 2
 
 
 def test_given_adapters_have_their_own_fields_of_the_objective() -> None:
