@@ -44,8 +44,9 @@ def mean_squares(manager: AdapterManager, name: str, rows: Rows) -> dict[str, Te
     """
     model = manager.model
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    sites = [site for site in walk(model) if isinstance(site.module, nn.Linear) and site.module is not output]
+    sites = [site for site in walk(model) if isinstance(site.module, nn.Linear)]
     modules: Mapping[str, nn.Module] = {site.path: site.wrapper or site.module for site in sites}
+    modules = {path: module for path, module in modules.items() if module is not output}  # it may be adapted, too
     sums: dict[str, Any] = {}
     counts = dict.fromkeys(modules, 0)
 

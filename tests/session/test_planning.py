@@ -209,3 +209,8 @@ def test_rows_say_how_long_sequences_are(session: Session) -> None:
     assert found(packing=True).sequence_length == 140
     with pytest.raises(ConfigError, match="packing is 1; expected True or False"):
         session.plan_memory(CONFIG, FIELDS, packing=1)
+
+
+def test_a_reference_that_no_training_could_have_is_refused_before_anything_is_computed() -> None:
+    with pytest.raises(ConfigError, match=r"one of 'base', 'start', not 'strat'\. Did you mean 'start'"):
+        Session().plan_memory(CONFIG, FIELDS, reference="strat")

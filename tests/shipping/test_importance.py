@@ -48,6 +48,8 @@ def test_the_mean_squares_are_those_of_the_adapted_models_inputs() -> None:
     for path, parts in seen.items():
         assert torch.allclose(found[f"{path}.weight"], torch.cat(parts).square().mean(0), atol=1e-6)
     assert len(found) == 2 * 7 and "lm_head.weight" not in found
+    for fields in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}):
+        assert mean_squares(adapted(base_model(**SIZES), **fields).manager, "sql", Tokenized()).keys() == found.keys()
 
 
 @pytest.mark.parametrize("stored_as", ["q4_k", "q5_k", "q6_k"])

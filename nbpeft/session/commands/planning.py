@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.device_names import DEVICES, THIS_MACHINE, is_apple, named
 from nbpeft.display.numbers import share, size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
-from nbpeft.names import SHORT_DTYPES
+from nbpeft.names import BASE, SHORT_DTYPES, START
 from nbpeft.session.configs import DEFAULT_METHOD, build_config, label_of, meaning, summary_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
@@ -106,6 +106,7 @@ def memory_planner(
         source, name = tracked.manager.model, tracked.name
     else:
         source, name = uncompiled(model), model if isinstance(model, str) else type(model).__name__
+    _check_reference(settings.get("reference"), () if tracked is None else tracked.manager.names)
     per_row = 1
     if data is not None:
         from nbpeft.training.loop.packing import longest_sequence
@@ -126,6 +127,17 @@ def memory_planner(
     settings = {"adapters": count, **settings} if count > 1 else settings
     planned = _planned(tracked, config, chosen, rank)
     return MemoryPlanner(source, planned, name=variable or name, sequences_per_row=per_row, **settings)
+
+
+def _check_reference(reference: Any, adapters: Iterable[str]) -> None:
+    """Refuse the name of a reference that no training of the model could have."""
+    known = (BASE, START, *adapters)
+    if isinstance(reference, str) and reference not in known:
+        raise ConfigError(
+            f"reference must be one of {', '.join(map(repr, known))}, not {reference!r:.60}."
+            f"{did_you_mean(reference, known)}",
+            field="reference",
+        )
 
 
 def _planned(
