@@ -73,14 +73,16 @@ def hotswap_adapter(
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
     with CollectionPaused():
         saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
-        note = base_mismatch(manager, saved.metadata)
+        form = checkpoint.prompt_format(saved.config)
+        notes = (base_mismatch(manager, saved.metadata), checkpoint.other_classes(manager.model, form))
     config = kwargs.get("config") or saved.config
-    with manager.transaction():
+    with manager.transaction() as change:
+        change.on_undo(checkpoint.name_classes(manager.model, form))
         options: dict[str, Any] = {"key_mapping": kwargs.get("key_mapping"), "allow_missing": allow_missing}
         swapped = _swap(model, manager, adapter_name, config, saved.unread, validate, done, **options)
     if not hub and os.path.isdir(os.path.expanduser(model_name_or_path)):
         note_place(manager, adapter_name, model_name_or_path)
-    if note is not None:
+    for note in filter(None, notes):
         warnings.warn(note, stacklevel=2)
     return swapped
 

@@ -89,6 +89,18 @@ def test_names_in_id2label_alone_are_those_of_the_model(numbers: Any, tmp_path: 
     assert swapped.config.id2label == {0: "neg", 1: "odd", 2: "pos"}
 
 
+def test_a_hot_swapped_adapter_brings_its_names_or_a_warning(tmp_path: Path) -> None:
+    others = [{**row, "label": f"{row['label']}-x"} for row in TEXTS]
+    for name, rows in (("a", TEXTS), ("b", others)):
+        train(unnamed(), rows, tokenizer=_Saved(), max_steps=1, output_dir=str(tmp_path / name))
+    model = unnamed()
+    nbpeft.hotswap_adapter(model, str(tmp_path / "a"), "default")
+    assert names_of(model) == {"neg": 0, "odd": 1, "pos": 2}
+    with pytest.warns(UserWarning, match="classes are 'neg-x', 'odd-x', 'pos-x', but the model's config keeps"):
+        nbpeft.hotswap_adapter(model, str(tmp_path / "b"), "default")
+    assert names_of(model) == {"neg": 0, "odd": 1, "pos": 2}
+
+
 def test_rows_to_score_have_the_numbers_of_the_training_rows() -> None:
     label = datasets.ClassLabel(names=["pos", "odd", "neg"])
     features = datasets.Features({"text": datasets.Value("string"), "label": label})
