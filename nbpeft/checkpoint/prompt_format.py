@@ -130,7 +130,7 @@ def class_numbers(config: Any) -> dict[str, int]:
 
     ``from_pretrained(…, id2label=…)`` leaves ``label2id`` as it was, so that only one of them may have names.
     """
-    numbers = dict(getattr(config, "label2id", None) or {})
+    numbers = {name: int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
     if not are_unnamed(numbers.items()):
         return numbers
     return {name: int(number) for number, name in (getattr(config, "id2label", None) or {}).items()}

@@ -48,7 +48,7 @@ class Classes:
     @property
     def by_number(self) -> tuple[str, ...]:
         """The names of the classes, by number; none if they have only those that transformers gives."""
-        if are_unnamed(self.names.items()) or len(self.names) != self.count:
+        if are_unnamed(self.names.items()) or sorted(self.names.values()) != [*range(self.count)]:
             return ()
         return tuple(sorted(self.names, key=self.names.__getitem__))
 
@@ -125,7 +125,7 @@ class Classes:
         return str(label) if found in (None, f"LABEL_{label}") else f"{label} ({found})"
 
     def _number(self, value: Any) -> int:
-        if isinstance(value, str) and value in self.names:
+        if isinstance(value, str) and self.names.get(value, self.count) < self.count:  # label2id may have more names
             return self.names[value]
         try:
             number = float(value)

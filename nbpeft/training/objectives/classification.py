@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ def metrics_for(classes: Classes) -> Callable[[Any], dict[str, float]] | None:
         classes: the classes.
     """
     if classes.per_token:
-        return partial(_of_tokens, _tags_of_entities(classes.names))
+        return partial(_of_tokens, _tags_of_entities(classes.by_number))
     return {SINGLE_LABEL: _of_single_labels, MULTI_LABEL: _of_several_labels}.get(classes.problem)
 
 
@@ -52,9 +52,8 @@ def _of_tokens(tags: Sequence[str] | None, evaluated: Any) -> dict[str, float]:
     return scores | {"entity_f1": 2 * len(entities[0] & entities[1]) / total if total else 0.0}
 
 
-def _tags_of_entities(names: Mapping[str, int]) -> list[str] | None:
+def _tags_of_entities(tags: Sequence[str]) -> Sequence[str] | None:
     """The names of classes by number, if all of them are tags of entities; else None."""
-    tags = sorted(names, key=names.__getitem__)
     entities = [tag for tag in tags if tag.startswith(("B-", "I-"))]
     return tags if entities and {*tags} - {*entities} == {"O"} else None
 

@@ -267,3 +267,13 @@ def test_a_preview_shows_the_tags_of_learned_words() -> None:
 def test_without_a_loss_words_or_text_are_read() -> None:
     for rows in (ROWS, [{"text": "abc"}]):
         assert len(first_rows(tagger(), rows, rows=1, tokenizer=TOKENIZER, loss=False).rows) == 1
+
+
+def test_names_beyond_the_classes_of_the_model_are_refused_and_no_entities_are_counted() -> None:
+    """As of a model that is loaded with ``label2id`` alone, which has 2 classes whatever it says."""
+    model = tagger(label2id=TAGS, id2label={0: "LABEL_0", 1: "LABEL_1"})
+    with pytest.raises(TrainingError, match=r"'O'; the model knows 0 to 1 \(B-PER, I-PER, O\)\. .* num_labels="):
+        read(ROWS, model)
+    rows = [{"tokens": ["ab", "c"], "tags": ["B-PER", "I-PER"]}]
+    metrics = train(model, rows, rows, tokenizer=TOKENIZER, max_steps=1).state.metrics
+    assert metrics.keys() == {"accuracy", "f1"}
