@@ -19,7 +19,7 @@ import nbpeft
 from nbpeft import errors
 from nbpeft.display.shown import Shown
 from nbpeft.jsonable import AsDict, as_json
-from nbpeft.session.results.base import RecordResult, TracebackResult
+from nbpeft.session.results.base import NotedResult, RecordResult, TracebackResult
 from tests.display.samples import results
 
 CODES = {
@@ -203,7 +203,10 @@ def test_a_result_with_a_record_lists_the_attributes_of_the_record() -> None:
 def test_everything_that_is_shown_has_a_text_of_its_own() -> None:
     shown = [cls for cls in package_classes().values() if issubclass(cls, Shown)]
     assert len(shown) > 30
-    assert {cls.__name__ for cls in shown if cls.__str__ is Shown.__str__} == {"Result", "ModelResult", "RecordResult"}
+    assert {cls.__name__ for cls in shown if cls.__str__ is Shown.__str__} == {"Result"}
+    noted = [cls for cls in shown if cls.__str__ is NotedResult.__str__]
+    without = {cls.__name__ for cls in noted if cls._what is NotedResult._what}
+    assert len(noted) > 10 and without == {"NotedResult", "ModelResult", "RecordResult"}
 
 
 def test_everything_that_functions_and_commands_return_can_be_read_as_json() -> None:
@@ -215,7 +218,7 @@ def test_everything_that_functions_and_commands_return_can_be_read_as_json() -> 
         name
         for function in functions
         for name in re.findall(r"\w+", str(getattr(function, "__annotations__", {}).get("return", "")))
-        if name in classes and "__str__" in vars(classes[name])
+        if name in classes and {"__str__", "_what"} & vars(classes[name]).keys()
     }
     assert {"TrainResult", "ScoreResult", "MergedFolder", "SaveResult", "PlanResult"} <= returned
     assert [name for name in returned if not issubclass(classes[name], AsDict)] == []

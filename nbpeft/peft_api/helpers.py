@@ -24,6 +24,7 @@ from nbpeft.engine.tree.tied_weights import modules_tied_to_embedding
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, ConfigError, HotSwapError, NotSupportedError, few
 from nbpeft.model.handle.functional import set_adapter
+from nbpeft.model.handle.tuner import BaseTuner
 from nbpeft.names import IGNORED_LABEL
 
 
@@ -295,11 +296,16 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
     buffers = {
         layer: {name for one in (*own, *states[layer]) for name in one._buffers} for layer, own in adapters.items()
     }
+    shared = {
+        layer: {key.partition(".")[0] for state in states[layer] for key in state.state_dict()} for layer in adapters
+    }
     parts = [
         (path, name)
         for path, layer in selected
-        for name in (*layer.adapter_layer_names, *buffers[layer], ADAPTER_PARTS)
+        for name in (*layer.adapter_layer_names, *buffers[layer], *shared[layer], ADAPTER_PARTS)
     ]
+    tuners = [path for path, module in model.named_modules() if isinstance(module, BaseTuner)]
+    parts += [(path, name) for path in tuners for name in set().union(*shared.values())]
     return {".".join(filter(None, (*part, adapter_name))) for part in parts}
 
 

@@ -94,6 +94,10 @@ class _Parts(dict[str, Any]):
         if slots and name not in slots:
             raise AdapterError(f"there is no adapter {name!r} on this layer: add it with add_adapter() first")
         if shown is not None and module is not shown:
+            if name not in slots:
+                raise AdapterError(
+                    f"this part of adapter {name!r} is shared by its layers and cannot be replaced in one"
+                )
             adapter, own = slots[name]
             module = put_part(adapter, own, module, shown, self.base)  # type: ignore[arg-type]
         super().__setitem__(name, module)

@@ -22,8 +22,9 @@ ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serving() as running:
         be_the_hub(running, monkeypatch, tmp_path)
-        # Both have read the address of the hub when they were made.
-        monkeypatch.setattr("transformers.trainer.hf_api", lambda: HfApi(running.endpoint), raising=False)
+        # Both have read the address of the hub when they were made. One client does its uploads in their order.
+        client = HfApi(running.endpoint)
+        monkeypatch.setattr("transformers.trainer.hf_api", lambda: client, raising=False)
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", running.endpoint)
         yield running
 
