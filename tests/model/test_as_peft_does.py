@@ -505,6 +505,18 @@ def test_an_injected_adapter_has_the_dtype_of_its_model(library: Any) -> None:
 
 
 @pytest.mark.parametrize("library", [peft, nbpeft])
+@pytest.mark.parametrize("computed", [None, torch.float32, torch.bfloat16])
+def test_an_injected_adapter_has_the_dtype_that_4_bit_layers_compute_in(library: Any, computed: Any) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=computed)
+    layer.weight = bnb.nn.Params4bit(torch.ones(64, 64, dtype=torch.bfloat16), requires_grad=False)
+    model = nn.Sequential(layer.to("cpu"))
+    library.inject_adapter_in_model(library.LoraConfig(target_modules=["0"]), model)
+    dtypes = {parameter.dtype for name, parameter in model.named_parameters() if "lora_" in name}
+    assert dtypes == {computed or torch.float32}
+
+
+@pytest.mark.parametrize("library", [peft, nbpeft])
 def test_an_adapter_that_layers_have_active_is_deleted_from_the_model(library: Any) -> None:
     model = llama()
     for name in ("one", "two"):

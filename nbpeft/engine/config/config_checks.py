@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any, ClassVar
 
 from nbpeft.engine.config.module_paths import PLAIN_PATTERN, pattern_table
 from nbpeft.engine.config.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
 from nbpeft.engine.contract.base import LayerKind
-from nbpeft.engine.contract.field_types import check_types
+from nbpeft.engine.contract.field_types import check_types, takes_none
 from nbpeft.errors import BiasError, ConfigError, LayerKindError, did_you_mean, few, shown
 
 _LARGEST_COUNT = 2**24
@@ -114,7 +114,7 @@ def check_declared(config: Any) -> None:
     declared: tuple[tuple[Callable[..., None], Iterable[str]], ...] = (
         *((check_count, config.counts), (check_share, config.shares), (check_seed, config.seeds)),
         *((check_positive, config.positive), (check_not_negative, config.not_negative)),
-        (check_number, [item.name for item in fields(config) if isinstance(getattr(config, item.name), float)]),
+        (check_number, [item.name for item in fields(config) if _must_be_finite(item, getattr(config, item.name))]),
     )
     for check, names in declared:
         for name in names:
@@ -124,12 +124,26 @@ def check_declared(config: Any) -> None:
         check_choice(name, getattr(config, name), values)
 
 
+def _must_be_finite(item: Field[Any], value: object) -> bool:
+    """Whether a field must be finite: its value is a number, and its default is not infinite."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and not (isinstance(item.default, float) and not math.isfinite(item.default))
+
+
 def check_filled(config: Any) -> None:
-    """Raises ConfigError for None in a field whose default is a number, string or bool and whose choices lack None."""
+    """Raises ConfigError for None in a field whose default is a number, string or bool, unless its class allows None.
+
+    It does so with a choice, or with the annotation of a field for which it declares nothing.
+    """
+    declared = {*config.counts, *config.shares, *config.seeds, *config.positive, *config.not_negative}
     for item in fields(config):
-        is_plain = isinstance(item.default, bool | int | float | str)
-        if getattr(config, item.name) is None and is_plain and None not in config.choices.get(item.name, ()):
-            raise ConfigError(f"{item.name} must have a value, such as {item.default!r}, not None", field=item.name)
+        name = item.name
+        if getattr(config, name) is not None or not isinstance(item.default, bool | int | float | str):
+            continue
+        is_declared = name in declared or name in config.choices
+        is_allowed = None in config.choices.get(name, ()) if is_declared else takes_none(type(config), name)
+        if not is_allowed:
+            raise ConfigError(f"{name} must have a value, such as {item.default!r}, not None", field=name)
 
 
 def check_number(name: str, value: object, *, field: str = "") -> None:

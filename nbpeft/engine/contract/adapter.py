@@ -591,7 +591,7 @@ class Adapter(Bindable):
         if not isinstance(self, Pads) or not self.rank_axes:
             return saved
         unpadded = shapes()
-        return {key: self.used_part(key, value, unpadded[key])[0] for key, value in saved.items()}
+        return {key: self.used_part(key, value, unpadded.get(key, value.shape))[0] for key, value in saved.items()}
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites its parameters so that it adds nothing."""

@@ -47,6 +47,12 @@ def check_types(config: Any, *, passing: Collection[str] = ()) -> None:
             setattr(config, name, as_plain)
 
 
+def takes_none(config_class: Any, name: str) -> bool:
+    """Whether the annotation of a field allows None, or is not known."""
+    kind = _annotations(config_class).get(name, Any)
+    return kind is Any or type(None) in typing.get_args(kind)
+
+
 @functools.lru_cache(maxsize=64)
 def _annotations(config_class: Any) -> dict[str, Any]:
     try:

@@ -13,6 +13,7 @@ from nbpeft.engine.contract.capabilities import (
     HotSwaps,
     MeasuresDelta,
     MergesInPlace,
+    Pads,
     QuantizationAware,
     ShowsModules,
     StartsInWeight,
@@ -133,7 +134,9 @@ def _check_capabilities(label: str, adapter_class: type[Any], cls: type[Any]) ->
     for capability in _CAPABILITIES:
         if issubclass(adapter_class, capability) or cls.__module__ == _HOME:  # a capability itself
             continue
-        name = next((name for name in vars(capability) if not name.startswith("_") and name in vars(cls)), None)
+        taken = vars(Pads) if issubclass(adapter_class, Pads) else {}
+        members = (name for name in vars(capability) if not name.startswith("_") and name not in taken)
+        name = next((name for name in members if name in vars(cls)), None)
         if name is not None:
             raise ConfigError(
                 f"{label}: {cls.__name__}.{name} has no effect unless the class derives from "

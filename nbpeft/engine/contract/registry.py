@@ -147,7 +147,9 @@ def register(
     def decorate(cls: AdapterClass) -> AdapterClass:
         method = Method(label, type_in_files, config_class, cls, **fields)
         check_classes(label, cls, config_class, method.shares.state)
-        check_peft_type(label, type_in_files, config_class, {m.peft_type: m.config_class for m in _methods})
+        check_peft_type(
+            label, type_in_files, config_class, {m.peft_type: m.config_class for m in _methods if m.label != label}
+        )
         check_config_class(label, config_class, method.sample_configs)
         clash = next((m for m in _methods if m.label == label), None)
         if clash is not None and clash.adapter_class.__qualname__ != cls.__qualname__:

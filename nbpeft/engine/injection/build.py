@@ -21,7 +21,7 @@ from nbpeft.engine.changes.active_state import ActiveState
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedSite, SharedState
-from nbpeft.engine.contract.base import BaseLayer, Composite, offloading
+from nbpeft.engine.contract.base import Backend, BaseLayer, Composite, offloading
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import backend_named, backends, layer_kind_named, method_of
 from nbpeft.engine.injection.custom_layers import CustomAdapter, CustomLayer
@@ -37,7 +37,8 @@ from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter, wrappers_of
 from nbpeft.errors import AdapterError, ConfigError
 
-_HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+_HALF = (torch.float16, torch.bfloat16, *_EIGHT_BITS)
 _PREPARED = "_nbpeft_prepared_by"
 """Attribute of a layer that a backend has prepared and must release: the backend's name."""
 
@@ -107,14 +108,14 @@ def build(
     bases = {path: layer.base for path, layer in layers.items()}
     shared: SharedState | None = None
     if first is not None:
-        shared = shared_state(plan, weights, bases, first.device, adapter_dtype(first.dtype, half=half))
+        shared = shared_state(plan, weights, bases, first.device, adapter_dtype(first.backend, first.module, half=half))
     parts = Parts([], [], shared, model)
 
     def create(target: Target) -> Adapter:
         check_interrupt()  # some initialisations take a second for each layer
         base = layers[target.path].base
         start = None if weights is None else weights.starts.get(target.path)
-        dtype = adapter_dtype(base.dtype, half=half)
+        dtype = adapter_dtype(base.backend, base.module, half=half)
         site = AdapterSite(target.path, base, target.shapes, dtype, shared, name, start)
         given = None if weights is None else weights.adapters.get(target.path, {} if target.tied_to else None)
         if given is None:
@@ -254,14 +255,23 @@ def _loaded(target: Target, site: AdapterSite, given: Mapping[str, Tensor]) -> A
     return adapter
 
 
-def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:
+def adapter_dtype(backend: Backend, module: nn.Module, *, half: bool) -> torch.dtype:
     """The dtype of an adapter's parameters.
 
     Args:
-        base: dtype of the layer's dequantized weight.
+        backend: how the layer's weight is stored. Where it is quantized, half precision is, as in PEFT, the dtype that
+            the layer computes in, or float32 if it states none.
+        module: the layer.
         half: see ``build``.
     """
-    return torch.float32 if base in _HALF and not half else base
+    dtype = backend.dtype(module)
+    if dtype not in _HALF or not half:
+        return torch.float32 if dtype in _HALF else dtype
+    stored: Any = getattr(module, "weight", getattr(module, "qweight", None))
+    computed = getattr(module, "compute_dtype", getattr(stored, "dtype", None))
+    if backend.name == "dense" or computed in _EIGHT_BITS:
+        return dtype
+    return computed if computed is not None and computed.is_floating_point else torch.float32
 
 
 def copy_module(

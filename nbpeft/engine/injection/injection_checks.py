@@ -7,6 +7,7 @@ adapter there would have no effect.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -112,7 +113,7 @@ def check_shapes(adapter_class: type[Any], path: str, shapes: object) -> None:
         ConfigError: it is no dictionary from names to tuples of sizes.
     """
     is_valid = isinstance(shapes, Mapping) and all(
-        isinstance(shape, Sequence) and all(isinstance(size, int) and size >= 0 for size in shape)
+        isinstance(shape, Sequence) and all(isinstance(size, Integral) and int(size) >= 0 for size in shape)
         for shape in shapes.values()
     )
     if not is_valid:

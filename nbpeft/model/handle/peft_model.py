@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.contract.shared_state import with_copies
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import generation_arguments, learns_with_hooks, prepares_calls, transforms_calls
@@ -181,6 +182,11 @@ class PeftModel(nn.Module):
         """Returns the state dict in PEFT's layout; see ``nn.Module``."""
         prompts.list_anew(self.manager, self._modules)
         return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dict in PEFT's layout, or in that of nbpeft 0.2; see ``nn.Module``."""
+        given = with_copies(state_dict, self.state_dict) if strict else state_dict
+        return super().load_state_dict(given, strict, assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         prompts.list_anew(self.manager, self._modules)

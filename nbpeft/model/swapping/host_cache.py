@@ -198,8 +198,8 @@ class AdapterReader:
         modules = {site.path: site.module for site in walk(model)}
         dtypes = {}
         for target in plan.targets:
-            dtype = backend_named(target.backend).dtype(target.adapted_in(modules[target.module_path]))
-            dtypes[target.path] = adapter_dtype(dtype, half=self._half)
+            module = target.adapted_in(modules[target.module_path])
+            dtypes[target.path] = adapter_dtype(backend_named(target.backend), module, half=self._half)
         copy_dtypes = {
             path: {key: tensor.dtype for key, tensor in modules[path].state_dict().items()} for path in wanted.copies
         }

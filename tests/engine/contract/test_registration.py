@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import nbpeft
 from nbpeft.engine.contract import registry
+from nbpeft.engine.contract.capabilities import HasFixedTensors, HotSwaps
 from nbpeft.errors import ConfigError
-from nbpeft.methods import Adapter, MethodConfig, register
+from nbpeft.methods import Adapter, MethodConfig, Pads, register
 
 
 @dataclass
@@ -75,6 +78,64 @@ def test_what_register_is_given_is_checked(config_class: Any, given: dict[str, A
 def test_a_cell_that_runs_again_registers_again() -> None:
     register(OneConfig, peft_type="ONE", label="One")(One)
     assert [method.label for method in registry.methods()].count("One") == 1
+
+
+def test_a_cell_that_renames_its_config_registers_again() -> None:
+    @dataclass
+    class RenamedConfig(MethodConfig):
+        one: int = 1
+
+    register(RenamedConfig, peft_type="ONE", label="One")(One)
+    assert [method.config_class for method in registry.methods() if method.label == "One"] == [RenamedConfig]
+
+
+def test_a_config_of_an_author_may_be_unlimited() -> None:
+    @dataclass
+    class UnlimitedConfig(MethodConfig):
+        limit: float = math.inf
+        steps: int | None = 3
+
+    register(UnlimitedConfig, peft_type="UNLIMITED", label="Unlimited")(One)
+    assert (UnlimitedConfig().limit, UnlimitedConfig(steps=None).steps) == (math.inf, None)
+    with pytest.raises(ConfigError, match="must have a value"):
+        OneConfig(one=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bases", [(HotSwaps, Pads), (Pads, HotSwaps), (Pads,)])
+def test_an_adapter_with_room_has_a_size_and_saves_its_buffers(bases: tuple[type, ...]) -> None:
+    @dataclass
+    class WideConfig(MethodConfig):
+        pass
+
+    class Wide(Adapter, *bases, HasFixedTensors):  # type: ignore[misc]
+        rank_axes: ClassVar[dict[str, int]] = {"wide_w": 0}
+
+        @classmethod
+        def parameter_shapes(cls, config: Any, path: str, module: Any, kind: Any) -> dict[str, tuple[int, ...]]:
+            rows: Any = np.int64(2)  # as numpy.prod returns it
+            return {"wide_w": (rows, kind.features(module)[0])}
+
+        def prepare(self, config: Any, site: Any, tensors: Any) -> None:
+            self.register_buffer("wide_table", torch.ones(3))
+
+        def forward(self, x: Any, base_output: Any, base: Any) -> Any:
+            return base_output * 0
+
+    register(WideConfig, peft_type="WIDE", label="Wide")(Wide)
+    model = nbpeft.get_peft_model(nn.Sequential(nn.Linear(2, 3)), WideConfig(target_modules=["0"]))
+    nbpeft.prepare_model_for_compiled_hotswap(model, target_rank=5)
+    parameter = next(value for key, value in model.named_parameters() if "wide_w" in key)
+    saved = nbpeft.get_peft_model_state_dict(model)
+    assert (parameter.shape, [tensor.shape for tensor in saved.values()]) == ((5, 2), [(2, 2), (3,)])
+
+
+def test_an_adapter_with_room_may_compute_its_size() -> None:
+    class Sized(One, Pads):
+        @classmethod
+        def size_of(cls, shapes: Any) -> int | None:
+            return int(shapes["one_w"][1])
+
+    register(OneConfig, peft_type="SIZED", label="Sized")(Sized)
 
 
 def test_a_config_derived_from_another_method_may_have_its_peft_type() -> None:
