@@ -16,6 +16,7 @@ NOTEBOOK = NOTEBOOKS / "09_coming_from_peft.ipynb"
 @pytest.mark.real_model
 def test_09_runs_the_script_on_both_and_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     once = {"for library in libraries * 2:": "for library in libraries:", "for _ in range(6))": "for _ in range(1))"}
+    once |= {"time.sleep(10)": "time.sleep(40)"}  # on a busy machine states are written less often
     notebook = execute(replaced(nbformat.read(NOTEBOOK, 4), once), tmp_path, NBPEFT_STEPS="4")
     found = summary(notebook)
     assert_alike(found, steps=4)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from notebooks import headers
 from tests.notebooks.support import NOTEBOOKS
+from tests.test_run_commands import script
 
+headers = script("notebooks", "headers")
 ADDRESS = '[project]\nname = "x"\n[project.urls]\nRepository = "{}"\n'
 
 
