@@ -6,17 +6,14 @@ Each side runs in a fresh process, and is measured as in ``rows_training``.
 from __future__ import annotations
 
 import functools
-import json
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from tests.benchmarks.harness import OURS, PEFT, Measure, Row, Size
-from tests.benchmarks.rows_training import VOCABULARY, base_of
+from tests.benchmarks.rows_training import QUIET, VOCABULARY, adapted, base_of, in_own_process, trl
 
 TRL_DPO, TRL_GRPO, SFT = "peft under TRL's DPOTrainer", "peft under TRL's GRPOTrainer", "nbpeft, sft"
 LAYERS = 4
@@ -54,9 +51,7 @@ def train(library: str, objective: str, *, vocabulary: int, steps: int, shrink: 
 
     base = base_of("shape", vocabulary=vocabulary, **sizes)
     source = imported(OURS if library in (OURS, SFT) else PEFT)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = source.get_peft_model(base, source.LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM"))
-    costs, rows, tokenizer = StepCosts(), pairs(shrink), tiny_tokenizer()
+    model, costs, rows, tokenizer = adapted(source, base), StepCosts(), pairs(shrink), tiny_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"output_dir": folder, "max_steps": steps, "use_cpu": True}
         settings["gradient_checkpointing"] = False
@@ -79,16 +74,10 @@ def _train_with_trl(objective: str, model: Any, rows: Any, tokenizer: Any, costs
     import transformers
     from datasets import Dataset
 
-    from tests.clients.packages import installed
-
-    sys.path.append(str(installed("trl==1.16.0")))
-    import trl
-
-    settings |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False}
-    kind = "GRPO" if objective == "grpo" else "DPO"
-    arguments = getattr(trl, f"{kind}Config")(bf16=False, logging_steps=1, **settings)
+    library, kind = trl(), "GRPO" if objective == "grpo" else "DPO"
+    arguments = getattr(library, f"{kind}Config")(bf16=False, **settings, **QUIET)
     rewards = [[reward]] if objective == "grpo" else []
-    trainer = getattr(trl, f"{kind}Trainer")(
+    trainer = getattr(library, f"{kind}Trainer")(
         model,
         *rewards,
         args=arguments,
@@ -109,13 +98,7 @@ def measured(library: str, objective: str, size: Size) -> tuple[float, float]:
         peak, seconds = train(library, objective, **toy)
         return peak, seconds
     sizes = {"hidden": size.hidden, "layers": LAYERS, "vocabulary": VOCABULARY, "steps": 3, "shrink": 1}
-    code = (
-        "import json; from tests.benchmarks.rows_objectives import train; "
-        f"print(json.dumps(train({library!r}, {objective!r}, **{sizes!r})))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    peak, seconds = json.loads(done.stdout.splitlines()[-1])
-    return peak, seconds
+    return in_own_process(__name__, f"train({library!r}, {objective!r}, **{sizes!r})")
 
 
 def cost(objective: str, which: int) -> Callable[[str, Size], Measure]:

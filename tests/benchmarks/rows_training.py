@@ -7,6 +7,7 @@ it beside that. Times are of the processor, so that a busy machine does not coun
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import random
 import statistics
@@ -54,6 +55,11 @@ BASES = {
     "smollm2": "SmolLM2-135M itself",
 }
 VOCABULARY = 49152
+QUIET = {
+    **{"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False},
+    "logging_steps": 1,
+}
+"""Arguments of a Trainer that is only measured."""
 LAYERS = 8
 
 
@@ -104,6 +110,25 @@ def base_of(kind: str, *, hidden: int, layers: int, vocabulary: int) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=stored, dtype=torch.float32)
 
 
+def adapted(source: Any, base: Any) -> Any:
+    """A model with LoRA on all linear layers.
+
+    Args:
+        source: peft or nbpeft.
+        base: the model to adapt.
+    """
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return source.get_peft_model(base, source.LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def trl() -> Any:
+    """TRL, from the folder of packages that are tested and not installed."""
+    from tests.clients.packages import installed
+
+    sys.path.append(str(installed("trl==1.16.0")))
+    return importlib.import_module("trl")
+
+
 def train(library: str, case: Rows, kind: str, *, vocabulary: int, steps: int, shrink: int, **sizes: int) -> Any:
     """Trains and returns (peak bytes, median seconds of a step)."""
     from nbpeft.training import Collator
@@ -112,9 +137,7 @@ def train(library: str, case: Rows, kind: str, *, vocabulary: int, steps: int, s
 
     base = base_of(kind, vocabulary=vocabulary, **sizes)
     source = imported(OURS if library == OURS else PEFT)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = source.get_peft_model(base, source.LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM"))
-    costs = StepCosts()
+    model, costs = adapted(source, base), StepCosts()
     rows = token_rows(case, vocabulary, shrink)
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {
@@ -136,21 +159,17 @@ def _train_with_trainer(library: str, model: Any, rows: Any, costs: Any, setting
 
     from nbpeft.training import Collator
 
-    settings |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False}
-    settings |= {"learning_rate": 2e-4, "logging_steps": 1}
+    settings |= QUIET | {"learning_rate": 2e-4}
     trainer: Any
     if library == TRL:
         from datasets import Dataset
 
-        from tests.clients.packages import installed
         from tests.training.trl_run import tiny_tokenizer
 
-        sys.path.append(str(installed("trl==1.16.0")))
-        import trl
-
-        arguments = trl.SFTConfig(bf16=False, **settings)
+        library_of_trl = trl()
+        arguments = library_of_trl.SFTConfig(bf16=False, **settings)
         own = {"train_dataset": Dataset.from_list(rows), "processing_class": tiny_tokenizer()}
-        trainer = trl.SFTTrainer(model=model, args=arguments, callbacks=[costs], **own)
+        trainer = library_of_trl.SFTTrainer(model=model, args=arguments, callbacks=[costs], **own)
     else:
         own = {"train_dataset": rows, "data_collator": Collator(copy_labels=True)}
         trainer = transformers.Trainer(
@@ -158,6 +177,14 @@ def _train_with_trainer(library: str, model: Any, rows: Any, costs: Any, setting
         )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
+
+
+def in_own_process(module: str, call: str) -> tuple[float, float]:
+    """(peak bytes, seconds of a step) that a call returns in a fresh process, with the names of a module."""
+    code = f"import json; from {module} import *; print(json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, seconds = json.loads(done.stdout.splitlines()[-1])
+    return peak, seconds
 
 
 @functools.cache
@@ -169,13 +196,7 @@ def measured(library: str, case: str, kind: str, size: Size) -> tuple[float, flo
         return peak, seconds
     sizes = {"hidden": size.hidden, "layers": LAYERS, "vocabulary": VOCABULARY, "shrink": 1}
     sizes["steps"] = max(3, 2 + round(3 * size.repeats))
-    code = (
-        "import json; from tests.benchmarks.rows_training import CASES, train; "
-        f"print(json.dumps(train({library!r}, CASES[{case!r}], {kind!r}, **{sizes!r})))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    peak, seconds = json.loads(done.stdout.splitlines()[-1])
-    return peak, seconds
+    return in_own_process(__name__, f"train({library!r}, CASES[{case!r}], {kind!r}, **{sizes!r})")
 
 
 def cost(case: str, kind: str, which: int) -> Callable[[str, Size], Measure]:

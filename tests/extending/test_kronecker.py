@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import nbpeft
-from nbpeft.engine.contract import registry
 from nbpeft.errors import ConfigError
 from nbpeft.session import Session
 from tests.tiny_models import llama, logits, randomize
@@ -20,11 +19,9 @@ MOST_LINES = 60
 
 
 @pytest.fixture(autouse=True)
-def kronecker(monkeypatch: pytest.MonkeyPatch) -> Any:
+def kronecker(registered: Callable[[str], ModuleType]) -> Any:
     """The module with the method, which is registered for one test."""
-    monkeypatch.setattr(registry, "_methods", [*registry.methods()])
-    monkeypatch.delitem(sys.modules, "tests.extending.kronecker", raising=False)
-    return importlib.import_module("tests.extending.kronecker")
+    return registered("kronecker")
 
 
 def adapted(kronecker: Any, seed: int = 0, **fields: Any) -> Any:

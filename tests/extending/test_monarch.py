@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 import nbpeft
-from nbpeft.engine.contract import registry
 from nbpeft.errors import ConfigError
 from nbpeft.memory import forecast
 from nbpeft.session import Session
@@ -25,11 +23,9 @@ MOST_LINES = 60
 
 
 @pytest.fixture(autouse=True)
-def more(monkeypatch: pytest.MonkeyPatch) -> Any:
+def more(registered: Callable[[str], ModuleType]) -> Any:
     """The module with the method, which is registered for one test."""
-    monkeypatch.setattr(registry, "_methods", [*registry.methods()])
-    monkeypatch.delitem(sys.modules, "tests.extending.monarch", raising=False)
-    return importlib.import_module("tests.extending.monarch")
+    return registered("monarch")
 
 
 @pytest.fixture
