@@ -102,12 +102,13 @@ def _with_offsets(blocks: Floats, importance: Floats | None, *, stored_as: str) 
     )
     again = np.clip(np.rint((x + shift) / step), 0, search.levels)
     levels = np.where(step != 0, again, levels)
-    bytes_of = _pair(_blocks(levels))
+    whole = _blocks(levels)
+    low = _pair(whole)
     head = [_raw(stored[0]), _raw(stored[1]), _packed_scales(*codes)]
     if stored_as == "q4_k":
-        return np.concatenate([*head, bytes_of], axis=1)
-    high = _blocks(levels).reshape(-1, 8, 32) >> 4
-    return np.concatenate([*head, _bits(high), bytes_of], axis=1)
+        return np.concatenate([*head, low], axis=1)
+    high = whole.reshape(-1, 8, 32) >> 4
+    return np.concatenate([*head, _bits(high), low], axis=1)
 
 
 def _asymmetric(x: Floats, weights: Floats, search: _Search) -> tuple[Floats, Floats, Floats]:

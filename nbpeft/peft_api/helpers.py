@@ -293,9 +293,7 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
     states = {
         layer: [state for one in own if (state := state_of_all(one)) is not None] for layer, own in adapters.items()
     }
-    buffers = {
-        layer: {name for one in (*own, *states[layer]) for name in one._buffers} for layer, own in adapters.items()
-    }
+    buffers = {layer: {name for one in own for name in one._buffers} for layer, own in adapters.items()}
     shared = {
         layer: {key.partition(".")[0] for state in states[layer] for key in state.state_dict()} for layer in adapters
     }

@@ -44,9 +44,8 @@ def mean_squares(manager: AdapterManager, name: str, rows: Rows) -> dict[str, Te
     """
     model = manager.model
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    sites = [site for site in walk(model) if isinstance(site.module, nn.Linear)]
-    modules: Mapping[str, nn.Module] = {site.path: site.wrapper or site.module for site in sites}
-    modules = {path: module for path, module in modules.items() if module is not output}  # it may be adapted, too
+    places = ((site.path, site.wrapper or site.module) for site in walk(model) if isinstance(site.module, nn.Linear))
+    modules: Mapping[str, nn.Module] = {path: module for path, module in places if module is not output}
     sums: dict[str, Any] = {}
     counts = dict.fromkeys(modules, 0)
 
@@ -55,6 +54,7 @@ def mean_squares(manager: AdapterManager, name: str, rows: Rows) -> dict[str, Te
         sums[path] = sums.get(path, 0) + flat.square().sum(0)
         counts[path] += len(flat)
 
+    device = device_of(model)
     batches = rows.batches(1, labels=False)  # one row each: padding is no input that counts
     if not batches:
         raise ConfigError("there are no rows to calibrate on (calibrate=…)")
@@ -67,7 +67,7 @@ def mean_squares(manager: AdapterManager, name: str, rows: Rows) -> dict[str, Te
     ):
         for number, batch in enumerate(batches):
             check_interrupt()
-            model(**moved(batch, device_of(model)))
+            model(**moved(batch, device))
             report(number + 1)
     return {f"{path}.weight": _positive(path, total / counts[path]) for path, total in sums.items()}
 

@@ -57,8 +57,8 @@ def check_peft_type(label: str, peft_type: object, config_class: type[Any], take
     related = issubclass(config_class, other) or issubclass(other, config_class)
     if not related and other.__qualname__ != config_class.__qualname__:
         raise ConfigError(
-            f"{label}: peft_type {peft_type!r} is that of {other.__name__} in {other.__module__}: files could not be "
-            "told apart; choose another",
+            f"{label}: peft_type {peft_type!r} is that of {other.__name__} in {other.__module__}: files would not say "
+            "which method is meant; choose another",
             field="peft_type",
         )
 

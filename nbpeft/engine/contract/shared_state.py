@@ -233,8 +233,8 @@ def state_of_all(adapter: nn.Module) -> SharedState | None:
     Args:
         adapter: the adapter of a layer.
     """
-    held = (adapter._modules.get("shared"), *vars(adapter).values())
-    return next((state for state in held if isinstance(state, SharedState) and state.in_layers), None)
+    members = (adapter._modules.get("shared"), *vars(adapter).values())
+    return next((state for state in members if isinstance(state, SharedState) and state.in_layers), None)
 
 
 def listed_name(key: str, adapter: str) -> str:

@@ -131,13 +131,10 @@ def memory_planner(
 
 def _check_reference(reference: Any, adapters: Iterable[str]) -> None:
     """Refuse the name of a reference that no training of the model could have."""
-    known = (BASE, START, *adapters)
-    if isinstance(reference, str) and reference not in known:
-        raise ConfigError(
-            f"reference must be one of {', '.join(map(repr, known))}, not {reference!r:.60}."
-            f"{did_you_mean(reference, known)}",
-            field="reference",
-        )
+    from nbpeft.engine.config.config_checks import check_choice
+
+    if isinstance(reference, str):
+        check_choice("reference", reference, (BASE, START, *adapters))
 
 
 def _planned(
