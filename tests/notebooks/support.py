@@ -20,7 +20,8 @@ PARAMETERS = {"LoRA": 4_884_480, "MiSS": 2_488_320, "OFT": 2_321_280, "(IA)³": 
 
 
 def execute(notebook: Any, folder: Path, **environment: str) -> Any:
-    """Runs a notebook in its own kernel; environment variables shorten it."""
+    """Runs a notebook in its own kernel, with its runs in ``folder``; environment variables shorten it."""
+    environment = {"NBPEFT_RUNS": str(folder / "nbpeft_runs"), **environment}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
