@@ -44,6 +44,9 @@ def plan_sweep(tracked: TrackedModel, request: TrainRequest) -> tuple[tuple[str,
     Raises:
         ConfigError: a field of the training is a sweep, and the adapters already are a sweep.
     """
+    from nbpeft.training.sweep.rows import with_own_rows
+
+    request = with_own_rows(request)
     manager, fields, adapter = tracked.manager, swept(request.given), request.adapter
     active = manager.active
     group = tracked.sweep if set(active) <= set(tracked.sweep) <= set(manager.configs) else ()

@@ -53,8 +53,8 @@ class TrainingRows:
     """The rows for a Trainer.
 
     Attributes:
-        train: training rows.
-        evaluation: evaluation rows, or None.
+        train: training rows; adapter -> its own, if each has some.
+        evaluation: evaluation rows, or None; adapter -> its own, if each has some.
         notes: messages about rows that were cut, left out or not used.
         held_out: message about rows that were held out for evaluation; empty if there are none.
         classes: the classes of a classifier, with the names that its model or the rows give them.
@@ -67,9 +67,25 @@ class TrainingRows:
     classes: Classes | None = None
 
     @property
+    def train_parts(self) -> list[Any]:
+        """The training rows, or those of each adapter."""
+        return list(self.train.values()) if isinstance(self.train, Mapping) else [self.train]
+
+    @property
+    def evaluation_parts(self) -> list[Any]:
+        """The evaluation rows, or those of each adapter; empty if there are none."""
+        parts = self.evaluation.values() if isinstance(self.evaluation, Mapping) else [self.evaluation]
+        return [part for part in parts if part is not None]
+
+    @property
     def format(self) -> PromptFormat | None:
         """The form in which the training rows are written; None if they were given as tokens."""
-        form: PromptFormat | None = getattr(self.train, "format", None)
+        return self.format_for("")
+
+    def format_for(self, adapter: str) -> PromptFormat | None:
+        """Returns the form in which the training rows of an adapter are written; None if they were given as tokens."""
+        rows = self.train.get(adapter) if isinstance(self.train, Mapping) else self.train
+        form: PromptFormat | None = getattr(rows, "format", None)
         return form if isinstance(form, PromptFormat) else None
 
 

@@ -32,7 +32,7 @@ from nbpeft.state import TrainState
 from nbpeft.sweeps import swept
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
-from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
+from nbpeft.training.data import PackedRows, StreamedRows, TokenizedRows, is_stream
 from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
@@ -53,6 +53,7 @@ from nbpeft.training.request import TrainRequest
 from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
+from nbpeft.training.sweep.rows import rows_of_adapters, with_own_rows
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
 from nbpeft.training.transformers.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.transformers.trainer import Trainer, adapter_trainer, has_own_loss, step_settings
@@ -207,6 +208,7 @@ def run_training(request: TrainRequest) -> TrainResult:
     """
     with needs("accelerate", "Training"):
         importlib.import_module("accelerate")
+    request = with_own_rows(request)
     if request.members is None and not swept(request.given):  # a sweep activates its adapters first
         known = fields_by_name()
         plain = {name: value for name, value in request.arguments.items() if name not in known}
@@ -218,7 +220,7 @@ def run_training(request: TrainRequest) -> TrainResult:
 def _run(request: TrainRequest) -> TrainResult:
     model, launch, fields, options = _checked(request)
     request = request.opened()
-    rows = training_rows(request)
+    rows = rows_of_adapters(request) if request.own_rows else training_rows(request)
     _check_length_known(rows.train, fields)
     scorer = scorer_of(request, fields, rows.classes)
     check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
@@ -227,15 +229,19 @@ def _run(request: TrainRequest) -> TrainResult:
     learned, objective = rows.train, request.objective
     assert isinstance(objective, Objective)
     collator: Any = batches_of(request, objective)
+    packed: list[PackedRows] = []
     if request.packing:
-        sizes = {"max_length": request.max_length, "tokenizer": request.tokenizer, "given": given}
-        learned, collator = pack(model, learned, collator, **sizes)
+        learned, collator = _packed(request, rows, collator, given)
+        packed = list(learned.values()) if request.own_rows else [learned]
     options = {"data_collator": collator, "processing_class": request.tokenizer}
     options |= metrics_of(request, rows.classes) | given
     with scratch_folder() as folder:
         evaluates = rows.evaluation is not None
         settings = build_arguments(fields, request.arguments_class, folder=str(folder), evaluates=evaluates)
-        options |= {"args": settings, "train_dataset": learned, "eval_dataset": rows.evaluation}
+        measured = rows.evaluation
+        if request.own_rows:
+            learned, measured = _distributed(request.members, learned, measured)
+        options |= {"args": settings, "train_dataset": learned, "eval_dataset": measured}
         failures: list[Exception] = []
         try:
             with _activated(model, request.adapter) as activation:
@@ -244,7 +250,7 @@ def _run(request: TrainRequest) -> TrainResult:
                 activation.note_format(model, rows)
                 run.output_dir = str(fields.get("output_dir", ""))
                 if objective.rows:
-                    request = replace(request, reference=chosen_reference(request, rows.train))
+                    request = replace(request, reference=chosen_reference(request, learned))
                 rows_note = _note(run, request, objective, rows, settings)
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
@@ -254,9 +260,9 @@ def _run(request: TrainRequest) -> TrainResult:
                 else:
                     options |= _objective_options(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
-                    check = PackingCheck(run, learned, collator) if request.packing else None
+                    checks = [PackingCheck(run, part, collator) for part in packed]
                     outer = _outer_callbacks(request, run, kept, rows)
-                    metrics = _fit(request, run, options, outer, _inner_callbacks(request, run, check, scorer), fields)
+                    metrics = _fit(request, run, options, outer, _inner_callbacks(request, run, checks, scorer), fields)
         except Exception as error:
             failures.append(_error_to_raise(error, model, settings))
             if failures[0] is error and not isinstance(error, NbpeftError):
@@ -265,6 +271,23 @@ def _run(request: TrainRequest) -> TrainResult:
     if failures:  # raised outside of the handler, so that the new error does not reference the frames of the old one
         raise failures.pop().with_traceback(None)
     return _unless_interrupted(_result(request, run, metrics), run)
+
+
+def _packed(request: TrainRequest, rows: TrainingRows, collator: Any, given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns the packed training rows, of each adapter if it has its own, and their collator."""
+    sizes = {"max_length": request.max_length, "tokenizer": request.tokenizer, "given": given}
+    if not request.own_rows:
+        return pack(request.model, rows.train, collator, **sizes)
+    found = {name: pack(request.model, part, collator, **sizes) for name, part in rows.train.items()}
+    return {name: part for name, (part, _) in found.items()}, next(iter(found.values()))[1]
+
+
+def _distributed(members: Any, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    """Gives each member its own rows, and returns those of the first one, from which the Trainer is created."""
+    assert isinstance(members, SideBySide)
+    members.take_rows(train, evaluation)
+    first = members.names[0]
+    return train[first], None if evaluation is None else evaluation[first]
 
 
 def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
@@ -320,7 +343,7 @@ def _note(
     if isinstance(request.rewards, Rewards):
         run.note(request.rewards.note)
         run.learns_from_rewards = True
-    for part in (rows.train, rows.evaluation):
+    for part in (*rows.train_parts, *rows.evaluation_parts):
         if isinstance(part, StreamedRows):
             part.report = run.note
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
@@ -328,8 +351,8 @@ def _note(
     run.note(note_on_rows)
     if objective.rows == JUDGED and request.processes is None and not settings.dataloader_drop_last:
         sizes = {"an epoch": settings.train_batch_size, "an evaluation": settings.eval_batch_size}
-        for part, (name, size) in zip((rows.train, rows.evaluation), sizes.items(), strict=True):
-            if part is not None and not is_stream(part) and len(part) % size == 1:
+        for parts, (name, size) in zip((rows.train_parts, rows.evaluation_parts), sizes.items(), strict=True):
+            if any(not is_stream(part) and len(part) % size == 1 for part in parts):
                 run.note(f"the last batch of {name} has one row, and its kl is estimated from this row itself")
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
@@ -399,32 +422,32 @@ class _Activation:
 
     def __init__(self) -> None:
         self._rows: TrainingRows | None = None
-        self._formers: list[tuple[AdapterConfig, PromptFormat | None]] = []
+        self._formers: list[tuple[str, AdapterConfig, PromptFormat | None]] = []
         self._unname: Callable[[], None] = lambda: None
 
     def note_format(self, model: nn.Module, rows: TrainingRows) -> None:
         """Records the form of the rows with the adapters to train, before their first state is saved."""
         manager = manager_of(model)
-        self._unname = name_classes(base_of(model), rows.format)
-        if manager is not None and rows.format is not None:
+        names = trained_names(model)
+        self._unname = name_classes(base_of(model), rows.format_for(names[0] if names else ""))
+        if manager is not None and any(rows.format_for(name) is not None for name in names):
             self._rows = rows
-            configs = [manager.configs[name] for name in trained_names(model)]
-            self._formers = [(config, prompt_format(config)) for config in configs]
+            configs = {name: manager.configs[name] for name in names}
+            self._formers = [(name, config, prompt_format(config)) for name, config in configs.items()]
             self._put()
 
     def end(self) -> None:
         """Restores the former form of rows of the adapters if they learned nothing."""
         if not self.learned:
             self._unname()
-            for config, former in self._formers:
+            for _, config, former in self._formers:
                 set_prompt_format(config, former)
         elif self._rows is not None:
             self._put()  # more of a stream was read
 
     def _put(self) -> None:
-        form = None if self._rows is None else self._rows.format
-        for config, _ in self._formers:
-            set_prompt_format(config, form)
+        for name, config, _ in self._formers:
+            set_prompt_format(config, None if self._rows is None else self._rows.format_for(name))
 
     @property
     def learned(self) -> bool:
@@ -503,14 +526,14 @@ def _outer_callbacks(
 
 
 def _inner_callbacks(
-    request: TrainRequest, run: Run, check: PackingCheck | None, scorer: Scorer | None
+    request: TrainRequest, run: Run, checks: Sequence[PackingCheck], scorer: Scorer | None
 ) -> list[TrainerCallback]:
     """Returns the callbacks that end before the run does.
 
     One of them ends a diverging training, or removes diverging adapters from a sweep.
     """
     model, guarded, group, patience = request.model, request.stop_on_divergence, request.members, request.patience
-    found: list[TrainerCallback] = [] if check is None else [check]
+    found: list[TrainerCallback] = [*checks]
     if isinstance(group, SideBySide):
         found += callbacks_of(group, run, model, patience=patience, stop_on_divergence=guarded)
     else:

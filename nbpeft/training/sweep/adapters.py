@@ -106,7 +106,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
         finally:
             with HeldInterrupts(to_the_end=True), manager.transaction():
                 if group is not None and group.learned:
-                    manager.activate(group.best, enable=True)
+                    manager.activate(group.best(selected), enable=True)
                 else:
                     undo_additions(manager, made, selected, enabled=enabled)
 
