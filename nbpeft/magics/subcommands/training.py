@@ -151,7 +151,9 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     "lora_train",
     "Train the active adapters of a model. The cell's lines are fields of TrainingArguments, name = value.",
     MODEL,
-    DATA,
+    dataclasses.replace(
+        DATA, options={**DATA.options, "help": f"{DATA.options['help']}; or rows for each adapter: NAME=DATA NAME=DATA"}
+    ),
     EVAL,
     COLUMNS,
     SEPARATOR,
@@ -215,7 +217,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         keep=not options.no_keep,
         restart=options.restart,
         source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
-        data_hint=f"{_data_command(options, arguments, mixed=isinstance(data, Mixture))} shows them",
+        data_hint=f"{_data_command(options, arguments, data)} shows them",
         **arguments,
     )
     for name in ("track", "trainer_class", "replace"):
@@ -343,9 +345,10 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
     return data, eval_data, notebook.tokenizer(cell.tokenizer)
 
 
-def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], *, mixed: bool) -> str:
+def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], data: object) -> str:
     """The command that shows the rows of a training."""
-    words = [f"%lora data {quoted(options.data)}"]
+    mixed = isinstance(data, Mixture)
+    words = [f"%lora data {'ROWS' if isinstance(data, Mapping) else quoted(options.data)}"]
     words += [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
     words += [f"--separator {quoted(options.separator)}"] if options.separator else []

@@ -117,11 +117,6 @@ class Member:
         """The number of its optimizer steps; None if it is that of the training."""
         return None if self.rows is None else self.rows.steps
 
-    @property
-    def was_evaluated(self) -> bool:
-        """Whether it was evaluated at least once."""
-        return self._last is not None or self._record.evaluated is not None
-
     def end_step(self, step: int) -> None:
         """Records the step."""
         if self.rows is not None:

@@ -39,7 +39,7 @@ def with_own_rows(request: TrainRequest) -> TrainRequest:
         ConfigError: the rows are not those of adapters of the model, or an argument does not support several adapters.
     """
     data, manager = request.data, manager_of(request.model)
-    if request.own_rows or not isinstance(data, Mapping) or manager is None or not {*data} & {*manager.configs}:
+    if not isinstance(data, Mapping) or manager is None or not {*data} & {*manager.configs}:
         return request
     if unknown := [name for name in data if name not in manager.configs]:
         raise ConfigError(

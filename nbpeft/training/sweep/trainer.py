@@ -401,8 +401,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
             member.end_step(state.global_step)
         last = state.global_step >= state.max_steps > 0
         ending = [member for member in self._group.training if member not in self._group.unfinished(state.global_step)]
-        ending = [member for member in ending if not member.was_evaluated]
-        if ending and not control.should_evaluate and args.eval_strategy != "no":
+        if ending and not control.should_evaluate and args.eval_strategy != "no":  # as at the end of a training alone
             self._group.evaluated, control.should_evaluate = ending, True
         if self._stops and (control.should_log or control.should_evaluate or control.should_save or last):
             self._stop_diverged(state.global_step, weights=last or control.should_evaluate or control.should_save)
