@@ -101,6 +101,8 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
         TrainingError: the data cannot be read, or does not fit the model.
     """
     request = request.opened()
+    if request.own_rows:
+        return _rows_of_adapters(request)
     inputs = inputs_of(request)
     if loss:
         _check_loss(base_of(request.model))
@@ -129,6 +131,33 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     if groups is not None and request.eval_by is not None:
         held += f", in whole groups by {request.eval_by!r} ({plural(len({*groups}), 'group')})"
     return TrainingRows(train, evaluation, tuple(notes), held, inputs.classes)
+
+
+def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
+    """Prepares the rows of adapters of which each has its own."""
+    parts: dict[str, TrainingRows] = {}
+    for name in request.own_rows:
+        try:
+            part = parts[name] = training_rows(request.of_adapter(name))
+        except TrainingError as error:
+            raise TrainingError(f"rows of {name!r}: {error}") from error
+        if not hasattr(part.train, "__len__"):
+            raise TrainingError(
+                f"the rows of {name!r} are a stream: rows for each adapter have to be lists or datasets"
+            )
+    first, *others = parts
+    classes = parts[first].classes
+    for name in others:
+        if parts[name].classes != classes:
+            raise TrainingError(f"the rows of {first!r} and {name!r} have different classes: train them one by one")
+    evaluation = {name: part.evaluation for name, part in parts.items()}
+    return TrainingRows(
+        train={name: part.train for name, part in parts.items()},
+        evaluation=evaluation if parts[first].evaluation is not None else None,
+        notes=tuple(f"{name}: {note}" for name, part in parts.items() for note in part.notes),
+        held_out="; ".join(f"{name}: {part.held_out}" for name, part in parts.items() if part.held_out),
+        classes=classes,
+    )
 
 
 def inputs_of(request: TrainRequest) -> ModelInputs:

@@ -53,7 +53,7 @@ from nbpeft.training.request import TrainRequest
 from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
-from nbpeft.training.sweep.rows import rows_of_adapters, with_own_rows
+from nbpeft.training.sweep.rows import with_own_rows
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
 from nbpeft.training.transformers.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.transformers.trainer import Trainer, adapter_trainer, has_own_loss, step_settings
@@ -118,12 +118,21 @@ def train(
     the active adapter, or from a new init if the config varies. The result is a :class:`SweepResult`; its best adapter
     is active afterwards.
 
+    With rows for several adapters by name, each is trained on its own, side by side over the same base model::
+
+        result = nbpeft.train(model, {"sql": queries, "chat": dialogs}, tokenizer=tokenizer, num_train_epochs=1)
+        sql, chat = result.members
+
+    Weights and losses are bit by bit those of a training of the adapter alone. Each makes the steps that its own rows
+    give, or ``max_steps``. None is the best; of the active adapters, one that was trained stays active.
+
     Args:
         model: A model with adapters.
         data: Training rows or their source; see :mod:`nbpeft.training.data` for their forms and
-            :func:`nbpeft.training.data.open_data` for sources. A stream needs ``max_steps``.
+            :func:`nbpeft.training.data.open_data` for sources. A stream needs ``max_steps``. A mapping from names of
+            adapters gives each its own rows.
         eval_data: Evaluation rows, in the same forms; or a share (0.1) or number (64) of the rows of ``data`` to hold
-            out, drawn with ``seed``.
+            out, drawn with ``seed``. If each adapter has its own rows, these are for all, or a mapping as for ``data``.
         tokenizer: Needed unless the rows are tokenized.
         max_length: Maximum length of a row in tokens; longer rows are truncated. The default is the tokenizer's limit,
             at most 1024.
@@ -220,7 +229,7 @@ def run_training(request: TrainRequest) -> TrainResult:
 def _run(request: TrainRequest) -> TrainResult:
     model, launch, fields, options = _checked(request)
     request = request.opened()
-    rows = rows_of_adapters(request) if request.own_rows else training_rows(request)
+    rows = training_rows(request)
     _check_length_known(rows.train, fields)
     scorer = scorer_of(request, fields, rows.classes)
     check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import skip_first_batches
 
-from nbpeft.display.numbers import plural
 from nbpeft.engine.changes.random_numbers import drawing_from, random_state, set_random_state
 from nbpeft.engine.tree.model_tree import manager_of
-from nbpeft.errors import ConfigError, TrainingError, few
+from nbpeft.errors import ConfigError, few
 from nbpeft.sweeps import swept
-from nbpeft.training.loop.rows import TrainingRows, training_rows
 
 if TYPE_CHECKING:
     from nbpeft.training.request import TrainRequest
@@ -67,51 +65,12 @@ def with_own_rows(request: TrainRequest) -> TrainRequest:
     members = request.members
     if isinstance(members, Mapping):
         _check_same_names(members, data, "members")
-    return dataclasses.replace(request, members=dict.fromkeys(data, {}) if members is None else members)
+    return dataclasses.replace(request, members={name: {} for name in data} if members is None else members)
 
 
 def _check_same_names(given: Mapping[str, Any], data: Mapping[str, Any], field: str) -> None:
     if {*given} != {*data}:
         raise ConfigError(f"data has rows for {few(data)}, but {field} names {few(given) or 'none'}", field=field)
-
-
-def rows_of_adapters(request: TrainRequest) -> TrainingRows:
-    """Prepares the rows of each adapter.
-
-    Args:
-        request: the arguments of a training of adapters with rows of their own.
-
-    Returns:
-        The rows, as mappings from adapters to theirs.
-
-    Raises:
-        ConfigError: an argument is invalid, or does not fit the rows of all adapters.
-        TrainingError: the rows of an adapter cannot be read, or do not fit the model.
-    """
-    parts: dict[str, TrainingRows] = {}
-    for name in request.own_rows:
-        try:
-            part = parts[name] = training_rows(request.of_adapter(name))
-        except TrainingError as error:
-            raise TrainingError(f"rows of {name!r}: {error}") from error
-        if not hasattr(part.train, "__len__"):
-            raise TrainingError(f"the rows of {name!r} are a stream: adapters with rows of their own need lists of rows")
-    first, *others = parts
-    for name in others:
-        if _class_names(parts[name]) != _class_names(parts[first]):
-            raise TrainingError(f"the rows of {first!r} and {name!r} have different classes: train them one by one")
-    evaluation = {name: part.evaluation for name, part in parts.items()}
-    return TrainingRows(
-        train={name: part.train for name, part in parts.items()},
-        evaluation=evaluation if parts[first].evaluation is not None else None,
-        notes=tuple(f"{name}: {note}" for name, part in parts.items() for note in part.notes),
-        held_out="; ".join(f"{name}: {part.held_out}" for name, part in parts.items() if part.held_out),
-        classes=parts[first].classes,
-    )
-
-
-def _class_names(rows: TrainingRows) -> object:
-    return None if rows.classes is None else rows.classes.names
 
 
 class OwnRows:

@@ -263,7 +263,9 @@ class SideBySideTrainer(transformers.Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Creates one schedule with a separate factor for each parameter group."""
         if self.lr_scheduler is None:
-            factors = {member.name: _factor(member, member.steps or num_training_steps) for member in self.group.members}
+            factors = {
+                member.name: _factor(member, member.steps or num_training_steps) for member in self.group.members
+            }
             chosen: Any = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = LambdaLR(chosen, [factors[group["member"]] for group in chosen.param_groups])
             self._created_lr_scheduler = True

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import TrainerCallback
 
+import nbpeft
 from nbpeft import sweep, train
 from nbpeft.display.html import to_html
 from nbpeft.display.training import training_card
@@ -21,6 +23,7 @@ from tests.training.support import token_rows, trainable
 ROWS = {"a": token_rows(8, 1), "b": token_rows(13, 2)}
 GIVEN: dict[str, Any] = {"per_device_train_batch_size": 3, "learning_rate": 0.02, "weight_decay": 0.1, "seed": 3}
 
+STREAM = datasets.Dataset.from_list(ROWS["b"]).to_iterable_dataset()
 EVALUATED: dict[str, Any] = {"eval_data": 3, "eval_strategy": "steps", "eval_steps": 2}
 
 
@@ -172,6 +175,7 @@ def test_an_interrupted_training_is_resumed_with_the_same_bits(step: int, inside
         (ROWS, {"sample": "x"}, "sample needs a tokenizer|sample cannot be combined with a sweep"),
         (ROWS, {"dataloader_drop_last": True, "per_device_train_batch_size": 9}, "the rows of 'a' do not fill a batch"),
         ({"a": ROWS["a"], "b": []}, {}, "no rows"),
+        ({"a": ROWS["a"], "b": STREAM}, {"max_steps": 2}, "the rows of 'b' are a stream"),
         ({"a": ROWS["a"], "b": [{"input_ids": [10**6]}]}, {}, "rows of 'b': "),
     ],
 )
@@ -189,3 +193,13 @@ def test_rows_for_different_objectives_are_refused() -> None:
     texts = [{"text": "some text"}] * 3
     with pytest.raises(ConfigError, match="the rows of 'a' are for dpo, those of 'b' for sft"):
         train(two(), {"a": pairs, "b": texts}, tokenizer=CharTokenizer(), max_steps=1)
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    lines = (train.__doc__ or "").partition("same base model::")[2].strip().splitlines()[:2]
+    model = trainable(name="sql")
+    model.manager.copy("sql", "chat")
+    names: dict[str, Any] = {"nbpeft": nbpeft, "model": model, "tokenizer": None}
+    names |= {"queries": ROWS["a"], "dialogs": ROWS["b"]}
+    exec("\n".join(map(str.strip, lines)), names)
+    assert (names["sql"].step, names["chat"].step) == (1, 2)
