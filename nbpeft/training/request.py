@@ -84,6 +84,7 @@ class TrainRequest:
     run_dir: RunPlace | str | os.PathLike[str] | None = None
     track: str | Sequence[str] | None = None
     members: Any = None
+    stop: str | None = None
     stop_on_divergence: bool = True
     processes: int | None = None
     machines: Sequence[str] | None = None

@@ -46,6 +46,13 @@ def test_a_training_cell_trains_an_adapter_for_each_value(ready: Notebook) -> No
     assert not same(weights(ready, "sql-lr1e-2"), before)
 
 
+def test_a_cell_stops_the_worse_half(ready: Notebook) -> None:
+    result = ready.do(TRAIN.replace("held_out", "held_out --stop half").replace("max_steps = 2", "max_steps = 4"))
+    assert sorted(member.step for member in result.members) == [2, 4]
+    line = ready.run("%lora add model --name codes r=sweep(2,4,stop='half')").line
+    assert "r: adapters are only added here; give stop='half' to their training" in line
+
+
 def test_the_cell_run_again_goes_on_with_the_same_adapters(ready: Notebook) -> None:
     ready.do(TRAIN)
     once = weights(ready, "sql-lr1e-2")

@@ -56,7 +56,7 @@ _RESERVED = (
 )
 ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
-_NOT_EXPORTED = ("sample", "every", "score", "metric", "max_score_rows", "processes", "machines")
+_NOT_EXPORTED = ("stop", "sample", "every", "score", "metric", "max_score_rows", "processes", "machines")
 """Arguments that are not written into an exported script."""
 _EARLY_STOPPING = ("patience", "metric_for_best_model", "greater_is_better")
 """Arguments that are not written into it either if they refer to scores, which a script does not compute."""
@@ -177,6 +177,13 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         help="early stopping: end after N evaluations, or scores, without improvement, and restore the best weights",
     ),
     argument(
+        "--stop",
+        choices=("half",),
+        words=("half",),
+        metavar="half",
+        help="in a sweep: stop the worse half of the adapters each time the number of steps has doubled",
+    ),
+    argument(
         "--sample",
         action="append",
         metavar="PROMPT|N",
@@ -258,7 +265,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         CellError: a field is given that is an option of the line.
     """
     names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "machines", "track", "replace")
-    names += ("skip_bad", "objective", "reference", "eval_by", "max_score_rows")
+    names += ("stop", "skip_bad", "objective", "reference", "eval_by", "max_score_rows")
     sample = getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["sample"] = _samples(sample, notebook) if sample else None

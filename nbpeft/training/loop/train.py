@@ -52,6 +52,7 @@ from nbpeft.training.objectives.reference import reference_of
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.sweep.adapters import side_by_side
+from nbpeft.training.sweep.evaluations import check_halving
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.rows import with_own_rows
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
@@ -98,6 +99,7 @@ def train(
     run_dir: RunPlace | str | os.PathLike[str] | None = None,
     track: str | Sequence[str] | None = None,
     members: Mapping[str, Mapping[str, Any]] | SideBySide | None = None,
+    stop: str | None = None,
     stop_on_divergence: bool = True,
     processes: int | None = None,
     machines: Sequence[str] | None = None,
@@ -177,6 +179,8 @@ def train(
         track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them, to which the metrics are logged.
         members: Adapters of the model to train side by side, each with its own fields:
             ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. A sweep creates its members itself.
+        stop: ``"half"`` for successive halving of a sweep: each time the number of steps has doubled, the worse half of
+            the adapters by evaluation loss or score is stopped, until one remains in the second half of the steps.
         stop_on_divergence: Stop if the loss is NaN or infinite or the weights explode, and restore the last good
             weights; in a sweep only that adapter stops. Copying the trainable weights takes about 1 % of the time, and
             host memory of their size. See :mod:`nbpeft.training.watching.divergence`.
@@ -232,7 +236,9 @@ def _run(request: TrainRequest) -> TrainResult:
     rows = training_rows(request)
     _check_length_known(rows.train, fields)
     scorer = scorer_of(request, fields, rows.classes)
-    check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
+    judged = {"evaluates": rows.evaluation is not None, "scores": scorer is not None}
+    check_halving(request, fields, **judged)
+    check_patience(request.patience, fields, **judged)
     request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)
     learned, objective = rows.train, request.objective
@@ -249,7 +255,7 @@ def _run(request: TrainRequest) -> TrainResult:
         settings = build_arguments(fields, request.arguments_class, folder=str(folder), evaluates=evaluates)
         measured = rows.evaluation
         if request.own_rows:
-            learned, measured = _distributed(request.members, learned, measured)
+            learned, measured = request.members.take_rows(learned, measured)
         options |= {"args": settings, "train_dataset": learned, "eval_dataset": measured}
         failures: list[Exception] = []
         try:
@@ -289,14 +295,6 @@ def _packed(request: TrainRequest, rows: TrainingRows, collator: Any, given: Map
         return pack(request.model, rows.train, collator, **sizes)
     found = {name: pack(request.model, part, collator, **sizes) for name, part in rows.train.items()}
     return {name: part for name, (part, _) in found.items()}, next(iter(found.values()))[1]
-
-
-def _distributed(members: Any, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    """Gives each member its own rows, and returns those of the first one, from which the Trainer is created."""
-    assert isinstance(members, SideBySide)
-    members.take_rows(train, evaluation)
-    first = members.names[0]
-    return train[first], None if evaluation is None else evaluation[first]
 
 
 def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
@@ -544,7 +542,8 @@ def _inner_callbacks(
     model, guarded, group, patience = request.model, request.stop_on_divergence, request.members, request.patience
     found: list[TrainerCallback] = [*checks]
     if isinstance(group, SideBySide):
-        found += callbacks_of(group, run, model, patience=patience, stop_on_divergence=guarded)
+        how = {"stop_on_divergence": guarded, "halves": request.stop is not None}
+        found += callbacks_of(group, run, model, patience=patience, **how)
     else:
         found += [DivergenceStop(run, model)] if guarded else []
         found += [] if patience is None else [EarlyStop(run, model, patience)]

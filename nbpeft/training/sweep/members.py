@@ -175,6 +175,11 @@ class Member:
         if score is not None:
             self._news = self._last = Evaluation(step, score, loss, metrics)
 
+    @property
+    def evaluated_step(self) -> int | None:
+        """The step of its last evaluation by the deciding metric; None if there is none."""
+        return None if self._last is None else self._last.step
+
     def take_news(self) -> Evaluation | None:
         """Returns an evaluation that was not returned before; None if there is none."""
         news, self._news = self._news, None
@@ -259,15 +264,19 @@ class SideBySide:
         self.metric = ""
         self.evaluated: list[Member] = []
 
-    def take_rows(self, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> None:
+    def take_rows(self, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> tuple[Any, Any]:
         """Sets the rows of each member.
 
         Args:
             train: member -> its training rows.
             evaluation: member -> its evaluation rows, or None.
+
+        Returns:
+            The training rows and the evaluation rows of the first member.
         """
-        for member in self.members:
-            member.rows = OwnRows(train[member.name], None if evaluation is None else evaluation[member.name])
+        for member in reversed(self.members):
+            rows = member.rows = OwnRows(train[member.name], None if evaluation is None else evaluation[member.name])
+        return rows.train, rows.evaluation
 
     @property
     def has_own_rows(self) -> bool:

@@ -288,9 +288,11 @@ class SideBySideTrainer(transformers.Trainer):
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         members, outputs, found = self.group.evaluated or self.group.training or list(self.group.members), [], {}
         self.group.evaluated = []
+        state = random_state()
         try:
             for member in members:
                 self._evaluated = member
+                set_random_state(state)  # an evaluation draws random numbers, as many as that of a training alone
                 with self._evaluating(member, args, prefix) as own:
                     outputs.append(super().evaluation_loop(*own, **kwargs))
                 found[member.name] = _reported(outputs[-1].metrics or {}, prefix)
@@ -454,7 +456,13 @@ def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def callbacks_of(
-    members: SideBySide, run: Run, model: nn.Module, *, patience: int | None, stop_on_divergence: bool = False
+    members: SideBySide,
+    run: Run,
+    model: nn.Module,
+    *,
+    patience: int | None,
+    stop_on_divergence: bool = False,
+    halves: bool = False,
 ) -> list[TrainerCallback]:
     """Returns the callbacks of a sweep.
 
@@ -464,10 +472,11 @@ def callbacks_of(
         model: the model in training.
         patience: number of evaluations without improvement after which an adapter stops.
         stop_on_divergence: whether to stop diverging members.
+        halves: whether to stop the worse half of the members each time the number of steps has doubled.
     """
     return [
         SideBySideCallback(members, run, stop_on_divergence=stop_on_divergence),
-        SweepEvaluations(members, run, model, patience),
+        SweepEvaluations(members, run, model, patience, halves=halves),
     ]
 
 
