@@ -168,7 +168,7 @@ class TrainRequest:
     def _opened_evaluation(self, data: Any) -> Any:
         if data is None or is_amount(data):
             return data
-        return open_data(data, separator_for(data, self.separator), skip_bad=self.skip_bad)
+        return open_data(data, separator_for(data, self.separator), skip_bad=self.skip_bad, seed=self.seed)
 
     def kept(self) -> dict[str, Any]:
         """Returns what the record of a run stores in addition to ``arguments``: changed keyword arguments, no rows."""
