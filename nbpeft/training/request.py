@@ -139,7 +139,9 @@ class TrainRequest:
     @property
     def own_rows(self) -> tuple[str, ...]:
         """The adapters with rows of their own; empty if all are trained on the same rows."""
-        return tuple(self.data) if isinstance(self.data, Mapping) and self.members is not None else ()
+        names = getattr(self.members, "names", self.members)
+        own = isinstance(self.data, Mapping) and isinstance(names, Mapping | tuple) and {*self.data} == {*names}
+        return tuple(self.data) if own else ()
 
     def of_adapter(self, name: str) -> Self:
         """Returns the request with the rows of one of ``own_rows``."""
