@@ -184,6 +184,8 @@ class MemberState:
     """Value by which it is ranked, the lowest first; None if it was not evaluated."""
     best_step: int | None = None
     """Step of its best evaluation."""
+    comparable: bool = True
+    """Whether it was trained and evaluated on the same rows as the others, so that one of them can be the best."""
 
     @property
     def rank(self) -> tuple[bool, int, float, float]:
@@ -251,8 +253,9 @@ class TrainState:
 
     @property
     def best_member(self) -> MemberState | None:
-        """The best adapter of a sweep; None for other trainings."""
-        return min(self.members, key=lambda member: member.rank, default=None)
+        """The best adapter of a sweep; None for other trainings, and if each adapter had its own rows."""
+        comparable = (member for member in self.members if member.comparable)
+        return min(comparable, key=lambda member: member.rank, default=None)
 
 
 @dataclass(frozen=True)
