@@ -141,10 +141,11 @@ class TrainRequest:
         """
         if self.is_open:
             return self
-        skip_bad, measured = self.skip_bad, self.eval_data
-        rows = open_data(self.data, self.separator, skip_bad=skip_bad, seed=self.seed)
+        measured = self.eval_data
+        options: dict[str, Any] = {"skip_bad": self.skip_bad, "seed": self.seed}
+        rows = open_data(self.data, self.separator, **options)
         if measured is not None and not is_amount(measured):
-            measured = open_data(measured, separator_for(measured, self.separator), skip_bad=skip_bad)
+            measured = open_data(measured, separator_for(measured, self.separator), **options)
         return replace(self, data=rows, eval_data=measured, is_open=True)
 
     def kept(self) -> dict[str, Any]:
