@@ -121,7 +121,7 @@ def remaining(count: int, step: int, total: int) -> int:
         total: number of steps of the training.
     """
     rungs = (total / 2**number for number in range(1, halvings(count) + 1))
-    return -(-count // (1 << sum(step >= rung for rung in rungs)))
+    return math.ceil(count / (1 << sum(step >= rung for rung in rungs)))
 
 
 def swept(fields: Mapping[str, Any]) -> dict[str, Sweep]:

@@ -365,7 +365,8 @@ def check(operation: Operation, state: State, root: Path, values: tuple[Any, Any
 
 def flawed(operation: Operation, root: Path, seed: str) -> tuple[Figures, dict[str, int]]:
     """Tries states of one operation; returns how many there are, and what was wrong in how many."""
-    draw, figures, flaws = random.Random(seed), Figures(), {}
+    draw, figures = random.Random(seed), Figures()
+    flaws: dict[str, int] = {}
     (root / "disk" / "home").mkdir(parents=True)
     (root / "disk" / "tmp").mkdir()
     tempfile.tempdir = str(root / "disk" / "tmp")
