@@ -124,6 +124,7 @@ def test_what_is_discarded_is_moved_away_before_it_is_removed(tmp_path: Path, mo
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-1" / "weights").touch()
     flushed: list[list[str]] = []
+    staging_name(tmp_path)  # the key of the process is flushed now
     monkeypatch.setattr(staging_module, "flush_folder", lambda folder: flushed.append(os.listdir(tmp_path / "run")))
     discard(tmp_path, [])
     assert flushed == []
