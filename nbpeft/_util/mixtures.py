@@ -45,8 +45,8 @@ class Mixture:
 def mixture(*parts: tuple[Any, float], **named: tuple[Any, float]) -> Mixture:
     """Mixes rows of several sources: ``mixture((chats, 0.7), ("more.jsonl", 0.3))``.
 
-    Rows are drawn by ``seed``, each at most once: as many as possible, so that the smallest part, relative to its
-    share, is used whole.
+    Rows are drawn by the training's ``seed``, each at most once: as many as possible, so that the smallest part,
+    relative to its share, is used whole. Scores always draw the same rows.
 
     Args:
         *parts: (rows or where they are, share); shares are relative to each other.

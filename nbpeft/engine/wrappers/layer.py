@@ -626,7 +626,7 @@ class AdaptedLayer(Wrapper):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         for child in (*self._modules.values(), self.adapters) if recurse else ():
             child._apply(fn)  # type: ignore[union-attr]
-        return super()._apply(fn, recurse=False)  # type: ignore[no-any-return,no-untyped-call]
+        return super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         self.show_adapters()

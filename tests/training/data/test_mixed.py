@@ -45,6 +45,8 @@ def test_the_seed_draws_the_rows_and_files_are_parts(tmp_path: Path) -> None:
     request = TrainRequest(trainable(), mixed, 0.2, tokenizer=CharTokenizer(), arguments={"seed": 1})
     opened = request.opened()
     assert opened.data == first
+    measured = TrainRequest(trainable(), FEW, mixed, tokenizer=CharTokenizer(), arguments={"seed": 1}).opened()
+    assert measured.eval_data == first
     found = training_rows(opened)
     assert len(found.evaluation) == 6 and found.notes[0].startswith("mixture: 21 of 30 rows of part 0, 9 of 9 rows of ")
     assert summarize(mixed, CharTokenizer()).unused[0] == found.notes[0]
