@@ -21,8 +21,12 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
     """Returns the config for a dictionary such as the content of ``adapter_config.json``.
 
     Raises:
-        ConfigError: the dictionary has no ``peft_type``, or a value is invalid.
+        ConfigError: it is not a dictionary or has no ``peft_type``, or a value is invalid.
     """
+    if not isinstance(config_dict, Mapping):
+        raise ConfigError(
+            f"expected a dictionary with a 'peft_type', such as {{'peft_type': 'LORA'}}, not {config_dict!r:.60}"
+        )
     if config_dict.get("peft_type") is None:
         raise ConfigError("the dictionary has no 'peft_type', such as 'LORA'", field="peft_type")
     return store_of(AdapterConfig).make(dict(config_dict))

@@ -85,6 +85,9 @@ def test_a_dictionary_is_a_config() -> None:
     assert isinstance(ours, LoraConfig) and ours.to_dict() == theirs.to_dict()
     with pytest.raises(ConfigError, match="no 'peft_type'"):
         nbpeft.get_peft_config({"r": 4})
+    for other in ("LORA", None, nbpeft.LoraConfig()):
+        with pytest.raises(ConfigError, match="expected a dictionary with a 'peft_type'"):
+            nbpeft.get_peft_config(other)
 
 
 def test_caching_changes_no_output() -> None:
