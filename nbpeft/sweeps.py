@@ -120,8 +120,8 @@ def remaining(count: int, step: int, total: int) -> int:
         step: number of completed steps.
         total: number of steps of the training.
     """
-    rungs = (total / 2**number for number in range(1, halvings(count) + 1))
-    return -(-count // (1 << sum(step >= rung for rung in rungs)))
+    passed = [number for number in range(1, halvings(count) + 1) if step * 2**number >= total]
+    return -(-count // (1 << len(passed)))
 
 
 def swept(fields: Mapping[str, Any]) -> dict[str, Sweep]:

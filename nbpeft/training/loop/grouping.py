@@ -48,7 +48,7 @@ def group_rows(trainer: Any, *, wanted: bool) -> None:
         return int((0 if owner is None else owner.state.epoch or 0) if done is None else done)
 
     def sampler(dataset: Any = None) -> Any:
-        owner = reference()
+        owner: Any = reference()
         rows = owner.train_dataset if dataset is None else dataset
         lengths = None if size < 2 or isinstance(rows, PackedRows) else lengths_of(rows)
         if lengths is None or len(set(lengths)) < 2 or len(lengths) <= size:

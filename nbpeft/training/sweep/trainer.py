@@ -114,7 +114,7 @@ class SideBySideTrainer(transformers.Trainer):
         self._own_step = {
             member: member.rows.next_step(batches) for member in self.group.training if member.rows is not None
         }
-        shown = next(iter(self._own_step.values()), ([{}], None))[0]  # the Trainer counts their tokens
+        shown: list[Any] = next(iter(self._own_step.values()), ([{}], None))[0]  # the Trainer counts their tokens
         return [shown[min(place, len(shown) - 1)] for place in range(len(found[0]))], None
 
     def _begin_epoch(self, epoch: int) -> None:
