@@ -239,7 +239,8 @@ class TrainState:
     """Last step of the earlier run that this one resumes; steps are counted from there."""
     gradient_norm: float | None = None
     series: Mapping[str, Curve] = field(default_factory=dict, hash=False)
-    """Name -> further values over time: ``learning rate``, ``gradient norm``, ``tokens/s``, ``memory`` (bytes)."""
+    """Name -> further values over time: ``learning rate``, ``gradient norm``, ``tokens/s``, ``memory`` (bytes), and the
+    curves of the objective, such as ``rewards/margins``."""
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Last values of ``compute_metrics``, without the prefix ``eval_``."""
     metric_history: Mapping[str, Curve] = field(default_factory=dict, hash=False)

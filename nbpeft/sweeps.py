@@ -120,8 +120,8 @@ def remaining(count: int, step: int, total: int) -> int:
         step: number of completed steps.
         total: number of steps of the training.
     """
-    passed = [number for number in range(1, halvings(count) + 1) if step * 2**number >= total]
-    return -(-count // (1 << len(passed)))
+    rungs = (total / 2**number for number in range(1, halvings(count) + 1))
+    return math.ceil(count / (1 << sum(step >= rung for rung in rungs)))
 
 
 def swept(fields: Mapping[str, Any]) -> dict[str, Sweep]:

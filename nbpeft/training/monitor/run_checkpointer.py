@@ -293,6 +293,7 @@ class RunCheckpointer(TrainerCallback):
 
         def put(write: Callable[[Path], object]) -> None:
             assert self.folder is not None
+            self.folder.flush()
             put_checkpoint(self.folder.path, step, write, most=_MOST_STATES if whole else 1)
 
         with self._noting():
