@@ -145,15 +145,10 @@ class Staging:
 
     def close(self) -> None:
         """Removes the folder, unless it was renamed into place, and releases the lock."""
-        try:
-            # Else a folder that was moved into this one could be back after a loss of power, without some of its files.
-            with contextlib.suppress(OSError):
-                flush_folder(self.path.parent)
-        finally:
-            shutil.rmtree(self.path, ignore_errors=True)
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def note_moves(self, marks: dict[str, Mark]) -> None:
         """Logs the pending renames in order, so that a sweep can finish or undo them.
@@ -184,6 +179,8 @@ def discard(home: Path, names: Sequence[str]) -> None:
     try:
         for number, name in enumerate(names):
             inside.move(home, name, staging.path, str(number))
+        for path in dict.fromkeys((home / name).parent for name in names):
+            flush_folder(path)  # else a folder could be back after a loss of power, without some of its files
     finally:
         staging.close()
 

@@ -133,7 +133,8 @@ class RunFolder:
 
     def _content(self, name: str) -> bytes | None:
         """Returns the content of a file, or None if there is none; an interrupted write is finished first."""
-        sweep(self.path, report=False)
+        if inside.is_folder(self.path.parent, self.path.name):
+            sweep(self.path, report=False)
         try:
             return inside.read_plain(self.path.parent, f"{self.path.name}/{name}", LARGEST[name])
         except FileNotFoundError:

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 
 from nbpeft.checkpoint import read_checkpoint, read_config, write_checkpoint, write_config
+from nbpeft.checkpoint.atomic import NewFile, in_place_of, replace_files
 from nbpeft.checkpoint.staging import STAGING_PREFIX, Staging, mark_of, staging_name
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
@@ -297,3 +298,27 @@ def test_a_config_alone_is_replaced_as_a_whole(tmp_path: Path) -> None:
                 assert config.r == 2
         write_config(LoraConfig(r=2), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_a_folder_is_replaced_once_the_new_one_is_complete(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "shipped", *adapter(2))
+    before = contents(tmp_path)
+    with pytest.raises(KeyboardInterrupt), in_place_of(tmp_path / "shipped", allowed=True) as place:
+        write_checkpoint(place, *adapter(3))
+        assert rank_of_pair(tmp_path / "shipped") == 2
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == before
+    with pytest.raises(CheckpointError, match="No such file"), in_place_of(tmp_path / "shipped", allowed=True):
+        pass  # the block wrote nothing
+    assert contents(tmp_path) == before
+    with in_place_of(tmp_path / "shipped", allowed=True) as place:
+        write_checkpoint(place, *adapter(3))
+    assert rank_of_pair(tmp_path / "shipped") == 3 and os.listdir(tmp_path) == ["shipped"]
+
+
+def test_files_in_folders_of_folders(tmp_path: Path) -> None:
+    """In any order, also into a folder that another file has made."""
+    (tmp_path / "folder").mkdir()
+    for text in ("old", "new"):
+        replace_files(tmp_path / "folder", [NewFile.of_text(name, text) for name in ("a/b/x", "a/y", "z")])
+        assert set(contents(tmp_path / "folder").values()) == {text.encode()}

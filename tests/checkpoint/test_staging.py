@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from nbpeft.checkpoint.staging import ASIDE, OLD, Staging, mark_of, scratch_folder, staging_name, sweep
+from nbpeft.checkpoint import staging as staging_module
+from nbpeft.checkpoint.staging import (
+    ASIDE,
+    OLD,
+    Staging,
+    discard,
+    make_folder,
+    mark_of,
+    scratch_folder,
+    staging_name,
+    sweep,
+)
 from nbpeft.errors import CheckpointError
 
 
@@ -98,3 +109,37 @@ def test_a_folder_that_made_room_goes_back_into_an_empty_place(tmp_path: Path) -
         assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint-2"] + ["old"] * (not place)
         if place:
             (tmp_path / "checkpoint-2").rmdir()
+
+
+def test_a_key_that_is_cut_off_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "nbpeft").mkdir()
+    (tmp_path / "nbpeft" / "key").write_bytes(b"short")
+    first = staging_module._key.__wrapped__()
+    assert len(first) == 32 and first == staging_module._key.__wrapped__() == (tmp_path / "nbpeft" / "key").read_bytes()
+    assert os.listdir(tmp_path / "nbpeft") == ["key"]
+
+
+def test_what_is_discarded_is_moved_away_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-1" / "weights").touch()
+    flushed: list[list[str]] = []
+    staging_name(tmp_path)  # the key of the process is flushed now
+    monkeypatch.setattr(staging_module, "flush_folder", lambda folder: flushed.append(os.listdir(tmp_path / "run")))
+    discard(tmp_path, [])
+    assert flushed == []
+    discard(tmp_path, ["run/checkpoint-1"])
+    assert flushed == [[]] and os.listdir(tmp_path) == ["run"]
+
+
+def test_a_new_folder_is_flushed_in_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(staging_module, "flush_folder", flushed.append)
+    for made in ([tmp_path / "a", tmp_path / "a" / "b"], []):
+        found: list[Path] = []
+        make_folder(tmp_path / "a" / "b", found)
+        assert found == made and flushed == [path.parent for path in made]
+        flushed.clear()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        make_folder(tmp_path / "file", [])

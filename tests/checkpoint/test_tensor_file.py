@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,6 +11,7 @@ import torch
 
 from nbpeft.checkpoint.tensor_file import DTYPES, TensorFile, UnreadTensors, read_metadata, read_tensors
 from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from tests.fuzz.corpus import WEIGHTS, entry, weights
 
 
 def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
@@ -29,42 +28,11 @@ def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
         assert TensorFile(path).header[name].is_meta
 
 
-def written(path: Path, header: Any, count: int = 8, length: int | None = None) -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + b"\1" * count)
-    return path
-
-
-def entry(**changes: Any) -> dict[str, Any]:
-    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}
-
-
-WRONG: dict[str, tuple[Any, str]] = {
-    "no JSON": (b"{", "cannot be read"),
-    "a list": ([], "its header is not a JSON object"),
-    "deep": (b"[" * 100_000, "cannot be read"),
-    "another dtype": ({"a": entry(dtype="F4")}, "its dtype 'F4' is not known here"),
-    "no dtype": ({"a": {}}, "has no dtype for 'a'"),
-    "no entry": ({"a": 3}, "has no dtype for 'a'"),
-    "no shape": ({"a": entry(shape=None)}, "lacks the shape or the offsets of 'a'"),
-    "negative": ({"a": entry(shape=[-2])}, "the shape or the offsets of 'a' are not valid"),
-    "truth": ({"a": entry(shape=[True, 2])}, "the shape or the offsets of 'a' are not valid"),
-    "huge": ({"a": entry(shape=[2**40, 2**40])}, "'a' has more or fewer bytes than its shape says"),
-    "too many bytes": ({"a": entry(shape=[1])}, "'a' has more or fewer bytes than its shape says"),
-    "three places": ({"a": entry(data_offsets=[0, 4, 8])}, "lacks the shape or the offsets of 'a'"),
-    "backwards": ({"a": entry(data_offsets=[8, 0])}, "'a' has more or fewer bytes than its shape says"),
-    "overlapping": ({"a": entry(), "b": entry()}, "its tensors overlap"),
-    "a gap": ({"a": entry(shape=[1], data_offsets=[4, 8])}, "its tensors overlap, or there are other bytes between"),
-    "cut off": ({"a": entry(shape=[4], data_offsets=[0, 16])}, "its tensors end at byte"),
-    "something behind": ({"a": entry(shape=[1], data_offsets=[0, 4])}, "its tensors end at byte"),
-    "metadata": ({"a": entry(), "__metadata__": {"x": 1}}, "its metadata is not a mapping of strings"),
-}
-
-
-@pytest.mark.parametrize("how", WRONG)
+@pytest.mark.parametrize("how", WEIGHTS)
 def test_a_header_that_does_not_describe_the_file_is_refused(how: str, tmp_path: Path) -> None:
-    header, reported = WRONG[how]
-    path = written(tmp_path / "x.safetensors", header)
+    content, reported = WEIGHTS[how]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
     with pytest.raises(CorruptCheckpointError, match=r"x\.safetensors cannot be read: .*truncated") as caught:
         TensorFile(path)
     assert reported in str(caught.value) and len(str(caught.value)) < 520 and "\n" not in str(caught.value)
@@ -74,7 +42,8 @@ def test_a_header_that_does_not_describe_the_file_is_refused(how: str, tmp_path:
 
 @pytest.mark.parametrize("length", [0, 2**26 + 1, 2**40, 2**63])
 def test_a_header_of_any_length_is_read_within_bounds(length: int, tmp_path: Path) -> None:
-    path = written(tmp_path / "x.safetensors", {"a": entry()}, length=length)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(weights({"a": entry()}, length=length))
     os.truncate(path, 2**33)
     with pytest.raises(CorruptCheckpointError, match="its header"):
         TensorFile(path)

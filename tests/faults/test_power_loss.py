@@ -37,7 +37,7 @@ from tests.faults.writers import NEW, OLD, Models, script_in, writers
 from tests.shipping import support
 
 MOMENTS, STATES = effort(quick=8, full=12, long=10**6), effort(quick=12, full=40, long=10**6)
-ORDERS, TEARS = effort(quick=2, full=4, long=24), effort(quick=1, full=1, long=8)
+ORDERS, TEARS = effort(quick=2, full=4, long=12), effort(quick=1, full=1, long=2)
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="simulates a POSIX file system"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import resource
@@ -13,15 +14,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
 
 from nbpeft.errors import NbpeftError
-from tests.effort import effort
+from tests.effort import drawn, effort
+from tests.fuzz import corpus
 from tests.fuzz.entry_points import Ways
 from tests.fuzz.mutations import mutated
-from tests.fuzz.starts import KINDS, METHODS, write_method_starts, write_starts
+from tests.fuzz.starts import CONFIG, KINDS, METHODS, WEIGHTS, write_method_starts, write_starts
 
 COUNT = effort(quick=200, full=1_000, long=10_000)
 OF_A_METHOD = effort(quick=1, full=6, long=200)
@@ -88,6 +91,26 @@ def outcome(way: Callable[[Path], None], folder: Path) -> str:
         problem = f"takes {grown:.0f} MB"
     long = [str(one.message) for one in told if len(str(one.message)) > 2 * LONGEST and "nbpeft" in one.filename]
     return problem or (f"a warning of {len(long[0])} letters: {long[0][:200]!r}" if long else "")
+
+
+def refused(way: Callable[[Path], None], folder: Path) -> None:
+    """Takes a folder in a way that must refuse it."""
+    way(folder)
+    raise AssertionError("was not refused")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [*((CONFIG, how) for how in corpus.CONFIGS), *((WEIGHTS, how) for how in corpus.WEIGHTS)]
+)
+def test_a_file_that_once_failed_is_refused_in_every_way(
+    ways: Ways, stopped_when_it_hangs: None, tmp_path: Path, name: str, how: str
+) -> None:
+    shutil.copytree(ways.starts / "lora", tmp_path / "folder")
+    content = corpus.CONFIGS[how][0].encode() if name == CONFIG else corpus.WEIGHTS[how][0]
+    (tmp_path / "folder" / name).write_bytes(content)
+    readers = [way for way in ways.all() if name == CONFIG or way not in ("config", "preview")]
+    for way in drawn(readers, quick=2, seed=crc32(how.encode())):
+        assert not outcome(functools.partial(refused, ways.all()[way]), tmp_path / "folder"), way
 
 
 @pytest.mark.drawn(5)

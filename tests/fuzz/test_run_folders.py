@@ -20,6 +20,7 @@ from nbpeft.runs.record import UNREADABLE
 from nbpeft.runs.store import RunStore
 from nbpeft.session import Session
 from tests.effort import effort
+from tests.fuzz.corpus import VALUES
 
 COUNT = effort(quick=300, full=1_000, long=20_000)
 SECONDS = 20
@@ -32,14 +33,6 @@ FACTS: dict[str, Any] = {
     **{"source": {"line": "model"}, "resumed": [1], "saved": {"sql": "/nowhere"}, "updated": 3.0},
 }
 CURVE = "".join(json.dumps({"step": step, "loss": 1.0, "seconds": 0.5 * step}) + "\n" for step in (1, 2, 3))
-VALUES = (
-    *("1e999", "-1e999", "NaN", "Infinity", "1e300", "-1", "1.5", "1" + "0" * 400, "9" * 5000, str(2**63), "null"),
-    *("true", '""', '"x"', '"\\ud800"', '"\\u0000\\u001b[31m\\n"', '"<script>"', f'"{"x" * 100_000}"', "[]", "{}"),
-    *('["a"]', '[["x"]]', '{"a": 1}', '{"a": {"b": []}}', '{"": null}', "[" * 5000 + "]" * 5000, "[1e999]", "nothing"),
-    *(json.dumps([f"name{number}" for number in range(3000)]), json.dumps(dict.fromkeys(map(str, range(3000)), 1))),
-    *('["' + "x" * 100_000 + '"]', '{"' + "x" * 100_000 + '": 1}'),
-)
-"""As JSON has them."""
 
 
 def text_of(facts: dict[str, Any], name: str, value: str) -> str:

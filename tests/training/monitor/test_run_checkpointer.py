@@ -78,6 +78,23 @@ def test_what_older_runs_lost_is_noted(place: Path, monkeypatch: pytest.MonkeyPa
     assert "the oldest run was deleted" in result.message
 
 
+def test_a_curve_is_flushed_before_each_checkpoint(place: Path, often: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a loss of power could leave a checkpoint whose run has no losses for its last steps."""
+    calls: list[str] = []
+    for owner, name in ((RunFolder, "append"), (RunFolder, "flush"), (run_checkpointer, "put_checkpoint")):
+        original: Any = getattr(owner, name)
+
+        def noted(*args: Any, _name: str = name, _call: Any = original, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _call(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+    train(trainable(), token_rows(), run_dir=place, **QUICK | {"max_steps": 3, "logging_steps": 1})
+    checkpoints = [number for number, name in enumerate(calls) if name == "put_checkpoint"]
+    assert len(checkpoints) >= 3 and calls.count("append") >= 3
+    assert all(calls[number - 1] == "flush" for number in checkpoints)
+
+
 def test_a_finished_run_keeps_its_adapter_and_its_curve(place: Path) -> None:
     model = trainable(name="sql")
     result = train(model, token_rows(), token_rows(4), run_dir=place, **QUICK)
