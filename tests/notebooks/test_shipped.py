@@ -109,3 +109,12 @@ def test_10_ships_the_results_of_a_full_run() -> None:
         assert share(found[f"score {title}"]) > 0.85, title
     memory = {title: number(found[f"memory {title}"]) for title in PARAMETERS}
     assert min(memory, key=memory.__getitem__) == "MiSS" and max(memory, key=memory.__getitem__) == "VeRA"
+
+
+def test_12_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("12_rewards.ipynb"))
+    for way in ("sampled", "greedy"):
+        base, adapter = (percent(found[f"is_brief, {way}, {name}"].split(" (")[0]) for name in ("base", "capitals"))
+        assert adapter > 90 and adapter > base + 20
+        base, adapter = (percent(found[f"is_right, {way}, {name}"].split(" (")[0]) for name in ("base", "capitals"))
+        assert adapter > base
