@@ -184,6 +184,8 @@ class MemberState:
     """Value by which it is ranked, the lowest first; None if it was not evaluated."""
     best_step: int | None = None
     """Step of its best evaluation."""
+    comparable: bool = True
+    """Whether it was trained and evaluated on the same rows as the others, so that one of them can be the best."""
 
     @property
     def rank(self) -> tuple[bool, int, float, float]:
@@ -237,7 +239,8 @@ class TrainState:
     """Last step of the earlier run that this one resumes; steps are counted from there."""
     gradient_norm: float | None = None
     series: Mapping[str, Curve] = field(default_factory=dict, hash=False)
-    """Name -> further values over time: ``learning rate``, ``gradient norm``, ``tokens/s``, ``memory`` (bytes)."""
+    """Name -> further values over time: ``learning rate``, ``gradient norm``, ``tokens/s``, ``memory`` (bytes), and the
+    curves of the objective, such as ``rewards/margins``."""
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Last values of ``compute_metrics``, without the prefix ``eval_``."""
     metric_history: Mapping[str, Curve] = field(default_factory=dict, hash=False)
@@ -251,8 +254,9 @@ class TrainState:
 
     @property
     def best_member(self) -> MemberState | None:
-        """The best adapter of a sweep; None for other trainings."""
-        return min(self.members, key=lambda member: member.rank, default=None)
+        """The best adapter of a sweep; None for other trainings, and if each adapter had its own rows."""
+        comparable = (member for member in self.members if member.comparable)
+        return min(comparable, key=lambda member: member.rank, default=None)
 
 
 @dataclass(frozen=True)

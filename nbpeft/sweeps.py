@@ -58,23 +58,27 @@ _SEPARATOR = re.compile(r"(?<!\de)-")
 
 @dataclass(frozen=True)
 class Sweep:
-    """Several values of one field; created by ``sweep``."""
+    """Several values of one field, and how adapters are stopped; created by ``sweep``."""
 
     values: tuple[Any, ...]
+    stop: str | None = None
 
     def __repr__(self) -> str:
-        return f"sweep({', '.join(map(repr, self.values))})"
+        stop = () if self.stop is None else (f"stop={self.stop!r}",)
+        return f"sweep({', '.join((*map(repr, self.values), *stop))})"
 
 
-def sweep(*values: Any) -> Sweep:
+def sweep(*values: Any, stop: str | None = None) -> Sweep:
     """Returns several values for a field of a training or of an adapter's config, to be trained side by side.
 
     Args:
         *values: two or more distinct values. Several fields with a sweep give every combination.
+        stop: ``"half"`` for successive halving in a training, as its argument ``stop``.
 
     Raises:
-        ConfigError: there are fewer than two values, or two are equal.
+        ConfigError: there are fewer than two values, two are equal, or ``stop`` is unknown.
     """
+    check_stop(stop)
     if len(values) == 1 and isinstance(values[0], list | tuple | range):
         shown = ", ".join(map(repr, values[0][:3]))
         raise ConfigError(f"sweep takes the values one by one: sweep({shown}), not {values[0]!r:.60}")
@@ -83,7 +87,41 @@ def sweep(*values: Any) -> Sweep:
     for first, second in itertools.combinations(values, 2):
         if type(first) is type(second) and first == second:
             raise ConfigError(f"the sweep has {first!r:.60} twice")
-    return Sweep(values)
+    return Sweep(values, stop)
+
+
+def check_stop(stop: object) -> None:
+    """Refuses an unknown way to stop the adapters of a sweep.
+
+    Raises:
+        ConfigError: ``stop`` is neither None nor ``"half"``.
+    """
+    if stop not in (None, "half"):
+        raise ConfigError(f"stop must be 'half', which halves the adapters of a sweep, not {stop!r:.60}", field="stop")
+
+
+def halvings(count: int) -> int:
+    """Returns how often adapters have to be halved, rounded up, until one remains.
+
+    Args:
+        count: number of adapters.
+    """
+    return (count - 1).bit_length()
+
+
+def remaining(count: int, step: int, total: int) -> int:
+    """Returns the number of adapters that remain after a step by successive halving.
+
+    The number is halved, rounded up, each time the number of steps has doubled, the last time after half of the steps
+    (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943).
+
+    Args:
+        count: number of adapters at the beginning.
+        step: number of completed steps.
+        total: number of steps of the training.
+    """
+    rungs = (total / (1 << number) for number in range(1, halvings(count) + 1))
+    return math.ceil(count / (1 << sum(step >= rung for rung in rungs)))
 
 
 def swept(fields: Mapping[str, Any]) -> dict[str, Sweep]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,26 @@ import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
 
+import nbpeft
 from nbpeft.errors import ConfigError, MergeError
 from nbpeft.model.saving.merge_export import merge_to_folder
 from nbpeft.training.watching import generation
-from tests.tiny_models import adapted, llama
+from tests.tiny_models import adapted, llama, randomize
 
+BOTH = ["q_proj", "v_proj"]
+METHODS: dict[str, dict[str, Any]] = {
+    "LoraConfig": {"target_modules": BOTH, "use_dora": True, "init_lora_weights": False},
+    "AdaLoraConfig": {"target_modules": BOTH, "total_step": 10},
+    "OFTConfig": {"target_modules": BOTH, "oft_block_size": 4, "r": 0},
+    "LoHaConfig": {"target_modules": BOTH},
+    "IA3Config": {"target_modules": BOTH, "feedforward_modules": []},
+    "LNTuningConfig": {"target_modules": ["input_layernorm"]},
+    "ShiraConfig": {"target_modules": BOTH, "r": 2},
+    "TrainableTokensConfig": {"token_indices": [1, 2]},
+    "AdaptionPromptConfig": {"adapter_len": 3, "adapter_layers": 1},
+    "PromptEncoderConfig": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+    "PrefixTuningConfig": {"num_virtual_tokens": 3},
+}
 IDS = torch.arange(12).view(2, 6)
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": "all-linear"},
@@ -90,6 +106,25 @@ def test_adapters_that_were_there_first_are_offloaded_with_the_base() -> None:
     accelerate.hooks.remove_hook_from_submodules(bare)
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_adapters_of_every_method_are_loaded_for_their_calls(name: str, tmp_path: Path) -> None:
+    config = getattr(nbpeft, name)(task_type="CAUSAL_LM", **METHODS[name])
+    model = nbpeft.get_peft_model(base(offloaded=False), config).eval()
+    randomize(model)
+    expected = model(input_ids=IDS).logits
+    whole = copy.deepcopy(model)
+    accelerate.cpu_offload(whole, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert all(parameter.is_meta for parameter in whole.parameters())
+    for _ in range(2):
+        torch.testing.assert_close(whole(input_ids=IDS).logits, expected)
+    inner = "base_model." if config.is_prompt_learning else "base_model.model."
+    devices = {f"{inner}{path}": "cpu" for path in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    devices |= {f"{inner}model.layers.0": "disk", f"{inner}model.layers.1": "cpu", "prompt_encoder": "cpu"}
+    accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected)
 
 
 def test_hooks_of_a_base_layer_are_not_those_of_its_wrapper() -> None:

@@ -9,7 +9,7 @@ import pytest
 import nbpeft
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.errors import ConfigError
-from nbpeft.sweeps import MOST, combinations, names_of, number_text, stem_of, swept
+from nbpeft.sweeps import MOST, combinations, names_of, number_text, remaining, stem_of, swept
 
 
 def test_several_fields_give_every_combination() -> None:
@@ -86,3 +86,9 @@ def test_too_many_combinations_are_refused() -> None:
     words = rf"{2 * MOST + 2} combinations \({MOST + 1} r × 2 use_dora\); at most {MOST}"
     with pytest.raises(ConfigError, match=words):
         list(combinations(fields))
+
+
+def test_adapters_are_halved_each_time_the_steps_have_doubled() -> None:
+    assert [remaining(8, step, 80) for step in (9, 10, 19, 20, 39, 40, 80)] == [8, 4, 4, 2, 2, 1, 1]
+    assert [remaining(5, step, 80) for step in (9, 10, 20, 40)] == [5, 3, 2, 1]
+    assert [remaining(2, step, 7) for step in (3, 4)] == [2, 1]

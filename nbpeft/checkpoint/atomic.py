@@ -15,7 +15,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.inside import shown
-from nbpeft.checkpoint.staging import ASIDE, OLD, Mark, Staging, flush_folder, sweep, take_back
+from nbpeft.checkpoint.staging import ASIDE, OLD, Mark, Staging, flush_folder, make_folder, sweep, take_back
 from nbpeft.errors import CheckpointError, in_one_line
 
 _SHOWN = 160
@@ -97,13 +97,13 @@ def _replace_files(folder: Path, files: Sequence[NewFile], byte_count: int, fini
     made: list[Path] = []
     staging: Staging | None = None
     try:
-        _make_folder(home, made)
+        make_folder(home, made)
         sweep(home, finish=finish_others or new)
         _check_space(home, byte_count)
         staging = Staging(home)
         marks = _write_all(staging, files, note=not new and len(files) > 1)
         if new:
-            _move_folder(staging.path, folder, made)
+            _move_folder(staging.path, folder)
         else:
             _move_all(staging, folder, marks, made)
     except BaseException:
@@ -120,29 +120,25 @@ def _replace_files(folder: Path, files: Sequence[NewFile], byte_count: int, fini
 def _write_all(staging: Staging, files: Sequence[NewFile], *, note: bool) -> dict[str, Mark]:
     """Writes the files into the staging folder, with a log of the pending renames; returns each file's mark."""
     marks: dict[str, Mark] = {}
-    folders = {staging.path}
     for file in files:
         path = staging.path / file.name
-        if path.parent not in folders:
+        if not path.parent.is_dir():
             path.parent.mkdir(parents=True)
-            folders.add(path.parent)
         file.write(path)
         flush_file(path)
         found = os.stat(path)
         marks[file.name] = (found.st_size, found.st_mtime_ns)
     if note:
         staging.note_moves(marks)
-    for path in folders:
-        flush_folder(path)
     return marks
 
 
-def _move_folder(staging: Path, folder: Path, made: Sequence[Path]) -> None:
+def _move_folder(staging: Path, folder: Path) -> None:
     """Renames the staging folder to the new folder, and undoes that on an error."""
+    _flush_folders(staging)
     try:
         os.replace(staging, folder)
-        for path in dict.fromkeys([folder.parent, *(path.parent for path in reversed(made))]):
-            flush_folder(path)
+        flush_folder(folder.parent)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir():
             raise _FolderAppeared from None
@@ -159,29 +155,30 @@ def _move_all(staging: Staging, folder: Path, marks: dict[str, Mark], made: list
             old = f"{staging.path.name}/{OLD}/{name}"
             inside.make_folders(folder, os.path.dirname(old))
             inside.second_name(folder, name, old)
+    homes = [(folder / name).parent for name in marks]
+    if len(marks) > 1:  # what a recovery needs is on disk before the first rename
+        _flush_folders(staging.path)
+        _flush_each(path.parent for path in made)
     try:
-        for name in marks:
+        for number, name in enumerate(marks):
+            # The first rename commits, and programs that do not know staging folders begin with the last file: the
+            # renames after the first and before the last may reach the disk in any order.
+            if number > 0 and number in (1, len(marks) - 1):
+                _flush_each(homes)
             inside.move(staging.path, name, folder, name)
-        homes = [(folder / name).parent for name in marks]
-        for path in dict.fromkeys([*homes, folder, *(path.parent for path in reversed(made))]):
-            flush_folder(path)
+        _flush_each(homes)
     except BaseException:
         take_back(folder, staging.path.name, list(marks))
         raise
 
 
-def _make_folder(folder: Path, made: list[Path]) -> None:
-    """Creates a folder with its parents and appends every created folder to ``made``, outermost first."""
-    missing = []
-    path = folder
-    while not path.exists():
-        missing.append(path)
-        path = path.parent
-    for path in reversed(missing):
-        path.mkdir()
-        made.append(path)
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+def _flush_folders(folder: Path) -> None:
+    _flush_each(Path(path) for path, _, _ in os.walk(folder))
+
+
+def _flush_each(folders: Iterable[Path]) -> None:
+    for path in dict.fromkeys(folders):
+        flush_folder(path)
 
 
 def _check_space(folder: Path, byte_count: int) -> None:
@@ -192,12 +189,15 @@ def _check_space(folder: Path, byte_count: int) -> None:
 
 
 @contextmanager
-def in_place_of(folder: Path, *, allowed: bool) -> Iterator[None]:
-    """Moves an existing folder away while the block writes a new one in its place; an error restores it.
+def in_place_of(folder: Path, *, allowed: bool) -> Iterator[Path]:
+    """Replaces an existing folder by one that the block writes, once it is complete.
 
     Args:
-        folder: the folder that the block writes.
+        folder: the folder.
         allowed: whether an existing folder of files may be replaced. A folder with subfolders never is.
+
+    Yields:
+        Where the block writes the new folder.
 
     Raises:
         CheckpointError: the path exists and may not be replaced.
@@ -210,28 +210,75 @@ def in_place_of(folder: Path, *, allowed: bool) -> Iterator[None]:
         if found and (folder.is_symlink() or not folder.is_dir() or any(path.is_dir() for path in folder.iterdir())):
             raise CheckpointError(f"{shown(folder)} is not just a folder of files, and is not replaced")
     if not found:
-        yield
+        yield folder
         return
-    with disk_errors(folder):
-        staging = Staging(folder.parent)
-    aside = staging.path / ASIDE / folder.name
+    with disk_errors(folder), new_folder(folder.parent, folder.name) as place:
+        yield place
+
+
+@contextmanager
+def new_folder(home: Path, name: str) -> Iterator[Path]:
+    """Creates or replaces a folder by one that the block writes, once it is complete and on disk.
+
+    Args:
+        home: an existing folder.
+        name: name of the folder in it.
+
+    Yields:
+        Where the block writes the folder.
+
+    Raises:
+        OSError: it cannot be written; nothing was changed.
+    """
+    sweep(home)
+    staging = Staging(home)
     try:
-        with disk_errors(folder):
-            aside.parent.mkdir()
-            os.replace(folder, aside)
-        yield
-    except BaseException:
-        if aside.exists() and not folder.exists():
-            os.replace(aside, folder)
-        raise
+        yield staging.path / name
+        put_folder(staging, home, name)
     finally:
         staging.close()
+
+
+def put_folder(staging: Staging, home: Path, name: str) -> None:
+    """Moves a folder from a staging folder to its place, and an existing one of the same name the other way.
+
+    Args:
+        staging: the staging folder, in ``home``.
+        home: where the new folder is moved.
+        name: its name in both places.
+
+    Raises:
+        OSError: it cannot be moved; nothing was changed.
+    """
+    written, aside = staging.path / name, staging.path / ASIDE / name
+    flush_tree(written)
+    written.lstat()  # fails if nothing was written, before anything is moved
+    try:
+        if os.path.lexists(home / name):
+            aside.parent.mkdir()
+            os.replace(home / name, aside)
+        os.replace(written, home / name)
+        flush_folder(home)
+    except BaseException:
+        if not written.exists():
+            os.replace(home / name, written)
+        if aside.exists():
+            os.replace(aside, home / name)
+        raise
 
 
 def flush_file(path: Path) -> None:
     """Flushes a file's content to disk (``fsync``)."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
+
+
+def flush_tree(folder: Path) -> None:
+    """Flushes a folder and everything in it to disk."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            flush_file(Path(path, name))
+        flush_folder(Path(path))
 
 
 @contextmanager

@@ -397,7 +397,7 @@ def _card_file(
 def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
     """Returns the text of the config that belongs to the tensors in the same folder.
 
-    If a process died after replacing the tensors and before replacing the config, that config is in its staging folder.
+    If a process died when it had replaced one of the two, the config of the tensors is in its staging folder.
     """
     text = _text(path)
     if metadata is not None and metadata.get(_CONFIG_DIGEST) in (None, _digest(text)):

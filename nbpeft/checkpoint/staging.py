@@ -27,7 +27,7 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -95,16 +95,22 @@ def _key() -> bytes:
     """Returns a secret key of this user; if the home cannot be written, a key of this process only."""
     home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "nbpeft"
     with contextlib.suppress(OSError, RuntimeError):
-        home.mkdir(parents=True, exist_ok=True)
+        make_folder(home, [])
+        with contextlib.suppress(FileNotFoundError):
+            if (home / "key").stat().st_size != _KEY_BYTES:  # damaged: no process can use it
+                os.unlink(home / "key")
         if not (home / "key").exists():
             handle, made = tempfile.mkstemp(dir=home)
             with open(handle, "wb") as file:
                 file.write(secrets.token_bytes(_KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
             # Unlike a rename, a link fails if another process was faster, so that all processes use the same key.
             with contextlib.suppress(OSError):
                 os.link(made, home / "key")
             with contextlib.suppress(OSError):
                 os.unlink(made) if (home / "key").exists() else os.replace(made, home / "key")
+            flush_folder(home)
         key = (home / "key").read_bytes()
         if len(key) == _KEY_BYTES:
             return key
@@ -139,10 +145,15 @@ class Staging:
 
     def close(self) -> None:
         """Removes the folder, unless it was renamed into place, and releases the lock."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            # Else a folder that was moved into this one could be back after a loss of power, without some of its files.
+            with contextlib.suppress(OSError):
+                flush_folder(self.path.parent)
+        finally:
+            shutil.rmtree(self.path, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def note_moves(self, marks: dict[str, Mark]) -> None:
         """Logs the pending renames in order, so that a sweep can finish or undo them.
@@ -154,6 +165,27 @@ class Staging:
             file.write(json.dumps(marks).encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
+
+
+def discard(home: Path, names: Sequence[str]) -> None:
+    """Removes files and folders; each is moved away in one step first, so that no part of it is left.
+
+    Args:
+        home: the folder that contains them.
+        names: their paths relative to it.
+
+    Raises:
+        CheckpointError: a folder of a path is a link.
+        OSError: one cannot be removed.
+    """
+    if not names:
+        return
+    staging = Staging(home)
+    try:
+        for number, name in enumerate(names):
+            inside.move(home, name, staging.path, str(number))
+    finally:
+        staging.close()
 
 
 @contextmanager
@@ -176,7 +208,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def staged(folder: Path, name: str) -> Iterator[Path]:
-    """Yields files of a name that an interrupted write had not yet renamed into place.
+    """Yields files of a name that an interrupted write had not yet renamed into place, and those that it replaces.
 
     Args:
         folder: the target folder of the write.
@@ -187,8 +219,9 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
     except OSError:
         return
     for entry in entries:
-        if inside.is_file(folder, f"{entry}/{name}"):
-            yield folder / entry / name
+        for place in (f"{entry}/{name}", f"{entry}/{OLD}/{name}"):
+            if inside.is_file(folder, place):
+                yield folder / place
 
 
 def sweep(folder: Path, *, finish: bool = True, report: bool = True) -> None:
@@ -260,7 +293,9 @@ def _recover(folder: Path, entry: str, finish: bool) -> None:
                 inside.move(folder, f"{entry}/{name}", folder, name)
     else:
         take_back(folder, entry, moved)
-    flush_folder(folder)
+    for path in dict.fromkeys([*((folder / name).parent for name in marks), folder]):
+        if path.is_dir():
+            flush_folder(path)
 
 
 def _is_pending(folder: Path, entry: str, name: str) -> bool:
@@ -303,15 +338,40 @@ def flush_folder(folder: Path) -> None:
     """
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
         # Some network file systems refuse to flush folders; nothing else can be done there.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
             raise
-    finally:
-        os.close(handle)
+
+
+def make_folder(folder: Path, made: list[Path]) -> None:
+    """Creates a folder with its parents, so that they survive a crash.
+
+    Args:
+        folder: the folder; may exist.
+        made: every created folder is appended, outermost first.
+
+    Raises:
+        OSError: it cannot be created, or is a file.
+    """
+    missing = []
+    path = folder
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            path.mkdir()
+            made.append(path)
+        flush_folder(path.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 def _noted_moves(folder: Path, entry: str) -> dict[str, Mark]:

@@ -17,6 +17,10 @@ from nbpeft.errors import cut
 
 _WIDTH = 640
 _BLUE, _ORANGE, _GREY, _TRACK = "#2b88e0", "#f58518", "#808080", "rgba(128,128,128,.18)"
+_LIGHT, _DARK = (232, 240, 249), (24, 88, 164)
+"""Red, green and blue of the cells for 0 and for 1."""
+_EQUAL_CONTRAST = math.sqrt(1.05 * 0.05) - 0.05
+"""The luminance on which black and white text have the same contrast."""
 _ROW, _BAR = 34, 18
 _TALL_ROW = 44
 _LETTER = 7.4
@@ -96,8 +100,7 @@ def grid_image(grid: Grid) -> str:
         for place, column in enumerate(grid.columns):
             share = shares.get((row, column))
             x = left + place * cell
-            fill = _TRACK if share is None else f"rgba(31,104,184,{0.06 + 0.86 * math.sqrt(share):.2f})"
-            colour = "#fff" if share is not None and share > 0.3 else _GREY
+            fill, colour = (_TRACK, _GREY) if share is None else _shade(share)
             words = "–" if share is None else percent(share)
             parts += [
                 f'<rect x="{x + 1:.0f}" y="{y + 1}" width="{cell - 2:.0f}" height="{_ROW - 2}" rx="3" fill="{fill}"/>',
@@ -105,6 +108,14 @@ def grid_image(grid: Grid) -> str:
             ]
     size = left + cell * len(grid.columns) + 2, 28 + _ROW * len(grid.rows)
     return _image(parts, int(size[0]), int(size[1]), describe_grid(grid))
+
+
+def _shade(share: float) -> tuple[str, str]:
+    """Returns the colour of a cell and that of its text; they have a contrast of at least 4.5 to 1 (WCAG 2.2, AA)."""
+    red, green, blue = (round(light + (dark - light) * share) for light, dark in zip(_LIGHT, _DARK, strict=True))
+    linear = [((value / 255 + 0.055) / 1.055) ** 2.4 for value in (red, green, blue)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return f"rgb({red},{green},{blue})", "#000" if luminance > _EQUAL_CONTRAST else "#fff"
 
 
 def describe_bars(chart: BarChart) -> str:

@@ -189,6 +189,8 @@ def _figures(train: TrainState) -> Figures:
 def _evaluations(train: TrainState) -> Iterator[Figure]:
     """Yields the evaluation loss and the metrics; in a sweep those of the best adapter."""
     measured, loss, title, words = train.eval_step, train.eval_loss, "eval loss", _best_words(train)
+    if train.members and train.best_member is None:  # each has its own rows, and its figures in the table
+        return
     if (best := train.best_member) is not None:
         title = "lowest eval loss"
         if best.metric:  # the last evaluation is that of the adapters that were trained then
@@ -203,6 +205,8 @@ def _evaluations(train: TrainState) -> Iterator[Figure]:
 def _metrics(train: TrainState) -> Mapping[str, float]:
     """Returns the last values of the metrics; in a sweep those of the best adapter."""
     best = train.best_member
+    if train.members and best is None:
+        return {}
     return train.metrics if best is None or not best.metrics else best.metrics
 
 
@@ -314,22 +318,24 @@ def _size(value: float) -> str:
 
 
 def member_rows(train: TrainState) -> tuple[tuple[str, ...], list[tuple[str, tuple[Span, ...]]], range]:
-    """Returns the adapters of a sweep, the best first, with curve colours and differing settings.
+    """Returns the adapters of a sweep, the best first if there is one, with curve colours and differing settings.
 
     Returns:
         The titles of the columns; name and cells of each adapter; the indices of the columns with figures.
     """
-    ranked = sorted(enumerate(train.members), key=lambda item: item[1].rank)
+    best, ranked = train.best_member, list(enumerate(train.members))
+    if best is not None:
+        ranked.sort(key=lambda item: item[1].rank)
     fields = tuple(dict.fromkeys(field for member in train.members for field in member.settings))
     evaluated = any(member.eval_loss is not None for member in train.members)
     metrics = tuple(dict.fromkeys(name for member in train.members for name in member.metrics))
     head = ("Adapter", *fields, "loss", *(("eval loss",) if evaluated else ()), *metrics, "gradient norm", "")
     rows: list[tuple[str, tuple[Span, ...]]] = []
-    for number, (place, member) in enumerate(ranked):
+    for place, member in ranked:
         figures = [member.smoothed_loss, *([member.eval_loss] if evaluated else [])]
-        name = Text(member.name, "bold" if number == 0 else "", wrap="names", curve=place)
+        name = Text(member.name, "bold" if member is best else "", wrap="names", curve=place)
         ended = "" if member.status == "training" else _member_words(member)
-        ended += " · the best, active" if number == 0 and train.status in ENDED else ""
+        ended += " · the best, active" if member is best and train.status in ENDED else ""
         cells: tuple[Span, ...] = (
             name,
             *(member.settings.get(field, "") for field in fields),

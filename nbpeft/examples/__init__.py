@@ -4,9 +4,7 @@
     order_codes, dates, filters, records     tasks: (training rows, held-out rows)
     code_table          all codes of order_codes as a text
     prompted            the same rows with solved examples, or a text, before each prompt
-    score, answers      the answers of a model, and the share of correct ones
-    Score               one score
-    Scores              a chart of scores, also of those of ``nbpeft.score``
+    Scores              a chart of scores of ``nbpeft.score``
     Times               a chart of durations
     Costs, Trained      a chart of the scores and costs of several trainings
 
@@ -23,7 +21,6 @@ Importing this imports neither torch nor transformers.
 from nbpeft.examples.base_model import HUB_NAME, small_model, small_model_path
 from nbpeft.examples.costs import Costs, Trained
 from nbpeft.examples.scores import Scores
-from nbpeft.examples.scoring import Score, answers, score
 from nbpeft.examples.tasks import Row, code_table, dates, filters, order_codes, prompted, records
 from nbpeft.examples.times import Times
 
@@ -31,18 +28,15 @@ __all__ = [
     "HUB_NAME",
     "Costs",
     "Row",
-    "Score",
     "Scores",
     "Times",
     "Trained",
-    "answers",
     "code_table",
     "dates",
     "filters",
     "order_codes",
     "prompted",
     "records",
-    "score",
     "small_model",
     "small_model_path",
 ]

@@ -79,6 +79,7 @@ def _convert(weights: Path, folder: Path) -> None:
     """Writes a GGUF file's model and tokenizer into a folder, which appears once it is complete."""
     import torch
 
+    from nbpeft.checkpoint.atomic import flush_tree
     from nbpeft.model.quantization.quantize import clear_gguf_flags, respect_progress_bar_setting
 
     transformers: Any = importlib.import_module("transformers")
@@ -91,6 +92,7 @@ def _convert(weights: Path, folder: Path) -> None:
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32)
             clear_gguf_flags(model)  # its weights are dequantized
             model.to(torch.bfloat16).save_pretrained(staging)
+        flush_tree(staging)  # a folder with a part of the model would be taken for all of it
         try:
             os.replace(staging, folder)
         except OSError:

@@ -14,7 +14,7 @@ from nbpeft._util.mixtures import mixture
 from nbpeft.confidential import masked, without_secrets
 from nbpeft.errors import CellError, near, with_article
 from nbpeft.magics.body import evaluate_expression, expression_of, look_up, parse_body
-from nbpeft.magics.parse import Expression, is_mixture, parts_of
+from nbpeft.magics.parse import Expression, is_mixture, parts_of, rows_by_adapter
 from nbpeft.magics.tokenize import reference
 from nbpeft.session import Session
 from nbpeft.session.handles import is_handle, is_module
@@ -256,13 +256,15 @@ class NotebookContext:
 
         Returns:
             The value of a variable or expression; the text itself for a file or a dataset; a mixture of them for
-            ``a*0.7 b*0.3``.
+            ``a*0.7 b*0.3``; the rows of each adapter for ``a=rows_a b=rows_b``.
 
         Raises:
             CellError: it is a variable that is not defined, or an expression that cannot be evaluated; or a part of a
                 mixture is given twice.
         """
         namespace = self.namespace
+        if not os.path.exists(text) and (of_adapters := rows_by_adapter(text)):
+            return {name: self.data(part, option) for name, part in of_adapters.items()}
         if is_mixture(text):
             parts = parts_of(text)
             names = [part for part, _ in parts]

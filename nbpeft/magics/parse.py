@@ -10,7 +10,7 @@ import argparse
 import ast
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from nbpeft.errors import CellError, did_you_mean, near, with_article
@@ -26,6 +26,8 @@ _VARIABLE = re.compile(r"([^\W\d]\w*)(?:[.\[].*)?", re.DOTALL)
 """A variable, or an expression that begins with one."""
 _SHARE = re.compile(r"[^\s=-][^\s=]*\*(?:\d+\.?\d*|\.\d+)")
 """A part of a mixture of data: ``rows*0.7``."""
+_OF_ADAPTER = re.compile(r"[\w+-]+=(?!=)\S")
+"""The rows of an adapter: ``a=rows``."""
 _DIGITS = 18
 """The greatest number of digits of a whole number in an option."""
 
@@ -192,6 +194,7 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
     """
     if any(word.text in ("-h", "--help") and not word.quoted for word in words):
         return Request(command, argparse.Namespace(), help=True)
+    words = _rows_joined(command, words)
     own_pairs = _own_pairs(command, words)
     fields = [word for word in words if command.fields and _is_field(word) and word not in own_pairs]
     rest = [expand(word, namespace) for word in words if word not in fields]
@@ -220,6 +223,27 @@ def _mixtures_joined(words: Sequence[str]) -> list[str]:
             found[-1] = f"{found[-1]} {word}"
         else:
             found.append(word)
+    return found
+
+
+def rows_by_adapter(text: str) -> dict[str, str]:
+    """The rows of each adapter in the text of an option: ``a=rows_a b=rows_b``; empty for the text of other data."""
+    words = [word.text.partition("=") for word in tokenize(text)] if _OF_ADAPTER.match(text) else []
+    return {name: rows for name, _, rows in words} if all(equals for _, equals, _ in words) else {}
+
+
+def _rows_joined(command: Subcommand, words: Sequence[Word]) -> list[Word]:
+    """The words of a line, with the rows of several adapters after an option for data as one word."""
+    found: list[Word] = []
+    after = False  # whether the last word is such an option, or the rows of an adapter after one
+    for word in words:
+        of_adapter = after and not word.quoted and bool(_OF_ADAPTER.match(word.text))
+        if of_adapter and not found[-1].text.startswith("-"):
+            found[-1] = Word(f"{found[-1].text} {word.text}", found[-1].start, word.end, quoted=True)
+        else:
+            found.append(replace(word, quoted=True) if of_adapter else word)
+        option = next((item for item in command.arguments if word.text in item.flags), None)
+        after = of_adapter or (option is not None and option.completes == "data")
     return found
 
 

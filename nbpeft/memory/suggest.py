@@ -229,6 +229,8 @@ def _switches(setting: Setting) -> Iterator[_Change]:
 
 def _batch(setting: Setting, size: int) -> _Change:
     cost = ""
+    if setting.generation:  # several steps of gradient accumulation then hold the same groups of completions
+        size = next(smaller for smaller in range(size, 0, -1) if setting.batch_size % smaller == 0)
     if setting.training:
         times = -(-setting.batch_size // size)
         cost = f"is equivalent with gradient_accumulation_steps times {times}"

@@ -16,7 +16,7 @@ import psutil
 from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import NewFile, replace_files
 from nbpeft.checkpoint.inside import shown
-from nbpeft.checkpoint.staging import lock_folder
+from nbpeft.checkpoint.staging import lock_folder, sweep
 from nbpeft.errors import CheckpointError
 from nbpeft.jsonable import as_json
 from nbpeft.runs.record import (
@@ -132,7 +132,8 @@ class RunFolder:
         return record_of(self.name, str(self.path), facts, running=running, kept_steps=self.kept_steps())
 
     def _content(self, name: str) -> bytes | None:
-        """Returns the content of a file, or None if there is none."""
+        """Returns the content of a file, or None if there is none; an interrupted write is finished first."""
+        sweep(self.path, report=False)
         try:
             return inside.read_plain(self.path.parent, f"{self.path.name}/{name}", LARGEST[name])
         except FileNotFoundError:
@@ -159,6 +160,7 @@ class RunFolder:
         Raises:
             CheckpointError: the files cannot be written; nothing was changed.
         """
+        self.flush()
         files = [NewFile.of_text(FACTS, _text({"version": VERSION, **facts}, indent=2))]
         if series:
             files.append(NewFile.of_text(SERIES, _text(series)))
@@ -237,6 +239,15 @@ class RunFolder:
             handle = self._opened(CURVE, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             self._curve = open(handle, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._curve.write(f"{_text(entry)}\n")
+
+    def flush(self) -> None:
+        """Flushes the curve to disk, so that what is written next does not survive a crash without it.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        if self._curve is not None:
+            os.fsync(self._curve.fileno())
 
     def entries(self) -> list[dict[str, Any]]:
         """Returns the log entries in order, without an incomplete last line.

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import disk_errors
 from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.source import CONFIG_NAME
-from nbpeft.checkpoint.staging import Staging, sweep
+from nbpeft.checkpoint.staging import discard, flush_folder, make_folder, sweep
 from nbpeft.checkpoint.tensor_file import weights_mark
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few
 from nbpeft.runs.folder import FACTS, RunFolder
@@ -63,6 +62,7 @@ class RunStore:
                     os.mkdir(folder.path, 0o700)  # atomic: another process may try the same name
                 except FileExistsError:
                     continue
+                flush_folder(self.place)
                 folder.open()
                 return folder
         raise AssertionError("unreachable")
@@ -99,6 +99,7 @@ class RunStore:
             raise CheckpointError(f"a run called {new!r} already exists")
         with disk_errors(self.place), _locked(folder):
             os.rename(folder.path, self.place / new)
+            flush_folder(self.place)
 
     def delete(self, name: str) -> None:
         """Deletes a run with its checkpoints.
@@ -177,18 +178,15 @@ class RunStore:
 
     def _make_place(self) -> None:
         if not self.place.is_dir():
-            self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self.place.parent, [])
+            self.place.mkdir(mode=0o700, exist_ok=True)
+            flush_folder(self.place.parent)
             with contextlib.suppress(FileExistsError), open(self.place / ".gitignore", "x", encoding="utf-8") as file:
                 file.write("*\n")
 
     def _remove(self, name: str) -> None:
-        """Removes a folder by renaming it away first, so that an interruption never leaves a part of it."""
         sweep(self.place)
-        staging = Staging(self.place)
-        try:
-            inside.move(self.place, name, staging.path, os.path.basename(name))
-        finally:
-            staging.close()
+        discard(self.place, [name])
 
 
 def _holds_the_only_copy(record: RunRecord) -> bool:

@@ -102,9 +102,11 @@ class TrackedModel:
             names: names of the adapters.
             run: the run.
         """
+        state = run.state
+        done = {member.name: member.step for member in state.members}  # some end before the others
         for name in names:
-            config, state = self.manager.configs.get(name), run.state
-            steps = run.steps_before + (state.step if state.kept_step is None else state.kept_step)
+            config = self.manager.configs.get(name)
+            steps = run.steps_before + (done.get(name, state.step) if state.kept_step is None else state.kept_step)
             if config is not None:  # another thread may have removed it meanwhile
                 self.trained_steps[name] = (config, steps, os.path.basename(run.folder))
 

@@ -23,8 +23,14 @@ def configs_of(config: Mapping[str, Any], stem: str) -> dict[str, dict[str, Any]
     Args:
         config: fields, some of them with several values.
         stem: prefix of the names.
+
+    Raises:
+        ConfigError: a sweep says how the adapters are stopped.
     """
-    combined = list(combinations(swept(config)))
+    fields = swept(config)
+    if stopped := next((name for name, values in fields.items() if values.stop), None):
+        raise ConfigError(f"{stopped}: adapters are only added here; give stop='half' to their training", field=stopped)
+    combined = list(combinations(fields))
     return {name: {**config, **values} for name, values in zip(names_of(stem, combined), combined, strict=True)}
 
 
@@ -44,6 +50,9 @@ def plan_sweep(tracked: TrackedModel, request: TrainRequest) -> tuple[tuple[str,
     Raises:
         ConfigError: a field of the training is a sweep, and the adapters already are a sweep.
     """
+    from nbpeft.training.sweep.rows import with_own_rows
+
+    request = with_own_rows(request)
     manager, fields, adapter = tracked.manager, swept(request.given), request.adapter
     active = manager.active
     group = tracked.sweep if set(active) <= set(tracked.sweep) <= set(manager.configs) else ()

@@ -48,8 +48,10 @@ def describe_data(data: Any) -> str:
 
     Args:
         data: a list of rows, a dataset, a data frame, or a path, of which only the last component is returned; or how
-            many rows are held out, as a share or a number.
+            many rows are held out, as a share or a number; or a mapping from adapters to their own.
     """
+    if isinstance(data, Mapping):  # adapter -> its rows
+        return "; ".join(f"{name}: {describe_data(part)}" for name, part in data.items())
     if isinstance(data, int | float):
         return f"{data:.0%} of the rows" if data < 1 else f"{data} of the rows"
     if isinstance(data, str | os.PathLike):

@@ -122,8 +122,8 @@ def ship(
         )
         if dry_run:
             return planned
-        with in_place_of(planned.folder, allowed=overwrite):
-            package.write(planned.folder)
+        with in_place_of(planned.folder, allowed=overwrite) as place:
+            package.write(place)
         note_written_over([planned.folder])
     return replace(planned, written=True)
 

@@ -45,6 +45,8 @@ class TrainRequest:
         sample: prompts to answer; tokenized for training processes.
         score: rows to score, or where they are; only their presence is stored with a run.
         arguments: fields of the arguments class and options of the Trainer.
+        data: training rows, or where they are; adapter -> its own, if ``members`` are trained on rows of their own.
+        eval_data: the same for evaluation, or how many rows of ``data`` to hold out.
         is_open: whether ``data`` and ``eval_data`` are rows, and not their sources.
         objective: its name as given; an :class:`Objective` during training.
         rewards: reward functions, as given; a :class:`Rewards` during training.
@@ -82,6 +84,7 @@ class TrainRequest:
     run_dir: RunPlace | str | os.PathLike[str] | None = None
     track: str | Sequence[str] | None = None
     members: Any = None
+    stop: str | None = None
     stop_on_divergence: bool = True
     processes: int | None = None
     machines: Sequence[str] | None = None
@@ -133,6 +136,18 @@ class TrainRequest:
         names = ("max_length", "columns", "skip_bad", *ROW_OPTIONS)
         return {"group": self.eval_by, **{name: getattr(self, name) for name in names}}
 
+    @property
+    def own_rows(self) -> tuple[str, ...]:
+        """The adapters with rows of their own; empty if all are trained on the same rows."""
+        names = getattr(self.members, "names", self.members)
+        own = isinstance(self.data, Mapping) and isinstance(names, Mapping | tuple) and {*self.data} == {*names}
+        return tuple(self.data) if own else ()
+
+    def of_adapter(self, name: str) -> Self:
+        """Returns the request with the rows of one of ``own_rows``."""
+        measured = self.eval_data[name] if isinstance(self.eval_data, Mapping) else self.eval_data
+        return replace(self, data=self.data[name], eval_data=measured)
+
     def opened(self) -> Self:
         """Returns the request with its data opened as rows; itself if it is already open.
 
@@ -141,12 +156,21 @@ class TrainRequest:
         """
         if self.is_open:
             return self
-        measured = self.eval_data
-        options: dict[str, Any] = {"skip_bad": self.skip_bad, "seed": self.seed}
-        rows = open_data(self.data, self.separator, **options)
-        if measured is not None and not is_amount(measured):
-            measured = open_data(measured, separator_for(measured, self.separator), **options)
+        own, data, measured = self.own_rows, self.data, self.eval_data
+        rows = {name: self._opened_rows(part) for name, part in data.items()} if own else self._opened_rows(data)
+        if own and isinstance(measured, Mapping):
+            measured = {name: self._opened_evaluation(part) for name, part in measured.items()}
+        else:
+            measured = self._opened_evaluation(measured)
         return replace(self, data=rows, eval_data=measured, is_open=True)
+
+    def _opened_rows(self, data: Any) -> Any:
+        return open_data(data, self.separator, skip_bad=self.skip_bad, seed=self.seed)
+
+    def _opened_evaluation(self, data: Any) -> Any:
+        if data is None or is_amount(data):
+            return data
+        return open_data(data, separator_for(data, self.separator), skip_bad=self.skip_bad, seed=self.seed)
 
     def kept(self) -> dict[str, Any]:
         """Returns what the record of a run stores in addition to ``arguments``: changed keyword arguments, no rows."""

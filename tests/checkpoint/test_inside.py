@@ -151,8 +151,8 @@ def save(folder: Path) -> None:
 def ship(folder: Path) -> None:
     """Beside what is in the folder, as a new one and in the place of another."""
     for text in ("first", "second"):
-        with in_place_of(folder / "shipped", allowed=True):
-            replace_files(folder / "shipped", [NewFile.of_text("model.gguf", text)])
+        with in_place_of(folder / "shipped", allowed=True) as place:
+            replace_files(place, [NewFile.of_text("model.gguf", text)])
 
 
 def take_back(folder: Path) -> None:

@@ -55,3 +55,13 @@ def test_pairs_are_a_grid() -> None:
     picture = picture_of(scores)
     assert picture.count("<rect") == 4 and "90.0 %" in picture and "–" in picture
     assert "codes on dates 25.0 %" in str(scores)
+
+
+def test_the_text_of_a_grid_is_readable_on_every_shade() -> None:
+    picture = picture_of(Scores("shades", {("row", str(share)): share / 50 for share in range(51)}))
+    cells = re.findall(r'fill="rgb\((\d+),(\d+),(\d+)\)"/><text [^>]*fill="#(000|fff)"', picture)
+    assert len(cells) == 51 and len(set(cells)) == 51
+    for *colour, text in cells:
+        linear = [((int(value) / 255 + 0.055) / 1.055) ** 2.4 for value in colour]
+        luminance = sum(share * value for share, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+        assert max(luminance, text == "fff") + 0.05 >= 4.5 * (min(luminance, text == "fff") + 0.05)

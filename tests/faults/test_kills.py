@@ -87,7 +87,7 @@ def test_kills_after_each_call(name: str, models: Models, tmp_path: Path, scratc
     assert calls.count("fsync") and calls.count("replace")
     assert NEW in writer.found(folder)
     found: list[set[int]] = []
-    for number in drawn(len(calls), seed=list(WRITERS).index(name)):
+    for number in drawn(len(calls), seed=list(WRITERS).index(name), full=30):
         folder = begun(writer, tmp_path / "home")
         with after_call(number, die):
             assert forked(functools.partial(writer.write, folder, NEW))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,13 @@ def test_a_training_cell_trains_an_adapter_for_each_value(ready: Notebook) -> No
     assert ready["model"].active_adapters == [result.best]
     assert same(weights(ready, "sql"), before)
     assert not same(weights(ready, "sql-lr1e-2"), before)
+
+
+def test_a_cell_stops_the_worse_half(ready: Notebook) -> None:
+    result = ready.do(TRAIN.replace("held_out", "held_out --stop half").replace("max_steps = 2", "max_steps = 4"))
+    assert sorted(member.step for member in result.members) == [2, 4]
+    line = ready.run("%lora add model --name codes r=sweep(2,4,stop='half')").line
+    assert "r: adapters are only added here; give stop='half' to their training" in line
 
 
 def test_the_cell_run_again_goes_on_with_the_same_adapters(ready: Notebook) -> None:
@@ -173,3 +181,19 @@ def test_a_mistake_is_one_line_and_changes_nothing(ready: Notebook, cell: str, w
 
 def test_a_sweep_of_the_bits_of_a_base_is_refused(notebook: Notebook) -> None:
     assert "sweep" in notebook.run("%%qlora model\nbits = sweep(4, 8)").line
+
+
+def test_adapters_are_trained_on_rows_of_their_own(ready: Notebook, tmp_path: Path) -> None:
+    before = {name: weights(ready, name) for name in ("sql", "chat")}
+    fields = "num_train_epochs = 1\nper_device_train_batch_size = 2"
+    result = ready.do(f"%%lora_train model --data sql=rows chat=rows[:2] --eval sql=held_out chat=held_out\n{fields}")
+    assert [(member.name, member.step) for member in result.members] == [("sql", 3), ("chat", 1)]
+    assert ready["model"].active_adapters == ["sql"]
+    assert not any(same(weights(ready, name), kept) for name, kept in before.items())
+    called = ready.session.context.models.get("model").training_call
+    assert called.data == "sql: 6 rows with input_ids; chat: 2 rows with input_ids"
+    ready.do(f"%lora export {tmp_path}/train.py --base some/base")
+    script = (tmp_path / "train.py").read_text()
+    assert "sql" in script and "chat" not in script
+    words = "data has rows for 'chta', which the model does not have (adapters: 'chat', 'sql')"
+    assert words in ready.run(f"%%lora_train model --data sql=rows chta=rows\n{fields}").line

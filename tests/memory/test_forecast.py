@@ -258,6 +258,16 @@ def test_suggestions_make_it_fit():
 
 
 @pytest.mark.slow
+def test_smaller_batches_of_completions_are_divisors_so_that_groups_stay_whole():
+    config = LlamaConfig(**WIDTHS | {"num_hidden_layers": 1})
+    asked: dict[str, Any] = {"sequence_length": 32, "generation": True}
+    limit = forecast(config, lora(), batch_size=7, **asked).peak_bytes
+    found = forecast(config, lora(), batch_size=12, device=limit, **asked)
+    batches = [change for one in found.suggestions for change in re.findall(r"batch_size 12 -> \d+", one.change)]
+    assert "batch_size 12 -> 6" in batches and "batch_size 12 -> 7" not in batches
+
+
+@pytest.mark.slow
 def test_changes_together_go_no_further_than_they_must():
     asked: dict[str, Any] = {"batch_size": 4, "sequence_length": 1024, "dtype": "float32"}
     less: dict[str, Any] = {

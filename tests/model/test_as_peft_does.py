@@ -56,6 +56,27 @@ def test_a_loaded_adapter_takes_gradients_as_in_peft(tmp_path: Path, is_trainabl
         assert trained(model, "default") == {False}
 
 
+@pytest.mark.parametrize("is_trainable", [True, False])
+@pytest.mark.parametrize(("chosen", "deleted"), [(["a"], "a"), (["a"], "b"), (["a", "b"], "a"), (["b"], "b")])
+def test_what_is_active_after_another_is_deleted_takes_gradients(
+    tmp_path: Path, chosen: list[str], deleted: str, is_trainable: bool
+) -> None:
+    adapted().save_pretrained(tmp_path)
+    found = []
+    for library in (peft, nbpeft):
+        model: Any = library.PeftModel.from_pretrained(llama(), tmp_path, "a", is_trainable=is_trainable)
+        for name in "bc":
+            model.load_adapter(tmp_path, name)
+        if chosen != ["a"]:
+            model.base_model.set_adapter(chosen, inference_mode=not is_trainable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.delete_adapter(deleted)
+        found.append(({name: trained(model, name) for name in model.peft_config}, model.active_adapters))
+    assert found[0] == found[1]
+    assert deleted not in chosen or all(found[0][0][name] == {True} for name in found[0][1])
+
+
 def test_so_does_one_that_replaces_another(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(llama(), tmp_path)

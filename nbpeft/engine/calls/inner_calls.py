@@ -30,7 +30,8 @@ class _InnerHook(PlaceHook):
             adapter: Any = self.layer.adapters._modules.get(name)
             if not isinstance(adapter, AddsInside) or self.path not in adapter.places:
                 continue
-            added = adapter.addition(self.path, module, args, kwargs, 1 if rows is None else batch)
+            with self.layer.onloaded_parts():
+                added = adapter.addition(self.path, module, args, kwargs, 1 if rows is None else batch)
             if scale != 1.0:
                 added = added * scale
             if rows is not None:

@@ -193,7 +193,8 @@ class _CallHook(LayerHook):
         named = _Call(zip(parameters_of(module), args, strict=False))
         named.update(kwargs)
         prompts = prompts.with_arguments_of(named)
-        self.transform(module, prompts, named)
+        with self.layer.onloaded_parts():
+            self.transform(module, prompts, named)
         return (), named
 
     def transform(self, module: nn.Module, prompts: _Prompts, call: _Call) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.calls.model_calls import LayerHook
+from nbpeft.engine.changes.called_modules import OUTSIDE
 from nbpeft.engine.contract.model_adapter import learns_prompt
 from nbpeft.engine.tree.model_tree import MANAGER, embedding_of, walk
 from nbpeft.engine.wrappers.extension import on_models
@@ -34,7 +35,7 @@ def twin_without_prompts(model: nn.Module) -> nn.Module | None:
     for key in places & wrappers.keys():
         if not all(map(learns_prompt, wrappers[key].adapters.values())):
             return None
-    return _Twins(places).of(model)
+    return _Twins(places | {id(wrappers[key].in_tree) for key in prompted}).of(model)
 
 
 class _Twins:
@@ -52,7 +53,7 @@ class _Twins:
         """The twin of a model, without the adapters' manager."""
         twin = self._made_of(module)
         copied: Any = _twin(module, {}) if twin is module else twin
-        for attribute in (MANAGER, *on_models):
+        for attribute in (MANAGER, OUTSIDE, *on_models):
             copied.__dict__.pop(attribute, None)
         return copied
 

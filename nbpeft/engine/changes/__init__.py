@@ -6,7 +6,7 @@ Door, what other rooms import:
     called_modules.py  The modules of a model including its adapters, and whether anything but their class runs in
                        their calls
     random_numbers.py  The states of a process's random generators, and blocks that draw from separate ones
-    spill_file.py      Backups of weights for the case of a failure: on disk, so that they take no memory
+    spill_file.py      Backups of weights for the case of a failure: in memory while there is plenty of it, else on disk
     step_gate.py       Lets other threads use a model between the steps of a training that runs in the background
     transaction.py     Changes to a model that either succeed as a whole or are undone: record the old state, then
                        write

@@ -9,8 +9,8 @@ BaseLayer   the frozen layer as an adapter sees it: its module, kind and backend
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -258,6 +258,15 @@ def onloaded(module: nn.Module) -> AbstractContextManager[None]:
     """Context manager: loads an offloaded layer's tensors to the device of its calls; writes to them are lost."""
     hook = offloading(module)
     return _NOTHING if hook is None else _brought(module, hook)
+
+
+@contextmanager
+def all_onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Context manager: ``onloaded`` for each of several modules."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(onloaded(module))
+        yield
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()

@@ -18,7 +18,7 @@ from nbpeft.engine.calls.inner_calls import put_inner_hooks
 from nbpeft.engine.calls.model_calls import put_hooks, take_hooks
 from nbpeft.engine.calls.side_network import put_side_network
 from nbpeft.engine.changes.active_state import ActiveState
-from nbpeft.engine.changes.called_modules import called_modules
+from nbpeft.engine.changes.called_modules import called_modules, outside
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedSite, SharedState
 from nbpeft.engine.contract.base import Backend, BaseLayer, Composite, offloading
@@ -453,6 +453,10 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Tr
         return
     parents = called_modules(model)
     take_hooks(parents, replacements, change)
+    wrappers = outside(model)
+    change.keep(wrappers)
+    for key in [key for key, wrapper in wrappers.items() if id(wrapper) in replacements]:
+        del wrappers[key]
     for parent in parents:
         for attribute, child in parent._modules.items():
             if child is not None and id(child) in replacements:

@@ -177,7 +177,7 @@ class LayerCommands:
                 wrapper.replace_base_layer(new, change)
                 moved[wrapper] = new
             if moved[wrapper] is new:  # the same module can be in several places
-                change.set_item(modules, name, wrapper)
+                wrapper.attach(modules, name, change)
         return bool(moved)
 
     def unregister(self, names: Sequence[str], change: Transaction) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 
 from nbpeft.engine.changes.active_state import ActiveState
+from nbpeft.engine.changes.called_modules import outside
 from nbpeft.engine.tree.model_tree import walk, without_wrappers
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
@@ -16,6 +17,10 @@ from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter, wrappers_of
 from nbpeft.engine.wrappers.wrapper import Wrapper
 
 Modules = dict[str, nn.Module | None]
+
+
+def _in_tree(wrapper: nn.Module) -> nn.Module:
+    return wrapper.in_tree if isinstance(wrapper, AdaptedLayer) else wrapper
 
 
 def _is_child(modules: Modules, name: str, module: nn.Module) -> bool:
@@ -30,7 +35,8 @@ class AdaptedTree:
         layers: path -> adapted layer, in model order.
         copies: path -> module with copies trained as a whole.
         others: wrappers from other managers that were copied or moved into this model.
-        parents: ``_modules`` of each module: the dictionaries themselves, with the present submodules.
+        parents: ``_modules`` of each module, and the wrappers outside of the tree: the dictionaries themselves, with
+            the present modules.
         read: copies of ``parents`` at the time when the tree was read.
     """
 
@@ -64,14 +70,18 @@ class AdaptedTree:
 
     def places(self, wrappers: Container[int]) -> Iterator[tuple[nn.Module, Modules, str]]:
         """Yields each of the wrappers, given by ``id``, with ``_modules`` of its parent and its name there."""
+        by_place = {id(_in_tree(wrapper)): wrapper for key, wrapper in self.wrappers().items() if key in wrappers}
         for modules, children in zip(self.parents, self.read, strict=True):
             for name, child in children.items():
-                if child is not None and id(child) in wrappers:
-                    yield child, modules, name
+                if id(child) in by_place:
+                    yield by_place[id(child)], modules, name
 
     def returns(self, wrappers: Container[int]) -> dict[int, Callable[[], bool]]:
         """``id`` -> function that checks whether a wrapper is at its old place again, for wrappers given by ``id``."""
-        return {id(child): partial(_is_child, modules, name, child) for child, modules, name in self.places(wrappers)}
+        return {
+            id(wrapper): partial(_is_child, modules, name, _in_tree(wrapper))
+            for wrapper, modules, name in self.places(wrappers)
+        }
 
 
 def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
@@ -85,10 +95,10 @@ def read_tree(model: nn.Module, active_state: ActiveState) -> AdaptedTree:
         The snapshot.
     """
     tree = AdaptedTree()
-    parents: dict[int, tuple[Modules, Modules]] = {}
+    parents: dict[int, tuple[Modules, Modules]] = {id(model): (outside(model), dict(outside(model)))}
     known: set[int] = set()
     for site in walk(model):
-        parents[id(site.parent)] = site.parent._modules, site.siblings
+        parents[id(site.parent._modules)] = site.parent._modules, site.siblings
         wrapper = site.wrapper
         if wrapper is None or id(wrapper) in known:
             continue

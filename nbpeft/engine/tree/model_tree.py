@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.changes.called_modules import outside
 from nbpeft.engine.config.targets import names_part
 from nbpeft.engine.contract.registry import composite_kind, resolve_backend
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
@@ -51,7 +52,7 @@ class Site(NamedTuple):
     attribute: str
     path: str
     module: nn.Module
-    """The base module, even if the parent has a wrapper around it now."""
+    """The base module, even if the parent has a wrapper around it now; the wrapper may also be outside of the tree."""
     wrapper: AdaptedLayer | ModulesToSaveWrapper | None
     siblings: dict[str, nn.Module | None]
     """A copy of the parent's submodules at the time of the walk."""
@@ -66,7 +67,8 @@ def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
             place in any case.
     """
     visited: set[int] = {id(model)}
-    stack: list[Iterator[Site]] = [_children(model, "")]
+    apart = _wrappers_outside(model)
+    stack: list[Iterator[Site]] = [_children(model, "", apart)]
     while stack:
         site = next(stack[-1], None)
         if site is None:
@@ -76,7 +78,7 @@ def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
         if repeat or id(site.module) not in visited:
             visited.add(id(site.module))
             if site.module._modules:
-                stack.append(_children(site.module, site.path + "."))
+                stack.append(_children(site.module, site.path + ".", apart))
 
 
 def site_at(model: nn.Module, path: str) -> Site:
@@ -93,7 +95,7 @@ def site_at(model: nn.Module, path: str) -> Site:
     parent = model
     for attribute in parents:
         parent = frozen_module(_child(parent, attribute))
-    return _site(parent, last, path, _child(parent, last), dict(parent._modules))
+    return _site(parent, last, path, dict(parent._modules), _child(parent, last), _wrappers_outside(model))
 
 
 def _child(parent: nn.Module, attribute: str) -> nn.Module:
@@ -103,18 +105,29 @@ def _child(parent: nn.Module, attribute: str) -> nn.Module:
     return child
 
 
+def _wrappers_outside(model: nn.Module) -> dict[int, AdaptedLayer]:
+    """Returns ``id`` of a frozen layer -> its wrapper, of those outside of the tree."""
+    wrappers = outside(model).values()
+    return {id(wrapper.base_layer): wrapper for wrapper in wrappers if isinstance(wrapper, AdaptedLayer)}
+
+
 def _site(
-    parent: nn.Module, attribute: str, path: str, child: nn.Module, siblings: dict[str, nn.Module | None]
+    parent: nn.Module,
+    attribute: str,
+    path: str,
+    siblings: dict[str, nn.Module | None],
+    child: nn.Module,
+    apart: Mapping[int, AdaptedLayer],
 ) -> Site:
-    wrapper = child if isinstance(child, _WRAPPERS) else None
+    wrapper = child if isinstance(child, _WRAPPERS) else apart.get(id(child))
     return Site(parent, attribute, path, child if wrapper is None else frozen_module(child), wrapper, siblings)
 
 
-def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
+def _children(parent: nn.Module, prefix: str, apart: Mapping[int, AdaptedLayer]) -> Iterator[Site]:
     siblings = dict(parent._modules)
     for attribute, child in siblings.items():
         if child is not None:
-            yield _site(parent, attribute, prefix + attribute, child, siblings)
+            yield _site(parent, attribute, prefix + attribute, siblings, child, apart)
 
 
 def frozen_module(module: nn.Module) -> nn.Module:
@@ -141,8 +154,7 @@ def bare_names(model: nn.Module) -> Callable[[str], str | None]:
     frozen: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, AdaptedLayer):
-            if not module.is_passed_over:
-                frozen[name] = "base_layer"
+            frozen[name] = "base_layer"
         elif isinstance(module, ModulesToSaveWrapper):
             frozen[name] = "original_module"
 

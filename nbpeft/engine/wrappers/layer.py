@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.active_state import ActiveAdapters, ActiveState, LayerState, ReplicaState, RowAssignment
-from nbpeft.engine.changes.called_modules import is_plain
+from nbpeft.engine.changes.called_modules import OUTSIDE, is_plain
 from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import (
@@ -26,7 +27,7 @@ from nbpeft.engine.contract.adapter import (
     rounds,
     source_of,
 )
-from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, offloading
+from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, all_onloaded, offloading
 from nbpeft.engine.contract.model_adapter import learns_prompt
 from nbpeft.engine.contract.registry import Method, method_of_adapter, methods_of_type
 from nbpeft.engine.contract.shared_state import add_shared, take_shared
@@ -154,14 +155,26 @@ class AdaptedLayer(Wrapper):
         return place
 
     def attach(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
-        """Replaces the frozen layer in its parent.
+        """Replaces the frozen layer in its parent, or stays outside of the tree (``is_outside``).
 
         Args:
             modules: ``_modules`` of the parent.
             attribute: name of the layer there.
             change: records the old entry.
         """
-        change.set_item(modules, attribute, self)
+        change.set_item(modules, attribute, self.in_tree)
+        if self.listed_apart:
+            model = self._commands().manager.model
+            change.keep_attributes(model, OUTSIDE)
+            wrappers = model.__dict__.setdefault(OUTSIDE, {})
+            wrappers.pop(str(id(self)), None)
+            if self.is_outside:
+                wrappers[str(id(self))] = self
+
+    @property
+    def in_tree(self) -> nn.Module:
+        """The module in the tree: the wrapper, or the frozen layer if the wrapper is outside."""
+        return self.base_layer if self.is_outside else self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Computes the output of the base layer plus the deltas of the active adapters.
@@ -174,6 +187,9 @@ class AdaptedLayer(Wrapper):
         Returns:
             The sum, in the dtype of the base layer's output.
         """
+        if offloading(self.base_layer) is not None and (parts := self._offloaded_parts()):
+            with all_onloaded(parts):
+                return self.forward(x, *args, **kwargs)
         active = self.active_state.current()
         if self.merged_names:
             return self.base_layer(x, *args, **kwargs)
@@ -205,6 +221,16 @@ class AdaptedLayer(Wrapper):
         if len(active.names) != 1 or active.scales[0] != 1.0 or active.rows is not None:
             return None
         return self.adapters._modules.get(active.names[0])
+
+    def _offloaded_parts(self) -> list[nn.Module]:
+        """The modules of adapters, or that show parts of them, whose tensors accelerate has offloaded."""
+        shown = (child for name, child in self._modules.items() if name != "base_layer" and child is not None)
+        parts = (part for child in (*shown, self.adapters) for part in child.modules() if offloading(part) is not None)
+        return [part for part in parts if any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))]
+
+    def onloaded_parts(self) -> AbstractContextManager[None]:
+        """Context manager: loads what accelerate has offloaded of the adapters."""
+        return all_onloaded(self._offloaded_parts())
 
     def is_quantization_aware(self, names: Sequence[str]) -> bool:
         """Whether one of these adapters is quantization-aware, so that the layer computes as if merged."""
@@ -559,8 +585,6 @@ class AdaptedLayer(Wrapper):
     def show_adapters(self) -> None:
         """Updates the submodules that show the adapters after these have changed."""
         adapters = self.adapters._modules
-        if self.is_passed_over:
-            adapters = {}
         if self._shown != adapters:
             self.__dict__["_shown"] = show_adapters(self._modules, adapters, self.base)
 
@@ -582,8 +606,8 @@ class AdaptedLayer(Wrapper):
             self.show_adapters()
 
     @property
-    def is_passed_over(self) -> bool:
-        """Whether the wrapper is left out of module paths: its adapters only change calls, and a handle lists them."""
+    def is_outside(self) -> bool:
+        """Whether the wrapper is not in the module tree: its adapters only change calls, and a handle lists them."""
         adapters = list(self.adapters._modules.values())
         return self.listed_apart and bool(adapters) and all(map(learns_prompt, adapters))
 
@@ -592,25 +616,17 @@ class AdaptedLayer(Wrapper):
     ) -> Iterator[tuple[str, nn.Module]]:
         """With the adapters under their declared names; see ``nn.Module``."""
         self.show_adapters()
-        if not self.is_passed_over:
-            yield from super().named_modules(memo, prefix, remove_duplicate)
-            return
-        memo = set() if memo is None else memo
-        if self not in memo:
-            if remove_duplicate:
-                memo.add(self)
-            yield prefix, self
-        yield from self.base_layer.named_modules(memo, prefix, remove_duplicate)
+        yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """With the adapters under their declared names; see ``nn.Module``."""
         self.show_adapters()
         yield from super().named_children()
 
-    def children(self) -> Iterator[nn.Module]:
-        """All children including the adapters; views of the adapters only if they were accessed by name before."""
-        yield from (child for _, child in super().named_children())
-        yield self.adapters
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        for child in (*self._modules.values(), self.adapters) if recurse else ():
+            child._apply(fn)  # type: ignore[union-attr]
+        return super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         self.show_adapters()
@@ -630,17 +646,12 @@ class AdaptedLayer(Wrapper):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """With the adapters under their declared names; see ``nn.Module``."""
         self.show_adapters()
-        if self.is_passed_over:
-            return self.base_layer.state_dict(*args, **kwargs)
         found = super().state_dict(*args, **kwargs)
         add_shared(self._named(), found, kwargs.get("prefix", ""), keep_vars=kwargs.get("keep_vars", False))
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.show_adapters()
-        if self.is_passed_over:  # keys lack "base_layer."; the children's dictionaries are made from this one
-            for key in [key for key in state_dict if not key.startswith(f"{prefix}base_layer.")]:
-                state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         for name, adapter in self._named().items():
             for former, shown in former_names(adapter, name).items():
                 if prefix + former in state_dict:

@@ -56,7 +56,7 @@ _RESERVED = (
 )
 ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
-_NOT_EXPORTED = ("sample", "every", "score", "metric", "max_score_rows", "processes", "machines")
+_NOT_EXPORTED = ("stop", "sample", "every", "score", "metric", "max_score_rows", "processes", "machines")
 """Arguments that are not written into an exported script."""
 _EARLY_STOPPING = ("patience", "metric_for_best_model", "greater_is_better")
 """Arguments that are not written into it either if they refer to scores, which a script does not compute."""
@@ -151,7 +151,9 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     "lora_train",
     "Train the active adapters of a model. The cell's lines are fields of TrainingArguments, name = value.",
     MODEL,
-    DATA,
+    dataclasses.replace(
+        DATA, options={**DATA.options, "help": f"{DATA.options['help']}; or rows for each adapter: NAME=DATA NAME=DATA"}
+    ),
     EVAL,
     COLUMNS,
     SEPARATOR,
@@ -173,6 +175,13 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         type=positive,
         metavar="N",
         help="early stopping: end after N evaluations, or scores, without improvement, and restore the best weights",
+    ),
+    argument(
+        "--stop",
+        choices=("half",),
+        words=("half",),
+        metavar="half",
+        help="in a sweep: stop the worse half of the adapters each time the number of steps has doubled",
     ),
     argument(
         "--sample",
@@ -215,7 +224,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         keep=not options.no_keep,
         restart=options.restart,
         source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
-        data_hint=f"{_data_command(options, arguments, mixed=isinstance(data, Mixture))} shows them",
+        data_hint=f"{_data_command(options, arguments, data)} shows them",
         **arguments,
     )
     for name in ("track", "trainer_class", "replace"):
@@ -256,7 +265,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         CellError: a field is given that is an option of the line.
     """
     names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "machines", "track", "replace")
-    names += ("skip_bad", "objective", "reference", "eval_by", "max_score_rows")
+    names += ("stop", "skip_bad", "objective", "reference", "eval_by", "max_score_rows")
     sample = getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["sample"] = _samples(sample, notebook) if sample else None
@@ -343,9 +352,10 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
     return data, eval_data, notebook.tokenizer(cell.tokenizer)
 
 
-def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], *, mixed: bool) -> str:
+def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], data: object) -> str:
     """The command that shows the rows of a training."""
-    words = [f"%lora data {quoted(options.data)}"]
+    mixed = isinstance(data, Mixture)
+    words = [f"%lora data {'ROWS' if isinstance(data, Mapping) else quoted(options.data)}"]
     words += [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
     words += [f"--separator {quoted(options.separator)}"] if options.separator else []

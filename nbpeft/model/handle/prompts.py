@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import cache_of, prompt_of
+from nbpeft.engine.changes.called_modules import outside
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.model_adapter import ModelAdapter, learns_prompt
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -32,12 +34,20 @@ def list_apart(manager: AdapterManager, modules: dict[str, nn.Module | None], ch
     prompted = _prompted(manager)
     first = next(iter(manager.configs), None)
     apart = any(first in layer.adapters._modules for layer in prompted)
-    for layer in prompted:
-        change.keep_attributes(layer, "listed_apart")
-        layer.__dict__["listed_apart"] = apart
+    _place(manager, prompted, change, apart=apart)
     change.keep(modules)
     if apart:
         modules[LISTED] = prompted[0].adapters
+
+
+def _place(manager: AdapterManager, layers: Sequence[AdaptedLayer], change: Transaction, *, apart: bool) -> None:
+    """Puts learned prompts outside of the module tree, where the PeftModel lists them, or back into it."""
+    for layer in layers:
+        change.keep_attributes(layer, "listed_apart")
+        layer.__dict__["listed_apart"] = apart
+    for site in [*walk(manager.model)] if layers else ():
+        if isinstance(site.wrapper, AdaptedLayer) and site.wrapper in layers:
+            site.wrapper.attach(site.parent._modules, site.attribute, change)
 
 
 def list_anew(manager: AdapterManager, modules: dict[str, nn.Module | None]) -> None:
@@ -49,9 +59,12 @@ def list_anew(manager: AdapterManager, modules: dict[str, nn.Module | None]) -> 
     """
     if LISTED not in modules:
         return
-    for layer in _prompted(manager):
-        layer.__dict__["listed_apart"] = True
-        modules[LISTED] = layer.adapters if layer.is_passed_over else nn.ModuleDict()
+    prompted = _prompted(manager)
+    for layer in prompted:
+        if not layer.listed_apart or layer.is_outside != (str(id(layer)) in outside(manager.model)):
+            with manager.transaction(during_calls=True, quiet=True) as change:
+                _place(manager, [layer], change, apart=True)
+        modules[LISTED] = layer.adapters if layer.is_outside else nn.ModuleDict()
 
 
 def _prompted(manager: AdapterManager) -> list[AdaptedLayer]:
@@ -91,7 +104,7 @@ def word_embeddings(manager: AdapterManager) -> nn.Module | None:
     layer = _prompted(manager)[0]
     if not layer.kind.takes_ids:
         return None
-    return layer.base_layer if layer.is_passed_over else layer
+    return layer.in_tree
 
 
 def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) -> Any:

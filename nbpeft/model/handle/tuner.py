@@ -480,6 +480,8 @@ def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) 
 def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None:
     """Removes one adapter or several, all or none; warns if another adapter was activated in their place.
 
+    If one of them was active, those that are active now are trainable.
+
     Args:
         manager: manager of the model.
         names: one name or several.
@@ -499,6 +501,8 @@ def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None
         for name in names:
             manager.remove(name)
         left = manager.active
+        if left and {*active} & {*names}:
+            manager.activate(left, trainable=True)  # as in PEFT, even if they were loaded for inference
     if active and left and not {*active} & {*left}:
         gone = " and ".join(map(repr, active))
         warnings.warn(f"the active adapter {gone} was deleted: {left[0]!r} is active now", stacklevel=3)

@@ -664,7 +664,7 @@ def _picked(
         id(adapter): {
             k: find(
                 f"{adapter.peft.shown_as}.{name}.{own_names[path].get(k, k)}"
-                if manager.layers[path].is_passed_over
+                if manager.layers[path].is_outside
                 else f"{places.get(path, path)}.{shown_name(adapter, own_names[path].get(k, k), name)}"
             )
             for k in weights.adapters[path]

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from nbpeft.checkpoint import inside
-from nbpeft.checkpoint.atomic import NewFile, disk_errors, flush_file, replace_files
+from nbpeft.checkpoint.atomic import NewFile, disk_errors, new_folder, put_folder, replace_files
 from nbpeft.checkpoint.inside import shown
-from nbpeft.checkpoint.staging import ASIDE, Staging, flush_folder, scratch_folder, staging_name, sweep
+from nbpeft.checkpoint.staging import Staging, discard, make_folder, scratch_folder, staging_name, sweep
 from nbpeft.checkpoint.tensor_file import read_metadata
 from nbpeft.confidential import is_secret
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, few
@@ -59,7 +59,7 @@ def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
     with write_errors(home):
         try:
             if main:
-                home.mkdir(parents=True, exist_ok=True)
+                make_folder(home, [])
                 sweep(home)
             place = home / broadcast_object_list([staging_name(home) if main else ""])[0]
             if main:
@@ -70,9 +70,8 @@ def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
                 save()
             wait()
             _correct_best(trainer, place / name, home / name, main=main)
-            if main:
-                _flush_tree(place / name)
-                _put(place, home, name)
+            if staging is not None:
+                put_folder(staging, home, name)
         finally:
             if staging is not None:
                 staging.close()
@@ -97,17 +96,10 @@ def put_checkpoint(home: Path, step: int, write: Callable[[Path], object], *, mo
     """
     name = f"{_PREFIX}-{step}"
     with write_errors(home):
-        sweep(home)
-        staging = Staging(home)
-        try:
-            (staging.path / name).mkdir()
-            write(staging.path / name)
-            _flush_tree(staging.path / name)
-            _put(staging.path, home, name)
-            for folder in _checkpoints(home)[most:]:
-                os.replace(folder, staging.path / f"old-{folder.name}")
-        finally:
-            staging.close()
+        with new_folder(home, name) as folder:
+            folder.mkdir()
+            write(folder)
+        discard(home, [folder.name for folder in _checkpoints(home)[most:]])
 
 
 def drop_after(home: Path, step: int) -> None:
@@ -125,12 +117,7 @@ def drop_after(home: Path, step: int) -> None:
     if not later or len(later) == len(folders):
         return
     with write_errors(home):
-        staging = Staging(home)
-        try:
-            for folder in later:
-                os.replace(folder, staging.path / folder.name)
-        finally:
-            staging.close()
+        discard(home, [folder.name for folder in later])
 
 
 def save_tokenizer_and_arguments(folder: Path, tokenizer: Any, arguments: Any) -> None:
@@ -322,30 +309,6 @@ def _correct_best(trainer: Any, written: Path, place: Path, *, main: bool) -> No
             trainer.state.save_to_json(str(written / STATE))
 
 
-def _put(staging: Path, home: Path, name: str) -> None:
-    """Moves a checkpoint to its place, and an existing one of the same step into the staging folder."""
-    aside = staging / ASIDE / name
-    try:
-        if os.path.lexists(home / name):
-            aside.parent.mkdir()
-            os.replace(home / name, aside)
-        os.replace(staging / name, home / name)
-        flush_folder(home)
-    except BaseException:
-        if not (staging / name).exists():
-            os.replace(home / name, staging / name)
-        if aside.exists():
-            os.replace(aside, home / name)
-        raise
-
-
-def _flush_tree(folder: Path) -> None:
-    for path, _, names in os.walk(folder):
-        for name in names:
-            flush_file(Path(path, name))
-        flush_folder(Path(path))
-
-
 def _rotate(trainer: Any, home: Path) -> None:
     """Removes the oldest checkpoints above ``save_total_limit``, but neither the last nor the best one."""
     if hasattr(trainer, "_rotate_checkpoints"):  # transformers 5.0 has it; in newer versions only subclasses may
@@ -358,11 +321,7 @@ def _rotate(trainer: Any, home: Path) -> None:
         ordered = sorted(reversed(_checkpoints(home)), key=lambda folder: folder.stat().st_mtime_ns)
         to_keep = {*ordered[-1:], Path(trainer.state.best_model_checkpoint or home)}
         surplus = [folder for folder in ordered if folder not in to_keep][: max(len(ordered) - limit, 0)]
-        if surplus:
-            staging = Staging(home)  # moved there in one step first, so that no partly deleted checkpoint is left
-            for folder in surplus:
-                os.replace(folder, staging.path / folder.name)
-            staging.close()
+        discard(home, [folder.name for folder in surplus])
 
 
 @contextmanager

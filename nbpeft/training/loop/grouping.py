@@ -37,17 +37,22 @@ def group_rows(trainer: Any, *, wanted: bool) -> None:
     """
     if not wanted or type(trainer)._get_train_sampler is not transformers.Trainer._get_train_sampler:
         return
-    args = trainer.args
+    args, reference = trainer.args, weakref.ref(trainer)
     size = args.train_batch_size * args.world_size
-    lengths = None if size < 2 or isinstance(trainer.train_dataset, PackedRows) else lengths_of(trainer.train_dataset)
-    if lengths is None or len(set(lengths)) < 2 or len(lengths) <= size:
-        return
-    reference = weakref.ref(trainer)
+    seed = args.data_seed if args.data_seed is not None else args.seed
 
     def epoch() -> int:
         """Returns the number of complete epochs, including those before resuming, which accelerate does not report."""
         owner = reference()
-        return 0 if owner is None else int(owner.state.epoch or 0)
+        done = getattr(owner, "epochs_done", None)  # of one of several adapters, each with its own rows
+        return int((0 if owner is None else owner.state.epoch or 0) if done is None else done)
 
-    seed = args.data_seed if args.data_seed is not None else args.seed
-    trainer._get_train_sampler = lambda dataset=None: GroupedByLength(lengths, size, seed, epoch)
+    def sampler(dataset: Any = None) -> Any:
+        owner: Any = reference()
+        rows = owner.train_dataset if dataset is None else dataset
+        lengths = None if size < 2 or isinstance(rows, PackedRows) else lengths_of(rows)
+        if lengths is None or len(set(lengths)) < 2 or len(lengths) <= size:
+            return type(owner)._get_train_sampler(owner, dataset)
+        return GroupedByLength(lengths, size, seed, epoch)
+
+    trainer._get_train_sampler = sampler

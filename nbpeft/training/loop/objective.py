@@ -82,6 +82,8 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     """
     if isinstance(request.objective, Objective):
         return request
+    if request.own_rows:
+        return _of_all(request)
     fields = fields_by_name()
     given = {name: value for name, value in request.arguments.items() if name in fields}
     own = getattr(request.arguments_class, "__dataclass_fields__", {})  # TRL's SFTConfig has a loss_type, too
@@ -112,6 +114,22 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     if isinstance(objective, Grpo):
         return _with_rewards(request, objective, columns)
     return replace(request, trainer_class=ObjectiveTrainer)
+
+
+def _of_all(request: TrainRequest) -> TrainRequest:
+    """A request in which the rows of each adapter have the same objective."""
+    request = request.opened()
+    found = {name: with_objective(request.of_adapter(name)) for name in request.own_rows}
+    first, *others = found
+    names = {name: getattr(part.objective, "name", "") for name, part in found.items()}
+    for name in others:
+        if names[name] != names[first]:
+            raise ConfigError(
+                f"the rows of {first!r} are for {names[first]}, those of {name!r} for {names[name]}: give objective=…, "
+                "or train them one by one",
+                field="objective",
+            )
+    return replace(found[first], data=request.data, eval_data=request.eval_data)
 
 
 def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]) -> TrainRequest:
@@ -275,7 +293,8 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
     sweep = request.members is not None or any(isinstance(value, Sweep) for value in request.given.values())
     if sweep and objective.generates:
         raise ConfigError(
-            f"{objective.name} trains one adapter, whose completions are generated before each step: remove the sweep"
+            f"{objective.name} trains one adapter, whose completions are generated before each step: remove the sweep, "
+            "or the rows of other adapters"
         )
     if not objective.reference_needed:
         if request.reference is not None:

@@ -53,8 +53,8 @@ class TrainingRows:
     """The rows for a Trainer.
 
     Attributes:
-        train: training rows.
-        evaluation: evaluation rows, or None.
+        train: training rows; adapter -> its own, if each has some.
+        evaluation: evaluation rows, or None; adapter -> its own, if each has some.
         notes: messages about rows that were cut, left out or not used.
         held_out: message about rows that were held out for evaluation; empty if there are none.
         classes: the classes of a classifier, with the names that its model or the rows give them.
@@ -67,9 +67,25 @@ class TrainingRows:
     classes: Classes | None = None
 
     @property
+    def train_parts(self) -> list[Any]:
+        """The training rows, or those of each adapter."""
+        return list(self.train.values()) if isinstance(self.train, Mapping) else [self.train]
+
+    @property
+    def evaluation_parts(self) -> list[Any]:
+        """The evaluation rows, or those of each adapter; empty if there are none."""
+        parts = self.evaluation.values() if isinstance(self.evaluation, Mapping) else [self.evaluation]
+        return [part for part in parts if part is not None]
+
+    @property
     def format(self) -> PromptFormat | None:
         """The form in which the training rows are written; None if they were given as tokens."""
-        form: PromptFormat | None = getattr(self.train, "format", None)
+        return self.format_for("")
+
+    def format_for(self, adapter: str) -> PromptFormat | None:
+        """Returns the form in which the training rows of an adapter are written; None if they were given as tokens."""
+        rows = self.train.get(adapter) if isinstance(self.train, Mapping) else self.train
+        form: PromptFormat | None = getattr(rows, "format", None)
         return form if isinstance(form, PromptFormat) else None
 
 
@@ -85,6 +101,8 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
         TrainingError: the data cannot be read, or does not fit the model.
     """
     request = request.opened()
+    if request.own_rows:
+        return _rows_of_adapters(request)
     inputs = inputs_of(request)
     if loss:
         _check_loss(base_of(request.model))
@@ -113,6 +131,33 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     if groups is not None and request.eval_by is not None:
         held += f", in whole groups by {request.eval_by!r} ({plural(len({*groups}), 'group')})"
     return TrainingRows(train, evaluation, tuple(notes), held, inputs.classes)
+
+
+def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
+    """Prepares the rows of adapters of which each has its own."""
+    parts: dict[str, TrainingRows] = {}
+    for name in request.own_rows:
+        try:
+            part = parts[name] = training_rows(request.of_adapter(name))
+        except TrainingError as error:
+            raise TrainingError(f"rows of {name!r}: {error}") from error
+        if not hasattr(part.train, "__len__"):
+            raise TrainingError(
+                f"the rows of {name!r} are a stream: rows for each adapter have to be lists or datasets"
+            )
+    first, *others = parts
+    classes = parts[first].classes
+    for name in others:
+        if parts[name].classes != classes:
+            raise TrainingError(f"the rows of {first!r} and {name!r} have different classes: train them one by one")
+    evaluation = {name: part.evaluation for name, part in parts.items()}
+    return TrainingRows(
+        train={name: part.train for name, part in parts.items()},
+        evaluation=evaluation if parts[first].evaluation is not None else None,
+        notes=tuple(f"{name}: {note}" for name, part in parts.items() for note in part.notes),
+        held_out="; ".join(f"{name}: {part.held_out}" for name, part in parts.items() if part.held_out),
+        classes=classes,
+    )
 
 
 def inputs_of(request: TrainRequest) -> ModelInputs:

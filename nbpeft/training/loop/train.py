@@ -32,7 +32,7 @@ from nbpeft.state import TrainState
 from nbpeft.sweeps import swept
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
-from nbpeft.training.data import StreamedRows, TokenizedRows, is_stream
+from nbpeft.training.data import PackedRows, StreamedRows, TokenizedRows, is_stream
 from nbpeft.training.launch.parent import train_in_subprocesses
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.grouping import group_rows, wants_groups
@@ -52,7 +52,9 @@ from nbpeft.training.objectives.reference import reference_of
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.sweep.adapters import side_by_side
+from nbpeft.training.sweep.evaluations import check_halving
 from nbpeft.training.sweep.members import SideBySide, kept_of
+from nbpeft.training.sweep.rows import with_own_rows
 from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
 from nbpeft.training.transformers.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.transformers.trainer import Trainer, adapter_trainer, has_own_loss, step_settings
@@ -97,6 +99,7 @@ def train(
     run_dir: RunPlace | str | os.PathLike[str] | None = None,
     track: str | Sequence[str] | None = None,
     members: Mapping[str, Mapping[str, Any]] | SideBySide | None = None,
+    stop: str | None = None,
     stop_on_divergence: bool = True,
     processes: int | None = None,
     machines: Sequence[str] | None = None,
@@ -117,12 +120,21 @@ def train(
     the active adapter, or from a new init if the config varies. The result is a :class:`SweepResult`; its best adapter
     is active afterwards.
 
+    With rows for several adapters by name, each is trained on its own, side by side over the same base model::
+
+        result = nbpeft.train(model, {"sql": queries, "chat": dialogs}, tokenizer=tokenizer, num_train_epochs=1)
+        sql, chat = result.members
+
+    Weights and losses are bit by bit those of a training of the adapter alone. Each makes the steps that its own rows
+    give, or ``max_steps``. None is the best; of the active adapters, one that was trained stays active.
+
     Args:
         model: A model with adapters.
         data: Training rows or their source; see :mod:`nbpeft.training.data` for their forms and
-            :func:`nbpeft.training.data.open_data` for sources. A stream needs ``max_steps``.
+            :func:`nbpeft.training.data.open_data` for sources. A stream needs ``max_steps``. A mapping from names of
+            adapters gives each its own rows.
         eval_data: Evaluation rows, in the same forms; or a share (0.1) or number (64) of the rows of ``data`` to hold
-            out, drawn with ``seed``.
+            out, drawn with ``seed``. If each adapter has its own rows, these are for all, or a mapping as for ``data``.
         tokenizer: Needed unless the rows are tokenized.
         max_length: Maximum length of a row in tokens; longer rows are truncated. The default is the tokenizer's limit,
             at most 1024.
@@ -167,6 +179,8 @@ def train(
         track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them, to which the metrics are logged.
         members: Adapters of the model to train side by side, each with its own fields:
             ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. A sweep creates its members itself.
+        stop: ``"half"`` for successive halving of a sweep: each time the number of steps has doubled, the worse half of
+            the adapters by evaluation loss or score is stopped, until one remains in the second half of the steps.
         stop_on_divergence: Stop if the loss is NaN or infinite or the weights explode, and restore the last good
             weights; in a sweep only that adapter stops. Copying the trainable weights takes about 1 % of the time, and
             host memory of their size. See :mod:`nbpeft.training.watching.divergence`.
@@ -207,6 +221,7 @@ def run_training(request: TrainRequest) -> TrainResult:
     """
     with needs("accelerate", "Training"):
         importlib.import_module("accelerate")
+    request = with_own_rows(request)
     if request.members is None and not swept(request.given):  # a sweep activates its adapters first
         known = fields_by_name()
         plain = {name: value for name, value in request.arguments.items() if name not in known}
@@ -221,21 +236,27 @@ def _run(request: TrainRequest) -> TrainResult:
     rows = training_rows(request)
     _check_length_known(rows.train, fields)
     scorer = scorer_of(request, fields, rows.classes)
-    check_patience(request.patience, fields, evaluates=rows.evaluation is not None, scores=scorer is not None)
+    judged = {"evaluates": rows.evaluation is not None, "scores": scorer is not None}
+    check_halving(request, fields, **judged)
+    check_patience(request.patience, fields, **judged)
     request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)
     learned, objective = rows.train, request.objective
     assert isinstance(objective, Objective)
     collator: Any = batches_of(request, objective)
+    packed: list[PackedRows] = []
     if request.packing:
-        sizes = {"max_length": request.max_length, "tokenizer": request.tokenizer, "given": given}
-        learned, collator = pack(model, learned, collator, **sizes)
+        learned, collator = _packed(request, rows, collator, given)
+        packed = list(learned.values()) if request.own_rows else [learned]
     options = {"data_collator": collator, "processing_class": request.tokenizer}
     options |= metrics_of(request, rows.classes) | given
     with scratch_folder() as folder:
         evaluates = rows.evaluation is not None
         settings = build_arguments(fields, request.arguments_class, folder=str(folder), evaluates=evaluates)
-        options |= {"args": settings, "train_dataset": learned, "eval_dataset": rows.evaluation}
+        measured = rows.evaluation
+        if request.own_rows:
+            learned, measured = request.members.take_rows(learned, measured)
+        options |= {"args": settings, "train_dataset": learned, "eval_dataset": measured}
         failures: list[Exception] = []
         try:
             with _activated(model, request.adapter) as activation:
@@ -244,7 +265,7 @@ def _run(request: TrainRequest) -> TrainResult:
                 activation.note_format(model, rows)
                 run.output_dir = str(fields.get("output_dir", ""))
                 if objective.rows:
-                    request = replace(request, reference=chosen_reference(request, rows.train))
+                    request = replace(request, reference=chosen_reference(request, learned))
                 rows_note = _note(run, request, objective, rows, settings)
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
@@ -254,9 +275,9 @@ def _run(request: TrainRequest) -> TrainResult:
                 else:
                     options |= _objective_options(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
-                    check = PackingCheck(run, learned, collator) if request.packing else None
+                    checks = [PackingCheck(run, part, collator) for part in packed]
                     outer = _outer_callbacks(request, run, kept, rows)
-                    metrics = _fit(request, run, options, outer, _inner_callbacks(request, run, check, scorer), fields)
+                    metrics = _fit(request, run, options, outer, _inner_callbacks(request, run, checks, scorer), fields)
         except Exception as error:
             failures.append(_error_to_raise(error, model, settings))
             if failures[0] is error and not isinstance(error, NbpeftError):
@@ -265,6 +286,15 @@ def _run(request: TrainRequest) -> TrainResult:
     if failures:  # raised outside of the handler, so that the new error does not reference the frames of the old one
         raise failures.pop().with_traceback(None)
     return _unless_interrupted(_result(request, run, metrics), run)
+
+
+def _packed(request: TrainRequest, rows: TrainingRows, collator: Any, given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns the packed training rows, of each adapter if it has its own, and their collator."""
+    sizes = {"max_length": request.max_length, "tokenizer": request.tokenizer, "given": given}
+    if not request.own_rows:
+        return pack(request.model, rows.train, collator, **sizes)
+    found = {name: pack(request.model, part, collator, **sizes) for name, part in rows.train.items()}
+    return {name: part for name, (part, _) in found.items()}, next(iter(found.values()))[1]
 
 
 def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
@@ -320,7 +350,7 @@ def _note(
     if isinstance(request.rewards, Rewards):
         run.note(request.rewards.note)
         run.learns_from_rewards = True
-    for part in (rows.train, rows.evaluation):
+    for part in (*rows.train_parts, *rows.evaluation_parts):
         if isinstance(part, StreamedRows):
             part.report = run.note
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
@@ -328,8 +358,8 @@ def _note(
     run.note(note_on_rows)
     if objective.rows == JUDGED and request.processes is None and not settings.dataloader_drop_last:
         sizes = {"an epoch": settings.train_batch_size, "an evaluation": settings.eval_batch_size}
-        for part, (name, size) in zip((rows.train, rows.evaluation), sizes.items(), strict=True):
-            if part is not None and not is_stream(part) and len(part) % size == 1:
+        for parts, (name, size) in zip((rows.train_parts, rows.evaluation_parts), sizes.items(), strict=True):
+            if any(not is_stream(part) and len(part) % size == 1 for part in parts):
                 run.note(f"the last batch of {name} has one row, and its kl is estimated from this row itself")
     if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
         run.note(slow_dtype_message(torch.bfloat16, instead="leave bf16=True out"))
@@ -399,32 +429,32 @@ class _Activation:
 
     def __init__(self) -> None:
         self._rows: TrainingRows | None = None
-        self._formers: list[tuple[AdapterConfig, PromptFormat | None]] = []
+        self._formers: list[tuple[str, AdapterConfig, PromptFormat | None]] = []
         self._unname: Callable[[], None] = lambda: None
 
     def note_format(self, model: nn.Module, rows: TrainingRows) -> None:
         """Records the form of the rows with the adapters to train, before their first state is saved."""
         manager = manager_of(model)
-        self._unname = name_classes(base_of(model), rows.format)
-        if manager is not None and rows.format is not None:
+        names = trained_names(model)
+        self._unname = name_classes(base_of(model), rows.format_for(names[0] if names else ""))
+        if manager is not None and any(rows.format_for(name) is not None for name in names):
             self._rows = rows
-            configs = [manager.configs[name] for name in trained_names(model)]
-            self._formers = [(config, prompt_format(config)) for config in configs]
+            configs = {name: manager.configs[name] for name in names}
+            self._formers = [(name, config, prompt_format(config)) for name, config in configs.items()]
             self._put()
 
     def end(self) -> None:
         """Restores the former form of rows of the adapters if they learned nothing."""
         if not self.learned:
             self._unname()
-            for config, former in self._formers:
+            for _, config, former in self._formers:
                 set_prompt_format(config, former)
         elif self._rows is not None:
             self._put()  # more of a stream was read
 
     def _put(self) -> None:
-        form = None if self._rows is None else self._rows.format
-        for config, _ in self._formers:
-            set_prompt_format(config, form)
+        for name, config, _ in self._formers:
+            set_prompt_format(config, None if self._rows is None else self._rows.format_for(name))
 
     @property
     def learned(self) -> bool:
@@ -503,16 +533,17 @@ def _outer_callbacks(
 
 
 def _inner_callbacks(
-    request: TrainRequest, run: Run, check: PackingCheck | None, scorer: Scorer | None
+    request: TrainRequest, run: Run, checks: Sequence[PackingCheck], scorer: Scorer | None
 ) -> list[TrainerCallback]:
     """Returns the callbacks that end before the run does.
 
     One of them ends a diverging training, or removes diverging adapters from a sweep.
     """
     model, guarded, group, patience = request.model, request.stop_on_divergence, request.members, request.patience
-    found: list[TrainerCallback] = [] if check is None else [check]
+    found: list[TrainerCallback] = [*checks]
     if isinstance(group, SideBySide):
-        found += callbacks_of(group, run, model, patience=patience, stop_on_divergence=guarded)
+        how = {"stop_on_divergence": guarded, "halves": request.stop is not None}
+        found += callbacks_of(group, run, model, patience=patience, **how)
     else:
         found += [DivergenceStop(run, model)] if guarded else []
         found += [] if patience is None else [EarlyStop(run, model, patience)]

@@ -293,6 +293,7 @@ class RunCheckpointer(TrainerCallback):
 
         def put(write: Callable[[Path], object]) -> None:
             assert self.folder is not None
+            self.folder.flush()
             put_checkpoint(self.folder.path, step, write, most=_MOST_STATES if whole else 1)
 
         with self._noting():
@@ -422,16 +423,23 @@ def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
     """The fingerprint by which a resumed run recognizes its rows: their number, and a digest of the first ones.
 
     Args:
-        rows: the training rows.
-        eval_rows: the evaluation rows, or None.
+        rows: the training rows; adapter -> its own, if each has some.
+        eval_rows: the evaluation rows in the same form, or None.
     """
     mark: dict[str, Any] = {}
     for prefix, part in (("", rows), ("eval_", eval_rows)):
-        if hasattr(part, "__len__") and hasattr(part, "__getitem__"):
+        if isinstance(part, Mapping):  # adapter -> its rows
+            marks = {name: mark_of_rows(own) for name, own in part.items()}
+            mark |= {f"{prefix}rows": sum(own.get("rows", 0) for own in marks.values())}
+            mark |= {f"{prefix}digest": _digest(sorted(marks.items()))}
+        elif hasattr(part, "__len__") and hasattr(part, "__getitem__"):
             first = [_comparable(part[index]) for index in range(min(len(part), _MARKED_ROWS))]
-            text = json.dumps(first, sort_keys=True, default=repr)
-            mark |= {f"{prefix}rows": len(part), f"{prefix}digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+            mark |= {f"{prefix}rows": len(part), f"{prefix}digest": _digest(first)}
     return mark
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
 
 def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

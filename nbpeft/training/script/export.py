@@ -139,7 +139,7 @@ def export_script(
     Args:
         model: a model with adapters.
         path: path of the script, ``name.py``.
-        data: training rows, as for ``train``, but no stream.
+        data: training rows, as for ``train``, but no stream; of rows for several adapters, those of the active one.
         eval_data: evaluation rows, or how many to hold out, as for ``train``.
         tokenizer: needed unless the rows are tokenized.
         max_length: number of tokens to which rows are cut.
@@ -169,6 +169,9 @@ def export_script(
     names = trained_names(model)
     if len(names) != 1:
         raise TrainingError(f"one adapter must be active to be exported, not {len(names)}")
+    if isinstance(data, Mapping) and names[0] in data:  # the rows of several adapters
+        eval_data = eval_data[names[0]] if isinstance(eval_data, Mapping) else eval_data
+        data = data[names[0]]
     read = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
     rows = _rows(target, TrainRequest.of(model, data, eval_data, **read, **arguments))
     plain_base: Any = base_of(model)

@@ -60,7 +60,8 @@ def side_by_side(train: Callable[[TrainRequest], TrainResult]) -> Callable[[Trai
 def _of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
     """Returns the request for training all members together, and sets the arguments of each member."""
     common = {name: value for name, value in request.arguments.items() if not isinstance(value, Sweep)}
-    request = dataclasses.replace(request, members=group, adapter=None, arguments=common)
+    stop = request.stop or next((sweep.stop for sweep in swept(request.given).values() if sweep.stop), None)
+    request = dataclasses.replace(request, members=group, adapter=None, stop=stop, arguments=common)
     trainer_class, kind = request.trainer_class, request.arguments_class
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
         return request  # the training refuses it later
@@ -106,7 +107,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
         finally:
             with HeldInterrupts(to_the_end=True), manager.transaction():
                 if group is not None and group.learned:
-                    manager.activate(group.best, enable=True)
+                    manager.activate(group.best(selected), enable=True)
                 else:
                     undo_additions(manager, made, selected, enabled=enabled)
 

@@ -11,6 +11,8 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from nbpeft.checkpoint.tensor_file import storable, write_tensors
+from nbpeft.errors import ConfigError
+from nbpeft.sweeps import check_stop, halvings, remaining
 from nbpeft.training.adapters.method_state import read_state
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.sweep.members import Evaluation, Member, SideBySide
@@ -26,10 +28,14 @@ class SweepEvaluations(EarlyStop):
         run: their common run.
         model: the model in training.
         patience: number of evaluations without improvement; None to stop none, and to keep no weights.
+        halves: whether the worse half of the adapters is stopped each time the number of steps has doubled.
     """
 
-    def __init__(self, group: SideBySide, run: Run, model: nn.Module, patience: int | None) -> None:
+    def __init__(
+        self, group: SideBySide, run: Run, model: nn.Module, patience: int | None, *, halves: bool = False
+    ) -> None:
         super().__init__(run, model, patience)
+        self._halves = halves
         self._group, self._keeps = group, patience is not None
         self._patience_of: dict[str, Patience] = defaultdict(lambda: Patience(patience))
 
@@ -79,8 +85,23 @@ class SweepEvaluations(EarlyStop):
                 back = "" if member.restore() is None else f", with the weights of step {patience.best_step:,}"
                 self._group.stop(member.name)
                 self._run.note(f"{member.name} stopped early ({patience}){back}")
+        if self._halves:
+            self._halve(state)
         if not self._group.training:
             control.should_training_stop = True
+
+    def _halve(self, state: TrainerState) -> None:
+        """Stops the adapters with the worst evaluations at this step, if it is a rung or the first one after it."""
+        step, training = state.global_step, self._group.training
+        if any(member.evaluated_step != step for member in training):  # by the metric that decides
+            return
+        most = remaining(len(self._group.members), step, state.max_steps)
+        ranked = sorted(training, key=lambda member: member.state("running").rank)
+        if worse := ranked[most:]:
+            for member in worse:
+                self._group.stop(member.name)
+            names = ", ".join(member.name for member in training if member in worse)
+            self._run.note(f"stopped at step {step:,} as the worse of {len(training)} adapters: {names}")
 
     def _counted(self, member: Member) -> Evaluation | None:
         """Counts the last evaluation of an adapter, and returns it if it is the best so far."""
@@ -120,6 +141,33 @@ class SweepEvaluations(EarlyStop):
             member.restore()
         steps = (f"{member.name} of step {member.best.step:,}" for member in later if member.best is not None)
         self._run.note(f"the best weights were restored: {', '.join(steps)}")
+
+
+def check_halving(request: Any, fields: dict[str, Any], *, evaluates: bool, scores: bool) -> None:
+    """Refuses successive halving where adapters cannot be compared, and sets the default evaluation strategy.
+
+    Args:
+        request: the arguments of a training.
+        fields: fields of the training arguments; an evaluation strategy is added if there is none.
+        evaluates: whether there is evaluation data.
+        scores: whether the model is scored during the training, which counts as evaluations.
+
+    Raises:
+        ConfigError: there is no sweep, nothing is evaluated, or each adapter has its own rows.
+    """
+    check_stop(request.stop)
+    if request.stop is None:
+        return
+    members = request.members
+    if not isinstance(members, SideBySide):
+        raise ConfigError("stop='half' has no effect without a sweep: pass patience=… to stop early", field="stop")
+    if request.own_rows:
+        raise ConfigError("stop='half' compares adapters, but each has rows of its own: remove stop", field="stop")
+    strategy = str(getattr(fields.get("eval_strategy"), "value", fields.get("eval_strategy")))
+    if not scores and (not evaluates or strategy == "no"):
+        raise ConfigError("stop='half' needs evaluations: pass eval_data=… or score=…", field="stop")
+    if not scores and "eval_strategy" not in fields and "eval_steps" not in fields:
+        fields |= {"eval_strategy": "steps", "eval_steps": 0.5 ** halvings(len(members.members))}
 
 
 def _key(member: Member, name: str) -> str:

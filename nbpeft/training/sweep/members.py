@@ -28,6 +28,7 @@ from nbpeft.training.monitor.callback import metrics_of, shape_of
 from nbpeft.training.monitor.control import CloneRequest
 from nbpeft.training.monitor.record import Record, score_of
 from nbpeft.training.objectives.objective import Objective
+from nbpeft.training.sweep.rows import OwnRows
 from nbpeft.training.transformers.arguments import changed_arguments
 
 
@@ -67,10 +68,12 @@ class Member:
         learning_rate: learning rate of the current step.
         good_step: step of the last good weights; None if there are none.
         best: its best evaluation, with a copy of the weights, if they are kept; else None.
+        rows: its own rows; None if all are trained on the same ones.
     """
 
     arguments: TrainingArguments
     objective: Objective
+    rows: OwnRows | None = None
 
     def __init__(
         self, name: str, fields: Mapping[str, Any], settings: Mapping[str, Any], parameters: Sequence[nn.Parameter]
@@ -109,8 +112,15 @@ class Member:
         """Adds the loss of a batch to that of the step."""
         self._loss = loss if self._loss is None else self._loss + loss
 
+    @property
+    def steps(self) -> int | None:
+        """The number of its optimizer steps; None if it is that of the training."""
+        return None if self.rows is None else self.rows.steps
+
     def end_step(self, step: int) -> None:
         """Records the step."""
+        if self.rows is not None:
+            self.rows.end_step()
         if self._loss is not None:
             self._record.add(step, self._loss, self.learning_rate, None, None, self._norm)
             self._broken = ~self._loss.isfinite()
@@ -165,6 +175,11 @@ class Member:
         if score is not None:
             self._news = self._last = Evaluation(step, score, loss, metrics)
 
+    @property
+    def evaluated_step(self) -> int | None:
+        """The step of its last evaluation by the deciding metric; None if there is none."""
+        return None if self._last is None else self._last.step
+
     def take_news(self) -> Evaluation | None:
         """Returns an evaluation that was not returned before; None if there is none."""
         news, self._news = self._news, None
@@ -217,6 +232,7 @@ class Member:
             metric=metric,
             score=None if last is None else last.score,
             best_step=None if record.best is None else record.best[0],
+            comparable=self.rows is None,
         )
 
 
@@ -233,6 +249,7 @@ class SideBySide:
         learned: whether a step was done.
         join: copies the optimizer state of a member to a new one, which gets its own schedule.
         opened: contexts that are open until training ends.
+        evaluated: the members of the next evaluation; empty for all that are trained.
         metric: name of the metric by which the best adapter is found; empty for the loss.
     """
 
@@ -245,6 +262,26 @@ class SideBySide:
         self.note: Callable[[str], None] = lambda message: None
         self.opened = ExitStack()
         self.metric = ""
+        self.evaluated: list[Member] = []
+
+    def take_rows(self, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> tuple[Any, Any]:
+        """Sets the rows of each member.
+
+        Args:
+            train: member -> its training rows.
+            evaluation: member -> its evaluation rows, or None.
+
+        Returns:
+            The training rows and the evaluation rows of the first member.
+        """
+        for member in reversed(self.members):
+            rows = member.rows = OwnRows(train[member.name], None if evaluation is None else evaluation[member.name])
+        return rows.train, rows.evaluation
+
+    @property
+    def has_own_rows(self) -> bool:
+        """Whether each member is trained on its own rows."""
+        return any(member.rows is not None for member in self.members)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -256,10 +293,25 @@ class SideBySide:
         """The members that are still trained."""
         return [member for member in self.members if member.status == "training"]
 
-    @property
-    def best(self) -> str:
-        """Name of the best adapter; see ``MemberState.rank``."""
+    def best(self, selected: Sequence[str]) -> str:
+        """Returns the name of the best adapter; see ``MemberState.rank``.
+
+        Args:
+            selected: the adapters that were active before, of which one stays active if the members had their own rows.
+        """
+        if self.has_own_rows:
+            return next((name for name in selected if name in self.names), self.names[0])
         return min(self.states("finished"), key=lambda member: member.rank).name
+
+    def unfinished(self, step: int) -> list[Member]:
+        """Returns the members that are still trained after a step."""
+        return [member for member in self.training if member.steps is None or member.steps > step]
+
+    def finish(self, step: int) -> None:
+        """Ends the training of the members that have done all of their steps."""
+        for member in self.training:
+            if member.steps is not None and member.steps <= step:
+                member.status = "finished"
 
     def fields(self) -> dict[str, dict[str, Any]]:
         """Returns the own fields of each member, for a record of the run."""
@@ -309,6 +361,7 @@ class SideBySide:
                 name, {**source.fields, **changed}, {**source.settings, **changed}, self._manager.parameters(name)
             )
             clone.arguments, clone.objective = arguments, source.objective
+            clone.rows = None if source.rows is None else source.rows.copied()
             self.join(clone, source)
         for member in self.members:
             for field in changed:

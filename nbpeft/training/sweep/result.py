@@ -20,7 +20,7 @@ class SweepResult(TrainResult):
 
     Attributes:
         best: the adapter with the best score or value of ``metric_for_best_model``, else with the lowest evaluation
-            loss, or training loss if there was no evaluation. It is active.
+            loss, or training loss if there was no evaluation. It is active. Empty if each adapter had its own rows.
         best_fields: its own fields of ``TrainingArguments``.
     """
 
@@ -36,9 +36,10 @@ class SweepResult(TrainResult):
             fields: adapter name -> its own fields.
         """
         best = result.state.best_member
-        assert best is not None
         values = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
-        return cls(**values | {"best": best.name, "best_fields": dict(fields[best.name])})
+        if best is not None:
+            values |= {"best": best.name, "best_fields": dict(fields[best.name])}
+        return cls(**values)
 
     @property
     def members(self) -> tuple[MemberState, ...]:
@@ -51,16 +52,20 @@ class SweepResult(TrainResult):
         return Stack((first, members_table(self.state))) if self.shown != "card" else first
 
     def _parts(self, *, message: bool = True) -> list[str]:
-        best = next(member for member in self.members if member.name == self.best)
-        loss = best.smoothed_loss if best.eval_loss is None else best.eval_loss
-        figure = f"{'loss' if best.eval_loss is None else 'eval loss'} {numbers.loss(loss)}"
-        for name in {best.metric, f"eval_{best.metric}"} & best.metrics.keys():  # an objective's keep their prefix
-            figure = f"{best.metric} {numbers.metric(best.metrics[name])}"
+        shown = [f"{member.name} ({_figure(member)})" for member in self.members if self.best in (member.name, "")]
         _, *others = super()._parts(message=message)
         of_all = ("loss ", "eval loss ", *(f"{name} " for name in self.state.metrics))
         parts = [part for part in others if not part.startswith(of_all)]
         return [
             f"{len(self.members)} adapters {self.status}",
-            f"best {self.best} ({figure})",
+            f"{'best ' if self.best else ''}{', '.join(shown)}",
             *parts,
         ]
+
+
+def _figure(member: MemberState) -> str:
+    """Returns the figure by which an adapter is ranked, as text."""
+    for name in {member.metric, f"eval_{member.metric}"} & member.metrics.keys():  # an objective's keep their prefix
+        return f"{member.metric} {numbers.metric(member.metrics[name])}"
+    loss = member.smoothed_loss if member.eval_loss is None else member.eval_loss
+    return f"{'loss' if member.eval_loss is None else 'eval loss'} {numbers.loss(loss)}"

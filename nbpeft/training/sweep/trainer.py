@@ -7,17 +7,19 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from nbpeft.engine.changes.random_numbers import random_state, set_random_state
-from nbpeft.errors import ConfigError, NbpeftError
+from nbpeft.engine.changes.random_numbers import drawing_from, random_state, set_random_state
+from nbpeft.errors import ConfigError, NbpeftError, TrainingError
 from nbpeft.model.handle.serving import serving_rows
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.adapters.extra_loss import loss_divisor
@@ -30,12 +32,15 @@ from nbpeft.training.objectives.objective import Objective
 from nbpeft.training.sweep.evaluations import SweepEvaluations
 from nbpeft.training.sweep.loss import NotSplittableError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
+from nbpeft.training.sweep.rows import OwnRows, batches_from, steps_of_epoch
 from nbpeft.training.transformers.trainer import has_own_loss
 from nbpeft.training.watching.divergence import Seldom
 from nbpeft.training.watching.scoring import named_metrics
 
 _GROUP_OPTIONS = ("lr", "betas", "eps")
 """Optimizer options that are set per parameter group."""
+_RANDOM = "rng_state.members"
+"""The folder in a checkpoint with the random numbers of members with their own rows; no adapter can have this name."""
 _OWN_PARAMETERS = ("params", "model", "optimizer_dict")
 """Options with which an optimizer of transformers selects its parameters itself."""
 
@@ -58,6 +63,89 @@ class SideBySideTrainer(transformers.Trainer):
     _split: SplitLoss | None = None
     _evaluated: Member | None = None
     _split_checked = False
+    epochs_done: int | None = None
+    """Complete epochs of the member with its own rows whose next epoch begins; None without own rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._own_step: dict[Member, tuple[list[Any], Any]] = {}
+
+    # Batches of members with their own rows
+
+    def get_train_dataloader(self) -> Any:
+        """Returns the batches; if members have their own, as many numbers as the longest has batches."""
+        if not self.group.has_own_rows:
+            return super().get_train_dataloader()
+        start, size, most = random_state(), self.args.gradient_accumulation_steps, 0
+        for name, rows in self._own_rows:
+            set_random_state(start)
+            loader = self._loader_of(rows)
+            if not len(loader):
+                raise TrainingError(f"the rows of {name!r} do not fill a batch: remove dataloader_drop_last")
+            epochs = math.ceil(self.args.num_train_epochs * steps_of_epoch(loader, size))
+            rows.begin(loader, self.args.max_steps if self.args.max_steps > 0 else epochs)
+            most = max(most, len(loader))
+        return DataLoader(range(most), batch_size=1, collate_fn=list)  # type: ignore[arg-type]
+
+    @property
+    def _own_rows(self) -> list[tuple[str, OwnRows]]:
+        return [(member.name, member.rows) for member in self.group.members if member.rows is not None]
+
+    def _loader_of(self, rows: OwnRows) -> Any:
+        former, self.train_dataset = self.train_dataset, rows.train
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = former
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> Any:
+        """Returns the batches of a step; those of members with their own rows are kept for the step."""
+        found = super().get_batch_samples(epoch_iterator, num_batches, *args)
+        if not self.group.has_own_rows:
+            return found
+        self.group.finish(self.state.global_step)
+        take, size = super().get_batch_samples, self.args.gradient_accumulation_steps
+
+        def batches(rows: OwnRows) -> Iterator[tuple[list[Any], Any]]:
+            loader = self._loader_of(rows) if rows.loader is None else rows.loader
+            step = self.state.global_step
+            return batches_from(loader, step, size, lambda source, most: take(source, most, *args), self._begin_epoch)
+
+        self._own_step = {
+            member: member.rows.next_step(batches) for member in self.group.training if member.rows is not None
+        }
+        shown: list[Any] = next(iter(self._own_step.values()), ([{}], None))[0]  # the Trainer counts their tokens
+        return [shown[min(place, len(shown) - 1)] for place in range(len(found[0]))], None
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self.epochs_done = epoch
+
+    def _steps_on_own_rows(self, model: nn.Module) -> Tensor:
+        """Computes forward and backward for all batches of each member's step; returns the mean of their losses."""
+        own, self._own_step = self._own_step, {}  # all in the first call of a step
+        losses = [torch.zeros((), device=self.args.device)] if not own else []
+        for member, (batches, num_items) in own.items():
+            assert member.rows is not None
+            self.current_gradient_accumulation_steps = len(batches)
+            with member.rows.drawing():
+                parts = [self._one_pass(model, dict(inputs), [member], num_items) for inputs in batches]
+            losses.append(torch.stack([loss for part in parts for loss in part]).sum())
+        return torch.stack(losses).mean()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Saves the random numbers of the base class, and those of each member with its own rows."""
+        super()._save_rng_state(output_dir)
+        for name, rows in self._own_rows:
+            with drawing_from(rows.random):
+                super()._save_rng_state(str(Path(output_dir, _RANDOM, name)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads what the base class loads, and the random numbers of each member with its own rows."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for name, rows in self._own_rows if checkpoint is not None else ():
+            with drawing_from(rows.random):
+                super()._load_rng_state(str(Path(str(checkpoint), _RANDOM, name)))
+                rows.random = random_state()
 
     # A step
 
@@ -65,6 +153,8 @@ class SideBySideTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Computes forward and backward for each member's copy of the batch; returns the mean of their losses."""
+        if self.group.has_own_rows:
+            return self._steps_on_own_rows(model)
         try:
             losses = self._passes(model, inputs, num_items_in_batch)
         except NotSplittableError:  # before any backward
@@ -160,7 +250,7 @@ class SideBySideTrainer(transformers.Trainer):
         """Adds a new member to the optimizer with a copy of another's state, and its own schedule."""
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # as accelerate wraps them
         schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        factor = _factor(clone, int(self.state.max_steps))
+        factor = _factor(clone, clone.steps or int(self.state.max_steps))
         for group in self._groups(clone, self.model):
             rate = group["lr"]
             optimizer.add_param_group({**group, "initial_lr": rate, "lr": rate * factor(schedule.last_epoch)})
@@ -173,7 +263,9 @@ class SideBySideTrainer(transformers.Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Creates one schedule with a separate factor for each parameter group."""
         if self.lr_scheduler is None:
-            factors = {member.name: _factor(member, num_training_steps) for member in self.group.members}
+            factors = {
+                member.name: _factor(member, member.steps or num_training_steps) for member in self.group.members
+            }
             chosen: Any = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = LambdaLR(chosen, [factors[group["member"]] for group in chosen.param_groups])
             self._created_lr_scheduler = True
@@ -194,11 +286,15 @@ class SideBySideTrainer(transformers.Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates each member that is trained; returns the outputs of the one with the lowest loss."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        members, outputs, found = self.group.training or list(self.group.members), [], {}
+        members, outputs, found = self.group.evaluated or self.group.training or list(self.group.members), [], {}
+        self.group.evaluated = []
+        state = random_state()
         try:
             for member in members:
                 self._evaluated = member
-                outputs.append(super().evaluation_loop(*args, **kwargs))
+                set_random_state(state)  # an evaluation draws random numbers, as many as that of a training alone
+                with self._evaluating(member, args, prefix) as own:
+                    outputs.append(super().evaluation_loop(*own, **kwargs))
                 found[member.name] = _reported(outputs[-1].metrics or {}, prefix)
                 member.evaluated(self.state.global_step, self.args, found[member.name])
         finally:
@@ -206,6 +302,18 @@ class SideBySideTrainer(transformers.Trainer):
         if self.is_in_train:
             self.log(named_metrics(found))
         return min(outputs, key=partial(_rank, args=self.args, prefix=prefix))
+
+    @contextmanager
+    def _evaluating(self, member: Member, args: tuple[Any, ...], prefix: str) -> Iterator[tuple[Any, ...]]:
+        """Yields the positional arguments of an evaluation, with the member's own rows if it has some."""
+        if member.rows is None:
+            yield args
+            return
+        with member.rows.drawing():
+            if self.is_in_train and prefix == "eval" and args:
+                vars(self).pop("_eval_dataloaders", None)  # a Trainer with persistent workers keeps one loader for all
+                args = (self.get_eval_dataloader(member.rows.evaluation), *args[1:])
+            yield args
 
     def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Predicts like the base class, with the member that is being evaluated."""
@@ -296,14 +404,17 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         for member in self._group.training:
             member.end_step(state.global_step)
         last = state.global_step >= state.max_steps > 0
+        ending = [member for member in self._group.training if member not in self._group.unfinished(state.global_step)]
+        if ending and not control.should_evaluate and args.eval_strategy != "no":  # as at the end of a training alone
+            self._group.evaluated, control.should_evaluate = ending, True
         if self._stops and (control.should_log or control.should_evaluate or control.should_save or last):
             self._stop_diverged(state.global_step, weights=last or control.should_evaluate or control.should_save)
         for name in self._run.control.members_to_stop:
             self._group.stop(name)
         for request in self._run.control.take_clones():
             self._clone(request, state.global_step)
-        if not self._group.training:
-            self._run.note("" if self._run.diverged else "all adapters have stopped")
+        if not self._group.unfinished(state.global_step) and not (last and self._group.training):
+            self._run.note("" if self._run.diverged or self._group.training else "all adapters have stopped")
             control.should_training_stop = True
             if self._run.diverged:
                 control.should_evaluate = control.should_save = False
@@ -345,7 +456,13 @@ def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def callbacks_of(
-    members: SideBySide, run: Run, model: nn.Module, *, patience: int | None, stop_on_divergence: bool = False
+    members: SideBySide,
+    run: Run,
+    model: nn.Module,
+    *,
+    patience: int | None,
+    stop_on_divergence: bool = False,
+    halves: bool = False,
 ) -> list[TrainerCallback]:
     """Returns the callbacks of a sweep.
 
@@ -355,10 +472,11 @@ def callbacks_of(
         model: the model in training.
         patience: number of evaluations without improvement after which an adapter stops.
         stop_on_divergence: whether to stop diverging members.
+        halves: whether to stop the worse half of the members each time the number of steps has doubled.
     """
     return [
         SideBySideCallback(members, run, stop_on_divergence=stop_on_divergence),
-        SweepEvaluations(members, run, model, patience),
+        SweepEvaluations(members, run, model, patience, halves=halves),
     ]
 
 

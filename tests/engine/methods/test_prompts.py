@@ -747,7 +747,7 @@ def test_an_embedding_that_is_not_named_is_found_by_its_size(method: Method, fie
 
     model = get_peft_model(unnamed(), made(method, fields)).eval()
     randomize(model)
-    assert model.word_embeddings is model.get_base_model().model.embed_tokens.base_layer
+    assert model.word_embeddings is model.get_base_model().model.embed_tokens
     expected = get_peft_model(llama(), made(method, fields)).eval()
     expected.load_state_dict(model.state_dict())
     more = tasks(method)
@@ -766,7 +766,7 @@ def test_the_vocabulary_of_a_model_of_several_is_that_of_its_language_model() ->
     model.config.vocab_size = -1
     model.get_input_embeddings = lambda: None
     tuned = get_peft_model(model, nbpeft.PromptTuningConfig(num_virtual_tokens=3, num_layers=2, num_attention_heads=4))
-    assert tuned.word_embeddings is model.model.embed_tokens.base_layer
+    assert tuned.word_embeddings is model.model.embed_tokens
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if not method.adapter_class.needs_embedding])  # type: ignore[attr-defined]

@@ -134,8 +134,38 @@ def test_a_prompt_stays_when_its_embedding_is_replaced(name: str) -> None:
     assert not model.peft_config, "a prompt does not fit there"
 
 
-def test_a_prompt_leaves_where_its_embedding_is_put_back_by_hand() -> None:
-    model = get_peft_model(llama(), nbpeft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
-    base: Any = model.get_base_model()
-    base.set_input_embeddings(model.word_embeddings)
-    assert not model.peft_config and torch.equal(logits(base), logits(llama()))
+def test_the_base_keeps_its_own_embedding() -> None:
+    bare = llama()
+    embedding = bare.get_input_embeddings()
+    model = get_peft_model(bare, nbpeft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    assert bare.get_input_embeddings() is embedding is model.word_embeddings is model.get_input_embeddings()
+    assert set(bare.state_dict()) == set(llama().state_dict())
+    bare.set_input_embeddings(embedding)
+    assert [*model.peft_config] == ["default"]
+    model.unload()
+    assert torch.equal(logits(bare), logits(llama()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_the_base_resizes_and_ties_its_embeddings_by_its_own_commands(name: str, tied: bool) -> None:
+    def made(library: Any) -> tuple[Any, Any]:
+        base = llama(tie_word_embeddings=tied)
+        config = getattr(library, name)(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        return base, library.get_peft_model(base, config).eval()
+
+    base, model = made(nbpeft)
+    randomize(model)
+    before = output(model)
+    bases = base, made(peft)[0]
+    for one in bases:
+        torch.manual_seed(1)
+        resized = one.resize_token_embeddings(VOCABULARY + 4)
+        one.tie_weights()
+        assert resized is one.get_input_embeddings() and type(resized) is nn.Embedding
+        assert (one.lm_head.weight is resized.weight) == tied
+    assert same_state(*({key: value.clone() for key, value in one.state_dict().items()} for one in bases))
+    assert torch.equal(output(model)[..., :VOCABULARY], before)
+    assert model.word_embeddings is base.get_input_embeddings()
+    with torch.no_grad():
+        assert base(input_ids=IDS + VOCABULARY - 4).logits.shape[-1] == VOCABULARY + 4

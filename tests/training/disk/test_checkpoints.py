@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-import nbpeft.training.disk.checkpoints as checkpoints
+from nbpeft.checkpoint import atomic
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.training import Collator, Trainer, train
 from nbpeft.training.disk.checkpoints import flaw_of
@@ -239,8 +239,8 @@ def test_a_failure_leaves_the_checkpoints_that_were_there(run: Path, monkeypatch
     for target, name, act, error in (
         (torch, "save", raised_in_torch("[enforce fail at inline_container.cc:664]"), CheckpointError),
         (torch, "save", raised_in_torch("basic_ios::clear: iostream error"), CheckpointError),
-        (checkpoints, "flush_folder", full, CheckpointError),
-        (checkpoints, "flush_folder", broken, RuntimeError),
+        (atomic, "flush_folder", full, CheckpointError),
+        (atomic, "flush_folder", broken, RuntimeError),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, act)

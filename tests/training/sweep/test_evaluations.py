@@ -13,6 +13,7 @@ from nbpeft import LoraConfig, get_peft_model, score, sweep, train
 from nbpeft.display.html import to_html
 from nbpeft.display.numbers import loss
 from nbpeft.display.training import training_card
+from nbpeft.errors import ConfigError
 from nbpeft.runs.folder import RunFolder
 from nbpeft.session import Session
 from nbpeft.session.commands.pushing import card_facts
@@ -169,3 +170,57 @@ def test_the_model_card_of_an_adapter_has_its_own_scores() -> None:
         assert rows["startswith"] == f"{member.metrics['startswith']:.4g}"
         assert rows["evaluation loss at step 2"] == loss(member.eval_loss)
     assert len({member.eval_loss for member in result.members}) == 2
+
+
+HALVED = {"a-lr1e-6": 1e-6, "a-lr1e-5": 1e-5, "a-lr2e-2": 0.02, "a-lr5e-2": 0.05}
+
+
+@pytest.mark.parametrize("measured", [{"eval_data": token_rows(5, 5)}, {"score": token_rows(5, 5), "metric": "loss"}])
+def test_the_worse_half_is_stopped_and_the_others_learn_the_same(measured: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("nbpeft.sweeps.TOKENS_TOGETHER", 1)  # a pass for each, whose bits depend on no other adapter
+    given = {"max_steps": 8, "per_device_train_batch_size": 4, **measured}
+    given |= {"every": 2} if "score" in measured else {}
+    halved, whole = trainable(name="a", lora_dropout=0.3), trainable(name="a", lora_dropout=0.3)
+    result = train(halved, token_rows(16), learning_rate=sweep(*HALVED.values(), stop="half"), **given)
+    given |= {} if "score" in measured else {"eval_strategy": "steps", "eval_steps": 2}
+    full = train(whole, token_rows(16), learning_rate=sweep(*HALVED.values()), **given)
+    losses = {member.name: dict(member.eval_history) for member in full.members}
+    first = sorted(HALVED, key=lambda name: losses[name][2])[:2]
+    best = min(first, key=lambda name: losses[name][4])
+    ended = {name: 8 if name == best else 4 if name in first else 2 for name in HALVED}
+    assert {member.name: member.step for member in result.members} == ended
+    assert result.best == best
+    assert {member.status for member in result.members if member.name != best} == {"stopped"}
+    worse = ", ".join(name for name in HALVED if name not in first)
+    assert f"stopped at step 2 as the worse of 4 adapters: {worse}" in result.message
+    assert equal(weights(halved, best), weights(whole, best))
+    for member in result.members:
+        assert member.history == next(one.history[: member.step] for one in full.members if one.name == member.name)
+
+
+def test_evaluations_do_not_change_what_an_adapter_learns_alone(monkeypatch: Any) -> None:
+    monkeypatch.setattr("nbpeft.sweeps.TOKENS_TOGETHER", 1)
+    given: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 4, "eval_data": token_rows(5, 5)}
+    given |= {"eval_strategy": "steps", "eval_steps": 1}
+    together = trainable(name="a", lora_dropout=0.3)
+    train(together, token_rows(8), learning_rate=sweep(*RATES.values()), **given)
+    for name, rate in RATES.items():
+        alone = trainable(name="a", lora_dropout=0.3)
+        train(alone, token_rows(8), learning_rate=rate, **given)
+        assert equal(weights(together, name), weights(alone, "a"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"learning_rate": sweep(0.1, 0.2), "stop": "half"}, "stop='half' needs evaluations"),
+        ({"learning_rate": sweep(0.1, 0.2, stop="half"), "eval_strategy": "no"}, "stop='half' needs evaluations"),
+        ({"stop": "half", "eval_data": 2}, "stop='half' has no effect without a sweep"),
+        ({"learning_rate": sweep(0.1, 0.2), "stop": "third", "eval_data": 2}, "stop must be 'half'"),
+    ],
+)
+def test_halving_needs_a_sweep_and_evaluations(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(trainable(name="a"), token_rows(8), max_steps=1, **arguments)
+    with pytest.raises(ConfigError, match="stop must be 'half'"):
+        sweep(1, 2, stop="third")
