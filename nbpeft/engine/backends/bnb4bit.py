@@ -185,10 +185,10 @@ def store_codes_as(module: nn.Module, dtype: torch.dtype) -> None:
         module: a quantized layer in the plain layout.
         dtype: the new dtype; the number of bytes must be a multiple of its size.
     """
-    parameter: Any = module.weight
-    parameter.quant_storage = dtype
-    if hasattr(module, "quant_storage"):
-        module.quant_storage = dtype
+    for owner in (module, module.weight):
+        if hasattr(owner, "quant_storage"):
+            vars(owner)["quant_storage"] = dtype
+    parameter = module.weight
     _bind(module, plain(parameter).view(-1).view(torch.uint8).view(dtype).view(-1, 1), _state(module))
 
 
