@@ -13,6 +13,7 @@ from torch import nn
 
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import AdapterConfig, store_of
+from nbpeft.engine.kernels.storage import is_packed
 from nbpeft.engine.runtime.manager import require_manager
 from nbpeft.errors import ConfigError
 
@@ -118,7 +119,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _cast(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
     for parameter in parameters:
-        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1 and not is_packed(parameter):
             parameter.data = parameter.data.to(dtype)
 
 
