@@ -120,7 +120,7 @@ def remaining(count: int, step: int, total: int) -> int:
         step: number of completed steps.
         total: number of steps of the training.
     """
-    rungs = (total / 2**number for number in range(1, halvings(count) + 1))
+    rungs = (total / (1 << number) for number in range(1, halvings(count) + 1))
     return math.ceil(count / (1 << sum(step >= rung for rung in rungs)))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.injection.replication import before_replication
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.kernels.storage import is_packed
 from nbpeft.engine.tree.model_tree import bare_modules
 from nbpeft.errors import BaseMismatchError, few
 
@@ -92,7 +93,10 @@ def fingerprint(model: nn.Module) -> Fingerprint:
             if weight is None or weight.dim() < 2:
                 continue
             quantized = (
-                weight.element_size() < 2 or not weight.is_floating_point() or isinstance(weight, QuantizedMatrices)
+                weight.element_size() < 2
+                or not weight.is_floating_point()
+                or isinstance(weight, QuantizedMatrices)
+                or is_packed(weight)
             )
             dtypes["quantized" if quantized else str(weight.dtype).removeprefix("torch.")] += weight.numel()
             if quantized or weight.is_meta or hasattr(weight, "full_tensor"):

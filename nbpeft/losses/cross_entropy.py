@@ -123,12 +123,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if logits.dtype == torch.bfloat16 and divisor is not None:  # divide before rounding to bfloat16
                 ctx.divisor = divisor
                 upstream.div_(divisor)
-            found = torch.autograd.grad(logits, [rows, *summed] if inside else summed, upstream.to(logits.dtype))
+            upstream = _in_dtype_of(logits, upstream)
+            found = list(torch.autograd.grad(logits, [rows, *summed] if inside else summed, upstream))
             del logits, upstream
+            for gradient in reversed(sums):
+                gradient.add_(found.pop())  # and freed before the next chunk
             if hidden_gradient is not None:
                 hidden_gradient[place] = found[0]
-            for gradient, new in zip(sums, found[int(inside) :], strict=True):
-                gradient.add_(new)
         later = (hidden, targets, weights, *trained) if each and trained else ()
         ctx.save_for_backward(hidden_gradient, *sums, *later)
         ctx.count, ctx.again = 1 + len(sums), (head, chunks, smoothing)
@@ -167,9 +168,11 @@ def _of_trained(
         _, gradient = _losses(logits, targets[place], smoothing, True)
         assert gradient is not None
         factors = upstream[place] if weights is None else upstream[place] * weights[place].to(upstream)
-        found = torch.autograd.grad(logits, trained, gradient.mul_(factors.unsqueeze(-1)).to(logits.dtype))
-        for part, new in zip(sums, found, strict=True):
-            part.add_(new)
+        gradient = _in_dtype_of(logits, gradient.mul_(factors.unsqueeze(-1)))
+        found = list(torch.autograd.grad(logits, trained, gradient))
+        del logits, gradient
+        for part in reversed(sums):
+            part.add_(found.pop())
     return sums
 
 
@@ -182,8 +185,7 @@ def _losses(logits: Tensor, targets: Tensor, smoothing: float, wanted: bool) -> 
 
     The gradient, (n, vocabulary), overwrites the logits if they have its dtype and no graph needs them.
     """
-    is_saved = logits.grad_fn is not None and type(logits.grad_fn).__name__ not in _FREE_OUTPUTS
-    shares = logits.detach().to(_wide(logits.dtype), copy=is_saved)
+    shares = logits.detach().to(_wide(logits.dtype), copy=_is_saved(logits))
     shares.sub_(shares.amax(-1, keepdim=True))
     index = targets.to(shares.device).unsqueeze(-1)
     of_target = shares.gather(-1, index).squeeze(-1)
@@ -195,6 +197,18 @@ def _losses(logits: Tensor, targets: Tensor, smoothing: float, wanted: bool) -> 
         return losses, None
     shares.div_(total).scatter_add_(-1, index, shares.new_full((), smoothing - 1).expand_as(index))
     return losses, shares.sub_(smoothing / logits.shape[-1]) if smoothing else shares
+
+
+def _is_saved(logits: Tensor) -> bool:
+    """Whether the graph may need the logits for backward, so that they must not be overwritten."""
+    return logits.grad_fn is not None and type(logits.grad_fn).__name__ not in _FREE_OUTPUTS
+
+
+def _in_dtype_of(logits: Tensor, gradient: Tensor) -> Tensor:
+    """Returns a gradient of the logits in their dtype; overwrites the logits with it if no graph needs them."""
+    if gradient.dtype == logits.dtype or _is_saved(logits):
+        return gradient.to(logits.dtype)
+    return logits.detach().copy_(gradient)
 
 
 def _trained_tensors(head: Head, hidden: Tensor) -> list[Tensor]:

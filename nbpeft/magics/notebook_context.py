@@ -239,6 +239,9 @@ class NotebookContext:
         if is_mixture(text):
             parts = {part: (self.by_name(part), weight) for part, weight in parts_of(text)}
             return None if any(data is None for data, _ in parts.values()) else mixture(**parts)
+        if of_adapters := rows_by_adapter(text):
+            found = {adapter: self.by_name(part) for adapter, part in of_adapters.items()}
+            return None if any(data is None for data in found.values()) else found
         name = reference(text) or text
         if name.isidentifier():
             return None if name.startswith("_") else self.namespace.get(name)

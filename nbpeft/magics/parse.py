@@ -228,7 +228,10 @@ def _mixtures_joined(words: Sequence[str]) -> list[str]:
 
 def rows_by_adapter(text: str) -> dict[str, str]:
     """The rows of each adapter in the text of an option: ``a=rows_a b=rows_b``; empty for the text of other data."""
-    words = [word.text.partition("=") for word in tokenize(text)] if _OF_ADAPTER.match(text) else []
+    try:
+        words = [word.text.partition("=") for word in tokenize(text)] if _OF_ADAPTER.match(text) else []
+    except CellError:  # a quote that is not closed
+        return {}
     return {name: rows for name, _, rows in words} if all(equals for _, equals, _ in words) else {}
 
 

@@ -28,7 +28,7 @@ from nbpeft.losses import chunked_head, without_logits
 from nbpeft.memory.allocations import fake_tensors, record
 from nbpeft.memory.architecture import Architecture, can_checkpoint, equal_layers, in_main_thread, silenced
 from nbpeft.memory.checkpointing import enable_checkpointing
-from nbpeft.memory.fake_quantized import quantized_bytes, replace_by_fakes
+from nbpeft.memory.fake_quantized import code_bytes, quantized_bytes, replace_by_fakes
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.optimizers import kind_of, state_bytes
 from nbpeft.memory.saved import tensors_in
@@ -114,7 +114,9 @@ class Weights:
         trained: (shape, bytes per element) of each trained tensor: the adapter's, or all without an adapter.
         adapter_bytes: bytes of the adapter; 0 without one.
         layers: path of the list of layers if all are equal (see ``equal_layers``); else empty.
-        layer_bytes: bytes of one layer's base weights that are not quantized.
+        shardable_bytes: bytes of base weights that FSDP2 shards: those that are not quantized, and the 4-bit codes of
+            linear layers.
+        layer_bytes: bytes of one layer's base weights that FSDP2 shards.
         of_experts: number of trained elements that adapt experts.
         attends: whether the model has attention modules, judged by their class names.
     """
@@ -123,6 +125,7 @@ class Weights:
     trained: tuple[tuple[tuple[int, ...], int], ...]
     adapter_bytes: int
     layers: str
+    shardable_bytes: int = 0
     layer_bytes: int = 0
     of_experts: int = 0
     attends: bool = True
@@ -158,7 +161,8 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
         parts,
         setting.processes,
         sharded=setting.sharded,
-        kinds=weights.kinds,
+        base_bytes=sum(weights.kinds.values()),
+        shardable_bytes=weights.shardable_bytes,
         layer_bytes=weights.layer_bytes,
         layer_count=setting.architecture.layer_count,
         trained_bytes=sum(weights.trained_sizes),
@@ -215,22 +219,33 @@ def _count_weights(setting: Setting) -> Weights:
         _add_adapter(model, setting)
     double = setting.double_quant and setting.quantization != "int8"
     kinds: Counter[str] = Counter()
+    shardable: dict[int, int] = {}  # by the id of a base tensor
     for tensor in sorted(base, key=lambda tensor: id(tensor) not in quantized):
         if id(tensor) in quantized:
             label = f"{setting.quantization}{' double' if double else ''}"
             kinds[label] += quantized_bytes(quantized[id(tensor)], str(setting.quantization), double=double)
+            shardable[id(tensor)] = code_bytes(quantized[id(tensor)], str(setting.quantization))
         else:
             kinds[short_name(tensor.dtype)] += tensor.nbytes
-    there = {id(tensor) for tensor in base}
-    added = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in there]
+            shardable[id(tensor)] = tensor.nbytes
+    added = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in shardable]
     trained = tuple((tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad)
     layers = equal_layers(model, setting.architecture.layer_count)
     found: Any = model.get_submodule(layers) if layers else ()
     inside = found[0].parameters() if layers else ()
-    layer_bytes = sum(p.nbytes for p in inside if id(p) in there and id(p) not in quantized)
+    layer_bytes = sum(shardable.get(id(parameter), 0) for parameter in inside)
     adapter_bytes = sum(tensor.nbytes for tensor in added)
     attends = any("att" in type(module).__name__.lower() for module in model.modules())
-    return Weights(dict(kinds), trained, adapter_bytes, layers, layer_bytes, _trained_on_experts(model), attends)
+    return Weights(
+        dict(kinds),
+        trained,
+        adapter_bytes,
+        layers,
+        sum(shardable.values()),
+        layer_bytes,
+        _trained_on_experts(model),
+        attends,
+    )
 
 
 def _trained_on_experts(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ saved too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -34,6 +35,16 @@ def quantized_bytes(layer: nn.Module, kind: str, *, double: bool) -> int:
         count, rows, columns = layer.shape
         return Form(kind, double and kind != "int8", rows, columns).byte_count(count)
     return _linear_bytes(*_features(layer), kind, double=double)
+
+
+def code_bytes(layer: nn.Module, kind: str) -> int:
+    """Return the size in bytes of the 4-bit codes of a linear layer, without constants; 0 for 8 bits and for experts.
+
+    Args:
+        layer: see ``quantized_bytes``.
+        kind: ``nf4``, ``fp4`` or ``int8``.
+    """
+    return 0 if kind == "int8" or isinstance(layer, ParameterView) else -(-math.prod(_features(layer)) // 2)
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

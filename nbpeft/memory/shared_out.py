@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from nbpeft.memory.formatting import size_text
-from nbpeft.names import QUANTIZATIONS
 from nbpeft.state import MemoryPart
 
 _GATHERED_LAYERS = 2
@@ -18,7 +17,8 @@ def for_one_process(
     processes: int,
     *,
     sharded: bool,
-    kinds: dict[str, int],
+    base_bytes: int,
+    shardable_bytes: int,
     layer_bytes: int,
     layer_count: int,
     trained_bytes: int,
@@ -26,26 +26,24 @@ def for_one_process(
     """Return the parts of a forecast for one of several processes, each with its own batch.
 
     DDP copies gradients into buckets before it sends them. FSDP2 shards weights and gathers a layer before it is
-    computed. Weights outside the layers (embeddings and head) count as gathered all the time, and 4-bit and 8-bit
-    weights are not sharded.
+    computed. Weights outside the layers (embeddings and head) count as gathered all the time.
 
     Args:
         parts: the forecast of a single process with the same batch.
         processes: number of processes.
         sharded: whether FSDP2 shards the model; DDP copies it.
-        kinds: storage format -> bytes of base weights.
-        layer_bytes: bytes of one layer's base weights that are not quantized; 0 if layers differ.
+        base_bytes: bytes of all base weights.
+        shardable_bytes: bytes of those that FSDP2 shards.
+        layer_bytes: bytes of those of one layer that FSDP2 shards; 0 if layers differ.
         layer_count: number of layers.
         trained_bytes: bytes of all trained tensors, and so of their gradients.
     """
     if not sharded:
         return (*parts, MemoryPart("gradient buckets", trained_bytes, "sent to the other processes"))
-    whole = sum(size for kind, size in kinds.items() if kind.split(" ")[0] in QUANTIZATIONS)
-    dense = sum(kinds.values()) - whole
-    outside = max(dense - layer_bytes * layer_count, 0)
-    gathered = min(outside + _GATHERED_LAYERS * layer_bytes, dense)
-    base = whole + -(-dense // processes)
-    detail = f"a shard of {size_text(dense)}" + (f", {size_text(whole)} quantized and not sharded" if whole else "")
+    whole, outside = base_bytes - shardable_bytes, max(shardable_bytes - layer_bytes * layer_count, 0)
+    gathered = min(outside + _GATHERED_LAYERS * layer_bytes, shardable_bytes)
+    base = whole + -(-shardable_bytes // processes)
+    detail = f"a shard of {size_text(shardable_bytes)}" + (f", and {size_text(whole)} not sharded" if whole else "")
     result = [MemoryPart("base weights", base, detail)]
     for part in parts[1:]:
         sharded_part = part.name in _SHARED

@@ -13,6 +13,7 @@ from nbpeft.checkpoint import Fingerprint, compare, fingerprint, is_same_base
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import BaseMismatchError
+from nbpeft.model.quantization.quantize import quantize_model
 from tests.tiny_models import gpt2, llama
 
 
@@ -150,6 +151,13 @@ def test_a_quantized_base_keeps_its_shapes() -> None:
     assert packed.shapes == fingerprint(model).shapes
     assert compare(packed.to_metadata(), model) is None
     assert compare(fingerprint(model).to_metadata(), quantized) is None
+
+
+def test_codes_that_are_stored_as_numbers_are_not_compared_with_weights() -> None:
+    pytest.importorskip("bitsandbytes")
+    dense, packed = fingerprint(llama()), quantize_model(llama(), quant_storage="float32")
+    assert (fingerprint(packed).dtype, fingerprint(packed).weights) == ("quantized", "")
+    assert compare(dense.to_metadata(), packed) is None
 
 
 def test_meta_and_empty_models() -> None:

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from nbpeft.losses.cross_entropy import chunked_cross_entropy
+from tests.model.allocations import Allocations
 
 CLASSES, FEATURES, TOKENS = 31, 7, 12
 
@@ -146,3 +149,33 @@ def test_tokens_that_are_not_learned_do_not_go_through_the_head():
     assert sum(rows_seen) == learned + 1  # one more, which tells what the head trains
     assert max(rows_seen) == 2
     assert hidden.grad[targets == -100].abs().max() == 0
+
+
+class Products(TorchDispatchMode):
+    """Adds up the multiply-adds of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.count += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result) // 2
+        return result
+
+
+@pytest.mark.parametrize(("dtype", "bytes_of_a_logit"), [(torch.float32, 4), (torch.bfloat16, 6)])
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_a_head_computes_each_product_once_in_the_memory_of_one_chunk(trains_head, dtype, bytes_of_a_logit):
+    tokens, features, classes, chunk_size = 64, 32, 2048, 16
+    layer = nn.Linear(features, classes, bias=False, dtype=dtype).requires_grad_(trains_head)
+    hidden = torch.randn(tokens, features, dtype=dtype, requires_grad=True)
+    targets = torch.arange(tokens)
+    with Products() as products, Allocations() as allocated:
+        loss = chunked_cross_entropy(layer, hidden, targets, chunk_size=chunk_size)
+    loss.backward()
+    of_the_search, rest = features * classes, 8192  # the row that trained tensors are looked for with; one chunk's rows
+    assert products.count == (3 if trains_head else 2) * tokens * features * classes + of_the_search
+    gradients = hidden.nbytes + (layer.weight.numel() * (4 + dtype.itemsize) if trains_head else 0)
+    assert allocated.peak <= bytes_of_a_logit * chunk_size * classes + gradients + rest

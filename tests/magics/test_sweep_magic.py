@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from nbpeft.training import SweepResult
 from tests.magics.notebook import Notebook
+from tests.runs.killed import when_noted
 
 TRAIN = """%%lora_train model --data rows --eval held_out
 max_steps = 2
@@ -197,3 +198,14 @@ def test_adapters_are_trained_on_rows_of_their_own(ready: Notebook, tmp_path: Pa
     assert "sql" in script and "chat" not in script
     words = "data has rows for 'chta', which the model does not have (adapters: 'chat', 'sql')"
     assert words in ready.run(f"%%lora_train model --data sql=rows chta=rows\n{fields}").line
+
+
+def test_a_resumed_cell_finds_the_rows_of_each_adapter(ready: Notebook) -> None:
+    ready["few"] = ready["rows"][:3]
+    end = ready.session.on_run(lambda run, name: when_noted(run, 1, lambda: run.control.request_stop("enough")))
+    fields = "num_train_epochs = 2\nper_device_train_batch_size = 2"
+    stopped = ready.do(f"%%lora_train model --data sql=rows chat=few\n{fields}")
+    end()
+    assert stopped.status == "stopped"
+    result = ready.do("%lora resume").training
+    assert [(member.name, member.step) for member in result.members] == [("sql", 6), ("chat", 4)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from nbpeft import LoraConfig
 from nbpeft.errors import ConfigError
@@ -34,8 +35,18 @@ def test_sharded_processes_share_weights_optimizer_and_gradients() -> None:
     assert all(one_of_four[name] == alone[name] for name in unshared)
 
 
-def test_weights_in_four_bits_stay_whole() -> None:
+def test_codes_of_four_bits_are_shared_and_their_constants_are_not() -> None:
     alone, one_of_four = parts(quantization="nf4"), parts(quantization="nf4", processes=4, sharded=True)
+    linear = [layer for layer in llama().model.layers.modules() if isinstance(layer, nn.Linear)]
+    codes = sum(layer.weight.numel() // 2 for layer in linear)
+    dense = sum(part.nbytes for part in llama().parameters()) - sum(layer.weight.nbytes for layer in linear)
+    buffers = sum(part.nbytes for part in llama().buffers())
+    shared = codes + dense + buffers
+    assert one_of_four["base weights"] == alone["base weights"] - shared + -(-shared // 4)
+
+
+def test_weights_in_eight_bits_stay_whole() -> None:
+    alone, one_of_four = parts(quantization="int8"), parts(quantization="int8", processes=4, sharded=True)
     assert alone["base weights"] / 4 < one_of_four["base weights"] < alone["base weights"]
 
 

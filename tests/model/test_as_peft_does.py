@@ -77,6 +77,24 @@ def test_what_is_active_after_another_is_deleted_takes_gradients(
     assert deleted not in chosen or all(found[0][0][name] == {True} for name in found[0][1])
 
 
+def test_tensors_of_another_shape_that_are_skipped_are_named_and_missing(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = next(iter(tensors))
+    tensors[first] = torch.zeros(9, 32)
+    save_file(tensors, file)
+    for library in (peft, nbpeft):
+        model = library.PeftModel.from_pretrained(llama(), tmp_path, config=None, ignore_mismatched_sizes=True)
+        for load in (
+            partial(library.set_peft_model_state_dict, model, tensors),
+            partial(model.load_adapter, tmp_path, "default"),
+        ):
+            with pytest.warns(UserWarning, match=r"q_proj\.lora_A"):
+                missing = load(ignore_mismatched_sizes=True).missing_keys
+            assert [key for key in missing if "lora_" in key] == [first.replace(".weight", ".default.weight")]
+
+
 def test_so_does_one_that_replaces_another(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(llama(), tmp_path)

@@ -253,6 +253,13 @@ def test_storage_and_compute_dtypes() -> None:
     assert layer.weight.quant_state.quant_type == "fp4"
 
 
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_codes_are_never_trained_whatever_they_are_stored_in(storage: str) -> None:
+    model = adapted(quantize_model(llama(), quant_storage=storage), modules_to_save=["o_proj"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition(".")[2] for name in trained if "o_proj" in name} == {"bias"}
+
+
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
 def test_parameters_are_counted_alike_whatever_they_are_stored_in(storage: str) -> None:
     base = llama()

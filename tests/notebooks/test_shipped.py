@@ -109,3 +109,20 @@ def test_10_ships_the_results_of_a_full_run() -> None:
         assert share(found[f"score {title}"]) > 0.85, title
     memory = {title: number(found[f"memory {title}"]) for title in PARAMETERS}
     assert min(memory, key=memory.__getitem__) == "MiSS" and max(memory, key=memory.__getitem__) == "VeRA"
+
+
+def test_11_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("11_preferences.ipynb"))
+    assert share(found["repeats, base"]) < 0.1 and share(found["says_no_day, replies"]) < 0.7
+    for name in ("preferred", "chosen_only"):
+        assert share(found[f"repeats, {name}"]) > 0.9 and share(found[f"says_no_day, {name}"]) > 0.9
+    assert int(found["pairs"]) > 20
+
+
+def test_12_ships_the_results_of_a_full_run() -> None:
+    found = summary(committed("12_rewards.ipynb"))
+    for way in ("sampled", "greedy"):
+        base, adapter = (percent(found[f"is_brief, {way}, {name}"].split(" (")[0]) for name in ("base", "capitals"))
+        assert adapter > 90 and adapter > base + 20
+        base, adapter = (percent(found[f"is_right, {way}, {name}"].split(" (")[0]) for name in ("base", "capitals"))
+        assert adapter > base

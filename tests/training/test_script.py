@@ -76,13 +76,15 @@ def test_it_says_what_the_notebook_said(folder: Path) -> None:
     assert 'dtype="float32"' in files.script.read_text()
 
 
-@pytest.mark.parametrize("double", [True, False])
-def test_a_quantized_base_is_loaded_quantized(folder: Path, double: bool) -> None:
+@pytest.mark.parametrize(("double", "storage"), [(True, "uint8"), (False, "bfloat16")])
+def test_a_quantized_base_is_loaded_quantized(folder: Path, double: bool, storage: str) -> None:
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    model = trainable(quantize_model(base, quant_type="fp4", double_quant=double))
+    model = trainable(quantize_model(base, quant_type="fp4", double_quant=double, quant_storage=storage))
     text = export_script(model, folder / "train.py", token_rows(2)).script.read_text()
     words = re.sub(r"\s+", " ", text)
-    assert f'bits=4, quant_type="fp4", double_quant={double}, compute_dtype=' in words and "nbpeft[bnb]>=" in text
+    assert (
+        f'bits=4, quant_type="fp4", double_quant={double}, compute_dtype="float32"' in words and "nbpeft[bnb]>=" in text
+    )
     assert (
         'prepare_model_for_kbit_training( nbpeft.load_quantized( str(HERE / BASE), model_class="LlamaForCausalLM"'
     ) in words

@@ -178,6 +178,20 @@ class Bnb4bit(StoredWeight):
         _bind(module, snapshot.data.to(self.device(module), copy=True), state)
 
 
+def store_codes_as(module: nn.Module, dtype: torch.dtype) -> None:
+    """Changes the dtype of the tensor that has the codes; its bits stay the same.
+
+    Args:
+        module: a quantized layer in the plain layout.
+        dtype: the new dtype; the number of bytes must be a multiple of its size.
+    """
+    for owner in (module, module.weight):
+        if hasattr(owner, "quant_storage"):
+            vars(owner)["quant_storage"] = dtype
+    parameter = module.weight
+    _bind(module, plain(parameter).view(-1).view(torch.uint8).view(dtype).view(-1, 1), _state(module))
+
+
 def _state(module: nn.Module) -> Any:
     """The quantization state, or None before the weight is quantized; with FSDP only the module has it."""
     state = getattr(module.weight, "quant_state", None)

@@ -6,8 +6,9 @@ A ``ModelAdapter`` prepends trained vectors to what the model reads, in ``forwar
     decoder_tokens   the same for the decoder of an encoder-decoder model
     cached_states    keys and values at the start of the attention cache (a prefix)
 
-It is stored on the input embedding, or on the first layer of a model that has none where the method does not read it.
-That layer's output is not changed. So it is moved, trained, saved and copied with the model like every other adapter.
+It belongs to the input embedding, or to the first layer of a model that has none where the method does not read it.
+That layer's output is not changed. So it is trained, saved and copied with the model like every other adapter. Where
+a handle lists learned prompts as its own modules, their wrapper is not in the tree of the base model.
 ``model_calls`` inserts its vectors into a call and extends the attention mask, positions and labels. Capabilities in
 addition to that:
 

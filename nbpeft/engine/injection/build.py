@@ -28,7 +28,7 @@ from nbpeft.engine.injection.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.injection.encoder_fast_paths import is_encoder_layer, refresh_fast_paths
 from nbpeft.engine.injection.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.injection.replication import pending_replication, replicate_layers_, undo_replication
-from nbpeft.engine.kernels.storage import StoredWeight, loaded
+from nbpeft.engine.kernels.storage import StoredWeight, is_packed, loaded
 from nbpeft.engine.tree.model_tree import Site, says_untied, site_at
 from nbpeft.engine.wrappers import fake_quant
 from nbpeft.engine.wrappers.composite_layer import AdaptedComposite
@@ -291,7 +291,7 @@ def copy_module(
     memo.update({key: value for key, value in _cloned_fakes(module).items() if key not in memo})
     twin = copy.deepcopy(module, memo)
     for parameter in twin.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not is_packed(parameter):
             parameter.requires_grad_(True)
     _copy_in(twin, weights or {})
     return twin

@@ -387,9 +387,6 @@ class CustomLayer(AdaptedLayer):
         self.show_adapters()
         return nn.Module.named_children(self)
 
-    def children(self) -> Iterator[nn.Module]:
-        return (child for _, child in self.named_children())
-
     def called_children(self) -> Any:
         """Children of the custom layer, and the adapters, whose modules are inside those children."""
         return *(child for _, child in self.named_children()), self.adapters

@@ -161,6 +161,14 @@ def plain(weight: Any) -> Tensor:
     return weight.detach().as_subclass(Tensor)
 
 
+def is_packed(parameter: Any) -> bool:
+    """Whether a parameter has packed 4-bit codes of bitsandbytes, in a tensor of any dtype.
+
+    A ``Params4bit`` is an ordinary parameter until it is quantized.
+    """
+    return type(parameter).__name__ == "Params4bit" and (parameter.bnb_quantized or not parameter.is_floating_point())
+
+
 def keep_parameter_classes(module: nn.Module) -> None:
     """Makes pickle keep the classes and attributes of a module's parameters, such as those of bitsandbytes.
 

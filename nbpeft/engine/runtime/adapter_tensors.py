@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Pads, SharedState, StartsInWeight
 from nbpeft.engine.contract.base import Shape, Shapes
+from nbpeft.engine.kernels.storage import is_packed
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
@@ -32,7 +33,9 @@ def parameter_slots(layers: Layers, copies: Copies, name: str) -> list[Slot]:
     slots: dict[int, Slot] = {}
     for owner, frozen in _owners(layers, copies, name):
         for key, parameter in owner._parameters.items():
-            if parameter is not None and parameter.is_floating_point() and key not in frozen:
+            if parameter is None or key in frozen:
+                continue
+            if parameter.is_floating_point() and not is_packed(parameter):
                 # Keyed by id, because copies of tied modules share their parameters.
                 slots.setdefault(id(parameter), (owner._parameters, key))
     return list(slots.values())

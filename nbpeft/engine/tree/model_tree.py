@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.called_modules import outside
 from nbpeft.engine.config.targets import names_part
 from nbpeft.engine.contract.registry import composite_kind, resolve_backend
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.kernels.storage import is_packed
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
@@ -386,6 +388,15 @@ def _check_names(names: Sequence[str], modules: Mapping[nn.Module, str]) -> None
             )
 
 
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """Returns the dtype of the largest floating-point parameter that is not 4-bit codes; float32 if there is none."""
+    floats = (
+        parameter for parameter in model.parameters() if parameter.is_floating_point() and not is_packed(parameter)
+    )
+    largest = max(floats, key=lambda parameter: parameter.numel(), default=None)
+    return torch.float32 if largest is None else largest.dtype
+
+
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Returns the numbers of (trainable, all) parameters.
 
@@ -397,14 +408,9 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
         count = parameter.numel()
         if count == 0:
             count = getattr(parameter, "ds_numel", 0)
-        if _is_packed(parameter):
+        if is_packed(parameter):
             count *= 2 * parameter.element_size()
         total += count
         if parameter.requires_grad:
             trainable += count
     return trainable, total
-
-
-def _is_packed(parameter: Any) -> bool:
-    """Whether a parameter has packed 4-bit values; a ``Params4bit`` is an ordinary parameter until it is quantized."""
-    return type(parameter).__name__ == "Params4bit" and (parameter.bnb_quantized or not parameter.is_floating_point())

@@ -13,6 +13,7 @@ from torch import nn
 
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import AdapterConfig, store_of
+from nbpeft.engine.kernels.storage import is_packed
 from nbpeft.engine.runtime.manager import require_manager
 from nbpeft.errors import ConfigError
 
@@ -21,8 +22,12 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
     """Returns the config for a dictionary such as the content of ``adapter_config.json``.
 
     Raises:
-        ConfigError: the dictionary has no ``peft_type``, or a value is invalid.
+        ConfigError: it is not a dictionary or has no ``peft_type``, or a value is invalid.
     """
+    if not isinstance(config_dict, Mapping):
+        raise ConfigError(
+            f"expected a dictionary with a 'peft_type', such as {{'peft_type': 'LORA'}}, not {config_dict!r:.60}"
+        )
     if config_dict.get("peft_type") is None:
         raise ConfigError("the dictionary has no 'peft_type', such as 'LORA'", field="peft_type")
     return store_of(AdapterConfig).make(dict(config_dict))
@@ -114,7 +119,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _cast(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
     for parameter in parameters:
-        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1 and not is_packed(parameter):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -21,7 +21,14 @@ from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import BaseMismatchError, CheckpointError, did_you_mean, few
-from nbpeft.model.saving.files import LoadResult, embedding_weights, file_tensors, load_result, replaced_state_dict
+from nbpeft.model.saving.files import (
+    LoadResult,
+    embedding_weights,
+    file_tensors,
+    load_result,
+    replaced_state_dict,
+    warn_of_other_shapes,
+)
 from nbpeft.model.saving.sharded import like
 
 _Arguments = ParamSpec("_Arguments")
@@ -133,6 +140,7 @@ def set_peft_model_state_dict(
             raise
         shapes = {path: adapter.shapes_with_start() for path, adapter in started.items()}
         loaded = checkpoint.from_file(tensors, replace(wanted, adapters={**wanted.adapters, **shapes}), **options)
+    warn_of_other_shapes(loaded)
     _check_tied(manager, adapter_name, weights, loaded.weights)
     with manager.transaction() as change:
         for path, adapter in started.items():
@@ -140,7 +148,8 @@ def set_peft_model_state_dict(
         _write(manager, adapter_name, weights, loaded, present, change)
     # The state dict of a whole model also has the tensors of the base and of other adapters.
     unexpected = [key for key in loaded.unexpected if not (whole and key in peft_model_state_dict)]
-    return load_result(manager, adapter_name, loaded.missing, unexpected, bare=unwrapped(model) is manager.model)
+    missing = [*loaded.missing, *loaded.mismatched]
+    return load_result(manager, adapter_name, missing, unexpected, bare=unwrapped(model) is manager.model)
 
 
 def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, weights: AdapterWeights) -> None:

@@ -391,7 +391,8 @@ def quantization(
         double_quant: whether the constants of 4-bit blocks are quantized too, which saves 0.4 bits per weight.
         compute_dtype: dtype in which 4-bit layers compute; by default bfloat16 if the device supports it natively,
             float16 on other accelerators and float32 on other CPUs.
-        quant_storage: dtype of the tensors that store 4-bit codes; FSDP requires that of the other weights.
+        quant_storage: dtype of the tensors that store 4-bit codes. A training with ``fsdp=True`` changes it in its
+            processes to a dtype that FSDP2 can shard.
         skip_modules: names of layers not to quantize, in addition to the head.
 
     Raises:

@@ -181,7 +181,7 @@ def read(
             change.on_undo(checkpoint.name_classes(manager.model, form))
             if given is not None:
                 take_given(manager, name, given, change, loading=True)
-            result = load_result(manager, name, loaded.missing, loaded.unexpected)
+            result = load_result(manager, name, [*loaded.missing, *loaded.mismatched], loaded.unexpected)
         if single is None and not hub and os.path.isdir(os.path.expanduser(source)):
             note_place(manager, name, source)
         return result
@@ -349,13 +349,19 @@ def _device(manager: AdapterManager, wanted: object) -> str:
     return devices.pop() if len(devices) == 1 and devices != {"meta"} else "cpu"
 
 
+def warn_of_other_shapes(loaded: checkpoint.Loaded) -> None:
+    """Warns if tensors were skipped because of their shape (``ignore_mismatched_sizes``)."""
+    if loaded.mismatched:
+        count = "1 tensor" if len(loaded.mismatched) == 1 else f"{len(loaded.mismatched)} tensors"
+        warnings.warn(f"{count} of another shape skipped: {few(loaded.mismatched, 3)}", stacklevel=6)
+
+
 def _warn_of_mismatches(source: object, loaded: checkpoint.Loaded, *notes: str | None) -> None:
     for what, keys in (("missing from {source}", loaded.missing), ("unexpected in {source}", loaded.unexpected)):
         if keys:
             count = "1 adapter key is" if len(keys) == 1 else f"{len(keys)} adapter keys are"
             warnings.warn(f"{count} {what.format(source=source)}: {few(keys, 3)}", stacklevel=5)
-    if loaded.mismatched:
-        warnings.warn(f"{len(loaded.mismatched)} tensors of another shape were skipped", stacklevel=5)
+    warn_of_other_shapes(loaded)
     for note in filter(None, notes):
         warnings.warn(note, stacklevel=5)
 

@@ -27,7 +27,7 @@ from nbpeft.checkpoint import NewFile, TensorSpec
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import rounds
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.engine.tree.model_tree import is_quantized, manager_of
+from nbpeft.engine.tree.model_tree import is_quantized, main_dtype, manager_of
 from nbpeft.errors import AdapterError, ConfigError, MergeError
 from nbpeft.jsonable import AsDict
 from nbpeft.model.quantization.quantize import dtype_of
@@ -408,11 +408,10 @@ def _names(manager: AdapterManager, adapter: Any) -> tuple[str, ...]:
 def _own_dtype(model: nn.Module) -> torch.dtype:
     """Returns the dtype in which a model was loaded, unless no tensor has it any more."""
     configured = getattr(getattr(model, "config", None), "dtype", None)
-    floats = [p for p in model.parameters() if p.is_floating_point()]
-    still_used = any(p.dtype == configured for p in floats) or is_quantized(model)
+    still_used = any(p.dtype == configured for p in model.parameters()) or is_quantized(model)
     if isinstance(configured, torch.dtype) and still_used:
         return configured
-    return max(floats, key=lambda p: p.numel()).dtype if floats else torch.float32
+    return main_dtype(model)
 
 
 def _other_files(plan: _Merge, tokenizer: Any, scratch: Path, dtype: str) -> list[NewFile]:

@@ -9,5 +9,6 @@ Door, what other rooms import:
     method_state.py     The training state of a method that is not in the adapter's file: pruned ranks, moving
                         averages, generators
     optimizer_steps.py  The one place that calls methods with training hooks (``LearnsWithHooks``) after a step
+    shards.py           Which tensors of a quantized base FSDP2 can shard, and how they must be stored for it
     snapshot.py         A copy in host memory of a model's trainable parameters, to restore them without a folder
 """

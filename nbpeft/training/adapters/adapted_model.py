@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from nbpeft.engine.contract.registry import methods
@@ -45,12 +44,6 @@ def trained_names(model: Any) -> tuple[str, ...]:
 def call_columns(model: Any) -> tuple[str, ...]:
     """The columns of rows that the methods of a model's adapters take in addition to those of the base model."""
     return tuple(sorted(call_arguments(getattr(manager_of(model), "configs", {}).values())))
-
-
-def main_dtype(base: nn.Module) -> torch.dtype:
-    """The dtype of the largest floating-point parameter; float32 if there is none."""
-    floats = [parameter for parameter in base.parameters() if parameter.is_floating_point()]
-    return max(floats, key=lambda parameter: parameter.numel()).dtype if floats else torch.float32
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

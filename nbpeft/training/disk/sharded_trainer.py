@@ -24,21 +24,26 @@ from nbpeft.training.adapters.method_state import (
     save_in_training,
     write_method_state,
 )
+from nbpeft.training.adapters.shards import make_shardable
 from nbpeft.training.disk.checkpoints import in_checkpoint, save_tokenizer_and_arguments
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 _LACKS = "lacks the method's training state (an earlier version wrote it), which starts from its initial value"
 
 
-def note_base(trainer: Any) -> None:
-    """Computes the fingerprint of the base before it is sharded."""
+def prepare_base(trainer: Any) -> None:
+    """Prepares the base for FSDP2, before it is sharded: see ``make_shardable``. Notes its fingerprint too."""
     manager = manager_of(trainer.model)
-    if manager is not None and not manager.merged and getattr(trainer, "is_fsdp_enabled", False):
+    if manager is None or not getattr(trainer, "is_fsdp_enabled", False):
+        return
+    if not manager.merged:
         note_fingerprint(manager.model)
+    if trainer.accelerator.is_fsdp2:
+        make_shardable(manager.model, trainer.accelerator.state.fsdp_plugin)
 
 
 def base_mark(trainer: Any) -> Any:
-    """The fingerprint that ``note_base`` computed, or None."""
+    """The fingerprint that ``prepare_base`` computed, or None."""
     manager = manager_of(trainer.model)
     return None if manager is None else noted_fingerprint(manager.model)
 

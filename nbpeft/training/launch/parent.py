@@ -15,7 +15,7 @@ from nbpeft import errors
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.checkpoint import scratch_folder
 from nbpeft.checkpoint.staging import Staging, sweep
-from nbpeft.engine.tree.model_tree import is_quantized, manager_of
+from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.memory.formatting import size_text
 from nbpeft.runs.folder import RunFolder
@@ -23,6 +23,7 @@ from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState, TrainStatus
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.adapters.method_state import read_method_state
+from nbpeft.training.adapters.shards import can_start_on_the_cpu, note_on_whole
 from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended
 from nbpeft.training.launch.processes import Failure, Launch, Processes
 from nbpeft.training.launch.transport import save_whole
@@ -65,8 +66,10 @@ def train_in_subprocesses(request: TrainRequest, run: Run, launch: Launch) -> di
         raise TrainingError(f"the model is spread over {len(devices)} devices: load it with device_map={{'': 0}}")
     with _job_folder(launch, place) as folder:
         size = save_whole(folder / JOB, request, model)
-        if request.arguments.get("fsdp") and not is_quantized(base_of(model)):
-            (folder / ON_THE_CPU).touch()
+        if request.arguments.get("fsdp"):
+            if can_start_on_the_cpu(base_of(model)):
+                (folder / ON_THE_CPU).touch()
+            run.note(note_on_whole(base_of(model)))
         run.note(f"{launch.world} processes, which read the model from a file of {size_text(size)}")
         try:
             with _held_port() as port, _started(folder, launch, run, port) as processes:

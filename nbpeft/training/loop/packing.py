@@ -13,11 +13,11 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from nbpeft.engine.runtime.method_hooks import prepares_calls
-from nbpeft.engine.tree.model_tree import is_quantized, manager_of
+from nbpeft.engine.tree.model_tree import is_quantized, main_dtype, manager_of
 from nbpeft.errors import ConfigError, TrainingError, in_one_line
 from nbpeft.model.from_data.observing import evaluated
 from nbpeft.names import LOSS_WEIGHTS, REJECTED
-from nbpeft.training.adapters.adapted_model import base_of, main_dtype
+from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import (
     Collator,
     ModelInputs,

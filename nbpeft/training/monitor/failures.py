@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbpeft.engine.tree.model_tree import main_dtype
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.memory import Forecast, forecast, measure
 from nbpeft.memory.checkpointing import is_checkpointing
@@ -21,7 +22,7 @@ from nbpeft.memory.formatting import size_text
 from nbpeft.model.quantization.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
 from nbpeft.state import MemoryPart, MemoryState
-from nbpeft.training.adapters.adapted_model import active_names, base_of, main_dtype
+from nbpeft.training.adapters.adapted_model import active_names, base_of
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.monitor.tracebacks import release_frames
 

@@ -377,7 +377,17 @@ class RunCheckpointer(TrainerCallback):
         }
 
     def _adapter_settings(self) -> dict[str, Any]:
-        config = self._model.peft_config[trained_names(self._model)[0]]
+        """The settings of the adapter; of several with different ones, all values."""
+        first, *others = [self._settings_of(name) for name in trained_names(self._model)]
+        return {
+            field: value
+            if all(other.get(field) == value for other in others)
+            else list(dict.fromkeys(str(one.get(field)) for one in (first, *others)))
+            for field, value in first.items()
+        }
+
+    def _settings_of(self, name: str) -> dict[str, Any]:
+        config = self._model.peft_config[name]
         configured = getattr(config, "target_modules", None)
         targets = (
             [path.rpartition(".")[2] for path in configured]

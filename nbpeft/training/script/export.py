@@ -20,10 +20,11 @@ from torch import nn
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.inside import shown
 from nbpeft.confidential import LOG_IN, without_secrets
+from nbpeft.engine.tree.model_tree import main_dtype
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model.quantization.weight_storage import stored_parts
 from nbpeft.names import DEFAULT_SEED, JUDGED, ORIGIN_FIELDS, QUANTIZATIONS, ROW_OPTIONS
-from nbpeft.training.adapters.adapted_model import base_of, main_dtype, trained_names
+from nbpeft.training.adapters.adapted_model import base_of, trained_names
 from nbpeft.training.data import is_amount, is_stream
 from nbpeft.training.data.reading import reading
 from nbpeft.training.disk.kept_arguments import plain

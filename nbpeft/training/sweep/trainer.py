@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -65,10 +66,8 @@ class SideBySideTrainer(transformers.Trainer):
     _split_checked = False
     epochs_done: int | None = None
     """Complete epochs of the member with its own rows whose next epoch begins; None without own rows."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._own_step: dict[Member, tuple[list[Any], Any]] = {}
+    _own_step: Mapping[Member, tuple[list[Any], Any]] = MappingProxyType({})
+    """The batches of the current step, until they are computed."""
 
     # Batches of members with their own rows
 
@@ -122,7 +121,7 @@ class SideBySideTrainer(transformers.Trainer):
 
     def _steps_on_own_rows(self, model: nn.Module) -> Tensor:
         """Computes forward and backward for all batches of each member's step; returns the mean of their losses."""
-        own, self._own_step = self._own_step, {}  # all in the first call of a step
+        own, self._own_step = self._own_step, MappingProxyType({})  # all in the first call of a step
         losses = [torch.zeros((), device=self.args.device)] if not own else []
         for member, (batches, num_items) in own.items():
             assert member.rows is not None

@@ -57,7 +57,7 @@ from nbpeft.training.adapters.method_state import (
 )
 from nbpeft.training.adapters.optimizer_steps import watch_steps
 from nbpeft.training.disk.checkpoints import in_checkpoint, resume_point, save_tokenizer_and_arguments, save_whole
-from nbpeft.training.disk.sharded_trainer import load_optimizer, note_base, save_model, save_optimizer
+from nbpeft.training.disk.sharded_trainer import load_optimizer, prepare_base, save_model, save_optimizer
 from nbpeft.training.monitor.record import score_of
 from nbpeft.training.transformers.adapter_mixins import explaining, importing, is_adapted, methods_with_imports
 from nbpeft.training.transformers.import_hook import ImportHook
@@ -204,7 +204,7 @@ def log_save_evaluate(original: Callable[..., Any], trainer: Any, *args: Any, **
 
 def training_loop(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """The Trainer's method, with the step hooks of adapter methods."""
-    note_base(trainer)
+    prepare_base(trainer)
     end = watch_steps(trainer.model, lambda: int(trainer.state.global_step))
     try:
         return original(trainer, *args, **kwargs)

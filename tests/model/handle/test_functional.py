@@ -61,13 +61,15 @@ def test_mixed_precision_casts_what_peft_casts() -> None:
     assert {(name, grad) for name, grad, _ in dtypes[0]} == {("torch.float32", True), ("torch.bfloat16", False)}
 
 
-def test_packed_weights_stay_packed() -> None:
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
+def test_packed_weights_stay_packed(storage: torch.dtype) -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    base = torch.nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4")).to("cpu")
+    base = torch.nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4", quant_storage=storage)).to("cpu")
     model = get_peft_model(base, LoraConfig(target_modules=["0"])).eval()
+    expected = model(torch.ones(1, 64))
     nbpeft.cast_mixed_precision_params(model, torch.bfloat16)
-    assert base[0].base_layer.weight.dtype == torch.uint8
-    assert model(torch.ones(1, 64)).isfinite().all()
+    assert base[0].base_layer.weight.dtype == storage
+    torch.testing.assert_close(model(torch.ones(1, 64)), expected, atol=0.1, rtol=0)
 
 
 def test_adapters_are_made_float32() -> None:
@@ -85,6 +87,9 @@ def test_a_dictionary_is_a_config() -> None:
     assert isinstance(ours, LoraConfig) and ours.to_dict() == theirs.to_dict()
     with pytest.raises(ConfigError, match="no 'peft_type'"):
         nbpeft.get_peft_config({"r": 4})
+    for other in ("LORA", None, nbpeft.LoraConfig()):
+        with pytest.raises(ConfigError, match="expected a dictionary with a 'peft_type'"):
+            nbpeft.get_peft_config(other)
 
 
 def test_caching_changes_no_output() -> None:

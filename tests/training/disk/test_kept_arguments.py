@@ -51,6 +51,7 @@ GIVEN: dict[str, Any] = {
     "arguments_class": MyArguments,
     "processes": 2,
     "machines": ["localhost"],
+    "stop": "half",
     "stop_on_divergence": False,
     "objective": "dpo",
     "reference": "base",

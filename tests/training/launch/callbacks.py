@@ -28,6 +28,24 @@ class FailsInTheSecond(TrainerCallback):
             raise ValueError("the second of them is out of rows")
 
 
+class HoldsAShareOfTheCodes(TrainerCallback):
+    """Raises if a process has more than its share of the 4-bit codes of a base.
+
+    Args:
+        codes: bytes of all codes.
+    """
+
+    def __init__(self, codes: int) -> None:
+        self.codes = codes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        parts = [module.weight._local_tensor for module in model.modules() if type(module).__name__ == "Linear4bit"]
+        found = sum(part.untyped_storage().nbytes() for part in parts)
+        share = self.codes / int(os.environ["WORLD_SIZE"])
+        if not share <= found <= share + 4 * len(parts):
+            raise ValueError(f"{found} bytes of {self.codes} are in this process")
+
+
 class LeavesTheOtherWaiting(TrainerCallback):
     """Process 1 does no second step, so that process 0 waits for its gradients; each leaves its number in a folder.
 

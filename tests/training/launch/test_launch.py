@@ -20,7 +20,7 @@ from nbpeft.training import RunControl, train
 from tests.char_tokenizer import CharTokenizer
 from tests.runs.killed import session_in
 from tests.tiny_models import VOCABULARY, llama, same_state
-from tests.training.launch.callbacks import BreaksInTheSecond, FailsInTheSecond, of_the_row
+from tests.training.launch.callbacks import BreaksInTheSecond, FailsInTheSecond, HoldsAShareOfTheCodes, of_the_row
 from tests.training.support import trainable, weights
 
 ARGUMENTS: dict[str, Any] = {"max_steps": 24, "learning_rate": 0.01}
@@ -74,14 +74,24 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"fsdp": True}], ids=["shared out", "sharded"])
+@pytest.mark.parametrize("options", [{}, {"fsdp": True}], ids=["shared out", "sharded in 4 bits"])
 def test_two_processes_score_what_one_does(options: dict[str, Any]) -> None:
+    """If sharded, each has half of the 4-bit codes of the base."""
+    bases, codes = [llama(), llama()], 0
+    if options:
+        pytest.importorskip("bitsandbytes")
+        bases = [quantize_model(base) for base in bases]
+        packed = [part for part in bases[1].parameters() if type(part).__name__ == "Params4bit"]
+        codes = sum(part.nbytes for part in packed)
     held_out = [{"prompt": f"{number} is", "completion": "ab"} for number in range(5)]
     scored = {"score": held_out, "metric": [of_the_row, "loss"], "every": 4, "patience": 2}
     given = {"tokenizer": CharTokenizer(), "max_steps": 8, "learning_rate": 0.01, "seed": 7, **scored}
-    alone, apart = trainable(lora_dropout=0.0), trainable(lora_dropout=0.0)
+    alone, apart = (trainable(base, lora_dropout=0.0) for base in bases)
     expected = train(alone, rows(), **ONE, **given)
-    result = train(apart, rows(), **TWO, **options, **given)
+    result = train(apart, rows(), callbacks=[HoldsAShareOfTheCodes(codes)], **TWO, **options, **given)
+    losses = [[loss for _, loss in training.state.history] for training in (result, expected)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    close(weights(apart), weights(alone))
     curve = dict(result.state.metric_history["of_the_row"])
     assert list(curve) == [4, 8] and "no scores" not in result.message
     assert curve == pytest.approx(dict(expected.state.metric_history["of_the_row"]))

@@ -170,6 +170,7 @@ def test_an_interrupted_training_is_resumed_with_the_same_bits(step: int, inside
         (ROWS, {"eval_data": {"a": ROWS["a"]}}, "data has rows for 'a', 'b', but eval_data names 'a'"),
         (ROWS, {"members": {"a": {}, "c": {}}}, "but members names 'a', 'c'"),
         ({"text": ["some text"]}, {"members": {"a": {}, "b": {}}}, "found a dictionary with 'text'"),
+        (ROWS, {"lerning_rate": 0.1}, "learning_rate"),
         (ROWS, {"adapter": "a"}, "adapter cannot be combined with rows for each adapter"),
         (ROWS, {"processes": 2}, "processes cannot be combined with rows for each adapter"),
         (ROWS, {"learning_rate": sweep(0.1, 0.2)}, "learning_rate is a sweep, but data has rows for each adapter"),

@@ -133,12 +133,15 @@ def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     Raises:
         ConfigError: the layer is not linear, or this init does not support the rank or scaling.
     """
-    init, named = config.init_name, _named(config)
+    init = config.init_name
+    from_weight = config.initialised_from_weight or init == "mica"
+    if not from_weight and init != "orthogonal":
+        return
+    named = _named(config)
     if init == "lora_ga" and config.lora_ga_config is None:
         raise ConfigError(f"lora_ga_config must be provided with {named}", field="lora_ga_config", path=path)
-    from_weight = config.initialised_from_weight or init == "mica"
-    if not (init == "orthogonal" or from_weight) or (init == "lora_ga" and not kind.is_linear):
-        return  # LoRA-GA initializes other layers at random, as in PEFT
+    if init == "lora_ga" and not kind.is_linear:
+        return  # it initializes other layers at random, as in PEFT
     if not (init in ("loftq", "mica") and kind.takes_ids):
         check_linear(named, path, kind)
     rank, largest = config.rank_at(path), min(kind.features(module)) // (2 if init == "lora_ga" else 1)

@@ -1,0 +1,31 @@
+"""Preferences after supervised fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.notebooks.support import NOTEBOOKS, execute, printed, replaced, summary
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+NOTEBOOK = NOTEBOOKS / "11_preferences.ipynb"
+SHORTER = {
+    "STEPS, PREFERENCE_STEPS, TEST_ORDERS = 24, 10, 48": "STEPS, PREFERENCE_STEPS, TEST_ORDERS = 2, 1, 2",
+    "for _ in range(64)]": "for _ in range(8)]",
+    "    return says_no_day(answer, row) and repeats(answer, row)": "    return len(set(answer)) % 2 == 0",
+    "--tokens 20 --general": "--tokens 20 --also asked",
+}
+"""After two steps no answer is good, so pairs are made by something that half of the answers have."""
+
+
+def test_11_trains_on_pairs_of_its_own_answers(tmp_path: Path) -> None:
+    notebook = execute(replaced(nbformat.read(NOTEBOOK, 4), SHORTER), tmp_path)
+    said = printed(notebook)
+    assert "objective: dpo" in said and "reference: start" in said
+    found = summary(notebook)
+    assert 0 < int(found["pairs"]) <= 8
+    for name in ("base", "replies", "preferred", "chosen_only"):
+        assert found[f"repeats, {name}"].endswith(" of 2") and found[f"says_no_day, {name}"].endswith(" of 2")
+        assert float(found[f"loss on general text, {name}"]) > 0
