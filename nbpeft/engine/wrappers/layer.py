@@ -187,7 +187,7 @@ class AdaptedLayer(Wrapper):
         Returns:
             The sum, in the dtype of the base layer's output.
         """
-        if offloading(self.base_layer) is not None and (parts := self._offloaded_parts()):
+        if "_hf_hook" in self._modules["base_layer"].__dict__ and (parts := self._offloaded_parts()):
             with all_onloaded(parts):
                 return self.forward(x, *args, **kwargs)
         active = self.active_state.current()
@@ -224,6 +224,9 @@ class AdaptedLayer(Wrapper):
 
     def _offloaded_parts(self) -> list[nn.Module]:
         """The modules of adapters, or that show parts of them, whose tensors accelerate has offloaded."""
+        # Prompts that a handle lists can be offloaded although their embedding is not.
+        if not self.listed_apart and offloading(self.base_layer) is None:
+            return []
         shown = (child for name, child in self._modules.items() if name != "base_layer" and child is not None)
         parts = (part for child in (*shown, self.adapters) for part in child.modules() if offloading(part) is not None)
         return [part for part in parts if any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))]

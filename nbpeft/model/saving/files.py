@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.config.adapter_names import check_name
+from nbpeft.engine.config.config_checks import check_choice
 from nbpeft.engine.config.module_paths import wrapper_places
 from nbpeft.engine.config.targets import with_target
 from nbpeft.engine.contract.adapter import (
@@ -617,6 +618,7 @@ def _saved_weights(
     manager: AdapterManager, name: str, embeddings: str | bool, state_dict: Mapping[str, Tensor] | None
 ) -> AdapterWeights:
     """Returns the tensors to save for an adapter; see ``save`` for the arguments."""
+    check_choice("save_embedding_layers", embeddings, ("auto", True, False, None))
     weights = manager.weights(name)
     targeted = _adapted_embeddings(manager, name)
     if embeddings is True or (embeddings == "auto" and (targeted or vocabulary_resized(manager.model))):

@@ -6,6 +6,7 @@ import errno
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import nn
 import nbpeft.model as nbpeft
 from nbpeft import IA3Config, VeraConfig
 from nbpeft.checkpoint import inside
-from nbpeft.errors import CheckpointError, PeftWarning
+from nbpeft.errors import CheckpointError, ConfigError, PeftWarning
 from nbpeft.model import LoraConfig, get_peft_model, get_peft_model_state_dict
-from tests.tiny_models import llama, logits
+from tests.tiny_models import adapted, llama, logits
 
 
 def shifted(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -164,3 +165,12 @@ def test_shards_are_saved_with_a_warning(config: Any, tmp_path: Path) -> None:
     with pytest.warns(PeftWarning, match=r"1 incomplete tensors \('0\..* DeepSpeed ZeRO-3 / FSDP shards"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_what_to_do_with_embeddings_is_one_of_three(tmp_path: Path) -> None:
+    model = adapted()
+    message = "save_embedding_layers must be one of 'auto', True, False, None, not 'x'"
+    for save in (partial(model.save_pretrained, tmp_path / "x"), partial(nbpeft.get_peft_model_state_dict, model)):
+        with pytest.raises(ConfigError, match=message):
+            save(save_embedding_layers="x")
+    assert not (tmp_path / "x").exists()
