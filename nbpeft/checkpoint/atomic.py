@@ -269,15 +269,16 @@ def put_folder(staging: Staging, home: Path, name: str) -> None:
 
 def flush_file(path: Path) -> None:
     """Flushes a file's content to disk (``fsync``)."""
-    with open(path, "r+b") as file:
+    with open(path, "r+b" if os.name == "nt" else "rb") as file:  # others flush files that may only be read, too
         os.fsync(file.fileno())
 
 
 def flush_tree(folder: Path) -> None:
-    """Flushes a folder and everything in it to disk."""
+    """Flushes a folder and everything in it to disk; links are not followed."""
     for path, _, names in os.walk(folder):
         for name in names:
-            flush_file(Path(path, name))
+            if not os.path.islink(os.path.join(path, name)):
+                flush_file(Path(path, name))
         flush_folder(Path(path))
 
 
