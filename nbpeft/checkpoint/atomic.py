@@ -235,6 +235,9 @@ def new_folder(home: Path, name: str) -> Iterator[Path]:
     try:
         yield staging.path / name
         put_folder(staging, home, name)
+    except CheckpointError as error:  # the message names the folder that is replaced, not the one that is removed
+        error.message = error.message.replace(f"{os.sep}{staging.path.name}", "")
+        raise
     finally:
         staging.close()
 

@@ -325,6 +325,16 @@ def test_a_folder_is_replaced_once_the_new_one_is_complete(tmp_path: Path) -> No
     assert rank_of_pair(tmp_path / "shipped") == 3 and os.listdir(tmp_path) == ["shipped"]
 
 
+def test_an_error_names_the_folder_that_is_replaced(tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    (tmp_path / "shipped").mkdir()
+    with pytest.raises(CheckpointError) as raised, in_place_of(tmp_path / "shipped", allowed=True) as place:
+        replace_files(place, [NewFile("a", full)])
+    assert str(raised.value) == f"no space left on the disk for {tmp_path / 'shipped'}; nothing was changed"
+
+
 def test_files_in_folders_of_folders(tmp_path: Path) -> None:
     """In any order, also into a folder that another file has made."""
     (tmp_path / "folder").mkdir()
