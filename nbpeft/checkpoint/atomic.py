@@ -235,6 +235,9 @@ def new_folder(home: Path, name: str) -> Iterator[Path]:
     try:
         yield staging.path / name
         put_folder(staging, home, name)
+    except CheckpointError as error:  # the message names the folder that is replaced, not the one that is removed
+        error.message = error.message.replace(f"{os.sep}{staging.path.name}", "")
+        raise
     finally:
         staging.close()
 
@@ -269,15 +272,16 @@ def put_folder(staging: Staging, home: Path, name: str) -> None:
 
 def flush_file(path: Path) -> None:
     """Flushes a file's content to disk (``fsync``)."""
-    with open(path, "r+b") as file:
+    with open(path, "r+b" if os.name == "nt" else "rb") as file:  # others flush files that may only be read, too
         os.fsync(file.fileno())
 
 
 def flush_tree(folder: Path) -> None:
-    """Flushes a folder and everything in it to disk."""
+    """Flushes a folder and everything in it to disk; links are not followed."""
     for path, _, names in os.walk(folder):
         for name in names:
-            flush_file(Path(path, name))
+            if not os.path.islink(os.path.join(path, name)):
+                flush_file(Path(path, name))
         flush_folder(Path(path))
 
 

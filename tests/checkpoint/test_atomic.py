@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from nbpeft.checkpoint import read_checkpoint, read_config, write_checkpoint, write_config
-from nbpeft.checkpoint.atomic import NewFile, in_place_of, replace_files
+from nbpeft.checkpoint.atomic import NewFile, in_place_of, new_folder, replace_files
 from nbpeft.checkpoint.staging import STAGING_PREFIX, Staging, mark_of, staging_name
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
@@ -119,6 +119,15 @@ def test_an_error_at_any_step_changes_nothing(
             before = contents(folder)
         assert not list(folder.glob(f"{STAGING_PREFIX}*"))
     assert failed >= steps - 9
+
+
+def test_a_new_folder_may_have_files_that_cannot_be_written_and_links(tmp_path: Path) -> None:
+    with new_folder(tmp_path, "checkpoint-2") as folder:
+        folder.mkdir()
+        (folder / "modeling.py").write_text("code")
+        (folder / "modeling.py").chmod(0o444)
+        (folder / "previous").symlink_to("../checkpoint-1/model.safetensors")
+    assert sorted(path.name for path in (tmp_path / "checkpoint-2").iterdir()) == ["modeling.py", "previous"]
 
 
 def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
@@ -314,6 +323,16 @@ def test_a_folder_is_replaced_once_the_new_one_is_complete(tmp_path: Path) -> No
     with in_place_of(tmp_path / "shipped", allowed=True) as place:
         write_checkpoint(place, *adapter(3))
     assert rank_of_pair(tmp_path / "shipped") == 3 and os.listdir(tmp_path) == ["shipped"]
+
+
+def test_an_error_names_the_folder_that_is_replaced(tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    (tmp_path / "shipped").mkdir()
+    with pytest.raises(CheckpointError) as raised, in_place_of(tmp_path / "shipped", allowed=True) as place:
+        replace_files(place, [NewFile("a", full)])
+    assert str(raised.value) == f"no space left on the disk for {tmp_path / 'shipped'}; nothing was changed"
 
 
 def test_files_in_folders_of_folders(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from nbpeft.engine.injection.build import build, commit, hook_in
 from nbpeft.engine.runtime.adapter_tensors import is_half
 from nbpeft.engine.runtime.merging import check_merge
 from nbpeft.engine.tree.adapted_tree import AdaptedTree
+from nbpeft.engine.tree.model_tree import walk
 from nbpeft.engine.tree.tied_weights import check_single, layers_to_untie
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.wrapper import Wrapper
@@ -179,6 +180,24 @@ class LayerCommands:
             if moved[wrapper] is new:  # the same module can be in several places
                 wrapper.attach(modules, name, change)
         return bool(moved)
+
+    def list_apart(self, layers: Sequence[AdaptedLayer], change: Transaction, *, apart: bool) -> None:
+        """Puts learned prompts outside of the module tree, because a handle lists them, or back into it.
+
+        Args:
+            layers: the layers with the prompts.
+            change: records what is written.
+            apart: whether a handle lists them.
+        """
+        for layer in layers:
+            change.keep_attributes(layer, "listed_apart")
+            layer.__dict__["listed_apart"] = apart
+        for site in [*walk(self.manager.model)] if layers else ():
+            if isinstance(site.wrapper, AdaptedLayer) and site.wrapper in layers:
+                site.wrapper.attach(site.parent._modules, site.attribute, change)
+        if layers:
+            change.keep_attributes(self.manager, "_tree", "_slots")
+            self.manager._read_tree()
 
     def unregister(self, names: Sequence[str], change: Transaction) -> None:
         """Unregisters adapters that other code removed from the module tree; it may put them back later."""

@@ -421,6 +421,7 @@ class PeftModel(nn.Module):
         """Removes one adapter or several, all or none; if no active adapter is left, the oldest is activated."""
         self._check_live()
         remove_adapters(self.manager, adapter_name)
+        prompts.list_anew(self.manager, self._modules)
 
     def disable_adapter(self) -> AdapterContext:
         """Context manager: disables all adapters inside the block, and restores the previous state afterwards.

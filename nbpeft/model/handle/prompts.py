@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -34,20 +33,10 @@ def list_apart(manager: AdapterManager, modules: dict[str, nn.Module | None], ch
     prompted = _prompted(manager)
     first = next(iter(manager.configs), None)
     apart = any(first in layer.adapters._modules for layer in prompted)
-    _place(manager, prompted, change, apart=apart)
+    manager.layer_commands.list_apart(prompted, change, apart=apart)
     change.keep(modules)
     if apart:
         modules[LISTED] = prompted[0].adapters
-
-
-def _place(manager: AdapterManager, layers: Sequence[AdaptedLayer], change: Transaction, *, apart: bool) -> None:
-    """Puts learned prompts outside of the module tree, where the PeftModel lists them, or back into it."""
-    for layer in layers:
-        change.keep_attributes(layer, "listed_apart")
-        layer.__dict__["listed_apart"] = apart
-    for site in [*walk(manager.model)] if layers else ():
-        if isinstance(site.wrapper, AdaptedLayer) and site.wrapper in layers:
-            site.wrapper.attach(site.parent._modules, site.attribute, change)
 
 
 def list_anew(manager: AdapterManager, modules: dict[str, nn.Module | None]) -> None:
@@ -63,7 +52,7 @@ def list_anew(manager: AdapterManager, modules: dict[str, nn.Module | None]) -> 
     for layer in prompted:
         if not layer.listed_apart or layer.is_outside != (str(id(layer)) in outside(manager.model)):
             with manager.transaction(during_calls=True, quiet=True) as change:
-                _place(manager, [layer], change, apart=True)
+                manager.layer_commands.list_apart([layer], change, apart=True)
         modules[LISTED] = layer.adapters if layer.is_outside else nn.ModuleDict()
 
 

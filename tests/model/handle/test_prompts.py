@@ -134,6 +134,19 @@ def test_a_prompt_stays_when_its_embedding_is_replaced(name: str) -> None:
     assert not model.peft_config, "a prompt does not fit there"
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_prompt_moves_to_a_new_embedding_before_the_first_call(beside: bool) -> None:
+    prompt = nbpeft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = get_peft_model(llama(), prompt)
+    base: Any = model.get_base_model()
+    if beside:
+        model.add_adapter("other", nbpeft.LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
+        model.delete_adapter("other")
+        assert set(base.state_dict()) == set(llama().state_dict())
+    base.set_input_embeddings(nn.Embedding(VOCABULARY, 32))
+    assert [*model.peft_config] == ["default"]
+
+
 def test_the_base_keeps_its_own_embedding() -> None:
     bare = llama()
     embedding = bare.get_input_embeddings()
