@@ -105,8 +105,9 @@ def test_08_ships_the_results_of_a_full_run() -> None:
 
 def test_10_ships_the_results_of_a_full_run() -> None:
     found = summary(committed("10_choosing_a_method.ipynb"))
-    for title in (*PARAMETERS, "OFT as LoRA"):
+    for title in PARAMETERS:
         assert share(found[f"score {title}"]) > 0.85, title
+    assert share(found["score OFT as LoRA"]) > 0.7  # rank 64 loses a part of a rotation
     memory = {title: number(found[f"memory {title}"]) for title in PARAMETERS}
     assert min(memory, key=memory.__getitem__) == "MiSS" and max(memory, key=memory.__getitem__) == "VeRA"
 
