@@ -14,7 +14,7 @@ from typing import IO, Any
 import psutil
 
 from nbpeft.checkpoint import inside
-from nbpeft.checkpoint.atomic import NewFile, replace_files
+from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.inside import shown
 from nbpeft.checkpoint.staging import lock_folder, sweep
 from nbpeft.errors import CheckpointError
@@ -161,7 +161,8 @@ class RunFolder:
         Raises:
             CheckpointError: the files cannot be written; nothing was changed.
         """
-        self.flush()
+        with disk_errors(self.path):
+            self.flush()
         files = [NewFile.of_text(FACTS, _text({"version": VERSION, **facts}, indent=2))]
         if series:
             files.append(NewFile.of_text(SERIES, _text(series)))

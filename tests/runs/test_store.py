@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -88,6 +89,22 @@ def test_a_run_that_has_not_ended_is_where_its_curve_is(store: RunStore) -> None
     assert (record.status, record.step, record.loss, record.seconds) == ("running", 8, 1.25, 2.5)
     folder.write({"adapter": "sql", "status": "stopped", "step": 7, "loss": 2.0})
     assert [record.step for record in store.records()] == [7]
+    folder.close()
+
+
+def test_how_a_run_ended_is_recorded_on_a_full_disk(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = store.create("sql")
+    folder.write({"adapter": "sql", "status": "running", "step": 7, "targets": ["q_proj"] * 9})
+    folder.append({"step": 8})
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="space"):
+        folder.write({"adapter": "sql", "status": "running", "step": 8})
+    folder.end({"status": "finished", "step": 8})
+    assert [(record.status, record.step) for record in store.records()] == [("finished", 8)]
     folder.close()
 
 

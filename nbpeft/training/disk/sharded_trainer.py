@@ -38,7 +38,7 @@ def prepare_base(trainer: Any) -> None:
         return
     if not manager.merged:
         note_fingerprint(manager.model)
-    if trainer.accelerator.is_fsdp2:
+    if getattr(trainer.accelerator, "is_fsdp2", False):  # accelerate before 1.6 does not know FSDP2
         make_shardable(manager.model, trainer.accelerator.state.fsdp_plugin)
 
 

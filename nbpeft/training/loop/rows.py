@@ -246,7 +246,8 @@ def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
     candidates = [
         getattr(owner, name, None) for name in ("pad_token_id", "eos_token_id") for owner in (tokenizer, config)
     ]
-    pad = next((int(token) for token in candidates if isinstance(token, int)), 0)
+    size = _vocabulary(model)  # a tokenizer may have more tokens; padding is masked, so that any token serves
+    pad = next((int(token) for token in candidates if isinstance(token, int) and 0 <= token < (size or token + 1)), 0)
     return Collator(pad_token_id=pad, copy_labels=is_causal(model))
 
 
@@ -339,9 +340,8 @@ def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> Prepared
     model, tokenizer = request.model, request.tokenizer
     check_reading(tokenizer, request.max_length)
     read = prepared(rows, tokenizer, inputs=inputs, **request.reading)
-    size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
     check: dict[str, Any] = {
-        "vocabulary": size if isinstance(size, int) else None,
+        "vocabulary": _vocabulary(model),
         "causal": is_causal(model),
         "classes": inputs.classes if inputs.labels_needed or is_of_texts(model) else None,
     }
@@ -352,6 +352,12 @@ def _prepared(request: TrainRequest, rows: Any, inputs: ModelInputs) -> Prepared
     else:
         check_rows(read.rows, **check)
     return read
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Returns the number of tokens that a model knows; None if it has no embedding."""
+    size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
+    return size if isinstance(size, int) else None
 
 
 def _check_loss(base: nn.Module) -> None:

@@ -254,7 +254,7 @@ def _run(request: TrainRequest) -> TrainResult:
         evaluates = rows.evaluation is not None
         settings = build_arguments(fields, request.arguments_class, folder=str(folder), evaluates=evaluates)
         measured = rows.evaluation
-        if request.own_rows:
+        if isinstance(request.members, SideBySide):
             learned, measured = request.members.take_rows(learned, measured)
         options |= {"args": settings, "train_dataset": learned, "eval_dataset": measured}
         failures: list[Exception] = []

@@ -92,6 +92,8 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
     if members is not None and swept(request.given):
         name = next(iter(swept(request.given)))
         raise ConfigError(f"{name} is a sweep, but members=… already sets the fields of each adapter", field=name)
+    if members is not None and request.adapter is not None:
+        raise ConfigError("adapter cannot be combined with members, which names the adapters to train", field="adapter")
     with HeldInterrupts() as interrupts:
         selected, enabled = manager.selected, manager.enabled
         group, made = None, list[str]()

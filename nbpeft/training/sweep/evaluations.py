@@ -93,6 +93,8 @@ class SweepEvaluations(EarlyStop):
     def _halve(self, state: TrainerState) -> None:
         """Stops the adapters with the worst evaluations at this step, if it is a rung or the first one after it."""
         step, training = state.global_step, self._group.training
+        if step >= state.max_steps:  # none is left to be stopped
+            return
         if any(member.evaluated_step != step for member in training):  # by the metric that decides
             return
         most = remaining(len(self._group.members), step, state.max_steps)

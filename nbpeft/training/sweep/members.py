@@ -28,7 +28,7 @@ from nbpeft.training.monitor.callback import metrics_of, shape_of
 from nbpeft.training.monitor.control import CloneRequest
 from nbpeft.training.monitor.record import Record, score_of
 from nbpeft.training.objectives.objective import Objective
-from nbpeft.training.sweep.rows import OwnRows
+from nbpeft.training.sweep.rows import OwnRows, draw_apart
 from nbpeft.training.transformers.arguments import changed_arguments
 
 
@@ -68,12 +68,14 @@ class Member:
         learning_rate: learning rate of the current step.
         good_step: step of the last good weights; None if there are none.
         best: its best evaluation, with a copy of the weights, if they are kept; else None.
-        rows: its own rows; None if all are trained on the same ones.
+        rows: its own batches and random numbers; None if those of all are the same.
+        comparable: whether all are trained on the same rows.
     """
 
     arguments: TrainingArguments
     objective: Objective
     rows: OwnRows | None = None
+    comparable: bool = True
 
     def __init__(
         self, name: str, fields: Mapping[str, Any], settings: Mapping[str, Any], parameters: Sequence[nn.Parameter]
@@ -232,7 +234,7 @@ class Member:
             metric=metric,
             score=None if last is None else last.score,
             best_step=None if record.best is None else record.best[0],
-            comparable=self.rows is None,
+            comparable=self.comparable,
         )
 
 
@@ -264,23 +266,27 @@ class SideBySide:
         self.metric = ""
         self.evaluated: list[Member] = []
 
-    def take_rows(self, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> tuple[Any, Any]:
-        """Sets the rows of each member.
+    def take_rows(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        """Gives each member its own rows, or the same ones if it draws other random numbers than the others.
 
         Args:
-            train: member -> its training rows.
-            evaluation: member -> its evaluation rows, or None.
+            train: the training rows; member -> its own, if each has some.
+            evaluation: the evaluation rows in the same form, or None.
 
         Returns:
             The training rows and the evaluation rows of the first member.
         """
-        for member in reversed(self.members):
-            rows = member.rows = OwnRows(train[member.name], None if evaluation is None else evaluation[member.name])
-        return rows.train, rows.evaluation
+        own = isinstance(train, Mapping)
+        apart = hasattr(train, "__len__") and draw_apart([self._manager.configs[name] for name in self.names])
+        for member in self.members if own or apart else ():
+            rows = [part[member.name] if own and part is not None else part for part in (train, evaluation)]
+            member.rows, member.comparable = OwnRows(*rows), not own
+        first = self.members[0].rows
+        return (train, evaluation) if first is None else (first.train, first.evaluation)
 
     @property
     def has_own_rows(self) -> bool:
-        """Whether each member is trained on its own rows."""
+        """Whether each member has its own batches and random numbers."""
         return any(member.rows is not None for member in self.members)
 
     @property
@@ -299,7 +305,7 @@ class SideBySide:
         Args:
             selected: the adapters that were active before, of which one stays active if the members had their own rows.
         """
-        if self.has_own_rows:
+        if not self.members[0].comparable:
             return next((name for name in selected if name in self.names), self.names[0])
         return min(self.states("finished"), key=lambda member: member.rank).name
 
@@ -361,7 +367,7 @@ class SideBySide:
                 name, {**source.fields, **changed}, {**source.settings, **changed}, self._manager.parameters(name)
             )
             clone.arguments, clone.objective = arguments, source.objective
-            clone.rows = None if source.rows is None else source.rows.copied()
+            clone.rows, clone.comparable = None if source.rows is None else source.rows.copied(), source.comparable
             self.join(clone, source)
         for member in self.members:
             for field in changed:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate import skip_first_batches
 
 from nbpeft.engine.changes.random_numbers import drawing_from, random_state, set_random_state
+from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, few
+from nbpeft.names import BOOKKEEPING_FIELDS
 from nbpeft.sweeps import swept
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ _NO_COMMON = {
     "machines": "they are trained in one process",
 }
 """Arguments that adapters with rows of their own do not take, with the reason."""
+_SAME_DRAWS = ("r", "lora_alpha", "use_rslora", "init_lora_weights")
+"""Fields of a config that do not change which random numbers are drawn for dropout."""
 
 
 def with_own_rows(request: TrainRequest) -> TrainRequest:
@@ -48,7 +53,12 @@ def with_own_rows(request: TrainRequest) -> TrainRequest:
         raise ConfigError(f"the rows of {nested!r} in data are a dictionary: pass a list of rows", field="data")
     if isinstance(request.eval_data, Mapping):
         _check_same_names(request.eval_data, data, "eval_data")
-    if len(data) == 1:
+        if without := [name for name, part in request.eval_data.items() if part is None]:
+            raise ConfigError(f"eval_data has no rows for {few(without)}: each adapter needs some", field="eval_data")
+    members = request.members
+    if isinstance(members, Mapping):
+        _check_same_names(members, data, "members")
+    if len(data) == 1 and members is None:
         (name,) = data
         if request.adapter not in (None, name):
             raise ConfigError(f"data has rows for {name!r}, but adapter is {request.adapter!r:.60}", field="adapter")
@@ -62,15 +72,30 @@ def with_own_rows(request: TrainRequest) -> TrainRequest:
             f"{{{next(iter(data))!r}: {{{several!r}: …}}, …}}",
             field=several,
         )
-    members = request.members
-    if isinstance(members, Mapping):
-        _check_same_names(members, data, "members")
     return dataclasses.replace(request, members={name: {} for name in data} if members is None else members)
 
 
 def _check_same_names(given: Mapping[str, Any], data: Mapping[str, Any], field: str) -> None:
     if {*given} != {*data}:
         raise ConfigError(f"data has rows for {few(data)}, but {field} names {few(given) or 'none'}", field=field)
+
+
+def draw_apart(configs: Sequence[AdapterConfig]) -> bool:
+    """Returns whether adapters draw different random numbers in a training step, e.g. only one of them has dropout."""
+    draws = [_drawing(config) for config in configs]
+    return any(draws) and any(one != draws[0] for one in draws)
+
+
+def _drawing(config: AdapterConfig) -> dict[str, Any]:
+    """Returns what decides which random numbers an adapter draws; empty if it draws none."""
+    fields, varied = config.to_dict(), method_of(config).draws_in_training
+    rates = {name: rate for name, rate in fields.items() if name.endswith("dropout") and rate}
+    if not rates and not varied:
+        return {}
+    left_out = (*BOOKKEEPING_FIELDS, *(() if varied else _SAME_DRAWS))
+    if 0 < rates.get("lora_dropout", 0) < 1:
+        left_out += ("lora_dropout",)  # each of these rates draws a number for each input
+    return {name: value for name, value in fields.items() if name not in left_out}
 
 
 class OwnRows:

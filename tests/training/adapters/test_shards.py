@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.training.adapters.shards import can_start_on_the_cpu, make_shardable, note_on_whole
+from nbpeft.training.disk.sharded_trainer import prepare_base
 from tests.tiny_models import adapted, llama, mixture, tokens
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -100,3 +101,9 @@ def test_the_processes_read_a_base_into_host_memory_if_all_of_it_can_be_moved_by
     assert all(can_start_on_the_cpu(base) for base in (llama(), BASES["nf4"](), BASES["fp4 in float32"]()))
     assert not any(can_start_on_the_cpu(BASES[name]()) for name in ("int8", "experts"))
     assert note_on_whole(llama()) == note_on_whole(BASES["nf4"]()) == ""
+
+
+def test_an_accelerate_without_fsdp2_prepares_nothing_for_it() -> None:
+    base = quantize_model(llama())
+    prepare_base(SimpleNamespace(model=adapted(base), is_fsdp_enabled=True, accelerator=SimpleNamespace()))
+    assert {part.weight.dtype for part in packed(base)} == {torch.uint8}

@@ -458,6 +458,15 @@ def test_a_dataset_with_further_columns():
     assert train(trainable(), rows, **QUICK).steps == 5
 
 
+@pytest.mark.parametrize("token", [10**6, -1])
+def test_a_padding_token_that_the_model_does_not_know_is_not_used(token):
+    model, usual = trainable(), trainable()
+    model.get_base_model().config.pad_token_id = token
+    rows = [{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3, 4]}]
+    losses = [train(one, rows, max_steps=1).loss for one in (model, usual)]
+    assert losses[0] == losses[1]
+
+
 def test_a_classifier_trains_its_head():
     from nbpeft.model import LoraConfig, get_peft_model
 

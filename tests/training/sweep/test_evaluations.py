@@ -210,6 +210,13 @@ def test_evaluations_do_not_change_what_an_adapter_learns_alone(monkeypatch: Any
         assert equal(weights(together, name), weights(alone, "a"))
 
 
+def test_none_is_stopped_by_an_evaluation_at_the_end() -> None:
+    given = {"max_steps": 2, "eval_data": token_rows(5, 5), "eval_strategy": "steps", "eval_steps": 2}
+    result = train(trainable(name="a"), token_rows(4), learning_rate=sweep(*RATES.values(), stop="half"), **given)
+    assert [(member.status, member.step) for member in result.members] == [("finished", 2)] * len(RATES)
+    assert "stopped" not in result.message
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from transformers import TrainerCallback
 
 import nbpeft
-from nbpeft import sweep, train
+from nbpeft import LoraConfig, sweep, train
 from nbpeft.display.html import to_html
 from nbpeft.display.training import training_card
+from nbpeft.engine.changes.random_numbers import drawing_from
 from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.session import Session
 from nbpeft.training import RunControl, SweepResult
+from nbpeft.training.sweep.rows import draw_apart
 from tests.char_tokenizer import CharTokenizer
 from tests.training.support import token_rows, trainable
 
@@ -63,6 +66,36 @@ def test_each_learns_what_it_would_alone_bit_by_bit(config: dict[str, Any], argu
         assert all(map(torch.equal, weights(model, member.name), expected))
         assert member.history == once.state.history
         assert (member.status, member.step) == ("finished", once.steps)
+
+
+def test_adapters_of_a_sweep_that_draw_differently_learn_what_they_would_alone() -> None:
+    model, rates = trainable(name="a"), (0.3, 0.0)
+    given = GIVEN | {"max_steps": 6, "eval_data": 3, "eval_strategy": "steps", "eval_steps": 3}
+    result = train(model, ROWS["a"], lora_dropout=sweep(*rates), **given)
+    assert isinstance(result, SweepResult) and model.active_adapters == [result.best]
+    for member, rate in zip(result.members, rates, strict=True):
+        own = trainable(name="other")
+        with drawing_from(GIVEN["seed"]):
+            changed = replace(own.manager.configs["other"], lora_dropout=rate)
+            own.manager.add(member.name, changed, trainable=True, select=False)
+        once = train(own, ROWS["a"], adapter=member.name, **given)
+        assert all(map(torch.equal, weights(model, member.name), weights(own, member.name)))
+        assert (member.history, member.eval_history) == (once.state.history, once.state.eval_history)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "apart"),
+    [
+        ({}, {"r": 2}, False),
+        ({"lora_dropout": 0.1}, {"lora_dropout": 0.3, "r": 2, "lora_alpha": 1}, False),
+        ({"lora_dropout": 0.1}, {}, True),
+        ({"lora_dropout": 0.1}, {"lora_dropout": 1.0}, True),
+        ({"lora_dropout": 0.1}, {"lora_dropout": 0.1, "target_modules": ["v_proj"]}, True),
+    ],
+)
+def test_adapters_draw_apart_if_their_numbers_differ(first: Any, second: Any, apart: bool) -> None:
+    configs = [LoraConfig(**{"target_modules": ["q_proj"]} | given) for given in (first, second)]
+    assert draw_apart(configs) is apart
 
 
 class At(TrainerCallback):
@@ -168,7 +201,9 @@ def test_an_interrupted_training_is_resumed_with_the_same_bits(step: int, inside
         ({"a": ROWS["a"], "c": ROWS["b"]}, {}, "data has rows for 'c', which the model does not have"),
         ({"a": {"x": []}, "b": ROWS["b"]}, {}, "the rows of 'a' in data are a dictionary"),
         (ROWS, {"eval_data": {"a": ROWS["a"]}}, "data has rows for 'a', 'b', but eval_data names 'a'"),
+        (ROWS, {"eval_data": {"a": ROWS["a"], "b": None}}, "eval_data has no rows for 'b'"),
         (ROWS, {"members": {"a": {}, "c": {}}}, "but members names 'a', 'c'"),
+        ({"b": ROWS["b"]}, {"members": {"a": {}, "b": {}}}, "data has rows for 'b', but members names 'a', 'b'"),
         ({"text": ["some text"]}, {"members": {"a": {}, "b": {}}}, "found a dictionary with 'text'"),
         (ROWS, {"lerning_rate": 0.1}, "learning_rate"),
         (ROWS, {"adapter": "a"}, "adapter cannot be combined with rows for each adapter"),

@@ -299,6 +299,7 @@ def test_adapters_that_are_there_go_on_and_others_are_refused() -> None:
         ({"num_train_epochs": sweep(1, 2)}, "num_train_epochs cannot be a sweep"),
         ({"learning_rate": sweep(0.1, 0.2), "members": {"a": {}, "b": {}}}, "learning_rate is a sweep, but members"),
         ({"members": {"a": {}}}, "members must map at least two adapters"),
+        ({"members": {"a": {}, "b": {}}, "adapter": "a"}, "adapter cannot be combined with members"),
         ({"learning_rate": sweep(0.1, 0.2), "fp16": True}, "fp16 cannot be combined with a sweep"),
         ({"learning_rate": sweep(0.1, "fast")}, "learning_rate must be a number, not 'fast'"),
         ({"r": sweep(4, -1)}, "r must be a positive whole number"),
