@@ -15,7 +15,8 @@ NOTEBOOK = NOTEBOOKS / "10_choosing_a_method.ipynb"
 
 
 def test_10_trains_five_methods_and_ships_one_as_a_lora(tmp_path: Path) -> None:
-    short = replaced(shortened(nbformat.read(NOTEBOOK, 4), steps=1, rows=2), {"in range(5):": "in range(1):"})
+    less = {"in range(5):": "in range(1):", "general=True, **settings": "also=held_out, **settings"}
+    short = replaced(shortened(nbformat.read(NOTEBOOK, 4), steps=1, rows=2), less)
     notebook = execute(short, tmp_path)
     found = summary(notebook)
     assert {title: number(found[f"parameters {title}"]) for title in PARAMETERS} == PARAMETERS

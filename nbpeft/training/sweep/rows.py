@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from accelerate import skip_first_batches
-
 from nbpeft.engine.changes.random_numbers import drawing_from, random_state, set_random_state
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.registry import method_of
@@ -186,6 +184,8 @@ def batches_from(
         take: takes up to so many batches from an iterator, and counts their tokens.
         begin_epoch: called with the number of complete epochs before each epoch.
     """
+    from accelerate import skip_first_batches  # which a package without training does not need
+
     epoch, done = divmod(step, steps_of_epoch(loader, size))
     while True:
         begin_epoch(epoch)
