@@ -33,6 +33,8 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         value = globals()[name] = getattr(importlib.import_module(_NAMES[name]), name)
         return value
+    if name == "examples":
+        return importlib.import_module(f"{__name__}.{name}")
     if name == "__all__":
         return sorted({"__version__", *_NAMES, *_config_classes()})
     # Not cached in the module: registering a method again replaces its class.

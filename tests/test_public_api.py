@@ -122,6 +122,10 @@ def test_the_config_of_a_registered_method_is_a_public_name(monkeypatch: pytest.
     assert nbpeft.LoraConfig is next(m.config_class for m in registry.methods() if m.peft_type == "LORA")
 
 
+def test_the_examples_are_there_at_once() -> None:
+    subprocess.run([sys.executable, "-c", "import nbpeft; nbpeft.examples.order_codes"], check=True)
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = nbpeft.nothing

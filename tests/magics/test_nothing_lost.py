@@ -122,6 +122,24 @@ def test_unsaved_training_is_marked_where_adapters_are_listed(trained: Notebook,
     assert "active, frozen" in str(trained.do("%lora"))
 
 
+def test_unloaded_adapters_come_back(trained: Notebook, tmp_path: Path) -> None:
+    before = weights(trained)
+    trained.do("%lora add model --name chat r=2 target_modules=q_proj")  # was never trained
+    said = str(trained.do("%lora unload"))
+    assert "trained and not saved: 'sql'" in said and "%lora undo restores it" in said
+    assert "undo restores 'sql'" in str(trained.do("%lora"))
+    restored = str(trained.do("%lora undo"))
+    assert restored.startswith("'sql' is on model, as on the model before; its training is not saved")
+    assert [torch.equal(*pair) for pair in zip(weights(trained), before, strict=True)] == [True] * len(before)
+    trained.do(f"%lora save {tmp_path} --name sql")
+    assert "not saved" not in str(trained.do("%lora unload"))
+
+
+def test_adapters_that_are_merged_for_good_are_named(trained: Notebook) -> None:
+    said = str(trained.do("%lora unload --merge"))
+    assert "trained and not saved: 'sql'" in said and "undo" not in said
+
+
 def test_a_deleted_adapter_comes_back(trained: Notebook) -> None:
     before = weights(trained)
     said = str(trained.do("%lora delete sql"))

@@ -81,7 +81,7 @@ def test_what_was_trained_comes_back_onto_the_model_of_now(trained: Notebook) ->
     trained["model"] = llama()
     trained.do("%%lora model --name new\nr = 2\ntarget_modules = ['q_proj']")
     listed = str(trained.do("%lora"))
-    assert "model (before): the model is gone; undo restores 'sql', trained and not saved" in listed
+    assert "model (before): gone; undo restores 'sql', trained and not saved" in listed
     assert "model (before)" in trained.do("%lora")._repr_html_()
     assert str(trained.do("%lora undo")) == "'sql' is on model, as on the model before; its training is not saved"
     assert same(before, weights(trained)) and trained["model"].manager.unsaved == {"sql"}

@@ -196,7 +196,7 @@ def test_adapters_are_trained_on_rows_of_their_own(ready: Notebook, tmp_path: Pa
     ready.do(f"%lora export {tmp_path}/train.py --base some/base")
     script = (tmp_path / "train.py").read_text()
     assert "sql" in script and "chat" not in script
-    words = "data has rows for 'chta', which the model does not have (adapters: 'chat', 'sql')"
+    words = "data has rows for 'chta', which the model does not have (adapters: 'chat', 'sql'). Did you mean 'chat'?"
     assert words in ready.run(f"%%lora_train model --data sql=rows chta=rows\n{fields}").line
 
 

@@ -66,3 +66,5 @@ def test_the_paired_bootstrap_sees_a_difference_and_no_other() -> None:
     assert paired_bootstrap([value - mean for value in noise], ones, 0) > 0.8
     assert paired_bootstrap([0.0] * 60, ones, 0) == 1.0
     assert math.isnan(paired_bootstrap([math.nan, 1.0], [1.0, 1.0], 0))
+    few = [paired_bootstrap([0.5, *([2.0] * more), 0.0], ones[: more + 2], 0) for more in range(4)]
+    assert few == [1.0, 0.5, 0.25, 0.125]  # all on one side

@@ -97,6 +97,8 @@ def unmerge(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
 def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None, safe: bool = False) -> UnloadResult:
     """Unload all adapters and remove the model from the session; its PeftModels are unusable afterwards.
 
+    ``undo`` restores adapters that were trained and not saved, unless some were merged.
+
     Args:
         ctx: context of the session.
         merge: merge the active adapters into the base weights first.
@@ -106,9 +108,15 @@ def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None,
     tracked = ctx.models.get(model, command="unload")
     with ctx.command("unloading", slow=True) as notes:
         names = tracked.manager.names
+        past = ctx.variables.unsaved_of(tracked)
         with HeldInterrupts():
             base = tracked.manager.unload(merge=merge, safe=safe)
             ctx.models.remove(tracked)
+            if past.adapters and not merge:
+                notes += [f"{older.words} can no longer be restored" for older in ctx.history.add_model(past)]
+        if past.adapters:
+            back = "" if merge else f"; session.undo() restores {'it' if len(past.adapters) == 1 else 'them'}"
+            notes.append(f"trained and not saved: {past.words}{back}")
         return UnloadResult(ModelRef(base), tracked.name, names, merge, notes=tuple(notes))
 
 

@@ -241,8 +241,7 @@ class StatusReport(Result):
     def _past(self) -> tuple[str, ...]:
         """Returns a line for each model that no longer exists and has adapters to restore."""
         return tuple(
-            f"{past.name}: the model is gone; undo restores {past.adapters}, trained and not saved"
-            for past in self.state.past
+            f"{past.name}: gone; undo restores {past.adapters}, trained and not saved" for past in self.state.past
         )
 
     def view(self) -> Block:

@@ -11,7 +11,7 @@ from nbpeft.engine.changes.random_numbers import drawing_from, random_state, set
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.tree.model_tree import manager_of
-from nbpeft.errors import ConfigError, few
+from nbpeft.errors import ConfigError, did_you_mean, few
 from nbpeft.names import BOOKKEEPING_FIELDS
 from nbpeft.sweeps import swept
 
@@ -44,7 +44,8 @@ def with_own_rows(request: TrainRequest) -> TrainRequest:
         return request
     if unknown := [name for name in data if name not in manager.configs]:
         raise ConfigError(
-            f"data has rows for {few(unknown)}, which the model does not have (adapters: {few(manager.configs)})",
+            f"data has rows for {few(unknown)}, which the model does not have (adapters: {few(manager.configs)})."
+            f"{did_you_mean(unknown[0], manager.configs)}",
             field="data",
         )
     if nested := next((name for name, part in data.items() if isinstance(part, Mapping)), None):
