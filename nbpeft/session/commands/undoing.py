@@ -20,9 +20,9 @@ def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None =
     """Restore the adapter that was last deleted, reconfigured, reset, swapped or replaced, exactly as it was.
 
     A repeated call goes one change further back. The last 10 adapters of a model are stored in host memory, at most
-    2 GiB, until the model is unloaded or the process ends. If there is none, and the model was unloaded, or the notebook
-    variable referred to another model before, the trained and unsaved adapters are restored on the variable's current
-    model.
+    2 GiB, until the model is unloaded or the process ends. If there is none, and the model was unloaded, or the
+    notebook variable referred to another model before, its trained and unsaved adapters are restored on the variable's
+    current model.
 
     Args:
         ctx: context of the session.
