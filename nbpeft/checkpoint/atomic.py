@@ -15,7 +15,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.inside import shown
-from nbpeft.checkpoint.staging import ASIDE, OLD, Mark, Staging, flush_folder, make_folder, sweep, take_back
+from nbpeft.checkpoint.staging import ASIDE, OLD, Mark, Staging, flush_each, flush_folder, make_folder, sweep, take_back
 from nbpeft.errors import CheckpointError, in_one_line
 
 _SHOWN = 160
@@ -158,27 +158,22 @@ def _move_all(staging: Staging, folder: Path, marks: dict[str, Mark], made: list
     homes = [(folder / name).parent for name in marks]
     if len(marks) > 1:  # what a recovery needs is on disk before the first rename
         _flush_folders(staging.path)
-        _flush_each(path.parent for path in made)
+        flush_each(path.parent for path in made)
     try:
         for number, name in enumerate(marks):
             # The first rename commits, and programs that do not know staging folders begin with the last file: the
             # renames after the first and before the last may reach the disk in any order.
             if number > 0 and number in (1, len(marks) - 1):
-                _flush_each(homes)
+                flush_each(homes)
             inside.move(staging.path, name, folder, name)
-        _flush_each(homes)
+        flush_each(homes)
     except BaseException:
         take_back(folder, staging.path.name, list(marks))
         raise
 
 
 def _flush_folders(folder: Path) -> None:
-    _flush_each(Path(path) for path, _, _ in os.walk(folder))
-
-
-def _flush_each(folders: Iterable[Path]) -> None:
-    for path in dict.fromkeys(folders):
-        flush_folder(path)
+    flush_each(Path(path) for path, _, _ in os.walk(folder))
 
 
 def _check_space(folder: Path, byte_count: int) -> None:

@@ -27,7 +27,7 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -179,8 +179,8 @@ def discard(home: Path, names: Sequence[str]) -> None:
     try:
         for number, name in enumerate(names):
             inside.move(home, name, staging.path, str(number))
-        for path in dict.fromkeys((home / name).parent for name in names):
-            flush_folder(path)  # else a folder could be back after a loss of power, without some of its files
+        # Else a folder could be back after a loss of power, without some of its files.
+        flush_each((home / name).parent for name in names)
     finally:
         staging.close()
 
@@ -290,9 +290,7 @@ def _recover(folder: Path, entry: str, finish: bool) -> None:
                 inside.move(folder, f"{entry}/{name}", folder, name)
     else:
         take_back(folder, entry, moved)
-    for path in dict.fromkeys([*((folder / name).parent for name in marks), folder]):
-        if path.is_dir():
-            flush_folder(path)
+    flush_each(path for path in (*((folder / name).parent for name in marks), folder) if path.is_dir())
 
 
 def _is_pending(folder: Path, entry: str, name: str) -> bool:
@@ -345,6 +343,12 @@ def flush_folder(folder: Path) -> None:
         # Some network file systems refuse to flush folders; nothing else can be done there.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
             raise
+
+
+def flush_each(folders: Iterable[Path]) -> None:
+    """Flushes the entries of several folders to disk, each once."""
+    for path in dict.fromkeys(folders):
+        flush_folder(path)
 
 
 def make_folder(folder: Path, made: list[Path]) -> None:

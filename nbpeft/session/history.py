@@ -46,7 +46,7 @@ class PastAdapter:
 
 @dataclass(frozen=True)
 class PastModel:
-    """The trained and unsaved adapters of a model that no longer exists.
+    """The trained and unsaved adapters of a model that no longer exists, or whose adapters were unloaded.
 
     Attributes:
         name: the model's name from now on, e.g. ``model (before)``.
@@ -69,6 +69,11 @@ class PastModel:
         """The adapters as text: ``'sql' (in run sql-3), 'chat'``."""
         runs = {name: f" (in run {run})" for name, run in self.runs.items()}
         return ", ".join(f"{kept.name!r}{runs.get(kept.name, '')}" for kept in self.adapters)
+
+    @property
+    def dropped_words(self) -> str:
+        """The message once they were dropped."""
+        return f"{self.words} of {self.name!r} can no longer be restored: the limit of memory is reached"
 
     @property
     def byte_count(self) -> int:

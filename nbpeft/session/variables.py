@@ -210,7 +210,7 @@ class Variables:
         when = "" if fits else f" once {past.variable!r} holds its base model again"
         self.note(f"{what}; {past.words} on it {were} trained and not saved: session.undo() restores {them}{when}")
         for older in dropped:
-            self.note(f"{older.words} of {older.name!r} can no longer be restored: the limit of memory is reached")
+            self.note(older.dropped_words)
 
     def _free(self, name: str, taken: Iterable[str] = ()) -> str:
         return self._models.free_name(name, (*taken, *self._history.model_names))

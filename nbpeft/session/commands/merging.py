@@ -113,7 +113,7 @@ def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None,
             base = tracked.manager.unload(merge=merge, safe=safe)
             ctx.models.remove(tracked)
             if past.adapters and not merge:
-                notes += [f"{older.words} can no longer be restored" for older in ctx.history.add_model(past)]
+                notes += [older.dropped_words for older in ctx.history.add_model(past)]
         if past.adapters:
             back = "" if merge else f"; session.undo() restores {'it' if len(past.adapters) == 1 else 'them'}"
             notes.append(f"trained and not saved: {past.words}{back}")

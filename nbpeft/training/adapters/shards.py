@@ -58,9 +58,9 @@ def can_start_on_the_cpu(model: nn.Module) -> bool:
 def note_on_whole(model: nn.Module) -> str:
     """Returns a note about weights that are not sharded; empty if there are none."""
     byte_count = sum(parameter.nbytes for parameter in _kept_whole(model))
-    return f"{size_text(byte_count)} of quantized weights cannot be sharded: each process has them whole" * (
-        byte_count > 0
-    )
+    if not byte_count:
+        return ""
+    return f"{size_text(byte_count)} of quantized weights cannot be sharded: each process has them whole"
 
 
 def _kept_whole(model: nn.Module) -> list[nn.Parameter]:

@@ -247,7 +247,8 @@ def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
         getattr(owner, name, None) for name in ("pad_token_id", "eos_token_id") for owner in (tokenizer, config)
     ]
     size = _vocabulary(model)  # a tokenizer may have more tokens; padding is masked, so that any token serves
-    pad = next((int(token) for token in candidates if isinstance(token, int) and 0 <= token < (size or token + 1)), 0)
+    valid = (int(token) for token in candidates if isinstance(token, int) and (size is None or token < size))
+    pad = next((token for token in valid if token >= 0), 0)
     return Collator(pad_token_id=pad, copy_labels=is_causal(model))
 
 

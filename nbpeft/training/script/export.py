@@ -169,11 +169,11 @@ def export_script(
     names = trained_names(model)
     if len(names) != 1:
         raise TrainingError(f"one adapter must be active to be exported, not {len(names)}")
-    if isinstance(data, Mapping) and names[0] in data:  # the rows of several adapters
-        eval_data = eval_data[names[0]] if isinstance(eval_data, Mapping) else eval_data
-        data = data[names[0]]
     read = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
-    rows = _rows(target, TrainRequest.of(model, data, eval_data, **read, **arguments))
+    request = TrainRequest.of(model, data, eval_data, **read, **arguments)
+    if isinstance(data, Mapping) and names[0] in data:  # the rows of several adapters
+        request = request.of_adapter(names[0])
+    rows = _rows(target, request)
     plain_base: Any = base_of(model)
     source, place = source_of_base(plain_base, base, target.parent)
     config: Any = getattr(model, "peft_config", {})[names[0]]

@@ -285,7 +285,7 @@ class SideBySide:
         return (train, evaluation) if first is None else (first.train, first.evaluation)
 
     @property
-    def has_own_rows(self) -> bool:
+    def has_own_batches(self) -> bool:
         """Whether each member has its own batches and random numbers."""
         return any(member.rows is not None for member in self.members)
 

@@ -73,7 +73,7 @@ class SideBySideTrainer(transformers.Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Returns the batches; if members have their own, as many numbers as the longest has batches."""
-        if not self.group.has_own_rows:
+        if not self.group.has_own_batches:
             return super().get_train_dataloader()
         start, size, most = random_state(), self.args.gradient_accumulation_steps, 0
         for name, rows in self._own_rows:
@@ -100,7 +100,7 @@ class SideBySideTrainer(transformers.Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> Any:
         """Returns the batches of a step; those of members with their own rows are kept for the step."""
         found = super().get_batch_samples(epoch_iterator, num_batches, *args)
-        if not self.group.has_own_rows:
+        if not self.group.has_own_batches:
             return found
         self.group.finish(self.state.global_step)
         take, size = super().get_batch_samples, self.args.gradient_accumulation_steps
@@ -152,7 +152,7 @@ class SideBySideTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Computes forward and backward for each member's copy of the batch; returns the mean of their losses."""
-        if self.group.has_own_rows:
+        if self.group.has_own_batches:
             return self._steps_on_own_rows(model)
         try:
             losses = self._passes(model, inputs, num_items_in_batch)
