@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -17,6 +18,7 @@ from enum import Enum
 from typing import Any
 
 from nbpeft.errors import ConfigError
+from nbpeft.names import BOOKKEEPING_FIELDS
 
 MOST = 16
 """Most adapters in one sweep."""
@@ -127,6 +129,17 @@ def remaining(count: int, step: int, total: int) -> int:
 def swept(fields: Mapping[str, Any]) -> dict[str, Sweep]:
     """Returns the fields whose value is a sweep."""
     return {name: value for name, value in fields.items() if isinstance(value, Sweep)}
+
+
+def of_config(config: Any, fields: Iterable[str]) -> list[str]:
+    """Returns the fields that are those of an adapter's config, and so need adapters with new weights.
+
+    Args:
+        config: config of the adapter from which the sweep starts.
+        fields: names of the fields with a sweep.
+    """
+    known = {item.name for item in dataclasses.fields(config) if item.init and item.name not in BOOKKEEPING_FIELDS}
+    return [name for name in fields if name in known]
 
 
 def not_swept(name: str) -> ConfigError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import BaseMismatchError
+from nbpeft.sweeps import MOST
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.engine.runtime.snapshots import AdapterSnapshot
 
-MOST_KEPT = 10
-"""Maximal number of stored adapters per model."""
+MOST_KEPT = MOST
+"""Maximal number of stored adapters per model: those of the largest sweep."""
 MOST_BYTES = 2 * 2**30
 """Maximal size of the stored adapters per model in bytes; the last one is stored whatever its size."""
 

@@ -104,10 +104,12 @@ class TrackedModel:
         """
         state = run.state
         done = {member.name: member.step for member in state.members}  # some end before the others
+        most = max(run.steps_before.values(), default=0)  # for clones
         for name in names:
             config = self.manager.configs.get(name)
-            steps = run.steps_before + (done.get(name, state.step) if state.kept_step is None else state.kept_step)
+            here = done.get(name, state.step) if state.kept_step is None else state.kept_step
             if config is not None:  # another thread may have removed it meanwhile
+                steps = run.steps_before.get(name, most) + here
                 self.trained_steps[name] = (config, steps, os.path.basename(run.folder))
 
     def last_run(self, name: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import HeldInterrupts
-from nbpeft.errors import ConfigError
-from nbpeft.sweeps import combinations, names_of, swept
+from nbpeft.errors import AdapterError, ConfigError, few
+from nbpeft.session.first_weights import first_random, weights_kept_unless
+from nbpeft.session.history import MOST_BYTES
+from nbpeft.session.undoable import Undoable
+from nbpeft.sweeps import MOST, combinations, names_of, of_config, swept
 
 if TYPE_CHECKING:
     from nbpeft.session.context import SessionContext
@@ -34,8 +37,37 @@ def configs_of(config: Mapping[str, Any], stem: str) -> dict[str, dict[str, Any]
     return {name: {**config, **values} for name, values in zip(names_of(stem, combined), combined, strict=True)}
 
 
-def plan_sweep(tracked: TrackedModel, request: TrainRequest) -> tuple[tuple[str, ...], TrainRequest]:
-    """Returns the adapters that a training trains side by side (empty for a single one), and the completed request.
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a training trains side by side.
+
+    Attributes:
+        request: the completed request.
+        names: the adapters; empty for a training of the active ones.
+        origin: the adapter from which a sweep starts; empty for adapters that the model has already.
+        copies: whether they start as copies of it.
+    """
+
+    request: TrainRequest
+    names: tuple[str, ...] = ()
+    origin: str = ""
+    copies: bool = False
+
+    def former(self, tracked: TrackedModel) -> list[str]:
+        """Returns the adapters of earlier sweeps from the same adapter that have these names; without frozen ones."""
+        manager, origin = tracked.manager, self.origin
+        made = [name for name in self.names if origin and tracked.origins.get(name) == origin]
+        return [name for name in made if name in manager.configs and name not in manager.frozen]
+
+    def earlier_steps(self, tracked: TrackedModel, name: str) -> tuple[int, str]:
+        """Returns how many steps the initial weights of an adapter were trained, and the run with the last of them."""
+        if not self.origin:
+            return tracked.steps_of((name,))
+        return tracked.steps_of((self.origin,)) if self.copies else (0, "")
+
+
+def plan_sweep(tracked: TrackedModel, request: TrainRequest, *, restart: bool = False) -> SweepPlan:
+    """Returns which adapters a training trains side by side.
 
     A repeated cell starts from the same adapter as before, and not from the best of its sweep; and adapters that a cell
     added for several values of a config are trained together.
@@ -43,9 +75,8 @@ def plan_sweep(tracked: TrackedModel, request: TrainRequest) -> tuple[tuple[str,
     Args:
         tracked: the model.
         request: the arguments of the training.
-
-    Returns:
-        The adapters, and the request to train them.
+        restart: whether the adapters of a sweep start from the initial weights of the adapter, instead of its current
+            ones. The adapter itself does not change.
 
     Raises:
         ConfigError: a field of the training is a sweep, and the adapters already are a sweep.
@@ -64,23 +95,60 @@ def plan_sweep(tracked: TrackedModel, request: TrainRequest) -> tuple[tuple[str,
                 field=name,
             )
         request = replace(request, members={name: {} for name in group})
-    if not fields:
+    if not fields or request.members is not None:
         members: Any = request.members
-        return tuple(members or ()), request
-    if adapter is None and len(active) == 1 and tracked.origins.get(active[0]) in manager.configs:
-        adapter = tracked.origins[active[0]]
-        request = replace(request, adapter=adapter)
-    stem = adapter or (active[0] if len(active) == 1 else "")
-    names = names_of(stem, combinations(fields))
-    tracked.origins |= {name: stem for name in names if stem}
-    return tuple(names), request
+        return SweepPlan(request, tuple(members or ()))
+    origin = adapter or (active[0] if len(active) == 1 else "")
+    if adapter is None:
+        origin = tracked.origins[origin] if tracked.origins.get(origin) in manager.configs else origin
+    if origin not in manager.configs:
+        return SweepPlan(request)  # the training refuses it
+    names = tuple(names_of(origin, combinations(fields)))
+    copies = not restart and not of_config(manager.configs[origin], fields)
+    first = first_random(tracked, origin, request.seed) if restart else None
+    return SweepPlan(replace(request, adapter=origin, first_random=first), names, origin, copies)
+
+
+def remove_former(ctx: SessionContext, tracked: TrackedModel, plan: SweepPlan) -> str:
+    """Removes adapters that an earlier sweep made from the same one, so that all start alike; ``undo`` restores them.
+
+    Frozen ones, and others that happen to have such a name, remain: the training refuses them.
+
+    Args:
+        ctx: context of the session.
+        tracked: the model.
+        plan: the sweep that begins.
+
+    Returns:
+        What is replaced, for the user; empty if there are none.
+
+    Raises:
+        AdapterError: unsaved ones are larger than what ``undo`` can restore.
+    """
+    manager = tracked.manager
+    former = plan.former(tracked)
+    unsaved = [name for name in former if name in manager.unsaved]
+    removed = [Undoable(ctx, tracked, name, "replaced") for name in former]
+    if sum(past.kept.byte_count for past in removed if past.kept.name in unsaved) > MOST_BYTES:
+        raise AdapterError(
+            f"the sweep makes {few(unsaved)} anew, which were trained and not saved, and are too large for undo: save, "
+            "rename or delete them first"
+        )
+    for past in removed:
+        with past.change():
+            manager.remove(past.kept.name)
+    if not former:
+        return ""
+    runs = list(dict.fromkeys(filter(None, map(tracked.last_run, former))))
+    of_runs = f" of {'run' if len(runs) == 1 else 'runs'} {few(runs, quoted=False)}" if runs else ""
+    state = ", trained and not saved: rename the new ones, then undo, to have them back" if unsaved else ""
+    return f"replaces {few(former, MOST, quoted=False)}{of_runs}{state}"
 
 
 @contextmanager
 def all_or_none(ctx: SessionContext, model: Any) -> Iterator[None]:
     """Removes what the block has added to a model if it fails."""
     from nbpeft.engine.tree.model_tree import manager_of
-    from nbpeft.session.first_weights import weights_kept_unless
 
     manager, tracked = manager_of(model), ctx.models.find(model)
     names, selected = (manager.names, manager.selected) if manager is not None else ((), ())

@@ -13,7 +13,7 @@ from nbpeft.session.checks import place_of
 from nbpeft.session.commands.running import UNTRACKED, runs_by_name, start
 from nbpeft.session.first_weights import reinitialize, weights_kept_unless
 from nbpeft.session.results import ExportResult
-from nbpeft.session.sweeps import plan_sweep
+from nbpeft.session.sweeps import plan_sweep, remove_former
 from nbpeft.session.trained import training_call
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def train(
         columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
         adapter: adapter to activate first; it remains active if a step was done.
         keep: whether to save the run on disk: its settings and curve, the adapter and the training state.
-        restart: start from the adapter's initial weights instead of its current ones.
+        restart: start from the adapter's initial weights instead of its current ones; the adapters of a sweep start
+            from the initial weights of the adapter that it names, which itself is not changed.
         source: source text of the call, saved with the run to repeat it.
         background: return when the first step begins, and train in a thread. Between two steps the model can be called
             in evaluation mode and without gradients; changing its adapters raises ``BusyError``.
@@ -186,19 +187,23 @@ def _trained(
     from nbpeft.training.loop.train import run_training
 
     manager = tracked.manager
-    together, request = plan_sweep(tracked, request)
-    adapter = request.adapter
+    plan = plan_sweep(tracked, request, restart=restart)
+    request, adapter = plan.request, plan.request.adapter
     if adapter is not None:
         manager.require_available(adapter)
     chosen = (adapter,) if adapter else trained_names(tracked.model)
-    started = tuple(name for name in chosen if name in manager.configs)
-    names = together or started
+    names = plan.names or tuple(name for name in chosen if name in manager.configs)
+    again = names if restart and not plan.origin else ()
+    resumes = bool(request.arguments.get("resume_from_checkpoint"))
     made: list[Run] = []
+    notes: list[str] = []
 
     def make_run(watched: nn.Module, total_steps: int | None, publish: object, **options: Any) -> Run:
         run = _run(ctx, tracked, watched, total_steps, **options)
-        if not request.arguments.get("resume_from_checkpoint"):
-            run.continue_from(*tracked.steps_of(names))
+        if not resumes:
+            run.continue_from({name: plan.earlier_steps(tracked, name) for name in names})
+        for note in notes:
+            run.note(note)
         made.append(run)
         return run
 
@@ -206,14 +211,12 @@ def _trained(
         return any(run.steps_done for run in made)
 
     opened = replace(request, run_factory=make_run).opened()
-    again = tuple(name for name in dict.fromkeys((*started, *together)) if name in manager.configs)
     try:
-        with weights_kept_unless(ctx, tracked, again if restart else replaced, learned):
-            for name in again if restart else ():
-                if name in started or request.members is not None:
-                    reinitialize(ctx, tracked, name, seed=request.seed)
-                else:  # made again from the adapter that the sweep starts from
-                    manager.remove(name)
+        kept = (*again, *plan.former(tracked), *replaced)
+        with weights_kept_unless(ctx, tracked, kept, learned, also_at_end=not resumes):
+            for name in again:
+                reinitialize(ctx, tracked, name, seed=request.seed)
+            notes.append(remove_former(ctx, tracked, plan))
             result = run_training(opened)
         tracked.result = ctx.last_result = result
     except TrainingInterrupted as error:
@@ -221,6 +224,7 @@ def _trained(
         raise
     finally:
         if learned():
+            tracked.origins |= dict.fromkeys(plan.names if plan.origin else (), plan.origin)
             names = tracked.with_clones(names, made[-1].state.members)
             tracked.count_steps(names, made[-1])
             tracked.sweep = ()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None = None) -> CommandResult | RestoreResult:
     """Restore the adapter that was last deleted, reconfigured, reset, swapped or replaced, exactly as it was.
 
-    A repeated call goes one change further back. The last 10 adapters of a model are stored in host memory, at most
+    A repeated call goes one change further back. The last 16 adapters of a model are stored in host memory, at most
     2 GiB, until the model is unloaded or the process ends. If there is none, and the model was unloaded, or the
     notebook variable referred to another model before, its trained and unsaved adapters are restored on the variable's
     current model.

@@ -116,9 +116,9 @@ def train(
     result. After an error before the first step, the model and its active and merged adapters are unchanged.
 
     With ``sweep(…)`` as a field, e.g. ``learning_rate=sweep(1e-4, 3e-4)`` or ``r=sweep(8, 64)``, one adapter per value
-    or combination is trained side by side with the others, as if alone: ``codes-lr1e-4`` and so on. They start from
-    the active adapter, or from a new init if the config varies. The result is a :class:`SweepResult`; its best adapter
-    is active afterwards.
+    or combination is trained side by side with the others, as if alone: ``codes-lr1e-4`` and so on. They start as
+    copies of the active adapter, or from new weights if the config varies; adapters with these names must not exist.
+    The result is a :class:`SweepResult`; its best adapter is active afterwards.
 
     With rows for several adapters by name, each is trained on its own, side by side over the same base model::
 
@@ -204,7 +204,7 @@ def train(
             saved.
 
     Raises:
-        AdapterExistsError: ``output_dir`` contains another adapter.
+        AdapterExistsError: ``output_dir`` contains another adapter, or an adapter of a sweep exists already.
         ConfigError: an argument is unknown or invalid.
         MissingPackageError: accelerate, which transformers' Trainer needs, is not installed.
         TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
@@ -346,6 +346,8 @@ def _note(
     run: Run, request: TrainRequest, objective: Objective, rows: TrainingRows, settings: TrainingArguments
 ) -> str:
     """Adds notes about objective, rows, slow dtypes and samples to the run; returns the note about rows."""
+    if isinstance(request.members, SideBySide):
+        run.note(request.members.start)
     run.note(objective_text(objective, request.objective_reason, request.reference))
     if isinstance(request.rewards, Rewards):
         run.note(request.rewards.note)

@@ -87,7 +87,7 @@ class Run:
         folder: The folder of the run on disk, or the empty string.
         output_dir: The folder in which its adapter is saved at the end, or the empty string.
         mirrors: Whether it runs in other processes, whose states it shows (``mirror``); set before it begins.
-        steps_before: Steps of earlier runs in which the initial weights of this one were trained.
+        steps_before: Adapter -> steps of earlier runs in which its initial weights were trained.
         starts_from: The same as text; empty for weights that no run has trained.
         members: Returns, for a status of the run, the state of each adapter of a sweep.
         lost: Why the model did not receive the weights that other processes trained; else the empty string.
@@ -128,7 +128,7 @@ class Run:
         self.thread: int | None = None
         self.shown: Literal["", "text", "card"] = ""
         self.folder = self.output_dir = ""
-        self.steps_before, self.starts_from = 0, ""
+        self.steps_before, self.starts_from = dict[str, int](), ""
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
         self.mirrors = self._has_weights = False
         self.lost = ""
@@ -351,16 +351,17 @@ class Run:
                 self._check.close()
                 self._check = None
 
-    def continue_from(self, steps: int, run_name: str = "") -> None:
-        """Records that the initial weights were trained in earlier runs.
+    def continue_from(self, earlier: Mapping[str, tuple[int, str]]) -> None:
+        """Records that initial weights were trained in earlier runs.
 
         Args:
-            steps: For how many steps; with 0 nothing is recorded.
-            run_name: The run that made the last of these steps.
+            earlier: adapter -> the number of steps, and the run that made the last of them; 0 for new weights.
         """
-        self.steps_before = steps
-        if steps:
-            self.starts_from = f"the weights after step {steps:,}" + (f" of run {run_name}" if run_name else "")
+        self.steps_before = {name: steps for name, (steps, _) in earlier.items()}
+        if any(self.steps_before.values()):
+            starts = {name: _start(*start) for name, start in earlier.items()}
+            alike = len({*starts.values()}) == 1
+            self.starts_from = next(iter(starts.values())) if alike else "; ".join(map(": ".join, starts.items()))
             self.note(f"continues from {self.starts_from} (new learning-rate schedule)")
 
     def mirror(self, state: TrainState) -> None:
@@ -539,9 +540,10 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Its name on disk: that of its adapter, or the common beginning of the names of a sweep's adapters."""
-        names = [member.name for member in self.members("running")]
-        return f"{stem_of(names)}-sweep".strip("-") if names else self.adapter
+        """Its name on disk: that of its adapters, or the common beginning of the names of a sweep's adapters."""
+        members = self.members("running")
+        stem = stem_of(member.name for member in members if member.comparable)
+        return f"{stem}-sweep" if stem else ", ".join(member.name for member in members) or self.adapter
 
     @property
     def elapsed(self) -> float:
@@ -721,6 +723,12 @@ class Run:
         if not self._display_failed:
             self._display_failed = True
             warnings.warn(message, stacklevel=3)
+
+
+def _start(steps: int, run_name: str) -> str:
+    if not steps:
+        return "new weights"
+    return f"the weights after step {steps:,}" + (f" of run {run_name}" if run_name else "")
 
 
 def track(

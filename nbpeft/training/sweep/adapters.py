@@ -14,14 +14,12 @@ from torch import nn
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.engine.changes.random_numbers import drawing_from
 from nbpeft.engine.config.adapter_names import check_name
-from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import learns_with_hooks
 from nbpeft.engine.runtime.snapshots import undo_additions
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
-from nbpeft.names import BOOKKEEPING_FIELDS
-from nbpeft.sweeps import OWN_FIELDS, Sweep, check_own, combinations, names_of, not_swept, swept
+from nbpeft.sweeps import OWN_FIELDS, Sweep, check_own, combinations, names_of, not_swept, of_config, swept
 from nbpeft.training.adapters.adapted_model import trainable
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.objectives.objective import Objective
@@ -91,7 +89,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
     manager.refuse_merged("a sweep")
     if members is not None and swept(request.given):
         name = next(iter(swept(request.given)))
-        raise ConfigError(f"{name} is a sweep, but members=… already sets the fields of each adapter", field=name)
+        raise ConfigError(f"{name} is a sweep, but the adapters to train and their fields are given", field=name)
     if members is not None and request.adapter is not None:
         raise ConfigError("adapter cannot be combined with members, which names the adapters to train", field="adapter")
     with HeldInterrupts() as interrupts:
@@ -99,7 +97,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
         group, made = None, list[str]()
         try:
             found = _made(manager, request, made) if members is None else _given(manager, members, request.objective)
-            group = SideBySide(model, found)
+            group = SideBySide(model, found, _start_of(manager, request) if members is None else "")
             manager.activate(group.names[0])  # other active adapters would be trained too
             with group.opened:
                 group.opened.enter_context(manager.use(group.names, independent=True))
@@ -115,18 +113,20 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
 
 
 def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> list[Member]:
-    """Returns adapters for every combination of values: copies of one, or new ones if the config varies.
+    """Returns new adapters for every combination of values: copies of one, or initialized ones if the config varies.
 
     Args:
         manager: manager of the model.
         request: the arguments of the training.
         made: receives the names of new adapters, each before it is added, because an interruption can come any time.
+
+    Raises:
+        AdapterExistsError: there is an adapter with one of the names: it has learned something else than the others.
     """
     origin = _origin(manager, request.adapter)
     config, fields = manager.configs[origin], swept(request.given)
-    of_config = [item.name for item in dataclasses.fields(config) if item.init and item.name not in BOOKKEEPING_FIELDS]
     own = (*OWN_FIELDS, *_own_fields(request.objective))
-    strange = {name: sweep for name, sweep in fields.items() if name not in (*own, *of_config)}
+    strange = {name: sweep for name, sweep in fields.items() if name not in (*own, *of_config(config, fields))}
     split_arguments(strange, transformers.Trainer, request.arguments_class)
     for name in strange:
         raise not_swept(name)
@@ -135,15 +135,15 @@ def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> li
     with manager.transaction():
         for name, values in zip(names, combined, strict=True):
             check_name(name)
-            changed = {field: value for field, value in values.items() if field not in own}
-            wanted = dataclasses.replace(config, **changed) if changed else config
             if name in manager.configs:
-                _check_same(manager, name, wanted)
-                continue
+                message = f"{name!r} exists already, and a sweep makes its adapters anew: delete or rename it first"
+                raise AdapterExistsError(message, name=name)
+            changed = {field: value for field, value in values.items() if field not in own}
+            first = request.seed if changed else request.first_random
             made.append(name)
-            if changed:
-                with drawing_from(request.seed):
-                    manager.add(name, wanted, trainable=True, select=False)
+            if first is not None:
+                with drawing_from(first):
+                    manager.add(name, dataclasses.replace(config, **changed), trainable=True, select=False)
             else:
                 manager.copy(origin, name)
                 manager.unfreeze(name)
@@ -151,6 +151,16 @@ def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> li
             Member(name, {key: values[key] for key in values if key in own}, values, manager.parameters(name))
             for name, values in zip(names, combined, strict=True)
         ]
+
+
+def _start_of(manager: AdapterManager, request: TrainRequest) -> str:
+    """Returns how the adapters of a sweep start, for the user."""
+    origin = _origin(manager, request.adapter)
+    if of_config(manager.configs[origin], swept(request.given)):
+        return "each adapter starts from new weights"
+    if request.first_random is None:
+        return f"each adapter starts as a copy of {origin!r}"
+    return f"each adapter starts from the initial weights of {origin!r}, which itself is not changed"
 
 
 def _origin(manager: AdapterManager, adapter: Any) -> str:
@@ -183,18 +193,6 @@ def _given(manager: AdapterManager, members: Any, objective: Any) -> list[Member
         if name in manager.frozen:
             raise TrainingError(f"{name!r} is frozen: unfreeze it, or leave it out")
     return [Member(name, fields, fields, manager.parameters(name)) for name, fields in members.items()]
-
-
-def _check_same(manager: AdapterManager, name: str, wanted: AdapterConfig) -> None:
-    """Refuses to continue with an existing adapter that differs from the one the sweep would create."""
-    present, planned = manager.configs[name].to_dict(), manager.plan(wanted, name).config.to_dict()
-    other = next((key for key in present if key not in BOOKKEEPING_FIELDS and planned.get(key) != present[key]), "")
-    if other:
-        raise AdapterExistsError(
-            f"{name!r} exists already with {other}={present[other]!r:.60}: rename or delete it first", name=name
-        )
-    if name in manager.frozen:
-        raise TrainingError(f"{name!r} exists already and is frozen: unfreeze or delete it")
 
 
 def _check_alone(model: nn.Module, group: SideBySide) -> None:

@@ -244,6 +244,7 @@ class SideBySide:
     Args:
         model: the model with the adapters.
         members: one per adapter.
+        start: how the adapters start, for the user; empty for adapters that the model had.
 
     Attributes:
         mixed: whether one pass may serve several adapters; False if a model's loss cannot be split by rows.
@@ -257,9 +258,9 @@ class SideBySide:
 
     join: Callable[[Member, Member], None]
 
-    def __init__(self, model: Any, members: Sequence[Member]) -> None:
+    def __init__(self, model: Any, members: Sequence[Member], start: str = "") -> None:
         self._manager: AdapterManager = require_manager(model)
-        self.members = tuple(members)
+        self.members, self.start = tuple(members), start
         self.mixed, self.learned = True, False
         self.note: Callable[[str], None] = lambda message: None
         self.opened = ExitStack()
