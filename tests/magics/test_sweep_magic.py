@@ -54,20 +54,86 @@ def test_a_cell_stops_the_worse_half(ready: Notebook) -> None:
     assert "r: adapters are only added here; give stop='half' to their training" in line
 
 
-def test_the_cell_run_again_goes_on_with_the_same_adapters(ready: Notebook) -> None:
+def test_the_cell_run_again_gives_the_same_comparison(ready: Notebook, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("NBPEFT_RUNS", str(tmp_path))
+    first = ready.do(TRAIN)
+    once = {member.name: weights(ready, member.name) for member in first.members}
+    again = ready.do(TRAIN)
+    assert [member.history for member in again.members] == [member.history for member in first.members]
+    assert all(same(weights(ready, name), kept) for name, kept in once.items())
+    assert "replaces sql-lr1e-2, sql-lr5e-2 of run sql-sweep-1, trained and not saved" in again.state.message
+    assert "each adapter starts as a copy of 'sql'" in str(again)
+    other = ready.do(TRAIN.replace("0.05)", "0.02)"))
+    assert other.members[0].history == first.members[0].history
+    assert "replaces sql-lr1e-2 of run sql-sweep-2" in other.state.message
+    assert same(weights(ready, "sql-lr5e-2"), once["sql-lr5e-2"])
+
+
+def test_what_a_sweep_replaces_is_restored_by_undo(ready: Notebook) -> None:
     ready.do(TRAIN)
     once = weights(ready, "sql-lr1e-2")
-    result = ready.do(TRAIN)
-    assert [member.name for member in result.members] == ["sql-lr1e-2", "sql-lr5e-2"]
+    ready.do(TRAIN.replace("max_steps = 2", "max_steps = 3"))
     assert not same(weights(ready, "sql-lr1e-2"), once)
-    assert "continues from the weights after step 2" in result.state.message
-
-
-def test_restart_makes_them_again(ready: Notebook) -> None:
-    ready.do(TRAIN)
-    once = weights(ready, "sql-lr1e-2")
-    ready.do(TRAIN.replace("held_out", "held_out --restart"))
+    assert "rename that one first" in ready.run("%lora undo").line
+    for name in ("sql-lr1e-2", "sql-lr5e-2"):
+        ready.do(f"%lora rename {name} {name}-longer")
+        ready.do("%lora undo") if name == "sql-lr5e-2" else None
+    ready.do("%lora undo")
     assert same(weights(ready, "sql-lr1e-2"), once)
+
+
+def test_a_sweep_that_cannot_begin_leaves_the_former_one(ready: Notebook) -> None:
+    result = ready.do(TRAIN)
+    once = {member.name: weights(ready, member.name) for member in result.members}
+    assert ready.run(f"{TRAIN}\noptim = 'adam'").error is not None
+    assert ready.run(TRAIN.replace("--data rows", "--data rows[:0]")).error is not None
+    assert all(same(weights(ready, name), kept) for name, kept in once.items())
+    assert ready["model"].active_adapters == [result.best]
+    assert "nothing to undo" in ready.run("%lora undo").line
+
+
+def test_others_with_the_names_of_a_sweep_are_refused(ready: Notebook) -> None:
+    ready.do("%lora copy sql sql-lr1e-2")
+    line = ready.run(TRAIN).line
+    assert "'sql-lr1e-2' exists already, and a sweep makes its adapters anew: delete or rename it first" in line
+    ready.do("%lora delete sql-lr1e-2")
+    ready.do(TRAIN)
+    ready.do("%lora freeze sql-lr1e-2")
+    assert "'sql-lr1e-2' exists already" in ready.run(TRAIN).line
+
+
+def test_a_sweep_of_an_adapter_that_was_trained_says_so_and_counts_its_steps(
+    ready: Notebook, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("NBPEFT_RUNS", str(tmp_path))
+    ready.do(TRAIN.replace("sweep(0.01, 0.05)", "0.01"))
+    result = ready.do(TRAIN)
+    assert "continues from the weights after step 2 of run sql-1" in result.state.message
+    tracked = ready.session.context.models.get("model")
+    assert tracked.steps_of(["sql-lr1e-2"]) == (4, "sql-sweep-1") and tracked.steps_of(["sql"]) == (2, "sql-1")
+    assert "continues" not in ready.do(TRAIN.replace("learning_rate", "r").replace("0.01, 0.05", "2, 8")).state.message
+
+
+def test_restart_begins_with_the_initial_weights_of_an_adapter_that_stays_as_it_is(ready: Notebook) -> None:
+    fresh = ready.do(TRAIN)
+    ready.do(TRAIN.replace("sweep(0.01, 0.05)", "0.01").replace("--data", "--adapter sql --data"))
+    before = weights(ready, "sql")
+    result = ready.do(TRAIN.replace("held_out", "held_out --restart"))
+    assert same(weights(ready, "sql"), before)
+    assert [member.history for member in result.members] == [member.history for member in fresh.members]
+    assert "each adapter starts from the initial weights of 'sql', which itself is not changed" in str(result)
+    assert "continues from" not in result.state.message
+
+
+def test_restart_on_rows_of_their_own_resets_these_adapters_alone(ready: Notebook) -> None:
+    ready.do("%lora copy sql third")
+    before = {name: weights(ready, name) for name in ("sql", "third")}
+    ready.do("%lora use third")
+    cell = "%%lora_train model --data sql=rows chat=rows[:2] {}\nmax_steps = 1"
+    first = ready.do(cell.format("")).members
+    assert [member.history for member in ready.do(cell.format("--restart")).members] == [one.history for one in first]
+    assert same(weights(ready, "third"), before["third"])
+    assert not same(weights(ready, "sql"), before["sql"])
 
 
 def test_an_adapter_cell_makes_several_that_train_together(ready: Notebook) -> None:

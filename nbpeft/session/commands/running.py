@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from nbpeft.session.results.requests import RequestResult
-from nbpeft.sweeps import check_own
 
 if TYPE_CHECKING:
     from nbpeft.session.background import Work
@@ -91,23 +90,19 @@ def clone(
         adapter: an adapter that is being trained.
         name: name of the copy; by default derived from the adapter and the copy's own settings.
         model: see ``stop``.
-        **fields: settings of the copy: ``learning_rate``, ``weight_decay``, …; see ``sweep``.
+        **fields: settings of the copy: ``learning_rate``, ``weight_decay``, …, and fields of the objective (``beta``).
 
     Raises:
         AdapterError: no training is running, it does not train such an adapter, or the name is taken.
         ConfigError: a field cannot be set per adapter, or its value is invalid.
     """
-    from transformers import TrainingArguments
-
     from nbpeft.engine.config.adapter_names import check_name
-    from nbpeft.training.transformers.arguments import check_values
 
     run = _running(ctx, model, "clone")
     _check_learns(run, adapter)
     if not fields:
         raise ConfigError("a clone needs settings of its own, e.g. learning_rate=1e-4")
-    check_own(fields)
-    check_values(fields, TrainingArguments)
+    run.check_clone(adapter, fields)
     if name is not None:
         check_name(name)
         trained = next((known for known, other in list(ctx.runs.items()) if other is run), None)

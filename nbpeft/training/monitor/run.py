@@ -90,6 +90,7 @@ class Run:
         steps_before: Adapter -> steps of earlier runs in which its initial weights were trained.
         starts_from: The same as text; empty for weights that no run has trained.
         members: Returns, for a status of the run, the state of each adapter of a sweep.
+        check_clone: Refuses to clone an adapter of a sweep with these fields of its own.
         lost: Why the model did not receive the weights that other processes trained; else the empty string.
         diverged: Why the training diverged, or the empty string.
         kept_step: The step whose weights were restored after divergence; else None.
@@ -130,6 +131,7 @@ class Run:
         self.folder = self.output_dir = ""
         self.steps_before, self.starts_from = dict[str, int](), ""
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
+        self.check_clone: Callable[[str, Mapping[str, Any]], None] = lambda name, fields: None
         self.mirrors = self._has_weights = False
         self.lost = ""
         self.learns_from_rewards = False

@@ -348,17 +348,13 @@ class SideBySide:
             ConfigError: a field cannot be set per adapter, or its value is invalid.
             AdapterError: the adapter is not being trained, or the name is taken.
         """
-        source = next((member for member in self.training if member.name == request.source), None)
-        if source is None:
-            learning = ", ".join(member.name for member in self.training)
-            raise AdapterError(f"{request.source!r:.60} is not being trained in this sweep; these are: {learning}")
+        source = self._source(request.source)
         if len(self.members) >= MOST:
             raise ConfigError(f"{len(self.members)} adapters are trained side by side already; the limit is {MOST}")
         changed = dict(request.fields)
         if request.rate_factor != 1.0:
             changed["learning_rate"] = source.arguments.learning_rate * request.rate_factor
-        check_own(changed)
-        arguments = changed_arguments(source.arguments, changed)
+        arguments, objective = self._changed(source, changed)
         name = request.name or self._free_name(source, changed)
         check_name(name)
         with self._manager.transaction():
@@ -367,15 +363,45 @@ class SideBySide:
             clone = Member(
                 name, {**source.fields, **changed}, {**source.settings, **changed}, self._manager.parameters(name)
             )
-            clone.arguments, clone.objective = arguments, source.objective
+            clone.arguments, clone.objective = arguments, objective
             clone.rows, clone.comparable = None if source.rows is None else source.rows.copied(), source.comparable
             self.join(clone, source)
         for member in self.members:
             for field in changed:
-                member.settings.setdefault(field, setting_text(getattr(member.arguments, field)))
+                owner = member.objective if field in member.objective.own_fields() else member.arguments
+                member.settings.setdefault(field, setting_text(getattr(owner, field)))
         self.members += (clone,)
         self.opened.enter_context(self._manager.use(self.names, independent=True))
         return clone
+
+    def check_clone(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Refuses to duplicate an adapter with fields that cannot differ, or with invalid values.
+
+        Args:
+            name: the adapter.
+            fields: the copy's own fields.
+
+        Raises:
+            ConfigError: a field cannot be set per adapter, or its value is invalid.
+            AdapterError: the adapter is not being trained.
+        """
+        self._changed(self._source(name), fields)
+
+    def _source(self, name: str) -> Member:
+        """Returns the member to duplicate."""
+        for member in self.training:
+            if member.name == name:
+                return member
+        learning = ", ".join(member.name for member in self.training)
+        raise AdapterError(f"{name!r:.60} is not being trained in this sweep; these are: {learning}")
+
+    def _changed(self, source: Member, fields: Mapping[str, Any]) -> tuple[TrainingArguments, Objective]:
+        """Returns the arguments and the objective of a member with other values for some fields."""
+        of_objective = source.objective.own_fields()
+        check_own(fields, of_objective)
+        own = {name: value for name, value in fields.items() if name in of_objective}
+        rest = {name: value for name, value in fields.items() if name not in own}
+        return changed_arguments(source.arguments, rest), replace(source.objective, **own)
 
     def _free_name(self, source: Member, changed: Mapping[str, Any]) -> str:
         """Returns a name such as ``codes-lr1e-4-lr5e-5``, with a number appended if it is taken."""

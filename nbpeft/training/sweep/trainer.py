@@ -355,7 +355,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         self._group, self._run, self._stops = group, run, stop_on_divergence
         self._seldom = Seldom()
         group.note = run.note
-        run.members = group.states
+        run.members, run.check_clone = group.states, group.check_clone
 
     def state(self) -> dict[str, Any]:
         """Returns the state for checkpoints: the stopped members, and the own fields of each, including clones."""

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainingArguments
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback, TrainingArguments
 
 import nbpeft
 from nbpeft import LoraConfig
 from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
 from nbpeft.sweeps import combinations, sweep
+from nbpeft.training import RunControl
 from nbpeft.training.objectives import objective as registry
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, objective_named, register
@@ -324,6 +325,24 @@ def test_given_adapters_have_their_own_fields_of_the_objective() -> None:
     assert [member.settings["beta"] for member in result.members] == ["2.0e-1", "4.0e-1"]
     with pytest.raises(ConfigError, match="disable_dropout cannot be a sweep"):
         nbpeft.train(model, ROWS, members={"a": {"disable_dropout": False}, "b": {}}, **FIELDS)
+
+
+def test_a_clone_has_a_beta_of_its_own() -> None:
+    class Clone(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                asked.request_clone_of("default-lr1e-2", "b", beta=0.5)
+                asked.request_clone_of("default-lr1e-2", "c", beta=-1.0)
+                asked.request_clone_of("default-lr1e-2", "d", disable_dropout=False)
+
+    asked = RunControl()
+    given = FIELDS | {"learning_rate": sweep(1e-2, 3e-2), "callbacks": [Clone()], "control": asked}
+    result = nbpeft.train(new(), ROWS, **given)
+    assert [member.settings["beta"] for member in result.members] == ["1.0e-1", "1.0e-1", "5.0e-1"]
+    assert "beta must be greater than 0, not -1.0" in result.message
+    assert "disable_dropout cannot be a sweep" in result.message
+    first, _, clone = result.members
+    assert dict(clone.history)[3] != dict(first.history)[3]
 
 
 def test_the_adapters_of_a_sweep_start_at_ln_2_against_the_one_they_start_from() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from torch.optim import SGD
 from transformers import Trainer, TrainerCallback, get_cosine_schedule_with_warmup
 
 from nbpeft import IA3Config, get_peft_model, sweep, train
+from nbpeft.engine.changes.random_numbers import drawing_from
 from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.losses import lazy_logits
 from nbpeft.training import RunControl, SweepResult
+from nbpeft.training.loop.train import run_training
+from nbpeft.training.request import TrainRequest
 from tests.tiny_models import classifier, gpt2, llama
 from tests.training.support import token_rows, trainable
 
@@ -280,16 +284,29 @@ def test_an_interruption_keeps_what_all_have_learned() -> None:
     assert model.active_adapters == [result.best]
 
 
-def test_adapters_that_are_there_go_on_and_others_are_refused() -> None:
+def test_a_sweep_makes_its_adapters_anew_and_refuses_ones_that_exist() -> None:
     model = trainable(name="a")
-    train(model, token_rows(12), learning_rate=sweep(*RATES.values()), **FAST)
+    result = train(model, token_rows(12), learning_rate=sweep(*RATES.values()), **FAST)
+    assert "each adapter starts as a copy of 'a'" in str(result)
     before = [part.detach().clone() for part in model.manager.parameters("a-lr1e-2")]
-    train(model, token_rows(12), adapter="a", learning_rate=sweep(*RATES.values()), **FAST)
-    assert any(not torch.equal(*pair) for pair in zip(before, model.manager.parameters("a-lr1e-2"), strict=True))
-    model.manager.copy("a", "b-r2")
-    model.manager.rename("a", "b")
-    with pytest.raises(AdapterExistsError, match="'b-r2' exists already with r=4"):
-        train(model, token_rows(12), adapter="b", r=sweep(2, 8), **FAST)
+    with pytest.raises(AdapterExistsError, match="'a-lr1e-2' exists already, and a sweep makes its adapters anew"):
+        train(model, token_rows(12), adapter="a", learning_rate=sweep(*RATES.values()), **FAST)
+    assert all(torch.equal(*pair) for pair in zip(before, model.manager.parameters("a-lr1e-2"), strict=True))
+    assert model.manager.names == ("a", *RATES) and model.active_adapters == [result.best]
+
+
+def test_initial_weights_are_those_of_the_random_numbers_given() -> None:
+    model, alone = trainable(name="a"), trainable(name="a")
+    train(model, token_rows(12), **FAST)
+    trained = [part.detach().clone() for part in model.manager.parameters("a")]
+    request = TrainRequest.of(model, token_rows(12), learning_rate=sweep(*RATES.values()), **FAST)
+    result = run_training(replace(request, first_random=3))
+    assert "starts from the initial weights of 'a', which itself is not changed" in result.message
+    assert all(torch.equal(*pair) for pair in zip(trained, model.manager.parameters("a"), strict=True))
+    with drawing_from(3):
+        alone.manager.add("b", alone.peft_config["a"], trainable=True)
+    train(alone, token_rows(12), adapter="b", learning_rate=0.01, **FAST)
+    assert difference(model, "a-lr1e-2", alone, "b") < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -297,7 +314,7 @@ def test_adapters_that_are_there_go_on_and_others_are_refused() -> None:
     [
         ({"learning_rate": sweep(0.1, 0.2), "lr": sweep(1, 2)}, "'lr' is not a field of TrainingArguments"),
         ({"num_train_epochs": sweep(1, 2)}, "num_train_epochs cannot be a sweep"),
-        ({"learning_rate": sweep(0.1, 0.2), "members": {"a": {}, "b": {}}}, "learning_rate is a sweep, but members"),
+        ({"learning_rate": sweep(0.1, 0.2), "members": {"a": {}, "b": {}}}, "learning_rate is a sweep, but the adap"),
         ({"members": {"a": {}}}, "members must map at least two adapters"),
         ({"members": {"a": {}, "b": {}}, "adapter": "a"}, "adapter cannot be combined with members"),
         ({"learning_rate": sweep(0.1, 0.2), "fp16": True}, "fp16 cannot be combined with a sweep"),
@@ -398,3 +415,12 @@ def test_a_clone_without_a_name_is_called_by_what_it_has_of_its_own() -> None:
     model.manager.copy("a", "a-lr5e-2-lr25e-3")
     result = cloned(model, "a-lr5e-2", None, {})
     assert result.members[-1].name == "a-lr5e-2-lr25e-3-2" and result.members[-1].settings["learning_rate"] == "2.5e-2"
+
+
+def test_a_clone_has_random_numbers_as_its_source_where_only_some_have_dropout() -> None:
+    model, control = trainable(name="a"), RunControl()
+    act = At(1, lambda: control.request_clone_of("a-dropout3e-1", "b", learning_rate=0.05))
+    given = FAST | {"learning_rate": 0.05, "lora_dropout": sweep(0.0, 0.3), "max_steps": 9}
+    result = train(model, token_rows(7), control=control, callbacks=[act], **given)
+    assert [member.name for member in result.members] == ["a-dropout0", "a-dropout3e-1", "b"]
+    assert difference(model, "b", model, "a-dropout3e-1") == 0
