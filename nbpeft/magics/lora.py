@@ -216,7 +216,7 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
 
     def adapters() -> list[str]:
         magics.session.adopt(magics.shell.user_ns)
-        return [item.name for model in magics.session.state.models for item in model.adapters]
+        return magics.notebook.adapter_names()
 
     def modules(model: str) -> tuple[str, ...]:
         value = magics.shell.user_ns.get(model)

@@ -92,6 +92,10 @@ class NotebookContext:
             **{option: text for option, text in rows.items() if text is not None and self.by_name(text) is not None},
         }
 
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters of the notebook's models."""
+        return [adapter.name for model in self.session.state.models for adapter in model.adapters]
+
     def model_names(self) -> list[str]:
         """Names of variables whose value is a torch module, adapted models first. Imports nothing."""
         known = [name for name in self.session.choices if name in self.namespace]
@@ -267,6 +271,7 @@ class NotebookContext:
         """
         namespace = self.namespace
         if not os.path.exists(text) and (of_adapters := rows_by_adapter(text)):
+            self._refuse_missing_file(of_adapters, option)
             return {name: self.data(part, option) for name, part in of_adapters.items()}
         if is_mixture(text):
             parts = parts_of(text)
@@ -281,6 +286,15 @@ class NotebookContext:
         if text.startswith(("./", "../", "/", "~")) or (text not in namespace and os.path.exists(text)):
             return text
         return self.value(text, option)
+
+    def _refuse_missing_file(self, of_adapters: Mapping[str, str], option: str) -> None:
+        """Refuses ``year=2024/x.jsonl``, the path of no file, which looks like the rows of an adapter ``year``."""
+        name, path = next(iter(of_adapters.items()))
+        if _FILE.fullmatch(path) and not os.path.exists(path) and not {*of_adapters} & {*self.adapter_names()}:
+            whole = f"{name}={path}"
+            raise CellError(
+                f"{option}: there is no file {whole!r:.100}, and none {path!r:.100} for an adapter {name!r:.60}"
+            )
 
     def tokenizer(self, name: str | None = None) -> Any:
         """Return the tokenizer in a variable; None if there is none. Imports nothing.

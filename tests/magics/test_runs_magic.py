@@ -275,7 +275,9 @@ def test_a_resumed_run_is_scored_on_the_rows_of_its_variable(bare: Notebook) -> 
     fresh = prepare(bare, adapter=False)
     rows = fresh["held"]
     fresh.do("del held")
-    assert fresh.run("%lora resume").line.endswith("pass them again: %lora resume sql-1 --score ROWS")
+    assert fresh.run("%lora resume").line.endswith(
+        "pass them again: %lora resume sql-1 --score ROWS (not defined here: held)"
+    )
     fresh["held"] = rows
     result = fresh.do("%lora resume")
     assert [step for step, _ in result.training.state.metric_history["f1"]] == [2, 4, 6]

@@ -98,7 +98,7 @@ def test_a_training_is_scored_and_stops_by_it(ready: Notebook) -> None:
     assert (
         "--metric: no metric is called 'exakt'" in ready.run(f"{cell.replace('f1 exact', 'exakt')}\nmax_steps = 1").line
     )
-    assert "without score=" in ready.run("%%lora_train model --data rows --metric f1\nmax_steps = 1").line
+    assert "without --score …" in ready.run("%%lora_train model --data rows --metric f1\nmax_steps = 1").line
     assert {"exact", "f1"} <= set(ready.complete("%%lora_train model --data rows --score rows --metric "))
 
 

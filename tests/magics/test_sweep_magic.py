@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import TrainerCallback
 
 from nbpeft.training import SweepResult
@@ -51,7 +52,7 @@ def test_a_cell_stops_the_worse_half(ready: Notebook) -> None:
     result = ready.do(TRAIN.replace("held_out", "held_out --stop half").replace("max_steps = 2", "max_steps = 4"))
     assert sorted(member.step for member in result.members) == [2, 4]
     line = ready.run("%lora add model --name codes r=sweep(2,4,stop='half')").line
-    assert "r: adapters are only added here; give stop='half' to their training" in line
+    assert "r: adapters are only added here; give --stop half to their training" in line
 
 
 def test_the_cell_run_again_gives_the_same_comparison(ready: Notebook, tmp_path: Path, monkeypatch: Any) -> None:
@@ -275,3 +276,63 @@ def test_a_resumed_cell_finds_the_rows_of_each_adapter(ready: Notebook) -> None:
     assert stopped.status == "stopped"
     result = ready.do("%lora resume").training
     assert [(member.name, member.step) for member in result.members] == [("sql", 6), ("chat", 4)]
+
+
+def test_a_run_on_rows_of_each_is_named_by_its_adapters_and_asks_for_the_rows_of_each(
+    ready: Notebook, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("NBPEFT_RUNS", str(tmp_path))
+    ready["few"] = ready["rows"][:3]
+    end = ready.session.on_run(lambda run, name: when_noted(run, 1, lambda: run.control.request_stop("enough")))
+    ready.do("%%lora_train model --data sql=rows chat=few --eval sql=held_out chat=few\nnum_train_epochs = 4")
+    end()
+    del ready.shell.user_ns["few"]
+    line = ready.run("%lora resume").line
+    assert "%lora resume sql+chat-1 --data sql=ROWS chat=ROWS --eval sql=ROWS chat=ROWS (not defined here: few)" in line
+    line = ready.run("%lora resume --data rows --eval rows").line
+    assert line == "run sql+chat-1 trained each adapter on rows of its own: pass --data sql=ROWS chat=ROWS"
+    line = ready.run("%lora resume --data sql=rows --eval sql=rows").line
+    assert line == "data has rows for 'sql', but the adapters to train are 'sql', 'chat'"
+    resumed = ready.do("%lora resume --data sql=rows chat=rows[:3] --eval sql=held_out chat=rows[:3]")
+    assert [member.name for member in resumed.training.members] == ["sql", "chat"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--data rows --stop half", "--stop half has no effect without a sweep: pass --patience … to stop early"),
+        ("--data sql=rows chat=rows --stop half", "--stop half compares adapters, but each has rows of its own"),
+        ("--data rows --eval 100", "--eval 100 holds out 100 of 6 rows"),
+        ("--data rows --patience 2", "patience needs evaluation data: pass --eval … or --score …"),
+        ("--data rows --eval-by x", "give their share or number (--eval 0.1)"),
+        ("--data sql=rows chat=rows --eval sql=rows", "but the evaluation rows are those of 'sql'"),
+        ("--data chta=rows", "no adapter is called 'chta' (adapters: 'chat', 'sql'). Did you mean 'chat'?"),
+        ("--data other=rows", "--data: no adapter is called 'other' (adapters: 'chat', 'sql')"),
+        ("--data year=2024/x.jsonl", "there is no file 'year=2024/x.jsonl', and none '2024/x.jsonl' for an adapter"),
+        ("--data splits", "data is a DatasetDict: 'sql', 'test' are its splits, not adapters; pass one of them"),
+        ("--data sql=rows chat=rows --eval splits", "eval_data is a DatasetDict"),
+    ],
+)
+def test_mistakes_about_rows_and_evaluations_are_told_in_words_of_cells(
+    ready: Notebook, options: str, words: str
+) -> None:
+    rows = Dataset.from_list(ready["rows"])
+    ready["splits"] = DatasetDict(sql=rows, test=rows)
+    assert words in ready.run(f"%%lora_train model {options}\nmax_steps = 1").line
+
+
+def test_stop_half_needs_evaluations(ready: Notebook) -> None:
+    line = ready.run(TRAIN.replace("--eval held_out", "--stop half")).line
+    assert "--stop half needs evaluations: pass --eval … or --score …" in line
+
+
+def test_the_rows_of_one_adapter_are_shown(ready: Notebook) -> None:
+    assert ready.run("%lora data sql=rows").line == "data: name the rows of one adapter, e.g. %lora data rows"
+
+
+def test_fields_for_each_are_given_as_the_message_says(ready: Notebook) -> None:
+    cell = "%%lora_train model --data sql=rows chat=rows\nmax_steps = 1\n"
+    line = ready.run(f"{cell}learning_rate = sweep(0.1, 0.2)").line
+    assert "give each its value with the line members = {'sql': {'learning_rate': …}, …}" in line
+    result = ready.do(cell + "members = {'sql': {'learning_rate': 0.01}, 'chat': {}}")
+    assert result.members[0].settings == {"learning_rate": "1.0e-2"}

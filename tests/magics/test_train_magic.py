@@ -367,7 +367,7 @@ def test_patience_and_samples_by_a_word(ready: Notebook) -> None:
     training = ready.session.state.models[0].training
     assert training is not None and training.samples == result.state.samples
     told = ready.run("%%lora_train model --data rows --patience 3\nmax_steps = 1").line
-    assert told.startswith("patience needs evaluation data: pass eval_data")
+    assert told == "patience needs evaluation data: pass --eval … or --score …"
 
 
 @pytest.mark.slow

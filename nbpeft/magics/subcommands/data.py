@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
-from nbpeft.magics.parse import argument, positive
+from nbpeft.magics.parse import argument, positive, rows_by_adapter
 from nbpeft.magics.registry import (
     CHATS,
     COLUMNS,
@@ -39,9 +40,16 @@ from nbpeft.magics.registry import (
     example="%lora data train.jsonl --tokenizer tok --columns prompt=question completion=answer",
 )
 def data(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Show data before a training."""
+    """Show data before a training.
+
+    Raises:
+        CellError: the rows are those of several adapters.
+    """
+    found = notebook.data(options.data, "data")
+    if isinstance(found, dict) and (parts := rows_by_adapter(options.data)):
+        raise CellError(f"data: name the rows of one adapter, e.g. %lora data {next(iter(parts.values()))}")
     return notebook.session.data(
-        notebook.data(options.data, "data"),
+        found,
         notebook.tokenizer(options.tokenizer),
         max_length=options.max_length,
         columns=options.columns,

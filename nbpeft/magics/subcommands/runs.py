@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from nbpeft.errors import AdapterError, CellError
+from nbpeft.errors import AdapterError, CellError, few
 from nbpeft.magics.notebook_context import NotebookContext
-from nbpeft.magics.parse import argument
+from nbpeft.magics.parse import argument, rows_by_adapter
 from nbpeft.magics.registry import COLUMNS, DATA, TOKENIZER, subcommand
 from nbpeft.magics.subcommands.training import (
     EVAL,
@@ -25,7 +26,7 @@ from nbpeft.magics.subcommands.training import (
 )
 from nbpeft.session.handles import is_handle, uncompiled
 from nbpeft.session.results import Notice
-from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult, source_of_base
+from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult, adapters_with_rows, source_of_base
 
 _OPTIONS = {
     "data": ("--data", "ROWS"),
@@ -73,9 +74,11 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
         raise CellError(f"give the model to resume run {record.name} with: --model MODEL")
     given = _given(options, facts, notebook)
     if not record.is_complete and (missing := _missing(facts, given)):
-        words = " ".join(" ".join(_OPTIONS.get(name, (f"{name}={{{name}}}",))) for name in missing)
+        words = [" ".join(_OPTIONS.get(name, (f"{name}={{{name}}}",))) for name in missing]
+        words += [] if target in notebook.namespace else ["--model MODEL"]
         message = f"run {record.name} used values that its folder does not store; pass them again"
-        raise CellError(f"{message}: %lora resume {record.name} {words}")
+        command = _for_each(" ".join(words), adapters_with_rows(facts))
+        raise CellError(f"{message}: %lora resume {record.name} {command}{_undefined(facts, missing, notebook)}")
     model = notebook.module(target, base=source_of_base(record) or "user/name")
     try:
         result = session.resume(record.name, model=model, variable=target, **given)
@@ -110,6 +113,21 @@ def _missing(facts: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     needed = ["data", *(["eval_data"] if rows.get("eval_rows") else []), *(facts.get("objects") or ())]
     stored = facts.get("arguments") or {}
     return [str(name) for name in needed if given.get(str(name)) is None and stored.get(str(name)) is None]
+
+
+def _for_each(words: str, adapters: Sequence[str]) -> str:
+    """The options to pass again, with the names of the adapters that had rows of their own."""
+    named = " ".join(f"{name}=ROWS" for name in adapters)
+    return re.sub(r"(?<=--data )ROWS|(?<=--eval )ROWS", named, words) if named else words
+
+
+def _undefined(facts: Mapping[str, Any], missing: Sequence[str], notebook: NotebookContext) -> str:
+    """The variables of the run's rows that the notebook does not have, as text; empty if there are none."""
+    source = facts.get("source") or {}
+    texts = [str(source.get(name, "")) for name in missing]
+    parts = [part for text in texts for part in (rows_by_adapter(text) or {"": text}).values()]
+    names = [part for part in dict.fromkeys(parts) if part.isidentifier() and part not in notebook.namespace]
+    return f" (not defined here: {few(names, quoted=False)})" if names else ""
 
 
 @subcommand(

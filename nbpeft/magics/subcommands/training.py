@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbpeft._util.mixtures import Mixture
-from nbpeft.errors import CellError
+from nbpeft.errors import CellError, did_you_mean, few
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
-from nbpeft.magics.parse import argument, positive, prompt_text
+from nbpeft.magics.parse import argument, positive, prompt_text, rows_by_adapter
 from nbpeft.magics.registry import (
     CHATS,
     COLUMNS,
@@ -346,8 +346,14 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
 
     Returns:
         The rows, the evaluation rows or None, and the tokenizer or None.
+
+    Raises:
+        CellError: the rows are those of adapters that no model has.
     """
-    data = notebook.data(cell.data, "--data")
+    data, adapters = notebook.data(cell.data, "--data"), notebook.adapter_names()
+    if (named := rows_by_adapter(cell.data)) and isinstance(data, dict) and not {*named} & {*adapters}:
+        hint = did_you_mean(next(iter(named)), adapters)
+        raise CellError(f"--data: no adapter is called {few(named)} (adapters: {few(adapters)}).{hint}")
     eval_data = None if cell.eval_data is None else notebook.data(cell.eval_data, "--eval")
     return data, eval_data, notebook.tokenizer(cell.tokenizer)
 

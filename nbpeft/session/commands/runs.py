@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from nbpeft.session.results.kept_runs import (
     RunCard,
     RunsComparison,
     RunsResult,
+    adapters_with_rows,
     metric_names,
     sorted_records,
 )
@@ -42,8 +43,6 @@ from nbpeft.session.sweeps import restore
 from nbpeft.state import TrainState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from nbpeft.runs.folder import RunFolder
     from nbpeft.runs.record import RunRecord
     from nbpeft.runs.store import RunStore
@@ -422,8 +421,12 @@ def _check_given(
 ) -> None:
     from nbpeft.training.disk.kept_arguments import missing_for_losses
 
+    adapters = adapters_with_rows(facts)
+    words = f"data={{{', '.join(f'{name!r}: …' for name in adapters)}}}" if adapters else "data=…"
     if data is None:
-        raise TrainingError(f"resuming run {record.name} needs its training data: pass data=…")
+        raise TrainingError(f"resuming run {record.name} needs its training data: pass {words}")
+    if adapters and not isinstance(data, Mapping):
+        raise TrainingError(f"run {record.name} trained each adapter on rows of its own: pass {words}")
     for why, names in (
         ("values that its folder does not store; pass them again", facts.get("objects") or ()),
         ("arguments that are not restored from its folder; pass them again", missing_for_losses(left_out)),

@@ -334,6 +334,17 @@ def _base(record: RunRecord) -> str:
     return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
+def adapters_with_rows(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the adapters of a run that were trained on rows of their own; empty if there are none.
+
+    Args:
+        facts: the recorded facts about its start.
+    """
+    rows = facts.get("data")
+    names = rows.get("adapters") if isinstance(rows, Mapping) else None
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
 def source_of_base(record: RunRecord) -> str:
     """Returns the Hub id or the folder from which a run's base model was loaded; empty if it is unknown."""
     name = str(record.settings.get(BASE) or "")

@@ -441,7 +441,7 @@ def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
         if isinstance(part, Mapping):  # adapter -> its rows
             marks = {name: mark_of_rows(own) for name, own in part.items()}
             mark |= {f"{prefix}rows": sum(own.get("rows", 0) for own in marks.values())}
-            mark |= {f"{prefix}digest": _digest(sorted(marks.items()))}
+            mark |= {f"{prefix}digest": _digest(sorted(marks.items())), f"{prefix}adapters": list(marks)}
         elif hasattr(part, "__len__") and hasattr(part, "__getitem__"):
             first = [_comparable(part[index]) for index in range(min(len(part), _MARKED_ROWS))]
             mark |= {f"{prefix}rows": len(part), f"{prefix}digest": _digest(first)}

@@ -76,6 +76,7 @@ def _of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
         member.arguments = build_arguments(own, kind, folder="", evaluates=request.eval_data is not None)
         if member.arguments.world_size > 1 or member.arguments.n_gpu > 1:
             raise ConfigError("a sweep trains on one device: use one process with one visible device")
+    group.name_settings(dict.fromkeys(field for member in group.members for field in member.fields))
     return dataclasses.replace(request, trainer_class=chosen)
 
 

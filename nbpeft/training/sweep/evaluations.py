@@ -164,7 +164,7 @@ def check_halving(request: Any, fields: dict[str, Any], *, evaluates: bool, scor
     if not isinstance(members, SideBySide):
         raise ConfigError("stop='half' has no effect without a sweep: pass patience=… to stop early", field="stop")
     if request.own_rows:
-        raise ConfigError("stop='half' compares adapters, but each has rows of its own: remove stop", field="stop")
+        raise ConfigError("stop='half' compares adapters, but each has rows of its own: remove it", field="stop")
     strategy = str(getattr(fields.get("eval_strategy"), "value", fields.get("eval_strategy")))
     if not scores and (not evaluates or strategy == "no"):
         raise ConfigError("stop='half' needs evaluations: pass eval_data=… or score=…", field="stop")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -366,13 +366,17 @@ class SideBySide:
             clone.arguments, clone.objective = arguments, objective
             clone.rows, clone.comparable = None if source.rows is None else source.rows.copied(), source.comparable
             self.join(clone, source)
-        for member in self.members:
-            for field in changed:
-                owner = member.objective if field in member.objective.own_fields() else member.arguments
-                member.settings.setdefault(field, setting_text(getattr(owner, field)))
         self.members += (clone,)
+        self.name_settings(changed)
         self.opened.enter_context(self._manager.use(self.names, independent=True))
         return clone
+
+    def name_settings(self, fields: Iterable[str]) -> None:
+        """Adds fields in which members differ to the settings of those that have their common value."""
+        for member in self.members:
+            for field in fields:
+                owner = member.objective if field in member.objective.own_fields() else member.arguments
+                member.settings.setdefault(field, setting_text(getattr(owner, field)))
 
     def check_clone(self, name: str, fields: Mapping[str, Any]) -> None:
         """Refuses to duplicate an adapter with fields that cannot differ, or with invalid values.

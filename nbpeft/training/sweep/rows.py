@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from nbpeft.engine.changes.random_numbers import drawing_from, random_state, set
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.tree.model_tree import manager_of
-from nbpeft.errors import ConfigError, did_you_mean, few
+from nbpeft.errors import ConfigError, did_you_mean, few, near
 from nbpeft.names import BOOKKEEPING_FIELDS
 from nbpeft.sweeps import swept
 
@@ -24,6 +24,8 @@ _NO_COMMON = {
     "machines": "they are trained in one process",
 }
 """Arguments that adapters with rows of their own do not take, with the reason."""
+_CLOSE = 0.8
+"""The ``difflib`` ratio above which a key of a dictionary is a misspelled adapter."""
 _SAME_DRAWS = ("r", "lora_alpha", "use_rslora", "init_lora_weights")
 """Fields of a config that do not change which random numbers are drawn for dropout."""
 
@@ -40,20 +42,9 @@ def with_own_rows(request: TrainRequest) -> TrainRequest:
         ConfigError: the rows are not those of adapters of the model, or an argument does not support several adapters.
     """
     data, manager = request.data, manager_of(request.model)
-    if not isinstance(data, Mapping) or manager is None or not {*data} & {*manager.configs}:
+    if not isinstance(data, Mapping) or manager is None or not _names_adapters(data, manager.configs):
         return request
-    if unknown := [name for name in data if name not in manager.configs]:
-        raise ConfigError(
-            f"data has rows for {few(unknown)}, which the model does not have (adapters: {few(manager.configs)})."
-            f"{did_you_mean(unknown[0], manager.configs)}",
-            field="data",
-        )
-    if nested := next((name for name, part in data.items() if isinstance(part, Mapping)), None):
-        raise ConfigError(f"the rows of {nested!r} in data are a dictionary: pass a list of rows", field="data")
-    if isinstance(request.eval_data, Mapping):
-        _check_same_names(request.eval_data, data, "eval_data")
-        if without := [name for name, part in request.eval_data.items() if part is None]:
-            raise ConfigError(f"eval_data has no rows for {few(without)}: each adapter needs some", field="eval_data")
+    _check_rows(request, data, manager.configs)
     members = request.members
     if isinstance(members, Mapping):
         _check_same_names(members, data, "members")
@@ -74,9 +65,41 @@ def with_own_rows(request: TrainRequest) -> TrainRequest:
     return dataclasses.replace(request, members={name: {} for name in data} if members is None else members)
 
 
+def _check_rows(request: TrainRequest, data: Mapping[str, Any], adapters: Collection[str]) -> None:
+    """Refuses rows that are not those of adapters of the model."""
+    for field in ("data", "eval_data"):
+        _refuse_splits(getattr(request, field), field)
+    if unknown := [name for name in data if name not in adapters]:
+        raise ConfigError(
+            f"data has rows for {few(unknown)}, which the model does not have (adapters: {few(adapters)})."
+            f"{did_you_mean(str(unknown[0]), adapters)}",
+            field="data",
+        )
+    if nested := next((name for name, part in data.items() if isinstance(part, Mapping)), None):
+        raise ConfigError(f"the rows of {nested!r} in data are a dictionary: pass a list of rows", field="data")
+    if isinstance(request.eval_data, Mapping):
+        _check_same_names(request.eval_data, data, "eval_data")
+        if without := [name for name, part in request.eval_data.items() if part is None]:
+            raise ConfigError(f"there are no evaluation rows for {few(without)}: each needs some", field="eval_data")
+
+
+def _names_adapters(data: Mapping[Any, Any], adapters: Collection[str]) -> bool:
+    """Returns whether a dictionary has rows by the names of adapters, right or nearly so, and not columns or splits."""
+    return any(name in adapters or near(str(name), adapters, cutoff=_CLOSE) for name in data)
+
+
+def _refuse_splits(data: Any, field: str) -> None:
+    """Refuses a ``DatasetDict``: its keys are splits, also where an adapter has the name of one."""
+    if isinstance(data, Mapping) and type(data).__name__.endswith("DatasetDict"):
+        raise ConfigError(
+            f"{field} is a DatasetDict: {few(data)} are its splits, not adapters; pass one of them", field=field
+        )
+
+
 def _check_same_names(given: Mapping[str, Any], data: Mapping[str, Any], field: str) -> None:
     if {*given} != {*data}:
-        raise ConfigError(f"data has rows for {few(data)}, but {field} names {few(given) or 'none'}", field=field)
+        what = "evaluation rows are those of" if field == "eval_data" else "adapters to train are"
+        raise ConfigError(f"data has rows for {few(data)}, but the {what} {few(given) or 'none'}", field=field)
 
 
 def draw_apart(configs: Sequence[AdapterConfig]) -> bool:

@@ -335,7 +335,7 @@ def trainer_for(trainer_class: type[Any], group: SideBySide, given: Mapping[str,
     """
     for name, reason in _REFUSED.items():
         if given.get(name) not in (None, False):
-            raise ConfigError(f"{name} cannot be combined with a sweep: {reason}", field=name)
+            raise ConfigError(f"{name} cannot be combined with several adapters: {reason}", field=name)
     if has_own_loss(trainer_class) or given.get("compute_loss_func") is not None or given.get("label_smoothing_factor"):
         group.mixed = False  # its result for a mixed batch is unknown
     members = {"group": group, "given_class": trainer_class}

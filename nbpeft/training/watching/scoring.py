@@ -186,7 +186,7 @@ def scorer_of(request: Any, fields: dict[str, Any], classes: Any = None) -> Scor
     scorer = request.score if isinstance(request.score, Scorer) else _new_scorer(request, classes)
     if "loss" in scorer.metrics and request.eval_data is not None:
         raise ConfigError(
-            "eval_data already measures the loss: remove either eval_data or the metric loss", field="metric"
+            "the evaluation rows already give the loss: remove either them or the metric loss", field="metric"
         )
     decides = request.patience is not None or request.members is not None
     if decides and "metric_for_best_model" not in fields:

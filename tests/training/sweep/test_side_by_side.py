@@ -317,7 +317,7 @@ def test_initial_weights_are_those_of_the_random_numbers_given() -> None:
         ({"learning_rate": sweep(0.1, 0.2), "members": {"a": {}, "b": {}}}, "learning_rate is a sweep, but the adap"),
         ({"members": {"a": {}}}, "members must map at least two adapters"),
         ({"members": {"a": {}, "b": {}}, "adapter": "a"}, "adapter cannot be combined with members"),
-        ({"learning_rate": sweep(0.1, 0.2), "fp16": True}, "fp16 cannot be combined with a sweep"),
+        ({"learning_rate": sweep(0.1, 0.2), "fp16": True}, "fp16 cannot be combined with several adapters"),
         ({"learning_rate": sweep(0.1, "fast")}, "learning_rate must be a number, not 'fast'"),
         ({"r": sweep(4, -1)}, "r must be a positive whole number"),
     ],

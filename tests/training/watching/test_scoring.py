@@ -187,7 +187,11 @@ def test_outputs_that_are_not_numbers_are_named_once() -> None:
         ({"score": HELD_OUT, "every": 0}, ConfigError, "every must be a number of steps"),
         ({"score": HELD_OUT, "metric": "exakt"}, ConfigError, "Did you mean 'exact'"),
         ({"score": ["text only"]}, TrainingError, "it has no reference"),
-        ({"score": HELD_OUT, "metric": "loss", "eval_data": 2}, ConfigError, "eval_data already measures the loss"),
+        (
+            {"score": HELD_OUT, "metric": "loss", "eval_data": 2},
+            ConfigError,
+            "evaluation rows already give the loss",
+        ),
         ({"score": HELD_OUT, "metric": "exakt", "processes": 2}, ConfigError, "Did you mean 'exact'"),
         ({"score": HELD_OUT, "metric": "exakt", "learning_rate": sweep(1e-3, 1e-2)}, ConfigError, "Did you mean"),
     ],
