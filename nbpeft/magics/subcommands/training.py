@@ -166,7 +166,11 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     REWARD,
     MAX_LENGTH,
     argument("--packing", action="store_true", help="pack several rows into each sequence of --max-length: no padding"),
-    argument("--restart", action="store_true", help="start from the adapter's initial weights"),
+    argument(
+        "--restart",
+        action="store_true",
+        help="start from the adapter's initial weights; in a sweep its adapters do, and this adapter is not changed",
+    ),
     argument("--no-keep", action="store_true", help="store no run folder on disk"),
     REPLACE,
     TRACK,

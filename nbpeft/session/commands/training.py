@@ -127,13 +127,14 @@ def train(
         TrainingInterrupted: an interruption ended the run.
     """
     from nbpeft.training.request import TrainRequest
+    from nbpeft.training.sweep.rows import with_own_rows
 
     ctx.refuse_another_training()
     tracked = ctx.find_adapted(model, command="train")
     if keep:
         arguments.setdefault("run_dir", run_place(ctx, tracked.name, source))
     reading = {"tokenizer": tokenizer, "columns": columns}
-    request = TrainRequest.of(tracked.model, data, eval_data, **reading, adapter=adapter, **arguments)
+    request = with_own_rows(TrainRequest.of(tracked.model, data, eval_data, **reading, adapter=adapter, **arguments))
     if not background:
         return train_tracked(ctx, tracked, request, restart=restart)
 
@@ -176,7 +177,7 @@ def train_tracked(
 
 def _names(tracked: TrackedModel, request: TrainRequest) -> str:
     """Return the names of the trained adapters, as text."""
-    return str(request.adapter or ", ".join(tracked.manager.active))
+    return str(request.adapter or ", ".join(request.own_rows or tracked.manager.active))
 
 
 def _trained(
