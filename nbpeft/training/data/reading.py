@@ -41,7 +41,7 @@ from nbpeft.training.data.forms import (
 )
 from nbpeft.training.data.options import MASKED_REASONING, RowOptions, why_not_used
 from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
-from nbpeft.training.data.seen_formats import system_of
+from nbpeft.training.data.seen_formats import joint_of, system_of
 from nbpeft.training.data.sources import first_row, is_stream, open_data
 from nbpeft.training.data.tags import TaggedTokens, encode_words
 from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, UNTOKENISED, Unused
@@ -264,6 +264,7 @@ class Reading:
             more,
             unused=(*unused, *more_unused),
             system=system_of(example),
+            joint="" if self.inputs.encoder_decoder else joint_of(example),
         )
 
     def _prompted(self, row: Row, example: Prompted, renderer: ChatRenderer) -> CodedRow:
@@ -305,7 +306,8 @@ class Reading:
             missing = f"{name}: {missing}" if missing else ""
             coded = CodedRow(row.number, whole, self.limit, reason=reason or missing, weight=weight)
             parts.append(replace(coded, system=system_of(part)))
-        return replace(parts[0], rejected=parts[1], unused=tuple(unused))
+        joint = "" if self.inputs.encoder_decoder else joint_of(example)
+        return replace(parts[0], rejected=parts[1], unused=tuple(unused), joint=joint)
 
     def _verdict(self, row: Row) -> bool | None:
         """Whether the label of a row marks its completion as good; None for an empty cell.

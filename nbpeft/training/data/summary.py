@@ -184,7 +184,7 @@ def summarize(
         totals.add(row)
         unused.add(row.unused)
         if not row.missing:
-            formats.add(row.system)
+            formats.add(row)
         few = len(shown_rows) < rows + _EXTRA
         if len(totals.lengths) <= rows or (few and _is_first_of_its_kind(row, shown_rows[rows:])):
             shown_rows.append(row)
