@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from IPython.display import HTML
 
+from nbpeft.display.next_steps import next_steps
 from nbpeft.session import DataResult
 from tests.char_tokenizer import CharTokenizer
 from tests.magics.notebook import Notebook
@@ -215,6 +216,34 @@ def test_columns_are_quoted_as_one_likes_and_hints_can_be_pasted(ready: Notebook
     command = told.partition("(%lora data")[2].rpartition(" shows them)")[0]
     assert ready.do(f"%lora data{command}").summary.row_count == 4 and "--skip-bad --columns" in command
     assert "with spaces: prompt=" in ready.run("%lora data odd --columns prompt=Ticket Text completion=ID").line
+
+
+@pytest.mark.parametrize(
+    ("line", "label", "rows"),
+    [
+        ("odd COLUMNS", "Score on its training rows", "odd COLUMNS"),
+        ("odd COLUMNS --eval 0.25", "Score on its training rows", "odd COLUMNS"),
+        ("odd COLUMNS --eval odd[:3] --skip-bad", "Score", "odd[:3] --skip-bad COLUMNS"),
+        ("sql=odd chat=odd COLUMNS", "Score", "ROWS"),
+    ],
+)
+def test_a_finished_card_scores_on_the_rows_that_the_cell_named(
+    ready: Notebook, line: str, label: str, rows: str
+) -> None:
+    columns = """--columns prompt="Ticket Text " completion='Team "A" (label)'"""
+    ready["odd"] = ODD
+    ready.do("%lora use sql chat" if "sql=" in line else "%lora use sql")
+    ready.do(f"%lora_train model --data {line.replace('COLUMNS', columns)} --tokenizer tok max_steps=1 --no-keep")
+    state = ready.session.state
+    train = state.model("model").training
+    command = dict(next_steps(train, state, "model").commands)[label]
+    if rows == "ROWS":
+        assert command == "%lora score sql --data ROWS"
+        return
+    wanted = rows.replace("COLUMNS", columns)
+    first, *others = wanted.split(" --", 1)
+    assert command == f"%lora score sql --data {first} --tokenizer tok --{others[0]}"
+    assert len(ready.do(f"{command} --metric loss").items) == (3 if "[:3]" in rows else 4)
 
 
 def test_a_prompt_and_a_completion_say_that_no_template_is_applied(ready: Notebook) -> None:
