@@ -126,7 +126,7 @@ def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> 
     assert told == "columns not used: 'id', 'label' (%lora data labelled --tokenizer tok shows them)"
     ready["odd"] = [{"ID": "a", "Ticket Text": "b"}]
     assert (
-        'say what they are called: --columns prompt="Ticket Text" completion=COLUMN' in ready.run("%lora data odd").line
+        'Say what they are called: --columns prompt="Ticket Text" completion=COLUMN' in ready.run("%lora data odd").line
     )
     ready["pairs"] = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     line = ready.run("%%lora_train model --data pairs --tokenizer tok --objective sft\nmax_steps = 1").line

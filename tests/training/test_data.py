@@ -171,8 +171,17 @@ class NoRows:
         ),
         (
             [{"ID": "a", "Ticket Text ": "b"}],
-            r"'. Or say what they are called: columns=\{'prompt': 'Ticket Text ', 'completion': 'COLUMN'\}",
+            r"'. Say what they are called: columns=\{'prompt': 'Ticket Text ', 'completion': 'COLUMN'\}",
         ),
+        (
+            [{"Nr": 1, "Course": "a", "Room": "b"}],
+            r"'Room'. Say what they are called, e\.g\. columns=\{'prompt': 'Course', 'completion': 'Room'\}\.$",
+        ),
+        (
+            [{"Room": "b", "Promt": "a"}],
+            r"Did you mean 'prompt'\? Or say what they are called, e\.g\. columns=\{'prompt': 'Promt', 'completion'",
+        ),
+        ([{"Course": "a"}], r"'Course'. Say what they are called, e\.g\. columns=\{'text': 'Course'\}\.$"),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c"}],
             r"\(objective='dpo'\).*: columns=\{'completion': 'chosen'\} takes",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.display.numbers import plural
-from nbpeft.errors import TrainingError, did_you_mean, with_article
+from nbpeft.errors import TrainingError, did_you_mean, near, with_article
 from nbpeft.names import JUDGED, PAIRS, PROMPTS, SCORED_PAIRS
 from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.row import (
@@ -28,11 +28,19 @@ TEMPLATE = "chat_template_kwargs"
 MARGIN = "margin"
 """The column with the margin of a row with two completions."""
 
-_PROMPTS = ("question", "query", "instruction", "input", "source", "context", "user")
+_PROMPTS = ("question", "query", "instruction", "input", "source", "context", "user", "frage", "pregunta")
 _COMPLETIONS = ("answer", "response", "output", "target", "completion", "solution", "assistant", "reply", "chosen")
-_PROMPT_WORDS = ("text", "message", "body", "sentence", "review", "comment", "document", "article")
+_COMPLETIONS += ("antwort", "réponse", "respuesta")
+_PROMPT_WORDS = ("text", "message", "body", "sentence", "review", "comment", "document", "article", "nachricht")
 _COMPLETION_WORDS = ("label", "labels", "category", "class", "intent", "tag", "team", "summary", "translation")
+_COMPLETION_WORDS += ("kategorie", "klasse", "catégorie", "categoría")
 """Words in names of columns that are not names of a form."""
+_NUMBERING = re.compile(
+    r"(?i)(row|ticket|order|user|message)?[\s_-]?(id|uuid|nr|no|num|number|index|idx)\.?|unnamed: \d+|"
+)
+"""Names of columns that number the rows."""
+_TYPO = 0.75
+"""The least similarity of a column with a known name that it may be meant as."""
 _WORDS, _TAGS = ("tokens", "words", "sentence", "text"), ("tags", "labels", "label")
 """Names of columns with words and with their tags."""
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -469,10 +477,29 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
         names = {name: column or "COLUMN" for name, column in zip(needs, likely, strict=False)}
         if prompt and (completion or len(needs) == 1):
             return f" Say which is which: columns={names}."
+        if needs in (PAIR.needs, LABELLED.needs):
+            names = _with_guesses(names, columns)
     known = (*NAMES, TOKENISED, "labels")
-    close = (did_you_mean(column, known) for column in columns if column not in (*known, prompt, completion))
-    nearest = next(filter(None, close), "")
-    return f"{nearest} Or say what they are called: columns={names}."
+    unknown = (column for column in columns if column not in (*known, prompt, completion))
+    nearest = next(filter(None, (near(column.lower(), known, 1, cutoff=_TYPO) for column in unknown)), None)
+    typo = f" Did you mean {nearest[0]!r}? Or say" if nearest else " Say"
+    example = ": " if "COLUMN" in names.values() else ", e.g. "
+    return f"{typo} what they are called{example}columns={names}."
+
+
+def _with_guesses(names: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:
+    """The names of columns, with guesses for unknown ones: a similar column, else the first other one, and the last."""
+    others = [name for name in columns if name not in names.values() and not _NUMBERING.fullmatch(name.strip())]
+    if len(columns) == 1 and others and "text" not in names:
+        return {"text": others[0]}
+    found = dict(names)
+    for similar in (True, False):
+        for name, place in zip(names, (0, -1), strict=True):
+            likely = [column for column in others if not similar or near(column.lower(), [name], cutoff=_TYPO)]
+            if found[name] == "COLUMN" and likely:
+                found[name] = likely[place]
+                others.remove(likely[place])
+    return found
 
 
 def _likely_tags(columns: Sequence[str]) -> tuple[str | None, str | None]:
