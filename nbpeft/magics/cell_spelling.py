@@ -1,7 +1,7 @@
 """Rewrites the messages of the session in the notation of cells.
 
-The session names Python calls and arguments, ``session.use('sql')`` and ``(name=…)``. In a cell these are
-``%lora use sql`` and ``(--name)``.
+The session names Python calls and arguments, ``session.use('sql')``, ``(name=…)`` and ``eval_data=0.1``. In a cell
+these are ``%lora use sql``, ``(--name)`` and ``--eval 0.1``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nbpeft.magics.parse import Subcommand
 from nbpeft.magics.tokenize import quoted
 
 _PHRASES = {
@@ -22,6 +24,8 @@ _PHRASES = {
 }
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
 _COLUMNS = re.compile(r"columns=(\{['\"][^{}]*\})")
+_NEVER = "(?!)"
+_VALUE = r"(…|\.\.\.|'[^']*'|True\b|False\b|None\b|-?\d[\w.]*)"
 _ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
 _MODEL = re.compile(r"\bmodel='([^']+)'")
 
@@ -45,18 +49,56 @@ def _with_option(argument: re.Match[str]) -> str:
     return f"(--{argument[1].replace('_', '-')})"
 
 
-def in_cell_spelling(said: Any) -> Any:
-    """Return a message, or a result with its notes, in the notation of cells."""
+def option_names(command: Subcommand, others: Iterable[Subcommand]) -> dict[str, str]:
+    """Return the options of a command by the names of the session's arguments: ``eval_data`` -> ``--eval``.
+
+    Those of other commands are included, except for a command with fields: there, a name may be that of a field.
+
+    Args:
+        command: the command.
+        others: all commands.
+    """
+    known = {item.dest: item.flags[0] for other in others for item in other.arguments if not item.positional}
+    own = {item.dest: item.flags[0] for item in command.arguments if not item.positional}
+    return own if command.fields else {**known, **own}
+
+
+def _with_options(said: str, names: Mapping[str, str]) -> str:
+    """Replace ``eval_data=0.1`` by ``--eval 0.1``, and a name alone where it can only be meant so."""
+
+    def given(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if value == "False" and f"no_{name}" in names:
+            return names[f"no_{name}"]
+        if value in ("…", "...", "True"):
+            return names[name]
+        return f"{names[name]} {quoted(value.strip(chr(39)))}"
+
+    words = "|".join(sorted(names, key=len, reverse=True)) or _NEVER
+    alone = "|".join(name for name in names if "_" in name) or _NEVER
+    said = re.sub(rf"(?<![\w.'\"-])({words})={_VALUE}", given, said)
+    said = re.sub(rf"^({words})(?= (?:has|needs|must|is for) )", lambda name: names[name[1]], said)
+    return re.sub(rf"(?<![\w.'\"=-])({alone})(?![\w'\"=(.]\w?)", lambda name: names[name[1]], said)
+
+
+def in_cell_spelling(said: Any, names: Mapping[str, str] | None = None) -> Any:
+    """Return a message, or a result with its notes, in the notation of cells.
+
+    Args:
+        said: the message or the result.
+        names: argument of the session -> option of the command, as ``option_names`` returns them.
+    """
     if isinstance(said, tuple):
-        return tuple(map(in_cell_spelling, said))
+        return tuple(in_cell_spelling(part, names) for part in said)
     if isinstance(said, str):
         for phrase, cell in _PHRASES.items():
             said = said.replace(phrase, cell)
         said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
         said = _COLUMNS.sub(_as_option, said)
-        return _ARGUMENT.sub(_with_option, _MODEL.sub(_with_model, said))
+        said = _MODEL.sub(_with_model, said)
+        return _ARGUMENT.sub(_with_option, _with_options(said, names) if names else said)
     if dataclasses.is_dataclass(said) and not isinstance(said, type):
         parts = {name: getattr(said, name) for name in ("line", "notes", "added") if hasattr(said, name)}
-        changed = {name: new for name, part in parts.items() if (new := in_cell_spelling(part)) != part}
+        changed = {name: new for name, part in parts.items() if (new := in_cell_spelling(part, names)) != part}
         return dataclasses.replace(said, **changed) if changed else said
     return said

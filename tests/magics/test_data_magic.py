@@ -303,7 +303,7 @@ def test_options_of_conversations_stand_in_the_line_and_in_the_command_that_show
     assert (again.format, again.learned_count) == (shown.summary.format, shown.summary.learned_count)
     score = "%lora score --data chats --template loud=yes --max-new-tokens 2"
     assert ready.do(score).notes is not None
-    assert ready.run("%lora score --data chats --template lowd=yes").line.startswith("chat_template_kwargs: the chat")
+    assert ready.run("%lora score --data chats --template lowd=yes").line.startswith("--template: the chat")
     ready["texts"] = [{"text": "abcdefgh"}] * 2
     assert (
         "2 rows longer than the maximum length split into 4 parts"
