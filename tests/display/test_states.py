@@ -385,11 +385,17 @@ def test_durations(seconds: float | None, text: str) -> None:
     assert numbers.clock(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (0, "0"), (7.1e-4, "7.1e-4"), (1e-10, "1.0e-10"), (1, "1.0e0")]
-)
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (0, "0"), (7.1e-4, "7.1e-4"), (1e-10, "1e-10"), (1, "1e0")])
 def test_learning_rates(value: float | None, text: str) -> None:
     assert numbers.learning_rate(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.05, "0.05"), (5e-6, "5e-6"), (1e-4, "1e-4"), (2.555e-4, "2.555e-4"), (math.inf, "inf")],
+)
+def test_settings(value: float, text: str) -> None:
+    assert numbers.setting(value) == text
 
 
 @pytest.mark.parametrize(

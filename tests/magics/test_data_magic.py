@@ -164,7 +164,7 @@ def test_completions_are_scored_by_functions_of_the_notebook(ready: Notebook) ->
         ("--reward evn", "'evn'"),
         ("--reward sums", "a reward must be a function"),
         ("--objective grpo", "grpo needs rewards"),
-        ("--reward even --objective dpo", "rewards require objective='grpo'"),
+        ("--reward even --objective dpo", "rewards require --objective grpo"),
         ("--reward even --columns prompt=total", "reward 'even' needs 'total'"),
     ):
         assert told in ready.run(f"%%lora_train model --data sums --tokenizer tok {option}\nmax_steps = 1").line
@@ -193,6 +193,7 @@ def test_data_is_completed(ready: Notebook) -> None:
     assert ready.complete("%lora data su") == ["sums.jsonl"]
     assert {"rows", "sums.jsonl", '"with space.jsonl"'} <= {*ready.complete("%lora_train model --data ")}
     assert "model" not in ready.complete("%lora_train model --data ")
+    assert "--learn {all,last,completion}" in ready.run("%lora help lora_train").everything
     assert "(default: the notebook's only one)" in " ".join(ready.run("%lora help lora_train").everything.split())
     assert '"with space.jsonl"' in ready.complete("%lora data wi")
     assert "rows" in ready.complete("%lora_train model --data ro")
