@@ -203,6 +203,16 @@ class MemberState:
 
 
 @dataclass(frozen=True)
+class NamedRows:
+    """The rows to score a trained adapter on, as a cell named them."""
+
+    text: str = ""
+    """What follows ``--data`` in a line, with the options for these rows; empty if no cell named them."""
+    learned: bool = False
+    """Whether the adapter was trained on them, because there are no others."""
+
+
+@dataclass(frozen=True)
 class TrainState:
     """State of a training run."""
 
@@ -251,6 +261,8 @@ class TrainState:
     """Folder in which the run is recorded, or the empty string."""
     members: tuple[MemberState, ...] = ()
     """The adapters of a sweep; the figures above then refer to all of them."""
+    rows: NamedRows = NamedRows()
+    """The rows to score it on."""
 
     @property
     def best_member(self) -> MemberState | None:

@@ -150,10 +150,10 @@ class Source:
     def _not_found(self, what: str) -> CheckpointNotFoundError:
         folder = self.folder
         if not folder.exists():
-            siblings = os.listdir(folder.parent) if folder.parent.is_dir() else []
-            hint = did_you_mean(folder.name, siblings)
             bare = ", and an id on the hub reads user/name" if os.sep not in self.name and "/" not in self.name else ""
-            return CheckpointNotFoundError(f"there is no folder {folder}{bare}.{hint}", path=str(folder))
+            return CheckpointNotFoundError(
+                f"there is no folder {folder}{bare}.{_near_folder(folder)}", path=str(folder)
+            )
         if not folder.is_dir():
             return CheckpointNotFoundError(f"{folder} is a file, not a folder with {what}", path=str(folder))
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
@@ -409,6 +409,22 @@ def _writing(call: Callable[[], Result], repo_id: str) -> Result:
         raise CheckpointError("the hub cannot be reached: nothing was uploaded", repo_id=repo_id) from None
 
 
+def _or_near(message: str, name: str) -> str:
+    """A message about a name that is no folder, with a hint at a folder with a similar name, if there is one."""
+    hint = _near_folder(Path(name))
+    return f"{message}.{hint}" if hint else message
+
+
+def _near_folder(place: Path) -> str:
+    """A hint at a folder with a similar name beside a place; empty if there is none."""
+    try:
+        siblings = [item.name for item in place.parent.iterdir() if item.is_dir()]
+    except OSError:
+        return ""
+    found = [repr(str(place.parent / name)) for name in near(place.name, siblings)]
+    return f" Did you mean {' or '.join(found)}?" if found else ""
+
+
 def _translating(call: Callable[[], Result], repo_id: str, filename: str, revision: str | None) -> Result:
     """Runs a call to the hub and turns its errors into one clear line."""
     from huggingface_hub import errors
@@ -423,22 +439,29 @@ def _translating(call: Callable[[], Result], repo_id: str, filename: str, revisi
         raise CheckpointError(f"{repo_id!r} is gated: ask for access on its page and log in") from None
     except errors.RepositoryNotFoundError:
         raise CheckpointNotFoundError(
-            f"{repo_id!r} is neither a folder here nor a repository on the hub that this login can access{what}",
+            _or_near(
+                f"{repo_id!r} is neither a folder here nor a repository on the hub that this login can access{what}",
+                repo_id,
+            ),
             repo_id=repo_id,
         ) from None
     except errors.RevisionNotFoundError:
         raise CheckpointNotFoundError(f"{repo_id!r} has no revision {revision!r}", repo_id=repo_id) from None
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointNotFoundError(
-            f"{repo_id!r} is not a folder here, {filename}{at} is not cached, and the hub "
-            "is offline or cannot be reached",
+            _or_near(
+                f"{repo_id!r} is not a folder here, {filename}{at} is not cached, and the hub is offline or cannot be "
+                "reached",
+                repo_id,
+            ),
             repo_id=repo_id,
         ) from error
     except errors.EntryNotFoundError:
         raise CheckpointNotFoundError(f"{repo_id!r} on the hub has no {filename}{at}", repo_id=repo_id) from None
     except errors.HFValidationError:
         raise CheckpointNotFoundError(
-            f"{repo_id!r} is not a folder here and cannot be the name of a repository on the hub", repo_id=repo_id
+            _or_near(f"{repo_id!r} is not a folder here and cannot be the name of a repository on the hub", repo_id),
+            repo_id=repo_id,
         ) from None
     except (OSError, ValueError, getattr(errors, "HTTPError", OSError)) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]

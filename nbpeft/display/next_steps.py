@@ -13,7 +13,7 @@ _STEPS = (
     ("Save", "%lora save adapters/{folder}{named}{model}"),
     ("Ask", '%lora ask "{prompt}" --adapter {names}{model}'),
     ("Compare", "%lora panel compare{target}"),
-    ("Score", "%lora score {name} --data rows{model}"),
+    ("{score}", "%lora score {name} --data {rows}{model}"),
     ("Ship", "%lora ship {name} --for ollama{model}"),
 )
 """What to do with a trained adapter, and the command for it."""
@@ -68,10 +68,13 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         "name": one,
         "prompt": _escaped(cut(train.samples[-1].prompt, 60)) if train.samples else "your prompt",
         "model": "" if alone else f" --model {model_name}",
+        "rows": train.rows.text or "ROWS",
+        "score": "Score on its training rows" if train.rows.learned else "Score",
         "target": "" if alone else f" {model_name}",
     }
     saved = not any(item.unsaved for item in found)
-    commands = tuple((label, command.format_map(words)) for label, command in _STEPS if not (saved and label == "Save"))
+    steps = (step for step in _STEPS if not (saved and step[0] == "Save"))
+    commands = tuple((label.format_map(words), command.format_map(words)) for label, command in steps)
     unfinished = train.status != "finished" and bool(run) and train.kept_step is None
     commands += (("Resume", resume),) if unfinished else ()
     return NextSteps(saved, "", commands)

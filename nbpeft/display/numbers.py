@@ -81,8 +81,19 @@ def learning_rate(value: float | None) -> str:
         return NONE
     if value == 0:
         return "0"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return _scientific(value, 1)
+
+
+def setting(value: float) -> str:
+    """Returns the value of a setting, to four digits: ``0.05``, ``1e-4``, ``2.5e-6``."""
+    plain = not math.isfinite(value) or value == 0 or 0.01 <= abs(value) < 1e6
+    return f"{value:.4g}" if plain else _scientific(value, 3)
+
+
+def _scientific(value: float, digits: int) -> str:
+    """Returns a number with at most some digits after the point, and an exponent without zeros."""
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def clock(seconds: float | None) -> str:

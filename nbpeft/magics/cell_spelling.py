@@ -1,7 +1,7 @@
 """Rewrites the messages of the session in the notation of cells.
 
-The session names Python calls and arguments, ``session.use('sql')`` and ``(name=…)``. In a cell these are
-``%lora use sql`` and ``(--name)``.
+The session names Python calls and arguments, ``session.use('sql')``, ``(name=…)`` and ``eval_data=0.1``. In a cell
+these are ``%lora use sql``, ``(--name)`` and ``--eval 0.1``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nbpeft.magics.parse import Subcommand
 from nbpeft.magics.tokenize import quoted
 
 _PHRASES = {
@@ -19,23 +21,15 @@ _PHRASES = {
     "session.merge(calibrate=…)": "%lora merge --calibrate ROWS",
     "with members={": "with the line members = {",
     "model.enable_adapter_layers()": "%lora on",
+    "give stop='half' to": "give --stop half to",
     "save_as_lora(DIR, model, rank=64)": "%lora convert NAME --rank 64",
 }
-_OPTIONS = {
-    "data": "--data",
-    "eval_data": "--eval",
-    "eval_by": "--eval-by",
-    "adapter": "--adapter",
-    "patience": "--patience",
-    "sample": "--sample",
-    "score": "--score",
-    "stop": "--stop",
-}
-"""Argument of a training -> the option of a cell."""
-_VALUE = re.compile(rf"(?<![\w.'\"-])({'|'.join(_OPTIONS)})=('[^']*'|[\d.]*\d|…)")
+_ROW_OPTIONS = {"data": "--data", "eval_data": "--eval"}
 _ROWS = re.compile(r"(?<![\w.'\"-])((?:eval_)?data)=\{([^{}…]+: …(?:, [^{}…]+: …)*)\}")
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
 _COLUMNS = re.compile(r"columns=(\{['\"][^{}]*\})")
+_NEVER = "(?!)"
+_VALUE = r"(…|\.\.\.|'[^']*'|True\b|False\b|None\b|-?\d[\w.]*)"
 _ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
 _MODEL = re.compile(r"\bmodel='([^']+)'")
 
@@ -59,29 +53,62 @@ def _with_option(argument: re.Match[str]) -> str:
     return f"(--{argument[1].replace('_', '-')})"
 
 
-def _with_value(argument: re.Match[str]) -> str:
-    """``eval_data=0.1`` as ``--eval 0.1``."""
-    return f"{_OPTIONS[argument[1]]} {argument[2].strip(chr(39))}"
-
-
 def _with_rows(argument: re.Match[str]) -> str:
     """``data={'a': …, 'b': …}`` as ``--data a=ROWS b=ROWS``."""
     names = [part.rpartition(": ")[0].strip("'") for part in argument[2].split(", ")]
-    return " ".join([_OPTIONS[argument[1]], *(f"{name}=ROWS" for name in names)])
+    return " ".join([_ROW_OPTIONS[argument[1]], *(f"{name}=ROWS" for name in names)])
 
 
-def in_cell_spelling(said: Any) -> Any:
-    """Return a message, or a result with its notes, in the notation of cells."""
+def option_names(command: Subcommand, others: Iterable[Subcommand]) -> dict[str, str]:
+    """Return the options of a command by the names of the session's arguments: ``eval_data`` -> ``--eval``.
+
+    Those of other commands are included, except for a command with fields: there, a name may be that of a field.
+
+    Args:
+        command: the command.
+        others: all commands.
+    """
+    known = {item.dest: item.flags[0] for other in others for item in other.arguments if not item.positional}
+    own = {item.dest: item.flags[0] for item in command.arguments if not item.positional}
+    return own if command.fields else {**known, **own}
+
+
+def _with_options(said: str, names: Mapping[str, str]) -> str:
+    """Replace ``eval_data=0.1`` by ``--eval 0.1``, and a name alone where it can only be meant so."""
+
+    def given(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if value == "False" and f"no_{name}" in names:
+            return names[f"no_{name}"]
+        if value in ("…", "...", "True"):
+            return names[name]
+        return f"{names[name]} {quoted(value.strip(chr(39)))}"
+
+    words = "|".join(sorted(names, key=len, reverse=True)) or _NEVER
+    alone = "|".join(name for name in names if "_" in name) or _NEVER
+    said = re.sub(rf"(?<![\w.'\"-])({words})={_VALUE}", given, said)
+    said = re.sub(rf"^({words})(?= (?:has|needs|must|is for) )", lambda name: names[name[1]], said)
+    return re.sub(rf"(?<![\w.'\"=-])({alone})(?![\w'\"=(.]\w?)", lambda name: names[name[1]], said)
+
+
+def in_cell_spelling(said: Any, names: Mapping[str, str] | None = None) -> Any:
+    """Return a message, or a result with its notes, in the notation of cells.
+
+    Args:
+        said: the message or the result.
+        names: argument of the session -> option of the command, as ``option_names`` returns them.
+    """
     if isinstance(said, tuple):
-        return tuple(map(in_cell_spelling, said))
+        return tuple(in_cell_spelling(part, names) for part in said)
     if isinstance(said, str):
         for phrase, cell in _PHRASES.items():
             said = said.replace(phrase, cell)
         said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
-        said = _VALUE.sub(_with_value, _ROWS.sub(_with_rows, _COLUMNS.sub(_as_option, said)))
-        return _ARGUMENT.sub(_with_option, _MODEL.sub(_with_model, said))
+        said = _ROWS.sub(_with_rows, _COLUMNS.sub(_as_option, said))
+        said = _MODEL.sub(_with_model, said)
+        return _ARGUMENT.sub(_with_option, _with_options(said, names) if names else said)
     if dataclasses.is_dataclass(said) and not isinstance(said, type):
         parts = {name: getattr(said, name) for name in ("line", "notes", "added") if hasattr(said, name)}
-        changed = {name: new for name, part in parts.items() if (new := in_cell_spelling(part)) != part}
+        changed = {name: new for name, part in parts.items() if (new := in_cell_spelling(part, names)) != part}
         return dataclasses.replace(said, **changed) if changed else said
     return said

@@ -159,7 +159,9 @@ def _overview(command: Subcommand, prog: str) -> tuple[str, str]:
 
 def _usage(item: Argument) -> str:
     """How an argument is written: ``--batch N``, ``MODEL``."""
-    name = str(item.options.get("metavar") or item.flags[0].lstrip("-"))
+    choices = item.options.get("choices")
+    usual = f"{{{','.join(choices)}}}" if choices else item.flags[0].lstrip("-")
+    name = str(item.options.get("metavar") or usual)
     if item.positional:
         return f"{name} …" if item.many else name
     flags = ", ".join(item.flags)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from traitlets import Enum, Unicode, observe
 
 from nbpeft.errors import CellError, Interrupted, NbpeftError, TrainingInterrupted, in_one_line
 from nbpeft.magics.body import excerpt, parse_body, with_fields
-from nbpeft.magics.cell_spelling import in_cell_spelling
+from nbpeft.magics.cell_spelling import in_cell_spelling, option_names
 from nbpeft.magics.complete import CompletionSources, Values
 from nbpeft.magics.help import FOR_AGENTS, agent_guide, command_help, main_help
 from nbpeft.magics.inspecting import describe
@@ -61,6 +61,7 @@ class NbpeftMagics(magic.Magics):
         if self.runs_dir is not None:  # else it may have been set in Python
             self.session.context.runs_dir = self.runs_dir
         self._trained: dict[str, Any] = {}
+        self._options: dict[str, str] = {}
         self._unsubscribe: Callable[[], None] = self.session.on_run(self._run_starts)
 
     def close(self) -> None:
@@ -139,6 +140,7 @@ class NbpeftMagics(magic.Magics):
             request = parse_arguments(CELLS[name], prog, tokenize(line), notebook.namespace)
         if request.help:
             return command_help(request.command, prog)
+        self._options = option_names(request.command, (*SUBCOMMANDS.values(), *CELLS.values()))
         options = with_fields(request.options, cell, notebook.namespace)
         return request.command.run(options, notebook)
 
@@ -159,15 +161,16 @@ class NbpeftMagics(magic.Magics):
         if silent and cell is None:
             line = line.rstrip().rstrip(";")
         interrupted: Interrupted | None = None
+        self._options = {}
         self.session.adopt(self.shell.user_ns)
         self._show_notices()
         try:
             result = self._run(name, line, cell, silent=silent)
             self._show_notices()
-            return None if silent else in_cell_spelling(result)
+            return None if silent else in_cell_spelling(result, self._options)
         except NbpeftError as error:
             self._show_notices()
-            message = _message(error, cell)
+            message = _message(error, cell, self._options)
             self._keep_traceback(error)
         except TrainingInterrupted as error:
             interrupted = TrainingInterrupted(str(error), error.result)
@@ -189,7 +192,7 @@ class NbpeftMagics(magic.Magics):
     def _show_notices(self) -> None:
         """Shows pending notices of the session, each on a line of its own."""
         for words in self.session.notices():
-            display(Notice(in_cell_spelling(words)))
+            display(Notice(in_cell_spelling(words, self._options)))
 
     def _keep_traceback(self, error: BaseException) -> None:
         """Stores the traceback as text, and clears its frames so that they keep no tensors alive."""
@@ -242,12 +245,18 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
     )
 
 
-def _message(error: NbpeftError, cell: str | None) -> str:
-    """The message of an error; for an error in a cell body, also the line it occurs in, with a caret."""
+def _message(error: NbpeftError, cell: str | None, options: Mapping[str, str]) -> str:
+    """The message of an error; for an error in a cell body, also the line it occurs in, with a caret.
+
+    Args:
+        error: the error.
+        cell: the body; None for a line magic.
+        options: argument of the session -> option of the command.
+    """
     located = error if isinstance(error, CellError) else _locate(error, cell)
     text = in_one_line(error)
     if not isinstance(error, CellError):  # the magics' own errors are in cell notation already
-        text = in_cell_spelling(text)
+        text = in_cell_spelling(text, options)
     if len(text) > _LONGEST:  # cut in the middle: the beginning says what is wrong, the end what to do
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 3 :]}"
     if cell is None or located is None or located.line is None:

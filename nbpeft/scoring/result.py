@@ -68,6 +68,7 @@ class ScoreResult(Shown):
         settings: temperature, top-p and seed of sampled answers; empty for greedy ones.
         done: share of the work that is done, from 0 to 1.
         elsewhere: losses on further rows, or on a general text; None if they were not measured.
+        limit: greatest number of tokens of an answer; None if nothing is generated.
     """
 
     model_name: str
@@ -83,6 +84,7 @@ class ScoreResult(Shown):
     settings: Mapping[str, float] = field(default_factory=dict, hash=False)
     done: float = 1.0
     elsewhere: ScoreResult | None = None
+    limit: int | None = None
 
     def by(self, metric: str) -> ScoreResult:
         """The same result with the scores of another metric.
@@ -264,7 +266,8 @@ def _running(result: ScoreResult) -> Iterator[Block]:
     means = [f"{name} {_value(result, sum(values) / len(values))}" for name, values in found.items() if values]
     if means:
         yield line(dim(f"{result.metric} so far: {', '.join(means)}"))
-    yield line(dim("an interruption keeps what is scored"))
+    limit = [] if result.limit is None else [f"each answer has at most {plural(result.limit, 'token')}"]
+    yield line(dim(" · ".join([*limit, "an interruption keeps what is scored"])))
 
 
 def _value(result: ScoreResult, value: float) -> str:

@@ -155,7 +155,7 @@ def score(
     read = read_rows(model, rows, metrics, tokenizer, **own, **reading)
     state = Scoring(name, found, metrics, read, settings, [*column_notes, *form_notes, *read.notes])
     further = _elsewhere(model, state, also, general, tokenizer, reading)
-    limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
+    state.limit = limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
     parts = [state] if further is None else [state, further]
     steps = sum(part.steps for part in parts)
     with progress_bar(steps, "scoring", show=progress and on_progress is None) as bar:
@@ -245,6 +245,7 @@ class Scoring:
         settings: how rows are answered.
         notes: messages about rows and columns.
         done: number of (row, column) pairs that are computed, for each kind of computation.
+        limit: the greatest number of tokens of an answer.
     """
 
     name: str
@@ -254,13 +255,13 @@ class Scoring:
     settings: ScoreSettings
     notes: list[str]
     done: int = 0
+    limit: int = 0
     _answers: list[dict[str, str]] = field(init=False)
     _values: list[dict[str, dict[str, float | bool]]] = field(init=False)
     _weights: list[float] = field(init=False)
     _cut: list[set[str]] = field(init=False)
     _failed: dict[str, list[str]] = field(default_factory=dict)
     _not_finite: dict[str, list[int]] = field(default_factory=dict)
-    _limit: int = 0
     _started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -297,7 +298,7 @@ class Scoring:
             should_stop: True ends it.
             advanced: called after each batch.
         """
-        self._limit = limit
+        self.limit = limit
         given: dict[str, Any] = {"tokenizer": tokenizer, "should_stop": should_stop}
         expected, groups = 0, groups_of(self.columns)
         while groups:
@@ -333,7 +334,7 @@ class Scoring:
             before = self.done
             if kind == "answers":
                 batches: Iterable[Any] = answer_rows(
-                    model, rows, columns, self.settings, limit=self._limit, ends=self.read.ends, **given
+                    model, rows, columns, self.settings, limit=self.limit, ends=self.read.ends, **given
                 )
                 take: Callable[[Any], None] = self._take_answers
             elif kind == "tokens":
@@ -456,6 +457,7 @@ class Scoring:
             self.settings.seed,
             given if self.settings.draws else {},
             self.done / self.steps if self.steps else 1.0,
+            limit=self.limit if any(metric.needs == "answers" for metric in self.metrics) else None,
         )
 
     def _item(self, place: int, row: ScoredRow) -> ScoreItem:
@@ -486,7 +488,7 @@ class Scoring:
         cut = {column.title: titles.count(column.title) for column in self.columns}
         if any(cut.values()):
             each = ", ".join(f"{title} {count}" for title, count in cut.items() if count)
-            return [f"answers cut at {plural(self._limit, 'token')} (max_new_tokens): {each}", *self.failures()]
+            return [f"answers cut at {plural(self.limit, 'token')} (max_new_tokens): {each}", *self.failures()]
         return self.failures()
 
     def _cut_early(self, place: int) -> list[str]:

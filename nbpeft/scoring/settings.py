@@ -221,8 +221,7 @@ def in_parts(compute: Callable[[Sequence[int]], list[Any] | None], places: Seque
             raise
         if len(places) == 1:
             raise AdapterError(
-                "out of memory with one row: score fewer adapters at a time (adapters=…), or shorter answers "
-                "(max_new_tokens=…)"
+                "out of memory with one row: score fewer adapters at a time, or shorter answers (max_new_tokens=…)"
             ) from None
     free_memory()  # out here the error no longer holds the tensors of the call
     found: list[Any] = []

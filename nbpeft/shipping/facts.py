@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nbpeft.checkpoint import PromptFormat, prompt_format
 from nbpeft.engine.contract.adapter import IsLowRank, LowRankDelta, PeftType
 from nbpeft.engine.contract.base import LayerKind
 from nbpeft.engine.contract.registry import method_of, methods
@@ -47,6 +48,7 @@ class AdapterFacts:
         base_name: hub id of the base model; empty if it has none.
         byte_count: size of the adapter's tensors in bytes.
         kept_byte_count: size in bytes of those that are not adapter parameters: trained copies and biases.
+        form: the format of the rows that it was trained on; None if it is unknown.
     """
 
     name: str
@@ -72,6 +74,12 @@ class AdapterFacts:
     base_name: str
     byte_count: int
     kept_byte_count: int
+    form: PromptFormat | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it was trained on text without the chat template."""
+        return self.form is not None and not self.form.chat and not self.form.classes
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -156,6 +164,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
         base_name=base_name_of(model),
         byte_count=_bytes(weights.adapters.values()) + kept,
         kept_byte_count=kept,
+        form=prompt_format(config),
     )
 
 

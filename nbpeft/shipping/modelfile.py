@@ -2,12 +2,14 @@
 
 Ollama's chat templates are Go templates, those of tokenizers are Jinja. If one of the formats defined here gives the
 same prompt as the tokenizer's template, it is written as a Go template. Otherwise the Modelfile has no template, and
-Ollama uses the one that it detects in the GGUF file.
+Ollama uses the one that it detects in the GGUF file. An adapter that was trained without a chat template gets the
+template that is the prompt alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -29,6 +31,11 @@ class ChatFormat:
     end: str
     begin: str = ""
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The lines of a Modelfile after its template."""
+        return (f'PARAMETER stop "{self.end}"',) if self.end else ()
+
     def prompt(self, system: str, user: str) -> str:
         """Returns the text of a prompt, without ``begin``.
 
@@ -40,6 +47,8 @@ class ChatFormat:
 
     def go_template(self) -> str:
         """Returns the format as a Go template for Ollama."""
+        if self == PROMPT_ALONE:
+            return "{{ .Prompt }}"
         system = "{{ if .System }}" + self.system % "{{ .System }}" + "{{ end }}"
         user = "{{ if .Prompt }}" + self.user % "{{ .Prompt }}" + "{{ end }}"
         return f"{system}{user}{self.answer}{{{{ .Response }}}}{self.end}"
@@ -65,23 +74,52 @@ CHAT_FORMATS = {
 """Name of a chat format -> the format."""
 
 
-def chat_format_of(tokenizer: Any) -> ChatFormat | None:
-    """Returns the format that gives the same prompt as a tokenizer's chat template; None if there is none."""
+PROMPT_ALONE = ChatFormat("", "%s", "", "")
+"""No chat format: the prompt is written as it is given, and a system prompt is not written."""
+_SYSTEM, _USER = "Be brief.", "What is 2 + 2?"
+
+
+def chat_format_of(tokenizer: Any, variables: Mapping[str, Any] | None = None) -> ChatFormat | None:
+    """Returns the format that gives the same prompt as a tokenizer's chat template; None if there is none.
+
+    Args:
+        tokenizer: the tokenizer.
+        variables: variables for its chat template, which may begin the answer.
+    """
+    text = _rendered(tokenizer, _SYSTEM, variables)
+    for format in CHAT_FORMATS.values():
+        prompt = format.begin + format.prompt(_SYSTEM, _USER)
+        if text.startswith(prompt):
+            begun = text.removeprefix(prompt)
+            return replace(format, answer=format.answer + begun) if begun else format
+    return None
+
+
+def usual_system(tokenizer: Any, chat: ChatFormat, variables: Mapping[str, Any] | None = None) -> str:
+    """Returns the system prompt that a chat template writes if none is given; empty if it writes none.
+
+    Args:
+        tokenizer: the tokenizer.
+        chat: its chat format.
+        variables: variables for its chat template.
+    """
+    before, after = chat.system.split("%s")
+    text = _rendered(tokenizer, None, variables)
+    head, tail = chat.begin + before, after + chat.user % _USER + chat.answer
+    return text.removeprefix(head).removesuffix(tail) if text.startswith(head) and text.endswith(tail) else ""
+
+
+def _rendered(tokenizer: Any, system: str | None, variables: Mapping[str, Any] | None) -> str:
+    """A prompt in a tokenizer's chat template; empty if it has none, or refuses the prompt."""
     if not getattr(tokenizer, "chat_template", None):
-        return None
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
+        return ""
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": _USER})
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(messages, **(variables or {}), **options))
     except Exception:  # a template may refuse a system prompt, or be broken
-        return None
-    return next(
-        (
-            format
-            for format in CHAT_FORMATS.values()
-            if text == format.begin + format.prompt(messages[0]["content"], messages[1]["content"])
-        ),
-        None,
-    )
+        return ""
 
 
 def modelfile(source: str, adapter: str | None, chat: ChatFormat | None, system: str = "") -> str:
@@ -91,12 +129,12 @@ def modelfile(source: str, adapter: str | None, chat: ChatFormat | None, system:
         source: the base model's name in Ollama, or path of a GGUF file relative to the Modelfile.
         adapter: path of a GGUF adapter relative to the Modelfile, or None.
         chat: the chat format; None writes no template.
-        system: the system prompt; empty for none. One with three quotes cannot be written and is left out.
+        system: the system prompt, without three quotes in a row; empty for none.
     """
     lines = [f"FROM {source}"]
     lines += [f"ADAPTER {adapter}"] if adapter else []
     if chat is not None:
-        lines += [f'TEMPLATE """{chat.go_template()}"""', f'PARAMETER stop "{chat.end}"']
-    if system and '"""' not in system:
+        lines += [f'TEMPLATE """{chat.go_template()}"""', *chat.parameters]
+    if system:
         lines.append(f'SYSTEM """{system}"""')
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.checkpoint import NewFile, in_place_of, prompt_format
+from nbpeft.checkpoint import NewFile, in_place_of
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
@@ -22,11 +22,13 @@ from nbpeft.shipping.facts import AdapterFacts, facts_of
 from nbpeft.shipping.formats import GGUF_ADAPTER, GGUF_MODEL, Package
 from nbpeft.shipping.gguf_model import MIXTURES
 from nbpeft.shipping.importance import Rows
-from nbpeft.shipping.modelfile import chat_format_of, modelfile
+from nbpeft.shipping.modelfile import PROMPT_ALONE, chat_format_of, modelfile, usual_system
 from nbpeft.shipping.verdict import Verdict, verdict_of
 
 _OLLAMA_NAME = re.compile(r"[\w./:-]{1,200}", re.ASCII)
 _NO_TEMPLATE = "the chat template is not known to nbpeft: Ollama uses the one that it detects, or set TEMPLATE yourself"
+_PLAIN = "trained without the chat template, and the Modelfile applies none: write prompts as in the training rows"
+_QUOTES = "the system prompt of the training rows is left out: a Modelfile cannot contain its three quotes in a row"
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,7 @@ def _plan(
             f"{', '.join(MIXTURES)} (quantize=…)"
         )
     notes = list(verdict.notes)
-    system = getattr(prompt_format(manager.configs[facts.name]), "system", None) or ""
-    texts = _modelfile(base, merged, tokenizer, system, notes) if chosen.name == "ollama" else []
+    texts = _modelfile(base, merged, tokenizer, facts, notes) if chosen.name == "ollama" else []
     package = _package(manager, facts, form, stored_as, tokenizer, texts, calibrate)
     folder = Path(os.path.expanduser(os.fspath(to or f"{facts.name}-{chosen.name}")))
     notes += _format_notes(facts, form)
@@ -247,14 +248,24 @@ def _package(
     return formats.single_file(facts, form.format)
 
 
-def _modelfile(base: str | None, merged: bool, tokenizer: Any, system: str, notes: list[str]) -> list[NewFile]:
-    """Returns Ollama's Modelfile; for an adapter it has no template, because Ollama's base model has one."""
-    if not merged:
-        return [NewFile.of_text("Modelfile", modelfile(str(base), f"./{GGUF_ADAPTER}", None, system))]
-    chat = chat_format_of(tokenizer)
-    if chat is None:
+def _modelfile(base: str | None, merged: bool, tokenizer: Any, facts: AdapterFacts, notes: list[str]) -> list[NewFile]:
+    """Returns Ollama's Modelfile, which asks the adapter as it was trained.
+
+    For an adapter on a base model of Ollama, which has a chat template, it has one only if none was used in training.
+    """
+    system, variables = (facts.form.system or "", facts.form.variables) if facts.form is not None else ("", {})
+    chat = PROMPT_ALONE if facts.is_plain else chat_format_of(tokenizer, variables) if merged else None
+    if facts.is_plain:
+        notes.append(_PLAIN)
+    elif merged and chat is None:
         notes.append(_NO_TEMPLATE)
-    return [NewFile.of_text("Modelfile", modelfile(f"./{GGUF_MODEL}", None, chat, system))]
+    elif chat is not None and not system:
+        system = usual_system(tokenizer, chat, variables)
+    if '"""' in system:
+        notes.append(_QUOTES)
+        system = ""
+    source, adapter = (f"./{GGUF_MODEL}", None) if merged else (str(base), f"./{GGUF_ADAPTER}")
+    return [NewFile.of_text("Modelfile", modelfile(source, adapter, chat, system))]
 
 
 def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:

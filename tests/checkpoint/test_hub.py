@@ -128,13 +128,19 @@ def test_what_is_not_there(
     assert "\n" not in str(caught.value)
 
 
-def test_gated_unreachable_and_offline(hub: Hub, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gated_unreachable_and_offline(
+    hub: Hub, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     hub.gated.add("me/gated")
     with pytest.raises(CheckpointError, match="gated"):
         read_config("me/gated", **options)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointNotFoundError, match="is offline or cannot be reached"):
         read_config("me/sql", **options)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapters" / "course").mkdir(parents=True)
+    with pytest.raises(CheckpointNotFoundError, match=r"reached\. Did you mean 'adapters/course'\?$"):
+        read_config("adapters/corse", **options)
 
 
 def test_a_hub_that_is_not_there(hub: Hub, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

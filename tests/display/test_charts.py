@@ -123,7 +123,7 @@ def test_the_values_of_each_step_are_under_the_mouse(status: Any) -> None:
     state = train_state(25, 40, status=status, series={"learning rate": ((24, 1e-3), (25, 5e-4))})
     before, *shown, after = charts.loss_columns(state)
     assert [column.text.partition("\n")[0] for column in shown] == [f"step {step}" for step in range(1, 26)]
-    assert shown[-1].text.split("\n")[1].startswith("loss 0.1") and "learning rate 5.0e-4" in shown[-1].text
+    assert shown[-1].text.split("\n")[1].startswith("loss 0.1") and "learning rate 5e-4" in shown[-1].text
     assert "eval loss 0.102" not in shown[-1].text and "eval loss" in shown[19].text
     assert sum(column.share for column in (before, *shown, after)) == pytest.approx(1)
     assert before.text == after.text == ""

@@ -19,7 +19,7 @@ from nbpeft.display.models import adapter_cells, adapter_table, condition, model
 from nbpeft.display.next_steps import NextSteps, next_steps
 from nbpeft.display.training import training_card, training_text
 from nbpeft.session.results import MemoryReport
-from nbpeft.state import AdapterState, MemberState, MemoryPart, MemoryState, Sample, SessionState
+from nbpeft.state import AdapterState, MemberState, MemoryPart, MemoryState, NamedRows, Sample, SessionState
 from nbpeft.widgets import styles
 from nbpeft.widgets.adapter_rows import adapter_row, row_head
 from tests.widgets.fakes import ADAPTERS, MEMORY, adapter, model, train_state
@@ -314,9 +314,15 @@ class TestWhatFollowsATraining:
             "Save": "%lora save adapters/orders --name orders --model model",
             "Ask": "%lora ask \"Say 'hi'\\n\\\\o/\" --adapter orders --model model",
             "Compare": "%lora panel compare model",
-            "Score": "%lora score orders --data rows --model model",
+            "Score": "%lora score orders --data ROWS --model model",
             "Ship": "%lora ship orders --for ollama --model model",
         }
+
+    def test_the_rows_to_score_on_are_those_that_the_cell_named(self) -> None:
+        for learned, label in ((False, "Score"), (True, "Score on its training rows")):
+            steps = following(ended(rows=NamedRows("held_out --columns prompt=q", learned)))
+            assert steps is not None
+            assert dict(steps.commands)[label] == "%lora score orders --data held_out --columns prompt=q"
 
     def test_of_a_sweep_the_best_adapter_is_named_and_of_several_adapters_all(self) -> None:
         members = tuple(
@@ -379,11 +385,17 @@ def test_durations(seconds: float | None, text: str) -> None:
     assert numbers.clock(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (0, "0"), (7.1e-4, "7.1e-4"), (1e-10, "1.0e-10"), (1, "1.0e0")]
-)
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (0, "0"), (7.1e-4, "7.1e-4"), (1e-10, "1e-10"), (1, "1e0")])
 def test_learning_rates(value: float | None, text: str) -> None:
     assert numbers.learning_rate(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.05, "0.05"), (5e-6, "5e-6"), (1e-4, "1e-4"), (2.555e-4, "2.555e-4"), (math.inf, "inf")],
+)
+def test_settings(value: float, text: str) -> None:
+    assert numbers.setting(value) == text
 
 
 @pytest.mark.parametrize(

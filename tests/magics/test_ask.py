@@ -84,8 +84,8 @@ def test_a_conversation_goes_on_or_begins_anew(ready: Notebook) -> None:
 
 def test_mistakes_are_one_line(ready: Notebook) -> None:
     assert "Did you mean 'sql'?" in ready.run('%lora ask "Hi" --adapter sqk').line
-    assert ready.run('%lora ask "Hi" --temperature -1').line == "temperature must be a number of at least 0, not -1.0"
-    assert ready.run('%lora ask "Hi" --top-p 2').line == "top_p must be above 0 and at most 1, not 2.0"
+    assert ready.run('%lora ask "Hi" --temperature -1').line == "--temperature must be a number of at least 0, not -1.0"
+    assert ready.run('%lora ask "Hi" --top-p 2').line == "--top-p must be above 0 and at most 1, not 2.0"
     assert ready.run("%lora ask").line.startswith("%lora ask needs PROMPT")
     assert ready.run("%lora stop").line == "no training is running: there is nothing to stop"
     assert ready.run("%lora result").line == "model was not trained in this session"

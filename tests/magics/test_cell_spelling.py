@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import nbpeft.session
-from nbpeft.magics.cell_spelling import in_cell_spelling
-from nbpeft.magics.lora import SUBCOMMANDS
+from nbpeft.magics.cell_spelling import in_cell_spelling, option_names
+from nbpeft.magics.lora import CELLS, SUBCOMMANDS
 from nbpeft.session import Session
 
 PACKAGE = Path(nbpeft.session.__file__).parent.parent
@@ -28,18 +28,55 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
         ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora on)."),
         ("convert it to LoRA: save_as_lora(DIR, model, rank=64)", "convert it to LoRA: %lora convert NAME --rank 64"),
         (("add one with session.add(model, config)",), ("add one with a cell that begins with %%lora MODEL",)),
-        ("needs evaluations: pass eval_data=… or score=…", "needs evaluations: pass --eval … or --score …"),
-        ("eval_data=100 holds out 100 rows", "--eval 100 holds out 100 rows"),
-        ("their number (eval_data=0.1)", "their number (--eval 0.1)"),
-        ("stop='half' compares", "--stop half compares"),
         ("pass data={'sql': …, 'chat': …}", "pass --data sql=ROWS chat=ROWS"),
-        ("'eval_data=1' is text, train_data=3 another name", "'eval_data=1' is text, train_data=3 another name"),
         ("then run.step(loss=…), (r=8)", "then run.step(loss=…), (r=8)"),
         (None, None),
     ],
 )
 def test_messages(said: object, in_a_cell: object) -> None:
     assert in_cell_spelling(said) == in_a_cell
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "in_a_cell"),
+    [
+        (
+            "lora_train",
+            "stop='half' needs evaluations: pass eval_data=… or score=…",
+            "--stop half needs evaluations: pass --eval or --score",
+        ),
+        ("lora_train", "eval_data=3 is neither data, nor a share", "--eval 3 is neither data, nor a share"),
+        ("lora_train", "eval_by groups the rows (eval_data=0.1)", "--eval-by groups the rows (--eval 0.1)"),
+        ("lora_train", "remove seed=3, or learning_rate='x'", "remove seed=3, or learning_rate='x'"),
+        (
+            "lora_train",
+            "no 'max_length' or x.max_length, max_length_of",
+            "no 'max_length' or x.max_length, max_length_of",
+        ),
+        ("lora_train", "3 rows cut to 8 tokens (max_length)", "3 rows cut to 8 tokens (--max-length)"),
+        (
+            "score",
+            "answers cut at 4 tokens (max_new_tokens): base 2",
+            "answers cut at 4 tokens (--max-new-tokens): base 2",
+        ),
+        ("score", "no adapters, and base=False", "no adapters, and --no-base"),
+        ("score", "general=True for a general text", "--general for a general text"),
+        ("data", "preference tuning (objective='dpo')", "preference tuning (--objective dpo)"),
+        ("ship", "give its name, e.g. base='gemma2:2b' (base=…)", "give its name, e.g. --base gemma2:2b (--base)"),
+        ("lora_train", "patience needs evaluation data", "--patience needs evaluation data"),
+        (
+            "lora_train",
+            "'eval_data=1' is text, train_data=3 another name",
+            "'eval_data=1' is text, train_data=3 another name",
+        ),
+        ("lora_train", "the score has a name", "the score has a name"),
+        ("plan", "the batch has 3 rows", "the batch has 3 rows"),
+        ("use", "rows of 'replace=True' stay", "rows of 'replace=True' stay"),
+    ],
+)
+def test_arguments_are_options_of_the_command(command: str, said: str, in_a_cell: str) -> None:
+    commands = {**SUBCOMMANDS, **CELLS}
+    assert in_cell_spelling(said, option_names(commands[command], commands.values())) == in_a_cell
 
 
 def test_what_messages_name_is_there_in_cells() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from IPython.display import HTML
 
+from nbpeft.display.next_steps import next_steps
 from nbpeft.session import DataResult
 from tests.char_tokenizer import CharTokenizer
 from tests.magics.notebook import Notebook
@@ -125,7 +126,7 @@ def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> 
     assert told == "columns not used: 'id', 'label' (%lora data labelled --tokenizer tok shows them)"
     ready["odd"] = [{"ID": "a", "Ticket Text": "b"}]
     assert (
-        'say what they are called: --columns prompt="Ticket Text" completion=COLUMN' in ready.run("%lora data odd").line
+        'Say what they are called: --columns prompt="Ticket Text" completion=COLUMN' in ready.run("%lora data odd").line
     )
     ready["pairs"] = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     line = ready.run("%%lora_train model --data pairs --tokenizer tok --objective sft\nmax_steps = 1").line
@@ -163,7 +164,7 @@ def test_completions_are_scored_by_functions_of_the_notebook(ready: Notebook) ->
         ("--reward evn", "'evn'"),
         ("--reward sums", "a reward must be a function"),
         ("--objective grpo", "grpo needs rewards"),
-        ("--reward even --objective dpo", "rewards require objective='grpo'"),
+        ("--reward even --objective dpo", "rewards require --objective grpo"),
         ("--reward even --columns prompt=total", "reward 'even' needs 'total'"),
     ):
         assert told in ready.run(f"%%lora_train model --data sums --tokenizer tok {option}\nmax_steps = 1").line
@@ -192,6 +193,7 @@ def test_data_is_completed(ready: Notebook) -> None:
     assert ready.complete("%lora data su") == ["sums.jsonl"]
     assert {"rows", "sums.jsonl", '"with space.jsonl"'} <= {*ready.complete("%lora_train model --data ")}
     assert "model" not in ready.complete("%lora_train model --data ")
+    assert "--learn {all,last,completion}" in ready.run("%lora help lora_train").everything
     assert "(default: the notebook's only one)" in " ".join(ready.run("%lora help lora_train").everything.split())
     assert '"with space.jsonl"' in ready.complete("%lora data wi")
     assert "rows" in ready.complete("%lora_train model --data ro")
@@ -215,6 +217,34 @@ def test_columns_are_quoted_as_one_likes_and_hints_can_be_pasted(ready: Notebook
     command = told.partition("(%lora data")[2].rpartition(" shows them)")[0]
     assert ready.do(f"%lora data{command}").summary.row_count == 4 and "--skip-bad --columns" in command
     assert "with spaces: prompt=" in ready.run("%lora data odd --columns prompt=Ticket Text completion=ID").line
+
+
+@pytest.mark.parametrize(
+    ("line", "label", "rows"),
+    [
+        ("odd COLUMNS", "Score on its training rows", "odd COLUMNS"),
+        ("odd COLUMNS --eval 0.25", "Score on its training rows", "odd COLUMNS"),
+        ("odd COLUMNS --eval odd[:3] --skip-bad", "Score", "odd[:3] --skip-bad COLUMNS"),
+        ("sql=odd chat=odd COLUMNS", "Score", "ROWS"),
+    ],
+)
+def test_a_finished_card_scores_on_the_rows_that_the_cell_named(
+    ready: Notebook, line: str, label: str, rows: str
+) -> None:
+    columns = """--columns prompt="Ticket Text " completion='Team "A" (label)'"""
+    ready["odd"] = ODD
+    ready.do("%lora use sql chat" if "sql=" in line else "%lora use sql")
+    ready.do(f"%lora_train model --data {line.replace('COLUMNS', columns)} --tokenizer tok max_steps=1 --no-keep")
+    state = ready.session.state
+    train = state.model("model").training
+    command = dict(next_steps(train, state, "model").commands)[label]
+    if rows == "ROWS":
+        assert command == "%lora score sql --data ROWS"
+        return
+    wanted = rows.replace("COLUMNS", columns)
+    first, *others = wanted.split(" --", 1)
+    assert command == f"%lora score sql --data {first} --tokenizer tok --{others[0]}"
+    assert len(ready.do(f"{command} --metric loss").items) == (3 if "[:3]" in rows else 4)
 
 
 def test_a_prompt_and_a_completion_say_that_no_template_is_applied(ready: Notebook) -> None:
@@ -274,7 +304,7 @@ def test_options_of_conversations_stand_in_the_line_and_in_the_command_that_show
     assert (again.format, again.learned_count) == (shown.summary.format, shown.summary.learned_count)
     score = "%lora score --data chats --template loud=yes --max-new-tokens 2"
     assert ready.do(score).notes is not None
-    assert ready.run("%lora score --data chats --template lowd=yes").line.startswith("chat_template_kwargs: the chat")
+    assert ready.run("%lora score --data chats --template lowd=yes").line.startswith("--template: the chat")
     ready["texts"] = [{"text": "abcdefgh"}] * 2
     assert (
         "2 rows longer than the maximum length split into 4 parts"

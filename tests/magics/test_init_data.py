@@ -156,7 +156,7 @@ def test_values_of_a_sweep_each_start_from_the_rows(ready: Notebook) -> None:
         (cell("eva", "--init-data rowz"), "name 'rowz' is not defined. Did you mean 'rows'"),
         (
             cell("eva", "--init-rows 5"),
-            "init_rows has no effect without rows to initialize from (--init-data)",
+            "--init-rows has no effect without rows to initialize from (--init-data)",
         ),
         (cell("eva", "--init-data rows", target_modules=["embed_tokens"]), "EVA needs linear layers"),
         (cell("lora_ga", "--init-data rows", r=40), "takes a rank of at most"),

@@ -66,7 +66,7 @@ def test_a_metric_may_be_a_function_of_the_notebook(ready: Notebook) -> None:
         ("--data rows --metric number --tolerance x", "expected a number"),
         ("--data rowz", "name 'rowz' is not defined"),
         ("sqll --data rows", "sqll"),
-        ("--data rows --top-p 0.5", "top_p has no effect"),
+        ("--data rows --top-p 0.5", "--top-p has no effect"),
     ],
 )
 def test_mistakes_are_one_line(ready: Notebook, line: str, message: str) -> None:
@@ -98,7 +98,10 @@ def test_a_training_is_scored_and_stops_by_it(ready: Notebook) -> None:
     assert (
         "--metric: no metric is called 'exakt'" in ready.run(f"{cell.replace('f1 exact', 'exakt')}\nmax_steps = 1").line
     )
-    assert "without --score …" in ready.run("%%lora_train model --data rows --metric f1\nmax_steps = 1").line
+    assert (
+        "--metric has no effect without --score"
+        in ready.run("%%lora_train model --data rows --metric f1\nmax_steps = 1").line
+    )
     assert {"exact", "f1"} <= set(ready.complete("%%lora_train model --data rows --score rows --metric "))
 
 

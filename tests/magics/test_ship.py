@@ -66,7 +66,7 @@ def test_revisions_and_folders_of_a_repository(hub: Hub, adapted: Any) -> None:
     assert any("/resolve/v1/adapter_config.json" in request for request in hub.asked)
     assert "has no revision 'v9'" in adapted.run("%lora load me/sql@v9 --name x").line
     assert (
-        "and revision='v2' name different revisions" in adapted.run("%lora load me/sql@v1 --revision v2 --name x").line
+        "and --revision v2 name different revisions" in adapted.run("%lora load me/sql@v1 --revision v2 --name x").line
     )
     hub.files["me/many"] = {f"french/{name}": content for name, content in hub.files["me/sql"].items()}
     outcome = adapted.run("%lora load me/many --subfolder french")

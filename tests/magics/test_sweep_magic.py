@@ -292,7 +292,7 @@ def test_a_run_on_rows_of_each_is_named_by_its_adapters_and_asks_for_the_rows_of
     line = ready.run("%lora resume --data rows --eval rows").line
     assert line == "run sql+chat-1 trained each adapter on rows of its own: pass --data sql=ROWS chat=ROWS"
     line = ready.run("%lora resume --data sql=rows --eval sql=rows").line
-    assert line == "data has rows for 'sql', but the adapters to train are 'sql', 'chat'"
+    assert line == "--data has rows for 'sql', but the adapters to train are 'sql', 'chat'"
     resumed = ready.do("%lora resume --data sql=rows chat=rows[:3] --eval sql=held_out chat=rows[:3]")
     assert [member.name for member in resumed.training.members] == ["sql", "chat"]
 
@@ -300,17 +300,17 @@ def test_a_run_on_rows_of_each_is_named_by_its_adapters_and_asks_for_the_rows_of
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--data rows --stop half", "--stop half has no effect without a sweep: pass --patience … to stop early"),
+        ("--data rows --stop half", "--stop half has no effect without a sweep: pass --patience to stop early"),
         ("--data sql=rows chat=rows --stop half", "--stop half compares adapters, but each has rows of its own"),
         ("--data rows --eval 100", "--eval 100 holds out 100 of 6 rows"),
-        ("--data rows --patience 2", "patience needs evaluation data: pass --eval … or --score …"),
+        ("--data rows --patience 2", "--patience needs evaluation data: pass --eval or --score"),
         ("--data rows --eval-by x", "give their share or number (--eval 0.1)"),
         ("--data sql=rows chat=rows --eval sql=rows", "but the evaluation rows are those of 'sql'"),
         ("--data chta=rows", "no adapter is called 'chta' (adapters: 'chat', 'sql'). Did you mean 'chat'?"),
         ("--data other=rows", "--data: no adapter is called 'other' (adapters: 'chat', 'sql')"),
         ("--data year=2024/x.jsonl", "there is no file 'year=2024/x.jsonl', and none '2024/x.jsonl' for an adapter"),
         ("--data splits", "data is a DatasetDict: 'sql', 'test' are its splits, not adapters; pass one of them"),
-        ("--data sql=rows chat=rows --eval splits", "eval_data is a DatasetDict"),
+        ("--data sql=rows chat=rows --eval splits", "--eval is a DatasetDict"),
     ],
 )
 def test_mistakes_about_rows_and_evaluations_are_told_in_words_of_cells(
@@ -323,7 +323,7 @@ def test_mistakes_about_rows_and_evaluations_are_told_in_words_of_cells(
 
 def test_stop_half_needs_evaluations(ready: Notebook) -> None:
     line = ready.run(TRAIN.replace("--eval held_out", "--stop half")).line
-    assert "--stop half needs evaluations: pass --eval … or --score …" in line
+    assert "--stop half needs evaluations: pass --eval or --score" in line
 
 
 def test_the_rows_of_one_adapter_are_shown(ready: Notebook) -> None:
@@ -335,4 +335,4 @@ def test_fields_for_each_are_given_as_the_message_says(ready: Notebook) -> None:
     line = ready.run(f"{cell}learning_rate = sweep(0.1, 0.2)").line
     assert "give each its value with the line members = {'sql': {'learning_rate': …}, …}" in line
     result = ready.do(cell + "members = {'sql': {'learning_rate': 0.01}, 'chat': {}}")
-    assert result.members[0].settings == {"learning_rate": "1.0e-2"}
+    assert result.members[0].settings == {"learning_rate": "0.01"}

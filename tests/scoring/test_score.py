@@ -495,6 +495,7 @@ def test_progress_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nbpeft.scoring.score.INTERVAL", 0.0)
     seen: list[Any] = []
     scored(adapted(), max_new_tokens=2, batch_size=4, on_progress=seen.append)
+    assert "each answer has at most 2 tokens" in seen[0]._repr_html_()
     assert [result.done for result in seen] == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert all(result.status == "running" for result in seen)
     assert "exact so far: base" in seen[1]._repr_html_()

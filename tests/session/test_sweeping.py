@@ -93,7 +93,7 @@ def test_one_of_a_sweep_goes_on_as_two(background: bool) -> None:
         "slow",
         "finished",
         2,
-        "1.0e-3",
+        "1e-3",
     )
     tracked = session.context.models.get("model")
     assert tracked.steps_of(["slow"])[0] == 4 and tracked.origins["slow"] == "sql"

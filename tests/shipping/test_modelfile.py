@@ -13,8 +13,8 @@ import transformers
 from nbpeft.checkpoint import PromptFormat, set_prompt_format
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.shipping import ship
-from nbpeft.shipping.modelfile import CHAT_FORMATS, chat_format_of
-from tests.shipping.support import SIZES, adapted, tokenizer
+from nbpeft.shipping.modelfile import CHAT_FORMATS, chat_format_of, usual_system
+from tests.shipping.support import CHATML, SIZES, adapted, tokenizer
 
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
@@ -78,6 +78,47 @@ def test_the_system_prompt_of_the_training_rows_is_written(system: str | None, l
     ship(model, engine="ollama", base="smollm2:135m", to=tmp_path / "served")
     beginning = "FROM smollm2:135m\nADAPTER ./adapter.gguf\n"
     assert (tmp_path / "served" / "Modelfile").read_text() == beginning + line
+
+
+def test_a_system_prompt_that_ends_a_text_is_named(tmp_path: Path) -> None:
+    model = adapted()
+    set_prompt_format(model.manager.configs["sql"], PromptFormat(chat=True, system='Say """'))
+    done = ship(model, engine="ollama", base="smollm2:135m", to=tmp_path / "served")
+    assert "the system prompt of the training rows is left out" in done.notes[-1]
+
+
+@pytest.mark.parametrize("base", [None, "smollm2:135m"])
+def test_an_adapter_trained_without_the_template_is_asked_without_it(base: str | None, tmp_path: Path) -> None:
+    model = adapted()
+    set_prompt_format(model.manager.configs["sql"], PromptFormat(chat=False))
+    done = ship(model, engine="ollama", base=base, tokenizer=tokenizer(), to=tmp_path / "served")
+    files = "FROM ./model.gguf" if base is None else "FROM smollm2:135m\nADAPTER ./adapter.gguf"
+    assert (tmp_path / "served" / "Modelfile").read_text() == f'{files}\nTEMPLATE """{{{{ .Prompt }}}}"""\n'
+    assert "trained without the chat template, and the Modelfile applies none" in done.notes[-1]
+    for engine in ("vllm", "llama.cpp"):
+        said = ship(model, engine=engine, tokenizer=tokenizer(), dry_run=True).notes
+        assert any("send prompts to /v1/completions" in note for note in said)
+        set_prompt_format(model.manager.configs["sql"], PromptFormat(chat=True))
+        assert not any("completions" in note for note in ship(model, engine=engine, dry_run=True).notes)
+        set_prompt_format(model.manager.configs["sql"], PromptFormat(chat=False))
+
+
+def test_what_a_template_writes_by_itself_is_written_too(tmp_path: Path) -> None:
+    usual = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    unthinking = "{% if thinking is defined and not thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    made = tokenizer(usual + CHATML + unthinking)
+    chat = chat_format_of(made, {"thinking": False})
+    assert chat is not None and chat.answer == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert usual_system(made, chat, {"thinking": False}) == "Be kind."
+    assert usual_system(tokenizer(), CHAT_FORMATS["chatml"]) == ""
+    model = adapted()
+    for system, written_system in (("", "Be kind."), ("Be brief.", "Be brief.")):
+        form = PromptFormat(chat=True, system=system, template='{"thinking": false}')
+        set_prompt_format(model.manager.configs["sql"], form)
+        ship(model, engine="ollama", tokenizer=made, to=tmp_path / "served", overwrite=True)
+        text = (tmp_path / "served" / "Modelfile").read_text()
+        assert "assistant\n<think>\n\n</think>\n\n{{ .Response }}" in text
+        assert text.endswith(f'SYSTEM """{written_system}"""\n')
 
 
 def test_an_unknown_template_is_noted(tmp_path: Path) -> None:

@@ -171,8 +171,25 @@ class NoRows:
         ),
         (
             [{"ID": "a", "Ticket Text ": "b"}],
-            r"'. Or say what they are called: columns=\{'prompt': 'Ticket Text ', 'completion': 'COLUMN'\}",
+            r"'. Say what they are called: columns=\{'prompt': 'Ticket Text ', 'completion': 'COLUMN'\}",
         ),
+        (
+            [{"Nr": 1, "Course": "a", "Room": "b"}],
+            r"'Room'. Say what they are called, e\.g\. columns=\{'prompt': 'Course', 'completion': 'Room'\}\.$",
+        ),
+        (
+            [{"Room": "b", "Promt": "a"}],
+            r"Did you mean 'prompt'\? Or say what they are called, e\.g\. columns=\{'prompt': 'Promt', 'completion'",
+        ),
+        (
+            [{"Name": "a", "Inhalt": "a long text", "Ziel": "b"}],
+            r"e\.g\. columns=\{'prompt': 'Inhalt', 'completion': 'Ziel'\}\.$",
+        ),
+        ([{"dialog": [{"role": "user"}]}], r"Say where the conversations are: columns=\{'messages': 'dialog'\}\."),
+        ([{"talk": [{"from": "human"}]}], r"columns=\{'conversations': 'talk'\}\."),
+        ([{"messages": [{"speaker": "a", "text": "b"}]}], r"'text'. Rename them to role and content"),
+        ([{"text": "a"}, {"text": 3}], r"not text; as text it is '3'\."),
+        ([{"Course": "a"}], r"'Course'. Say what they are called, e\.g\. columns=\{'text': 'Course'\}\.$"),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c"}],
             r"\(objective='dpo'\).*: columns=\{'completion': 'chosen'\} takes",

@@ -141,14 +141,15 @@ def test_what_a_template_refuses_is_one_line(tokenizer: Any, monkeypatch: pytest
 
 
 def test_rows_without_anything_to_learn_are_named() -> None:
-    data = [GOOD, {"prompt": "a", "completion": " "}, GOOD, {"prompt": "a" * 9, "completion": "b"}]
+    apart = {"prompt": "a ", "completion": "b"}
+    data = [apart, {"prompt": "a", "completion": " "}, apart, {"prompt": "a" * 9, "completion": "b"}]
     rows = prepare_data(data, CHARACTERS, max_length=6)
     assert len(rows) == 2
     assert rows.left_out == ((1, "the completion is empty"), (3, "nothing to learn within 6 tokens"))
     assert rows.notes.endswith(
         "2 rows left out: row 1: the completion is empty; row 3: nothing to learn within 6 tokens"
     )
-    many = prepare_data([GOOD, *[{"prompt": "a", "completion": ""}] * 9], CHARACTERS)
+    many = prepare_data([apart, *[{"prompt": "a", "completion": ""}] * 9], CHARACTERS)
     assert many.notes == "9 rows left out: rows 1, 2, 3, 4, 5 and 4 more: the completion is empty"
 
 

@@ -30,6 +30,7 @@ from nbpeft.magics.tokenize import quoted
 from nbpeft.names import METRICS
 from nbpeft.session.fields import objective_names
 from nbpeft.session.results.base import TracebackResult
+from nbpeft.state import NamedRows
 from nbpeft.sweeps import Sweep
 
 _RESERVED = (
@@ -229,6 +230,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         restart=options.restart,
         source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
         data_hint=f"{_data_command(options, arguments, data)} shows them",
+        named_rows=_rows_to_score(options, data, eval_data),
         **arguments,
     )
     for name in ("track", "trainer_class", "replace"):
@@ -362,18 +364,32 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
     return data, eval_data, notebook.tokenizer(cell.tokenizer)
 
 
+def _rows_to_score(options: argparse.Namespace, data: object, eval_data: object) -> NamedRows:
+    """The rows on which a trained adapter is scored: those to evaluate on, else those of the training."""
+    learned = eval_data is None or isinstance(eval_data, int | float)
+    text, rows = (options.data, data) if learned else (options.eval_data, eval_data)
+    if isinstance(rows, Mapping):  # each adapter has its own
+        return NamedRows()
+    return NamedRows(" ".join([quoted(text), *_reading_words(options)]), learned)
+
+
 def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], data: object) -> str:
     """The command that shows the rows of a training."""
     mixed = isinstance(data, Mixture)
-    words = [f"%lora data {'ROWS' if isinstance(data, Mapping) else quoted(options.data)}"]
-    words += [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
+    words = [f"%lora data {'ROWS' if isinstance(data, Mapping) else quoted(options.data)}", *_reading_words(options)]
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
-    words += [f"--separator {quoted(options.separator)}"] if options.separator else []
-    words += ["--skip-bad"] if options.skip_bad else []
     words += [f"--seed {arguments['seed']}"] if mixed and isinstance(arguments.get("seed"), int) else []
     given = chats_of(options)
-    variables = given.pop("chat_template_kwargs", {})
-    words += [f"--{name} {value}" for name, value in given.items()]
-    words += ["--template", *(f"{name}={quoted(str(value))}" for name, value in variables.items())] if variables else []
-    pairs = [f"{name}={quoted(column)}" for name, column in (options.columns or {}).items()]
-    return " ".join([*words, *(["--columns", *pairs] if pairs else [])])
+    words += [f"--{name} {value}" for name, value in given.items() if name != "chat_template_kwargs"]
+    return " ".join(words)
+
+
+def _reading_words(options: argparse.Namespace) -> list[str]:
+    """The options for reading rows that training, preview and scores have in common."""
+    words = [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
+    words += [f"--separator {quoted(options.separator)}"] if options.separator else []
+    words += ["--skip-bad"] if options.skip_bad else []
+    for option, pairs in (("--template", options.chat_template_kwargs), ("--columns", options.columns)):
+        given = [f"{name}={quoted(str(value))}" for name, value in (pairs or {}).items()]
+        words += [option, *given] if given else []
+    return words

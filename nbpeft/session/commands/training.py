@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nbpeft.runs.store import RunPlace
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
-    from nbpeft.state import MemoryState, TrainState
+    from nbpeft.state import MemoryState, NamedRows, TrainState
     from nbpeft.training import Run, RunControl, TrainResult
     from nbpeft.training.request import TrainRequest
 
@@ -95,6 +95,7 @@ def train(
     keep: bool = True,
     restart: bool = False,
     source: Mapping[str, str] | None = None,
+    named_rows: NamedRows | None = None,
     background: bool = False,
     **arguments: Any,
 ) -> TrainResult | BackgroundRun:
@@ -118,6 +119,7 @@ def train(
         restart: start from the adapter's initial weights instead of its current ones; the adapters of a sweep start
             from the initial weights of the adapter that it names, which itself is not changed.
         source: source text of the call, saved with the run to repeat it.
+        named_rows: rows to score the adapter on, as the call names them, for the card's next steps.
         background: return when the first step begins, and train in a thread. Between two steps the model can be called
             in evaluation mode and without gradients; changing its adapters raises ``BusyError``.
         **arguments: fields of ``TrainingArguments`` and further arguments of ``nbpeft.training.train``.
@@ -136,10 +138,11 @@ def train(
     reading = {"tokenizer": tokenizer, "columns": columns}
     request = with_own_rows(TrainRequest.of(tracked.model, data, eval_data, **reading, adapter=adapter, **arguments))
     if not background:
-        return train_tracked(ctx, tracked, request, restart=restart)
+        return train_tracked(ctx, tracked, request, restart=restart, named_rows=named_rows)
 
     def work(running: BackgroundTraining) -> TrainResult:
-        return _trained(ctx, tracked, replace(request, control=running.control), restart=restart, replaced=())
+        controlled = replace(request, control=running.control)
+        return _trained(ctx, tracked, controlled, restart=restart, replaced=(), named_rows=named_rows)
 
     return start(ctx, tracked, _names(tracked, request), work)
 
@@ -151,6 +154,7 @@ def train_tracked(
     *,
     restart: bool = False,
     replaced: tuple[str, ...] = (),
+    named_rows: NamedRows | None = None,
 ) -> TrainResult:
     """Train a model of the session, and record the number of steps for its adapters.
 
@@ -160,12 +164,13 @@ def train_tracked(
         request: the arguments of the training.
         restart: start from the initial weights of the adapters.
         replaced: adapters whose weights the training replaces before its first step.
+        named_rows: rows to score the adapter on, as a cell named them.
     """
     interrupted: TrainingInterrupted | None = None
     with ctx.command(f"training {_names(tracked, request)}", slow=True, gather=False):
         ctx.refuse_another_training()
         try:
-            result = _trained(ctx, tracked, request, restart=restart, replaced=replaced)
+            result = _trained(ctx, tracked, request, restart=restart, replaced=replaced, named_rows=named_rows)
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
         ctx.background.pop(tracked, None)  # an earlier result from the background is outdated
@@ -181,7 +186,13 @@ def _names(tracked: TrackedModel, request: TrainRequest) -> str:
 
 
 def _trained(
-    ctx: SessionContext, tracked: TrackedModel, request: TrainRequest, *, restart: bool, replaced: tuple[str, ...]
+    ctx: SessionContext,
+    tracked: TrackedModel,
+    request: TrainRequest,
+    *,
+    restart: bool,
+    replaced: tuple[str, ...],
+    named_rows: NamedRows | None,
 ) -> TrainResult:
     """Train in the current thread; adapters that learned nothing get their previous weights back."""
     from nbpeft.training.adapters.adapted_model import trained_names
@@ -201,6 +212,7 @@ def _trained(
 
     def make_run(watched: nn.Module, total_steps: int | None, publish: object, **options: Any) -> Run:
         run = _run(ctx, tracked, watched, total_steps, **options)
+        run.rows = named_rows or run.rows
         if not resumes:
             run.continue_from({name: plan.earlier_steps(tracked, name) for name in names})
         for note in notes:

@@ -128,10 +128,11 @@ def notes_of(summary: DataSummary) -> tuple[str, ...]:
     if summary.left_out_count:
         messages.append(f"{plural(summary.left_out_count, 'row')} left out: {summary.left_out}")
     messages += summary.unused
-    if summary.unused_label:
+    if summary.unlabelled:
+        names = {"prompt": summary.unlabelled, "completion": "label"}
         messages.append(
-            "a language model is trained on the text without its label: columns={'prompt': 'text', 'completion': "
-            "'label'} trains it to answer with the label; a classifier uses the labels as they are"
+            f"a language model is trained on the text without its label: columns={names} trains it to answer with the "
+            "label; a classifier uses the labels as they are"
         )
     if summary.for_template:
         messages.append(

@@ -13,7 +13,7 @@ from nbpeft._util.optional import needs
 from nbpeft._util.paths import from_here
 from nbpeft.display.blocks import Block, Card, Cell, CurveChart, Spark, Stack, Table, Text, card, dim, line, notes
 from nbpeft.display.next_steps import kept_steps, next_steps
-from nbpeft.display.numbers import NONE, clock, loss, metric, plural
+from nbpeft.display.numbers import NONE, clock, loss, metric, plural, setting
 from nbpeft.display.training import training_card, training_text
 from nbpeft.errors import ConfigError, cut, did_you_mean, few
 from nbpeft.runs.record import BASE, METHOD, ROWS, UNREADABLE, RunRecord, differing
@@ -366,7 +366,7 @@ def _value_words(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return setting(value)
     return cut(", ".join(map(str, value)) if isinstance(value, list) else str(value), _LONGEST_VALUE)
 
 

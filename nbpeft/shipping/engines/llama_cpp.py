@@ -12,6 +12,7 @@ from nbpeft.shipping.engines.rules import (
     Engine,
     Form,
     Rule,
+    completions_note,
     dtype_note,
     kinds_other_than,
     shell_word,
@@ -56,6 +57,6 @@ ENGINE = Engine(
     adapter=Form("gguf", rules=ADAPTER_RULES, types=("f32", "f16", "bf16", "q8_0")),
     merged=Form("gguf", merges=True, rules=MERGED_RULES, types=TYPES),
     start=_start,
-    notes=(dtype_note,),
+    notes=(dtype_note, completions_note),
 )
 """A file has one alpha, but each pair its own rank: ranks may differ; another scaling is multiplied into a factor."""

@@ -138,6 +138,13 @@ def dtype_note(facts: AdapterFacts) -> str:
     return "the adapter was trained on quantized weights: its answers differ slightly on full-precision weights"
 
 
+def completions_note(facts: AdapterFacts) -> str:
+    """Returns a note about an adapter that is not asked through a server's chat template; else the empty string."""
+    if not facts.is_plain:
+        return ""
+    return "trained without the chat template: send prompts to /v1/completions, not to /v1/chat/completions"
+
+
 def base_word(facts: AdapterFacts) -> str:
     """Returns the base model's hub id, or a placeholder, for a command line; not quoted."""
     return facts.base_name or "BASE_MODEL"

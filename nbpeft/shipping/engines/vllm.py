@@ -13,6 +13,7 @@ from nbpeft.shipping.engines.rules import (
     Form,
     Rule,
     base_word,
+    completions_note,
     dtype_note,
     kinds_other_than,
     shell_word,
@@ -65,6 +66,6 @@ ENGINE = Engine(
     ),
     merged=Form("model", merges=True, types=("bf16", "f16", "f32")),
     start=_start,
-    notes=(_embeddings, dtype_note),
+    notes=(_embeddings, dtype_note, completions_note),
 )
 """vLLM reads one r and one lora_alpha for all layers, ignores patterns, and refuses keys that are not factors."""

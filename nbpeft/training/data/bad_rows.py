@@ -57,8 +57,10 @@ def refusal(found: Sequence[tuple[int, TrainingError]], total: int, *, can_skip:
     first: dict[str, str] = {}
     reasons = [(at, reason_of(error)) for at, error in found]
     named = [(at, first.setdefault(kind_of(reason), reason)) for at, reason in reasons]
+    which = named_rows(named, 3)
+    end = "" if which.endswith("?") else "."
     return TrainingError(
         f"{'None of the' if whole else f'{len(found):,} of'} {total:,} rows {'can' if whole else 'cannot'} be read: "
-        f"{named_rows(named, 3)}.{hint}",
+        f"{which}{end}{hint}",
         **details,
     )

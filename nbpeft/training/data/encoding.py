@@ -72,6 +72,7 @@ class CodedRow:
         weight: The factor on the loss of ``label``.
         unused: The parts of the row that are not trained on.
         system: The system prompt, empty if there is none; None for a row without the chat template.
+        joint: The text around the joint of prompt and completion, if nothing separates them; else empty.
         rejected: The row with the rejected completion; None if there is one completion.
         dropped: Whether the row is left out because it is too long.
         part: Which part of a row it is, 0 for the first.
@@ -90,6 +91,7 @@ class CodedRow:
     weight: float = 1.0
     unused: tuple[Unused, ...] = ()
     system: str | None = None
+    joint: str = ""
     rejected: CodedRow | None = None
     dropped: bool = False
     part: int = 0

@@ -52,7 +52,11 @@ def read_file(path: str | os.PathLike[str], separator: str | None = None, *, ski
     try:
         rows = reader(place)
     except UnicodeDecodeError:
-        raise TrainingError(f"{place.name} is not UTF-8 text: save it in that encoding.", path=str(place)) from None
+        table = suffix in (".csv", ".tsv")
+        instead = f", or pass the table that pandas.read_csv({place.name!r}, encoding=…) reads" if table else ""
+        raise TrainingError(
+            f"{place.name} is not UTF-8 text: save it in that encoding{instead}.", path=str(place)
+        ) from None
     except OSError as error:
         raise TrainingError(f"{place.name} cannot be read: {error.strerror or error}.", path=str(place)) from None
     if not rows:

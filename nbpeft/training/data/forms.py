@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.display.numbers import plural
-from nbpeft.errors import TrainingError, did_you_mean, with_article
+from nbpeft.errors import TrainingError, did_you_mean, near, with_article
 from nbpeft.names import JUDGED, PAIRS, PROMPTS, SCORED_PAIRS
 from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.row import (
@@ -28,11 +28,26 @@ TEMPLATE = "chat_template_kwargs"
 MARGIN = "margin"
 """The column with the margin of a row with two completions."""
 
-_PROMPTS = ("question", "query", "instruction", "input", "source", "context", "user")
-_COMPLETIONS = ("answer", "response", "output", "target", "completion", "solution", "assistant", "reply", "chosen")
-_PROMPT_WORDS = ("text", "message", "body", "sentence", "review", "comment", "document", "article")
-_COMPLETION_WORDS = ("label", "labels", "category", "class", "intent", "tag", "team", "summary", "translation")
+_PROMPTS = ("question", "query", "instruction", "input", "source", "context", "user", "frage", "pregunta")
+_COMPLETIONS = (
+    *("answer", "response", "output", "target", "completion", "solution", "assistant", "reply", "chosen"),
+    *("antwort", "réponse", "respuesta"),
+)
+_PROMPT_WORDS = (
+    *("text", "message", "body", "sentence", "review", "comment", "document", "article", "description"),
+    *("nachricht", "beschreibung"),
+)
+_COMPLETION_WORDS = (
+    *("label", "labels", "category", "class", "intent", "tag", "team", "summary", "translation"),
+    *("kategorie", "klasse", "catégorie", "categoría"),
+)
 """Words in names of columns that are not names of a form."""
+_NUMBERING = re.compile(
+    r"(?i)(row|ticket|order|user|message)?[\s_-]?(id|uuid|nr|no|num|number|index|idx)\.?|unnamed: \d+|"
+)
+"""Names of columns that number the rows."""
+_TYPO = 0.75
+"""The least similarity of a column with a known name that it may be meant as."""
 _WORDS, _TAGS = ("tokens", "words", "sentence", "text"), ("tags", "labels", "label")
 """Names of columns with words and with their tags."""
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -341,6 +356,7 @@ def form_of(
     *,
     usual: tuple[Form, ...] = FORMS,
     kind: str | None = "",
+    first: Any = None,
 ) -> Form | None:
     """The form of rows with these columns; None for tokenised rows.
 
@@ -349,6 +365,7 @@ def form_of(
         mapping: name in a form -> column; only forms that use one of the names are considered.
         usual: the forms that the model takes if the kind of rows says nothing else.
         kind: the kind of rows, see ``FORMS_OF``; None for any.
+        first: the first row, whose values tell which columns are meant; None if it is unknown.
 
     Raises:
         TrainingError: there is no such form; the message names the columns and suggests a mapping.
@@ -377,7 +394,8 @@ def form_of(
         raise TrainingError(what, columns=columns)
     form = usual[0]
     expected = _EXPECTED_OF.get(form.name, _EXPECTED)
-    hint = _other_model(columns, form) or _hint(columns, form.needs if form in FOR_CLASSIFIERS else PAIR.needs)
+    needs = form.needs if form in FOR_CLASSIFIERS else PAIR.needs
+    hint = _other_model(columns, form) or _chats_hint(columns, form, first) or _hint(columns, needs, first)
     raise TrainingError(f"Expected columns {expected}; found {listed(columns)}.{hint}", columns=columns)
 
 
@@ -449,7 +467,19 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
-def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion")) -> str:
+def _chats_hint(columns: Sequence[str], form: Form, first: Any) -> str:
+    """A hint at the column with conversations; empty if there is none."""
+    values = first if isinstance(first, Mapping) and form not in FOR_CLASSIFIERS else {}
+    for column in columns:
+        value = values.get(column)
+        messages = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(messages, list | tuple) and messages and isinstance(messages[0], Mapping):
+            names = {"conversations" if "from" in messages[0] else "messages": column}
+            return f" Say where the conversations are: columns={names}."
+    return ""
+
+
+def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"), first: Any = None) -> str:
     """A hint: a mapping of these columns that would work, as far as their names say which is which."""
     lower = {column.lower(): column for column in columns}
     prompt, completion = _likely(columns)
@@ -469,10 +499,37 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
         names = {name: column or "COLUMN" for name, column in zip(needs, likely, strict=False)}
         if prompt and (completion or len(needs) == 1):
             return f" Say which is which: columns={names}."
+        if needs in (PAIR.needs, LABELLED.needs):
+            names = _with_guesses(names, columns, first if isinstance(first, Mapping) else {})
     known = (*NAMES, TOKENISED, "labels")
-    close = (did_you_mean(column, known) for column in columns if column not in (*known, prompt, completion))
-    nearest = next(filter(None, close), "")
-    return f"{nearest} Or say what they are called: columns={names}."
+    unknown = (column for column in columns if column not in (*known, prompt, completion))
+    nearest = next(filter(None, (near(column.lower(), known, 1, cutoff=_TYPO) for column in unknown)), None)
+    typo = f" Did you mean {nearest[0]!r}? Or say" if nearest else " Say"
+    example = ": " if "COLUMN" in names.values() else ", e.g. "
+    return f"{typo} what they are called{example}columns={names}."
+
+
+def _with_guesses(names: Mapping[str, str], columns: Sequence[str], first: Mapping[str, Any]) -> dict[str, str]:
+    """The names of columns, with guesses for unknown ones: a similar column, else the longest text, or the last column.
+
+    Args:
+        names: name in the form -> column, or ``COLUMN``.
+        columns: all columns.
+        first: the first row; empty if it is unknown.
+    """
+    others = [name for name in columns if name not in names.values() and not _NUMBERING.fullmatch(name.strip())]
+    lengths = {name: len(first[name]) for name in others if isinstance(first.get(name), str)}
+    if len(columns) == 1 and others and "text" not in names:
+        return {"text": others[0]}
+    found = dict(names)
+    for similar in (True, False):
+        for name in names:
+            likely = [column for column in others if not similar or near(column.lower(), [name], cutoff=_TYPO)]
+            if found[name] == "COLUMN" and likely:
+                longest = max(likely, key=lambda column: lengths.get(column, 0))
+                found[name] = longest if name == next(iter(names)) else likely[-1]
+                others.remove(found[name])
+    return found
 
 
 def _likely_tags(columns: Sequence[str]) -> tuple[str | None, str | None]:

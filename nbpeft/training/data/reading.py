@@ -41,7 +41,7 @@ from nbpeft.training.data.forms import (
 )
 from nbpeft.training.data.options import MASKED_REASONING, RowOptions, why_not_used
 from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
-from nbpeft.training.data.seen_formats import system_of
+from nbpeft.training.data.seen_formats import joint_of, system_of
 from nbpeft.training.data.sources import first_row, is_stream, open_data
 from nbpeft.training.data.tags import TaggedTokens, encode_words
 from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, UNTOKENISED, Unused
@@ -264,6 +264,7 @@ class Reading:
             more,
             unused=(*unused, *more_unused),
             system=system_of(example),
+            joint="" if self.inputs.encoder_decoder else joint_of(example),
         )
 
     def _prompted(self, row: Row, example: Prompted, renderer: ChatRenderer) -> CodedRow:
@@ -305,7 +306,8 @@ class Reading:
             missing = f"{name}: {missing}" if missing else ""
             coded = CodedRow(row.number, whole, self.limit, reason=reason or missing, weight=weight)
             parts.append(replace(coded, system=system_of(part)))
-        return replace(parts[0], rejected=parts[1], unused=tuple(unused))
+        joint = "" if self.inputs.encoder_decoder else joint_of(example)
+        return replace(parts[0], rejected=parts[1], unused=tuple(unused), joint=joint)
 
     def _verdict(self, row: Row) -> bool | None:
         """Whether the label of a row marks its completion as good; None for an empty cell.
@@ -325,7 +327,7 @@ class Reading:
     @property
     def is_judged(self) -> bool:
         """Whether all rows have labels that mark completions as good or bad, and at least one is bad."""
-        column = self.columns.get(LABEL, LABEL)
+        column = self._verdict_column
         if self.form is not PAIR or is_stream(self.rows) or column not in columns_of(self.rows):
             return False
         bad = any(is_good(self._named(label)) is False for label in labels_in(self.rows, column))
@@ -339,7 +341,7 @@ class Reading:
         Args:
             row: the row.
         """
-        label = row.values.get(self.columns.get(LABEL, LABEL))
+        label = row.values.get(self._verdict_column)
         if self.form in (*FOR_CLASSIFIERS, TEXT) or is_nothing(label) or is_good(self._named(label)) is not False:
             return False
         return self._labels_are_verdicts
@@ -360,6 +362,13 @@ class Reading:
                 "and bad completions for preference tuning (objective='kto'); here a model is trained on every "
                 "completion: remove the rows with bad ones, or the column if it means something else."
             )
+
+    @property
+    def _verdict_column(self) -> str:
+        """The column whose labels may mark completions as good or bad; empty if it is read as something else."""
+        column = self.columns.get(LABEL, LABEL)
+        others = (other for name, other in self.columns.items() if name != LABEL)
+        return "" if column in others else column
 
     @functools.cached_property
     def _labels_are_verdicts(self) -> bool:
@@ -582,7 +591,8 @@ def reading(
     inputs, options = inputs or ModelInputs(), RowOptions(**how)
     available = columns_of(rows)
     mapping = checked_columns(columns, available)
-    form = form_of(available, columns or {}, usual=inputs.forms, kind=inputs.kind)
+    first = None if is_stream(rows) or not len(rows) else first_row(rows)
+    form = form_of(available, columns or {}, usual=inputs.forms, kind=inputs.kind, first=first)
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
     common: dict[str, Any] = {"skip_bad": skip_bad, "options": options, "group": group or ""}

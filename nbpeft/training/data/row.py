@@ -95,7 +95,11 @@ class Row:
         """
         value = self.value(name)
         if value is not None and not isinstance(value, str):
-            raise self.error(f"{self.columns.get(name, name)!r} is {with_article(value)} ({value!r:.40}), not text.")
+            number = value.item() if hasattr(value, "item") else value
+            hint = f"; as text it is {str(number)!r}" if type(number) is int else ""
+            raise self.error(
+                f"{self.columns.get(name, name)!r} is {with_article(value)} ({value!r:.40}), not text{hint}."
+            )
         return value or ""
 
     def listed(self, name: str, what: str) -> tuple[Any, ...]:
@@ -249,7 +253,9 @@ class Row:
     def _role(self, message: dict[str, Any], where: str) -> str:
         key = next((key for key in ("role", "from") if key in message), None)
         if key is None:
-            raise self.error(f"{where} has no 'role' (or 'from'); it has {listed(message)}.")
+            raise self.error(
+                f"{where} has no 'role' (or 'from'); it has {listed(message)}. Rename them to role and content."
+            )
         role = message.pop(key)
         if not isinstance(role, str):
             raise self.error(f"{where}: {key!r} is {with_article(role)}, not the name of a role.")

@@ -1,12 +1,22 @@
-"""How the rows of a training are written: with the chat template or without, and with which system prompts."""
+"""How the rows of a training are written: with the chat template or without, with which system prompts.
+
+And whether something separates a prompt from its completion.
+"""
 
 from __future__ import annotations
+
+import unicodedata
 
 from nbpeft._util.conversations import system_text
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.checkpoint.prompt_format import as_text
-from nbpeft.training.data.forms import Chat, Example
+from nbpeft.training.data.encoding import CodedRow
+from nbpeft.training.data.forms import Chat, Compared, Example, Pair
 from nbpeft.training.data.options import RowOptions
+
+_SENTENCE_ENDS, _QUOTES = ".,;:?!)…\"'", "\"'"
+_SHOWN = 12
+"""The number of characters that a message shows on each side of a joint."""
 
 
 class SeenFormats:
@@ -21,14 +31,13 @@ class SeenFormats:
         self._template = as_text(options.chat_template_kwargs or {})
         self._learns_reasoning = options.reasoning == "keep"
         self._systems: dict[str | None, int] = {}
+        self._joint, self._joined = "", 0
 
-    def add(self, system: str | None) -> None:
-        """Counts one more row.
-
-        Args:
-            system: its system prompt, empty if it has none; None for a row without the chat template.
-        """
-        self._systems[system] = self._systems.get(system, 0) + 1
+    def add(self, row: CodedRow) -> None:
+        """Counts one more row."""
+        self._systems[row.system] = self._systems.get(row.system, 0) + 1
+        self._joint = self._joint or row.joint
+        self._joined += bool(row.joint)
 
     @property
     def format(self) -> PromptFormat | None:
@@ -42,7 +51,20 @@ class SeenFormats:
         return PromptFormat(True, system, self._template, learns_reasoning=self._learns_reasoning)
 
     def lines(self) -> tuple[str, ...]:
-        """A line about rows with different system prompts; none if they agree."""
+        """Lines about prompts that nothing separates from their completions, and about different system prompts."""
+        return (*self._about_joints(), *self._about_systems())
+
+    def _about_joints(self) -> tuple[str, ...]:
+        if not self._joined:
+            return ()
+        total = sum(self._systems.values())
+        some = f" ({self._joined:,} of {total:,} rows)" if self._joined < total else ""
+        return (
+            f"prompt and completion are joined as they are, with nothing between them: {self._joint!r}{some}; "
+            "begin each completion with a space, or end each prompt with a line break",
+        )
+
+    def _about_systems(self) -> tuple[str, ...]:
         systems = [system for system in self._systems if system]
         form, total = self.format, sum(count for system, count in self._systems.items() if system is not None)
         if form is None or form.system is not None:
@@ -62,3 +84,26 @@ def system_of(example: Example) -> str | None:
     if not isinstance(example, Chat):
         return None
     return system_text(example.messages[0]) if example.messages else ""
+
+
+def joint_of(example: Example) -> str:
+    """The text around the joint of a prompt and its completion, if they run into each other; else empty.
+
+    They do if both are words or sentences of a script that separates words, without white space in between. Prompts
+    that end with a sign of their own, such as ``=``, ``->`` or ``[/INST]``, do not.
+
+    Args:
+        example: the row.
+    """
+    example = example.chosen if isinstance(example, Compared) else example
+    if not isinstance(example, Pair) or not example.prompt or not example.completion:
+        return ""
+    before, after = example.prompt[-1], example.completion[0]
+    if any(unicodedata.east_asian_width(character) in "WF" for character in (before, after)):
+        return ""
+    ends = before.isalnum() or before in _SENTENCE_ENDS
+    begins = after.isalnum() or after in _QUOTES or unicodedata.category(after) in ("Ps", "Pi")
+    if not (ends and begins):
+        return ""
+    left, right = example.prompt[-_SHOWN:], example.completion[:_SHOWN]
+    return ("…" if left != example.prompt else "") + left + right + ("…" if right != example.completion else "")

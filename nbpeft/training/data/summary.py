@@ -16,13 +16,14 @@ from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
 from nbpeft.training.data.encoding import CodedRow
-from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, PAIR
+from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, PAIR, TEXT
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import ModelInputs, Reading, reading
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.tokenized import check_columns, lines_of
 from nbpeft.training.data.unused import COLUMNS, UnusedParts
+from nbpeft.training.data.verdicts import LABEL
 
 _STREAMED = 1000
 """The number of rows of a stream that are read."""
@@ -32,6 +33,7 @@ _SHOWN_TOKENS = (40, 400)
 truncation."""
 _ALL_SHOWN_TOKENS = 4000
 _EXTRA = 2
+_HAS_LABEL = (COLUMNS, repr(LABEL))
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class DataSummary:
         partial: whether only the first rows of a stream were read.
         unused: parts of the rows that are not trained on, one line for each reason.
         has_labels: whether the labels are one class or number for each row, for a classifier.
-        unused_label: whether rows of text have a label that is not used.
+        unlabelled: the column with the text of rows whose label is not used; empty for other rows.
         format: the form in which the rows are written; None if they are tokenised or for a classifier.
         for_template: columns with which the chat template would be applied, if the tokenizer has one and it is not.
     """
@@ -107,7 +109,7 @@ class DataSummary:
     partial: bool = False
     unused: tuple[str, ...] = ()
     has_labels: bool = False
-    unused_label: bool = False
+    unlabelled: str = ""
     format: PromptFormat | None = None
     for_template: Mapping[str, str] = field(default_factory=dict)
     split_rows: int = 0
@@ -184,7 +186,7 @@ def summarize(
         totals.add(row)
         unused.add(row.unused)
         if not row.missing:
-            formats.add(row.system)
+            formats.add(row)
         few = len(shown_rows) < rows + _EXTRA
         if len(totals.lengths) <= rows or (few and _is_first_of_its_kind(row, shown_rows[rows:])):
             shown_rows.append(row)
@@ -212,7 +214,7 @@ def summarize(
         split_rows=totals.split_rows,
         split_parts=parts,
         has_labels=reader.inputs.has_class and reader.form is not COMPARED,
-        unused_label=reader.form is not None and reader.form.name == "text" and (COLUMNS, repr("label")) in unused,
+        unlabelled=reader.columns.get("text", "text") if reader.form is TEXT and _HAS_LABEL in unused else "",
         format=formats.format if reader.form not in (None, *FOR_CLASSIFIERS) else None,
         for_template=_for_template(reader, formats.format),
     )

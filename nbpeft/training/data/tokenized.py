@@ -156,7 +156,7 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
                     self._left_out[kind] = f"rows left out, first row {coded.number}: {coded.missing}"
                     self.report(self._left_out[kind])
                 continue
-            self._formats.add(coded.system)
+            self._formats.add(coded)
             passed += 1
             if passed > self.skipped:
                 row = coded.row
@@ -165,9 +165,11 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
 
     @property
     def notes(self) -> str:
-        """A line about parts of the first row, and of the rows read so far, that are not trained on."""
+        """A line about the form, and the unused parts, of the first row and of the rows read so far."""
         for coded in self._coded():
             self._unused.add(coded.unused)
+            if self._formats.format is None and not coded.missing:
+                self._formats.add(coded)
             break
         return "; ".join((*self._left_out.values(), *self._unused.lines(), *self._formats.lines()))
 
@@ -175,7 +177,10 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
     def format(self) -> PromptFormat | None:
         """The form of the first row, and of the rows read so far; None for rows that were given as tokens."""
         if self._formats.format is None:
-            self._formats.add(next((coded.system for coded in self._coded() if not coded.missing), None))
+            for coded in self._coded():
+                if not coded.missing:
+                    self._formats.add(coded)
+                    break
         return self._formats.format
 
     def after(self, count: int) -> StreamedRows:
@@ -275,7 +280,7 @@ def _in_memory(reader: Reading) -> TokenizedRows:
         if coded.missing:
             left_out.append((coded.number, coded.missing))
             continue
-        formats.add(coded.system)
+        formats.add(coded)
         rows.append(coded.row)
         numbers.append(coded.number)
     if not rows:

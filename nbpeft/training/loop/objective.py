@@ -193,7 +193,8 @@ def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Obje
         return objective_named("classify"), "the model is a classifier"
     if _are_pairs(columns):
         return objective_named("dpo"), "the rows have chosen and rejected"
-    form = form_of(columns, request.columns or {}, kind=None)
+    first = None if is_stream(request.data) else first_row(request.data)
+    form = form_of(columns, request.columns or {}, kind=None, first=first)
     if form is COMPARED:
         return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
     if form is PAIR and are_judged(request.data, checked_columns(request.columns, columns)):

@@ -25,7 +25,7 @@ from torch import nn
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.memory.processor import slow_dtype, slow_dtype_message
-from nbpeft.state import Curve, MemberState, MemoryState, Sample, TrainState, TrainStatus
+from nbpeft.state import Curve, MemberState, MemoryState, NamedRows, Sample, TrainState, TrainStatus
 from nbpeft.sweeps import stem_of
 from nbpeft.training.adapters.adapted_model import trained_names
 from nbpeft.training.adapters.learning_check import LearningCheck
@@ -86,6 +86,7 @@ class Run:
         thread: Identifier of the thread that began it; None before.
         folder: The folder of the run on disk, or the empty string.
         output_dir: The folder in which its adapter is saved at the end, or the empty string.
+        rows: The rows to score its adapter on, as a cell named them.
         mirrors: Whether it runs in other processes, whose states it shows (``mirror``); set before it begins.
         steps_before: Adapter -> steps of earlier runs in which its initial weights were trained.
         starts_from: The same as text; empty for weights that no run has trained.
@@ -129,6 +130,7 @@ class Run:
         self.thread: int | None = None
         self.shown: Literal["", "text", "card"] = ""
         self.folder = self.output_dir = ""
+        self.rows = NamedRows()
         self.steps_before, self.starts_from = dict[str, int](), ""
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
         self.check_clone: Callable[[str, Mapping[str, Any]], None] = lambda name, fields: None
@@ -674,6 +676,7 @@ class Run:
                 message=self._message(),
                 warnings=self._severe_notes("warning"),
                 errors=self._severe_notes("error"),
+                rows=self.rows,
             )
             return self._latest
         record, elapsed = self._record, self._elapsed()
@@ -713,6 +716,7 @@ class Run:
             samples=(*self._samples, *self._rewarded),
             folder=self.folder,
             members=self.members(self._status_now()),
+            rows=self.rows,
         )
         return self._latest
 

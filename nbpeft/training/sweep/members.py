@@ -438,6 +438,6 @@ def setting_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return numbers.learning_rate(value)
+        return numbers.setting(value)
     plain = getattr(value, "value", value)
     return ", ".join(sorted(map(str, plain))) if isinstance(plain, list | tuple | set) else str(plain)

@@ -210,7 +210,7 @@ def test_each_token_of_a_text_that_is_split_is_learned_once(length: int) -> None
 
 def test_long_rows_are_dropped_and_counted() -> None:
     tokenizer = CharTokenizer()
-    rows = [{"prompt": "ab", "completion": "cdefgh"}, {"prompt": "ab", "completion": "c"}]
+    rows = [{"prompt": "a ", "completion": "cdefgh"}, {"prompt": "a ", "completion": "c"}]
     found = prepare_data(rows, tokenizer, max_length=5, long="drop")
     assert found.notes == "1 row left out: row 0: longer than 5 tokens (long='drop')" and len(found) == 1
     shown = summarize(rows, tokenizer, max_length=5, long="drop")

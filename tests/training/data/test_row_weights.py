@@ -153,7 +153,7 @@ def test_what_is_no_weight_is_refused(tokenizer: Any, weight: Any) -> None:
 
 
 def test_columns_of_weights_may_be_called_otherwise() -> None:
-    rows = prepare_data([{**ONCE, "quality": "0.5"}], CHARACTERS, columns={"weight": "quality"})
+    rows = prepare_data([{**ONCE, "prompt": "a ", "quality": "0.5"}], CHARACTERS, columns={"weight": "quality"})
     assert {weight for weight in rows[0]["loss_weights"] if weight} == {0.5} and rows.notes == ""
 
 

@@ -9,7 +9,12 @@ from torch.utils.data import IterableDataset
 
 from nbpeft.checkpoint import PromptFormat, common_format, prompt_format, set_prompt_format
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.names import PAIRS
 from nbpeft.training import prepare_data
+from nbpeft.training.data.forms import Pair
+from nbpeft.training.data.reading import ModelInputs
+from nbpeft.training.data.seen_formats import joint_of
+from nbpeft.training.data.summary import summarize
 from tests.char_tokenizer import CharTokenizer
 
 CHAT = CharTokenizer("template")
@@ -73,3 +78,48 @@ def test_several_adapters_have_what_they_share() -> None:
     assert common_format(configs) == PromptFormat(True, None)
     set_prompt_format(configs[2], PromptFormat(False))
     assert common_format(configs) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "joint"),
+    [
+        ("What is the code of X?", "K7", "…e code of X?K7"),
+        ("Code of X", "K7", "Code of XK7"),
+        ("Who?", "\u201cWe\u201d said nobody at all", "Who?\u201cWe\u201d said no…"),
+        ("Who? ", "We", ""),
+        ("Who?", " We", ""),
+        ("Who?\n", "We", ""),
+        ("2 + 2 =", "4", ""),
+        ("[INST] Who? [/INST]", "We", ""),
+        ("The end", ".", ""),
+        ("\u8c01\uff1f", "\u6211", ""),
+        ("", "We", ""),
+    ],
+)
+def test_a_joint_without_white_space(prompt: str, completion: str, joint: str) -> None:
+    assert joint_of(Pair(prompt, completion)) == joint
+
+
+def test_rows_whose_completions_run_into_their_prompts_are_named_with_what_to_write() -> None:
+    joined, apart = {"prompt": "Who?", "completion": "We"}, {"prompt": "Who?", "completion": " We"}
+    line = (
+        "prompt and completion are joined as they are, with nothing between them: 'Who?We'; "
+        "begin each completion with a space, or end each prompt with a line break"
+    )
+    assert summarize([joined] * 2, CHAT).unused == (line,) and prepare_data([joined] * 2, CHAT).notes == line
+    some = line.replace("'Who?We'", "'Who?We' (1 of 3 rows)")
+    assert prepare_data([apart, joined, apart], CHAT).notes == some
+    assert prepare_data([apart] * 2, CHAT).notes == ""
+    as_chat = prepare_data([joined] * 2, CHAT, columns={"instruction": "prompt", "output": "completion"})
+    assert as_chat.notes == ""
+    compared = {"prompt": "Who?", "chosen": "We", "rejected": "You"}
+    assert line in prepare_data([compared], CHAT, inputs=ModelInputs(kind=PAIRS)).notes
+
+
+class Pairs(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter([("Who?", "We"), ("Who?", "You")])
+
+
+def test_a_stream_says_it_of_its_first_row() -> None:
+    assert "'Who?We'; begin each completion with a space" in prepare_data(Pairs(), CHAT).notes

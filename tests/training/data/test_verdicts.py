@@ -9,6 +9,8 @@ import pytest
 
 from nbpeft.errors import TrainingError
 from nbpeft.training import summarize
+from nbpeft.training.data.reading import ModelInputs
+from nbpeft.training.loop.objective import with_objective
 from nbpeft.training.loop.rows import training_rows
 from nbpeft.training.request import TrainRequest
 from tests.training.data.test_conservation import model
@@ -84,6 +86,16 @@ def test_what_a_dataset_calls_its_numbers_counts(tokenizer, names, refused):
         return
     with pytest.raises(TrainingError, match=rf"Row 1: 'label' is 0 \({names[0]}\): "):
         training_rows(TrainRequest(model(False), data, tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize("names", [("prompt", "completion"), ("instruction", "output")])
+def test_a_label_that_is_learned_is_no_verdict(tokenizer, names):
+    rows = [{"sentence": f"film {number} ", "label": str(number % 2)} for number in range(4)]
+    columns = dict(zip(names, ("sentence", "label"), strict=True))
+    assert len(training_rows(TrainRequest(model(False), rows, tokenizer=tokenizer, columns=columns)).train) == 4
+    request = TrainRequest(model(False), rows, tokenizer=tokenizer, columns=columns)
+    assert with_objective(request.opened()).objective.name == "sft"
+    assert summarize(rows, tokenizer, columns=columns, inputs=ModelInputs(kind=None)).form == " and ".join(names)
 
 
 def test_a_stream_is_taken_at_its_word_and_another_column_by_its_name(tokenizer):

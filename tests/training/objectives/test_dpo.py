@@ -322,7 +322,7 @@ def test_given_adapters_have_their_own_fields_of_the_objective() -> None:
     for name in members:
         model.add_adapter(name, LoraConfig(r=4, target_modules=["q_proj"]))
     result = nbpeft.train(model, ROWS, members=members, **FIELDS)
-    assert [member.settings["beta"] for member in result.members] == ["2.0e-1", "4.0e-1"]
+    assert [member.settings["beta"] for member in result.members] == ["0.2", "0.4"]
     with pytest.raises(ConfigError, match="disable_dropout cannot be a sweep"):
         nbpeft.train(model, ROWS, members={"a": {"disable_dropout": False}, "b": {}}, **FIELDS)
 

@@ -16,7 +16,7 @@ from nbpeft.training.sweep.members import setting_text
         (True, "yes"),
         (False, "no"),
         (8, "8"),
-        (2e-4, "2.0e-4"),
+        (2e-4, "2e-4"),
         (SchedulerType.COSINE, "cosine"),
         (["v_proj", "q_proj"], "q_proj, v_proj"),
         (None, "None"),

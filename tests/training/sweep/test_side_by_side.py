@@ -362,8 +362,8 @@ def test_a_clone_goes_on_from_weights_and_optimizer_state(tokens: int, monkeypat
     _, source, clone = result.members
     assert (clone.name, clone.status, clone.step) == ("b", "finished", 6)
     assert [step for step, _ in clone.history] == [3, 4, 5, 6]
-    assert clone.settings == {"learning_rate": "2.0e-2", "weight_decay": "5.0e-1", "lr_scheduler_type": "cosine"}
-    assert source.settings == {"learning_rate": "5.0e-2", "weight_decay": "1.0e-1", "lr_scheduler_type": "linear"}
+    assert clone.settings == {"learning_rate": "0.02", "weight_decay": "0.5", "lr_scheduler_type": "cosine"}
+    assert source.settings == {"learning_rate": "0.05", "weight_decay": "0.1", "lr_scheduler_type": "linear"}
     assert "b forked from a-lr5e-2 at step 2" in result.message
     assert set(model.manager.names) == {"a", *RATES, "b"} and model.active_adapters == [result.best]
 
