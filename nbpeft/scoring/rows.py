@@ -21,7 +21,7 @@ from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL, Classes
 from nbpeft.training.data.encoding import CodedRow, Span, encode
-from nbpeft.training.data.forms import Chat, Form, Pair, Plain, check_roles, likely_completion, row_of
+from nbpeft.training.data.forms import TEXT, Chat, Form, Pair, Plain, check_roles, likely_completion, row_of
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.options import REASONING, RowOptions, why_not_used
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
@@ -34,6 +34,7 @@ _STREAMED = 1000
 CHOICES, ANSWER = "choices", "answer"
 """The columns of a row with its options, and with the right one: its text or its number."""
 _OWN = (CHOICES, ANSWER)
+_LOSS = " Text has no answer to compare: metric='loss' scores it."
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,13 @@ def read_rows(
                 raise
             left_out.append((number, reason_of(error)))
     if not rows:
-        hint = _references_in(columns_of(opened), columns) if reader.form is _PROMPT else ""
+        hint = (
+            _references_in(columns_of(opened), columns)
+            if reader.form is _PROMPT
+            else _LOSS
+            if reader.form is TEXT
+            else ""
+        )
         raise TrainingError(f"None of the {plural(len(values), 'row')} can be scored: {named_rows(left_out)}.{hint}")
     _check_tokens(model, rows, inputs)
     notes = []
@@ -189,7 +196,7 @@ def _check_model(model: nn.Module, inputs: ModelInputs, needs: set[Needs], token
             "(eval_data) report accuracy and f1"
         )
     if inputs.classes is not None and needs != {"classes"}:
-        raise ConfigError(f"{name} is a classifier: its metric is accuracy")
+        raise ConfigError(f"{name} is a classifier: its metric is accuracy (metric='accuracy')")
     if inputs.classes is not None and inputs.classes.problem != SINGLE_LABEL:
         raise ConfigError(f"accuracy needs one class for each row, and {name} is for {inputs.classes.problem}")
     if "options" in needs and inputs.encoder_decoder:

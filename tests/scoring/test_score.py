@@ -339,6 +339,8 @@ def test_a_metric_of_the_user_needs_no_reference() -> None:
 def test_rows_without_a_reference_are_named() -> None:
     result = scored(adapted(), [*ROWS[:2], {"prompt": "x", "completion": ""}], max_new_tokens=2)
     assert result.notes[0] == "1 row left out: row 2: it has no reference"
+    with pytest.raises(TrainingError, match=r"no reference\. Text has no answer to compare: metric='loss' scores it"):
+        scored(adapted(), ["a text"])
     with pytest.raises(TrainingError, match="None of the 1 row can be scored: row 0: it has no reference"):
         scored(adapted(), ["only text"])
     pairs = [{"prompt": "x", "chosen": "a", "rejected": "b"}]

@@ -188,7 +188,6 @@ class NoRows:
         ([{"dialog": [{"role": "user"}]}], r"Say where the conversations are: columns=\{'messages': 'dialog'\}\."),
         ([{"talk": [{"from": "human"}]}], r"columns=\{'conversations': 'talk'\}\."),
         ([{"messages": [{"speaker": "a", "text": "b"}]}], r"'text'. Rename them to role and content"),
-        ([{"text": "a"}, {"text": 3}], r"not text; as text it is '3'\."),
         ([{"Course": "a"}], r"'Course'. Say what they are called, e\.g\. columns=\{'text': 'Course'\}\.$"),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c"}],

@@ -471,7 +471,7 @@ def _chats_hint(columns: Sequence[str], form: Form, first: Any) -> str:
     """A hint at the column with conversations; empty if there is none."""
     values = first if isinstance(first, Mapping) and form not in FOR_CLASSIFIERS else {}
     for column in columns:
-        value = values.get(column)
+        value: Any = values.get(column)
         messages = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(messages, list | tuple) and messages and isinstance(messages[0], Mapping):
             names = {"conversations" if "from" in messages[0] else "messages": column}

@@ -95,11 +95,7 @@ class Row:
         """
         value = self.value(name)
         if value is not None and not isinstance(value, str):
-            number = value.item() if hasattr(value, "item") else value
-            hint = f"; as text it is {str(number)!r}" if type(number) is int else ""
-            raise self.error(
-                f"{self.columns.get(name, name)!r} is {with_article(value)} ({value!r:.40}), not text{hint}."
-            )
+            raise self.error(f"{self.columns.get(name, name)!r} is {with_article(value)} ({value!r:.40}), not text.")
         return value or ""
 
     def listed(self, name: str, what: str) -> tuple[Any, ...]:

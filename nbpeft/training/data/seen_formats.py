@@ -58,10 +58,10 @@ class SeenFormats:
         if not self._joined:
             return ()
         total = sum(self._systems.values())
-        some = f" ({self._joined:,} of {total:,} rows)" if self._joined < total else ""
+        some = f" in {self._joined:,} of {total:,} rows" if self._joined < total else ""
         return (
-            f"prompt and completion are joined as they are, with nothing between them: {self._joint!r}{some}; "
-            "begin each completion with a space, or end each prompt with a line break",
+            f"nothing separates prompt and completion{some} ({self._joint!r}): begin each completion with a space, or "
+            "end each prompt with a line break",
         )
 
     def _about_systems(self) -> tuple[str, ...]:

@@ -103,11 +103,11 @@ def test_a_joint_without_white_space(prompt: str, completion: str, joint: str) -
 def test_rows_whose_completions_run_into_their_prompts_are_named_with_what_to_write() -> None:
     joined, apart = {"prompt": "Who?", "completion": "We"}, {"prompt": "Who?", "completion": " We"}
     line = (
-        "prompt and completion are joined as they are, with nothing between them: 'Who?We'; "
-        "begin each completion with a space, or end each prompt with a line break"
+        "nothing separates prompt and completion ('Who?We'): begin each completion with a space, or end each prompt "
+        "with a line break"
     )
     assert summarize([joined] * 2, CHAT).unused == (line,) and prepare_data([joined] * 2, CHAT).notes == line
-    some = line.replace("'Who?We'", "'Who?We' (1 of 3 rows)")
+    some = line.replace(" (", " in 1 of 3 rows (")
     assert prepare_data([apart, joined, apart], CHAT).notes == some
     assert prepare_data([apart] * 2, CHAT).notes == ""
     as_chat = prepare_data([joined] * 2, CHAT, columns={"instruction": "prompt", "output": "completion"})
@@ -122,4 +122,4 @@ class Pairs(IterableDataset[Any]):
 
 
 def test_a_stream_says_it_of_its_first_row() -> None:
-    assert "'Who?We'; begin each completion with a space" in prepare_data(Pairs(), CHAT).notes
+    assert "('Who?We'): begin each completion with a space" in prepare_data(Pairs(), CHAT).notes

@@ -414,7 +414,7 @@ def test_a_clone_without_a_name_is_called_by_what_it_has_of_its_own() -> None:
     model = trainable(name="a")
     model.manager.copy("a", "a-lr5e-2-lr25e-3")
     result = cloned(model, "a-lr5e-2", None, {})
-    assert result.members[-1].name == "a-lr5e-2-lr25e-3-2" and result.members[-1].settings["learning_rate"] == "2.5e-2"
+    assert result.members[-1].name == "a-lr5e-2-lr25e-3-2" and result.members[-1].settings["learning_rate"] == "0.025"
 
 
 def test_a_clone_has_random_numbers_as_its_source_where_only_some_have_dropout() -> None:
