@@ -24,7 +24,7 @@ from nbpeft.model.handle import prompts
 from nbpeft.model.handle.injection import put_active, replacing
 from nbpeft.model.handle.serving import of_the_model, serving
 from nbpeft.model.handle.state_dicts import drawing_nothing, drop_values
-from nbpeft.model.handle.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from nbpeft.model.handle.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from nbpeft.model.handle.tuner import (
     BaseTuner,
     enable_input_grads_for_checkpointing,
@@ -306,11 +306,11 @@ class PeftModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    def get_layer_status(self) -> list[LayerStatus]:
+    def get_layer_status(self) -> list[TunerLayerStatus]:
         """Returns one record for each adapted layer."""
         return get_layer_status(self)
 
-    def get_model_status(self) -> ModelStatus:
+    def get_model_status(self) -> TunerModelStatus:
         """Returns one record for the whole model."""
         return get_model_status(self)
 
