@@ -141,6 +141,7 @@ class PeftModel(nn.Module):
         if MANAGER not in state:
             refuse_pickle_of_peft(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        prompts.list_anew(self.manager, self._modules)  # before the copy's embedding may be replaced
 
     @property
     def manager(self) -> AdapterManager:
