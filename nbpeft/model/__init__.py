@@ -69,8 +69,8 @@ from nbpeft.model.handle.state_dicts import get_peft_model_state_dict as get_pef
 from nbpeft.model.handle.state_dicts import load_peft_weights as load_peft_weights
 from nbpeft.model.handle.state_dicts import set_base_model_state_dict as set_base_model_state_dict
 from nbpeft.model.handle.state_dicts import set_peft_model_state_dict as set_peft_model_state_dict
-from nbpeft.model.handle.status import TunerLayerStatus as LayerStatus
-from nbpeft.model.handle.status import TunerModelStatus as ModelStatus
+from nbpeft.model.handle.status import LayerStatus as LayerStatus
+from nbpeft.model.handle.status import ModelStatus as ModelStatus
 from nbpeft.model.handle.status import get_layer_status as get_layer_status
 from nbpeft.model.handle.status import get_model_status as get_model_status
 from nbpeft.model.handle.tasks import PeftModelForCausalLM as PeftModelForCausalLM

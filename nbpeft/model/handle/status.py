@@ -55,6 +55,10 @@ class TunerModelStatus:
     quantization_backend: str | None = None
 
 
+LayerStatus = TunerLayerStatus
+ModelStatus = TunerModelStatus
+
+
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Returns one record for each adapted layer and each module of ``modules_to_save``.
 

@@ -368,7 +368,9 @@ class LoraConfig(AdapterConfig, LayerByLayer):
 
     def alpha_at(self, path: str) -> float:
         """The alpha at a module path as it was given, ``alpha_pattern`` included."""
-        return pattern_table(self, "alpha_pattern").get(path, self.lora_alpha) if self.alpha_pattern else self.lora_alpha
+        return (
+            pattern_table(self, "alpha_pattern").get(path, self.lora_alpha) if self.alpha_pattern else self.lora_alpha
+        )
 
     def scaling_at(self, path: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
