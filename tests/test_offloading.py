@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import nbpeft
-from nbpeft.errors import ConfigError, MergeError
+from nbpeft.errors import CheckpointError, ConfigError, MergeError
 from nbpeft.model.saving.merge_export import merge_to_folder
 from nbpeft.training.watching import generation
-from tests.tiny_models import adapted, llama, randomize
+from tests.tiny_models import adapted, llama, randomize, same_state
 
 BOTH = ["q_proj", "v_proj"]
 METHODS: dict[str, dict[str, Any]] = {
@@ -113,18 +113,56 @@ def test_adapters_of_every_method_are_loaded_for_their_calls(name: str, tmp_path
     config = getattr(nbpeft, name)(task_type="CAUSAL_LM", **METHODS[name])
     model = nbpeft.get_peft_model(base(offloaded=False), config).eval()
     randomize(model)
-    expected = model(input_ids=IDS).logits
+    expected, saved = model(input_ids=IDS).logits, nbpeft.get_peft_model_state_dict(model)
     whole = copy.deepcopy(model)
     accelerate.cpu_offload(whole, execution_device=torch.device("cpu"), offload_buffers=True)
     assert all(parameter.is_meta for parameter in whole.parameters())
     for _ in range(2):
         torch.testing.assert_close(whole(input_ids=IDS).logits, expected)
+    assert same_state(nbpeft.get_peft_model_state_dict(whole), saved)
     inner = "base_model." if config.is_prompt_learning else "base_model.model."
     devices = {f"{inner}{path}": "cpu" for path in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
     devices |= {f"{inner}model.layers.0": "disk", f"{inner}model.layers.1": "cpu", "prompt_encoder": "cpu"}
     accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert any(parameter.is_meta for parameter in model.parameters())
     torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+    assert same_state(nbpeft.get_peft_model_state_dict(model), saved)
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_modules": BOTH, "bias": "all", "modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": BOTH, "use_dora": True, "trainable_token_indices": [1, 2]},
+    ],
+)
+def test_an_offloaded_adapter_is_saved(more: dict[str, Any], to_disk: bool, tmp_path: Path) -> None:
+    model = adapted(base(offloaded=False), init_lora_weights=False, **more).eval()
+    model.save_pretrained(tmp_path / "before")
+    options = {"execution_device": torch.device("cpu")}
+    if to_disk:
+        accelerate.disk_offload(model, str(tmp_path / "offloaded"), **options)
+    else:
+        accelerate.cpu_offload(model, **options)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    before = nbpeft.load_peft_weights(tmp_path / "before")
+    for _ in range(2):  # what was saved is offloaded again
+        model.save_pretrained(tmp_path / "after")
+        assert same_state(nbpeft.load_peft_weights(tmp_path / "after"), before)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert same_state(nbpeft.get_peft_model_state_dict(model), before)
+
+
+def test_embeddings_in_a_file_that_are_those_of_an_offloaded_base_are_left_out(tmp_path: Path) -> None:
+    adapted(base(offloaded=False), target_modules=["embed_tokens"]).save_pretrained(tmp_path)
+    nbpeft.PeftModel.from_pretrained(base(), tmp_path)
+    other = base(offloaded=False)
+    other.get_input_embeddings().weight.detach().add_(1)
+    accelerate.cpu_offload(other, execution_device=torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"its own model.embed_tokens.weight, which is offloaded"):
+        nbpeft.PeftModel.from_pretrained(other, tmp_path)
 
 
 def test_hooks_of_a_base_layer_are_not_those_of_its_wrapper() -> None:

@@ -337,10 +337,12 @@ class FolderStore:
             raise CheckpointError(f"unknown option {next(iter(options))!r} for saving a config")
         write_config(config.copy(auto_mapping=auto_mapping) if auto_mapping is not None else config, folder)
 
-    def push(self, config: AdapterConfig, repo_id: str, **options: Any) -> str:
+    def push(self, config: AdapterConfig, repo_id: str, *, tags: Sequence[str], **options: Any) -> str:
         """See ``source.push``."""
         with scratch_folder() as folder:
             write_config(config, folder)
+            if tags:
+                write_card(folder, config, tags=tags)
             return push(folder, repo_id, **options)
 
 

@@ -303,6 +303,7 @@ def push(
     token: str | bool | None = None,
     private: bool | None = None,
     endpoint: str | None = None,
+    commit_message: str | None = None,
     **options: Any,
 ) -> str:
     """Uploads a saved adapter's folder to a repository, which is created if needed.
@@ -313,7 +314,8 @@ def push(
         token: access token; None for the stored login.
         private: whether a new repository is private; None for the account's default.
         endpoint: URL of the hub; None for the default.
-        **options: further arguments of ``HfApi.upload_folder``: ``revision``, ``commit_message``, ``create_pr``, …
+        commit_message: message of the commit; None for "Upload adapter".
+        **options: further arguments of ``HfApi.upload_folder``: ``revision``, ``create_pr``, …
 
     Returns:
         URL of the commit.
@@ -339,7 +341,8 @@ def push(
             repo_id=name,
             folder_path=os.fspath(folder),
             ignore_patterns=[*ignored, f"{STAGING_PREFIX}*", f"**/{STAGING_PREFIX}*"],
-            **{"commit_message": "Upload adapter", **options},
+            commit_message=commit_message or "Upload adapter",
+            **options,
         )
         return str(done.commit_url)
 

@@ -67,9 +67,7 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         tensor = tensor.detach()
         if tensor.is_meta:
-            raise CheckpointError(
-                f"{key} has no data (meta device): load or offload the model's weights first", key=key
-            )
+            raise CheckpointError(f"{key} has no data (meta device): load the adapter's weights first", key=key)
         if hasattr(tensor, "full_tensor"):
             tensor = tensor.full_tensor()
         memory = (str(tensor.device), tensor.untyped_storage().data_ptr())

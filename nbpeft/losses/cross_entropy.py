@@ -110,7 +110,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = hidden[place].detach().requires_grad_(inside)
             with torch.set_grad_enabled(learns):
                 logits = head(rows)
-            losses, upstream = _losses(logits, targets[place], smoothing, learns)
+            is_free = _is_free(logits, rows)
+            losses, upstream = _losses(logits, targets[place], smoothing, learns, is_free)
             if weights is not None:
                 part = weights[place].to(losses)
                 losses, upstream = losses * part, None if upstream is None else upstream.mul_(part.unsqueeze(-1))
@@ -123,7 +124,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if logits.dtype == torch.bfloat16 and divisor is not None:  # divide before rounding to bfloat16
                 ctx.divisor = divisor
                 upstream.div_(divisor)
-            upstream = _in_dtype_of(logits, upstream)
+            upstream = _in_dtype_of(logits, upstream, is_free)
             found = list(torch.autograd.grad(logits, [rows, *summed] if inside else summed, upstream))
             del logits, upstream
             for gradient in reversed(sums):
@@ -164,11 +165,13 @@ def _of_trained(
     sums = [torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) for tensor in trained]
     for place in chunks:
         with torch.enable_grad():
-            logits = head(hidden[place].detach())
-        _, gradient = _losses(logits, targets[place], smoothing, True)
+            rows = hidden[place].detach()
+            logits = head(rows)
+        is_free = _is_free(logits, rows)
+        _, gradient = _losses(logits, targets[place], smoothing, True, is_free)
         assert gradient is not None
         factors = upstream[place] if weights is None else upstream[place] * weights[place].to(upstream)
-        gradient = _in_dtype_of(logits, gradient.mul_(factors.unsqueeze(-1)))
+        gradient = _in_dtype_of(logits, gradient.mul_(factors.unsqueeze(-1)), is_free)
         found = list(torch.autograd.grad(logits, trained, gradient))
         del logits, gradient
         for part in reversed(sums):
@@ -180,12 +183,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _losses(logits: Tensor, targets: Tensor, smoothing: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
+def _losses(
+    logits: Tensor, targets: Tensor, smoothing: float, wanted: bool, is_free: bool
+) -> tuple[Tensor, Tensor | None]:
     """Returns the loss of each row, (n,), and, if wanted, the gradient of their sum with respect to the logits.
 
-    The gradient, (n, vocabulary), overwrites the logits if they have its dtype and no graph needs them.
+    The gradient, (n, vocabulary), overwrites the logits if they have its dtype and may be overwritten.
     """
-    shares = logits.detach().to(_wide(logits.dtype), copy=_is_saved(logits))
+    shares = logits.detach().to(_wide(logits.dtype), copy=not is_free)
     shares.sub_(shares.amax(-1, keepdim=True))
     index = targets.to(shares.device).unsqueeze(-1)
     of_target = shares.gather(-1, index).squeeze(-1)
@@ -199,14 +204,20 @@ def _losses(logits: Tensor, targets: Tensor, smoothing: float, wanted: bool) -> 
     return losses, shares.sub_(smoothing / logits.shape[-1]) if smoothing else shares
 
 
-def _is_saved(logits: Tensor) -> bool:
-    """Whether the graph may need the logits for backward, so that they must not be overwritten."""
-    return logits.grad_fn is not None and type(logits.grad_fn).__name__ not in _FREE_OUTPUTS
+def _is_free(logits: Tensor, rows: Tensor) -> bool:
+    """Whether the logits of some rows may be overwritten: no graph, no caller and no module may need them.
+
+    A head may return its input, a parameter, or a part of a tensor that it keeps.
+    """
+    if logits.grad_fn is not None:
+        return type(logits.grad_fn).__name__ in _FREE_OUTPUTS
+    is_input = logits.untyped_storage()._cdata == rows.untyped_storage()._cdata
+    return not (is_input or logits.requires_grad or logits._is_view())
 
 
-def _in_dtype_of(logits: Tensor, gradient: Tensor) -> Tensor:
-    """Returns a gradient of the logits in their dtype; overwrites the logits with it if no graph needs them."""
-    if gradient.dtype == logits.dtype or _is_saved(logits):
+def _in_dtype_of(logits: Tensor, gradient: Tensor, is_free: bool) -> Tensor:
+    """Returns a gradient of the logits in their dtype; overwrites the logits with it if they may be overwritten."""
+    if gradient.dtype == logits.dtype or not is_free:
         return gradient.to(logits.dtype)
     return logits.detach().copy_(gradient)
 

@@ -12,7 +12,8 @@ from nbpeft.engine.methods.products.poly import PolyRouter as PolyRouter
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.model.handle.peft_model import PeftModel
-from nbpeft.model.handle.status import LayerStatus, ModelStatus
+from nbpeft.model.handle.status import TunerLayerStatus as TunerLayerStatus
+from nbpeft.model.handle.status import TunerModelStatus as TunerModelStatus
 from nbpeft.model.handle.tuner import BaseTuner as BaseTuner
 from nbpeft.model.handle.tuner import tuner_class
 from nbpeft.peft_api.constants import usual_targets_of
@@ -25,8 +26,6 @@ PeftMixedModel = PeftModel
 """The same class, because every model of nbpeft supports adapters of different methods."""
 BaseTunerLayer = AdaptedLayer
 BasePromptEncoder = ModelAdapter
-TunerLayerStatus = LayerStatus
-TunerModelStatus = ModelStatus
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper
 
 

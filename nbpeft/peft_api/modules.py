@@ -69,13 +69,18 @@ class PeftModules:
 
     def exec_module(self, module: ModuleType) -> None:
         """Makes a module resolve its names on first use."""
-        from nbpeft.peft_api.names import names_in
+        from nbpeft.peft_api.names import MODULES, names_in
 
         place = module.__name__.partition(".")[2]
         own = sys.modules[_PACKAGE] if not place else None
 
         def names() -> list[str]:
-            return sorted({*names_in(place), *(own.__all__ if own else ())} - {"__version__"})
+            found = set(names_in(place))
+            if (
+                own
+            ):  # without nbpeft's further names: "from peft import *" must not replace the caller's train or Trainer
+                found.update({*own.__all__} & {name for other in MODULES for name in names_in(other)})
+            return sorted(found - {"__version__"})
 
         def find(name: str) -> Any:
             if name == "__all__":

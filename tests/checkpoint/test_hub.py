@@ -12,7 +12,9 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from torch import nn
 
+from nbpeft import get_peft_model
 from nbpeft.checkpoint import push, read_checkpoint, read_config, write_checkpoint
 from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -184,6 +186,18 @@ def test_a_config_is_pushed_by_itself(hub: Hub, options: dict[str, Any]) -> None
     LoraConfig(r=5, target_modules=["q"]).push_to_hub("me/config", token="hf_t", endpoint=hub.endpoint)
     assert list(hub.files["me/config"]) == ["adapter_config.json"]
     assert LoraConfig.from_pretrained("me/config", **options).to_dict()["r"] == 5
+
+
+@pytest.mark.parametrize("of_model", [True, False])
+def test_it_is_pushed_with_the_keywords_of_transformers(hub: Hub, of_model: bool) -> None:
+    config = LoraConfig(r=2, target_modules=["q"])
+    pushed: Any = get_peft_model(nn.ModuleDict({"q": nn.Linear(2, 2)}), config) if of_model else config
+    kept = {"max_shard_size": "5GB", "private": True, "token": "hf_t"}
+    pushed.push_to_hub("me/new", commit_message=None, revision="v2", tags=["sql"], endpoint=hub.endpoint, **kept)
+    assert b"- sql\n" in hub.files["me/new"]["README.md"]
+    pushed.push_to_hub("me/new", commit_message="Better", commit_description="much", endpoint=hub.endpoint)
+    assert hub.private == {"me/new"} and hub.tokens == {"hf_t"}
+    assert [commit[1:] for commit in hub.commits] == [("v2", "Upload adapter"), ("main", "Better")]
 
 
 def test_push_that_cannot_be(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

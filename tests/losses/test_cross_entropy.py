@@ -122,6 +122,33 @@ def test_in_bfloat16_it_is_as_accurate_as_whole_logits(divisor):
     assert (found - truth).norm() <= 1.01 * (rounded - truth).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("made", [lambda rows: rows, lambda rows: rows.view(-1, FEATURES), lambda rows: rows.float()])
+def test_a_head_that_returns_its_input_keeps_it(made, mode, learns, dtype):
+    hidden = torch.randn(TOKENS, FEATURES, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, targets = hidden.clone(), torch.arange(TOKENS) % FEATURES
+    with mode():
+        given = hidden.requires_grad_(learns)
+        loss = chunked_cross_entropy(made, given, targets, chunk_size=5)
+        expected = F.cross_entropy(made(before).float(), targets)
+    assert torch.equal(hidden, before)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("place", [slice(None), slice(4)])
+def test_a_head_that_returns_its_own_tensor_keeps_it(place, mode, trained):
+    own = nn.Parameter(torch.randn(4, CLASSES, generator=torch.Generator().manual_seed(0)), requires_grad=trained)
+    before, targets = own.detach().clone(), torch.arange(4)
+    with mode():
+        loss = chunked_cross_entropy(lambda rows: own[place], torch.zeros(4, FEATURES), targets, chunk_size=4)
+    assert torch.equal(own, before)
+    torch.testing.assert_close(loss, F.cross_entropy(before, targets), check_stride=False)
+
+
 def test_nothing_is_computed_for_backward_without_gradients():
     layer, calls = head(), []
 

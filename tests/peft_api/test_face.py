@@ -51,7 +51,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft*: map_cache_to_layer_device_map refuses",
         "peft.utils: _prepare_prompt_learning_config refuses",
         "peft.utils.integrations: get_layer_device_map refuses",
-        "PeftModel: no attribute special_peft_forward_args",
     ),
     "of methods that nbpeft lacks": ("peft.tuners.lycoris_utils: * refuses",),
     "a class for isinstance: the engine makes layers": (
@@ -153,7 +152,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "LoRA's embedding: no attribute bias",
         "LoRA's head: no attribute *",
     ),
-    "handed on as keywords": ("*.push_to_hub: no parameter *",),
 }
 
 CONFIGS = sorted(

@@ -228,6 +228,23 @@ def test_its_modules_are_listed_and_imported_as_those_of_peft() -> None:
     """)
 
 
+def test_all_its_names_are_none_of_the_callers() -> None:
+    run("""
+        import importlib
+        import nbpeft
+        theirs = set(importlib.import_module("peft").__all__)
+        for name in [name for name in __import__("sys").modules if name.partition(".")[0] == "peft"]:
+            del __import__("sys").modules[name]
+        with nbpeft.install_as_peft():
+            train = Trainer = Session = "the caller's"
+            from peft import *
+            import peft
+            assert {train, Trainer, Session} == {"the caller's"} and LoraConfig is nbpeft.LoraConfig
+            assert theirs <= set(peft.__all__) and not {"train", "Trainer", "ConfigError"} & {*peft.__all__, *dir(peft)}
+            assert peft.train is nbpeft.train
+    """)
+
+
 def test_its_files_are_those_of_nbpeft() -> None:
     run("""
         import importlib.resources, pkgutil

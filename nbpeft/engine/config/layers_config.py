@@ -128,8 +128,8 @@ class RankedConfig(LayersConfig):
         return int(pattern_table(self, "rank_pattern").get(path, self.r))
 
     def alpha_at(self, path: str) -> float:
-        """The alpha of the layer at a path, ``alpha_pattern`` included."""
-        return float(pattern_table(self, "alpha_pattern").get(path, self.alpha))
+        """The alpha of the layer at a path as it was given, ``alpha_pattern`` included."""
+        return pattern_table(self, "alpha_pattern").get(path, self.alpha)
 
     def scaling_at(self, path: str) -> float:
         """alpha / r of the layer at a path."""

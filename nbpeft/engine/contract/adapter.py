@@ -85,8 +85,8 @@ class ConfigStore(Protocol):
         """Writes a config into a folder."""
         ...
 
-    def push(self, config: AdapterConfig, repo_id: str, **options: Any) -> str:
-        """Uploads the file of a config to a repository."""
+    def push(self, config: AdapterConfig, repo_id: str, *, tags: Sequence[str], **options: Any) -> str:
+        """Uploads the file of a config, and with tags a model card, to a repository."""
         ...
 
     def tensors(self, path: str) -> dict[str, Tensor]:
@@ -382,17 +382,40 @@ class AdapterConfig:
         """Writes ``adapter_config.json`` into a folder, atomically."""
         store_of(type(self)).write(self, save_directory, **options)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: Sequence[str] | None = None,
+        **options: Any,
+    ) -> str:
         """Uploads ``adapter_config.json`` to a repository on the hub.
 
         Args:
             repo_id: ``user/name``; the repository is created if it does not exist.
-            **options: ``token``, ``private``, ``endpoint``, and what ``HfApi.upload_folder`` takes.
+            commit_message: message of the commit; None for "Upload adapter".
+            commit_description: description of the commit.
+            private: whether a new repository is private; None for the account's default.
+            token: access token; None or True for the stored login.
+            revision: branch to upload to, created if it does not exist.
+            create_pr: open a pull request instead of committing.
+            max_shard_size: accepted for compatibility and ignored: a config has no shards.
+            tags: tags for a model card, which is uploaded too.
+            **options: ``endpoint``, and what ``HfApi.upload_folder`` takes.
 
         Returns:
             The URL of the commit.
         """
-        return store_of(type(self)).push(self, repo_id, **options)
+        commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision}
+        hub = {"private": private, "token": token, "create_pr": create_pr}
+        return store_of(type(self)).push(self, repo_id, tags=tags or (), **commit, **hub, **options)
 
 
 _IN_USE = "_is_of_an_adapter"

@@ -316,7 +316,14 @@ def backend_named(name: str) -> Backend:
     return next(backend for backend in _backends if backend.name == name)
 
 
+def _registered(cls: type[Any]) -> Any:
+    """Returns the instance of a kind of layer or of a backend that is registered."""
+    return next((one for one in (*_layer_kinds, *_backends) if type(one) is cls), None) or cls()
+
+
 def _insert(ranked: list[Any], new: _Ranked) -> None:
+    # Copied and unpickled layers have the registered instance, which is compared by identity.
+    type(new).__reduce__ = lambda self: (_registered, (type(self),))  # type: ignore[method-assign, assignment]
     ranked[:] = [old for old in ranked if type(old).__qualname__ != type(new).__qualname__]
     ranked.append(new)
     ranked.sort(key=lambda item: -item.priority)

@@ -187,7 +187,7 @@ class AdaptedLayer(Wrapper):
         Returns:
             The sum, in the dtype of the base layer's output.
         """
-        if "_hf_hook" in self._modules["base_layer"].__dict__ and (parts := self._offloaded_parts()):
+        if "_hf_hook" in self._modules["base_layer"].__dict__ and (parts := self.offloaded_parts()):
             with all_onloaded(parts):
                 return self.forward(x, *args, **kwargs)
         active = self.active_state.current()
@@ -222,7 +222,7 @@ class AdaptedLayer(Wrapper):
             return None
         return self.adapters._modules.get(active.names[0])
 
-    def _offloaded_parts(self) -> list[nn.Module]:
+    def offloaded_parts(self) -> list[nn.Module]:
         """The modules of adapters, or that show parts of them, whose tensors accelerate has offloaded."""
         # Prompts that a handle lists can be offloaded although their embedding is not.
         if not self.listed_apart and offloading(self.base_layer) is None:
@@ -233,7 +233,7 @@ class AdaptedLayer(Wrapper):
 
     def onloaded_parts(self) -> AbstractContextManager[None]:
         """Context manager: loads what accelerate has offloaded of the adapters."""
-        return all_onloaded(self._offloaded_parts())
+        return all_onloaded(self.offloaded_parts())
 
     def is_quantization_aware(self, names: Sequence[str]) -> bool:
         """Whether one of these adapters is quantization-aware, so that the layer computes as if merged."""

@@ -36,6 +36,8 @@ _LARGEST_RHO = 1000
 _MOST_PASSES = 100
 """Largest number of passes over the data, if the directions do not converge."""
 
+_HALF = (torch.float16, torch.bfloat16)
+
 ForwardFn = Callable[[nn.Module, Any], Any]
 ModelInputsFn = Callable[[Any, Any], Any]
 
@@ -288,7 +290,17 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs,
             show_progress_bar,
         )
-    start_at(manager, adapter_name, {_bare(name): value for name, value in eva_state_dict.items()})
+    with manager.transaction():
+        _fill_in(manager, adapter_name)
+        start_at(manager, adapter_name, {_bare(name): value for name, value in eva_state_dict.items()})
+
+
+def _fill_in(manager: AdapterManager, name: str) -> None:
+    """Replaces an adapter without values (``low_cpu_mem_usage``) by one as with ``init_lora_weights=True``."""
+    parameters = manager.parameters(name)
+    if any(parameter.is_meta for parameter in parameters):
+        half = parameters[0].dtype in _HALF
+        manager.add(name, manager.configs[name], replace=True, trainable=name not in manager.frozen, half=half)
 
 
 def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor]) -> None:
@@ -347,7 +359,7 @@ def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor
     remember_starts(started, starts)
     start = AdapterWeights(by_path, weights.copies, weights.base, weights.shared)
     first = next((value for named in weights.adapters.values() for value in named.values()), None)
-    half = first is not None and first.dtype in (torch.float16, torch.bfloat16)
+    half = first is not None and first.dtype in _HALF
     manager.add(name, started, start, replace=True, trainable=name not in manager.frozen, half=half)
 
 

@@ -39,8 +39,14 @@ def inject_adapter_in_model(
             ``target_modules``. Its values are ignored; load them with ``set_peft_model_state_dict``.
 
     Raises:
+        ConfigError: the method changes calls of the model instead of layers, as learned prompts do.
         TargetError: neither the config nor any key fits the model, which is not changed.
     """
+    if method_of(peft_config).transforms_calls:
+        raise ConfigError(
+            f"inject_adapter_in_model does not take {type(peft_config).__name__}, whose adapter changes calls of the "
+            "model and not its layers: use get_peft_model"
+        )
     manager = manager_of(model) or AdapterManager(unwrapped(model))
     with replacing(manager, adapter_name, "a new one") as replace, manager.transaction() as change:
         config = as_given(peft_config)

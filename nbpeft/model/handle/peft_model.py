@@ -22,9 +22,9 @@ from nbpeft.engine.tree.model_tree import MANAGER, base_model_of, manager_of, pa
 from nbpeft.errors import UnknownAdapterError
 from nbpeft.model.handle import prompts
 from nbpeft.model.handle.injection import put_active, replacing
-from nbpeft.model.handle.serving import of_the_model, serving
+from nbpeft.model.handle.serving import OF_CALLS, of_the_model, serving
 from nbpeft.model.handle.state_dicts import drawing_nothing, drop_values
-from nbpeft.model.handle.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from nbpeft.model.handle.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from nbpeft.model.handle.tuner import (
     BaseTuner,
     enable_input_grads_for_checkpointing,
@@ -37,6 +37,8 @@ from nbpeft.model.quantization.quantize import clear_gguf_flags
 from nbpeft.model.saving import files
 from nbpeft.model.saving.given_configs import as_given, take_given
 from nbpeft.peft_layers.classes import refuse_pickle_of_peft
+
+_SPECIAL = "special_peft_forward_args"
 
 
 class PeftModel(nn.Module):
@@ -58,6 +60,8 @@ class PeftModel(nn.Module):
     base_model: Any
     """A ``BaseTuner``, or the base model itself if the first adapter is a learned prompt."""
     _tuner: BaseTuner
+    special_peft_forward_args: set[str]
+    """Keyword arguments of calls that are not passed to the base model; names can be added."""
     task: ClassVar[TaskType | None] = None
     _hf_peft_config_loaded = True
     _by_task: ClassVar[dict[TaskType, type[PeftModel]]] = {}
@@ -113,7 +117,7 @@ class PeftModel(nn.Module):
             change.keep_attributes(manager, "owner")
             first = next(iter(manager.configs.values()), None)  # None if an AdapterPool owns all adapters
             tuner = (BaseTuner if first is None else tuner_class(method_of(first))).over(model, manager)
-            self.__dict__.update({MANAGER: manager, "_tuner": tuner})
+            self.__dict__.update({MANAGER: manager, "_tuner": tuner, _SPECIAL: {*OF_CALLS}})
             self.base_model = tuner
             prompts.list_apart(manager, self._modules, change)
             if prompts.LISTED in self._modules:
@@ -140,7 +144,8 @@ class PeftModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if MANAGER not in state:
             refuse_pickle_of_peft(self, state)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({_SPECIAL: {*OF_CALLS}, **state})  # type: ignore[no-untyped-call]
+        prompts.list_anew(self.manager, self._modules)  # before the copy's embedding may be replaced
 
     @property
     def manager(self) -> AdapterManager:
@@ -306,11 +311,11 @@ class PeftModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    def get_layer_status(self) -> list[LayerStatus]:
+    def get_layer_status(self) -> list[TunerLayerStatus]:
         """Returns one record for each adapted layer."""
         return get_layer_status(self)
 
-    def get_model_status(self) -> ModelStatus:
+    def get_model_status(self) -> TunerModelStatus:
         """Returns one record for the whole model."""
         return get_model_status(self)
 
@@ -358,7 +363,7 @@ class PeftModel(nn.Module):
             self.manager.active_state.hold(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
-            kwargs = of_the_model(self.manager, kwargs)
+            kwargs = of_the_model(self.manager, kwargs, self.special_peft_forward_args)
             output = self.get_base_model()(*args, **kwargs)
             return with_extra_loss(self.manager, output, kwargs) if self.training else output
 
@@ -380,7 +385,8 @@ class PeftModel(nn.Module):
             self.manager.active_state.hold(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
-            kwargs = {**generation_arguments(self.manager), **of_the_model(self.manager, kwargs)}
+            own = of_the_model(self.manager, kwargs, self.special_peft_forward_args)
+            kwargs = {**generation_arguments(self.manager), **own}
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     # Managing adapters
@@ -630,10 +636,41 @@ class PeftModel(nn.Module):
             pickled=not safe_serialization,
         )
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Saves the adapters and uploads them to a hub repository; see ``nbpeft.model.saving.files.push``."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Saves the adapters and uploads them to a hub repository.
+
+        Args:
+            repo_id: ``user/name``; the repository is created if it does not exist.
+            commit_message: message of the commit; None for "Upload adapter".
+            commit_description: description of the commit.
+            private: whether a new repository is private; None for the account's default.
+            token: access token; None or True for the stored login.
+            revision: branch to upload to, created if it does not exist.
+            create_pr: open a pull request instead of committing.
+            max_shard_size: accepted for compatibility with PEFT and ignored: an adapter is one file.
+            tags: additional tags for the model card.
+            **kwargs: further arguments of ``nbpeft.model.saving.files.push``, and of ``HfApi.upload_folder``.
+
+        Returns:
+            The URL of the commit.
+        """
         self._check_live()
-        return files.push(self.manager, repo_id, **kwargs)
+        commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision}
+        hub = {"private": private, "token": token, "create_pr": create_pr}
+        return files.push(self.manager, repo_id, tags=tags or (), **commit, **hub, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Writes or updates the README of a saved adapter."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import call_arguments, in_call, prepared
 from nbpeft.engine.wrappers.row_order import note_calls
 from nbpeft.errors import AdapterError
+
+OF_CALLS = ("adapter_names", "alora_offsets")
+"""PEFT's arguments of calls."""
 
 
 @contextmanager
@@ -50,14 +53,17 @@ def serving(
         yield
 
 
-def of_the_model(manager: AdapterManager, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def of_the_model(
+    manager: AdapterManager, kwargs: Mapping[str, Any], special: Collection[str] = OF_CALLS
+) -> dict[str, Any]:
     """Returns the keyword arguments of a call without those that only adapters use.
 
     Args:
         manager: manager of the model.
         kwargs: keyword arguments of the call.
+        special: arguments that are left out whichever adapters the model has.
     """
-    own = call_arguments(manager.configs.values())
+    own = {*call_arguments(manager.configs.values()), *special}
     return {name: value for name, value in kwargs.items() if name not in own}
 
 

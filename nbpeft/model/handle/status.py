@@ -22,7 +22,7 @@ _IRREGULAR = "irregular"
 
 
 @dataclass
-class LayerStatus:
+class TunerLayerStatus:
     """One adapted layer, or one module of ``modules_to_save``. Field names and values are PEFT's."""
 
     name: str
@@ -37,7 +37,7 @@ class LayerStatus:
 
 
 @dataclass
-class ModelStatus:
+class TunerModelStatus:
     """A whole model. Field names and values are PEFT's."""
 
     base_model_type: str
@@ -55,7 +55,11 @@ class ModelStatus:
     quantization_backend: str | None = None
 
 
-def get_layer_status(model: nn.Module) -> list[LayerStatus]:
+LayerStatus = TunerLayerStatus
+ModelStatus = TunerModelStatus
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Returns one record for each adapted layer and each module of ``modules_to_save``.
 
     Names are paths below ``model.base_model`` for a PeftModel, and paths in the base model otherwise.
@@ -75,10 +79,10 @@ def _bare(model: nn.Module, manager: AdapterManager) -> bool:
     return unwrapped(model) is manager.model
 
 
-def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStatus:
+def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> TunerLayerStatus:
     adapters = {own: layer.adapter(own) for own in layer.adapters}
     containers = {adapter.peft.container for adapter in adapters.values()}
-    return LayerStatus(
+    return TunerLayerStatus(
         name=".".join(filter(None, (name, containers.pop() if len(containers) == 1 else ""))),
         module_type=layer.adapted_as,
         enabled=layer.adapters_enabled,
@@ -97,9 +101,9 @@ def _trained(manager: AdapterManager, name: str, adapter: Adapter) -> list[nn.Pa
     return [parameter for key, parameter in adapter.named_parameters() if key not in adapter.peft.constants]
 
 
-def _copy(name: str, module: ModulesToSaveWrapper) -> LayerStatus:
+def _copy(name: str, module: ModulesToSaveWrapper) -> TunerLayerStatus:
     copies = {own: module.modules_to_save[own] for own in module.modules_to_save}
-    return LayerStatus(
+    return TunerLayerStatus(
         name=name,
         module_type="ModulesToSaveWrapper",
         enabled=module.adapters_enabled,
@@ -143,7 +147,7 @@ def _same_list(values: Iterable[Sequence[str]]) -> list[str] | str:
     return found if isinstance(found, str) else list(found)
 
 
-def get_model_status(model: nn.Module) -> ModelStatus:
+def get_model_status(model: nn.Module) -> TunerModelStatus:
     """Returns one record for a handle or an adapted base model, of which it names no methods, as in PEFT."""
     manager = require_manager(model)
     bare = _bare(model, manager)
@@ -151,7 +155,7 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     layers = get_layer_status(model)
     parts = [*manager.layers.values(), *manager.copies.values()]
     tuners = sorted({tuner_class(method_of(config)).__name__ for config in manager.configs.values()})
-    return ModelStatus(
+    return TunerModelStatus(
         base_model_type="other" if bare and not hasattr(model, "config") else type(manager.model).__name__,
         adapter_model_type="None" if bare else "/".join(tuners),
         peft_types={} if bare else {name: _method(manager, name) for name in manager.names},

@@ -14,5 +14,6 @@ Door, what other rooms import:
 
 Inside:
 
+    offloaded.py  Tensors that accelerate keeps elsewhere between calls
     residuals.py  Files of adapters whose init changes the base weights, for a base without that change
 """

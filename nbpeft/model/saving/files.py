@@ -30,6 +30,7 @@ from nbpeft.engine.contract.adapter import (
     UsesAnother,
     source_of,
 )
+from nbpeft.engine.contract.base import offloading, onloaded
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.shared_state import listed_name
@@ -42,6 +43,7 @@ from nbpeft.engine.views.part_modules import shown_name
 from nbpeft.engine.wrappers.fake_quant import is_prepared_quantization_aware
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
 from nbpeft.model.saving.given_configs import take_given
+from nbpeft.model.saving.offloaded import adapter_onloaded
 from nbpeft.model.saving.residuals import START, config_on, kept_start, left_start, mark_left, take_out_of_saved
 from nbpeft.model.saving.saved_places import note_place, note_saved, note_written_over, owner_of
 from nbpeft.model.saving.sharded import gathered, is_sharded, noted_fingerprint, warn_of_shards
@@ -295,14 +297,20 @@ def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
 
 
 def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Returns name in the bare model -> weight of the input and output embeddings, if there are any."""
+    """Returns name in the bare model -> weight of the input and output embeddings, loaded if it is offloaded."""
     embeddings = [embedding_of(model, output=output) for output in (False, True)]
     wanted = {module for found in embeddings if found is not None for _, module in bare_modules(found)}
-    return {
-        f"{path}.weight": weight
+    weights = {
+        f"{path}.weight": _loaded_weight(module)
         for path, module in (bare_modules(model) if wanted else ())
-        if module in wanted and isinstance(weight := module._parameters.get("weight"), Tensor)
+        if module in wanted
     }
+    return {name: weight for name, weight in weights.items() if weight is not None}
+
+
+def _loaded_weight(module: nn.Module) -> Tensor | None:
+    with onloaded(module):
+        return module._parameters.get("weight")
 
 
 def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> list[str]:
@@ -326,13 +334,13 @@ def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan,
     """Removes a file's base tensors that equal those of the base model, and warns about those that differ."""
     brought = [key for key in weights.base if key not in plan.biases]
     known = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
-    present = {key: known[key] for key in brought}
-    offloaded = next((key for key, own in present.items() if own.is_meta), None)
+    replaced = drop_unchanged(weights, {key: known[key] for key in brought})
+    modules = dict(bare_modules(manager.model)) if replaced else {}
+    offloaded = next((key for key in replaced if offloading(modules[key.rpartition(".")[0]]) is not None), None)
     if offloaded is not None:
         raise CheckpointError(
             f"the adapter has its own {offloaded}, which is offloaded in this model: load the model without offloading"
         )
-    replaced = drop_unchanged(weights, present)
     if replaced:
         warnings.warn(
             f"adapter {name!r} has its own {few(replaced)}: the base model uses them, whichever adapter is active, "
@@ -386,6 +394,7 @@ def save(
     rewrite: Rewrite | None = None,
     mark_saved: bool = True,
     facts: checkpoint.CardFacts | None = None,
+    tags: Sequence[str] = (),
     pickled: bool = False,
     write: bool = True,
     base: checkpoint.Fingerprint | None = None,
@@ -405,6 +414,7 @@ def save(
         rewrite: (name, config, tensors) -> config and tensors to write instead.
         mark_saved: mark the adapters as saved; False for temporary folders and converted adapters.
         facts: information for the model card in addition to the config.
+        tags: tags for the model card in addition to the base model's.
         pickled: write the tensors as PEFT's former ``.bin``.
         write: whether this process writes.
         base: fingerprint of the base model, computed before sharding; computed here by default.
@@ -453,7 +463,7 @@ def save(
             fingerprint=print_,
             notes=notes,
             card=card,
-            tags=_card_tags(manager.model),
+            tags=[*_card_tags(manager.model), *tags],
             facts=facts,
             pickled=pickled,
             names={place: os.path.basename(place) for place in ready} | {place: name for name, place in places.items()},
@@ -619,7 +629,8 @@ def _saved_weights(
 ) -> AdapterWeights:
     """Returns the tensors to save for an adapter; see ``save`` for the arguments."""
     check_choice("save_embedding_layers", embeddings, ("auto", True, False, None))
-    weights = manager.weights(name)
+    with adapter_onloaded(manager, name):
+        weights = manager.weights(name)
     targeted = _adapted_embeddings(manager, name)
     if embeddings is True or (embeddings == "auto" and (targeted or vocabulary_resized(manager.model))):
         present = embedding_weights(manager.model)
@@ -749,6 +760,7 @@ def push(
     *,
     name: str | None = None,
     facts: checkpoint.CardFacts | None = None,
+    tags: Sequence[str] = (),
     replace: bool = True,
     **kwargs: Any,
 ) -> str:
@@ -760,6 +772,7 @@ def push(
         name: the adapter to save in the root of the repository; None saves all, with ``default`` in the root and the
             others in folders.
         facts: information for the model card in addition to the config; the text of an existing card is preserved.
+        tags: tags for the model card in addition to the base model's.
         replace: overwrite another adapter in the repository, which is the default as in PEFT.
         **kwargs: as for ``checkpoint.push``.
 
@@ -775,7 +788,7 @@ def push(
         if facts is not None and (present := checkpoint.present_file(repo_id, "README.md", **hub)):
             (folder / "README.md").write_bytes(present.encode())
         names = list(manager.names) if name is None else [name]
-        save(manager, folder, names=names, flat=name is not None, facts=facts, mark_saved=False)
+        save(manager, folder, names=names, flat=name is not None, facts=facts, tags=tags, mark_saved=False)
         if not replace:
             own = (folder / checkpoint.CONFIG_NAME).read_text(encoding="utf-8")
             found = checkpoint.other_config(checkpoint.present_file(repo_id, checkpoint.CONFIG_NAME, **hub), own)

@@ -165,6 +165,25 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
         get_eva_state_dict(base(), batches())
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_adapters_without_values_start_as_in_peft(half: bool) -> None:
+    after = {}
+    for library in (peft, nbpeft):
+        torch.manual_seed(3)
+        settings = {"init_lora_weights": "eva", "target_modules": TARGETS, "r": 4}
+        config = library.LoraConfig(eva_config=library.EvaConfig(rho=2.0), **settings)
+        model = base().to(torch.bfloat16 if half else torch.float32)
+        model = library.get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=not half)
+        library.initialize_lora_eva_weights(model, batches(), show_progress_bar=False)
+        assert not any(parameter.is_meta for parameter in model.parameters())
+        after[library] = library.get_peft_model_state_dict(model), torch.rand(1)
+    (theirs, random), (ours, ours_random) = after.values()
+    assert ours.keys() == theirs.keys() and torch.equal(ours_random, random)
+    assert all(value.dtype == theirs[key].dtype for key, value in ours.items())
+    for key, value in ours.items():
+        torch.testing.assert_close(value.abs(), theirs[key].abs(), rtol=2e-2, atol=2e-2 if half else 1e-4)
+
+
 def test_components_of_batches_are_those_of_all_rows() -> None:
     rows = torch.randn(90, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.arange(1, 7)
     from peft.utils.incremental_pca import IncrementalPCA as Theirs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +117,13 @@ def test_embeddings_without_adapters_are_resized_as_they_are() -> None:
     assert torch.equal(logits(model)[..., :VOCABULARY], expected)
 
 
+@pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("name", ["PromptTuningConfig", "PrefixTuningConfig"])
-def test_a_prompt_stays_when_its_embedding_is_replaced(name: str) -> None:
+def test_a_prompt_stays_when_its_embedding_is_replaced(name: str, copied: Any) -> None:
     config = getattr(nbpeft, name)(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = get_peft_model(llama(), config).eval()
     randomize(model)
+    model = copied(model) if copied else model
     base: Any = model.get_base_model()
     new = nn.Embedding.from_pretrained(torch.randn(VOCABULARY, 32))
     base.set_input_embeddings(new)

@@ -367,8 +367,8 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         return int(pattern_table(self, "rank_pattern").get(path, self.r)) if self.rank_pattern else self.r
 
     def alpha_at(self, path: str) -> float:
-        """The alpha at a module path, ``alpha_pattern`` included."""
-        return float(
+        """The alpha at a module path as it was given, ``alpha_pattern`` included."""
+        return (
             pattern_table(self, "alpha_pattern").get(path, self.lora_alpha) if self.alpha_pattern else self.lora_alpha
         )
 

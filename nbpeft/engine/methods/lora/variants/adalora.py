@@ -184,7 +184,7 @@ class AdaLoraConfig(LoraConfig):
 
     def alpha_at(self, path: str) -> float:
         """The alpha at a module path; as in PEFT, the rank if alpha is not positive."""
-        return float(self.lora_alpha if self.lora_alpha > 0 else self.rank_at(path))
+        return self.lora_alpha if self.lora_alpha > 0 else self.rank_at(path)
 
     def scaling_at(self, path: str) -> float:
         return self.alpha_at(path) / (self.init_r + 1e-5)
