@@ -401,13 +401,30 @@ def test_the_adapters_of_a_sweep_start_at_ln_2_against_the_one_they_start_from()
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one() -> None:
+@pytest.mark.parametrize("options", [{"reference": "start"}, {"reference": "base", "fsdp": True}], ids=str)
+def test_two_processes_have_the_losses_of_one(options: dict[str, Any]) -> None:
     one, two = filled(new()), filled(new())
-    usual = FIELDS | {"train_sampling_strategy": "sequential", "reference": "start"}
-    alone = nbpeft.train(one, ROWS, per_device_train_batch_size=4, **usual)
-    both = nbpeft.train(two, ROWS, per_device_train_batch_size=2, processes=2, **usual)
+    usual = FIELDS | {"max_steps": 6, "train_sampling_strategy": "random"}  # rows change between the processes
+    alone = nbpeft.train(one, ROWS, per_device_train_batch_size=4, reference=options["reference"], **usual)
+    both = nbpeft.train(two, ROWS, per_device_train_batch_size=2, processes=2, **usual, **options)
     assert losses(both) == pytest.approx(losses(alone), abs=1e-5)
-    assert (both.objective, both.reference) == ("dpo", "start")
+    assert (both.objective, both.reference) == ("dpo", options["reference"])
+
+
+def test_adapters_with_rows_of_their_own_learn_what_they_would_alone() -> None:
+    rows, names = {"a": ROWS[:4], "b": ROWS[2:9]}, ("a", "b")
+    model = new()
+    for name in names:
+        model.add_adapter(name, LoraConfig(r=4, target_modules=["q_proj"]))
+    start = {name: weights(model, name) for name in names}
+    fields = FIELDS | {"max_steps": 5, "per_device_train_batch_size": 3}
+    together = nbpeft.train(model, rows, reference="base", **fields)
+    learned = {name: weights(model, name) for name in names}
+    for name, member in zip(names, together.members, strict=True):
+        model.load_state_dict(start[name], strict=False)
+        alone = nbpeft.train(model, rows[name], adapter=name, reference="base", **fields)
+        assert [value for _, value in member.history] == losses(alone)
+        assert same_state(weights(model, name), learned[name])
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {
