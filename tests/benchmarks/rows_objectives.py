@@ -19,6 +19,7 @@ TRL_DPO, TRL_GRPO, SFT = "peft under TRL's DPOTrainer", "peft under TRL's GRPOTr
 LAYERS = 4
 PAIRS, PROMPT, COMPLETION = 4, 64, (24, 96)
 COPIES, GENERATED = 4, 32
+STEPS = 5
 OF_REWARDS: dict[str, Any] = {"num_generations": COPIES, "max_completion_length": GENERATED}
 
 
@@ -26,15 +27,17 @@ def _words(draw: random.Random, count: int) -> str:
     return " ".join(f"w{draw.randrange(80)}" for _ in range(count))
 
 
-def pairs(shrink: int) -> list[dict[str, str]]:
-    """Rows with a prompt and two completions, of words that are one token each."""
+def pairs(shrink: int, batches: int) -> list[dict[str, str]]:
+    """Rows with a prompt and two completions, of words that are one token each; all batches have the same lengths."""
     draw = random.Random(0)
+    lengths = [[draw.randint(*COMPLETION) // shrink for _ in range(2)] for _ in range(PAIRS)]
     return [
         {
             "prompt": f"{_words(draw, PROMPT // shrink)} ",
-            **{name: _words(draw, draw.randint(*COMPLETION) // shrink) for name in ("chosen", "rejected")},
+            **{name: _words(draw, count) for name, count in zip(("chosen", "rejected"), counts, strict=True)},
         }
-        for _ in range(PAIRS)
+        for _ in range(batches)
+        for counts in lengths
     ]
 
 
@@ -43,15 +46,20 @@ def reward(completions: list[str], **columns: Any) -> list[float]:
     return [float(len({*text.split()})) for text in completions]
 
 
-def train(library: str, objective: str, *, vocabulary: int, steps: int, shrink: int, **sizes: int) -> Any:
-    """Trains and returns (peak bytes, median processor seconds of a step)."""
+def train(library: str, objective: str, *, vocabulary: int, epochs: int, shrink: int, **sizes: int) -> Any:
+    """Trains and returns (peak bytes, processor seconds of a step).
+
+    Of one epoch, these are the median without the first step; of several, the mean.
+    """
     from tests.benchmarks.harness import library as imported
     from tests.benchmarks.step_costs import StepCosts
     from tests.training.trl_run import tiny_tokenizer
 
     base = base_of("shape", vocabulary=vocabulary, **sizes)
     source = imported(OURS if library in (OURS, SFT) else PEFT)
-    model, costs, rows, tokenizer = adapted(source, base), StepCosts(), pairs(shrink), tiny_tokenizer()
+    model, costs, tokenizer = adapted(source, base), StepCosts(), tiny_tokenizer()
+    several, steps = epochs > 1, (2 * epochs + 1 if epochs > 1 else STEPS)  # the last one is not timed
+    rows = pairs(shrink, 2 if several else STEPS)
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"output_dir": folder, "max_steps": steps, "use_cpu": True}
         settings["gradient_checkpointing"] = False
@@ -66,8 +74,10 @@ def train(library: str, objective: str, *, vocabulary: int, steps: int, shrink: 
                 names = ("chosen", "rejected")
                 rows = [{"prompt": row["prompt"], "completion": row[name]} for row in rows for name in names]
             more: dict[str, Any] = {"rewards": [reward]} if objective == "grpo" else {}
+            more["train_sampling_strategy"] = "sequential"
             source.train(model, rows, tokenizer=tokenizer, objective=objective, callbacks=[costs], **more, **settings)
-    return costs.peak, statistics.median(costs.seconds[1:-1] or costs.seconds)
+    timed = costs.seconds[:-1]
+    return costs.peak, statistics.mean(timed) if several else statistics.median(timed[1:])
 
 
 def _train_with_trl(objective: str, model: Any, rows: Any, tokenizer: Any, costs: Any, settings: Any) -> None:
@@ -90,20 +100,20 @@ def _train_with_trl(objective: str, model: Any, rows: Any, tokenizer: Any, costs
 
 
 @functools.cache
-def measured(library: str, objective: str, size: Size) -> tuple[float, float]:
+def measured(library: str, objective: str, epochs: int, size: Size) -> tuple[float, float]:
     """(peak bytes, seconds of a step); at toy size in this process, else in one of its own."""
     objective = "sft" if library == SFT else objective
     if not size.repeats:
-        toy = {"hidden": size.hidden, "layers": 2, "vocabulary": 128, "steps": 2, "shrink": 8}
+        toy = {"hidden": size.hidden, "layers": 2, "vocabulary": 128, "epochs": epochs, "shrink": 8}
         peak, seconds = train(library, objective, **toy)
         return peak, seconds
-    sizes = {"hidden": size.hidden, "layers": LAYERS, "vocabulary": VOCABULARY, "steps": 3, "shrink": 1}
+    sizes = {"hidden": size.hidden, "layers": LAYERS, "vocabulary": VOCABULARY, "epochs": epochs, "shrink": 1}
     return in_own_process(__name__, f"train({library!r}, {objective!r}, **{sizes!r})")
 
 
-def cost(objective: str, which: int) -> Callable[[str, Size], Measure]:
+def cost(objective: str, which: int, epochs: int = 1) -> Callable[[str, Size], Measure]:
     """The peak (0) or the time of a step (1)."""
-    return lambda name, size: lambda: measured(name, objective, size)[which]
+    return lambda name, size: lambda: measured(name, objective, epochs, size)[which]
 
 
 _COSTS: tuple[tuple[str, str, Literal["seconds", "bytes"]], ...] = (
@@ -122,5 +132,14 @@ def rows_of(name: str, objective: str, title: str, rival: str, targets: tuple[fl
 ROWS = [
     *rows_of("training-trl-dpo", "dpo", "DPO of 4 pairs, beside TRL", TRL_DPO, (0.45, 0.8)),
     *rows_of("training-dpo", "dpo", "DPO beside SFT on the same tokens", SFT, (1.15, 1.45)),
+    Row(
+        "training-dpo-epochs",
+        "a step of three epochs of these",
+        "seconds",
+        1.2,
+        cost("dpo", 1, epochs=3),
+        rival=SFT,
+        repeats=1,
+    ),
     *rows_of("training-trl-grpo", "grpo", "GRPO of 8 completions, beside TRL", TRL_GRPO, (1.0, 1.0)),
 ]

@@ -39,22 +39,21 @@ def log_probs_of(
     """
     with chunked_head(model, chunk_size):
         logits = _logits(model, batch)
-        return [_summed(logits, part[:, 1:]) for part in labels]
+        return [_of_tokens(logits, part[:, 1:]).sum(1) for part in labels]
 
 
-def _summed(logits: Tensor, targets: Tensor) -> Tensor:
-    # Each row has its own loss, whose gradient is scaled in backward: its factor depends on all rows of the batch.
+def _of_tokens(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """The log-probability of each target of the first rows, of the shape of the targets; 0 where there is none."""
     # A learned prompt precedes the tokens, so positions are counted from the end.
-    losses = [
-        F.cross_entropy(
-            logits[row, -targets.shape[1] - 1 : -1].float(),
-            targets[row].to(logits.device),
-            reduction="sum",
-            ignore_index=IGNORED_LABEL,
-        )
-        for row in range(len(targets))
-    ]
-    return -torch.stack(losses)
+    logits = logits[: len(targets), -targets.shape[1] - 1 : -1].float()
+    scaled = logits if temperature == 1 else torch.div(logits, temperature)
+    losses = F.cross_entropy(
+        scaled.reshape(-1, scaled.shape[-1]),
+        targets.reshape(-1).to(logits.device),
+        reduction="none",
+        ignore_index=IGNORED_LABEL,
+    )
+    return -losses.view(targets.shape)
 
 
 def token_log_probs(
@@ -68,17 +67,8 @@ def token_log_probs(
         temperature: what the logits are divided by.
         chunk_size: see :func:`log_probs`.
     """
-    targets = batch["labels"][:, 1:]
     with chunked_head(model, chunk_size):
-        logits = _logits(model, batch)[:, -targets.shape[1] - 1 : -1].float()
-        scaled = logits if temperature == 1 else torch.div(logits, temperature)
-        losses = F.cross_entropy(
-            scaled.reshape(-1, scaled.shape[-1]),
-            targets.reshape(-1).to(logits.device),
-            reduction="none",
-            ignore_index=IGNORED_LABEL,
-        )
-    return -losses.view(targets.shape)
+        return _of_tokens(_logits(model, batch), batch["labels"][:, 1:], temperature)
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:

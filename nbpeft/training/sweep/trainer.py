@@ -29,7 +29,6 @@ from nbpeft.training.monitor.callback import metrics_of
 from nbpeft.training.monitor.control import CloneRequest
 from nbpeft.training.monitor.record import score_of
 from nbpeft.training.monitor.run import Run
-from nbpeft.training.objectives.objective import Objective
 from nbpeft.training.sweep.evaluations import SweepEvaluations
 from nbpeft.training.sweep.loss import NotSplittableError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
@@ -176,7 +175,7 @@ class SideBySideTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], members: list[Member], num_items: Tensor | int | None
     ) -> list[Tensor]:
         if len(members) == 1:
-            with self.group.alone(members[0]), self._minimizing(members[0].objective):
+            with self.group.alone(members[0]), self._minimizing(members[0]):
                 losses = [super().training_step(model, inputs, num_items)]
         else:
             count, rows = len(members), len(next(iter(inputs.values())))
@@ -195,18 +194,19 @@ class SideBySideTrainer(transformers.Trainer):
         return losses
 
     @contextmanager
-    def _minimizing(self, objective: Objective) -> Iterator[None]:
+    def _minimizing(self, member: Member) -> Iterator[None]:
         """Computes the loss of a member's objective inside the block, if the Trainer has one of its own."""
         trainer: Any = self
         former = getattr(trainer, "objective", None)
         if former is None:
             yield
             return
-        trainer.objective = objective
+        trainer.objective = member.objective
+        trainer.rows_owner = "" if member.rows is None or member.comparable else member.name
         try:
             yield
         finally:
-            trainer.objective = former
+            trainer.objective, trainer.rows_owner = former, ""
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Computes the loss like the base class; refuses one that is not the sum of the members' losses."""
@@ -318,7 +318,7 @@ class SideBySideTrainer(transformers.Trainer):
         """Predicts like the base class, with the member that is being evaluated."""
         if self._evaluated is None:
             return super().prediction_step(model, *args, **kwargs)
-        with self.group.alone(self._evaluated), self._minimizing(self._evaluated.objective):
+        with self.group.alone(self._evaluated), self._minimizing(self._evaluated):
             return super().prediction_step(model, *args, **kwargs)
 
 

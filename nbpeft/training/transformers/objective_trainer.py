@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,9 @@ from nbpeft.model.saving.sharded import is_sharded
 from nbpeft.names import DESIRABLE, IGNORED_LABEL, REJECTED
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data.forms import MARGIN
+from nbpeft.training.data.sources import is_stream
 from nbpeft.training.objectives.collator import stacked
+from nbpeft.training.objectives.known import KnownLogProbs, digests_of
 from nbpeft.training.objectives.log_probs import log_probs, log_probs_of, token_counts
 from nbpeft.training.objectives.objective import Completions, Objective
 from nbpeft.training.objectives.reference import Reference
@@ -52,8 +53,9 @@ class ObjectiveTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # a loss is the mean over rows, also of accumulated batches
         self._sums: dict[str, tuple[Tensor, int]] = {}  # name of a curve -> sum over rows, and their number
         self._compared: tuple[Tensor, Tensor] | None = None
-        self._of_evaluations: dict[bytes, Tensor] = {}  # digest of a batch -> log-probabilities of the reference
+        self._known = KnownLogProbs()  # those of the reference
         self._evaluates = False
+        self.rows_owner = ""  # the adapter that learns, if each has rows of its own
 
     def _set_signature_columns_if_needed(self) -> None:
         """Adds the parts of the objective's rows to the columns that the Trainer does not drop."""
@@ -71,10 +73,10 @@ class ObjectiveTrainer(Trainer):
     ) -> Any:
         """The mean of the losses of the rows; see ``transformers.Trainer``."""
         batch = stacked(inputs)
+        margins, desirable = batch.pop(MARGIN, None), batch.pop(DESIRABLE, None)
         reference = self._of_the_reference(inputs, batch)
         # DistributedDataParallel traverses the tensors that a model returns, and cannot handle logits without data.
         chunk_size = self.loss_chunk_size if self.accelerator.num_processes == 1 else 0
-        margins, desirable = batch.pop(MARGIN, None), batch.pop(DESIRABLE, None)
         labels, half = batch["labels"], len(batch["labels"]) // 2
         learned = [labels, *([_prompts(batch)[:half]] if self.objective.learns_prompts else [])]
         self._switch_off_dropout()
@@ -119,11 +121,10 @@ class ObjectiveTrainer(Trainer):
         """The log-probabilities of each row; those of second completions without gradients if these are not learned."""
         if self.objective.learns_second:
             return log_probs_of(model, batch, learned, chunk_size=chunk_size)
-        half = len(batch["labels"]) // 2
-        parts = [{name: values[rows] for name, values in batch.items()} for rows in (slice(half), slice(half, None))]
+        first, second = _halves(batch)
         with torch.no_grad():
-            second = log_probs(model, parts[1], chunk_size=chunk_size)
-        return [torch.cat([log_probs(model, parts[0], chunk_size=chunk_size), second])]
+            unlearned = log_probs(model, second, chunk_size=chunk_size)
+        return [torch.cat([log_probs(model, first, chunk_size=chunk_size), unlearned])]
 
     def _of_all_processes(self, part: Completions) -> Completions:
         """The mean log-probabilities over the rows of all processes, of shape (1,)."""
@@ -136,32 +137,56 @@ class ObjectiveTrainer(Trainer):
         return log_probs(model, batch, chunk_size=self.loss_chunk_size)
 
     def _of_the_reference(self, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Tensor | None:
-        """The log-probabilities of the reference.
+        """The log-probabilities of the reference, computed once: for all adapters of a sweep, and for all epochs.
 
-        Those of a batch are computed once for all adapters of a sweep, and in evaluations, whose batches repeat, once
-        in a training. With shards, all processes have to compute the same batches, of which only some may be known.
+        Second completions that are not learned differ in each epoch, because they are drawn from other rows.
         """
         if self.reference is None:
             return None
         known = self._compared
         if known is not None and known[0] is inputs["input_ids"]:
             return known[1]
-        model: Any = self.model
-        repeats = self._evaluates and not self.objective.generates and not is_sharded(model)
-        digest = _digest(batch) if repeats else b""
-        if digest in self._of_evaluations:
-            return self._of_evaluations[digest]
-        with (
-            torch.no_grad(),
-            self.compute_loss_context_manager(),
-            evaluated(model),
-            self.reference.active(),
-        ):
-            found = self.log_probs_of_the_reference(model, batch)
+        if self.objective.generates:
+            found = self._compute_reference(batch)
+        elif self.objective.learns_second:
+            found = self._known_or_computed(batch, repeats=True)
+        else:
+            first, second = _halves(batch)
+            repeated = self._known_or_computed(first, repeats=True)
+            found = torch.cat([repeated, self._known_or_computed(second, repeats=self._evaluates)])
         self._compared = inputs["input_ids"], found
-        if digest:
-            self._of_evaluations[digest] = found
         return found
+
+    def _known_or_computed(self, batch: Mapping[str, Tensor], *, repeats: bool) -> Tensor:
+        """The log-probabilities of the reference, which all processes know afterwards if the sequences are repeated.
+
+        With shards, all processes have to compute together, so they do unless each knows those of its batch.
+        """
+        if not repeats or (is_stream(self.train_dataset) and not self._evaluates):
+            return self._compute_reference(batch)
+        model: Any = self.model
+        digests, processes = digests_of(batch, self.rows_owner), self.accelerator.num_processes
+        found = self._known.of(digests)
+        if is_sharded(model):
+            knows = torch.tensor(float(found is not None), device=self.args.device)
+            total: Any = self.accelerator.reduce(knows, "sum")
+            found = found if int(total) == processes else None
+        new: list[tuple[bytes, float]] = []
+        if found is None:
+            found = self._compute_reference(batch)
+            new = list(zip(digests, found.tolist(), strict=True))
+        if processes > 1:
+            from accelerate.utils import gather_object
+
+            new = gather_object(new)
+        self._known.add(new, found.dtype)
+        return found.to(self.args.device)
+
+    def _compute_reference(self, batch: Mapping[str, Tensor]) -> Tensor:
+        model: Any = self.model
+        assert self.reference is not None
+        with torch.no_grad(), self.compute_loss_context_manager(), evaluated(model), self.reference.active():
+            return self.log_probs_of_the_reference(model, batch)
 
     def _switch_off_dropout(self) -> None:
         """Switches off dropout, if the objective does, until the Trainer switches to training mode in the next step.
@@ -221,21 +246,24 @@ class ObjectiveTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.reference is not None and self.args.should_save:
             self.reference.write(Path(output_dir))
+            self._known.write(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The Trainer's method; also reads the reference of the training that is resumed."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.reference is not None and checkpoint is not None:
             self.reference.read(Path(checkpoint))
+            model: Any = self.model
+            self._known.read(Path(checkpoint), model)
 
 
-def _digest(batch: Mapping[str, Tensor]) -> bytes:
-    """A digest of all tensors of a batch: adapters may take others than tokens, such as ``task_ids``."""
-    found = hashlib.sha256()
-    for name in sorted(batch):
-        values = batch[name].cpu()
-        found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode() + values.contiguous().numpy().tobytes())
-    return found.digest()
+def _halves(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The first and the second completions of a batch."""
+    half = len(batch["labels"]) // 2
+    first, second = (
+        {name: values[rows] for name, values in batch.items()} for rows in (slice(half), slice(half, None))
+    )
+    return first, second
 
 
 def _prompts(batch: Mapping[str, Tensor]) -> Tensor:

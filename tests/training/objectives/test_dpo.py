@@ -10,15 +10,18 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback, TrainingArguments
 
 import nbpeft
 from nbpeft import LoraConfig
+from nbpeft.checkpoint.tensor_file import write_tensors
 from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
 from nbpeft.sweeps import combinations, sweep
 from nbpeft.training import RunControl
 from nbpeft.training.objectives import objective as registry
+from nbpeft.training.objectives.known import KnownLogProbs, digests_of
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, objective_named, register
 from nbpeft.training.objectives.reference import OfTheStart
@@ -48,6 +51,20 @@ def plain_log_prob(model: Any, row: dict[str, str], name: str) -> torch.Tensor:
     ids = torch.tensor([[*prompt, *completion, TOKENIZER.eos_token_id]])
     found = F.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
     return found.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+
+
+@pytest.fixture
+def computed(monkeypatch: Any) -> list[torch.Tensor]:
+    """The tokens of the batches of which the reference was computed."""
+    found: list[torch.Tensor] = []
+    original = ObjectiveTrainer.log_probs_of_the_reference
+
+    def counted(trainer: Any, model: Any, batch: Any) -> Any:
+        found.append(batch["input_ids"])
+        return original(trainer, model, batch)
+
+    monkeypatch.setattr(ObjectiveTrainer, "log_probs_of_the_reference", counted)
+    return found
 
 
 EXPECTED = {
@@ -148,7 +165,7 @@ def test_dropout_is_off_in_layers_that_are_computed_again() -> None:
         model = filled(new(lora_dropout=0.5))
         nbpeft.train(model, ROWS, **FIELDS, **config)
         found.append(weights(model))
-    assert all(torch.allclose(part, found[0][name], atol=1e-6) for other in found for name, part in other.items())
+    assert all(torch.allclose(part, found[0][name], atol=1e-5) for other in found for name, part in other.items())
 
 
 def test_dropout_is_on_where_the_cell_says_so() -> None:
@@ -232,8 +249,11 @@ def test_samples_are_answered_meanwhile() -> None:
 
 
 @pytest.mark.parametrize("config", [{"reference": "start"}, {"reference": "base"}, {"reference": "other"}], ids=str)
-def test_a_stopped_training_is_resumed_to_the_bit(config: dict[str, str], tmp_path: Path) -> None:
-    fields = FIELDS | {"max_steps": 6, "output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 3}
+def test_a_stopped_training_is_resumed_to_the_bit(
+    config: dict[str, str], tmp_path: Path, computed: list[torch.Tensor]
+) -> None:
+    fields = FIELDS | {"max_steps": 8, "output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 3}
+    fields["per_device_train_batch_size"] = 3  # so that batches of later epochs have other rows
 
     def model() -> Any:
         found = filled(new(lora_dropout=0.1))
@@ -249,7 +269,8 @@ def test_a_stopped_training_is_resumed_to_the_bit(config: dict[str, str], tmp_pa
         for name, parameter in first.named_parameters():
             parameter.mul_(2.0 if ".default." in name else 1.0)
     rest = nbpeft.train(first, ROWS, resume_from_checkpoint=again, **fields, **config)
-    assert losses(rest)[-3:] == losses(whole)[-3:]
+    assert losses(rest)[-5:] == losses(whole)[-5:]
+    assert len(computed) == 2 * -(-len(ROWS) // 3) - 3
     assert same_state(weights(first), weights(through))
 
 
@@ -279,23 +300,15 @@ def test_the_adapters_of_a_sweep_have_the_losses_that_each_has_alone() -> None:
     "fields", [{"beta": sweep(0.1, 0.5)}, {"learning_rate": sweep(1e-2, 3e-2), "loss_type": sweep("sigmoid", "hinge")}]
 )
 def test_adapters_with_other_fields_of_the_objective_learn_what_they_would_alone(
-    fields: dict[str, Any], monkeypatch: Any
+    fields: dict[str, Any], computed: list[torch.Tensor]
 ) -> None:
-    calls: list[str] = []
-    original = ObjectiveTrainer.log_probs_of_the_reference
-
-    def counted(trainer: Any, *args: Any) -> Any:
-        calls.append("reference")
-        return original(trainer, *args)
-
-    monkeypatch.setattr(ObjectiveTrainer, "log_probs_of_the_reference", counted)
     model = new()
-    result = nbpeft.train(model, ROWS, ROWS[:3], **FIELDS | fields)
-    assert len(calls) == FIELDS["max_steps"] + 1  # a batch once for all adapters, and once for all evaluations
+    result = nbpeft.train(model, ROWS[3:], ROWS[:3], **FIELDS | fields)
+    assert len(computed) == 2 + 1  # each batch of an epoch once for all adapters, and that of evaluations
     values = list(combinations(fields))
     for member, own in zip(result.members, values, strict=True):
         alone = new()
-        expected = nbpeft.train(alone, ROWS, ROWS[:3], **FIELDS | own)
+        expected = nbpeft.train(alone, ROWS[3:], ROWS[:3], **FIELDS | own)
         assert [value for _, value in member.history] == losses(expected)
         assert member.eval_loss == expected.eval_loss
         pairs = zip(model.manager.parameters(member.name), alone.manager.parameters("default"), strict=True)
@@ -303,18 +316,70 @@ def test_adapters_with_other_fields_of_the_objective_learn_what_they_would_alone
     assert dict(result.best_fields) in values and "beta=" not in result.message
 
 
-def test_what_is_known_of_the_reference_is_not_used_with_shards_or_for_other_inputs(monkeypatch: Any) -> None:
-    calls: list[str] = []
-    original = ObjectiveTrainer.log_probs_of_the_reference
-    counted = lambda *args: calls.append("reference") or original(*args)  # type: ignore[func-returns-value]  # noqa: E731
-    monkeypatch.setattr(ObjectiveTrainer, "log_probs_of_the_reference", counted)
+@pytest.mark.parametrize("reference", ["base", "start"])
+def test_the_reference_of_a_row_is_computed_in_one_epoch(
+    reference: str, computed: list[torch.Tensor], monkeypatch: Any
+) -> None:
+    fields = FIELDS | {"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 3}
+    once, again = filled(new()), filled(new())
+    result = nbpeft.train(once, ROWS, reference=reference, **fields)
+    steps = -(-len(ROWS) // 3)
+    assert len(computed) == steps and len(losses(result)) == 3 * steps
+    monkeypatch.setattr(KnownLogProbs, "of", lambda *args: None)
+    expected = nbpeft.train(again, ROWS, reference=reference, **fields)
+    assert len(computed) == steps + 3 * steps
+    assert losses(result) == pytest.approx(losses(expected), abs=1e-6)
+    assert losses(result)[:steps] == losses(expected)[:steps]
+
+
+def test_rows_of_a_stream_are_not_kept(computed: list[torch.Tensor]) -> None:
+    stream = Dataset.from_list(ROWS[:4]).to_iterable_dataset()
+    nbpeft.train(new(), stream, per_device_train_batch_size=4, **FIELDS)
+    assert len(computed) == 3
+
+
+def test_a_batch_with_a_new_row_is_computed(computed: list[torch.Tensor]) -> None:
+    fields = FIELDS | {"max_steps": 4, "per_device_train_batch_size": 2, "dataloader_drop_last": True}
+    nbpeft.train(new(), ROWS[:3], train_sampling_strategy="random", **fields)
+    seen = {tuple(row.tolist()) for batch in computed for row in batch}
+    assert 2 <= len(computed) <= 3 and len(seen) >= 4
+
+
+def test_with_shards_all_compute_unless_each_process_knows_its_batch(
+    computed: list[torch.Tensor], monkeypatch: Any
+) -> None:
     monkeypatch.setattr(objective_trainer, "is_sharded", lambda model: True)
     fields = FIELDS | {"max_steps": 2, "per_device_eval_batch_size": 1, "eval_steps": 2}
-    nbpeft.train(new(), ROWS, [ROWS[0], ROWS[0]], **fields)
-    assert len(calls) == 2 + 2
-    batch = {"input_ids": torch.tensor([[1, 2]]), "task_ids": torch.tensor([0])}
-    digests = {objective_trainer._digest(batch | {"task_ids": torch.tensor([task])}) for task in (0, 1)}
-    assert len(digests) == 2
+    nbpeft.train(new(), ROWS[:4], [ROWS[5], ROWS[5]], **fields)
+    assert len(computed) == 1 + 1
+    reduce: Any = Accelerator.reduce
+    monkeypatch.setattr(Accelerator, "reduce", lambda *args: 0 * reduce(*args))  # another process does not know its own
+    nbpeft.train(new(), ROWS[:4], [ROWS[5], ROWS[5]], **fields)
+    assert len(computed) == 2 + 2 + 2
+
+
+def test_known_log_probabilities_are_those_of_the_same_inputs_and_of_a_checkpoint(tmp_path: Path) -> None:
+    batch = {name: torch.tensor([[1, 2, 0]]) for name in ("input_ids", "labels")}
+    batch |= {"attention_mask": torch.tensor([[1, 1, 0]]), "task_ids": torch.tensor([0])}
+    shorter = {name: values[..., :2] if values.ndim > 1 else values for name, values in batch.items()}
+    (digest,) = digests_of(batch)
+    assert digests_of(shorter) == [digest]
+    others = [digests_of(batch | {"task_ids": torch.tensor([1])}), digests_of(batch, "a")]
+    assert all(other != [digest] for other in others)
+    known, model = KnownLogProbs(), new()
+    known.write(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    known.add([(digest, 0.1), (others[0][0], 2.0)], torch.float64)
+    known.write(tmp_path)
+    restored = KnownLogProbs()
+    restored.read(tmp_path, model)
+    found = restored.of([others[0][0], digest])
+    assert found is not None and found.tolist() == [2.0, 0.1] and found.dtype == torch.float64
+    assert restored.of([digest, others[1][0]]) is None
+    (file,) = tmp_path.iterdir()
+    write_tensors(file, {"digests": torch.zeros(2, 16, dtype=torch.uint8), "log_probs": torch.zeros(3)}, {})
+    with pytest.raises(CheckpointError, match="does not have a log-probability for each digest"):
+        restored.read(tmp_path, model)
 
 
 def test_given_adapters_have_their_own_fields_of_the_objective() -> None:
@@ -355,13 +420,30 @@ def test_the_adapters_of_a_sweep_start_at_ln_2_against_the_one_they_start_from()
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one() -> None:
+@pytest.mark.parametrize("options", [{"reference": "start"}, {"reference": "base", "fsdp": True}], ids=str)
+def test_two_processes_have_the_losses_of_one(options: dict[str, Any]) -> None:
     one, two = filled(new()), filled(new())
-    usual = FIELDS | {"train_sampling_strategy": "sequential", "reference": "start"}
-    alone = nbpeft.train(one, ROWS, per_device_train_batch_size=4, **usual)
-    both = nbpeft.train(two, ROWS, per_device_train_batch_size=2, processes=2, **usual)
+    usual = FIELDS | {"max_steps": 6, "train_sampling_strategy": "random"}  # rows change between the processes
+    alone = nbpeft.train(one, ROWS, per_device_train_batch_size=4, reference=options["reference"], **usual)
+    both = nbpeft.train(two, ROWS, per_device_train_batch_size=2, processes=2, **usual, **options)
     assert losses(both) == pytest.approx(losses(alone), abs=1e-5)
-    assert (both.objective, both.reference) == ("dpo", "start")
+    assert (both.objective, both.reference) == ("dpo", options["reference"])
+
+
+def test_adapters_with_rows_of_their_own_learn_what_they_would_alone() -> None:
+    rows, names = {"a": ROWS[:4], "b": ROWS[2:9]}, ("a", "b")
+    model = new()
+    for name in names:
+        model.add_adapter(name, LoraConfig(r=4, target_modules=["q_proj"]))
+    start = {name: weights(model, name) for name in names}
+    fields = FIELDS | {"max_steps": 5, "per_device_train_batch_size": 3}
+    together = nbpeft.train(model, rows, reference="base", **fields)
+    learned = {name: weights(model, name) for name in names}
+    for name, member in zip(names, together.members, strict=True):
+        model.load_state_dict(start[name], strict=False)
+        alone = nbpeft.train(model, rows[name], adapter=name, reference="base", **fields)
+        assert [value for _, value in member.history] == losses(alone)
+        assert same_state(weights(model, name), learned[name])
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[NbpeftError], str]] = {

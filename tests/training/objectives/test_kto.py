@@ -15,6 +15,8 @@ from nbpeft.session import Session
 from nbpeft.sweeps import sweep
 from nbpeft.training.data import Collator
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator
+from nbpeft.training.objectives.known import KnownLogProbs
+from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from tests.tiny_models import same_state
 from tests.training.objectives.test_dpo import FIELDS, TOKENIZER, losses, new, plain_log_prob
 from tests.training.objectives.trl_run import base_and_rows, filled
@@ -186,3 +188,22 @@ def test_what_cannot_be_trained_is_one_line_before_the_first_step(case: str) -> 
     assert same_state(weights(model), before)
     if case == "columns":
         assert isinstance(refused.value, NbpeftError) and not isinstance(refused.value, ConfigError)
+
+
+def test_the_reference_of_a_completion_is_computed_in_one_epoch_and_that_of_the_others_in_each(
+    monkeypatch: Any,
+) -> None:
+    computed: list[torch.Tensor] = []
+    original = ObjectiveTrainer.log_probs_of_the_reference
+
+    def counted(trainer: Any, model: Any, batch: Any) -> Any:
+        computed.append(batch["input_ids"])
+        return original(trainer, model, batch)
+
+    monkeypatch.setattr(ObjectiveTrainer, "log_probs_of_the_reference", counted)
+    fields = FIELDS | {"max_steps": 4, "per_device_train_batch_size": 3}
+    model, plain = filled(new()), filled(new())
+    result = nbpeft.train(model, ROWS[:6], reference="base", **fields)
+    assert len(computed) == 2 * 2 + 2 * 1  # a step of the first epoch computes both halves
+    monkeypatch.setattr(KnownLogProbs, "of", lambda *args: None)
+    assert losses(nbpeft.train(plain, ROWS[:6], reference="base", **fields)) == pytest.approx(losses(result), abs=1e-6)
