@@ -1,8 +1,8 @@
 """All colours as CSS values.
 
 Theme colours are CSS variables with a fallback, so they follow the light or dark theme: those of VS Code, else those of
-JupyterLab. VS Code has JupyterLab's, too, once it shows a widget, but always those of the light theme. In a notebook that
-is not trusted, the sanitizer drops declarations with ``var(…)``: ``PLAIN`` has fixed colours to write before them.
+JupyterLab. VS Code has JupyterLab's, too, once it shows a widget, but always those of the light theme. In a notebook
+that is not trusted, the sanitizer drops declarations with ``var(…)``: ``PLAIN`` has fixed colours to write before them.
 """
 
 from __future__ import annotations

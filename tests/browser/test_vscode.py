@@ -43,7 +43,8 @@ def unreadable(page: Page, outputs: str, least: int) -> list[str]:
 def cards() -> list[str]:
     """The HTML of every result, and of trainings that run, end and fail."""
     session = FakeSession()
-    html = [to_html(block) for block in (*(result.view() for result in samples.results().values()), *samples.states().values())]
+    results = [result.view() for result in samples.results().values()]
+    html = [to_html(block) for block in (*results, *samples.states().values())]
     for status in ("running", "finished", "failed"):
         train = train_state(25, 40, memory=MEMORY, message="slow", status=status, warnings=("hot",))
         steps = next_steps(train, session.state, "model")

@@ -97,7 +97,7 @@ cards => {
 
 
 def block_others(page: Page) -> list[str]:
-    """Refuses every request to another machine, as where a CDN is blocked; returns the list to which these are added."""
+    """Refuses requests to other machines, as where a CDN is blocked; returns the list to which they are added."""
     asked: list[str] = []
 
     def decide(route: Route) -> None:
