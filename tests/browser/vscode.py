@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
+from urllib.parse import urlsplit
 
 from playwright.sync_api import Page, Route
 
@@ -101,11 +102,12 @@ def block_others(page: Page) -> list[str]:
     asked: list[str] = []
 
     def decide(route: Route) -> None:
-        if "://127.0.0.1" in route.request.url or "://localhost" in route.request.url:
-            route.continue_()
-        else:
+        parts = urlsplit(route.request.url)
+        if parts.scheme in ("http", "https") and parts.hostname not in ("127.0.0.1", "localhost"):
             asked.append(route.request.url)
             route.abort()
+        else:
+            route.continue_()
 
     page.route("**/*", decide)
     return asked
