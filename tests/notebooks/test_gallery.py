@@ -16,9 +16,10 @@ METRICS = {
     "classify_messages": ("choice",),
     "extract_fields": ("json", "exact"),
     "house_style": ("signed", "brief", "plain"),
+    "tool_call": ("right_call", "right_tool"),
 }
 """Notebook -> the metrics by which it is scored."""
-ADAPTERS = {"classify_messages": "team", "extract_fields": "fields", "house_style": "style"}
+ADAPTERS = {"classify_messages": "team", "extract_fields": "fields", "house_style": "style", "tool_call": "tools"}
 
 
 def committed(name: str) -> Any:
