@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+FOLDERS = (HERE, HERE / "gallery")
 BRANCH = "main"
 INSTALLATION = """\
 # Installs what is missing, and nothing else: nbpeft from the checkout around this notebook, elsewhere from PyPI.
@@ -24,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if not find_spec("nbpeft"):
-    source = ".." if Path("../pyproject.toml").is_file() else "nbpeft"
+    source = next((above for above in ("..", "../..") if Path(above, "pyproject.toml").is_file()), "nbpeft")
     %pip install --quiet "{source}[bnb,notebook]"
 if not find_spec("gguf"):
     %pip install --quiet "gguf>=0.18"
@@ -50,8 +51,13 @@ def repository(pyproject: Path = HERE.parent / "pyproject.toml") -> str:
     return found[1] if found else ""
 
 
+def notebooks() -> list[Path]:
+    """All notebooks, those of the gallery last."""
+    return [path for folder in FOLDERS for path in sorted(folder.glob("*.ipynb"))]
+
+
 def badge(name: str, owner_and_name: str) -> str:
-    """The badge of a notebook in Markdown, or the empty string while no repository is set."""
+    """The badge of a notebook in Markdown, by its path in this folder; the empty string while no repository is set."""
     if not owner_and_name:
         return ""
     page = f"{_COLAB}/github/{owner_and_name}/blob/{BRANCH}/notebooks/{name}"
@@ -63,7 +69,7 @@ def with_header(notebook: dict[str, Any], name: str, owner_and_name: str) -> dic
 
     Args:
         notebook: the notebook as JSON: a title, then a cell that installs what is missing.
-        name: name of its file.
+        name: path of its file in this folder.
         owner_and_name: the repository.
 
     Raises:
@@ -84,14 +90,15 @@ def _lines(text: str) -> list[str]:
 
 
 def main() -> int:
-    """Writes the cells into all notebooks of this folder, and says which have changed."""
+    """Writes the cells into all notebooks, and says which have changed."""
     owner_and_name = repository()
-    for path in sorted(HERE.glob("*.ipynb")):
+    for path in notebooks():
+        name = path.relative_to(HERE).as_posix()
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        changed = with_header(notebook, path.name, owner_and_name)
+        changed = with_header(notebook, name, owner_and_name)
         if changed != notebook:
             path.write_text(json.dumps(changed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            print(f"changed {path.name}")
+            print(f"changed {name}")
     return 0
 
 

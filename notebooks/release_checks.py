@@ -288,7 +288,8 @@ def wrong_metadata(told: Message) -> Iterator[str]:
 
 def check_texts(report: Report) -> None:
     """Links within the README, the guide and the notebooks."""
-    pages = [ROOT / "README.md", *sorted((HERE / "guide").glob("*.md")), *sorted(HERE.glob("*.ipynb"))]
+    notebooks = [*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("gallery/*.ipynb"))]
+    pages = [ROOT / "README.md", *sorted((HERE / "guide").glob("*.md")), *notebooks]
     broken = [f"{page.name}: {link}" for page in pages for link in broken_links(page, prose_of(page))]
     report.check("links within the project", listed(broken), f"{len(pages)} pages")
 

@@ -50,8 +50,8 @@ def main() -> int:
 
 
 def notebooks() -> list[Path]:
-    """The notebooks of this folder in their order."""
-    return sorted(NOTEBOOKS.glob("*.ipynb"))
+    """The notebooks of this folder in their order, then those of the gallery."""
+    return [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(NOTEBOOKS.glob("gallery/*.ipynb"))]
 
 
 def find(name: str) -> Path | None:

@@ -5,7 +5,8 @@ the type checker, the import contracts and the tests. Needs nothing but Python.
 
 Of the slow tests (notebooks, browsers, kernels, compiled models, a real model, two processes) it
 runs a slice, a few of each kind; ``--all`` runs them all, and ``--long`` fuzzes for hours besides.
-``--stack`` runs the quick tests with the lowest, Colab's or the newest packages (``tests/stacks``).
+``--stack`` runs the quick tests with the lowest, Colab's or the newest packages (``tests/stacks``),
+and ``--all`` a notebook with each of them.
 """
 
 from __future__ import annotations
@@ -126,6 +127,8 @@ def chosen_parts(arguments: argparse.Namespace, pytest_arguments: list[str], bro
         parts += lint_parts()
     if arguments.only != "lint":
         parts += test_parts(arguments, pytest_arguments, browser)
+    if arguments.only is None and arguments.tier != "quick" and not pytest_arguments:
+        parts += stack_parts()
     titles = {"unit": "quick tests", "slow": "slow tests"}
     return [part for part in parts if arguments.only not in titles or part.title == titles[arguments.only]]
 
@@ -180,6 +183,19 @@ def test_parts(arguments: argparse.Namespace, pytest_arguments: list[str], brows
             environment.ARTIFACTS / "tests-slow.xml",
             {**shared, **threads(cores // slow_workers), **({"CHROMIUM": browser} if browser else {})},
         ),
+    ]
+
+
+def stack_parts() -> list[Part]:
+    """A notebook in the environment of each stack, which is made if it is not there."""
+    return [
+        Part(
+            f"stack {name}",
+            ["-m", "tests.stacks", name, "--slice"],
+            f"python3 tests/run.py --stack {name} runs all quick tests with these versions, and says what differs",
+            aside=True,
+        )
+        for name in STACKS
     ]
 
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 GUIDE = ROOT / "notebooks" / "guide"
 PAGES = [README, *sorted(GUIDE.glob("*.md"))]
+NOTEBOOKS = [*sorted(GUIDE.parent.glob("*.ipynb")), *sorted(GUIDE.parent.glob("gallery/*.ipynb"))]
 MOST_README_LINES = 200
 MOST_PAGE_LINES = 300
 
@@ -84,7 +85,7 @@ def test_what_the_readme_had_has_a_place(heading: str) -> None:
     assert anchor in anchors(README if page == README.name else GUIDE / page)
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted(GUIDE.parent.glob("*.ipynb"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     assert not list(broken_links(page, prose_of(page)))
 
@@ -97,7 +98,9 @@ def test_a_broken_link_is_found() -> None:
 def test_every_page_is_in_the_index() -> None:
     linked = set(LINK.findall(text_of(GUIDE / "index.md")))
     assert {page.name for page in PAGES if page.parent == GUIDE} - {"index.md"} <= linked
-    assert {f"../{path.name}" for path in GUIDE.parent.glob("*.ipynb")} <= linked
+    assert {f"../{path.name}" for path in NOTEBOOKS if path.parent == GUIDE.parent} <= linked
+    in_gallery = {f"../gallery/{path.name}" for path in NOTEBOOKS if path.parent != GUIDE.parent}
+    assert in_gallery <= set(LINK.findall(text_of(GUIDE / "gallery.md")))
 
 
 def test_the_readme_links_into_what_the_source_distribution_holds() -> None:

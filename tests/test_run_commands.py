@@ -250,6 +250,9 @@ def test_options_choose_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("--only", "slow", monkeypatch=monkeypatch) == ["slow tests"]
     assert chosen("-k", "merge", monkeypatch=monkeypatch) == ["quick tests", "slow tests"]
     assert chosen("--only", "unit", "-x", monkeypatch=monkeypatch) == ["quick tests"]
+    stacks = ["stack lowest", "stack colab", "stack newest"]
+    assert chosen("--all", monkeypatch=monkeypatch) == [*lint, "quick tests", "slow tests", *stacks]
+    assert chosen("--all", "tests/magics", monkeypatch=monkeypatch) == ["quick tests", "slow tests"]
 
 
 def slow_marks(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:

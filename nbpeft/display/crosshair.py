@@ -111,6 +111,6 @@ def style_rules(top: int, bottom: int) -> str:
         f".nbpeft-at:hover::after{{content:attr(data-at);position:absolute;z-index:1;top:{top}px;"
         f"left:calc(var(--at) + 8px);white-space:pre;pointer-events:none;padding:3px 7px;border-radius:4px;"
         f"font-size:11px;line-height:1.45;border:1px solid {palette.BORDER};color:{palette.TEXT};"
-        "background:var(--jp-layout-color1, #fff)}"
+        f"background:{palette.TOOLTIP}}}"
         ".nbpeft-at-end:hover::after{left:auto;right:calc(100% - var(--at) + 8px)}"
     )

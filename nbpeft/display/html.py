@@ -65,10 +65,10 @@ def _shade(angle: int, edge: str, colour: str, whole: str, width: int, attachmen
     return f"linear-gradient({angle}deg,{colour} {whole},transparent) {edge} 0/{width}px 100% no-repeat {attachment}"
 
 
-_PAPER, _SHADOW = "var(--jp-layout-color0, transparent)", "rgba(128,128,128,.5)"
+_SHADOW = "rgba(128,128,128,.5)"
 SCROLLS = "overflow-x:auto;background:" + ",".join(
     (
-        *(_shade(angle, edge, _PAPER, "40%", 40, "local") for angle, edge in ((90, "0"), (270, "100%"))),
+        *(_shade(angle, edge, palette.PAPER, "40%", 40, "local") for angle, edge in ((90, "0"), (270, "100%"))),
         *(_shade(angle, edge, _SHADOW, "0%", 12, "scroll") for angle, edge in ((90, "0"), (270, "100%"))),
     )
 )

@@ -1,25 +1,35 @@
 """All colours as CSS values.
 
-Theme colours are JupyterLab's CSS variables with a fallback, so they follow the light or dark theme. In a notebook that
-is not trusted, the sanitizer drops declarations with ``var(…)``: ``PLAIN`` has fixed colours to write before them.
+Theme colours are CSS variables with a fallback, so they follow the light or dark theme: those of VS Code, else those of
+JupyterLab. VS Code has JupyterLab's, too, once it shows a widget, but always those of the light theme. In a notebook
+that is not trusted, the sanitizer drops declarations with ``var(…)``: ``PLAIN`` has fixed colours to write before them.
 """
 
 from __future__ import annotations
 
-ACCENT = "var(--jp-brand-color1, #1976d2)"
-ON_ACCENT = "var(--jp-layout-color0, #fff)"
-BORDER = "var(--jp-border-color2, rgba(128,128,128,.35))"
-DIM = "var(--jp-ui-font-color2, #757575)"
-ERROR = "var(--jp-error-color1, #d32f2f)"
-FILL = "var(--jp-layout-color2, rgba(128,128,128,.2))"
-SUCCESS = "var(--jp-success-color0, #2e7d32)"
-STRONG = "var(--jp-ui-font-color0, inherit)"
-TEXT = "var(--jp-ui-font-color1, inherit)"
-WARNING = "var(--jp-warn-color0, #b26a00)"
+
+def themed(in_vscode: str, in_jupyterlab: str, otherwise: str) -> str:
+    """Returns a colour of the theme, by its variable in VS Code and in JupyterLab, or a fixed one."""
+    return f"var(--vscode-{in_vscode}, var(--jp-{in_jupyterlab}, {otherwise}))"
+
+
+ACCENT = themed("textLink-foreground", "brand-color1", "#1976d2")
+ON_ACCENT = themed("editor-background", "layout-color0", "#fff")
+BORDER = themed("scrollbarSlider-background", "border-color2", "rgba(128,128,128,.35)")
+DIM = themed("descriptionForeground", "ui-font-color2", "#757575")
+ERROR = themed("errorForeground", "error-color1", "#d32f2f")
+DANGER = "var(--jp-error-color1, #d32f2f)"
+FILL = themed("toolbar-hoverBackground", "layout-color2", "rgba(128,128,128,.2)")
+PAPER = themed("editor-background", "layout-color0", "transparent")
+SUCCESS = themed("charts-green", "success-color0", "#2e7d32")
+STRONG = themed("editor-foreground", "ui-font-color0", "inherit")
+TEXT = themed("editor-foreground", "ui-font-color1", "inherit")
+TOOLTIP = themed("editorHoverWidget-background", "layout-color1", "#fff")
+WARNING = themed("editorWarning-foreground", "warn-color0", "#b26a00")
 
 ERROR_TEXT, SUCCESS_TEXT, WARNING_TEXT = (
-    f"color-mix(in srgb, {colour} {share}%, var(--jp-ui-font-color0, currentColor))"
-    for colour, share in ((ERROR, 80), (SUCCESS, 80), (WARNING, 70))
+    f"color-mix(in srgb, {colour} {share}%, {themed('editor-foreground', 'ui-font-color0', 'currentColor')})"
+    for colour, share in ((ERROR, 70), (SUCCESS, 80), (WARNING, 60))
 )
 """Colours of text, mixed with that of plain text: their contrast is at least 4.5:1 in the light and the dark theme."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbpeft.display.html import SCROLLS
-from nbpeft.display.palette import ACCENT, BORDER, DIM, ERROR, FILL, FONT, ON_ACCENT, TEXT, WIDTH
+from nbpeft.display.palette import ACCENT, BORDER, DANGER, DIM, ERROR, FILL, FONT, ON_ACCENT, TEXT, WIDTH, themed
 
 _ROW_BUTTONS = 164
 """Width of the buttons Save and Delete in a row, in pixels."""
@@ -15,8 +15,15 @@ _BUTTON = f"""width: auto; height: 26px; line-height: 24px; margin: 0; padding: 
   border: 1px solid {BORDER}; border-radius: 4px; background: transparent; color: {TEXT}; font-size: 12px;
   box-shadow: none;"""
 
+_IN_VSCODE = f"""background: var(--vscode-editor-background, transparent);
+  --jp-widgets-color: {TEXT}; --jp-widgets-label-color: {TEXT}; --jp-widgets-readout-color: {TEXT};
+  --jp-widgets-input-color: {TEXT};
+  --jp-widgets-input-background-color: {themed("input-background", "layout-color1", "transparent")};
+  --jp-widgets-input-border-color: {themed("scrollbarSlider-background", "border-color1", "#808080")};"""
+"""VS Code lays widgets on white in every theme, with the colours of JupyterLab's light one."""
+
 RUN_CSS = f"""
-.nbpeft-run {{ overflow: visible; width: calc(100% - 20px); }}
+.nbpeft-run {{ overflow: visible; width: calc(100% - 20px); {_IN_VSCODE} }}
 .nbpeft-buttons {{ gap: 6px; padding: 6px 0 4px; }}
 .nbpeft-run .widget-inline-hbox {{ height: auto; }}
 .nbpeft-run .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
@@ -34,7 +41,7 @@ RUN_CSS = f"""
 PANEL_CSS = f"""
 .nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: calc(100% - 20px);
   max-width: {WIDTH}px;
-  box-sizing: border-box; overflow: visible; container-type: inline-size; }}
+  box-sizing: border-box; overflow: visible; container-type: inline-size; {_IN_VSCODE} }}
 .nbpeft-panel .widget-html-content, .nbpeft-panel .jupyter-widgets {{ {FONT}; color: {TEXT}; }}
 .nbpeft-panel .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
 .nbpeft-panel .widget-inline-hbox {{ height: auto; }}
@@ -47,7 +54,7 @@ PANEL_CSS = f"""
 .nbpeft-panel .jupyter-button.nbpeft-primary, .nbpeft-panel .jupyter-button.nbpeft-primary:hover:enabled {{
   background: {ACCENT}; border-color: {ACCENT}; color: {ON_ACCENT}; }}
 .nbpeft-panel .jupyter-button.nbpeft-danger, .nbpeft-panel .jupyter-button.nbpeft-danger:hover:enabled {{
-  background: {ERROR}; border-color: {ERROR}; color: #fff; }}
+  background: {DANGER}; border-color: {DANGER}; color: #fff; }}
 .nbpeft-panel .jupyter-button.nbpeft-bare {{ border-color: transparent; color: {DIM}; }}
 .nbpeft-panel .jupyter-button.nbpeft-bare:hover:enabled {{ color: {ERROR}; }}
 .nbpeft-panel .jupyter-button.nbpeft-apart {{ margin-left: 18px; }}

@@ -78,6 +78,10 @@ class Browser:
         """Opens a notebook and waits for its kernel."""
         return NotebookPage(self._context.new_page(), server, notebook, timeout)
 
+    def new_page(self) -> Page:
+        """Opens an empty page, without a server."""
+        return self._context.new_page()
+
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(PlaywrightError):
             self._context.close()

@@ -11,6 +11,7 @@ from typing import Any
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+GALLERY = NOTEBOOKS / "gallery"
 ADAPTED = ("adapter", "loaded", "merged")
 """What has the adapter among what notebook 01 compares."""
 TASKS = ("records", "filters", "dates")

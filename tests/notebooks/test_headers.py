@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.notebooks.support import NOTEBOOKS
+from tests.notebooks.support import GALLERY, NOTEBOOKS
 from tests.test_run_commands import script
 
 headers = script("notebooks", "headers")
@@ -19,10 +19,27 @@ def _notebook(name: str) -> dict[str, Any]:
     return json.loads((NOTEBOOKS / name).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", headers.notebooks(), ids=lambda path: path.stem)
 def test_every_notebook_begins_with_them(path: Path) -> None:
-    notebook = _notebook(path.name)
-    assert headers.with_header(notebook, path.name, headers.repository()) == notebook
+    name = path.relative_to(NOTEBOOKS).as_posix()
+    notebook = _notebook(name)
+    assert headers.with_header(notebook, name, headers.repository()) == notebook
+
+
+def test_all_notebooks_are_found() -> None:
+    assert headers.notebooks() == [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(GALLERY.glob("*.ipynb"))]
+
+
+@pytest.mark.parametrize("folder", [NOTEBOOKS, GALLERY], ids=lambda folder: folder.name)
+def test_the_installation_finds_the_checkout_around_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cell would install, from where each notebook lies and from elsewhere."""
+    (line,) = (line for line in headers.INSTALLATION.splitlines() if line.strip().startswith("source = "))
+    for place, expected in ((folder, NOTEBOOKS.parent), (Path("/"), None)):
+        monkeypatch.chdir(place)
+        names: dict[str, Any] = {"Path": Path}
+        exec(line.strip(), names)
+        found = names["source"]
+        assert Path(found).resolve() == expected if expected else found == "nbpeft"
 
 
 def test_the_badge_follows_the_address_of_the_repository(tmp_path: Path) -> None:
@@ -37,6 +54,8 @@ def test_the_badge_follows_the_address_of_the_repository(tmp_path: Path) -> None
     )
     assert headers.with_header(shown, name, "some-one/nb.peft") == shown, "written twice, it stands there once"
     assert headers.with_header(shown, name, "") == bare
+    shown = headers.with_header(bare, "gallery/x.ipynb", "a/b")
+    assert shown["cells"][0]["source"][-1].endswith("/a/b/blob/main/notebooks/gallery/x.ipynb)")
 
 
 def test_an_address_that_colab_cannot_open_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.notebooks.support import (
     ADAPTED,
+    GALLERY,
     NOTEBOOKS,
     PARAMETERS,
     TASKS,
@@ -20,10 +21,10 @@ from tests.notebooks.support import (
     summary,
 )
 
-NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+NAMES = [path.relative_to(NOTEBOOKS).as_posix() for folder in (NOTEBOOKS, GALLERY) for path in folder.glob("*.ipynb")]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(NAMES))
 def test_shipped_notebooks_hold_results_and_no_widget_state(name: str) -> None:
     notebook = nbformat.read(NOTEBOOKS / name, 4)
     assert "widgets" not in notebook.metadata

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -36,6 +37,8 @@ LINKED = "torch"
 NOT_HERE = ("tests/browser", "tests/notebooks", "tests/test_architecture.py", "tests/test_reference.py")
 """Tests of front ends, of the sources and of the tools that check them: they are the same on every stack."""
 QUICK = "not (slow or browser or long)"
+SLICE = "tests/stacks/test_slice.py"
+"""What ``tests/run.py --all`` runs on each stack."""
 _LONGEST_REASON = 110
 
 
@@ -58,6 +61,7 @@ def main() -> int:
     parser.add_argument("stack", choices=STACKS)
     parser.add_argument("--with-torch", action="store_true", help="also install torch from the index (gigabytes)")
     parser.add_argument("--versions", action="store_true", help="only make the environment and print its versions")
+    parser.add_argument("--slice", action="store_true", help="only the notebook that --all runs on each stack")
     arguments, rest = parser.parse_known_args()
     made = environment(arguments.stack, with_torch=arguments.with_torch)
     pins = {Requirement(line).name for line in constraints(arguments.stack)} or {"transformers", "huggingface-hub"}
@@ -65,7 +69,8 @@ def main() -> int:
     if arguments.versions:
         return 0
     start = time.monotonic()
-    found = run_tests(made.python, made.folder / "tests.xml", [*(rest or ["tests"]), "-m", QUICK])
+    chosen = [SLICE] if arguments.slice else rest or ["tests"]
+    found = run_tests(made.python, made.folder / "tests.xml", [*chosen, "-m", QUICK])
     seconds = time.monotonic() - start
     elsewhere = [name for name, outcome in found.items() if outcome.status != "passed"]
     usual = run_again(elsewhere, made.folder / "default.xml") if elsewhere else {}
@@ -107,7 +112,7 @@ def own_requirements() -> list[str]:
 
 
 def environment(stack: str, *, with_torch: bool = False) -> Environment:
-    """The environment of a stack, made if its list of packages has changed since.
+    """The environment of a stack, made anew if its list of packages has changed, and the newest one each day.
 
     Args:
         stack: one of ``STACKS``.
@@ -115,11 +120,14 @@ def environment(stack: str, *, with_torch: bool = False) -> Environment:
     """
     pins = [line for line in constraints(stack) if with_torch or Requirement(line).name != LINKED]
     asked = [text for text in own_requirements() if Requirement(text).name not in BARE]
-    mark = hashlib.sha256(repr((sys.version, pins, asked, TOOLS, BARE, with_torch)).encode()).hexdigest()[:10]
+    day = time.strftime("%Y-%m-%d") if stack == "newest" else ""
+    mark = hashlib.sha256(repr((sys.version, pins, asked, TOOLS, BARE, with_torch, day)).encode()).hexdigest()[:10]
     folder = ROOT / "artifacts" / "stacks" / f"{stack}-{mark}"
     if (folder / "complete").exists():
         return Environment(folder)
     print(f"› making {folder.relative_to(ROOT)}", flush=True)
+    for former in folder.parent.glob(f"{stack}-*"):
+        shutil.rmtree(former, ignore_errors=True)
     torch = distribution(LINKED)
     made = Environment.make(folder, () if with_torch else [torch, *closure(torch).values()], clear=True)
     written = folder / "constraints.txt"

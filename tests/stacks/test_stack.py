@@ -39,6 +39,10 @@ def test_the_command_knows_each_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert arguments.stack == "colab" and rest == ["tests/magics", "-x"]
 
 
+def test_the_slice_is_one_quick_file() -> None:
+    assert (ROOT / stack.SLICE).is_file() and "pytest.mark" not in (ROOT / stack.SLICE).read_text(encoding="utf-8")
+
+
 def test_the_lowest_versions_are_those_of_the_project() -> None:
     lines = stack.constraints("lowest")
     assert {"torch==2.6", "ipywidgets==7.7", "accelerate==1.3"} <= set(lines)
