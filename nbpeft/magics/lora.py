@@ -112,8 +112,8 @@ class NbpeftMagics(magic.Magics):
         """
         return describe(text, cursor, SUBCOMMANDS, CELLS, self.session.fields)
 
-    def _run(self, name: str, line: str, cell: str | None, *, silent: bool) -> object:
-        """Run a magic; its fields are in the line, in the body, or in both."""
+    def _parsed(self, name: str, line: str, cell: str | None, *, silent: bool) -> Callable[[], object]:
+        """Return what runs a magic; its fields are in the line, in the body, or in both."""
         notebook = self.notebook
         notebook.line, notebook.cell = line, cell
         notebook.silent = silent
@@ -122,25 +122,24 @@ class NbpeftMagics(magic.Magics):
             if word in ("help", "?", "-h", "--help"):
                 name = rest.strip().lstrip("%")
                 if name == FOR_AGENTS:
-                    return agent_guide()
+                    return agent_guide
                 if f"lora_{name}" in CELLS and name not in SUBCOMMANDS:
                     name = f"lora_{name}"
                 if not name or name == "lora":
-                    return command_help(CELLS["lora"], "%%lora") if name else _MAIN_HELP
+                    return partial(command_help, CELLS["lora"], "%%lora") if name else lambda: _MAIN_HELP
                 if name in CELLS:
-                    return command_help(CELLS[name], f"%%{name}")
+                    return partial(command_help, CELLS[name], f"%%{name}")
                 line = f"{name} --help"
             request = parse_line(line, SUBCOMMANDS, notebook.namespace, cells=CELLS)
             if request is None:
-                return StatusReport(self.session.state)
+                return partial(StatusReport, self.session.state)
             prog = f"%lora {request.command.name}"
         else:
             prog = f"%%{name}"
             request = parse_arguments(CELLS[name], prog, tokenize(line), notebook.namespace)
         if request.help:
-            return command_help(request.command, prog)
-        options = with_fields(request.options, cell, notebook.namespace)
-        return request.command.run(options, notebook)
+            return partial(command_help, request.command, prog)
+        return partial(request.command.run, with_fields(request.options, cell, notebook.namespace), notebook)
 
     def _answer(self, name: str, line: str, cell: str | None) -> object:
         """Run a command; a user's mistake becomes a one-line error, anything else keeps its traceback.
@@ -162,7 +161,7 @@ class NbpeftMagics(magic.Magics):
         self.session.adopt(self.shell.user_ns)
         self._show_notices()
         try:
-            result = self._run(name, line, cell, silent=silent)
+            result = self._parsed(name, line, cell, silent=silent)()
             self._show_notices()
             return None if silent else in_cell_spelling(result)
         except NbpeftError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -137,7 +138,8 @@ def train(
         return train_tracked(ctx, tracked, request, restart=restart)
 
     def work(running: BackgroundTraining) -> TrainResult:
-        return _trained(ctx, tracked, replace(request, control=running.control), restart=restart, replaced=())
+        controlled = replace(request, control=running.control)
+        return train_tracked(ctx, tracked, controlled, restart=restart, in_background=True)
 
     return start(ctx, tracked, _names(tracked, request), work)
 
@@ -149,8 +151,9 @@ def train_tracked(
     *,
     restart: bool = False,
     replaced: tuple[str, ...] = (),
+    in_background: bool = False,
 ) -> TrainResult:
-    """Train a model of the session, and record the number of steps for its adapters.
+    """Train a model of the session in the current thread, and record the number of steps for its adapters.
 
     Args:
         ctx: context of the session.
@@ -158,16 +161,24 @@ def train_tracked(
         request: the arguments of the training.
         restart: start from the initial weights of the adapters.
         replaced: adapters whose weights the training replaces before its first step.
+        in_background: the command that started this thread has ended, and other commands run meanwhile.
     """
+    from nbpeft.training.loop.train import run_training
+
     interrupted: TrainingInterrupted | None = None
-    with ctx.command(f"training {_names(tracked, request)}", slow=True, gather=False):
-        ctx.refuse_another_training()
+    description = f"training {_names(tracked, request)}"
+    with nullcontext() if in_background else ctx.command(description, slow=True, gather=False):
+        if not in_background:
+            ctx.refuse_another_training()
         try:
-            result = _trained(ctx, tracked, request, restart=restart, replaced=replaced)
+            with _recorded(ctx, tracked, request, restart=restart, replaced=replaced) as opened:
+                result = run_training(opened)
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
-        ctx.background.pop(tracked, None)  # an earlier result from the background is outdated
-        ctx.models.select(tracked)
+        tracked.result = ctx.last_result = result
+        if not in_background:
+            ctx.background.pop(tracked, None)  # an earlier result from the background is outdated
+            ctx.models.select(tracked)
     if interrupted is not None:
         raise interrupted.with_traceback(None)
     return result
@@ -178,12 +189,15 @@ def _names(tracked: TrackedModel, request: TrainRequest) -> str:
     return str(request.adapter or ", ".join(tracked.manager.active))
 
 
-def _trained(
+@contextmanager
+def _recorded(
     ctx: SessionContext, tracked: TrackedModel, request: TrainRequest, *, restart: bool, replaced: tuple[str, ...]
-) -> TrainResult:
-    """Train in the current thread; adapters that learned nothing get their previous weights back."""
+) -> Iterator[TrainRequest]:
+    """Yield the opened request to train with, and record the steps of its runs with the adapters.
+
+    Adapters that learned nothing get their previous weights back.
+    """
     from nbpeft.training.adapters.adapted_model import trained_names
-    from nbpeft.training.loop.train import run_training
 
     manager = tracked.manager
     together, request = plan_sweep(tracked, request)
@@ -214,18 +228,13 @@ def _trained(
                     reinitialize(ctx, tracked, name, seed=request.seed)
                 else:  # made again from the adapter that the sweep starts from
                     manager.remove(name)
-            result = run_training(opened)
-        tracked.result = ctx.last_result = result
-    except TrainingInterrupted as error:
-        tracked.result = ctx.last_result = error.result
-        raise
+            yield opened
     finally:
         if learned():
             names = tracked.with_clones(names, made[-1].state.members)
             tracked.count_steps(names, made[-1])
             tracked.sweep = ()
             tracked.training_call = training_call(made[-1].run_id, request)
-    return result
 
 
 def run_place(ctx: SessionContext, model: str = "", source: Mapping[str, str] | None = None) -> RunPlace | None:
