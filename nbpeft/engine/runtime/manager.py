@@ -25,7 +25,8 @@ from nbpeft.engine.contract.provider import AdapterProvider
 from nbpeft.engine.contract.trained import watch
 from nbpeft.engine.injection.biases import BaseBiases
 from nbpeft.engine.injection.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
-from nbpeft.engine.injection.plan import InjectionPlan, plan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
+from nbpeft.engine.injection.plan import plan
 from nbpeft.engine.runtime.adapter_tensors import parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.runtime.layer_commands import LayerCommands, RemovedAdapter
 from nbpeft.engine.runtime.merging import (

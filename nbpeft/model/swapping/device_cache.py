@@ -19,7 +19,7 @@ from torch import Tensor
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.hotswap import swap
-from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, few
 from nbpeft.model.swapping.host_cache import HostAdapter, HostCache, ShapeSignature

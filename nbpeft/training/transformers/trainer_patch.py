@@ -47,7 +47,7 @@ from nbpeft.engine.runtime.adapter_tensors import is_half
 from nbpeft.engine.tree.model_tree import unwrapped
 from nbpeft.errors import BaseMismatchError, CheckpointError, CheckpointNotFoundError, ConfigError, did_you_mean
 from nbpeft.model import LoraLayer, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from nbpeft.model.saving import files
+from nbpeft.model.saving import loading
 from nbpeft.names import DEFAULT_ADAPTER
 from nbpeft.training.adapters.extra_loss import with_extra_loss
 from nbpeft.training.adapters.method_state import (
@@ -315,7 +315,7 @@ def _written(model: Any, source: Path, weights: Any, name: str) -> Any:
         if not keeps_method_state(model):
             raise
         half = is_half(model.manager.layers, name)
-        return files.read(model.manager, source, name, trainable=True, half=half, options={})()
+        return loading.read(model.manager, source, name, trainable=True, half=half, options={})()
 
 
 def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:
