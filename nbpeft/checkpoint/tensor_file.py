@@ -72,6 +72,7 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         if hasattr(tensor, "full_tensor"):
             tensor = tensor.full_tensor()
+        # By the address of the storage, not of the tensor: safetensors refuses views with different offsets, too.
         memory = (str(tensor.device), tensor.untyped_storage().data_ptr())
         if memory in seen:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
@@ -141,6 +142,7 @@ class TensorFile:
                 self.header = _mapped(path)
             else:
                 self._handle = inside.open_file(path)
+                # Stays open, so that the tensors are those of this header even if the file is replaced meanwhile.
                 weakref.finalize(self, os.close, self._handle)
                 found = os.fstat(self._handle)
                 self._version = found.st_mtime_ns

@@ -777,6 +777,7 @@ class AdapterManager:
             raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
 
     def __getstate__(self) -> dict[str, Any]:
+        # Subscribers and the provider belong to other objects, which are not copied; nor are locks.
         new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_layers": {}, "provider": None}
         new["_tree"] = None if self.alive else AdaptedTree()
         state = {**self.__dict__, **new}
@@ -792,6 +793,7 @@ class AdapterManager:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = object.__new__(type(self))
+        # Before its parts are copied: the model and its layers refer back to the manager.
         memo[id(self)] = twin
         twin.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
         return twin

@@ -120,6 +120,7 @@ class DeviceCache:
         """
         for name in names:
             self._entries.move_to_end(name)
+        # Weakly: if an interruption skips the end of the block, the lock is deleted with the frame of the block.
         self._leases.append((tuple(names), threading.get_ident(), weakref.ref(held)))
 
     def to_evict(
