@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import nbpeft
+from nbpeft.training import request
+from nbpeft.training.data import open_data
 from tests.magics.notebook import Notebook
 from tests.tiny_models import llama, tokens
 
@@ -75,3 +77,21 @@ def test_a_file_to_the_parameters(notebook: Notebook, tmp_path: Path) -> None:
     found = walk(lambda: notebook.do(f"%lora load {tmp_path}/a --name b"), "LowRankAdapter.__init__")
     assert found[0][1] == "NbpeftMagics.lora"
     check(found)
+
+
+def test_a_row_to_the_loss(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data are opened once, too."""
+    notebook.do("%%lora model --name a\nr = 4\ntarget_modules = ['q_proj']")
+    notebook["rows"] = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 4
+    opened: list[Any] = []
+
+    def counted(data: Any, *args: Any, **kwargs: Any) -> Any:
+        opened.append(data)
+        return open_data(data, *args, **kwargs)
+
+    monkeypatch.setattr(request, "open_data", counted)
+    cell = "%%lora_train model --data rows\nmax_steps = 1\nreport_to = 'none'"
+    found = walk(lambda: notebook.do(cell), "chunked_cross_entropy")
+    assert found[0][1] == "NbpeftMagics.lora_train"
+    check(found)
+    assert len(opened) == 1

@@ -50,6 +50,7 @@ class HeldInterrupts:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             previous = get_handler(signal.SIGINT)
+            # There is one handler in a process, so an outer block is found by the handler that it set.
             holder = _holder(previous)
             if holder is None and callable(previous):
                 self._previous = previous

@@ -70,6 +70,7 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"{key} has no data (meta device): load the adapter's weights first", key=key)
         if hasattr(tensor, "full_tensor"):
             tensor = tensor.full_tensor()
+        # By the address of the storage, not of the tensor: safetensors refuses views with different offsets, too.
         memory = (str(tensor.device), tensor.untyped_storage().data_ptr())
         if memory in seen:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
@@ -139,6 +140,7 @@ class TensorFile:
                 self.header = _mapped(path)
             else:
                 self._handle = inside.open_file(path)
+                # Stays open, so that the tensors are those of this header even if the file is replaced meanwhile.
                 weakref.finalize(self, os.close, self._handle)
                 found = os.fstat(self._handle)
                 self._version = found.st_mtime_ns

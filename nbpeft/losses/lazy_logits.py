@@ -131,7 +131,8 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
             logits = args[0] if args else kwargs.get("input")
             if isinstance(logits, LazyLogits) and logits._whole is None:
-                answer = logits._answer(func, args, kwargs)
+                is_loss = func is F.cross_entropy and not logits._parts
+                answer = logits._cross_entropy(*args, **kwargs) if is_loss else logits._answer(func, args, kwargs)
                 if answer is not None:
                     return answer
         name = getattr(func, "__name__", str(func))
@@ -157,8 +158,6 @@ class LazyLogits(Tensor):
         """Returns the result of a function that needs no data; None if it needs the data."""
         if self._parts and getattr(func, "__name__", "") not in _POINTWISE:
             return self._rows(args[1]) if func is Tensor.__getitem__ else None
-        if func is F.cross_entropy:
-            return self._cross_entropy(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _POINTWISE and not kwargs.keys() & {"input", "out"}:
             return self._apply(func, name, args[1:], kwargs)

@@ -113,8 +113,8 @@ class NbpeftMagics(magic.Magics):
         """
         return describe(text, cursor, SUBCOMMANDS, CELLS, self.session.fields)
 
-    def _run(self, name: str, line: str, cell: str | None, *, silent: bool) -> object:
-        """Run a magic; its fields are in the line, in the body, or in both."""
+    def _parsed(self, name: str, line: str, cell: str | None, *, silent: bool) -> Callable[[], object]:
+        """Return what runs a magic; its fields are in the line, in the body, or in both."""
         notebook = self.notebook
         notebook.line, notebook.cell = line, cell
         notebook.silent = silent
@@ -123,26 +123,25 @@ class NbpeftMagics(magic.Magics):
             if word in ("help", "?", "-h", "--help"):
                 name = rest.strip().lstrip("%")
                 if name == FOR_AGENTS:
-                    return agent_guide()
+                    return agent_guide
                 if f"lora_{name}" in CELLS and name not in SUBCOMMANDS:
                     name = f"lora_{name}"
                 if not name or name == "lora":
-                    return command_help(CELLS["lora"], "%%lora") if name else _MAIN_HELP
+                    return partial(command_help, CELLS["lora"], "%%lora") if name else lambda: _MAIN_HELP
                 if name in CELLS:
-                    return command_help(CELLS[name], f"%%{name}")
+                    return partial(command_help, CELLS[name], f"%%{name}")
                 line = f"{name} --help"
             request = parse_line(line, SUBCOMMANDS, notebook.namespace, cells=CELLS)
             if request is None:
-                return StatusReport(self.session.state)
+                return partial(StatusReport, self.session.state)
             prog = f"%lora {request.command.name}"
         else:
             prog = f"%%{name}"
             request = parse_arguments(CELLS[name], prog, tokenize(line), notebook.namespace)
         if request.help:
-            return command_help(request.command, prog)
+            return partial(command_help, request.command, prog)
         self._options = option_names(request.command, (*SUBCOMMANDS.values(), *CELLS.values()))
-        options = with_fields(request.options, cell, notebook.namespace)
-        return request.command.run(options, notebook)
+        return partial(request.command.run, with_fields(request.options, cell, notebook.namespace), notebook)
 
     def _answer(self, name: str, line: str, cell: str | None) -> object:
         """Run a command; a user's mistake becomes a one-line error, anything else keeps its traceback.
@@ -165,7 +164,7 @@ class NbpeftMagics(magic.Magics):
         self.session.adopt(self.shell.user_ns)
         self._show_notices()
         try:
-            result = self._run(name, line, cell, silent=silent)
+            result = self._parsed(name, line, cell, silent=silent)()
             self._show_notices()
             return None if silent else in_cell_spelling(result, self._options)
         except NbpeftError as error:

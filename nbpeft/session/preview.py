@@ -10,7 +10,7 @@ from nbpeft.session.results.preview import Preview, PreviewRow
 
 if TYPE_CHECKING:
     from nbpeft.engine.contract.adapter import AdapterConfig
-    from nbpeft.engine.injection.plan import InjectionPlan, Target
+    from nbpeft.engine.injection.injection_plan import InjectionPlan, Target
 
 _ADAMW_BYTES = 2
 """Number of AdamW's moments, each of the size of the parameter."""
@@ -37,7 +37,8 @@ def preview_of(
         notes: notes for the preview.
         stored: path -> backend of layers that will be quantized first.
     """
-    from nbpeft.engine.injection.plan import InjectionPlan, plan
+    from nbpeft.engine.injection.injection_plan import InjectionPlan
+    from nbpeft.engine.injection.plan import plan
     from nbpeft.engine.tree.model_tree import parameter_counts
 
     planned = wanted if isinstance(wanted, InjectionPlan) else plan(base, wanted, replacing=name if replaces else None)

@@ -86,6 +86,7 @@ class Variables:
         """
         if self._mapping is None or self._is_busy() or "nbpeft.model" not in sys.modules:
             return
+        # Does not wait: the thread that looks already publishes what it finds.
         if not self._looking.acquire(blocking=False):
             return
         try:

@@ -316,6 +316,7 @@ def _bind(module: nn.Module, data: Tensor, state: Any) -> None:
     """Assigns codes and state to the module, keeping the parameter object."""
     parameter: Any = module.weight
     parameter.data = data
+    # bitsandbytes has the state twice: forward reads the parameter's, and takes the layer's where FSDP lost that one.
     if hasattr(parameter, "quant_storage"):
         parameter.quant_state = state
         parameter.bnb_quantized = True

@@ -113,6 +113,7 @@ def put_hooks(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> Non
     for module, hook in _hooks(model, layer).items():
         present = [type(other) for other in module._forward_pre_hooks.values() if _layer_of(other) is layer]
         if type(hook) not in present:
+            # torch lists hooks that take keywords in a second dictionary, which has to be restored with the first.
             change.keep(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
             module.register_forward_pre_hook(hook, with_kwargs=True)
     weighs = any(isinstance(adapter, WeighsTokens) for adapter in layer.adapters._modules.values())
@@ -129,6 +130,7 @@ def take_hooks(modules: Iterable[nn.Module], layers: Collection[int], change: Tr
         layers: ids of the embeddings that were taken out.
         change: records the hooks of the modules.
     """
+    # Not by the handles of the hooks: a copied or unpickled model has hooks, but nobody has their handles.
     for module in modules:
         for hooks, with_kwargs in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),

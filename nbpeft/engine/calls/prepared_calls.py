@@ -49,6 +49,7 @@ class BeforeCall(LayerHook):
         # A call of a ``PeftModel`` has its own dictionary of contexts; a direct call of the base model shares one.
         unpinned = [name for name in found if name not in contexts]
         if unpinned:
+            # Autograd numbers the nodes of a thread: backward finds the call by the numbers at its beginning and end.
             begun = torch._C._autograd._get_sequence_nr()
             self.unpinned[threading.get_ident()] = (begun, active, unpinned)
         call: dict[str, Any] = dict(zip(parameters_of(module), args, strict=False)) | kwargs

@@ -145,6 +145,7 @@ def _is_pointwise(activation: nn.Module, verify: bool) -> bool:
 
 
 def _storage(tensor: Tensor) -> Any:
+    # Not ``data_ptr()``, which is 0 for every tensor without data.
     return tensor.untyped_storage()._cdata
 
 

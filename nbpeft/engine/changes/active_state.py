@@ -570,6 +570,7 @@ class Call:
                 self._pinned = True
                 if self._active is not None:
                     self._state.traced = chosen
+        # Python calls __exit__ only if __enter__ returned.
         except BaseException:
             self.__exit__(None, None, None)
             raise

@@ -92,6 +92,7 @@ class SpillFile:
         self._size += count
 
         def read() -> Tensor:
+            # Writable although it is only read: torch warns about arrays that are not.
             mapped = np.memmap(file, dtype=np.uint8, mode="r+", offset=start, shape=(count,))
             return torch.from_numpy(mapped).view(dtype).view(shape)
 

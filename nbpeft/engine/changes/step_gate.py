@@ -42,6 +42,7 @@ class StepGate:
         self._model = weakref.ref(model)
         self._condition = threading.Condition()
         self._owner: int | None = None
+        # Calls between steps have random numbers of their own, so that the training draws what it would draw alone.
         self._outside = random_state()
         self._waiting: deque[RunningBlock] = deque()
         self._admitted: list[RunningBlock] = []
@@ -78,6 +79,7 @@ class StepGate:
                 self._admitted = list(self._waiting)
                 self._condition.notify_all()
                 while self._admitted or self._is_taken():
+                    # With a timeout: a thread whose block was cut off by an interruption does not notify.
                     self._condition.wait(_STEP)
                     if hurried():
                         self._admitted = []

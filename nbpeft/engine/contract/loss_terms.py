@@ -46,6 +46,7 @@ class TrainerStep:
     requested: bool = False
 
 
+# By context, because threads may train different models at the same time.
 _step: ContextVar[TrainerStep | None] = ContextVar("nbpeft_trainer_step", default=None)
 
 

@@ -23,13 +23,18 @@ from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, PeftType
 from nbpeft.engine.contract.base import Backend, Composite, LayerKind
 from nbpeft.engine.contract.combination import Combine
-from nbpeft.engine.contract.former_contract import check_classes, check_fields
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing, OwnKinds, SharedTensors
 from nbpeft.engine.contract.method_records import Companion as Companion
 from nbpeft.engine.contract.method_records import Part as Part
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.peft_names import PeftNames
-from nbpeft.engine.contract.registration import check_config_class, check_peft_type, check_values
+from nbpeft.engine.contract.registration import (
+    check_classes,
+    check_config_class,
+    check_fields,
+    check_peft_type,
+    check_values,
+)
 from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
@@ -323,7 +328,7 @@ def _registered(cls: type[Any]) -> Any:
 
 def _insert(ranked: list[Any], new: _Ranked) -> None:
     # Copied and unpickled layers have the registered instance, which is compared by identity.
-    type(new).__reduce__ = lambda self: (_registered, (type(self),))  # type: ignore[method-assign, assignment]
+    type(new).__reduce__ = lambda self: (_registered, (type(self),))  # type: ignore[method-assign]
     ranked[:] = [old for old in ranked if type(old).__qualname__ != type(new).__qualname__]
     ranked.append(new)
     ranked.sort(key=lambda item: -item.priority)

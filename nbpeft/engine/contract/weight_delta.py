@@ -252,6 +252,7 @@ class _ApplyDelta(torch.autograd.Function):
         with without_autocast(x.device.type):
             return _map(base, _cast(x, dtype), compute(*parameters).to(dtype), bias)
 
+    # Computed from detached tensors, so its own derivative would silently be wrong: asking for it is an error.
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -329,6 +330,7 @@ class _KeepingInputs(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         inputs = [tensor.detach() for tensor in ctx.saved_tensors]
         leaves = [tensor.requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)]
+        # As in forward: ``backward()`` may be called inside an autocast block.
         with torch.enable_grad(), without_autocast(inputs[0].device.type):
             output = ctx.function(*leaves)
             wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]

@@ -2,11 +2,12 @@
 
 Door, what other rooms import:
 
-    biases.py       Parameters of the base model that belong to an adapter: biases that it trains, embeddings from its
-                    file
-    build.py        Builds all parts of an adapter before any of them touches the model
-    plan.py         Plans what applying a config will change in a model
-    replication.py  Repeats layers of a transformer, each time with separate adapters (``layer_replication``)
+    biases.py          Parameters of the base model that belong to an adapter: biases that it trains, embeddings from
+                       its file
+    build.py           Builds all parts of an adapter before any of them touches the model
+    injection_plan.py  The plan of a change: which modules get adapters and copies, and what that costs
+    plan.py            Plans what applying a config will change in a model
+    replication.py     Repeats layers of a transformer, each time with separate adapters (``layer_replication``)
 
 Inside:
 

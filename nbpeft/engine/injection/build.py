@@ -26,7 +26,8 @@ from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import backend_named, backends, layer_kind_named, method_of
 from nbpeft.engine.injection.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.injection.encoder_fast_paths import is_encoder_layer, refresh_fast_paths
-from nbpeft.engine.injection.plan import InjectionPlan, Target, make_adapters
+from nbpeft.engine.injection.injection_plan import InjectionPlan, Target
+from nbpeft.engine.injection.plan import make_adapters
 from nbpeft.engine.injection.replication import pending_replication, replicate_layers_, undo_replication
 from nbpeft.engine.kernels.storage import StoredWeight, is_packed, loaded
 from nbpeft.engine.tree.model_tree import Site, says_untied, site_at

@@ -175,6 +175,7 @@ def _with_layers(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
 
 
 def _shallow(module: nn.Module) -> nn.Module:
+    # ``copy.copy`` would call ``__setstate__``, in which some modules build their parts again.
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
     return twin

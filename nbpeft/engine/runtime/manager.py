@@ -25,7 +25,8 @@ from nbpeft.engine.contract.provider import AdapterProvider
 from nbpeft.engine.contract.trained import watch
 from nbpeft.engine.injection.biases import BaseBiases
 from nbpeft.engine.injection.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
-from nbpeft.engine.injection.plan import InjectionPlan, plan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
+from nbpeft.engine.injection.plan import plan
 from nbpeft.engine.runtime.adapter_tensors import parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.runtime.layer_commands import LayerCommands, RemovedAdapter
 from nbpeft.engine.runtime.merging import (
@@ -776,6 +777,7 @@ class AdapterManager:
             raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
 
     def __getstate__(self) -> dict[str, Any]:
+        # Subscribers and the provider belong to other objects, which are not copied; nor are locks.
         new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_layers": {}, "provider": None}
         new["_tree"] = None if self.alive else AdaptedTree()
         state = {**self.__dict__, **new}
@@ -791,6 +793,7 @@ class AdapterManager:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = object.__new__(type(self))
+        # Before its parts are copied: the model and its layers refer back to the manager.
         memo[id(self)] = twin
         twin.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
         return twin

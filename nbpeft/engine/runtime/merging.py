@@ -11,7 +11,7 @@ from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterConfig, StartsInWeight
 from nbpeft.engine.contract.model_adapter import HasSideNetwork
-from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.tree.tied_weights import layers_to_untie
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper

@@ -15,7 +15,7 @@ from typing import Any
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Rescales
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.hotswap import swap
-from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.adapter_tensors import is_half, is_training, weights_source
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.names import BOOKKEEPING_FIELDS

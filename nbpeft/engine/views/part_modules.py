@@ -293,6 +293,7 @@ def show_parameter(module: nn.Module, adapter: Adapter, name: str) -> None:
         slots["bias"] = (adapter, f"{name}_bias")
     else:
         module.__dict__["bias"] = None
+    # Not through ``register_parameter``: the parameter stays the adapter's, which may replace it at any time.
     module.__dict__["_parameters"] = LiveParameters(slots)
 
 

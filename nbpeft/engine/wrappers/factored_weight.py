@@ -235,6 +235,7 @@ class _Grouped(torch.autograd.Function):
         hidden = x.new_zeros(len(x), left.shape[2])
         output = x.new_zeros(len(x), right.shape[2])
         for i, rows in groups:
+            # ``out`` is possible because gradients are disabled in the forward of a custom function.
             torch.mm(x[rows], left[i].to(x.dtype), out=hidden[rows])
             torch.mm(hidden[rows], right[i].to(x.dtype), out=output[rows])
         ctx.save_for_backward(x, left, right, hidden)

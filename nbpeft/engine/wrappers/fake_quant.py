@@ -63,6 +63,7 @@ class FakeQuantLayer:
     """
 
     def __init__(self) -> None:
+        # Threads may call the layer at the same time, and one of them updates the copy.
         self._lock = threading.Lock()
         self._module: nn.Module | None = None
         self._base: tuple[Any, ...] = ()
@@ -159,6 +160,7 @@ def _identities(adapter: Adapter) -> Iterable[Any]:
 
 def _identity(tensor: Tensor) -> tuple[int, int]:
     """Address and version counter of a tensor, which change when it is replaced or written to."""
+    # Reading the version counter of a tensor that was created in inference mode raises an error.
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 

@@ -16,7 +16,7 @@ from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.contract.adapter import AdapterWeights, delta_of
 from nbpeft.engine.contract.combination import Combine, Loss, Member, check_weights
 from nbpeft.engine.contract.registry import companions, method_of
-from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, ConfigError, did_you_mean

@@ -18,7 +18,7 @@ from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, AdapterWeights, unconvertible_reason
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.registry import method_of, method_of_adapter
-from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.kernels.numerics import is_finite
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.nearest import NearestFactors, add_bias, check_rank, nearest_config, nearest_factors

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.registry import method_of
-from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import manager_of, unwrapped
 from nbpeft.errors import ConfigError, TargetError, few

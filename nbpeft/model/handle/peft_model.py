@@ -14,7 +14,7 @@ from nbpeft.engine.calls.prompt_twins import twin_without_prompts
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.shared_state import with_copies
-from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import generation_arguments, learns_with_hooks, prepares_calls, transforms_calls
 from nbpeft.engine.runtime.scopes import AdapterContext
@@ -34,7 +34,7 @@ from nbpeft.model.handle.tuner import (
     with_extra_loss,
 )
 from nbpeft.model.quantization.quantize import clear_gguf_flags
-from nbpeft.model.saving import files
+from nbpeft.model.saving import files, loading
 from nbpeft.model.saving.given_configs import as_given, take_given
 from nbpeft.peft_layers.classes import refuse_pickle_of_peft
 
@@ -504,9 +504,9 @@ class PeftModel(nn.Module):
         Raises:
             CheckpointError: the checkpoint cannot be read or does not fit.
         """
-        model = _base_for(model, config or files.saved_config(model, model_id, kwargs))
+        model = _base_for(model, config or loading.saved_config(model, model_id, kwargs))
         manager = manager_of(model) or AdapterManager(model)
-        put = files.read(
+        put = loading.read(
             manager,
             model_id,
             adapter_name,
@@ -541,7 +541,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
-    ) -> files.LoadResult:
+    ) -> loading.LoadResult:
         """Loads a saved adapter in addition to the existing ones, without activating it.
 
         An existing adapter with the same name is replaced, both weights and config. The arguments are those of
@@ -563,14 +563,14 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
-    ) -> Callable[[], files.LoadResult]:
+    ) -> Callable[[], loading.LoadResult]:
         """Reads a saved adapter and checks that it fits; the arguments are those of ``load_adapter``.
 
         Returns:
             A function that adds the adapter to the model.
         """
         self._check_live()
-        put = files.read(
+        put = loading.read(
             self.manager,
             model_id,
             adapter_name,
@@ -580,7 +580,7 @@ class PeftModel(nn.Module):
             options={"torch_device": torch_device, **kwargs},
         )
 
-        def load() -> files.LoadResult:
+        def load() -> loading.LoadResult:
             with self.manager.transaction() as change:
                 result = put()
                 if is_trainable:
@@ -670,7 +670,8 @@ class PeftModel(nn.Module):
         self._check_live()
         commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision}
         hub = {"private": private, "token": token, "create_pr": create_pr}
-        return files.push(self.manager, repo_id, tags=tags or (), **commit, **hub, **kwargs)
+        options: dict[str, Any] = {**commit, **hub, **kwargs}
+        return files.push(self.manager, repo_id, tags=tags or (), **options)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Writes or updates the README of a saved adapter."""

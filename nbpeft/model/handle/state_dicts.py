@@ -21,14 +21,8 @@ from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import BaseMismatchError, CheckpointError, did_you_mean, few
-from nbpeft.model.saving.files import (
-    LoadResult,
-    embedding_weights,
-    file_tensors,
-    load_result,
-    replaced_state_dict,
-    warn_of_other_shapes,
-)
+from nbpeft.model.saving.files import file_tensors, replaced_state_dict
+from nbpeft.model.saving.loading import LoadResult, embedding_weights, load_result, warn_of_other_shapes
 from nbpeft.model.saving.sharded import like
 
 _Arguments = ParamSpec("_Arguments")

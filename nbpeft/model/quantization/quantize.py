@@ -316,6 +316,7 @@ def _quantized_layer(old: Any, settings: Any, library: Any, device: torch.device
                 quant_type=settings.bnb_4bit_quant_type,
                 quant_storage=settings.bnb_4bit_quant_storage,
             )
+    # bitsandbytes quantizes in ``.to()``, and 8-bit parameters only if they are on the CPU before.
     if settings.load_in_8bit:
         new.weight = library.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=False).to(target)
     else:

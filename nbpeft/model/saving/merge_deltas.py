@@ -16,7 +16,8 @@ from nbpeft.engine.contract.adapter import Adapter, AdapterSite, source_of
 from nbpeft.engine.contract.base import BaseLayer, offloading
 from nbpeft.engine.contract.registry import backend_named, layer_kind_named
 from nbpeft.engine.injection.build import shared_state
-from nbpeft.engine.injection.plan import Target, make_adapters
+from nbpeft.engine.injection.injection_plan import Target
+from nbpeft.engine.injection.plan import make_adapters
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.merging import check_compatible
@@ -26,7 +27,7 @@ from nbpeft.engine.tree.tied_weights import change_of
 from nbpeft.engine.wrappers.layer import add_deltas
 from nbpeft.engine.wrappers.merge_checks import unmergeable_reason
 from nbpeft.errors import MergeError, few
-from nbpeft.model.saving import files
+from nbpeft.model.saving import loading
 from nbpeft.model.saving.merge_weights import is_transposed
 
 
@@ -184,7 +185,7 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         raise MergeError(f"the init of {source} changed its base weights: load it on that base model and merge there")
     config, tensors = saved.reconciled(saved.config)
     config = of_former_file(model, config, tensors)
-    plan, loaded = files.fitted(AdapterManager(model), None, config, tensors)
+    plan, loaded = loading.fitted(AdapterManager(model), None, config, tensors)
     if loaded.missing:
         raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")
     name = os.path.basename(os.fspath(source).rstrip("/\\")) or "adapter"

@@ -19,7 +19,7 @@ from torch import Tensor
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.hotswap import swap
-from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, few
 from nbpeft.model.swapping.host_cache import HostAdapter, HostCache, ShapeSignature
@@ -120,6 +120,7 @@ class DeviceCache:
         """
         for name in names:
             self._entries.move_to_end(name)
+        # Weakly: if an interruption skips the end of the block, the lock is deleted with the frame of the block.
         self._leases.append((tuple(names), threading.get_ident(), weakref.ref(held)))
 
     def to_evict(

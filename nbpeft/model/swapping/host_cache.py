@@ -21,12 +21,12 @@ from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Untargeted
 from nbpeft.engine.contract.registry import backend_named, method_of
 from nbpeft.engine.injection.build import adapter_dtype
-from nbpeft.engine.injection.plan import InjectionPlan
+from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import walk
 from nbpeft.errors import AdapterError, CheckpointError, few
-from nbpeft.model.saving.files import base_mismatch, drop_unchanged, embedding_weights, expected
+from nbpeft.model.saving.loading import base_mismatch, drop_unchanged, embedding_weights, expected
 from nbpeft.names import BOOKKEEPING_FIELDS
 
 _MAX_LAYOUTS = 64

@@ -23,7 +23,7 @@ from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, few
-from nbpeft.model.saving.files import HUB_OPTIONS, base_mismatch, embedding_weights, not_floating
+from nbpeft.model.saving.loading import HUB_OPTIONS, base_mismatch, embedding_weights, not_floating
 from nbpeft.model.saving.saved_places import note_place
 
 _CHECKS = ("error", "warn", "ignore")

@@ -32,7 +32,7 @@ from nbpeft.engine.tree.model_tree import unwrapped
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, UnknownAdapterError, did_you_mean
 from nbpeft.jsonable import AsDict
 from nbpeft.model.handle.peft_model import PeftModel
-from nbpeft.model.saving.files import HUB_OPTIONS
+from nbpeft.model.saving.loading import HUB_OPTIONS
 from nbpeft.model.swapping.device_cache import MB, DeviceCache
 from nbpeft.model.swapping.host_cache import AdapterReader, AdapterSource, HostAdapter, HostCache
 

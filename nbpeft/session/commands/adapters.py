@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from nbpeft.checkpoint import CardFacts
     from nbpeft.engine.contract.adapter import AdapterConfig
-    from nbpeft.engine.injection.plan import InjectionPlan
+    from nbpeft.engine.injection.injection_plan import InjectionPlan
     from nbpeft.engine.runtime.manager import AdapterManager
     from nbpeft.model import PeftModel
     from nbpeft.session.context import ConfigLike, ModelLike, SessionContext

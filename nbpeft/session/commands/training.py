@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -142,7 +143,7 @@ def train(
 
     def work(running: BackgroundTraining) -> TrainResult:
         controlled = replace(request, control=running.control)
-        return _trained(ctx, tracked, controlled, restart=restart, replaced=(), named_rows=named_rows)
+        return train_tracked(ctx, tracked, controlled, restart=restart, named_rows=named_rows, in_background=True)
 
     return start(ctx, tracked, _names(tracked, request), work)
 
@@ -155,8 +156,9 @@ def train_tracked(
     restart: bool = False,
     replaced: tuple[str, ...] = (),
     named_rows: NamedRows | None = None,
+    in_background: bool = False,
 ) -> TrainResult:
-    """Train a model of the session, and record the number of steps for its adapters.
+    """Train a model of the session in the current thread, and record the number of steps for its adapters.
 
     Args:
         ctx: context of the session.
@@ -165,16 +167,24 @@ def train_tracked(
         restart: start from the initial weights of the adapters.
         replaced: adapters whose weights the training replaces before its first step.
         named_rows: rows to score the adapter on, as a cell named them.
+        in_background: the command that started this thread has ended, and other commands run meanwhile.
     """
+    from nbpeft.training.loop.train import run_training
+
     interrupted: TrainingInterrupted | None = None
-    with ctx.command(f"training {_names(tracked, request)}", slow=True, gather=False):
-        ctx.refuse_another_training()
+    description = f"training {_names(tracked, request)}"
+    with nullcontext() if in_background else ctx.command(description, slow=True, gather=False):
+        if not in_background:
+            ctx.refuse_another_training()
         try:
-            result = _trained(ctx, tracked, request, restart=restart, replaced=replaced, named_rows=named_rows)
+            with _recorded(ctx, tracked, request, restart=restart, replaced=replaced, named_rows=named_rows) as opened:
+                result = run_training(opened)
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
-        ctx.background.pop(tracked, None)  # an earlier result from the background is outdated
-        ctx.models.select(tracked)
+        tracked.result = ctx.last_result = result
+        if not in_background:
+            ctx.background.pop(tracked, None)  # an earlier result from the background is outdated
+            ctx.models.select(tracked)
     if interrupted is not None:
         raise interrupted.with_traceback(None)
     return result
@@ -185,7 +195,8 @@ def _names(tracked: TrackedModel, request: TrainRequest) -> str:
     return str(request.adapter or ", ".join(request.own_rows or tracked.manager.active))
 
 
-def _trained(
+@contextmanager
+def _recorded(
     ctx: SessionContext,
     tracked: TrackedModel,
     request: TrainRequest,
@@ -193,10 +204,12 @@ def _trained(
     restart: bool,
     replaced: tuple[str, ...],
     named_rows: NamedRows | None,
-) -> TrainResult:
-    """Train in the current thread; adapters that learned nothing get their previous weights back."""
+) -> Iterator[TrainRequest]:
+    """Yield the opened request to train with, and record the steps of its runs with the adapters.
+
+    Adapters that learned nothing get their previous weights back.
+    """
     from nbpeft.training.adapters.adapted_model import trained_names
-    from nbpeft.training.loop.train import run_training
 
     manager = tracked.manager
     plan = plan_sweep(tracked, request, restart=restart)
@@ -230,11 +243,7 @@ def _trained(
             for name in again:
                 reinitialize(ctx, tracked, name, seed=request.seed)
             notes.append(remove_former(ctx, tracked, plan))
-            result = run_training(opened)
-        tracked.result = ctx.last_result = result
-    except TrainingInterrupted as error:
-        tracked.result = ctx.last_result = error.result
-        raise
+            yield opened
     finally:
         if learned():
             tracked.origins |= dict.fromkeys(plan.names if plan.origin else (), plan.origin)
@@ -242,7 +251,6 @@ def _trained(
             tracked.count_steps(names, made[-1])
             tracked.sweep = ()
             tracked.training_call = training_call(made[-1].run_id, request)
-    return result
 
 
 def run_place(ctx: SessionContext, model: str = "", source: Mapping[str, str] | None = None) -> RunPlace | None:

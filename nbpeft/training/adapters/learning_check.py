@@ -54,6 +54,7 @@ class LearningCheck:
         self._before = {name: _sample(parameter) for name, parameter in named.items()}
         self._largest: dict[str, Tensor] = {}
         self._hooks = [self._watch(name, parameter) for name, parameter in named.items()]
+        # The hooks are on the parameters, which outlive the run. At exit they need not be removed.
         weakref.finalize(self, _remove, self._hooks).atexit = False
         self._gradients_checked = False
 

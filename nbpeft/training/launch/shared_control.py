@@ -25,6 +25,7 @@ class SharedControl(RunControl):
         super().__init__()
         self._wanted = [False, False, False]
         self._reason = ""
+        # Requests arrive in another thread than the one that trains.
         self._guard = threading.Lock()
 
     def take(self, request: Mapping[str, Any]) -> None:

@@ -10,6 +10,8 @@ Door, what other rooms import:
 
 Inside:
 
+    checks.py        What a training refuses before it reads rows, and before it changes the model
+    fitting.py       Runs a Trainer in this process, and removes everything of it from the model afterwards
     grouping.py      Batches of rows with similar lengths, to reduce padding
     restoring.py     Leaves a model as it was found before a training, except for the trained weights
     sampled_rows.py  The prompts to answer during a run: given, or taken from the rows with their wanted answers

@@ -179,6 +179,7 @@ def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
 
 
 def _compute_norms_in_float32(model: nn.Module) -> None:
+    # Some norms refuse half-precision inputs if their weight is float32, others return float32 to the next layer.
     for module, halves in _norms(model):
         module.register_forward_pre_hook(functools.partial(_compute_in_float32))
         module.register_forward_hook(functools.partial(_restore_dtype, halves[0].dtype))

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft._util.optional import needs
@@ -25,46 +21,36 @@ from nbpeft.engine.contract.trained import mark_unsaved
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
 from nbpeft.memory.processor import slow_dtype_message, slow_here
-from nbpeft.model.saving import files
 from nbpeft.names import JUDGED
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.sweeps import swept
-from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable, trained_names
+from nbpeft.training.adapters.adapted_model import base_of, trained_names
 from nbpeft.training.adapters.learning_check import why_no_gradient
 from nbpeft.training.data import PackedRows, StreamedRows, TokenizedRows, is_stream
 from nbpeft.training.launch.parent import train_in_subprocesses
-from nbpeft.training.launch.processes import Launch, launch_of
-from nbpeft.training.loop.grouping import group_rows, wants_groups
+from nbpeft.training.launch.processes import Launch
+from nbpeft.training.loop.checks import check_learns, check_length_known, checked, checked_scorer
+from nbpeft.training.loop.fitting import fit, inner_callbacks, interrupted_once, outer_callbacks
 from nbpeft.training.loop.objective import batches_of, chosen_reference, metrics_of, objective_text, with_objective
 from nbpeft.training.loop.packing import PackingCheck, pack
-from nbpeft.training.loop.restoring import restoring
 from nbpeft.training.loop.rows import TrainingRows, training_rows
 from nbpeft.training.loop.sampled_rows import sample_prompts
-from nbpeft.training.monitor.callback import RunCallback
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.monitor.run import Run
-from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows_are_those, mark_of_rows
 from nbpeft.training.objectives.objective import Objective, fields_by_name
 from nbpeft.training.objectives.reference import reference_of
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.sweep.adapters import side_by_side
-from nbpeft.training.sweep.evaluations import check_halving
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.rows import with_own_rows
-from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
-from nbpeft.training.transformers.arguments import build_arguments, check_options, reason_of, split_arguments
-from nbpeft.training.transformers.trainer import Trainer, adapter_trainer, has_own_loss, step_settings
-from nbpeft.training.watching.divergence import DivergenceStop
-from nbpeft.training.watching.early_stop import EarlyStop, check_patience
+from nbpeft.training.transformers.arguments import build_arguments
+from nbpeft.training.transformers.trainer import Trainer
 from nbpeft.training.watching.generation import Prompt
 from nbpeft.training.watching.prompts import SamplePrompts
-from nbpeft.training.watching.sampling import SampleCallback
-from nbpeft.training.watching.scoring import ScoreCallback, Scorer, scorer_of
-from nbpeft.training.watching.trackers import TrackCallback, check_report_to, tracker_names
 
 
 def train(
@@ -219,26 +205,15 @@ def run_training(request: TrainRequest) -> TrainResult:
     Args:
         request: its arguments.
     """
-    with needs("accelerate", "Training"):
-        importlib.import_module("accelerate")
-    request = with_own_rows(request)
-    if request.members is None and not swept(request.given):  # a sweep activates its adapters first
-        known = fields_by_name()
-        plain = {name: value for name, value in request.arguments.items() if name not in known}
-        _checked(replace(request, arguments=plain))
-    return _run(with_objective(request))
-
-
-@side_by_side
-def _run(request: TrainRequest) -> TrainResult:
-    model, launch, fields, options = _checked(request)
+    if not isinstance(request.members, SideBySide):
+        request, several = _with_objective(request)
+        if several:
+            return side_by_side(run_training, request)
+    model, launch, fields, options = checked(request)
     request = request.opened()
     rows = training_rows(request)
-    _check_length_known(rows.train, fields)
-    scorer = scorer_of(request, fields, rows.classes)
-    judged = {"evaluates": rows.evaluation is not None, "scores": scorer is not None}
-    check_halving(request, fields, **judged)
-    check_patience(request.patience, fields, **judged)
+    check_length_known(rows.train, fields)
+    scorer = checked_scorer(request, rows, fields)
     request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)
     learned, objective = rows.train, request.objective
@@ -276,8 +251,8 @@ def _run(request: TrainRequest) -> TrainResult:
                     options |= _objective_options(request, objective)
                     # Callbacks are not in a variable: a stored error would keep their copies of weights alive.
                     checks = [PackingCheck(run, part, collator) for part in packed]
-                    outer = _outer_callbacks(request, run, kept, rows)
-                    metrics = _fit(request, run, options, outer, _inner_callbacks(request, run, checks, scorer), fields)
+                    outer = outer_callbacks(request, run, kept, rows)
+                    metrics = fit(request, run, options, outer, inner_callbacks(request, run, checks, scorer), fields)
         except Exception as error:
             failures.append(_error_to_raise(error, model, settings))
             if failures[0] is error and not isinstance(error, NbpeftError):
@@ -286,6 +261,19 @@ def _run(request: TrainRequest) -> TrainResult:
     if failures:  # raised outside of the handler, so that the new error does not reference the frames of the old one
         raise failures.pop().with_traceback(None)
     return _unless_interrupted(_result(request, run, metrics), run)
+
+
+def _with_objective(request: TrainRequest) -> tuple[TrainRequest, bool]:
+    """Returns the request with its objective, and whether it is for several adapters."""
+    with needs("accelerate", "Training"):
+        importlib.import_module("accelerate")
+    request = with_own_rows(request)
+    several = request.members is not None or bool(swept(request.given))
+    if not several:  # a sweep activates its adapters first
+        known = fields_by_name()
+        plain = {name: value for name, value in request.arguments.items() if name not in known}
+        checked(replace(request, arguments=plain))
+    return with_objective(request), several
 
 
 def _packed(request: TrainRequest, rows: TrainingRows, collator: Any, given: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -297,49 +285,12 @@ def _packed(request: TrainRequest, rows: TrainingRows, collator: Any, given: Map
     return {name: part for name, (part, _) in found.items()}, next(iter(found.values()))[1]
 
 
-def _checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
-    """Refuses arguments that cannot be trained with, before rows are read.
-
-    Returns:
-        The model, how many processes train it, fields of the arguments class, and options of the Trainer.
-    """
-    model = request.model
-    _can_train(model, request.adapter)
-    _takes_labels(model, request.trainer_class, request.arguments)
-    trainer_class = adapter_trainer(_checked_class(request.trainer_class, transformers.Trainer, "trainer_class"))
-    arguments_class = _checked_class(request.arguments_class, TrainingArguments, "arguments_class")
-    fields, options = split_arguments(request.arguments, trainer_class, arguments_class)
-    check_options(options)
-    check_report_to(fields.get("report_to"))
-    tracker_names(request.track)
-    launch = launch_of(request.processes, request.machines, sharded=bool(fields.get("fsdp")))
-    if launch is not None and request.members is not None:
-        raise ConfigError("A sweep trains in one process: remove processes or the sweep", field="processes")
-    _refuse_other_adapters(model, {} if request.replace else fields)
-    return model, launch, fields, options
-
-
 def _unless_interrupted(result: TrainResult, run: Run) -> TrainResult:
     """Returns the result, or raises TrainingInterrupted with it."""
     if run.interrupted:
         left = run.lost or ("progress is kept" if run.steps_done else "the adapters are unchanged")
         raise TrainingInterrupted(f"{result} · {left}", result)
     return result
-
-
-def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
-    """Refuses an ``output_dir`` with another adapter; a folder that training resumes from is accepted.
-
-    Raises:
-        AdapterExistsError: saving would overwrite another adapter.
-    """
-    folder, manager, resumed = fields.get("output_dir"), manager_of(model), fields.get("resume_from_checkpoint")
-    if manager is None or not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        return
-    home = Path(os.path.expanduser(folder)).resolve()
-    inside = isinstance(resumed, str | os.PathLike) and home in Path(os.path.expanduser(resumed)).resolve().parents
-    if resumed is not True and not inside:
-        files.refuse_other_adapters(manager, home)
 
 
 def _note(
@@ -372,56 +323,6 @@ def _note(
 
 def _not_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _can_train(model: nn.Module, adapter: str | None) -> None:
-    """Refuses a model that cannot be trained, as it is or after activating an adapter."""
-    if not is_adapted(model):
-        raise TrainingError(f"{type(model).__name__} has no adapters: add one first, then train.")
-    manager: Any = getattr(model, "manager", None)
-    if adapter is not None:
-        if manager is None:
-            raise TrainingError(
-                f"adapter {adapter!r:.60} of a {type(model).__name__} must be activated before training."
-            )
-        manager.require_available(adapter)
-    merged = getattr(manager, "merged", ())
-    if merged and (adapter is None or merged == (adapter,)):
-        names = ", ".join(map(repr, merged))
-        raise TrainingError(f"Merged adapters cannot be trained ({names}): unmerge first.")
-    if adapter is None:
-        _can_learn(model)
-
-
-def _takes_labels(model: nn.Module, trainer_class: Any, options: Mapping[str, Any]) -> None:
-    """Refuses a model that returns no loss, unless the Trainer computes it in another way."""
-    base = base_of(model)
-    taken = inspect.signature(base.forward).parameters.values()
-    if (
-        has_own_loss(trainer_class)
-        or options.get("compute_loss_func")
-        or any(
-            item.kind is item.VAR_KEYWORD or "label" in item.name or item.name in ("return_loss", "start_positions")
-            for item in taken
-        )
-    ):
-        return
-    raise TrainingError(
-        f"a Trainer cannot train a {type(base).__name__}, whose forward takes no labels and returns no loss: write the "
-        "loop yourself and show it with nbpeft.track(model), or pass a trainer_class with a compute_loss of its own"
-    )
-
-
-def _can_learn(model: nn.Module) -> None:
-    if not getattr(getattr(model, "manager", None), "enabled", True):
-        raise TrainingError(
-            "The adapters are disabled, so nothing would be trained: enable them first (model.enable_adapter_layers())."
-        )
-    if next(trainable(model), None) is None:
-        names = ", ".join(map(repr, active_names(model))) or "none"
-        raise TrainingError(
-            f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate a trainable one."
-        )
 
 
 class _Activation:
@@ -481,7 +382,7 @@ def _activated(model: Any, adapter: str | None) -> Iterator[_Activation]:
             manager.activate(adapter)
             if not enabled:
                 manager.enable()
-            _can_learn(model)
+            check_learns(model)
         yield activation
     finally:
         activation.end()
@@ -495,12 +396,6 @@ def _activated(model: Any, adapter: str | None) -> Iterator[_Activation]:
                     manager.disable()
 
 
-def _checked_class(given: Any, base: type[Any], name: str) -> Any:
-    if not (isinstance(given, type) and issubclass(given, base)):
-        raise ConfigError(f"{name} must be a class derived from {base.__name__}, not {given!r:.60}", field=name)
-    return given
-
-
 def _sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts | None:
     """Returns the prompts to sample, if there are any, in the same form as the training rows."""
     if isinstance(request.sample, SamplePrompts):  # of the process that launched this one
@@ -512,161 +407,10 @@ def _sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts 
     return None
 
 
-def _check_length_known(rows: Any, fields: Mapping[str, Any]) -> None:
-    """Refuses a stream without a number of steps."""
-    steps = fields.get("max_steps")
-    if is_stream(rows) and not (isinstance(steps, int) and steps > 0):
-        raise ConfigError(
-            "The rows are a stream of unknown length: set the number of steps, e.g. max_steps=200",
-            field="max_steps",
-        )
-
-
-def _outer_callbacks(
-    request: TrainRequest, run: Run, kept: Mapping[str, Any], rows: TrainingRows
-) -> list[RunCheckpointer | TrackCallback]:
-    """Returns the callbacks that see the end of the run."""
-    keeper, trackers = (
-        _checkpointer(request, run, kept, mark_of_rows(rows.train, rows.evaluation)),
-        tracker_names(request.track),
-    )
-    tracking = TrackCallback(trackers, run, kept) if trackers else None
-    return [part for part in (keeper, tracking) if part is not None]
-
-
-def _inner_callbacks(
-    request: TrainRequest, run: Run, checks: Sequence[PackingCheck], scorer: Scorer | None
-) -> list[TrainerCallback]:
-    """Returns the callbacks that end before the run does.
-
-    One of them ends a diverging training, or removes diverging adapters from a sweep.
-    """
-    model, guarded, group, patience = request.model, request.stop_on_divergence, request.members, request.patience
-    found: list[TrainerCallback] = [*checks]
-    if isinstance(group, SideBySide):
-        how = {"stop_on_divergence": guarded, "halves": request.stop is not None}
-        found += callbacks_of(group, run, model, patience=patience, **how)
-    else:
-        found += [DivergenceStop(run, model)] if guarded else []
-        found += [] if patience is None else [EarlyStop(run, model, patience)]
-    if scorer is not None:
-        for note in scorer.notes:
-            run.note(f"rows to score: {note}")
-        members = (lambda: group.training) if isinstance(group, SideBySide) else None
-        found.append(ScoreCallback(run, model, scorer, request.every, members))
-    prompts = request.sample
-    return found + ([SampleCallback(run, model, prompts, request.every)] if isinstance(prompts, SamplePrompts) else [])
-
-
-def _checkpointer(
-    request: TrainRequest, run: Run, kept: Mapping[str, Any], data: Mapping[str, Any]
-) -> RunCheckpointer | None:
-    """Returns the callback that saves the run on disk, if it is to be saved."""
-    if request.run_dir is None:
-        return None
-    if manager_of(request.model) is None:
-        run.note("runs of models adapted by another library are not saved on disk")
-        return None
-    chosen = RunPlace.of(request.run_dir)
-    if chosen.name is not None:
-        check_rows_are_those(chosen.name, chosen.store.find(chosen.name).facts().get("data") or {}, data)
-    return RunCheckpointer(chosen, run, request.model, kept, data)
-
-
-def _fit(
-    request: TrainRequest,
-    run: Run,
-    options: dict[str, Any],
-    outer: Sequence[RunCheckpointer | TrackCallback],
-    inner: Sequence[Any],
-    fields: Mapping[str, Any],
-) -> dict[str, float]:
-    """Runs a Trainer, and removes everything of it from the model afterwards.
-
-    Args:
-        request: the arguments of the training.
-        run: receives the progress.
-        options: options of the Trainer.
-        outer: callbacks that see the end of the run.
-        inner: callbacks that end before the run does.
-        fields: the given fields of the arguments; with ``output_dir`` the adapter is saved at the end.
-    """
-    model = request.model
-    trainer: Any = None
-    metrics: dict[str, float] = {}
-    keep = "output_dir" in fields
-    try:
-        with restoring(model):
-            with ExitStack() as block:
-                block.enter_context(_interrupted_once(run))
-                for part in outer:
-                    block.enter_context(part)
-                block.enter_context(run)
-                trainer = _make_trainer(request.trainer_class, model, options)
-                trainer.remove_callback(PrinterCallback)  # it prints each log entry, which the run displays
-                group_rows(trainer, wanted=wants_groups(fields))
-                callback = RunCallback(run)
-                _connect(trainer, outer, inner)
-                # Guards first: they end a diverging training before other callbacks record or save its state.
-                guards = [item for item in inner if isinstance(item, DivergenceStop | SideBySideCallback)]
-                for item in (*guards, *outer, callback, *(item for item in inner if item not in guards)):
-                    trainer.add_callback(item)
-                for item in inner:
-                    if isinstance(item, EarlyStop):
-                        block.enter_context(item)
-                metrics = _train(trainer, model, callback, options["args"])
-            if keep and trainer is not None:
-                _save_and_push(trainer, run)
-                for keeper in (part for part in outer if isinstance(part, RunCheckpointer)):
-                    keeper.mark_saved(str(fields["output_dir"]))
-        return metrics
-    finally:
-        manager = manager_of(model)
-        if manager is not None and run.steps_done and not keep:  # checkpoints in a scratch folder go with it
-            mark_unsaved(manager, *trained_names(model))
-        if trainer is not None:
-            noise = getattr(trainer, "neftune_hook_handle", None)  # an interrupted Trainer leaves it on
-            if noise is not None:
-                noise.remove()
-            trainer.accelerator.free_memory()
-            for owner in (trainer, trainer.callback_handler):
-                owner.model = owner.optimizer = owner.lr_scheduler = None
-            trainer.model_wrapped = None
-
-
-def _save_and_push(trainer: Any, run: Run) -> None:
-    """Saves the adapter in ``output_dir``, and pushes it if the arguments say so; a hub that fails is a warning."""
-    if not trainer.args.push_to_hub:
-        trainer.save_model()
-        return
-    trainer.save_model(_internal_call=True)  # without its push
-    try:
-        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
-    except Exception as error:  # of the hub's client, of its HTTP client, or of what a broken hub answers
-        saved = f"the adapter is saved in {trainer.args.output_dir}, but was not pushed to {trainer.hub_model_id}"
-        run.note(f"{saved} ({reason_of(error)}); push it again", warning=True)
-
-
-def _connect(trainer: Any, outer: Sequence[RunCheckpointer | TrackCallback], inner: Sequence[Any]) -> None:
-    """Connects callbacks that work together."""
-    stops = [item for item in inner if isinstance(item, EarlyStop)]
-    for guard in inner:
-        if isinstance(guard, DivergenceStop) and stops:
-            guard.best = stops[0]
-    for part in inner:
-        if isinstance(part, ScoreCallback):
-            part.trainer, trainer.scored_metrics = trainer, part.metrics
-    for keeper in outer:
-        if isinstance(keeper, RunCheckpointer):
-            keeper.trainer = trainer
-            for stop in stops:
-                stop.keep_last, keeper.write_more = keeper.keep_last, stop.write
-
-
 def _fit_in_subprocesses(
     request: TrainRequest, run: Run, launch: Launch, rows: TrainingRows, rows_note: str, kept: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Runs a Trainer in each of several processes, as ``_fit`` runs one in this process.
+    """Runs a Trainer in each of several processes, as ``fit`` runs one in this process.
 
     Args:
         request: the arguments of the training.
@@ -694,63 +438,12 @@ def _fit_in_subprocesses(
         replace=True,  # the folder was checked here
     )
     run.mirrors = True
-    with _interrupted_once(run), run:
+    with interrupted_once(run), run:
         metrics = train_in_subprocesses(apart, run, launch)
     manager = manager_of(request.model)
     if manager is not None and run.steps_done and "output_dir" not in fields:
         mark_unsaved(manager, *trained_names(request.model))
     return metrics
-
-
-@contextmanager
-def _interrupted_once(run: Run) -> Iterator[None]:
-    """Suppresses the KeyboardInterrupt of an interrupted run, which is raised again after everything is restored."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not run.interrupted:
-            raise
-
-
-def _make_trainer(trainer_class: type[Any], model: nn.Module, options: dict[str, Any]) -> Any:
-    try:
-        return trainer_class(model=model, **options)
-    except Exception as error:
-        if isinstance(error, NbpeftError) or is_out_of_memory(error):
-            raise
-        reason = reason_of(error)
-        if "to be installed" in reason:
-            raise ConfigError(f"report_to: {reason}", field="report_to") from error
-        library = type(error).__module__.partition(".")[0]
-        network = isinstance(error, OSError) or library in ("httpx", "httpcore", "requests", "huggingface_hub")
-        if options["args"].push_to_hub and network:
-            raise ConfigError(
-                f"push_to_hub: the hub cannot be reached ({reason}); remove it, and push after the training",
-                field="push_to_hub",
-            ) from error
-        raise ConfigError(f"{trainer_class.__name__} refuses these arguments: {reason}") from error
-
-
-def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:
-    """Trains, and turns out-of-memory errors, and errors before the first batch, into errors of one line."""
-    try:
-        output = trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
-        return {name: float(value) for name, value in output.metrics.items()}
-    except Exception as error:
-        if not is_out_of_memory(error):
-            if isinstance(error, NbpeftError) or callback.run.total_steps is not None:
-                raise
-            raise ConfigError(f"The run cannot start with these arguments: {reason_of(error)}") from error
-        failure = oom_error(
-            error,
-            model,
-            settings,
-            callback.batch_shape,
-            optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
-            step=trainer.state.global_step,  # reading the state of the run would allocate
-            costs=step_settings(trainer),
-        )
-    raise failure  # outside of the handler, so that it does not reference the frames of the old one
 
 
 def _error_to_raise(error: Exception, model: nn.Module, settings: TrainingArguments) -> Exception:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,29 +29,25 @@ from nbpeft.training.sweep.trainer import trainer_for
 from nbpeft.training.transformers.arguments import build_arguments, split_arguments
 
 
-def side_by_side(train: Callable[[TrainRequest], TrainResult]) -> Callable[[TrainRequest], TrainResult]:
-    """Decorator that lets a training have ``sweep(…)`` as a field, or ``members``: adapters with their own fields.
+def side_by_side(train: Callable[[TrainRequest], TrainResult], request: TrainRequest) -> TrainResult:
+    """Trains with ``sweep(…)`` as a field, or with ``members``: adapters with their own fields.
 
-    The decorated function is called with a :class:`SideBySide` as ``members`` while the adapters exist and are trained.
-    Afterwards the best one is active; if no step was done, the model is restored.
+    Afterwards the best adapter is active; if no step was done, the model is restored.
+
+    Args:
+        train: called with a :class:`SideBySide` as ``members`` while the adapters exist.
+        request: the arguments of the training.
     """
-
-    @functools.wraps(train)
-    def with_sweeps(request: TrainRequest) -> TrainResult:
-        if request.members is None and not swept(request.given):
-            return train(request)
-        interrupted: TrainingInterrupted | None = None
-        with _members(request) as group:
-            try:
-                result = train(_of_group(request, group))
-            except TrainingInterrupted as error:
-                interrupted, result = error, error.result
-        found = SweepResult.of(result, group.fields())
-        if interrupted is not None:
-            raise TrainingInterrupted(str(interrupted), found)
-        return found
-
-    return with_sweeps
+    interrupted: TrainingInterrupted | None = None
+    with _members(request) as group:
+        try:
+            result = train(_of_group(request, group))
+        except TrainingInterrupted as error:
+            interrupted, result = error, error.result
+    found = SweepResult.of(result, group.fields())
+    if interrupted is not None:
+        raise TrainingInterrupted(str(interrupted), found)
+    return found
 
 
 def _of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:

@@ -80,11 +80,8 @@ class Trainer(transformers.Trainer):
             columns: Any = self._signature_columns
             columns += [LOSS_WEIGHTS, *call_columns(self.model)]
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with self._recomputing():
-            return super()._inner_training_loop(*args, **kwargs)
-
-    def _recomputing(self) -> AbstractContextManager[Any]:
+    def recomputing(self) -> AbstractContextManager[Any]:
+        """A block in which backward recomputes what the training need not store; the training loop runs in it."""
         if not self.recompute or self.args.torch_compile or self.args.n_gpu > 1 or self.model is None:
             return nullcontext()
         return selective_recompute(self.model)
@@ -109,15 +106,16 @@ class Trainer(transformers.Trainer):
         """The sum of the weights of all labels in the batches whose gradients are accumulated."""
         return super()._get_num_items_in_batch([_counted(batch) for batch in batch_samples], device)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's training step; see ``transformers.Trainer``.
+    def after_batch(self, loss: Tensor) -> None:
+        """Checks the use of weights. Called after each training step.
+
+        Args:
+            loss: the loss of the batch.
 
         Raises:
             TrainingError: the rows have weights, but the loss does not use them.
         """
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        check_weights_used(self._labels, type(base_model_of(model)).__name__)
-        return loss
+        check_weights_used(self._labels, type(base_model_of(self.model)).__name__)
 
     def compute_loss(
         self,

@@ -35,9 +35,10 @@ import math
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from nbpeft._util.interrupts import HeldInterrupts
@@ -46,7 +47,7 @@ from nbpeft.engine.runtime.adapter_tensors import is_half
 from nbpeft.engine.tree.model_tree import unwrapped
 from nbpeft.errors import BaseMismatchError, CheckpointError, CheckpointNotFoundError, ConfigError, did_you_mean
 from nbpeft.model import LoraLayer, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from nbpeft.model.saving import files
+from nbpeft.model.saving import loading
 from nbpeft.names import DEFAULT_ADAPTER
 from nbpeft.training.adapters.extra_loss import with_extra_loss
 from nbpeft.training.adapters.method_state import (
@@ -143,7 +144,8 @@ def training_step(
 ) -> Any:
     """The Trainer's method, with the loss terms of adapter methods added.
 
-    Calls ``count_batch(inputs)`` of callbacks that have it before the step, and ``after_batch(loss)`` after it.
+    Calls ``count_batch(inputs)`` of callbacks that have it before the step, and ``after_batch(loss)`` of the Trainer
+    and of callbacks after it.
     """
     for callback in trainer.callback_handler.callbacks:
         count_batch = getattr(callback, "count_batch", None)
@@ -151,8 +153,8 @@ def training_step(
             count_batch(inputs)
     with with_extra_loss(trainer, args[0] if args else kwargs.get("num_items_in_batch")):
         loss = original(trainer, model, inputs, *args, **kwargs)
-    for callback in trainer.callback_handler.callbacks:
-        after_batch = getattr(callback, "after_batch", None)
+    for listener in (trainer, *trainer.callback_handler.callbacks):
+        after_batch = getattr(listener, "after_batch", None)
         if after_batch is not None:
             after_batch(loss)
     return loss
@@ -203,11 +205,12 @@ def log_save_evaluate(original: Callable[..., Any], trainer: Any, *args: Any, **
 
 
 def training_loop(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """The Trainer's method, with the step hooks of adapter methods."""
+    """The Trainer's method, with the step hooks of adapter methods, inside ``recomputing()`` of Trainers with it."""
     prepare_base(trainer)
     end = watch_steps(trainer.model, lambda: int(trainer.state.global_step))
     try:
-        return original(trainer, *args, **kwargs)
+        with getattr(trainer, "recomputing", nullcontext)():
+            return original(trainer, *args, **kwargs)
     finally:
         end()
 
@@ -312,7 +315,7 @@ def _written(model: Any, source: Path, weights: Any, name: str) -> Any:
         if not keeps_method_state(model):
             raise
         half = is_half(model.manager.layers, name)
-        return files.read(model.manager, source, name, trainable=True, half=half, options={})()
+        return loading.read(model.manager, source, name, trainable=True, half=half, options={})()
 
 
 def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:
@@ -378,7 +381,7 @@ def _patch_transformers(module: ModuleType) -> None:
         _replace(module, "update_fsdp_plugin_peft", lambda model, accelerator: None)
     trainer_class = module.Trainer
     for name, replacement in REPLACEMENTS.items():
-        _replace(trainer_class, name, _where_ours(trainer_class.__dict__[name], replacement))
+        _replace(trainer_class, name, _WhereOurs(trainer_class.__dict__[name], replacement))
     _replace(trainer_class, "__init_subclass__", classmethod(_init_subclass))
     for derived in _subclasses(trainer_class):
         _patch_trl(derived)
@@ -422,14 +425,26 @@ def _replace(owner: Any, name: str, value: Any) -> None:
     _undo.append(undo)
 
 
-def _where_ours(original: Any, replacement: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _hook is not None and is_ours(self.model):
-            return replacement(original, self, *args, **kwargs)
-        return original(self, *args, **kwargs)
+class _WhereOurs:
+    """A method of a class that Trainers of models of nbpeft replace.
 
-    return method
+    Looking the method up chooses it, so that a traceback through a training has no frame for the choice.
+    """
+
+    def __init__(self, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._original = original
+        self._replacement: Any = functools.update_wrapper(functools.partial(replacement, original), original)
+
+    def __get__(self, trainer: Any, owner: Any = None) -> Callable[..., Any]:
+        if trainer is None:
+            return self
+        ours = _hook is not None and is_ours(getattr(trainer, "model", None))
+        return MethodType(self._replacement if ours else self._original, trainer)
+
+    def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        """The method of a Trainer, for those who call it by the class."""
+        return self.__get__(trainer)(*args, **kwargs)
 
 
 # Patching TRL

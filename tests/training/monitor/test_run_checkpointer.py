@@ -160,7 +160,7 @@ def test_how_often_follows_from_what_a_state_costs(place: Path, monkeypatch: pyt
             super().__init__(*args, clock=clock)
 
     monkeypatch.setattr(run_checkpointer, "put_checkpoint", slowly)
-    monkeypatch.setattr("nbpeft.training.loop.train.RunCheckpointer", Keeper)
+    monkeypatch.setattr("nbpeft.training.loop.fitting.RunCheckpointer", Keeper)
     steps = EachStep(lambda step: clock.advance(5.0))
     train(trainable(), token_rows(), run_dir=place, callbacks=[steps], **QUICK | {"max_steps": 30})
     times = [when for step, when in written[:-1]]  # the last is written when the run ends

@@ -213,6 +213,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # Only with ``create_graph=True``, for derivatives of higher order.
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, gradients[0])
         lora_A, lora_B, hidden, weight, *inputs = ctx.saved_tensors

@@ -343,5 +343,6 @@ def create_riemannian_optimizer(
             )
         preconditioner.step()
 
+    # A hook, because a Trainer calls the optimizer's own ``step``.
     optimizer.register_step_pre_hook(rescale)
     return optimizer

@@ -116,6 +116,8 @@ class DoRA(LowRankAdapter):
         cross = 2 * ((rows.to(dtype) @ flat_A.T) * flat_B).sum(1)
         own = ((flat_B @ (flat_A @ flat_A.T)) * flat_B).sum(1)
         total = square + cross + own
+        # Where the terms nearly cancel, the sum has lost its digits. Elsewhere ``any()`` would wait for the device, and
+        # compiled code cannot branch on it.
         if total.device.type == "cpu" and not torch.compiler.is_compiling():
             lost = total < _CANCELLATION * (square + own)
             if bool(lost.any()):
