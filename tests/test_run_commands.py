@@ -175,11 +175,14 @@ def test_a_failed_installation_says_why(said: str, message: str, tmp_path: Path)
 def test_a_notebook_is_found_by_name_number_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("01_first", "02_second", "02_second_more"):
         (tmp_path / f"{name}.ipynb").touch()
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "gallery" / "a_task.ipynb").touch()
     monkeypatch.setattr(notebook_run, "NOTEBOOKS", tmp_path)
     find = notebook_run.find
     assert find("02").name == "02_second.ipynb"
     assert find("02_second_more").name == "02_second_more.ipynb"
     assert find(str(tmp_path / "01_first.ipynb")).name == "01_first.ipynb"
+    assert find("a_task") == tmp_path / "gallery" / "a_task.ipynb"
     assert find("03") is None
 
 

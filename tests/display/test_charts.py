@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from nbpeft.display import charts
@@ -19,6 +18,7 @@ from nbpeft.display.blocks import LossChart
 from nbpeft.display.crosshair import MOST
 from nbpeft.display.html import to_html
 from tests.display.test_states import Reader
+from tests.untimed import given
 from tests.widgets.fakes import train_state
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from nbpeft.errors import CellError
 from nbpeft.magics.tokenize import reference, tokenize
+from tests.untimed import given
 
 
 @pytest.mark.parametrize(

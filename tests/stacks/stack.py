@@ -23,7 +23,8 @@ from tests.wheels import ROOT, Environment, closure, pip
 
 HERE = Path(__file__).parent
 STACKS = {"lowest": "", "colab": "colab-2026-08.txt", "newest": ""}
-EXTRAS = ("notebook",)
+EXTRAS = {"lowest": ("notebook", "bnb"), "colab": ("notebook",), "newest": ("notebook", "bnb")}
+"""Colab has no bitsandbytes."""
 TOOLS = (
     *("datasets>=3.0", "gguf>=0.18", "hypothesis>=6.100", "nbclient>=0.8", "nbconvert>=7.0", "pandas", "peft"),
     *("pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
@@ -93,16 +94,16 @@ def lowest() -> list[str]:
     """The lower bounds of nbpeft's own packages and of those that notebooks need."""
     bounds = {
         requirement.name: next(part.version for part in requirement.specifier if part.operator == ">=")
-        for requirement in map(Requirement, own_requirements())
+        for requirement in map(Requirement, own_requirements("lowest"))
     }
     return [f"{name}=={version}" for name, version in sorted(bounds.items())] + list(WITH_OLD_NUMPY)
 
 
-def own_requirements() -> list[str]:
-    """What nbpeft requires with the extras that its tests need."""
+def own_requirements(stack: str) -> list[str]:
+    """What nbpeft requires with the extras of a stack."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [*project["dependencies"]]
-    waiting = [*EXTRAS]
+    waiting = [*EXTRAS[stack]]
     while waiting:
         for text in project["optional-dependencies"][waiting.pop()]:
             requirement = Requirement(text)
@@ -119,7 +120,7 @@ def environment(stack: str, *, with_torch: bool = False) -> Environment:
         with_torch: install torch from the index, too.
     """
     pins = [line for line in constraints(stack) if with_torch or Requirement(line).name != LINKED]
-    asked = [text for text in own_requirements() if Requirement(text).name not in BARE]
+    asked = [text for text in own_requirements(stack) if Requirement(text).name not in BARE]
     day = time.strftime("%Y-%m-%d") if stack == "newest" else ""
     mark = hashlib.sha256(repr((sys.version, pins, asked, TOOLS, BARE, with_torch, day)).encode()).hexdigest()[:10]
     folder = ROOT / "artifacts" / "stacks" / f"{stack}-{mark}"

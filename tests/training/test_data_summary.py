@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example
 from hypothesis import strategies as st
 
 from nbpeft.training import prepare_data, summarize
@@ -14,6 +14,7 @@ from nbpeft.training.data import ModelInputs
 from nbpeft.training.data.summary import bins_of
 from tests.char_tokenizer import CharTokenizer
 from tests.training.test_data import tokenizer as tokenizer
+from tests.untimed import given
 
 CHAT = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes and no"}]
 ROWS = [

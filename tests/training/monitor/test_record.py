@@ -4,11 +4,11 @@ import dataclasses
 import math
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from nbpeft.state import MemberState
 from nbpeft.training.monitor.record import History, Smoothed, is_better
+from tests.untimed import given
 
 
 def test_short_runs_keep_every_point():
