@@ -235,10 +235,11 @@ def _reader(
 
 
 def _references_in(available: Sequence[str], columns: Mapping[str, str] | None) -> str:
-    """A hint for rows with a prompt alone: the column that likely has the references; empty if there is none."""
+    """A hint for rows with a prompt alone: the column that likely has the references."""
     found = likely_completion(available)
-    names = {**(columns or {}), "completion": found}
-    return f" If the references are in {found!r}: columns={names}." if found else ""
+    names = {**(columns or {}), "completion": found or "COLUMN"}
+    where = f" If the references are in {found!r}" if found else " Say which column has the references"
+    return f"{where}: columns={names}."
 
 
 def _read_prompt(row: Row, chat: bool) -> Pair | Chat:
