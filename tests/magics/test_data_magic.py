@@ -63,7 +63,7 @@ def test_fields_and_columns_stand_in_one_line(ready: Notebook) -> None:
     [
         ("data.jsonl", "There is no file 'data.jsonl'."),
         ("sum.jsonl", "There is no file 'sum.jsonl'. Did you mean 'sums.jsonl'"),
-        ("sums.jsnl", "--data: there is no file 'sums.jsnl', and no variable 'sums'. Did you mean 'sums.jsonl'?"),
+        ("sums.jsnl", "there is no file 'sums.jsnl', and no variable 'sums'. Did you mean 'sums.jsonl'?"),
         ("notes.txt", "no variable 'notes'. Files with rows end with .jsonl, .ndjson, .json, .csv"),
         ("user/name:train[:10]", "'user/name' is not a folder here, the hub is offline or cannot be reached"),
         ("rows --eval 0", "--eval 0 is neither data, nor a share of the rows between 0 and 1 (0.1)"),
