@@ -85,6 +85,11 @@ class _Missing(Exception):
     """Why a row cannot be scored."""
 
 
+def usual_metric(model: nn.Module) -> str:
+    """Returns the metric with which a model is scored if none is given."""
+    return "accuracy" if model_inputs(model).has_class else "exact"
+
+
 def read_rows(
     model: nn.Module,
     data: Any,
