@@ -195,6 +195,7 @@ def test_data_is_completed(ready: Notebook) -> None:
     assert ready.complete("%lora data su") == ["sums.jsonl"]
     assert {"rows", "sums.jsonl", '"with space.jsonl"'} <= {*ready.complete("%lora_train model --data ")}
     assert "model" not in ready.complete("%lora_train model --data ")
+    assert "--rename NAME NEW" in ready.run("%lora help runs").everything
     assert "--learn {all,last,completion}" in ready.run("%lora help lora_train").everything
     assert "(default: the notebook's only one)" in " ".join(ready.run("%lora help lora_train").everything.split())
     assert '"with space.jsonl"' in ready.complete("%lora data wi")

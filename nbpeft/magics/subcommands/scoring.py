@@ -66,7 +66,10 @@ from nbpeft.names import METRICS
     ),
     argument("--no-base", action="store_true", help="leave the base model out"),
     argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
-    answer_limit(None, "maximum length of an answer in tokens (default: by the metric)"),
+    answer_limit(
+        None,
+        "maximum length of an answer in tokens (default: the longest reference for exact and startswith, else 256)",
+    ),
     *SAMPLING,
     argument(
         "--also",
