@@ -49,6 +49,8 @@ _LONGEST_MESSAGE = 500
 _LONGEST_NAME, _LONGEST_NAMED = 200, 120
 _MOST_CHOICES = 2_000
 """Most valid names that are compared with an unknown one, for speed."""
+_AS_NEAR = 0.2
+"""The most by which a name may be less similar than the nearest one."""
 
 
 class _Coded:
@@ -312,7 +314,9 @@ def near(word: str, choices: Iterable[str], count: int = 3, *, cutoff: float = 0
     """
     if len(word) > _LONGEST_NAME:
         return []
-    return difflib.get_close_matches(word, list(itertools.islice(choices, _MOST_CHOICES)), n=count, cutoff=cutoff)
+    found = difflib.get_close_matches(word, list(itertools.islice(choices, _MOST_CHOICES)), n=count, cutoff=cutoff)
+    ratios = [difflib.SequenceMatcher(None, name, word).ratio() for name in found]
+    return [name for name, ratio in zip(found, ratios, strict=True) if ratio > ratios[0] - _AS_NEAR]
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

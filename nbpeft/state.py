@@ -294,6 +294,8 @@ class ModelState:
     """Backend of the quantized layers, e.g. ``bnb4bit``; empty for a dense model."""
     offloaded_count: int = 0
     """Number of adapters in its pool that are not on the model now; they are loaded when they are used."""
+    generates: bool = True
+    """Whether it answers prompts, as a language model does and a classifier does not."""
 
 
 @dataclass(frozen=True)

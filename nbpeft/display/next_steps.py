@@ -14,9 +14,11 @@ _STEPS = (
     ("Ask", '%lora ask "{prompt}" --adapter {names}{model}'),
     ("Compare", "%lora panel compare{target}"),
     ("{score}", "%lora score {name} --data {rows}{model}"),
-    ("Ship", "%lora ship {name} --for ollama{model}"),
+    ("Ship", "%lora ship {name} --for {engine}{model}"),
 )
 """What to do with a trained adapter, and the command for it."""
+_OF_ANSWERS = ("Ask", "Compare")
+"""What only a model that answers prompts can do."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         return NextSteps(None, where, (("Restore", resume),) if run else ())
     if last is not None and last.run_id != train.run_id and {*last.adapter.split(", ")} & {*names}:
         return NextSteps(None, f"{', '.join(names)} was trained further in a later run.")
-    alone = len(state.models) == 1
+    alone, generates = len(state.models) == 1, model is None or model.generates
     one, several = names[0], len(names) > 1
     words = {
         "folder": "+".join(names),
@@ -70,10 +72,12 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         "model": "" if alone else f" --model {model_name}",
         "rows": train.rows.text or "ROWS",
         "score": "Score on its training rows" if train.rows.learned else "Score",
+        "engine": "ollama" if generates else "transformers",
         "target": "" if alone else f" {model_name}",
     }
     saved = not any(item.unsaved for item in found)
-    steps = (step for step in _STEPS if not (saved and step[0] == "Save"))
+    left_out = (*(["Save"] if saved else []), *([] if generates else _OF_ANSWERS))
+    steps = (step for step in _STEPS if step[0] not in left_out)
     commands = tuple((label.format_map(words), command.format_map(words)) for label, command in steps)
     unfinished = train.status != "finished" and bool(run) and train.kept_step is None
     commands += (("Resume", resume),) if unfinished else ()

@@ -161,7 +161,8 @@ def _usage(item: Argument) -> str:
     """How an argument is written: ``--batch N``, ``MODEL``."""
     choices = item.options.get("choices")
     usual = f"{{{','.join(choices)}}}" if choices else item.flags[0].lstrip("-")
-    name = str(item.options.get("metavar") or usual)
+    given = item.options.get("metavar") or usual
+    name = given if isinstance(given, str) else " ".join(given)
     if item.positional:
         return f"{name} …" if item.many else name
     flags = ", ".join(item.flags)

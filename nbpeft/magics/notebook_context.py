@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from nbpeft._util.mixtures import mixture
 from nbpeft.confidential import masked, without_secrets
-from nbpeft.errors import CellError, near, with_article
+from nbpeft.errors import CellError, did_you_mean, near, with_article
 from nbpeft.magics.body import evaluate_expression, expression_of, look_up, parse_body
 from nbpeft.magics.parse import Expression, is_mixture, parts_of, rows_by_adapter
 from nbpeft.magics.tokenize import reference
@@ -22,6 +22,8 @@ from nbpeft.session.results.base import ModelResult
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _FILE = re.compile(rf"(?i)([^\[\]()]+)\.({'|'.join(suffix[1:] for suffix in DATA_SUFFIXES)})(?:\[[^\]]*\])?")
+_OTHER_FILE = re.compile(r"[^\W\d][\w-]*\.[A-Za-z]\w{0,6}")
+"""The name of a file with another suffix, or an attribute of a variable."""
 _HUB_NAME = re.compile(r"([\w.-]+)/([\w.-]+)(?::[\w.-]+){0,2}(?:\[[^\]]*\])?")
 """``user/name:config:split[:1000]``."""
 _NUMBER = re.compile(r"\d{1,9}|\d?\.\d{1,9}")
@@ -285,6 +287,12 @@ class NotebookContext:
             return text
         if text.startswith(("./", "../", "/", "~")) or (text not in namespace and os.path.exists(text)):
             return text
+        if _OTHER_FILE.fullmatch(text) and text.partition(".")[0] not in namespace:
+            files = [name for name in os.listdir() if name.lower().endswith(DATA_SUFFIXES)]
+            hint = did_you_mean(text, files) or f" Files with rows end with {', '.join(DATA_SUFFIXES)}."
+            raise CellError(
+                f"{option}: there is no file {text!r:.100}, and no variable {text.partition('.')[0]!r:.60}.{hint}"
+            )
         return self.value(text, option)
 
     def _refuse_missing_file(self, of_adapters: Mapping[str, str], option: str) -> None:

@@ -16,7 +16,7 @@ from nbpeft.names import DEFAULT_SEED
 from nbpeft.scoring.answers import default_limit
 from nbpeft.scoring.metrics import AnswerSettings, metrics_of
 from nbpeft.scoring.result import ScoreResult
-from nbpeft.scoring.rows import ScoredRows, read_rows
+from nbpeft.scoring.rows import ScoredRows, read_rows, usual_metric
 from nbpeft.scoring.score import Scoring
 from nbpeft.scoring.settings import Column, ScoreSettings, adapter_columns
 from nbpeft.training.adapters.adapted_model import active_names
@@ -37,7 +37,7 @@ class RowScorer(Scorer):
     Args:
         model: the model.
         rows: the rows, or where they are.
-        metric: as for ``score``; the first of several decides which state is the best.
+        metric: as for ``score``, None for the usual one; the first of several decides which state is the best.
         max_rows: the greatest number of rows; of more than that, a random sample is scored, the same one each time.
             None for ``MOST_ANSWERS`` if answers are generated, and for all rows otherwise.
         classes: the classes of a classifier, if its training rows name them; by default as in its config.
@@ -70,8 +70,8 @@ class RowScorer(Scorer):
         variables: Mapping[str, Any] | None = None,
         reasoning: str = "keep",
     ) -> None:
-        self._given, self._tokenizer = metric, tokenizer
-        self._metrics = metrics_of(metric, AnswerSettings())
+        self._given, self._tokenizer = usual_metric(model) if metric is None else metric, tokenizer
+        self._metrics = metrics_of(self._given, AnswerSettings())
         reading: dict[str, Any] = {"columns": columns, "max_length": max_length, "classes": classes}
         reading |= {"separator": separator, "skip_bad": skip_bad, "usual_variables": variables, "reasoning": reasoning}
         if max_rows is not None and (type(max_rows) is not int or max_rows < 1):

@@ -85,6 +85,11 @@ class _Missing(Exception):
     """Why a row cannot be scored."""
 
 
+def usual_metric(model: nn.Module) -> str:
+    """Returns the metric with which a model is scored if none is given."""
+    return "accuracy" if model_inputs(model).has_class else "exact"
+
+
 def read_rows(
     model: nn.Module,
     data: Any,
@@ -235,10 +240,11 @@ def _reader(
 
 
 def _references_in(available: Sequence[str], columns: Mapping[str, str] | None) -> str:
-    """A hint for rows with a prompt alone: the column that likely has the references; empty if there is none."""
+    """A hint for rows with a prompt alone: the column that likely has the references."""
     found = likely_completion(available)
-    names = {**(columns or {}), "completion": found}
-    return f" If the references are in {found!r}: columns={names}." if found else ""
+    names = {**(columns or {}), "completion": found or "COLUMN"}
+    where = f" If the references are in {found!r}" if found else " Say which column has the references"
+    return f"{where}: columns={names}."
 
 
 def _read_prompt(row: Row, chat: bool) -> Pair | Chat:

@@ -22,7 +22,7 @@ from nbpeft.scoring.items import MetricFacts, ScoreItem
 from nbpeft.scoring.likelihoods import Outputs, classes, token_losses
 from nbpeft.scoring.metrics import AnswerSettings, Metric, metrics_of, value_of
 from nbpeft.scoring.result import ScoreResult, Status
-from nbpeft.scoring.rows import ScoredRow, ScoredRows, read_rows
+from nbpeft.scoring.rows import ScoredRow, ScoredRows, read_rows, usual_metric
 from nbpeft.scoring.settings import Column, ScoreSettings, columns_of
 from nbpeft.training.data import separator_for
 from nbpeft.training.watching.generation import INTERVAL, evaluating
@@ -41,7 +41,7 @@ def score(
     model: nn.Module,
     rows: Any = None,
     *,
-    metric: Any = "exact",
+    metric: Any = None,
     tokenizer: Any = None,
     adapters: str | Sequence[str] | None = None,
     base: bool = True,
@@ -90,7 +90,7 @@ def score(
             turn of the assistant. ``choice`` needs ``choices``, and ``answer`` or a completion; ``regex`` takes a
             ``pattern`` of each row. With ``general`` they may be left out: the loss on the general text is then the
             score.
-        metric: a metric, or several in a list.
+        metric: a metric, or several in a list; by default ``exact``, and ``accuracy`` for a classifier of texts.
         tokenizer: the tokenizer of the model; not needed for rows that are tokenised.
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
         base: whether to score the base model, too.
@@ -137,10 +137,10 @@ def score(
     if rows is None:
         if not general:
             raise ConfigError("rows are missing: pass rows with references, or general=True for a general text")
-        rows, general, metric = _general_rows(), False, "loss" if metric in ("exact", ["exact"]) else metric
+        rows, general, metric = _general_rows(), False, "loss" if metric in (None, "exact", ["exact"]) else metric
     compared = AnswerSettings(strip, casefold, pattern, tolerance)
     settings = ScoreSettings(max_new_tokens, batch_size, seed, temperature, top_p)
-    metrics = metrics_of(metric, compared)
+    metrics = metrics_of(usual_metric(model) if metric is None else metric, compared)
     if settings.draws and not any(item.needs == "answers" for item in metrics):
         raise ConfigError("temperature is for metrics of answers: nothing is generated here", field="temperature")
     if max_new_tokens is not None and not any(item.needs == "answers" for item in metrics):

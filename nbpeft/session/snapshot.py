@@ -96,6 +96,7 @@ class Snapshots:
             training=training,
             quantization=self._model.quantization,
             offloaded_count=_offloaded_count(manager),
+            generates=hasattr(manager.model, "generate"),
         )
 
     def _update_adapters(self, manager: AdapterManager) -> bool:

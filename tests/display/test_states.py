@@ -301,6 +301,11 @@ class TestWhatFollowsATraining:
             assert "Compare %lora panel compare" in text and "Ship %lora ship orders --for ollama" in text
             assert "Resume" not in text and "--model" not in text
 
+    def test_a_classifier_is_scored_and_not_asked(self) -> None:
+        steps = following(ended(), model(adapters=(adapter("orders", unsaved=True),), generates=False))
+        assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Score", "Ship"]
+        assert steps.commands[-1][1] == "%lora ship orders --for transformers"
+
     def test_nothing_follows_a_running_one_or_one_that_trained_nothing(self) -> None:
         for train in (train_state(25), ended(status="stopped", step=0), ended(status="stopped", kept_step=0)):
             assert following(train) is None

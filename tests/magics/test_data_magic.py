@@ -63,8 +63,10 @@ def test_fields_and_columns_stand_in_one_line(ready: Notebook) -> None:
     [
         ("data.jsonl", "There is no file 'data.jsonl'."),
         ("sum.jsonl", "There is no file 'sum.jsonl'. Did you mean 'sums.jsonl'"),
+        ("sums.jsnl", "there is no file 'sums.jsnl', and no variable 'sums'. Did you mean 'sums.jsonl'?"),
+        ("notes.txt", "no variable 'notes'. Files with rows end with .jsonl, .ndjson, .json, .csv"),
         ("user/name:train[:10]", "'user/name' is not a folder here, the hub is offline or cannot be reached"),
-        ("rows --eval 0", "eval_data=0 is neither data, nor a share of the rows between 0 and 1 (0.1)"),
+        ("rows --eval 0", "--eval 0 is neither data, nor a share of the rows between 0 and 1 (0.1)"),
         ("rows --eval 8", "holds out 8 of 8 rows, which leaves nothing to train on"),
         ("rows --tokenizer model", "--tokenizer: 'model' does not hold a tokenizer, but an adapted model."),
         ("rows --tokenizer rows", "does not hold a tokenizer, but a list. Tokenizers here: tok."),
@@ -193,6 +195,7 @@ def test_data_is_completed(ready: Notebook) -> None:
     assert ready.complete("%lora data su") == ["sums.jsonl"]
     assert {"rows", "sums.jsonl", '"with space.jsonl"'} <= {*ready.complete("%lora_train model --data ")}
     assert "model" not in ready.complete("%lora_train model --data ")
+    assert "--rename NAME NEW" in ready.run("%lora help runs").everything
     assert "--learn {all,last,completion}" in ready.run("%lora help lora_train").everything
     assert "(default: the notebook's only one)" in " ".join(ready.run("%lora help lora_train").everything.split())
     assert '"with space.jsonl"' in ready.complete("%lora data wi")

@@ -270,6 +270,7 @@ def test_classes_are_scored_with_heads_of_their_own() -> None:
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([TOKENIZER(row["text"])["input_ids"]])).logits
             assert item.values["accuracy"][name] == float(int(logits.argmax()) == row["label"])
+    assert scored(model, rows).metric == "accuracy" and scored(adapted(), max_new_tokens=1).metric == "exact"
     with pytest.raises(ConfigError, match="is a classifier: its metric is accuracy"):
         scored(model, rows, metric="exact")
     with pytest.raises(ConfigError, match="accuracy is for classifiers"):

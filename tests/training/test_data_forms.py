@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 import numpy
 import pandas
 import pytest
@@ -157,3 +158,23 @@ def test_a_model_in_the_place_of_a_tokenizer_is_what_is_blamed() -> None:
     model = trainable()
     with pytest.raises(ConfigError, match=r"^tokenizer must be a tokenizer, not a \w+, which is a model$"):
         train(model, [GOOD], tokenizer=model, max_steps=1)
+
+
+@pytest.mark.parametrize("names", [("prompt", "completion"), ("instruction", "output")])
+def test_completions_that_are_whole_numbers_are_text(names: tuple[str, str]) -> None:
+    columns = dict(zip(names, ("body", "stars"), strict=True))
+    note = "the numbers in 'stars' are read as text"
+    rows = [{"body": "a ", "stars": number} for number in (4, 12)]
+    texts = [{**row, "stars": str(row["stars"])} for row in rows]
+    for data in (rows, pandas.DataFrame(rows), datasets.Dataset.from_list(rows)):
+        read = prepare_data(data, CHARACTERS, columns=columns)
+        assert list(read) == list(prepare_data(texts, CHARACTERS, columns=columns)) and note in read.notes
+    features = datasets.Features(
+        {"body": datasets.Value("string"), "stars": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    named = datasets.Dataset.from_list([{"body": "a ", "stars": 1}], features=features)
+    read = prepare_data(named, CHARACTERS, columns=columns)
+    assert list(read) == list(prepare_data([{"body": "a ", "stars": "good"}], CHARACTERS, columns=columns))
+    assert "the numbers in 'stars' are read as their names: 0 = bad, 1 = good" in read.notes
+    with pytest.raises(TrainingError, match=r"Row 0: 'stars' is a bool \(True\), not text"):
+        prepare_data([{"body": "a ", "stars": True}], CHARACTERS, columns=columns)

@@ -47,11 +47,11 @@ from nbpeft.names import METRICS
     argument(
         "--metric",
         nargs="+",
-        default=["exact"],
         metavar="METRIC",
         words=METRICS,
         completes="variable",
-        help=f"{', '.join(METRICS)}, or a variable with a function (answer, row) (default: exact)",
+        help=f"{', '.join(METRICS)}, or a variable with a function (answer, row) (default: exact; accuracy for a "
+        "classifier)",
     ),
     argument("--pattern", metavar="REGEX", help="regular expression for the metric regex"),
     argument("--strip", action="store_true", help="ignore white space at both ends of answers and references"),
@@ -66,7 +66,10 @@ from nbpeft.names import METRICS
     ),
     argument("--no-base", action="store_true", help="leave the base model out"),
     argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
-    answer_limit(None, "maximum length of an answer in tokens (default: by the metric)"),
+    answer_limit(
+        None,
+        "maximum length of an answer in tokens (default: the longest reference for exact and startswith, else 256)",
+    ),
     *SAMPLING,
     argument(
         "--also",
@@ -98,7 +101,7 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
         raise CellError("%lora score needs --data ROWS, or --general for the loss on a general text")
     rows = None if options.data is None else notebook.data(options.data, "--data")
     model = notebook.chosen(options.model)
-    metrics = [metric_of(word, notebook) for word in options.metric]
+    metrics = None if options.metric is None else [metric_of(word, notebook) for word in options.metric]
     from nbpeft.widgets import LiveAnswers, ScorePanel
 
     with closing(LiveAnswers(ui=notebook.ui)) as live:

@@ -86,7 +86,7 @@ SCORE = (
         metavar="METRIC",
         words=METRICS,
         completes="variable",
-        help="how to score, as for %%lora score (default: exact)",
+        help="how to score, as for %%lora score (default: exact; accuracy for a classifier)",
     ),
     argument(
         "--max-score-rows",

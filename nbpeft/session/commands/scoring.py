@@ -20,7 +20,7 @@ def score(
     /,
     rows: Any = None,
     *,
-    metric: Any = "exact",
+    metric: Any = None,
     adapters: Any = None,
     base: bool = True,
     tokenizer: Any = None,
@@ -37,7 +37,8 @@ def score(
     Args:
         ctx: context of the session.
         rows: rows in every form that ``train`` takes, or where they are; None with ``general``.
-        metric: name of a metric, a function ``(answer, row) -> bool | float``, or several in a list.
+        metric: name of a metric, a function ``(answer, row) -> bool | float``, or several in a list; None for
+            ``exact``, and ``accuracy`` for a classifier of texts.
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
         base: whether to score the base model, too.
         tokenizer: the model's tokenizer; the last one given if None.

@@ -367,6 +367,8 @@ def _value_words(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return setting(value)
+    if isinstance(value, Mapping):
+        return cut(", ".join(f"{name}={item}" for name, item in value.items()), _LONGEST_VALUE)
     return cut(", ".join(map(str, value)) if isinstance(value, list) else str(value), _LONGEST_VALUE)
 
 

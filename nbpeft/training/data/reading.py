@@ -54,6 +54,8 @@ LABELS = ("labels", "label", "label_ids")
 """Columns of tokenised rows that may contain the labels; the first one that a row has is used."""
 _TOKENS = frozenset(("input_ids", "attention_mask", LOSS_WEIGHTS, WEIGHT, *MASKS))
 _SECOND = "token_type_ids"
+_COMPLETION = ("completion", "output")
+"""The columns of completions."""
 _NAMED = 20
 """The greatest number of classes whose names are listed."""
 Rendered = TypeVar("Rendered")
@@ -114,6 +116,8 @@ class Reading:
         options: how rows are read otherwise.
         group: the column by which rows are grouped for evaluation; empty if there is none.
         note: a line about the names of classes that come from the rows; empty if none do.
+        numbered: the column with completions that are whole numbers, which are read as text; empty if there is none.
+        names: the dataset's names for these numbers, which are read instead, if it has them.
     """
 
     rows: Any
@@ -127,6 +131,8 @@ class Reading:
     options: RowOptions = field(default_factory=RowOptions)
     group: str = ""
     note: str = ""
+    numbered: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def has_template(self) -> bool:
@@ -149,7 +155,24 @@ class Reading:
         Raises:
             TrainingError: it does not have the form of the first row; names the row.
         """
-        return self._example(row_of(value, number, self.columns))
+        return self._example(self.row(value, number))
+
+    def row(self, value: Any, number: int) -> Row:
+        """A row by the names of its form; completions that are whole numbers are text.
+
+        Args:
+            value: the row.
+            number: its number, 0 for the first.
+
+        Raises:
+            TrainingError: it is not a row; names it.
+        """
+        row = row_of(value, number, self.columns)
+        given = _plain(row.values.get(self.numbered))
+        if type(given) is not int:
+            return row
+        text = self.names[given] if 0 <= given < len(self.names) else str(given)
+        return replace(row, values={**row.values, self.numbered: text})
 
     def with_names(self) -> Reading:
         """The same, with the names of the labels of these rows as those of classes without names.
@@ -169,10 +192,22 @@ class Reading:
             raise TrainingError(f"{error}.") from None
         if named is classes:
             return self
-        known = ", ".join(f"{number} = {name}" for number, name in enumerate(named.by_number[:_NAMED]))
-        more = f" and {named.count - _NAMED} more" if named.count > _NAMED else ""
-        note = f"the classes get the names of the labels: {known}{more}"
+        note = f"the classes get the names of the labels: {_enumerated(named.by_number)}"
         return replace(self, inputs=replace(self.inputs, classes=named), note=note)
+
+    def with_numbers(self, first: Any) -> Reading:
+        """The same; if the completion of the first row is a whole number, those of all rows are read as text.
+
+        Args:
+            first: the first row; None if it is unknown.
+        """
+        name = "" if self.form is None else self.form.needs[-1]
+        column = self.columns.get(name, name)
+        if name not in _COMPLETION or not isinstance(first, Mapping) or type(_plain(first.get(column))) is not int:
+            return self
+        names = _class_names(self.rows, {}, column)
+        what = f"their names: {_enumerated(names)}" if names else "text"
+        return replace(self, numbered=column, names=names, note=f"the numbers in {column!r} are read as {what}")
 
     def check_options(self) -> None:
         """Refuses options that have no effect on these rows.
@@ -218,7 +253,7 @@ class Reading:
             raise refusal(bad, number + 1, can_skip=self.skip_bad is not None)
 
     def _row(self, value: Any, number: int, renderer: ChatRenderer, used: frozenset[str]) -> CodedRow:
-        row = row_of(value, number, self.columns)
+        row = self.row(value, number)
         coded = self._as_it_is(row) if self.form is None else self._coded(row, renderer, used)
         parts = [coded, *([coded.rejected] if coded.rejected is not None else [])]
         weighted = any(part.whole.weights is not None or part.weight != 1 for part in parts)
@@ -606,6 +641,7 @@ def reading(
     names = _class_names(rows, mapping, form.needs[-1] if form is TAGGED else LABEL)
     limit = max_length or default_length(tokenizer)
     found = Reading(rows, form, mapping, tokenizer, limit, inputs, names, **common)
+    found = found.with_numbers(first)
     if inputs.kind is None and found.is_judged:
         found = replace(found, form=VERDICT)
     found = found.with_names()
@@ -660,7 +696,8 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
     reader = Reading(rows, form_of(found, columns or {}, kind=None), checked_columns(columns, found), tokenizer)
     if reader.form is None:
         return None
-    example = reader.example(first_row(rows), 0)
+    first = first_row(rows)
+    example = reader.with_numbers(first).example(first, 0)
     if isinstance(example, Prompted):
         return isinstance(example.prompt, str)
     return not isinstance(example.chosen if isinstance(example, Compared) else example, Chat)
@@ -699,6 +736,17 @@ def _rendered(chat: Chat, number: int, tokenizer: Any, render: Callable[[Chat], 
         raise TrainingError(
             f"Row {number}: the chat template refuses it: {in_one_line(error) or type(error).__name__}", index=number
         ) from None
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """The names of classes with their numbers."""
+    known = ", ".join(f"{number} = {name}" for number, name in enumerate(names[:_NAMED]))
+    return f"{known} and {len(names) - _NAMED} more" if len(names) > _NAMED else known
+
+
+def _plain(value: Any) -> Any:
+    """A value of a table as one of Python."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _listed(value: Any) -> list[Any]:

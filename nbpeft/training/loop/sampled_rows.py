@@ -13,6 +13,7 @@ from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import is_amount
 from nbpeft.training.data.forms import VERDICT, Chat, Compared, Pair, Prompted, row_of
 from nbpeft.training.data.reading import reading
+from nbpeft.training.data.row import is_nothing
 from nbpeft.training.loop.rows import TrainingRows, inputs_of
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.watching.generation import Prompt, PromptBatch
@@ -103,9 +104,11 @@ def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, 
             example = example.chosen
         if isinstance(example, Prompted):
             prompted = example.prompt
-            yield (prompted if isinstance(prompted, str) else prompted.messages), ""
+            if not is_nothing(prompted):
+                yield (prompted if isinstance(prompted, str) else prompted.messages), ""
         elif isinstance(example, Pair):
-            yield example.prompt, example.completion.strip()
+            if not is_nothing(example.prompt):
+                yield example.prompt, example.completion.strip()
         elif isinstance(example, Chat) and example.tools is None:
             roles = [message["role"] for message in example.messages]
             end = len(roles) - roles[::-1].index("assistant") if "assistant" in roles[1:] else 0

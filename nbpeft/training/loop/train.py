@@ -147,7 +147,7 @@ def train(
         every: Steps between samples and between scores; by default about five samples and ten scores per run.
         score: Rows to score during training, or their source, as for :func:`nbpeft.score`. The scores are reported
             like the metrics of an evaluation: in the card, in the run folder and to trackers.
-        metric: Name of a metric of :func:`nbpeft.score` (default: ``exact``), a function
+        metric: Name of a metric of :func:`nbpeft.score` (default: ``exact``; ``accuracy`` for a classifier), a function
             ``(answer, row) -> bool | float``, or a list of them, of which the first determines the best state.
         max_score_rows: Maximum number of rows that are scored each time. More rows than that are sampled, the same
             ones each time. The default is 200 for metrics of answers, which are generated, and all rows for others.

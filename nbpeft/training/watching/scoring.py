@@ -207,7 +207,7 @@ def _new_scorer(request: Any, classes: Any) -> Scorer:
     scorer: Scorer = new_scorer(
         request.model,
         request.score,
-        "exact" if request.metric is None else request.metric,
+        request.metric,
         max_rows=request.max_score_rows,
         classes=classes,
         tokenizer=request.tokenizer,

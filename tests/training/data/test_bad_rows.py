@@ -123,10 +123,10 @@ def test_rows_left_out_of_a_stream_are_named_once_for_each_reason() -> None:
 def test_when_all_rows_are_bad_nothing_offers_to_leave_them_out() -> None:
     for count, beginning in ((3, "None of the 3 rows can be read: rows 0, 1, 2: "), (5000, "None of the 100 rows can")):
         with pytest.raises(TrainingError) as refused:
-            prepare_data([BAD] * count, CHARACTERS)
+            prepare_data([{**BAD, "completion": 0.5}] * count, CHARACTERS)
         assert str(refused.value).startswith(beginning) and "skip_bad" not in str(refused.value)
     with pytest.raises(TrainingError, match="None of the 2 rows has anything to learn"):
-        prepare_data([BAD] * 2, CHARACTERS, skip_bad=True)
+        prepare_data([{**BAD, "completion": 0.5}] * 2, CHARACTERS, skip_bad=True)
 
 
 def test_commands_that_cannot_leave_rows_out_do_not_offer_it(tmp_path: Path) -> None:
