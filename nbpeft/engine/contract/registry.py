@@ -323,7 +323,7 @@ def _registered(cls: type[Any]) -> Any:
 
 def _insert(ranked: list[Any], new: _Ranked) -> None:
     # Copied and unpickled layers have the registered instance, which is compared by identity.
-    type(new).__reduce__ = lambda self: (_registered, (type(self),))  # type: ignore[method-assign, assignment]
+    type(new).__reduce__ = lambda self: (_registered, (type(self),))  # type: ignore[method-assign]
     ranked[:] = [old for old in ranked if type(old).__qualname__ != type(new).__qualname__]
     ranked.append(new)
     ranked.sort(key=lambda item: -item.priority)

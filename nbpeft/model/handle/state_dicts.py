@@ -23,12 +23,13 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import BaseMismatchError, CheckpointError, did_you_mean, few
 from nbpeft.model.saving.files import (
     LoadResult,
-    embedding_weights,
+    drop_unchanged,
     file_tensors,
     load_result,
     replaced_state_dict,
     warn_of_other_shapes,
 )
+from nbpeft.model.saving.offloaded import embedding_weights, refuse_offloaded
 from nbpeft.model.saving.sharded import like
 
 _Arguments = ParamSpec("_Arguments")
@@ -141,6 +142,8 @@ def set_peft_model_state_dict(
         shapes = {path: adapter.shapes_with_start() for path, adapter in started.items()}
         loaded = checkpoint.from_file(tensors, replace(wanted, adapters={**wanted.adapters, **shapes}), **options)
     warn_of_other_shapes(loaded)
+    if any(present[key].is_meta for key in loaded.weights.base if key in present):
+        refuse_offloaded(manager.model, drop_unchanged(loaded.weights, embedding_weights(manager.model, loaded=True)))
     _check_tied(manager, adapter_name, weights, loaded.weights)
     with manager.transaction() as change:
         for path, adapter in started.items():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from nbpeft import checkpoint
 from nbpeft.engine.changes.called_modules import called_modules
@@ -30,7 +31,6 @@ from nbpeft.engine.contract.adapter import (
     UsesAnother,
     source_of,
 )
-from nbpeft.engine.contract.base import offloading, onloaded
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.shared_state import listed_name
@@ -38,12 +38,12 @@ from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.injection.plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.fused_layers import of_former_file
-from nbpeft.engine.tree.model_tree import bare_modules, embedding_of, manager_of
+from nbpeft.engine.tree.model_tree import bare_modules, manager_of
 from nbpeft.engine.views.part_modules import shown_name
 from nbpeft.engine.wrappers.fake_quant import is_prepared_quantization_aware
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
 from nbpeft.model.saving.given_configs import take_given
-from nbpeft.model.saving.offloaded import adapter_onloaded
+from nbpeft.model.saving.offloaded import adapter_onloaded, embedding_weights, refuse_offloaded
 from nbpeft.model.saving.residuals import START, config_on, kept_start, left_start, mark_left, take_out_of_saved
 from nbpeft.model.saving.saved_places import note_place, note_saved, note_written_over, owner_of
 from nbpeft.model.saving.sharded import gathered, is_sharded, noted_fingerprint, warn_of_shards
@@ -69,6 +69,9 @@ class LoadResult(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+
+    def __repr__(self) -> str:
+        return repr(_IncompatibleKeys(*self))
 
 
 def load_result(
@@ -229,6 +232,9 @@ def fitted(
     conversion = checkpoint.key_conversion_of(manager.model)
     settings = {"peft_type": method_of(config).peft_type, "conversion": conversion, **options}
     loaded = checkpoint.from_file(tensors, expected(manager.model, plan), **settings)
+    if further := _copied_by_peft(manager.model, config, loaded.unexpected):
+        names = [*config.modules_to_save, *further]  # type: ignore[attr-defined]
+        return fitted(manager, name, config.copy(modules_to_save=names), tensors, **options)
     plan.share_in(loaded.weights)
     apart = plan.not_tied_in(loaded.weights)
     if not apart:
@@ -243,6 +249,17 @@ def fitted(
     for path in paths:
         untied.target_modules = with_target(untied.target_modules, path)
     return fitted(manager, name, untied, tensors, **options)
+
+
+def _copied_by_peft(model: nn.Module, config: AdapterConfig, keys: Iterable[str]) -> list[str]:
+    """Returns the modules of which keys are tensors, and whose names end with one in ``modules_to_save``.
+
+    PEFT trains them too, e.g. DistilBERT's ``pre_classifier`` for ``classifier``.
+    """
+    names = tuple(getattr(config, "modules_to_save", None) or ())
+    modules = {path for path, _ in bare_modules(model) if path.endswith(names)} if names else set()
+    parents = {key.removeprefix(checkpoint.PREFIX).rpartition(".")[0] for key in keys} if modules else set()
+    return sorted(path for path in modules if any(f"{parent}.".startswith(f"{path}.") for parent in parents))
 
 
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
@@ -296,23 +313,6 @@ def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
     }
 
 
-def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Returns name in the bare model -> weight of the input and output embeddings, loaded if it is offloaded."""
-    embeddings = [embedding_of(model, output=output) for output in (False, True)]
-    wanted = {module for found in embeddings if found is not None for _, module in bare_modules(found)}
-    weights = {
-        f"{path}.weight": _loaded_weight(module)
-        for path, module in (bare_modules(model) if wanted else ())
-        if module in wanted
-    }
-    return {name: weight for name, weight in weights.items() if weight is not None}
-
-
-def _loaded_weight(module: nn.Module) -> Tensor | None:
-    with onloaded(module):
-        return module._parameters.get("weight")
-
-
 def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> list[str]:
     """Removes a file's base tensors that equal those of the base model.
 
@@ -333,14 +333,9 @@ def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> li
 def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
     """Removes a file's base tensors that equal those of the base model, and warns about those that differ."""
     brought = [key for key in weights.base if key not in plan.biases]
-    known = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
+    known = {**embedding_weights(manager.model, loaded=True), **manager.replaced_in_base(name)} if brought else {}
     replaced = drop_unchanged(weights, {key: known[key] for key in brought})
-    modules = dict(bare_modules(manager.model)) if replaced else {}
-    offloaded = next((key for key in replaced if offloading(modules[key.rpartition(".")[0]]) is not None), None)
-    if offloaded is not None:
-        raise CheckpointError(
-            f"the adapter has its own {offloaded}, which is offloaded in this model: load the model without offloading"
-        )
+    refuse_offloaded(manager.model, replaced)
     if replaced:
         warnings.warn(
             f"adapter {name!r} has its own {few(replaced)}: the base model uses them, whichever adapter is active, "
@@ -455,8 +450,7 @@ def save(
         if not replace:
             for name, target in targets.items():
                 _refuse_other(manager, name, target, ready[places[name]][1], print_)
-        first = ready[""][0] if "" in ready else _first_config(manager)  # as in PEFT, whichever adapters are saved
-        card = _card_config(manager, first)
+        card = _card_config(manager, ready[""][0] if "" in ready else manager.configs[manager.names[0]])
         written = checkpoint.write_checkpoints(
             folder,
             ready,
@@ -585,10 +579,6 @@ def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: st
     return starts
 
 
-def _first_config(manager: AdapterManager) -> AdapterConfig:
-    return next(iter(manager.configs.values()))
-
-
 def _card_config(manager: AdapterManager, config: AdapterConfig) -> AdapterConfig:
     """Returns the config for the model card, which names the base only if that has a config, like models on the hub."""
     has_config = hasattr(manager.model, "config")
@@ -633,7 +623,7 @@ def _saved_weights(
         weights = manager.weights(name)
     targeted = _adapted_embeddings(manager, name)
     if embeddings is True or (embeddings == "auto" and (targeted or vocabulary_resized(manager.model))):
-        present = embedding_weights(manager.model)
+        present = embedding_weights(manager.model, loaded=True)
         if not present:
             warnings.warn(
                 "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. None is "
@@ -805,4 +795,5 @@ def push(
 def write_card(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
     """Writes or updates the README of the adapter that is saved in a folder."""
     manager.check_alive()
-    checkpoint.write_card(folder, _card_config(manager, _first_config(manager)), tags=_card_tags(manager.model))
+    first = manager.configs[manager.names[0]]
+    checkpoint.write_card(folder, _card_config(manager, first), tags=_card_tags(manager.model))
