@@ -145,7 +145,7 @@ class AdapterExistsError(AdapterError):
     """The adapter name is already used."""
 
 
-class MergeError(NbpeftError, ValueError, RuntimeError):
+class MergeError(NbpeftError, ValueError, NotImplementedError):
     """Weights cannot be merged, or are merged although the command needs unmerged ones."""
 
 

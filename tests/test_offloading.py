@@ -157,7 +157,11 @@ def test_an_offloaded_adapter_is_saved(more: dict[str, Any], to_disk: bool, tmp_
 
 def test_embeddings_in_a_file_that_are_those_of_an_offloaded_base_are_left_out(tmp_path: Path) -> None:
     adapted(base(offloaded=False), target_modules=["embed_tokens"]).save_pretrained(tmp_path)
-    nbpeft.PeftModel.from_pretrained(base(), tmp_path)
+    model = nbpeft.PeftModel.from_pretrained(base(), tmp_path)
+    state = nbpeft.load_peft_weights(tmp_path)
+    nbpeft.set_peft_model_state_dict(model, state)
+    with pytest.raises(CheckpointError, match=r"its own model.embed_tokens.weight, which is offloaded"):
+        nbpeft.set_peft_model_state_dict(model, {key: value + 1 for key, value in state.items()})
     other = base(offloaded=False)
     other.get_input_embeddings().weight.detach().add_(1)
     accelerate.cpu_offload(other, execution_device=torch.device("cpu"))

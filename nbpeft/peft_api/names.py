@@ -71,7 +71,7 @@ _MODULE_FUNCTIONS = (
 _MISSING_UTILS = (
     "_prepare_prompt_learning_config _set_trainable get_gptqmodel_quant_linear get_quantization_kwargs "
     "map_cache_to_layer_device_map quantization_extra_repr register_peft_method replace_lora_weights_loftq "
-    "resolve_quantization_backend set_additional_trainable_modules"
+    "set_additional_trainable_modules"
 )
 _LORA_LAYERS = "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper"
 _CONVERSION = "convert_to_lora save_as_lora"
@@ -98,7 +98,7 @@ _ADALORA = (
     "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDLinear4bit SVDLinear8bitLt "
     "SVDQuantLinear"
 )
-_SHADOW = "DetachedShadowModel ShadowCache"
+_SHADOW = "DetachedShadowModel ShadowCache ShadowLayer"
 METHODS = {
     "adalora": ("AdaLoRA", _ADALORA),
     "adamss": ("AdaMSS", "AdamssConfig AdamssLayer AdamssModel Linear"),
@@ -311,7 +311,7 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.osf.utils": {"subspaces": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
     "tuners.shadow.diffusion_models": {"missing": "DetachedFluxShadowModel"},
     **{
-        f"tuners.shadow{part}": {OWN: METHODS["shadow"][1], "shadow": _SHADOW, "missing": "ShadowCarrier ShadowLayer"}
+        f"tuners.shadow{part}": {OWN: METHODS["shadow"][1], "shadow": _SHADOW, "missing": "ShadowCarrier"}
         for part in ("", ".layers")
     },
     "tuners.cartridge.utils": {OWN: _CARTRIDGE_FUNCTIONS},
@@ -323,6 +323,7 @@ MODULES: dict[str, dict[str, str]] = {
         "constants": f"{_CONSTANTS} {_OWN_TARGETS}",
         "layers": _WRAPPERS,
         "helpers": _MODULE_FUNCTIONS,
+        "quantization": "resolve_quantization_backend",
         "missing": f"{_MISSING_UTILS} {_MISSING_TARGETS} {_PREFIX_POSTPROCESSING}",
     },
     "utils.constants": {
@@ -354,13 +355,15 @@ MODULES: dict[str, dict[str, str]] = {
         "helpers": f"{_MODULE_FUNCTIONS} _get_module_names_tied_with_embedding _get_no_split_modules "
         "fsdp_auto_wrap_policy get_pattern_key "
         "match_target_against_key str_to_bool",
+        "quantization": "resolve_quantization_backend",
         "missing": f"{_MISSING_UTILS} {_MISSING_TARGETS} {_PREFIX_POSTPROCESSING} {_STARCODER} "
         "check_file_exists_on_hf_hub",
     },
     "utils.peft_types": {OWN: "PeftType TaskType", "missing": "register_peft_method"},
     "utils.quantization_utils": {
-        "missing": "Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend HqqBackend QuantizationBackend "
-        "TorchaoBackend get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"
+        "quantization": "Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend HqqBackend QuantizationBackend "
+        "TorchaoBackend resolve_quantization_backend",
+        "missing": "get_quantization_kwargs quantization_extra_repr",
     },
     "utils.incremental_pca": {"inits": "IncrementalPCA"},
     "utils.save_and_load": {

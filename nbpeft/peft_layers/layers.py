@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nbpeft.engine.changes.active_state import LayerState
 from nbpeft.engine.contract.adapter import Adapter, Rescales, TransformsInput, delta_of, source_of, unconvertible_reason
-from nbpeft.engine.contract.base import Backend
-from nbpeft.engine.contract.registry import method_of_adapter
+from nbpeft.engine.contract.base import Backend, BaseLayer
+from nbpeft.engine.contract.registry import backend_named, method_of_adapter
 from nbpeft.engine.views.layer_attributes import PerAdapterView
 from nbpeft.engine.wrappers.extension import add_attributes
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -230,6 +230,12 @@ class PeftLayer(AdaptedLayer):
         """The backend of the layer's quantized weight, with its ``backend_name``; None if it is not quantized."""
         backend: Backend = self.base.backend
         return backend if backend.backend_name else None
+
+    @quantization_backend.setter
+    def quantization_backend(self, backend: Backend | None) -> None:
+        chosen = backend_named("dense") if backend is None else backend
+        self.__dict__["backend"] = chosen
+        self.__dict__["base"] = BaseLayer(self.base.module, self.kind, chosen, adapters=self._named())
 
     def extra_repr(self) -> str:
         """Returns the settings that ``repr`` shows."""

@@ -15,7 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 import nbpeft
 from nbpeft.engine.changes.called_modules import called_modules
@@ -565,3 +570,39 @@ def test_an_adapter_that_layers_have_active_is_deleted_from_the_model(library: A
         layer.set_adapter(["one", "two"])
     importlib.import_module(f"{library.__name__}.functional").delete_adapter(model, "one", "lora_")
     assert [layer.active_adapters for layer in layers] == [["two"]] * len(layers)
+
+
+def distilbert() -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2}
+    return DistilBertForSequenceClassification(DistilBertConfig(**shape, num_labels=3))
+
+
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [
+        (distilbert, {"task_type": "SEQ_CLS", "target_modules": ["q_lin"]}),
+        (distilbert, {"target_modules": ["q_lin"], "modules_to_save": ["classifier"]}),
+        (llama, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    ],
+)
+def test_modules_whose_names_end_with_a_saved_one_are_loaded_from_its_files(
+    make: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(r=2, **more)).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = nbpeft.PeftModel.from_pretrained(make(), tmp_path / "theirs").eval()
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_all_of_a_head_is_trained_for_its_task() -> None:
+    config = {"r": 2, "task_type": "SEQ_CLS", "target_modules": ["q_lin"]}
+    models = [library.get_peft_model(distilbert(), library.LoraConfig(**config)) for library in (nbpeft, peft)]
+    ours, theirs = ({name for name, p in model.named_parameters() if p.requires_grad} for model in models)
+    assert ours == theirs and any("pre_classifier" in name for name in ours)

@@ -49,7 +49,10 @@ MORE: dict[str, tuple[Any, str]] = {
         peft_lora.LoraGAConfig(),
         "initial values that can be reproduced; base model and file as with CorDA",
     ),
-    "modules_to_save": (["score"], "whole path segments: `score` does not match `underscore`"),
+    "modules_to_save": (
+        ["score"],
+        "whole path segments: `score` does not match `underscore`, but in PEFT's files and for the head of a task",
+    ),
     "monteclora_config": (
         peft_lora.MontecloraConfig(num_samples=2),
         "also on quantized layers; nothing is drawn in advance; a correct divergence, once in each loss",

@@ -220,6 +220,11 @@ def _networks_in(layer: AdaptedLayer, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: adapters[name] for name in names if isinstance(adapters.get(name), HasSideNetwork)}
 
 
+def has_side_network(block: nn.Module) -> bool:
+    """Whether a network changes the input of a block."""
+    return any(isinstance(hook, _BeforeBlock) for hook in block._forward_pre_hooks.values())
+
+
 def put_side_network(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
     """Registers the hooks that run the networks of an embedding's model adapters; once for each block.
 

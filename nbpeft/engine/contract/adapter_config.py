@@ -362,8 +362,8 @@ class AdapterConfig:
             The URL of the commit.
         """
         commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision}
-        hub = {"private": private, "token": token, "create_pr": create_pr}
-        return store_of(type(self)).push(self, repo_id, tags=tags or (), **commit, **hub, **options)
+        options |= {"private": private, "token": token, "create_pr": create_pr, **commit}
+        return store_of(type(self)).push(self, repo_id, tags=tags or (), **options)
 
 
 _IN_USE = "_is_of_an_adapter"

@@ -108,15 +108,15 @@ def plan(
     resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))
     if method.transforms_calls:
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
-    copies = _copies(sites, resolved, guessed_heads(config), strict=not allow_missing)
-    tied = _tied_modules(model, config, sites)
-    copies |= _tied_copies(copies, tied, sites)
     matcher = Matcher(
         () if method.shares.companion is not None else getattr(resolved, "target_modules", None) or (),
         getattr(resolved, "exclude_modules", None),
         getattr(resolved, "layers_to_transform", None),
         getattr(resolved, "layers_pattern", None),
     )
+    copies = _copies(sites, resolved, guessed_heads(config), matcher, strict=not allow_missing)
+    tied = _tied_modules(model, config, sites)
+    copies |= _tied_copies(copies, tied, sites)
     targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
     targets = _add_tied(targets, tied, sites, matcher, resolved)
     features = {target.path: (target.in_features, target.out_features) for target in targets}
@@ -206,7 +206,7 @@ def _plan_for_calls(
     kind, _ = resolve_parts(site, method)
     config.fill_in_sizes(model, 0 if embedding is None else kind.features(site.module)[1])
     adapter_class.check_model(config, model)
-    copies = _copies(sites, config, guessed_heads(config), strict=strict)
+    copies = _copies(sites, config, guessed_heads(config), Matcher(()), strict=strict)
     target = _target(site, config, method)
     warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
     _check_size(model, [target], {})
@@ -306,14 +306,20 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
     return found
 
 
-def _copies(sites: list[Site], config: AdapterConfig, heads: Sequence[str], *, strict: bool) -> dict[str, Extent]:
+def _copies(
+    sites: list[Site], config: AdapterConfig, heads: Sequence[str], matcher: Matcher, *, strict: bool
+) -> dict[str, Extent]:
     """Path -> size of each module trained as a whole; ``heads`` are names that the task added, not the user."""
     names = list(getattr(config, "modules_to_save", None) or ())
     if not names:
         return {}
     wanted = set(names)
+    ending = tuple(wanted.intersection(heads))  # DistilBERT's pre_classifier is a part of the head, too
     found = {
-        site.path: Extent.of(site.module.parameters()) for site in sites if matches_segment_names(site.path, wanted)
+        site.path: Extent.of(site.module.parameters())
+        for site in sites
+        if matches_segment_names(site.path, wanted)
+        or (ending and site.path.endswith(ending) and not matcher.matches(site.path))
     }
     matched = {suffix for path in found for suffix in suffixes(path)}
     missing = [name for name in names if name not in matched]

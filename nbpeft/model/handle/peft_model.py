@@ -669,8 +669,7 @@ class PeftModel(nn.Module):
         """
         self._check_live()
         commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision}
-        hub = {"private": private, "token": token, "create_pr": create_pr}
-        options: dict[str, Any] = {**commit, **hub, **kwargs}
+        options: dict[str, Any] = {"private": private, "token": token, "create_pr": create_pr, **commit, **kwargs}
         return files.push(self.manager, repo_id, tags=tags or (), **options)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:

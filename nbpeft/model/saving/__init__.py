@@ -9,12 +9,12 @@ Door, what other rooms import:
     merge_export.py   Merging into a full-precision copy on disk, shard by shard, and measuring merge errors
     merge_weights.py  The base weights for a merge: from a model in memory, dequantized one by one, or from the files
                       of a folder
+    offloaded.py      Tensors that accelerate keeps elsewhere between calls
     saved_places.py   Which adapters of this process are identical to which folder: saved to it or loaded from it
     sharded.py        Tensors that are sharded over processes: FSDP2's ``DTensor`` and DeepSpeed ZeRO-3, whose shards
                       look empty
 
 Inside:
 
-    offloaded.py  Tensors that accelerate keeps elsewhere between calls
     residuals.py  Files of adapters whose init changes the base weights, for a base without that change
 """

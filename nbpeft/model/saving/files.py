@@ -32,8 +32,8 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.views.part_modules import shown_name
 from nbpeft.engine.wrappers.fake_quant import is_prepared_quantization_aware
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError
-from nbpeft.model.saving.loading import embedding_weights, fitted
-from nbpeft.model.saving.offloaded import adapter_onloaded
+from nbpeft.model.saving.loading import fitted
+from nbpeft.model.saving.offloaded import adapter_onloaded, embedding_weights
 from nbpeft.model.saving.residuals import left_start, mark_left, take_out_of_saved
 from nbpeft.model.saving.saved_places import note_saved, note_written_over, owner_of
 from nbpeft.model.saving.sharded import gathered, is_sharded, noted_fingerprint, warn_of_shards
@@ -134,8 +134,7 @@ def save(
         if not replace:
             for name, target in targets.items():
                 _refuse_other(manager, name, target, ready[places[name]][1], print_)
-        first = ready[""][0] if "" in ready else _first_config(manager)  # as in PEFT, whichever adapters are saved
-        card = _card_config(manager, first)
+        card = _card_config(manager, ready[""][0] if "" in ready else manager.configs[manager.names[0]])
         written = checkpoint.write_checkpoints(
             folder,
             ready,
@@ -264,10 +263,6 @@ def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: st
     return starts
 
 
-def _first_config(manager: AdapterManager) -> AdapterConfig:
-    return next(iter(manager.configs.values()))
-
-
 def _card_config(manager: AdapterManager, config: AdapterConfig) -> AdapterConfig:
     """Returns the config for the model card, which names the base only if that has a config, like models on the hub."""
     has_config = hasattr(manager.model, "config")
@@ -312,7 +307,7 @@ def _saved_weights(
         weights = manager.weights(name)
     targeted = _adapted_embeddings(manager, name)
     if embeddings is True or (embeddings == "auto" and (targeted or vocabulary_resized(manager.model))):
-        present = embedding_weights(manager.model)
+        present = embedding_weights(manager.model, loaded=True)
         if not present:
             warnings.warn(
                 "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. None is "
@@ -484,4 +479,5 @@ def push(
 def write_card(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
     """Writes or updates the README of the adapter that is saved in a folder."""
     manager.check_alive()
-    checkpoint.write_card(folder, _card_config(manager, _first_config(manager)), tags=_card_tags(manager.model))
+    first = manager.configs[manager.names[0]]
+    checkpoint.write_card(folder, _card_config(manager, first), tags=_card_tags(manager.model))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from nbpeft import checkpoint
 from nbpeft.engine.changes.called_modules import called_modules
@@ -21,14 +22,14 @@ from nbpeft.engine.contract.adapter import (
     AdapterWeights,
     HasFixedTensors,
 )
-from nbpeft.engine.contract.base import offloading, onloaded
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.fused_layers import of_former_file
-from nbpeft.engine.tree.model_tree import bare_modules, embedding_of, manager_of
-from nbpeft.errors import CheckpointError, ConfigError, few
+from nbpeft.engine.tree.model_tree import bare_modules, manager_of
+from nbpeft.errors import ConfigError, few
 from nbpeft.model.saving.given_configs import take_given
+from nbpeft.model.saving.offloaded import embedding_weights, refuse_offloaded
 from nbpeft.model.saving.residuals import START, config_on, kept_start, mark_left
 from nbpeft.model.saving.saved_places import note_place
 
@@ -46,6 +47,9 @@ class LoadResult(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+
+    def __repr__(self) -> str:
+        return repr(_IncompatibleKeys(*self))
 
 
 def load_result(
@@ -192,6 +196,9 @@ def fitted(
     conversion = checkpoint.key_conversion_of(manager.model)
     settings = {"peft_type": method_of(config).peft_type, "conversion": conversion, **options}
     loaded = checkpoint.from_file(tensors, expected(manager.model, plan), **settings)
+    if further := _copied_by_peft(manager.model, config, loaded.unexpected):
+        names = [*config.modules_to_save, *further]  # type: ignore[attr-defined]
+        return fitted(manager, name, config.copy(modules_to_save=names), tensors, **options)
     plan.share_in(loaded.weights)
     apart = plan.not_tied_in(loaded.weights)
     if not apart:
@@ -206,6 +213,17 @@ def fitted(
     for path in paths:
         untied.target_modules = with_target(untied.target_modules, path)
     return fitted(manager, name, untied, tensors, **options)
+
+
+def _copied_by_peft(model: nn.Module, config: AdapterConfig, keys: Iterable[str]) -> list[str]:
+    """Returns the modules of which keys are tensors, and whose names end with one in ``modules_to_save``.
+
+    PEFT trains them too, e.g. DistilBERT's ``pre_classifier`` for ``classifier``.
+    """
+    names = tuple(getattr(config, "modules_to_save", None) or ())
+    modules = {path for path, _ in bare_modules(model) if path.endswith(names)} if names else set()
+    parents = {key.removeprefix(checkpoint.PREFIX).rpartition(".")[0] for key in keys} if modules else set()
+    return sorted(path for path in modules if any(f"{parent}.".startswith(f"{path}.") for parent in parents))
 
 
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
@@ -259,23 +277,6 @@ def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
     }
 
 
-def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Returns name in the bare model -> weight of the input and output embeddings, loaded if it is offloaded."""
-    embeddings = [embedding_of(model, output=output) for output in (False, True)]
-    wanted = {module for found in embeddings if found is not None for _, module in bare_modules(found)}
-    weights = {
-        f"{path}.weight": _loaded_weight(module)
-        for path, module in (bare_modules(model) if wanted else ())
-        if module in wanted
-    }
-    return {name: weight for name, weight in weights.items() if weight is not None}
-
-
-def _loaded_weight(module: nn.Module) -> Tensor | None:
-    with onloaded(module):
-        return module._parameters.get("weight")
-
-
 def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> list[str]:
     """Removes a file's base tensors that equal those of the base model.
 
@@ -296,14 +297,9 @@ def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> li
 def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
     """Removes a file's base tensors that equal those of the base model, and warns about those that differ."""
     brought = [key for key in weights.base if key not in plan.biases]
-    known = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
+    known = {**embedding_weights(manager.model, loaded=True), **manager.replaced_in_base(name)} if brought else {}
     replaced = drop_unchanged(weights, {key: known[key] for key in brought})
-    modules = dict(bare_modules(manager.model)) if replaced else {}
-    offloaded = next((key for key in replaced if offloading(modules[key.rpartition(".")[0]]) is not None), None)
-    if offloaded is not None:
-        raise CheckpointError(
-            f"the adapter has its own {offloaded}, which is offloaded in this model: load the model without offloading"
-        )
+    refuse_offloaded(manager.model, replaced)
     if replaced:
         warnings.warn(
             f"adapter {name!r} has its own {few(replaced)}: the base model uses them, whichever adapter is active, "

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
-from torch import nn
+from torch import Tensor, nn
 
-from nbpeft.engine.contract.base import all_onloaded
+from nbpeft.engine.contract.base import all_onloaded, offloading
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.engine.tree.model_tree import bare_modules
+from nbpeft.engine.tree.model_tree import bare_modules, embedding_of
+from nbpeft.errors import CheckpointError
 
 
 def adapter_onloaded(manager: AdapterManager, name: str) -> AbstractContextManager[None]:
@@ -34,3 +35,39 @@ def _offloaded(manager: AdapterManager, name: str) -> Iterator[nn.Module]:
             yield from copied.modules_to_save[name].modules()
     owners = {key.rpartition(".")[0] for key in manager.base_biases(name)}
     yield from (module for path, module in bare_modules(manager.model) if path in owners)
+
+
+def embedding_weights(model: nn.Module, *, loaded: bool = False) -> dict[str, Tensor]:
+    """Returns name in the bare model -> weight of the input and output embeddings, if there are any.
+
+    Args:
+        model: the base model, with or without adapters.
+        loaded: load offloaded weights; otherwise they are on the meta device.
+    """
+    embeddings = [embedding_of(model, output=output) for output in (False, True)]
+    wanted = {module for found in embeddings if found is not None for _, module in bare_modules(found)}
+    with all_onloaded(wanted if loaded else ()):
+        return {
+            f"{path}.weight": weight
+            for path, module in (bare_modules(model) if wanted else ())
+            if module in wanted and isinstance(weight := module._parameters.get("weight"), Tensor)
+        }
+
+
+def refuse_offloaded(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuses to write to tensors that are offloaded.
+
+    Args:
+        model: the base model, with or without adapters.
+        names: names of the tensors in the bare model.
+
+    Raises:
+        CheckpointError: one is offloaded.
+    """
+    owners = {name.rpartition(".")[0]: name for name in names}
+    for path, module in bare_modules(model) if owners else ():
+        if path in owners and offloading(module) is not None:
+            raise CheckpointError(
+                f"the adapter has its own {owners[path]}, which is offloaded in this model: load the model without "
+                "offloading"
+            )

@@ -26,7 +26,8 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import walk
 from nbpeft.errors import AdapterError, CheckpointError, few
-from nbpeft.model.saving.loading import base_mismatch, drop_unchanged, embedding_weights, expected
+from nbpeft.model.saving.loading import base_mismatch, drop_unchanged, expected
+from nbpeft.model.saving.offloaded import embedding_weights
 from nbpeft.names import BOOKKEEPING_FIELDS
 
 _MAX_LAYOUTS = 64
@@ -210,7 +211,8 @@ class AdapterReader:
 
     def _drop_unchanged_embeddings(self, name: str, weights: AdapterWeights) -> None:
         """Drops embeddings in the file that equal the base's; an adapter with different ones cannot be in a pool."""
-        changed = drop_unchanged(weights, embedding_weights(self._manager.model) if weights.base else {})
+        present = embedding_weights(self._manager.model, loaded=True) if weights.base else {}
+        changed = drop_unchanged(weights, present)
         if changed:
             raise AdapterError(f"adapter {name!r} has its own {changed[0]}, which all adapters share: {_WITHOUT_POOL}")
 

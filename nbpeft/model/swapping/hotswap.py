@@ -23,7 +23,8 @@ from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, few
-from nbpeft.model.saving.loading import HUB_OPTIONS, base_mismatch, embedding_weights, not_floating
+from nbpeft.model.saving.loading import HUB_OPTIONS, base_mismatch, not_floating
+from nbpeft.model.saving.offloaded import embedding_weights
 from nbpeft.model.saving.saved_places import note_place
 
 _CHECKS = ("error", "warn", "ignore")
@@ -275,7 +276,7 @@ def _leave_embeddings_out(manager: AdapterManager, name: str, weights: AdapterWe
     """Drops embeddings in the file that equal the base's; different ones cannot be swapped."""
     own = manager.base_biases(name)
     brought = [key for key in weights.base if key not in own]
-    present = embedding_weights(manager.model) if brought else {}
+    present = embedding_weights(manager.model, loaded=True) if brought else {}
     for key in brought:
         if not torch.equal(weights.base[key].to(present[key]), present[key]):
             raise HotSwapError(f"the new adapter has its own {key}, which all adapters share; load it instead")

@@ -101,9 +101,16 @@ def test_quantized_layers_tell_how_they_are_stored() -> None:
     kinds = peft.utils.quantization_utils
     for layer, kind in zip(layers, (kinds.Bnb4bitBackend, kinds.Bnb8bitBackend), strict=True):
         assert layer.quantization_backend.backend_name == kind.backend_name
+        own = getattr(nbpeft.utils.quantization_utils, kind.__name__)
+        assert isinstance(layer.quantization_backend, own)
+        assert nbpeft.utils.resolve_quantization_backend(layer.get_base_layer()) is layer.quantization_backend
         assert f"quantization_backend='{kind.backend_name}'" in repr(layer)
     dense: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     assert dense.base_model.model[0].quantization_backend is None
+    dense.base_model.model[0].quantization_backend = nbpeft.utils.quantization_utils.Bnb8bitBackend()
+    assert dense.get_model_status().quantization_backend == "bnb 8bit"
+    dense.base_model.model[0].quantization_backend = None
+    assert dense.get_model_status().quantization_backend is None
 
 
 def test_a_base_model_with_adapters_has_names_of_its_own() -> None:

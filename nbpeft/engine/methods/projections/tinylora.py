@@ -11,7 +11,7 @@ without P computes something else when it is loaded alone. Here P depends only o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -88,6 +88,14 @@ class _Numbered(Bindable):
 
     def __len__(self) -> int:
         return sum(1 for _ in self.parameters())
+
+    def keys(self) -> Iterable[str]:
+        """The numbers, as texts."""
+        return self._parameters.keys()
+
+    def values(self) -> Iterator[nn.Parameter]:
+        """The parameters in the order of their numbers."""
+        return self.parameters()
 
 
 class TinyVectors(SharedState):

@@ -148,6 +148,8 @@ class ShadowNetwork(ModelAdapter, HasSideNetwork):
     """
 
     peft: ClassVar[PeftNames] = PeftNames(
+        f"{_OF_BLOCK.replace('|', ' ')} shadow_dropout",
+        "shadow_r shadow_alpha",
         model_functions={"unload_shadow": unload_shadow, "_resolve_shadow_head": _head},
         model_attributes={
             **{name: _part(name) for name in _PARTS},
