@@ -14,11 +14,12 @@ import math
 import os
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -47,6 +48,7 @@ LONGEST_HEADER = 2**26
 """Largest accepted header in bytes; enough for about 400,000 tensors."""
 _LARGEST_UNMAPPED = 2**28
 _BUFFER = 2**20
+"""Most bytes of tensors that are read together."""
 _MOST_OF_MADE = 16
 """Most bytes that may be read for each byte of a computed tensor; packed indices can be larger than the result."""
 
@@ -175,22 +177,44 @@ class TensorFile:
             if self._legacy:
                 found = {key: self.header[key] for key in keys}
                 return {key: value if value.is_meta else value.to(target, copy=True) for key, value in found.items()}
-            with open(self._handle, "rb", buffering=_BUFFER, closefd=False) as file:
-                ordered = sorted(keys, key=self._places.__getitem__)
-                return {key: self._tensor(file, key).to(target) for key in ordered}
+            with open(self._handle, "rb", closefd=False) as file:
+                runs = map(partial(self._run, file), self._runs(keys))
+                return {key: tensor.to(target) for run in runs for key, tensor in run}
         except UNREADABLE as error:
             raise unreadable(self.path, error) from None
 
-    def _tensor(self, file: BinaryIO, key: str) -> Tensor:
-        like = self.header[key]
-        if not like.nbytes:
-            return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+    def _runs(self, keys: Iterable[str]) -> Iterator[list[str]]:
+        """Yields keys of adjacent tensors that are read together: a call for each small tensor takes longer."""
+        run: list[str] = []
+        start = end = 0
+        for key in sorted(keys, key=self._places.__getitem__):
+            place, like = self._places[key], self.header[key]
+            aligned = (place - start) % like.element_size() == 0
+            if run and (place != end or place + like.nbytes > start + _BUFFER or not aligned):
+                yield run
+                run = []
+            if not run:
+                start = place
+            run.append(key)
+            end = place + like.nbytes
+        if run:
+            yield run
+
+    def _run(self, file: BinaryIO, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yields (key, tensor) of adjacent tensors, each with a storage of its own."""
+        start, last = self._places[keys[0]], keys[-1]
         # Read instead of memory-mapped: if another program truncates a mapped file, an access kills the process.
-        data = bytearray(like.nbytes)
-        file.seek(self._places[key])
+        data = np.empty(self._places[last] + self.header[last].nbytes - start, dtype=np.uint8)
+        file.seek(start)
         if file.readinto(data) != len(data):  # type: ignore[attr-defined]
             raise ValueError("it was truncated while it was read")
-        return torch.frombuffer(data, dtype=like.dtype).view(like.shape)
+        for key in keys:
+            like = self.header[key]
+            if like.nbytes:
+                own = {"count": like.numel(), "offset": self._places[key] - start}
+                yield key, torch.frombuffer(data, dtype=like.dtype, **own).view(like.shape)
+            else:
+                yield key, torch.empty(like.shape, dtype=like.dtype, device="cpu")
 
     def _read_header(self, file: BinaryIO, size: int) -> None:
         """Reads the header and checks that its tensors cover the rest of the file exactly."""
@@ -204,7 +228,8 @@ class TensorFile:
             raise TypeError("its header is not a JSON object")
         start = end = 8 + length
         self.metadata = _metadata(header.pop("__metadata__", None))
-        entries = {key: _Entry.of(key, given) for key, given in header.items()}
+        likes = _Likes()
+        entries = {key: _Entry.of(key, given, likes) for key, given in header.items()}
         for key in sorted(entries, key=lambda key: (entries[key].start, entries[key].end)):
             entry = entries[key]
             if start + entry.start != end:
@@ -257,8 +282,7 @@ class TensorFileToFetch(TensorFile):
         return True
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """The header's entry of one tensor: an empty tensor of its dtype and shape, and its byte offsets."""
 
     tensor: Tensor
@@ -266,7 +290,7 @@ class _Entry:
     end: int
 
     @classmethod
-    def of(cls, key: str, given: Any) -> Self:
+    def of(cls, key: str, given: Any, likes: _Likes) -> Self:
         if not isinstance(given, dict) or not isinstance(given.get("dtype"), str):
             raise TypeError(f"its header has no dtype for {shortened(key, 60)!r}")
         dtype, shape, place = DTYPES[given["dtype"]], given.get("shape"), given.get("data_offsets")
@@ -277,7 +301,15 @@ class _Entry:
         start, end = place
         if math.prod(shape) * dtype.itemsize != end - start:
             raise ValueError(f"{shortened(key, 60)!r} has more or fewer bytes than its shape says")
-        return cls(torch.empty(shape, dtype=dtype, device="meta"), start, end)
+        return cls(likes[dtype, tuple(shape)].detach(), start, end)  # detached: faster than a new one
+
+
+class _Likes(dict[tuple[torch.dtype, tuple[int, ...]], Tensor]):
+    """(dtype, shape) -> a tensor of them without data."""
+
+    def __missing__(self, key: tuple[torch.dtype, tuple[int, ...]]) -> Tensor:
+        self[key] = like = torch.empty(key[1], dtype=key[0], device="meta")
+        return like
 
 
 def _is_size(value: object) -> bool:

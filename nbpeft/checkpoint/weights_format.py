@@ -290,7 +290,10 @@ def _surely_finite(tensors: list[Tensor]) -> bool:
     """
     if not tensors or any(tensor.element_size() == 1 for tensor in tensors):
         return not tensors
-    return bool(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).isfinite().all())
+    norms = torch._foreach_norm(tensors)
+    if len({norm.dtype for norm in norms}) > 1 or len({norm.device for norm in norms}) > 1:
+        norms = [norm.float().cpu() for norm in norms]
+    return bool(torch.stack(norms).isfinite().all())
 
 
 def _kind_of(tensor: Tensor, *, unread: bool) -> str:

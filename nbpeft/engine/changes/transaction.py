@@ -234,7 +234,9 @@ class Transaction:
         """Records the values of tensors, in one flat copy for each dtype and device."""
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
-            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+            groups.setdefault((tensor.dtype, tensor.device), []).append(
+                tensor.detach() if tensor.requires_grad else tensor
+            )
         for group in groups.values():
             self._undo.append(
                 functools.partial(_write_back, group, torch.cat([tensor.reshape(-1) for tensor in group]))

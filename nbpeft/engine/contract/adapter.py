@@ -286,6 +286,10 @@ class Adapter(Bindable):
         return self
 
 
+_PLAIN = (bool, int, float, str, type(None))
+"""Types of settings that can be compared."""
+
+
 @torch.no_grad()
 def delta_of(adapter: Adapter, weight: Tensor, base: BaseLayer) -> Tensor:
     """What an adapter adds to the weight of its layer, detached.
@@ -356,6 +360,23 @@ def configure(adapter: Adapter, config: Any, path: str) -> None:
     adapter.bind(**values)
     if isinstance(adapter, HotSwaps):
         adapter.configure(config, path)
+
+
+def is_configured(adapter: Adapter, config: Any, path: str) -> bool:
+    """Whether an adapter certainly has the settings of a config, so that ``configure`` would change nothing.
+
+    Args:
+        adapter: the adapter.
+        config: a config of its method.
+        path: path of the layer.
+    """
+    if isinstance(adapter, HotSwaps) and type(adapter).configure is not HotSwaps.configure:
+        return False
+    own = vars(adapter)
+    return own.get("_trained_scaling") is None and all(
+        type(value) in _PLAIN and type(own.get(name)) is type(value) and own[name] == value
+        for name, value in adapter._config_values(config, path).items()
+    )
 
 
 def keep_settings(adapter: Adapter, change: Transaction) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from nbpeft._util.interrupts import released_interrupts
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.contract.base import Shapes
 from nbpeft.engine.contract.manager_protocol import Manager
 from nbpeft.engine.contract.registry import companions, method_of
 from nbpeft.engine.hotswap.writes import Writes
@@ -45,6 +47,7 @@ def swap(
     grow: bool = False,
     validate: Callable[[], object] | None = None,
     done: Callable[[Transaction], None] | None = None,
+    shapes: Mapping[str, Shapes] = MappingProxyType({}),
 ) -> Swapped:
     """Replaces the tensors of a loaded adapter, which keeps its name, by those of another one.
 
@@ -61,6 +64,8 @@ def swap(
         validate: called while the new adapter is the only active one, before other threads can use it;
             if it returns False or raises, the old adapter is restored, bit for bit.
         done: called at the end with the transaction of the swap, which is undone if it raises.
+        shapes: path -> the shapes of the parameters that ``config_for_slot`` gives a layer, where the caller computed
+            them.
 
     Raises:
         HotSwapError: the new adapter does not fit the slot, or ``validate`` rejected it. The
@@ -74,7 +79,7 @@ def swap(
         _check_shared(manager, name, new_config, weights)
         layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
         copies = {path: module for path, module in manager.copies.items() if name in module.modules_to_save._modules}
-        writes = Writes(name, new_config, grow=grow)
+        writes = Writes(name, new_config, grow=grow, shapes=shapes)
         writes.collect_layers(layers, weights.adapters)
         writes.collect_copies(copies, weights.copies)
         writes.collect_biases(manager.base_biases(name), weights.base)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, Pads, configure, keep_settings, size_of, swap_refusal
+from nbpeft.engine.contract.adapter import Adapter, Pads, configure, is_configured, keep_settings, size_of, swap_refusal
 from nbpeft.engine.contract.base import Shape, Shapes
 from nbpeft.engine.hotswap.padding import put_larger
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -24,16 +25,20 @@ class Writes:
         name: name of the slot, for messages.
         config: config of the new adapter, with the slot's targets.
         grow: whether a slot too small for the new rank gets larger tensors.
+        shapes: path -> the shapes of the parameters of the new adapter, where they are known.
 
     Attributes:
         zeroed: paths of the slot's layers for which there are no new tensors.
         reset: paths of the slot's ``modules_to_save`` for which there are no new tensors.
     """
 
-    def __init__(self, name: str, config: Any, *, grow: bool) -> None:
+    def __init__(
+        self, name: str, config: Any, *, grow: bool, shapes: Mapping[str, Shapes] = MappingProxyType({})
+    ) -> None:
         self.name = name
         self.config = config
         self.grow = grow
+        self._shapes = shapes
         self.zeroed: list[str] = []
         self.reset: list[str] = []
         self._targets: list[Tensor] = []
@@ -62,8 +67,7 @@ class Writes:
             refusal = swap_refusal(adapter)
             if refusal:
                 raise HotSwapError(f"{path}: adapter {self.name!r} {refusal}", path=path)
-            self._adapters.append((path, adapter))
-            shapes = self._shapes_at(path, layer, adapter)
+            shapes = self._shapes[path] if path in self._shapes else self._shapes_at(path, layer, adapter)
             self._check_form(path, shapes, adapter)
             if path in given:
                 self._check_shapes(path, shapes, given[path])
@@ -76,6 +80,9 @@ class Writes:
                 self._reset.append((adapter, layer))
             # Layers without new tensors also get the new size, because saved tensors have to fit the new config.
             self._collect_adapter(path, layer, adapter, shapes, given.get(path, {}))
+            is_padded = bool(self._padded) and self._padded[-1] is adapter
+            if is_padded or not is_configured(adapter, self.config, path):
+                self._adapters.append((path, adapter))
 
     def _shapes_at(self, path: str, layer: AdaptedLayer, adapter: Adapter) -> Shapes:
         try:

@@ -218,7 +218,8 @@ def _swap(
         _leave_incomplete_out(expected, loaded.weights)
     _leave_embeddings_out(manager, name, loaded.weights)
     check = None if validate is None else lambda: validate(model)
-    return swap(manager, name, config, loaded.weights, grow=not _compiled(model), validate=check, done=done)
+    options: Any = {"grow": not _compiled(model), "shapes": expected.adapters}
+    return swap(manager, name, config, loaded.weights, validate=check, done=done, **options)
 
 
 def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Expected:
