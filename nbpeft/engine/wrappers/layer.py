@@ -34,16 +34,8 @@ from nbpeft.engine.contract.shared_state import add_shared, take_shared
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.kernels.recomputed import parts_of
 from nbpeft.engine.views.layer_attributes import attribute_by_name, by_name, function_by_name
-from nbpeft.engine.views.part_modules import (
-    AdapterDict,
-    ParameterMapping,
-    ShownParts,
-    former_names,
-    show_adapters,
-    shown_under,
-    unfilled,
-    use_shown,
-)
+from nbpeft.engine.views.part_modules import AdapterDict, ParameterMapping, ShownParts, former_names
+from nbpeft.engine.views.shown_modules import show_adapters, shown_under, unfilled, use_shown
 from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
 from nbpeft.engine.wrappers.merge_checks import unmergeable_reason
 from nbpeft.engine.wrappers.row_order import check_row_order
