@@ -179,6 +179,7 @@ class AdaptedLayer(Wrapper):
         Returns:
             The sum, in the dtype of the base layer's output.
         """
+        # accelerate loads what it offloaded when the frozen layer is called, but nothing of the adapters around it.
         if "_hf_hook" in self._modules["base_layer"].__dict__ and (parts := self._offloaded_parts()):
             with all_onloaded(parts):
                 return self.forward(x, *args, **kwargs)
@@ -290,6 +291,7 @@ class AdaptedLayer(Wrapper):
         for name, adapter in self.adapters._modules.items():
             adapters._modules[name] = adapter._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__.update(active_state=ReplicaState(self.active_state), adapters=adapters, _twin=None)
+        # torch makes a replica of the class of the original.
         replica.__class__ = LayerReplica
         return replica
 
@@ -619,6 +621,7 @@ class AdaptedLayer(Wrapper):
         yield from super().named_children()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # The adapters are no submodules themselves, so ``.to()`` would not reach them.
         for child in (*self._modules.values(), self.adapters) if recurse else ():
             child._apply(fn)  # type: ignore[union-attr]
         return super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
