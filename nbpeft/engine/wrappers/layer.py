@@ -179,7 +179,6 @@ class AdaptedLayer(Wrapper):
         Returns:
             The sum, in the dtype of the base layer's output.
         """
-        # accelerate loads what it offloaded when the frozen layer is called, but nothing of the adapters around it.
         if "_hf_hook" in self._modules["base_layer"].__dict__ and (parts := self._offloaded_parts()):
             with all_onloaded(parts):
                 return self.forward(x, *args, **kwargs)

@@ -484,11 +484,14 @@ class Run:
         remaining = None if latest.remaining is None else max(0.0, latest.remaining - (elapsed - latest.elapsed))
         return dataclasses.replace(
             latest,
+            status=self._status_now(),
             step=latest.step if self._mirrored is not None else self._record.step,
             elapsed=elapsed,
             remaining=remaining,
             memory=self._memory_state,
-            **self._words(),
+            message=self._message(),
+            warnings=self._severe_notes("warning"),
+            errors=self._severe_notes("error"),
         )
 
     def publish(self, *, force: bool = False) -> None:
@@ -656,19 +659,17 @@ class Run:
             notes += self._mirrored.warnings if severity == "warning" else self._mirrored.errors
         return tuple(dict.fromkeys(notes))
 
-    def _words(self) -> dict[str, Any]:
-        """The fields of a state that say how the run does."""
-        severe = {"warnings": self._severe_notes("warning"), "errors": self._severe_notes("error")}
-        return {"status": self._status_now(), "message": self._message(), **severe}
-
     def _build(self) -> TrainState:
         if self._mirrored is not None:
             self._latest = dataclasses.replace(
                 self._mirrored,
                 run_id=self.run_id,
+                status=self._status_now(),
                 elapsed=self._elapsed(),
                 remaining=None if self._ended is not None else self._mirrored.remaining,
-                **self._words(),
+                message=self._message(),
+                warnings=self._severe_notes("warning"),
+                errors=self._severe_notes("error"),
             )
             return self._latest
         record, elapsed = self._record, self._elapsed()
@@ -679,6 +680,7 @@ class Run:
         self._latest = TrainState(
             run_id=self.run_id,
             adapter=self.adapter,
+            status=self._status_now(),
             step=record.step,
             total_steps=self.total_steps,
             epoch=record.epoch,
@@ -694,6 +696,9 @@ class Run:
             history=record.history.points(),
             eval_history=record.eval_history.points(),
             memory=self._memory_state,
+            message=self._message(),
+            warnings=self._severe_notes("warning"),
+            errors=self._severe_notes("error"),
             kept_step=self.kept_step,
             first_step=record.first_step,
             gradient_norm=record.gradient_norm,
@@ -704,7 +709,6 @@ class Run:
             samples=(*self._samples, *self._rewarded),
             folder=self.folder,
             members=self.members(self._status_now()),
-            **self._words(),
         )
         return self._latest
 
