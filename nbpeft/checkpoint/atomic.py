@@ -125,6 +125,7 @@ def _write_all(staging: Staging, files: Sequence[NewFile], *, note: bool) -> dic
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True)
         file.write(path)
+        # Before it is renamed: after a power loss, a renamed file could otherwise be empty.
         flush_file(path)
         found = os.stat(path)
         marks[file.name] = (found.st_size, found.st_mtime_ns)

@@ -159,6 +159,7 @@ class Staging:
         with open(self.path / _MOVES, "wb") as file:
             file.write(json.dumps(marks).encode("utf-8"))
             file.flush()
+            # On disk before the first rename, or a sweep after a power loss would not know which renames are missing.
             os.fsync(file.fileno())
 
 

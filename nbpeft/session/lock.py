@@ -33,6 +33,7 @@ class CommandLock:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
+        # Replaced and never changed in place, because ``busy`` reads it without the condition.
         self._holding: list[RunningCommand] = []
         self._reservations: dict[str, tuple[int, str, weakref.ref[object]]] = {}
 

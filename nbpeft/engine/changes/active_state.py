@@ -416,6 +416,7 @@ class ActiveState:
         with self._condition:
             if self._inside(call.thread):
                 self._tidy()
+            # A call waits for commands that wait, too: else a model that is always called would never change.
             if self._writer != call.thread and not self._inside(call.thread):
                 wait_for(self._condition, until=lambda: self._waiting == 0 and self._writer is None)
             if not self._calls:
@@ -476,6 +477,7 @@ class ActiveState:
                 self._condition.notify_all()
 
     def __getstate__(self) -> dict[str, Any]:
+        # The rest belongs to running threads, and locks cannot be copied.
         return {"live": self.live}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

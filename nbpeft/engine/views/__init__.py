@@ -10,4 +10,5 @@ Door, what other rooms import:
     layer_attributes.py  Attributes of an adapted layer by adapter name, as the record of each adapter's method declares
                          them
     part_modules.py      The modules behind the declared names of parameters: ``layer.core["default"].weight``
+    shown_modules.py     Which modules a layer shows for its adapters, and under which of the declared names
 """

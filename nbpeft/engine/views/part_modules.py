@@ -8,7 +8,7 @@ also from ``load_state_dict``, ``torch.func.functional_call`` and FSDP.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from nbpeft.engine.changes.called_modules import is_changed
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.capabilities import ShowsModules, inner_adapters_of, warn_not_called
-from nbpeft.engine.contract.registry import Method
 from nbpeft.engine.contract.shared_state import SharedState, listed_name, state_of_all
 from nbpeft.engine.kernels.live_parameters import LiveParameters, Slot
 from nbpeft.engine.views.layer_attributes import by_name
@@ -217,7 +216,7 @@ def former_names(adapter: Adapter, name: str) -> dict[str, str]:
             former[f"{own}.{name}"] = shown_name(adapter, own, name)
         elif listed in peft.lists and listed in peft.wrapped:
             former[f"{listed}_{number}.{name}"] = shown_name(adapter, own, name)
-    for state in _shared_here({name: adapter}).values():
+    for state in shared_here({name: adapter}).values():
         former |= {f"{peft.shown_as}.{name}.shared.{key}": listed_name(key, name) for key in state.state_dict()}
     return former
 
@@ -353,7 +352,7 @@ class ModuleListing(_FollowsMode, nn.ModuleList):
     """
 
     def __init__(self, adapter: Adapter, name: str, base: BaseLayer) -> None:
-        super().__init__(_leaf(adapter, own, base) for own in adapter._parameters if own.partition(".")[0] == name)
+        super().__init__(new_leaf(adapter, own, base) for own in adapter._parameters if own.partition(".")[0] == name)
         self.__dict__["adapter"] = adapter
 
     def _showing(self) -> Iterable[nn.Module]:
@@ -461,137 +460,23 @@ class Remainder(_FollowsMode):
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
-        shown, own = _unnamed(adapter), adapter._modules
+        shown, own = unnamed_parts(adapter), adapter._modules
         self.__dict__.update(adapter=adapter, _modules=own if len(shown) == len(own) else shown)
 
     def _showing(self) -> Iterable[nn.Module]:
         return (self.__dict__["adapter"],)
 
 
-def _unnamed(adapter: Adapter) -> dict[str, Any]:
+def unnamed_parts(adapter: Adapter) -> dict[str, Any]:
     """The submodules of an adapter that have no name in PEFT."""
     inner, shared = inner_adapters_of(adapter), state_of_all(adapter)
     return {name: module for name, module in adapter._modules.items() if name not in inner and module is not shared}
 
 
-def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLayer) -> dict[str, Any]:
-    """Updates the modules that show a layer's adapters; existing modules of present adapters are kept.
-
-    Args:
-        shown: the modules by PEFT's name, changed in place.
-        live: adapter name -> adapter; another thread may change it during this call.
-        base: the layer.
-
-    Returns:
-        The adapters that are shown now.
-    """
-    present = dict(live)  # a copy, because iterating over a model takes no lock
-    adapters = {
-        inner: one for adapter in present.values() for inner, one in inner_adapters_of(adapter).items()
-    } | present
-    modules: dict[str, dict[str, nn.Module]] = {}
-    slots: dict[str, dict[str, Slot]] = {}
-    parameters: dict[tuple[str, str], dict[str, Slot]] = {}
-    shared = _shared_here(present)
-    holders = [*adapters.items(), *shared.items()]
-    buffers = {
-        own: {name: one for name, one in holders if own in one._buffers}
-        for _, holder in holders
-        for own in list(holder._buffers)
-    }
-    for name, state in shared.items():
-        for own in list(state._parameters):
-            parameters.setdefault(("", own), {})[name] = (state, own)
-        for own, module in state.named_children():
-            modules.setdefault(own, {})[name] = module
-    for name, adapter in adapters.items():
-        for own, make in _parts_of(adapter, base):
-            modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
-            slots.setdefault(own, {})[name] = (adapter, own)
-        for own in list(adapter._parameters):
-            has_module = own in adapter.peft.grouped or own.partition(".")[0] in adapter.peft.lists
-            if not has_module and own.removesuffix("_bias") not in adapter.peft.wrapped:
-                parameters.setdefault((adapter.peft.container, own), {})[name] = (adapter, own)
-    used = {"base_layer", *modules, *buffers, *(container or own for container, own in parameters)}
-    for unused in shown.keys() - used:
-        _empty(shown.pop(unused))
-    for shown_as, leaves in modules.items():
-        _container(shown, shown_as, ShownParts)._modules.keep(leaves, slots.get(shown_as, {}), base)
-        shown[shown_as].show(parameters.pop(("", shown_as), {}))
-    for (container, own), own_slots in parameters.items():
-        place = shown.setdefault(container, Container(live))._modules if container else shown
-        _container(place, own, ParameterMapping).show(own_slots)
-    for own, having in buffers.items():
-        _container(shown, own, BufferMapping).show(having, own)
-    _sort(shown, adapters, shared)
-    return present
-
-
-def _shared_here(adapters: Mapping[str, Any]) -> dict[str, SharedState]:
+def shared_here(adapters: Mapping[str, Any]) -> dict[str, SharedState]:
     """Adapter name -> the state that its layers share, for states that this layer has and that PEFT's layers list."""
     states = {name: state_of_all(adapter) for name, adapter in adapters.items()}
     return {name: one for name, one in states.items() if one and adapters[name]._modules.get("shared") is one}
-
-
-def _sort(shown: dict[str, Any], adapters: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
-    """Sorts the modules by the adapters' order of parameters, as in PEFT: optimizer state is keyed by this order."""
-    own = [shown_name(adapter, key, "") for adapter in adapters.values() for key in list(adapter._parameters)]
-    own += [key for state in shared.values() for key in (*state._parameters, *state._modules)]
-    places = {name: place for place, name in enumerate(dict.fromkeys(name.partition(".")[0] for name in own))}
-    for name in sorted(places.keys() & shown.keys(), key=lambda name: places[name]):
-        shown[name] = shown.pop(name)
-
-
-def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yields the names of the modules that show parts of an adapter, each with a function that creates it."""
-    for own in adapter.peft.modules:
-        yield own, partial(_made, adapter, own, base)
-    for own in adapter.peft.lists:
-        wraps = own in adapter.peft.wrapped
-        yield own, partial(ModuleListing, adapter, own, base) if wraps else partial(ParameterListing, adapter, own)
-    groups: dict[str, dict[str, Slot]] = {}
-    for own in [own for own in adapter._parameters if own in adapter.peft.grouped]:
-        group, _, part = adapter.peft.grouped[own].partition(".")
-        groups.setdefault(group, {})[part] = (adapter, own)
-    for group, slots in groups.items():
-        yield group, partial(ParameterMapping, slots)
-    for own in list(adapter._parameters):
-        if own in adapter.peft.wrapped:
-            yield own, partial(_leaf, adapter, own, base)
-    if _unnamed(adapter):
-        yield adapter.peft.shown_as, partial(Remainder, adapter)
-
-
-def _container(place: dict[str, Any], name: str, kind: type[ShownParts | ParameterMapping | BufferMapping]) -> Any:
-    """The mapping of a class under a name; replaces a mapping of another class."""
-    if not isinstance(place.get(name), kind):
-        if name in place:
-            _empty(place[name])
-        place[name] = ParameterMapping({}) if kind is ParameterMapping else kind()  # type: ignore[call-arg]
-    return place[name]
-
-
-def _empty(container: Any) -> None:
-    """Empties a mapping that is no longer shown, but to which other code may still have a reference."""
-    if isinstance(container, AdapterDict | ParameterMapping):
-        container.show({})
-    if isinstance(container, BufferMapping):
-        container.show({}, "")
-    for inner in container._modules.values() if isinstance(container, Container) else ():
-        _empty(inner)
-    if isinstance(container, ShownParts):
-        parts: Any = container._modules
-        parts.keep({}, {})
-    container._modules.clear()
-
-
-def _kept(shown: Mapping[str, Any], shown_as: str, name: str, adapter: Adapter) -> nn.Module | None:
-    """The existing module that shows a part of an adapter."""
-    leaves: Any = shown[shown_as]._modules if isinstance(shown.get(shown_as), ShownParts) else None
-    kept: nn.Module | None = None if leaves is None else leaves.of(name, adapter)
-    groups = (place.partition(".")[0] for place in adapter.peft.grouped.values())
-    # nbpeft 0.2 pickled other modules under the names of groups.
-    return None if shown_as in groups and not isinstance(kept, ParameterMapping) else kept
 
 
 def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: BaseLayer) -> nn.Module:
@@ -617,7 +502,7 @@ def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: Ba
     if not isinstance(
         shown, Observed | Remainder | ParameterListing | ModuleListing | ParameterMapping
     ):  # a module assigned earlier
-        made = _leaf(adapter, own, base) if own in adapter._parameters else _made(adapter, own, base)
+        made = new_leaf(adapter, own, base) if own in adapter._parameters else own_module(adapter, own, base)
         shown = shown if made is None else made
     if not isinstance(module, nn.Module) or not isinstance(shown, Observed):
         raise AdapterError(f"{own} of an adapter cannot be a {type(module).__name__}: change its tensors in place")
@@ -691,76 +576,25 @@ def _observe(adapter: Adapter, module: nn.Module, name: str = "") -> None:
         warn_not_called(module, stacklevel=4)
 
 
-def _made(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module | None:
+def own_module(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module | None:
+    """The module of the method's own that shows a part of an adapter; None if it has none.
+
+    Args:
+        adapter: the adapter.
+        name: name of the part.
+        base: the layer.
+    """
     return adapter.peft_module(name, base) if isinstance(adapter, ShowsModules) else None
 
 
-def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
-    leaf = _made(adapter, name, base) or ParameterModule()
+def new_leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
+    """A new module that shows a parameter of an adapter.
+
+    Args:
+        adapter: the adapter.
+        name: name of the parameter.
+        base: the layer.
+    """
+    leaf = own_module(adapter, name, base) or ParameterModule()
     show_parameter(leaf, adapter, name)
     return leaf
-
-
-def shown_under(shown: Mapping[str, Any], name: str) -> nn.Module | None:
-    """The module with a name, on the layer itself or in a container module; None if there is none."""
-    inside = (container._modules for container in shown.values() if isinstance(container, Container))
-    return next((found for place in (shown, *inside) if (found := place.get(name)) is not None), None)
-
-
-def unfilled(method: Method, name: str, *, with_settings: bool) -> Any:
-    """The value of an attribute of PEFT's layers of a method, if none of the layer's adapters has it.
-
-    Args:
-        method: the method.
-        name: name of a mapping of parameters, modules or settings by adapter name.
-        with_settings: include settings, for a layer without adapters; adapters always have them.
-
-    Returns:
-        An empty mapping; None for other names.
-    """
-    parameters, settings = method.peft.parameters.split(), method.peft.others.split()
-    own = method.adapter_class
-    if name not in parameters and not with_settings:
-        return None
-    groups = (place.partition(".")[0] for place in own.peft.grouped.values())
-    if name in (*own.peft.wrapped, *own.peft.modules, *groups):
-        return AdapterDict()
-    return ParameterMapping({}) if name in parameters else {} if name in (*settings, *own.peft.attributes) else None
-
-
-def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """Assigns to replicas of adapters, made by nn.DataParallel, the tensors of the replicas of these modules.
-
-    Args:
-        adapters: adapter name -> replica that has no tensors yet.
-        shown: the modules by PEFT's name.
-    """
-    for shown_as, container in shown.items():
-        if isinstance(container, ParameterMapping):
-            for name in container._keys:
-                adapters[name].__dict__[shown_as] = container.__dict__[name]
-        elif isinstance(container, BufferMapping):
-            for name, value in container._buffers.items():
-                adapters[name]._buffers = {**adapters[name]._buffers, shown_as: value}
-        elif isinstance(container, Container):
-            use_shown(adapters, container._modules)
-        elif isinstance(container, AdapterDict):
-            for name, leaf in container._modules.items():
-                _use_leaf(adapters[name], shown_as, leaf)
-
-
-def _use_leaf(adapter: Any, shown_as: str, leaf: nn.Module) -> None:
-    """Assigns the tensors of the replica of a module that shows a part of an adapter; see ``use_shown``."""
-    own, held = adapter.__dict__, leaf.__dict__
-    if isinstance(leaf, Remainder):
-        own["_modules"] = leaf._modules
-    elif isinstance(leaf, ParameterModule):
-        names = {adapter.peft.names_in_modules.get(shown_as, "weight"): shown_as, "bias": f"{shown_as}_bias"}
-        own.update({name: held[key] for key, name in names.items() if key in held})
-    elif isinstance(leaf, ParameterListing):
-        own.update({name: held[key] for key, name in leaf.owned.items()})
-    elif isinstance(leaf, ModuleListing):
-        own.update({f"{shown_as}.{key}": one.__dict__["weight"] for key, one in leaf._modules.items()})
-    elif isinstance(leaf, ParameterMapping):
-        places = {f"{shown_as}.{key}": key for key in leaf._keys}
-        own.update({name: held[places[place]] for name, place in adapter.peft.grouped.items() if place in places})

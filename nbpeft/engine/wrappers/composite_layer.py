@@ -13,7 +13,7 @@ from torch import nn
 
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.contract.base import Composite
-from nbpeft.engine.views.part_modules import use_shown
+from nbpeft.engine.views.shown_modules import use_shown
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.parameter_layer import AdaptedOwner, factored_weight, twin_of
 from nbpeft.errors import AdapterError

@@ -34,16 +34,8 @@ from nbpeft.engine.contract.shared_state import add_shared, take_shared
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.kernels.recomputed import parts_of
 from nbpeft.engine.views.layer_attributes import attribute_by_name, by_name, function_by_name
-from nbpeft.engine.views.part_modules import (
-    AdapterDict,
-    ParameterMapping,
-    ShownParts,
-    former_names,
-    show_adapters,
-    shown_under,
-    unfilled,
-    use_shown,
-)
+from nbpeft.engine.views.part_modules import AdapterDict, ParameterMapping, ShownParts, former_names
+from nbpeft.engine.views.shown_modules import show_adapters, shown_under, unfilled, use_shown
 from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
 from nbpeft.engine.wrappers.merge_checks import unmergeable_reason
 from nbpeft.engine.wrappers.row_order import check_row_order
@@ -298,6 +290,7 @@ class AdaptedLayer(Wrapper):
         for name, adapter in self.adapters._modules.items():
             adapters._modules[name] = adapter._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__.update(active_state=ReplicaState(self.active_state), adapters=adapters, _twin=None)
+        # torch makes a replica of the class of the original.
         replica.__class__ = LayerReplica
         return replica
 
@@ -627,6 +620,7 @@ class AdaptedLayer(Wrapper):
         yield from super().named_children()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # The adapters are no submodules themselves, so ``.to()`` would not reach them.
         for child in (*self._modules.values(), self.adapters) if recurse else ():
             child._apply(fn)  # type: ignore[union-attr]
         return super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, Acti
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind
 from nbpeft.engine.layer_kinds.parameter import ParameterView
-from nbpeft.engine.views.part_modules import use_shown
+from nbpeft.engine.views.shown_modules import use_shown
 from nbpeft.engine.wrappers.factored_weight import AdaptsParameters, FactoredWeight, Product
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.row_order import check_row_order

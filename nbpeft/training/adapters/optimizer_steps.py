@@ -54,6 +54,7 @@ def watch_steps(model: nn.Module, steps_done: Callable[[], int]) -> Callable[[],
             manager.after_backward(counters[-1]())
 
     handle = register_optimizer_step_post_hook(after_step)
+    # torch calls the hook for every optimizer of the process, so it has to go with the model.
     weakref.finalize(manager, handle.remove).atexit = False
 
     def end() -> None:

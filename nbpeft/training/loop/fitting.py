@@ -155,6 +155,7 @@ def fit(
             noise = getattr(trainer, "neftune_hook_handle", None)  # an interrupted Trainer leaves it on
             if noise is not None:
                 noise.remove()
+            # A traceback or a callback may keep the Trainer alive, which must not keep the model and optimizer alive.
             trainer.accelerator.free_memory()
             for owner in (trainer, trainer.callback_handler):
                 owner.model = owner.optimizer = owner.lr_scheduler = None

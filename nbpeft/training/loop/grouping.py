@@ -37,6 +37,7 @@ def group_rows(trainer: Any, *, wanted: bool) -> None:
     """
     if not wanted or type(trainer)._get_train_sampler is not transformers.Trainer._get_train_sampler:
         return
+    # Weakly: the sampler becomes an attribute of the Trainer.
     args, reference = trainer.args, weakref.ref(trainer)
     size = args.train_batch_size * args.world_size
     seed = args.data_seed if args.data_seed is not None else args.seed

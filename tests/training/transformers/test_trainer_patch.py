@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -77,6 +78,17 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     )
     for name, weight in weights(through).items():
         assert torch.equal(weights(resumed)[name], weight), name
+
+
+def test_a_replaced_method_is_called_by_the_class_too(tmp_path: Path) -> None:
+    trainer = trainer_of(transformers.Trainer, trainable(llama()), tmp_path, save_strategy="no", max_steps=2)
+    for method in (transformers.Trainer.train, trainer.train):
+        assert method.__name__ == "train"
+        assert "resume_from_checkpoint" in inspect.signature(method).parameters
+    transformers.Trainer.train(trainer, resume_from_checkpoint=False)
+    assert trainer.state.global_step == 2
+    with pytest.raises(nbpeft.CheckpointNotFoundError):  # the message of the replacement, and not of transformers
+        transformers.Trainer.train(trainer, resume_from_checkpoint=str(tmp_path / "none"))
 
 
 def test_without_a_task_type_columns_are_kept_and_the_loss_evaluated(tmp_path: Path) -> None:
