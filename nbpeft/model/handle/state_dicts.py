@@ -29,7 +29,7 @@ from nbpeft.model.saving.files import (
     replaced_state_dict,
     warn_of_other_shapes,
 )
-from nbpeft.model.saving.offloaded import embedding_weights, refuse_offloaded
+from nbpeft.model.saving.offloaded import embedding_weights, refuse_offloaded, refuse_offloaded_adapter
 from nbpeft.model.saving.sharded import like
 
 _Arguments = ParamSpec("_Arguments")
@@ -142,6 +142,7 @@ def set_peft_model_state_dict(
         shapes = {path: adapter.shapes_with_start() for path, adapter in started.items()}
         loaded = checkpoint.from_file(tensors, replace(wanted, adapters={**wanted.adapters, **shapes}), **options)
     warn_of_other_shapes(loaded)
+    refuse_offloaded_adapter(manager, adapter_name)
     if any(present[key].is_meta for key in loaded.weights.base if key in present):
         refuse_offloaded(manager.model, drop_unchanged(loaded.weights, embedding_weights(manager.model, loaded=True)))
     _check_tied(manager, adapter_name, weights, loaded.weights)
