@@ -153,6 +153,11 @@ def test_an_offloaded_adapter_is_saved(more: dict[str, Any], to_disk: bool, tmp_
         assert same_state(nbpeft.load_peft_weights(tmp_path / "after"), before)
         assert all(parameter.is_meta for parameter in model.parameters())
         assert same_state(nbpeft.get_peft_model_state_dict(model), before)
+    with pytest.raises(CheckpointError, match="adapter 'default' is offloaded: load its tensors before"):
+        nbpeft.set_peft_model_state_dict(model, before)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    nbpeft.set_peft_model_state_dict(model, {key: value + 1 for key, value in before.items()})
+    assert not same_state(nbpeft.get_peft_model_state_dict(model), before)
 
 
 def test_embeddings_in_a_file_that_are_those_of_an_offloaded_base_are_left_out(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import BaseMismatchError, CheckpointError, did_you_mean, few
 from nbpeft.model.saving.files import file_tensors, replaced_state_dict
 from nbpeft.model.saving.loading import LoadResult, drop_unchanged, load_result, warn_of_other_shapes
-from nbpeft.model.saving.offloaded import embedding_weights, refuse_offloaded
+from nbpeft.model.saving.offloaded import embedding_weights, refuse_offloaded, refuse_offloaded_adapter
 from nbpeft.model.saving.sharded import like
 
 _Arguments = ParamSpec("_Arguments")
@@ -136,6 +136,7 @@ def set_peft_model_state_dict(
         shapes = {path: adapter.shapes_with_start() for path, adapter in started.items()}
         loaded = checkpoint.from_file(tensors, replace(wanted, adapters={**wanted.adapters, **shapes}), **options)
     warn_of_other_shapes(loaded)
+    refuse_offloaded_adapter(manager, adapter_name)
     if any(present[key].is_meta for key in loaded.weights.base if key in present):
         refuse_offloaded(manager.model, drop_unchanged(loaded.weights, embedding_weights(manager.model, loaded=True)))
     _check_tied(manager, adapter_name, weights, loaded.weights)

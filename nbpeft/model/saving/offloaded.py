@@ -37,6 +37,24 @@ def _offloaded(manager: AdapterManager, name: str) -> Iterator[nn.Module]:
     yield from (module for path, module in bare_modules(manager.model) if path in owners)
 
 
+def refuse_offloaded_adapter(manager: AdapterManager, name: str) -> None:
+    """Refuses to write to the tensors of an adapter that is offloaded: they would be lost in the next call.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    for module in _offloaded(manager, name):
+        if offloading(module) is not None and any(tensor.is_meta for tensor in module.parameters(recurse=False)):
+            raise CheckpointError(
+                f"adapter {name!r} is offloaded: load its tensors before the model is offloaded, or after "
+                "accelerate.hooks.remove_hook_from_submodules(model)"
+            )
+
+
 def embedding_weights(model: nn.Module, *, loaded: bool = False) -> dict[str, Tensor]:
     """Returns name in the bare model -> weight of the input and output embeddings, if there are any.
 
