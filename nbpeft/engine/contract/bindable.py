@@ -61,6 +61,21 @@ class Bindable(nn.Module):
         return tensor
 
 
+def stored(name: str) -> Any:
+    """A property of a ``Bindable``: its parameter or buffer of another name."""
+    return property(lambda self: self.tensor(name))
+
+
+def axis_size(name: str, axis: int = 0) -> Any:
+    """A property of a ``Bindable``: the size of a parameter or buffer along an axis, such as a rank.
+
+    Args:
+        name: name of the parameter or buffer.
+        axis: the axis.
+    """
+    return property(lambda self: int(self.tensor(name).shape[axis]))
+
+
 def set_plain(module: nn.Module, **attributes: Any) -> None:
     """Sets attributes of a module without registering them, even if they are modules or parameters.
 

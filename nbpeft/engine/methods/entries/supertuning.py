@@ -22,6 +22,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.bindable import stored
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -158,10 +159,7 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
         places = places.to(tensors[VALUES].device, torch.int32)
         self.register_buffer(INDICES, places, persistent=config.save_precomputed_indices)
 
-    @property
-    def places(self) -> Tensor:
-        """Where the entries are in the flat weight, (n,), int32."""
-        return self.tensor(INDICES)
+    places: Tensor = stored(INDICES)  # Where the entries are in the flat weight, (n,), int32
 
     @property
     def rank(self) -> int:

@@ -21,6 +21,7 @@ from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape
 from nbpeft.engine.contract.base import LayerKind, Shapes
+from nbpeft.engine.contract.bindable import axis_size
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -118,10 +119,7 @@ class Delora(ComputedFactors, HasFixedTensors):
         norms = site.base.weight().float().norm(dim=0) if norms is None else norms
         self.register_buffer(NORMS, norms.to(tensors[FACTOR_A].device, torch.float32))
 
-    @property
-    def rank(self) -> int:
-        """The rank: rows of A."""
-        return int(self.tensor(FACTOR_A).shape[0])
+    rank: int = axis_size(FACTOR_A)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A with the norms in its columns and the strengths in its rows, (r, in), and B, (out, r)."""

@@ -29,6 +29,7 @@ from nbpeft.engine.config.module_paths import suffixes
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
+from nbpeft.engine.contract.bindable import axis_size
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -127,17 +128,10 @@ class Lily(Adapter, Rescales, HotSwaps):
             for name in (A, ROUTER, B)
         }
 
-    @property
-    def rank(self) -> int:
-        """The rank: rows of A."""
-        return int(self.tensor(A).shape[0])
-
+    rank: int = axis_size(A)
     delta_rank = rank
 
-    @property
-    def expert_count(self) -> int:
-        """Number of experts that the router mixes."""
-        return int(self.tensor(ROUTER).shape[0])
+    expert_count: int = axis_size(ROUTER)  # Number of experts that the router mixes
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:

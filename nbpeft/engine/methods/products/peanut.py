@@ -20,6 +20,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
+from nbpeft.engine.contract.bindable import axis_size
 from nbpeft.engine.contract.initial_draws import linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -135,11 +136,7 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
             for name in sorted(site.shapes, key=lambda name: name == LAST)
         }
 
-    @property
-    def rank(self) -> int:
-        """Width of the network."""
-        return int(self.tensor(LAST).shape[1])
-
+    rank: int = axis_size(LAST, 1)  # Width of the network
     delta_rank = rank
 
     def __setstate__(self, state: dict[str, Any]) -> None:

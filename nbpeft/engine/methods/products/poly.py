@@ -27,6 +27,7 @@ from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, ShowsModules
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
+from nbpeft.engine.contract.bindable import axis_size
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -134,27 +135,12 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
         router = site.new(site.shapes[ROUTER]).uniform_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
         return {A: first, B: second, ROUTER: router}
 
-    @property
-    def rank(self) -> int:
-        """The rank of each skill."""
-        return int(self.tensor(A).shape[3])
-
+    rank: int = axis_size(A, 3)  # The rank of each skill
     delta_rank = rank
 
-    @property
-    def task_count(self) -> int:
-        """Number of tasks of the router."""
-        return int(self.tensor(ROUTER).shape[0])
-
-    @property
-    def skill_count(self) -> int:
-        """Number of skills that are mixed."""
-        return int(self.tensor(A).shape[1])
-
-    @property
-    def split_count(self) -> int:
-        """Number of parts with separate shares."""
-        return int(self.tensor(A).shape[0])
+    task_count: int = axis_size(ROUTER)  # Number of tasks of the router
+    skill_count: int = axis_size(A, 1)  # Number of skills that are mixed
+    split_count: int = axis_size(A)  # Number of parts with separate shares
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:

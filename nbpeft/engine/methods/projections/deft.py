@@ -25,6 +25,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
+from nbpeft.engine.contract.bindable import axis_size
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -125,11 +126,7 @@ class Deft(Adapter, ConvertsToLora, HotSwaps):
         factor = _factor(config.alpha, directions.shape[1])
         return {DIRECTIONS: directions, INJECTION: _taken_out(reader, site.base, factor).to(site.dtype)}
 
-    @property
-    def rank(self) -> int:
-        """Number of directions."""
-        return int(self.tensor(DIRECTIONS).shape[1])
-
+    rank: int = axis_size(DIRECTIONS, 1)  # Number of directions
     delta_rank = rank
 
     @property

@@ -33,6 +33,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
+from nbpeft.engine.contract.bindable import stored
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -358,10 +359,7 @@ class Frod(Adapter, ReplacesCall):
         made.bind(projections=site.shared, role=role)
         return made
 
-    @property
-    def outputs(self) -> Tensor:
-        """U."""
-        return self.tensor(OUTPUTS)
+    outputs: Tensor = stored(OUTPUTS)  # U
 
     @property
     def directions(self) -> Tensor:

@@ -22,6 +22,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
+from nbpeft.engine.contract.bindable import axis_size
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -173,10 +174,7 @@ class RandLora(Adapter, Rescales):
         """Refers to the bases, which the first layer has as a module."""
         self.bind(bases=site.shared)
 
-    @property
-    def rank(self) -> int:
-        """The rank of a basis."""
-        return int(self.tensor(LAMBDA).shape[0])
+    rank: int = axis_size(LAMBDA)  # The rank of a basis
 
     def _factors(self, base: BaseLayer) -> tuple[Tensor, Tensor]:
         """The bases with their scales as two matrices, (width, in) and (out, width), on the device of the layer."""

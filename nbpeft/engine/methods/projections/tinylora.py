@@ -23,7 +23,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.bindable import Bindable
+from nbpeft.engine.contract.bindable import Bindable, stored
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -222,20 +222,9 @@ class TinyLora(ComputedFactors, HasFixedTensors):
         group = site.shared.group_of(site.path)
         self.bind(vectors=site.shared, group=group, takes_ids=site.base.kind.takes_ids)
 
-    @property
-    def down(self) -> Tensor:
-        """A."""
-        return self.tensor(DOWN)
-
-    @property
-    def up(self) -> Tensor:
-        """B."""
-        return self.tensor(UP)
-
-    @property
-    def projection(self) -> Tensor:
-        """P."""
-        return self.tensor(PROJECTION)
+    down: Tensor = stored(DOWN)  # A
+    up: Tensor = stored(UP)  # B
+    projection: Tensor = stored(PROJECTION)  # P
 
     @property
     def rank(self) -> int:

@@ -22,6 +22,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.bindable import axis_size, stored
 from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -86,10 +87,7 @@ class UniVector(SharedState):
     drawn: Tensor | None = None
     scales: Tensor | None = None
 
-    @property
-    def theta(self) -> Tensor:
-        """The numbers."""
-        return self.tensor(THETA)
+    theta: Tensor = stored(THETA)
 
     @classmethod
     def tensor_shapes(cls, config: UniLoraConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
@@ -242,9 +240,7 @@ class UniLora(ComputedFactors, HasFixedTensors):
         made.bind(vector=site.shared)
         return made
 
-    @property
-    def rank(self) -> int:
-        return int(self.tensor(INDICES_A).shape[0])
+    rank: int = axis_size(INDICES_A)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A, (r, in), and B, (out, r), on the device of the layer."""

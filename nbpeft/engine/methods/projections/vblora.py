@@ -22,6 +22,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_wide_targets
 from nbpeft.engine.contract.adapter import AdapterSite, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.bindable import axis_size, stored
 from nbpeft.engine.contract.initial_draws import drawn, normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -84,10 +85,7 @@ class VectorBank(SharedState):
 
     is_new: bool
 
-    @property
-    def vectors(self) -> Tensor:
-        """The bank."""
-        return self.tensor(BANK)
+    vectors: Tensor = stored(BANK)
 
     @classmethod
     def tensor_shapes(cls, config: VBLoRAConfig, features: Mapping[str, tuple[int, int]]) -> Shapes:
@@ -246,9 +244,7 @@ class VBLoRA(ComputedFactors):
         """Refers to the bank, which the first layer has as a module."""
         self.bind(bank=site.shared)
 
-    @property
-    def rank(self) -> int:
-        return int(self.tensor(LOGITS_A).shape[0])
+    rank: int = axis_size(LOGITS_A)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A, (r, in), and B, (out, r)."""

@@ -22,6 +22,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TransformsInput, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.bindable import stored
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -150,10 +151,7 @@ class BOFT(Adapter):
             name: site.new(site.shapes[name], partial(normal_, std=0.1, mean=mean)) for name, mean in _MEANS.items()
         }
 
-    @property
-    def matrices(self) -> Tensor:
-        """The parameters of the rotations, (factors, blocks, b, b)."""
-        return self.tensor(ROTATION)
+    matrices: Tensor = stored(ROTATION)  # The parameters of the rotations, (factors, blocks, b, b)
 
     @property
     def scale(self) -> Tensor:

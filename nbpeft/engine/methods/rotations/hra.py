@@ -21,6 +21,7 @@ from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, TransformsInput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.bindable import stored
 from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -96,10 +97,7 @@ class HRA(Adapter):
             return {VECTORS: site.new((features, rank // 2), linear_).repeat_interleave(2, dim=1)}
         return {VECTORS: site.new((features, rank), linear_)}
 
-    @property
-    def vectors(self) -> Tensor:
-        """u, (in, r), of any length."""
-        return self.tensor(VECTORS)
+    vectors: Tensor = stored(VECTORS)  # u, (in, r), of any length
 
     @property
     def rank(self) -> int:

@@ -23,6 +23,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.bindable import axis_size
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -188,11 +189,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         for name, found in zip((DOWN, UP), _directions(config, site.base), strict=True):
             self.register_buffer(name, found, persistent=False)
 
-    @property
-    def rank(self) -> int:
-        """Number of directions."""
-        return int(self.tensor(DOWN).shape[0])
-
+    rank: int = axis_size(DOWN)  # Number of directions
     delta_rank = rank
 
     def change(self) -> Tensor:

@@ -44,6 +44,7 @@ from nbpeft.engine.contract.adapter import (
 )
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
+from nbpeft.engine.contract.bindable import axis_size
 from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -418,11 +419,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
         return AdapterDropout(self) if name in self.peft.modules else None
 
-    @property
-    def rank(self) -> int:
-        """The rank: rows of A."""
-        return int(self.tensor(_E).shape[0])
-
+    rank: int = axis_size(_E)
     delta_rank = rank
 
     @property

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.bindable import stored
 from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.loss_terms import requested_loss
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -97,10 +98,7 @@ class KaSA(LowRankProduct, LearnsWithHooks):
         """Random factors, not those of the component that is subtracted."""
         return init_factors(config, site, None) | {DIAGONAL: site.new(site.shapes[DIAGONAL], normal_)}
 
-    @property
-    def diagonal(self) -> Tensor:
-        """E, (r,)."""
-        return self.tensor(DIAGONAL)
+    diagonal: Tensor = stored(DIAGONAL)  # E, (r,)
 
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:
