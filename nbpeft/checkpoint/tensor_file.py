@@ -211,8 +211,8 @@ class TensorFile:
         for key in keys:
             like = self.header[key]
             if like.nbytes:
-                own = {"count": like.numel(), "offset": self._places[key] - start}
-                yield key, torch.frombuffer(data, dtype=like.dtype, **own).view(like.shape)
+                flat = torch.frombuffer(data, dtype=like.dtype, count=like.numel(), offset=self._places[key] - start)
+                yield key, flat.view(like.shape)
             else:
                 yield key, torch.empty(like.shape, dtype=like.dtype, device="cpu")
 

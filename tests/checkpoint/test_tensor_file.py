@@ -99,7 +99,7 @@ def test_adjacent_tensors_are_read_together_and_have_storages_of_their_own(tmp_p
     tensors |= {"empty": torch.zeros(0, 4), "odd": torch.ones(3, dtype=torch.uint8), "large": torch.ones(2**19)}
     safetensors.torch.save_file(tensors, str(file))
     source = TensorFile(file)
-    assert len([*source._runs(tensors)]) == 2
+    assert max(map(len, source._runs(tensors))) == 7
     for keys in (list(tensors), ["t1", "t4", "odd"], ["empty"], []):
         found = source.read(keys)
         assert found.keys() == {*keys} and all(torch.equal(found[key], tensors[key]) for key in keys)

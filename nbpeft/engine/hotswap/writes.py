@@ -80,8 +80,7 @@ class Writes:
                 self._reset.append((adapter, layer))
             # Layers without new tensors also get the new size, because saved tensors have to fit the new config.
             self._collect_adapter(path, layer, adapter, shapes, given.get(path, {}))
-            is_padded = bool(self._padded) and self._padded[-1] is adapter
-            if is_padded or not is_configured(adapter, self.config, path):
+            if adapter in self._padded[-1:] or not is_configured(adapter, self.config, path):
                 self._adapters.append((path, adapter))
 
     def _shapes_at(self, path: str, layer: AdaptedLayer, adapter: Adapter) -> Shapes:
