@@ -46,7 +46,7 @@ class Writes:
         self._zeros: list[Tensor] = []
         self._larger: list[tuple[nn.Parameter, Tensor]] = []
         self._adapters: list[tuple[str, Adapter]] = []
-        self._padded: list[Pads] = []
+        self._padded: list[Any] = []
         self._reset: list[tuple[Adapter, AdaptedLayer]] = []
 
     def collect_layers(self, slot: Mapping[str, AdaptedLayer], given: Mapping[str, Mapping[str, Tensor]]) -> None:
