@@ -211,8 +211,9 @@ class TensorFile:
         for key in keys:
             like = self.header[key]
             if like.nbytes:
-                flat = torch.frombuffer(data, dtype=like.dtype, count=like.numel(), offset=self._places[key] - start)
-                yield key, flat.view(like.shape)
+                offset = self._places[key] - start
+                own = torch.frombuffer(data, dtype=like.dtype, count=like.numel(), offset=offset)
+                yield key, own.view(like.shape)
             else:
                 yield key, torch.empty(like.shape, dtype=like.dtype, device="cpu")
 

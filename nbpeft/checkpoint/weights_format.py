@@ -290,9 +290,9 @@ def _surely_finite(tensors: list[Tensor]) -> bool:
     """
     if not tensors or any(tensor.element_size() == 1 for tensor in tensors):
         return not tensors
-    norms = list(torch._foreach_norm(tensors))
+    norms = torch._foreach_norm(tensors)
     if len({norm.dtype for norm in norms}) > 1 or len({norm.device for norm in norms}) > 1:
-        norms = [norm.float().cpu() for norm in norms]
+        norms = tuple(norm.float().cpu() for norm in norms)
     return bool(torch.stack(norms).isfinite().all())
 
 

@@ -46,7 +46,7 @@ class Writes:
         self._zeros: list[Tensor] = []
         self._larger: list[tuple[nn.Parameter, Tensor]] = []
         self._adapters: list[tuple[str, Adapter]] = []
-        self._padded: list[Any] = []
+        self._padded: list[Pads] = []
         self._reset: list[tuple[Adapter, AdaptedLayer]] = []
 
     def collect_layers(self, slot: Mapping[str, AdaptedLayer], given: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -80,7 +80,8 @@ class Writes:
                 self._reset.append((adapter, layer))
             # Layers without new tensors also get the new size, because saved tensors have to fit the new config.
             self._collect_adapter(path, layer, adapter, shapes, given.get(path, {}))
-            if adapter in self._padded[-1:] or not is_configured(adapter, self.config, path):
+            is_padded = isinstance(adapter, Pads) and self._padded[-1:] == [adapter]
+            if is_padded or not is_configured(adapter, self.config, path):
                 self._adapters.append((path, adapter))
 
     def _shapes_at(self, path: str, layer: AdaptedLayer, adapter: Adapter) -> Shapes:
