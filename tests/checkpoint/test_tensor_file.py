@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -90,3 +91,29 @@ def test_only_what_is_taken_is_read(tmp_path: Path) -> None:
     assert not summed.read(["sum"])["a"].is_meta
     with pytest.raises(ConfigError, match="no device 'nowhere'"):
         UnreadTensors(TensorFile(path), "nowhere")
+
+
+def test_adjacent_tensors_are_read_together_and_have_storages_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "many.safetensors"
+    tensors = {f"t{number}": torch.full((3, number + 1), float(number)) for number in range(6)}
+    tensors |= {"empty": torch.zeros(0, 4), "odd": torch.ones(3, dtype=torch.uint8), "large": torch.ones(2**19)}
+    safetensors.torch.save_file(tensors, str(file))
+    source = TensorFile(file)
+    assert max(map(len, source._runs(tensors))) == 7
+    for keys in (list(tensors), ["t1", "t4", "odd"], ["empty"], []):
+        found = source.read(keys)
+        assert found.keys() == {*keys} and all(torch.equal(found[key], tensors[key]) for key in keys)
+        places = [value.untyped_storage().data_ptr() for value in found.values() if value.numel()]
+        assert len({*places}) == len(places)
+        assert all(value.untyped_storage().nbytes() == value.nbytes for value in found.values())
+
+
+def test_tensors_at_odd_places_are_read_apart(tmp_path: Path) -> None:
+    file = tmp_path / "odd.safetensors"
+    header = {"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}
+    header["b"] = {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]}
+    content, tensor = json.dumps(header).encode(), torch.tensor([1.5, -2.0])
+    file.write_bytes(len(content).to_bytes(8, "little") + content + b"abc" + tensor.numpy().tobytes())
+    found, _ = read_tensors(file)
+    assert torch.equal(found["b"], tensor) and found["b"].data_ptr() % 4 == 0
+    assert found["a"].tolist() == [*b"abc"]

@@ -145,6 +145,20 @@ def test_merging_after_a_swap_keeps_the_output() -> None:
     torch.testing.assert_close(model(IDS), before, rtol=1e-4, atol=1e-4)
 
 
+def test_a_scaling_that_was_changed_is_that_of_the_config_after_a_swap() -> None:
+    config = config_of(4, target_modules=PLAIN)
+    model = fresh(config)
+    manager = manager_of(model)
+    adapters: list[Any] = [layer.adapter("default") for layer in manager.layers.values()]
+    own = adapters[0].scaling
+    adapters[0].rescale(7.0)
+    with pytest.raises(HotSwapError, match="did not pass"):
+        swap(manager, "default", config, trained(config), validate=lambda: False)
+    assert adapters[0].scaling == 7.0 and adapters[0].trained_scaling == own
+    swap(manager, "default", config, trained(config))
+    assert {adapter.scaling for adapter in adapters} == {own}
+
+
 def test_parameters_stay_where_they_are_and_train_on() -> None:
     model = fresh(config_of(4))
     manager = manager_of(model)

@@ -261,9 +261,13 @@ def _input_gradient(
     if weight is not None and mask is None:
         return (rows @ weight).addmm_(hidden_gradient, lora_A)
     wide = torch.mm(hidden_gradient, lora_A, out=buffer)
-    if mask is not None:
-        wide.mul_(mask.reshape(wide.shape))
-    return wide if weight is None else (rows @ weight).add_(wide)
+    if mask is None:
+        return wide
+    mask = mask.reshape(wide.shape)
+    if weight is not None:
+        return (rows @ weight).addcmul_(wide, mask)
+    # Zeros and ones commute with a cast that cannot overflow, and a product of two dtypes is slow on a CPU.
+    return wide.to(mask.dtype).mul_(mask) if mask.dtype == torch.bfloat16 else wide.mul_(mask)
 
 
 def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -324,8 +328,8 @@ def _dropped_input(x: Tensor, mask: Tensor | None, buffer: Tensor | None) -> Ten
     flat = _as_rows(x)
     if buffer is None:
         return flat
-    part = buffer[: flat.numel()].view(flat.shape).copy_(flat)
-    return part if mask is None else part.mul_(mask.reshape(flat.shape))
+    part = buffer[: flat.numel()].view(flat.shape)
+    return part.copy_(flat) if mask is None else torch.mul(flat, mask.reshape(flat.shape), out=part)
 
 
 def low_rank_linear(x: Tensor, factors: Factors, probability: float, onto: Tensor | None = None) -> Tensor:

@@ -54,10 +54,11 @@ def traffic(model: nn.Module, dtype: torch.dtype) -> int:
     ("dtype", "dropout", "most"),
     [
         (torch.float32, 0.0, 0.5),
+        # Inputs are cast again in backward; the product and the output of the layer are added in float32.
         (torch.bfloat16, 0.0, 0.82),
         # The mask is saved as bits, which takes additional operations.
-        (torch.float32, 0.1, 1.05),
-        (torch.bfloat16, 0.1, 0.9),
+        (torch.float32, 0.1, 0.82),
+        (torch.bfloat16, 0.1, 0.73),
     ],
 )
 def test_a_lora_layer_moves_fewer_bytes_than_pefts(dtype: torch.dtype, dropout: float, most: float) -> None:
