@@ -403,7 +403,7 @@ def test_a_clone_has_a_beta_of_its_own() -> None:
     asked = RunControl()
     given = FIELDS | {"learning_rate": sweep(1e-2, 3e-2), "callbacks": [Clone()], "control": asked}
     result = nbpeft.train(new(), ROWS, **given)
-    assert [member.settings["beta"] for member in result.members] == ["1.0e-1", "1.0e-1", "5.0e-1"]
+    assert [member.settings["beta"] for member in result.members] == ["0.1", "0.1", "0.5"]
     assert "beta must be greater than 0, not -1.0" in result.message
     assert "disable_dropout cannot be a sweep" in result.message
     first, _, clone = result.members
