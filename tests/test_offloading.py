@@ -172,7 +172,7 @@ def test_an_offloaded_adapter_is_replaced_by_loading_and_not_by_hot_swapping(ran
         lambda: nbpeft.prepare_model_for_compiled_hotswap(model, target_rank=16),
         lambda: nbpeft.prepare_model_for_compiled_hotswap(model),
     ):
-        with pytest.raises(HotSwapError, match="has no data .* replace it with load_adapter"):
+        with pytest.raises(HotSwapError, match=r"has no data .* replace it with load_adapter"):
             change()
         assert torch.equal(model(input_ids=IDS).logits, before) and model.peft_config["default"].r == 4
     model.load_adapter(tmp_path, "default")
