@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nbpeft
-from nbpeft.errors import CheckpointError, ConfigError, MergeError
+from nbpeft.errors import CheckpointError, ConfigError, HotSwapError, MergeError
 from nbpeft.model.saving.merge_export import merge_to_folder
 from nbpeft.training.watching import generation
 from tests.tiny_models import adapted, llama, randomize, same_state
@@ -158,6 +158,25 @@ def test_an_offloaded_adapter_is_saved(more: dict[str, Any], to_disk: bool, tmp_
     accelerate.hooks.remove_hook_from_submodules(model)
     nbpeft.set_peft_model_state_dict(model, {key: value + 1 for key, value in before.items()})
     assert not same_state(nbpeft.get_peft_model_state_dict(model), before)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_an_offloaded_adapter_is_replaced_by_loading_and_not_by_hot_swapping(rank: int, tmp_path: Path) -> None:
+    other = adapted(base(offloaded=False), target_modules=BOTH, r=rank, init_lora_weights=False)
+    other.save_pretrained(tmp_path)
+    model = adapted(base(offloaded=False), target_modules=BOTH, r=4, init_lora_weights=False).eval()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    before = model(input_ids=IDS).logits
+    for change in (
+        lambda: nbpeft.hotswap_adapter(model, tmp_path, "default"),
+        lambda: nbpeft.prepare_model_for_compiled_hotswap(model, target_rank=16),
+        lambda: nbpeft.prepare_model_for_compiled_hotswap(model),
+    ):
+        with pytest.raises(HotSwapError, match=r"has no data .* replace it with load_adapter"):
+            change()
+        assert torch.equal(model(input_ids=IDS).logits, before) and model.peft_config["default"].r == 4
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(model(input_ids=IDS).logits, other.eval()(input_ids=IDS).logits)
 
 
 def test_embeddings_in_a_file_that_are_those_of_an_offloaded_base_are_left_out(tmp_path: Path) -> None:

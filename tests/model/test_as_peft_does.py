@@ -601,6 +601,22 @@ def test_modules_whose_names_end_with_a_saved_one_are_loaded_from_its_files(
     torch.testing.assert_close(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("path", ["classifier", "head.classifier"])
+def test_a_tensor_that_a_saved_module_does_not_have_is_unexpected(path: str, tmp_path: Path) -> None:
+    def whole(bias: bool) -> Any:
+        head = nn.Linear(4, 3, bias=bias)
+        outer, _, inner = path.partition(".")
+        return nn.ModuleDict({"q": nn.Linear(4, 4), outer: nn.ModuleDict({inner: head}) if inner else head})
+
+    config = peft.LoraConfig(r=2, target_modules=["q"], modules_to_save=["classifier"])
+    peft.get_peft_model(whole(bias=True), config).save_pretrained(str(tmp_path))
+    model = nbpeft.get_peft_model(whole(bias=False), nbpeft.LoraConfig(r=2, target_modules=["q"]))
+    with pytest.warns(UserWarning, match="unexpected"):
+        result = model.load_adapter(tmp_path, "saved")
+    assert result.unexpected_keys == [f"base_model.model.{path}.bias"]
+    assert model.peft_config["saved"].modules_to_save == ["classifier"]
+
+
 def test_all_of_a_head_is_trained_for_its_task() -> None:
     config = {"r": 2, "task_type": "SEQ_CLS", "target_modules": ["q_lin"]}
     models = [library.get_peft_model(distilbert(), library.LoraConfig(**config)) for library in (nbpeft, peft)]

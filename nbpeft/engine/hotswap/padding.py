@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -35,7 +35,7 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None) -> None:
         target_rank: largest rank of the adapters that will be swapped in; None leaves the tensors unchanged.
 
     Raises:
-        HotSwapError: there is no adapter, or an adapter has a larger rank than ``target_rank``.
+        HotSwapError: there is no adapter, or an adapter has a larger rank than ``target_rank``, or has no data.
         ConfigError: a grouped convolution does not support the rank.
     """
     slots = [
@@ -50,6 +50,7 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None) -> None:
         raise HotSwapError(f"{tied} uses the tensors of another layer (ensure_weight_tying): it cannot be swapped")
     if not slots:
         raise HotSwapError("No adapter layers found on the model: load an adapter before preparing for hot-swapping")
+    check_data(parameter for _, _, adapter in slots for parameter in adapter.parameters())
     grown: list[tuple[nn.Parameter, Tensor]] = []
     padded: list[Pads] = []
     for path, layer, adapter in slots:
@@ -75,6 +76,22 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None) -> None:
         for _, _, adapter in slots:
             if isinstance(adapter, Rescales):
                 adapter.store_scaling_as_tensor(next(adapter.parameters()).device)
+
+
+def check_data(tensors: Iterable[Tensor]) -> None:
+    """Refuses tensors without data, because what is written to them is lost.
+
+    Args:
+        tensors: tensors of adapters on the model.
+
+    Raises:
+        HotSwapError: one is on the meta device.
+    """
+    if any(tensor.is_meta for tensor in tensors):
+        raise HotSwapError(
+            "the adapter on the model has no data (meta device), because it is offloaded or was added with "
+            "low_cpu_mem_usage: replace it with load_adapter instead"
+        )
 
 
 def put_larger(grown: Sequence[tuple[nn.Parameter, Tensor]]) -> None:

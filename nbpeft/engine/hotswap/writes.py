@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, Pads, configure, is_configured, keep_settings, size_of, swap_refusal
 from nbpeft.engine.contract.base import Shape, Shapes
-from nbpeft.engine.hotswap.padding import put_larger
+from nbpeft.engine.hotswap.padding import check_data, put_larger
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import ConfigError, HotSwapError, few
@@ -226,7 +226,11 @@ class Writes:
 
         Args:
             change: records the current values.
+
+        Raises:
+            HotSwapError: a tensor of the slot has no data.
         """
+        check_data([*self._zeros, *self._targets, *(parameter for parameter, _ in self._larger)])
         change.keep_values([*self._zeros, *self._targets])
         change.keep_data(parameter for parameter, _ in self._larger)
         for _, adapter in self._adapters:

@@ -196,7 +196,7 @@ def fitted(
     conversion = checkpoint.key_conversion_of(manager.model)
     settings = {"peft_type": method_of(config).peft_type, "conversion": conversion, **options}
     loaded = checkpoint.from_file(tensors, expected(manager.model, plan), **settings)
-    if further := _copied_by_peft(manager.model, config, loaded.unexpected):
+    if further := _copied_by_peft(manager.model, config, plan, loaded.unexpected):
         names = [*config.modules_to_save, *further]  # type: ignore[attr-defined]
         return fitted(manager, name, config.copy(modules_to_save=names), tensors, **options)
     plan.share_in(loaded.weights)
@@ -215,15 +215,23 @@ def fitted(
     return fitted(manager, name, untied, tensors, **options)
 
 
-def _copied_by_peft(model: nn.Module, config: AdapterConfig, keys: Iterable[str]) -> list[str]:
+def _copied_by_peft(model: nn.Module, config: AdapterConfig, plan: InjectionPlan, keys: Iterable[str]) -> list[str]:
     """Returns the modules of which keys are tensors, and whose names end with one in ``modules_to_save``.
 
-    PEFT trains them too, e.g. DistilBERT's ``pre_classifier`` for ``classifier``.
+    PEFT trains them too, e.g. DistilBERT's ``pre_classifier`` for ``classifier``. Without those that the plan copies.
     """
     names = tuple(getattr(config, "modules_to_save", None) or ())
-    modules = {path for path, _ in bare_modules(model) if path.endswith(names)} if names else set()
-    parents = {key.removeprefix(checkpoint.PREFIX).rpartition(".")[0] for key in keys} if modules else set()
-    return sorted(path for path in modules if any(f"{parent}.".startswith(f"{path}.") for parent in parents))
+    if not names or not keys:
+        return []
+    copied, given = tuple(f"{path}." for path in plan.copies), {key.removeprefix(checkpoint.PREFIX) for key in keys}
+    return sorted(
+        path
+        for path, module in bare_modules(model)
+        if path.endswith(names)
+        and path not in names
+        and not f"{path}.".startswith(copied)
+        and any(f"{path}.{name}" in given for name in module.state_dict())
+    )
 
 
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:

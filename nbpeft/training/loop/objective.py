@@ -308,6 +308,7 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
         adapter=request.adapter,
         sweep=sweep,
         sharded=bool(request.arguments.get("fsdp")),
+        members=tuple(request.members) if isinstance(request.members, Mapping) else (),
     )
 
 

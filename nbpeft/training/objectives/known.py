@@ -96,6 +96,11 @@ def digests_of(batch: Mapping[str, Tensor], owner: str = "") -> list[bytes]:
         digest = hashlib.blake2b(owner.encode(), digest_size=_DIGEST_SIZE)
         for name, values in columns.items():
             part = values[row][kept] if values[row].shape[:1] == kept.shape else values[row]
-            digest.update(f"\0{name} {part.dtype} {tuple(part.shape)}\0".encode() + part.numpy().tobytes())
+            digest.update(f"\0{name} {part.dtype} {tuple(part.shape)}\0".encode() + _bytes_of(part))
         found.append(digest.digest())
     return found
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    # NumPy has no bfloat16, in which DeepSpeed passes the floating-point inputs of a model.
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,15 @@ def _read(folder: Path, model: nn.Module, name: str) -> tuple[dict[str, Tensor],
     return tensors, metadata
 
 
-def check_reference(model: nn.Module, given: Any, *, adapter: str | None, sweep: bool, sharded: bool) -> None:
+def check_reference(
+    model: nn.Module,
+    given: Any,
+    *,
+    adapter: str | None,
+    sweep: bool,
+    sharded: bool,
+    members: Collection[str] = (),
+) -> None:
     """Refuses a reference that the training cannot have.
 
     Args:
@@ -184,6 +192,7 @@ def check_reference(model: nn.Module, given: Any, *, adapter: str | None, sweep:
         adapter: the adapter that will be activated, or None.
         sweep: whether several adapters are trained side by side.
         sharded: whether the model is sharded over several processes.
+        members: the adapters of the model that are trained side by side; empty if a sweep creates its own.
 
     Raises:
         ConfigError: there is no such reference, or it does not support this training.
@@ -191,7 +200,7 @@ def check_reference(model: nn.Module, given: Any, *, adapter: str | None, sweep:
     manager = manager_of(model)
     if manager is None:
         raise ConfigError(f"a reference needs adapters of nbpeft, not a {type(model).__name__}", field="reference")
-    trained = trained_names(model) if adapter is None else (adapter,)
+    trained = members or (trained_names(model) if adapter is None else (adapter,))
     if given in (None, BASE, START):
         if given == START and sweep:
             raise ConfigError(
@@ -209,10 +218,9 @@ def check_reference(model: nn.Module, given: Any, *, adapter: str | None, sweep:
             f"reference must be one of {', '.join(map(repr, known))}, not {given!r:.60}.{hint}", field="reference"
         )
     manager.require_available(given)
-    if given in trained and not sweep:
-        raise ConfigError(
-            f"{given!r} is trained here: reference='start' is its weights at the beginning", field="reference"
-        )
+    if given in trained and (members or not sweep):
+        instead = "take 'base', or another adapter" if sweep else "reference='start' is its weights at the beginning"
+        raise ConfigError(f"{given!r} is trained here: {instead}", field="reference")
 
 
 def _check_start(model: nn.Module, *, sharded: bool) -> None:

@@ -365,6 +365,8 @@ def test_known_log_probabilities_are_those_of_the_same_inputs_and_of_a_checkpoin
     (digest,) = digests_of(batch)
     assert digests_of(shorter) == [digest]
     others = [digests_of(batch | {"task_ids": torch.tensor([1])}), digests_of(batch, "a")]
+    others += [digests_of(batch | {"pixels": torch.full((1, 2), value, dtype=torch.bfloat16)}) for value in (1, 2)]
+    assert len({one for (one,) in others}) == 4
     assert all(other != [digest] for other in others)
     known, model = KnownLogProbs(), new()
     known.write(tmp_path)
@@ -417,6 +419,18 @@ def test_the_adapters_of_a_sweep_start_at_ln_2_against_the_one_they_start_from()
     assert tuple(model.peft_config) == ("default",)
     result = nbpeft.train(model, ROWS, reference="default", **FIELDS | {"learning_rate": sweep(1e-2, 3e-2)})
     assert [member.history[0][1] for member in result.members] == pytest.approx([LN2, LN2], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"), [(ROWS, {"members": {"a": {}, "b": {"beta": 0.2}}}), ({"a": ROWS[:4], "b": ROWS[2:6]}, {})]
+)
+def test_one_of_the_adapters_in_training_is_no_reference(rows: Any, options: dict[str, Any]) -> None:
+    model = new()
+    for name in ("a", "b"):
+        model.add_adapter(name, LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="'b' is trained here: take 'base', or another adapter"):
+        nbpeft.train(model, rows, reference="b", **FIELDS, **options)
+    nbpeft.train(model, rows, reference="default", **FIELDS, **options)
 
 
 @pytest.mark.slow
