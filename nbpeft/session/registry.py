@@ -37,7 +37,7 @@ class TrackedModel:
         trained_steps: adapter name -> its config, its number of training steps, and the run that did the last of them.
         first_random: adapter name -> its config, and the random state of its initialization.
         sweep: adapters that a cell added for several values, until they are trained.
-        origins: adapter of a sweep -> its config, and the adapter from which it started.
+        origins: (adapter of a sweep, its config, the adapter from which it started); also of those that undo restores.
         combinations: adapter created by ``combine`` -> its config.
         result: result of its last training.
         variable: name of the notebook variable that last referred to it.
@@ -57,7 +57,7 @@ class TrackedModel:
         self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
         self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}
         self.sweep: tuple[str, ...] = ()
-        self.origins: dict[str, tuple[AdapterConfig, str]] = {}
+        self.origins: list[tuple[str, AdapterConfig, str]] = []
         self.combinations: dict[str, weakref.ref[Any]] = {}
         self.result: TrainResult | None = None
         self.before = self._bound = self._in_variable = self._unloaded = False
@@ -85,8 +85,8 @@ class TrackedModel:
 
     def origin_of(self, name: str) -> str:
         """Returns the adapter from which the sweep that made an adapter started; empty if no sweep made it."""
-        config, origin = self.origins.get(name, (None, ""))
-        return origin if config is not None and self.manager.configs.get(name) is config else ""
+        present = self.manager.configs.get(name)
+        return next((origin for made, config, origin in self.origins if made == name and config is present), "")
 
     def set_origin(self, names: Iterable[str], origin: str) -> None:
         """Records the adapter from which a sweep started.
@@ -96,7 +96,7 @@ class TrackedModel:
             origin: the adapter from which it started.
         """
         configs = self.manager.configs
-        self.origins |= {name: (configs[name], origin) for name in names if name in configs}
+        self.origins += [(name, configs[name], origin) for name in names if name in configs]
 
     def with_clones(self, names: tuple[str, ...], members: Iterable[MemberState]) -> tuple[str, ...]:
         """Returns the adapters with which a training began and those cloned in it, which get the same origin.

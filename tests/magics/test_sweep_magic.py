@@ -81,6 +81,7 @@ def test_what_a_sweep_replaces_is_restored_by_undo(ready: Notebook) -> None:
         ready.do("%lora undo") if name == "sql-lr5e-2" else None
     ready.do("%lora undo")
     assert same(weights(ready, "sql-lr1e-2"), once)
+    assert "a copy of 'sql'" in str(ready.do(TRAIN))
 
 
 def test_a_sweep_that_cannot_begin_leaves_the_former_one(ready: Notebook) -> None:
