@@ -29,7 +29,11 @@ _ROWS = re.compile(r"(?<![\w.'\"-])((?:eval_)?data)=\{([^{}…]+: …(?:, [^{}�
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
 _COLUMNS = re.compile(r"columns=(\{['\"][^{}]*\})")
 _NEVER = "(?!)"
-_VALUE = r"(…|\.\.\.|'[^']*'|True\b|False\b|None\b|-?\d[\w.]*)"
+_GIVEN = r"(?<![\w=])'[^']*'|(?<![\w=])\"[^\"]*\"|%lora \w+ \w+|(?<![\w-])--[\w-]+ \w+"
+"""What a user gave, in quotes or in a command: it may contain, or be called like, the names of options."""
+_NOT_AFTER = r"(?<![\w.'\"/\\?&-])"
+"""What precedes a name that is part of a path or of another word."""
+_VALUE = r"(?P<value>…|\.\.\.|'[^']*'|True\b|False\b|None\b|-?\d[\w.]*)"
 _ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
 _MODEL = re.compile(r"\bmodel='([^']+)'")
 
@@ -76,8 +80,10 @@ def option_names(command: Subcommand, others: Iterable[Subcommand]) -> dict[str,
 def _with_options(said: str, names: Mapping[str, str]) -> str:
     """Replace ``eval_data=0.1`` by ``--eval 0.1``, and a name alone where it can only be meant so."""
 
-    def given(found: re.Match[str]) -> str:
-        name, value = found.groups()
+    def spelled(found: re.Match[str]) -> str:
+        name, value = found["given"], found["value"]
+        if name is None:
+            return names.get(found["alone"] or found["first"], found[0])
         if value == "False" and f"no_{name}" in names:
             return names[f"no_{name}"]
         if value in ("…", "...", "True"):
@@ -86,9 +92,12 @@ def _with_options(said: str, names: Mapping[str, str]) -> str:
 
     words = "|".join(sorted(names, key=len, reverse=True)) or _NEVER
     alone = "|".join(name for name in names if "_" in name) or _NEVER
-    said = re.sub(rf"(?<![\w.'\"-])({words})={_VALUE}", given, said)
-    said = re.sub(rf"^({words})(?= (?:has|needs|must|is for) )", lambda name: names[name[1]], said)
-    return re.sub(rf"(?<![\w.'\"=-])({alone})(?![\w'\"=(.]\w?)", lambda name: names[name[1]], said)
+    options = (
+        rf"{_NOT_AFTER}(?P<given>{words})={_VALUE}",
+        rf"^(?P<first>{words})(?= (?:has (?:no effect|rows for)|needs|must|is for) )",
+        rf"{_NOT_AFTER}(?<!=)(?P<alone>{alone})(?![\w'\"=(/\\-]|\.\w)",
+    )
+    return re.sub("|".join((_GIVEN, *options)), spelled, said)
 
 
 def in_cell_spelling(said: Any, names: Mapping[str, str] | None = None) -> Any:

@@ -37,7 +37,7 @@ class TrackedModel:
         trained_steps: adapter name -> its config, its number of training steps, and the run that did the last of them.
         first_random: adapter name -> its config, and the random state of its initialization.
         sweep: adapters that a cell added for several values, until they are trained.
-        origins: adapter of a sweep -> the adapter from which it started.
+        origins: (adapter of a sweep, its config, the adapter from which it started); also of those that undo restores.
         combinations: adapter created by ``combine`` -> its config.
         result: result of its last training.
         variable: name of the notebook variable that last referred to it.
@@ -57,7 +57,7 @@ class TrackedModel:
         self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
         self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}
         self.sweep: tuple[str, ...] = ()
-        self.origins: dict[str, str] = {}
+        self.origins: list[tuple[str, AdapterConfig, str]] = []
         self.combinations: dict[str, weakref.ref[Any]] = {}
         self.result: TrainResult | None = None
         self.before = self._bound = self._in_variable = self._unloaded = False
@@ -83,6 +83,21 @@ class TrackedModel:
         found = [item for item in self.trained_steps.values() if any(item[0] is config for config in configs)]
         return max(((steps, run) for _, steps, run in found), default=(0, ""))
 
+    def origin_of(self, name: str) -> str:
+        """Returns the adapter from which the sweep that made an adapter started; empty if no sweep made it."""
+        present = self.manager.configs.get(name)
+        return next((origin for made, config, origin in self.origins if made == name and config is present), "")
+
+    def set_origin(self, names: Iterable[str], origin: str) -> None:
+        """Records the adapter from which a sweep started.
+
+        Args:
+            names: the adapters of the sweep.
+            origin: the adapter from which it started.
+        """
+        configs = self.manager.configs
+        self.origins += [(name, configs[name], origin) for name in names if name in configs]
+
     def with_clones(self, names: tuple[str, ...], members: Iterable[MemberState]) -> tuple[str, ...]:
         """Returns the adapters with which a training began and those cloned in it, which get the same origin.
 
@@ -91,8 +106,9 @@ class TrackedModel:
             members: all adapters of the run.
         """
         clones = [member.name for member in members if member.name not in names]
-        origin = next((self.origins[name] for name in names if name in self.origins), None)
-        self.origins |= {name: origin for name in clones if origin is not None}
+        origin = next(filter(None, map(self.origin_of, names)), "")
+        if origin:
+            self.set_origin(clones, origin)
         return (*names, *clones)
 
     def count_steps(self, names: Iterable[str], run: Run) -> None:

@@ -56,7 +56,7 @@ class SweepPlan:
     def former(self, tracked: TrackedModel) -> list[str]:
         """Returns the adapters of earlier sweeps from the same adapter that have these names; without frozen ones."""
         manager, origin = tracked.manager, self.origin
-        made = [name for name in self.names if origin and tracked.origins.get(name) == origin]
+        made = [name for name in self.names if origin and tracked.origin_of(name) == origin]
         return [name for name in made if name in manager.configs and name not in manager.frozen]
 
     def earlier_steps(self, tracked: TrackedModel, name: str) -> tuple[int, str]:
@@ -100,7 +100,8 @@ def plan_sweep(tracked: TrackedModel, request: TrainRequest, *, restart: bool = 
         return SweepPlan(request, tuple(members or ()))
     origin = adapter or (active[0] if len(active) == 1 else "")
     if adapter is None:
-        origin = tracked.origins[origin] if tracked.origins.get(origin) in manager.configs else origin
+        former = tracked.origin_of(origin)
+        origin = former if former in manager.configs else origin
     if origin not in manager.configs:
         return SweepPlan(request)  # the training refuses it
     names = tuple(names_of(origin, combinations(fields)))

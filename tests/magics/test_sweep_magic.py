@@ -81,6 +81,7 @@ def test_what_a_sweep_replaces_is_restored_by_undo(ready: Notebook) -> None:
         ready.do("%lora undo") if name == "sql-lr5e-2" else None
     ready.do("%lora undo")
     assert same(weights(ready, "sql-lr1e-2"), once)
+    assert "a copy of 'sql'" in str(ready.do(TRAIN))
 
 
 def test_a_sweep_that_cannot_begin_leaves_the_former_one(ready: Notebook) -> None:
@@ -101,6 +102,28 @@ def test_others_with_the_names_of_a_sweep_are_refused(ready: Notebook) -> None:
     ready.do(TRAIN)
     ready.do("%lora freeze sql-lr1e-2")
     assert "'sql-lr1e-2' exists already" in ready.run(TRAIN).line
+
+
+def test_an_adapter_that_got_the_name_of_a_former_one_is_not_replaced(ready: Notebook) -> None:
+    ready.do(TRAIN)
+    ready.do("%lora delete sql-lr1e-2")
+    ready.do("%lora copy chat sql-lr1e-2")
+    kept = weights(ready, "sql-lr1e-2")
+    assert "'sql-lr1e-2' exists already" in ready.run(TRAIN).line
+    assert same(weights(ready, "sql-lr1e-2"), kept)
+
+
+def test_while_an_adapter_is_merged_a_sweep_or_a_restart_is_refused_and_changes_nothing(ready: Notebook) -> None:
+    ready.do(TRAIN)
+    ready.do("%lora use sql-lr5e-2")
+    ready.do("%lora merge")
+    names = ready["model"].manager.names
+    before = {name: weights(ready, name) for name in names}
+    restart = "%%lora_train model --data chat=rows sql-lr5e-2=rows --restart\nmax_steps = 1"
+    assert "'sql-lr5e-2' merged: unmerge before a sweep" in ready.run(TRAIN).line
+    assert "'sql-lr5e-2' merged: unmerge before weights are replaced" in ready.run(restart).line
+    assert ready["model"].manager.names == names
+    assert all(same(weights(ready, name), kept) for name, kept in before.items())
 
 
 def test_a_sweep_of_an_adapter_that_was_trained_says_so_and_counts_its_steps(
@@ -124,6 +147,14 @@ def test_restart_begins_with_the_initial_weights_of_an_adapter_that_stays_as_it_
     assert [member.history for member in result.members] == [member.history for member in fresh.members]
     assert "each adapter starts from the initial weights of 'sql', which itself is not changed" in str(result)
     assert "continues from" not in result.state.message
+
+
+def test_restart_of_a_loaded_adapter_says_that_its_initial_weights_are_unknown(ready: Notebook, tmp_path: Path) -> None:
+    ready.do(f"%lora save {tmp_path}")
+    ready.do(f"%lora load {tmp_path}/sql --name loaded --train")
+    ready.do("%lora use loaded")
+    result = ready.do(TRAIN.replace("held_out", "held_out --restart"))
+    assert "each adapter starts from new weights: the initial ones of 'loaded' are unknown" in str(result)
 
 
 def test_restart_on_rows_of_their_own_resets_these_adapters_alone(ready: Notebook) -> None:

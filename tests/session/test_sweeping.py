@@ -96,7 +96,7 @@ def test_one_of_a_sweep_goes_on_as_two(background: bool) -> None:
         "1e-3",
     )
     tracked = session.context.models.get("model")
-    assert tracked.steps_of(["slow"])[0] == 4 and tracked.origins["slow"] == "sql"
+    assert tracked.steps_of(["slow"])[0] == 4 and tracked.origin_of("slow") == "sql"
     assert result.adapter == "sql-lr1e-2, sql-lr5e-2, slow"
 
 

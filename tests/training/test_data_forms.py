@@ -176,5 +176,9 @@ def test_completions_that_are_whole_numbers_are_text(names: tuple[str, str]) -> 
     read = prepare_data(named, CHARACTERS, columns=columns)
     assert list(read) == list(prepare_data([{"body": "a ", "stars": "good"}], CHARACTERS, columns=columns))
     assert "the numbers in 'stars' are read as their names: 0 = bad, 1 = good" in read.notes
+    unknown = datasets.Dataset.from_list([{"body": "a ", "stars": 1}, {"body": "b ", "stars": -1}], features=features)
+    with pytest.raises(TrainingError, match="Row 1: 'stars' is -1, which has no name; 0 to 1 have one"):
+        prepare_data(unknown, CHARACTERS, columns=columns)
+    assert len(prepare_data(unknown, CHARACTERS, columns=columns, skip_bad=True)) == 1
     with pytest.raises(TrainingError, match=r"Row 0: 'stars' is a bool \(True\), not text"):
         prepare_data([{"body": "a ", "stars": True}], CHARACTERS, columns=columns)

@@ -239,6 +239,8 @@ def _recorded(
     opened = replace(request, run_factory=make_run).opened()
     try:
         kept = (*again, *plan.former(tracked), *replaced)
+        if kept:  # they could not be restored later
+            manager.refuse_merged("a sweep" if plan.origin else "weights are replaced")
         with weights_kept_unless(ctx, tracked, kept, learned, also_at_end=not resumes):
             for name in again:
                 reinitialize(ctx, tracked, name, seed=request.seed)
@@ -246,7 +248,8 @@ def _recorded(
             yield opened
     finally:
         if learned():
-            tracked.origins |= dict.fromkeys(plan.names if plan.origin else (), plan.origin)
+            if plan.origin:
+                tracked.set_origin(plan.names, plan.origin)
             names = tracked.with_clones(names, made[-1].state.members)
             tracked.count_steps(names, made[-1])
             tracked.sweep = ()

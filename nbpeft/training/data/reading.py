@@ -165,13 +165,15 @@ class Reading:
             number: its number, 0 for the first.
 
         Raises:
-            TrainingError: it is not a row; names it.
+            TrainingError: it is not a row, or its number has no name, unlike others; names it.
         """
         row = row_of(value, number, self.columns)
         given = _plain(row.values.get(self.numbered))
         if type(given) is not int:
             return row
-        text = self.names[given] if 0 <= given < len(self.names) else str(given)
+        if self.names and not 0 <= given < len(self.names):
+            raise row.error(f"{self.numbered!r} is {given}, which has no name; 0 to {len(self.names) - 1} have one.")
+        text = self.names[given] if self.names else str(given)
         return replace(row, values={**row.values, self.numbered: text})
 
     def with_names(self) -> Reading:

@@ -15,6 +15,7 @@ from nbpeft.training.data.forms import Chat, Compared, Example, Pair
 from nbpeft.training.data.options import RowOptions
 
 _SENTENCE_ENDS, _QUOTES = ".,;:?!)…\"'", "\"'"
+_RUN_ON = ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 _SHOWN = 12
 """The number of characters that a message shows on each side of a joint."""
 
@@ -86,6 +87,12 @@ def system_of(example: Example) -> str | None:
     return system_text(example.messages[0]) if example.messages else ""
 
 
+def _runs_on(character: str) -> bool:
+    """Whether a character is of a script that does not separate words with spaces."""
+    script = unicodedata.name(character, "").partition(" ")[0]
+    return script in _RUN_ON or unicodedata.east_asian_width(character) in "WFH"
+
+
 def joint_of(example: Example) -> str:
     """The text around the joint of a prompt and its completion, if they run into each other; else empty.
 
@@ -99,7 +106,7 @@ def joint_of(example: Example) -> str:
     if not isinstance(example, Pair) or not example.prompt or not example.completion:
         return ""
     before, after = example.prompt[-1], example.completion[0]
-    if any(unicodedata.east_asian_width(character) in "WF" for character in (before, after)):
+    if any(map(_runs_on, (before, after))):
         return ""
     ends = before.isalnum() or before in _SENTENCE_ENDS
     begins = after.isalnum() or after in _QUOTES or unicodedata.category(after) in ("Ps", "Pi")

@@ -156,6 +156,8 @@ def _start_of(manager: AdapterManager, request: TrainRequest) -> str:
         return "each adapter starts from new weights"
     if request.first_random is None:
         return f"each adapter starts as a copy of {origin!r}"
+    if isinstance(request.first_random, int):  # a seed
+        return f"each adapter starts from new weights: the initial ones of {origin!r} are unknown"
     return f"each adapter starts from the initial weights of {origin!r}, which itself is not changed"
 
 

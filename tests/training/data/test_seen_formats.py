@@ -93,6 +93,9 @@ def test_several_adapters_have_what_they_share() -> None:
         ("[INST] Who? [/INST]", "We", ""),
         ("The end", ".", ""),
         ("\u8c01\uff1f", "\u6211", ""),
+        ("\u0e14\u0e35", "\u0e04\u0e23\u0e31\u0e1a", ""),
+        ("\u0e44\u0e17\u0e22", "\u0e44\u0e17\u0e22", ""),
+        ("\uff71", "\uff72", ""),
         ("", "We", ""),
     ],
 )
