@@ -71,6 +71,7 @@ from .errors import CellError as CellError
 from .errors import CheckpointError as CheckpointError
 from .errors import CheckpointNotFoundError as CheckpointNotFoundError
 from .errors import ConfigError as ConfigError
+from .errors import ConfigTypeError as ConfigTypeError
 from .errors import ConversionError as ConversionError
 from .errors import CorruptCheckpointError as CorruptCheckpointError
 from .errors import HotSwapError as HotSwapError

@@ -3,7 +3,8 @@
     NbpeftError
     ├── ConfigError               a field is unknown or its value is invalid
     │   ├── UnknownMethodError    the config's method is not registered
-    │   └── BiasError             the value of ``bias`` is invalid
+    │   ├── BiasError             the value of ``bias`` is invalid
+    │   └── ConfigTypeError       the value of a field is of another type
     ├── TargetError               targets match nothing in the model, or not all of them do
     │   └── LayerKindError        the request is not supported on layers of that kind
     ├── AdapterError
@@ -119,6 +120,10 @@ class UnknownMethodError(ConfigError, KeyError):
 
 class BiasError(ConfigError, NotImplementedError):
     """The value of ``bias`` is invalid."""
+
+
+class ConfigTypeError(ConfigError, TypeError):
+    """The value of a config field is of another type."""
 
 
 class TargetError(NbpeftError, ValueError):

@@ -27,6 +27,7 @@ CODES = {
     "ConfigError": "config",
     "UnknownMethodError": "unknown-method",
     "BiasError": "bias",
+    "ConfigTypeError": "config-type",
     "TargetError": "target",
     "LayerKindError": "layer-kind",
     "AdapterError": "adapter",

@@ -42,6 +42,10 @@ class PeftCopies(ModulesToSaveWrapper):
         """Names of the adapters that have a copy; other libraries read it."""
         return set(self._named())
 
+    def _get_available_adapters(self) -> set[str]:
+        """Returns the names of the adapters that have a copy."""
+        return self._adapters
+
     @property
     def disable_adapters(self) -> bool:
         """Whether no adapter is active in the model."""

@@ -102,6 +102,10 @@ class PeftLayer(AdaptedLayer):
         """Names of the model's active adapters; if the layer only has trainable tokens, of those on this layer."""
         return [name for name in self.chosen_names() if name in self._named() or not self._has_tokens_alone]
 
+    def _get_available_adapters(self) -> set[str]:
+        """Returns the names of the adapters on this layer."""
+        return set(self._named())
+
     @property
     def active_adapter(self) -> str | list[str]:
         """Names of the active adapters; a single name if the layer only has trainable tokens, as in PEFT's wrapper."""

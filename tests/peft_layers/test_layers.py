@@ -276,6 +276,35 @@ def test_layers_tell_how_they_store_their_weight() -> None:
         assert [model.base_model.model[key].fan_in_fan_out for key in "abd"] == [False, False, True]
 
 
+KINDS: dict[str, Any] = {"a": nn.Linear, "d": Conv1D}
+
+
+@pytest.mark.parametrize(
+    ("targets", "given", "warns"),
+    [("d", False, 0), ("d", True, 0), ("a", True, 1), ("b", True, 0), ("ad", False, 0), ("da", True, 0)],
+)
+def test_the_config_tells_how_the_layers_store_their_weight_as_in_peft(targets: str, given: bool, warns: int) -> None:
+    base = nn.ModuleDict({"b": nn.Embedding(4, 4), **{key: KINDS[key](4, 4) for key in targets if key in KINDS}})
+    found = []
+    for library in (peft, nbpeft):
+        config = library.LoraConfig(target_modules=list(targets), fan_in_fan_out=given)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = library.get_peft_model(copy.deepcopy(base), config)
+        found.append([config.fan_in_fan_out, model.peft_config["default"].fan_in_fan_out])
+    assert found[0] == found[1]
+    assert sum("fan_in_fan_out is set to False: the layers" in str(one.message) for one in told) == warns
+
+
+def test_layers_and_copies_tell_the_adapters_they_have() -> None:
+    base = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    for library in (nbpeft, peft):
+        model = library.get_peft_model(copy.deepcopy(base), library.LoraConfig(target_modules=["a"]))
+        model.add_adapter("more", library.LoraConfig(target_modules=["a", "b"], modules_to_save=["c"]))
+        inner = model.base_model.model
+        assert [inner[key]._get_available_adapters() for key in "abc"] == [{"default", "more"}, {"more"}, {"more"}]
+
+
 def test_what_is_shown_by_adapter_is_written_as_a_dictionary() -> None:
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
     assert json.loads(json.dumps([layer.scaling, layer.r])) == [{"default": 4.0}, {"default": 2}]

@@ -652,10 +652,7 @@ def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> An
 
 def prompt_of(adapter: ModelAdapter, base: BaseLayer, batch: int) -> Tensor:
     """All tokens of a prompt, (batch, tokens, features), those for a decoder after those of the encoder."""
-    parts = [adapter.input_tokens(base)]
-    if adapter.decoder_token_count:
-        parts.append(adapter.decoder_tokens(base))
-    return torch.cat([_for_rows(part, batch) for part in parts], 1)
+    return _for_rows(adapter.all_tokens(base), batch)
 
 
 def cache_of(model: nn.Module, adapter: ModelAdapter, base: BaseLayer, batch: int) -> Any:

@@ -55,9 +55,13 @@ class TokenPrompt(ModelAdapter):
         ids = list(tokenizer(config.prompt_tuning_init_text)["input_ids"])
         return torch.tensor((ids * math.ceil(total / max(len(ids), 1)))[:total], dtype=torch.long)
 
+    def all_tokens(self, base: BaseLayer) -> Tensor:
+        """The rows of its embedding."""
+        return self.embedding.weight.unsqueeze(0)
+
     def input_tokens(self, base: BaseLayer) -> Tensor:
-        """The first rows of its embedding."""
-        return self.embedding.weight[: self.token_count].unsqueeze(0)
+        """The first of all tokens."""
+        return self.all_tokens(base)[:, : self.token_count]
 
 
 class EncodedPrompt(ModelAdapter):

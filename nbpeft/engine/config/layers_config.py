@@ -74,7 +74,7 @@ class HasFanInFanOut(LayersConfig):
     """Has a field of PEFT for the layout of weights.
 
     Attributes:
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        fan_in_fan_out: whether layers store their weight as (in, out); set when the adapter is added.
     """
 
     fan_in_fan_out: bool = field(default=False)

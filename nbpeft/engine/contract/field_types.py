@@ -19,7 +19,7 @@ from typing import Any, Union
 
 from torch import Tensor
 
-from nbpeft.errors import ConfigError, shown
+from nbpeft.errors import ConfigTypeError, shown
 
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
@@ -32,7 +32,7 @@ def check_types(config: Any, *, passing: Collection[str] = ()) -> None:
         passing: names of fields that are not checked.
 
     Raises:
-        ConfigError: the type of a value does not fit; names the first such field.
+        ConfigTypeError: the type of a value does not fit; names the first such field.
     """
     config_class: Any = type(config)
     for name, kind in _annotations(config_class).items():
@@ -42,7 +42,7 @@ def check_types(config: Any, *, passing: Collection[str] = ()) -> None:
         as_plain = _plain_field(value)
         if not _fits(as_plain, kind):
             what, kind, wrong = _culprit(name, kind, as_plain)
-            raise ConfigError(f"{what} must be {_described(kind)}, not {shown(wrong)}", field=name, value=value)
+            raise ConfigTypeError(f"{what} must be {_described(kind)}, not {shown(wrong)}", field=name, value=value)
         if as_plain is not value:
             setattr(config, name, as_plain)
 

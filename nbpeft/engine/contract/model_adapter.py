@@ -81,6 +81,15 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
         """Computes the embeddings to prepend to the decoder's input: (1 or rows, ``decoder_token_count``, features)."""
         raise NotImplementedError
 
+    def all_tokens(self, base: BaseLayer) -> Tensor:
+        """Computes all embeddings of the prompt, those for a decoder last, used or not: (1 or rows, tokens, features).
+
+        Args:
+            base: as for ``input_tokens``.
+        """
+        first = self.input_tokens(base)
+        return torch.cat([first, self.decoder_tokens(base)], 1) if self.decoder_token_count else first
+
     def cached_states(self, base: BaseLayer) -> Tensor:
         """Computes keys and values to start the cache with.
 

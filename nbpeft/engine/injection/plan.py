@@ -122,6 +122,7 @@ def plan(
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     if resolved.fill_in_layers(features):
         targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
+    _set_layout(resolved, targets)
     if method.shares.tied is not None:
         ties = method.shares.tied(resolved, features)
         targets = [replace(target, tied=ties.get(target.path, {})) for target in targets]
@@ -158,6 +159,16 @@ def plan(
     _check_has_tensors(resolved, everywhere, [*shared, *copies, *biases])
     made = InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
     return replace(made, other_paths=_other_paths(made.module_paths, sites))
+
+
+def _set_layout(config: AdapterConfig, targets: Sequence[Target]) -> None:
+    """Sets ``fan_in_fan_out`` to the layout of the last target with a matrix, as PEFT does, for those who read it."""
+    layouts = [target.kind == "conv1d" for target in targets if target.kind in ("linear", "conv1d")]
+    if not layouts or not isinstance(given := getattr(config, "fan_in_fan_out", None), bool):
+        return
+    config.fan_in_fan_out = layouts[-1]  # type: ignore[attr-defined]
+    if given and not any(layouts):
+        warnings.warn("fan_in_fan_out is set to False: the layers store their weight as (out, in)", stacklevel=4)
 
 
 def _warn_of_ties(

@@ -14,6 +14,7 @@ from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.handle.peft_model import PeftModel
+from nbpeft.model.saving.files import base_name
 from nbpeft.model.saving.given_configs import as_given, take_given
 
 
@@ -153,12 +154,7 @@ def get_peft_model(
     manager = manager_of(model)
     names = () if manager is None else manager.names
     config = _with_names_in_base(peft_config, model) if isinstance(model, PeftModel) else peft_config
-    if revision is not None:
-        if config.revision not in (None, revision):
-            warnings.warn(
-                f"the config's revision {config.revision!r} of the base model is replaced by {revision!r}", stacklevel=2
-            )
-        config = as_given(config).copy(revision=revision)
+    config = _of_base(config, model, revision)
     handle = PeftModel.for_task(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     if config is not peft_config:
         with handle.manager.transaction() as change:
@@ -171,6 +167,24 @@ def get_peft_model(
             stacklevel=2,
         )
     return handle
+
+
+def _of_base(config: AdapterConfig, model: nn.Module, revision: str | None) -> AdapterConfig:
+    """Returns a config with the base model's revision, and without a name that the base model does not have."""
+    if revision is not None:
+        if config.revision not in (None, revision):
+            warnings.warn(
+                f"the config's revision {config.revision!r} of the base model is replaced by {revision!r}", stacklevel=3
+            )
+        config = as_given(config).copy(revision=revision)
+    name, base = config.base_model_name_or_path, model.get_base_model() if isinstance(model, PeftModel) else model
+    if name is not None and base_name(base) is None:
+        warnings.warn(
+            f"base_model_name_or_path of the config was renamed from {name!r} to 'None': the base model has no name",
+            stacklevel=3,
+        )
+        config = as_given(config).copy(base_model_name_or_path=None)
+    return config
 
 
 def _with_names_in_base(config: AdapterConfig, model: PeftModel) -> AdapterConfig:

@@ -31,7 +31,7 @@ from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.views.part_modules import shown_name
 from nbpeft.engine.wrappers.fake_quant import is_prepared_quantization_aware
-from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError
+from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, few
 from nbpeft.model.saving.loading import fitted
 from nbpeft.model.saving.offloaded import adapter_onloaded, embedding_weights
 from nbpeft.model.saving.residuals import left_start, mark_left, take_out_of_saved
@@ -47,14 +47,18 @@ _WRAPPED = ("", ".base_layer")
 Rewrite = Callable[[str, AdapterConfig, AdapterWeights], tuple[AdapterConfig, AdapterWeights]]
 
 
+def base_name(model: nn.Module) -> str | None:
+    """Returns the name or path of a base model; None if it has none."""
+    return model.__dict__.get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
 def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """Returns a copy of a new adapter's config with the base model's name, adjusted to a prepared base model.
 
     Raises:
         ConfigError: the base was prepared for quantization-aware adapters, which this method does not support.
     """
-    name = model.__dict__.get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None)
-    former = config.base_model_name_or_path
+    name, former = base_name(model), config.base_model_name_or_path
     if name and former not in (None, name):
         warnings.warn(f"base_model_name_or_path of the config was renamed from {former!r} to {name!r}", stacklevel=5)
     completed = config.copy(base_model_name_or_path=name or former)
@@ -241,6 +245,10 @@ def _without_weight(
         raise AdapterError(
             f"Passing `path_initial_model_for_weight_conversion` to `save_pretrained` cannot convert {name!r}: {error}"
         ) from None
+    except KeyError as error:
+        raise AdapterError(
+            f"{name!r} cannot be converted: the state dict has no {error} of one of its layers"
+        ) from None
 
 
 def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: str) -> dict[str, TakenOver]:
@@ -335,17 +343,24 @@ def replaced_state_dict(model: nn.Module, manager: AdapterManager) -> Mapping[st
 def _picked(
     manager: AdapterManager, weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
 ) -> AdapterWeights:
-    """Returns the same weights with the tensors of a state dict, e.g. one that was gathered from a sharded model."""
+    """Returns the same weights with the tensors of a state dict, e.g. one that was gathered from a sharded model.
 
-    def find(key: str, own: Tensor | None = None) -> Tensor:
+    Tensors of the adapter that it lacks are left out with a warning, as in PEFT.
+    """
+    missing: list[str] = []
+
+    def find(key: str) -> Tensor | None:
         path, _, leaf = key.rpartition(".")
         for prefix in ("base_model.model.", "base_model.", ""):
             for spelt in (key, f"{path}.base_layer.{leaf}", f"{path}.original_module.{leaf}"):
                 if prefix + spelt in state_dict:
                     return state_dict[prefix + spelt]
-        if own is not None:
-            return own
-        raise AdapterError(f"the state dict has no {key!r} of adapter {name!r}")
+        return None
+
+    def present(keys: Mapping[str, str]) -> dict[str, Tensor]:
+        found = {k: find(key) for k, key in keys.items()}
+        missing.extend(keys[k] for k, tensor in found.items() if tensor is None)
+        return {k: tensor for k, tensor in found.items() if tensor is not None}
 
     places = wrapper_places(weights.parameters)
     adapters = {path: manager.layers[path].adapter(name) for path in weights.adapters}
@@ -354,17 +369,22 @@ def _picked(
         for path, adapter in adapters.items()
     }
     own = {
-        id(adapter): {
-            k: find(
-                f"{adapter.peft.shown_as}.{name}.{own_names[path].get(k, k)}"
+        id(adapter): present(
+            {
+                k: f"{adapter.peft.shown_as}.{name}.{own_names[path].get(k, k)}"
                 if manager.layers[path].is_outside
                 else f"{places.get(path, path)}.{shown_name(adapter, own_names[path].get(k, k), name)}"
-            )
-            for k in weights.adapters[path]
-        }
+                for k in weights.adapters[path]
+            }
+        )
         for path, adapter in adapters.items()
         if source_of(adapter) is None
     }
+    copies = {
+        path: present({k: f"{path}.modules_to_save.{name}.{k}" for k in named})
+        for path, named in weights.copies.items()
+    }
+    _tell_missing(manager.configs[name], name, missing, has_some=any((*own.values(), *copies.values())))
     return AdapterWeights(
         {
             path: own[id(adapter)]
@@ -372,11 +392,8 @@ def _picked(
             else adapter.tied_tensors(weights.adapters[path], own[id(adapter.source)])
             for path, adapter in adapters.items()
         },
-        {
-            path: {k: find(f"{path}.modules_to_save.{name}.{k}") for k in named}
-            for path, named in weights.copies.items()
-        },
-        {key: find(key, own) for key, own in weights.base.items()},
+        copies,
+        {key: own if (given := find(key)) is None else given for key, own in weights.base.items()},
         {
             key: _shared_in(state_dict, (f"{ADAPTER_PARTS}.{name}.shared.{key}", f".{listed_name(key, name)}"), own)
             for key, own in weights.shared.items()
@@ -384,6 +401,20 @@ def _picked(
         weights.parameters,
         weights.starts,
     )
+
+
+def _tell_missing(config: AdapterConfig, name: str, missing: Sequence[str], *, has_some: bool) -> None:
+    """Warns of tensors of an adapter that a state dict lacks.
+
+    Raises:
+        AdapterError: it has none of the adapter's tensors, or the adapter is a prompt, which is saved as a whole.
+    """
+    if not missing:
+        return
+    lacks = f"the state dict has no {few(missing)} of adapter {name!r}"
+    if not has_some or config.learns_prompt:
+        raise AdapterError(lacks)
+    warnings.warn(f"{lacks}: it is saved without them", stacklevel=6)
 
 
 def _shared_in(state_dict: Mapping[str, Tensor], endings: tuple[str, ...], own: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, ConfigTypeError
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,15 @@ def test_another_type_is_refused_with_its_field(name: str, value: Any, expected:
     with pytest.raises(ConfigError) as caught:
         LoraConfig(**{name: value})
     assert str(caught.value).startswith(f"{name} must be {expected}, not {value!r:.20}")
+
+
+@pytest.mark.parametrize("fields", [{"target_parameters": "weight"}, {"kasa_config": 123}])
+def test_another_type_where_peft_raises_a_type_error_raises_one(fields: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        peft.LoraConfig(**fields)
+    with pytest.raises(ConfigTypeError) as caught:
+        LoraConfig(**fields)
+    assert isinstance(caught.value, TypeError) and isinstance(caught.value, ValueError)
 
 
 @pytest.mark.parametrize(

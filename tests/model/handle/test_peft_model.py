@@ -405,7 +405,15 @@ def test_names_of_the_base_that_are_overridden_are_told() -> None:
     assert model.peft_config["default"].revision == "v2"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        get_peft_model(llama(), config(base_model_name_or_path="kept", revision="v1"), revision="v1")
+        get_peft_model(model.unload(), config(base_model_name_or_path=None, revision="v1"), revision="v1")
+
+
+def test_a_name_that_the_base_does_not_have_is_removed_as_in_peft() -> None:
+    for library in (peft, nbpeft):
+        given = library.LoraConfig(target_modules=["0"], base_model_name_or_path="elsewhere")
+        with pytest.warns(UserWarning, match="renamed from 'elsewhere' to 'None'"):
+            model = library.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), given)
+        assert model.peft_config["default"].base_model_name_or_path is given.base_model_name_or_path is None
 
 
 def test_the_card_has_the_tags_of_the_base(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 import nbpeft
 from nbpeft import LoraConfig, PeftModel, get_peft_model
@@ -186,3 +187,21 @@ def test_the_base_resizes_and_ties_its_embeddings_by_its_own_commands(name: str,
     assert model.word_embeddings is base.get_input_embeddings()
     with torch.no_grad():
         assert base(input_ids=IDS + VOCABULARY - 4).logits.shape[-1] == VOCABULARY + 4
+
+
+T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize("parts", [None, 1, 2])
+@pytest.mark.parametrize("name", ["PromptTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig"])
+def test_get_prompt_has_the_tokens_of_encoder_and_decoder_as_in_peft(name: str, parts: int | None) -> None:
+    settings = {**PROMPTS[name], "task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": parts}
+    tasks = {"task_ids": torch.tensor([0, 1])} if name.startswith("Multitask") else {}
+    found: list[torch.Tensor] = []
+    for library in (peft, nbpeft):
+        torch.manual_seed(0)
+        base = T5ForConditionalGeneration(T5Config(**T5))
+        model = library.get_peft_model(base, getattr(library, name)(**settings))
+        found.append(model.get_prompt(2, **tasks))
+    assert found[1].shape[1] == PROMPTS[name]["num_virtual_tokens"] * (parts or 2)
+    torch.testing.assert_close(found[1], found[0])

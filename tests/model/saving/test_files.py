@@ -13,12 +13,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import nbpeft.model as nbpeft
-from nbpeft import IA3Config, VeraConfig
+from nbpeft import IA3Config, PromptEncoderConfig, VeraConfig
 from nbpeft.checkpoint import inside
-from nbpeft.errors import CheckpointError, ConfigError, PeftWarning
+from nbpeft.errors import AdapterError, CheckpointError, ConfigError, PeftWarning
 from nbpeft.model import LoraConfig, get_peft_model, get_peft_model_state_dict
 from tests.tiny_models import adapted, llama, logits
 
@@ -58,6 +59,56 @@ def test_frozen_tensors_that_a_state_dict_lacks_are_the_models_own() -> None:
     frozen = next(tensor for key, tensor in tensors.items() if key.endswith("embed_tokens.base_layer.weight"))
     assert torch.equal(frozen, model.get_base_model().model.embed_tokens.weight)
     assert not any("lm_head" in key for key in tensors)
+
+
+def lacking(model: nn.Module, ending: str) -> dict[str, torch.Tensor]:
+    """The state dict of a model without the tensors whose names end so."""
+    return {key: value for key, value in model.state_dict().items() if not key.endswith(ending)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
+def test_tensors_that_a_state_dict_lacks_are_not_saved_and_told(changes: dict[str, Any], tmp_path: Path) -> None:
+    found: list[Any] = []
+    for library in (peft, nbpeft):
+        settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], **changes}
+        model = library.get_peft_model(llama(), library.LoraConfig(**settings))
+        rest = lacking(model, "layers.0.self_attn.v_proj.lora_A.default.weight")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model.save_pretrained(tmp_path / library.__name__, state_dict=rest)
+            again = library.get_peft_model_state_dict(model, state_dict=rest)
+        saved = load_file(tmp_path / library.__name__ / "adapter_model.safetensors")
+        found.append((saved.keys(), again.keys()))
+    names = "no 'model.layers.0.self_attn.v_proj.lora_A.default.weight' of adapter 'default': it is saved without"
+    assert found[0] == found[1] and sum(names in str(one.message) for one in told) == 2
+    assert len(saved) == len(get_peft_model_state_dict(model)) - 1
+    with pytest.warns(UserWarning, match="1 adapter key is missing"):
+        nbpeft.PeftModel.from_pretrained(llama(), tmp_path / nbpeft.__name__)
+
+
+def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"the state dict has no '.*lora_A\.default\.weight', .* more of adapter"):
+        adapted().save_pretrained(tmp_path / "x", state_dict=llama().state_dict())
+    prompt = get_peft_model(llama(), PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(AdapterError, match=r"has no 'prompt_encoder\.default\.mlp_head\.2\.weight' of adapter"):
+        prompt.save_pretrained(tmp_path / "x", state_dict=lacking(prompt, "mlp_head.2.weight"))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.filterwarnings("ignore:the state dict has no")
+def test_a_start_is_not_converted_without_one_of_its_factors(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+    rest = lacking(model, "layers.0.self_attn.q_proj.lora_A.default.weight")
+    initial = str(tmp_path / "initial")
+    model.save_pretrained(tmp_path / "whole", state_dict=rest)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(initial)
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with pytest.raises(AdapterError, match="cannot be converted: the state dict has no 'lora_A' of one of its layers"):
+        model.save_pretrained(tmp_path / "x", state_dict=rest, path_initial_model_for_weight_conversion=initial)
+    assert not (tmp_path / "x").exists() and not any(
+        "lora_A" in key and "layers.0" in key for key in load_file(tmp_path / "whole/adapter_model.safetensors")
+    )
 
 
 def test_embeddings_that_cannot_be_found_are_told(tmp_path: Path) -> None:

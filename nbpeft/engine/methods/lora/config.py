@@ -70,7 +70,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         exclude_modules: names of layers to leave as they are, or a pattern.
         lora_alpha: the delta is multiplied by lora_alpha / r.
         lora_dropout: dropout probability of the adapter's input, from 0 to 1.
-        fan_in_fan_out: whether layers store their weight as (in, out); detected automatically.
+        fan_in_fan_out: whether layers store their weight as (in, out); set when the adapter is added.
         bias: which biases of the model are also trained.
         use_rslora: divide lora_alpha by the square root of r, which suits ranks above 64.
         modules_to_save: names of other modules that are copied, trained as a whole and saved.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from nbpeft.engine.config.config_checks import Settings
-from nbpeft.errors import ConfigError, did_you_mean, shown
+from nbpeft.errors import ConfigError, ConfigTypeError, did_you_mean, shown
 
 CORDA_METHODS = ("ipm", "kpm")
 GRADIENT_DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
@@ -128,14 +128,17 @@ def as_settings(name: str, value: Any, settings_class: type[Any]) -> Any:
         settings_class: the class.
 
     Raises:
-        ConfigError: it is of another type, or a field is unknown or invalid.
+        ConfigTypeError: it is of another type.
+        ConfigError: a field is unknown or invalid.
     """
     if value is None or isinstance(value, settings_class):
         return value
     if type(value).__name__ == settings_class.__name__:  # PEFT's own class
         value = vars(value)
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must be a {settings_class.__name__} or a dictionary, not {shown(value)}", field=name)
+        raise ConfigTypeError(
+            f"{name} must be a {settings_class.__name__} or a dictionary, not {shown(value)}", field=name
+        )
     known = [field.name for field in dataclasses.fields(settings_class)]
     unknown = [key for key in value if key not in known]
     if unknown:

@@ -31,7 +31,7 @@ class VectorsConfig(LayersConfig):
         projection_prng_key: seed of the projections.
         save_projection: save the projections too; otherwise they are drawn again from the seed.
         d_initial: initial value of the vector between the projections.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        fan_in_fan_out: whether layers store their weight as (in, out); set when the adapter is added.
         bias: which biases of the model are also trained.
         init_weights: start at the base model; False for random vectors.
     """

@@ -124,17 +124,13 @@ class MultitaskPromptEmbedding(TokenPrompt):
                 )
             own.copy_(value)
 
-    def _prompts(self, base: BaseLayer) -> Tensor:
+    def all_tokens(self, base: BaseLayer) -> Tensor:
         """The prompts (rows, tokens, features) of the tasks that the call names."""
         ids = checked_task_ids(base.context, len(self.prefix_task_cols)).to(self.prefix_task_cols.device)
         return self.embedding.weight * (self.prefix_task_cols[ids] @ self.prefix_task_rows[ids])
 
-    def input_tokens(self, base: BaseLayer) -> Tensor:
-        """The first tokens of the rows' prompts."""
-        return self._prompts(base)[:, : self.token_count]
-
     def decoder_tokens(self, base: BaseLayer) -> Tensor:
-        return self._prompts(base)[:, self.token_count :]
+        return self.all_tokens(base)[:, self.token_count :]
 
 
 def _of_tasks(config: MultitaskPromptTuningConfig, tensor: Tensor | None) -> Tensor | None:

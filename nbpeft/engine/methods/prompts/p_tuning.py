@@ -112,6 +112,9 @@ class PromptEncoder(EncodedPrompt):
             values = self.lstm_head(values)[0]
         return self.mlp_head(values) if "mlp_head" in self._modules else values
 
+    def all_tokens(self, base: BaseLayer) -> Tensor:
+        return self.encoded()
+
     def input_tokens(self, base: BaseLayer) -> Tensor:
         return self.encoded()[:, : self.token_count]
 

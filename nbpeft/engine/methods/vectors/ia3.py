@@ -71,7 +71,7 @@ class IA3Config(AdapterConfig):
         target_modules: names of the layers, a pattern, or "all-linear".
         exclude_modules: names or a pattern of layers to leave out.
         feedforward_modules: those of the targets whose input is scaled instead of their output.
-        fan_in_fan_out: ignored, accepted as in PEFT: the layout is known from the layer.
+        fan_in_fan_out: whether layers store their weight as (in, out); set when the adapter is added.
         modules_to_save: modules trained as a whole.
         init_ia3_weights: start at ones; False for random vectors.
 

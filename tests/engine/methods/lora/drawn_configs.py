@@ -502,15 +502,13 @@ REFUSED = (
 )
 """What nbpeft alone refuses, and why."""
 _APART = ("base_model_name_or_path", "peft_version", "auto_mapping", "inference_mode", "revision", "runtime_config")
-_FOUND_BY_ITSELF = ("fan_in_fan_out",)
-"""PEFT sets it to what the layer looked at last has, whatever was asked for; here the layers say it each time."""
 
 
 def same_settings(own: Path, theirs: Path) -> None:
     """Fails where two config files do not say the same."""
     found, wanted = (json.loads((place / "adapter_config.json").read_text()) for place in (own, theirs))
     for key, value in wanted.items():
-        if key in (*_APART, *_FOUND_BY_ITSELF):
+        if key in _APART:
             continue
         if key == "target_modules" and isinstance(found.get(key), str) and isinstance(value, list):
             continue  # of a mixture: see ``cases``

@@ -112,8 +112,8 @@ def _with_samplers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapping
     more: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         place, found, _ = key.partition(f"{_PLACE}std_prior")
-        if found:
-            prior = tensors[f"{place}{_PLACE}expert_weights_prior"]
+        prior = tensors.get(f"{place}{_PLACE}expert_weights_prior")
+        if found and prior is not None:
             more[f"{place}{_PLACE}gaussian_var_prior"] = torch.eye(len(tensor), dtype=tensor.dtype)
             more[f"{place}{_PLACE}expert_weights"] = torch.full_like(prior, 1 / len(prior), device="cpu")
     return {**tensors, **more}
