@@ -17,6 +17,7 @@ from nbpeft.magics.tokenize import quoted
 
 _PHRASES = {
     "session.add(model, config)": "a cell that begins with %%lora MODEL",
+    "session.train(model, data)": "%%lora_train",
     "session.merge(to=…)": "%lora merge --to DIR",
     "session.merge(calibrate=…)": "%lora merge --calibrate ROWS",
     "with members={": "with the line members = {",
@@ -103,7 +104,7 @@ def in_cell_spelling(said: Any, names: Mapping[str, str] | None = None) -> Any:
     if isinstance(said, str):
         for phrase, cell in _PHRASES.items():
             said = said.replace(phrase, cell)
-        said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
+        said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".replace("', '", " ").rstrip(), said)
         said = _ROWS.sub(_with_rows, _COLUMNS.sub(_as_option, said))
         said = _MODEL.sub(_with_model, said)
         return _ARGUMENT.sub(_with_option, _with_options(said, names) if names else said)

@@ -98,7 +98,7 @@ class Mine(TrainerCallback):
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no rows": ({"data": None}, TrainingError, "resuming run sql-1 needs its training data: pass data=…"),
-    "more rows": ({"data": token_rows(25)}, TrainingError, "run sql-1 was trained with 24 rows, but 25 are given"),
+    "more rows": ({"data": token_rows(25)}, TrainingError, "24 rows, but 25 are given: pass those of the run (data=…)"),
     "other rows": ({"data": token_rows(24, seed=9)}, TrainingError, "run sql-1 was trained with other rows"),
     "no rows to evaluate on": ({"eval_data": None}, TrainingError, "4 evaluation rows, but none are given"),
     "an unknown field": ({"learning_rat": 1}, ConfigError, "Did you mean 'learning_rate'"),
@@ -173,6 +173,37 @@ def test_a_run_that_had_finished_gives_its_adapter_back(straight: Any, tmp_path:
     assert same_state(weights(result.model, "sql"), straight[1])
     with pytest.raises(AdapterError, match="run sql-1 had finished, and 'sql' is on the model"):
         session_in(tmp_path).resume(model=result.model)
+
+
+def test_a_run_that_had_finished_takes_no_arguments(straight: Any, tmp_path: Path) -> None:
+    """It has no state that they could change."""
+    session, model = adapted_session(tmp_path)
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 2})
+    base, files = llama(), listing(tmp_path)
+    for given, error, told in (
+        ({"max_stepz": 4}, ConfigError, "'max_stepz' is not a field of TrainingArguments. Did you mean 'max_steps'"),
+        ({"max_steps": 4}, TrainingError, "max_steps=… cannot be used: run sql-1 had finished and has no state to"),
+        ({"betta": 0.1}, ConfigError, "Did you mean"),
+        ({"patience": 2, "beta": 0.2}, TrainingError, "patience=…, beta=… cannot be used"),
+    ):
+        with pytest.raises(error) as caught:
+            session_in(tmp_path).resume(model=base, variable="model", **given)
+        assert told in str(caught.value)
+        assert not hasattr(base, "peft_config") and listing(tmp_path) == files
+
+
+@pytest.mark.parametrize("given", [{"max_steps": 3}, {"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 0.01}])
+def test_fewer_steps_than_a_run_has_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    """They would end the run, whose state would then be lost."""
+    session, model = adapted_session(tmp_path)
+    end = session.on_run(lambda run, name: when_noted(run, 4, run.control.request_stop))
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 8})
+    end()
+    before, files = everything(model), listing(tmp_path)
+    with pytest.raises(TrainingError, match=r"run sql-1 is at step 4 and would end at step [134]: .* with 8 steps"):
+        session.resume(model=model, data=rows(), **given)
+    assert same_state(everything(model), before) and listing(tmp_path) == files
+    assert session.resume(model=model, data=rows(), max_steps=6).training.steps == 6
 
 
 def test_another_adapter_is_active_again_when_a_resumed_run_cannot_begin(broken_off: Path) -> None:
