@@ -111,6 +111,8 @@ class TrackedModel:
             here = done.get(name, state.step) if state.kept_step is None else state.kept_step
             if config is None:  # another thread has removed it meanwhile
                 continue
+            known = self.trained_steps.items()
+            self.trained_steps = {other: item for other, item in known if item[0] is not config}  # renamed since
             last, before = (here, os.path.basename(run.folder)), run.earlier.get(name, (0, ""))
             self.trained_steps[name] = (config, *(last if here else before))
             if here:

@@ -117,8 +117,8 @@ def _refuse_lost_origin(tracked: TrackedModel, origin: str) -> None:
     if made:
         chosen = next((name for name in tracked.manager.active if name in made), made[0])
         raise AdapterError(
-            f"{origin!r}, from which the sweep of {few(made, MOST, quoted=False)} started, is not on the model: load or "
-            f"add it again, or name the adapter to start from: adapter={chosen!r}"
+            f"{origin!r}, from which the sweep of {few(made, MOST, quoted=False)} started, is not on the model: load "
+            f"or add it again, or name the adapter to start from: adapter={chosen!r}"
         )
 
 

@@ -344,7 +344,8 @@ def test_training_again_says_from_where_it_goes_on(tmp_path: Path) -> None:
     own = settings[second.state.folder]
     assert (own["starts from"], own["rows"]) == ("the weights after step 5 of run sql-1", len(rows()))
     assert "starts from" not in settings[first.state.folder]
-    assert "after step 8 of run" in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
+    third = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    assert "after step 3 of run orders-1" in str(third), "a step of that run, not the sum of all runs"
     session.add(model, {**LORA, "r": 2}, name="orders")  # its weights start anew
     assert "continues from" not in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
 
@@ -363,7 +364,8 @@ def test_restarting_gives_the_numbers_of_the_first_time(tmp_path: Path, fields: 
     session.set_scale("sql", 0.5)
     session.set_scale("sql", 1.0)
     third = session.train(model, rows(), restart=True, **short)
-    assert third.state.history == first.state.history and "goes on" not in str(third)
+    assert third.state.history == first.state.history
+    assert "restarts sql from new weights; run sql-2 has the former ones" in third.message
     assert same_state(weights(model, "sql"), after)
     assert session.train(model, rows(), restart=True, **short).state.history == first.state.history
 
@@ -393,6 +395,11 @@ def test_a_restart_that_cannot_begin_leaves_the_weights(tmp_path: Path, wrong: d
 def test_an_adapter_that_was_loaded_starts_from_the_seed(tmp_path: Path) -> None:
     session, _model = adapted_session(tmp_path / "runs")
     session.save(tmp_path / "saved")
+    other = session_in(tmp_path / "runs")
+    frozen = other.load(tmp_path / "saved", name="sql", model=llama(), variable="model")
+    assert frozen.notes == ("it is frozen: session.unfreeze('sql') makes it trainable",)
+    with pytest.raises(TrainingError, match=r"model.set_requires_grad\('sql'\) makes it trainable"):
+        other.train(frozen.model, rows(), **ARGUMENTS)
     other = session_in(tmp_path / "runs")
     loaded = other.load(tmp_path / "saved", name="sql", model=llama(), variable="model", trainable=True).model
     histories = [

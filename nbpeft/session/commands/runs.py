@@ -431,7 +431,7 @@ def _refuse_given(record: RunRecord, arguments: Mapping[str, Any]) -> None:
         check_names(arguments)
         raise TrainingError(
             f"{', '.join(f'{name}=…' for name in arguments)} cannot be used: run {record.name} had finished and has no "
-            "state to continue. Restore its adapter without arguments, then session.train(model, data) trains further"
+            "state to continue. Restore its adapter without arguments, then session.train trains further"
         )
 
 

@@ -171,12 +171,10 @@ def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:
 def _before_training(tracked: TrackedModel, name: str) -> str:
     """Say how to get back the weights from before the last training, which ``undo`` does not restore."""
     config, step, run = tracked.earlier_steps.get(name, (None, 0, ""))
-    if config is not tracked.manager.configs.get(name):
+    if config is None or config is not tracked.manager.configs.get(name) or name in tracked.origins:
         return ""
-    if not step:
-        return f"; to undo its training, session.reset({name!r}) brings its initial weights back"
-    if not run:
-        return ""
-    return (
-        f"; to undo its training, session.delete({name!r}), then session.resume({run!r}) bring those of run {run} back"
-    )
+    training = f"; to undo the training of {name!r}, session"
+    if step:
+        return f"{training}.delete({name!r}), then session.resume({run!r}) goes back to run {run}" if run else ""
+    drawn, _ = tracked.first_random.get(name, (None, None))
+    return f"{training}.reset({name!r}) restores its initial weights" if drawn is config else ""

@@ -135,7 +135,7 @@ def check_learns(model: nn.Module) -> None:
     if next(trainable(model), None) is None:
         active = active_names(model)
         names = ", ".join(map(repr, active)) or "none"
-        way = f"session.unfreeze({active[0]!r}) makes it trainable" if active else "activate a trainable one"
+        way = f"model.set_requires_grad({active[0]!r}) makes it trainable" if active else "activate a trainable one"
         raise TrainingError(f"Nothing is trainable (active adapters: {names}): {way}.")
 
 
