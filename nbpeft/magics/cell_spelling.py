@@ -17,6 +17,7 @@ from nbpeft.magics.tokenize import quoted
 
 _PHRASES = {
     "session.add(model, config)": "a cell that begins with %%lora MODEL",
+    "session.train trains": "%%lora_train trains",
     "session.merge(to=…)": "%lora merge --to DIR",
     "session.merge(calibrate=…)": "%lora merge --calibrate ROWS",
     "with members={": "with the line members = {",
@@ -27,6 +28,7 @@ _PHRASES = {
 _ROW_OPTIONS = {"data": "--data", "eval_data": "--eval"}
 _ROWS = re.compile(r"(?<![\w.'\"-])((?:eval_)?data)=\{([^{}…]+: …(?:, [^{}…]+: …)*)\}")
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
+_UNFREEZE = re.compile(r"model\.set_requires_grad\((.*?)\)")
 _COLUMNS = re.compile(r"columns=(\{['\"][^{}]*\})")
 _NEVER = "(?!)"
 _GIVEN = r"(?<![\w=])'[^']*'|(?<![\w=])\"[^\"]*\"|%lora \w+ \w+|(?<![\w-])--[\w-]+ \w+"
@@ -112,7 +114,8 @@ def in_cell_spelling(said: Any, names: Mapping[str, str] | None = None) -> Any:
     if isinstance(said, str):
         for phrase, cell in _PHRASES.items():
             said = said.replace(phrase, cell)
-        said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
+        said = _UNFREEZE.sub(r"session.unfreeze(\1)", said)
+        said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".replace("', '", " ").rstrip(), said)
         said = _ROWS.sub(_with_rows, _COLUMNS.sub(_as_option, said))
         said = _MODEL.sub(_with_model, said)
         return _ARGUMENT.sub(_with_option, _with_options(said, names) if names else said)

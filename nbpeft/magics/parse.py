@@ -96,6 +96,7 @@ class Subcommand:
         arguments: its arguments.
         fields: the kind of fields that ``name=value`` words set: ``config``, ``training``, ``qlora`` or none.
         example: shown in the help.
+        refused: name of an option or field of a similar command that it does not have -> why.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Subcommand:
     arguments: tuple[Argument, ...] = ()
     fields: str = ""
     example: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,10 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
     """
     if any(word.text in ("-h", "--help") and not word.quoted for word in words):
         return Request(command, argparse.Namespace(), help=True)
+    for word in words:
+        name = word.text.partition("=")[0].lstrip("-")
+        if name in command.refused and (word.text.startswith("-") or _is_field(word)):
+            raise CellError(f"{prog} takes no {name}: {command.refused[name]}")
     words = _rows_joined(command, words)
     own_pairs = _own_pairs(command, words)
     fields = [word for word in words if command.fields and _is_field(word) and word not in own_pairs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nbpeft.errors import CellError
@@ -135,7 +135,13 @@ def separator_of(options: argparse.Namespace) -> str | None:
 
 
 def subcommand(
-    name: str, summary: str, *arguments: Argument, fields: str = "", example: str = "", cell: bool = False
+    name: str,
+    summary: str,
+    *arguments: Argument,
+    fields: str = "",
+    example: str = "",
+    cell: bool = False,
+    refused: Mapping[str, str] | None = None,
 ) -> Callable[[Run], Run]:
     """Register a function as a subcommand of ``%lora`` or as a cell magic.
 
@@ -147,13 +153,15 @@ def subcommand(
             none.
         example: shown in the help.
         cell: whether it is a cell magic.
+        refused: name of an option or field of a similar command that it does not have -> why.
 
     Returns:
         A decorator that returns the function unchanged.
     """
 
     def decorate(run: Run) -> Run:
-        (_cells if cell else _subcommands)[name] = Subcommand(name, summary, run, arguments, fields, example)
+        command = Subcommand(name, summary, run, arguments, fields, example, refused or {})
+        (_cells if cell else _subcommands)[name] = command
         return run
 
     return decorate

@@ -238,6 +238,7 @@ class RunPlace:
         model: name of the notebook variable of the model.
         source: text of the command that started the training, with which it can be started again.
         arguments: training arguments to record, if the training runs in other processes than the one that got them.
+        origin: name of the adapter from which a sweep starts; empty for other trainings.
     """
 
     store: RunStore
@@ -245,6 +246,7 @@ class RunPlace:
     model: str = ""
     source: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
 
     @classmethod
     def of(cls, given: RunPlace | str | os.PathLike[str]) -> RunPlace:

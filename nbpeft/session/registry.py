@@ -34,7 +34,8 @@ class TrackedModel:
         training_call: the arguments of that run, if ``train`` started it.
         requested: adapter name -> its config, and the fields with which it was requested.
         written: adapter name -> names of the fields that the user wrote, also those with their default values.
-        trained_steps: adapter name -> its config, its number of training steps, and the run that did the last of them.
+        trained_steps: adapter name -> its config, the last step of the run that last trained it, and that run's name.
+        earlier_steps: the same of the run before that, whose weights it continued from; 0 for new weights.
         first_random: adapter name -> its config, and the random state of its initialization.
         sweep: adapters that a cell added for several values, until they are trained.
         origins: (adapter of a sweep, its config, the adapter from which it started); also of those that undo restores.
@@ -55,6 +56,7 @@ class TrackedModel:
         self.requested: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {}
         self.written: dict[str, tuple[str, ...]] = {}
         self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
+        self.earlier_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
         self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}
         self.sweep: tuple[str, ...] = ()
         self.origins: list[tuple[str, AdapterConfig, str]] = []
@@ -78,7 +80,7 @@ class TrackedModel:
         return fields if config is present else meaning(present)
 
     def steps_of(self, names: Iterable[str]) -> tuple[int, str]:
-        """Returns the number of training steps of adapters since they were added or loaded, and their last run."""
+        """Returns the last step of the run that last trained adapters since they were added or loaded, and its name."""
         configs = [config for name in names if (config := self.manager.configs.get(name)) is not None]
         found = [item for item in self.trained_steps.values() if any(item[0] is config for config in configs)]
         return max(((steps, run) for _, steps, run in found), default=(0, ""))
@@ -120,13 +122,17 @@ class TrackedModel:
         """
         state = run.state
         done = {member.name: member.step for member in state.members}  # some end before the others
-        most = max(run.steps_before.values(), default=0)  # for clones
         for name in names:
             config = self.manager.configs.get(name)
             here = done.get(name, state.step) if state.kept_step is None else state.kept_step
-            if config is not None:  # another thread may have removed it meanwhile
-                steps = run.steps_before.get(name, most) + here
-                self.trained_steps[name] = (config, steps, os.path.basename(run.folder))
+            if config is None:  # another thread has removed it meanwhile
+                continue
+            known = self.trained_steps.items()
+            self.trained_steps = {other: item for other, item in known if item[0] is not config}  # renamed since
+            last, before = (here, os.path.basename(run.folder)), run.earlier.get(name, (0, ""))
+            self.trained_steps[name] = (config, *(last if here else before))
+            if here:
+                self.earlier_steps[name] = (config, *before)
 
     def last_run(self, name: str) -> str:
         """Returns the run that last trained an adapter; empty if there is none."""

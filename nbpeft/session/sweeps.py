@@ -79,6 +79,7 @@ def plan_sweep(tracked: TrackedModel, request: TrainRequest, *, restart: bool = 
             ones. The adapter itself does not change.
 
     Raises:
+        AdapterError: the adapter from which a repeated sweep starts is not on the model.
         ConfigError: a field of the training is a sweep, and the adapters already are a sweep.
     """
     from nbpeft.training.sweep.rows import with_own_rows
@@ -100,14 +101,25 @@ def plan_sweep(tracked: TrackedModel, request: TrainRequest, *, restart: bool = 
         return SweepPlan(request, tuple(members or ()))
     origin = adapter or (active[0] if len(active) == 1 else "")
     if adapter is None:
-        former = tracked.origin_of(origin)
-        origin = former if former in manager.configs else origin
+        origin = tracked.origin_of(origin) or origin
     if origin not in manager.configs:
+        _refuse_lost_origin(tracked, origin)
         return SweepPlan(request)  # the training refuses it
     names = tuple(names_of(origin, combinations(fields)))
     copies = not restart and not of_config(manager.configs[origin], fields)
     first = first_random(tracked, origin, request.seed) if restart else None
     return SweepPlan(replace(request, adapter=origin, first_random=first), names, origin, copies)
+
+
+def _refuse_lost_origin(tracked: TrackedModel, origin: str) -> None:
+    """Refuses to sweep again from an adapter that the model lacks, as where only its sweep was resumed."""
+    made = [name for name in tracked.manager.configs if tracked.origin_of(name) == origin]
+    if made:
+        chosen = next((name for name in tracked.manager.active if name in made), made[0])
+        raise AdapterError(
+            f"{origin!r}, from which the sweep of {few(made, MOST, quoted=False)} started, is not on the model: load "
+            f"or add it again, or name the adapter to start from: adapter={chosen!r}"
+        )
 
 
 def remove_former(ctx: SessionContext, tracked: TrackedModel, plan: SweepPlan) -> str:

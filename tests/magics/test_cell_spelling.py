@@ -24,6 +24,8 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
         ("say which one is meant: model='a' or model='b'", "say which one is meant: --model a or --model b"),
         ("choose another name, or replace it (replace=…)", "choose another name, or replace it (--replace)"),
         ("rows (init_data=…)", "rows (--init-data)"),
+        ("rename it (session.rename('a', 'NEW'))", "rename it (%lora rename a NEW)"),
+        ("model.set_requires_grad('a') makes it trainable", "%lora unfreeze a makes it trainable"),
         ("error 0.1; session.merge(to=…) keeps full precision", "error 0.1; %lora merge --to DIR keeps full precision"),
         ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora on)."),
         ("convert it to LoRA: save_as_lora(DIR, model, rank=64)", "convert it to LoRA: %lora convert NAME --rank 64"),

@@ -149,7 +149,10 @@ def test_a_deleted_adapter_comes_back(trained: Notebook) -> None:
         "'sql' is back, as it was before it was deleted; its training is not saved"
     )
     assert all(map(torch.equal, before, weights(trained))) and trained["model"].manager.active == ("sql",)
-    assert trained.run("%lora undo").line == "nothing to undo on model: no adapter of it was deleted or replaced"
+    assert trained.run("%lora undo").line == (
+        "nothing to undo on model: no adapter of it was deleted or replaced; to undo the training of 'sql', "
+        "%lora reset sql restores its initial weights"
+    )
 
 
 def test_a_trained_adapter_is_reconfigured_and_comes_back(trained: Notebook) -> None:

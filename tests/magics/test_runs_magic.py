@@ -113,6 +113,24 @@ def test_what_is_missing_in_the_new_kernel_is_one_line(bare: Notebook, change: s
     assert not hasattr(bare.shell.user_ns.get("model"), "peft_config")
 
 
+@pytest.mark.parametrize("given", ["--background", "background=True"])
+def test_a_resumed_training_runs_in_the_foreground(bare: Notebook, given: str) -> None:
+    assert bare.run(f"%lora resume {given}").line == (
+        "%lora resume takes no background: a resumed training runs in the foreground"
+    )
+
+
+def test_fields_for_a_run_that_had_finished_are_refused(bare: Notebook) -> None:
+    prepare(bare).do(CELL)
+    for given, told in (
+        ("max_steps=9", "max_steps=… cannot be used: run sql-1 had finished and has no state to continue."),
+        ("max_stepz=9", "Did you mean 'max_steps'?"),
+    ):
+        line = bare.run(f"%lora resume sql-1 {given}").line
+        assert told in line and "session." not in line
+    assert "%%lora_train trains further" in bare.run("%lora resume sql-1 max_steps=9").line
+
+
 def test_values_of_the_cell_are_kept_and_not_their_expressions(bare: Notebook, place: Path) -> None:
     cell = CELL.replace("--data rows --eval held", "--data data['train'] --eval 0.25").replace("= batch", "= batch * 1")
 

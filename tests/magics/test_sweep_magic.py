@@ -134,7 +134,7 @@ def test_a_sweep_of_an_adapter_that_was_trained_says_so_and_counts_its_steps(
     result = ready.do(TRAIN)
     assert "continues from the weights after step 2 of run sql-1" in result.state.message
     tracked = ready.session.context.models.get("model")
-    assert tracked.steps_of(["sql-lr1e-2"]) == (4, "sql-sweep-1") and tracked.steps_of(["sql"]) == (2, "sql-1")
+    assert tracked.steps_of(["sql-lr1e-2"]) == (2, "sql-sweep-1") and tracked.steps_of(["sql"]) == (2, "sql-1")
     assert "continues" not in ready.do(TRAIN.replace("learning_rate", "r").replace("0.01, 0.05", "2, 8")).state.message
 
 

@@ -98,7 +98,7 @@ class Mine(TrainerCallback):
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no rows": ({"data": None}, TrainingError, "resuming run sql-1 needs its training data: pass data=…"),
-    "more rows": ({"data": token_rows(25)}, TrainingError, "run sql-1 was trained with 24 rows, but 25 are given"),
+    "more rows": ({"data": token_rows(25)}, TrainingError, "24 rows, but 25 are given: pass those of the run (data=…)"),
     "other rows": ({"data": token_rows(24, seed=9)}, TrainingError, "run sql-1 was trained with other rows"),
     "no rows to evaluate on": ({"eval_data": None}, TrainingError, "4 evaluation rows, but none are given"),
     "an unknown field": ({"learning_rat": 1}, ConfigError, "Did you mean 'learning_rate'"),
@@ -173,6 +173,37 @@ def test_a_run_that_had_finished_gives_its_adapter_back(straight: Any, tmp_path:
     assert same_state(weights(result.model, "sql"), straight[1])
     with pytest.raises(AdapterError, match="run sql-1 had finished, and 'sql' is on the model"):
         session_in(tmp_path).resume(model=result.model)
+
+
+def test_a_run_that_had_finished_takes_no_arguments(straight: Any, tmp_path: Path) -> None:
+    """It has no state that they could change."""
+    session, model = adapted_session(tmp_path)
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 2})
+    base, files = llama(), listing(tmp_path)
+    for given, error, told in (
+        ({"max_stepz": 4}, ConfigError, "'max_stepz' is not a field of TrainingArguments. Did you mean 'max_steps'"),
+        ({"max_steps": 4}, TrainingError, "max_steps=… cannot be used: run sql-1 had finished and has no state to"),
+        ({"betta": 0.1}, ConfigError, "Did you mean"),
+        ({"patience": 2, "beta": 0.2}, TrainingError, "patience=…, beta=… cannot be used"),
+    ):
+        with pytest.raises(error) as caught:
+            session_in(tmp_path).resume(model=base, variable="model", **given)
+        assert told in str(caught.value)
+        assert not hasattr(base, "peft_config") and listing(tmp_path) == files
+
+
+@pytest.mark.parametrize("given", [{"max_steps": 3}, {"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 0.01}])
+def test_fewer_steps_than_a_run_has_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    """They would end the run, whose state would then be lost."""
+    session, model = adapted_session(tmp_path)
+    end = session.on_run(lambda run, name: when_noted(run, 4, run.control.request_stop))
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 8})
+    end()
+    before, files = everything(model), listing(tmp_path)
+    with pytest.raises(TrainingError, match=r"run sql-1 is at step 4 and would end at step [134]: .* with 8 steps"):
+        session.resume(model=model, data=rows(), **given)
+    assert same_state(everything(model), before) and listing(tmp_path) == files
+    assert session.resume(model=model, data=rows(), max_steps=6).training.steps == 6
 
 
 def test_another_adapter_is_active_again_when_a_resumed_run_cannot_begin(broken_off: Path) -> None:
@@ -313,7 +344,8 @@ def test_training_again_says_from_where_it_goes_on(tmp_path: Path) -> None:
     own = settings[second.state.folder]
     assert (own["starts from"], own["rows"]) == ("the weights after step 5 of run sql-1", len(rows()))
     assert "starts from" not in settings[first.state.folder]
-    assert "after step 8 of run" in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
+    third = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    assert "after step 3 of run orders-1" in str(third), "a step of that run, not the sum of all runs"
     session.add(model, {**LORA, "r": 2}, name="orders")  # its weights start anew
     assert "continues from" not in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
 
@@ -332,7 +364,8 @@ def test_restarting_gives_the_numbers_of_the_first_time(tmp_path: Path, fields: 
     session.set_scale("sql", 0.5)
     session.set_scale("sql", 1.0)
     third = session.train(model, rows(), restart=True, **short)
-    assert third.state.history == first.state.history and "goes on" not in str(third)
+    assert third.state.history == first.state.history
+    assert "restarts sql from new weights; run sql-2 has the former ones" in third.message
     assert same_state(weights(model, "sql"), after)
     assert session.train(model, rows(), restart=True, **short).state.history == first.state.history
 
@@ -362,6 +395,11 @@ def test_a_restart_that_cannot_begin_leaves_the_weights(tmp_path: Path, wrong: d
 def test_an_adapter_that_was_loaded_starts_from_the_seed(tmp_path: Path) -> None:
     session, _model = adapted_session(tmp_path / "runs")
     session.save(tmp_path / "saved")
+    other = session_in(tmp_path / "runs")
+    frozen = other.load(tmp_path / "saved", name="sql", model=llama(), variable="model")
+    assert frozen.notes == ("it is frozen: session.unfreeze('sql') makes it trainable",)
+    with pytest.raises(TrainingError, match=r"model.set_requires_grad\('sql'\) makes it trainable"):
+        other.train(frozen.model, rows(), **ARGUMENTS)
     other = session_in(tmp_path / "runs")
     loaded = other.load(tmp_path / "saved", name="sql", model=llama(), variable="model", trainable=True).model
     histories = [

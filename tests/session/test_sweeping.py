@@ -131,6 +131,28 @@ def test_a_run_goes_on_with_its_clones(tmp_path: Path, stop: int) -> None:
         assert all(torch.equal(broken[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_resumed_sweep_knows_from_which_adapter_it_started(tmp_path: Path) -> None:
+    """That one does not come back: a sweep that is repeated says how to go on, and makes no names of its own."""
+    for step in (2, 0):
+        session, model = Session(), adapted(name="sql")
+        session.context.runs_dir = str(tmp_path)
+        session.watch(model, name="model")
+        if step:
+            session.train(model, ROWS, learning_rate=sweep(0.01, 0.05), max_steps=4, callbacks=[StopAt(session, step)])
+    session.delete("sql")
+    assert session.resume(model="model", data=ROWS, callbacks=[]).training.steps == 4
+    names = model.manager.names
+    again: dict[str, Any] = {"learning_rate": sweep(0.01, 0.02), "max_steps": 1}
+    for adapter in (None, "sql"):
+        told = r"'sql', from which the sweep of sql-lr1e-2, sql-lr5e-2 started, is not on the model: .* adapter='sql-lr"
+        with pytest.raises(AdapterError, match=told):
+            session.train(model, ROWS, adapter=adapter, **again)
+        assert model.manager.names == names
+    session.add(model, CONFIG, name="sql")
+    result = session.train(model, ROWS, **again)
+    assert [member.name for member in result.state.members] == ["sql-lr1e-2", "sql-lr2e-2"]
+
+
 def test_a_failed_sweep_of_configs_leaves_a_bare_model_bare() -> None:
     from nbpeft.errors import NbpeftError
     from tests.tiny_models import llama, state

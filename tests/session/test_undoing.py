@@ -15,8 +15,8 @@ from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.session import Session, history
 from tests.session.support import everything
 from tests.state_machine_model import live_tensors
-from tests.tiny_models import llama, logits, randomize
-from tests.training.support import token_rows
+from tests.tiny_models import llama, logits, randomize, same_state
+from tests.training.support import token_rows, weights
 
 FIELDS = {"r": 2, "target_modules": ["q_proj"]}
 OTHER = {"r": 4, "target_modules": ["q_proj"]}
@@ -350,3 +350,24 @@ def test_configs_of_peft_are_the_same_object_again(session: Session, model: Any)
     session.delete("sql")
     session.undo()
     assert model.peft_config["sql"] is config
+
+
+def test_undo_says_how_a_training_is_undone(session: Session, tmp_path: Path) -> None:
+    session.context.runs_dir = str(tmp_path)
+    model = session.add(llama(), FIELDS, name="chat", variable="model").model
+    steps: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.1}
+    session.train(model, token_rows(4), **steps)
+    with pytest.raises(
+        AdapterError, match=r"to undo the training of 'chat', session.reset\('chat'\) restores its init"
+    ):
+        session.undo()
+    before = weights(model, "chat")
+    session.train(model, token_rows(4), **steps)
+    told = r"to undo the training of 'chat', session.delete\('chat'\), then session.resume\('chat-1'\) goes back to run"
+    with pytest.raises(AdapterError, match=told):
+        session.undo()
+    session.delete("chat")
+    session.resume("chat-1", model=model)
+    assert same_state(weights(model, "chat"), before)
+    with pytest.raises(AdapterExistsError, match=r"another adapter has the name now: rename that one first \(session"):
+        session.undo()

@@ -58,6 +58,11 @@ _OPTIONS = {
     *PROCESSES,
     fields="training",
     example="%lora resume sql-3 --data rows",
+    refused={
+        "background": "a resumed training runs in the foreground",
+        "restart": "it continues from the last state of the run; %%lora_train --restart starts anew",
+        "adapter": "it restores the adapters of the run",
+    },
 )
 def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Resume a run.
@@ -72,7 +77,7 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
     target = options.model or record.model
     if not target:
         raise CellError(f"give the model to resume run {record.name} with: --model MODEL")
-    given = _given(options, facts, notebook)
+    given = _given(options, {} if record.is_complete else facts, notebook)
     if not record.is_complete and (missing := _missing(facts, given)):
         words = [" ".join(_OPTIONS.get(name, (f"{name}={{{name}}}",))) for name in missing]
         words += [] if target in notebook.namespace else ["--model MODEL"]

@@ -304,12 +304,14 @@ def resume(
         **arguments: arguments of ``train`` that could not be saved; others override those of the run. Saved arguments
             are restored, except for those that write, publish or report somewhere, which are listed in the result's
             ``notes``, and for a number of processes that this machine does not have. The training runs in the
-            foreground.
+            foreground. A run that had finished takes none.
 
     Raises:
         CheckpointNotFoundError: there is no such run, or it has no checkpoint.
         BaseMismatchError: the model is not that of the run.
-        TrainingError: the data differs from that of the run, or an argument of the run has to be given again.
+        ConfigError: an argument is unknown.
+        TrainingError: the data differs from that of the run; an argument of the run has to be given again; arguments
+            are given for a run that had finished, or they leave no step to train.
     """
     from nbpeft.checkpoint import inside
     from nbpeft.runs.store import RunPlace
@@ -322,7 +324,9 @@ def resume(
     given = {**saved, **arguments}
     held_out = given.pop("eval_data", None)
     eval_data = held_out if eval_data is None else eval_data
-    if not record.is_complete:
+    if record.is_complete:
+        _refuse_given(record, arguments)
+    else:
         _check_given(record, facts, left_out, data, arguments)
     target = record.model if model is None else model
     base = uncompiled(target) if is_module(target) else None
@@ -342,6 +346,9 @@ def resume(
     with ctx.command(f"resuming {record.name}", slow=True), _undone_unless_learned(ctx, under):
         back, present = _restore_adapters(ctx, record, target if tracked is None else tracked.model, places, variable)
         tracked = ctx.models.get(back)
+        origin = facts.get("origin")
+        if isinstance(origin, str) and origin:
+            tracked.set_origin(names, origin)
         result = None
         if not record.is_complete:
             request = TrainRequest.of(
@@ -405,15 +412,28 @@ def _undone_unless_learned(ctx: SessionContext, base: Any) -> Iterator[None]:
 
     manager, known = manager_of(base), ctx.models.find(base)
     names, selected, enabled = (manager.names, manager.selected, manager.enabled) if manager else ((), (), True)
-    steps = {} if known is None else dict(known.trained_steps)
+    steps, origins = ({}, []) if known is None else (dict(known.trained_steps), list(known.origins))
     try:
         yield
     except BaseException:
         tracked = ctx.models.find(base)
         if tracked is not None and tracked.trained_steps == steps:
+            tracked.origins = origins
             with HeldInterrupts(to_the_end=True):
                 restore(tracked, names, selected, enabled=enabled)
         raise
+
+
+def _refuse_given(record: RunRecord, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments for the training of a run that has nothing left to train."""
+    from nbpeft.training.loop.checks import check_names
+
+    if arguments:
+        check_names(arguments)
+        raise TrainingError(
+            f"{', '.join(f'{name}=…' for name in arguments)} cannot be used: run {record.name} had finished and has no "
+            "state to continue. Restore its adapter without arguments, then session.train trains further"
+        )
 
 
 def _check_given(

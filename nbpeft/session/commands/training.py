@@ -209,11 +209,14 @@ def _recorded(
 
     Adapters that learned nothing get their previous weights back.
     """
+    from nbpeft.runs.store import RunPlace
     from nbpeft.training.adapters.adapted_model import trained_names
 
     manager = tracked.manager
     plan = plan_sweep(tracked, request, restart=restart)
     request, adapter = plan.request, plan.request.adapter
+    if plan.origin and isinstance(request.run_dir, RunPlace):
+        request = replace(request, run_dir=replace(request.run_dir, origin=plan.origin))
     if adapter is not None:
         manager.require_available(adapter)
     chosen = (adapter,) if adapter else trained_names(tracked.model)
@@ -243,7 +246,11 @@ def _recorded(
             manager.refuse_merged("a sweep" if plan.origin else "weights are replaced")
         with weights_kept_unless(ctx, tracked, kept, learned, also_at_end=not resumes):
             for name in again:
+                former = tracked.last_run(name)
                 reinitialize(ctx, tracked, name, seed=request.seed)
+                notes.append(
+                    f"restarts {name} from new weights" + (f"; run {former} has the former ones" * bool(former))
+                )
             notes.append(remove_former(ctx, tracked, plan))
             yield opened
     finally:

@@ -86,7 +86,8 @@ def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
     refuse_in_training(ctx, tracked, "undo anything")
     known = ctx.history.of(manager)
     if not known:
-        raise AdapterError(f"nothing to undo on {tracked.name}: no adapter of it was deleted or replaced")
+        ways = "".join(_before_training(tracked, name) for name in manager.active[:1])
+        raise AdapterError(f"nothing to undo on {tracked.name}: no adapter of it was deleted or replaced{ways}")
     past = known[-1]
     kept, name = past.kept, past.kept.name
     with ctx.command(f"restoring {name!r}") as notes:
@@ -155,9 +156,25 @@ def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:
         return
     if present is not past.successor:
         raise AdapterExistsError(
-            f"{name!r} was {past.did}, and another adapter has the name now: rename that one first", name=name
+            f"{name!r} was {past.did}, and another adapter has the name now: rename that one first "
+            f"(session.rename({name!r}, 'NEW')){_before_training(tracked, name)}",
+            name=name,
         )
     if name in tracked.manager.unsaved and not has_weights(tracked.manager, name, past.kept.weights):
         raise AdapterError(
-            f"{name!r} was trained since it was {past.did} and is not saved: save or rename it first", name=name
+            f"{name!r} was trained since it was {past.did} and is not saved: save or rename it first "
+            f"(session.rename({name!r}, 'NEW'))",
+            name=name,
         )
+
+
+def _before_training(tracked: TrackedModel, name: str) -> str:
+    """Say how to get back the weights from before the last training, which ``undo`` does not restore."""
+    config, step, run = tracked.earlier_steps.get(name, (None, 0, ""))
+    if config is None or config is not tracked.manager.configs.get(name) or tracked.origin_of(name):
+        return ""
+    training = f"; to undo the training of {name!r}, session"
+    if step:
+        return f"{training}.delete({name!r}), then session.resume({run!r}) goes back to run {run}" if run else ""
+    drawn, _ = tracked.first_random.get(name, (None, None))
+    return f"{training}.reset({name!r}) restores its initial weights" if drawn is config else ""

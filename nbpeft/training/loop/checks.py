@@ -19,6 +19,7 @@ from nbpeft.training.adapters.adapted_model import active_names, base_of, is_ada
 from nbpeft.training.data import is_stream
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.rows import TrainingRows
+from nbpeft.training.objectives.objective import fields_by_name
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.sweep.evaluations import check_halving
 from nbpeft.training.transformers.arguments import check_options, split_arguments
@@ -51,6 +52,21 @@ def checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, 
         raise ConfigError("A sweep trains in one process: remove processes or the sweep", field="processes")
     _refuse_other_adapters(model, {} if request.replace else fields)
     return model, launch, fields, options
+
+
+def check_names(arguments: Mapping[str, Any]) -> None:
+    """Refuses names that are no arguments of a training.
+
+    Args:
+        arguments: keyword arguments of :func:`nbpeft.train`.
+
+    Raises:
+        ConfigError: one is unknown; the message suggests similar names.
+    """
+    request = TrainRequest.of(nn.Module(), None, **arguments)
+    others = {name: value for name, value in request.arguments.items() if name not in fields_by_name()}
+    trainer_class = adapter_trainer(_checked_class(request.trainer_class, transformers.Trainer, "trainer_class"))
+    split_arguments(others, trainer_class, request.arguments_class)
 
 
 def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
@@ -117,10 +133,10 @@ def check_learns(model: nn.Module) -> None:
             "The adapters are disabled, so nothing would be trained: enable them first (model.enable_adapter_layers())."
         )
     if next(trainable(model), None) is None:
-        names = ", ".join(map(repr, active_names(model))) or "none"
-        raise TrainingError(
-            f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate a trainable one."
-        )
+        active = active_names(model)
+        names = ", ".join(map(repr, active)) or "none"
+        way = f"model.set_requires_grad({active[0]!r}) makes it trainable" if active else "activate a trainable one"
+        raise TrainingError(f"Nothing is trainable (active adapters: {names}): {way}.")
 
 
 def _checked_class(given: Any, base: type[Any], name: str) -> Any:

@@ -20,6 +20,8 @@ SERIES = ("learning rate", "gradient norm", "tokens/s", "memory", *OF_REWARDS)
 other curves are metrics."""
 _SMALL = 60
 """The number of buckets of curves that are drawn small."""
+_RISEN = 3.0
+"""A loss that is this many times as high as the first one, and higher by as much, shows that training went wrong."""
 
 
 def is_of_objective(name: str) -> bool:
@@ -154,6 +156,10 @@ class Record:
         self.eval_history = History()
         self.series: dict[str, History] = {}
         self.metric_history: dict[str, History] = {}
+        self.rise: tuple[float, tuple[int, float]] | None = None
+        """The first loss, and step and value of the second one in a row that is far above it."""
+        self._first_loss: float | None = None
+        self._was_high = False
         self._loss_total, self._loss_count = 0.0, 0
         self._pending: list[tuple[int, Number]] = []
         self._pending_norms: list[tuple[int, Number]] = []
@@ -285,6 +291,7 @@ class Record:
             self.history.add(step, value)
             if math.isfinite(value):
                 self._loss_total, self._loss_count = self._loss_total + value, self._loss_count + 1
+                self._note_rise(step, value)
             if first_nan is None and value != value:
                 first_nan = step
         norms, self._pending_norms = self._pending_norms, []
@@ -295,6 +302,14 @@ class Record:
         self.done_tokens, self._begun_tokens = self.done_tokens + done, self._begun_tokens + begun
         self._pending_done = self._pending_begun = 0
         return first_nan
+
+    def _note_rise(self, step: int, value: float) -> None:
+        """Compares a loss with the first one; a single outlier, e.g. of a small batch, is no rise."""
+        first = self._first_loss = value if self._first_loss is None else self._first_loss
+        high = value > max(_RISEN * first, first + _RISEN)
+        if high and self._was_high and self.rise is None:
+            self.rise = (first, (step, value))
+        self._was_high = high
 
     def mark(self, elapsed: float) -> None:
         """Stores the current progress, from which ``pace`` is computed, if a step was done since the last time.

@@ -88,7 +88,7 @@ class Run:
         output_dir: The folder in which its adapter is saved at the end, or the empty string.
         rows: The rows to score its adapter on, as a cell named them.
         mirrors: Whether it runs in other processes, whose states it shows (``mirror``); set before it begins.
-        steps_before: Adapter -> steps of earlier runs in which its initial weights were trained.
+        earlier: Adapter -> the last step of the earlier run in which its initial weights were trained, and its name.
         starts_from: The same as text; empty for weights that no run has trained.
         members: Returns, for a status of the run, the state of each adapter of a sweep.
         check_clone: Refuses to clone an adapter of a sweep with these fields of its own.
@@ -131,7 +131,7 @@ class Run:
         self.shown: Literal["", "text", "card"] = ""
         self.folder = self.output_dir = ""
         self.rows = NamedRows()
-        self.steps_before, self.starts_from = dict[str, int](), ""
+        self.earlier, self.starts_from = dict[str, tuple[int, str]](), ""
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
         self.check_clone: Callable[[str, Mapping[str, Any]], None] = lambda name, fields: None
         self.mirrors = self._has_weights = False
@@ -144,7 +144,7 @@ class Run:
         self._severe: dict[str, Literal["warning", "error"]] = {}
         self.diverged = ""
         self.kept_step: int | None = None
-        self._divergence_noted = False
+        self._divergence_noted = self._rise_noted = False
         self._warnings: list[str] = []
         self._saved = ""
         self._samples: deque[Sample] = deque(maxlen=self.most_samples)
@@ -359,10 +359,10 @@ class Run:
         """Records that initial weights were trained in earlier runs.
 
         Args:
-            earlier: adapter -> the number of steps, and the run that made the last of them; 0 for new weights.
+            earlier: adapter -> the last step of the last of them, and its name; 0 for new weights.
         """
-        self.steps_before = {name: steps for name, (steps, _) in earlier.items()}
-        if any(self.steps_before.values()):
+        self.earlier = dict(earlier)
+        if any(step for step, _ in earlier.values()):
             starts = {name: _start(*start) for name, start in earlier.items()}
             alike = len({*starts.values()}) == 1
             self.starts_from = next(iter(starts.values())) if alike else "; ".join(map(": ".join, starts.items()))
@@ -597,6 +597,11 @@ class Run:
         if first_nan is not None and not self._divergence_noted and not any("NaN" in note for note in self._notes):
             words = f"The loss is NaN since step {first_nan}: try a lower learning rate, or check the labels."
             self._warn(words, error=True)
+        rise = self._record.rise
+        if rise is not None and not self._rise_noted and not self.learns_from_rewards:
+            self._rise_noted = True
+            first, (step, value) = rise
+            self._warn(f"The loss rose from {first:.3g} to {value:.3g} by step {step}: is the learning rate too high?")
 
     def _catch_up(self) -> None:
         """Includes what was recorded too soon after the last publication, if that needs no waiting."""
@@ -731,10 +736,10 @@ class Run:
             warnings.warn(message, stacklevel=3)
 
 
-def _start(steps: int, run_name: str) -> str:
-    if not steps:
+def _start(step: int, run_name: str) -> str:
+    if not step:
         return "new weights"
-    return f"the weights after step {steps:,}" + (f" of run {run_name}" if run_name else "")
+    return f"the weights after step {step:,} of {f'run {run_name}' if run_name else 'a run that was not saved'}"
 
 
 def track(

@@ -2,7 +2,8 @@
 
 A checkpoint is the adapter in training with its optimizer, scheduler and random state, never the base. The
 first one is written before the first step, the next after ten seconds, and further ones so often that they cost
-less than 2 % of the time. Stop, an interrupt and a failure write a last one, unless they
+less than 2 % of the time, but at least once a minute. One that takes more than six seconds is written less often, so
+that they cost less than 10 % of the time. Stop, an interrupt and a failure write a last one, unless they
 occur while the optimizer changes the weights: then the previous checkpoint is the last, and a note names its step.
 """
 
@@ -48,10 +49,15 @@ from nbpeft.training.disk.sharded_trainer import base_mark
 from nbpeft.training.monitor.run import Run
 
 SHARE = 0.015
-"""The greatest share of the time spent on writing checkpoints; recording a step takes less than 0.5 ms in addition."""
+"""The share of the time spent on writing checkpoints, unless they are written every minute.
+
+Recording a step takes less than 0.5 ms in addition."""
 SHORTEST = 10.0
 """The shortest time between two checkpoints, in seconds."""
+LONGEST, GREATEST_SHARE = 60.0, 0.1
+"""The longest time between two checkpoints in seconds, unless their share of the time would be greater than this."""
 _MOST_STATES = 2
+_WAY_ON = "pass those of the run ({prefix}data=…), or train a new run with these"
 _MARKED_ROWS = 8
 _LONGEST_SYSTEM = 200
 """Most characters of a system prompt among the settings."""
@@ -127,6 +133,7 @@ class RunCheckpointer(TrainerCallback):
         """Creates or opens the folder; a resumed run is truncated to the step from which it is resumed."""
         name, store = self._place.name, self._place.store
         if name is not None:
+            _check_steps_left(name, store.find(name).facts().get("total_steps"), state)
             self._saved_step = state.global_step
         if not is_main_process():
             return
@@ -301,7 +308,7 @@ class RunCheckpointer(TrainerCallback):
             self._write_facts()
         self._saved_step, self._evaluated = step, False
         now = self._clock()
-        self._next = now + max(SHORTEST, (now - begun) / SHARE)
+        self._next = now + _pause_after(now - begun)
 
     def _write_adapter(self, save: Callable[..., object], folder: Path) -> None:
         names, write = trained_names(self._model), is_main_process()
@@ -342,6 +349,7 @@ class RunCheckpointer(TrainerCallback):
             "secrets": list(left_out),
             "objects": objects,
             "source": dict(self._place.source),
+            "origin": self._place.origin,
             "data": dict(self._data),
         }
 
@@ -429,6 +437,11 @@ class RunCheckpointer(TrainerCallback):
             self._run.note(f"this run is not saved on disk{since}: {in_one_line(error)}", warning=True)
 
 
+def _pause_after(seconds: float) -> float:
+    """Seconds until the next checkpoint, after one that took some to write."""
+    return max(SHORTEST, min(seconds / SHARE, max(LONGEST, seconds / GREATEST_SHARE)))
+
+
 def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
     """The fingerprint by which a resumed run recognizes its rows: their number, and a digest of the first ones.
 
@@ -446,6 +459,26 @@ def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
             first = [_comparable(part[index]) for index in range(min(len(part), _MARKED_ROWS))]
             mark |= {f"{prefix}rows": len(part), f"{prefix}digest": _digest(first)}
     return mark
+
+
+def _check_steps_left(name: str, planned: object, state: TrainerState) -> None:
+    """Refuses to end a run by resuming it with fewer steps than it has: its state would be lost.
+
+    A run whose process ended after its last planned step is finished without a further one.
+
+    Args:
+        name: the run.
+        planned: its number of steps so far.
+        state: the state of the Trainer that resumes it.
+
+    Raises:
+        TrainingError: no step is left.
+    """
+    if 0 < state.max_steps <= state.global_step and state.max_steps != planned:
+        raise TrainingError(
+            f"run {name} is at step {state.global_step:,} and would end at step {state.max_steps:,}: give a greater "
+            f"max_steps, or more num_train_epochs{f'; it was planned with {planned:,} steps' if planned else ''}"
+        )
 
 
 def _digest(values: Any) -> str:
@@ -467,10 +500,13 @@ def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, A
         count, present = then.get(f"{prefix}rows"), now.get(f"{prefix}rows")
         if count != present:
             raise TrainingError(
-                f"run {name} was trained with {count or 'no'} {what}, but {present or 'none'} are given"
+                f"run {name} was trained with {count or 'no'} {what}, but {present or 'none'} are given: "
+                f"{_WAY_ON.format(prefix=prefix)}"
             )
         if then.get(f"{prefix}digest") != now.get(f"{prefix}digest"):
-            raise TrainingError(f"run {name} was trained with other {what}: the first ones differ")
+            raise TrainingError(
+                f"run {name} was trained with other {what}: the first ones differ; {_WAY_ON.format(prefix=prefix)}"
+            )
 
 
 def _summary(state: TrainState) -> dict[str, Any]:

@@ -262,12 +262,24 @@ def check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArgume
         least = _LEAST.get(name)
         if least is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, not {_shown(value)}", field=name, value=value)
+    _check_duration(fields)
     if fields.get("output_dir") == "":
         raise ConfigError("output_dir must be a folder, not ''", field="output_dir")
     mode, known = fields.get("torch_compile_mode"), torch._inductor.list_mode_options()
     if mode is not None and mode not in known:
         words = did_you_mean(str(mode), known) or f" It is one of: {', '.join(known)}"
         raise ConfigError(f"torch_compile_mode {mode!r:.60} is unknown.{words}", field="torch_compile_mode")
+
+
+def _check_duration(fields: Mapping[str, Any]) -> None:
+    """Refuses a number of steps or epochs with which a Trainer would make one step, or none."""
+    steps, epochs = fields.get("max_steps", -1), fields.get("num_train_epochs", 1)
+    if steps < 1 and steps != -1:
+        raise ConfigError(
+            f"max_steps must be at least 1, not {steps}; leave it out to train num_train_epochs", field="max_steps"
+        )
+    if epochs <= 0 and steps == -1:
+        raise ConfigError(f"num_train_epochs must be greater than 0, not {epochs}", field="num_train_epochs")
 
 
 def _kinds_of(annotation: Any) -> tuple[type, ...]:

@@ -410,3 +410,24 @@ def test_a_run_that_cannot_be_saved_says_why_and_goes_on(tmp_path):
         run.control.request_save()
         run.step(loop.one())
     assert run.state.message == "not saved: the model has no adapters" and run.state.status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([3.0, 12.0, 20.0], True),
+        ([3.0, 12.0, 2.9, 12.0, 2.8], False),
+        ([0.7, 2.2, 2.3], False),
+        ([3.0, 8.0, 8.5], False),
+        ([float("nan"), 3.0, 10.0, 10.0], True),
+    ],
+)
+def test_a_loss_that_rises_far_is_told(losses: list[float], told: bool) -> None:
+    """One outlier, or a rise as in a noisy training, is none."""
+    run = track(nn.Linear(1, 1))
+    run.shown = "card"
+    with run:
+        for loss in losses:
+            run.step(loss)
+    said = [note for note in run.state.warnings if "The loss rose from" in note]
+    assert len(said) == int(told) and all("is the learning rate too high?" in note for note in said)

@@ -172,6 +172,11 @@ def test_how_often_follows_from_what_a_state_costs(place: Path, monkeypatch: pyt
     assert all(10.0 <= later - earlier < 15.1 for earlier, later in itertools.pairwise(times))
 
 
+@pytest.mark.parametrize(("cost", "pause"), [(0.01, 10.0), (0.3, 20.0), (0.75, 50.0), (5.0, 60.0), (30.0, 300.0)])
+def test_one_slow_write_does_not_end_the_checkpoints(cost: float, pause: float) -> None:
+    assert run_checkpointer._pause_after(cost) == pytest.approx(pause)
+
+
 def test_stop_keeps_the_step_it_stopped_at(place: Path) -> None:
     control = RunControl()
     result = train(
@@ -393,7 +398,10 @@ def test_other_rows_are_told_from_those_of_then() -> None:
         "sql-1", mark, run_checkpointer.mark_of_rows([dict(row) for row in rows], rows[:1])
     )
     for now, told in (
-        (run_checkpointer.mark_of_rows(rows * 2, rows[:1]), "was trained with 2 rows, but 4 are given"),
+        (
+            run_checkpointer.mark_of_rows(rows * 2, rows[:1]),
+            "2 rows, but 4 are given: pass those of the run",
+        ),
         (run_checkpointer.mark_of_rows(rows), "was trained with 1 evaluation rows, but none are given"),
         (run_checkpointer.mark_of_rows(rows[::-1], rows[:1]), "other rows: the first ones differ"),
     ):

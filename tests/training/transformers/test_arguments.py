@@ -15,6 +15,9 @@ from tests.training.support import token_rows, trainable, weights
 IMPOSSIBLE = [
     ({"torch_compile_mode": "x"}, "torch_compile_mode 'x' is unknown. It is one of: default"),
     ({"torch_compile": True, "torch_compile_backend": "x"}, "'X' is not a valid DynamoBackend"),
+    ({"max_steps": 0}, "max_steps must be at least 1, not 0; leave it out to train num_train_epochs"),
+    ({"max_steps": -3}, "max_steps must be at least 1, not -3"),
+    ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs must be greater than 0, not 0"),
     ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0, not -1"),
     ({"resume_from_checkpoint": True}, "resume_from_checkpoint=True needs output_dir=…"),
     ({"deepspeed": "x"}, "Invalid training arguments: "),
