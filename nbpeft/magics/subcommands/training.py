@@ -366,11 +366,14 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
 
 def _rows_to_score(options: argparse.Namespace, data: object, eval_data: object) -> NamedRows:
     """The rows on which a trained adapter is scored: those to evaluate on, else those of the training."""
-    learned = eval_data is None or isinstance(eval_data, int | float)
+    amount = isinstance(eval_data, int | float)
+    learned = eval_data is None or amount
     text, rows = (options.data, data) if learned else (options.eval_data, eval_data)
+    how = _reading_words(options)
     if isinstance(rows, Mapping):  # each adapter has its own
-        return NamedRows()
-    return NamedRows(" ".join([quoted(text), *_reading_words(options)]), learned)
+        own = tuple((name, " ".join([quoted(part), *how])) for name, part in rows_by_adapter(text).items())
+        return NamedRows("", learned, amount, own)
+    return NamedRows(" ".join([quoted(text), *how]), learned, amount)
 
 
 def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], data: object) -> str:

@@ -27,9 +27,12 @@ from nbpeft.training.data import (
     PreparedRows,
     StreamedRows,
     check_rows,
+    columns_of,
+    grouping,
     groups_of,
     hold_out,
     is_amount,
+    leaked,
     prepared,
 )
 from nbpeft.training.data.checks import check_row
@@ -130,6 +133,11 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     held = f"{known or plural(len(evaluation), 'row')} held out for evaluation"
     if groups is not None and request.eval_by is not None:
         held += f", in whole groups by {request.eval_by!r} ({plural(len({*groups}), 'group')})"
+    repeats = leaked(train, evaluation)
+    if repeats:
+        notes.append(
+            repeats if request.eval_by else f"{repeats}: {grouping(columns_of(request.data), request.columns)}"
+        )
     return TrainingRows(train, evaluation, tuple(notes), held, inputs.classes)
 
 
