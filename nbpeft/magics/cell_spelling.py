@@ -87,7 +87,8 @@ def _with_options(said: str, names: Mapping[str, str]) -> str:
     words = "|".join(sorted(names, key=len, reverse=True)) or _NEVER
     alone = "|".join(name for name in names if "_" in name) or _NEVER
     said = re.sub(rf"(?<![\w.'\"-])({words})={_VALUE}", given, said)
-    said = re.sub(rf"^({words})(?= (?:has|needs|must|is for) )", lambda name: names[name[1]], said)
+    begins = "|".join(name for name in names if name != "model") or _NEVER  # "model has …": a variable's name
+    said = re.sub(rf"^({begins})(?= (?:has|needs|must|is for) )", lambda name: names[name[1]], said)
     return re.sub(rf"(?<![\w.'\"=-])({alone})(?![\w'\"=(.]\w?)", lambda name: names[name[1]], said)
 
 

@@ -15,6 +15,7 @@ from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes, names_of
 from nbpeft.training.data.encoding import CodedRow, Encoded, Span, encode
 from nbpeft.training.data.forms import (
+    AS_CHAT,
     FOR_CLASSIFIERS,
     FORMS,
     LABELLED,
@@ -137,7 +138,14 @@ class Reading:
     @property
     def has_template(self) -> bool:
         """Whether chats can be rendered."""
-        return bool(getattr(self.tokenizer, "chat_template", None)) and not self.inputs.encoder_decoder
+        return has_template(self.tokenizer) and not self.inputs.encoder_decoder
+
+    @property
+    def for_template(self) -> dict[str, str]:
+        """The columns with which the chat template is applied to prompts and completions that are plain text."""
+        if self.form is not PAIR or not self.has_template:
+            return {}
+        return {name: self.columns.get(other, other) for name, other in AS_CHAT.items()}
 
     @property
     def used(self) -> frozenset[str]:
@@ -627,7 +635,8 @@ def reading(
     available = columns_of(rows)
     mapping = checked_columns(columns, available)
     first = None if is_stream(rows) or not len(rows) else first_row(rows)
-    form = form_of(available, columns or {}, usual=inputs.forms, kind=inputs.kind, first=first)
+    chat = has_template(tokenizer) and not inputs.encoder_decoder
+    form = form_of(available, columns or {}, usual=inputs.forms, kind=inputs.kind, first=first, chat=chat)
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
     common: dict[str, Any] = {"skip_bad": skip_bad, "options": options, "group": group or ""}
@@ -648,6 +657,11 @@ def reading(
     if options != RowOptions():
         found.check_options()
     return found
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def are_judged(rows: Any, columns: Mapping[str, str]) -> bool:

@@ -16,7 +16,7 @@ from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
 from nbpeft.training.data.encoding import CodedRow
-from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, PAIR, TEXT
+from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.repeated import grouping, hash_of
@@ -191,7 +191,7 @@ def summarize(
     streamed = is_stream(reader.rows)
     coded: Iterator[CodedRow] = itertools.islice(reader.coded(), _STREAMED if streamed else None)
     shown_rows: list[CodedRow] = []
-    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options)
+    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options, reader.for_template)
     for row in coded:
         totals.add(row)
         unused.add(row.unused)
@@ -234,10 +234,7 @@ def summarize(
 
 def _for_template(reader: Reading, form: PromptFormat | None) -> dict[str, str]:
     """The columns with which the chat template would be applied to prompts and completions that are plain text."""
-    if reader.form is not PAIR or form != PromptFormat(chat=False) or not reader.has_template:
-        return {}
-    names = {"instruction": "prompt", "output": "completion"}
-    return {name: reader.columns.get(column, column) for name, column in names.items()}
+    return reader.for_template if form == PromptFormat(chat=False) else {}
 
 
 def bins_of(lengths: Sequence[int], border: int | None = None) -> tuple[tuple[int, int, int], ...]:

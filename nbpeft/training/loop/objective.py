@@ -18,7 +18,7 @@ from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import Collator, columns_of
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns, form_of
-from nbpeft.training.data.reading import are_judged, default_length
+from nbpeft.training.data.reading import are_judged, default_length, has_template
 from nbpeft.training.data.sources import first_row, is_stream
 from nbpeft.training.loop.grouping import GROUPED
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal, is_of_texts
@@ -194,7 +194,8 @@ def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Obje
     if _are_pairs(columns):
         return objective_named("dpo"), "the rows have chosen and rejected"
     first = None if is_stream(request.data) else first_row(request.data)
-    form = form_of(columns, request.columns or {}, kind=None, first=first)
+    chat = has_template(request.tokenizer) and is_causal(request.model)
+    form = form_of(columns, request.columns or {}, kind=None, first=first, chat=chat)
     if form is COMPARED:
         return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
     if form is PAIR and are_judged(request.data, checked_columns(request.columns, columns)):
