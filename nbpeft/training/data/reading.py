@@ -290,14 +290,12 @@ class Reading:
             if MARGIN in self.form.may and self.columns.get(MARGIN, MARGIN) in row.values:
                 more[MARGIN] = row.number_of(MARGIN)
             return replace(found, more=more, unused=(*unused, *found.unused))
-        read = (self.columns.get(name, name) for name in self.form.needs[:-1])  # context, without the part to train on
-        unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
         whole, reason = whole.weighted(weight or 1.0), reason if weight else "its weight is 0"
         if self.form is VERDICT:
             good = self._verdict(row)
             more[DESIRABLE], reason = float(bool(good)), reason or ("the label is empty" if good is None else "")
-        return CodedRow(
+        coded = CodedRow(
             row.number,
             whole,
             self.limit,
@@ -309,6 +307,21 @@ class Reading:
             system=system_of(example),
             joint="" if self.inputs.encoder_decoder else joint_of(example),
         )
+        return coded if coded.missing else replace(coded, unused=(*self._empty(row), *coded.unused))
+
+    def _empty(self, row: Row) -> list[Unused]:
+        """The columns with the context of what is learned, such as the prompt, that are empty in a row."""
+        assert self.form is not None
+        read = ((column, row.values[column]) for column in map(self._column, self.form.needs[:-1]))
+        return [
+            (EMPTY, repr(column))
+            for column, value in read
+            if is_nothing(value) or (isinstance(value, str) and not value.strip())
+        ]
+
+    def _column(self, name: str) -> str:
+        """The column with the part of a form."""
+        return self.columns.get(name, name)
 
     def _prompted(self, row: Row, example: Prompted, renderer: ChatRenderer) -> CodedRow:
         """A row with a prompt alone; a prompt that is too long is left out."""

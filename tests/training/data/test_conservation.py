@@ -229,7 +229,7 @@ def test_what_is_read_and_empty_is_named(tokenizer: Any) -> None:
         for nothing in (None, "", float("nan")):
             rows = [ROWS[form], {**ROWS[form], column: nothing}]
             found = training_rows(TrainRequest(model(False), rows, tokenizer=tokenizer))
-            assert found.notes == (f"empty: '{column}' (1 of 2 rows)",)
+            assert found.notes == (f"learned although empty: '{column}' (1 of 2 rows)",)
 
 
 def test_a_stream_names_what_comes_later_when_it_comes(tokenizer: Any) -> None:
