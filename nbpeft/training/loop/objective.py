@@ -119,7 +119,12 @@ def with_objective(request: TrainRequest) -> TrainRequest:
 def _of_all(request: TrainRequest) -> TrainRequest:
     """A request in which the rows of each adapter have the same objective."""
     request = request.opened()
-    found = {name: with_objective(request.of_adapter(name)) for name in request.own_rows}
+    found: dict[str, TrainRequest] = {}
+    for name in request.own_rows:
+        try:
+            found[name] = with_objective(request.of_adapter(name))
+        except TrainingError as error:
+            raise TrainingError(f"rows of {name!r}: {error}") from error
     first, *others = found
     names = {name: getattr(part.objective, "name", "") for name, part in found.items()}
     for name in others:
@@ -129,7 +134,7 @@ def _of_all(request: TrainRequest) -> TrainRequest:
                 "or train them one by one",
                 field="objective",
             )
-    return replace(found[first], data=request.data, eval_data=request.eval_data)
+    return replace(found[first], data=request.data, eval_data=request.eval_data, columns=request.columns)
 
 
 def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]) -> TrainRequest:

@@ -153,6 +153,11 @@ def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
             raise TrainingError(
                 f"the rows of {name!r} are a stream: rows for each adapter have to be lists or datasets"
             )
+    notes = [
+        f"{name}: columns does not apply to these rows, which have {listed(columns_of(request.data[name]))}"
+        for name in request.own_rows
+        if request.columns and request.of_adapter(name).columns is None
+    ]
     first, *others = parts
     classes = parts[first].classes
     for name in others:
@@ -162,7 +167,7 @@ def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
     return TrainingRows(
         train={name: part.train for name, part in parts.items()},
         evaluation=evaluation if parts[first].evaluation is not None else None,
-        notes=tuple(f"{name}: {note}" for name, part in parts.items() for note in part.notes),
+        notes=(*notes, *(f"{name}: {note}" for name, part in parts.items() for note in part.notes)),
         held_out="; ".join(f"{name}: {part.held_out}" for name, part in parts.items() if part.held_out),
         classes=classes,
     )
