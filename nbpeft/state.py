@@ -210,6 +210,14 @@ class NamedRows:
     """What follows ``--data`` in a line, with the options for these rows; empty if no cell named them."""
     learned: bool = False
     """Whether the adapter was trained on them, because there are no others."""
+    held_out: bool = False
+    """Whether some of them were held out for evaluation."""
+    own: tuple[tuple[str, str], ...] = ()
+    """(adapter, its rows) for adapters that each have their own; ``text`` is then empty."""
+
+    def of(self, adapter: str) -> str:
+        """The rows of an adapter, as ``text``; empty if no cell named them."""
+        return dict(self.own).get(adapter, self.text)
 
 
 @dataclass(frozen=True)

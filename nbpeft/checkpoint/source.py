@@ -419,13 +419,20 @@ def _or_near(message: str, name: str) -> str:
 
 
 def _near_folder(place: Path) -> str:
-    """A hint at a folder with a similar name beside a place; empty if there is none."""
+    """A hint at a folder with a similar name beside a place, or in a folder like its own; empty if there is none."""
+    found = _folders_like(place)
+    if not found and not place.parent.exists():
+        found = [like for parent in _folders_like(place.parent) for like in _folders_like(parent / place.name)]
+    return f" Did you mean {' or '.join(repr(str(folder)) for folder in found)}?" if found else ""
+
+
+def _folders_like(place: Path) -> list[Path]:
+    """The folders beside a place with the same name or a similar one."""
     try:
         siblings = [item.name for item in place.parent.iterdir() if item.is_dir()]
     except OSError:
-        return ""
-    found = [repr(str(place.parent / name)) for name in near(place.name, siblings)]
-    return f" Did you mean {' or '.join(found)}?" if found else ""
+        return []
+    return [place.parent / name for name in near(place.name, siblings)]
 
 
 def _translating(call: Callable[[], Result], repo_id: str, filename: str, revision: str | None) -> Result:

@@ -7,18 +7,35 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from nbpeft.errors import cut
-from nbpeft.state import ENDED, SessionState, TrainState
+from nbpeft.state import ENDED, NamedRows, SessionState, TrainState
 
-_STEPS = (
-    ("Save", "%lora save adapters/{folder}{named}{model}"),
-    ("Ask", '%lora ask "{prompt}" --adapter {names}{model}'),
-    ("Compare", "%lora panel compare{target}"),
-    ("{score}", "%lora score {name} --data {rows}{model}"),
-    ("Ship", "%lora ship {name} --for {engine}{model}"),
+
+@dataclass(frozen=True)
+class _Step:
+    """What to do with trained adapters, and the command for it.
+
+    Attributes:
+        label: what it does.
+        command: the command, with names of values in braces.
+        of_answers: whether only a model that answers prompts can do it.
+        for_each: whether each adapter has a command of its own.
+    """
+
+    label: str
+    command: str
+    of_answers: bool = False
+    for_each: bool = True
+
+
+_SAVE = _Step("Save", "%lora save adapters/{name} --name {name}{model}")
+_PANEL = _Step("Compare", "%lora panel compare{target}", of_answers=True, for_each=False)
+_THEN = (
+    _Step("{score}", "%lora score {name} --data {rows}{model}"),
+    _Step("Ship", "%lora ship {name} --for {engine}{model}"),
 )
-"""What to do with a trained adapter, and the command for it."""
-_OF_ANSWERS = ("Ask", "Compare")
-"""What only a model that answers prompts can do."""
+_STEPS = (_SAVE, _Step("Ask", '%lora ask "{prompt}" --adapter {name}{model}', of_answers=True), _PANEL, *_THEN)
+_EACH_ANSWERS = '%lora compare "{prompt}" --adapters {names}{model}'
+_STEPS_OF_SEVERAL = (_SAVE, _Step("Ask each", _EACH_ANSWERS, of_answers=True, for_each=False), _PANEL, *_THEN)
 
 
 @dataclass(frozen=True)
@@ -62,26 +79,27 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
     if last is not None and last.run_id != train.run_id and {*last.adapter.split(", ")} & {*names}:
         return NextSteps(None, f"{', '.join(names)} was trained further in a later run.")
     alone, generates = len(state.models) == 1, model is None or model.generates
-    one, several = names[0], len(names) > 1
     words = {
-        "folder": "+".join(names),
-        "named": "" if several else f" --name {one}",
-        "names": ",".join(names),
-        "name": one,
+        "names": " ".join(names),
         "prompt": _escaped(cut(train.samples[-1].prompt, 60)) if train.samples else "your prompt",
         "model": "" if alone else f" --model {model_name}",
-        "rows": train.rows.text or "ROWS",
-        "score": "Score on its training rows" if train.rows.learned else "Score",
+        "score": _score_label(train.rows),
         "engine": "ollama" if generates else "transformers",
         "target": "" if alone else f" {model_name}",
     }
-    saved = not any(item.unsaved for item in found)
-    left_out = (*(["Save"] if saved else []), *([] if generates else _OF_ANSWERS))
-    steps = (step for step in _STEPS if step[0] not in left_out)
-    commands = tuple((label.format_map(words), command.format_map(words)) for label, command in steps)
+    unsaved = {item.name for item in found if item.unsaved}
+    steps = _STEPS if len(names) == 1 else _STEPS_OF_SEVERAL
+    commands = tuple(
+        (step.label.format_map(words), step.command.format_map({**words, "name": name, "rows": rows}))
+        for step in steps
+        if generates or not step.of_answers
+        for name in (names if step.for_each else names[:1])
+        if name in unsaved or step.label != "Save"
+        for rows in [train.rows.of(name) or "ROWS"]
+    )
     unfinished = train.status != "finished" and bool(run) and train.kept_step is None
     commands += (("Resume", resume),) if unfinished else ()
-    return NextSteps(saved, "", commands)
+    return NextSteps(not unsaved, "", commands)
 
 
 def kept_steps(train: TrainState, saved: Mapping[str, str], *, has_checkpoint: bool) -> NextSteps | None:
@@ -100,6 +118,12 @@ def kept_steps(train: TrainState, saved: Mapping[str, str], *, has_checkpoint: b
         )
     label = "Restore" if train.status == "finished" else "Resume"
     return NextSteps(False, "", ((label, f"%lora resume {PurePath(train.folder).name}"),)) if has_checkpoint else None
+
+
+def _score_label(rows: NamedRows) -> str:
+    if not rows.learned:
+        return "Score"
+    return "Score on all rows, held-out ones included" if rows.held_out else "Score on its training rows"
 
 
 def _escaped(prompt: str) -> str:

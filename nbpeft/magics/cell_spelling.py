@@ -94,9 +94,10 @@ def _with_options(said: str, names: Mapping[str, str]) -> str:
 
     words = "|".join(sorted(names, key=len, reverse=True)) or _NEVER
     alone = "|".join(name for name in names if "_" in name) or _NEVER
+    begins = "|".join(name for name in names if name != "model") or _NEVER  # "model needs …": a variable's name
     options = (
         rf"{_NOT_AFTER}(?P<given>{words})={_VALUE}",
-        rf"^(?P<first>{words})(?= (?:has (?:no effect|rows for)|needs|must|is for) )",
+        rf"^(?P<first>{begins})(?= (?:has (?:no effect|rows for)|needs|must|is for) )",
         rf"{_NOT_AFTER}(?<!=)(?P<alone>{alone})(?![\w'\"=(/\\-]|\.\w)",
     )
     return re.sub("|".join((_GIVEN, *options)), spelled, said)

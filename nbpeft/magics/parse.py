@@ -174,9 +174,12 @@ class LineParser(argparse.ArgumentParser):
             # Without the dashes, which would make all options look similar.
             known = [flag[2:] for item in self.command.arguments for flag in item.flags if flag.startswith("--")]
             word = first.split("=")[0].lstrip("-")
-            close = " or ".join(f"'--{name}'" for name in near(word, known))
+            meant = [_MEANT[word]] if _MEANT.get(word) in known else near(word, known)
+            close = " or ".join(f"'--{name}'" for name in meant)
             hint = f" Did you mean {close}?" if close else ""
-            if self.command.fields and not close:
+            if word in _COUNTS and any(item.completes == "data" for item in self.command.arguments):
+                hint = " Part of the rows is written with their name: train.csv[:4]"
+            elif self.command.fields and not close:
                 hint = f" A field is set without dashes: {word:.60}=…"
             raise CellError(f"{self.prog} has no option {first:.60}.{hint}")
         raise CellError(f"{self.prog}: unexpected argument {first!r:.60}; see {self.prog} --help")
@@ -244,10 +247,11 @@ def rows_by_adapter(text: str) -> dict[str, str]:
 def _rows_joined(command: Subcommand, words: Sequence[Word]) -> list[Word]:
     """The words of a line, with the rows of several adapters after an option for data as one word."""
     found: list[Word] = []
-    after = False  # whether the last word is such an option, or the rows of an adapter after one
+    # Whether the next word may be such rows: after an option for data, after the rows of an adapter, or as an argument.
+    after = any(item.positional and item.completes == "data" for item in command.arguments)
     for word in words:
         of_adapter = after and not word.quoted and bool(_OF_ADAPTER.match(word.text))
-        if of_adapter and not found[-1].text.startswith("-"):
+        if of_adapter and found and not found[-1].text.startswith("-"):
             found[-1] = Word(f"{found[-1].text} {word.text}", found[-1].start, word.end, quoted=True)
         else:
             found.append(replace(word, quoted=True) if of_adapter else word)
@@ -312,6 +316,10 @@ def parse_line(
     return parse_arguments(subcommands[name], f"{magic} {name}", words[1:], namespace)
 
 
+_MEANT = {"name": "adapter"}
+"""Options of other commands -> what they are called in this one, if it has no such option."""
+_COUNTS = ("limit", "max-rows", "max_rows", "num-rows", "num_rows")
+"""Options of other tools for the number of rows."""
 _SYNONYMS = {
     "list": "",
     "ls": "",

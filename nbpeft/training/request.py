@@ -14,7 +14,7 @@ from nbpeft.errors import check_bool
 from nbpeft.names import DEFAULT_SEED, ROW_OPTIONS
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
-from nbpeft.training.data import is_amount, open_data, separator_for
+from nbpeft.training.data import columns_of, is_amount, open_data, separator_for
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.objectives.objective import Objective
@@ -147,9 +147,22 @@ class TrainRequest:
         return tuple(self.data) if own else ()
 
     def of_adapter(self, name: str) -> Self:
-        """Returns the request with the rows of one of ``own_rows``."""
+        """Returns the request with the rows of one of ``own_rows``.
+
+        Columns that other rows have and these do not have, not even one of them, are left out of an open request.
+        """
         measured = self.eval_data[name] if isinstance(self.eval_data, Mapping) else self.eval_data
-        return replace(self, data=self.data[name], eval_data=measured)
+        columns = None if self.is_open and self._has_other_columns(name) else self.columns
+        return replace(self, data=self.data[name], eval_data=measured, columns=columns)
+
+    def _has_other_columns(self, name: str) -> bool:
+        """Whether the rows of an adapter have none of the columns that are mapped, and those of another have all."""
+        if not isinstance(self.columns, Mapping):
+            return False
+        wanted = {*self.columns.values()}
+        return wanted.isdisjoint(columns_of(self.data[name])) and any(
+            wanted.issubset(columns_of(rows)) for rows in self.data.values()
+        )
 
     def opened(self) -> Self:
         """Returns the request with its data opened as rows; itself if it is already open.

@@ -338,8 +338,23 @@ class TestWhatFollowsATraining:
         several = following(ended(adapter="sql, pirate"), trained)
         assert swept is not None and several is not None
         assert dict(swept.commands)["Save"] == "%lora save adapters/pirate --name pirate"
-        assert dict(several.commands)["Save"] == "%lora save adapters/sql+pirate"
-        assert dict(several.commands)["Ask"].endswith("--adapter sql,pirate")
+        assert several.commands == (
+            ("Save", "%lora save adapters/sql --name sql"),
+            ("Save", "%lora save adapters/pirate --name pirate"),
+            ("Ask each", '%lora compare "your prompt" --adapters sql pirate'),
+            ("Compare", "%lora panel compare"),
+            ("Score", "%lora score sql --data ROWS"),
+            ("Score", "%lora score pirate --data ROWS"),
+            ("Ship", "%lora ship sql --for ollama"),
+            ("Ship", "%lora ship pirate --for ollama"),
+        )
+        own = NamedRows("", True, False, (("sql", "a.csv"), ("pirate", "b.csv --skip-bad")))
+        scores = following(ended(adapter="sql, pirate", rows=own), trained)
+        assert scores is not None
+        assert [command for label, command in scores.commands if label == "Score on its training rows"] == [
+            "%lora score sql --data a.csv",
+            "%lora score pirate --data b.csv --skip-bad",
+        ]
 
     def test_a_run_that_ended_early_can_be_resumed(self) -> None:
         steps = following(ended(status="stopped", step=23))

@@ -49,6 +49,13 @@ def test_messages(said: object, in_a_cell: object) -> None:
         ),
         ("lora_train", "eval_data=3 is neither data, nor a share", "--eval 3 is neither data, nor a share"),
         ("lora_train", "eval_by groups the rows (eval_data=0.1)", "--eval-by groups the rows (--eval 0.1)"),
+        ("use", "model has an adapter 'mail' already", "model has an adapter 'mail' already"),
+        ("use", "model has several adapters: name one", "model has several adapters: name one"),
+        (
+            "lora_train",
+            "'x' is none of 'chat_template_kwargs', 'weight'",
+            "'x' is none of 'chat_template_kwargs', 'weight'",
+        ),
         ("lora_train", "remove seed=3, or learning_rate='x'", "remove seed=3, or learning_rate='x'"),
         (
             "lora_train",

@@ -358,7 +358,7 @@ def test_stop_half_needs_evaluations(ready: Notebook) -> None:
 
 
 def test_the_rows_of_one_adapter_are_shown(ready: Notebook) -> None:
-    assert ready.run("%lora data sql=rows").line == "data: name the rows of one adapter, e.g. %lora data rows"
+    assert ready.run("%lora data sql=rows").line == "data: rows for each adapter are shown one by one: %lora data rows"
 
 
 def test_fields_for_each_are_given_as_the_message_says(ready: Notebook) -> None:

@@ -182,3 +182,28 @@ def test_completions_that_are_whole_numbers_are_text(names: tuple[str, str]) -> 
     assert len(prepare_data(unknown, CHARACTERS, columns=columns, skip_bad=True)) == 1
     with pytest.raises(TrainingError, match=r"Row 0: 'stars' is a bool \(True\), not text"):
         prepare_data([{"body": "a ", "stars": True}], CHARACTERS, columns=columns)
+
+
+def test_names_of_two_forms_are_told_apart() -> None:
+    row = {"Nachricht": "q", "Kategorie": "a"}
+    told = "instruction goes with output, and prompt with completion: columns="
+    for given, right in (
+        ({"instruction": "Nachricht", "completion": "Kategorie"}, {"instruction": "Nachricht", "output": "Kategorie"}),
+        ({"prompt": "Nachricht", "output": "Kategorie"}, {"prompt": "Nachricht", "completion": "Kategorie"}),
+    ):
+        with pytest.raises(TrainingError) as failure:
+            prepare_data([row], CHARACTERS, columns=given)
+        assert str(failure.value) == f"columns: {told}{right}"
+        assert len(prepare_data([row], CHARACTERS, columns=right)) == 1
+
+
+def test_a_suggested_mapping_applies_the_chat_template_where_there_is_one() -> None:
+    row = {"Nachricht": "q", "Kategorie": "a"}
+    for reader, names in ((CHARACTERS, "'prompt', 'completion'"), (CharTokenizer("yes"), "'instruction', 'output'")):
+        first, second = names.split(", ")
+        with pytest.raises(TrainingError) as failure:
+            prepare_data([row], reader)
+        assert f"columns={{{first}: 'Nachricht', {second}: 'Kategorie'}}" in str(failure.value)
+        with pytest.raises(TrainingError) as failure:
+            train(trainable(), [row], tokenizer=reader, max_steps=1)
+        assert f"columns={{{first}: 'Nachricht', {second}: 'Kategorie'}}" in str(failure.value)

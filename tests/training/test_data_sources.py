@@ -198,6 +198,36 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, conte
     assert "\n" not in str(failure.value)
 
 
+TABLE = "Betreff;Nachricht;Kategorie\nGrüße;wie geht es?;gut\nPreis;zu hoch: 10 €;schlecht\n"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+@pytest.mark.parametrize("separator", [";", ","])
+def test_a_table_in_the_encoding_of_a_spreadsheet_names_a_line_that_reads_it(
+    tmp_path: Path, encoding: str, separator: str
+) -> None:
+    place = tmp_path / "mails.csv"
+    place.write_bytes(TABLE.replace(";", separator).encode(encoding))
+    with pytest.raises(
+        TrainingError, match=r"mails.csv is not UTF-8 text: save it in that encoding, or pass"
+    ) as failure:
+        open_data(place)
+    line = str(failure.value).partition("the table that ")[2].removesuffix(" reads.")
+    read = eval(line, {"pandas": pandas})
+    assert list(read.columns) == ["Betreff", "Nachricht", "Kategorie"]
+    assert read["Betreff"][0] == "Grüße" and "€" in read["Nachricht"][1]
+
+
+def test_a_wrong_separator_names_the_right_one(tmp_path: Path) -> None:
+    place = tmp_path / "mails.csv"
+    place.write_text(TABLE, encoding="utf-8")
+    with pytest.raises(TrainingError, match="one column with the separator ',': the separator seems to be ';'"):
+        open_data(place, ",")
+    assert len(open_data(place, ";")) == 2
+    place.write_text("text\nyes; no\nno\n")
+    assert open_data(place, ",") == [{"text": "yes; no"}, {"text": "no"}]
+
+
 def test_a_file_that_is_not_there_names_the_nearest(files: Path) -> None:
     with pytest.raises(TrainingError, match=r"There is no file '.*/row.csv'. Did you mean 'rows.csv'"):
         open_data(files / "row.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -125,3 +126,37 @@ def test_parts_of_a_row_are_held_out_together() -> None:
 def test_groups_that_cannot_be_drawn_are_one_line(data: Any, amount: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train(trainable(), data, amount, tokenizer=CharTokenizer(), max_steps=1, eval_by="user")
+
+
+def test_held_out_rows_that_are_also_trained_on_are_counted() -> None:
+    rows = [{"Frage": f"q{number % 2}", "completion": "x"} for number in range(60)]
+    request = TrainRequest(trainable(), rows, 0.2, tokenizer=CharTokenizer(), columns={"prompt": "Frage"})
+    found = training_rows(request.opened())
+    assert found.held_out == "12 of 60 rows held out for evaluation"
+    assert found.notes[-1] == (
+        "12 of the 12 held-out rows are also trained on (58 of 60 rows are repeats): "
+        "groups by 'Frage' (eval_by) keep equal rows together"
+    )
+    unlike = [{**row, "completion": str(number)} for number, row in enumerate(rows)]
+    other = training_rows(
+        TrainRequest(trainable(), unlike, 0.2, tokenizer=CharTokenizer(), columns={"prompt": "Frage"}).opened()
+    )
+    assert not any("also trained on" in note for note in other.notes)
+
+
+@pytest.mark.parametrize("column", ["text", "messages", "input_ids"])
+def test_the_suggested_grouping_keeps_equal_rows_apart_from_the_training(column: str) -> None:
+    def cell(number: int) -> Any:
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": str(number)}]
+        return {"text": f"row {number}", "messages": turns, "input_ids": [number + 1, 2, 3]}[column]
+
+    rows = [{column: cell(number % 6)} for number in range(24)]
+    request = TrainRequest(
+        trainable(), rows, 8, tokenizer=CharTokenizer("yes") if column == "messages" else CharTokenizer()
+    )
+    assert (
+        training_rows(request.opened()).notes[-1].endswith(f": groups by {column!r} (eval_by) keep equal rows together")
+    )
+    grouped = training_rows(replace(request, eval_by=column).opened())
+    assert not {*keys(grouped.train)} & {*keys(grouped.evaluation)} and len(grouped.evaluation) == 8
+    assert not any("also trained on" in note for note in grouped.notes)

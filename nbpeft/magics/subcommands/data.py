@@ -23,6 +23,17 @@ from nbpeft.magics.registry import (
 )
 
 
+def _shown(text: str) -> int:
+    """The number of rows to show; a range of rows is written with the data.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not a number of at least 1.
+    """
+    if ":" in text:
+        raise argparse.ArgumentTypeError(f"a range of rows is written with their name, as in train.csv[{text:.40}]")
+    return positive(text)
+
+
 @subcommand(
     "data",
     "Show rows as the model reads them: template, special tokens, trained tokens and truncation; and the lengths of "
@@ -34,7 +45,7 @@ from nbpeft.magics.registry import (
     SEPARATOR,
     SKIP_BAD,
     *CHATS,
-    argument("--rows", type=positive, metavar="N", default=3, help="number of rows to show (default: 3)"),
+    argument("--rows", type=_shown, metavar="N", default=3, help="number of rows to show (default: 3)"),
     argument("--seed", type=int, metavar="N", help="seed of the training, with which the rows of a mixture are drawn"),
     ON_MODEL,
     example="%lora data train.jsonl --tokenizer tok --columns prompt=question completion=answer",
@@ -47,7 +58,8 @@ def data(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """
     found = notebook.data(options.data, "data")
     if isinstance(found, dict) and (parts := rows_by_adapter(options.data)):
-        raise CellError(f"data: name the rows of one adapter, e.g. %lora data {next(iter(parts.values()))}")
+        lines = " and ".join(f"%lora data {rows}" for rows in parts.values())
+        raise CellError(f"data: rows for each adapter are shown one by one: {lines}")
     return notebook.session.data(
         found,
         notebook.tokenizer(options.tokenizer),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nbpeft._util.mixtures import Mixture
-from nbpeft.errors import CellError, did_you_mean, few
+from nbpeft.errors import CellError, UnknownAdapterError, did_you_mean, few
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text, rows_by_adapter
 from nbpeft.magics.registry import (
@@ -219,20 +220,21 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     model = notebook.module(options.target)
     data, eval_data, tokenizer = training_data(options, notebook)
     arguments = training_arguments(options, notebook)
-    result = notebook.session.train(
-        model,
-        data,
-        eval_data,
-        tokenizer=tokenizer,
-        adapter=options.adapter,
-        background=options.background,
-        keep=not options.no_keep,
-        restart=options.restart,
-        source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
-        data_hint=f"{_data_command(options, arguments, data)} shows them",
-        named_rows=_rows_to_score(options, data, eval_data),
-        **arguments,
-    )
+    with _adapter_named(options.adapter, options.target):
+        result = notebook.session.train(
+            model,
+            data,
+            eval_data,
+            tokenizer=tokenizer,
+            adapter=options.adapter,
+            background=options.background,
+            keep=not options.no_keep,
+            restart=options.restart,
+            source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
+            data_hint=f"{_data_command(options, arguments, data)} shows them",
+            named_rows=_rows_to_score(options, data, eval_data),
+            **arguments,
+        )
     for name in ("track", "trainer_class", "replace"):
         if name not in options.fields:
             arguments.pop(name, None)
@@ -250,6 +252,21 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         notes=("the script does not stop early: patience monitors scores in the cell",) if stops_by_scores else (),
     )
     return result
+
+
+@contextlib.contextmanager
+def _adapter_named(name: str | None, target: str) -> Iterator[None]:
+    """A block in which the error about an adapter that the model does not have names the cell that adds it.
+
+    Raises:
+        CellError: instead of that error.
+    """
+    try:
+        yield
+    except UnknownAdapterError as error:
+        if name is None or error.details.get("name") != name:
+            raise
+        raise CellError(f"{error} A new adapter is added first: %%lora {target} --name {name}") from None
 
 
 def _with_best_values(arguments: Mapping[str, Any], result: object) -> dict[str, Any]:
@@ -366,11 +383,14 @@ def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCon
 
 def _rows_to_score(options: argparse.Namespace, data: object, eval_data: object) -> NamedRows:
     """The rows on which a trained adapter is scored: those to evaluate on, else those of the training."""
-    learned = eval_data is None or isinstance(eval_data, int | float)
+    amount = isinstance(eval_data, int | float)
+    learned = eval_data is None or amount
     text, rows = (options.data, data) if learned else (options.eval_data, eval_data)
+    how = _reading_words(options)
     if isinstance(rows, Mapping):  # each adapter has its own
-        return NamedRows()
-    return NamedRows(" ".join([quoted(text), *_reading_words(options)]), learned)
+        own = tuple((name, " ".join([quoted(part), *how])) for name, part in rows_by_adapter(text).items())
+        return NamedRows("", learned, amount, own)
+    return NamedRows(" ".join([quoted(text), *how]), learned, amount)
 
 
 def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], data: object) -> str:

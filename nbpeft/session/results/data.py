@@ -139,6 +139,12 @@ def notes_of(summary: DataSummary) -> tuple[str, ...]:
             "no chat template is applied to prompts and completions, though the tokenizer has one: "
             f"columns={dict(summary.for_template)} applies it"
         )
+    if summary.repeated:
+        messages.append(
+            f"{count(summary.repeated)} of {plural(summary.row_count, 'row')} "
+            f"{'is equal to an earlier one' if summary.repeated == 1 else 'are equal to earlier ones'}: if rows are "
+            f"held out for evaluation, {summary.grouping}"
+        )
     if summary.row_count and not summary.learned_count:
         messages.append("no token of these rows is learned")
     return tuple(messages)

@@ -35,6 +35,7 @@ Files:
                      rows
     packing.py       Packs several rows into one sequence, so that no tokens are spent on padding
     reading.py       Reads rows: each becomes the tokens and labels on which a model is trained
+    repeated.py      Rows that are equal to another one, and those held out for evaluation that are also trained on
     row.py           One row of data, read by the names of its form; errors name the row's number
     seen_formats.py  How the rows of a training are written: with the chat template or without, and with which system
                      prompts
@@ -61,6 +62,8 @@ from nbpeft.training.data.packing import joined as joined
 from nbpeft.training.data.reading import ModelInputs as ModelInputs
 from nbpeft.training.data.reading import columns_of as columns_of
 from nbpeft.training.data.reading import is_plain as is_plain
+from nbpeft.training.data.repeated import grouping as grouping
+from nbpeft.training.data.repeated import leaked as leaked
 from nbpeft.training.data.sources import is_stream as is_stream
 from nbpeft.training.data.sources import open_data as open_data
 from nbpeft.training.data.sources import separator_for as separator_for

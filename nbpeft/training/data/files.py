@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import itertools
@@ -22,6 +23,8 @@ _SHOWN = 3
 """The number of lines that cannot be parsed that a message names."""
 _COMPARED = 100
 """The number of rows from which the separator of a table's cells is detected."""
+_FITS = 0.9
+"""The least share of rows with as many cells as the header with which a separator is likely the right one."""
 
 
 def suffix_of(path: str | os.PathLike[str]) -> str:
@@ -52,8 +55,7 @@ def read_file(path: str | os.PathLike[str], separator: str | None = None, *, ski
     try:
         rows = reader(place)
     except UnicodeDecodeError:
-        table = suffix in (".csv", ".tsv")
-        instead = f", or pass the table that pandas.read_csv({place.name!r}, encoding=…) reads" if table else ""
+        instead = f", or pass the table that {_read_by_pandas(place)} reads" if has_separator(place) else ""
         raise TrainingError(
             f"{place.name} is not UTF-8 text: save it in that encoding{instead}.", path=str(place)
         ) from None
@@ -141,8 +143,37 @@ def _table(path: Path, separators: Sequence[str]) -> Rows:
         if chosen:
             begin = lines.tell()
         separator = chosen or _best(lines, separators)
+        if not chosen and len(separators) == 1:
+            _refuse_other(lines, path, separator)
         lines.seek(begin)
         return list(_cells(csv.DictReader(lines, delimiter=separator), path, separator))
+
+
+def _refuse_other(lines: TextIO, path: Path, separator: str) -> None:
+    """Refuses a separator that the header does not have, if another one fits.
+
+    Raises:
+        TrainingError: another one fits the rows; names it.
+    """
+    if _fit(lines, separator)[1]:
+        return
+    other = _best(lines, _SEPARATORS[".csv"])
+    share, width = _fit(lines, other)
+    if width and share > _FITS:
+        raise TrainingError(
+            f"{path.name} has only one column with the separator {separator!r}: the separator seems to be {other!r}.",
+            path=str(path),
+        )
+
+
+def _read_by_pandas(path: Path) -> str:
+    """The call of pandas that reads a table that is not in UTF-8: in the encoding that spreadsheets write."""
+    with open(path, "rb") as file:
+        encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "cp1252"
+    with open(path, encoding=encoding, errors="replace", newline="") as lines, _long_fields():
+        separator = _best(lines, (*_SEPARATORS[".csv"],))
+    given = "" if separator == "," else f"sep={separator!r}, "
+    return f"pandas.read_csv({str(path)!r}, {given}encoding={encoding!r})"
 
 
 def _given_inside(line: str) -> str:

@@ -306,6 +306,8 @@ VERDICT = Form("prompt, completion and label", ("prompt", LABEL, "completion"), 
 """The form of rows with a completion of which a label says whether it is good."""
 PROMPTED = Form("prompt", ("prompt",), _read_prompt, ("tools", TEMPLATE))
 """The form of rows with a prompt alone; all other columns are for reward functions."""
+AS_CHAT = {"instruction": "prompt", "output": "completion"}
+"""Names of the form to which the chat template is applied -> those of the form to which it is not."""
 FORMS_OF = {"": FORMS, PAIRS: (COMPARED,), SCORED_PAIRS: (SCORED,), JUDGED: (VERDICT,), PROMPTS: (PROMPTED,)}
 """Kind of rows -> its forms."""
 _EXPECTED = "prompt and completion, messages, text, instruction and output, conversations, or input_ids"
@@ -357,6 +359,7 @@ def form_of(
     usual: tuple[Form, ...] = FORMS,
     kind: str | None = "",
     first: Any = None,
+    chat: bool = False,
 ) -> Form | None:
     """The form of rows with these columns; None for tokenised rows.
 
@@ -366,6 +369,7 @@ def form_of(
         usual: the forms that the model takes if the kind of rows says nothing else.
         kind: the kind of rows, see ``FORMS_OF``; None for any.
         first: the first row, whose values tell which columns are meant; None if it is unknown.
+        chat: whether the tokenizer has a chat template, which a suggested mapping then applies.
 
     Raises:
         TrainingError: there is no such form; the message names the columns and suggests a mapping.
@@ -388,6 +392,7 @@ def form_of(
         expected = "prompt, completion and label" if kind == JUDGED else "chosen and rejected (and prompt)"
         what = f"Expected columns {expected}; found {listed(columns)}.{_hint(columns, needs)}"
         raise TrainingError(what, columns=columns)
+    _refuse_mixed(mapping)
     names = _likely_compared(columns) if kind is None and usual is FORMS else {}
     if names:
         what = f"Expected columns chosen and rejected; found {listed(columns)}. Say which is which: columns={names}."
@@ -395,8 +400,21 @@ def form_of(
     form = usual[0]
     expected = _EXPECTED_OF.get(form.name, _EXPECTED)
     needs = form.needs if form in FOR_CLASSIFIERS else PAIR.needs
-    hint = _other_model(columns, form) or _chats_hint(columns, form, first) or _hint(columns, needs, first)
+    hint = _other_model(columns, form) or _chats_hint(columns, form, first) or _hint(columns, needs, first, chat)
     raise TrainingError(f"Expected columns {expected}; found {listed(columns)}.{hint}", columns=columns)
+
+
+def _refuse_mixed(mapping: Mapping[str, str]) -> None:
+    """Refuses names of columns of which each belongs to another form.
+
+    Raises:
+        TrainingError: a prompt is named as in one form, and its completion as in another.
+    """
+    for prompt, completion in (("instruction", "completion"), ("prompt", "output")):
+        if {prompt, completion} <= mapping.keys():
+            goes_with = "output" if prompt == "instruction" else "completion"
+            names = {prompt: mapping[prompt], goes_with: mapping[completion]}
+            raise TrainingError(f"columns: instruction goes with output, and prompt with completion: columns={names}")
 
 
 def _other_model(columns: Sequence[str], wanted: Form) -> str:
@@ -426,7 +444,7 @@ def checked_columns(mapping: Any, columns: Sequence[str]) -> dict[str, str]:
         if name not in known:
             swapped = column in known and name in columns
             hint = f" The other way round: {column}={name}." if swapped else did_you_mean(str(name), known)
-            raise TrainingError(f"columns: {name!r:.40} is none of {', '.join(known)}.{hint}")
+            raise TrainingError(f"columns: {name!r:.40} is none of {', '.join(map(repr, known))}.{hint}")
         if column not in columns:
             nearest = did_you_mean(str(column), columns)
             raise TrainingError(f"columns: the rows have no {column!r:.40}, but {listed(columns)}.{nearest}")
@@ -479,7 +497,7 @@ def _chats_hint(columns: Sequence[str], form: Form, first: Any) -> str:
     return ""
 
 
-def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"), first: Any = None) -> str:
+def _hint(columns: Sequence[str], needs: Sequence[str] = PAIR.needs, first: Any = None, chat: bool = False) -> str:
     """A hint: a mapping of these columns that would work, as far as their names say which is which."""
     lower = {column.lower(): column for column in columns}
     prompt, completion = _likely(columns)
@@ -498,7 +516,7 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
             prompt, completion = likely = _likely_tags(columns)
         names = {name: column or "COLUMN" for name, column in zip(needs, likely, strict=False)}
         if prompt and (completion or len(needs) == 1):
-            return f" Say which is which: columns={names}."
+            return f" Say which is which: columns={_as_chat(names) if chat else names}."
         if needs in (PAIR.needs, LABELLED.needs):
             names = _with_guesses(names, columns, first if isinstance(first, Mapping) else {})
     known = (*NAMES, TOKENISED, "labels")
@@ -506,7 +524,13 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = ("prompt", "completion"
     nearest = next(filter(None, (near(column.lower(), known, 1, cutoff=_TYPO) for column in unknown)), None)
     typo = f" Did you mean {nearest[0]!r}? Or say" if nearest else " Say"
     example = ": " if "COLUMN" in names.values() else ", e.g. "
-    return f"{typo} what they are called{example}columns={names}."
+    return f"{typo} what they are called{example}columns={_as_chat(names) if chat else names}."
+
+
+def _as_chat(names: Mapping[str, str]) -> dict[str, str]:
+    """A mapping of prompts and completions, in the form to which the chat template is applied."""
+    forms = {pair: chat for chat, pair in AS_CHAT.items()}
+    return {forms.get(name, name): column for name, column in names.items()}
 
 
 def _with_guesses(names: Mapping[str, str], columns: Sequence[str], first: Mapping[str, Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.classes import Classes, names_of
 from nbpeft.training.data.encoding import CodedRow, Encoded, Span, encode
 from nbpeft.training.data.forms import (
+    AS_CHAT,
     FOR_CLASSIFIERS,
     FORMS,
     LABELLED,
@@ -137,7 +138,14 @@ class Reading:
     @property
     def has_template(self) -> bool:
         """Whether chats can be rendered."""
-        return bool(getattr(self.tokenizer, "chat_template", None)) and not self.inputs.encoder_decoder
+        return has_template(self.tokenizer) and not self.inputs.encoder_decoder
+
+    @property
+    def for_template(self) -> dict[str, str]:
+        """The columns with which the chat template is applied to prompts and completions that are plain text."""
+        if self.form is not PAIR or not self.has_template:
+            return {}
+        return {name: self.columns.get(other, other) for name, other in AS_CHAT.items()}
 
     @property
     def used(self) -> frozenset[str]:
@@ -284,14 +292,12 @@ class Reading:
             if MARGIN in self.form.may and self.columns.get(MARGIN, MARGIN) in row.values:
                 more[MARGIN] = row.number_of(MARGIN)
             return replace(found, more=more, unused=(*unused, *found.unused))
-        read = (self.columns.get(name, name) for name in self.form.needs[:-1])  # context, without the part to train on
-        unused += [(EMPTY, repr(column)) for column in read if is_nothing(row.values[column])]
         whole, reason, more_unused = self._encoded(row, example, renderer)
         whole, reason = whole.weighted(weight or 1.0), reason if weight else "its weight is 0"
         if self.form is VERDICT:
             good = self._verdict(row)
             more[DESIRABLE], reason = float(bool(good)), reason or ("the label is empty" if good is None else "")
-        return CodedRow(
+        coded = CodedRow(
             row.number,
             whole,
             self.limit,
@@ -303,6 +309,21 @@ class Reading:
             system=system_of(example),
             joint="" if self.inputs.encoder_decoder else joint_of(example),
         )
+        return coded if coded.missing else replace(coded, unused=(*self._empty(row), *coded.unused))
+
+    def _empty(self, row: Row) -> list[Unused]:
+        """The columns with the context of what is learned, such as the prompt, that are empty in a row."""
+        assert self.form is not None
+        read = ((column, row.values[column]) for column in map(self._column, self.form.needs[:-1]))
+        return [
+            (EMPTY, repr(column))
+            for column, value in read
+            if is_nothing(value) or (isinstance(value, str) and not value.strip())
+        ]
+
+    def _column(self, name: str) -> str:
+        """The column with the part of a form."""
+        return self.columns.get(name, name)
 
     def _prompted(self, row: Row, example: Prompted, renderer: ChatRenderer) -> CodedRow:
         """A row with a prompt alone; a prompt that is too long is left out."""
@@ -629,7 +650,8 @@ def reading(
     available = columns_of(rows)
     mapping = checked_columns(columns, available)
     first = None if is_stream(rows) or not len(rows) else first_row(rows)
-    form = form_of(available, columns or {}, usual=inputs.forms, kind=inputs.kind, first=first)
+    chat = has_template(tokenizer) and not inputs.encoder_decoder
+    form = form_of(available, columns or {}, usual=inputs.forms, kind=inputs.kind, first=first, chat=chat)
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
     common: dict[str, Any] = {"skip_bad": skip_bad, "options": options, "group": group or ""}
@@ -650,6 +672,11 @@ def reading(
     if options != RowOptions():
         found.check_options()
     return found
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def are_judged(rows: Any, columns: Mapping[str, str]) -> bool:

@@ -6,6 +6,7 @@ And whether something separates a prompt from its completion.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 
 from nbpeft._util.conversations import system_text
 from nbpeft.checkpoint import PromptFormat
@@ -25,9 +26,11 @@ class SeenFormats:
 
     Args:
         options: how the rows are read.
+        for_template: the columns with which the chat template is applied to the rows; empty if it cannot be.
     """
 
-    def __init__(self, options: RowOptions | None = None) -> None:
+    def __init__(self, options: RowOptions | None = None, for_template: Mapping[str, str] | None = None) -> None:
+        self._for_template = dict(for_template or {})
         options = options or RowOptions()
         self._template = as_text(options.chat_template_kwargs or {})
         self._learns_reasoning = options.reasoning == "keep"
@@ -60,10 +63,10 @@ class SeenFormats:
             return ()
         total = sum(self._systems.values())
         some = f" in {self._joined:,} of {total:,} rows" if self._joined < total else ""
-        return (
-            f"nothing separates prompt and completion{some} ({self._joint!r}): begin each completion with a space, or "
-            "end each prompt with a line break",
-        )
+        way = "begin each completion with a space, or end each prompt with a line break"
+        if self._for_template:
+            way = f"columns={self._for_template} applies the chat template, which separates them"
+        return (f"nothing separates prompt and completion{some} ({self._joint!r}): {way}",)
 
     def _about_systems(self) -> tuple[str, ...]:
         systems = [system for system in self._systems if system]

@@ -16,9 +16,10 @@ from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
 from nbpeft.training.data.encoding import CodedRow
-from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, PAIR, TEXT
+from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
 from nbpeft.training.data.left_out import named_rows
-from nbpeft.training.data.reading import ModelInputs, Reading, reading
+from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
+from nbpeft.training.data.repeated import grouping, hash_of
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.tokenized import check_columns, lines_of
@@ -90,6 +91,8 @@ class DataSummary:
         has_labels: whether the labels are one class or number for each row, for a classifier.
         unlabelled: the column with the text of rows whose label is not used; empty for other rows.
         format: the form in which the rows are written; None if they are tokenised or for a classifier.
+        repeated: rows to train on that are equal to an earlier one.
+        grouping: what keeps equal rows together when rows are held out, as a line.
         for_template: columns with which the chat template would be applied, if the tokenizer has one and it is not.
     """
 
@@ -114,6 +117,8 @@ class DataSummary:
     for_template: Mapping[str, str] = field(default_factory=dict)
     split_rows: int = 0
     split_parts: int = 0
+    repeated: int = 0
+    grouping: str = ""
 
 
 class _Totals:
@@ -122,6 +127,8 @@ class _Totals:
     def __init__(self) -> None:
         self.lengths: list[int] = []
         self.left_out: list[tuple[int, str]] = []
+        self.hashes: set[int] = set()
+        self.repeated = 0
         self.tokens = self.learned = self.cut_rows = self.cut_tokens = self.split_rows = self.split_parts = 0
 
     def add(self, row: CodedRow) -> None:
@@ -135,6 +142,9 @@ class _Totals:
         if row.missing:
             self.left_out.append((row.number, row.missing))
             return
+        hashed = hash_of(row.row)
+        self.repeated += hashed in self.hashes
+        self.hashes.add(hashed)
         for part in filter(None, (row, row.rejected)):
             self.tokens += len(part.row["input_ids"])
             self.learned += part.learned_count
@@ -181,7 +191,7 @@ def summarize(
     streamed = is_stream(reader.rows)
     coded: Iterator[CodedRow] = itertools.islice(reader.coded(), _STREAMED if streamed else None)
     shown_rows: list[CodedRow] = []
-    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options)
+    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options, reader.for_template)
     for row in coded:
         totals.add(row)
         unused.add(row.unused)
@@ -216,16 +226,15 @@ def summarize(
         has_labels=reader.inputs.has_class and reader.form is not COMPARED,
         unlabelled=reader.columns.get("text", "text") if reader.form is TEXT and _HAS_LABEL in unused else "",
         format=formats.format if reader.form not in (None, *FOR_CLASSIFIERS) else None,
+        repeated=totals.repeated,
+        grouping=grouping(() if streamed else columns_of(reader.rows), reader.columns) if totals.repeated else "",
         for_template=_for_template(reader, formats.format),
     )
 
 
 def _for_template(reader: Reading, form: PromptFormat | None) -> dict[str, str]:
     """The columns with which the chat template would be applied to prompts and completions that are plain text."""
-    if reader.form is not PAIR or form != PromptFormat(chat=False) or not reader.has_template:
-        return {}
-    names = {"instruction": "prompt", "output": "completion"}
-    return {name: reader.columns.get(column, column) for name, column in names.items()}
+    return reader.for_template if form == PromptFormat(chat=False) else {}
 
 
 def bins_of(lengths: Sequence[int], border: int | None = None) -> tuple[tuple[int, int, int], ...]:

@@ -246,7 +246,7 @@ def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
     if reader.form is None:
         return _tokens(reader)
     if is_stream(reader.rows):
-        streamed = StreamedRows(reader.coded, formats=SeenFormats(reader.options))
+        streamed = StreamedRows(reader.coded, formats=SeenFormats(reader.options, reader.for_template))
         return PreparedRows(streamed, streamed.notes, reader.inputs.classes)
     tokenized = _in_memory(reader)
     return PreparedRows(tokenized, tokenized.notes, reader.inputs.classes)
@@ -269,7 +269,7 @@ def _in_memory(reader: Reading) -> TokenizedRows:
     """Tokenises all rows."""
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str]] = []
-    unused, formats, truncated = UnusedParts(), SeenFormats(reader.options), 0
+    unused, formats, truncated = UnusedParts(), SeenFormats(reader.options, reader.for_template), 0
     numbers: list[int] = []
     split_rows = split_parts = 0
     for coded in reader.coded():

@@ -11,7 +11,7 @@ Unused = tuple[str, str]
 COLUMNS = "columns not used"
 MESSAGES = "not used"
 UNPRINTED = "not printed by the chat template, so not trained on"
-EMPTY = "empty"
+EMPTY = "learned although empty"
 UNTOKENISED = "without a token, so their tags are not learned"
 
 

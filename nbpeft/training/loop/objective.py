@@ -18,7 +18,7 @@ from nbpeft.training.adapters.adapted_model import base_of, call_columns
 from nbpeft.training.data import Collator, columns_of
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns, form_of
-from nbpeft.training.data.reading import are_judged, default_length
+from nbpeft.training.data.reading import are_judged, default_length, has_template
 from nbpeft.training.data.sources import first_row, is_stream
 from nbpeft.training.loop.grouping import GROUPED
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal, is_of_texts
@@ -119,7 +119,12 @@ def with_objective(request: TrainRequest) -> TrainRequest:
 def _of_all(request: TrainRequest) -> TrainRequest:
     """A request in which the rows of each adapter have the same objective."""
     request = request.opened()
-    found = {name: with_objective(request.of_adapter(name)) for name in request.own_rows}
+    found: dict[str, TrainRequest] = {}
+    for name in request.own_rows:
+        try:
+            found[name] = with_objective(request.of_adapter(name))
+        except TrainingError as error:
+            raise TrainingError(f"rows of {name!r}: {error}") from error
     first, *others = found
     names = {name: getattr(part.objective, "name", "") for name, part in found.items()}
     for name in others:
@@ -129,7 +134,7 @@ def _of_all(request: TrainRequest) -> TrainRequest:
                 "or train them one by one",
                 field="objective",
             )
-    return replace(found[first], data=request.data, eval_data=request.eval_data)
+    return replace(found[first], data=request.data, eval_data=request.eval_data, columns=request.columns)
 
 
 def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]) -> TrainRequest:
@@ -194,7 +199,8 @@ def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Obje
     if _are_pairs(columns):
         return objective_named("dpo"), "the rows have chosen and rejected"
     first = None if is_stream(request.data) else first_row(request.data)
-    form = form_of(columns, request.columns or {}, kind=None, first=first)
+    chat = has_template(request.tokenizer) and is_causal(request.model)
+    form = form_of(columns, request.columns or {}, kind=None, first=first, chat=chat)
     if form is COMPARED:
         return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
     if form is PAIR and are_judged(request.data, checked_columns(request.columns, columns)):

@@ -27,9 +27,12 @@ from nbpeft.training.data import (
     PreparedRows,
     StreamedRows,
     check_rows,
+    columns_of,
+    grouping,
     groups_of,
     hold_out,
     is_amount,
+    leaked,
     prepared,
 )
 from nbpeft.training.data.checks import check_row
@@ -130,6 +133,11 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     held = f"{known or plural(len(evaluation), 'row')} held out for evaluation"
     if groups is not None and request.eval_by is not None:
         held += f", in whole groups by {request.eval_by!r} ({plural(len({*groups}), 'group')})"
+    repeats = leaked(train, evaluation)
+    if repeats:
+        notes.append(
+            repeats if request.eval_by else f"{repeats}: {grouping(columns_of(request.data), request.columns)}"
+        )
     return TrainingRows(train, evaluation, tuple(notes), held, inputs.classes)
 
 
@@ -145,6 +153,11 @@ def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
             raise TrainingError(
                 f"the rows of {name!r} are a stream: rows for each adapter have to be lists or datasets"
             )
+    notes = [
+        f"{name}: columns does not apply to these rows, which have {listed(columns_of(request.data[name]))}"
+        for name in request.own_rows
+        if request.columns and request.of_adapter(name).columns is None
+    ]
     first, *others = parts
     classes = parts[first].classes
     for name in others:
@@ -154,7 +167,7 @@ def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
     return TrainingRows(
         train={name: part.train for name, part in parts.items()},
         evaluation=evaluation if parts[first].evaluation is not None else None,
-        notes=tuple(f"{name}: {note}" for name, part in parts.items() for note in part.notes),
+        notes=(*notes, *(f"{name}: {note}" for name, part in parts.items() for note in part.notes)),
         held_out="; ".join(f"{name}: {part.held_out}" for name, part in parts.items() if part.held_out),
         classes=classes,
     )

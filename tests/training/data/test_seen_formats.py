@@ -109,6 +109,11 @@ def test_rows_whose_completions_run_into_their_prompts_are_named_with_what_to_wr
         "nothing separates prompt and completion ('Who?We'): begin each completion with a space, or end each prompt "
         "with a line break"
     )
+    assert prepare_data([joined] * 2, CharTokenizer()).notes == line
+    for_pairs = line
+    line = line.partition("begin")[0] + (
+        "columns={'instruction': 'prompt', 'output': 'completion'} applies the chat template, which separates them"
+    )
     assert summarize([joined] * 2, CHAT).unused == (line,) and prepare_data([joined] * 2, CHAT).notes == line
     some = line.replace(" (", " in 1 of 3 rows (")
     assert prepare_data([apart, joined, apart], CHAT).notes == some
@@ -116,7 +121,7 @@ def test_rows_whose_completions_run_into_their_prompts_are_named_with_what_to_wr
     as_chat = prepare_data([joined] * 2, CHAT, columns={"instruction": "prompt", "output": "completion"})
     assert as_chat.notes == ""
     compared = {"prompt": "Who?", "chosen": "We", "rejected": "You"}
-    assert line in prepare_data([compared], CHAT, inputs=ModelInputs(kind=PAIRS)).notes
+    assert for_pairs in prepare_data([compared], CHAT, inputs=ModelInputs(kind=PAIRS)).notes
 
 
 class Pairs(IterableDataset[Any]):
@@ -125,4 +130,4 @@ class Pairs(IterableDataset[Any]):
 
 
 def test_a_stream_says_it_of_its_first_row() -> None:
-    assert "('Who?We'): begin each completion with a space" in prepare_data(Pairs(), CHAT).notes
+    assert "('Who?We'): columns={'instruction'" in prepare_data(Pairs(), CHAT).notes
