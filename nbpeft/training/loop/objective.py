@@ -307,6 +307,7 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
         request.reference,
         adapter=request.adapter,
         sweep=sweep,
+        members=tuple(request.members) if isinstance(request.members, Mapping) else (),
         sharded=bool(request.arguments.get("fsdp")),
     )
 

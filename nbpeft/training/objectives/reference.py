@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,15 @@ def _read(folder: Path, model: nn.Module, name: str) -> tuple[dict[str, Tensor],
     return tensors, metadata
 
 
-def check_reference(model: nn.Module, given: Any, *, adapter: str | None, sweep: bool, sharded: bool) -> None:
+def check_reference(
+    model: nn.Module,
+    given: Any,
+    *,
+    adapter: str | None,
+    sweep: bool,
+    sharded: bool,
+    members: Collection[str] = (),
+) -> None:
     """Refuses a reference that the training cannot have.
 
     Args:
@@ -184,6 +192,7 @@ def check_reference(model: nn.Module, given: Any, *, adapter: str | None, sweep:
         adapter: the adapter that will be activated, or None.
         sweep: whether several adapters are trained side by side.
         sharded: whether the model is sharded over several processes.
+        members: the adapters that are trained side by side, if the model has them already.
 
     Raises:
         ConfigError: there is no such reference, or it does not support this training.
@@ -209,6 +218,10 @@ def check_reference(model: nn.Module, given: Any, *, adapter: str | None, sweep:
             f"reference must be one of {', '.join(map(repr, known))}, not {given!r:.60}.{hint}", field="reference"
         )
     manager.require_available(given)
+    if given in members:
+        raise ConfigError(
+            f"{given!r} is trained here: reference='base', or the name of an adapter that is not", field="reference"
+        )
     if given in trained and not sweep:
         raise ConfigError(
             f"{given!r} is trained here: reference='start' is its weights at the beginning", field="reference"

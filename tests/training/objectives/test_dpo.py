@@ -403,7 +403,7 @@ def test_a_clone_has_a_beta_of_its_own() -> None:
     asked = RunControl()
     given = FIELDS | {"learning_rate": sweep(1e-2, 3e-2), "callbacks": [Clone()], "control": asked}
     result = nbpeft.train(new(), ROWS, **given)
-    assert [member.settings["beta"] for member in result.members] == ["1.0e-1", "1.0e-1", "5.0e-1"]
+    assert [member.settings["beta"] for member in result.members] == ["0.1", "0.1", "0.5"]
     assert "beta must be greater than 0, not -1.0" in result.message
     assert "disable_dropout cannot be a sweep" in result.message
     first, _, clone = result.members
@@ -417,6 +417,14 @@ def test_the_adapters_of_a_sweep_start_at_ln_2_against_the_one_they_start_from()
     assert tuple(model.peft_config) == ("default",)
     result = nbpeft.train(model, ROWS, reference="default", **FIELDS | {"learning_rate": sweep(1e-2, 3e-2)})
     assert [member.history[0][1] for member in result.members] == pytest.approx([LN2, LN2], abs=1e-6)
+
+
+def test_an_adapter_that_is_trained_beside_others_is_no_reference() -> None:
+    model = filled(new())
+    model.manager.copy("default", "other")
+    model.manager.unfreeze("other")
+    with pytest.raises(ConfigError, match="'other' is trained here: reference='base', or the name of an adapter that"):
+        nbpeft.train(model, {"default": ROWS, "other": ROWS}, reference="other", **FIELDS)
 
 
 @pytest.mark.slow
