@@ -58,15 +58,13 @@ def note(path, **what):
     with open(f'{os.environ["SUITES_RESULTS"]}/{os.path.basename(path)}.jsonl.part', "a") as file:
         file.write(json.dumps(what) + chr(10))
 
-OTHER_IDS = {"[PeftModel0]": "[PeftModel]", "[PeftModel1]": "[PeftMixedModel]"}
+def with_peft(test):
+    return test.replace("[PeftModel0]", "[PeftModel]").replace("[PeftModel1]", "[PeftMixedModel]")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    for item in items:
-        for own, theirs in OTHER_IDS.items():
-            item._nodeid = item.nodeid.replace(own, theirs)
     files = {}
-    for item in sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).hexdigest()):
+    for item in sorted(items, key=lambda item: hashlib.sha256(with_peft(item.nodeid).encode()).hexdigest()):
         files.setdefault(item.path, []).append(item)
     drawn = {item for found in files.values() for item in found[:int(os.environ["SUITES_MOST"])]}
     for path, found in files.items():
@@ -81,7 +79,7 @@ def pytest_runtest_logreport(report):
         crash = getattr(report.longrepr, "reprcrash", None)
         said = crash.message if crash else str(report.longrepr)
         ended = said[:2000] if report.outcome == "failed" else report.outcome
-        note(report.nodeid.partition("::")[0], test=report.nodeid, ended=ended)
+        note(report.nodeid.partition("::")[0], test=with_peft(report.nodeid), ended=ended)
 """
 """A plugin of pytest's: the same tests are drawn for both, none asks the hub, and the end of each is noted.
 

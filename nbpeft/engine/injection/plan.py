@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -139,10 +139,7 @@ def plan(
             else nothing_matches(matcher, excluded, adaptable_paths(sites))
         )
     missing = (*matcher.missing(), *named.missing())
-    for problem in _problems(matcher, named, sites):
-        if not allow_missing:
-            raise problem
-        warnings.warn(str(problem), RuntimeWarning, stacklevel=3)
+    _tell_unmatched(matcher, named, sites, strict=not allow_missing)
     former = fused_layers(model, sites) if matcher.exclude else []
     known = (*(site.path for site in sites), *(path for one in former for path in (one.path, *one.former)))
     unused_exclude = matcher.excludes_none_of(known)
@@ -187,12 +184,14 @@ def _warn_of_ties(
         warn_of_tied(model, [(site.path, site.module) for site in sites], changed | apart, config)
 
 
-def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[TargetError]:
-    """The errors for names of modules and of parameters that match nothing."""
-    if matcher.missing():
-        yield no_match(matcher.missing(), adaptable_paths(sites))
-    if named.missing():
-        yield no_parameter(named.missing(), sites)
+def _tell_unmatched(matcher: Matcher, named: Matcher, sites: list[Site], *, strict: bool) -> None:
+    """Raises the error for names of modules or of parameters that match nothing, or warns of it if not strict."""
+    problems = [no_match(matcher.missing(), adaptable_paths(sites))] if matcher.missing() else []
+    problems += [no_parameter(named.missing(), sites)] if named.missing() else []
+    for problem in problems:
+        if strict:
+            raise problem
+        warnings.warn(str(problem), RuntimeWarning, stacklevel=4)
 
 
 def _plan_for_calls(
