@@ -2,6 +2,7 @@
 
 Door, what other rooms import:
 
+    checks.py     What a training refuses before it reads rows, and before it changes the model
     objective.py  The objective of a training: the one that is named, or the one that follows from the rows
     packing.py    Packing several rows into one sequence, for models that do not mix packed rows
     prepare.py    Preparing a quantized base model for training adapters
@@ -10,7 +11,6 @@ Door, what other rooms import:
 
 Inside:
 
-    checks.py        What a training refuses before it reads rows, and before it changes the model
     fitting.py       Runs a Trainer in this process, and removes everything of it from the model afterwards
     grouping.py      Batches of rows with similar lengths, to reduce padding
     restoring.py     Leaves a model as it was found before a training, except for the trained weights

@@ -20,8 +20,10 @@ SERIES = ("learning rate", "gradient norm", "tokens/s", "memory", *OF_REWARDS)
 other curves are metrics."""
 _SMALL = 60
 """The number of buckets of curves that are drawn small."""
-_RISEN = 3.0
-"""A loss that is this many times as high as the first one, and higher by as much, shows that training went wrong."""
+_HIGH_LOSS, _RISE, _GROWTH = 8.0, 3.0, 1.5
+"""A loss above the first, higher than all before by the second, and as many times as high as the third, is a rise."""
+_LARGEST_ENTROPY = 15.0
+"""Losses that begin above this are no cross-entropies: the logarithm of a vocabulary's size is less."""
 
 
 def is_of_objective(name: str) -> bool:
@@ -157,8 +159,8 @@ class Record:
         self.series: dict[str, History] = {}
         self.metric_history: dict[str, History] = {}
         self.rise: tuple[float, tuple[int, float]] | None = None
-        """The first loss, and step and value of the second one in a row that is far above it."""
-        self._first_loss: float | None = None
+        """The highest loss before a rise, and step and value of the second one in a row that is far above it."""
+        self._highest: float | None = None
         self._was_high = False
         self._loss_total, self._loss_count = 0.0, 0
         self._pending: list[tuple[int, Number]] = []
@@ -304,12 +306,13 @@ class Record:
         return first_nan
 
     def _note_rise(self, step: int, value: float) -> None:
-        """Compares a loss with the first one; a single outlier, e.g. of a small batch, is no rise."""
-        first = self._first_loss = value if self._first_loss is None else self._first_loss
-        high = value > max(_RISEN * first, first + _RISEN)
+        """Compares a loss with those before; a single outlier, e.g. of a small batch, is no rise."""
+        before = value if self._highest is None else self._highest
+        high = before <= _LARGEST_ENTROPY and value > max(_HIGH_LOSS, before + _RISE, _GROWTH * before)
         if high and self._was_high and self.rise is None:
-            self.rise = (first, (step, value))
+            self.rise = (before, (step, value))
         self._was_high = high
+        self._highest = before if high else max(before, value)
 
     def mark(self, elapsed: float) -> None:
         """Stores the current progress, from which ``pace`` is computed, if a step was done since the last time.

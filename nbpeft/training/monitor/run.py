@@ -600,8 +600,8 @@ class Run:
         rise = self._record.rise
         if rise is not None and not self._rise_noted and not self.learns_from_rewards:
             self._rise_noted = True
-            first, (step, value) = rise
-            self._warn(f"The loss rose from {first:.3g} to {value:.3g} by step {step}: is the learning rate too high?")
+            before, (step, value) = rise
+            self._warn(f"The loss rose from {before:.3g} to {value:.3g} by step {step}: is the learning rate too high?")
 
     def _catch_up(self) -> None:
         """Includes what was recorded too soon after the last publication, if that needs no waiting."""

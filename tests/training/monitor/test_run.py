@@ -418,7 +418,10 @@ def test_a_run_that_cannot_be_saved_says_why_and_goes_on(tmp_path):
         ([3.0, 12.0, 20.0], True),
         ([3.0, 12.0, 2.9, 12.0, 2.8], False),
         ([0.7, 2.2, 2.3], False),
-        ([3.0, 8.0, 8.5], False),
+        ([5.7, 11.5, 9.6], True),
+        ([0.3, 3.6, 3.7], False),
+        ([7.0, 8.5, 8.5], False),
+        ([400.0, 900.0, 900.0], False),
         ([float("nan"), 3.0, 10.0, 10.0], True),
     ],
 )
