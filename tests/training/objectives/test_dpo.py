@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Train
 
 import nbpeft
 from nbpeft import LoraConfig
+from nbpeft.checkpoint import fingerprint
 from nbpeft.checkpoint.tensor_file import write_tensors
 from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
 from nbpeft.sweeps import combinations, sweep
@@ -369,17 +370,22 @@ def test_known_log_probabilities_are_those_of_the_same_inputs_and_of_a_checkpoin
     assert len({one for (one,) in others}) == 4
     assert all(other != [digest] for other in others)
     known, model = KnownLogProbs(), new()
-    known.write(tmp_path)
+    known.write(tmp_path, model)
     assert not [*tmp_path.iterdir()]
     known.add([(digest, 0.1), (others[0][0], 2.0)], torch.float64)
-    known.write(tmp_path)
+    known.write(tmp_path, model)
     restored = KnownLogProbs()
     restored.read(tmp_path, model)
     found = restored.of([others[0][0], digest])
     assert found is not None and found.tolist() == [2.0, 0.1] and found.dtype == torch.float64
     assert restored.of([digest, others[1][0]]) is None
+    changed: Any = new()
+    changed.get_base_model().lm_head.weight.data.mul_(2)
+    restored.read(tmp_path, changed)
+    assert restored.of([digest]) is None
     (file,) = tmp_path.iterdir()
-    write_tensors(file, {"digests": torch.zeros(2, 16, dtype=torch.uint8), "log_probs": torch.zeros(3)}, {})
+    base, part = fingerprint(model.manager.model).to_metadata(), torch.zeros(2, 16, dtype=torch.uint8)
+    write_tensors(file, {"digests": part, "log_probs": torch.zeros(3)}, base)
     with pytest.raises(CheckpointError, match="does not have a log-probability for each digest"):
         restored.read(tmp_path, model)
 
