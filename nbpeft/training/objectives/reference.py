@@ -113,7 +113,7 @@ class OfAnAdapter(Reference):
 
     def _scalings(self) -> str:
         layers = self._manager.layers.values()
-        adapters = (layer.adapters._modules.get(self.name) for layer in layers)
+        adapters: Iterator[Any] = (layer.adapters._modules.get(self.name) for layer in layers)
         return " ".join(str(float(adapter.scaling)) for adapter in adapters if isinstance(adapter, Rescales))
 
     def _digest(self) -> Tensor:

@@ -25,7 +25,7 @@ from nbpeft.training.objectives import objective as registry
 from nbpeft.training.objectives.known import KnownLogProbs, digests_of
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, objective_named, register
-from nbpeft.training.objectives.reference import OfTheStart
+from nbpeft.training.objectives.reference import OfAnAdapter, OfTheStart
 from nbpeft.training.transformers import objective_trainer
 from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from tests.tiny_models import same_state
@@ -388,6 +388,22 @@ def test_known_log_probabilities_are_those_of_the_same_inputs_and_of_a_checkpoin
     write_tensors(file, {"digests": part, "log_probs": torch.zeros(3)}, base)
     with pytest.raises(CheckpointError, match="does not have a log-probability for each digest"):
         restored.read(tmp_path, model)
+
+
+@pytest.mark.parametrize(("scale", "factor", "what"), [(5.0, 1.0, "scaling"), (1.0, 5.0, "weights")])
+def test_an_adapter_that_changed_is_not_the_reference_of_a_resumed_training(
+    scale: float, factor: float, what: str, tmp_path: Path
+) -> None:
+    model: Any = filled(new())
+    reference = OfAnAdapter(model.manager, "default")
+    reference.write(tmp_path)
+    reference.read(tmp_path)
+    for parameter in model.manager.parameters("default"):
+        parameter.data.mul_(factor)
+    for layer in model.manager.layers.values():
+        layer.set_scale("default", scale)
+    with pytest.raises(CheckpointError, match=f"the reference 'default' has (an)?other {what} than when"):
+        reference.read(tmp_path)
 
 
 def test_given_adapters_have_their_own_fields_of_the_objective() -> None:
