@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nbpeft.checkpoint import fingerprint
 from nbpeft.checkpoint.tensor_file import write_tensors
+from nbpeft.engine.runtime.manager import require_manager
 from nbpeft.errors import CheckpointError
+from nbpeft.model.saving.sharded import is_sharded
 from nbpeft.training.adapters.method_state import read_state
 
 _FILE = "reference_log_probs.safetensors"
@@ -48,19 +51,20 @@ class KnownLogProbs:
         self._values.update(pairs)
         self._dtype = dtype
 
-    def write(self, folder: Path) -> None:
-        """Writes them into a checkpoint.
+    def write(self, folder: Path, model: nn.Module) -> None:
+        """Writes them into a checkpoint, with the fingerprint of the base model.
 
         Args:
             folder: the folder of the checkpoint.
+            model: the model in training.
         """
         if self._values:
             digests = torch.frombuffer(bytearray(b"".join(self._values)), dtype=torch.uint8)
             values = torch.tensor([*self._values.values()], dtype=self._dtype)
-            write_tensors(folder / _FILE, {_DIGESTS: digests.view(-1, _DIGEST_SIZE), _VALUES: values}, {})
+            write_tensors(folder / _FILE, {_DIGESTS: digests.view(-1, _DIGEST_SIZE), _VALUES: values}, _base_of(model))
 
     def read(self, folder: Path, model: nn.Module) -> None:
-        """Restores those of a checkpoint, if it has some.
+        """Restores those of a checkpoint, if it has some and was written with this base model.
 
         Args:
             folder: the folder of the checkpoint.
@@ -73,12 +77,19 @@ class KnownLogProbs:
         file = folder / _FILE
         if not file.is_file():
             return
-        tensors, _ = read_state(file, model)
+        tensors, metadata = read_state(file, model)
+        if any(metadata.get(name) != value for name, value in _base_of(model).items()):
+            return
         digests, values = tensors.get(_DIGESTS, torch.empty(0)), tensors.get(_VALUES, torch.empty(0))
         count = values.shape[0] if values.dim() == 1 and values.is_floating_point() else -1
         if digests.dtype != torch.uint8 or digests.shape != (count, _DIGEST_SIZE):
             raise CheckpointError(f"{file} does not have a log-probability for each digest of a sequence")
         self.add(zip((row.numpy().tobytes() for row in digests), values.tolist(), strict=True), values.dtype)
+
+
+def _base_of(model: nn.Module) -> dict[str, str]:
+    """The fingerprint of a base model, as metadata; empty if its weights are sharded."""
+    return {} if is_sharded(model) else fingerprint(require_manager(model).model).to_metadata()
 
 
 def digests_of(batch: Mapping[str, Tensor], owner: str = "") -> list[bytes]:

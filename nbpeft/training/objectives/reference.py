@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.checkpoint.tensor_file import storable, write_tensors
 from nbpeft.engine.changes.active_state import NO_ADAPTERS
+from nbpeft.engine.contract.adapter import Rescales
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import CheckpointError, ConfigError, did_you_mean
@@ -29,7 +30,7 @@ from nbpeft.training.adapters.adapted_model import trainable, trained_names
 from nbpeft.training.adapters.method_state import keeps_method_state, read_state
 
 _FILE = "reference.safetensors"
-_DIGEST = "digest"
+_DIGEST, _SCALINGS = "digest", "scalings"
 
 
 class Reference(ABC):
@@ -94,18 +95,26 @@ class OfAnAdapter(Reference):
         return blended(self._manager, {self.name: 1.0})
 
     def write(self, folder: Path) -> None:
-        """Writes a digest of its weights."""
-        write_tensors(folder / _FILE, {_DIGEST: self._digest()}, {"reference": self.name})
+        """Writes a digest of its weights, and its factors, which ``set_scale`` changes."""
+        metadata = {"reference": self.name, _SCALINGS: self._scalings()}
+        write_tensors(folder / _FILE, {_DIGEST: self._digest()}, metadata)
 
     def read(self, folder: Path) -> None:
-        """Checks that the adapter has the same weights.
+        """Checks that the adapter has the same weights and factors.
 
         Raises:
             CheckpointError: it has others.
         """
-        tensors, _ = _read(folder, self._manager.model, self.name)
+        tensors, metadata = _read(folder, self._manager.model, self.name)
+        if metadata.get(_SCALINGS, self._scalings()) != self._scalings():
+            raise CheckpointError(f"the reference {self.name!r} has another scaling than when this training began")
         if not torch.equal(tensors.get(_DIGEST, torch.empty(0)), self._digest()):
             raise CheckpointError(f"the reference {self.name!r} has other weights than when this training began")
+
+    def _scalings(self) -> str:
+        layers = self._manager.layers.values()
+        adapters: Iterator[Any] = (layer.adapters._modules.get(self.name) for layer in layers)
+        return " ".join(str(float(adapter.scaling)) for adapter in adapters if isinstance(adapter, Rescales))
 
     def _digest(self) -> Tensor:
         found = hashlib.sha256()

@@ -245,8 +245,9 @@ class ObjectiveTrainer(Trainer):
         """The Trainer's method; also writes the reference, for a resumed training."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.reference is not None and self.args.should_save:
+            model: Any = self.model
             self.reference.write(Path(output_dir))
-            self._known.write(Path(output_dir))
+            self._known.write(Path(output_dir), model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The Trainer's method; also reads the reference of the training that is resumed."""

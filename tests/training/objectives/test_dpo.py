@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Train
 
 import nbpeft
 from nbpeft import LoraConfig
+from nbpeft.checkpoint import fingerprint
 from nbpeft.checkpoint.tensor_file import write_tensors
 from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
 from nbpeft.sweeps import combinations, sweep
@@ -24,7 +25,7 @@ from nbpeft.training.objectives import objective as registry
 from nbpeft.training.objectives.known import KnownLogProbs, digests_of
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, objective_named, register
-from nbpeft.training.objectives.reference import OfTheStart
+from nbpeft.training.objectives.reference import OfAnAdapter, OfTheStart
 from nbpeft.training.transformers import objective_trainer
 from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from tests.tiny_models import same_state
@@ -369,19 +370,40 @@ def test_known_log_probabilities_are_those_of_the_same_inputs_and_of_a_checkpoin
     assert len({one for (one,) in others}) == 4
     assert all(other != [digest] for other in others)
     known, model = KnownLogProbs(), new()
-    known.write(tmp_path)
+    known.write(tmp_path, model)
     assert not [*tmp_path.iterdir()]
     known.add([(digest, 0.1), (others[0][0], 2.0)], torch.float64)
-    known.write(tmp_path)
+    known.write(tmp_path, model)
     restored = KnownLogProbs()
     restored.read(tmp_path, model)
     found = restored.of([others[0][0], digest])
     assert found is not None and found.tolist() == [2.0, 0.1] and found.dtype == torch.float64
     assert restored.of([digest, others[1][0]]) is None
+    changed: Any = new()
+    changed.get_base_model().lm_head.weight.data.mul_(2)
+    restored.read(tmp_path, changed)
+    assert restored.of([digest]) is None
     (file,) = tmp_path.iterdir()
-    write_tensors(file, {"digests": torch.zeros(2, 16, dtype=torch.uint8), "log_probs": torch.zeros(3)}, {})
+    base, part = fingerprint(model.manager.model).to_metadata(), torch.zeros(2, 16, dtype=torch.uint8)
+    write_tensors(file, {"digests": part, "log_probs": torch.zeros(3)}, base)
     with pytest.raises(CheckpointError, match="does not have a log-probability for each digest"):
         restored.read(tmp_path, model)
+
+
+@pytest.mark.parametrize(("scale", "factor", "what"), [(5.0, 1.0, "scaling"), (1.0, 5.0, "weights")])
+def test_an_adapter_that_changed_is_not_the_reference_of_a_resumed_training(
+    scale: float, factor: float, what: str, tmp_path: Path
+) -> None:
+    model: Any = filled(new())
+    reference = OfAnAdapter(model.manager, "default")
+    reference.write(tmp_path)
+    reference.read(tmp_path)
+    for parameter in model.manager.parameters("default"):
+        parameter.data.mul_(factor)
+    for layer in model.manager.layers.values():
+        layer.set_scale("default", scale)
+    with pytest.raises(CheckpointError, match=f"the reference 'default' has (an)?other {what} than when"):
+        reference.read(tmp_path)
 
 
 def test_given_adapters_have_their_own_fields_of_the_objective() -> None:
