@@ -45,7 +45,7 @@ def leaked(train: Any, evaluation: Any) -> str:
     """
     if not (isinstance(train, TokenizedRows) and isinstance(evaluation, TokenizedRows)):
         return ""
-    learned, held = [hash_of(row) for row in train], [hash_of(row) for row in evaluation]
+    learned, held = ([hash_of(rows[place]) for place in range(len(rows))] for rows in (train, evaluation))
     both = sum(map({*learned}.__contains__, held))
     if not both:
         return ""
