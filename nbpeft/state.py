@@ -214,10 +214,17 @@ class NamedRows:
     """Whether some of them were held out for evaluation."""
     own: tuple[tuple[str, str], ...] = ()
     """(adapter, its rows) for adapters that each have their own; ``text`` is then empty."""
+    columns: str = ""
+    """The option for the columns of ``own``."""
+    unmapped: tuple[str, ...] = ()
+    """The adapters to whose rows it does not apply."""
 
     def of(self, adapter: str) -> str:
         """The rows of an adapter, as ``text``; empty if no cell named them."""
-        return dict(self.own).get(adapter, self.text)
+        own = dict(self.own).get(adapter)
+        if own is None:
+            return self.text
+        return own if not self.columns or adapter in self.unmapped else f"{own} {self.columns}"
 
 
 @dataclass(frozen=True)

@@ -152,17 +152,18 @@ class TrainRequest:
         Columns that other rows have and these do not have, not even one of them, are left out of an open request.
         """
         measured = self.eval_data[name] if isinstance(self.eval_data, Mapping) else self.eval_data
-        columns = None if self.is_open and self._has_other_columns(name) else self.columns
+        columns = None if name in self.unmapped else self.columns
         return replace(self, data=self.data[name], eval_data=measured, columns=columns)
 
-    def _has_other_columns(self, name: str) -> bool:
-        """Whether the rows of an adapter have none of the columns that are mapped, and those of another have all."""
-        if not isinstance(self.columns, Mapping):
-            return False
-        wanted = {*self.columns.values()}
-        return wanted.isdisjoint(columns_of(self.data[name])) and any(
-            wanted.issubset(columns_of(rows)) for rows in self.data.values()
-        )
+    @property
+    def unmapped(self) -> tuple[str, ...]:
+        """The ``own_rows`` that have none of the mapped columns, while others have all; empty before they are open."""
+        if not (self.is_open and self.own_rows and isinstance(self.columns, Mapping)):
+            return ()
+        wanted, found = {*self.columns.values()}, {name: {*columns_of(rows)} for name, rows in self.data.items()}
+        if not any(wanted <= columns for columns in found.values()):
+            return ()
+        return tuple(name for name, columns in found.items() if wanted.isdisjoint(columns))
 
     def opened(self) -> Self:
         """Returns the request with its data opened as rows; itself if it is already open.

@@ -143,6 +143,8 @@ def test_gated_unreachable_and_offline(
     (tmp_path / "adapters" / "course").mkdir(parents=True)
     with pytest.raises(CheckpointNotFoundError, match=r"reached\. Did you mean 'adapters/course'\?$"):
         read_config("adapters/corse", **options)
+    with pytest.raises(CheckpointNotFoundError, match=r"reached\. Did you mean 'adapters/course'\?$"):
+        read_config("adapter/course", **options)
 
 
 def test_a_hub_that_is_not_there(hub: Hub, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,3 +346,40 @@ def test_data_is_mixed_in_the_line(ready: Notebook) -> None:
     assert ready.do("%lora data rows*2").summary.row_count == 16  # an expression
     assert ready.run("%lora data rows*2 rows*1 more*1").line.startswith("data: 'rows' is in the mixture twice")
     assert ready.run("%lora data rows*0.5 missing*0.5").line.startswith("name 'missing' is not defined")
+
+
+def test_columns_apply_to_the_rows_that_have_them_and_the_card_names_each(ready: Notebook) -> None:
+    ready["mails"] = [{"Nachricht": f"n {number} is ", "Kategorie": str(number)} for number in range(4)]
+    ready["pairs"] = [{"prompt": f"p {number} is ", "completion": str(number)} for number in range(4)]
+    columns = "--columns prompt=Nachricht completion=Kategorie"
+    ready.do("%lora use sql chat")
+    told = ready.do(f"%lora_train model --data sql=mails chat=pairs {columns} --tokenizer tok max_steps=1 --no-keep")
+    assert "chat: columns does not apply to these rows, which have 'prompt', 'completion'" in told.message
+    state = ready.session.state
+    commands = next_steps(state.model("model").training, state, "model").commands
+    lines = [line for label, line in commands if label.startswith("Score")]
+    assert lines == [
+        f"%lora score sql --data mails --tokenizer tok {columns}",
+        "%lora score chat --data pairs --tokenizer tok",
+    ]
+    for line in lines:
+        assert len(ready.do(f"{line} --metric loss").items) == 4
+    wrong_columns = columns.replace("Kategorie", "answer")
+    wrong = ready.run(f"%lora_train model --data sql=mails chat=pairs {wrong_columns} --tokenizer tok max_steps=1")
+    assert wrong.line.startswith("rows of 'sql': columns: the rows have no 'answer', but 'Nachricht', 'Kategorie'.")
+    previews = ready.run("%lora data sql=mails chat=pairs").line
+    assert previews == "data: rows for each adapter are shown one by one: %lora data mails and %lora data pairs"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("%%lora_train model --data rows --name chat\nmax_steps = 1", "Did you mean '--adapter'?"),
+        ("%%lora_train model --data rows --adapter new\nmax_steps = 1", "added first: %%lora model --name new"),
+        ("%lora score --data rows --limit 4", "Part of the rows is written with their name: train.csv[:4]"),
+        ("%lora score --data rows --max-rows 4", "Part of the rows is written with their name: train.csv[:4]"),
+        ("%lora data rows --rows 4:5", "a range of rows is written with their name, as in train.csv[4:5]"),
+    ],
+)
+def test_what_another_command_calls_it_is_answered_with_the_name_here(ready: Notebook, line: str, told: str) -> None:
+    assert told in ready.run(line).line

@@ -386,17 +386,18 @@ def _rows_to_score(options: argparse.Namespace, data: object, eval_data: object)
     amount = isinstance(eval_data, int | float)
     learned = eval_data is None or amount
     text, rows = (options.data, data) if learned else (options.eval_data, eval_data)
-    how = _reading_words(options)
+    how, columns = _reading_words(options), _columns_words(options)
     if isinstance(rows, Mapping):  # each adapter has its own
         own = tuple((name, " ".join([quoted(part), *how])) for name, part in rows_by_adapter(text).items())
-        return NamedRows("", learned, amount, own)
-    return NamedRows(" ".join([quoted(text), *how]), learned, amount)
+        return NamedRows("", learned, amount, own, " ".join(columns))
+    return NamedRows(" ".join([quoted(text), *how, *columns]), learned, amount)
 
 
 def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], data: object) -> str:
     """The command that shows the rows of a training."""
     mixed = isinstance(data, Mixture)
-    words = [f"%lora data {'ROWS' if isinstance(data, Mapping) else quoted(options.data)}", *_reading_words(options)]
+    words = [f"%lora data {'ROWS' if isinstance(data, Mapping) else quoted(options.data)}"]
+    words += [*_reading_words(options), *_columns_words(options)]
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
     words += [f"--seed {arguments['seed']}"] if mixed and isinstance(arguments.get("seed"), int) else []
     given = chats_of(options)
@@ -405,11 +406,18 @@ def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], dat
 
 
 def _reading_words(options: argparse.Namespace) -> list[str]:
-    """The options for reading rows that training, preview and scores have in common."""
+    """The options for reading rows that training, preview and scores have in common, without the columns."""
     words = [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
     words += [f"--separator {quoted(options.separator)}"] if options.separator else []
     words += ["--skip-bad"] if options.skip_bad else []
-    for option, pairs in (("--template", options.chat_template_kwargs), ("--columns", options.columns)):
-        given = [f"{name}={quoted(str(value))}" for name, value in (pairs or {}).items()]
-        words += [option, *given] if given else []
-    return words
+    return words + _pairs("--template", options.chat_template_kwargs)
+
+
+def _columns_words(options: argparse.Namespace) -> list[str]:
+    return _pairs("--columns", options.columns)
+
+
+def _pairs(option: str, pairs: Mapping[str, Any] | None) -> list[str]:
+    """An option with its ``name=value`` pairs; empty without any."""
+    given = [f"{name}={quoted(str(value))}" for name, value in (pairs or {}).items()]
+    return [option, *given] if given else []

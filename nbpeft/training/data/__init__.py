@@ -35,12 +35,11 @@ Files:
                      rows
     packing.py       Packs several rows into one sequence, so that no tokens are spent on padding
     reading.py       Reads rows: each becomes the tokens and labels on which a model is trained
-    repeated.py      Rows that are equal to another one, and those held out for evaluation that are also trained on
     row.py           One row of data, read by the names of its form; errors name the row's number
     seen_formats.py  How the rows of a training are written: with the chat template or without, and with which system
                      prompts
     sources.py       The sources of rows: lists, datasets, streams, tables, files and datasets on the Hub
-    split.py         Splits evaluation rows off the training rows
+    split.py         Splits evaluation rows off the training rows, and counts those that are on both sides
     summary.py       Rows as a model reads them, and the lengths of all rows
     tags.py          Tokenises words with a tag each: the first token of a word has the label of its tag, the others
                      have none
@@ -62,14 +61,14 @@ from nbpeft.training.data.packing import joined as joined
 from nbpeft.training.data.reading import ModelInputs as ModelInputs
 from nbpeft.training.data.reading import columns_of as columns_of
 from nbpeft.training.data.reading import is_plain as is_plain
-from nbpeft.training.data.repeated import grouping as grouping
-from nbpeft.training.data.repeated import leaked as leaked
 from nbpeft.training.data.sources import is_stream as is_stream
 from nbpeft.training.data.sources import open_data as open_data
 from nbpeft.training.data.sources import separator_for as separator_for
+from nbpeft.training.data.split import grouping as grouping
 from nbpeft.training.data.split import groups_of as groups_of
 from nbpeft.training.data.split import hold_out as hold_out
 from nbpeft.training.data.split import is_amount as is_amount
+from nbpeft.training.data.split import leaked as leaked
 from nbpeft.training.data.summary import DataSummary as DataSummary
 from nbpeft.training.data.summary import summarize as summarize
 from nbpeft.training.data.tokenized import PreparedRows as PreparedRows

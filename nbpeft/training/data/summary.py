@@ -19,9 +19,9 @@ from nbpeft.training.data.encoding import CodedRow
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
 from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
-from nbpeft.training.data.repeated import grouping, hash_of
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
+from nbpeft.training.data.split import grouping, hash_of
 from nbpeft.training.data.tokenized import check_columns, lines_of
 from nbpeft.training.data.unused import COLUMNS, UnusedParts
 from nbpeft.training.data.verdicts import LABEL

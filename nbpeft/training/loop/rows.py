@@ -155,8 +155,7 @@ def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
             )
     notes = [
         f"{name}: columns does not apply to these rows, which have {listed(columns_of(request.data[name]))}"
-        for name in request.own_rows
-        if request.columns and request.of_adapter(name).columns is None
+        for name in request.unmapped
     ]
     first, *others = parts
     classes = parts[first].classes

@@ -306,6 +306,7 @@ def _note(
     for part in (*rows.train_parts, *rows.evaluation_parts):
         if isinstance(part, StreamedRows):
             part.report = run.note
+    run.rows = replace(run.rows, unmapped=request.unmapped)
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
     note_on_rows += f" ({request.data_hint})" if request.data_hint and rows.notes else ""
     run.note(note_on_rows)
