@@ -76,9 +76,8 @@ class PeftModules:
 
         def names() -> list[str]:
             found = set(names_in(place))
-            if (
-                own
-            ):  # without nbpeft's further names: "from peft import *" must not replace the caller's train or Trainer
+            # Without nbpeft's further names: "from peft import *" must not replace the caller's ``train``.
+            if own:
                 found.update({*own.__all__} & {name for other in MODULES for name in names_in(other)})
             return sorted(found - {"__version__"})
 
