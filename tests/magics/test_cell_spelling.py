@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import nbpeft.session
 from nbpeft.magics.cell_spelling import in_cell_spelling, option_names
 from nbpeft.magics.lora import CELLS, SUBCOMMANDS
 from nbpeft.session import Session
+from nbpeft.session.results.paged_scores import PagedScores, ScoreResult
 
 PACKAGE = Path(nbpeft.session.__file__).parent.parent
 HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
@@ -108,3 +110,12 @@ def test_what_messages_name_is_there_in_cells() -> None:
     assert all(hasattr(Session, name) and name in SUBCOMMANDS for name in calls)
     assert {"replace", "name"} <= arguments
     assert {f"--{name.replace('_', '-')}" for name in arguments} <= flags
+
+
+def test_scores_whose_notes_are_rewritten_remain_a_panel() -> None:
+    shown: list[object] = []
+    scores = ScoreResult(*(() for _ in dataclasses.fields(ScoreResult)))
+    given = PagedScores.of(dataclasses.replace(scores, notes=("cut at 4 tokens (max_new_tokens)",)), shown.append)
+    said = in_cell_spelling(given, option_names(SUBCOMMANDS["score"], ()))
+    said._ipython_display_()
+    assert said.notes == ("cut at 4 tokens (--max-new-tokens)",) and shown == [said]

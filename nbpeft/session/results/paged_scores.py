@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 from nbpeft.scoring.result import Filter, ScoreResult
 
 __all__ = ["Filter", "PagedScores", "ScoreResult"]
 
 
+@dataclass(frozen=True, repr=False)
 class PagedScores(ScoreResult):
-    """The scores, which a function shows in a notebook. Copies are shown as a card."""
+    """The scores, which a function shows in a notebook. Copies are shown as a card.
+
+    Attributes:
+        show: shows them; raises NotImplementedError where it cannot.
+    """
+
+    show: Callable[[PagedScores], object] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, result: ScoreResult, show: Callable[[Self], object]) -> Self:
+    def of(cls, result: ScoreResult, show: Callable[[PagedScores], object]) -> PagedScores:
         """The same result.
 
         Args:
             result: the scores.
             show: shows it; raises NotImplementedError where it cannot.
         """
-        paged = cls(*_values(result))
-        vars(paged)["show"] = show
-        return paged
+        return dataclasses.replace(cls(*_values(result)), show=show)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the same as for the scores themselves."""
@@ -34,11 +40,10 @@ class PagedScores(ScoreResult):
         return ScoreResult, _values(self)
 
     def _ipython_display_(self) -> None:
-        show = vars(self).get("show")
-        if show is None:
+        if self.show is None:
             raise NotImplementedError  # IPython then calls _repr_html_
-        show(self)
+        self.show(self)
 
 
 def _values(result: ScoreResult) -> tuple[Any, ...]:
-    return tuple(getattr(result, item.name) for item in dataclasses.fields(result))
+    return tuple(getattr(result, item.name) for item in dataclasses.fields(ScoreResult))
