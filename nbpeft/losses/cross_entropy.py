@@ -211,8 +211,10 @@ def _is_free(logits: Tensor, rows: Tensor) -> bool:
     """
     if logits.grad_fn is not None:
         return type(logits.grad_fn).__name__ in _FREE_OUTPUTS
-    is_input = logits.untyped_storage()._cdata == rows.untyped_storage()._cdata
-    return not (is_input or logits.requires_grad or logits._is_view())
+    storage = logits.untyped_storage()
+    is_input = storage._cdata == rows.untyped_storage()._cdata
+    is_part = logits._is_view() or storage.nbytes() > logits.nbytes  # views of inference tensors do not say so
+    return not (is_input or is_part or logits.requires_grad)
 
 
 def _in_dtype_of(logits: Tensor, gradient: Tensor, is_free: bool) -> Tensor:

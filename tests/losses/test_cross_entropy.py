@@ -149,6 +149,16 @@ def test_a_head_that_returns_its_own_tensor_keeps_it(place, mode, trained):
     torch.testing.assert_close(loss, F.cross_entropy(before, targets), check_stride=False)
 
 
+def test_a_head_that_returns_a_part_of_an_inference_tensor_keeps_it():
+    targets = torch.arange(4)
+    with torch.inference_mode():
+        own = torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(0))
+        before = own.clone()
+        loss = chunked_cross_entropy(lambda rows: own[:4], torch.zeros(4, FEATURES), targets, chunk_size=4)
+        assert torch.equal(own, before)
+        torch.testing.assert_close(loss, F.cross_entropy(before[:4], targets))
+
+
 def test_nothing_is_computed_for_backward_without_gradients():
     layer, calls = head(), []
 
