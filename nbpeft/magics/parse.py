@@ -179,10 +179,16 @@ class LineParser(argparse.ArgumentParser):
             hint = f" Did you mean {close}?" if close else ""
             if word in _COUNTS and any(item.completes == "data" for item in self.command.arguments):
                 hint = " Part of the rows is written with their name: train.csv[:4]"
+            elif word in ("name", "adapter") and self._names_adapters():
+                hint = f" The adapter is named without an option: {self.prog} NAME"
             elif self.command.fields and not close:
                 hint = f" A field is set without dashes: {word:.60}=…"
             raise CellError(f"{self.prog} has no option {first:.60}.{hint}")
         raise CellError(f"{self.prog}: unexpected argument {first!r:.60}; see {self.prog} --help")
+
+    def _names_adapters(self) -> bool:
+        """Whether positional arguments are the names of adapters."""
+        return any(item.positional and item.completes == "adapter" for item in self.command.arguments)
 
 
 def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:
