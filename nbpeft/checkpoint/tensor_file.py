@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -49,6 +50,8 @@ LONGEST_HEADER = 2**26
 _LARGEST_UNMAPPED = 2**28
 _BUFFER = 2**20
 """Most bytes of tensors that are read together."""
+_ALIGNMENT = 64
+"""Bytes, as in memory of torch: the last bits of a matrix product depend on where its factors begin."""
 _MOST_OF_MADE = 16
 """Most bytes that may be read for each byte of a computed tensor; packed indices can be larger than the result."""
 
@@ -189,8 +192,7 @@ class TensorFile:
         start = end = 0
         for key in sorted(keys, key=self._places.__getitem__):
             place, like = self._places[key], self.header[key]
-            aligned = (place - start) % like.element_size() == 0
-            if run and (place != end or place + like.nbytes > start + _BUFFER or not aligned):
+            if run and (place != end or place + like.nbytes > start + _BUFFER):
                 yield run
                 run = []
             if not run:
@@ -208,12 +210,15 @@ class TensorFile:
         file.seek(start)
         if file.readinto(data) != len(data):  # type: ignore[attr-defined]
             raise ValueError("it was truncated while it was read")
-        for key in keys:
-            like = self.header[key]
+        sizes = (-(-self.header[key].nbytes // _ALIGNMENT) * _ALIGNMENT for key in keys)
+        offsets = list(itertools.accumulate(sizes, initial=0))
+        own = torch.empty(offsets[-1], dtype=torch.uint8, device="cpu").numpy()
+        for key, offset in zip(keys, offsets, strict=False):
+            like, place = self.header[key], self._places[key] - start
             if like.nbytes:
-                offset = self._places[key] - start
-                own = torch.frombuffer(data, dtype=like.dtype, count=like.numel(), offset=offset)
-                yield key, own.view(like.shape)
+                own[offset : offset + like.nbytes] = data[place : place + like.nbytes]
+                tensor = torch.frombuffer(own, dtype=like.dtype, count=like.numel(), offset=offset)
+                yield key, tensor.view(like.shape)
             else:
                 yield key, torch.empty(like.shape, dtype=like.dtype, device="cpu")
 

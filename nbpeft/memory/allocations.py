@@ -127,7 +127,8 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
         if isinstance(result, Tensor):
             scratch = 0
             if func.overloadpacket in _ARITHMETIC:
-                scratch = _promoted_bytes(args, result) - self._in_place_bytes(args, result)
+                into = "out" in (kwargs or {})
+                scratch = _promoted_bytes(args, result, into=into) - self._in_place_bytes(args, result)
             elif self._on_cpu and func.overloadpacket in _PRODUCTS:
                 left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]
                 scratch = _product_bytes(left, right) + (_repeated_bytes(right) if right.dim() == 3 else 0)
@@ -171,10 +172,19 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
         self.total -= byte_count
 
 
-def _promoted_bytes(args: tuple[Any, ...], result: Tensor) -> int:
-    """Return the bytes of the copies that are made of inputs whose dtype is not the result's."""
-    others = (arg for arg in args if isinstance(arg, Tensor) and arg.dtype != result.dtype and arg.dim())
-    return sum(other.numel() * result.element_size() for other in others)
+def _promoted_bytes(args: tuple[Any, ...], result: Tensor, *, into: bool) -> int:
+    """Return the bytes of the copies that are made of inputs whose dtype is not the result's.
+
+    Args:
+        args: inputs of the operation.
+        result: its result.
+        into: whether it was given as ``out``. Inputs of one dtype then have a result in that dtype, which is copied.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]
+    dtypes = {tensor.dtype for tensor in tensors}
+    if into and len(dtypes) == 1 and result.dtype not in dtypes:
+        return result.numel() * tensors[0].element_size()
+    return sum(tensor.numel() * result.element_size() for tensor in tensors if tensor.dtype != result.dtype)
 
 
 def _product_bytes(left: Tensor, right: Tensor) -> int:

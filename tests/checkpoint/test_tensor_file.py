@@ -117,3 +117,11 @@ def test_tensors_at_odd_places_are_read_apart(tmp_path: Path) -> None:
     found, _ = read_tensors(file)
     assert torch.equal(found["b"], tensor) and found["b"].data_ptr() % 4 == 0
     assert found["a"].tolist() == [*b"abc"]
+
+
+def test_tensors_begin_where_those_of_torch_do(tmp_path):
+    """Else the last bits of products with them differ from those of the tensors that were saved."""
+    saved = {f"{size}": torch.randn(size) for size in (3, 5, 1, 200, 7)}
+    safetensors.torch.save_file(saved, tmp_path / "a.safetensors")
+    read = TensorFile(tmp_path / "a.safetensors").read(saved)
+    assert all(torch.equal(read[key], saved[key]) and not read[key].data_ptr() % 64 for key in saved)

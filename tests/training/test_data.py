@@ -171,19 +171,19 @@ class NoRows:
         ),
         (
             [{"ID": "a", "Ticket Text ": "b"}],
-            r"'. Say what they are called: columns=\{'prompt': 'Ticket Text ', 'completion': 'COLUMN'\}",
+            r"'. Say what they are called: columns=\{'instruction': 'Ticket Text ', 'output': 'COLUMN'\}",
         ),
         (
             [{"Nr": 1, "Course": "a", "Room": "b"}],
-            r"'Room'. Say what they are called, e\.g\. columns=\{'prompt': 'Course', 'completion': 'Room'\}\.$",
+            r"'Room'. Say what they are called, e\.g\. columns=\{'instruction': 'Course', 'output': 'Room'\}\.$",
         ),
         (
             [{"Room": "b", "Promt": "a"}],
-            r"Did you mean 'prompt'\? Or say what they are called, e\.g\. columns=\{'prompt': 'Promt', 'completion'",
+            r"Did you mean 'prompt'\? Or say what they are called, e\.g\. columns=\{'instruction': 'Promt', 'output'",
         ),
         (
             [{"Name": "a", "Inhalt": "a long text", "Ziel": "b"}],
-            r"e\.g\. columns=\{'prompt': 'Inhalt', 'completion': 'Ziel'\}\.$",
+            r"e\.g\. columns=\{'instruction': 'Inhalt', 'output': 'Ziel'\}\.$",
         ),
         ([{"dialog": [{"role": "user"}]}], r"Say where the conversations are: columns=\{'messages': 'dialog'\}\."),
         ([{"talk": [{"from": "human"}]}], r"columns=\{'conversations': 'talk'\}\."),

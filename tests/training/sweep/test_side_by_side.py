@@ -301,7 +301,7 @@ def test_initial_weights_are_those_of_the_random_numbers_given() -> None:
     trained = [part.detach().clone() for part in model.manager.parameters("a")]
     request = TrainRequest.of(model, token_rows(12), learning_rate=sweep(*RATES.values()), **FAST)
     result = run_training(replace(request, first_random=3))
-    assert "starts from the initial weights of 'a', which itself is not changed" in result.message
+    assert "starts from new weights: the initial ones of 'a' are unknown" in result.message
     assert all(torch.equal(*pair) for pair in zip(trained, model.manager.parameters("a"), strict=True))
     with drawing_from(3):
         alone.manager.add("b", alone.peft_config["a"], trainable=True)
