@@ -17,7 +17,7 @@ def test_02_goes_from_messy_files_to_a_shipped_adapter(tmp_path: Path) -> None:
     steps = "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 30, 30, 32"
     short = replaced(nbformat.read(NOTEBOOK, 4), {steps: "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 24, 3, 12"})
     executed = execute(short, tmp_path)
-    assert 'Say which is which: --columns prompt="Ticket Text " completion=Team.' in _errors(executed)
+    assert 'Say which is which: --columns instruction="Ticket Text " output=Team.' in _errors(executed)
     found = summary(executed)
     assert found["rows left out"] == "7"
     assert percent(found["tickets right, team"].split(" (")[0]) > percent(found["tickets right, base"].split(" (")[0])
