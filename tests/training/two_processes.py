@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def main() -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
     distributed.barrier()
     distributed.destroy_process_group()
+    os._exit(0)  # threads of torch that still wait would abort a normal exit
 
 
 if __name__ == "__main__":
