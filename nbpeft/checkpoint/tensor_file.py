@@ -212,7 +212,8 @@ class TensorFile:
             raise ValueError("it was truncated while it was read")
         sizes = (-(-self.header[key].nbytes // _ALIGNMENT) * _ALIGNMENT for key in keys)
         offsets = list(itertools.accumulate(sizes, initial=0))
-        own = torch.empty(offsets[-1], dtype=torch.uint8, device="cpu").numpy()
+        own = np.empty(offsets[-1] + _ALIGNMENT, dtype=np.uint8)
+        own = own[-own.ctypes.data % _ALIGNMENT :]
         for key, offset in zip(keys, offsets, strict=False):
             like, place = self.header[key], self._places[key] - start
             if like.nbytes:
