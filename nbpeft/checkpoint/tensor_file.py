@@ -180,7 +180,7 @@ class TensorFile:
             if self._legacy:
                 found = {key: self.header[key] for key in keys}
                 return {key: value if value.is_meta else value.to(target, copy=True) for key, value in found.items()}
-            with open(self._handle, "rb", closefd=False) as file:
+            with open(self._handle, "rb", buffering=_BUFFER, closefd=False) as file:
                 runs = map(partial(self._run, file), self._runs(keys))
                 return {key: tensor.to(target) for run in runs for key, tensor in run}
         except UNREADABLE as error:
@@ -204,20 +204,17 @@ class TensorFile:
 
     def _run(self, file: BinaryIO, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Yields (key, tensor) of adjacent tensors, each with a storage of its own."""
-        start, last = self._places[keys[0]], keys[-1]
-        # Read instead of memory-mapped: if another program truncates a mapped file, an access kills the process.
-        data = np.empty(self._places[last] + self.header[last].nbytes - start, dtype=np.uint8)
-        file.seek(start)
-        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
-            raise ValueError("it was truncated while it was read")
         sizes = (-(-self.header[key].nbytes // _ALIGNMENT) * _ALIGNMENT for key in keys)
         offsets = list(itertools.accumulate(sizes, initial=0))
         own = np.empty(offsets[-1] + _ALIGNMENT, dtype=np.uint8)
         own = own[-own.ctypes.data % _ALIGNMENT :]
+        file.seek(self._places[keys[0]])
         for key, offset in zip(keys, offsets, strict=False):
-            like, place = self.header[key], self._places[key] - start
+            like = self.header[key]
             if like.nbytes:
-                own[offset : offset + like.nbytes] = data[place : place + like.nbytes]
+                # Not memory-mapped: if another program truncates a mapped file, an access kills the process.
+                if file.readinto(own[offset : offset + like.nbytes]) != like.nbytes:  # type: ignore[attr-defined]
+                    raise ValueError("it was truncated while it was read")
                 tensor = torch.frombuffer(own, dtype=like.dtype, count=like.numel(), offset=offset)
                 yield key, tensor.view(like.shape)
             else:
