@@ -27,7 +27,6 @@ from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, objective_named, register
 from nbpeft.training.objectives.reference import OfAnAdapter, OfTheStart
 from nbpeft.training.transformers import objective_trainer
-from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from tests.tiny_models import same_state
 from tests.training.objectives.trl_run import ROWS, filled
 from tests.training.support import trainable, weights
@@ -52,20 +51,6 @@ def plain_log_prob(model: Any, row: dict[str, str], name: str) -> torch.Tensor:
     ids = torch.tensor([[*prompt, *completion, TOKENIZER.eos_token_id]])
     found = F.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
     return found.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
-
-
-@pytest.fixture
-def computed(monkeypatch: Any) -> list[torch.Tensor]:
-    """The tokens of the batches of which the reference was computed."""
-    found: list[torch.Tensor] = []
-    original = ObjectiveTrainer.log_probs_of_the_reference
-
-    def counted(trainer: Any, model: Any, batch: Any) -> Any:
-        found.append(batch["input_ids"])
-        return original(trainer, model, batch)
-
-    monkeypatch.setattr(ObjectiveTrainer, "log_probs_of_the_reference", counted)
-    return found
 
 
 EXPECTED = {

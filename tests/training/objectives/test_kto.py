@@ -16,7 +16,6 @@ from nbpeft.sweeps import sweep
 from nbpeft.training.data import Collator
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator
 from nbpeft.training.objectives.known import KnownLogProbs
-from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
 from tests.tiny_models import same_state
 from tests.training.objectives.test_dpo import FIELDS, TOKENIZER, losses, new, plain_log_prob
 from tests.training.objectives.trl_run import base_and_rows, filled
@@ -191,16 +190,8 @@ def test_what_cannot_be_trained_is_one_line_before_the_first_step(case: str) -> 
 
 
 def test_the_reference_of_a_completion_is_computed_in_one_epoch_and_that_of_the_others_in_each(
-    monkeypatch: Any,
+    computed: list[torch.Tensor], monkeypatch: Any
 ) -> None:
-    computed: list[torch.Tensor] = []
-    original = ObjectiveTrainer.log_probs_of_the_reference
-
-    def counted(trainer: Any, model: Any, batch: Any) -> Any:
-        computed.append(batch["input_ids"])
-        return original(trainer, model, batch)
-
-    monkeypatch.setattr(ObjectiveTrainer, "log_probs_of_the_reference", counted)
     fields = FIELDS | {"max_steps": 4, "per_device_train_batch_size": 3}
     model, plain = filled(new()), filled(new())
     result = nbpeft.train(model, ROWS[:6], reference="base", **fields)
