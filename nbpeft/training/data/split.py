@@ -199,4 +199,7 @@ def _selected(rows: Any, indices: list[int]) -> Any:
 
 def _hashable(value: Any) -> Any:
     value = value.tolist() if hasattr(value, "tolist") else value
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    # Rows of tokens are flat, and a call for each token would take seconds for large data.
+    return tuple(map(_hashable, value)) if value and isinstance(value[0], (list, tuple)) else tuple(value)
