@@ -56,9 +56,6 @@ class SharedState(Bindable):
     in_layers: ClassVar[bool] = False
     """Whether PEFT's state dicts contain its tensors in each adapted layer, and once more in ``base_model``."""
 
-    named_first: ClassVar[tuple[str, ...]] = ()
-    """Names of its modules that in PEFT map a tensor name to a mapping by adapter name, not the other way round."""
-
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> Shapes:
         """The names and shapes of its tensors.

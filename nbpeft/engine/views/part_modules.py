@@ -468,7 +468,10 @@ class Remainder(_FollowsMode):
 
 
 def unnamed_parts(adapter: Adapter) -> dict[str, Any]:
-    """The submodules of an adapter that have no name in PEFT."""
+    """The submodules of an adapter that have no name in PEFT's layers."""
+    on_model = {name: adapter._modules[name] for name in adapter.peft.on_model if name in adapter._modules}
+    if on_model:  # the others are shown at the blocks that they are for
+        return on_model
     inner, shared = inner_adapters_of(adapter), state_of_all(adapter)
     return {name: module for name, module in adapter._modules.items() if name not in inner and module is not shared}
 
