@@ -1,4 +1,4 @@
-"""Modules that adapters own, by adapter name, in a place of the tree where PEFT has them: ``base_model.core["default"]``.
+"""Modules that adapters own, by adapter name, where PEFT has them in the tree: ``base_model.core["default"]``.
 
 Unlike the modules of ``part_modules``, these are the adapters' own, which compute when the adapters do.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-from torch import nn
 
 from nbpeft.engine.contract.shared_state import SharedState
 from nbpeft.engine.views.part_modules import AdapterDict, BufferMapping
@@ -63,9 +61,10 @@ class HeldBuffers(AdapterDict):
         """
         holders: dict[str, Any] = {name: state._modules[own] for name, state in states.items()}
         keys = dict.fromkeys(key for holder in holders.values() for key in holder._buffers)
-        mappings = {key: self._modules.get(key, None) or BufferMapping() for key in keys}
+        former: dict[str, Any] = dict(self._modules)
+        mappings: dict[str, BufferMapping] = {key: former.get(key) or BufferMapping() for key in keys}
         for key, mapping in mappings.items():
-            mapping.show(holders, key)  # type: ignore[union-attr]
+            mapping.show(holders, key)
         _update(self._modules, mappings)
 
 

@@ -101,6 +101,8 @@ class AdaptedBlock(Wrapper):
 
     def __getattr__(self, name: str) -> Any:
         modules: dict[str, Any] = self.__dict__.get("_modules", {})
+        if name in modules and name != "base_layer":
+            self.show_adapters()
         if name in modules or name.startswith("_") or "base_layer" not in modules:
             return super().__getattr__(name)
         found = by_name(self.layer.adapters._modules, name)

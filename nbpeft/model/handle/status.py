@@ -71,7 +71,10 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     found = []
     for path, module in manager.model.named_modules():
         if isinstance(module, AdaptedLayer):
-            if not all(isinstance(adapter, HasSideNetwork) for adapter in module.adapters.values()) or not module.adapters:
+            if (
+                not all(isinstance(adapter, HasSideNetwork) for adapter in module.adapters.values())
+                or not module.adapters
+            ):
                 found.append(_layer(manager, prefix + path, module))
         elif isinstance(module, AdaptedBlock):
             found.append(_of_modules_in(prefix + path, module, module.adapted_as))

@@ -349,6 +349,6 @@ def _part_of(source: Tensor, key: str, shape: Sequence[int], base: Sizes, own: S
     elif key in _MODULATIONS:
         parts[0] = [features] * _MODULATIONS[key]
     for axis, sizes in enumerate(parts):
-        whole = source.split([size for size, _ in sizes], axis)
+        whole = torch.split(source, [size for size, _ in sizes], axis)
         source = torch.cat([one.narrow(axis, 0, kept) for one, (_, kept) in zip(whole, sizes, strict=True)], axis)
     return source.clone()
