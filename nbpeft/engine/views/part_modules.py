@@ -18,6 +18,7 @@ from nbpeft.engine.changes.called_modules import is_changed
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.capabilities import ShowsModules, inner_adapters_of, warn_not_called
+from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.contract.shared_state import SharedState, listed_name, state_of_all
 from nbpeft.engine.kernels.live_parameters import LiveParameters, Slot
 from nbpeft.engine.views.layer_attributes import by_name
@@ -202,19 +203,18 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     return ".".join(filter(None, (adapter.peft.container, own, name)))
 
 
-def name_on_model(adapter: Adapter, own: str, name: str) -> str:
+def name_on_model(network: HasSideNetwork, own: str, name: str) -> str:
     """Returns the name of a parameter of a side network, whose modules are on the model or around its blocks.
 
     Args:
-        adapter: the adapter, a ``HasSideNetwork``.
+        network: the adapter.
         own: the adapter's name of the parameter.
         name: name of the adapter.
 
     Returns:
         The name below ``base_model`` or the base model, whichever has the module.
     """
-    places: tuple[str, ...] = getattr(adapter, "places", ())
-    place = next((place for place in places if own.startswith(f"{place}.")), "")
+    place = next((place for place in network.places if own.startswith(f"{place}.")), "")
     part, _, rest = own.removeprefix(f"{place}.").partition(".")
     return ".".join(filter(None, (place, part, name, rest)))
 

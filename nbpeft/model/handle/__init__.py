@@ -17,6 +17,6 @@ Door, what other rooms import:
 
 Inside:
 
-    model_parts.py  Modules that PEFT keeps on ``base_model`` and not in the layers
-    prompts.py      PEFT's interface to learned prompts on a PeftModel: the prompts, their encoders and tokens
+    listed_modules.py  Modules that PEFT keeps on ``base_model`` and not in the layers
+    prompts.py         PEFT's interface to learned prompts on a PeftModel: the prompts, their encoders and tokens
 """
