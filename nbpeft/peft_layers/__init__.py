@@ -15,10 +15,11 @@ Inside:
     commands.py  PEFT's commands on a single layer or module: ``layer.set_adapter("default")``
     configs.py   PEFT's attributes and methods of configs: ``config.is_prompt_learning``, ``config.from_peft_type(…)``
     copies.py    PEFT's attributes and methods of modules that are trained as a whole (``modules_to_save``)
+    layer_types.py  Classes of adapted layers that are called as in PEFT: ``type(layer).__name__`` is ``Linear``
     layers.py    PEFT's attributes and methods of adapted layers: ``layer.scaling``, ``layer.merge()``
     models.py    PEFT's attributes of adapted base models: ``model.peft_config``
 """
 
-from nbpeft.peft_layers import blocks, commands, configs, copies, layers, models
+from nbpeft.peft_layers import blocks, commands, configs, copies, layer_types, layers, models
 
-__all__ = ["blocks", "commands", "configs", "copies", "layers", "models"]
+__all__ = ["blocks", "commands", "configs", "copies", "layer_types", "layers", "models"]

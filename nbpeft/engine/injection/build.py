@@ -192,18 +192,23 @@ def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: Active
     if target.adapter_class is CustomAdapter:
         fits = isinstance(wrapper, CustomLayer) and type(wrapper.custom) is target.config.layer_class
         return wrapper if fits else CustomLayer(site.module, active_state)  # type: ignore[return-value]
-    kind, backend = layer_kind_named(target.kind), backend_named(target.backend)
+    kind, backend, method = layer_kind_named(target.kind), backend_named(target.backend), method_of(target.config)
     if isinstance(kind, Composite):
-        made = wrapper if isinstance(wrapper, AdaptedComposite) else None
-        return made or AdaptedComposite(site.module, target.parameter, kind, backend, active_state)
+        if isinstance(wrapper, AdaptedComposite):
+            return wrapper
+        composite = AdaptedComposite.class_for(method, kind, backend)
+        return composite(site.module, target.parameter, kind, backend, active_state)
     if target.parameter:
         wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(wrapper)}
         alike = wrappers.keys() == {other.parameter for other in plan.targets if other.module_path == site.path}
         own = wrappers.get(target.parameter) if alike else None
-        return own or AdaptedParameter(site.module, target.parameter, kind, backend, active_state)
+        if own is not None:
+            return own
+        owner = AdaptedParameter.class_for(method, kind, backend)
+        return owner(site.module, target.parameter, kind, backend, active_state)
     if isinstance(wrapper, AdaptedLayer) and not isinstance(wrapper, CustomLayer):
         return wrapper
-    return AdaptedLayer(site.module, kind, backend, active_state)
+    return AdaptedLayer.class_for(method, kind, backend)(site.module, kind, backend, active_state)
 
 
 def shared_state(
