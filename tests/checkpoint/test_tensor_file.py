@@ -95,11 +95,11 @@ def test_only_what_is_taken_is_read(tmp_path: Path) -> None:
 
 def test_adjacent_tensors_are_read_together_and_have_storages_of_their_own(tmp_path: Path) -> None:
     file = tmp_path / "many.safetensors"
-    tensors = {f"t{number}": torch.full((3, number + 1), float(number)) for number in range(6)}
-    tensors |= {"empty": torch.zeros(0, 4), "odd": torch.ones(3, dtype=torch.uint8), "large": torch.ones(2**19)}
+    tensors = {f"t{number}": torch.full((16, number + 1), float(number)) for number in range(6)}
+    tensors |= {"empty": torch.zeros(0, 4), "odd": torch.ones(3, dtype=torch.uint8), "large": torch.ones(2**22)}
     safetensors.torch.save_file(tensors, str(file))
     source = TensorFile(file)
-    assert max(map(len, source._runs(tensors))) == 7
+    assert [len(run) for run in source._runs(tensors) if "large" not in run] == [7]  # "empty" fits before
     for keys in (list(tensors), ["t1", "t4", "odd"], ["empty"], []):
         found = source.read(keys)
         assert found.keys() == {*keys} and all(torch.equal(found[key], tensors[key]) for key in keys)

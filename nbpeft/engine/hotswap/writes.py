@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +27,7 @@ class Writes:
         config: config of the new adapter, with the slot's targets.
         grow: whether a slot too small for the new rank gets larger tensors.
         shapes: path -> the shapes of the parameters of the new adapter, where they are known.
+        consume: whether the new tensors may be overwritten.
 
     Attributes:
         zeroed: paths of the slot's layers for which there are no new tensors.
@@ -33,12 +35,19 @@ class Writes:
     """
 
     def __init__(
-        self, name: str, config: Any, *, grow: bool, shapes: Mapping[str, Shapes] = MappingProxyType({})
+        self,
+        name: str,
+        config: Any,
+        *,
+        grow: bool,
+        shapes: Mapping[str, Shapes] = MappingProxyType({}),
+        consume: bool = False,
     ) -> None:
         self.name = name
         self.config = config
         self.grow = grow
         self._shapes = shapes
+        self._consume = consume
         self.zeroed: list[str] = []
         self.reset: list[str] = []
         self._targets: list[Tensor] = []
@@ -92,11 +101,13 @@ class Writes:
 
     def _check_form(self, path: str, shapes: Mapping[str, Shape], adapter: Adapter) -> None:
         """Raises HotSwapError if the new adapter has other parameters than the slot."""
-        read = adapter._parameters.keys() - set(adapter.peft.constants)
-        parameters = ((key, value) for key, value in adapter._parameters.items() if value is not None and key in read)
-        own = {key: tuple(value.shape) for key, value in parameters}
-        if own.keys() == shapes.keys() and (isinstance(adapter, Pads) or own == shapes):
+        constants, parameters = adapter.peft.constants, adapter._parameters
+        read = {key: value for key, value in parameters.items() if value is not None and key not in constants}
+        if read.keys() == shapes.keys() and (
+            isinstance(adapter, Pads) or all(value.shape == shapes[key] for key, value in read.items())
+        ):
             return
+        own = {key: tuple(value.shape) for key, value in read.items()}
         present, required = (
             _listed([f"{key} {shape}" for key, shape in one.items() if other.get(key) != shape]) or "nothing else"
             for one, other in ((own, shapes), (shapes, own))
@@ -231,14 +242,17 @@ class Writes:
             HotSwapError: a tensor of the slot has no data.
         """
         check_data([*self._zeros, *self._targets, *(parameter for parameter, _ in self._larger)])
-        change.keep_values([*self._zeros, *self._targets])
+        exchanged, copied = self._pairs()
+        change.keep_values([*self._zeros, *(target for target, _ in copied)])
         change.keep_data(parameter for parameter, _ in self._larger)
         for _, adapter in self._adapters:
             keep_settings(adapter, change)
         if self._zeros:
             torch._foreach_zero_(self._zeros)
-        if self._targets:
-            torch._foreach_copy_(self._targets, self._sources)
+        if copied:
+            torch._foreach_copy_([target for target, _ in copied], [source for _, source in copied])
+        if exchanged:
+            change.exchange([target for target, _ in exchanged], [source for _, source in exchanged])
         put_larger(self._larger)
         for pads in self._padded:
             pads.mark_padded()
@@ -246,6 +260,21 @@ class Writes:
             configure(adapter, self.config, path)
         for adapter, layer in self._reset:
             adapter.reset_(layer.base)
+
+    def _pairs(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+        """Returns the (target, source) that can be exchanged, and those of which the source can only be copied."""
+        pairs = list(zip(self._targets, self._sources, strict=True))
+        if not self._consume:
+            return [], pairs
+        memory = [source.untyped_storage().data_ptr() for source in self._sources]
+        users = Counter(memory)
+        exchanged: list[tuple[Tensor, Tensor]] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        for (target, source), place in zip(pairs, memory, strict=True):
+            alike = target.dtype == source.dtype and target.device == source.device
+            may = alike and users[place] == 1 and source.is_contiguous()
+            (exchanged if may else copied).append((target, source))
+        return exchanged, copied
 
 
 def _listed(names: Iterable[str]) -> str:

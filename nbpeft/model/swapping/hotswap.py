@@ -219,6 +219,7 @@ def _swap(
     _leave_embeddings_out(manager, name, loaded.weights)
     check = None if validate is None else lambda: validate(model)
     options: Any = {"grow": not _compiled(model), "shapes": expected.adapters}
+    options["consume"] = isinstance(tensors, checkpoint.UnreadTensors)  # nobody else has what was read for this swap
     return swap(manager, name, config, loaded.weights, validate=check, done=done, **options)
 
 
