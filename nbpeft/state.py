@@ -218,6 +218,8 @@ class NamedRows:
     """The option for the columns of ``own``."""
     unmapped: tuple[str, ...] = ()
     """The adapters to whose rows it does not apply."""
+    numbered: bool = False
+    """Whether it is known which rows were held out."""
 
     def of(self, adapter: str) -> str:
         """The rows of an adapter, as ``text``; empty if no cell named them."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from nbpeft.display.numbers import count, plural
@@ -15,7 +16,7 @@ from nbpeft.errors import ConfigError, TrainingError, in_one_line, with_article
 from nbpeft.names import IGNORED_LABEL
 from nbpeft.scoring.metrics import Metric, Needs
 from nbpeft.training.adapters.adapted_model import base_of
-from nbpeft.training.data import is_stream, open_data
+from nbpeft.training.data import HeldOut, is_stream, open_data
 from nbpeft.training.data.bad_rows import reason_of
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
@@ -104,6 +105,7 @@ def read_rows(
     usual_variables: Mapping[str, Any] | None = None,
     reasoning: str = "keep",
     classes: Classes | None = None,
+    only: Sequence[int] | HeldOut | None = None,
 ) -> ScoredRows:
     """Reads rows as training does, and finds the reference of each.
 
@@ -120,6 +122,7 @@ def read_rows(
         usual_variables: those that are used by default, as far as the chat template has them.
         reasoning: ``drop`` removes the reasoning of the assistant from conversations, ``keep`` does not.
         classes: the classes of a classifier, if a training has named them; by default as in its config.
+        only: the numbers of the rows to score; None for all.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -135,6 +138,7 @@ def read_rows(
     values = list(itertools.islice(iter(opened), _STREAMED)) if is_stream(opened) else list(opened)
     if not values:
         raise TrainingError("The stream has no rows.")
+    wanted = range(len(values)) if only is None else _wanted(only, values, stream=is_stream(opened))
     known = replace(reader.inputs, classes=inputs.classes)  # a trained head has its order of classes already
     reader = replace(reader, rows=values, skip_bad=skip_bad, inputs=known)
     variables = _variables(reader, chat_template_kwargs, usual_variables or {})
@@ -142,6 +146,9 @@ def read_rows(
     reading_rows = _Rows(model, reader, own, metrics)
     rows, left_out = [], []
     for number in range(len(values)):
+        if number not in wanted:
+            reading_rows.skip()
+            continue
         try:
             rows.append(reading_rows.read(number))
         except _Missing as reason:
@@ -158,19 +165,45 @@ def read_rows(
             if reader.form is TEXT
             else ""
         )
-        raise TrainingError(f"None of the {plural(len(values), 'row')} can be scored: {named_rows(left_out)}.{hint}")
+        raise TrainingError(f"None of the {plural(len(wanted), 'row')} can be scored: {named_rows(left_out)}.{hint}")
     _check_tokens(model, rows, inputs)
     notes = []
-    if is_stream(opened) and len(values) == _STREAMED:
+    if only is not None:
+        which = ", those that were held out from the training" if isinstance(only, HeldOut) else ""
+        notes.append(f"{count(len(wanted))} of {plural(len(values), 'row')}{which}")
+    elif is_stream(opened) and len(values) == _STREAMED:
         notes.append(f"these are the first {count(_STREAMED)} rows of a stream")
     if left_out:
         notes.append(f"{plural(len(left_out), 'row')} left out: {named_rows(left_out)}")
-    if reading_rows.cut:
-        notes.append(f"{plural(reading_rows.cut, 'row')} cut to {reader.limit} tokens (max_length)")
-    if reading_rows.without_reasoning:
-        whose = plural(reading_rows.without_reasoning, "row")
-        notes.append(f"the reasoning of {whose} is left out: it was not learned")
+    notes += reading_rows.notes
     return ScoredRows(tuple(rows), tuple(notes), frozenset(reading_rows.ends), inputs)
+
+
+def _wanted(only: Sequence[int] | HeldOut, values: Sequence[Any], *, stream: bool) -> set[int]:
+    """The numbers of the rows to score.
+
+    Raises:
+        ConfigError: the rows do not have them, or are other rows than those of the training that held some out.
+    """
+    if stream:
+        raise ConfigError("only needs all rows, and these are a stream", field="only")
+    held_out = only if isinstance(only, HeldOut) else None
+    if held_out is not None and held_out.total != len(values):
+        raise ConfigError(
+            f"the adapter was trained on {plural(held_out.total, 'row')}, and these are {count(len(values))}: its "
+            "held-out rows are not known among them",
+            field="held_out",
+        )
+    numbers = only.numbers if isinstance(only, HeldOut) else only
+    wrong = next((number for number in numbers if not _is_number(number, len(values))), None)
+    if wrong is not None or not numbers:
+        given = "no row" if not numbers else f"row {wrong!r:.40}"
+        raise ConfigError(f"only has {given}; the rows are 0 to {count(len(values) - 1)}", field="only")
+    return {int(number) for number in numbers}
+
+
+def _is_number(number: Any, total: int) -> bool:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool) and number in range(total)
 
 
 def _variables(reader: Reading, given: Mapping[str, Any] | None, usual: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -314,6 +347,19 @@ class _Rows:
         if "answers" in self._needs and not row.prompt_ids:
             raise _Missing("its prompt is empty")
         return row
+
+    @property
+    def notes(self) -> Iterator[str]:
+        """What was cut or left out of rows."""
+        if self.cut:
+            yield f"{plural(self.cut, 'row')} cut to {self._reader.limit} tokens (max_length)"
+        if self.without_reasoning:
+            yield f"the reasoning of {plural(self.without_reasoning, 'row')} is left out: it was not learned"
+
+    def skip(self) -> None:
+        """Passes over the next row."""
+        if self._coded is not None:
+            next(self._coded)
 
     def _check_good(self, row: ScoredRow) -> None:
         """Leaves out a row whose completion is no reference, as its label marks it as bad."""

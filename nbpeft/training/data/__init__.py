@@ -64,6 +64,7 @@ from nbpeft.training.data.reading import is_plain as is_plain
 from nbpeft.training.data.sources import is_stream as is_stream
 from nbpeft.training.data.sources import open_data as open_data
 from nbpeft.training.data.sources import separator_for as separator_for
+from nbpeft.training.data.split import HeldOut as HeldOut
 from nbpeft.training.data.split import grouping as grouping
 from nbpeft.training.data.split import groups_of as groups_of
 from nbpeft.training.data.split import hold_out as hold_out

@@ -306,7 +306,8 @@ def _note(
     for part in (*rows.train_parts, *rows.evaluation_parts):
         if isinstance(part, StreamedRows):
             part.report = run.note
-    run.rows = replace(run.rows, unmapped=request.unmapped)
+    run.rows = replace(run.rows, unmapped=request.unmapped, numbered=bool(rows.unlearned))
+    run.unlearned = rows.unlearned
     note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
     note_on_rows += f" ({request.data_hint})" if request.data_hint and rows.notes else ""
     run.note(note_on_rows)
@@ -483,6 +484,7 @@ def _result(request: TrainRequest, run: Run, metrics: dict[str, float]) -> Train
         output_dir=request.arguments.get("output_dir"),
         objective=objective.name if isinstance(objective, Objective) else "",
         reference=request.reference,
+        held_out=run.unlearned[""].numbers if "" in run.unlearned else (),
         message=state.message,
         metrics=metrics,
         state=state,
