@@ -15,10 +15,11 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
+from nbpeft.training.data.bad_rows import named_rows
 from nbpeft.training.data.encoding import CodedRow
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
-from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
+from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.split import grouping, hash_of
@@ -189,7 +190,7 @@ def summarize(
     if reader.form is None:
         check_columns(reader)
     streamed = is_stream(reader.rows)
-    coded: Iterator[CodedRow] = itertools.islice(reader.coded(), _STREAMED if streamed else None)
+    coded: Iterator[CodedRow] = itertools.islice(coded_rows(reader), _STREAMED if streamed else None)
     shown_rows: list[CodedRow] = []
     totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options, reader.for_template)
     for row in coded:
