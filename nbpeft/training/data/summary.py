@@ -16,7 +16,7 @@ from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
 from nbpeft.training.data.bad_rows import named_rows
-from nbpeft.training.data.encoding import CodedRow
+from nbpeft.training.data.encoding import CONTEXT, CodedRow, decoded
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row_coder import coded_rows
@@ -365,21 +365,11 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def _text(tokenizer: Any, ids: Sequence[int], first: int, last: int, special: bool) -> str:
-    """The text of some of a row's tokens: the difference between decoding up to their end and up to their start.
-
-    With many tokenizers a token that is decoded alone loses its leading space.
-    """
+    """The text of some of a row's tokens; special tokens and unprintable ones by their names or numbers."""
     if not hasattr(tokenizer, "decode"):
         return " ".join(str(token) for token in ids[first:last]) + " "
     if special and hasattr(tokenizer, "convert_ids_to_tokens"):
         return str(tokenizer.convert_ids_to_tokens(int(ids[first])))
-    from_here = max(0, first - 8)  # enough context for the space, at a cost independent of the row's length
-    before, through = (_decoded(tokenizer, ids[from_here:end]) for end in (first, last))
-    alone = _decoded(tokenizer, ids[first:last])
-    text = through[len(before) :] if through.startswith(before) else alone
-    return text or alone or "".join(f"<{token}>" for token in ids[first:last])
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
-    return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=False, **options))
+    before, tokens = ids[max(0, first - CONTEXT) : first], ids[first:last]
+    text = decoded(tokenizer, before, tokens, special=True) or decoded(tokenizer, (), tokens, special=True)
+    return text or "".join(f"<{token}>" for token in tokens)
