@@ -36,18 +36,16 @@ _Key = tuple[str, str]
 
 
 class RepeatFilter(logging.Filter):
-    """A logging filter that delays warnings and counts them until ``flush``.
+    """A logging filter that delays warnings of ``LIBRARIES`` and counts them until ``flush``.
 
     It is added to handlers, because the filter of a logger does not see records of its child loggers.
 
     Args:
-        libraries: top-level names of the loggers to filter.
         clock: returns a monotonic time in seconds.
     """
 
-    def __init__(self, libraries: tuple[str, ...] = LIBRARIES, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._libraries = libraries
         self._clock = clock
         self._lock = threading.RLock()
         self._delayed: dict[_Key, list[logging.LogRecord]] = {}
@@ -59,7 +57,7 @@ class RepeatFilter(logging.Filter):
         """Returns whether a handler should show a record now."""
         if record.levelno != logging.WARNING or hasattr(record, _SHOWN):
             return True
-        if record.name.partition(".")[0] not in self._libraries:
+        if record.name.partition(".")[0] not in LIBRARIES:
             return True
         if record.getMessage().startswith(DROPPED):
             return False

@@ -377,15 +377,20 @@ class _Places:
         return result + name[taken:] if taken else name
 
 
+def _unwrapped(key: str) -> str:
+    """Returns a key without the names of modules that only wrap others."""
+    for segment in _WRAPPER_SEGMENTS:
+        key = key.replace(f".{segment}", ".").removeprefix(segment)
+    return key
+
+
 def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:
     """Yields the slots that a key of a file may refer to, the most likely first."""
     bare = mapped(key.removeprefix(PREFIX))
     yield bare
     if key.startswith(PREFIX):
         yield mapped(key)
-    for segment in _WRAPPER_SEGMENTS:
-        bare = bare.replace(f".{segment}", ".").removeprefix(segment)
-    bare = bare.removeprefix(PREFIX)
+    bare = _unwrapped(bare).removeprefix(PREFIX)
     yield bare
     yield bare.removeprefix(SHARED_PREFIX)
     if rename is not None:
@@ -462,11 +467,9 @@ def adapted_paths(keys: Iterable[str], peft_type: str) -> tuple[str, ...]:
     marks = [f".{method.prefix}" for method in methods_of_type(peft_type)]
     paths: dict[str, None] = {}
     for key in keys:
-        bare = key
-        for segment in _WRAPPER_SEGMENTS:
-            bare = bare.replace(f".{segment}", ".").removeprefix(segment)
+        bare = _unwrapped(key).removeprefix(PREFIX)
         for mark in marks:
-            path, marked, _ = bare.removeprefix(PREFIX).rpartition(mark)
+            path, marked, _ = bare.rpartition(mark)
             if marked and f"{path}." != SHARED_PREFIX:
                 paths[path] = None
     return tuple(paths)

@@ -291,7 +291,6 @@ def parse_line(
     subcommands: Mapping[str, Subcommand],
     namespace: Mapping[str, Any],
     *,
-    magic: str = "%lora",
     cells: Iterable[str] = (),
 ) -> Request | None:
     """Find the subcommand of a line and parse its arguments.
@@ -300,7 +299,6 @@ def parse_line(
         line: the line after the magic's name.
         subcommands: the subcommands, by name.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
-        magic: the magic, for messages.
         cells: names of the cell magics, for messages.
 
     Returns:
@@ -315,11 +313,11 @@ def parse_line(
     name = words[0].text
     if name not in subcommands:
         if name in namespace and is_module(namespace[name]):
-            add = f"a cell that begins with %{magic} {name:.60}, or {magic} add {name:.60} …"
-            raise CellError(f"{magic} has no command {name!r:.60}, which is a variable; to adapt it: {add}")
-        hint = _command_hint(name, magic, subcommands, cells) or f" {magic} help lists the commands"
-        raise CellError(f"{magic} has no command {name!r:.60}.{hint}")
-    return parse_arguments(subcommands[name], f"{magic} {name}", words[1:], namespace)
+            add = f"a cell that begins with %%lora {name:.60}, or %lora add {name:.60} …"
+            raise CellError(f"%lora has no command {name!r:.60}, which is a variable; to adapt it: {add}")
+        hint = _command_hint(name, subcommands, cells) or " %lora help lists the commands"
+        raise CellError(f"%lora has no command {name!r:.60}.{hint}")
+    return parse_arguments(subcommands[name], f"%lora {name}", words[1:], namespace)
 
 
 _MEANT = {"name": "adapter"}
@@ -343,14 +341,13 @@ _SYNONYMS = {
 """Words that other tools use for a command; empty for the magic alone."""
 
 
-def _command_hint(name: str, magic: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
+def _command_hint(name: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
     """The hint at the command that an unknown word probably means, with a leading space; empty if none is close."""
     if name in _SYNONYMS:
-        return f" Did you mean {f'{magic} {_SYNONYMS[name]}'.strip()!r}?"
-    own = magic.lstrip("%")
+        return f" Did you mean {f'%lora {_SYNONYMS[name]}'.strip()!r}?"
     forms = {word: word for word in subcommands}
     forms |= {cell: f"%%{cell}" for cell in cells} | {
-        cell.removeprefix(f"{own}_"): f"%%{cell}" for cell in cells if cell != own
+        cell.removeprefix("lora_"): f"%%{cell}" for cell in cells if cell != "lora"
     }
     close = [name] if name in forms else near(name, forms)
     found = list(dict.fromkeys(forms[word] for word in close))

@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import os
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft._util.hub_access import hub_options
+from nbpeft._util.interrupts import in_main_thread
 from nbpeft.engine.calls.model_calls import class_names
 from nbpeft.engine.contract.adapter import AdapterConfig, TaskType
 from nbpeft.engine.tree.model_tree import base_model_of
@@ -254,11 +254,6 @@ def equal_layers(model: nn.Module, count: int) -> str:
             owners = Counter(id(tensor) for layer in module for tensor in layer.parameters() if tensor.requires_grad)
             return path if len(shapes) == 1 and max(owners.values(), default=1) == 1 else ""
     return ""
-
-
-def in_main_thread() -> bool:
-    """Return whether this is the main thread, in which notebook cells run."""
-    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager

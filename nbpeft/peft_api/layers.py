@@ -18,7 +18,7 @@ from nbpeft.model.handle.tuner import BaseTuner as BaseTuner
 from nbpeft.model.handle.tuner import tuner_class
 from nbpeft.peft_api.constants import usual_targets_of
 from nbpeft.peft_layers.classes import LayerType, layer_type, refuse_pickle_of_peft
-from nbpeft.peft_layers.custom_layers import Linear
+from nbpeft.peft_layers.lora_layers import Linear
 
 IA3Model = tuner_class(methods_of_type("IA3")[0])
 TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])

@@ -6,7 +6,7 @@ classes of the engine's wrappers and configs when the engine is imported, so tha
 Door, what other rooms import:
 
     classes.py         PEFT's layer classes, for ``isinstance`` checks of adapted layers
-    custom_layers.py   Base classes of custom LoRA layers: PEFT's ``LoraLayer`` and ``lora.Linear``
+    lora_layers.py     Base classes of custom LoRA layers: PEFT's ``LoraLayer`` and ``lora.Linear``
     shared_tensors.py  Tensors that the layers of an adapter share, under PEFT's names
 
 Inside:

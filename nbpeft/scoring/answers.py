@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from nbpeft.scoring.metrics import Metric
-from nbpeft.scoring.rows import ScoredRow, decoded
+from nbpeft.scoring.rows import ScoredRow
 from nbpeft.scoring.settings import Column, ScoreSettings, batches, in_parts, passes, serving_alone
 from nbpeft.training.adapters.adapted_model import base_of
+from nbpeft.training.data.encoding import decoded
 from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, generate_tokens
 
 _USUAL_LIMIT = 256

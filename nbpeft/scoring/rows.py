@@ -17,16 +17,16 @@ from nbpeft.names import IGNORED_LABEL
 from nbpeft.scoring.metrics import Metric, Needs
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import HeldOut, is_stream, open_data
-from nbpeft.training.data.bad_rows import reason_of
+from nbpeft.training.data.bad_rows import named_rows, reason_of
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL, Classes
-from nbpeft.training.data.encoding import CodedRow, Span, encode
+from nbpeft.training.data.encoding import CodedRow, Span, decoded, encode
 from nbpeft.training.data.forms import TEXT, Chat, Form, Pair, Plain, check_roles, likely_completion, row_of
-from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.options import REASONING, RowOptions, why_not_used
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import Row, is_nothing
+from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.loop.rows import check_reading, is_causal, model_inputs
 from nbpeft.training.watching.generation import PromptBatch
 
@@ -313,7 +313,7 @@ class _Rows:
         self._tokenizer = reader.tokenizer
         self._renderer = ChatRenderer(reader.tokenizer)
         tokens = self._needs & {"tokens", "classes"} or reader.form is None
-        self._coded = reader.coded() if tokens else None
+        self._coded = coded_rows(reader) if tokens else None
         self._special = frozenset(getattr(self._tokenizer, "all_special_ids", ()))
         self._usual_ends = PromptBatch.of_tokens([], self._tokenizer, base_of(model)).ends
 
@@ -506,24 +506,6 @@ def _asked(chat: Chat) -> str:
     """The text that the last turn of the assistant answers."""
     content = next((item.get("content") for item in reversed(_before_last_turn(chat))), "")
     return content if isinstance(content, str) else ""
-
-
-def decoded(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens that follow others, with its leading space, and without special tokens.
-
-    Args:
-        tokenizer: the tokenizer.
-        before: the tokens before them.
-        tokens: the tokens.
-    """
-    head = list(before[-8:])  # many tokenizers drop the leading space of the first token
-    start, through, alone = (_plain(tokenizer, ids) for ids in (head, [*head, *tokens], list(tokens)))
-    return through[len(start) :] if through.startswith(start) else alone
-
-
-def _plain(tokenizer: Any, ids: list[int]) -> str:
-    options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
-    return str(tokenizer.decode(ids, skip_special_tokens=True, **options))
 
 
 def _check_tokens(model: nn.Module, rows: Sequence[ScoredRow], inputs: ModelInputs) -> None:

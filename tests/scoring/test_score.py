@@ -315,7 +315,7 @@ def test_an_answer_ends_with_the_turn_of_the_chat_template() -> None:
 
 def test_the_leading_space_of_an_answer_is_kept() -> None:
     """Sentencepiece tokenizers drop it where tokens are decoded alone."""
-    from nbpeft.scoring.rows import decoded
+    from nbpeft.training.data.encoding import decoded
 
     class Spaced(CharTokenizer):
         def decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:

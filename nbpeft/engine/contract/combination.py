@@ -161,6 +161,6 @@ def is_number(value: object) -> bool:
     """Whether a value other than a string converts to a float; a tensor with one element does."""
     try:
         float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, str | bytes)

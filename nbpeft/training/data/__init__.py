@@ -28,14 +28,15 @@ Files:
                      pyarrow
     forms.py         The forms of rows, recognised by their columns, and the example that each row gives
     hub.py           Loads datasets from the Hub and from folders with the ``datasets`` library
-    left_out.py      Names rows by number and reason in messages
     lengths.py       The lengths of rows, and a sampling order in which the rows of a batch have about the same length
     mixed.py         Draws the rows of a mixture
     options.py       How rows are read: which turns of a chat are learned, and what happens to reasoning and to long
                      rows
     packing.py       Packs several rows into one sequence, so that no tokens are spent on padding
-    reading.py       Reads rows: each becomes the tokens and labels on which a model is trained
+    reading.py       How the rows of some data are read: their form, their columns, and what their labels mean
     row.py           One row of data, read by the names of its form; errors name the row's number
+    row_coder.py     Tokenises a row of any form: text, chats, pairs, comparisons, classes and tags, or tokens as they
+                     are
     seen_formats.py  How the rows of a training are written: with the chat template or without, and with which system
                      prompts
     sources.py       The sources of rows: lists, datasets, streams, tables, files and datasets on the Hub

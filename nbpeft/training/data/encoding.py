@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.unused import Unused
 
+CONTEXT = 8
+"""How many tokens before others are read for the space between them, so that the cost does not grow with the row."""
 _FAR = sys.maxsize
 """A position after the end of any text."""
 
@@ -233,3 +235,22 @@ def _by_prefix(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span],
         max((weight for first, last, weight in borders if first <= index < last), default=0.0)
         for index in range(len(ids))
     ]
+
+
+def decoded(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], *, special: bool = False) -> str:
+    """The text of tokens that follow others, with its leading space.
+
+    Args:
+        tokenizer: the tokenizer.
+        before: the tokens before them; the last ``CONTEXT`` are read.
+        tokens: the tokens.
+        special: whether to include the text of special tokens.
+    """
+    options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
+
+    def plain(ids: Iterable[int]) -> str:
+        return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=not special, **options))
+
+    # Many tokenizers drop the leading space of the first token.
+    start, through = plain(before[-CONTEXT:]), plain([*before[-CONTEXT:], *tokens])
+    return through[len(start) :] if through.startswith(start) else plain(tokens)

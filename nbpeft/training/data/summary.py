@@ -15,10 +15,11 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
-from nbpeft.training.data.encoding import CodedRow
+from nbpeft.training.data.bad_rows import named_rows
+from nbpeft.training.data.encoding import CONTEXT, CodedRow, decoded
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
-from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
+from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.split import grouping, hash_of
@@ -189,7 +190,7 @@ def summarize(
     if reader.form is None:
         check_columns(reader)
     streamed = is_stream(reader.rows)
-    coded: Iterator[CodedRow] = itertools.islice(reader.coded(), _STREAMED if streamed else None)
+    coded: Iterator[CodedRow] = itertools.islice(coded_rows(reader), _STREAMED if streamed else None)
     shown_rows: list[CodedRow] = []
     totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options, reader.for_template)
     for row in coded:
@@ -364,21 +365,11 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def _text(tokenizer: Any, ids: Sequence[int], first: int, last: int, special: bool) -> str:
-    """The text of some of a row's tokens: the difference between decoding up to their end and up to their start.
-
-    With many tokenizers a token that is decoded alone loses its leading space.
-    """
+    """The text of some of a row's tokens; special tokens and unprintable ones by their names or numbers."""
     if not hasattr(tokenizer, "decode"):
         return " ".join(str(token) for token in ids[first:last]) + " "
     if special and hasattr(tokenizer, "convert_ids_to_tokens"):
         return str(tokenizer.convert_ids_to_tokens(int(ids[first])))
-    from_here = max(0, first - 8)  # enough context for the space, at a cost independent of the row's length
-    before, through = (_decoded(tokenizer, ids[from_here:end]) for end in (first, last))
-    alone = _decoded(tokenizer, ids[first:last])
-    text = through[len(before) :] if through.startswith(before) else alone
-    return text or alone or "".join(f"<{token}>" for token in ids[first:last])
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
-    return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=False, **options))
+    before, tokens = ids[max(0, first - CONTEXT) : first], ids[first:last]
+    text = decoded(tokenizer, before, tokens, special=True) or decoded(tokenizer, (), tokens, special=True)
+    return text or "".join(f"<{token}>" for token in tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,10 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError
 from nbpeft.names import LOSS_WEIGHTS, REJECTED
-from nbpeft.training.data.bad_rows import kind_of
+from nbpeft.training.data.bad_rows import kind_of, named_rows
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import CodedRow
 from nbpeft.training.data.forms import FOR_CLASSIFIERS, row_of
-from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import (
     LABELS,
     MASKS,
@@ -27,6 +27,7 @@ from nbpeft.training.data.reading import (
     renamed,
 )
 from nbpeft.training.data.row import WEIGHT
+from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
@@ -246,7 +247,9 @@ def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
     if reader.form is None:
         return _tokens(reader)
     if is_stream(reader.rows):
-        streamed = StreamedRows(reader.coded, formats=SeenFormats(reader.options, reader.for_template))
+        streamed = StreamedRows(
+            functools.partial(coded_rows, reader), formats=SeenFormats(reader.options, reader.for_template)
+        )
         return PreparedRows(streamed, streamed.notes, reader.inputs.classes)
     tokenized = _in_memory(reader)
     return PreparedRows(tokenized, tokenized.notes, reader.inputs.classes)
@@ -272,7 +275,7 @@ def _in_memory(reader: Reading) -> TokenizedRows:
     unused, formats, truncated = UnusedParts(), SeenFormats(reader.options, reader.for_template), 0
     numbers: list[int] = []
     split_rows = split_parts = 0
-    for coded in reader.coded():
+    for coded in coded_rows(reader):
         truncated += coded.cut
         split_rows += coded.part_count > 1 and not coded.part
         split_parts += coded.part_count > 1
@@ -308,7 +311,7 @@ def _tokens(reader: Reading) -> PreparedRows:
         return PreparedRows(rows, rows.notes)
     available, listed = check_columns(reader), isinstance(rows, (list, tuple))
     if any(reader.columns.get(name, name) in available for name in _REWRITTEN):
-        read = StreamedRows(reader.coded) if is_stream(rows) else _in_memory(reader)
+        read = StreamedRows(functools.partial(coded_rows, reader)) if is_stream(rows) else _in_memory(reader)
         return PreparedRows(read, read.notes)
     extra = reader.extra(available)
     unused = UnusedParts()

@@ -7,6 +7,8 @@
     config._register_custom_module({nn.LSTM: LSTMWithLoRA})
 
 ``isinstance`` is also true for the layers that the engine adapts, although they do not derive from these classes.
+LoRA is the only method for which PEFT has custom layers, so this is the only file outside of ``engine.methods`` that
+names tensors of a method.
 """
 
 from __future__ import annotations
