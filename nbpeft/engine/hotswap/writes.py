@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -50,8 +50,8 @@ class Writes:
         self._consume = consume
         self.zeroed: list[str] = []
         self.reset: list[str] = []
-        self._targets: list[Tensor] = []
-        self._sources: list[Tensor] = []
+        self._given: list[tuple[Tensor, Tensor]] = []  # (target, source)
+        self._from_base: list[tuple[Tensor, Tensor]] = []  # the same; the sources belong to the base model
         self._zeros: list[Tensor] = []
         self._larger: list[tuple[nn.Parameter, Tensor]] = []
         self._adapters: list[tuple[str, Adapter]] = []
@@ -182,11 +182,7 @@ class Writes:
                 continue
             self._zeros.extend(rest)
             if key in given:
-                self._put(used, source)
-
-    def _put(self, target: Tensor, source: Tensor) -> None:
-        self._targets.append(target)
-        self._sources.append(source)
+                self._given.append((used, source))
 
     def collect_copies(
         self, slot: Mapping[str, ModulesToSaveWrapper], given: Mapping[str, Mapping[str, Tensor]]
@@ -203,12 +199,12 @@ class Writes:
                 unexpected=tuple(unexpected),
             )
         for path, module in slot.items():
-            source: Mapping[str, Tensor] = given.get(path, {})
-            if path not in given:
+            own = module.modules_to_save[self.name].state_dict()
+            if path in given:
+                self._given.extend(self._equal(f"{path}.", own, given[path]))
+            else:
                 self.reset.append(path)
-                source = module.original_module.state_dict(keep_vars=True)
-            own = module.modules_to_save[self.name].state_dict(keep_vars=True)
-            self._collect_equal(f"{path}.", own, source)
+                self._from_base.extend(self._equal(f"{path}.", own, module.original_module.state_dict()))
 
     def collect_biases(self, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
         """Collects the trained biases of the base.
@@ -216,9 +212,12 @@ class Writes:
         Raises:
             HotSwapError: the slot and the new adapter trained different biases.
         """
-        self._collect_equal("", own, given)
+        self._given.extend(self._equal("", own, given))
 
-    def _collect_equal(self, prefix: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    def _equal(
+        self, prefix: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (own, given) tensors; raises HotSwapError if their names or shapes differ."""
         differing = sorted(own.keys() ^ given.keys())
         if differing:
             where = prefix.rstrip(".") or "trained base biases"
@@ -229,7 +228,7 @@ class Writes:
                     f"{prefix}{key} has shape {tuple(given[key].shape)}, expected {tuple(tensor.shape)}: "
                     "the adapter belongs to another base model"
                 )
-            self._put(tensor.detach(), given[key].detach())
+            yield tensor.detach(), given[key].detach()
 
     @torch.no_grad()
     def write(self, change: Transaction) -> None:
@@ -241,7 +240,7 @@ class Writes:
         Raises:
             HotSwapError: a tensor of the slot has no data.
         """
-        check_data([*self._zeros, *self._targets, *(parameter for parameter, _ in self._larger)])
+        check_data([*self._zeros, *(target for target, _ in (*self._given, *self._from_base, *self._larger))])
         exchanged, copied = self._pairs()
         change.keep_values([*self._zeros, *(target for target, _ in copied)])
         change.keep_data(parameter for parameter, _ in self._larger)
@@ -263,14 +262,13 @@ class Writes:
 
     def _pairs(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
         """Returns the (target, source) that can be exchanged, and those of which the source can only be copied."""
-        pairs = list(zip(self._targets, self._sources, strict=True))
         if not self._consume:
-            return [], pairs
-        memory = [source.untyped_storage().data_ptr() for source in self._sources]
+            return [], [*self._from_base, *self._given]
+        memory = [source.untyped_storage().data_ptr() for _, source in self._given]
         users = Counter(memory)
         exchanged: list[tuple[Tensor, Tensor]] = []
-        copied: list[tuple[Tensor, Tensor]] = []
-        for (target, source), place in zip(pairs, memory, strict=True):
+        copied = self._from_base.copy()
+        for (target, source), place in zip(self._given, memory, strict=True):
             alike = target.dtype == source.dtype and target.device == source.device
             may = alike and users[place] == 1 and source.is_contiguous()
             (exchanged if may else copied).append((target, source))
