@@ -53,7 +53,7 @@ def mixture(*parts: tuple[Any, float], **named: tuple[Any, float]) -> Mixture:
         **named: the same with names for messages.
 
     Raises:
-        ConfigError: there are less than two parts, or a share is not a number greater than 0.
+        ConfigError: there are fewer than two parts, or a share is not a number greater than 0.
     """
     unnamed = [
         (data if isinstance(data, str) else f"part {place}", data, weight)

@@ -485,7 +485,7 @@ class Scoring:
         return MetricFacts(metric.name, metric.greater_is_better, share, metric.is_perplexity, weighted)
 
     def _problems(self) -> list[str]:
-        """What a person should know of the answers, one line for each problem."""
+        """What users should know about the answers, one line for each problem."""
         titles = [title for place in range(len(self._cut)) for title in self._cut_early(place)]
         cut = {column.title: titles.count(column.title) for column in self.columns}
         if any(cut.values()):

@@ -12,6 +12,7 @@ from nbpeft.runs.record import RunRecord
 from nbpeft.session.results.kept_runs import RunsComparison, RunsResult
 from nbpeft.widgets import RunsPanel
 from nbpeft.widgets.runs_panel import MOST
+from tests.widgets.support import button, parts
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 
@@ -46,20 +47,6 @@ def panel() -> Iterator[RunsPanel]:
     made = panel_of((record("sql-2", 2.0, loss=1.0), record("sql-1", 1.0, loss=0.5)))
     yield made
     made.close()
-
-
-def walk(widget: Any) -> Iterator[Any]:
-    yield widget
-    for child in getattr(widget, "children", ()):
-        yield from walk(child)
-
-
-def parts(panel: RunsPanel, kind: Any) -> list[Any]:
-    return [part for part in walk(panel.widget) if isinstance(part, kind)]
-
-
-def button(panel: RunsPanel, label: str) -> Any:
-    return next(part for part in parts(panel, ipywidgets.Button) if part.description == label)
 
 
 def shown(panel: RunsPanel) -> list[str]:

@@ -52,8 +52,8 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError, StaleModelError
 
-"""Attributes that an adapted base model has in addition to its own."""
 _CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
+"""Attributes that say which adapters are active, and how; a failed command restores them."""
 
 
 def require_manager(model: nn.Module) -> AdapterManager:
@@ -122,6 +122,10 @@ class AdapterManager:
     def layers(self) -> dict[str, AdaptedLayer]:
         """Path -> adapted layer, in model order."""
         return self._known_tree().layers
+
+    def layers_with(self, name: str) -> dict[str, AdaptedLayer]:
+        """Path -> layer that has an adapter, in model order."""
+        return {path: layer for path, layer in self.layers.items() if name in layer.adapters._modules}
 
     @property
     def copies(self) -> dict[str, ModulesToSaveWrapper]:

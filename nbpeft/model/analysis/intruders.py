@@ -109,7 +109,7 @@ def _low_rank_layers(manager: AdapterManager, name: str) -> Mapping[str, Adapted
     """
     if not isinstance(manager.configs[name], LoraConfig):
         raise AdapterError("The provided model is not using LoRA and is therefore not supported.")
-    adapted = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
+    adapted = manager.layers_with(name)
     layers = {path: layer for path, layer in adapted.items() if isinstance(layer.adapter(name), LowRankAdapter)}
     tied = next((path for path, layer in layers.items() if source_of(layer.adapter(name)) is not None), None)
     if tied is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.changes.random_numbers import drawing_from, random_state
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, AdapterWeights, StartsInWeight, UsesAnother, source_of
+from nbpeft.engine.contract.adapter import AdapterWeights, StartsInWeight, UsesAnother, source_of
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
@@ -180,7 +180,7 @@ def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, wei
 
 def _lost_starts(manager: AdapterManager, name: str) -> dict[str, StartsInWeight]:
     """Returns path -> adapter whose file has its initial component too; see ``StartsInWeight.loses_start``."""
-    found: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    found = {path: layer.adapter(name) for path, layer in manager.layers_with(name).items()}
     return {
         path: adapter for path, adapter in found.items() if isinstance(adapter, StartsInWeight) and adapter.loses_start
     }
@@ -214,7 +214,7 @@ def _write(
             own.copy_(like(own, value))
     shared = manager.shared(name)
     if shared is not None and loaded.weights.shared:
-        adapted = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
+        adapted = manager.layers_with(name)
         shared.recompute_derived({path: (layer.adapter(name), layer.base) for path, layer in adapted.items()}, change)
 
 
@@ -255,11 +255,11 @@ def _complete(
         given: path -> tensors that were loaded, which stay as they are.
         change: the transaction of the load.
     """
-    adapters = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    adapters = {path: layer.adapter(name) for path, layer in manager.layers_with(name).items()}
     incomplete = {
         path: adapter
         for path, adapter in adapters.items()
-        if isinstance(adapter, Adapter) and any(parameter.is_meta for parameter in adapter.parameters())
+        if any(parameter.is_meta for parameter in adapter.parameters())
     }
     if not incomplete:
         return
@@ -281,9 +281,9 @@ def _replace_data(
 ) -> None:
     """Replaces each parameter for which ``data`` returns new values; shared parameters stay shared."""
     replaced: dict[int, nn.Parameter] = {}
-    for layer in manager.layers.values():
-        adapter: Any = layer.adapters._modules.get(name)
-        for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
+    for layer in manager.layers_with(name).values():
+        adapter = layer.adapter(name)
+        for key, parameter in dict(adapter._parameters).items():
             if parameter is None or key in adapter.peft.constants:
                 continue
             if id(parameter) not in replaced and (values := data(parameter, layer)) is not None:

@@ -174,12 +174,12 @@ class BaseTuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Paths of the layers that adapters target in the base model, in the order of the adapters."""
-        bare, layers = self.targeted_parameter_names, self.manager.layers.items()
+        bare = self.targeted_parameter_names
         targeted = [
             path
             for name in self.manager.names
-            for path, layer in layers
-            if path not in bare and name in layer.adapters and not isinstance(layer.adapter(name), Untargeted)
+            for path, layer in self.manager.layers_with(name).items()
+            if path not in bare and not isinstance(layer.adapter(name), Untargeted)
         ]
         return list(dict.fromkeys(targeted))
 

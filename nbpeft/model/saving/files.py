@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def save(
         for name in chosen:
             places[name] = "" if name == DEFAULT_ADAPTER or flat else name
             with manager.reading():
-                paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
+                paths = [*manager.layers_with(name)]
                 weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
                 warn_of_shards(manager, name, weights)
                 notes[places[name]] = left_start(manager, name) if initial is None else {}
@@ -223,7 +223,7 @@ def _loses_start(manager: AdapterManager, name: str) -> bool:
     """Returns whether an adapter's file must include its initial component, because it cannot be reconstructed."""
     if not manager.configs[name].initialised_from_weight:
         return False  # its base does not have the initial component
-    adapters: Iterable[Any] = (layer.adapters._modules.get(name) for layer in manager.layers.values())
+    adapters = (layer.adapter(name) for layer in manager.layers_with(name).values())
     return any(isinstance(adapter, StartsInWeight) and adapter.loses_start for adapter in adapters)
 
 
@@ -423,11 +423,10 @@ def _shared_in(state_dict: Mapping[str, Tensor], endings: tuple[str, ...], own: 
 
 def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
     """Returns paths of embeddings and output heads, recognized by name, whose weight an adapter changes."""
-    layers = {path: layer for path, layer in manager.layers.items() if path.rpartition(".")[2] in _EMBEDDING_NAMES}
     return [
         path
-        for path, layer in layers.items()
-        if name in layer.adapters._modules and not isinstance(layer.adapter(name), Untargeted)
+        for path, layer in manager.layers_with(name).items()
+        if path.rpartition(".")[2] in _EMBEDDING_NAMES and not isinstance(layer.adapter(name), Untargeted)
     ]
 
 

@@ -27,9 +27,8 @@ def adapter_onloaded(manager: AdapterManager, name: str) -> AbstractContextManag
 
 def _offloaded(manager: AdapterManager, name: str) -> Iterator[nn.Module]:
     """Yields the modules with tensors of the adapter that may be offloaded: its parts, copies and biases."""
-    for layer in manager.layers.values():
-        if name in layer.adapters._modules:
-            yield from layer.offloaded_parts()
+    for layer in manager.layers_with(name).values():
+        yield from layer.offloaded_parts()
     for copied in manager.copies.values():
         if name in copied.modules_to_save:
             yield from copied.modules_to_save[name].modules()

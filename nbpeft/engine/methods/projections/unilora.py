@@ -1,6 +1,6 @@
 """Uni-LoRA: every entry of all low-rank factors is one of few trained numbers (Li et al. 2025, arXiv:2506.00799).
 
-    y = W x + B A x        A_ij = θ_k / √n_k, k drawn for each entry, and so of B;  n_k: how often k was drawn
+    y = W x + B A x        A_ij = θ_k / √n_k, k drawn for each entry; B likewise;  n_k: how often k was drawn
 
 The draws are balanced: every number is used for equally many entries of the model, or one more. They are determined by
 a seed and the sizes of the layers, so a file contains only θ.
@@ -136,7 +136,7 @@ class UniVector(SharedState):
 
 
 def _draws(total: int, length: int, seed: int) -> tuple[Any, Any, Any]:
-    """How often each number is drawn; those that are once more than others; and the generator after that."""
+    """How often each number is drawn; the numbers that are drawn once more; and the generator after these draws."""
     generator = np.random.default_rng(seed)
     more, counts = total % length, np.full(length, total // length, dtype=np.int64)
     extras = generator.choice(length, size=more, replace=False) if more else np.empty(0, dtype=np.int64)
@@ -173,7 +173,7 @@ def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
     shares=SharedTensors(state=UniVector),
 )
 class UniLora(ComputedFactors, HasFixedTensors):
-    """Which numbers the entries of the factors of one layer are, and their scales: A is (r, in), B is (out, r)."""
+    """The index and the scale of the number behind each entry of a layer's factors A, (r, in), and B, (out, r)."""
 
     peft: ClassVar[PeftNames] = PeftNames(
         "unilora_theta_d",

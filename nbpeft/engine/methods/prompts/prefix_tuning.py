@@ -1,9 +1,9 @@
 """Prefix tuning: trained keys and values in front of those of each layer (Li and Liang 2021, arXiv:2101.00190).
 
-    attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer, trained or computed by an MLP that is
+    attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer, trained or computed by a trained MLP
 
-They are passed to the model as a cache of the tokens before the input, so the model must support one; with gradient
-checkpointing it does not. A file contains the keys and values, as in PEFT, and the MLP if there is one.
+They are passed to the model as a cache of the tokens before the input, so the model must support one; models do not
+with gradient checkpointing. A file contains the keys and values, as in PEFT, and the MLP if there is one.
 """
 
 from __future__ import annotations

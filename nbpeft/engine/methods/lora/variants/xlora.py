@@ -158,7 +158,7 @@ def _unpacked(config: XLoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 def _parts(manager: Any, name: str) -> dict[str, tuple[LoraConfig, dict[str, dict[str, Tensor]]]]:
     """Config and tensors of the adapters as they are now, by index."""
-    layers = {path: layer.adapter(name) for path, layer in manager.layers.items() if name in layer.adapters._modules}
+    layers = {path: layer.adapter(name) for path, layer in manager.layers_with(name).items()}
     return {
         str(number): (
             expert.config.copy(inference_mode=True),
