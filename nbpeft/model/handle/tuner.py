@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nbpeft._util import hooks
 from nbpeft.engine.calls.model_calls import checkpoints_gradients, has_encoder
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.targets import usual_model_types
+from nbpeft.engine.config.default_targets import default_targets_of
 from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, Untargeted
 from nbpeft.engine.contract.registry import Method, methods, methods_of_type
 from nbpeft.engine.contract.shared_state import Together, add_shared, state_of_all, take_shared
@@ -388,11 +388,7 @@ def tuner_class(method: Method) -> type[BaseTuner]:
         own: dict[str, Any] = {
             "prefix": method.prefix,
             "uses_shared_state": method.shares.state is not None and not issubclass(method.shares.state, Together),
-            "target_module_mapping": {
-                model_type: targets
-                for model_type in usual_model_types()
-                if (targets := method.default_targets(model_type)) is not None
-            },
+            "target_module_mapping": default_targets_of(method.peft_type),
             "tuner_layer_cls": layer_type(method.peft_type, method.peft.layer or name.replace("Model", "Layer")),
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,
