@@ -17,7 +17,7 @@ from nbpeft.model.handle.status import TunerLayerStatus as TunerLayerStatus
 from nbpeft.model.handle.status import TunerModelStatus as TunerModelStatus
 from nbpeft.model.handle.tuner import BaseTuner as BaseTuner
 from nbpeft.model.handle.tuner import tuner_class
-from nbpeft.peft_layers.classes import LayerType, layer_type, refuse_pickle_of_peft
+from nbpeft.peft_layers.classes import class_with_title, layer_type
 from nbpeft.peft_layers.custom_layers import Linear
 
 IA3Model = tuner_class(methods_of_type("IA3")[0])
@@ -66,9 +66,7 @@ def layer_class(title: str) -> type[Any]:
     """
     if title == Linear.title:
         return Linear
-    doc = f"Adapted layers that PEFT calls {title}; for ``isinstance`` only."
-    own = {"title": title, "__doc__": doc, "__setstate__": refuse_pickle_of_peft}
-    return LayerType(title.rpartition(".")[2], (), own | _names_in_layers(title.partition(".")[0].upper()))
+    return class_with_title(title, **_names_in_layers(title.partition(".")[0].upper()))
 
 
 def of_method(package: str, name: str) -> Any:
