@@ -16,6 +16,7 @@ Inside:
     copies.py    PEFT's attributes and methods of modules that are trained as a whole (``modules_to_save``)
     layers.py    PEFT's attributes and methods of adapted layers: ``layer.scaling``, ``layer.merge()``
     models.py    PEFT's attributes of adapted base models: ``model.peft_config``
+    replaced.py  What scripts put on PEFT's layer classes: a ``forward`` is called, and what nothing calls is named
 """
 
 from nbpeft.peft_layers import commands, configs, copies, layers, models

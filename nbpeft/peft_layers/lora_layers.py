@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import ConfigError, MergeError, PeftWarning, UnknownAdapterError
 from nbpeft.peft_layers.classes import LayerType, refuse_pickle_of_peft
+from nbpeft.peft_layers.replaced import own_forward
 
 
 class LoraLayer(metaclass=LayerType):
@@ -330,6 +332,8 @@ class Linear(nn.Module, LoraLayer):
         Returns:
             (…, out).
         """
+        if isinstance(cast(object, self), AdaptedLayer):  # called by a function that a script put in its place
+            return own_forward(self, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         output: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:

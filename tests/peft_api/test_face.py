@@ -89,6 +89,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "what PEFT's own code calls": (
         "peft.auto: no *_allowlist",
         "peft.config: PeftConfigMixin refuses",
+        "peft.tuners.lora*: dispatch_* refuses",
         "peft.tuners.tuners_utils: clone_module refuses",
         "peft.tuners.tuners_utils: no *",
         "peft.utils: _set_trainable refuses",

@@ -17,5 +17,6 @@ Door, what other rooms import:
 
 Inside:
 
-    prompts.py  PEFT's interface to learned prompts on a PeftModel: the prompts, their encoders and tokens
+    prompts.py     PEFT's interface to learned prompts on a PeftModel: the prompts, their encoders and tokens
+    tuner_type.py  The class of PEFT's tuner classes: refuses scripts that replace what puts in PEFT's layers
 """

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
+from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.shared_state import with_copies
@@ -321,6 +322,15 @@ class PeftModel(nn.Module):
 
     # Forward and generation
 
+    @property
+    def generation_config(self) -> Any:
+        """The base model's settings of ``generate``; can be replaced."""
+        return self.get_base_model().generation_config
+
+    @generation_config.setter
+    def generation_config(self, settings: Any) -> None:
+        self.get_base_model().generation_config = settings
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the base model's forward with the active adapters.
 
@@ -364,6 +374,9 @@ class PeftModel(nn.Module):
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
             kwargs = of_the_model(self.manager, kwargs, self.special_peft_forward_args)
+            tuner = self.base_model
+            if isinstance(tuner, BaseTuner) and not is_plain(tuner):  # its own hooks, or a replaced ``forward``
+                return tuner(*args, **kwargs)
             output = self.get_base_model()(*args, **kwargs)
             return with_extra_loss(self.manager, output, kwargs) if self.training else output
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nbpeft._util import hooks
 from nbpeft.engine.calls.model_calls import checkpoints_gradients, has_encoder
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.targets import usual_model_types
+from nbpeft.engine.config.default_targets import default_targets_of
 from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, Untargeted
 from nbpeft.engine.contract.registry import Method, methods, methods_of_type
 from nbpeft.engine.contract.shared_state import Together, add_shared, state_of_all, take_shared
@@ -27,6 +27,7 @@ from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, di
 from nbpeft.model.combine.combining import Combined, combine_adapters
 from nbpeft.model.combine.conversion import can_convert
 from nbpeft.model.handle.injection import inject, inject_adapter_in_model
+from nbpeft.model.handle.tuner_type import TunerType, check_overrides
 from nbpeft.peft_layers.classes import layer_type, refuse_pickle_of_peft
 from nbpeft.peft_layers.shared_tensors import shared_by_name
 
@@ -34,7 +35,7 @@ _LABELS = ("labels", "start_positions")
 """Inputs with which transformers' models return the loss first, if they return a tuple."""
 
 
-class BaseTuner(nn.Module):
+class BaseTuner(nn.Module, metaclass=TunerType):
     """Has the base model as ``.model``, so that the keys of state dicts have PEFT's prefix.
 
     Each method has its own subclass, named as in PEFT: ``LoraModel``, ``IA3Model``; see ``tuner_class``. Creating a
@@ -50,6 +51,7 @@ class BaseTuner(nn.Module):
 
     Raises:
         TargetError: neither the config nor any key fits the model, which is not changed.
+        NotSupportedError: a class derived from a tuner overrides a function that would not be called.
     """
 
     prefix: str = ""
@@ -72,6 +74,7 @@ class BaseTuner(nn.Module):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
+        check_overrides(type(self))
         super().__init__()
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict)
@@ -388,11 +391,7 @@ def tuner_class(method: Method) -> type[BaseTuner]:
         own: dict[str, Any] = {
             "prefix": method.prefix,
             "uses_shared_state": method.shares.state is not None and not issubclass(method.shares.state, Together),
-            "target_module_mapping": {
-                model_type: targets
-                for model_type in usual_model_types()
-                if (targets := method.default_targets(model_type)) is not None
-            },
+            "target_module_mapping": default_targets_of(method.peft_type),
             "tuner_layer_cls": layer_type(method.peft_type, method.peft.layer or name.replace("Model", "Layer")),
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,

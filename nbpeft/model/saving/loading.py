@@ -6,6 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +126,7 @@ def read(
     if config is None:
         find = functools.partial(_part_in, saved.folder)
         config = method_of(saved.config).files.with_parts(saved.config, find, options)
-    config, tensors = saved.reconciled(config.copy(inference_mode=not trainable))
+    config, tensors = _named_as_in_files(saved, name).reconciled(config.copy(inference_mode=not trainable))
     note = base_mismatch(manager, saved.metadata)
     config = of_former_file(manager.model, config, tensors)
     settings: dict[str, Any] = {"key_mapping": key_mapping}
@@ -157,6 +158,15 @@ def read(
         return result
 
     return load
+
+
+def _named_as_in_files(saved: checkpoint.Checkpoint, name: str) -> checkpoint.Checkpoint:
+    """Returns a saved adapter with keys of files; scripts save those of the model, which contain the adapter's name."""
+    peft_type = method_of(saved.config).peft_type
+    if not checkpoint.is_of_a_model(saved.unread.header, name, peft_type):
+        return saved
+    renamed = saved.unread.changed(lambda tensors: checkpoint.keys_of_a_file(tensors, name, peft_type))
+    return replace(saved, unread=renamed)
 
 
 def _part_in(folder: Path, part: str) -> str | None:
