@@ -319,7 +319,7 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.shira.mask_functions": {"inits": "random_mask"},
     "tuners.xlora.classifier": {"layers": "XLoraClassifier"},
     "tuners.osf.utils": {"subspaces": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
-    "tuners.shadow.diffusion_models": {"missing": "DetachedFluxShadowModel"},
+    "tuners.shadow.diffusion_models": {"shadow": "DetachedFluxShadowModel"},
     **{
         f"tuners.shadow{part}": {OWN: METHODS["shadow"][1], "shadow": _SHADOW, "missing": "ShadowCarrier"}
         for part in ("", ".layers")

@@ -11,6 +11,7 @@ Door, what other rooms import:
 
 Inside:
 
+    blocks.py    PEFT's attributes and methods of blocks whose input a side network changes
     commands.py  PEFT's commands on a single layer or module: ``layer.set_adapter("default")``
     configs.py   PEFT's attributes and methods of configs: ``config.is_prompt_learning``, ``config.from_peft_type(…)``
     copies.py    PEFT's attributes and methods of modules that are trained as a whole (``modules_to_save``)
@@ -19,6 +20,6 @@ Inside:
     replaced.py  What scripts put on PEFT's layer classes: a ``forward`` is called, and what nothing calls is named
 """
 
-from nbpeft.peft_layers import commands, configs, copies, layers, models
+from nbpeft.peft_layers import blocks, commands, configs, copies, layers, models
 
-__all__ = ["commands", "configs", "copies", "layers", "models"]
+__all__ = ["blocks", "commands", "configs", "copies", "layers", "models"]

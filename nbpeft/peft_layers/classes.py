@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from nbpeft.engine.wrappers.block import AdaptedBlock
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import CheckpointError
 from nbpeft.peft_layers.replaced import note, own_forward
@@ -19,7 +20,7 @@ class LayerType(type):
     def __instancecheck__(cls, layer: object) -> bool:
         if type.__instancecheck__(cls, layer):
             return True
-        if not isinstance(layer, AdaptedLayer):
+        if not isinstance(layer, AdaptedLayer | AdaptedBlock):
             return False
         if type.__instancecheck__(cls, layer.__dict__.get("custom")):
             return True

@@ -50,7 +50,6 @@ WHY = {
     "pvera": "each adapter has its own projections, of any seed",
     "randlora": "each adapter has its own bases, of any seed",
     "seq_classifier": "AdaLoRA's regularization is in the training loss alone",
-    "shadow": "Flux 2; names of modules and of functions inside",
     "shira": "a patched warning",
     "target_parameters": "mixed batches and two adapters with biases; a private proxy class",
     "trainable_tokens": "overlapping tokens are merged; tied layers need the same tokens",

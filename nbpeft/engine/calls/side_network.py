@@ -13,12 +13,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.model_calls import LayerHook, checkpoints_gradients
+from nbpeft.engine.calls.model_calls import LayerHook, checkpoints_gradients, parameters_of
 from nbpeft.engine.calls.prepared_calls import BeforeCall, PlaceHook, put_at_places, put_before_calls
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.loss_terms import share_of_batch
 from nbpeft.engine.contract.model_adapter import HasSideNetwork
+from nbpeft.engine.tree.model_tree import walk
+from nbpeft.engine.wrappers.block import AdaptedBlock
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError
 
@@ -97,7 +99,9 @@ class _SideCall(BeforeCall):
             raise AdapterError(f"{title} requires exactly one active adapter, not {name!r} and {more[0][0]!r}")
         contexts: Any = active.context
         recomputes = torch.is_grad_enabled() and checkpoints_gradients(module)
-        contexts[name] = SideState(adapter.first_state(module, call), recomputes=recomputes)
+        adapter.__dict__["last_state"] = None  # before the next one is computed
+        adapter.__dict__["last_state"] = state = adapter.first_state(module, call)
+        contexts[name] = SideState(state, recomputes=recomputes)
 
     def end(self) -> None:
         for context in self.layer.active_state.current().context.values():
@@ -170,8 +174,10 @@ class _BeforeBlock(_BlockHook):
         state, again = run.before(self.path)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if run.is_inside and self.path == adapter.places[0] and (again or not run.has_ended):
-            state = adapter.state_of(hidden)  # again, too: the network is a part of what backward recomputes
-            run.current = run.current if again else state
+            named = dict(zip(parameters_of(module), args, strict=False)) | kwargs
+            state = adapter.state_of(hidden, named)  # again, too: the network is a part of what backward recomputes
+            if not again:
+                adapter.__dict__["last_state"] = run.current = state
         if state is None:
             raise AdapterError(f"{self.path} is called after the call of the whole model has ended")
         if run.learns and not again and not torch.is_grad_enabled():
@@ -220,13 +226,13 @@ def _networks_in(layer: AdaptedLayer, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: adapters[name] for name in names if isinstance(adapters.get(name), HasSideNetwork)}
 
 
-def has_side_network(block: nn.Module) -> bool:
+def _has_side_network(block: nn.Module) -> bool:
     """Whether a network changes the input of a block."""
     return any(isinstance(hook, _BeforeBlock) for hook in block._forward_pre_hooks.values())
 
 
 def put_side_network(model: nn.Module, layer: AdaptedLayer, change: Transaction) -> None:
-    """Registers the hooks that run the networks of an embedding's model adapters; once for each block.
+    """Registers the hooks that run the networks of an embedding's model adapters, and wraps the blocks; once for each.
 
     Args:
         model: the base model.
@@ -237,3 +243,7 @@ def put_side_network(model: nn.Module, layer: AdaptedLayer, change: Transaction)
         return
     put_before_calls(model, _SideCall(layer), change, _OwnLoss(layer))
     put_at_places(model, layer, HasSideNetwork, change, before=_BeforeBlock, after=_AfterBlock)
+    for site in [*walk(model)]:
+        is_wrapped = isinstance(site.parent._modules[site.attribute], AdaptedBlock)
+        if _has_side_network(site.module) and not is_wrapped:
+            change.set_item(site.parent._modules, site.attribute, AdaptedBlock(site.module, layer, site.path))

@@ -250,12 +250,14 @@ class HasSideNetwork(ABC):
         places: paths of the blocks in the base model, in the order of their calls.
         loss_weight: factor on its own loss.
         last_loss: its own loss in the last call, detached; None if that call had no labels.
+        last_state: the state before the first block in the last call.
     """
 
     title: str
     places: tuple[str, ...]
     loss_weight: float
     last_loss: Tensor | None = None
+    last_state: Tensor | None = None
 
     @abstractmethod
     def first_state(self, model: nn.Module, call: dict[str, Any]) -> Tensor | None:
@@ -269,11 +271,12 @@ class HasSideNetwork(ABC):
             (rows, length, features); None if ``state_of`` computes it.
         """
 
-    def state_of(self, hidden: Tensor) -> Tensor:
+    def state_of(self, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Computes the state before the first block from the input of that block.
 
         Args:
             hidden: (rows, length, features).
+            call: name -> argument of the block, including ``hidden``.
 
         Returns:
             (rows, length, features).

@@ -32,9 +32,12 @@ class PeftNames:
         constants: parameters that are neither saved nor read; they exist because PEFT counts them.
         container: module below the layer in which PEFT keeps the parameters, if not on the layer itself.
         shown_as: attribute of a layer that contains the submodules of its adapters.
+        on_model: names of modules of an adapter, or of the state that its layers share, that PEFT has on ``base_model``
+            if the first adapter is of this method: modules of adapters by adapter name, and modules of a state with a
+            mapping by adapter name for each of their tensors.
         model_functions: method of a model whose first adapter has such a config -> function of the model's manager and
             the arguments.
-        model_attributes: attribute of such a model's ``base_model`` -> function of the ``base_model``.
+        model_attributes: attribute of such a model's ``base_model`` -> function of the ``base_model``, or a property.
     """
 
     parameters: str = ""
@@ -52,5 +55,6 @@ class PeftNames:
     constants: tuple[str, ...] = ()
     container: str = ""
     shown_as: str = ADAPTER_PARTS
+    on_model: tuple[str, ...] = ()
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    model_attributes: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    model_attributes: Mapping[str, Callable[[Any], Any] | property] = field(default_factory=dict)

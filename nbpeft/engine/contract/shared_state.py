@@ -56,9 +56,6 @@ class SharedState(Bindable):
     in_layers: ClassVar[bool] = False
     """Whether PEFT's state dicts contain its tensors in each adapted layer, and once more in ``base_model``."""
 
-    named_first: ClassVar[tuple[str, ...]] = ()
-    """Names of its modules that in PEFT map a tensor name to a mapping by adapter name, not the other way round."""
-
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> Shapes:
         """The names and shapes of its tensors.
@@ -251,6 +248,8 @@ def listed_name(key: str, adapter: str) -> str:
 def with_copies(state_dict: Mapping[str, Any], names: Callable[[], Iterable[str]]) -> Mapping[str, Any]:
     """Returns the state dict of a whole model with all copies of shared tensors, of which nbpeft 0.2 listed one.
 
+    Tensors that PEFT keeps on ``base_model`` (``PeftNames.on_model``) get their names there.
+
     Args:
         state_dict: the state dict; returned unchanged if it names no tensor as nbpeft 0.2 did.
         names: returns the present names of the model's tensors.
@@ -261,8 +260,11 @@ def with_copies(state_dict: Mapping[str, Any], names: Callable[[], Iterable[str]
     whole: Any = copy.copy(state_dict)  # with the attributes that torch adds to it
     present = [name for name in names() if name not in whole]
     for key, match in former:
-        ending = f".{listed_name(match['key'], match['adapter'])}"
-        whole.update({name: state_dict[key] for name in present if name.endswith(ending)})
+        name, adapter = match["key"], match["adapter"]
+        whole.update({own: state_dict[key] for own in present if own.endswith(f".{listed_name(name, adapter)}")})
+        on_model = [own for own in present if own.endswith(f".{name}.{adapter}")]
+        if on_model:
+            whole.update(dict.fromkeys(on_model, whole.pop(key)))
     return whole
 
 

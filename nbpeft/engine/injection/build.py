@@ -32,6 +32,7 @@ from nbpeft.engine.injection.replication import pending_replication, replicate_l
 from nbpeft.engine.kernels.storage import StoredWeight, is_packed, loaded
 from nbpeft.engine.tree.model_tree import Site, says_untied, site_at
 from nbpeft.engine.wrappers import fake_quant
+from nbpeft.engine.wrappers.block import AdaptedBlock
 from nbpeft.engine.wrappers.composite_layer import AdaptedComposite
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
@@ -154,6 +155,8 @@ def _copies_wrapper(site: Site, active_state: ActiveState, *, training: bool | N
         raise ConfigError(
             f"{site.path} is offloaded and cannot be copied as a whole: load the model without offloading"
         )
+    if isinstance(site.parent._modules[site.attribute], AdaptedBlock):
+        raise ConfigError(f"the side network of an adapter changes {site.path}, which cannot be copied as a whole")
     _check_owner(site, active_state)
     if isinstance(site.wrapper, ModulesToSaveWrapper):
         return site.wrapper
@@ -454,6 +457,8 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Tr
         return
     parents = called_modules(model)
     take_hooks(parents, replacements, change)
+    blocks = [module for module in parents if isinstance(module, AdaptedBlock) and id(module.layer) in replacements]
+    replacements = {**replacements, **{id(block): block.base_layer for block in blocks}}
     wrappers = outside(model)
     change.keep(wrappers)
     for key in [key for key, wrapper in wrappers.items() if id(wrapper) in replacements]:

@@ -14,8 +14,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.wrappers.layer import AdaptedLayer
-from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
+from nbpeft.engine.wrappers.wrapper import Wrapper
 from nbpeft.errors import ConfigError, TargetError
 
 LayerMap = Sequence[Sequence[int]]
@@ -78,7 +77,7 @@ def pending_replication(model: nn.Module, config: Any) -> list[tuple[int, int]] 
         raise ConfigError(f"{_FIELD} is {layer_map}, but {path} has the layers 0 to {count - 1}", field=_FIELD)
     if getattr(config, "bias", "none") != "none":
         raise ConfigError(f"{_FIELD} repeats biases, which bias={config.bias!r} cannot train separately", field=_FIELD)
-    if any(isinstance(module, AdaptedLayer | ModulesToSaveWrapper) for module in layers.modules()):
+    if any(isinstance(module, Wrapper) for module in layers.modules()):
         raise TargetError(f"{path} already has adapters; add the adapter with {_FIELD} first")
     return layer_map
 

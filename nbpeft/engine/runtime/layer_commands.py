@@ -181,17 +181,20 @@ class LayerCommands:
                 wrapper.attach(modules, name, change)
         return bool(moved)
 
-    def list_apart(self, layers: Sequence[AdaptedLayer], change: Transaction, *, apart: bool) -> None:
+    def list_apart(
+        self, layers: Sequence[AdaptedLayer], change: Transaction, *, apart: bool, parts: bool = False
+    ) -> None:
         """Puts learned prompts outside of the module tree, because a handle lists them, or back into it.
 
         Args:
             layers: the layers with the prompts.
             change: records what is written.
             apart: whether a handle lists them.
+            parts: do so with the modules that adapters have on the model (``PeftNames.on_model``), not with prompts.
         """
         for layer in layers:
-            change.keep_attributes(layer, "listed_apart")
-            layer.__dict__["listed_apart"] = apart
+            change.keep_attributes(layer, "listed_apart", "parts_listed_apart", "_shown")
+            layer.__dict__.update({"parts_listed_apart" if parts else "listed_apart": apart, "_shown": {}})
         for site in [*walk(self.manager.model)] if layers else ():
             if isinstance(site.wrapper, AdaptedLayer) and site.wrapper in layers:
                 site.wrapper.attach(site.parent._modules, site.attribute, change)

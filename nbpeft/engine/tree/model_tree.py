@@ -18,6 +18,7 @@ from nbpeft.engine.contract.registry import composite_kind, resolve_backend
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.kernels.storage import is_packed
 from nbpeft.engine.layer_kinds.parameter import ParameterView
+from nbpeft.engine.wrappers.block import AdaptedBlock
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import ConfigError, did_you_mean
@@ -120,7 +121,7 @@ def _site(
     apart: Mapping[int, AdaptedLayer],
 ) -> Site:
     wrapper = child if isinstance(child, _WRAPPERS) else apart.get(id(child))
-    return Site(parent, attribute, path, child if wrapper is None else frozen_module(child), wrapper, siblings)
+    return Site(parent, attribute, path, frozen_module(child), wrapper, siblings)
 
 
 def _children(parent: nn.Module, prefix: str, apart: Mapping[int, AdaptedLayer]) -> Iterator[Site]:
@@ -132,7 +133,7 @@ def _children(parent: nn.Module, prefix: str, apart: Mapping[int, AdaptedLayer])
 
 def frozen_module(module: nn.Module) -> nn.Module:
     """Returns the base module inside an adapter's wrapper, or the module itself."""
-    while isinstance(module, AdaptedLayer):  # each adapted parameter of a module has a wrapper
+    while isinstance(module, AdaptedLayer | AdaptedBlock):  # each adapted parameter of a module has a wrapper
         module = module.base_layer
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
@@ -153,7 +154,7 @@ def bare_names(model: nn.Module) -> Callable[[str], str | None]:
     """Returns a function from a key of ``model.state_dict()`` to its key without adapters; None for an adapter's."""
     frozen: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, AdaptedLayer):
+        if isinstance(module, AdaptedLayer | AdaptedBlock):
             frozen[name] = "base_layer"
         elif isinstance(module, ModulesToSaveWrapper):
             frozen[name] = "original_module"

@@ -7,6 +7,7 @@ submodules, and because methods derive callable modules from them.
 
 Door, what other rooms import:
 
+    held_modules.py      Modules that adapters own, where PEFT has them on the model or around a block
     layer_attributes.py  Attributes of an adapted layer by adapter name, as the record of each adapter's method declares
                          them
     part_modules.py      The modules behind the declared names of parameters: ``layer.core["default"].weight``

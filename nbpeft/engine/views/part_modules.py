@@ -202,6 +202,23 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     return ".".join(filter(None, (adapter.peft.container, own, name)))
 
 
+def name_on_model(adapter: Adapter, own: str, name: str) -> str:
+    """Returns the name of a parameter of a side network, whose modules are on the model or around its blocks.
+
+    Args:
+        adapter: the adapter, a ``HasSideNetwork``.
+        own: the adapter's name of the parameter.
+        name: name of the adapter.
+
+    Returns:
+        The name below ``base_model`` or the base model, whichever has the module.
+    """
+    places: tuple[str, ...] = getattr(adapter, "places", ())
+    place = next((place for place in places if own.startswith(f"{place}.")), "")
+    part, _, rest = own.removeprefix(f"{place}.").partition(".")
+    return ".".join(filter(None, (place, part, name, rest)))
+
+
 def former_names(adapter: Adapter, name: str) -> dict[str, str]:
     """Returns the names below an adapted layer that were others in nbpeft 0.2: former name -> present name.
 
@@ -468,7 +485,10 @@ class Remainder(_FollowsMode):
 
 
 def unnamed_parts(adapter: Adapter) -> dict[str, Any]:
-    """The submodules of an adapter that have no name in PEFT."""
+    """The submodules of an adapter that have no name in PEFT's layers."""
+    on_model = {name: adapter._modules[name] for name in adapter.peft.on_model if name in adapter._modules}
+    if on_model:  # the others are shown at the blocks that they are for
+        return on_model
     inner, shared = inner_adapters_of(adapter), state_of_all(adapter)
     return {name: module for name, module in adapter._modules.items() if name not in inner and module is not shared}
 

@@ -31,13 +31,16 @@ from nbpeft.engine.views.part_modules import (
 )
 
 
-def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLayer) -> dict[str, Any]:
+def show_adapters(
+    shown: dict[str, Any], live: Mapping[str, Any], base: BaseLayer, *, parts_apart: bool = False
+) -> dict[str, Any]:
     """Updates the modules that show a layer's adapters; existing modules of present adapters are kept.
 
     Args:
         shown: the modules by PEFT's name, changed in place.
         live: adapter name -> adapter; another thread may change it during this call.
         base: the layer.
+        parts_apart: whether a handle lists the modules that adapters have on the model.
 
     Returns:
         The adapters that are shown now.
@@ -62,7 +65,7 @@ def show_adapters(shown: dict[str, Any], live: Mapping[str, Any], base: BaseLaye
         for own, module in state.named_children():
             modules.setdefault(own, {})[name] = module
     for name, adapter in adapters.items():
-        for own, make in _parts_of(adapter, base):
+        for own, make in _parts_of(adapter, base, parts_apart=parts_apart):
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
             slots.setdefault(own, {})[name] = (adapter, own)
         for own in list(adapter._parameters):
@@ -93,7 +96,7 @@ def _sort(shown: dict[str, Any], adapters: Mapping[str, Any], shared: Mapping[st
         shown[name] = shown.pop(name)
 
 
-def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _parts_of(adapter: Adapter, base: BaseLayer, *, parts_apart: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yields the names of the modules that show parts of an adapter, each with a function that creates it."""
     for own in adapter.peft.modules:
         yield own, partial(own_module, adapter, own, base)
@@ -109,7 +112,7 @@ def _parts_of(adapter: Adapter, base: BaseLayer) -> Iterator[tuple[str, Callable
     for own in list(adapter._parameters):
         if own in adapter.peft.wrapped:
             yield own, partial(new_leaf, adapter, own, base)
-    if unnamed_parts(adapter):
+    if unnamed_parts(adapter) and not (parts_apart and adapter.peft.on_model):
         yield adapter.peft.shown_as, partial(Remainder, adapter)
 
 

@@ -2,6 +2,7 @@
 
 Door, what other rooms import:
 
+    block.py            AdaptedBlock: the wrapper around a block whose input a side network changes
     composite_layer.py  AdaptedComposite: the wrapper around a module that computes with several weights itself
                         (nn.MultiheadAttention)
     extension.py        Lets rooms above the engine add the attributes that other libraries expect

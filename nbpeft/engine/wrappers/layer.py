@@ -27,7 +27,7 @@ from nbpeft.engine.contract.adapter import (
     source_of,
 )
 from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind, all_onloaded, offloading
-from nbpeft.engine.contract.model_adapter import learns_prompt
+from nbpeft.engine.contract.model_adapter import HasSideNetwork, learns_prompt
 from nbpeft.engine.contract.registry import Method, method_of_adapter, methods_of_type
 from nbpeft.engine.contract.shared_state import add_shared, take_shared
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
@@ -94,6 +94,7 @@ class AdaptedLayer(Wrapper):
             _twin=None,
             _shown={},
             listed_apart=False,
+            parts_listed_apart=False,
         )
 
     kind: LayerKind
@@ -106,6 +107,8 @@ class AdaptedLayer(Wrapper):
     _shown: dict[str, Any]
     listed_apart: bool
     """Whether a handle on the model (``PeftModel``) lists the adapters that change calls, instead of this layer."""
+    parts_listed_apart: bool = False
+    """Whether a handle lists the modules that adapters have on the model (``PeftNames.on_model``), instead of this."""
     emptied_of: str = ""
     """The ``peft_type`` of the last deleted adapter, for a layer without adapters."""
 
@@ -153,7 +156,7 @@ class AdaptedLayer(Wrapper):
             change: records the old entry.
         """
         change.set_item(modules, attribute, self.in_tree)
-        if self.listed_apart:
+        if self.listed_apart or self.parts_listed_apart:
             model = self._commands().manager.model
             change.keep_attributes(model, OUTSIDE)
             wrappers = model.__dict__.setdefault(OUTSIDE, {})
@@ -521,7 +524,8 @@ class AdaptedLayer(Wrapper):
         """Updates the submodules that show the adapters after these have changed."""
         adapters = self.adapters._modules
         if self._shown != adapters:
-            self.__dict__["_shown"] = show_adapters(self._modules, adapters, self.base)
+            parts_apart = self.parts_listed_apart
+            self.__dict__["_shown"] = show_adapters(self._modules, adapters, self.base, parts_apart=parts_apart)
 
     def _shown_where_tied(self, name: str) -> nn.Module | None:
         """The attribute ``name`` of the layer to which the adapters here are tied; None if it has none."""
@@ -544,7 +548,9 @@ class AdaptedLayer(Wrapper):
     def is_outside(self) -> bool:
         """Whether the wrapper is not in the module tree: its adapters only change calls, and a handle lists them."""
         adapters = list(self.adapters._modules.values())
-        return self.listed_apart and bool(adapters) and all(map(learns_prompt, adapters))
+        prompts = self.listed_apart and all(map(learns_prompt, adapters))
+        networks = self.parts_listed_apart and all(isinstance(one, HasSideNetwork) for one in adapters)
+        return bool(adapters) and (prompts or networks)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True

@@ -29,12 +29,12 @@ class Wrapper(nn.Module):
     @property
     def adapters_enabled(self) -> bool:
         """Whether adapters are enabled here."""
-        state: Any = self.__dict__["active_state"]
+        state: Any = self.active_state
         return bool(state.enabled if isinstance(state, LayerState) else self._commands().manager.enabled)
 
     def chosen_names(self) -> list[str]:
         """Names of the active adapters here, whether or not they are enabled."""
-        state: Any = self.__dict__["active_state"]
+        state: Any = self.active_state
         return list(state.names if isinstance(state, LayerState) else self._commands().chosen)
 
     def _commands(self) -> Any:
@@ -42,7 +42,7 @@ class Wrapper(nn.Module):
         return self._shared_state().layer_commands
 
     def _shared_state(self) -> ActiveState:
-        state: Any = self.__dict__["active_state"]
+        state: Any = self.active_state
         return getattr(state, "shared", state)
 
     def _activate_alone(self, names: Sequence[str], *, enabled: bool) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.contract.adapter import Adapter
+from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.runtime.merging import partly_merged
 from nbpeft.engine.tree.model_tree import parameter_counts, unwrapped
+from nbpeft.engine.wrappers.block import AdaptedBlock
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.model.handle.tuner import tuner_class
@@ -69,9 +71,15 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     found = []
     for path, module in manager.model.named_modules():
         if isinstance(module, AdaptedLayer):
-            found.append(_layer(manager, prefix + path, module))
+            if (
+                not all(isinstance(adapter, HasSideNetwork) for adapter in module.adapters.values())
+                or not module.adapters
+            ):
+                found.append(_layer(manager, prefix + path, module))
+        elif isinstance(module, AdaptedBlock):
+            found.append(_of_modules_in(prefix + path, module, module.adapted_as))
         elif isinstance(module, ModulesToSaveWrapper):
-            found.append(_copy(prefix + path, module))
+            found.append(_of_modules_in(prefix + path, module, "ModulesToSaveWrapper"))
     return found
 
 
@@ -101,15 +109,15 @@ def _trained(manager: AdapterManager, name: str, adapter: Adapter) -> list[nn.Pa
     return [parameter for key, parameter in adapter.named_parameters() if key not in adapter.peft.constants]
 
 
-def _copy(name: str, module: ModulesToSaveWrapper) -> TunerLayerStatus:
-    copies = {own: module.modules_to_save[own] for own in module.modules_to_save}
+def _of_modules_in(name: str, wrapper: ModulesToSaveWrapper | AdaptedBlock, title: str) -> TunerLayerStatus:
+    own = wrapper._named()
     return TunerLayerStatus(
         name=name,
-        module_type="ModulesToSaveWrapper",
-        enabled=module.adapters_enabled,
-        active_adapters=[own for own in module.chosen_names() if own in copies],
+        module_type=title,
+        enabled=wrapper.adapters_enabled,
+        active_adapters=[adapter for adapter in wrapper.chosen_names() if adapter in own],
         merged_adapters=[],
-        **_of_modules(copies),
+        **_of_modules(own),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -27,6 +27,7 @@ from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, di
 from nbpeft.model.combine.combining import Combined, combine_adapters
 from nbpeft.model.combine.conversion import can_convert
 from nbpeft.model.handle.injection import inject, inject_adapter_in_model
+from nbpeft.model.handle.model_parts import list_parts
 from nbpeft.model.handle.tuner_type import TunerType, check_overrides
 from nbpeft.peft_layers.classes import layer_type, refuse_pickle_of_peft
 from nbpeft.peft_layers.shared_tensors import shared_by_name
@@ -62,6 +63,8 @@ class BaseTuner(nn.Module, metaclass=TunerType):
     """Class or type of the adapted layers, for ``isinstance``."""
     target_module_mapping: Mapping[str, Any] = {}
     """Model type -> default targets of the method."""
+    _on_model: tuple[str, ...] = ()
+    """Names of the modules that the method's adapters have on the tuner; see ``list_parts``."""
 
     model: nn.Module
     _token: object
@@ -101,13 +104,28 @@ class BaseTuner(nn.Module, metaclass=TunerType):
         self.__dict__[MANAGER] = manager
         self.__dict__["_token"] = manager.owner = object()
         self.training = model.training
+        self._list_parts()
         hooks.adapted()
+
+    def _list_parts(self) -> None:
+        list_parts(self.manager, self._on_model, self._modules)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if MANAGER not in state:
             refuse_pickle_of_peft(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._list_parts()
         hooks.adapted()
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yields the modules in PEFT's layout; see ``nn.Module``."""
+        self._list_parts()
+        yield from super().named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yields the base model, and the modules that adapters have on the tuner; see ``nn.Module``."""
+        self._list_parts()
+        yield from super().named_children()
 
     @property
     def manager(self) -> AdapterManager:
@@ -117,11 +135,13 @@ class BaseTuner(nn.Module, metaclass=TunerType):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the state dict in PEFT's layout; see ``nn.Module``."""
+        self._list_parts()
         found = super().state_dict(*args, **kwargs)
         add_shared(self._shared(), found, kwargs.get("prefix", ""), keep_vars=kwargs.get("keep_vars", False))
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._list_parts()
         take_shared(self._shared(), state_dict, prefix, args[2], args[4])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -366,6 +386,8 @@ class BaseTuner(nn.Module, metaclass=TunerType):
         return self.manager.unload(merge=False)
 
     def __getattr__(self, name: str) -> Any:
+        if name in self._on_model:
+            self._list_parts()
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -388,14 +410,16 @@ def tuner_class(method: Method) -> type[BaseTuner]:
     if name not in _classes:
         alike = [other for other in methods_of_type(method.peft_type) if other.config_class is method.config_class]
         functions = {name: function for other in alike for name, function in other.peft.model_functions.items()}
+        layer = method.peft.layer.rpartition(".")[2]
         own: dict[str, Any] = {
             "prefix": method.prefix,
             "uses_shared_state": method.shares.state is not None and not issubclass(method.shares.state, Together),
             "target_module_mapping": default_targets_of(method.peft_type),
-            "tuner_layer_cls": layer_type(method.peft_type, method.peft.layer or name.replace("Model", "Layer")),
+            "tuner_layer_cls": layer_type(method.peft_type, layer or name.replace("Model", "Layer")),
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,
             **{name: _model_function(function) for name, function in functions.items()},
+            "_on_model": method.adapter_class.peft.on_model,
             **{name: _model_attribute(read) for other in alike for name, read in other.peft.model_attributes.items()},
         }
         _classes[name] = type(name, (BaseTuner,), own)
@@ -413,9 +437,9 @@ def _model_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _model_attribute(read: Callable[[Any], Any]) -> property:
+def _model_attribute(read: Callable[[Any], Any] | property) -> property:
     """Returns a property of a tuner class that reads an attribute defined by an adapter method."""
-    return property(lambda self: read(self), doc=read.__doc__)
+    return read if isinstance(read, property) else property(lambda self: read(self), doc=read.__doc__)
 
 
 def _class_name(method: Method) -> str:

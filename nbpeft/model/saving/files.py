@@ -16,6 +16,7 @@ from nbpeft.engine.config.config_checks import check_choice
 from nbpeft.engine.config.module_paths import wrapper_places
 from nbpeft.engine.contract.adapter import (
     ADAPTER_PARTS,
+    Adapter,
     AdapterConfig,
     AdapterWeights,
     StartsInWeight,
@@ -24,13 +25,14 @@ from nbpeft.engine.contract.adapter import (
     UsesAnother,
     source_of,
 )
-from nbpeft.engine.contract.model_adapter import ModelAdapter
+from nbpeft.engine.contract.model_adapter import HasSideNetwork, ModelAdapter
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.shared_state import listed_name
 from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.engine.views.part_modules import shown_name
+from nbpeft.engine.views.part_modules import name_on_model, shown_name
 from nbpeft.engine.wrappers.fake_quant import is_prepared_quantization_aware
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, few
 from nbpeft.model.saving.loading import fitted
 from nbpeft.model.saving.offloaded import adapter_onloaded, embedding_weights
@@ -371,9 +373,7 @@ def _picked(
     own = {
         id(adapter): present(
             {
-                k: f"{adapter.peft.shown_as}.{name}.{own_names[path].get(k, k)}"
-                if manager.layers[path].is_outside
-                else f"{places.get(path, path)}.{shown_name(adapter, own_names[path].get(k, k), name)}"
+                k: _listed_as(manager.layers[path], places.get(path, path), adapter, own_names[path].get(k, k), name)
                 for k in weights.adapters[path]
             }
         )
@@ -395,12 +395,23 @@ def _picked(
         copies,
         {key: own if (given := find(key)) is None else given for key, own in weights.base.items()},
         {
-            key: _shared_in(state_dict, (f"{ADAPTER_PARTS}.{name}.shared.{key}", f".{listed_name(key, name)}"), own)
+            key: _shared_in(
+                state_dict,
+                (f"{ADAPTER_PARTS}.{name}.shared.{key}", f".{listed_name(key, name)}", f".{key}.{name}"),
+                own,
+            )
             for key, own in weights.shared.items()
         },
         weights.parameters,
         weights.starts,
     )
+
+
+def _listed_as(layer: AdaptedLayer, path: str, adapter: Adapter, own: str, name: str) -> str:
+    """Returns the name of a parameter of an adapter below ``base_model``, its base model or the handle."""
+    if isinstance(adapter, HasSideNetwork):
+        return name_on_model(adapter, own, name)
+    return f"{adapter.peft.shown_as}.{name}.{own}" if layer.is_outside else f"{path}.{shown_name(adapter, own, name)}"
 
 
 def _tell_missing(config: AdapterConfig, name: str, missing: Sequence[str], *, has_some: bool) -> None:

@@ -141,13 +141,11 @@ class FrodDirections(SharedState):
 
     is_trained: ClassVar[bool] = False
 
-    named_first: ClassVar[tuple[str, ...]] = (DIRECTIONS, PLACES, SIZES)
-
     regularization: float
 
     def __init__(self, tensors: Mapping[str, Tensor], config: FrodConfig) -> None:
         super().__init__()
-        for name in self.named_first:
+        for name in (DIRECTIONS, PLACES, SIZES):
             own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
             self._modules[name] = _ByRole(own, saved=config.save_projection)
         self.bind(regularization=float(config.regularization_alpha))
@@ -326,6 +324,7 @@ class Frod(Adapter, ReplacesCall):
             SIZES: "sizes",
             OUTPUTS: "outputs",
         },
+        on_model=(DIRECTIONS, PLACES, SIZES),
     )
     from_config: ClassVar[Mapping[str, str]] = {"dropout": "frod_dropout"}
 

@@ -12,7 +12,8 @@ from nbpeft.engine.config.config_checks import check_count, check_number
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.config.targets import Matcher, is_all_linear
 from nbpeft.engine.contract.adapter import AdapterConfig
-from nbpeft.engine.methods.shadow.network import Recipe, blocks_of, recipe_for
+from nbpeft.engine.methods.shadow.network import blocks_of, recipe_for
+from nbpeft.engine.methods.shadow.recipe import Recipe
 from nbpeft.errors import ConfigError, shown
 
 MIRROR = "mirror"

@@ -6,23 +6,21 @@ import ast
 import copy
 import inspect
 import json
-import math
 import textwrap
-import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nbpeft.engine.calls.model_calls import has_encoder
 from nbpeft.engine.config.prompt_config import WIDTHS
 from nbpeft.engine.contract.adapter import TaskType
+from nbpeft.engine.methods.shadow.flux_network import FLUX, flux_recipe
+from nbpeft.engine.methods.shadow.recipe import Recipe, file_of, unreadable, width_of
 from nbpeft.engine.methods.shadow.token_network import TokenNetwork, TokenNetworkConfig
 from nbpeft.engine.tree.model_tree import bare_modules
-from nbpeft.errors import ConfigError, in_one_line, shortened, shown
+from nbpeft.errors import ConfigError, in_one_line, shortened
 
 _LISTS = ("layers", "h")
 """Names of the list of blocks in language models."""
@@ -32,27 +30,24 @@ _HEADS = ("score", "classifier")
 """Names of the head of a sequence classifier in models."""
 _PROJECTED = "causal_lm_with_hidden_projection"
 """The model type of a saved network with a projection to the features of a larger model."""
-_PROJECTION = "shadow_hidden_projection.weight"
 
 
 def blocks_of(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The module that has the blocks of a decoder or of a diffusion transformer, and their paths.
 
     Raises:
-        ConfigError: the model is neither, or one for which PEFT has a network of its own, or its blocks return more
-            than hidden states.
+        ConfigError: the model is neither, or its blocks return more than hidden states.
     """
     name = type(model).__name__
     attribute = diffusion_blocks(model)
-    if name.startswith("Flux2"):
-        raise ConfigError(f"ShadowPEFT of {name} needs a smaller Flux 2 model as network, which is not implemented")
-    if attribute:
+    if attribute and name != FLUX:
         several = next((block for block in getattr(model, attribute) if _returns_several(type(block))), None)
         if several is not None:
             raise ConfigError(
                 "ShadowPEFT works with diffusion transformers whose blocks return only their hidden states, and "
                 f"{type(several).__name__} of {name} returns several tensors"
             )
+    if attribute:
         return model, [f"{attribute}.{number}" for number in range(len(getattr(model, attribute)))]
     config: Any = getattr(model, "config", None)
     if has_encoder(model):
@@ -84,102 +79,6 @@ def _returns_several(kind: type[nn.Module]) -> bool:
     return any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(code))
 
 
-def width_of(config: Any) -> int:
-    """Features of the hidden states, from a model's config.
-
-    Raises:
-        ConfigError: the config does not have it.
-    """
-    found = next((getattr(config, name) for name in WIDTHS if hasattr(config, name)), None)
-    of_heads = [getattr(config, name, None) for name in ("num_attention_heads", "attention_head_dim")]
-    if found is None and all(isinstance(size, int) for size in of_heads):  # in configs of diffusers
-        found = math.prod(of_heads)  # type: ignore[arg-type]
-    if not isinstance(found, int):
-        raise ConfigError(f"{type(config).__name__} does not say its hidden_size")
-    return found
-
-
-class Recipe:
-    """Describes how a model's side network is built.
-
-    Attributes:
-        network_class: class of the network.
-        network_config: its config.
-        source: folder or hub id of its weights; empty for a new one.
-        is_projected: whether the weights include a projection.
-        width: features of the model's hidden states.
-        shares: whether it reads the model's input embeddings.
-        reads_states: whether it reads the input of the model's first block instead of the input of the model.
-        is_lm: whether the network has a language modeling loss, with the model's head.
-        head: a classification head without data, or None.
-    """
-
-    def __init__(
-        self, network_class: Any, network_config: Any, source: str = "", *, is_projected: bool = False
-    ) -> None:
-        self.network_class, self.network_config = network_class, network_config
-        self.source, self.is_projected = source, is_projected
-        self.width = 0
-        self.shares = self.is_lm = self.reads_states = False
-        self.head: nn.Module | None = None
-        self._source_of_head: Any = None
-
-    def set_head(self, head: nn.Module) -> None:
-        """Uses the head of a classification, whose tensors it does not own."""
-        tensors = (*head.parameters(), *head.buffers())
-        memo: dict[int, Any] = {id(one): nn.Parameter(torch.empty_like(one, device="meta")) for one in tensors}
-        self.head = copy.deepcopy(head, memo)
-        self._source_of_head = weakref.ref(head)
-
-    def head_tensors(self) -> dict[str, Tensor]:
-        """The tensors of that head, by name."""
-        head = None if self._source_of_head is None else self._source_of_head()
-        return {} if head is None else dict(head.named_parameters())
-
-    def network(self) -> Any:
-        """A new network, without an embedding if it reads the model's."""
-        # All weights will be loaded, so torch's random state must not depend on initializing them.
-        with torch.random.fork_rng(devices=()) if self.source and not self.is_projected else nullcontext():
-            made = self.network_class(self.network_config)
-        if self.shares and isinstance(getattr(made, "embed_tokens", None), nn.Module):
-            del made.embed_tokens
-        return made
-
-    def projection(self) -> nn.Module:
-        """A new projection from the network's features to the model's."""
-        own = width_of(self.network_config)
-        if own == self.width and not self.is_projected:
-            return nn.Identity()
-        return nn.Linear(own, self.width, bias=False)
-
-    def weights(self, reads: Callable[[str], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The saved tensors of the network and its projection, if any.
-
-        Args:
-            reads: returns the tensors of a file.
-
-        Raises:
-            ConfigError: they cannot be read.
-        """
-        try:
-            if not self.is_projected:
-                from transformers import AutoModel
-
-                return dict(AutoModel.from_pretrained(self.source).state_dict()), None
-            found = reads(_file(self.source, "model.safetensors"))
-            prefix = "shadow_model."
-            own = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
-            return own, found[_PROJECTION]
-        except (OSError, ValueError, KeyError) as error:
-            raise _unreadable(self.source, error) from None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_source_of_head": None}
-
-
 def recipe_for(config: Any, model: nn.Module, backbone: nn.Module) -> Recipe:
     """How the network that a config asks for is made.
 
@@ -193,7 +92,7 @@ def recipe_for(config: Any, model: nn.Module, backbone: nn.Module) -> Recipe:
     """
     is_mirror = config.shadow_model == "mirror"
     if diffusion_blocks(model):
-        return _of_tokens(config, model)
+        return flux_recipe(config, model) if type(model).__name__ == FLUX else _of_tokens(config, model)
     made = _mirrored(config, backbone) if is_mirror else _saved(config.shadow_model)
     made.width = width_of(model.config)
     try:
@@ -270,7 +169,7 @@ def _saved(source: str) -> Recipe:
     from transformers import AutoConfig, AutoModel
 
     try:
-        fields = json.loads(Path(_file(source, "config.json")).read_text(encoding="utf-8"))
+        fields = json.loads(Path(file_of(source, "config.json")).read_text(encoding="utf-8"))
         is_projected = fields.get("model_type") == _PROJECTED
         if is_projected:
             inner = dict(fields["shadow_model_config"])
@@ -280,16 +179,5 @@ def _saved(source: str) -> Recipe:
         with torch.device("meta"):
             network_class = type(AutoModel.from_config(own))  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(source, error) from None
+        raise unreadable(source, error) from None
     return Recipe(network_class, own, source, is_projected=is_projected)
-
-
-def _file(source: str, name: str) -> str:
-    from transformers.utils.hub import cached_file
-
-    return str(cached_file(source, name))
-
-
-def _unreadable(source: str, error: Exception) -> ConfigError:
-    reason = shortened(in_one_line(error), 200)
-    return ConfigError(f"shadow_model {shown(source)} cannot be read: {reason}", field="shadow_model")

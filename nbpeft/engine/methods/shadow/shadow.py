@@ -21,7 +21,6 @@ from contextlib import nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import cache_argument, fills_cache, take_cache
@@ -33,7 +32,7 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.methods.shadow.config import ShadowConfig
 from nbpeft.engine.methods.shadow.losses import class_loss, in_dtype_of, language_loss, last_tokens
-from nbpeft.engine.methods.shadow.network import Recipe
+from nbpeft.engine.methods.shadow.recipe import Recipe
 from nbpeft.engine.tree.model_tree import embedding_of
 from nbpeft.errors import AdapterError, NotSupportedError, UnknownAdapterError
 
@@ -78,19 +77,44 @@ def _networks(manager: Any) -> dict[str, ShadowNetwork]:
     return {name: one for name, one in adapters if isinstance(one, ShadowNetwork)}
 
 
-def _part(name: str) -> Any:
-    """Reads a part of all adapters of a model, in a new container."""
-
-    def read(tuner: Any) -> nn.ModuleDict:
-        found = {key: one._modules.get(name) for key, one in _networks(tuner.manager).items()}
-        return nn.ModuleDict({key: module for key, module in found.items() if module is not None})
-
-    return read
+def _active(manager: Any) -> ShadowNetwork | None:
+    """The active adapter with a network; None if there is none."""
+    return next((one for name, one in _networks(manager).items() if name in manager.active), None)
 
 
 def _last_loss(tuner: Any) -> Tensor | None:
     """The loss of the network in the last call with labels, detached."""
-    return next((one.last_loss for name, one in _networks(tuner.manager).items() if name in tuner.manager.active), None)
+    active = _active(tuner.manager)
+    return None if active is None else active.last_loss
+
+
+def _last_state(tuner: Any) -> Tensor | None:
+    """The state before the first block in the last call."""
+    active = _active(tuner.manager)
+    return None if active is None else active.last_state
+
+
+def _set_last_state(tuner: Any, state: Tensor | None) -> None:
+    active = _active(tuner.manager)
+    if active is not None:
+        active.bind(last_state=state)
+
+
+def own_loss(manager: Any, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
+    """Returns the loss of the active adapter's network in the last call, without its weight.
+
+    Args:
+        manager: manager of the model.
+        labels: labels of the task: of tokens, (rows, length), or of rows.
+        attention_mask: attention mask of the call, (rows, length), which shows the last token of each row.
+
+    Returns:
+        A scalar with gradient; None if there was no call, or the network has no head.
+    """
+    active = _active(manager)
+    if active is None or active.last_state is None:
+        return None
+    return active.own_loss(manager.model, {"labels": labels, "attention_mask": attention_mask}, active.last_state)
 
 
 def unload_shadow(manager: Any, adapter_name: str | None = None, copy: bool = False) -> Any:
@@ -150,17 +174,24 @@ class ShadowNetwork(ModelAdapter, HasSideNetwork):
     peft: ClassVar[PeftNames] = PeftNames(
         f"{_OF_BLOCK.replace('|', ' ')} shadow_dropout",
         "shadow_r shadow_alpha",
-        model_functions={"unload_shadow": unload_shadow, "_resolve_shadow_head": _head},
+        layer="shadow.ShadowLayer",
+        model_functions={
+            "unload_shadow": unload_shadow,
+            "shadow_auxiliary_loss": own_loss,
+            "_resolve_shadow_head": _head,
+        },
         model_attributes={
-            **{name: _part(name) for name in _PARTS},
             "last_shadow_loss": _last_loss,
+            "_seed_shadow_state": property(_last_state, _set_last_state),
             "_shadow_share_embeddings": _sharing,
         },
+        attributes={"shadow_r": "rank", "shadow_alpha": "alpha"},
         shown_as="shadow_networks",
+        on_model=_PARTS,
     )
     from_config: ClassVar[Mapping[str, str]] = {
+        "rank": "r",
         "alpha": "shadow_alpha",
-        "dropout": "shadow_dropout",
         "loss_weight": "auxiliary_loss_weight",
     }
     needs_embedding: ClassVar[bool] = False
@@ -181,15 +212,35 @@ class ShadowNetwork(ModelAdapter, HasSideNetwork):
             for name in parents:
                 holder = holder._modules.setdefault(name, nn.Module())  # type: ignore[assignment]
             holder._modules[last] = ShadowBlock(config, recipe.width)
-        if recipe.source:  # a pretrained network's embeddings are large, and stay frozen
-            tables = [one for one in map(embedding_of, (network,)) if one is not None]
-            kept = {id(parameter) for table in tables for parameter in table.parameters()}
+        kept = {id(one) for module in recipe.frozen_modules(network) for one in module.parameters()}
+        if kept:
             frozen = tuple(name for name, parameter in self.named_parameters() if id(parameter) in kept)
             self.bind(frozen_parameters=frozen)
 
     recipe: Recipe
     alpha: float
-    dropout: float
+    rank: int
+
+    @property
+    def training(self) -> bool:
+        """The mode of its network: handles list the network, and not the adapter itself."""
+        network = self.__dict__.get("_modules", {}).get("shadow_backbone")
+        return network is None or network.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Does nothing: ``train()`` also sets the mode of the network."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "last_state": None}  # which belongs to a call
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "dropout" in state:  # pickled by nbpeft 0.2, whose blocks had no module for it
+            for path in self.places:
+                block: Any = self.get_submodule(path)
+                block.shadow_dropout = nn.Dropout(state["dropout"])
+                self.bind(rank=block.shadow_down.out_features)
 
     @classmethod
     def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
@@ -217,8 +268,9 @@ class ShadowNetwork(ModelAdapter, HasSideNetwork):
     def start(self, config: ShadowConfig) -> dict[str, Tensor]:
         """The tensors of a new adapter that are not drawn, by name."""
         found = {f"shadow_head.{name}": value.clone() for name, value in self.recipe.head_tensors().items()}
-        if self.recipe.source and not next(self._modules["shadow_backbone"].parameters()).is_meta:  # type: ignore[union-attr]
-            own, projection = self.recipe.weights(config.stored_tensors)
+        network: Any = self._modules["shadow_backbone"]
+        if self.recipe.starts_from_tensors and not next(network.parameters()).is_meta:
+            own, projection = self.recipe.weights(network, config.stored_tensors)
             found |= {f"shadow_backbone.{name}": value for name, value in own.items()}
             if projection is not None:
                 found["shadow_projection.weight"] = projection
@@ -255,17 +307,17 @@ class ShadowNetwork(ModelAdapter, HasSideNetwork):
         state: Tensor = self._modules["shadow_projection"](output.last_hidden_state)  # type: ignore[misc]
         return state
 
-    def state_of(self, hidden: Tensor) -> Tensor:
+    def state_of(self, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
         """The projected output of the network for a diffusion transformer; see ``HasSideNetwork``."""
         network: Any = self._modules["shadow_backbone"]
-        state: Tensor = self._modules["shadow_projection"](network(hidden.to(network.proj_in.weight.dtype)))  # type: ignore[misc]
+        state: Tensor = self._modules["shadow_projection"](network(hidden, call))  # type: ignore[misc]
         return state
 
     def injected(self, path: str, hidden: Tensor, state: Tensor, scale: float) -> Tensor:
         """The hidden states and a low-rank map of how they differ from the state; see ``HasSideNetwork``."""
         block: Any = self.get_submodule(path)
         dtype = block.shadow_down.weight.dtype
-        differing = F.dropout(hidden.to(dtype) - state.to(dtype), self.dropout, self.training)
+        differing = block.shadow_dropout(hidden.to(dtype) - state.to(dtype))
         added = block.shadow_up(block.shadow_down(differing))
         changed: Tensor = hidden + (self.alpha * scale * added).to(hidden.dtype)
         return changed
@@ -309,6 +361,7 @@ class ShadowBlock(nn.Module):
     Attributes:
         shadow_down: from the features to the rank.
         shadow_up: from the rank to the features; initialized with zeros.
+        shadow_dropout: dropout of the input of ``shadow_down``.
         shadow_update_transform: computes a candidate for the next state.
         shadow_update_gate: computes the weight of the candidate.
     """
@@ -320,6 +373,7 @@ class ShadowBlock(nn.Module):
         self.shadow_up = nn.Linear(config.r, width, bias=False)
         if config.init_weights:
             nn.init.zeros_(self.shadow_up.weight)
+        self.shadow_dropout = nn.Dropout(config.shadow_dropout) if config.shadow_dropout else nn.Identity()
         self.shadow_update_transform, self.shadow_update_gate = (
             nn.Sequential(nn.Linear(width, inside), nn.GELU(), nn.Linear(inside, width)) for _ in range(2)
         )

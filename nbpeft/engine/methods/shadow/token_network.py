@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,9 +38,9 @@ class TokenNetwork(nn.Module):
             for _ in range(config.layers)
         )
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The state of each token: (rows, length, in_features) -> (rows, length, hidden_size)."""
-        state: Tensor = self.proj_in(hidden)
+    def forward(self, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """The state of each token: (rows, length, in_features) -> (rows, length, hidden_size); ``call`` is not used."""
+        state: Tensor = self.proj_in(hidden.to(self.proj_in.weight.dtype))
         for block in self.blocks:
             state = state + block(state)
         return state

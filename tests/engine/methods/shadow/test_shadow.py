@@ -426,7 +426,7 @@ def test_on_a_diffusion_transformer_it_is_trained_with_checkpointing_switched_an
 
 def test_blocks_of_a_diffusion_transformer_with_several_outputs_are_refused() -> None:
     model = shadowed(Denoiser(), task_type=None)
-    block = model.get_base_model().transformer_blocks[0]
+    block = model.get_base_model().transformer_blocks[0].base_layer
     block.forward = lambda hidden_states: (hidden_states, hidden_states)
     refused(lambda: model(hidden_states=LATENTS), "transformer_blocks.0 returns a tuple", AdapterError)
 
@@ -440,7 +440,6 @@ def test_blocks_of_a_diffusion_transformer_with_several_outputs_are_refused() ->
             "leave out shadow_model: .* is a new MLP",
         ),
         ("diffusion", {"shadow_num_attention_heads": 2}, "leave out shadow_num_attention_heads"),
-        ("flux", {}, "of Flux2Denoiser needs a smaller Flux 2 model as network"),
         ("text", {}, "TextBlock of TextDenoiser returns several tensors"),
         ("encoder", {}, "has an encoder and a decoder"),
         ("plain", {}, "not with Sequential"),
@@ -462,7 +461,6 @@ def test_what_fits_no_model_is_refused(base: str, fields: dict[str, Any], words:
         "plain": lambda: nn.Sequential(nn.Embedding(5, 6)),
         "diffusion": Denoiser,
         "text": TextDenoiser,
-        "flux": type("Flux2Denoiser", (Denoiser,), {}),
         "llama": lambda: llama(num_hidden_layers=3),
         "gpt2": gpt2,
     }
