@@ -185,7 +185,6 @@ def test_default_targets_give_the_tensors_that_peft_gives(method: Method, name: 
 
 
 NAMED_OTHERWISE = {
-    "what layers share is in the tree once": ("frod-entries",),
     "parts that are not there have no zeros": ("glora-r4", "glora-vectors", "glora-numbers"),
     "what was drawn or found is a buffer": (*("adamss-k3", "adamss-dynamic", "shira-r2", "shira-seeded"),),
 }
