@@ -18,6 +18,7 @@ from nbpeft.engine.changes.called_modules import is_changed
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.capabilities import ShowsModules, inner_adapters_of, warn_not_called
+from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.contract.shared_state import SharedState, listed_name, state_of_all
 from nbpeft.engine.kernels.live_parameters import LiveParameters, Slot
 from nbpeft.engine.views.layer_attributes import by_name
@@ -213,7 +214,7 @@ def name_on_model(adapter: Adapter, own: str, name: str) -> str:
     Returns:
         The name below ``base_model`` or the base model, whichever has the module.
     """
-    places: tuple[str, ...] = getattr(adapter, "places", ())
+    places = adapter.places if isinstance(adapter, HasSideNetwork) else ()
     place = next((place for place in places if own.startswith(f"{place}.")), "")
     part, _, rest = own.removeprefix(f"{place}.").partition(".")
     return ".".join(filter(None, (place, part, name, rest)))
