@@ -119,7 +119,7 @@ def write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
 class TensorFile:
     """A file of tensors, safetensors or PEFT's old ``.bin``. Creating it reads only the header.
 
-    A safetensors file stays open, so that tensors read later match the header even if the file at the path is replaced.
+    The file stays open, so that tensors read later match the header even if the file at the path is replaced.
 
     Args:
         path: the file.
@@ -140,19 +140,16 @@ class TensorFile:
         self.metadata: dict[str, str] = {}
         self._places: dict[str, int] = {}
         self._legacy = path.suffix == ".bin"
-        self._version = 0
         try:
+            self._handle = inside.open_file(path)
+            # Stays open, so that the tensors are those of this header even if the file is replaced meanwhile.
+            weakref.finalize(self, os.close, self._handle)
+            self._version = _version(os.fstat(self._handle))
             if self._legacy:
-                self._version = path.stat().st_mtime_ns
                 self.header = _mapped(path)
             else:
-                self._handle = inside.open_file(path)
-                # Stays open, so that the tensors are those of this header even if the file is replaced meanwhile.
-                weakref.finalize(self, os.close, self._handle)
-                found = os.fstat(self._handle)
-                self._version = found.st_mtime_ns
                 with open(self._handle, "rb", closefd=False) as file:
-                    self._read_header(file, found.st_size)
+                    self._read_header(file, self._version[0])
         except CheckpointError:
             raise
         except UNREADABLE as error:
@@ -162,7 +159,7 @@ class TensorFile:
     def is_current(self) -> bool:
         """Whether the file at the path has not been replaced since the header was read."""
         try:
-            return self.path.stat().st_mtime_ns == self._version
+            return _version(self.path.stat()) == self._version
         except OSError:
             return False
 
@@ -175,18 +172,29 @@ class TensorFile:
 
         Raises:
             ConfigError: there is no such device.
-            CorruptCheckpointError: the file was truncated after its header was read.
+            CorruptCheckpointError: the file was written to after its header was read.
         """
         target = _device(device)
         try:
-            if self._legacy:
-                found = {key: self.header[key] for key in keys}
-                return {key: value if value.is_meta else value.to(target, copy=True) for key, value in found.items()}
-            with open(self._handle, "rb", closefd=False) as file:
-                runs = map(partial(self._run, file), self._runs(keys))
-                return {key: tensor.to(target) for run in runs for key, tensor in run}
+            self._check_unchanged()  # an access to what was cut off from a mapped file kills the process
+            tensors = self._mapped_to(keys, target) if self._legacy else self._read_to(keys, target)
+            self._check_unchanged()  # otherwise some tensors may be old and others new
         except UNREADABLE as error:
             raise unreadable(self.path, error) from None
+        return tensors
+
+    def _check_unchanged(self) -> None:
+        if _version(os.fstat(self._handle)) != self._version:
+            raise ValueError("another program wrote to it while it was read")
+
+    def _mapped_to(self, keys: Iterable[str], target: torch.device) -> dict[str, Tensor]:
+        found = {key: self.header[key] for key in keys}
+        return {key: value if value.is_meta else value.to(target, copy=True) for key, value in found.items()}
+
+    def _read_to(self, keys: Iterable[str], target: torch.device) -> dict[str, Tensor]:
+        with open(self._handle, "rb", closefd=False) as file:
+            runs = map(partial(self._run, file), self._runs(keys))
+            return {key: tensor.to(target) for run in runs for key, tensor in run}
 
     def _runs(self, keys: Iterable[str]) -> Iterator[list[str]]:
         """Yields keys of adjacent tensors that are read together: a call for each small tensor takes longer.
@@ -436,6 +444,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {} if path.suffix == ".bin" else TensorFile(path).metadata
 
 
+def _version(found: os.stat_result) -> Mark:
+    return found.st_size, found.st_mtime_ns
+
+
 def _device(device: str | torch.device) -> torch.device:
     try:
         target = torch.device(device)
@@ -469,7 +481,6 @@ def _check_archive(path: Path) -> bool:
     Raises:
         ValueError: reading the file could take unlimited memory.
     """
-    os.close(inside.open_file(path))
     if not zipfile.is_zipfile(path):  # torch.save's format before torch 1.6
         if path.stat().st_size > _LARGEST_UNMAPPED:
             raise ValueError(f"it is not a zip archive, and has more than {_LARGEST_UNMAPPED:,} bytes")
@@ -503,6 +514,5 @@ def weights_mark(folder: str | os.PathLike[str]) -> Mark | None:
     """Returns the mark that identifies the weights file in an adapter's folder; None if there is none."""
     for name in (WEIGHTS_NAME, LEGACY_WEIGHTS_NAME):
         with contextlib.suppress(OSError):
-            found = os.stat(os.path.join(folder, name))
-            return found.st_size, found.st_mtime_ns
+            return _version(os.stat(os.path.join(folder, name)))
     return None

@@ -116,6 +116,16 @@ def test_state_dicts_in_the_keys_of_files_and_of_peft_models(tmp_path: Path) -> 
         torch.testing.assert_close(logits(model), logits(donor), rtol=1e-5, atol=1e-5)
 
 
+def test_tensors_of_the_slot_itself_are_read_before_they_are_overwritten() -> None:
+    model = adapted()
+    own = get_peft_model_state_dict(model)
+    layers = ("layers.0", "layers.1")
+    exchanged = {key: own[key.replace(*layers) if layers[0] in key else key.replace(*layers[::-1])] for key in own}
+    expected = {key: tensor.clone() for key, tensor in exchanged.items()}
+    hotswap_adapter_from_state_dict(model, exchanged, "default", config())
+    assert same_state(get_peft_model_state_dict(model), expected)
+
+
 def test_5_a_name_inside_another_is_left_alone(tmp_path: Path) -> None:
     """PEFT zeroes ``default2`` when ``default`` is swapped."""
     source = saved(tmp_path)
