@@ -443,7 +443,7 @@ def _(block: blocks.Progress) -> str:
 def _(block: blocks.LossChart) -> str:
     train = block.train
     entries = [(palette.ACCENT, "", "loss"), (palette.ACCENT, ".35", "smoothed")]
-    entries += [(palette.EVALUATION, "", "eval loss (best circled)")] if train.eval_history else []
+    entries += [(palette.EVALUATION, "", "eval loss (best step circled)")] if train.eval_history else []
     legend = "".join(f"<span>{_swatch(colour, opacity)}{label}</span>" for colour, opacity, label in entries)
     scale = span(blocks.dim("log scale" if is_logarithmic(train) else ""))
     chart = loss_image(train) if train.status in ENDED else loss_chart(train)

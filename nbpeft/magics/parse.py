@@ -22,6 +22,7 @@ _CLOSE = 0.8
 """The ``difflib`` ratio above which a ``name=value`` word after an option belongs to the option and is not a field."""
 _EXPRESSION = re.compile(r"\{[^\W\d]\w*[.\[(][^{}]*\}.*")
 """Expressions such as ``{runs[0]}``, which IPython's own magics evaluate."""
+_NAMED = re.compile(r"\{([^\W\d]\w*)\}")
 _VARIABLE = re.compile(r"([^\W\d]\w*)(?:[.\[].*)?", re.DOTALL)
 """A variable, or an expression that begins with one."""
 _SHARE = re.compile(r"[^\s=-][^\s=]*\*(?:\d+\.?\d*|\.\d+)")
@@ -156,8 +157,7 @@ class LineParser(argparse.ArgumentParser):
         message = re.sub(r"(--[\w-]+)/-\w\b", r"\1", message)
         needed = message.removeprefix(_REQUIRED)
         if needed != message:
-            example = self.command.example.partition("\n")[0]
-            raise CellError(f"{self.prog} needs {needed}" + (f", e.g. {example}" if example else ""))
+            raise CellError(f"{self.prog} needs {needed}" + (f", e.g. {self._example}" if self._example else ""))
         raise CellError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
@@ -183,8 +183,18 @@ class LineParser(argparse.ArgumentParser):
                 hint = f" The adapter is named without an option: {self.prog} NAME"
             elif self.command.fields and not close:
                 hint = f" A field is set without dashes: {word:.60}=…"
-            raise CellError(f"{self.prog} has no option {first:.60}.{hint}")
-        raise CellError(f"{self.prog}: unexpected argument {first!r:.60}; see {self.prog} --help")
+            raise CellError(f"{self.prog} has no option {first:.60}.{hint or self._usage}")
+        raise CellError(f"{self.prog}: unexpected argument {first!r:.60}.{self._usage}")
+
+    @property
+    def _example(self) -> str:
+        """The first line of the command's example; empty if it has none."""
+        return self.command.example.partition("\n")[0]
+
+    @property
+    def _usage(self) -> str:
+        """How the command is used, to follow what was wrong with a line."""
+        return (f" Example: {self._example} (" if self._example else " (") + f"{self.prog} --help explains it)"
 
     def _names_adapters(self) -> bool:
         """Whether positional arguments are the names of adapters."""
@@ -358,7 +368,7 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     """Return a word with its variable, ``{name}`` or ``$name``, replaced by the value.
 
     The variable may be the whole word, the first folder of a path, or the value after an equals sign:
-    ``--rank={r}``, ``orders={weight}``.
+    ``--rank={r}``, ``orders={weight}``. ``{name}`` may also be a part of a word without quotes: ``runs/seed-{i}``.
 
     Args:
         word: the word.
@@ -380,16 +390,29 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
         if not word.quoted and _EXPRESSION.fullmatch(text):
             message = f"{text:.60} is an expression; only a variable, as in {{name}}, is replaced: assign it first"
             raise CellError(message, column=word.start)
+        if not word.quoted and _NAMED.search(word.text):
+            return Verbatim(_NAMED.sub(lambda found: _text_of(found[1], found[0], word, namespace), word.text))
         return word.text
     name, rest = match
+    value = namespace.get(name)
+    if _has_messages(value) and not (head or rest):
+        return Expression(name)
+    value = _text_of(name, text, word, namespace)
+    return head + value + rest if head else Verbatim(f"{value}{rest}")
+
+
+def _text_of(name: str, text: str, word: Word, namespace: Mapping[str, Any]) -> str:
+    """The value of a variable that a word names, as text.
+
+    Raises:
+        CellError: it is not defined, or is not text, a number or a path.
+    """
     if name not in namespace:
         near = did_you_mean(name, own_names(namespace))
         raise CellError(f"name {name!r:.60} is not defined.{near}", column=word.start)
     value = namespace[name]
-    if _has_messages(value) and not (head or rest):
-        return Expression(name)
     if isinstance(value, str | int | float) or hasattr(value, "__fspath__"):
-        return head + str(value) + rest if head else Verbatim(f"{value}{rest}")
+        return str(value)
     raise CellError(f"{text:.60} is {with_article(value)}, not text, a number or a path", column=word.start)
 
 

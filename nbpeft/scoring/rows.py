@@ -22,7 +22,19 @@ from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL, Classes
 from nbpeft.training.data.encoding import CodedRow, Span, decoded, encode
-from nbpeft.training.data.forms import TEXT, Chat, Form, Pair, Plain, check_roles, likely_completion, row_of
+from nbpeft.training.data.forms import (
+    COMPARED,
+    TEXT,
+    Chat,
+    Compared,
+    Example,
+    Form,
+    Pair,
+    Plain,
+    check_roles,
+    likely_completion,
+    row_of,
+)
 from nbpeft.training.data.options import REASONING, RowOptions, why_not_used
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import Row, is_nothing
@@ -265,11 +277,15 @@ def _reader(
         if own[name] != name and own[name] not in available:
             raise ConfigError(f"columns: the rows have no {own[name]!r:.40} for {name}", field="columns")
     prompt = (mapping or {}).get("prompt", "prompt")
-    alone = "tokens" not in needs and "classes" not in needs and prompt in available
+    compared = inputs.classes is None and {*available, *(mapping or {})}.issuperset(COMPARED.needs)
+    if compared:
+        inputs = replace(inputs, kind=None)  # any kind: rows that also have another form are read in that form
+    alone = not compared and "tokens" not in needs and "classes" not in needs and prompt in available
     if alone and (mapping or {}).get("completion", "completion") not in available:
         names = {"prompt": prompt} if prompt != "prompt" else {}
         return Reading(opened, _PROMPT, names, tokenizer, inputs=inputs), own
-    return reading(opened, tokenizer, max_length=max_length, columns=mapping or None, inputs=inputs), own
+    found = reading(opened, tokenizer, max_length=max_length, columns=mapping or None, inputs=inputs)
+    return replace(found, form=_PREFERRED) if found.form is COMPARED else found, own
 
 
 def _references_in(available: Sequence[str], columns: Mapping[str, str] | None) -> str:
@@ -287,6 +303,14 @@ def _read_prompt(row: Row, chat: bool) -> Pair | Chat:
     return Chat(messages.messages, (1.0,) * len(messages.messages), tools=row.tools())
 
 
+def _read_preferred(row: Row, chat: bool) -> Example:
+    """The completion that is preferred, as the reference; the other one is read, too, so that it is checked."""
+    example = COMPARED.read(row, chat)
+    assert isinstance(example, Compared)
+    return example.chosen
+
+
+_PREFERRED = replace(COMPARED, read=_read_preferred)
 _PROMPT = Form("prompt", ("prompt",), _read_prompt, ("tools",))
 
 
@@ -350,7 +374,10 @@ class _Rows:
 
     @property
     def notes(self) -> Iterator[str]:
-        """What was cut or left out of rows."""
+        """What the references are, and what was cut or left out of rows."""
+        if self._reader.form is _PREFERRED:
+            chosen = self._reader.columns.get("chosen", "chosen")
+            yield f"the references are the completions in {chosen!r}"
         if self.cut:
             yield f"{plural(self.cut, 'row')} cut to {self._reader.limit} tokens (max_length)"
         if self.without_reasoning:

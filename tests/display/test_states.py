@@ -218,7 +218,7 @@ def test_the_training_card_shows_its_figures() -> None:
     for words in (
         "Training orders model running",
         "loss 0.084 mean 0.310",
-        "eval loss 0.102 best 0.813 at step 10",
+        "eval loss 0.102 0.813 at best step 10",
         "accuracy 0.910 at step 20",
         "step 25 / 40 epoch 0.62",
         "tokens/s 241",
@@ -227,6 +227,17 @@ def test_the_training_card_shows_its_figures() -> None:
         "optimizer 37.0 MB",
     ):
         assert words in text
+
+
+def test_the_best_step_of_a_metric_is_not_called_the_best_loss() -> None:
+    accuracy = {"metrics": {"accuracy": 0.6}, "metric_history": {"accuracy": ((10, 0.9), (20, 0.6))}}
+    by_metric = read(training_card(train_state(25, 40, best_step=10, **accuracy))).text
+    assert "eval loss 0.102 0.813 at best step 10" in by_metric
+    assert "accuracy 0.600 0.900 at best step 10" in by_metric
+    risen = train_state(25, 40, best_step=10, eval_loss=0.9, eval_history=((10, 0.8), (20, 0.9)), **accuracy)
+    assert "eval loss 0.900 best 0.800 at step 10" in read(training_card(risen)).text
+    last = read(training_card(train_state(25, 40, best_step=20, **accuracy))).text
+    assert "eval loss 0.102 best, at step 20" in last and "accuracy 0.600 at step 20" in last
 
 
 def test_the_figures_keep_their_places_before_they_are_known() -> None:

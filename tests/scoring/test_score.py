@@ -344,16 +344,40 @@ def test_rows_without_a_reference_are_named() -> None:
         scored(adapted(), ["a text"])
     with pytest.raises(TrainingError, match="None of the 1 row can be scored: row 0: it has no reference"):
         scored(adapted(), ["only text"])
-    pairs = [{"prompt": "x", "chosen": "a", "rejected": "b"}]
-    with pytest.raises(TrainingError, match=r"no reference\. If the references are in 'chosen': columns=") as refused:
-        scored(adapted(), pairs)
-    assert "columns={'completion': 'chosen'}" in str(refused.value)
-    result = scored(adapted(), pairs, columns={"completion": "chosen"}, max_new_tokens=2)
-    assert [item.reference for item in result.items] == ["a"]
     for columns, named in (({}, "answer"), ({"prompt": "q"}, "reply")):
         rows = [{columns.get("prompt", "prompt"): "x", named: "a", "id": "1"}]
         with pytest.raises(TrainingError, match=f"'completion': '{named}'"):
             scored(adapted(), rows, columns=columns or None)
+
+
+@pytest.mark.parametrize("metric", ["exact", "loss"])
+def test_preferences_are_scored_by_the_chosen_completion(metric: str) -> None:
+    pairs = [{"prompt": "x", "chosen": "ab", "rejected": "b"}, {"prompt": "xy", "chosen": "ba", "rejected": "a"}]
+    alone = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    renamed = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in pairs]
+    limit = {"max_new_tokens": 2} if metric == "exact" else {}
+    expected = scored(adapted(), alone, metric=metric, **limit)
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    for rows, names in ((pairs, None), (renamed, columns), (pairs, {"completion": "chosen"})):
+        found = scored(adapted(), rows, metric=metric, columns=names, **limit)
+        assert [item.reference for item in found.items] == ["ab", "ba"]
+        assert [item.values for item in found.items] == [item.values for item in expected.items]
+    result = scored(adapted(), renamed, metric=metric, columns=columns, **limit)
+    assert result.notes[0] == "the references are the completions in 'good'"
+
+
+def test_conversations_of_which_one_is_preferred_are_scored_by_its_last_turn() -> None:
+    tokenizer = byte_tokenizer()
+    model = llama(vocab_size=len(tokenizer))
+    asked = [{"role": "user", "content": "Hi"}]
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("ab", "b"))
+    expected = scored(model, [{"messages": asked + good}], tokenizer=tokenizer, max_new_tokens=2)
+    for row in ({"prompt": asked, "chosen": good, "rejected": bad}, {"chosen": asked + good, "rejected": asked + bad}):
+        found = scored(model, [row], tokenizer=tokenizer, max_new_tokens=2)
+        assert [(item.prompt, item.reference, item.answers) for item in found.items] == [
+            (item.prompt, item.reference, item.answers) for item in expected.items
+        ]
+        assert found.items[0].reference == "ab"
 
 
 def test_cut_answers_are_counted() -> None:

@@ -136,7 +136,7 @@ def test_held_out_rows_that_are_also_trained_on_are_counted() -> None:
     assert found.held_out == "12 of 60 rows held out for evaluation"
     assert found.notes[-1] == (
         "12 of the 12 held-out rows are also trained on (58 of 60 rows are repeats): "
-        "groups by 'Frage' (eval_by) keep equal rows together"
+        "eval_by='Frage' keeps equal rows together"
     )
     unlike = [{**row, "completion": str(number)} for number, row in enumerate(rows)]
     other = training_rows(
@@ -156,7 +156,7 @@ def test_the_suggested_grouping_keeps_equal_rows_apart_from_the_training(column:
         trainable(), rows, 8, tokenizer=CharTokenizer("yes") if column == "messages" else CharTokenizer()
     )
     assert (
-        training_rows(request.opened()).notes[-1].endswith(f": groups by {column!r} (eval_by) keep equal rows together")
+        training_rows(request.opened()).notes[-1].endswith(f": eval_by={column!r} keeps equal rows together")
     )
     grouped = training_rows(replace(request, eval_by=column).opened())
     assert not {*keys(grouped.train)} & {*keys(grouped.evaluation)} and len(grouped.evaluation) == 8

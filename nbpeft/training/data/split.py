@@ -180,7 +180,7 @@ def grouping(columns: Sequence[str], mapping: Mapping[str, str] | None) -> str:
     """
     names = ((mapping or {}).get(name, name) for name in _WHOLE)
     column = next((name for name in names if name in columns), None)
-    return f"groups by {column!r} (eval_by) keep equal rows together" if column is not None else "keep each row once"
+    return f"eval_by={column!r} keeps equal rows together" if column is not None else "keep each row once"
 
 
 def leaked(train: Any, evaluation: Any) -> str:

@@ -308,8 +308,8 @@ def _note(
             part.report = run.note
     run.rows = replace(run.rows, unmapped=request.unmapped, numbered=bool(rows.unlearned))
     run.unlearned = rows.unlearned
-    note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
-    note_on_rows += f" ({request.data_hint})" if request.data_hint and rows.notes else ""
+    told = "; ".join(rows.notes) + (f" ({request.data_hint})" if request.data_hint and rows.notes else "")
+    note_on_rows = "; ".join(note for note in (told, rows.held_out) if note)
     run.note(note_on_rows)
     if objective.rows == JUDGED and request.processes is None and not settings.dataloader_drop_last:
         sizes = {"an epoch": settings.train_batch_size, "an evaluation": settings.eval_batch_size}

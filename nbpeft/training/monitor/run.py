@@ -90,6 +90,7 @@ class Run:
         folder: The folder of the run on disk, or the empty string.
         output_dir: The folder in which its adapter is saved at the end, or the empty string.
         rows: The rows to score its adapter on, as a cell named them.
+        spelled: Writes a note in the notation in which the training was requested, e.g. with the options of a cell.
         unlearned: Adapter -> which rows of its data are held out, where this is known; "" for all adapters.
         mirrors: Whether it runs in other processes, whose states it shows (``mirror``); set before it begins.
         earlier: Adapter -> the last step of the earlier run in which its initial weights were trained, and its name.
@@ -135,6 +136,7 @@ class Run:
         self.shown: Literal["", "text", "card"] = ""
         self.folder = self.output_dir = ""
         self.rows = NamedRows()
+        self.spelled: Callable[[str], str] = str
         self.unlearned: Mapping[str, HeldOut] = {}
         self.earlier, self.starts_from = dict[str, tuple[int, str]](), ""
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
@@ -328,6 +330,7 @@ class Run:
             error: whether to show it as an error: the training diverged.
         """
         with self._lock:
+            message = self.spelled(message)
             if message and message not in self._notes:
                 self._notes.append(message)
             if message and (warning or error):
