@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.backends.bnb4bit import Bnb4bit
-from nbpeft.engine.contract.registry import resolve_backend
+from tests.engine.backends.support import backend_name, error, evaluate
 from tests.pretend_cpu import pretend_repacking, repack, repacked_product
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -27,11 +27,6 @@ def repacks(request, monkeypatch) -> bool:
     """Whether the library changes the layout in the first eval forward."""
     pretend_repacking(monkeypatch, request.param)
     return request.param
-
-
-def backend_name(layer):
-    found = resolve_backend(layer)
-    return None if found is None else found.name
 
 
 def quantized(
@@ -59,18 +54,8 @@ def inputs(layer, dtype=torch.float32, rows=5):
     return torch.randn(rows, layer.in_features, dtype=dtype)
 
 
-def evaluate(layer, x):
-    with torch.no_grad():
-        return layer.eval()(x)
-
-
 def is_packed(layer):
     return getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
-
-
-def error(weight, reference):
-    weight, reference = weight.detach().float(), reference.detach().float()
-    return float((weight - reference).norm() / reference.norm())
 
 
 SETTINGS = [

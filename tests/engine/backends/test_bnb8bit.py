@@ -8,17 +8,12 @@ import torch
 from torch import nn
 
 from nbpeft.engine.backends.bnb8bit import Bnb8bit
-from nbpeft.engine.contract.registry import resolve_backend
+from tests.engine.backends.support import backend_name, error, evaluate
 
 bnb = pytest.importorskip("bitsandbytes")
 backend = Bnb8bit()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 128), (5, 7), (33, 65), (1, 3)]
-
-
-def backend_name(layer):
-    found = resolve_backend(layer)
-    return None if found is None else found.name
 
 
 def quantized(out_features=64, in_features=128, *, bias=False, threshold=0.0, seed=0):
@@ -34,21 +29,11 @@ def inputs(layer, dtype=torch.float32):
     return torch.randn(5, layer.in_features).to(dtype)
 
 
-def evaluate(layer, x):
-    with torch.no_grad():
-        return layer.eval()(x)
-
-
 def train_step(layer, x):
     layer.train()
     x = x.clone().requires_grad_()
     layer(x).float().square().sum().backward()
     return x.grad
-
-
-def error(weight, reference):
-    weight, reference = weight.detach().float(), reference.detach().float()
-    return float((weight - reference).norm() / reference.norm())
 
 
 FORWARDS = {
