@@ -197,17 +197,9 @@ class AdapterManager:
         return dict(self._biases.of(name))
 
     @property
-    def trains_base_biases(self) -> bool:
-        """Whether an adapter trains biases of the base."""
-        return self._biases.are_trained
-
-    def replaced_in_base(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> original of each tensor that an adapter replaces or trains."""
-        return self._biases.originals(name)
-
-    def values_in_base(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> present value of each tensor that an adapter replaces or trains."""
-        return self._biases.present(name)
+    def biases(self) -> BaseBiases:
+        """The tensors of the base model that adapters train or replace."""
+        return self._biases
 
     def ensure_loaded(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
         """Loads adapters and keeps them on the model during the block; no effect without an ``AdapterProvider``."""

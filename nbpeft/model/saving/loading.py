@@ -305,7 +305,7 @@ def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> li
 def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
     """Removes a file's base tensors that equal those of the base model, and warns about those that differ."""
     brought = [key for key in weights.base if key not in plan.biases]
-    known = {**embedding_weights(manager.model, loaded=True), **manager.replaced_in_base(name)} if brought else {}
+    known = {**embedding_weights(manager.model, loaded=True), **manager.biases.originals(name)} if brought else {}
     replaced = drop_unchanged(weights, {key: known[key] for key in brought})
     refuse_offloaded(manager.model, replaced)
     if replaced:
