@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.backends.bnb8bit import Bnb8bit
-from tests.engine.backends.support import backend_name, error, evaluate
+from tests.engine.backends.support import backend_name, check_grid_of_larger_weight, error, evaluate
 
 bnb = pytest.importorskip("bitsandbytes")
 backend = Bnb8bit()
@@ -176,11 +176,4 @@ def test_a_grid_is_where_the_weight_lies_and_can_be_stored(out_features: int, in
 
 
 def test_a_grid_reaches_as_far_as_the_weight_to_round():
-    layer, _ = quantized()
-    before = backend.dequantize(layer).float()
-    grid = backend.grid(layer, 3 * before)
-    wider, present = grid.scales.expand_as(before), backend.grid(layer, before).scales.expand_as(before)
-    assert float((wider / present).min()) > 2.9
-    places = torch.bucketize(3 * before / grid.scales, (grid.levels[1:] + grid.levels[:-1]) / 2).to(torch.uint8)
-    backend.restore(layer, grid.stored(places))
-    assert error(backend.dequantize(layer), 3 * before) < 0.02
+    check_grid_of_larger_weight(backend, quantized()[0])
