@@ -216,9 +216,10 @@ def fitted(
 
 
 def _copied_by_peft(model: nn.Module, config: AdapterConfig, plan: InjectionPlan, keys: Iterable[str]) -> list[str]:
-    """Returns the modules of which keys are tensors, and whose names end with one in ``modules_to_save``.
+    """Returns the modules that a file has tensors of, and whose names end with a name in ``modules_to_save``.
 
-    PEFT trains them too, e.g. DistilBERT's ``pre_classifier`` for ``classifier``. Without those that the plan copies.
+    PEFT trains them too, e.g. DistilBERT's ``pre_classifier`` for ``classifier``. Those that the plan copies are left
+    out.
     """
     names = tuple(getattr(config, "modules_to_save", None) or ())
     if not names or not keys:

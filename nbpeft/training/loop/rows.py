@@ -142,7 +142,7 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
 
 
 def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
-    """Prepares the rows of adapters of which each has its own."""
+    """Prepares the rows of adapters that each have rows of their own."""
     parts: dict[str, TrainingRows] = {}
     for name in request.own_rows:
         try:
