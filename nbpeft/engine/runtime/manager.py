@@ -327,7 +327,7 @@ class AdapterManager:
         Args:
             name: name of the adapter.
             config: its config, or a plan from ``plan``.
-            weights: loaded tensors; None to initialise new ones.
+            weights: loaded tensors; None to initialize new ones.
             trainable: whether the adapter trains while it is active.
             half: keep its parameters in the base's dtype even if that is half precision.
             allow_missing: only warn about targets that match nothing, if others match.
