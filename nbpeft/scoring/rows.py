@@ -61,8 +61,8 @@ class ScoredRow:
         prompt_ids: its token ids.
         reference: the text of the right answer; empty if there is none.
         reference_count: number of its tokens.
-        coded: the tokenised row with its labels, for losses and classes.
-        options: the tokenised row with each option, whose labels are those of the option; with its text.
+        coded: the tokenized row with its labels, for losses and classes.
+        options: the tokenized row with each option, whose labels are those of the option; with its text.
         right: the number of the right option.
     """
 
@@ -409,7 +409,7 @@ class _Rows:
         return replace(row, coded=coded.row, prompt=text, reference=name)
 
     def _of_tokens(self, row: ScoredRow, coded: CodedRow | None) -> ScoredRow:
-        """The prompt and the reference of a tokenised row: what comes before the last learned part, and that part."""
+        """The prompt and the reference of a tokenized row: what comes before the last learned part, and that part."""
         assert coded is not None
         if self._tokenizer is None or self._reader.inputs.classes is not None:
             return row

@@ -92,7 +92,7 @@ def score(
             ``pattern`` of each row. With ``general`` they may be left out: the loss on the general text is then the
             score.
         metric: a metric, or several in a list; by default ``exact``, and ``accuracy`` for a classifier of texts.
-        tokenizer: the tokenizer of the model; not needed for rows that are tokenised.
+        tokenizer: the tokenizer of the model; not needed for rows that are tokenized.
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
         base: whether to score the base model, too.
         only: numbers of the rows to score, 0 for the first, e.g. the ``held_out`` of a training's result; None for all.

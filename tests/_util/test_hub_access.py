@@ -85,13 +85,3 @@ def test_an_unknown_id_is_one_line(
     assert "no model could be loaded from 'some/base'" in quantized.line
     told = [record.getMessage() for record in caplog.records if record.name.startswith("huggingface_hub")]
     assert told == [], "nothing is tried again"
-
-
-@pytest.fixture
-def notebook() -> Iterator[Notebook]:
-    from tests.tiny_models import llama
-
-    made = Notebook()
-    made["model"] = llama()
-    yield made
-    made.close()

@@ -29,7 +29,7 @@ peft = pytest.importorskip("peft")
 
 # Reason -> patterns of differences, as the functions below write them.
 DIFFERENCES: dict[str, tuple[str, ...]] = {
-    "variants and initialisations of LoRA that nbpeft lacks": (
+    "variants and initializations of LoRA that nbpeft lacks": (
         "peft.tuners.lora.arrow: *",
         "peft.tuners.lora.corda: *",
         "peft.tuners.lora.eva: no *",

@@ -153,7 +153,7 @@ class Adapter(Bindable):
         Args:
             config: the method's own config.
             site: the layer.
-            tensors: loaded tensors by name, which are used without a copy; None to initialise new ones.
+            tensors: loaded tensors by name, which are used without a copy; None to initialize new ones.
 
         Returns:
             The adapter.

@@ -92,7 +92,7 @@ class SharedState(Bindable):
         Args:
             config: the method's own config.
             site: shapes, device and dtype.
-            tensors: name -> loaded tensor, or None to initialise new ones.
+            tensors: name -> loaded tensor, or None to initialize new ones.
 
         Returns:
             The state.

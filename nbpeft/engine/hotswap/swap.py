@@ -178,7 +178,7 @@ def check_contents(name: str, slot_config: AdapterConfig, config: AdapterConfig)
     for owner, which in ((slot_config, f"adapter {name!r}"), (config, "the new adapter")):
         if getattr(owner, "initialised_from_weight", False):  # other libraries' configs lack it; refused later
             raise HotSwapError(
-                f"{which} is initialised from a part of the base weights: load the new one under another name"
+                f"{which} is initialized from a part of the base weights: load the new one under another name"
             )
         for method in companions():
             field = "" if method.shares.companion is None else method.shares.companion.field

@@ -80,7 +80,7 @@ def build(
         model: the base model.
         plan: the plan.
         active_state: state of the model, for new wrappers.
-        weights: loaded tensors; paths and parameters missing there are initialised.
+        weights: loaded tensors; paths and parameters missing there are initialized.
         name: name of the adapter, for custom layer classes.
         half: use the base's dtype for adapters even if it has half precision; by default they
             are float32 then, which training needs.
@@ -114,7 +114,7 @@ def build(
     parts = Parts([], [], shared, model)
 
     def create(target: Target) -> Adapter:
-        check_interrupt()  # some initialisations take a second for each layer
+        check_interrupt()  # some initializations take a second for each layer
         base = layers[target.path].base
         start = None if weights is None else weights.starts.get(target.path)
         dtype = adapter_dtype(base.backend, base.module, half=half)
@@ -217,7 +217,7 @@ def shared_state(
 
     Args:
         plan: plan of the adapter.
-        weights: loaded tensors, or None to initialise.
+        weights: loaded tensors, or None to initialize.
         layers: path of each target -> the layer.
         device: device of its tensors.
         dtype: dtype of new tensors.

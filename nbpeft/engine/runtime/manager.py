@@ -197,17 +197,9 @@ class AdapterManager:
         return dict(self._biases.of(name))
 
     @property
-    def trains_base_biases(self) -> bool:
-        """Whether an adapter trains biases of the base."""
-        return self._biases.are_trained
-
-    def replaced_in_base(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> original of each tensor that an adapter replaces or trains."""
-        return self._biases.originals(name)
-
-    def values_in_base(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> present value of each tensor that an adapter replaces or trains."""
-        return self._biases.present(name)
+    def biases(self) -> BaseBiases:
+        """The tensors of the base model that adapters train or replace."""
+        return self._biases
 
     def ensure_loaded(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
         """Loads adapters and keeps them on the model during the block; no effect without an ``AdapterProvider``."""
@@ -335,7 +327,7 @@ class AdapterManager:
         Args:
             name: name of the adapter.
             config: its config, or a plan from ``plan``.
-            weights: loaded tensors; None to initialise new ones.
+            weights: loaded tensors; None to initialize new ones.
             trainable: whether the adapter trains while it is active.
             half: keep its parameters in the base's dtype even if that is half precision.
             allow_missing: only warn about targets that match nothing, if others match.

@@ -103,7 +103,7 @@ class Keeper:
 
     def update(self, manager: AdapterManager) -> None:
         """Records everything about the adapter except its tensors."""
-        self._of_base, self._settings = manager.values_in_base(self._name), _settings(manager, self._name)
+        self._of_base, self._settings = manager.biases.present(self._name), _settings(manager, self._name)
 
     def __call__(self) -> AdapterSnapshot:
         """Takes the snapshot."""
@@ -245,7 +245,7 @@ def has_weights(manager: AdapterManager, name: str, weights: AdapterWeights) -> 
         weights: the tensors to compare with.
     """
     present = manager.weights(name)
-    present.base = manager.values_in_base(name)
+    present.base = manager.biases.present(name)
     return present.equals(weights)
 
 

@@ -533,7 +533,7 @@ def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None
 
 def warn_of_trained_biases(manager: AdapterManager) -> None:
     """Warns if the model still differs from the base model with adapters disabled, because biases were trained."""
-    if not manager.trains_base_biases:
+    if not manager.biases.are_trained:
         return
     with manager.reading():
         configs = {name: manager.configs[name] for name in manager.active}

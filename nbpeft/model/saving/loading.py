@@ -226,9 +226,10 @@ def fitted(
 
 
 def _copied_by_peft(model: nn.Module, config: AdapterConfig, plan: InjectionPlan, keys: Iterable[str]) -> list[str]:
-    """Returns the modules of which keys are tensors, and whose names end with one in ``modules_to_save``.
+    """Returns the modules that a file has tensors of, and whose names end with a name in ``modules_to_save``.
 
-    PEFT trains them too, e.g. DistilBERT's ``pre_classifier`` for ``classifier``. Without those that the plan copies.
+    PEFT trains them too, e.g. DistilBERT's ``pre_classifier`` for ``classifier``. Those that the plan copies are left
+    out.
     """
     names = tuple(getattr(config, "modules_to_save", None) or ())
     if not names or not keys:
@@ -315,7 +316,7 @@ def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> li
 def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
     """Removes a file's base tensors that equal those of the base model, and warns about those that differ."""
     brought = [key for key in weights.base if key not in plan.biases]
-    known = {**embedding_weights(manager.model, loaded=True), **manager.replaced_in_base(name)} if brought else {}
+    known = {**embedding_weights(manager.model, loaded=True), **manager.biases.originals(name)} if brought else {}
     replaced = drop_unchanged(weights, {key: known[key] for key in brought})
     refuse_offloaded(manager.model, replaced)
     if replaced:

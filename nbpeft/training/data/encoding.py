@@ -1,4 +1,4 @@
-"""Tokenised rows, and the encoding of text with marked spans as token ids and labels."""
+"""Tokenized rows, and the encoding of text with marked spans as token ids and labels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenised row.
+    """One tokenized row.
 
     Attributes:
         input_ids: ids of the model's input tokens.
@@ -59,7 +59,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class CodedRow:
-    """One tokenised row, before truncation.
+    """One tokenized row, before truncation.
 
     Attributes:
         number: 0 for the first.
@@ -172,9 +172,9 @@ def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:
 
 
 def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = True, whole: bool = False) -> Encoded:
-    """Tokenises ``text``, with labels on the tokens that touch one of ``spans``.
+    """Tokenizes ``text``, with labels on the tokens that touch one of ``spans``.
 
-    Prompt and completion are tokenised together, as the model reads them; a token that
+    Prompt and completion are tokenized together, as the model reads them; a token that
     spans the border between them belongs to the completion.
 
     Args:
@@ -219,7 +219,7 @@ def _by_offsets(offsets: Iterable[tuple[int, int]], spans: Sequence[Span]) -> li
 def _by_prefix(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span], special: bool) -> list[float]:
     """The weight of each token without offsets (slow tokenizers have none).
 
-    The token at the border of a span is found by tokenising the text before the border and counting the tokens that it
+    The token at the border of a span is found by tokenizing the text before the border and counting the tokens that it
     shares with the whole text.
     """
 

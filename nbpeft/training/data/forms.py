@@ -1,4 +1,4 @@
-"""The forms of rows, recognised by their columns, and the example that each row gives."""
+"""The forms of rows, recognized by their columns, and the example that each row gives."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Form:
 
     Attributes:
         name: its name in messages.
-        needs: the required columns, by which the form is recognised.
+        needs: the required columns, by which the form is recognized.
         read: (row, whether the tokenizer has a chat template) -> the example.
         may: optional columns.
     """
@@ -361,7 +361,7 @@ def form_of(
     first: Any = None,
     chat: bool = False,
 ) -> Form | None:
-    """The form of rows with these columns; None for tokenised rows.
+    """The form of rows with these columns; None for tokenized rows.
 
     Args:
         columns: the columns of the rows.

@@ -37,9 +37,9 @@ from nbpeft.training.data.verdicts import LABEL, are_verdicts, is_good, labels_i
 
 DEFAULT_MAX_LENGTH = 1024
 MASKS = ("completion_mask", "assistant_masks")
-"""Columns of tokenised rows that mark the tokens to train on, with TRL's names."""
+"""Columns of tokenized rows that mark the tokens to train on, with TRL's names."""
 LABELS = ("labels", "label", "label_ids")
-"""Columns of tokenised rows that may contain the labels; the first one that a row has is used."""
+"""Columns of tokenized rows that may contain the labels; the first one that a row has is used."""
 _TOKENS = frozenset(("input_ids", "attention_mask", LOSS_WEIGHTS, WEIGHT, *MASKS))
 TOKEN_TYPES = "token_type_ids"
 """The column that marks the second of two texts."""
@@ -57,7 +57,7 @@ class ModelInputs:
         encoder_decoder: whether the prompt goes to the encoder and the completion to the decoder.
         classes: its classes, if it is a classifier of texts or tokens.
         numbers: optional columns with whole numbers that it takes in addition to tokens and labels: ``task_ids``.
-        columns: columns of tokenised rows that it takes in addition to tokens and labels; None for all.
+        columns: columns of tokenized rows that it takes in addition to tokens and labels; None for all.
         unweighted: why rows cannot have different weights in the loss; empty if they can.
         tokens_only: why it takes no rows of text; empty if it does.
         kind: the kind of rows that the objective of a training takes, see ``FORMS_OF``; None for any.
@@ -90,11 +90,11 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class Reading:
-    """Opened data, and how to read and tokenise its rows.
+    """Opened data, and how to read and tokenize its rows.
 
     Attributes:
         rows: the opened data.
-        form: the form of the rows; None if they are tokenised.
+        form: the form of the rows; None if they are tokenized.
         columns: name in the form -> column, where they differ.
         tokenizer: the tokenizer of the model.
         limit: greatest number of tokens of a row; the rest is cut off.
@@ -141,7 +141,7 @@ class Reading:
         return frozenset(self.columns.get(name, name) for name in names) | ({self.group} if self.group else set())
 
     def example(self, value: Any, number: int) -> Example:
-        """The example of a row, before tokenisation.
+        """The example of a row, before tokenization.
 
         Args:
             value: the row.
@@ -301,7 +301,7 @@ class Reading:
         return self.class_names[label] if counted else label
 
     def extra(self, columns: Sequence[str] | Mapping[str, Any]) -> list[str]:
-        """The columns of tokenised rows that are not used.
+        """The columns of tokenized rows that are not used.
 
         Args:
             columns: all columns.
@@ -317,7 +317,7 @@ class Reading:
         ]
 
     def kept(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a tokenised row for the model other than tokens and labels."""
+        """The values of a tokenized row for the model other than tokens and labels."""
         taken = self.inputs.columns
         left = _TOKENS - {"attention_mask"} | {*LABELS, *self.columns.values()}
         return {
@@ -408,7 +408,7 @@ def columns_of(rows: Any) -> tuple[str, ...]:
 
 
 def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None = None) -> bool | None:
-    """Whether rows are text to which no chat template is applied; None for rows that are tokenised already.
+    """Whether rows are text to which no chat template is applied; None for rows that are tokenized already.
 
     Args:
         data: as for :func:`prepare_data`.
@@ -431,7 +431,7 @@ def is_plain(data: Any, tokenizer: Any = None, columns: Mapping[str, str] | None
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """A tokenised row with the names that models take.
+    """A tokenized row with the names that models take.
 
     Args:
         row: the row.

@@ -1,4 +1,4 @@
-"""Tokenises a row of any form: text, chats, pairs, comparisons, classes and tags, or tokens as they are."""
+"""Tokenizes a row of any form: text, chats, pairs, comparisons, classes and tags, or tokens as they are."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Rendered = TypeVar("Rendered")
 
 
 def coded_rows(reading: Reading) -> Iterator[CodedRow]:
-    """Tokenises the rows of opened data, one after the other.
+    """Tokenizes the rows of opened data, one after the other.
 
     Rows that cannot be read have a reason to be left out if ``skip_bad`` is set. Otherwise all rows are read to
     count them; of a stream, only up to the first.
@@ -69,7 +69,7 @@ def coded_rows(reading: Reading) -> Iterator[CodedRow]:
 
 
 class RowCoder:
-    """Tokenises the rows of opened data.
+    """Tokenizes the rows of opened data.
 
     Args:
         reading: the data, and how it is read.
@@ -82,7 +82,7 @@ class RowCoder:
         self._renderer, self._used = ChatRenderer(reading.tokenizer), reading.used
 
     def coded(self, value: Any, number: int) -> CodedRow:
-        """Tokenises a row; a row that is tokenised already gets its masks and weights applied.
+        """Tokenizes a row; a row that is tokenized already gets its masks and weights applied.
 
         Args:
             value: the row.
@@ -193,7 +193,7 @@ class RowCoder:
         return replace(parts[0], rejected=parts[1], unused=tuple(unused), joint=joint)
 
     def _encoded(self, row: Row, example: Example) -> tuple[Encoded, str, list[Unused]]:
-        """A tokenised row, the reason why there is nothing to train on (or empty), and its parts that are not used."""
+        """A tokenized row, the reason why there is nothing to train on (or empty), and its parts that are not used."""
         assert self.form is not None
         if self.inputs.encoder_decoder and not isinstance(example, Pair):
             raise TrainingError(
@@ -298,7 +298,7 @@ class RowCoder:
             raise row.error(f"{self.columns.get(column, column)!r} is {value!r:.40}; {error}.") from None
 
     def _as_it_is(self, row: Row) -> CodedRow:
-        """A row that is tokenised already; missing labels are copied from the ids, as the collator does."""
+        """A row that is tokenized already; missing labels are copied from the ids, as the collator does."""
         values = renamed(row.values, self.columns)
         ids = as_list(values.get("input_ids", ()))
         name = next((name for name in LABELS if values.get(name) is not None), None)

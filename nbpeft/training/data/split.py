@@ -166,7 +166,7 @@ def hash_of(row: Mapping[str, Any]) -> int:
     """A number that is the same for rows with the same tokens and labels.
 
     Args:
-        row: a tokenised row.
+        row: a tokenized row.
     """
     return hash(tuple(_hashable(row.get(name)) for name in _TOKENS))
 

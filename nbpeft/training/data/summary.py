@@ -84,14 +84,14 @@ class DataSummary:
         left_out_count: number of these rows.
         longest: tokens of the longest row, before truncation.
         median: median number of tokens of a row, before truncation.
-        limit: the maximum length in tokens; None for tokenised rows, which are not truncated.
+        limit: the maximum length in tokens; None for tokenized rows, which are not truncated.
         bins: (first length, last length, number of rows) of each bin of the histogram of lengths.
         rows: summaries of some of the rows.
         partial: whether only the first rows of a stream were read.
         unused: parts of the rows that are not trained on, one line for each reason.
         has_labels: whether the labels are one class or number for each row, for a classifier.
         unlabelled: the column with the text of rows whose label is not used; empty for other rows.
-        format: the form in which the rows are written; None if they are tokenised or for a classifier.
+        format: the form in which the rows are written; None if they are tokenized or for a classifier.
         repeated: rows to train on that are equal to an earlier one.
         grouping: what keeps equal rows together when rows are held out, as a line.
         for_template: columns with which the chat template would be applied, if the tokenizer has one and it is not.
@@ -168,7 +168,7 @@ def summarize(
 
     Args:
         data: as for ``prepare_data``.
-        tokenizer: as for ``prepare_data``; without one, tokenised rows are shown as token ids.
+        tokenizer: as for ``prepare_data``; without one, tokenized rows are shown as token ids.
         max_length: as for ``prepare_data``.
         columns: as for ``prepare_data``.
         inputs: as for ``prepare_data``.
@@ -207,7 +207,7 @@ def summarize(
     least, most = _SHOWN_TOKENS
     shown = max(least, min(most, _ALL_SHOWN_TOKENS // max(1, len(shown_rows))))
     return DataSummary(
-        form=reader.form.name if reader.form is not None else "tokenised",
+        form=reader.form.name if reader.form is not None else "tokenized",
         row_count=len(lengths) - len(totals.left_out),
         token_count=totals.tokens,
         learned_count=totals.learned,

@@ -1,4 +1,4 @@
-"""Tokenises rows of any form: all at once, or one by one as a stream yields them."""
+"""Tokenizes rows of any form: all at once, or one by one as a stream yields them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
 _READ_THROUGH = 10_000
 """The greatest number of rows to read for their columns from a dataset of unknown type, where reading may be slow."""
 _REWRITTEN = (WEIGHT, LOSS_WEIGHTS, *MASKS)
-"""Columns of tokenised rows that are applied to the labels and their weights."""
+"""Columns of tokenized rows that are applied to the labels and their weights."""
 
 
 class TokenizedRows(Dataset[dict[str, Any]]):
-    """Tokenised rows in memory.
+    """Tokenized rows in memory.
 
     Attributes:
         truncated: Number of rows that were truncated to ``max_length``.
@@ -114,7 +114,7 @@ def split_line(rows: int, parts: int) -> str:
 
 
 class StreamedRows(IterableDataset[dict[str, Any]]):
-    """Rows that are tokenised as a stream yields them, in its order; an invalid row raises when it is read.
+    """Rows that are tokenized as a stream yields them, in its order; an invalid row raises when it is read.
 
     Args:
         coded: starts the stream from its first row.
@@ -194,7 +194,7 @@ class PreparedRows:
     """Rows for a Trainer.
 
     Attributes:
-        rows: the tokenised rows.
+        rows: the tokenized rows.
         notes: a line about what was truncated, left out or not used; empty if nothing was.
         classes: the classes of a classifier, with the names that its model or the rows give them.
     """
@@ -219,7 +219,7 @@ def prepare_data(
 
     Args:
         data: Rows, or their source; see :func:`open_data`. Rows with ``input_ids`` are passed on as
-            they are; a stream is tokenised as it is read.
+            they are; a stream is tokenized as it is read.
         tokenizer: The tokenizer; required for all other rows.
         max_length: The greatest number of tokens of a row, the rest is cut off; by default the tokenizer's limit, at
             most 1024.
@@ -230,7 +230,7 @@ def prepare_data(
         **how: ``learn``, ``reasoning``, ``long`` and ``chat_template_kwargs``, as for :func:`nbpeft.train`.
 
     Returns:
-        A dataset of tokenised rows, for ``Trainer(train_dataset=…)``.
+        A dataset of tokenized rows, for ``Trainer(train_dataset=…)``.
 
     Raises:
         ConfigError: an option is invalid, or has no effect on these rows.
@@ -269,7 +269,7 @@ def lines_of(reader: Reading, unused: UnusedParts, formats: SeenFormats, count: 
 
 
 def _in_memory(reader: Reading) -> TokenizedRows:
-    """Tokenises all rows."""
+    """Tokenizes all rows."""
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str]] = []
     unused, formats, truncated = UnusedParts(), SeenFormats(reader.options, reader.for_template), 0
@@ -305,7 +305,7 @@ def _in_memory(reader: Reading) -> TokenizedRows:
 
 
 def _tokens(reader: Reading) -> PreparedRows:
-    """Tokenised rows without their unused columns, and with their masks and weights applied to the labels."""
+    """Tokenized rows without their unused columns, and with their masks and weights applied to the labels."""
     rows = reader.rows
     if isinstance(rows, TokenizedRows):
         return PreparedRows(rows, rows.notes)
@@ -339,7 +339,7 @@ def _columns_of_all(rows: Any) -> tuple[str, ...]:
 
 
 def check_columns(reader: Reading) -> tuple[str, ...]:
-    """Refuses a list of tokenised rows of which some lack a column that others have; returns the columns of all rows.
+    """Refuses a list of tokenized rows of which some lack a column that others have; returns the columns of all rows.
 
     Raises:
         TrainingError: a row lacks a column; names the row.

@@ -155,7 +155,7 @@ def _unlearned(request: TrainRequest, rows: Any, places: Sequence[int] | None) -
 
 
 def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
-    """Prepares the rows of adapters of which each has its own."""
+    """Prepares the rows of adapters that each have rows of their own."""
     parts: dict[str, TrainingRows] = {}
     for name in request.own_rows:
         try:

@@ -48,7 +48,7 @@ class Completions:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a training minimises. The fields of a subclass are fields of the training, with the names of TRL.
+    """What a training minimizes. The fields of a subclass are fields of the training, with the names of TRL.
 
     The metadata of a field has its ``help`` and, if they can be listed, its ``choices``.
 

@@ -6,7 +6,7 @@ U, (out, r), s, (r,), and V, (r, in), start as U₀, s₀ and V₀, with r = min
 projected so that they have no part in the k directions. U₀, s₀ and V₀ are not saved: they are recomputed from the
 weight when an adapter is loaded.
 
-PEFT computes with the first of several active adapters alone, merges all of them, and cannot take that back.
+PEFT computes only with the first of several active adapters, merges all of them, and cannot unmerge them.
 """
 
 from __future__ import annotations

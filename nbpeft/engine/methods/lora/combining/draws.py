@@ -1,6 +1,6 @@
 """The random draws that PEFT makes before combining.
 
-PEFT adds a freshly initialised adapter and then overwrites it. Types that prune at random
+PEFT adds a freshly initialized adapter and then overwrites it. Types that prune at random
 (``dare_*``) therefore start from a generator that has advanced; repeating and discarding those
 draws gives PEFT's numbers with the same seed.
 """
