@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.config.prompt_config import ENCODER_KEY, PROMPT_KEY, InitialisedPromptConfig, PromptLearningConfig
+from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, onloaded
+from nbpeft.engine.contract.initial_draws import repeated
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
 
@@ -38,6 +41,13 @@ class TokenPrompt(ModelAdapter):
             with onloaded(base.module):
                 rows = base.module(tokens.to(base.device))
             self.embedding.weight.copy_(rows)
+
+    @classmethod
+    def _repeat_draws(cls, config: PromptLearningConfig, site: AdapterSite) -> None:
+        super()._repeat_draws(config, site)
+        is_initialised = isinstance(config, InitialisedPromptConfig) and config.starts_as("SAMPLE_VOCAB")
+        if is_initialised and not config.inference_mode:
+            repeated(partial(cls.initial_tokens, config, site.base))
 
     @staticmethod
     def initial_tokens(config: InitialisedPromptConfig, base: BaseLayer) -> Tensor | None:

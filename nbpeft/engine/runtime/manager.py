@@ -352,13 +352,12 @@ class AdapterManager:
         weights: AdapterWeights | None = None,
         *,
         trainable: bool = True,
-        half: bool = False,
         allow_missing: bool = True,
         replace: bool = False,
         select: bool = True,
-        training: bool | None = None,
+        **modes: Any,
     ) -> Callable[[], InjectionPlan]:
-        """Builds a new adapter without touching the model; see ``add`` for the arguments.
+        """Builds a new adapter without touching the model; see ``add`` and, for further arguments, ``build``.
 
         Returns:
             A function that adds it to the model.
@@ -377,7 +376,7 @@ class AdapterManager:
                     plan = self.plan(plan, name, allow_missing=allow_missing)
                 self._biases.check(name, plan.biases)
                 check_addable(plan, self._merged, self.layers, () if weights is None else weights.base)
-                parts = build(self.model, plan, self.active_state, weights, name, half=half, training=training)
+                parts = build(self.model, plan, self.active_state, weights, name, **modes)
                 return self.revision, plan, parts
 
         prepared = built()

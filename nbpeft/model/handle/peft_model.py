@@ -13,6 +13,7 @@ from torch import nn
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
 from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
+from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.shared_state import with_copies
 from nbpeft.engine.injection.injection_plan import InjectionPlan
@@ -24,7 +25,7 @@ from nbpeft.errors import UnknownAdapterError
 from nbpeft.model.handle import prompts
 from nbpeft.model.handle.injection import put_active, replacing
 from nbpeft.model.handle.serving import OF_CALLS, of_the_model, serving
-from nbpeft.model.handle.state_dicts import drawing_nothing, drop_values
+from nbpeft.model.handle.state_dicts import draws_of_empty, drop_values
 from nbpeft.model.handle.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from nbpeft.model.handle.tuner import (
     BaseTuner,
@@ -104,8 +105,7 @@ class PeftModel(nn.Module):
         """Adds an adapter to the base model, and becomes its PeftModel."""
         config = wanted.config if isinstance(wanted, InjectionPlan) else wanted
         options: dict[str, Any] = {"trainable": not config.inference_mode, "replace": name in manager.configs}
-        with drawing_nothing(empty):
-            put = manager.prepare(name, wanted, half=half, training=True, **options)
+        put = manager.prepare(name, wanted, half=half, training=True, draws=draws_of_empty(empty), **options)
         with manager.transaction() as change:
             put_active(manager, put, name, empty=empty)
             take_given(manager, name, given, change)
@@ -421,9 +421,10 @@ class PeftModel(nn.Module):
         """
         self._check_live()
         config = self.completed(peft_config, self.get_base_model())
-        with drawing_nothing(low_cpu_mem_usage), self.manager.transaction() as change:
+        with self.manager.transaction() as change:
             modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
-            self.manager.add(adapter_name, config, half=not autocast_adapter_dtype, **modes)
+            draws = draws_of_empty(low_cpu_mem_usage)
+            self.manager.prepare(adapter_name, config, half=not autocast_adapter_dtype, draws=draws, **modes)()
             take_given(self.manager, adapter_name, peft_config, change)
             if low_cpu_mem_usage:
                 drop_values(self.manager, adapter_name)
@@ -507,7 +508,8 @@ class PeftModel(nn.Module):
             config: used instead of the saved config.
             autocast_adapter_dtype: use float32 for the adapter on a half-precision base.
             ephemeral_gpu_offload: accepted for compatibility with PEFT and ignored.
-            low_cpu_mem_usage: accepted for compatibility with PEFT and ignored; loading never initializes first.
+            low_cpu_mem_usage: advance torch's generator as PEFT does with this value. Nothing else depends on it, as
+                loading never initializes first.
             key_mapping: regular expression -> replacement, applied to the keys of the file.
             **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``torch_device``, …
 
@@ -527,6 +529,7 @@ class PeftModel(nn.Module):
             half=not autocast_adapter_dtype,
             config=config,
             key_mapping=key_mapping,
+            draws=Draws(always=low_cpu_mem_usage),
             options=kwargs,
         )
         # transformers or another PeftModel may already have loaded an adapter with this name on the base.
@@ -564,6 +567,7 @@ class PeftModel(nn.Module):
             The missing and unexpected keys.
         """
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "key_mapping": key_mapping, **kwargs}
+        options["low_cpu_mem_usage"] = low_cpu_mem_usage
         return self.prepare_load(model_id, adapter_name, is_trainable, torch_device, **options)()
 
     def prepare_load(
@@ -574,6 +578,7 @@ class PeftModel(nn.Module):
         torch_device: str | None = None,
         *,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> Callable[[], loading.LoadResult]:
@@ -590,6 +595,8 @@ class PeftModel(nn.Module):
             trainable=is_trainable,
             half=not autocast_adapter_dtype,
             key_mapping=key_mapping,
+            # PEFT initializes an adapter only if there is none of this name.
+            draws=None if adapter_name in self.manager.configs else Draws(always=low_cpu_mem_usage),
             options={"torch_device": torch_device, **kwargs},
         )
 

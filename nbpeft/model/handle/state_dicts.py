@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ParamSpec
 
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.changes.random_numbers import drawing_from, random_state
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterWeights, StartsInWeight, UsesAnother, source_of
+from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
@@ -218,13 +217,9 @@ def _write(
         shared.recompute_derived({path: (layer.adapter(name), layer.base) for path, layer in adapted.items()}, change)
 
 
-def drawing_nothing(empty: bool) -> AbstractContextManager[None]:
-    """Context manager: if ``empty``, what is drawn inside leaves the random generators where they were.
-
-    An adapter whose parameters are on the meta device has no initial values, so none are drawn as far as the caller
-    can see.
-    """
-    return drawing_from(random_state()) if empty else nullcontext()
+def draws_of_empty(empty: bool) -> Draws | None:
+    """What adding an adapter draws if, with ``empty``, its parameters are left on the meta device; None for all."""
+    return Draws(always=True) if empty else None
 
 
 def drop_values(manager: AdapterManager, name: str) -> None:

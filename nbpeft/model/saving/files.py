@@ -35,7 +35,7 @@ from nbpeft.engine.wrappers.fake_quant import is_prepared_quantization_aware
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, few
 from nbpeft.model.saving.loading import fitted
-from nbpeft.model.saving.offloaded import adapter_onloaded, embedding_weights
+from nbpeft.model.saving.offloaded import adapters_onloaded, embedding_weights
 from nbpeft.model.saving.residuals import left_start, mark_left, take_out_of_saved
 from nbpeft.model.saving.saved_places import note_saved, note_written_over, owner_of
 from nbpeft.model.saving.sharded import gathered, is_sharded, noted_fingerprint, warn_of_shards
@@ -313,7 +313,7 @@ def _saved_weights(
 ) -> AdapterWeights:
     """Returns the tensors to save for an adapter; see ``save`` for the arguments."""
     check_choice("save_embedding_layers", embeddings, ("auto", True, False, None))
-    with adapter_onloaded(manager, name):
+    with adapters_onloaded(manager, name):
         weights = manager.weights(name)
     targeted = _adapted_embeddings(manager, name)
     if embeddings is True or (embeddings == "auto" and (targeted or vocabulary_resized(manager.model))):
