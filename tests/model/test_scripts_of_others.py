@@ -146,3 +146,115 @@ def test_the_settings_of_generate_can_be_replaced_on_the_handle(library: Any) ->
     model.generation_config.max_new_tokens = 3
     assert model.generate(input_ids=tokens()).shape == (2, 12)
     assert model.get_base_model().generation_config is model.generation_config
+
+
+# Learned prompts
+
+
+PROMPTS = pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+
+
+def prompted(library: Any, kind: str, cls: Any = None, **fields: Any) -> Any:
+    settings = getattr(library, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM", **fields)
+    model = (cls or library.get_peft_model)(llama(), settings).eval()
+    randomize_all(model)
+    return model
+
+
+def by_hand(model: Any, ids: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """The prompt put in as public scripts do it."""
+    embedded = model.word_embeddings(ids)
+    with torch.no_grad():
+        found: torch.Tensor = model.base_model(inputs_embeds=torch.cat([prompts.to(embedded), embedded], 1)).logits
+    return found[:, -1]
+
+
+@PROMPTS
+@LIBRARIES
+def test_a_prompt_that_the_script_puts_in_is_not_put_in_twice(library: Any, kind: str) -> None:
+    model, ids = prompted(library, kind), tokens()
+    wanted = logits(model)[:, -1]
+    assert not torch.allclose(wanted, logits(llama())[:, -1])
+    torch.testing.assert_close(by_hand(model, ids, model.get_prompt(batch_size=2)), wanted)
+    encoder, virtual = model.prompt_encoder["default"], model.prompt_tokens["default"]
+    torch.testing.assert_close(by_hand(model, ids, encoder(virtual.unsqueeze(0).expand(2, -1))), wanted)
+    torch.testing.assert_close(logits(model)[:, -1], wanted)  # and the model's own call puts it in again
+    with torch.no_grad():
+        embedded = model.word_embeddings(ids)
+        torch.testing.assert_close(model(inputs_embeds=embedded).logits[:, -1], wanted)
+
+
+@LIBRARIES
+def test_a_forward_of_the_script_puts_it_in(library: Any) -> None:
+    def forward(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        prompts = self.get_prompt(batch_size=len(input_ids)) * 2
+        embedded = torch.cat([prompts, self.word_embeddings(input_ids)], 1)
+        return self.base_model(inputs_embeds=embedded, **kwargs)
+
+    own = type("Own", (library.PeftModelForCausalLM,), {"forward": forward})
+    model = prompted(library, "PromptTuningConfig", own)
+    doubled = prompted(library, "PromptTuningConfig")
+    doubled.prompt_encoder["default"].embedding.weight.data *= 2
+    torch.testing.assert_close(logits(model)[:, -1], logits(doubled)[:, -1])
+
+
+def test_so_it_is_in_each_step_of_a_generation() -> None:
+    model, ids = prompted(nbpeft, "PromptTuningConfig"), tokens()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(input_ids=ids, **settings)[:, ids.shape[1] :]
+    embedded = torch.cat([model.get_prompt(2), model.word_embeddings(ids)], 1)
+    assert torch.equal(model.base_model.generate(inputs_embeds=embedded, **settings), wanted)
+    assert torch.equal(model.generate(input_ids=ids, **settings)[:, ids.shape[1] :], wanted)
+    model.get_prompt(2)
+    assert torch.equal(model.base_model.generate(ids, **settings)[:, ids.shape[1] :], wanted), "ids have no prompt"
+
+
+def test_a_prefix_in_a_cache_is_not_put_in_twice() -> None:
+    model, ids = prompted(nbpeft, "PrefixTuningConfig"), tokens()
+    wanted = logits(model)[:, -1]
+    mask = torch.ones(2, 3 + ids.shape[1], dtype=torch.long)
+    with torch.no_grad():
+        found = model.base_model(input_ids=ids, past_key_values=model.get_prompt(2), attention_mask=mask).logits
+    torch.testing.assert_close(found[:, -1], wanted)
+
+
+@pytest.mark.parametrize("place", ["subclass", "class", "instance"])
+@PROMPTS
+@LIBRARIES
+def test_a_get_prompt_of_the_script_is_used(
+    library: Any, kind: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = library.PeftModel.get_prompt
+
+    def get_prompt(self: Any, batch_size: int, task_ids: Any = None, **kwargs: Any) -> Any:
+        return own(self, batch_size, task_ids) * 0 + 0.25
+
+    cls = library.PeftModelForCausalLM
+    if place == "subclass":
+        cls = type("Own", (cls,), {"get_prompt": get_prompt})
+    elif place == "class":
+        monkeypatch.setattr(library.PeftModel, "get_prompt", get_prompt)
+    model = prompted(library, kind, cls)
+    if place == "instance":
+        model.get_prompt = lambda *args, **kwargs: get_prompt(model, *args, **kwargs)
+    same = prompted(peft, "PromptTuningConfig")
+    same.prompt_encoder["default"].embedding.weight.data.fill_(0.25)
+    torch.testing.assert_close(logits(model)[:, -1], logits(same)[:, -1])
+    settings: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    chosen = model.generate(input_ids=tokens(), **settings)[:, -1]
+    assert torch.equal(chosen, logits(same)[:, -1].argmax(-1))
+
+
+@LIBRARIES
+def test_hooks_on_the_rows_of_a_prompt_run(library: Any) -> None:
+    model, none = prompted(library, "PromptTuningConfig"), prompted(library, "PromptTuningConfig")
+    model.prompt_encoder["default"].embedding.register_forward_hook(lambda module, args, output: output * 0)
+    none.prompt_encoder["default"].embedding.weight.data.zero_()
+    torch.testing.assert_close(logits(model), logits(none))
+
+
+def test_an_encoder_that_needs_more_than_ids_says_so() -> None:
+    config = nbpeft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=2, task_type="CAUSAL_LM")
+    model = nbpeft.get_peft_model(llama(), config)
+    with pytest.raises(NotImplementedError, match=r"use get_prompt\(batch_size=…\)"):
+        model.prompt_encoder["default"](torch.arange(3).unsqueeze(0))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
+from nbpeft.engine.calls.prompts_by_hand import note_asked, put_in_here
 from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import method_of
@@ -277,7 +279,11 @@ class PeftModel(nn.Module):
             batch_size: number of rows.
             task_ids: task of each row, (rows,) int64, for multitask prompts.
             max_cache_len: accepted for compatibility with PEFT and ignored; the cache of a prefix grows.
+
+        What calls this puts the prompt in itself: calls of the base model with embeddings or a cache, until the next
+        call of this PeftModel, do not get it a second time.
         """
+        note_asked(self.manager.active_state)
         return prompts.prompt(self.manager, batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
@@ -370,6 +376,7 @@ class PeftModel(nn.Module):
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
         with (
+            self._prompts_put_in(kwargs.get("task_ids")),
             self.manager.active_state.hold(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
@@ -379,6 +386,14 @@ class PeftModel(nn.Module):
                 return tuner(*args, **kwargs)
             output = self.get_base_model()(*args, **kwargs)
             return with_extra_loss(self.manager, output, kwargs) if self.training else output
+
+    def _prompts_put_in(self, task_ids: torch.Tensor | None) -> AbstractContextManager[None]:
+        """Context manager around a call: prompts are put in, those of ``get_prompt`` where a script replaced it."""
+        if prompts.LISTED not in self._modules:
+            return contextlib.nullcontext()
+        if "get_prompt" not in self.__dict__ and type(self).get_prompt is _GET_PROMPT:
+            return put_in_here()
+        return put_in_here(lambda batch: self.get_prompt(batch_size=batch, task_ids=task_ids))
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode; ignored from other threads while a training runs in the background."""
@@ -395,6 +410,7 @@ class PeftModel(nn.Module):
         """
         self._check_live()
         with (
+            self._prompts_put_in(kwargs.get("task_ids")),
             self.manager.active_state.hold(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
@@ -699,6 +715,9 @@ class PeftModel(nn.Module):
         with contextlib.suppress(AttributeError):
             return getattr(self.base_model, name)
         return getattr(self._tuner, name)
+
+
+_GET_PROMPT = PeftModel.get_prompt
 
 
 def handle_of_plan(manager: AdapterManager, plan: InjectionPlan, given: AdapterConfig, adapter_name: str) -> PeftModel:
