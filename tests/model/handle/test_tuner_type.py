@@ -26,7 +26,7 @@ def test_a_function_that_would_not_be_called_is_neither_there_nor_put_there(name
 
 
 def test_a_class_that_overrides_one_is_refused_before_the_model_changes() -> None:
-    class Own(nbpeft.LoraModel):  # type: ignore[misc, name-defined]
+    class Own(nbpeft.LoraModel):  # type: ignore[misc, valid-type]
         @staticmethod
         def _create_new_module(config: Any, name: str, target: nn.Module, **kwargs: Any) -> Any:
             return None
@@ -39,7 +39,7 @@ def test_a_class_that_overrides_one_is_refused_before_the_model_changes() -> Non
         Further(base, nbpeft.LoraConfig(target_modules=["0"]), "default")
     assert type(base[0]) is nn.Linear
 
-    class Plain(nbpeft.LoraModel):  # type: ignore[misc, name-defined]
+    class Plain(nbpeft.LoraModel):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.mine = 1
