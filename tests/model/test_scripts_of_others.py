@@ -258,3 +258,79 @@ def test_an_encoder_that_needs_more_than_ids_says_so() -> None:
     model = nbpeft.get_peft_model(llama(), config)
     with pytest.raises(NotImplementedError, match=r"use get_prompt\(batch_size=…\)"):
         model.prompt_encoder["default"](torch.arange(3).unsqueeze(0))
+
+
+# Attributes
+
+
+@LIBRARIES
+def test_the_rank_of_a_layer_may_be_set_with_factors_of_that_rank(library: Any, tmp_path: Path) -> None:
+    model = lora(library)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A") and "default" in module.lora_A]
+    for layer in layers:
+        layer.r["default"] = 2
+        layer.lora_A["default"].weight.data = torch.full((2, layer.in_features), 0.1)
+        layer.lora_B["default"].weight.data = torch.full((layer.out_features, 2), 0.1)
+    assert len(layers) == 4 and {layer.r["default"] for layer in layers} == {2}
+    same = lora(peft, r=2, lora_alpha=4)
+    for name, parameter in same.named_parameters():
+        if "lora_" in name:
+            parameter.data.fill_(0.1)
+    torch.testing.assert_close(logits(model), logits(same))
+    torch.testing.assert_close(logits(model.merge_and_unload()), logits(same))
+
+
+def test_a_rank_alone_is_told() -> None:
+    layer = lora(nbpeft).base_model.model.model.layers[0].self_attn.q_proj
+    with pytest.warns(nbpeft.PeftWarning, match=r"setting r on a layer changes nothing: .* \(4 now\)"):
+        layer.r["default"] = 16
+    assert layer.r["default"] == 4
+
+
+@LIBRARIES
+def test_active_adapter_can_be_assigned_and_switches_no_layer(library: Any) -> None:
+    model = lora(library)
+    model.add_adapter("other", library.LoraConfig(r=2, init_lora_weights=False))
+    before = logits(model)
+    model.base_model.set_adapter(["default", "other"])
+    model.active_adapter = "other"
+    both = logits(model)
+    assert not torch.allclose(before, both)
+    model.base_model.set_adapter("default")
+    model.active_adapter = "other"
+    torch.testing.assert_close(logits(model), before)
+
+
+def test_that_is_told_and_a_prompt_is_switched() -> None:
+    model = lora(nbpeft)
+    with pytest.warns(UserWarning, match="active_adapter = 'other' switches no layer: call set_adapter"):
+        model.active_adapter = "other"
+    model = prompted(nbpeft, "PromptTuningConfig")
+    model.add_adapter("other", nbpeft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    model.active_adapter = "other"
+    assert model.active_adapters == ["other"] and model.get_prompt(1).shape[1] == 2
+
+
+@LIBRARIES
+def test_what_scripts_read_from_handles_and_tuners(library: Any) -> None:
+    model = lora(library)
+    assert model.base_model_prepare_inputs_for_generation.__func__.__name__ == "prepare_inputs_for_generation"
+    fields: dict[str, Any] = {"init_r": 4, "target_r": 2, "total_step": 10, "tfinal": 2}
+    config = library.AdaLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **fields)
+    adaptive = library.get_peft_model(llama(), config)
+    assert adaptive.trainable_adapter_name == adaptive.base_model.trainable_adapter_name == "default"
+
+
+@LIBRARIES
+def test_a_layer_of_the_script_s_own_is_active_without_a_deleted_adapter(library: Any) -> None:
+    layers = module_of(library, "tuners.lora.layer")
+    config = library.LoraConfig(r=2)
+    layer = layers.Linear(nn.Linear(4, 3), "one", config, r=2, lora_alpha=4)
+    layer.update_layer("two", 2, 4, config)
+    layer.set_adapter(["one", "two"])
+    layer.delete_adapter("two")
+    assert list(layer.active_adapters) == ["one"]
+    layer.update_layer("two", 2, 4, config)
+    layer.set_adapter("two")
+    layer.delete_adapter("two")
+    assert list(layer.active_adapters) == ["one"]

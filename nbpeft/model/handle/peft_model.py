@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
@@ -219,6 +220,16 @@ class PeftModel(nn.Module):
         """Name of the active adapter, or a list if several are active."""
         active = self.manager.active
         return active[0] if len(active) == 1 else list(active)
+
+    @active_adapter.setter
+    def active_adapter(self, name: str | list[str]) -> None:
+        names = [name] if isinstance(name, str) else name
+        if prompts.LISTED in self._modules:
+            self.set_adapter(names)
+        elif not {*(names or ())} <= {*self.manager.active}:  # in PEFT, too, this does not switch any layer
+            warnings.warn(
+                f"active_adapter = {name!r} switches no layer: call set_adapter(…) or disable_adapter()", stacklevel=2
+            )
 
     @property
     def active_adapters(self) -> list[str]:
@@ -712,12 +723,15 @@ class PeftModel(nn.Module):
         except AttributeError:
             if "base_model" not in self.__dict__.get("_modules", {}):
                 raise
+        name = _OTHER_NAMES.get(name, name)
         with contextlib.suppress(AttributeError):
             return getattr(self.base_model, name)
         return getattr(self._tuner, name)
 
 
 _GET_PROMPT = PeftModel.get_prompt
+_OTHER_NAMES = {"base_model_prepare_inputs_for_generation": "prepare_inputs_for_generation"}
+"""Attribute of PEFT's PeftModel -> that of the base model with its value."""
 
 
 def handle_of_plan(manager: AdapterManager, plan: InjectionPlan, given: AdapterConfig, adapter_name: str) -> PeftModel:
