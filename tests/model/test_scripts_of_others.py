@@ -334,3 +334,15 @@ def test_a_layer_of_the_script_s_own_is_active_without_a_deleted_adapter(library
     layer.set_adapter("two")
     layer.delete_adapter("two")
     assert list(layer.active_adapters) == ["one"]
+
+
+def test_a_factor_is_not_parametrized_and_stays() -> None:
+    model = lora(nbpeft)
+    before, factor = logits(model), model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    kind, weight = type(factor), factor.weight
+    with pytest.raises(nbpeft.AdapterError, match="a part of an adapter cannot be parametrized"):
+        torch.nn.utils.parametrizations.weight_norm(factor)
+    assert type(factor) is kind and factor.weight is weight
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert factor.weight.grad is not None
