@@ -346,3 +346,28 @@ def test_a_factor_is_not_parametrized_and_stays() -> None:
     torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert factor.weight.grad is not None
+
+
+@LIBRARIES
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_a_class_of_the_script_loads_as_in_peft(library: Any, task: str | None, tmp_path: Path) -> None:
+    base: Any = library.PeftModelForCausalLM
+
+    class Own(base):  # type: ignore[misc]
+        def __init__(self, model: Any, peft_config: Any, adapter_name: str = "default", **kwargs: Any) -> None:
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+            self.calls = 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return super().forward(*args, **kwargs)
+
+    settings = library.LoraConfig(r=4, init_lora_weights=False, task_type=task)
+    made = Own(llama(), settings).eval()
+    wanted = logits(made)
+    assert made.calls == 1
+    made.save_pretrained(tmp_path)
+    loaded = Own.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(logits(loaded), wanted)
+    assert type(loaded) is (Own if task is None else base) and not loaded.training
+    assert task is not None or loaded.calls == 1

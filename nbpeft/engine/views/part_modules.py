@@ -89,8 +89,8 @@ class _Shows(_FollowsMode):
         if type(self).__name__.startswith("Parametrized"):
             self.__class__ = type(self).__mro__[1]
         raise AdapterError(
-            "a part of an adapter cannot be parametrized, because its layer reads the parameter itself: use a layer class "
-            "of your own (config._register_custom_module)"
+            "a part of an adapter cannot be parametrized, because its layer reads the parameter itself: use a layer "
+            "class of your own (config._register_custom_module)"
         )
 
 

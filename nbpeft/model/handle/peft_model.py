@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
 import torch
@@ -43,6 +44,8 @@ from nbpeft.model.saving.given_configs import as_given, take_given
 from nbpeft.peft_layers.classes import refuse_pickle_of_peft
 
 _SPECIAL = "special_peft_forward_args"
+_loaded: ContextVar[AdapterManager | None] = ContextVar("_loaded", default=None)
+"""The manager whose adapters a new PeftModel takes over, instead of adding one."""
 
 
 class PeftModel(nn.Module):
@@ -89,6 +92,12 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        if (loaded := _loaded.get()) is not None:
+            _loaded.set(None)  # a subclass may make others
+            with loaded.transaction(during_calls=True, quiet=True):
+                AdapterManager.attach(model, loaded)
+                self._take(model, loaded)
+            return
         model = _base_for(model, peft_config)
         manager = manager_of(model) or AdapterManager(model)
         config, half = self.completed(peft_config, model), not autocast_adapter_dtype
@@ -138,12 +147,12 @@ class PeftModel(nn.Module):
             model: the base model.
             manager: its manager.
         """
-        handle = cls.__new__(cls)
-        nn.Module.__init__(handle)
-        with manager.transaction(during_calls=True, quiet=True):
-            AdapterManager.attach(model, manager)
-            handle._take(model, manager)
-        return handle
+        token = _loaded.set(manager)
+        try:
+            # A class of a script may have its own __init__; a manager of a pool has no config.
+            return cls(model, next(iter(manager.configs.values()), None))  # type: ignore[arg-type]
+        finally:
+            _loaded.reset(token)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if MANAGER not in state:
@@ -539,7 +548,7 @@ class PeftModel(nn.Module):
             **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``torch_device``, …
 
         Returns:
-            The PeftModel, of the class for the config's task.
+            The PeftModel, of the class for the config's task; without a task of this class.
 
         Raises:
             CheckpointError: the checkpoint cannot be read or does not fit.
@@ -561,8 +570,8 @@ class PeftModel(nn.Module):
             put()
             if manager.active != (adapter_name,):
                 manager.activate(adapter_name)
-            chosen = PeftModel.for_task(manager.configs[adapter_name]) if cls is PeftModel else cls
-            handle = chosen.over(model, manager)
+            config = manager.configs[adapter_name]
+            handle = (cls if config.task_type is None else PeftModel.for_task(config)).over(model, manager)
             change.keep_modes(handle)
             if is_trainable:
                 handle.training = handle._tuner.training = True
