@@ -371,3 +371,11 @@ def test_a_class_of_the_script_loads_as_in_peft(library: Any, task: str | None, 
     torch.testing.assert_close(logits(loaded), wanted)
     assert type(loaded) is (Own if task is None else base) and not loaded.training
     assert task is not None or loaded.calls == 1
+
+
+def test_a_get_prompt_that_cannot_be_used_is_told() -> None:
+    model = prompted(nbpeft, "PrefixTuningConfig")
+    before, own = logits(model), model.get_prompt
+    model.get_prompt = lambda batch_size, **kwargs: own(batch_size)
+    with pytest.warns(nbpeft.PeftWarning, match=r"get_prompt\(\) of a script is not used for a prefix"):
+        torch.testing.assert_close(logits(model), before)

@@ -508,7 +508,8 @@ class _Prompts:
     def joined(self, kind: _Kind, batch: int, device: torch.device) -> Tensor:
         """The values of a kind that the adapters provide, (batch, width, …)."""
         counts = self.counts(kind)
-        given = given_tokens(batch) if kind is _TOKENS and len(counts) == 1 else None
+        alone = kind is _TOKENS and len(counts) == 1 and not self.counts(_DECODER_TOKENS)
+        given = given_tokens(batch, usable=alone)
         if given is not None:
             return given.to(device)
         parts = {name: _for_rows(kind.give(*self.adapters[name]).to(device), batch) for name in counts}

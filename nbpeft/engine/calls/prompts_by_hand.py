@@ -6,6 +6,7 @@ model.base_model(inputs_embeds=torch.cat([prompts, model.word_embeddings(ids)], 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from weakref import WeakSet
 from torch import Tensor
 
 from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import PeftWarning
 
 ANY = object()
 """Instead of a model's state: the prompt of whichever model is called next."""
@@ -50,14 +52,23 @@ def put_in_here(given: Callable[[int], Tensor] | None = None) -> Iterator[None]:
         _asked_for.reset(asked)
 
 
-def given_tokens(batch: int) -> Tensor | None:
+def given_tokens(batch: int, *, usable: bool) -> Tensor | None:
     """The tokens to put in instead of the adapter's, (batch, tokens, features); None for the adapter's.
 
     Args:
         batch: rows of the batch.
+        usable: whether this prompt can be replaced by tokens; if not, tokens to put in cause a warning.
     """
     give = _given.get()
     if give is None:
+        return None
+    if not usable:
+        warnings.warn(
+            "get_prompt() of a script is not used for a prefix, for an encoder-decoder model, or for several prompts: "
+            "what the adapters have is put in",
+            PeftWarning,
+            stacklevel=2,
+        )
         return None
     found = give(batch)
     _asked_for.set(None)  # by the function, which calls the model's own
