@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 from transformers import GenerationConfig
 
 import nbpeft
@@ -336,18 +339,6 @@ def test_a_layer_of_the_script_s_own_is_active_without_a_deleted_adapter(library
     assert list(layer.active_adapters) == ["one"]
 
 
-def test_a_factor_is_not_parametrized_and_stays() -> None:
-    model = lora(nbpeft)
-    before, factor = logits(model), model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
-    kind, weight = type(factor), factor.weight
-    with pytest.raises(nbpeft.AdapterError, match="a part of an adapter cannot be parametrized"):
-        torch.nn.utils.parametrizations.weight_norm(factor)
-    assert type(factor) is kind and factor.weight is weight
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
-    model(input_ids=tokens(), labels=tokens()).loss.backward()
-    assert factor.weight.grad is not None
-
-
 @LIBRARIES
 @pytest.mark.parametrize("task", ["CAUSAL_LM", None])
 def test_a_class_of_the_script_loads_as_in_peft(library: Any, task: str | None, tmp_path: Path) -> None:
@@ -379,3 +370,38 @@ def test_a_get_prompt_that_cannot_be_used_is_told() -> None:
     model.get_prompt = lambda batch_size, **kwargs: own(batch_size)
     with pytest.warns(nbpeft.PeftWarning, match=r"get_prompt\(\) of a script is not used for a prefix"):
         torch.testing.assert_close(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda factor: torch.nn.utils.parametrizations.weight_norm(factor),
+        lambda factor: torch.nn.utils.weight_norm(factor),
+        lambda factor: torch.nn.utils.spectral_norm(factor),
+        lambda factor: prune.l1_unstructured(factor, "weight", 0.5),
+    ],
+    ids=["parametrization", "weight_norm", "spectral_norm", "pruning"],
+)
+def test_a_factor_is_not_computed_from_others_and_stays(change: Any) -> None:
+    model = lora(nbpeft)
+    before, factor = logits(model), model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    kind, weight = type(factor), factor.weight
+    with pytest.raises(nbpeft.AdapterError, match="weight of an adapter cannot be computed from other"):
+        change(factor)
+    assert type(factor) is kind and factor.weight is weight
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert factor.weight.grad is not None
+
+
+@LIBRARIES
+def test_a_config_class_of_the_script_is_that_of_its_method(library: Any, tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Own(library.LoraConfig):  # type: ignore[misc, name-defined]
+        further: int = 3
+
+    model = library.get_peft_model(llama(), Own(target_modules=["q_proj"], init_lora_weights=False, further=5)).eval()
+    assert type(model.base_model).__name__ == "LoraModel" and model.peft_config["default"].further == 5
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))["further"] == 5
+    torch.testing.assert_close(logits(library.PeftModel.from_pretrained(llama(), tmp_path)), logits(model))

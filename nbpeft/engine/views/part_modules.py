@@ -7,10 +7,9 @@ also from ``load_state_dict``, ``torch.func.functional_call`` and FSDP.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +52,9 @@ class _Shows(_FollowsMode):
         live = self.__dict__.get("_parameters")
         if name == "_parameters" and isinstance(live, LiveParameters) and value != {}:
             return  # DeepSpeed ZeRO-3 replaces this dictionary on all modules; replacing the adapters' is sufficient
-        if name == "parametrizations":
-            self._refuse_parametrization()
+        if name == "parametrizations" and isinstance(live, LiveParameters):
+            self.__class__ = type(self).__mro__[1]  # torch has made a class for it
+            live.refuse_others()
         if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
             super().__setattr__(name, value)
         elif name in live and not isinstance(value, nn.Parameter):
@@ -76,22 +76,7 @@ class _Shows(_FollowsMode):
             adapter, own = live.slots[name]
             adapter.__dict__.pop(own, None)
         else:
-            if isinstance(live, LiveParameters) and name in live:
-                self.__dict__["_deleted"] = name, weakref.ref(live[name])
             super().__delattr__(name)
-
-    def _refuse_parametrization(self) -> NoReturn:
-        """Refuses ``torch.nn.utils.parametrize``, which has deleted the parameter and changed the module's class."""
-        name, deleted = self.__dict__.pop("_deleted", ("", lambda: None))
-        parameter = deleted()
-        if parameter is not None:
-            self.__dict__["_parameters"][name] = parameter
-        if type(self).__name__.startswith("Parametrized"):
-            self.__class__ = type(self).__mro__[1]
-        raise AdapterError(
-            "a part of an adapter cannot be parametrized, because its layer reads the parameter itself: use a layer "
-            "class of your own (config._register_custom_module)"
-        )
 
 
 class _Parts(dict[str, Any]):
