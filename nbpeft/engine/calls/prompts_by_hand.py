@@ -20,7 +20,7 @@ from nbpeft.errors import PeftWarning
 
 ANY = object()
 """Instead of a model's state: the prompt of whichever model is called next."""
-_asked_for: ContextVar[object] = ContextVar("_asked_for", default=None)
+_requested: ContextVar[object] = ContextVar("_requested", default=None)
 """State of the model whose prompt was asked for last in this thread or task; None inside its handle's own calls."""
 _given: ContextVar[Callable[[int], Tensor] | None] = ContextVar("_given", default=None)
 """Rows of the batch -> the tokens to put in instead of the adapter's, (rows, tokens, features)."""
@@ -28,13 +28,13 @@ _with_prompt: WeakSet[Any] = WeakSet()
 """Caches of generations whose prompt a script put in."""
 
 
-def note_asked(state: object) -> None:
+def note_requested(state: object) -> None:
     """Notes that a script asked for the prompt of a model.
 
     Args:
         state: the ``ActiveState`` of the model, or ``ANY``.
     """
-    _asked_for.set(state)
+    _requested.set(state)
 
 
 @contextmanager
@@ -44,12 +44,12 @@ def put_in_here(given: Callable[[int], Tensor] | None = None) -> Iterator[None]:
     Args:
         given: returns the tokens to put in, (rows, tokens, features); None for the adapter's.
     """
-    asked, tokens = _asked_for.set(None), _given.set(given)
+    requested, tokens = _requested.set(None), _given.set(given)
     try:
         yield
     finally:
         _given.reset(tokens)
-        _asked_for.reset(asked)
+        _requested.reset(requested)
 
 
 def given_tokens(batch: int, *, usable: bool) -> Tensor | None:
@@ -71,7 +71,7 @@ def given_tokens(batch: int, *, usable: bool) -> Tensor | None:
         )
         return None
     found = give(batch)
-    _asked_for.set(None)  # by the function, which calls the model's own
+    _requested.set(None)  # by the function, which calls the model's own
     return found
 
 
@@ -85,7 +85,7 @@ def is_put_in(layer: AdaptedLayer, call: Mapping[str, Any], cache: Any) -> bool:
     """
     if _with_prompt and hasattr(cache, "get_seq_length") and cache in _with_prompt:
         return True
-    if _asked_for.get() not in (ANY, layer._shared_state()):
+    if _requested.get() not in (ANY, layer._shared_state()):
         return False
     filled = hasattr(cache, "get_seq_length")
     found = call.get("inputs_embeds") is not None or (filled and bool(cache.get_seq_length()))

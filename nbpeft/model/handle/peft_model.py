@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
-from nbpeft.engine.calls.prompts_by_hand import note_asked, put_in_here
+from nbpeft.engine.calls.prompts_by_hand import note_requested, put_in_here
 from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import method_of
@@ -303,7 +303,7 @@ class PeftModel(nn.Module):
         What calls this puts the prompt in itself: calls of the base model with embeddings or a cache, until the next
         call of this PeftModel, do not get it a second time.
         """
-        note_asked(self.manager.active_state)
+        note_requested(self.manager.active_state)
         return prompts.prompt(self.manager, batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
