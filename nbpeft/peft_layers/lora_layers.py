@@ -238,6 +238,9 @@ class LoraLayer(metaclass=LayerType):
             by_adapter = getattr(self, attribute)
             if adapter_name in by_adapter:
                 del by_adapter[adapter_name]
+        if adapter_name in self.active_adapters:
+            left = [name for name in self.active_adapters if name != adapter_name]
+            self.set_adapter(left or list(self.lora_A)[:1])
 
     def _trained_scaling(self, adapter: str) -> float:
         rank = self.r[adapter]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.calls.prompts_by_hand import given_tokens, is_put_in
 from nbpeft.engine.changes.active_state import RowAssignment
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
@@ -55,7 +56,14 @@ def take_cache(call: dict[str, Any], name: str) -> Any:
         call: the arguments by name; changed in place.
         name: name of the argument, as ``cache_argument`` returns it.
     """
-    caches = [call.pop(argument) for argument in ("past_key_values", name) if argument in call]
+    found = _cache_in(call, name)
+    for argument in ("past_key_values", name):
+        call.pop(argument, None)
+    return found
+
+
+def _cache_in(call: Mapping[str, Any], name: str) -> Any:
+    caches = (call.get(argument) for argument in ("past_key_values", name))
     return next((cache for cache in caches if cache is not None), None)
 
 
@@ -194,6 +202,8 @@ class _CallHook(LayerHook):
             return None
         named = _Call(zip(parameters_of(module), args, strict=False))
         named.update(kwargs)
+        if is_put_in(self.layer, named, _cache_in(named, cache_argument(module))):
+            return None
         prompts = prompts.with_arguments_of(named)
         with self.layer.onloaded_parts():
             self.transform(module, prompts, named)
@@ -498,6 +508,10 @@ class _Prompts:
     def joined(self, kind: _Kind, batch: int, device: torch.device) -> Tensor:
         """The values of a kind that the adapters provide, (batch, width, …)."""
         counts = self.counts(kind)
+        alone = kind is _TOKENS and len(counts) == 1 and not self.counts(_DECODER_TOKENS)
+        given = given_tokens(batch, usable=alone)
+        if given is not None:
+            return given.to(device)
         parts = {name: _for_rows(kind.give(*self.adapters[name]).to(device), batch) for name in counts}
         if self.rows is None:
             return torch.cat(list(parts.values()), 1)

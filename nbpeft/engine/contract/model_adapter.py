@@ -157,9 +157,22 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
             setattr(made.get_submodule(owner), own, nn.Parameter(tensor.detach(), name not in cls.frozen_parameters))
         return made
 
-    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Zeros: nothing is added to the embedding's output."""
+    def forward(self, x: Tensor, base_output: Tensor | None = None, base: BaseLayer | None = None) -> Tensor:
+        """Zeros: nothing is added to the embedding's output. For ids of virtual tokens alone, ``tokens_at``."""
+        if base_output is None:
+            return self.tokens_at(x)
         return base_output.new_zeros(()).expand_as(base_output)
+
+    def tokens_at(self, ids: Tensor) -> Tensor:
+        """Computes the vectors of virtual tokens, as scripts call PEFT's prompt encoders.
+
+        Args:
+            ids: int64, (rows, tokens).
+
+        Returns:
+            (rows, tokens, features).
+        """
+        raise NotImplementedError(f"a {type(self).__name__} is not called with ids: use get_prompt(batch_size=…)")
 
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
         return output

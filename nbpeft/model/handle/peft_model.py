@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
+from nbpeft.engine.calls.prompts_by_hand import note_requested, put_in_here
 from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.initial_draws import Draws
@@ -41,6 +45,8 @@ from nbpeft.model.saving.given_configs import as_given, take_given
 from nbpeft.peft_layers.classes import refuse_pickle_of_peft
 
 _SPECIAL = "special_peft_forward_args"
+_loaded: ContextVar[AdapterManager | None] = ContextVar("_loaded", default=None)
+"""The manager whose adapters a new PeftModel takes over, instead of adding one."""
 
 
 class PeftModel(nn.Module):
@@ -87,6 +93,12 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        if (loaded := _loaded.get()) is not None:
+            _loaded.set(None)  # a subclass may make others
+            with loaded.transaction(during_calls=True, quiet=True):
+                AdapterManager.attach(model, loaded)
+                self._take(model, loaded)
+            return
         model = _base_for(model, peft_config)
         manager = manager_of(model) or AdapterManager(model)
         config, half = self.completed(peft_config, model), not autocast_adapter_dtype
@@ -135,12 +147,12 @@ class PeftModel(nn.Module):
             model: the base model.
             manager: its manager.
         """
-        handle = cls.__new__(cls)
-        nn.Module.__init__(handle)
-        with manager.transaction(during_calls=True, quiet=True):
-            AdapterManager.attach(model, manager)
-            handle._take(model, manager)
-        return handle
+        token = _loaded.set(manager)
+        try:
+            # A class of a script may have its own __init__; a manager of a pool has no config.
+            return cls(model, next(iter(manager.configs.values()), None))  # type: ignore[arg-type]
+        finally:
+            _loaded.reset(token)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if MANAGER not in state:
@@ -218,6 +230,16 @@ class PeftModel(nn.Module):
         active = self.manager.active
         return active[0] if len(active) == 1 else list(active)
 
+    @active_adapter.setter
+    def active_adapter(self, name: str | list[str]) -> None:
+        names = [name] if isinstance(name, str) else name
+        if prompts.LISTED in self._modules:
+            self.set_adapter(names)
+        elif not {*(names or ())} <= {*self.manager.active}:  # in PEFT, too, this does not switch any layer
+            warnings.warn(
+                f"active_adapter = {name!r} switches no layer: call set_adapter(…) or disable_adapter()", stacklevel=2
+            )
+
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters."""
@@ -277,7 +299,11 @@ class PeftModel(nn.Module):
             batch_size: number of rows.
             task_ids: task of each row, (rows,) int64, for multitask prompts.
             max_cache_len: accepted for compatibility with PEFT and ignored; the cache of a prefix grows.
+
+        What calls this puts the prompt in itself: calls of the base model with embeddings or a cache, until the next
+        call of this PeftModel, do not get it a second time.
         """
+        note_requested(self.manager.active_state)
         return prompts.prompt(self.manager, batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
@@ -370,6 +396,7 @@ class PeftModel(nn.Module):
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
         with (
+            self._prompts_put_in(kwargs.get("task_ids")),
             self.manager.active_state.hold(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
@@ -379,6 +406,14 @@ class PeftModel(nn.Module):
                 return tuner(*args, **kwargs)
             output = self.get_base_model()(*args, **kwargs)
             return with_extra_loss(self.manager, output, kwargs) if self.training else output
+
+    def _prompts_put_in(self, task_ids: torch.Tensor | None) -> AbstractContextManager[None]:
+        """Context manager around a call: prompts are put in, those of ``get_prompt`` where a script replaced it."""
+        if prompts.LISTED not in self._modules:
+            return contextlib.nullcontext()
+        if "get_prompt" not in self.__dict__ and type(self).get_prompt is _GET_PROMPT:
+            return put_in_here()
+        return put_in_here(lambda batch: self.get_prompt(batch_size=batch, task_ids=task_ids))
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode; ignored from other threads while a training runs in the background."""
@@ -395,6 +430,7 @@ class PeftModel(nn.Module):
         """
         self._check_live()
         with (
+            self._prompts_put_in(kwargs.get("task_ids")),
             self.manager.active_state.hold(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
@@ -514,7 +550,7 @@ class PeftModel(nn.Module):
             **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``torch_device``, …
 
         Returns:
-            The PeftModel, of the class for the config's task.
+            The PeftModel, of the class for the config's task; without a task of this class.
 
         Raises:
             CheckpointError: the checkpoint cannot be read or does not fit.
@@ -537,8 +573,8 @@ class PeftModel(nn.Module):
             put()
             if manager.active != (adapter_name,):
                 manager.activate(adapter_name)
-            chosen = PeftModel.for_task(manager.configs[adapter_name]) if cls is PeftModel else cls
-            handle = chosen.over(model, manager)
+            config = manager.configs[adapter_name]
+            handle = (cls if config.task_type is None else PeftModel.for_task(config)).over(model, manager)
             change.keep_modes(handle)
             if is_trainable:
                 handle.training = handle._tuner.training = True
@@ -703,9 +739,15 @@ class PeftModel(nn.Module):
         except AttributeError:
             if "base_model" not in self.__dict__.get("_modules", {}):
                 raise
+        name = _OTHER_NAMES.get(name, name)
         with contextlib.suppress(AttributeError):
             return getattr(self.base_model, name)
         return getattr(self._tuner, name)
+
+
+_GET_PROMPT = PeftModel.get_prompt
+_OTHER_NAMES = {"base_model_prepare_inputs_for_generation": "prepare_inputs_for_generation"}
+"""Attribute of PEFT's PeftModel -> that of the base model with its value."""
 
 
 def handle_of_plan(manager: AdapterManager, plan: InjectionPlan, given: AdapterConfig, adapter_name: str) -> PeftModel:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
-from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with_rows
+from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, rows_of, with_rows
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, prompt_listing
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.method_records import FileFormat
@@ -86,5 +86,5 @@ class PrefixEncoder(EncodedPrompt, CachedPrefix):
 
     def encoded(self) -> Tensor:
         """Keys and values of all layers, (1, tokens, layers * 2 * features)."""
-        rows: Tensor = self.embedding.weight.unsqueeze(0)
+        rows = rows_of(self.embedding)
         return self.transform(rows) if "transform" in self._modules else rows

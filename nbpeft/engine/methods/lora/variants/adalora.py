@@ -336,6 +336,15 @@ def _places(config: AdaLoraConfig, path: str, rank: int) -> list[bool]:
     return list(left) if len(left) > rank == sum(left) else []
 
 
+def _trained_name(configs: Mapping[str, Any]) -> str:
+    """The name of the first AdaLoRA adapter that is trained."""
+    found = (name for name, one in configs.items() if isinstance(one, AdaLoraConfig) and not one.inference_mode)
+    name = next(found, None)
+    if name is None:
+        raise AttributeError("no AdaLoRA adapter is trained, so there is no trainable_adapter_name")
+    return name
+
+
 def _distance(matrix: Tensor) -> Tensor:
     """``‖M Mᵀ - I‖`` of a matrix (r, n), a scalar."""
     identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
@@ -377,6 +386,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         layer_prefix="SVD",
         constants=(_RANK,),
         model_functions={"update_and_allocate": update_and_allocate},
+        model_attributes={"trainable_adapter_name": lambda tuner: _trained_name(tuner.manager.configs)},
         attributes={"r": "rank", "lora_alpha": "alpha"},
         mappings=(_A, _B, _E, "lora_embedding_A", "lora_embedding_B"),
         modules=("lora_dropout",),
