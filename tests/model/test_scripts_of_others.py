@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -405,3 +407,12 @@ def test_a_config_class_of_the_script_is_that_of_its_method(library: Any, tmp_pa
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))["further"] == 5
     torch.testing.assert_close(logits(library.PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+
+
+def test_a_model_whose_prompt_was_requested_is_freed() -> None:
+    model = prompted(nbpeft, "PromptTuningConfig")
+    model.get_prompt(1)
+    states = weakref.ref(model.manager.active_state), weakref.ref(model.get_base_model())
+    del model
+    gc.collect()
+    assert [state() for state in states] == [None, None]

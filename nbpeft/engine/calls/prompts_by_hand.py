@@ -7,34 +7,34 @@ model.base_model(inputs_embeds=torch.cat([prompts, model.word_embeddings(ids)], 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor
 
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import PeftWarning
 
-ANY = object()
-"""Instead of a model's state: the prompt of whichever model is called next."""
-_requested: ContextVar[object] = ContextVar("_requested", default=None)
-"""State of the model whose prompt was asked for last in this thread or task; None inside its handle's own calls."""
+_requested: ContextVar[Callable[[], object] | None] = ContextVar("_requested", default=None)
+"""Returns the state of the model whose prompt was asked for last in this thread or task, or ``_ANY``; None inside the
+own calls of a handle."""
+_ANY = object()
 _given: ContextVar[Callable[[int], Tensor] | None] = ContextVar("_given", default=None)
 """Rows of the batch -> the tokens to put in instead of the adapter's, (rows, tokens, features)."""
-_with_prompt: WeakSet[Any] = WeakSet()
+_with_prompt: weakref.WeakSet[Any] = weakref.WeakSet()
 """Caches of generations whose prompt a script put in."""
 
 
-def note_requested(state: object) -> None:
+def note_requested(state: object = _ANY) -> None:
     """Notes that a script asked for the prompt of a model.
 
     Args:
-        state: the ``ActiveState`` of the model, or ``ANY``.
+        state: the ``ActiveState`` of the model; by default the prompt may be that of any model.
     """
-    _requested.set(state)
+    _requested.set(weakref.ref(state) if state is not _ANY else lambda: _ANY)
 
 
 @contextmanager
@@ -85,7 +85,8 @@ def is_put_in(layer: AdaptedLayer, call: Mapping[str, Any], cache: Any) -> bool:
     """
     if _with_prompt and hasattr(cache, "get_seq_length") and cache in _with_prompt:
         return True
-    if _requested.get() not in (ANY, layer._shared_state()):
+    requested = _requested.get()
+    if requested is None or requested() not in (_ANY, layer._shared_state()):
         return False
     filled = hasattr(cache, "get_seq_length")
     found = call.get("inputs_embeds") is not None or (filled and bool(cache.get_seq_length()))

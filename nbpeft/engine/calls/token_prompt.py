@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.prompts_by_hand import ANY, note_requested
+from nbpeft.engine.calls.prompts_by_hand import note_requested
 from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.config.prompt_config import ENCODER_KEY, PROMPT_KEY, InitialisedPromptConfig, PromptLearningConfig
 from nbpeft.engine.contract.adapter import AdapterSite
@@ -77,7 +77,7 @@ class TokenPrompt(ModelAdapter):
         own = type(self)
         if own.all_tokens is not TokenPrompt.all_tokens or own.input_tokens is not TokenPrompt.input_tokens:
             return super().tokens_at(ids)
-        note_requested(ANY)
+        note_requested()
         rows: Tensor = self.embedding(ids)
         return rows
 
@@ -117,7 +117,7 @@ class EncodedPrompt(ModelAdapter):
 
     def tokens_at(self, ids: Tensor) -> Tensor:
         """Rows of the network's output."""
-        note_requested(ANY)
+        note_requested()
         return self.encoded()[0][ids]
 
 

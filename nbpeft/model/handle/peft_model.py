@@ -300,8 +300,8 @@ class PeftModel(nn.Module):
             task_ids: task of each row, (rows,) int64, for multitask prompts.
             max_cache_len: accepted for compatibility with PEFT and ignored; the cache of a prefix grows.
 
-        What calls this puts the prompt in itself: calls of the base model with embeddings or a cache, until the next
-        call of this PeftModel, do not get it a second time.
+        What calls this puts the prompt in itself: later calls of the base model with embeddings or a cache do not get
+        it a second time, those of this PeftModel do.
         """
         note_requested(self.manager.active_state)
         return prompts.prompt(self.manager, batch_size, task_ids)
