@@ -24,7 +24,7 @@ from nbpeft.session.variables import Variables
 from nbpeft.state import PastState, SessionState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 

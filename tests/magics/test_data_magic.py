@@ -255,9 +255,7 @@ def test_repeated_rows_are_counted_before_a_training_holds_some_out(ready: Noteb
     hint = "--eval-by question keeps equal rows together"
     assert notes[-1] == f"38 of 40 rows are equal to earlier ones: if rows are held out for evaluation, {hint}"
     trained = ready.do(f"%lora_train model --data twice {columns} --eval 0.5 max_steps=1 --no-keep").message
-    assert (
-        "held-out rows are also trained on (38 of 40 rows are repeats): --eval-by question keeps" in trained
-    )
+    assert "held-out rows are also trained on (38 of 40 rows are repeats): --eval-by question keeps" in trained
     line = f"%lora_train model --data twice {columns} --eval 0.5 --eval-by question max_steps=1 --no-keep"
     assert "also trained on" not in ready.do(line).message
 

@@ -155,9 +155,7 @@ def test_the_suggested_grouping_keeps_equal_rows_apart_from_the_training(column:
     request = TrainRequest(
         trainable(), rows, 8, tokenizer=CharTokenizer("yes") if column == "messages" else CharTokenizer()
     )
-    assert (
-        training_rows(request.opened()).notes[-1].endswith(f": eval_by={column!r} keeps equal rows together")
-    )
+    assert training_rows(request.opened()).notes[-1].endswith(f": eval_by={column!r} keeps equal rows together")
     grouped = training_rows(replace(request, eval_by=column).opened())
     assert not {*keys(grouped.train)} & {*keys(grouped.evaluation)} and len(grouped.evaluation) == 8
     assert not any("also trained on" in note for note in grouped.notes)
