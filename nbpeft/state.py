@@ -282,6 +282,11 @@ class TrainState:
     """The rows to score it on."""
 
     @property
+    def rewards(self) -> Curve:
+        """The mean reward over time of a training with reward functions; empty for other trainings."""
+        return self.series.get("reward", ())
+
+    @property
     def best_member(self) -> MemberState | None:
         """The best adapter of a sweep; None for other trainings, and if each adapter had its own rows."""
         comparable = (member for member in self.members if member.comparable)

@@ -24,10 +24,14 @@ LIBRARIES = ("bitsandbytes", "transformers", "accelerate")
 HOLD_SECONDS = 10.0
 """Longest delay of a warning in seconds, provided that another one follows."""
 
-DROPPED = ("Failed to load CPU gemm_4bit_forward", "The tokenizer has new PAD/BOS/EOS tokens")
+DROPPED = (
+    "Failed to load CPU gemm_4bit_forward",
+    "The tokenizer has new PAD/BOS/EOS tokens",
+    "Warning: The following arguments do not match the ones in the `trainer_state.json`",
+)
 """Beginnings of warnings that are dropped. bitsandbytes logs the first one on import if an optional kernel is not
 installed, even if nothing is quantized; transformers' Trainer logs the second one when it uses the tokens of its
-tokenizer, as it should."""
+tokenizer, as it should, and the third one for fields of a resumed run, which ``resume`` names itself."""
 
 _MARK = "_nbpeft_counted"
 _SHOWN = "_nbpeft_shown"

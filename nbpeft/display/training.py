@@ -133,8 +133,8 @@ def _subject(train: TrainState) -> str:
 def _curves(train: TrainState) -> Block:
     """Returns a chart of the run's loss, of its reward, or of the loss of each adapter of a sweep."""
     live = _is_live(train)
-    if train.series.get(REWARD):  # the loss of such a training says nothing: it is relative within each step
-        return CurveChart(((REWARD, train.series[REWARD], ()),), legend=False, live=live, metric=REWARD)
+    if train.rewards:  # the loss of such a training says nothing: it is relative within each step
+        return CurveChart(((REWARD, train.rewards, ()),), legend=False, live=live, metric=REWARD)
     if not train.members:
         return LossChart(train)
     curves = tuple((member.name, _smoothed(member.history), member.eval_history) for member in train.members)
@@ -290,11 +290,10 @@ def _rewarded(train: TrainState) -> tuple[Block, ...]:
 
 def _reward(train: TrainState) -> tuple[Figure, ...]:
     """Returns the mean reward of the last step, with that of the first."""
-    curve = train.series.get(REWARD)
-    if not curve:
+    if not train.rewards:
         return ()
-    step, first = curve[0]
-    return (Figure(REWARD, numbers.metric(curve[-1][1]), f"{numbers.metric(first)} at step {step:,}", 84),)
+    step, first = train.rewards[0]
+    return (Figure(REWARD, numbers.metric(train.rewards[-1][1]), f"{numbers.metric(first)} at step {step:,}", 84),)
 
 
 def _with_base(sample: Sample, adapter: str) -> Columns:

@@ -317,6 +317,10 @@ class TestWhatFollowsATraining:
         assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Score", "Ship"]
         assert steps.commands[-1][1] == "%lora ship orders --for transformers"
 
+    def test_completions_that_functions_reward_have_no_references_to_score(self) -> None:
+        steps = following(ended(series={"reward": ((1, 0.5),)}), model(adapters=(adapter("orders", unsaved=True),)))
+        assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Ask", "Compare", "Ship"]
+
     def test_nothing_follows_a_running_one_or_one_that_trained_nothing(self) -> None:
         for train in (train_state(25), ended(status="stopped", step=0), ended(status="stopped", kept_step=0)):
             assert following(train) is None

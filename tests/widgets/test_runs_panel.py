@@ -84,3 +84,15 @@ def test_of_many_runs_the_newest_are_shown_at_first() -> None:
     button(panel, "Show all").click()
     assert len(shown(panel)) == MOST + 3
     panel.close()
+
+
+def test_the_metrics_of_a_run_have_a_line_each_without_their_prefix() -> None:
+    metrics = {"eval_rewards/accuracies": 1.0, "eval_rewards/margins": 0.42, "eval_kl": 0.1}
+    (row,) = RunsResult("/runs", (record("kind", 1.0, metrics=metrics, best_loss=0.5),), ()).rows()
+    best = row[7]
+    assert [getattr(span, "text", span) for span in best][2:] == [
+        "rewards/accuracies 1.000",
+        "rewards/margins 0.420",
+        "and 1 more",
+    ]
+    assert {span.wrap for span in best[2:]} == {"words"}

@@ -100,11 +100,15 @@ def _held_out(tracked: TrackedModel, names: list[str] | None) -> HeldOut:
         if name not in configs or (config is None and names is None):  # refused later; not trained
             continue
         if own is None or config is not configs[name]:
-            raise AdapterError(f"it is not known which rows were held out from {name!r}: no training here has said so")
+            raise AdapterError(
+                f"it is not known which rows were held out from {name!r}: no training in this session recorded them"
+            )
         if found is not None and found.total != own.total:
             raise AdapterError(f"{name!r} and other adapters were trained on different rows: score them one by one")
         found = own.also(found)
-    if found is None or not found.numbers:
+    if found is None:
+        raise AdapterError(f"no adapter of {tracked.name} was trained in this session: held_out needs one that was")
+    if not found.numbers:
         raise AdapterError(
             "no row was held out from all trainings of these adapters: eval_data=0.1 of a training holds out a tenth"
         )
