@@ -35,6 +35,13 @@ def hub_options(place: str | os.PathLike[str], options: Mapping[str, Any] | None
     return {} if hub_answers(options.get("endpoint") or _endpoint()) else {"local_files_only": True}
 
 
+def config_errors() -> tuple[type[Exception], ...]:
+    """Return what ``AutoConfig.from_pretrained`` raises for a config that is missing or has a value of a wrong type."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return OSError, ValueError, ImportError, StrictDataclassError
+
+
 def hub_answers(endpoint: str | None = None) -> bool:
     """Return whether the hub is not switched off and responds with anything but a server error.
 

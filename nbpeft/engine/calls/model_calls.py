@@ -639,10 +639,11 @@ def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> An
         if has_encoder(module):
             past = EncoderDecoderCache(past, DynamicCache())
     into = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
-    # Layers that share the keys and values of an earlier layer (Gemma 4's last ones) have no cache of their own.
-    without = {number for number, layer in enumerate(into.layers) if type(layer).__name__ == "DummyLayer"}
+    # Layers that share the keys and values of an earlier layer (Gemma 4's last ones) have no cache of their own: in a
+    # cache made for the config, older versions of transformers leave their places out, at the end.
+    places = {number for number, layer in enumerate(into.layers) if type(layer).__name__ != "DummyLayer"}
     for number, (keys, values) in enumerate(states.to(base.dtype).permute(2, 3, 0, 4, 1, 5)):
-        if number not in without:
+        if number in places or not places:
             into.update(keys, values, number)
     return past
 
