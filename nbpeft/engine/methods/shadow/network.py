@@ -280,7 +280,7 @@ def _saved(source: str) -> Recipe:
             own = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             network_class = type(AutoModel.from_config(own))  # type: ignore[no-untyped-call]
-    except (*config_errors(), KeyError) as error:
+    except config_errors(KeyError) as error:
         raise _unreadable(source, error) from None
     return Recipe(network_class, own, source, is_projected=is_projected)
 
