@@ -549,6 +549,8 @@ def _size(call: Mapping[str, Any], *names: str) -> tuple[int, int, torch.device]
 
 def _seen(call: dict[str, Any], name: str) -> int:
     """Number of cached positions; a call with ``use_cache=False`` ignores the cache it is given, and starts at 0."""
+    # ``generate`` of older versions of transformers counts positions without the prompt; without them the model does.
+    call.pop("cache_position", None)
     if name and call.get(_CACHES[1]) is not None:
         call[name] = call.pop(_CACHES[1])
     past = call.get(name) if name else None
