@@ -24,7 +24,7 @@ from tests.wheels import ROOT, Environment, closure, pip
 HERE = Path(__file__).parent
 STACKS = {"lowest": "", "colab": "colab-2026-08.txt", "newest": ""}
 EXTRAS = {"lowest": ("notebook", "bnb"), "colab": ("notebook",), "newest": ("notebook", "bnb")}
-"""Colab has no bitsandbytes."""
+"""Colab has no bitsandbytes; the first cell of a notebook installs it."""
 TOOLS = (
     *("datasets>=3.0", "gguf>=0.18", "hypothesis>=6.100", "nbclient>=0.8", "nbconvert>=7.0", "pandas", "peft"),
     *("pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
@@ -114,13 +114,16 @@ def main() -> int:
     chosen = [SLICE] if arguments.slice else rest if names_tests(rest) else [*part.paths, *rest]
     found = run_tests(made.python, made.folder / f"{arguments.part}.xml", part, chosen)
     seconds = time.monotonic() - start
+    if not found:
+        print(f"\n{arguments.stack}, {arguments.part}: pytest ended before its report, see above")
+        return 1
     elsewhere = [name for name, outcome in found.items() if outcome.status != "passed"]
     usual = run_again(elsewhere, made.folder / "default.xml", part) if elsewhere else {}
     differing = differences(found, usual)
     passed = sum(outcome.status == "passed" for outcome in found.values())
     print(f"\n{arguments.stack}, {arguments.part}: {passed} of {len(found)} tests passed in {seconds / 60:.0f} min\n")
     print(table(arguments.stack, differing))
-    return 1 if any(outcome.status == "failed" for outcome, _ in differing.values()) or not found else 0
+    return 1 if any(outcome.status == "failed" for outcome, _ in differing.values()) else 0
 
 
 def constraints(stack: str) -> list[str]:
@@ -140,11 +143,11 @@ def lowest() -> list[str]:
     return [f"{name}=={version}" for name, version in sorted(bounds.items())] + list(WITH_OLD_NUMPY)
 
 
-def own_requirements(stack: str) -> list[str]:
-    """What nbpeft requires with the extras of a stack."""
+def own_requirements(stack: str, *, fronts: bool = False) -> list[str]:
+    """What nbpeft requires with the extras of a stack, and with what the first cell of a notebook installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [*project["dependencies"]]
-    waiting = [*EXTRAS[stack]]
+    waiting = list(dict.fromkeys([*EXTRAS[stack], *(("bnb",) if fronts else ())]))
     while waiting:
         for text in project["optional-dependencies"][waiting.pop()]:
             requirement = Requirement(text)
@@ -168,7 +171,7 @@ def environment(stack: str, *, with_torch: bool = False, fronts: bool = False) -
     """
     unpinned = {*(() if with_torch else (LINKED,)), *(WITHOUT_FRONTS if fronts else ())}
     pins = [line for line in constraints(stack) if Requirement(line).name not in unpinned]
-    asked = [text for text in own_requirements(stack) if Requirement(text).name not in BARE]
+    asked = [text for text in own_requirements(stack, fronts=fronts) if Requirement(text).name not in BARE]
     asked += [*TOOLS, *((*FRONTS[stack], *DRIVERS) if fronts else ())]
     bare = [*BARE, *((MODEL,) if fronts else ()), *((WITH_OLD_WIDGETS,) if pins else ())]
     day = time.strftime("%Y-%m-%d") if stack == "newest" else ""
@@ -242,7 +245,10 @@ def reason_of(part: ElementTree.Element) -> str:
     """The line of a failure that says what is wrong."""
     text = part.get("message", "")
     errors = re.findall(r"^E\s+(.*\S)", part.text or "", re.MULTILINE)
-    line = (errors[-1] if text.startswith("collection") and errors else text).strip().partition("\n")[0]
+    said = [error for error in errors if not re.fullmatch("-+.*-*", error)]
+    line = text.strip().partition("\n")[0]
+    if said and (line.startswith("collection") or line.endswith(":")):  # a file that is not imported, a cell that fails
+        line = said[-1]
     return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 1]}…"
 
 

@@ -563,6 +563,8 @@ def _size(call: Mapping[str, Any], *names: str) -> tuple[int, int, torch.device]
 
 def _seen(call: dict[str, Any], name: str) -> int:
     """Number of cached positions; a call with ``use_cache=False`` ignores the cache it is given, and starts at 0."""
+    # ``generate`` of older versions of transformers counts positions without the prompt; without them the model does.
+    call.pop("cache_position", None)
     if name and call.get(_CACHES[1]) is not None:
         call[name] = call.pop(_CACHES[1])
     past = call.get(name) if name else None
@@ -653,10 +655,11 @@ def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> An
         if has_encoder(module):
             past = EncoderDecoderCache(past, DynamicCache())
     into = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
-    # Layers that share the keys and values of an earlier layer (Gemma 4's last ones) have no cache of their own.
-    without = {number for number, layer in enumerate(into.layers) if type(layer).__name__ == "DummyLayer"}
+    # Layers that share the keys and values of an earlier layer (Gemma 4's last ones) have no cache of their own: in a
+    # cache made for the config, older versions of transformers leave their places out, at the end.
+    places = {number for number, layer in enumerate(into.layers) if type(layer).__name__ != "DummyLayer"}
     for number, (keys, values) in enumerate(states.to(base.dtype).permute(2, 3, 0, 4, 1, 5)):
-        if number not in without:
+        if number in places or not places:
             into.update(keys, values, number)
     return past
 
