@@ -45,8 +45,9 @@ class TokenPrompt(ModelAdapter):
     @classmethod
     def _repeat_draws(cls, config: PromptLearningConfig, site: AdapterSite) -> None:
         super()._repeat_draws(config, site)
-        is_initialised = isinstance(config, InitialisedPromptConfig) and config.starts_as("SAMPLE_VOCAB")
-        if is_initialised and not config.inference_mode:
+        if not isinstance(config, InitialisedPromptConfig) or config.inference_mode:
+            return
+        if config.starts_as("SAMPLE_VOCAB"):
             repeated(partial(cls.initial_tokens, config, site.base))
 
     @staticmethod
