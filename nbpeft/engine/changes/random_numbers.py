@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbpeft.engine.changes.mersenne_twister import advanced
+
 
 def random_state() -> dict[str, Any]:
     """The states of torch's generators on all devices in use, of Python's, and of NumPy's if it is imported."""
@@ -60,8 +62,8 @@ def drawing_from(source: dict[str, Any] | int) -> Iterator[None]:
         set_random_state(state)
 
 
-_AT_ONCE = 1 << 24
-"""Words that are skipped in one operation, which needs as many bytes."""
+_FAR = 1 << 23
+"""Words that take longer to draw than to jump over."""
 _IN_BACKGROUND = 50_000
 """Words that take as long as starting a thread."""
 
@@ -73,8 +75,11 @@ def skip_words(count: int, generator: torch.Generator | None = None) -> None:
         count: number of 32-bit words to skip; a float32 of ``Tensor.uniform_`` takes one.
         generator: the generator; None for torch's default one.
     """
-    for start in range(0, count, _AT_ONCE):
-        torch.empty(min(_AT_ONCE, count - start), dtype=torch.uint8, device="cpu").random_(generator=generator)
+    if count < _FAR:
+        torch.empty(count, dtype=torch.uint8, device="cpu").random_(generator=generator)
+    elif type(torch.empty(0)) is Tensor:  # fake tensors have no numbers
+        chosen = torch.default_generator if generator is None else generator
+        chosen.set_state(advanced(chosen.get_state(), count))
 
 
 class Advance:
