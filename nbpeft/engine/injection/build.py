@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft._util.interrupts import check_interrupt
+from nbpeft._util.interrupts import HeldInterrupts, check_interrupt
 from nbpeft.engine.calls.first_pass import NeedsFirstPass, put_first_pass
 from nbpeft.engine.calls.inner_calls import put_inner_hooks
 from nbpeft.engine.calls.model_calls import put_hooks, take_hooks
@@ -338,11 +338,16 @@ def _cloned_fakes(module: nn.Module) -> dict[int, Tensor]:
     return memo
 
 
+_MANY_OBJECTS = 10_000
+"""Number of new objects that are worth moving past the collections of young objects."""
+
+
 class CollectionPaused:
     """Context manager: pauses the cyclic garbage collector while thousands of modules are created.
 
     Nothing created here is garbage, but the allocations would trigger full collections, which take
-    longer than the work itself once torch and transformers are loaded. ``__del__`` ends the pause
+    longer than the work itself once torch and transformers are loaded. Where so much was created that the next
+    collection would visit it for long, it is moved to the oldest generation at once. ``__del__`` ends the pause
     too, since an interruption can skip ``__exit__``.
     """
 
@@ -354,6 +359,11 @@ class CollectionPaused:
 
     def __exit__(self, *_: object) -> None:
         if self._was_enabled:
+            # Objects that the program has frozen itself stay frozen.
+            if gc.get_count()[0] >= _MANY_OBJECTS and not gc.get_freeze_count():
+                with HeldInterrupts():
+                    gc.freeze()
+                    gc.unfreeze()
             gc.enable()
 
     __del__ = __exit__
