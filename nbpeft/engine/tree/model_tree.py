@@ -121,13 +121,8 @@ def _site(
     child: nn.Module,
     apart: Mapping[int, AdaptedLayer],
 ) -> Site:
-<<<<<<< HEAD
-    wrapper = child if isinstance(child, _WRAPPERS) else apart.get(id(child))
-    return Site(parent, attribute, path, frozen_module(child), wrapper, siblings)
-=======
     wrapper = child if isinstance(child, _WRAPPERS) else apart.get(id(child)) if apart else None
-    return Site(parent, attribute, path, child if wrapper is None else frozen_module(child), wrapper, siblings)
->>>>>>> traffic
+    return Site(parent, attribute, path, frozen_module(child), wrapper, siblings)
 
 
 def _children(parent: nn.Module, prefix: str, apart: Mapping[int, AdaptedLayer]) -> Iterator[Site]:
