@@ -60,7 +60,7 @@ class HeldBuffers(AdapterDict):
             own: name of the module in the states that has the buffers.
         """
         holders: dict[str, Any] = {name: state._modules[own] for name, state in states.items()}
-        keys = dict.fromkeys(key for holder in holders.values() for key in holder._buffers)
+        keys = dict.fromkeys(key for module in holders.values() for key in module._buffers)
         former: dict[str, Any] = dict(self._modules)
         mappings: dict[str, BufferMapping] = {key: former.get(key) or BufferMapping() for key in keys}
         for key, mapping in mappings.items():

@@ -206,19 +206,18 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     return ".".join(filter(None, (adapter.peft.container, own, name)))
 
 
-def name_on_model(adapter: Adapter, own: str, name: str) -> str:
+def name_on_model(network: HasSideNetwork, own: str, name: str) -> str:
     """Returns the name of a parameter of a side network, whose modules are on the model or around its blocks.
 
     Args:
-        adapter: the adapter, a ``HasSideNetwork``.
+        network: the adapter.
         own: the adapter's name of the parameter.
         name: name of the adapter.
 
     Returns:
         The name below ``base_model`` or the base model, whichever has the module.
     """
-    places = adapter.places if isinstance(adapter, HasSideNetwork) else ()
-    place = next((place for place in places if own.startswith(f"{place}.")), "")
+    place = next((place for place in network.places if own.startswith(f"{place}.")), "")
     part, _, rest = own.removeprefix(f"{place}.").partition(".")
     return ".".join(filter(None, (place, part, name, rest)))
 

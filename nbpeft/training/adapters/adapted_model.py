@@ -53,7 +53,7 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def module_path(parameter_name: str) -> str:
     """The path of the base model's module to which a trained parameter belongs, without wrappers."""
-    path = parameter_name.removeprefix("base_model.model.")
+    path = parameter_name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     parts = dict.fromkeys(f".{method.adapter_class.peft.shown_as}." for method in methods())
     for mark in (*parts, ".modules_to_save.", *(f".{method.prefix}" for method in methods())):
         if mark in path:
