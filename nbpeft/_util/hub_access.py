@@ -39,11 +39,11 @@ def config_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
     """Return what ``AutoConfig.from_pretrained`` raises for a config that is missing or has a value of a wrong type.
 
     Args:
-        others: exceptions to return beside them.
+        others: exceptions to return together with them.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
-    return OSError, ValueError, ImportError, StrictDataclassError, *others
+    # Where it was not imported, it cannot have been raised: this is called when an exception is there already.
+    strict = getattr(sys.modules.get("huggingface_hub.errors"), "StrictDataclassError", None)
+    return OSError, ValueError, ImportError, *([] if strict is None else [strict]), *others
 
 
 def hub_answers(endpoint: str | None = None) -> bool:
