@@ -206,12 +206,21 @@ def _wanted(only: Sequence[int] | HeldOut, values: Sequence[Any], *, stream: boo
             "held-out rows are not known among them",
             field="held_out",
         )
-    numbers = only.numbers if isinstance(only, HeldOut) else only
-    wrong = next((number for number in numbers if not _is_number(number, len(values))), None)
-    if wrong is not None or not numbers:
-        given = "no row" if not numbers else f"row {wrong!r:.40}"
+    numbers = _listed(only)
+    wrong = [number for number in numbers if not _is_number(number, len(values))]
+    if wrong or not numbers:
+        given = f"row {wrong[0]!r:.40}" if wrong else "no row"
         raise ConfigError(f"only has {given}; the rows are 0 to {count(len(values) - 1)}", field="only")
     return {int(number) for number in numbers}
+
+
+def _listed(only: Any) -> list[Any]:
+    if isinstance(only, HeldOut):
+        return list(only.numbers)
+    try:
+        return list(only.tolist() if hasattr(only, "tolist") else only)  # arrays and tensors have no truth value
+    except TypeError:
+        raise ConfigError(f"only must be numbers of rows in a list, not {with_article(only)}", field="only") from None
 
 
 def _is_number(number: Any, total: int) -> bool:

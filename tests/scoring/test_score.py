@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -433,6 +434,19 @@ def test_a_stop_keeps_what_is_scored(how: str) -> None:
     assert 0 < len(result.items) < len(rows)
     assert f"stopped after {len(result.items)} of 12 items" in str(result)
     assert same_state(before[0], everything(model)[0]) and before[1:] == everything(model)[1:]
+
+
+@pytest.mark.parametrize("only", [[0, 3], (3, 0), range(0, 4, 3), np.array([0, 3]), torch.tensor([3, 0]), iter([0, 3])])
+def test_rows_are_picked_by_their_numbers(only: Any) -> None:
+    assert [item.number for item in scored(adapted(), metric="loss", only=only).items] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    "only", [3, True, float("nan"), "0", [], [None], [-1], [len(ROWS)], [True], [1.5], torch.tensor(0), np.array([[0]])]
+)
+def test_rows_that_are_no_numbers_of_rows_are_refused_in_one_line(only: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^only (must be numbers of rows|has (no )?row)"):
+        scored(adapted(), metric="loss", only=only)
 
 
 def test_a_metric_that_fails_on_some_rows_names_the_first() -> None:

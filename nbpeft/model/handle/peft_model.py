@@ -25,7 +25,7 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import generation_arguments, learns_with_hooks, prepares_calls, transforms_calls
 from nbpeft.engine.runtime.scopes import AdapterContext
 from nbpeft.engine.tree.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
-from nbpeft.errors import UnknownAdapterError
+from nbpeft.errors import ConfigError, UnknownAdapterError, with_article
 from nbpeft.model.handle import prompts
 from nbpeft.model.handle.injection import put_active, replacing
 from nbpeft.model.handle.serving import OF_CALLS, of_the_model, serving
@@ -173,7 +173,12 @@ class PeftModel(nn.Module):
         Args:
             config: the config.
             model: the base model.
+
+        Raises:
+            ConfigError: it is not the config of an adapter.
         """
+        if not isinstance(config, AdapterConfig):
+            raise ConfigError(f"an adapter needs a config such as LoraConfig, not {with_article(config)}")
         return files.with_base_name(cls._complete(as_given(config)), model)
 
     @classmethod

@@ -19,7 +19,7 @@ from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.wrappers.layer import AdaptedLayer
-from nbpeft.errors import BaseMismatchError, CheckpointError, did_you_mean, few
+from nbpeft.errors import BaseMismatchError, CheckpointError, ConfigError, did_you_mean, few, with_article
 from nbpeft.model.saving.files import file_tensors, replaced_state_dict
 from nbpeft.model.saving.loading import LoadResult, drop_unchanged, load_result, warn_of_other_shapes
 from nbpeft.model.saving.offloaded import embedding_weights, refuse_offloaded, refuse_offloaded_adapter
@@ -98,6 +98,8 @@ def set_peft_model_state_dict(
         BaseMismatchError: shapes do not fit.
     """
     manager = require_manager(model)
+    if not isinstance(peft_model_state_dict, Mapping):
+        raise ConfigError(f"the state dict must be a dictionary of tensors, not {with_article(peft_model_state_dict)}")
     weights = manager.weights(adapter_name)
     peft_type = method_of(manager.configs[adapter_name]).peft_type
     whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name, peft_type)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nbpeft._util import hooks
 from nbpeft.engine.calls.model_calls import checkpoints_gradients, has_encoder
 from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.config.default_targets import default_targets_of
 from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, Untargeted
 from nbpeft.engine.contract.registry import Method, methods, methods_of_type
@@ -512,7 +513,7 @@ def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None
     Raises:
         UnknownAdapterError: one of them does not exist.
     """
-    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    names = names_in(names)
     with manager.transaction():
         for name in names:
             if name not in manager.configs:  # PEFT's wording, which its users search for

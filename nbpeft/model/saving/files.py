@@ -110,7 +110,10 @@ def save(
 
     Raises:
         AdapterExistsError: a folder has another adapter, and ``replace`` is False.
+        CheckpointError: the folder's name is empty, which would be the working directory.
     """
+    if not os.fspath(folder):
+        raise CheckpointError("the name of the folder is empty: pass '.' for the working directory")
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
     with manager.active_state.hold():  # a training in the background changes the tensors that are read here
