@@ -218,6 +218,8 @@ class NamedRows:
     """The option for the columns of ``own``."""
     unmapped: tuple[str, ...] = ()
     """The adapters to whose rows it does not apply."""
+    numbered: bool = False
+    """Whether it is known which rows were held out."""
 
     def of(self, adapter: str) -> str:
         """The rows of an adapter, as ``text``; empty if no cell named them."""
@@ -278,6 +280,11 @@ class TrainState:
     """The adapters of a sweep; the figures above then refer to all of them."""
     rows: NamedRows = NamedRows()
     """The rows to score it on."""
+
+    @property
+    def rewards(self) -> Curve:
+        """The mean reward over time of a training with reward functions; empty for other trainings."""
+        return self.series.get("reward", ())
 
     @property
     def best_member(self) -> MemberState | None:

@@ -15,11 +15,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import pytest
 
 from tests.effort import drawn
+
+if TYPE_CHECKING:
+    from tests.checkpoint.loopback import Hub
+    from tests.magics.notebook import Notebook
 
 _ended = itertools.count(1)
 
@@ -123,3 +129,32 @@ def chromium() -> str:
     if found is None:
         pytest.fail("no browser: run the tests with python3 tests/run.py, or set CHROMIUM to a browser's path")
     return found
+
+
+@pytest.fixture
+def bare() -> Iterator[Notebook]:
+    """A notebook without a model."""
+    from tests.magics.notebook import Notebook
+
+    made = Notebook()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def notebook(bare: Notebook) -> Notebook:
+    """A notebook whose variable ``model`` holds a tiny Llama."""
+    from tests.tiny_models import llama
+
+    bare["model"] = llama()
+    return bare
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub on this machine, which the Hub's client takes for the real one."""
+    from tests.checkpoint.loopback import be_the_hub, serving
+
+    with serving() as running:
+        be_the_hub(running, monkeypatch, tmp_path)
+        yield running

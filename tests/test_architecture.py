@@ -232,7 +232,7 @@ HEADLESS = tuple(
     f"nbpeft/{layer}/"
     for layer in ("checkpoint", "engine", "memory", "model", "scoring", "session", "shipping", "training")
 )
-PEFT_LORA_LAYERS = "nbpeft/peft_layers/custom_layers.py"
+PEFT_LORA_LAYERS = "nbpeft/peft_layers/lora_layers.py"
 """PEFT's own classes of LoRA layers, which have these attributes."""
 HTML = re.compile(r"<div|<table|_html\b|var\(--jp")
 MAGIC = re.compile(r"%%?q?lora|[(,] ?--(?!jp-)[a-z]")

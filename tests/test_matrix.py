@@ -457,7 +457,7 @@ def test_equal_to_peft_for_the_same_weights(kind: str, sample: str, tmp_path: An
     case = CASES[kind]
     config = config_of(sample)
     if config.initialised_from_weight or not hasattr(peft.PeftType, method_of(config).peft_type):
-        pytest.skip("peft has no such method, or initialises it from the weight anew when it loads (test_inits.py)")
+        pytest.skip("peft has no such method, or initializes it from the weight anew when it loads (test_inits.py)")
     wrong = next((PEFT_IS_WRONG[kind, name] for name in (sample, labels[sample]) if (kind, name) in PEFT_IS_WRONG), "")
     if wrong:
         pytest.skip(f"peft {wrong}")

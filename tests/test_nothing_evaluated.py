@@ -6,7 +6,6 @@ import ast
 import functools
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +130,6 @@ def stopped(notebook: Notebook, place: Path) -> Notebook:
     notebook.do("%%lora_train model --data rows\nmax_steps = 4")
     end()
     return notebook
-
-
-@pytest.fixture
-def notebook() -> Iterator[Notebook]:
-    made = Notebook()
-    made["model"] = llama()
-    yield made
-    made.close()
 
 
 @pytest.mark.drawn(3)

@@ -199,3 +199,34 @@ def test_hooks_of_a_base_layer_are_not_those_of_its_wrapper() -> None:
     assert hasattr(layer.base_layer, "_hf_hook") and not hasattr(layer, "_hf_hook")
     accelerate.hooks.remove_hook_from_module(model.get_base_model(), recurse=True)
     assert not hasattr(layer.base_layer, "_hf_hook")
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (nbpeft.LoraConfig(target_modules=BOTH, init_lora_weights=False), {"combination_type": "svd"}),
+        (nbpeft.LoraConfig(target_modules=BOTH, use_dora=True), {"combination_type": "exact"}),
+        (nbpeft.LoraConfig(target_modules=BOTH, trainable_token_indices=[1, 2]), {"combination_type": "cat"}),
+        (nbpeft.IA3Config(target_modules=BOTH, feedforward_modules=[], init_ia3_weights=False), {}),
+    ],
+    ids=["lora", "dora", "rows", "ia3"],
+)
+def test_offloaded_adapters_are_combined(config: Any, settings: dict[str, Any], to_disk: bool, tmp_path: Path) -> None:
+    """Where peft raises a bare error, or combines other values (IA³)."""
+    outputs = []
+    for offloaded in (False, True):
+        model = nbpeft.get_peft_model(base(offloaded=False), copy.deepcopy(config)).eval()
+        model.add_adapter("second", copy.deepcopy(config))
+        for name in ("default", "second"):
+            randomize(model, name, seed=len(name))
+        options = {"execution_device": torch.device("cpu")}
+        if offloaded and to_disk:
+            accelerate.disk_offload(model, str(tmp_path), **options)
+        elif offloaded:
+            accelerate.cpu_offload(model, **options)
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.7], "both", **settings)
+        assert offloaded == any(parameter.is_meta for parameter in model.manager.parameters("default"))
+        model.set_adapter("both")
+        outputs.append(model(input_ids=IDS).logits)
+    torch.testing.assert_close(*outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,14 +40,6 @@ def walk(call: Callable[[], Any], end: str) -> list[tuple[str, str]]:
     finally:
         sys.setprofile(None)
     return found[::-1]
-
-
-@pytest.fixture
-def notebook() -> Iterator[Notebook]:
-    made = Notebook()
-    made["model"] = llama()
-    yield made
-    made.close()
 
 
 def check(found: list[tuple[str, str]]) -> None:

@@ -65,7 +65,7 @@ _ROOMS = {
 _ELSEWHERE = {
     "engine.peft_layer_api": "peft_layers.layers",
     "engine.peft_modules": "engine.views.part_modules",
-    "engine.methods.lora.custom_layers": "peft_layers.custom_layers",
+    "engine.methods.lora.custom_layers": "peft_layers.lora_layers",
     "engine.projected_vectors": "engine.methods.projections.projected_vectors",
     "engine.kept": "engine.runtime.snapshots",
     "engine.spool": "engine.changes.spill_file",

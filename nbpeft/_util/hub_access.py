@@ -35,6 +35,17 @@ def hub_options(place: str | os.PathLike[str], options: Mapping[str, Any] | None
     return {} if hub_answers(options.get("endpoint") or _endpoint()) else {"local_files_only": True}
 
 
+def config_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return what ``AutoConfig.from_pretrained`` raises for a config that is missing or has a value of a wrong type.
+
+    Args:
+        others: exceptions to return together with them.
+    """
+    # Where it was not imported, it cannot have been raised: this is called when an exception is there already.
+    strict = getattr(sys.modules.get("huggingface_hub.errors"), "StrictDataclassError", None)
+    return OSError, ValueError, ImportError, *([] if strict is None else [strict]), *others
+
+
 def hub_answers(endpoint: str | None = None) -> bool:
     """Return whether the hub is not switched off and responds with anything but a server error.
 

@@ -26,6 +26,11 @@ _STEP = 0.05
 """Seconds between two checks for a recorded interruption during a wait."""
 
 
+def in_main_thread() -> bool:
+    """Whether this is the main thread, in which signals are handled and notebook cells run."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class HeldInterrupts:
     """Defers SIGINT in the main thread; does nothing in other threads, where Python never delivers it.
 
@@ -48,7 +53,7 @@ class HeldInterrupts:
         self._previous: Any = None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread():
             previous = get_handler(signal.SIGINT)
             # There is one handler in a process, so an outer block is found by the handler that it set.
             holder = _holder(previous)
@@ -120,13 +125,13 @@ def check_interrupt() -> None:
     """Delivers a recorded interruption; called at places inside a long command where it can stop safely."""
     # A class attribute, because this is called thousands of times per command and signal.getsignal takes 10 µs.
     block = HeldInterrupts.noting
-    if block is not None and not block._finishing and threading.current_thread() is threading.main_thread():
+    if block is not None and not block._finishing and in_main_thread():
         block.deliver()
 
 
 def released_interrupts() -> AbstractContextManager[None]:
     """Returns a context manager that does not defer interruptions while its block runs, for calls of user code."""
-    main = threading.current_thread() is threading.main_thread()
+    main = in_main_thread()
     block = _holder(get_handler(signal.SIGINT)) if main else None
     return nullcontext() if block is None else block.released()
 

@@ -24,10 +24,14 @@ LIBRARIES = ("bitsandbytes", "transformers", "accelerate")
 HOLD_SECONDS = 10.0
 """Longest delay of a warning in seconds, provided that another one follows."""
 
-DROPPED = ("Failed to load CPU gemm_4bit_forward", "The tokenizer has new PAD/BOS/EOS tokens")
+DROPPED = (
+    "Failed to load CPU gemm_4bit_forward",
+    "The tokenizer has new PAD/BOS/EOS tokens",
+    "Warning: The following arguments do not match the ones in the `trainer_state.json`",
+)
 """Beginnings of warnings that are dropped. bitsandbytes logs the first one on import if an optional kernel is not
 installed, even if nothing is quantized; transformers' Trainer logs the second one when it uses the tokens of its
-tokenizer, as it should."""
+tokenizer, as it should, and the third one for fields of a resumed run, which ``resume`` names itself."""
 
 _MARK = "_nbpeft_counted"
 _SHOWN = "_nbpeft_shown"
@@ -36,18 +40,16 @@ _Key = tuple[str, str]
 
 
 class RepeatFilter(logging.Filter):
-    """A logging filter that delays warnings and counts them until ``flush``.
+    """A logging filter that delays warnings of ``LIBRARIES`` and counts them until ``flush``.
 
     It is added to handlers, because the filter of a logger does not see records of its child loggers.
 
     Args:
-        libraries: top-level names of the loggers to filter.
         clock: returns a monotonic time in seconds.
     """
 
-    def __init__(self, libraries: tuple[str, ...] = LIBRARIES, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._libraries = libraries
         self._clock = clock
         self._lock = threading.RLock()
         self._delayed: dict[_Key, list[logging.LogRecord]] = {}
@@ -59,7 +61,7 @@ class RepeatFilter(logging.Filter):
         """Returns whether a handler should show a record now."""
         if record.levelno != logging.WARNING or hasattr(record, _SHOWN):
             return True
-        if record.name.partition(".")[0] not in self._libraries:
+        if record.name.partition(".")[0] not in LIBRARIES:
             return True
         if record.getMessage().startswith(DROPPED):
             return False

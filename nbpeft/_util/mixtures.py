@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nbpeft._util.numeric import is_finite_number
 from nbpeft.errors import ConfigError
 
 
@@ -53,7 +53,7 @@ def mixture(*parts: tuple[Any, float], **named: tuple[Any, float]) -> Mixture:
         **named: the same with names for messages.
 
     Raises:
-        ConfigError: there are less than two parts, or a share is not a number greater than 0.
+        ConfigError: there are fewer than two parts, or a share is not a number greater than 0.
     """
     unnamed = [
         (data if isinstance(data, str) else f"part {place}", data, weight)
@@ -65,8 +65,7 @@ def mixture(*parts: tuple[Any, float], **named: tuple[Any, float]) -> Mixture:
     for name, data, weight in given:
         if isinstance(data, Mapping | Mixture):
             raise ConfigError(f"{name} of a mixture is a {type(data).__name__}, not rows", field="data")
-        valid = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not valid or not math.isfinite(weight) or weight <= 0:
+        if not is_finite_number(weight) or weight <= 0:
             raise ConfigError(f"the share of {name} must be a number greater than 0, not {weight!r:.40}", field="data")
     return Mixture(tuple(Part(name, data, float(weight)) for name, data, weight in given))
 

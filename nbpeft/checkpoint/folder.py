@@ -54,14 +54,12 @@ class Checkpoint:
         unread: the tensors by key in the file, for the requested device.
         metadata: metadata of the tensor file, including the base model's fingerprint.
         folder: the folder of the files; for the hub, a folder of its local cache.
-        unknown_fields: names of config fields that this version does not know and ignored.
     """
 
     config: AdapterConfig
     unread: UnreadTensors
     metadata: dict[str, str]
     folder: Path
-    unknown_fields: tuple[str, ...]
 
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -160,7 +158,7 @@ def read_checkpoint(
     set_prompt_format(config, PromptFormat.from_metadata(file.metadata))
     _warn_of_unknown(unknown, path)
     unread = UnreadTensors(file, device).changed(functools.partial(method_of(config).files.unpack, config))
-    return Checkpoint(config, unread, file.metadata, file.path.parent, tuple(sorted(unknown)))
+    return Checkpoint(config, unread, file.metadata, file.path.parent)
 
 
 def write_checkpoint(

@@ -128,7 +128,7 @@ def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.devic
     unread = UnreadTensors(file, device, names).changed(
         lambda tensors: {names[key]: tensor for key, tensor in tensors.items()}
     )
-    return Checkpoint(config, unread, file.metadata, path.parent, ())
+    return Checkpoint(config, unread, file.metadata, path.parent)
 
 
 def _check(file: TensorFile, pairs: Mapping[str, _Pair], others: Iterable[str]) -> None:

@@ -44,6 +44,8 @@ def is_of_a_model(tensors: Mapping[str, Tensor], name: str, peft_type: str) -> b
 
 def _file_key(key: str, name: str, peft_type: str) -> str | None:
     """Returns the key in an adapter's file, or None for a key that does not contain the adapter's name."""
+    if f".{name}" not in key:
+        return None
     names_in_file = file_keys(peft_type)
     parts = key.removeprefix("_orig_mod.").split(".")
     for position in range(1, len(parts)):

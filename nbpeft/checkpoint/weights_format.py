@@ -175,21 +175,22 @@ def from_file(
     """
     slots = _slots(expected, peft_type)
     names: Any = {"key_mapping": key_mapping, "rename": None if conversion is None else conversion.rename}
-    if isinstance(tensors, UnreadTensors):
-        unread = tensors if conversion is None else tensors.changed(partial(conversion.joined, peft_type=peft_type))
-        keys, unexpected = _fitting(unread.header, expected, slots, **names)
-        found = {name: unread.header[key] for name, key in keys.items()}
-        mismatched = _checked(found, expected, slots, ignore_mismatched=ignore_mismatched, unread=True)
-        left_out = {name for name, _, _ in mismatched}
-        taken = {key for name, key in keys.items() if name not in left_out}
-        tensors = unread.read(key for key in unread if key not in taken)
-    else:
-        tensors = tensors if conversion is None else conversion.joined(tensors, peft_type)
-        keys, unexpected = _fitting(tensors, expected, slots, **names)
-    found = {name: tensors[key] for name, key in keys.items()}
-    mismatched = _checked(found, expected, slots, ignore_mismatched=ignore_mismatched)
+    if conversion is not None:
+        join = partial(conversion.joined, peft_type=peft_type)
+        tensors = tensors.changed(join) if isinstance(tensors, UnreadTensors) else join(tensors)
+    unread = isinstance(tensors, UnreadTensors)
+    header = tensors.header if isinstance(tensors, UnreadTensors) else tensors
+    keys, unexpected = _fitting(header, expected, slots, **names)
+    found = {name: header[key] for name, key in keys.items()}
+    mismatched = _checked(found, expected, slots, ignore_mismatched=ignore_mismatched, unread=unread)
     left_out = {name for name, _, _ in mismatched}
-    fitting = {name: tensor for name, tensor in found.items() if name not in left_out}
+    keys = {name: key for name, key in keys.items() if name not in left_out}
+    if isinstance(tensors, UnreadTensors):
+        tensors = tensors.read(header.keys() - keys.values())
+    fitting = {name: tensors[key] for name, key in keys.items()}
+    # A header shows all that is checked, except that a tensor of a pickled file has no data.
+    if any(tensor.is_meta for tensor in fitting.values()):
+        _checked(fitting, expected, slots, ignore_mismatched=False)
     _warn_of_not_finite(fitting)
     places = _Places(expected.adapters, expected.copies, expected.parameters)
     optional = {*(places.of(name) for name in expected.optional), *expected.recomputable}
@@ -376,15 +377,20 @@ class _Places:
         return result + name[taken:] if taken else name
 
 
+def _unwrapped(key: str) -> str:
+    """Returns a key without the names of modules that only wrap others."""
+    for segment in _WRAPPER_SEGMENTS:
+        key = key.replace(f".{segment}", ".").removeprefix(segment)
+    return key
+
+
 def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:
     """Yields the slots that a key of a file may refer to, the most likely first."""
     bare = mapped(key.removeprefix(PREFIX))
     yield bare
     if key.startswith(PREFIX):
         yield mapped(key)
-    for segment in _WRAPPER_SEGMENTS:
-        bare = bare.replace(f".{segment}", ".").removeprefix(segment)
-    bare = bare.removeprefix(PREFIX)
+    bare = _unwrapped(bare).removeprefix(PREFIX)
     yield bare
     yield bare.removeprefix(SHARED_PREFIX)
     if rename is not None:
@@ -461,11 +467,9 @@ def adapted_paths(keys: Iterable[str], peft_type: str) -> tuple[str, ...]:
     marks = [f".{method.prefix}" for method in methods_of_type(peft_type)]
     paths: dict[str, None] = {}
     for key in keys:
-        bare = key
-        for segment in _WRAPPER_SEGMENTS:
-            bare = bare.replace(f".{segment}", ".").removeprefix(segment)
+        bare = _unwrapped(key).removeprefix(PREFIX)
         for mark in marks:
-            path, marked, _ = bare.removeprefix(PREFIX).rpartition(mark)
+            path, marked, _ = bare.rpartition(mark)
             if marked and f"{path}." != SHARED_PREFIX:
                 paths[path] = None
     return tuple(paths)

@@ -29,8 +29,9 @@ class Text:
         text: plain text.
         tone: its emphasis or colour.
         tooltip: further text, shown on hover.
-        wrap: ``names``: may wrap after underscores and slashes; ``never``; ``words``: wraps also in a column of
-            figures; ``cut``: an ellipsis in the middle if there is not enough room; ``as is``: line breaks are kept.
+        wrap: ``names``: may wrap after underscores and slashes; ``never``; ``words``: as ``names``, and between words
+            also in a column of figures; ``cut``: an ellipsis in the middle if there is not enough room; ``as is``:
+            line breaks are kept.
         href: URL that it links to.
         curve: index of a curve in a chart; a swatch of its colour is shown before the text.
     """

@@ -104,7 +104,8 @@ def span(item: blocks.Span) -> str:
         return spark_image(item.points, item.text)
     if item.curve is not None:
         return _swatch(colour_of(item.curve)) + span(replace(item, curve=None))
-    text = _broken(item.text) if item.wrap == "names" else _cut(item.text) if item.wrap == "cut" else escape(item.text)
+    drawn = {"names": _broken, "words": _broken, "cut": _cut}.get(item.wrap, escape)
+    text = drawn(item.text)
     style = ";".join(part for part in (_TONES.get(item.tone, ""), _WRAPS.get(item.wrap, "")) if part)
     tooltip = f' title="{escape(item.tooltip)}"' if item.tooltip else ""
     style = f' style="{style}"' if style else ""
@@ -443,7 +444,7 @@ def _(block: blocks.Progress) -> str:
 def _(block: blocks.LossChart) -> str:
     train = block.train
     entries = [(palette.ACCENT, "", "loss"), (palette.ACCENT, ".35", "smoothed")]
-    entries += [(palette.EVALUATION, "", "eval loss (best circled)")] if train.eval_history else []
+    entries += [(palette.EVALUATION, "", "eval loss (best step circled)")] if train.eval_history else []
     legend = "".join(f"<span>{_swatch(colour, opacity)}{label}</span>" for colour, opacity, label in entries)
     scale = span(blocks.dim("log scale" if is_logarithmic(train) else ""))
     chart = loss_image(train) if train.status in ENDED else loss_chart(train)

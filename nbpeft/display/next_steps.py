@@ -29,8 +29,9 @@ class _Step:
 
 _SAVE = _Step("Save", "%lora save adapters/{name} --name {name}{model}")
 _PANEL = _Step("Compare", "%lora panel compare{target}", of_answers=True, for_each=False)
+_SCORE = "{score}"
 _THEN = (
-    _Step("{score}", "%lora score {name} --data {rows}{model}"),
+    _Step(_SCORE, "%lora score {name} --data {rows}{model}"),
     _Step("Ship", "%lora ship {name} --for {engine}{model}"),
 )
 _STEPS = (_SAVE, _Step("Ask", '%lora ask "{prompt}" --adapter {name}{model}', of_answers=True), _PANEL, *_THEN)
@@ -93,9 +94,10 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         (step.label.format_map(words), step.command.format_map({**words, "name": name, "rows": rows}))
         for step in steps
         if generates or not step.of_answers
+        if step.label != _SCORE or not train.rewards  # rows that reward functions score have no references
         for name in (names if step.for_each else names[:1])
         if name in unsaved or step.label != "Save"
-        for rows in [train.rows.of(name) or "ROWS"]
+        for rows in [_rows_of(name, train.rows)]
     )
     unfinished = train.status != "finished" and bool(run) and train.kept_step is None
     commands += (("Resume", resume),) if unfinished else ()
@@ -123,7 +125,14 @@ def kept_steps(train: TrainState, saved: Mapping[str, str], *, has_checkpoint: b
 def _score_label(rows: NamedRows) -> str:
     if not rows.learned:
         return "Score"
-    return "Score on all rows, held-out ones included" if rows.held_out else "Score on its training rows"
+    if rows.held_out:
+        return "Score on its held-out rows" if rows.numbered else "Score on all rows, held-out ones included"
+    return "Score on its training rows"
+
+
+def _rows_of(adapter: str, rows: NamedRows) -> str:
+    text = rows.of(adapter)
+    return f"{text} --held-out" if text and rows.held_out and rows.numbered else text or "ROWS"
 
 
 def _escaped(prompt: str) -> str:

@@ -133,8 +133,8 @@ def _subject(train: TrainState) -> str:
 def _curves(train: TrainState) -> Block:
     """Returns a chart of the run's loss, of its reward, or of the loss of each adapter of a sweep."""
     live = _is_live(train)
-    if train.series.get(REWARD):  # the loss of such a training says nothing: it is relative within each step
-        return CurveChart(((REWARD, train.series[REWARD], ()),), legend=False, live=live, metric=REWARD)
+    if train.rewards:  # the loss of such a training says nothing: it is relative within each step
+        return CurveChart(((REWARD, train.rewards, ()),), legend=False, live=live, metric=REWARD)
     if not train.members:
         return LossChart(train)
     curves = tuple((member.name, _smoothed(member.history), member.eval_history) for member in train.members)
@@ -198,7 +198,7 @@ def _evaluations(train: TrainState) -> Iterator[Figure]:
             words = f"at step {measured:,}" if measured else ""
     yield Figure(title, numbers.loss(loss), words, 84, _perplexity(loss))
     for name, value in _metrics(train).items():
-        where = f"at step {measured:,}" if measured else ""
+        where = _value_of_the_best(train, name) or (f"at step {measured:,}" if measured else "")
         yield Figure(f"{name} of the best" if train.members else name, numbers.metric(value), where, 70)
 
 
@@ -219,9 +219,19 @@ def _best_words(train: TrainState) -> str:
     if train.best_step is None:
         return f"at step {train.eval_step:,}" if train.eval_step is not None else ""
     best = next((value for step, value in train.eval_history if step == train.best_step), None)
+    if best is not None and any(value < best for _, value in train.eval_history):  # the best by a metric
+        return f"{numbers.loss(best)} at best step {train.best_step:,}"
     if best is None or train.best_step == train.eval_step:
         return f"best, at step {train.best_step:,}"
     return f"best {numbers.loss(best)} at step {train.best_step:,}"
+
+
+def _value_of_the_best(train: TrainState, name: str) -> str:
+    """Returns a metric at the best step, if that is not the last one that was evaluated, and else nothing."""
+    if train.members or train.best_step == train.eval_step:
+        return ""
+    value = next((value for step, value in train.metric_history.get(name, ()) if step == train.best_step), None)
+    return "" if value is None else f"{numbers.metric(value)} at best step {train.best_step:,}"
 
 
 def _perplexity(eval_loss: float | None) -> str:
@@ -280,11 +290,10 @@ def _rewarded(train: TrainState) -> tuple[Block, ...]:
 
 def _reward(train: TrainState) -> tuple[Figure, ...]:
     """Returns the mean reward of the last step, with that of the first."""
-    curve = train.series.get(REWARD)
-    if not curve:
+    if not train.rewards:
         return ()
-    step, first = curve[0]
-    return (Figure(REWARD, numbers.metric(curve[-1][1]), f"{numbers.metric(first)} at step {step:,}", 84),)
+    step, first = train.rewards[0]
+    return (Figure(REWARD, numbers.metric(train.rewards[-1][1]), f"{numbers.metric(first)} at step {step:,}", 84),)
 
 
 def _with_base(sample: Sample, adapter: str) -> Columns:

@@ -141,6 +141,7 @@ class NbpeftMagics(magic.Magics):
         if request.help:
             return partial(command_help, request.command, prog)
         self._options = option_names(request.command, (*SUBCOMMANDS.values(), *CELLS.values()))
+        self.session.context.spelled = partial(in_cell_spelling, names=self._options)
         return partial(request.command.run, with_fields(request.options, cell, notebook.namespace), notebook)
 
     def _answer(self, name: str, line: str, cell: str | None) -> object:
@@ -183,6 +184,8 @@ class NbpeftMagics(magic.Magics):
                 f"training failed: {type(error).__name__}: {in_one_line(error):.300} (%lora traceback shows where)"
             )
             self._keep_traceback(error)
+        finally:
+            self.session.context.spelled = str
         # Raised outside the except blocks: as its context, the caught error would keep its frames and their tensors.
         if interrupted is not None:
             raise interrupted

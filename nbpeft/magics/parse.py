@@ -22,6 +22,7 @@ _CLOSE = 0.8
 """The ``difflib`` ratio above which a ``name=value`` word after an option belongs to the option and is not a field."""
 _EXPRESSION = re.compile(r"\{[^\W\d]\w*[.\[(][^{}]*\}.*")
 """Expressions such as ``{runs[0]}``, which IPython's own magics evaluate."""
+_NAMED = re.compile(r"\{([^\W\d]\w*)\}")
 _VARIABLE = re.compile(r"([^\W\d]\w*)(?:[.\[].*)?", re.DOTALL)
 """A variable, or an expression that begins with one."""
 _SHARE = re.compile(r"[^\s=-][^\s=]*\*(?:\d+\.?\d*|\.\d+)")
@@ -156,8 +157,7 @@ class LineParser(argparse.ArgumentParser):
         message = re.sub(r"(--[\w-]+)/-\w\b", r"\1", message)
         needed = message.removeprefix(_REQUIRED)
         if needed != message:
-            example = self.command.example.partition("\n")[0]
-            raise CellError(f"{self.prog} needs {needed}" + (f", e.g. {example}" if example else ""))
+            raise CellError(f"{self.prog} needs {needed}" + (f", e.g. {self._example}" if self._example else ""))
         raise CellError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
@@ -183,8 +183,18 @@ class LineParser(argparse.ArgumentParser):
                 hint = f" The adapter is named without an option: {self.prog} NAME"
             elif self.command.fields and not close:
                 hint = f" A field is set without dashes: {word:.60}=…"
-            raise CellError(f"{self.prog} has no option {first:.60}.{hint}")
-        raise CellError(f"{self.prog}: unexpected argument {first!r:.60}; see {self.prog} --help")
+            raise CellError(f"{self.prog} has no option {first:.60}.{hint or self._usage}")
+        raise CellError(f"{self.prog}: unexpected argument {first!r:.60}.{self._usage}")
+
+    @property
+    def _example(self) -> str:
+        """The first line of the command's example; empty if it has none."""
+        return self.command.example.partition("\n")[0]
+
+    @property
+    def _usage(self) -> str:
+        """How the command is used, to follow what was wrong with a line."""
+        return (f" Example: {self._example} (" if self._example else " (") + f"{self.prog} --help explains it)"
 
     def _names_adapters(self) -> bool:
         """Whether positional arguments are the names of adapters."""
@@ -291,7 +301,6 @@ def parse_line(
     subcommands: Mapping[str, Subcommand],
     namespace: Mapping[str, Any],
     *,
-    magic: str = "%lora",
     cells: Iterable[str] = (),
 ) -> Request | None:
     """Find the subcommand of a line and parse its arguments.
@@ -300,7 +309,6 @@ def parse_line(
         line: the line after the magic's name.
         subcommands: the subcommands, by name.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
-        magic: the magic, for messages.
         cells: names of the cell magics, for messages.
 
     Returns:
@@ -315,11 +323,11 @@ def parse_line(
     name = words[0].text
     if name not in subcommands:
         if name in namespace and is_module(namespace[name]):
-            add = f"a cell that begins with %{magic} {name:.60}, or {magic} add {name:.60} …"
-            raise CellError(f"{magic} has no command {name!r:.60}, which is a variable; to adapt it: {add}")
-        hint = _command_hint(name, magic, subcommands, cells) or f" {magic} help lists the commands"
-        raise CellError(f"{magic} has no command {name!r:.60}.{hint}")
-    return parse_arguments(subcommands[name], f"{magic} {name}", words[1:], namespace)
+            add = f"a cell that begins with %%lora {name:.60}, or %lora add {name:.60} …"
+            raise CellError(f"%lora has no command {name!r:.60}, which is a variable; to adapt it: {add}")
+        hint = _command_hint(name, subcommands, cells) or " %lora help lists the commands"
+        raise CellError(f"%lora has no command {name!r:.60}.{hint}")
+    return parse_arguments(subcommands[name], f"%lora {name}", words[1:], namespace)
 
 
 _MEANT = {"name": "adapter"}
@@ -343,14 +351,13 @@ _SYNONYMS = {
 """Words that other tools use for a command; empty for the magic alone."""
 
 
-def _command_hint(name: str, magic: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
+def _command_hint(name: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
     """The hint at the command that an unknown word probably means, with a leading space; empty if none is close."""
     if name in _SYNONYMS:
-        return f" Did you mean {f'{magic} {_SYNONYMS[name]}'.strip()!r}?"
-    own = magic.lstrip("%")
+        return f" Did you mean {f'%lora {_SYNONYMS[name]}'.strip()!r}?"
     forms = {word: word for word in subcommands}
     forms |= {cell: f"%%{cell}" for cell in cells} | {
-        cell.removeprefix(f"{own}_"): f"%%{cell}" for cell in cells if cell != own
+        cell.removeprefix("lora_"): f"%%{cell}" for cell in cells if cell != "lora"
     }
     close = [name] if name in forms else near(name, forms)
     found = list(dict.fromkeys(forms[word] for word in close))
@@ -361,7 +368,7 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     """Return a word with its variable, ``{name}`` or ``$name``, replaced by the value.
 
     The variable may be the whole word, the first folder of a path, or the value after an equals sign:
-    ``--rank={r}``, ``orders={weight}``.
+    ``--rank={r}``, ``orders={weight}``. ``{name}`` may also be a part of a word without quotes: ``runs/seed-{i}``.
 
     Args:
         word: the word.
@@ -383,16 +390,29 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
         if not word.quoted and _EXPRESSION.fullmatch(text):
             message = f"{text:.60} is an expression; only a variable, as in {{name}}, is replaced: assign it first"
             raise CellError(message, column=word.start)
+        if not word.quoted and _NAMED.search(word.text):
+            return Verbatim(_NAMED.sub(lambda found: _text_of(found[1], found[0], word, namespace), word.text))
         return word.text
     name, rest = match
+    value = namespace.get(name)
+    if _has_messages(value) and not (head or rest):
+        return Expression(name)
+    value = _text_of(name, text, word, namespace)
+    return head + value + rest if head else Verbatim(f"{value}{rest}")
+
+
+def _text_of(name: str, text: str, word: Word, namespace: Mapping[str, Any]) -> str:
+    """The value of a variable that a word names, as text.
+
+    Raises:
+        CellError: it is not defined, or is not text, a number or a path.
+    """
     if name not in namespace:
         near = did_you_mean(name, own_names(namespace))
         raise CellError(f"name {name!r:.60} is not defined.{near}", column=word.start)
     value = namespace[name]
-    if _has_messages(value) and not (head or rest):
-        return Expression(name)
     if isinstance(value, str | int | float) or hasattr(value, "__fspath__"):
-        return head + str(value) + rest if head else Verbatim(f"{value}{rest}")
+        return str(value)
     raise CellError(f"{text:.60} is {with_article(value)}, not text, a number or a path", column=word.start)
 
 

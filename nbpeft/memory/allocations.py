@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nbpeft.engine.kernels.numerics import onednn_multiplies
 from nbpeft.engine.kernels.storage import storage_of
-from nbpeft.memory.processor import onednn_multiplies, product_scratch
+from nbpeft.memory.processor import product_scratch
 from nbpeft.memory.saved import SavedTensors, tensors_in
 from nbpeft.memory.stages import Peak, Stages
 

@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import os
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft._util.hub_access import hub_options
+from nbpeft._util.hub_access import config_errors, hub_options
+from nbpeft._util.interrupts import in_main_thread
 from nbpeft.engine.calls.model_calls import class_names
 from nbpeft.engine.contract.adapter import AdapterConfig, TaskType
 from nbpeft.engine.tree.model_tree import base_model_of
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, in_one_line
 
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -214,8 +214,8 @@ def _loaded_config(source: str) -> Any:
         place = {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
     try:
         return AutoConfig.from_pretrained(**place, trust_remote_code=False, **hub_options(source))
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except config_errors() as error:
+        reason = in_one_line(str(error).partition("\n\n")[0]) or type(error).__name__
         raise ConfigError(f"cannot read the config of {source!r}: {reason.rstrip('.')}", source=source) from None
 
 
@@ -254,11 +254,6 @@ def equal_layers(model: nn.Module, count: int) -> str:
             owners = Counter(id(tensor) for layer in module for tensor in layer.parameters() if tensor.requires_grad)
             return path if len(shapes) == 1 and max(owners.values(), default=1) == 1 else ""
     return ""
-
-
-def in_main_thread() -> bool:
-    """Return whether this is the main thread, in which notebook cells run."""
-    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager

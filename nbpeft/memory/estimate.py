@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbpeft._util.interrupts import in_main_thread
 from nbpeft.engine.calls.selective_recompute import selective_recompute
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.registry import method_of
@@ -26,7 +27,7 @@ from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.losses import chunked_head, without_logits
 from nbpeft.memory.allocations import fake_tensors, record
-from nbpeft.memory.architecture import Architecture, can_checkpoint, equal_layers, in_main_thread, silenced
+from nbpeft.memory.architecture import Architecture, can_checkpoint, equal_layers, silenced
 from nbpeft.memory.checkpointing import enable_checkpointing
 from nbpeft.memory.fake_quantized import code_bytes, quantized_bytes, replace_by_fakes
 from nbpeft.memory.formatting import size_text

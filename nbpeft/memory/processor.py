@@ -13,19 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-_ASKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-_onednn: Any = torch.backends.mkldnn
+from nbpeft.engine.kernels.numerics import onednn_multiplies
+
 _TILE_ROWS, _TILE_COLUMNS, _DEPTH, _DEEP = 256, 64, 32, 512
 """Tile sizes of oneDNN 3: rows and columns of the product; multiples and maximum of the inner dimension."""
-HALF = tuple(_ASKS)
-
-
-def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN computes matrix products in a half-precision dtype."""
-    if not _onednn.is_available() or not getattr(_onednn, "enabled", True):
-        return False
-    is_supported: Any = getattr(torch.ops.mkldnn, _ASKS.get(dtype, ""), None)
-    return is_supported is not None and bool(is_supported())
+HALF = (torch.bfloat16, torch.float16)
 
 
 def product_scratch(rows: int, depth: int, columns: int, dtype: torch.dtype, *, transposed: bool) -> int:
@@ -41,7 +33,7 @@ def product_scratch(rows: int, depth: int, columns: int, dtype: torch.dtype, *, 
         dtype: dtype of both matrices.
         transposed: whether the left matrix is stored column by column.
     """
-    if dtype not in _ASKS or not onednn_multiplies(dtype):
+    if not onednn_multiplies(dtype):
         return 0
     threads = torch.get_num_threads()
     tall = -(-rows // -(-rows // _TILE_ROWS))
@@ -57,7 +49,7 @@ def has_instructions(dtype: torch.dtype) -> bool | None:
     Returns:
         None if torch does not report it, as on Apple's CPUs.
     """
-    if not _onednn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     # With AVX512 but without AVX512-BF16, oneDNN accepts bfloat16 and converts each element to float32 and back.
     converts = dtype == torch.bfloat16 and _is("avx512") and not _is("avx512_bf16")
@@ -90,7 +82,7 @@ def slow_dtype(model: nn.Module) -> torch.dtype | None:
 
 def slow_here(dtype: torch.dtype) -> bool:
     """Return whether a dtype is a half-precision one for which the CPU is known to have no instructions."""
-    return dtype in _ASKS and has_instructions(dtype) is False
+    return dtype in HALF and has_instructions(dtype) is False
 
 
 def slow_dtype_message(*dtypes: torch.dtype, instead: str = "load models with dtype=torch.float32") -> str:

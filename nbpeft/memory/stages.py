@@ -53,8 +53,8 @@ NOTHING = Peak(0, 0, 0)
 class Stages:
     """Follows a step through the layers that are run, and records the peak of each stage in which the maximum can be.
 
-    Three equal layers are enough to extrapolate to any number. Every further layer is thought of as inserted before the
-    last one, and it adds the same as the middle layer:
+    Three equal layers are enough to extrapolate to any number. Further layers are treated as inserted before
+    the last one; each adds the same as the middle layer:
 
     - to the peak in forward: what the middle layer's forward adds to the allocated memory;
     - to the peak in backward of the last layer: what the middle layer holds when backward begins;

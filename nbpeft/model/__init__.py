@@ -93,7 +93,7 @@ from nbpeft.model.swapping.hotswap import hotswap_adapter_from_state_dict as hot
 from nbpeft.model.swapping.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from nbpeft.model.swapping.pool import AdapterPool as AdapterPool
 from nbpeft.model.swapping.pool import PoolStatistics as PoolStatistics
-from nbpeft.peft_layers.custom_layers import LoraLayer as LoraLayer
+from nbpeft.peft_layers.lora_layers import LoraLayer as LoraLayer
 
 PeftConfig = AdapterConfig
 LoraModel: type[BaseTuner] = tuner_class(methods_of_type("LORA")[0])

@@ -21,7 +21,7 @@ from nbpeft.engine.contract.shared_state import state_of_all
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, base_model_of, embedding_of, manager_of, quantization_method
 from nbpeft.engine.tree.tied_weights import modules_tied_to_embedding
-from nbpeft.engine.views.held_modules import HeldBuffers, HeldModules
+from nbpeft.engine.views.own_modules import OwnBuffers, OwnModules
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, ConfigError, HotSwapError, NotSupportedError, few
 from nbpeft.model.handle.functional import set_adapter
@@ -306,9 +306,9 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
     tuners = [path for path, module in model.named_modules() if isinstance(module, BaseTuner)]
     parts += [(path, name) for path in tuners for name in set().union(*shared.values())]
     for path, module in model.named_modules():
-        if isinstance(module, HeldModules):
+        if isinstance(module, OwnModules):
             parts.append((path, ""))
-        elif isinstance(module, HeldBuffers):
+        elif isinstance(module, OwnBuffers):
             parts += [(path, key) for key in module]
     return {".".join(filter(None, (*part, adapter_name or ""))) for part in parts}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from nbpeft.engine.config.default_targets import default_targets_of
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import backends, layer_kinds, methods_of_type
 from nbpeft.engine.methods.lora.variants.xlora_classifier import XLoraClassifier as XLoraClassifier
@@ -16,9 +17,8 @@ from nbpeft.model.handle.status import TunerLayerStatus as TunerLayerStatus
 from nbpeft.model.handle.status import TunerModelStatus as TunerModelStatus
 from nbpeft.model.handle.tuner import BaseTuner as BaseTuner
 from nbpeft.model.handle.tuner import tuner_class
-from nbpeft.peft_api.constants import usual_targets_of
-from nbpeft.peft_layers.classes import LayerType, layer_type, refuse_pickle_of_peft
-from nbpeft.peft_layers.custom_layers import Linear
+from nbpeft.peft_layers.classes import class_with_title, layer_type
+from nbpeft.peft_layers.lora_layers import Linear
 
 IA3Model = tuner_class(methods_of_type("IA3")[0])
 TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
@@ -66,9 +66,7 @@ def layer_class(title: str) -> type[Any]:
     """
     if title == Linear.title:
         return Linear
-    doc = f"Adapted layers that PEFT calls {title}; for ``isinstance`` only."
-    own = {"title": title, "__doc__": doc, "__setstate__": refuse_pickle_of_peft}
-    return LayerType(title.rpartition(".")[2], (), own | _names_in_layers(title.partition(".")[0].upper()))
+    return class_with_title(title, **_names_in_layers(title.partition(".")[0].upper()))
 
 
 def of_method(package: str, name: str) -> Any:
@@ -90,7 +88,7 @@ def of_method(package: str, name: str) -> Any:
     if name == f"{title}Layer" and not method.transforms_calls:
         return _layer_type(method.peft_type, name)
     if name.isupper():
-        return usual_targets_of(method.peft_type)
+        return default_targets_of(method.peft_type)
     own = name.removeprefix(title).removeprefix(method.peft.layer_prefix)
     known = {kind.peft_name for kind in layer_kinds()} | {backend.peft_name for backend in backends()}
     return layer_class(f"{package}.{method.peft.layer_prefix}{own}") if own in known else None

@@ -91,6 +91,9 @@ _OTHER_QUANTIZED = {
     "torchao": "TorchaoLoraLinear",
 }
 
+_DISPATCHERS = " ".join(f"dispatch_{name}" for name in (*_OTHER_QUANTIZED, "megatron", "default") if name != "bnb")
+"""PEFT's functions that choose the class of a layer; nothing calls them here."""
+
 _ONLY_HERE = {"Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt"}
 """Names of layer classes in the packages of several methods, and not in ``peft`` or ``peft.tuners``."""
 
@@ -236,11 +239,12 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.layer": {
         **_LORA_ROOM,
         "constants": "VARIANT_KWARG_KEYS",
-        "missing": f"{_LORA_EXTRAS} LoraVariant _LoraFactorsProxy _LoraParameterProxy",
+        "missing": f"{_LORA_EXTRAS} LoraVariant _LoraFactorsProxy _LoraParameterProxy dispatch_default",
     },
     "tuners.lora.model": {
         OWN: "LoraConfig LoraLayer LoraModel",
         "constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+        "missing": _DISPATCHERS,
     },
     "tuners.lora.conversion": {OWN: _CONVERSION},
     "tuners._buffer_dict": {"building_blocks": "BufferDict"},
@@ -274,7 +278,13 @@ MODULES: dict[str, dict[str, str]] = {
         "building_blocks": "VeloraFunction _compress_activations _normalize_projection _reconstruct_activations "
         "_reshape_to_grouped_subtokens"
     },
-    **{f"tuners.lora.{place}": {LAYER: names} for place, names in _OTHER_QUANTIZED.items()},
+    **{
+        f"tuners.lora.{place}": {
+            LAYER: names,
+            "missing": "dispatch_bnb_4bit dispatch_bnb_8bit" if place == "bnb" else f"dispatch_{place}",
+        }
+        for place, names in _OTHER_QUANTIZED.items()
+    },
     "tuners.ia3": {
         OWN: "IA3Config",
         "layers": "IA3Layer IA3Model",
@@ -389,8 +399,15 @@ def names_in(place: str) -> list[str]:
     return sorted(_origins(place))
 
 
+_IMPORTED = (
+    *("import_utils", "config", "utils", "utils.other", "utils.save_and_load", "utils.integrations", "utils.constants"),
+    *("utils.merge_utils", "tuners.tuners_utils", "mapping"),
+)
+"""Modules whose names PEFT's other modules import for themselves, and from which scripts then import them."""
+
+
 def value(place: str, name: str) -> Any:
-    """Returns the value of a name.
+    """Returns the value of a name that a module has or, as PEFT's modules do, has imported from another one.
 
     Args:
         place: module of PEFT below ``peft``.
@@ -399,6 +416,8 @@ def value(place: str, name: str) -> Any:
     Raises:
         KeyError: the module has no such name.
     """
+    if name not in _origins(place) and place:
+        place = next((other for other in _IMPORTED if name in _origins(other)), place)
     origin = _origins(place)[name]
     room = place.split(".")[1] if place.startswith("tuners.") else ""
     if origin == LAYER:

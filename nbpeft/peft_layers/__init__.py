@@ -6,7 +6,7 @@ classes of the engine's wrappers and configs when the engine is imported, so tha
 Door, what other rooms import:
 
     classes.py         PEFT's layer classes, for ``isinstance`` checks of adapted layers
-    custom_layers.py   Base classes of custom LoRA layers: PEFT's ``LoraLayer`` and ``lora.Linear``
+    lora_layers.py     Base classes of custom LoRA layers: PEFT's ``LoraLayer`` and ``lora.Linear``
     shared_tensors.py  Tensors that the layers of an adapter share, under PEFT's names
 
 Inside:
@@ -18,6 +18,7 @@ Inside:
     layer_types.py  Classes of adapted layers that are called as in PEFT: ``type(layer).__name__`` is ``Linear``
     layers.py    PEFT's attributes and methods of adapted layers: ``layer.scaling``, ``layer.merge()``
     models.py    PEFT's attributes of adapted base models: ``model.peft_config``
+    replaced.py  What scripts put on PEFT's layer classes: a ``forward`` is called, and what nothing calls is named
 """
 
 from nbpeft.peft_layers import blocks, commands, configs, copies, layer_types, layers, models

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from nbpeft.engine.wrappers.block import AdaptedBlock
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import CheckpointError
+from nbpeft.peft_layers.replaced import note, own_forward
 
 
 class LayerType(type):
@@ -28,6 +29,20 @@ class LayerType(type):
             return bool(layer.adapted_as == own["title"])
         return "peft_type" in own and any(method.peft_type == own["peft_type"] for method in layer._methods())
 
+    def __setattr__(cls, name: str, value: object) -> None:
+        before = vars(cls).get(name)
+        super().__setattr__(name, value)
+        cls._note(name, value, before)
+
+    def __delattr__(cls, name: str) -> None:
+        before = vars(cls).get(name)
+        super().__delattr__(name)
+        cls._note(name, None, before)
+
+    def _note(cls, name: str, value: object, before: object) -> None:
+        if not name.startswith("__") and {"title", "peft_type"} & vars(cls).keys():  # not on a class of the user's own
+            note(cls, name, value, before)
+
 
 def layer_type(peft_type: str, name: str, **attributes: Any) -> type[Any]:
     """Creates a class like PEFT's ``LoraLayer`` for ``isinstance`` checks of layers with a method's adapters.
@@ -40,6 +55,18 @@ def layer_type(peft_type: str, name: str, **attributes: Any) -> type[Any]:
     doc = f"Adapted layers with adapters of type {peft_type}; for ``isinstance`` only."
     own = {"peft_type": peft_type, "__doc__": doc, "__setstate__": refuse_pickle_of_peft}
     return LayerType(name, (), own | attributes)
+
+
+def class_with_title(title: str, **attributes: Any) -> type[Any]:
+    """Creates a class like PEFT's ``lora.Linear`` for ``isinstance`` checks of adapted layers.
+
+    Args:
+        title: package and class in PEFT.
+        **attributes: attributes of the class.
+    """
+    doc = f"Adapted layers that PEFT calls {title}; for ``isinstance`` and to replace their ``forward``."
+    own = {"title": title, "__doc__": doc, "__setstate__": refuse_pickle_of_peft, "forward": own_forward}
+    return LayerType(title.rpartition(".")[2], (), own | attributes)
 
 
 def refuse_pickle_of_peft(module: object, state: object) -> NoReturn:

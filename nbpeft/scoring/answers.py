@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from nbpeft.scoring.metrics import Metric
-from nbpeft.scoring.rows import ScoredRow, decoded
+from nbpeft.scoring.rows import ScoredRow
 from nbpeft.scoring.settings import Column, ScoreSettings, batches, in_parts, passes, serving_alone
 from nbpeft.training.adapters.adapted_model import base_of
+from nbpeft.training.data.encoding import decoded
 from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, generate_tokens
 
 _USUAL_LIMIT = 256
 _MARGIN = 8
-"""Tokens beyond the longest reference, for an answer of other tokens; and as many for white space before it."""
+"""Tokens beyond the longest reference, as other tokens may spell the same answer; as many again for white space."""
 _AT_THE_START = frozenset(("exact", "startswith"))
-"""Metrics for which nothing counts that follows the length of the reference."""
+"""Metrics for which only the beginning of an answer counts, up to the length of the reference."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def default_limit(rows: Sequence[ScoredRow], metrics: Sequence[Metric], *, strip
 
 
 def only_the_start_counts(metrics: Sequence[Metric]) -> bool:
-    """Whether nothing of an answer counts that follows the length of the reference.
+    """Whether only the beginning of an answer counts, up to the length of the reference.
 
     Args:
         metrics: the metrics.

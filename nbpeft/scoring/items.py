@@ -12,7 +12,7 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class MetricFacts:
-    """What a result has to know of a metric.
+    """What a result has to know about a metric.
 
     Attributes:
         name: its name.

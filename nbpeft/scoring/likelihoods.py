@@ -38,7 +38,7 @@ def token_losses(
 
     Args:
         model: the model in evaluation mode.
-        rows: tokenised rows with labels.
+        rows: tokenized rows with labels.
         columns: what computes them.
         size: the greatest number of rows of a batch; fewer if their logits are large.
         tokenizer: the tokenizer, for the padding token; or None.
@@ -85,7 +85,7 @@ def classes(
 
     Args:
         model: the classifier in evaluation mode.
-        rows: tokenised rows.
+        rows: tokenized rows.
         columns: what computes them.
         size: the greatest number of rows of a batch; fewer if their logits are large.
         tokenizer: the tokenizer, for the padding token; or None.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from nbpeft._util.numeric import is_finite_number
 from nbpeft.errors import ConfigError, TrainingError, check_bool, did_you_mean, in_one_line, with_article
 from nbpeft.names import METRICS
 
@@ -46,8 +47,7 @@ class AnswerSettings:
         check_bool("casefold", self.casefold)
         if self.pattern is not None:
             _compiled(self.pattern, ConfigError)
-        valid = isinstance(self.tolerance, int | float) and not isinstance(self.tolerance, bool)
-        if not (valid and math.isfinite(self.tolerance) and self.tolerance >= 0):
+        if not (is_finite_number(self.tolerance) and self.tolerance >= 0):
             raise ConfigError(f"tolerance must be a number of at least 0, not {self.tolerance!r:.40}")
 
     def text(self, text: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from nbpeft.display.numbers import count, plural
@@ -15,17 +16,29 @@ from nbpeft.errors import ConfigError, TrainingError, in_one_line, with_article
 from nbpeft.names import IGNORED_LABEL
 from nbpeft.scoring.metrics import Metric, Needs
 from nbpeft.training.adapters.adapted_model import base_of
-from nbpeft.training.data import is_stream, open_data
-from nbpeft.training.data.bad_rows import reason_of
+from nbpeft.training.data import HeldOut, is_stream, open_data
+from nbpeft.training.data.bad_rows import named_rows, reason_of
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL, Classes
-from nbpeft.training.data.encoding import CodedRow, Span, encode
-from nbpeft.training.data.forms import TEXT, Chat, Form, Pair, Plain, check_roles, likely_completion, row_of
-from nbpeft.training.data.left_out import named_rows
+from nbpeft.training.data.encoding import CodedRow, Span, decoded, encode
+from nbpeft.training.data.forms import (
+    COMPARED,
+    TEXT,
+    Chat,
+    Compared,
+    Example,
+    Form,
+    Pair,
+    Plain,
+    check_roles,
+    likely_completion,
+    row_of,
+)
 from nbpeft.training.data.options import REASONING, RowOptions, why_not_used
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import Row, is_nothing
+from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.loop.rows import check_reading, is_causal, model_inputs
 from nbpeft.training.watching.generation import PromptBatch
 
@@ -48,8 +61,8 @@ class ScoredRow:
         prompt_ids: its token ids.
         reference: the text of the right answer; empty if there is none.
         reference_count: number of its tokens.
-        coded: the tokenised row with its labels, for losses and classes.
-        options: the tokenised row with each option, whose labels are those of the option; with its text.
+        coded: the tokenized row with its labels, for losses and classes.
+        options: the tokenized row with each option, whose labels are those of the option; with its text.
         right: the number of the right option.
     """
 
@@ -104,6 +117,7 @@ def read_rows(
     usual_variables: Mapping[str, Any] | None = None,
     reasoning: str = "keep",
     classes: Classes | None = None,
+    only: Sequence[int] | HeldOut | None = None,
 ) -> ScoredRows:
     """Reads rows as training does, and finds the reference of each.
 
@@ -120,6 +134,7 @@ def read_rows(
         usual_variables: those that are used by default, as far as the chat template has them.
         reasoning: ``drop`` removes the reasoning of the assistant from conversations, ``keep`` does not.
         classes: the classes of a classifier, if a training has named them; by default as in its config.
+        only: the numbers of the rows to score; None for all.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -135,6 +150,7 @@ def read_rows(
     values = list(itertools.islice(iter(opened), _STREAMED)) if is_stream(opened) else list(opened)
     if not values:
         raise TrainingError("The stream has no rows.")
+    wanted = range(len(values)) if only is None else _wanted(only, values, stream=is_stream(opened))
     known = replace(reader.inputs, classes=inputs.classes)  # a trained head has its order of classes already
     reader = replace(reader, rows=values, skip_bad=skip_bad, inputs=known)
     variables = _variables(reader, chat_template_kwargs, usual_variables or {})
@@ -142,6 +158,9 @@ def read_rows(
     reading_rows = _Rows(model, reader, own, metrics)
     rows, left_out = [], []
     for number in range(len(values)):
+        if number not in wanted:
+            reading_rows.skip()
+            continue
         try:
             rows.append(reading_rows.read(number))
         except _Missing as reason:
@@ -158,19 +177,54 @@ def read_rows(
             if reader.form is TEXT
             else ""
         )
-        raise TrainingError(f"None of the {plural(len(values), 'row')} can be scored: {named_rows(left_out)}.{hint}")
+        raise TrainingError(f"None of the {plural(len(wanted), 'row')} can be scored: {named_rows(left_out)}.{hint}")
     _check_tokens(model, rows, inputs)
     notes = []
-    if is_stream(opened) and len(values) == _STREAMED:
+    if only is not None:
+        which = ", those that were held out from the training" if isinstance(only, HeldOut) else ""
+        notes.append(f"{count(len(wanted))} of {plural(len(values), 'row')}{which}")
+    elif is_stream(opened) and len(values) == _STREAMED:
         notes.append(f"these are the first {count(_STREAMED)} rows of a stream")
     if left_out:
         notes.append(f"{plural(len(left_out), 'row')} left out: {named_rows(left_out)}")
-    if reading_rows.cut:
-        notes.append(f"{plural(reading_rows.cut, 'row')} cut to {reader.limit} tokens (max_length)")
-    if reading_rows.without_reasoning:
-        whose = plural(reading_rows.without_reasoning, "row")
-        notes.append(f"the reasoning of {whose} is left out: it was not learned")
+    notes += reading_rows.notes
     return ScoredRows(tuple(rows), tuple(notes), frozenset(reading_rows.ends), inputs)
+
+
+def _wanted(only: Sequence[int] | HeldOut, values: Sequence[Any], *, stream: bool) -> set[int]:
+    """The numbers of the rows to score.
+
+    Raises:
+        ConfigError: the rows do not have them, or are other rows than those of the training that held some out.
+    """
+    if stream:
+        raise ConfigError("only needs all rows, and these are a stream", field="only")
+    held_out = only if isinstance(only, HeldOut) else None
+    if held_out is not None and held_out.total != len(values):
+        raise ConfigError(
+            f"the adapter was trained on {plural(held_out.total, 'row')}, and these are {count(len(values))}: its "
+            "held-out rows are not known among them",
+            field="held_out",
+        )
+    numbers = _listed(only)
+    wrong = [number for number in numbers if not _is_number(number, len(values))]
+    if wrong or not numbers:
+        given = f"row {wrong[0]!r:.40}" if wrong else "no row"
+        raise ConfigError(f"only has {given}; the rows are 0 to {count(len(values) - 1)}", field="only")
+    return {int(number) for number in numbers}
+
+
+def _listed(only: Any) -> list[Any]:
+    if isinstance(only, HeldOut):
+        return list(only.numbers)
+    try:
+        return list(only.tolist() if hasattr(only, "tolist") else only)  # arrays and tensors have no truth value
+    except TypeError:
+        raise ConfigError(f"only must be numbers of rows in a list, not {with_article(only)}", field="only") from None
+
+
+def _is_number(number: Any, total: int) -> bool:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool) and number in range(total)
 
 
 def _variables(reader: Reading, given: Mapping[str, Any] | None, usual: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -232,11 +286,15 @@ def _reader(
         if own[name] != name and own[name] not in available:
             raise ConfigError(f"columns: the rows have no {own[name]!r:.40} for {name}", field="columns")
     prompt = (mapping or {}).get("prompt", "prompt")
-    alone = "tokens" not in needs and "classes" not in needs and prompt in available
+    compared = inputs.classes is None and {*available, *(mapping or {})}.issuperset(COMPARED.needs)
+    if compared:
+        inputs = replace(inputs, kind=None)  # any kind: rows that also have another form are read in that form
+    alone = not compared and "tokens" not in needs and "classes" not in needs and prompt in available
     if alone and (mapping or {}).get("completion", "completion") not in available:
         names = {"prompt": prompt} if prompt != "prompt" else {}
         return Reading(opened, _PROMPT, names, tokenizer, inputs=inputs), own
-    return reading(opened, tokenizer, max_length=max_length, columns=mapping or None, inputs=inputs), own
+    found = reading(opened, tokenizer, max_length=max_length, columns=mapping or None, inputs=inputs)
+    return replace(found, form=_PREFERRED) if found.form is COMPARED else found, own
 
 
 def _references_in(available: Sequence[str], columns: Mapping[str, str] | None) -> str:
@@ -254,6 +312,14 @@ def _read_prompt(row: Row, chat: bool) -> Pair | Chat:
     return Chat(messages.messages, (1.0,) * len(messages.messages), tools=row.tools())
 
 
+def _read_preferred(row: Row, chat: bool) -> Example:
+    """The completion that is preferred, as the reference; the other one is read, too, so that it is checked."""
+    example = COMPARED.read(row, chat)
+    assert isinstance(example, Compared)
+    return example.chosen
+
+
+_PREFERRED = replace(COMPARED, read=_read_preferred)
 _PROMPT = Form("prompt", ("prompt",), _read_prompt, ("tools",))
 
 
@@ -280,7 +346,7 @@ class _Rows:
         self._tokenizer = reader.tokenizer
         self._renderer = ChatRenderer(reader.tokenizer)
         tokens = self._needs & {"tokens", "classes"} or reader.form is None
-        self._coded = reader.coded() if tokens else None
+        self._coded = coded_rows(reader) if tokens else None
         self._special = frozenset(getattr(self._tokenizer, "all_special_ids", ()))
         self._usual_ends = PromptBatch.of_tokens([], self._tokenizer, base_of(model)).ends
 
@@ -315,6 +381,22 @@ class _Rows:
             raise _Missing("its prompt is empty")
         return row
 
+    @property
+    def notes(self) -> Iterator[str]:
+        """What the references are, and what was cut or left out of rows."""
+        if self._reader.form is _PREFERRED:
+            chosen = self._reader.columns.get("chosen", "chosen")
+            yield f"the references are the completions in {chosen!r}"
+        if self.cut:
+            yield f"{plural(self.cut, 'row')} cut to {self._reader.limit} tokens (max_length)"
+        if self.without_reasoning:
+            yield f"the reasoning of {plural(self.without_reasoning, 'row')} is left out: it was not learned"
+
+    def skip(self) -> None:
+        """Passes over the next row."""
+        if self._coded is not None:
+            next(self._coded)
+
     def _check_good(self, row: ScoredRow) -> None:
         """Leaves out a row whose completion is no reference, as its label marks it as bad."""
         if self._reader.form is _PROMPT or "options" in self._needs:  # the label may be the number of an option
@@ -336,7 +418,7 @@ class _Rows:
         return replace(row, coded=coded.row, prompt=text, reference=name)
 
     def _of_tokens(self, row: ScoredRow, coded: CodedRow | None) -> ScoredRow:
-        """The prompt and the reference of a tokenised row: what comes before the last learned part, and that part."""
+        """The prompt and the reference of a tokenized row: what comes before the last learned part, and that part."""
         assert coded is not None
         if self._tokenizer is None or self._reader.inputs.classes is not None:
             return row
@@ -460,24 +542,6 @@ def _asked(chat: Chat) -> str:
     """The text that the last turn of the assistant answers."""
     content = next((item.get("content") for item in reversed(_before_last_turn(chat))), "")
     return content if isinstance(content, str) else ""
-
-
-def decoded(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens that follow others, with its leading space, and without special tokens.
-
-    Args:
-        tokenizer: the tokenizer.
-        before: the tokens before them.
-        tokens: the tokens.
-    """
-    head = list(before[-8:])  # many tokenizers drop the leading space of the first token
-    start, through, alone = (_plain(tokenizer, ids) for ids in (head, [*head, *tokens], list(tokens)))
-    return through[len(start) :] if through.startswith(start) else alone
-
-
-def _plain(tokenizer: Any, ids: list[int]) -> str:
-    options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
-    return str(tokenizer.decode(ids, skip_special_tokens=True, **options))
 
 
 def _check_tokens(model: nn.Module, rows: Sequence[ScoredRow], inputs: ModelInputs) -> None:

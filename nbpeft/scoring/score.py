@@ -24,7 +24,7 @@ from nbpeft.scoring.metrics import AnswerSettings, Metric, metrics_of, value_of
 from nbpeft.scoring.result import ScoreResult, Status
 from nbpeft.scoring.rows import ScoredRow, ScoredRows, read_rows, usual_metric
 from nbpeft.scoring.settings import Column, ScoreSettings, columns_of
-from nbpeft.training.data import separator_for
+from nbpeft.training.data import HeldOut, separator_for
 from nbpeft.training.watching.generation import INTERVAL, evaluating
 
 Report = Callable[[ScoreResult], object]
@@ -45,6 +45,7 @@ def score(
     tokenizer: Any = None,
     adapters: str | Sequence[str] | None = None,
     base: bool = True,
+    only: Sequence[int] | HeldOut | None = None,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -91,9 +92,10 @@ def score(
             ``pattern`` of each row. With ``general`` they may be left out: the loss on the general text is then the
             score.
         metric: a metric, or several in a list; by default ``exact``, and ``accuracy`` for a classifier of texts.
-        tokenizer: the tokenizer of the model; not needed for rows that are tokenised.
+        tokenizer: the tokenizer of the model; not needed for rows that are tokenized.
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
         base: whether to score the base model, too.
+        only: numbers of the rows to score, 0 for the first, e.g. the ``held_out`` of a training's result; None for all.
         max_new_tokens: limit of an answer; by default the longest reference, or 256 for metrics for which the
             reference may come later in the answer.
         batch_size: rows that are answered together by the base and all adapters; at least 8 by default.
@@ -135,7 +137,7 @@ def score(
     for argument, value in (("base", base), ("general", general), ("progress", progress)):
         check_bool(argument, value)
     if rows is None:
-        if not general:
+        if not general or only is not None:
             raise ConfigError("rows are missing: pass rows with references, or general=True for a general text")
         rows, general, metric = _general_rows(), False, "loss" if metric in (None, "exact", ["exact"]) else metric
     compared = AnswerSettings(strip, casefold, pattern, tolerance)
@@ -151,7 +153,7 @@ def score(
     form, form_notes = _trained_form(model, found, given_variables=bool(chat_template_kwargs))
     reading["usual_variables"] = chat_template_kwargs or form.variables
     reading["reasoning"] = "keep" if form.learns_reasoning else "drop"
-    own: dict[str, Any] = {"columns": columns, "chat_template_kwargs": chat_template_kwargs}
+    own: dict[str, Any] = {"only": only, "columns": columns, "chat_template_kwargs": chat_template_kwargs}
     read = read_rows(model, rows, metrics, tokenizer, **own, **reading)
     state = Scoring(name, found, metrics, read, settings, [*column_notes, *form_notes, *read.notes])
     further = _elsewhere(model, state, also, general, tokenizer, reading)
@@ -483,7 +485,7 @@ class Scoring:
         return MetricFacts(metric.name, metric.greater_is_better, share, metric.is_perplexity, weighted)
 
     def _problems(self) -> list[str]:
-        """What a person should know of the answers, one line for each problem."""
+        """What users should know about the answers, one line for each problem."""
         titles = [title for place in range(len(self._cut)) for title in self._cut_early(place)]
         cut = {column.title: titles.count(column.title) for column in self.columns}
         if any(cut.values()):

@@ -77,8 +77,7 @@ def build_config(
     for name in fields:
         if name not in known:
             raise ConfigError(
-                f"{cls.__name__} has no field {name!r}."
-                f"{_synonym_hint(name, known) or did_you_mean(name, known) or _other_method_hint(name)}",
+                f"{cls.__name__} has no field {name!r}.{field_hint(name, known)}",
                 field=name,
                 known=known,
             )
@@ -107,6 +106,22 @@ _SYNONYMS = {
     "init": "init_lora_weights",
 }
 """Common wrong names -> the field that is meant, where spelling alone does not suggest it."""
+
+
+def field_hint(name: str, known: Collection[str]) -> str:
+    """Return what is likely meant by the name of a field that a config does not have; empty if that is not known.
+
+    Args:
+        name: the name.
+        known: the names of the fields that there are.
+    """
+    from nbpeft.training.transformers.argument_source import training_arguments
+
+    if hint := _synonym_hint(name, known):
+        return hint
+    if any(argument.name == name for argument in training_arguments()):
+        return " It is a field of TrainingArguments: give it to the training."
+    return did_you_mean(name, known) or _other_method_hint(name)
 
 
 def _synonym_hint(name: str, known: Collection[str]) -> str:

@@ -24,7 +24,7 @@ from nbpeft.session.variables import Variables
 from nbpeft.state import PastState, SessionState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
@@ -66,6 +66,7 @@ class SessionContext:
         history: adapters that commands deleted or replaced.
         notes: errors outside of commands, e.g. in a subscriber.
         changed: whether there are changes that were not published yet.
+        spelled: writes notes of a training in the notation of the command that starts it; set while a command runs.
         runs_dir: folder for runs; None for ``NBPEFT_RUNS``, or else ``nbpeft_runs`` in ``home``.
         home: working directory when the session was created.
     """
@@ -87,6 +88,7 @@ class SessionContext:
         self.last_error: dict[str, Any] | None = None
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
         self.changed = False
+        self.spelled: Callable[[str], str] = str
         self.runs_dir: str | None = None
         self.home = _working_directory()
         self._published_busy = False

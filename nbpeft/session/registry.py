@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nbpeft.model import PeftModel
     from nbpeft.session.trained import TrainingCall
     from nbpeft.training import Run, TrainResult
+    from nbpeft.training.data import HeldOut
 
 
 class TrackedModel:
@@ -36,6 +37,7 @@ class TrackedModel:
         written: adapter name -> names of the fields that the user wrote, also those with their default values.
         trained_steps: adapter name -> its config, the last step of the run that last trained it, and that run's name.
         earlier_steps: the same of the run before that, whose weights it continued from; 0 for new weights.
+        unlearned: adapter name -> its config, and which rows of its training's data it has not learned, if known.
         first_random: adapter name -> its config, and the random state of its initialization.
         sweep: adapters that a cell added for several values, until they are trained.
         origins: (adapter of a sweep, its config, the adapter from which it started); also of those that undo restores.
@@ -57,6 +59,7 @@ class TrackedModel:
         self.written: dict[str, tuple[str, ...]] = {}
         self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
         self.earlier_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
+        self.unlearned: dict[str, tuple[AdapterConfig, HeldOut | None]] = {}
         self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}
         self.sweep: tuple[str, ...] = ()
         self.origins: list[tuple[str, AdapterConfig, str]] = []
@@ -130,9 +133,17 @@ class TrackedModel:
             known = self.trained_steps.items()
             self.trained_steps = {other: item for other, item in known if item[0] is not config}  # renamed since
             last, before = (here, os.path.basename(run.folder)), run.earlier.get(name, (0, ""))
+            if here:
+                self.unlearned[name] = config, self._not_learned(name, config, run)
             self.trained_steps[name] = (config, *(last if here else before))
             if here:
                 self.earlier_steps[name] = (config, *before)
+
+    def _not_learned(self, name: str, config: AdapterConfig, run: Run) -> HeldOut | None:
+        """Returns which rows an adapter has learned neither in a run nor in those that it continued from."""
+        found = run.unlearned.get(name) or run.unlearned.get("")
+        former, earlier = self.unlearned.get(name, (None, None))
+        return found if found is None or former is not config or not run.earlier.get(name) else found.also(earlier)
 
     def last_run(self, name: str) -> str:
         """Returns the run that last trained an adapter; empty if there is none."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from nbpeft._util.numeric import is_finite_number
 from nbpeft.errors import ConfigError
 
 
@@ -30,9 +30,9 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and not (_is_number(self.temperature) and self.temperature >= 0):
+        if self.temperature is not None and not (is_finite_number(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature must be a number of at least 0, not {self.temperature!r:.60}")
-        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+        if self.top_p is not None and not (is_finite_number(self.top_p) and 0 < self.top_p <= 1):
             raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p!r:.60}")
         if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 2**63):
             raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r:.60}")
@@ -78,7 +78,3 @@ class Sampling:
 def shown_settings(settings: Mapping[str, float]) -> str:
     """Returns e.g. ``temperature 0.7, top-p 0.9, seed 12``; the empty string for greedy decoding."""
     return ", ".join(f"{name} {value:g}" if name != "seed" else f"seed {value}" for name, value in settings.items())
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

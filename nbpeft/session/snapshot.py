@@ -128,7 +128,7 @@ class Snapshots:
 
 def _counted(name: str, config: AdapterConfig, manager: AdapterManager) -> AdapterState:
     """Returns the state of an adapter with its counts; its flags are not read yet."""
-    paths = [path for path, layer in manager.layers.items() if name in layer.adapters]
+    paths = [*manager.layers_with(name)]
     paths += [path for path, module in manager.copies.items() if name in module.modules_to_save]
     parameters = manager.parameters(name)
     return AdapterState(

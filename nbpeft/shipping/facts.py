@@ -122,9 +122,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
     unmergeable, rows = "", False
     prompt_tokens = int(getattr(config, "total_tokens", 0)) if config.learns_prompt else 0
     transforms_calls = method_of(config).transforms_calls
-    for path, layer in manager.layers.items():
-        if name not in layer.adapters._modules:
-            continue
+    for path, layer in manager.layers_with(name).items():
         adapter = layer.adapter(name)
         unmergeable = unmergeable or adapter.unmergeable_reason(layer.base)
         if transforms_calls:

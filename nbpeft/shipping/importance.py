@@ -35,8 +35,8 @@ def mean_squares(manager: AdapterManager, name: str, rows: Rows) -> dict[str, Te
         rows: tokenized rows.
 
     Returns:
-        Name of a weight -> the means, (in features,), float32 on the CPU. An input that was always 0 has a small one:
-        weights whose errors do not count at all would have no scale, and the input is not 0 for all other rows.
+        Name of a weight -> the means, (in features,), float32 on the CPU. For an input that was always 0 the mean is
+        small but positive: other rows may use the input, and the quantizer needs a scale for its weights.
 
     Raises:
         ConfigError: there are no rows.

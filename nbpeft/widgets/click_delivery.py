@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
+from nbpeft._util.interrupts import in_main_thread
+
 Listener = Callable[[], None]
 
 _INSTALL_TIMEOUT = 2.0
@@ -202,7 +204,7 @@ class _QueueTap(_Tap):
         from IPython import get_ipython
 
         shell = get_ipython()
-        if shell is None or self.needs_peeking or not _in_main_thread():
+        if shell is None or self.needs_peeking or not in_main_thread():
             return
 
         def cell_ended() -> None:
@@ -219,7 +221,7 @@ class _QueueTap(_Tap):
                 self._receive()
 
     def poll(self) -> None:
-        if not _in_main_thread():
+        if not in_main_thread():
             return
         with self._lock:
             self._receive()
@@ -228,7 +230,7 @@ class _QueueTap(_Tap):
     def remove(self) -> None:
         with self._lock:
             self.needs_peeking = False
-        if _in_main_thread():
+        if in_main_thread():
             self._hand_on()
         elif self._kept:
             self.kernel.io_loop.add_callback(self._hand_on)
@@ -294,10 +296,6 @@ def _release(tap: _Tap) -> None:
 
 def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in version("ipykernel").split(".")[:2])
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _is_click(data: Any) -> bool:

@@ -10,7 +10,6 @@ import ipywidgets
 
 from nbpeft.display.blocks import Text, Tone
 from nbpeft.display.html import head, span
-from nbpeft.display.names import shortened
 from nbpeft.errors import ConfigError
 from nbpeft.state import AdapterState
 from nbpeft.widgets.aria import TOGGLES
@@ -22,6 +21,8 @@ Item = TypeVar("Item")
 
 Command = Callable[..., None]
 """Called with the parts of a command, e.g. ``("use", "orders")``; a bound method, of which a weak reference is kept."""
+_LONGEST = 26
+"""The greatest number of characters of a name on a button."""
 
 
 def html(value: str = "", **layout: str) -> Any:
@@ -116,7 +117,15 @@ class ToggleRow:
             mark(made, "nbpeft-on", words in on)
 
     def _button(self, words: tuple[str, ...], label: str, tooltip: str) -> Any:
-        return button(shortened(label), tooltip, weakly(self._command, *words))
+        return button(_shortened(label), tooltip, weakly(self._command, *words))
+
+
+def _shortened(name: str) -> str:
+    """A name, shortened by an ellipsis in the middle: names of one experiment differ at the end."""
+    if len(name) <= _LONGEST:
+        return name
+    end = 2 * (_LONGEST - 1) // 3
+    return f"{name[: _LONGEST - 1 - end]}…{name[-end:]}"
 
 
 class Message:

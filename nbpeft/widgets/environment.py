@@ -9,6 +9,7 @@ import threading
 import weakref
 from typing import Any, Literal, Protocol
 
+from nbpeft._util.interrupts import in_main_thread
 from nbpeft.widgets.click_delivery import running_kernel
 
 Ui = Literal["auto", "widgets", "html", "text"]
@@ -80,8 +81,7 @@ class Resender:
             view: the view.
         """
         kernel = running_kernel()
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main or kernel is None or not drops_threads():
+        if in_main_thread() or kernel is None or not drops_threads():
             return
         with self._lock:
             self._views.add(view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ import pytest
 from nbpeft._util import hub_access
 from nbpeft._util.hub_access import hub_answers, hub_options
 from nbpeft.checkpoint import read_config
-from nbpeft.errors import CheckpointNotFoundError
+from nbpeft.engine.methods.shadow.network import _saved
+from nbpeft.errors import CheckpointNotFoundError, ConfigError
+from nbpeft.model.saving.merge_weights import meta_model
 from tests.checkpoint.loopback import serving
 from tests.magics.notebook import Notebook
 from tests.waiting import PATIENCE
@@ -87,11 +90,12 @@ def test_an_unknown_id_is_one_line(
     assert told == [], "nothing is tried again"
 
 
-@pytest.fixture
-def notebook() -> Iterator[Notebook]:
-    from tests.tiny_models import llama
-
-    made = Notebook()
-    made["model"] = llama()
-    yield made
-    made.close()
+def test_a_config_with_a_value_of_another_type_is_one_line(tmp_path: Path, notebook: Notebook) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
+    reason = "Validation error for field 'hidden_size'"
+    planned = notebook.run(f"%lora plan {tmp_path} --batch 1 --seq 8")
+    assert f"cannot read the config of '{tmp_path}': {reason}" in planned.line
+    with pytest.raises(CheckpointNotFoundError, match=f"has no model config: {reason}"):
+        meta_model(tmp_path)
+    with pytest.raises(ConfigError, match=f"cannot be read: {reason}"):
+        _saved(str(tmp_path))

@@ -110,9 +110,13 @@ def test_a_long_block_does_not_hold_a_warning_back_for_long(shown: io.StringIO) 
     assert shown.getvalue() == "again (3 times)\nagain (500 more times)\n"
 
 
-def test_talk_about_an_optional_kernel_is_dropped(shown: io.StringIO) -> None:
+def test_talk_about_an_optional_kernel_and_a_resumed_run_is_dropped(shown: io.StringIO) -> None:
     with collapsed():
         warn("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: %s", "none")
+        warn(
+            "transformers.trainer_utils",
+            "Warning: The following arguments do not match the ones in the `trainer_state.json`",
+        )
         warn("bitsandbytes.backends.cpu.ops", "something else")
     assert shown.getvalue() == "something else\n"
 

@@ -218,7 +218,7 @@ def test_the_training_card_shows_its_figures() -> None:
     for words in (
         "Training orders model running",
         "loss 0.084 mean 0.310",
-        "eval loss 0.102 best 0.813 at step 10",
+        "eval loss 0.102 0.813 at best step 10",
         "accuracy 0.910 at step 20",
         "step 25 / 40 epoch 0.62",
         "tokens/s 241",
@@ -227,6 +227,17 @@ def test_the_training_card_shows_its_figures() -> None:
         "optimizer 37.0 MB",
     ):
         assert words in text
+
+
+def test_the_best_step_of_a_metric_is_not_called_the_best_loss() -> None:
+    accuracy = {"metrics": {"accuracy": 0.6}, "metric_history": {"accuracy": ((10, 0.9), (20, 0.6))}}
+    by_metric = read(training_card(train_state(25, 40, best_step=10, **accuracy))).text
+    assert "eval loss 0.102 0.813 at best step 10" in by_metric
+    assert "accuracy 0.600 0.900 at best step 10" in by_metric
+    risen = train_state(25, 40, best_step=10, eval_loss=0.9, eval_history=((10, 0.8), (20, 0.9)), **accuracy)
+    assert "eval loss 0.900 best 0.800 at step 10" in read(training_card(risen)).text
+    last = read(training_card(train_state(25, 40, best_step=20, **accuracy))).text
+    assert "eval loss 0.102 best, at step 20" in last and "accuracy 0.600 at step 20" in last
 
 
 def test_the_figures_keep_their_places_before_they_are_known() -> None:
@@ -305,6 +316,10 @@ class TestWhatFollowsATraining:
         steps = following(ended(), model(adapters=(adapter("orders", unsaved=True),), generates=False))
         assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Score", "Ship"]
         assert steps.commands[-1][1] == "%lora ship orders --for transformers"
+
+    def test_completions_that_functions_reward_have_no_references_to_score(self) -> None:
+        steps = following(ended(series={"reward": ((1, 0.5),)}), model(adapters=(adapter("orders", unsaved=True),)))
+        assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Ask", "Compare", "Ship"]
 
     def test_nothing_follows_a_running_one_or_one_that_trained_nothing(self) -> None:
         for train in (train_state(25), ended(status="stopped", step=0), ended(status="stopped", kept_step=0)):

@@ -330,7 +330,10 @@ def fails() -> bool:
 @pytest.mark.parametrize("verdict", [lambda: False, lambda: torch.tensor(False), fails])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", [2, 16])
-def test_a_refused_adapter_leaves_the_old_one_bit_equal(variant: str, rank: int, verdict: Callable[[], object]) -> None:
+@pytest.mark.parametrize("consume", [False, True])
+def test_a_refused_adapter_leaves_the_old_one_bit_equal(
+    variant: str, rank: int, verdict: Callable[[], object], consume: bool
+) -> None:
     options = VARIANTS[variant]
     old, new = config_of(8, **options), config_of(rank, lora_dropout=0.1, **options)
     model = fresh(old, trained(old, seed=2))
@@ -344,12 +347,49 @@ def test_a_refused_adapter_leaves_the_old_one_bit_equal(variant: str, rank: int,
         return verdict()
 
     with pytest.raises(HotSwapError, match="'default' is unchanged"):
-        swap(manager, "default", new, weights, grow=True, validate=validate)
+        swap(manager, "default", new, weights.copied(), grow=True, validate=validate, consume=consume)
     if not options.get("bias"):
         torch.testing.assert_close(seen[0], fresh(new, weights)(IDS), rtol=1e-5, atol=1e-5)
     assert_untouched(model, before)
     assert torch.equal(model(IDS), output)
     assert manager.configs["default"] is kept and manager.weights("default").adapters.keys() == weights.adapters.keys()
+
+
+@pytest.mark.parametrize("failing", range(5))
+def test_an_exchange_that_fails_at_any_copy_restores_every_bit(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten tensors are exchanged four at a time, with two copies each time."""
+    monkeypatch.setattr("nbpeft.engine.changes.transaction._EXCHANGED_AT_ONCE", 4)
+    old, new = config_of(8), config_of(8)
+    model = fresh(old, trained(old, seed=2))
+    before, copy, calls = tensors_of(model), torch._foreach_copy_, []
+
+    def failing_copy(*given: Any, **options: Any) -> None:
+        calls.append(given)
+        if len(calls) == failing + 1:
+            copy([given[0][0]], [given[1][0]])  # a part is written
+            raise MemoryError
+        copy(*given, **options)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", failing_copy)
+    with pytest.raises(MemoryError):
+        swap(manager_of(model), "default", new, trained(new), consume=True)
+    assert len(calls) > failing + 1
+    assert_untouched(model, before)
+
+
+def test_tensors_that_are_used_twice_or_must_be_converted_are_only_copied() -> None:
+    old, new = config_of(8, target_modules=["first", "turned"]), config_of(8, target_modules=["first", "turned"])
+    model = fresh(old, trained(old, seed=2))
+    weights = trained(new)
+    first, turned = weights.adapters["first"], weights.adapters["turned"]
+    memory = torch.randn(8, 10 + 6)
+    first["lora_A"], turned["lora_A"] = memory[:, :6], memory[:, 6:]
+    first["lora_B"], turned["lora_B"] = first["lora_B"].double(), turned["lora_B"].T.contiguous().T
+    kept = weights.copied().tensors
+    swap(manager_of(model), "default", new, weights, consume=True)
+    swapped = manager_of(model).weights("default").tensors
+    assert all(torch.equal(swapped[key], value.to(swapped[key])) for key, value in kept.items())
+    assert all(torch.equal(weights.tensors[key], value) for key, value in kept.items())
 
 
 def test_validation_sees_the_new_adapter_alone_and_others_wait() -> None:

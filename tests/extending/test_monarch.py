@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,14 +26,6 @@ MOST_LINES = 60
 def more(registered: Callable[[str], ModuleType]) -> Any:
     """The module with the method, which is registered for one test."""
     return registered("monarch")
-
-
-@pytest.fixture
-def notebook() -> Iterator[Notebook]:
-    made = Notebook()
-    made["model"] = llama()
-    yield made
-    made.close()
 
 
 def trained(more: Any, **fields: Any) -> Any:

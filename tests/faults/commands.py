@@ -105,6 +105,8 @@ def adapted(storage: str) -> Stage:
     model.add_adapter("dora", config(2, use_dora=True))
     model.add_adapter("whole", config(2, target_modules=["first"], modules_to_save=["head"], bias="lora_only"))
     model.add_adapter("rows", config(2, target_modules=["second"], trainable_token_indices={"embed": [1, 4]}))
+    with torch.no_grad():  # a copy with the base's values would not show which of the two was written
+        model.base_model.model.head.modules_to_save["whole"].weight.add_(0.5)
     return Stage(base, model.eval())
 
 
@@ -164,6 +166,7 @@ def saved() -> dict[str, str]:
         torch.default_generator.manual_seed(2)
         settings = {"b": config(4), "b2": config(4, lora_alpha=5), "c": config(2, lora_alpha=1), "wide": config(6)}
         settings["full"] = config(2, target_modules=["first"], modules_to_save=["head"], bias="lora_only")
+        settings["headless"] = config(2, target_modules=["first"], bias="lora_only")
         for name, one in settings.items():
             get_peft_model(tiny("dense"), one, adapter_name="default").save_pretrained(str(folder / name))
             _SAVED[name] = str(folder / name)
@@ -172,11 +175,19 @@ def saved() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Command:
-    """A command and the stage it is run on."""
+    """A command and the stage it is run on.
+
+    Attributes:
+        stage: makes the stage.
+        run: the command.
+        unloads: whether no adapters are left.
+        writes_base: whether the base model has other values after unloading.
+    """
 
     stage: Callable[[str], Stage]
     run: Callable[[Stage], object]
     unloads: bool = False
+    writes_base: bool = False
 
 
 def _get_peft_model(stage: Stage) -> None:
@@ -272,7 +283,8 @@ COMMANDS: dict[str, Command] = {
     "swap smaller": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["c"], "b")),
     "swap larger": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["wide"], "b")),
     "swap copies": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["full"], "whole")),
-    "state dict": Command(adapted, _state_dict),
+    "swap without copies": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["headless"], "whole")),
+    "state dict": Command(adapted, _state_dict, writes_base=True),
     "adapter state dict": Command(adapted, _adapter_state),
     "unload": Command(adapted, lambda s: s.model.unload(), unloads=True),
     "unload merged": Command(merged, lambda s: s.model.unload(), unloads=True),

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nbpeft
-from tests.faults.commands import COMMANDS, STORAGES, Command, Stage, run_quietly, saved, state_of, twin
+from tests.faults.commands import COMMANDS, STORAGES, Command, Stage, run_quietly, saved, state_of, tiny, twin
 
 PACKAGE = str(Path(nbpeft.__file__).parent)
 CASES = [(name, storage) for name in COMMANDS for storage in STORAGES if storage == "dense" or "merge" in name]
@@ -74,6 +74,7 @@ class Harness:
     Attributes:
         before: the state that the command finds.
         after: the one it leaves.
+        base: that of the bare model.
     """
 
     def __init__(self, name: str, storage: str) -> None:
@@ -82,6 +83,7 @@ class Harness:
         saved()
         self._made = self.command.stage(storage)
         self.before = state_of(self._made)
+        self.base = state_of(Stage(tiny(storage)))
         done = self.stage()
         run_quietly(self.command, done)
         self.after = state_of(done)
@@ -136,6 +138,9 @@ class Harness:
         bare = [state_of(unloaded(one)) for one in (stage, wanted)]
         if bare[0] != bare[1]:
             raise AssertionError(f"unloaded: {differing(bare[0], bare[1], bare[1])}")
+        if not self.command.writes_base:
+            bits, base = ({k: v[0] for k, v in one.items() if k.startswith("tensor ")} for one in (bare[0], self.base))
+            assert {key: bits.get(key) for key in base} == base, "the base model has changed"
 
     def try_all(
         self, points: list[Any], around: Callable[[Any], AbstractContextManager[object]], failure: type[BaseException]

@@ -1,28 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.magics.notebook import Notebook
-
-
-@pytest.fixture
-def bare() -> Iterator[Notebook]:
-    """A notebook without a model."""
-    notebook = Notebook()
-    yield notebook
-    notebook.close()
-
-
-@pytest.fixture
-def notebook(bare: Notebook) -> Notebook:
-    """A notebook whose variable ``model`` holds a tiny Llama."""
-    from tests.tiny_models import llama
-
-    bare["model"] = llama()
-    return bare
 
 
 @pytest.fixture

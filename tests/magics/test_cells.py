@@ -195,6 +195,10 @@ def test_a_variable_that_gets_a_new_model_starts_anew(notebook: Notebook) -> Non
         ),
         ("%%lora model\nr = 4\nlora_alpha = = 3", "line 2: invalid syntax"),
         ("%%lora model\nr = rnk", "line 1: name 'rnk' is not defined"),
+        (
+            "%%lora model\nlearning_rate = 4",
+            "no field 'learning_rate'. It is a field of TrainingArguments: give it to the training",
+        ),
         ("%%lora model\nrank = 4", "LoraConfig has no field 'rank'. Did you mean 'r'?"),
         ("%%lora model\ntarget_modules = q_proj", "name 'q_proj' is not defined. Text is written in quotes: 'q_proj'"),
         ("%%lora model\nr = -1", "line 1: r must be a positive"),

@@ -226,7 +226,7 @@ def test_columns_are_quoted_as_one_likes_and_hints_can_be_pasted(ready: Notebook
     ("line", "label", "rows"),
     [
         ("odd COLUMNS", "Score on its training rows", "odd COLUMNS"),
-        ("odd COLUMNS --eval 0.25", "Score on all rows, held-out ones included", "odd COLUMNS"),
+        ("odd COLUMNS --eval 0.25", "Score on its held-out rows", "odd COLUMNS --held-out"),
         ("odd COLUMNS --eval odd[:3] --skip-bad", "Score", "odd[:3] --skip-bad COLUMNS"),
         ("sql=odd[:3] chat=odd COLUMNS", "Score on its training rows", "odd[:3] COLUMNS"),
     ],
@@ -244,19 +244,18 @@ def test_a_finished_card_scores_on_the_rows_that_the_cell_named(
     wanted = rows.replace("COLUMNS", columns)
     first, *others = wanted.split(" --", 1)
     assert command == f"%lora score sql --data {first} --tokenizer tok --{others[0]}"
-    assert len(ready.do(f"{command} --metric loss").items) == (3 if "[:3]" in rows else 4)
+    number = 3 if "[:3]" in rows else 1 if "--held-out" in rows else 4
+    assert len(ready.do(f"{command} --metric loss").items) == number
 
 
 def test_repeated_rows_are_counted_before_a_training_holds_some_out(ready: Notebook) -> None:
     ready["twice"] = [{"question": "q", "answer": "a"}] * 20 + [{"question": "p", "answer": "a"}] * 20
     columns = "--columns prompt=question completion=answer"
     notes = ready.do(f"%lora data twice {columns}").notes
-    hint = "groups by 'question' (--eval-by) keep equal rows together"
+    hint = "--eval-by question keeps equal rows together"
     assert notes[-1] == f"38 of 40 rows are equal to earlier ones: if rows are held out for evaluation, {hint}"
     trained = ready.do(f"%lora_train model --data twice {columns} --eval 0.5 max_steps=1 --no-keep").message
-    assert (
-        "held-out rows are also trained on (38 of 40 rows are repeats): groups by 'question' (eval_by) keep" in trained
-    )
+    assert "held-out rows are also trained on (38 of 40 rows are repeats): --eval-by question keeps" in trained
     line = f"%lora_train model --data twice {columns} --eval 0.5 --eval-by question max_steps=1 --no-keep"
     assert "also trained on" not in ready.do(line).message
 

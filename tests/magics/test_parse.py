@@ -62,6 +62,12 @@ def test_a_path_may_begin_with_a_variable() -> None:
         parsed("load $foldr/sql --name x", folder="a")
 
 
+def test_a_variable_in_braces_may_be_a_part_of_a_word() -> None:
+    request = parsed("load runs/seed-{i}/{kind}.d --name a-{i}", i=3, kind="sql")
+    assert (request.options.path, request.options.name) == ("runs/seed-3/sql.d", "a-3")
+    assert parsed("ask 'say {i}-{kind}'", i=3, kind="sql").options.prompt == "say {i}-{kind}"
+
+
 def test_a_weight_may_be_a_variable() -> None:
     line = "combine orders={weight} dates=$weight sql=1 --as both"
     assert parsed(line, weight=0.7).options.weights == ["orders=0.7", "dates=0.7", "sql=1"]
@@ -98,7 +104,13 @@ def test_help_can_be_asked_for_without_arguments() -> None:
         ("use", "%lora use needs NAME, e.g. %lora use sql"),
         ("use a --modle m", "%lora use has no option --modle. Did you mean '--model'?"),
         ("use a --mod m", "%lora use has no option --mod. Did you mean '--model'?"),
-        ("rename a b c", "%lora rename: unexpected argument 'c'"),
+        ("rename a b c", "%lora rename: unexpected argument 'c'. Example: %lora rename"),
+        (
+            "copy a --as b",
+            "%lora copy has no option --as. Example: %lora copy sql sql_backup (%lora copy --help",
+        ),
+        ("load runs/seed-{sed}", "name 'sed' is not defined"),
+        ("load runs/seed-{model}", "{model} is an object, not text, a number or a path"),
         ("scale a much", "%lora scale: FACTOR: expected a number, not 'much'"),
         ("load {fodler}", "name 'fodler' is not defined. Did you mean 'folder'"),
         ("load {folder} --name {model}", "{model} is an object, not text, a number or a path"),

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.checkpoint.loopback import TOKEN, Hub, be_the_hub, serving
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with serving() as running:
-        be_the_hub(running, monkeypatch, tmp_path)
-        yield running
+from tests.checkpoint.loopback import TOKEN, Hub
 
 
 def test_push_and_load(hub: Hub, adapted: Any) -> None:

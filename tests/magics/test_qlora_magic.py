@@ -272,6 +272,10 @@ def test_what_is_stored_quantized_stays_so(bare: Notebook, tmp_path: Path) -> No
 
 MISTAKES = [
     (cell("model").replace("bits = 4", "bits = 5"), "line 1: bits is 5; expected 4 or 8"),
+    (
+        cell("model", "", "max_steps = 3\n"),
+        "%%qlora has no field 'max_steps'. It is a field of TrainingArguments: give it to",
+    ),
     (cell("model", "", "quant_typ = 'nf4'\n"), "%%qlora has no field 'quant_typ'. Did you mean 'quant_type'"),
     (cell("model", "", "lora_alph = 3\n"), "Did you mean 'lora_alpha'"),
     (cell("model", "", "gguf_file = 'x'\n"), "'gguf_file' is an option of loading"),

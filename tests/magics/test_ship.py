@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.checkpoint.loopback import COMMIT, Hub, be_the_hub, serving
+from tests.checkpoint.loopback import COMMIT, Hub
 from tests.magics.notebook import Notebook
 from tests.shipping.support import tokenizer
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with serving() as running:
-        be_the_hub(running, monkeypatch, tmp_path)
-        yield running
 
 
 def test_ship_and_load(adapted: Any, tmp_path: Path) -> None:

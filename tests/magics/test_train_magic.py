@@ -115,6 +115,10 @@ def test_stop_from_elsewhere(ready: Notebook) -> None:
         ("%%lora_train model\nmax_steps = 1", "%%lora_train needs --data, e.g. %%lora_train model --data"),
         ("%%lora_train model --data rowz\nmax_steps = 1", "name 'rowz' is not defined. Did you mean 'rows'"),
         ("%%lora_train modle --data rows\nmax_steps = 1", "no variable is called 'modle'. Did you mean 'model'?"),
+        (
+            "%%lora_train model --data rows\nr = 8",
+            "'r' is not a field of TrainingArguments. It is a field of an adapter",
+        ),
         ("%%lora_train model --data rows\nmax_step = 1", "line 1: 'max_step' is not a field of TrainingArguments."),
         ("%%lora_train model --data rows\nlr = 1", "Did you mean 'learning_rate'?"),
         ("%%lora_train model --data rows\ndata = 1", "data is an option of the magic's line"),

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from nbpeft.engine.kernels.numerics import onednn_multiplies
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
-from nbpeft.memory.processor import onednn_multiplies
 from nbpeft.names import LOSS_CHUNK_SIZE
 from tests.effort import effort
 from tests.memory.measured_peak import SHAPES, real_peak

@@ -28,5 +28,8 @@ def test_a_config_tells(told: Any, stored: Stored) -> None:
 
 def test_a_file_of_the_gguf_format_is_ordinary_weights_once_loaded() -> None:
     quantizers = pytest.importorskip("transformers.quantizers.auto")
-    config = LlamaConfig(quantization_config=quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING["gguf"]())
+    gguf = quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING.get("gguf")
+    if gguf is None:
+        pytest.skip("this version of transformers has no config of the GGUF format")
+    config = LlamaConfig(quantization_config=gguf())
     assert stored_as(config, config) == Stored()

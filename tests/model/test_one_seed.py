@@ -1,7 +1,8 @@
-"""One seed, one training: losses are those of peft with dropout, and so is the generator after loading and copying."""
+"""One seed, one training: losses are those of peft with dropout, and so is the generator after every command."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -15,7 +16,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import nbpeft
+from nbpeft.engine.changes.random_numbers import Advance
 from nbpeft.engine.contract.registry import Method, methods
+from tests.engine.contract.test_initial_draws import samples
 from tests.tiny_models import llama, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -103,17 +106,122 @@ def moved(run: Callable[[], Any]) -> bool:
     return not torch.equal(torch.get_rng_state(), before)
 
 
+NOT_ALIKE_EMPTY = ("lora-olora-lora", "lora-pissa-lora", "lora-dora-pissa-dora", "shadow-one-layer")
+"""Samples of which peft makes no adapter without values."""
+
+
+def states(library: Any, config: str, fields: dict[str, Any], folder: Path, *, empty: bool) -> dict[str, Any]:
+    """The state of the generator after each command that adds or removes an adapter, each from one seed."""
+    model, found = None, {}
+    config_class, options = getattr(library, config), {"low_cpu_mem_usage": True} if empty else {}
+
+    def run(name: str, command: Callable[[], Any]) -> Any:
+        torch.manual_seed(5)
+        made = command()
+        found[name] = torch.get_rng_state()
+        return made
+
+    model = run("get_peft_model", lambda: library.get_peft_model(llama(), config_class(**fields), **options))
+    if config != "AdaLoraConfig":
+        run("add_adapter", lambda: model.add_adapter("second", config_class(**fields), **options))
+        run("delete_adapter", lambda: model.delete_adapter("second"))
+    if not hasattr(peft, "PromptLearningConfig") or not issubclass(getattr(peft, config), peft.PromptLearningConfig):
+        with contextlib.suppress(ValueError):  # peft refuses methods with shared tensors
+            peft.inject_adapter_in_model(getattr(peft, config)(**fields), llama())
+            run("inject", lambda: library.inject_adapter_in_model(config_class(**fields), llama(), **options))
+    loaded = run("from_pretrained", lambda: library.PeftModel.from_pretrained(llama(), folder, **options))
+    run("load_adapter", lambda: loaded.load_adapter(str(folder), "other", **options))
+    run("load_adapter again", lambda: loaded.load_adapter(str(folder), "other", **options))
+    run("set_adapter", lambda: loaded.set_adapter("other"))
+    with contextlib.suppress(AttributeError, NotImplementedError):  # learned prompts and Polytropon
+        run("merge_and_unload", loaded.merge_and_unload)
+    return found
+
+
+@pytest.mark.drawn(30)
+@pytest.mark.parametrize("empty", [False, True], ids=["", "low_cpu_mem_usage"])
+@pytest.mark.parametrize(("config", "fields"), samples())
+def test_the_generator_is_where_peft_leaves_it(
+    config: str, fields: dict[str, Any], empty: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if empty and any(name in request.node.name for name in NOT_ALIKE_EMPTY):
+        pytest.skip("peft makes no such adapter without values")
+    fields = {"task_type": "CAUSAL_LM", **fields}
+    peft.get_peft_model(llama(), getattr(peft, config)(**fields)).save_pretrained(tmp_path)
+    ours, theirs = (states(library, config, fields, tmp_path, empty=empty) for library in (nbpeft, peft))
+    differing = [name for name in theirs.keys() & ours.keys() if not torch.equal(ours[name], theirs[name])]
+    assert not differing and {"get_peft_model", "from_pretrained", "load_adapter"} <= theirs.keys() & ours.keys()
+
+
+def test_loading_many_numbers_skips_them_in_the_background(tmp_path: Path) -> None:
+    fields = {"r": 64, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    peft.get_peft_model(llama(hidden_size=256), peft.LoraConfig(**fields)).save_pretrained(tmp_path)
+    (ours, theirs) = (loaded_state(library, tmp_path) for library in (nbpeft, peft))
+    assert torch.equal(ours, theirs)
+
+
+def loaded_state(library: Any, folder: Path) -> torch.Tensor:
+    base = llama(hidden_size=256)
+    torch.manual_seed(5)
+    library.PeftModel.from_pretrained(base, folder)
+    return torch.get_rng_state()
+
+
+def test_skipping_and_drawing_meanwhile() -> None:
+    """Numbers that another thread draws while words are skipped are not drawn again."""
+    torch.manual_seed(5)
+    advance = Advance(100_000)
+    first = torch.rand(3)
+    advance.finish()
+    last = torch.rand(3)
+    torch.manual_seed(5)
+    wanted = torch.rand(100_006)
+    assert torch.equal(first, wanted[:3]) and torch.equal(last, wanted[-3:])
+
+
+def test_a_failed_load_leaves_the_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbpeft.get_peft_model(llama(), nbpeft.LoraConfig(r=4, **LINEAR)).save_pretrained(tmp_path)
+    base = llama()
+    monkeypatch.setattr(nbpeft.PeftModel, "eval", lambda self: 1 / 0)
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError):
+        nbpeft.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("config", ["LoraConfig", "LoHaConfig", "VBLoRAConfig"])
-def test_loading_and_copying_draw_nothing(config: str, tmp_path: Path) -> None:
-    """As in peft with ``low_cpu_mem_usage=True``; without it peft makes a new adapter first."""
+def test_copying_draws_nothing(config: str) -> None:
     sizes = {"vector_length": 8} if config == "VBLoRAConfig" else {}
     made = nbpeft.get_peft_model(llama(), getattr(nbpeft, config)(r=4, **LINEAR, **sizes))
-    made.save_pretrained(tmp_path)
-    base, other = llama(), llama()
-    assert not moved(lambda: nbpeft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True))
-    assert not moved(lambda: made.load_adapter(str(tmp_path), "second"))
-    assert not moved(lambda: made.set_adapter("second"))
     assert not moved(lambda: pickle.loads(pickle.dumps(copy.deepcopy(made))))
-    assert not moved(lambda: made.delete_adapter("second"))
-    if config == "LoraConfig":
-        assert not moved(lambda: peft.PeftModel.from_pretrained(other, tmp_path, low_cpu_mem_usage=True))
+
+
+@pytest.mark.parametrize("kind", ["linear", "svd", "cat", "ties", "dare_linear", "dare_ties_svd", "magnitude_prune"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"r": 4}, {"r": 4, "rank_pattern": {"v_proj": 6}}, {"r": 4, "init_lora_weights": False, "lora_bias": True}],
+    ids=str,
+)
+def test_combining_draws_as_peft_does(kind: str, fields: dict[str, Any]) -> None:
+    density = 0.5 if kind not in ("linear", "svd", "cat") else None
+    check_combined_alike("LoraConfig", fields, combination_type=kind, density=density)
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True, "r": 4}, {"init_lora_weights": "orthogonal", "r": 4}], ids=str)
+def test_combining_variants_draws_as_peft_does(fields: dict[str, Any]) -> None:
+    check_combined_alike("LoraConfig", fields, combination_type="linear")
+
+
+def test_combining_other_methods_draws_as_peft_does() -> None:
+    check_combined_alike("IA3Config", {"feedforward_modules": []})
+
+
+def check_combined_alike(config: str, fields: dict[str, Any], **settings: Any) -> None:
+    states = []
+    for library in (nbpeft, peft):
+        model = library.get_peft_model(llama(), getattr(library, config)(**LINEAR, **fields))
+        model.add_adapter("second", getattr(library, config)(**LINEAR, **fields))
+        torch.manual_seed(5)
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.7], "both", **settings)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

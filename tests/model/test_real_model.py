@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
-from tests.smollm2 import GGUF, source
+from tests.smollm2 import load
 from tests.tiny_models import logits
 
 pytestmark = [pytest.mark.slow, pytest.mark.slice, pytest.mark.real_model]
-
-
-def load() -> tuple[Any, Any]:
-    folder = source().parent
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
 
 
 def test_trains_saves_merges_and_reloads(tmp_path: Path) -> None:

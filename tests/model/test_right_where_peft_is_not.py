@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import nbpeft
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import (
     BaseMismatchError,
@@ -260,3 +263,16 @@ def test_deleting_what_is_merged_is_refused() -> None:
     model.delete_adapter("other")
     with pytest.warns(UserWarning, match="already merged"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("library", [nbpeft, peft])
+def test_what_a_randomized_svd_took_out_is_found_again(library: Any, tmp_path: Path) -> None:
+    """The file does not contain it; peft draws the numbers of the SVD again, from wherever the generator is."""
+    fields: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "pissa_niter_4"}
+    base = llama()
+    torch.manual_seed(5)
+    model = library.get_peft_model(base, library.LoraConfig(**fields))
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    again = logits(library.PeftModel.from_pretrained(llama(), tmp_path))
+    assert torch.equal(again, expected) == (library is nbpeft)

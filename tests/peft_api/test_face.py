@@ -29,7 +29,7 @@ peft = pytest.importorskip("peft")
 
 # Reason -> patterns of differences, as the functions below write them.
 DIFFERENCES: dict[str, tuple[str, ...]] = {
-    "variants and initialisations of LoRA that nbpeft lacks": (
+    "variants and initializations of LoRA that nbpeft lacks": (
         "peft.tuners.lora.arrow: *",
         "peft.tuners.lora.corda: *",
         "peft.tuners.lora.eva: no *",
@@ -89,6 +89,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "what PEFT's own code calls": (
         "peft.auto: no *_allowlist",
         "peft.config: PeftConfigMixin refuses",
+        "peft.tuners.lora*: dispatch_* refuses",
         "peft.tuners.tuners_utils: clone_module refuses",
         "peft.tuners.tuners_utils: no *",
         "peft.utils: _set_trainable refuses",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -315,7 +316,7 @@ def test_an_answer_ends_with_the_turn_of_the_chat_template() -> None:
 
 def test_the_leading_space_of_an_answer_is_kept() -> None:
     """Sentencepiece tokenizers drop it where tokens are decoded alone."""
-    from nbpeft.scoring.rows import decoded
+    from nbpeft.training.data.encoding import decoded
 
     class Spaced(CharTokenizer):
         def decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
@@ -344,16 +345,40 @@ def test_rows_without_a_reference_are_named() -> None:
         scored(adapted(), ["a text"])
     with pytest.raises(TrainingError, match="None of the 1 row can be scored: row 0: it has no reference"):
         scored(adapted(), ["only text"])
-    pairs = [{"prompt": "x", "chosen": "a", "rejected": "b"}]
-    with pytest.raises(TrainingError, match=r"no reference\. If the references are in 'chosen': columns=") as refused:
-        scored(adapted(), pairs)
-    assert "columns={'completion': 'chosen'}" in str(refused.value)
-    result = scored(adapted(), pairs, columns={"completion": "chosen"}, max_new_tokens=2)
-    assert [item.reference for item in result.items] == ["a"]
     for columns, named in (({}, "answer"), ({"prompt": "q"}, "reply")):
         rows = [{columns.get("prompt", "prompt"): "x", named: "a", "id": "1"}]
         with pytest.raises(TrainingError, match=f"'completion': '{named}'"):
             scored(adapted(), rows, columns=columns or None)
+
+
+@pytest.mark.parametrize("metric", ["exact", "loss"])
+def test_preferences_are_scored_by_the_chosen_completion(metric: str) -> None:
+    pairs = [{"prompt": "x", "chosen": "ab", "rejected": "b"}, {"prompt": "xy", "chosen": "ba", "rejected": "a"}]
+    alone = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    renamed = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in pairs]
+    limit = {"max_new_tokens": 2} if metric == "exact" else {}
+    expected = scored(adapted(), alone, metric=metric, **limit)
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    for rows, names in ((pairs, None), (renamed, columns), (pairs, {"completion": "chosen"})):
+        found = scored(adapted(), rows, metric=metric, columns=names, **limit)
+        assert [item.reference for item in found.items] == ["ab", "ba"]
+        assert [item.values for item in found.items] == [item.values for item in expected.items]
+    result = scored(adapted(), renamed, metric=metric, columns=columns, **limit)
+    assert result.notes[0] == "the references are the completions in 'good'"
+
+
+def test_conversations_of_which_one_is_preferred_are_scored_by_its_last_turn() -> None:
+    tokenizer = byte_tokenizer()
+    model = llama(vocab_size=len(tokenizer))
+    asked = [{"role": "user", "content": "Hi"}]
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("ab", "b"))
+    expected = scored(model, [{"messages": asked + good}], tokenizer=tokenizer, max_new_tokens=2)
+    for row in ({"prompt": asked, "chosen": good, "rejected": bad}, {"chosen": asked + good, "rejected": asked + bad}):
+        found = scored(model, [row], tokenizer=tokenizer, max_new_tokens=2)
+        assert [(item.prompt, item.reference, item.answers) for item in found.items] == [
+            (item.prompt, item.reference, item.answers) for item in expected.items
+        ]
+        assert found.items[0].reference == "ab"
 
 
 def test_cut_answers_are_counted() -> None:
@@ -409,6 +434,19 @@ def test_a_stop_keeps_what_is_scored(how: str) -> None:
     assert 0 < len(result.items) < len(rows)
     assert f"stopped after {len(result.items)} of 12 items" in str(result)
     assert same_state(before[0], everything(model)[0]) and before[1:] == everything(model)[1:]
+
+
+@pytest.mark.parametrize("only", [[0, 3], (3, 0), range(0, 4, 3), np.array([0, 3]), torch.tensor([3, 0]), iter([0, 3])])
+def test_rows_are_picked_by_their_numbers(only: Any) -> None:
+    assert [item.number for item in scored(adapted(), metric="loss", only=only).items] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    "only", [3, True, float("nan"), "0", [], [None], [-1], [len(ROWS)], [True], [1.5], torch.tensor(0), np.array([[0]])]
+)
+def test_rows_that_are_no_numbers_of_rows_are_refused_in_one_line(only: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^only (must be numbers of rows|has (no )?row)"):
+        scored(adapted(), metric="loss", only=only)
 
 
 def test_a_metric_that_fails_on_some_rows_names_the_first() -> None:

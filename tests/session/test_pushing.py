@@ -7,7 +7,6 @@ import os
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,11 @@ from nbpeft.checkpoint import other_config
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, UnknownAdapterError
 from nbpeft.session import PushResult, Session
 from tests.char_tokenizer import CharTokenizer
-from tests.checkpoint.loopback import COMMIT, TOKEN, Hub, be_the_hub, serving
+from tests.checkpoint.loopback import COMMIT, TOKEN, Hub
 from tests.session.support import everything
 from tests.tiny_models import llama
 
 ROWS = [{"prompt": "a:", "completion": " b"}, {"prompt": "c:", "completion": " d"}]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with serving() as running:
-        be_the_hub(running, monkeypatch, tmp_path)
-        yield running
 
 
 @pytest.fixture

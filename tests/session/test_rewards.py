@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nbpeft.errors import TrainingError
+from nbpeft.errors import CheckpointNotFoundError, TrainingError
 from tests.runs.killed import session_in
 from tests.session.test_preferences import begun
 from tests.tiny_models import same_state
@@ -50,3 +50,22 @@ def test_a_stopped_run_is_resumed_on_a_new_model_to_the_bit(tmp_path: Path) -> N
     assert result.training.state.series["reward"] == whole.state.series["reward"]
     assert result.training.state.samples == whole.state.samples
     assert same_state(weights(result.model, "sql"), weights(model, "sql"))
+
+
+def test_what_failed_before_its_first_step_is_not_taken_for_an_earlier_run(tmp_path: Path) -> None:
+    session, model = begun(tmp_path, trained=True)
+    session.train(model, PROMPTS, rewards=of_words, **(FIELDS | {"max_steps": 1}))
+    session.rename("sql", "first")
+    session.add(model, {"r": 4, "target_modules": ["q_proj"]}, name="second")
+
+    def wrong(completions: list[str]) -> list[float]:
+        raise KeyError("weight")
+
+    with pytest.raises(TrainingError, match="reward 'wrong' failed"):
+        session.train(model, PROMPTS, rewards=wrong, adapter="second", **FIELDS)
+    message = r"second failed before its first step.* The newest run is of 'sql': session\.resume\('sql-1'\)"
+    with pytest.raises(CheckpointNotFoundError, match=message):
+        session.resume()
+    assert model.manager.names == ("first", "second")
+    assert session.resume("sql-1").run == "sql-1"
+    assert "sql" in model.manager.names

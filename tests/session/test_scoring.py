@@ -66,3 +66,56 @@ def test_what_cannot_be_scored_is_refused(session: Session) -> None:
     with pytest.raises(AdapterError, match="expected a tokenizer of transformers"):
         session.score(ROWS, tokenizer=3)
     assert not session.state.busy
+
+
+def learn(session: Session, rows: Any, eval_data: Any, adapter: str = "sql", **options: Any) -> Any:
+    given = {"tokenizer": CharTokenizer(), "max_steps": 1, "keep": False, "report_to": "none", **options}
+    return session.train("model", rows, eval_data, adapter=adapter, **given)
+
+
+def scored(session: Session, rows: Any = ROWS, **options: Any) -> Any:
+    return session.score(rows, held_out=True, tokenizer=CharTokenizer(), **{"metric": "loss", **options})
+
+
+def test_the_rows_that_were_held_out_are_scored_alone(session: Session) -> None:
+    result = learn(session, ROWS, 0.3)
+    assert len(result.held_out) == 4
+    found = scored(session, ROWS, adapters="sql", base=False)
+    assert tuple(item.number for item in found.items) == result.held_out
+    assert found.scores["sql"].value == pytest.approx(result.eval_loss, rel=1e-4)
+    assert found.notes[0] == "4 of 12 rows, those that were held out from the training"
+    # adapters that were not trained learned nothing
+    assert scored(session, ROWS).columns == ("base", "sql", "chat")
+
+
+def test_rows_that_an_earlier_training_learned_are_not_held_out(session: Session) -> None:
+    first, second = ({*learn(session, ROWS, 8, seed=seed).held_out} for seed in (1, 2))
+    assert first != second and first & second
+    found = scored(session, ROWS, adapters="sql")
+    assert {item.number for item in found.items} == first & second
+    learn(session, ROWS, None)
+    with pytest.raises(AdapterError, match="no row was held out from all trainings of these adapters"):
+        scored(session, ROWS, adapters="sql")
+    learn(session, ROWS, 5, restart=True)
+    assert len(scored(session, ROWS, adapters="sql").items) == 5
+
+
+def test_held_out_rows_that_are_not_known_are_refused(session: Session) -> None:
+    with pytest.raises(AdapterError, match=r"no adapter of \w+ was trained in this session"):
+        scored(session)
+    with pytest.raises(AdapterError, match="it is not known which rows were held out from 'chat'"):
+        scored(session, adapters="chat")
+    learn(session, ROWS, 5)
+    with pytest.raises(ConfigError, match="was trained on 12 rows, and these are 11: its held-out rows are not known"):
+        scored(session, ROWS[1:])
+    learn(session, ROWS[2:], 5, adapter="chat")
+    with pytest.raises(AdapterError, match=r"'(sql|chat)' and other adapters were trained on different rows"):
+        scored(session)
+    assert len(scored(session, ROWS[2:], adapters="chat").items) == 5
+
+
+def test_each_adapter_has_held_out_rows_of_its_own(session: Session) -> None:
+    session.use(["sql", "chat"])
+    learn(session, {"sql": ROWS, "chat": ROWS[3:]}, 0.3, adapter=None)
+    assert len(scored(session, ROWS, adapters="sql").items) == 4
+    assert len(scored(session, ROWS[3:], adapters="chat").items) == 3

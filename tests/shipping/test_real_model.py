@@ -14,16 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nbpeft.checkpoint import read_gguf
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.shipping import ship
-from tests.smollm2 import GGUF, source
+from tests.smollm2 import load, source
 from tests.tiny_models import logits, randomize
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
-
-
-def load() -> tuple[Any, Any]:
-    folder = source().parent
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
 
 
 def test_the_real_model_is_shipped(tmp_path: Path) -> None:

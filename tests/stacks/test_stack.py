@@ -43,6 +43,19 @@ def test_the_slice_is_one_quick_file() -> None:
     assert (ROOT / stack.SLICE).is_file() and "pytest.mark" not in (ROOT / stack.SLICE).read_text(encoding="utf-8")
 
 
+def test_the_parts_of_a_stack_are_folders_of_tests_and_the_quick_one_leaves_the_others_out() -> None:
+    quick = stack.PARTS["quick"]
+    for part in stack.PARTS.values():
+        assert all((ROOT / path).exists() for path in (*part.paths, *part.left_out))
+        assert part is quick or set(part.paths) <= set(quick.left_out)
+    assert stack.FRONTS.keys() == stack.STACKS.keys()
+
+
+def test_options_of_pytest_are_not_taken_for_tests() -> None:
+    assert stack.names_tests(["-x", "tests/stacks/test_stack.py::test_it"]) and stack.names_tests(["tests"])
+    assert not stack.names_tests(["-x", "--timeout", "60"])
+
+
 def test_the_lowest_versions_are_those_of_the_project() -> None:
     lines = stack.constraints("lowest")
     assert {"torch==2.6", "ipywidgets==7.7", "accelerate==1.3"} <= set(lines)

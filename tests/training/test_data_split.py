@@ -31,11 +31,12 @@ def keys(rows: Any) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(("amount", "held"), [(0.1, 5), (0.97, 48), (0.001, 1), (2, 2), (49, 49)])
 def test_a_split_is_disjoint_whole_and_reproducible(amount: float, held: int) -> None:
     rows = prepared()
-    learn, measure = hold_out(rows, amount, seed=3)
+    learn, measure, places = hold_out(rows, amount, seed=3)
     assert (len(learn), len(measure)) == (50 - held, held)
+    assert places is not None and keys(measure) == [keys(rows)[place] for place in places]
     assert sorted(keys(learn) + keys(measure)) == sorted(keys(rows))
     again = hold_out(rows, amount, seed=3)
-    assert [keys(part) for part in again] == [keys(learn), keys(measure)]
+    assert [keys(part) for part in again[:2]] == [keys(learn), keys(measure)]
 
 
 def test_another_seed_draws_others() -> None:
@@ -56,7 +57,7 @@ def test_something_is_left_to_train_on(amount: Any) -> None:
 
 
 def test_a_stream_gives_its_first_rows() -> None:
-    learn, measure = hold_out(prepared(stream=True), 5, seed=0)
+    learn, measure, _ = hold_out(prepared(stream=True), 5, seed=0)
     assert keys(measure) == keys(prepared())[:5]
     assert keys(learn) == keys(prepared())[5:]
     with pytest.raises(ConfigError, match="a stream has no length to take a share of; give a number of rows"):
@@ -135,7 +136,7 @@ def test_held_out_rows_that_are_also_trained_on_are_counted() -> None:
     assert found.held_out == "12 of 60 rows held out for evaluation"
     assert found.notes[-1] == (
         "12 of the 12 held-out rows are also trained on (58 of 60 rows are repeats): "
-        "groups by 'Frage' (eval_by) keep equal rows together"
+        "eval_by='Frage' keeps equal rows together"
     )
     unlike = [{**row, "completion": str(number)} for number, row in enumerate(rows)]
     other = training_rows(
@@ -154,9 +155,36 @@ def test_the_suggested_grouping_keeps_equal_rows_apart_from_the_training(column:
     request = TrainRequest(
         trainable(), rows, 8, tokenizer=CharTokenizer("yes") if column == "messages" else CharTokenizer()
     )
-    assert (
-        training_rows(request.opened()).notes[-1].endswith(f": groups by {column!r} (eval_by) keep equal rows together")
-    )
+    assert training_rows(request.opened()).notes[-1].endswith(f": eval_by={column!r} keeps equal rows together")
     grouped = training_rows(replace(request, eval_by=column).opened())
     assert not {*keys(grouped.train)} & {*keys(grouped.evaluation)} and len(grouped.evaluation) == 8
     assert not any("also trained on" in note for note in grouped.notes)
+
+
+def test_the_result_has_the_numbers_of_the_held_out_rows() -> None:
+    """Numbers of the data, though a row before them is left out, and the same where rows are split."""
+    rows = [{"text": ""}, *TEXTS]
+    found = training_rows(TrainRequest(trainable(), rows, eval_data=7, tokenizer=CharTokenizer()))
+    (held,) = found.unlearned.values()
+    texts = [CharTokenizer().decode(row["input_ids"], skip_special_tokens=True) for row in found.evaluation]
+    assert held.total == 51 and texts == [rows[number]["text"] for number in held.numbers]
+    request = TrainRequest(trainable(), TEXTS, eval_data=7, tokenizer=CharTokenizer(), max_length=9, long="split")
+    (held,) = training_rows(request).unlearned.values()
+    assert len(held.numbers) < 7 and held.total == 50
+
+
+def test_the_numbers_of_streams_are_not_known_and_without_evaluation_there_are_none() -> None:
+    stream = datasets.Dataset.from_list(TEXTS).to_iterable_dataset()
+    request = TrainRequest(trainable(), stream, eval_data=7, tokenizer=CharTokenizer())
+    assert training_rows(request).unlearned == {}
+    without = training_rows(TrainRequest(trainable(), TEXTS, tokenizer=CharTokenizer())).unlearned
+    assert without[""].numbers == () and without[""].total == 50
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list])
+def test_rows_of_tokens_have_numbers_too(make: Any) -> None:
+    rows = token_rows()
+    found = training_rows(TrainRequest(trainable(), make(rows), eval_data=5))
+    assert [row["input_ids"] for row in found.evaluation] == [
+        rows[number]["input_ids"] for number in found.unlearned[""].numbers
+    ]

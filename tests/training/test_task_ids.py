@@ -44,7 +44,7 @@ def of_tasks(form: str, tasks: tuple[Any, ...] = (0, 2, 0, 2)) -> list[dict[str,
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", FIELDS)
 def test_only_the_tasks_of_the_rows_are_learned(method: str, form: str, tmp_path: Path) -> None:
-    """With transformers' Trainer, for tokenised rows, only if ``remove_unused_columns`` is off."""
+    """With transformers' Trainer, for tokenized rows, only if ``remove_unused_columns`` is off."""
     model = adapted(method)
     own = [one for path, one in model.named_parameters() if OF_EACH_TASK[method] in path]
     before = [one.detach().clone() for one in own]

@@ -17,7 +17,7 @@ from nbpeft.widgets import panel as panel_module
 from nbpeft.widgets.adapter_rows import MOST
 from tests.waiting import PATIENCE, wait_until
 from tests.widgets.fakes import FakeRun, FakeSession, adapter, model, train_state
-from tests.widgets.support import Output, live_widgets
+from tests.widgets.support import Output, button, labels, live_widgets, parts, text
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 
@@ -35,29 +35,8 @@ def panel(session: Any) -> Any:
     made.close()
 
 
-def walk(widget: Any) -> list[Any]:
-    """A widget and all below it that is shown."""
-    if widget.layout.display == "none":
-        return []
-    return [widget, *(found for child in getattr(widget, "children", ()) for found in walk(child))]
-
-
-def button(panel: AdaptersPanel, label: str, nth: int = 0) -> Any:
-    found = [part for part in walk(panel.widget) if isinstance(part, ipywidgets.Button) and part.description == label]
-    assert len(found) > nth, [part.description for part in walk(panel.widget) if isinstance(part, ipywidgets.Button)]
-    return found[nth]
-
-
-def labels(panel: AdaptersPanel) -> list[str]:
-    return [part.description for part in walk(panel.widget) if isinstance(part, ipywidgets.Button)]
-
-
-def text(panel: AdaptersPanel) -> str:
-    return "\n".join(part.value for part in walk(panel.widget) if isinstance(part, ipywidgets.HTML))
-
-
 def fields(panel: AdaptersPanel) -> list[Any]:
-    return [part for part in walk(panel.widget) if isinstance(part, ipywidgets.Text)]
+    return parts(panel, ipywidgets.Text)
 
 
 def measured(panel: AdaptersPanel) -> None:
@@ -67,11 +46,7 @@ def measured(panel: AdaptersPanel) -> None:
 
 
 def marked(panel: AdaptersPanel) -> list[str]:
-    return [
-        part.description
-        for part in walk(panel.widget)
-        if isinstance(part, ipywidgets.Button) and "nbpeft-on" in part._dom_classes
-    ]
+    return [part.description for part in parts(panel, ipywidgets.Button) if "nbpeft-on" in part._dom_classes]
 
 
 def test_it_shows_adapters_and_marks_the_active_one(panel: AdaptersPanel) -> None:

@@ -17,8 +17,7 @@ from nbpeft.widgets.blend_panel import DEBOUNCE
 from nbpeft.widgets.lifetime import close_tree
 from tests.waiting import PATIENCE, wait_until
 from tests.widgets.answering import ANSWERS, BLENDED, PROMPT, TOKENIZER, AnsweringSession
-from tests.widgets.support import live_widgets
-from tests.widgets.test_adapters_panel import walk
+from tests.widgets.support import button, labels, live_widgets, parts, text
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 
@@ -45,24 +44,6 @@ def blend(session: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[BlendPanel]
     yield made
     made.close()
     assert made.wait(PATIENCE)
-
-
-def parts(shown: Any, kind: type) -> list[Any]:
-    return [part for part in walk(shown.widget) if isinstance(part, kind)]
-
-
-def button(shown: Any, label: str) -> Any:
-    found = [part for part in parts(shown, ipywidgets.Button) if part.description == label]
-    assert found, [part.description for part in parts(shown, ipywidgets.Button)]
-    return found[0]
-
-
-def labels(shown: Any) -> list[str]:
-    return [part.description for part in parts(shown, ipywidgets.Button)]
-
-
-def text(shown: Any) -> str:
-    return "\n".join(part.value for part in parts(shown, ipywidgets.HTML))
 
 
 def dropdown(shown: Any, value: Any) -> Any:

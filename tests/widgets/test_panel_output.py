@@ -13,8 +13,7 @@ from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.panel_output import PanelOutput
 from tests.waiting import PATIENCE
 from tests.widgets.fakes import FakeSession
-from tests.widgets.support import Output
-from tests.widgets.test_adapters_panel import walk
+from tests.widgets.support import Output, walk
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 

@@ -16,7 +16,7 @@ from nbpeft.session import Session
 from nbpeft.session.commands.planning import MemoryPlanner
 from nbpeft.widgets import PlanPanel, close_all
 from tests.waiting import PATIENCE, wait_until
-from tests.widgets.test_adapters_panel import walk
+from tests.widgets.support import parts, text
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 
@@ -41,10 +41,6 @@ def panel(planner: MemoryPlanner) -> Iterator[PlanPanel]:
     assert made.wait(PATIENCE)
 
 
-def parts(panel: PlanPanel, kind: type) -> list[Any]:
-    return [part for part in walk(panel.widget) if isinstance(part, kind)]
-
-
 def answered(panel: PlanPanel, **settings: Any) -> bool:
     """Waits until the plan of these settings is shown, whether or not changes are still being looked for."""
 
@@ -54,10 +50,6 @@ def answered(panel: PlanPanel, **settings: Any) -> bool:
 
     wait_until(shown)
     return True
-
-
-def text(panel: PlanPanel) -> str:
-    return "\n".join(part.value for part in parts(panel, ipywidgets.HTML))
 
 
 def test_it_begins_with_the_settings_asked_for(panel: PlanPanel) -> None:

@@ -12,6 +12,7 @@ from nbpeft.runs.record import RunRecord
 from nbpeft.session.results.kept_runs import RunsComparison, RunsResult
 from nbpeft.widgets import RunsPanel
 from nbpeft.widgets.runs_panel import MOST
+from tests.widgets.support import button, parts
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 
@@ -46,20 +47,6 @@ def panel() -> Iterator[RunsPanel]:
     made = panel_of((record("sql-2", 2.0, loss=1.0), record("sql-1", 1.0, loss=0.5)))
     yield made
     made.close()
-
-
-def walk(widget: Any) -> Iterator[Any]:
-    yield widget
-    for child in getattr(widget, "children", ()):
-        yield from walk(child)
-
-
-def parts(panel: RunsPanel, kind: Any) -> list[Any]:
-    return [part for part in walk(panel.widget) if isinstance(part, kind)]
-
-
-def button(panel: RunsPanel, label: str) -> Any:
-    return next(part for part in parts(panel, ipywidgets.Button) if part.description == label)
 
 
 def shown(panel: RunsPanel) -> list[str]:
@@ -97,3 +84,15 @@ def test_of_many_runs_the_newest_are_shown_at_first() -> None:
     button(panel, "Show all").click()
     assert len(shown(panel)) == MOST + 3
     panel.close()
+
+
+def test_the_metrics_of_a_run_have_a_line_each_without_their_prefix() -> None:
+    metrics = {"eval_rewards/accuracies": 1.0, "eval_rewards/margins": 0.42, "eval_kl": 0.1}
+    (row,) = RunsResult("/runs", (record("kind", 1.0, metrics=metrics, best_loss=0.5),), ()).rows()
+    best = row[7]
+    assert [getattr(span, "text", span) for span in best][2:] == [
+        "rewards/accuracies 1.000",
+        "rewards/margins 0.420",
+        "and 1 more",
+    ]
+    assert {span.wrap for span in best[2:]} == {"words"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import ipywidgets
 import pytest
@@ -16,6 +15,7 @@ from nbpeft.session.results.paged_scores import PagedScores
 from nbpeft.widgets import ScorePanel
 from nbpeft.widgets.score_panel import MOST
 from tests.scoring.samples import orders
+from tests.widgets.support import button, parts
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 
@@ -27,19 +27,8 @@ def panel() -> Iterator[ScorePanel]:
     made.close()
 
 
-def walk(widget: Any) -> Iterator[Any]:
-    yield widget
-    for child in getattr(widget, "children", ()):
-        yield from walk(child)
-
-
-def button(panel: ScorePanel, label: str) -> Any:
-    found = (part for part in walk(panel.widget) if isinstance(part, ipywidgets.Button))
-    return next(part for part in found if part.description == label)
-
-
 def page(panel: ScorePanel) -> str:
-    return "".join(part.value for part in walk(panel.widget) if isinstance(part, ipywidgets.HTML))
+    return "".join(part.value for part in parts(panel, ipywidgets.HTML, hidden=True))
 
 
 def rows(panel: ScorePanel) -> list[int]:
@@ -49,18 +38,18 @@ def rows(panel: ScorePanel) -> list[int]:
 def test_one_pages_through_the_items_of_a_filter(panel: ScorePanel) -> None:
     assert button(panel, "fixed by orders: 18") is not None
     first = rows(panel)
-    assert len(first) == 5 and "1–5 of 18" in page(panel) and button(panel, "Previous").disabled
+    assert len(first) == 5 and "1–5 of 18" in page(panel) and button(panel, "Previous", hidden=True).disabled
     seen = [*first]
-    while not button(panel, "Next").disabled:
-        button(panel, "Next").click()
+    while not button(panel, "Next", hidden=True).disabled:
+        button(panel, "Next", hidden=True).click()
         seen += rows(panel)
     assert "16–18 of 18" in page(panel)
     assert seen == [item.number for item in orders().flips("base", "orders").fixed]
-    button(panel, "Previous").click()
+    button(panel, "Previous", hidden=True).click()
     assert "11–15 of 18" in page(panel)
     button(panel, "broken by orders: 3").click()
     assert rows(panel) == [30, 31, 32]
-    assert button(panel, "Next").layout.display == "none"
+    assert button(panel, "Next", hidden=True).layout.display == "none"
     assert "nbpeft-on" in button(panel, "broken by orders: 3")._dom_classes
     assert "nbpeft-on" not in button(panel, "fixed by orders: 18")._dom_classes
     button(panel, "all items: 48").click()

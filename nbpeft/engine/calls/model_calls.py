@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.calls.prompts_by_hand import given_tokens, is_put_in
 from nbpeft.engine.changes.active_state import RowAssignment
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.transaction import Transaction
@@ -55,7 +56,14 @@ def take_cache(call: dict[str, Any], name: str) -> Any:
         call: the arguments by name; changed in place.
         name: name of the argument, as ``cache_argument`` returns it.
     """
-    caches = [call.pop(argument) for argument in ("past_key_values", name) if argument in call]
+    found = _cache_in(call, name)
+    for argument in ("past_key_values", name):
+        call.pop(argument, None)
+    return found
+
+
+def _cache_in(call: Mapping[str, Any], name: str) -> Any:
+    caches = (call.get(argument) for argument in ("past_key_values", name))
     return next((cache for cache in caches if cache is not None), None)
 
 
@@ -194,6 +202,8 @@ class _CallHook(LayerHook):
             return None
         named = _Call(zip(parameters_of(module), args, strict=False))
         named.update(kwargs)
+        if is_put_in(self.layer, named, _cache_in(named, cache_argument(module))):
+            return None
         prompts = prompts.with_arguments_of(named)
         with self.layer.onloaded_parts():
             self.transform(module, prompts, named)
@@ -498,6 +508,10 @@ class _Prompts:
     def joined(self, kind: _Kind, batch: int, device: torch.device) -> Tensor:
         """The values of a kind that the adapters provide, (batch, width, …)."""
         counts = self.counts(kind)
+        alone = kind is _TOKENS and len(counts) == 1 and not self.counts(_DECODER_TOKENS)
+        given = given_tokens(batch, usable=alone)
+        if given is not None:
+            return given.to(device)
         parts = {name: _for_rows(kind.give(*self.adapters[name]).to(device), batch) for name in counts}
         if self.rows is None:
             return torch.cat(list(parts.values()), 1)
@@ -549,6 +563,8 @@ def _size(call: Mapping[str, Any], *names: str) -> tuple[int, int, torch.device]
 
 def _seen(call: dict[str, Any], name: str) -> int:
     """Number of cached positions; a call with ``use_cache=False`` ignores the cache it is given, and starts at 0."""
+    # ``generate`` of older versions of transformers counts positions without the prompt; without them the model does.
+    call.pop("cache_position", None)
     if name and call.get(_CACHES[1]) is not None:
         call[name] = call.pop(_CACHES[1])
     past = call.get(name) if name else None
@@ -639,10 +655,11 @@ def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> An
         if has_encoder(module):
             past = EncoderDecoderCache(past, DynamicCache())
     into = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
-    # Layers that share the keys and values of an earlier layer (Gemma 4's last ones) have no cache of their own.
-    without = {number for number, layer in enumerate(into.layers) if type(layer).__name__ == "DummyLayer"}
+    # Layers that share the keys and values of an earlier layer (Gemma 4's last ones) have no cache of their own: in a
+    # cache made for the config, older versions of transformers leave their places out, at the end.
+    places = {number for number, layer in enumerate(into.layers) if type(layer).__name__ != "DummyLayer"}
     for number, (keys, values) in enumerate(states.to(base.dtype).permute(2, 3, 0, 4, 1, 5)):
-        if number not in without:
+        if number in places or not places:
             into.update(keys, values, number)
     return past
 

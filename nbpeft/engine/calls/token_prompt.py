@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.calls.prompts_by_hand import note_requested
+from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.config.prompt_config import ENCODER_KEY, PROMPT_KEY, InitialisedPromptConfig, PromptLearningConfig
+from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, onloaded
+from nbpeft.engine.contract.initial_draws import repeated
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of
 
@@ -39,6 +44,14 @@ class TokenPrompt(ModelAdapter):
                 rows = base.module(tokens.to(base.device))
             self.embedding.weight.copy_(rows)
 
+    @classmethod
+    def _repeat_draws(cls, config: PromptLearningConfig, site: AdapterSite) -> None:
+        super()._repeat_draws(config, site)
+        if not isinstance(config, InitialisedPromptConfig) or config.inference_mode:
+            return
+        if config.starts_as("SAMPLE_VOCAB"):
+            repeated(partial(cls.initial_tokens, config, site.base))
+
     @staticmethod
     def initial_tokens(config: InitialisedPromptConfig, base: BaseLayer) -> Tensor | None:
         """Ids of the tokens whose embeddings initialize the prompt, int64 (tokens,); None for random vectors."""
@@ -57,7 +70,16 @@ class TokenPrompt(ModelAdapter):
 
     def all_tokens(self, base: BaseLayer) -> Tensor:
         """The rows of its embedding."""
-        return self.embedding.weight.unsqueeze(0)
+        return rows_of(self.embedding)
+
+    def tokens_at(self, ids: Tensor) -> Tensor:
+        """Rows of its embedding, if these are the prompt."""
+        own = type(self)
+        if own.all_tokens is not TokenPrompt.all_tokens or own.input_tokens is not TokenPrompt.input_tokens:
+            return super().tokens_at(ids)
+        note_requested()
+        rows: Tensor = self.embedding(ids)
+        return rows
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
         """The first of all tokens."""
@@ -92,6 +114,19 @@ class EncodedPrompt(ModelAdapter):
     def encoded(self) -> Tensor:
         """The network's output, (1, tokens, features)."""
         raise NotImplementedError
+
+    def tokens_at(self, ids: Tensor) -> Tensor:
+        """Rows of the network's output."""
+        note_requested()
+        return self.encoded()[0][ids]
+
+
+def rows_of(embedding: nn.Embedding) -> Tensor:
+    """All rows of an embedding, (1, rows, features); through its call if it has hooks."""
+    if is_plain(embedding):
+        return embedding.weight.unsqueeze(0)
+    rows: Tensor = embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device)).unsqueeze(0)
+    return rows
 
 
 def with_rows(config: PromptLearningConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

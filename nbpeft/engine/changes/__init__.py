@@ -10,4 +10,8 @@ Door, what other rooms import:
     step_gate.py       Lets other threads use a model between the steps of a training that runs in the background
     transaction.py     Changes to a model that either succeed as a whole or are undone: record the old state, then
                        write
+
+Inside:
+
+    mersenne_twister.py  Advances torch's generator of the CPU by many numbers without computing them
 """

@@ -28,6 +28,8 @@ from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.errors import BusyError, NbpeftError
 
+_EXCHANGED_AT_ONCE = 64
+"""Tensors that are exchanged together; the copies of their values should fit the processor's cache."""
 CHANGED_MEANWHILE = "another thread has changed the adapters in the meantime: try again"
 
 
@@ -241,6 +243,23 @@ class Transaction:
             self._undo.append(
                 functools.partial(_write_back, group, torch.cat([tensor.reshape(-1) for tensor in group]))
             )
+
+    @torch.no_grad()
+    def exchange(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Exchanges the values of tensors, so that recording the old ones takes no memory.
+
+        Args:
+            tensors: tensors of the model.
+            others: as many of the same shapes, dtypes and devices. No two of all these tensors may share memory.
+        """
+        for start in range(0, len(tensors), _EXCHANGED_AT_ONCE):
+            block, new = (list(each[start : start + _EXCHANGED_AT_ONCE]) for each in (tensors, others))
+            old = [tensor.clone() for tensor in block]
+            # In place of the copies only when the others have all old values: an error may come before.
+            self._undo.append(functools.partial(torch._foreach_copy_, block, old))
+            torch._foreach_copy_(block, new)
+            torch._foreach_copy_(new, old)
+            self._undo[-1] = functools.partial(torch._foreach_copy_, block, new)
 
     def keep_data(self, parameters: Iterable[nn.Parameter]) -> None:
         """Records ``data`` and ``grad`` of parameters, without a copy; for writes that replace both."""

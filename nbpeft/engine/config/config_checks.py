@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, ClassVar
 
+from nbpeft._util.numeric import is_finite_number
 from nbpeft.engine.config.module_paths import PLAIN_PATTERN, pattern_table
 from nbpeft.engine.config.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
 from nbpeft.engine.contract.base import LayerKind
@@ -126,8 +127,8 @@ def check_declared(config: Any) -> None:
 
 def _must_be_finite(item: Field[Any], value: object) -> bool:
     """Whether a field must be finite: its value is a number, and its default is not infinite."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and not (isinstance(item.default, float) and not math.isfinite(item.default))
+    can_be_infinite = isinstance(value, int | float) and not isinstance(value, bool)
+    return can_be_infinite and not (isinstance(item.default, float) and not math.isfinite(item.default))
 
 
 def check_filled(config: Any) -> None:
@@ -148,11 +149,7 @@ def check_filled(config: Any) -> None:
 
 def check_number(name: str, value: object, *, field: str = "") -> None:
     """Raises ConfigError for a value that is not a finite number; the arguments are those of ``check_count``."""
-    try:
-        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        finite = False
-    if not finite:
+    if not is_finite_number(value):
         raise ConfigError(f"{name} must be a finite number, not {shown(value)}", field=field or name, value=value)
 
 

@@ -157,10 +157,10 @@ def prompt_listing(
 
 @dataclass
 class InitialisedPromptConfig(PromptLearningConfig):
-    """Config of a prompt that can be initialised from a text. Field names and defaults are PEFT's.
+    """Config of a prompt that can be initialized from a text. Field names and defaults are PEFT's.
 
     Attributes:
-        prompt_tuning_init: how the tokens are initialised.
+        prompt_tuning_init: how the tokens are initialized.
         prompt_tuning_init_text: the text for ``TEXT``; it is repeated or cut to the number of tokens.
         tokenizer_name_or_path: tokenizer for the text.
         tokenizer_kwargs: further arguments of ``AutoTokenizer.from_pretrained``.

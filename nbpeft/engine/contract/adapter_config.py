@@ -139,11 +139,11 @@ class AdapterConfig:
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Whether an adapter is initialised from a part of the base weight, and so depends on its values (PiSSA)."""
+        """Whether an adapter is initialized from a part of the base weight, and so depends on its values (PiSSA)."""
         return False
 
     def started_as(self, init: str) -> Self | None:
-        """A copy that is initialised from the weight with ``init``.
+        """A copy that is initialized from the weight with ``init``.
 
         Args:
             init: as in the config (``init_lora_weights``).
@@ -154,7 +154,7 @@ class AdapterConfig:
         return None
 
     def has_scale_of(self, other: AdapterConfig, paths: Iterable[str]) -> bool:
-        """Whether this config can use the part of the weight that another adapter was initialised from.
+        """Whether this config can use the part of the weight that another adapter was initialized from.
 
         Args:
             other: config of the other adapter, of the same method.

@@ -28,7 +28,7 @@ class AdapterSite:
         dtype: dtype of new parameters.
         shared: the state that the adapter shares with those of other layers; None if its method has none.
         name: name of the adapter; needed by custom layer classes, which store their tensors under it.
-        start: the part of the weight that the adapter is initialised from, if it is known already.
+        start: the part of the weight that the adapter is initialized from, if it is known already.
     """
 
     path: str

@@ -14,7 +14,7 @@ ReadsTensors = Callable[[Mapping[str, Mapping[str, tuple[int, ...]]]], Mapping[s
 
 @dataclass(frozen=True)
 class TakenOver:
-    """The part of a layer's weight that an adapter is initialised from: ``-scaling * neg_up @ down``.
+    """The part of a layer's weight that an adapter is initialized from: ``-scaling * neg_up @ down``.
 
     ``scaling`` is that of the adapter, which subtracts this part from the frozen weight.
 
@@ -22,7 +22,7 @@ class TakenOver:
         down: (r, in).
         neg_up: (out, r); the negative of the second factor.
         init: how it was computed, as in ``init_lora_weights`` of the config.
-        names: names of the two parameters that are initialised with the factors.
+        names: names of the two parameters that are initialized with the factors.
     """
 
     down: Tensor
@@ -55,7 +55,7 @@ class AdapterWeights:
         shared: name of a tensor that all layers of the adapter share -> tensor.
         parameters: the paths in ``adapters`` that are those of parameters and not of modules (``target_parameters``);
             parameters of the same module are in that module's order.
-        starts: path -> the part of the weight that the adapter is initialised from there; it is not saved to a file.
+        starts: path -> the part of the weight that the adapter is initialized from there; it is not saved to a file.
     """
 
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)

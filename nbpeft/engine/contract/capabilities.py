@@ -12,7 +12,7 @@ The engine checks ``isinstance(adapter, Rescales)`` and never which method it ha
     ConvertsToLora                      add a product of two thin matrices, so that they can be converted exactly
     IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
     HasFixedTensors                     have buffers that are saved
-    StartsInWeight                      are initialised from a part of the weight
+    StartsInWeight                      are initialized from a part of the weight
     UsesAnother                         use the tensors of the adapter on another layer
     HasInnerAdapters                    consist of several adapters
     Untargeted                          do not change the layer's weight as a whole
@@ -145,7 +145,7 @@ class Rescales:
             change.keep_values([self.scaling])
 
     def store_scaling_as_tensor(self, device: torch.device) -> None:
-        """Stores the factor as a tensor: ``torch.compile`` specialises on a float, and would recompile on a change."""
+        """Stores the factor as a tensor: ``torch.compile`` specializes on a float, and would recompile on a change."""
         if not isinstance(self.scaling, Tensor):
             vars(self)["scaling"] = torch.tensor(float(self.scaling), device=device)
 
@@ -297,7 +297,7 @@ class HasFixedTensors:
 
 
 class StartsInWeight(ABC):
-    """May be initialised from a part of the weight, which it subtracts from the layer (PiSSA, OLoRA)."""
+    """May be initialized from a part of the weight, which it subtracts from the layer (PiSSA, OLoRA)."""
 
     loses_start: bool = False
     """Whether the initial part cannot be recomputed from a file, because it depends on data.
@@ -311,7 +311,7 @@ class StartsInWeight(ABC):
     @property
     @abstractmethod
     def taken_over(self) -> TakenOver | None:
-        """The part of the weight that it is initialised from and subtracts from the layer; None if there is none."""
+        """The part of the weight that it is initialized from and subtracts from the layer; None if there is none."""
 
     @abstractmethod
     def take_out_(self, weight: Tensor) -> None:

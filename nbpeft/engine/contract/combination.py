@@ -85,6 +85,7 @@ class Combination:
         losses: path -> distance to the true weighted delta; None if that needs the frozen weights, so that it is
             measured after the adapter was built.
         finish: (path, new adapter, layer) -> None; called after the adapter was built, to set what needs the layer.
+        has_drawn: whether torch's generator has been advanced by what PEFT draws for the new adapter.
     """
 
     config: Any
@@ -92,6 +93,7 @@ class Combination:
     combination_type: str
     losses: Mapping[str, Loss] | None = None
     finish: Callable[[str, Adapter, BaseLayer], None] = lambda path, adapter, base: None
+    has_drawn: bool = False
 
 
 class Combine(Protocol):
@@ -161,6 +163,6 @@ def is_number(value: object) -> bool:
     """Whether a value other than a string converts to a float; a tensor with one element does."""
     try:
         float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, str | bytes)

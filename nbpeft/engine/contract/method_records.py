@@ -116,7 +116,7 @@ class FileFormat:
             config with the locations of these adapters.
         has_tensors: whether an adapter of the method has any tensors to save.
         without_weight: (config, path -> adapter, weights) -> config and weights of an equal adapter that is not
-            initialised from the base weight.
+            initialized from the base weight.
     """
 
     prefix: str = ""

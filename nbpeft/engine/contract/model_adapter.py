@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, MeasuresDelta, TransformsOutput, Untargeted
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.initial_draws import repeated
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.errors import ConfigError
 
@@ -134,6 +135,10 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
         return cls.bound(config, tensors)
 
     @classmethod
+    def _repeat_draws(cls, config: Any, site: AdapterSite) -> None:
+        repeated(lambda: cls(config))
+
+    @classmethod
     def bound(cls, config: Any, tensors: Mapping[str, Tensor]) -> Self:
         """Builds an adapter from given tensors.
 
@@ -152,9 +157,22 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
             setattr(made.get_submodule(owner), own, nn.Parameter(tensor.detach(), name not in cls.frozen_parameters))
         return made
 
-    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """Zeros: nothing is added to the embedding's output."""
+    def forward(self, x: Tensor, base_output: Tensor | None = None, base: BaseLayer | None = None) -> Tensor:
+        """Zeros: nothing is added to the embedding's output. For ids of virtual tokens alone, ``tokens_at``."""
+        if base_output is None:
+            return self.tokens_at(x)
         return base_output.new_zeros(()).expand_as(base_output)
+
+    def tokens_at(self, ids: Tensor) -> Tensor:
+        """Computes the vectors of virtual tokens, as scripts call PEFT's prompt encoders.
+
+        Args:
+            ids: int64, (rows, tokens).
+
+        Returns:
+            (rows, tokens, features).
+        """
+        raise NotImplementedError(f"a {type(self).__name__} is not called with ids: use get_prompt(batch_size=…)")
 
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
         return output

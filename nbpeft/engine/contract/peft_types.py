@@ -24,7 +24,7 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-"""Task -> names of heads, which are randomly initialised; a model need not have a module of that name."""
+"""Task -> names of heads, which are randomly initialized; a model need not have a module of that name."""
 
 
 class _Extensible(enum.EnumMeta):

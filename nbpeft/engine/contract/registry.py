@@ -208,6 +208,10 @@ def method_of(config: AdapterConfig) -> Method:
     for method in _methods if any(m.config_class is type(config) for m in _methods) else methods():
         if method.config_class is type(config) and method.applies(config):
             return method
+    for parent in type(config).__mro__[1:]:  # a class of a script with further fields
+        for method in _methods:
+            if method.config_class is parent and method.peft_type == config.peft_type and method.applies(config):
+                return method
     known, name = sorted({m.config_class.__name__ for m in _methods}), type(config).__name__
     whose = f" of {type(config).__module__.split('.')[0]}" if name in known else ""
     raise UnknownMethodError(

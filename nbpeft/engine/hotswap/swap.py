@@ -48,6 +48,7 @@ def swap(
     validate: Callable[[], object] | None = None,
     done: Callable[[Transaction], None] | None = None,
     shapes: Mapping[str, Shapes] = MappingProxyType({}),
+    consume: bool = False,
 ) -> Swapped:
     """Replaces the tensors of a loaded adapter, which keeps its name, by those of another one.
 
@@ -66,6 +67,8 @@ def swap(
         done: called at the end with the transaction of the swap, which is undone if it raises.
         shapes: path -> the shapes of the parameters that ``config_for_slot`` gives a layer, where the caller computed
             them.
+        consume: whether the tensors of ``weights`` may be overwritten: with the slot's old values, instead of copies
+            of these.
 
     Raises:
         HotSwapError: the new adapter does not fit the slot, or ``validate`` rejected it. The
@@ -79,7 +82,7 @@ def swap(
         _check_shared(manager, name, new_config, weights)
         layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
         copies = {path: module for path, module in manager.copies.items() if name in module.modules_to_save._modules}
-        writes = Writes(name, new_config, grow=grow, shapes=shapes)
+        writes = Writes(name, new_config, grow=grow, shapes=shapes, consume=consume)
         writes.collect_layers(layers, weights.adapters)
         writes.collect_copies(copies, weights.copies)
         writes.collect_biases(manager.base_biases(name), weights.base)
@@ -106,7 +109,8 @@ def config_for_slot(manager: Manager, name: str, config: AdapterConfig) -> Adapt
     slot_config = manager.configs[name]
     fields = {key: getattr(slot_config, key) for key in slot_config.slot_fields if hasattr(slot_config, key)}
     filled = config.copy(**fields)
-    filled.fill_in_layers(_features(manager, name))
+    if type(filled).fill_in_layers is not AdapterConfig.fill_in_layers:  # most methods have nothing to fill in
+        filled.fill_in_layers(_features(manager, name))
     return filled
 
 
@@ -174,7 +178,7 @@ def check_contents(name: str, slot_config: AdapterConfig, config: AdapterConfig)
     for owner, which in ((slot_config, f"adapter {name!r}"), (config, "the new adapter")):
         if getattr(owner, "initialised_from_weight", False):  # other libraries' configs lack it; refused later
             raise HotSwapError(
-                f"{which} is initialised from a part of the base weights: load the new one under another name"
+                f"{which} is initialized from a part of the base weights: load the new one under another name"
             )
         for method in companions():
             field = "" if method.shares.companion is None else method.shares.companion.field

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +27,7 @@ class Writes:
         config: config of the new adapter, with the slot's targets.
         grow: whether a slot too small for the new rank gets larger tensors.
         shapes: path -> the shapes of the parameters of the new adapter, where they are known.
+        consume: whether the new tensors may be overwritten.
 
     Attributes:
         zeroed: paths of the slot's layers for which there are no new tensors.
@@ -33,16 +35,23 @@ class Writes:
     """
 
     def __init__(
-        self, name: str, config: Any, *, grow: bool, shapes: Mapping[str, Shapes] = MappingProxyType({})
+        self,
+        name: str,
+        config: Any,
+        *,
+        grow: bool,
+        shapes: Mapping[str, Shapes] = MappingProxyType({}),
+        consume: bool = False,
     ) -> None:
         self.name = name
         self.config = config
         self.grow = grow
         self._shapes = shapes
+        self._consume = consume
         self.zeroed: list[str] = []
         self.reset: list[str] = []
-        self._targets: list[Tensor] = []
-        self._sources: list[Tensor] = []
+        self._given: list[tuple[Tensor, Tensor]] = []  # (target, source)
+        self._from_base: list[tuple[Tensor, Tensor]] = []  # the same; the sources belong to the base model
         self._zeros: list[Tensor] = []
         self._larger: list[tuple[nn.Parameter, Tensor]] = []
         self._adapters: list[tuple[str, Adapter]] = []
@@ -92,11 +101,13 @@ class Writes:
 
     def _check_form(self, path: str, shapes: Mapping[str, Shape], adapter: Adapter) -> None:
         """Raises HotSwapError if the new adapter has other parameters than the slot."""
-        read = adapter._parameters.keys() - set(adapter.peft.constants)
-        parameters = ((key, value) for key, value in adapter._parameters.items() if value is not None and key in read)
-        own = {key: tuple(value.shape) for key, value in parameters}
-        if own.keys() == shapes.keys() and (isinstance(adapter, Pads) or own == shapes):
+        constants, parameters = adapter.peft.constants, adapter._parameters
+        read = {key: value for key, value in parameters.items() if value is not None and key not in constants}
+        if read.keys() == shapes.keys() and (
+            isinstance(adapter, Pads) or all(value.shape == shapes[key] for key, value in read.items())
+        ):
             return
+        own = {key: tuple(value.shape) for key, value in read.items()}
         present, required = (
             _listed([f"{key} {shape}" for key, shape in one.items() if other.get(key) != shape]) or "nothing else"
             for one, other in ((own, shapes), (shapes, own))
@@ -171,11 +182,7 @@ class Writes:
                 continue
             self._zeros.extend(rest)
             if key in given:
-                self._put(used, source)
-
-    def _put(self, target: Tensor, source: Tensor) -> None:
-        self._targets.append(target)
-        self._sources.append(source)
+                self._given.append((used, source))
 
     def collect_copies(
         self, slot: Mapping[str, ModulesToSaveWrapper], given: Mapping[str, Mapping[str, Tensor]]
@@ -192,12 +199,12 @@ class Writes:
                 unexpected=tuple(unexpected),
             )
         for path, module in slot.items():
-            source: Mapping[str, Tensor] = given.get(path, {})
-            if path not in given:
+            own = module.modules_to_save[self.name].state_dict()
+            if path in given:
+                self._given.extend(self._equal(f"{path}.", own, given[path]))
+            else:
                 self.reset.append(path)
-                source = module.original_module.state_dict(keep_vars=True)
-            own = module.modules_to_save[self.name].state_dict(keep_vars=True)
-            self._collect_equal(f"{path}.", own, source)
+                self._from_base.extend(self._equal(f"{path}.", own, module.original_module.state_dict()))
 
     def collect_biases(self, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
         """Collects the trained biases of the base.
@@ -205,9 +212,12 @@ class Writes:
         Raises:
             HotSwapError: the slot and the new adapter trained different biases.
         """
-        self._collect_equal("", own, given)
+        self._given.extend(self._equal("", own, given))
 
-    def _collect_equal(self, prefix: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    def _equal(
+        self, prefix: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (own, given) tensors; raises HotSwapError if their names or shapes differ."""
         differing = sorted(own.keys() ^ given.keys())
         if differing:
             where = prefix.rstrip(".") or "trained base biases"
@@ -218,7 +228,7 @@ class Writes:
                     f"{prefix}{key} has shape {tuple(given[key].shape)}, expected {tuple(tensor.shape)}: "
                     "the adapter belongs to another base model"
                 )
-            self._put(tensor.detach(), given[key].detach())
+            yield tensor.detach(), given[key].detach()
 
     @torch.no_grad()
     def write(self, change: Transaction) -> None:
@@ -230,15 +240,18 @@ class Writes:
         Raises:
             HotSwapError: a tensor of the slot has no data.
         """
-        check_data([*self._zeros, *self._targets, *(parameter for parameter, _ in self._larger)])
-        change.keep_values([*self._zeros, *self._targets])
+        check_data([*self._zeros, *(target for target, _ in (*self._given, *self._from_base, *self._larger))])
+        exchanged, copied = self._pairs()
+        change.keep_values([*self._zeros, *(target for target, _ in copied)])
         change.keep_data(parameter for parameter, _ in self._larger)
         for _, adapter in self._adapters:
             keep_settings(adapter, change)
         if self._zeros:
             torch._foreach_zero_(self._zeros)
-        if self._targets:
-            torch._foreach_copy_(self._targets, self._sources)
+        if copied:
+            torch._foreach_copy_([target for target, _ in copied], [source for _, source in copied])
+        if exchanged:
+            change.exchange([target for target, _ in exchanged], [source for _, source in exchanged])
         put_larger(self._larger)
         for pads in self._padded:
             pads.mark_padded()
@@ -246,6 +259,20 @@ class Writes:
             configure(adapter, self.config, path)
         for adapter, layer in self._reset:
             adapter.reset_(layer.base)
+
+    def _pairs(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+        """Returns the (target, source) that can be exchanged, and those of which the source can only be copied."""
+        if not self._consume:
+            return [], [*self._from_base, *self._given]
+        memory = [source.untyped_storage().data_ptr() for _, source in self._given]
+        users = Counter(memory)
+        exchanged: list[tuple[Tensor, Tensor]] = []
+        copied = self._from_base.copy()
+        for (target, source), place in zip(self._given, memory, strict=True):
+            alike = target.dtype == source.dtype and target.device == source.device
+            may = alike and users[place] == 1 and source.is_contiguous()
+            (exchanged if may else copied).append((target, source))
+        return exchanged, copied
 
 
 def _listed(names: Iterable[str]) -> str:

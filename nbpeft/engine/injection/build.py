@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft._util.interrupts import check_interrupt
+from nbpeft._util.interrupts import HeldInterrupts, check_interrupt
 from nbpeft.engine.calls.first_pass import NeedsFirstPass, put_first_pass
 from nbpeft.engine.calls.inner_calls import put_inner_hooks
 from nbpeft.engine.calls.model_calls import put_hooks, take_hooks
@@ -22,12 +22,14 @@ from nbpeft.engine.changes.called_modules import called_modules, outside
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedSite, SharedState
 from nbpeft.engine.contract.base import Backend, BaseLayer, Composite, offloading
+from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import backend_named, backends, layer_kind_named, method_of
 from nbpeft.engine.injection.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.injection.encoder_fast_paths import is_encoder_layer, refresh_fast_paths
 from nbpeft.engine.injection.injection_plan import InjectionPlan, Target
 from nbpeft.engine.injection.plan import make_adapters
+from nbpeft.engine.injection.repeated_draws import record_draws
 from nbpeft.engine.injection.replication import pending_replication, replicate_layers_, undo_replication
 from nbpeft.engine.kernels.storage import StoredWeight, is_packed, loaded
 from nbpeft.engine.tree.model_tree import Site, says_untied, site_at
@@ -55,6 +57,7 @@ class Parts:
         shared: the state that the adapters share, or None.
         model: the base model.
         complete: with ``layer_replication``, a function that replicates the layers and then builds the parts.
+        advance: advances torch's generator as PEFT does by adding the adapter; None if it was advanced by its values.
     """
 
     adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
@@ -62,6 +65,7 @@ class Parts:
     shared: SharedState | None
     model: nn.Module
     complete: Callable[[Transaction], Parts] | None = None
+    advance: Callable[[], None] | None = None
 
 
 def build(
@@ -73,6 +77,7 @@ def build(
     *,
     half: bool = False,
     training: bool | None = None,
+    draws: Draws | None = None,
 ) -> Parts:
     """Creates the adapters and copies of a plan.
 
@@ -80,11 +85,13 @@ def build(
         model: the base model.
         plan: the plan.
         active_state: state of the model, for new wrappers.
-        weights: loaded tensors; paths and parameters missing there are initialised.
+        weights: loaded tensors; paths and parameters missing there are initialized.
         name: name of the adapter, for custom layer classes.
         half: use the base's dtype for adapters even if it has half precision; by default they
             are float32 then, which training needs.
         training: mode of new adapters and their wrappers; None for the mode of the replaced adapter or of the layer.
+        draws: if given, adding the parts advances torch's generator by these draws, which are recorded here, and by
+            nothing else. An adapter with weights draws nothing without it.
 
     Returns:
         The new parts.
@@ -97,7 +104,7 @@ def build(
 
         def complete(change: Transaction) -> Parts:
             replicate_layers_(model, layer_map, change)
-            return build(model, plan, active_state, weights, name, half=half, training=training)
+            return build(model, plan, active_state, weights, name, half=half, training=training, draws=draws)
 
         return Parts([], [], None, model, complete)
     by_path = {path: site_at(model, path) for path in plan.module_paths}
@@ -108,29 +115,24 @@ def build(
     layers = {target.path: _layer(by_path[target.module_path], target, plan, active_state) for target in plan.targets}
     first = layers[plan.targets[0].path].base if plan.targets else None
     bases = {path: layer.base for path, layer in layers.items()}
-    shared: SharedState | None = None
-    if first is not None:
-        shared = shared_state(plan, weights, bases, first.device, adapter_dtype(first.backend, first.module, half=half))
-    parts = Parts([], [], shared, model)
-
-    def create(target: Target) -> Adapter:
-        check_interrupt()  # some initialisations take a second for each layer
-        base = layers[target.path].base
-        start = None if weights is None else weights.starts.get(target.path)
-        dtype = adapter_dtype(base.backend, base.module, half=half)
-        site = AdapterSite(target.path, base, target.shapes, dtype, shared, name, start)
-        given = None if weights is None else weights.adapters.get(target.path, {} if target.tied_to else None)
-        if given is None:
-            return target.adapter_class.create(target.config, site, None)
-        return _loaded(target, site, given)
-
-    for target, adapter in make_adapters(plan, create):
+    parts = Parts([], [], None, model)
+    if draws is not None:
+        record_draws(plan, bases, draws)
+        parts.advance = draws.start()
+    with torch.random.fork_rng(devices=(), enabled=weights is not None or draws is not None):
+        if first is not None:
+            dtype = adapter_dtype(first.backend, first.module, half=half)
+            parts.shared = shared_state(plan, weights, bases, first.device, dtype)
+        made = make_adapters(
+            plan, lambda target: _created(target, bases[target.path], weights, parts.shared, name, half)
+        )
+    for target, adapter in made:
         layer = layers[target.path]
         if training and not layer.adapters._modules:
             layer.training = True
         adapter.train(_mode(layer, name) if training is None else training)
-        if shared is not None and not parts.adapters:
-            adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
+        if parts.shared is not None and not parts.adapters:
+            adapter._modules["shared"] = parts.shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[target.module_path], layer, adapter))
     tie = getattr(plan.config, "ensure_weight_tying", False) and not says_untied(model)
     tied: dict[int, Any] | None = {} if tie else None
@@ -142,6 +144,20 @@ def build(
         trained = copy_module(site.module, None if weights is None else weights.copies.get(path), tied)
         parts.copies.append((sites[path], wrapper, trained))
     return parts
+
+
+def _created(
+    target: Target, base: BaseLayer, weights: AdapterWeights | None, shared: SharedState | None, name: str, half: bool
+) -> Adapter:
+    """The adapter of one target, loaded or new."""
+    check_interrupt()  # some initialisations take a second for each layer
+    start = None if weights is None else weights.starts.get(target.path)
+    dtype = adapter_dtype(base.backend, base.module, half=half)
+    site = AdapterSite(target.path, base, target.shapes, dtype, shared, name, start)
+    given = None if weights is None else weights.adapters.get(target.path, {} if target.tied_to else None)
+    if given is None:
+        return target.adapter_class.create(target.config, site, None)
+    return _loaded(target, site, given)
 
 
 def _mode(layer: AdaptedLayer, name: str) -> bool:
@@ -222,7 +238,7 @@ def shared_state(
 
     Args:
         plan: plan of the adapter.
-        weights: loaded tensors, or None to initialise.
+        weights: loaded tensors, or None to initialize.
         layers: path of each target -> the layer.
         device: device of its tensors.
         dtype: dtype of new tensors.
@@ -327,11 +343,16 @@ def _cloned_fakes(module: nn.Module) -> dict[int, Tensor]:
     return memo
 
 
+_MANY_OBJECTS = 10_000
+"""Number of new objects that are worth moving past the collections of young objects."""
+
+
 class CollectionPaused:
     """Context manager: pauses the cyclic garbage collector while thousands of modules are created.
 
     Nothing created here is garbage, but the allocations would trigger full collections, which take
-    longer than the work itself once torch and transformers are loaded. ``__del__`` ends the pause
+    longer than the work itself once torch and transformers are loaded. Where so much was created that the next
+    collection would visit it for long, it is moved to the oldest generation at once. ``__del__`` ends the pause
     too, since an interruption can skip ``__exit__``.
     """
 
@@ -343,6 +364,11 @@ class CollectionPaused:
 
     def __exit__(self, *_: object) -> None:
         if self._was_enabled:
+            # Objects that the program has frozen itself stay frozen.
+            if gc.get_count()[0] >= _MANY_OBJECTS and not gc.get_freeze_count():
+                with HeldInterrupts():
+                    gc.freeze()
+                    gc.unfreeze()
             gc.enable()
 
     __del__ = __exit__
@@ -378,6 +404,9 @@ def commit(name: str, parts: Parts, change: Transaction) -> Parts:
         The parts that were added.
     """
     parts = parts.complete(change) if parts.complete is not None else parts
+    if parts.advance is not None:
+        before = torch.get_rng_state()
+        change.on_undo(lambda: torch.set_rng_state(before))
     for sites, layer, adapter in parts.adapters:
         layer.adapters[name] = adapter
         if isinstance(adapter, ChangesBase):
@@ -392,6 +421,8 @@ def commit(name: str, parts: Parts, change: Transaction) -> Parts:
     parents = (site.parent for sites, *_ in (*parts.adapters, *parts.copies) for site in sites)
     if any(is_encoder_layer(parent) for parent in parents):
         refresh_fast_paths(parts.model, change)
+    if parts.advance is not None:
+        parts.advance()
     return parts
 
 

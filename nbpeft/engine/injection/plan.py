@@ -17,6 +17,7 @@ from torch import nn
 import nbpeft.engine.backends
 import nbpeft.engine.layer_kinds
 import nbpeft.engine.methods  # noqa: F401
+from nbpeft.engine.config.default_targets import default_targets
 from nbpeft.engine.config.module_paths import suffixes
 from nbpeft.engine.config.targets import (
     Matcher,
@@ -105,7 +106,7 @@ def plan(
     sites = [site._replace(wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, method, sites)
-    resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))
+    resolved.fill_in(_model_type(model))
     if method.transforms_calls:
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
     matcher = Matcher(
@@ -274,8 +275,8 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     resolved = config.copy()
     targets = getattr(config, "target_modules", None)
     if targets is None and method.shares.companion is None and not method.transforms_calls:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        targets = method.default_targets(model_type)
+        model_type = _model_type(model)
+        targets = default_targets(method, model_type)
         if targets is None and getattr(config, "target_parameters", None):
             return resolved
         if targets is None:
@@ -296,6 +297,12 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     if is_all_linear(targets) and not getattr(config, "target_parameters", None):
         warn_of_experts(model, config, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
     return resolved
+
+
+def _model_type(model: nn.Module) -> str | None:
+    config: Any = getattr(model, "config", None)
+    found: str | None = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return found
 
 
 def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> list[str]:

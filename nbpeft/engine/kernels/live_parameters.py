@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, MutableMapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
+
+from nbpeft.errors import AdapterError
 
 Slot = tuple[nn.Module, str]
 """A module and the name of one of its parameters."""
@@ -18,16 +21,19 @@ class LiveParameters(MutableMapping[str, Any]):
         slots: name in this module -> (owner, the parameter's name there); the owner may lack the parameter for a time.
     """
 
-    __slots__ = ("_in_forward", "slots")  # DeepSpeed ZeRO-3 sets the first on every `_parameters`
+    __slots__ = ("_deleted", "_in_forward", "slots")  # DeepSpeed ZeRO-3 sets the second on every `_parameters`
 
     def __init__(self, slots: dict[str, Slot]) -> None:
         self.slots = slots
+        self._deleted: tuple[str, weakref.ref[Any]] | None = None
 
     def __getitem__(self, name: str) -> Any:
         owner, own = self.slots[name]
         return owner._parameters[own]
 
     def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self.slots:
+            self.refuse_others()
         owner, own = self.slots[name]
         present = owner._parameters.get(own, owner.__dict__.get(own))
         if present is not None and value is not None and present.shape != value.shape:
@@ -37,7 +43,24 @@ class LiveParameters(MutableMapping[str, Any]):
 
     def __delitem__(self, name: str) -> None:
         owner, own = self.slots[name]
-        del owner._parameters[own]
+        parameter = owner._parameters.pop(own)
+        self._deleted = None if parameter is None else (name, weakref.ref(parameter))
+
+    def refuse_others(self) -> NoReturn:
+        """Refuses further parameters, as pruning and weight norm add them, and puts back the one they have deleted.
+
+        Raises:
+            AdapterError: always.
+        """
+        name, deleted = self._deleted or ("", lambda: None)
+        parameter = deleted()
+        if parameter is not None and name not in self:
+            self[name] = parameter
+        raise AdapterError(
+            f"{', '.join(self.slots)} of an adapter cannot be computed from other parameters (parametrizations, "
+            "pruning, weight norm), because the layer reads it itself: use a layer class of your own "
+            "(config._register_custom_module)"
+        )
 
     def __contains__(self, name: object) -> bool:
         slot = self.slots.get(name)  # type: ignore[call-overload]

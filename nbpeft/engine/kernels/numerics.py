@@ -92,6 +92,18 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+_ONEDNN_ASKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+_onednn: Any = torch.backends.mkldnn
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN computes a CPU's matrix products in a half-precision dtype."""
+    if dtype not in _ONEDNN_ASKS or not _onednn.is_available() or not getattr(_onednn, "enabled", True):
+        return False
+    is_supported: Any = getattr(torch.ops.mkldnn, _ONEDNN_ASKS[dtype], None)
+    return is_supported is not None and bool(is_supported())
+
+
 def composes() -> bool:
     """Whether to compute with ordinary operations instead of custom autograd functions.
 

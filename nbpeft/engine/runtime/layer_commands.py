@@ -328,7 +328,7 @@ class LayerCommands:
             return
         if method_of(current) is not method_of(config):
             raise ConfigError(f"adapter {name!r} is {method_of(current).label}, not {method_of(config).label}")
-        others = [other.adapter(name) for other in manager.layers.values() if name in other.adapters]
+        others = [other.adapter(name) for other in manager.layers_with(name).values()]
         present: Any = layer.adapters._modules.get(name)
         if present is not None and (
             source_of(present) is not None or any(source_of(other) is present for other in others)
@@ -377,7 +377,7 @@ class LayerCommands:
         changed: AdapterConfig = manager.configs[name].with_layer(path, config, target=target)
         if not target:
             return changed
-        paths = {own for own, other in manager.layers.items() if name in other.adapters} | {path}
+        paths = {*manager.layers_with(name), path}
         if {*manager.plan(changed, name).paths} != paths:
             raise ConfigError(
                 f"{path} cannot be added to the targets of {name!r} alone: add an adapter with another name"

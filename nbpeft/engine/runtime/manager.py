@@ -52,8 +52,8 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError, StaleModelError
 
-"""Attributes that an adapted base model has in addition to its own."""
 _CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
+"""Attributes that say which adapters are active, and how; a failed command restores them."""
 
 
 def require_manager(model: nn.Module) -> AdapterManager:
@@ -122,6 +122,10 @@ class AdapterManager:
     def layers(self) -> dict[str, AdaptedLayer]:
         """Path -> adapted layer, in model order."""
         return self._known_tree().layers
+
+    def layers_with(self, name: str) -> dict[str, AdaptedLayer]:
+        """Path -> layer that has an adapter, in model order."""
+        return {path: layer for path, layer in self.layers.items() if name in layer.adapters._modules}
 
     @property
     def copies(self) -> dict[str, ModulesToSaveWrapper]:
@@ -193,17 +197,9 @@ class AdapterManager:
         return dict(self._biases.of(name))
 
     @property
-    def trains_base_biases(self) -> bool:
-        """Whether an adapter trains biases of the base."""
-        return self._biases.are_trained
-
-    def replaced_in_base(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> original of each tensor that an adapter replaces or trains."""
-        return self._biases.originals(name)
-
-    def values_in_base(self, name: str) -> dict[str, Tensor]:
-        """Name in the bare base model -> present value of each tensor that an adapter replaces or trains."""
-        return self._biases.present(name)
+    def biases(self) -> BaseBiases:
+        """The tensors of the base model that adapters train or replace."""
+        return self._biases
 
     def ensure_loaded(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
         """Loads adapters and keeps them on the model during the block; no effect without an ``AdapterProvider``."""
@@ -331,7 +327,7 @@ class AdapterManager:
         Args:
             name: name of the adapter.
             config: its config, or a plan from ``plan``.
-            weights: loaded tensors; None to initialise new ones.
+            weights: loaded tensors; None to initialize new ones.
             trainable: whether the adapter trains while it is active.
             half: keep its parameters in the base's dtype even if that is half precision.
             allow_missing: only warn about targets that match nothing, if others match.
@@ -356,13 +352,12 @@ class AdapterManager:
         weights: AdapterWeights | None = None,
         *,
         trainable: bool = True,
-        half: bool = False,
         allow_missing: bool = True,
         replace: bool = False,
         select: bool = True,
-        training: bool | None = None,
+        **modes: Any,
     ) -> Callable[[], InjectionPlan]:
-        """Builds a new adapter without touching the model; see ``add`` for the arguments.
+        """Builds a new adapter without touching the model; see ``add`` and, for further arguments, ``build``.
 
         Returns:
             A function that adds it to the model.
@@ -381,7 +376,7 @@ class AdapterManager:
                     plan = self.plan(plan, name, allow_missing=allow_missing)
                 self._biases.check(name, plan.biases)
                 check_addable(plan, self._merged, self.layers, () if weights is None else weights.base)
-                parts = build(self.model, plan, self.active_state, weights, name, half=half, training=training)
+                parts = build(self.model, plan, self.active_state, weights, name, **modes)
                 return self.revision, plan, parts
 
         prepared = built()

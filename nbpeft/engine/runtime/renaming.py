@@ -81,8 +81,8 @@ def copy_adapter(manager: Any, name: str, new: str) -> None:
     if weights.base:
         raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
     twin, half = weights.copied(), is_half(manager.layers, name)
-    there = {path for path, layer in manager.layers.items() if name in layer.adapters}
-    plan = manager.plan(manager.configs[name]).on_layers(there)  # without layers from which it was deleted
+    there = {*manager.layers_with(name)}  # without layers from which it was deleted
+    plan = manager.plan(manager.configs[name]).on_layers(there)
     manager.add(new, plan, twin, trainable=name not in manager.frozen, half=half)
     manager.set_scale(new, manager.scale(name))
     if name in manager.unsaved:

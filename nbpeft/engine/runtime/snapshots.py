@@ -103,7 +103,7 @@ class Keeper:
 
     def update(self, manager: AdapterManager) -> None:
         """Records everything about the adapter except its tensors."""
-        self._of_base, self._settings = manager.values_in_base(self._name), _settings(manager, self._name)
+        self._of_base, self._settings = manager.biases.present(self._name), _settings(manager, self._name)
 
     def __call__(self) -> AdapterSnapshot:
         """Takes the snapshot."""
@@ -114,8 +114,8 @@ class Keeper:
     def _identity(self, manager: AdapterManager) -> tuple[int, ...]:
         """Ids that change when the adapter's modules are replaced."""
         # Python cannot reuse these ids, because ``_tensors`` keeps the modules alive.
-        modules = (layer.adapters._modules.get(self._name) for layer in manager.layers.values())
-        return id(manager.configs[self._name]), *(id(module) for module in modules if module is not None)
+        layers = manager.layers_with(self._name).values()
+        return id(manager.configs[self._name]), *(id(layer.adapter(self._name)) for layer in layers)
 
 
 def _settings(manager: AdapterManager, name: str) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _settings(manager: AdapterManager, name: str) -> dict[str, Any]:
         unsaved=name in manager.unsaved,
         scale=manager.scale(name),
         half=is_half(manager.layers, name),
-        paths=frozenset(path for path, layer in manager.layers.items() if name in layer.adapters),
+        paths=frozenset(manager.layers_with(name)),
         scalings=_scalings(manager, name),
         patterns=_patterns(manager.configs[name]),
     )
@@ -245,13 +245,13 @@ def has_weights(manager: AdapterManager, name: str, weights: AdapterWeights) -> 
         weights: the tensors to compare with.
     """
     present = manager.weights(name)
-    present.base = manager.values_in_base(name)
+    present.base = manager.biases.present(name)
     return present.equals(weights)
 
 
 def _scalings(manager: AdapterManager, name: str) -> dict[str, tuple[float, float]]:
     """Path -> (scaling the layer was trained with, current scaling); neither is in the config."""
-    adapters: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    adapters = {path: layer.adapter(name) for path, layer in manager.layers_with(name).items()}
     return {
         path: (adapter.trained_scaling, float(adapter.scaling))
         for path, adapter in adapters.items()

@@ -71,15 +71,16 @@ def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
     apart = _wrappers_outside(model)
     stack: list[Iterator[Site]] = [_children(model, "", apart)]
     while stack:
-        site = next(stack[-1], None)
-        if site is None:
+        for site in stack[-1]:
+            yield site
+            module = site.module
+            if repeat or id(module) not in visited:
+                visited.add(id(module))
+                if module._modules:
+                    stack.append(_children(module, site.path + ".", apart))
+                    break
+        else:
             stack.pop()
-            continue
-        yield site
-        if repeat or id(site.module) not in visited:
-            visited.add(id(site.module))
-            if site.module._modules:
-                stack.append(_children(site.module, site.path + ".", apart))
 
 
 def site_at(model: nn.Module, path: str) -> Site:
@@ -120,7 +121,7 @@ def _site(
     child: nn.Module,
     apart: Mapping[int, AdaptedLayer],
 ) -> Site:
-    wrapper = child if isinstance(child, _WRAPPERS) else apart.get(id(child))
+    wrapper = child if isinstance(child, _WRAPPERS) else apart.get(id(child)) if apart else None
     return Site(parent, attribute, path, frozen_module(child), wrapper, siblings)
 
 

@@ -7,9 +7,9 @@ submodules, and because methods derive callable modules from them.
 
 Door, what other rooms import:
 
-    held_modules.py      Modules that adapters own, where PEFT has them on the model or around a block
     layer_attributes.py  Attributes of an adapted layer by adapter name, as the record of each adapter's method declares
                          them
+    own_modules.py       Modules that adapters own, where PEFT has them on the model or around a block
     part_modules.py      The modules behind the declared names of parameters: ``layer.core["default"].weight``
     shown_modules.py     Which modules a layer shows for its adapters, and under which of the declared names
 """

@@ -7,12 +7,15 @@ Parameters, as in ``layer.core["default"].weight``, are in ``part_modules``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from operator import attrgetter
 from typing import Any, Self
 
 from torch import Tensor, nn
+
+from nbpeft.errors import PeftWarning
 
 
 class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[metaclass,misc]
@@ -126,8 +129,19 @@ def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
     for adapter in adapters.values():
         own = adapter.peft.attributes.get(name)
         if own is not None:
-            return PerAdapterView(adapters, own, attrgetter(own))
+            return PerAdapterView(adapters, own, attrgetter(own), partial(_tell_unused, name, attrgetter(own)))
     return None
+
+
+def _tell_unused(name: str, read: Callable[[Any], Any], adapter: Any, value: object) -> None:
+    """Warns that a setting cannot be written; scripts set ``layer.r`` before factors of that rank."""
+    if value != read(adapter):
+        warnings.warn(
+            f"setting {name} on a layer changes nothing: it is read from the adapter ({read(adapter)!r} now); set the "
+            "tensors or scaling",
+            PeftWarning,
+            stacklevel=4,
+        )
 
 
 def function_by_name(layer: nn.Module, adapters: Mapping[str, Any], name: str) -> Callable[..., Any] | None:

@@ -53,6 +53,9 @@ class _Shows(_FollowsMode):
         live = self.__dict__.get("_parameters")
         if name == "_parameters" and isinstance(live, LiveParameters) and value != {}:
             return  # DeepSpeed ZeRO-3 replaces this dictionary on all modules; replacing the adapters' is sufficient
+        if name == "parametrizations" and isinstance(live, LiveParameters):
+            self.__class__ = type(self).__mro__[1]  # torch has made a class for it
+            live.refuse_others()
         if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
             super().__setattr__(name, value)
         elif name in live and not isinstance(value, nn.Parameter):

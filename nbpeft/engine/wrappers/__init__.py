@@ -19,4 +19,8 @@ Door, what other rooms import:
                         experts of a mixture
     row_order.py        Checks by shape that a layer's input in a mixed batch is in the order of the batch's rows
     wrapper.py          Wrapper: base class of the modules that replace a layer, or a module trained as a whole
+
+Inside:
+
+    mixed_batch.py  The output of an adapted layer for a mixed batch, in which each row has its own adapter
 """

@@ -14,8 +14,8 @@ from torch import nn
 from nbpeft.engine.changes.active_state import ActiveState, LayerState
 from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.contract.registry import Method, method_of_adapter
-from nbpeft.engine.views.held_modules import hold_all
 from nbpeft.engine.views.layer_attributes import by_name
+from nbpeft.engine.views.own_modules import show_all
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.wrapper import Wrapper
 
@@ -77,7 +77,7 @@ class AdaptedBlock(Wrapper):
         for name, block in self._named().items():
             for own in block._modules:
                 holders.setdefault(own, {})[name] = block._modules
-        hold_all(self._modules, holders)
+        show_all(self._modules, holders)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True

@@ -80,6 +80,6 @@ class CompositeReplica(AdaptedComposite):
 
 def _with_adapters(layer: AdaptedLayer, active: ActiveAdapters) -> nn.Module:
     """The frozen layer, or a shallow copy whose weight includes the deltas if an adapter is active."""
-    base = layer._own_base()
+    base = layer.own_base()
     weight = factored_weight(layer, base, active)
     return base.module if weight is None else twin_of(base.module, {"weight": weight.summed()})

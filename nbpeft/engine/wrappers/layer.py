@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.changes.active_state import ActiveAdapters, ActiveState, LayerState, ReplicaState, RowAssignment
+from nbpeft.engine.changes.active_state import ActiveAdapters, ActiveState, LayerState, ReplicaState
 from nbpeft.engine.changes.called_modules import OUTSIDE, is_plain
 from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.engine.changes.transaction import Transaction
@@ -18,7 +18,6 @@ from nbpeft.engine.contract.adapter import (
     Adapter,
     FusesAdd,
     ReplacesCall,
-    ServesRows,
     StartsInWeight,
     TransformsInput,
     TransformsOutput,
@@ -32,13 +31,12 @@ from nbpeft.engine.contract.model_adapter import HasSideNetwork, learns_prompt
 from nbpeft.engine.contract.registry import Method, method_of_adapter, methods_of_type
 from nbpeft.engine.contract.shared_state import add_shared, take_shared
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
-from nbpeft.engine.kernels.recomputed import parts_of
 from nbpeft.engine.views.layer_attributes import attribute_by_name, by_name, function_by_name
 from nbpeft.engine.views.part_modules import AdapterDict, ParameterMapping, ShownParts, former_names
 from nbpeft.engine.views.shown_modules import show_adapters, shown_under, unfilled, use_shown
 from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
 from nbpeft.engine.wrappers.merge_checks import unmergeable_reason
-from nbpeft.engine.wrappers.row_order import check_row_order
+from nbpeft.engine.wrappers.mixed_batch import mixed_output
 from nbpeft.engine.wrappers.wrapper import Wrapper
 from nbpeft.errors import AdapterError, MergeError
 
@@ -197,23 +195,23 @@ class AdaptedLayer(Wrapper):
             return self._rounded(x, active, args, kwargs)
         alone = self._alone(active)
         if isinstance(alone, TransformsInput):
-            base = self._base_in(active, active.names[0])
+            base = self.base_in(active, active.names[0])
             transformed: Tensor = self.base_layer(alone.transform_input(x, base), *args, **kwargs)
             return alone.transform_output(transformed, base) if isinstance(alone, TransformsOutput) else transformed
         if isinstance(alone, ReplacesCall) and not (args or kwargs) and is_plain(self.base_layer):
-            replaced = alone.output(x, self._base_in(active, active.names[0]))
+            replaced = alone.output(x, self.base_in(active, active.names[0]))
             if replaced is not None:
                 return replaced
         output: Tensor = self.base_layer(x, *args, **kwargs)
         if x.device != output.device:  # accelerate moves inputs inside the call of a layer on another device
             x = x.to(output.device)
         if active.rows is not None:
-            return self._mixed(x, output, active, active.rows)
+            return mixed_output(self, x, output, active, active.rows)
         if isinstance(alone, TransformsOutput):
-            return alone.transform_output(output, self._base_in(active, active.names[0]))
+            return alone.transform_output(output, self.base_in(active, active.names[0]))
         if isinstance(alone, FusesAdd):
             adapter: Any = alone
-            return adapter(x, output, self._base_in(active, active.names[0]), True)
+            return adapter(x, output, self.base_in(active, active.names[0]), True)
         return self._with_deltas(x, output, active)
 
     def _alone(self, active: ActiveAdapters) -> Any:
@@ -249,7 +247,7 @@ class AdaptedLayer(Wrapper):
         if twin is None:
             twin = self.__dict__["_twin"] = FakeQuantLayer()
         chosen = [pair for pair in zip(active.names, active.scales, strict=True) if pair[0] in self.adapters._modules]
-        bases = {name: self._base_in(active, name) for name, _ in chosen}
+        bases = {name: self.base_in(active, name) for name, _ in chosen}
         return twin.output(self, x, chosen, bases, args, kwargs)
 
     def _with_deltas(self, x: Tensor, output: Tensor, active: ActiveAdapters) -> Tensor:
@@ -259,7 +257,7 @@ class AdaptedLayer(Wrapper):
             adapter = adapters.get(name)
             if adapter is None:
                 continue
-            delta: Tensor = adapter(x, output, self._base_in(active, name))
+            delta: Tensor = adapter(x, output, self.base_in(active, name))
             if scale != 1.0:
                 delta = delta * scale
             total = delta if total is None else total + delta
@@ -269,12 +267,12 @@ class AdaptedLayer(Wrapper):
             total = total.to(output.device)
         return add_delta(output, total)
 
-    def _base_in(self, active: ActiveAdapters, name: str) -> BaseLayer:
+    def base_in(self, active: ActiveAdapters, name: str) -> BaseLayer:
         """The layer as an adapter sees it in the running call."""
-        base = self._own_base()
+        base = self.own_base()
         return base.within(active.context[name]) if name in active.context else base
 
-    def _own_base(self) -> BaseLayer:
+    def own_base(self) -> BaseLayer:
         """``base``, or a new one if the frozen layer is another module, as in a replica of ``nn.DataParallel``."""
         layer = self._modules["base_layer"]
         if layer is None or layer is self.base.module:
@@ -290,7 +288,7 @@ class AdaptedLayer(Wrapper):
         """
         change.set_item(self._modules, "base_layer", module)
         change.keep_attributes(self, "base")
-        self.__dict__["base"] = self._own_base()
+        self.__dict__["base"] = self.own_base()
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
@@ -301,65 +299,6 @@ class AdaptedLayer(Wrapper):
         # torch makes a replica of the class of the original.
         replica.__class__ = LayerReplica
         return replica
-
-    def _mixed(self, x: Tensor, output: Tensor, active: ActiveAdapters, rows: RowAssignment) -> Tensor:
-        """The output for a mixed batch, in which each row has its own adapter."""
-        adapters = self.adapters._modules
-        present = [name for name in rows.names if name in adapters]
-        if not present:
-            return output
-        x, output = rows.broadcast(x), rows.broadcast(output)
-        check_row_order(rows, x, self)
-        batch = output.shape[0]
-        if self.training:
-            return self._learning(x, output, active, rows)
-        kinds = {type(self.adapter(name)) for name in present}
-        prepared = any(name in active.context for name in present)
-        if not prepared and len(kinds) == 1 and issubclass(serving := kinds.pop(), ServesRows):
-            kept = rows.cache.setdefault(id(self), {})
-            found: list[Any] = [adapters.get(name) for name in rows.names]
-            served = serving.mixed(found, rows.scales, self._own_base(), kept)
-            if served is not None:
-                return add_delta(output, served(x, rows.repeat_to(batch, x.device)))
-        result = output.clone()
-        for name in present:
-            chosen = rows.rows_of(name, batch, output.device)
-            if len(chosen):
-                base = self._base_in(active, name)
-                base = base if base.context is None else base.within(_rows_of(base.context, chosen, batch))
-                delta = self.adapter(name)(x[chosen], output[chosen], base) * rows.scales[rows.names.index(name)]
-                result[chosen] = add_delta(output[chosen], delta)
-        return result
-
-    def _learning(self, x: Tensor, output: Tensor, active: ActiveAdapters, rows: RowAssignment) -> Tensor:
-        """The output for a mixed batch in training mode.
-
-        The random state is reset for each adapter, so that dropout is the same as in a batch of that adapter only.
-        """
-        runs = rows.runs(len(output))
-        sizes = [run.stop - run.start for _, run in runs]
-        parts, drawn = [], torch.get_rng_state()
-        for (name, run), own_x, own_output in zip(runs, parts_of(x, sizes), torch.split(output, sizes), strict=True):
-            torch.set_rng_state(drawn)
-            parts.append(self._rows_learning(own_x, own_output, active, rows, name, run))
-        return torch.cat(parts)
-
-    def _rows_learning(
-        self, x: Tensor, output: Tensor, active: ActiveAdapters, rows: RowAssignment, name: str, run: slice
-    ) -> Tensor:
-        """The output for neighbouring rows with one adapter; the rows are views, so autograd stores no copy."""
-        adapter: Any = self.adapters._modules.get(name)
-        if adapter is None:
-            return output
-        base = self._base_in(active, name)
-        base = base if base.context is None else base.within(_rows_of(base.context, run, len(rows.index)))
-        scale = rows.scales[rows.names.index(name)]
-        if scale == 1.0 and isinstance(adapter, TransformsOutput) and not isinstance(adapter, TransformsInput):
-            return adapter.transform_output(output, base)
-        if scale == 1.0 and isinstance(adapter, FusesAdd):
-            fusing: Any = adapter
-            return fusing(x, output, base, True)
-        return add_delta(output, adapter(x, output, base) * scale)
 
     def has_any_of(self, active: ActiveAdapters) -> bool:
         """Whether this layer has one of the active adapters of a call and is not merged."""
@@ -724,16 +663,6 @@ class LayerReplica(AdaptedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         use_shown(self.adapters._modules, self._modules)
         return super().forward(x, *args, **kwargs)
-
-
-def _rows_of(context: Any, chosen: Tensor | slice, batch: int) -> Any:
-    """The part of a call's context for some rows, if it is a tensor with one entry for each row."""
-    if not isinstance(context, Tensor) or context.ndim == 0 or batch % context.shape[0]:
-        return context
-    # Beam search computes with several rows for each row of the call.
-    each = batch // context.shape[0]
-    rows = torch.arange(batch)[chosen] if isinstance(chosen, slice) else chosen
-    return context[rows.to(context.device).div(each, rounding_mode="floor")]
 
 
 def _add_bias_deltas(bias: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> None:

@@ -52,9 +52,9 @@ class AdaptedOwner(AdaptedLayer):
 
     def with_adapters(self, active: ActiveAdapters) -> FactoredWeight | None:
         """The parameter plus the products of the active adapters; None if there are none or they are merged."""
-        return factored_weight(self, self._own_base(), active)
+        return factored_weight(self, self.own_base(), active)
 
-    def _own_base(self) -> BaseLayer:
+    def own_base(self) -> BaseLayer:
         """``base``, or a new one in a replica of ``nn.DataParallel``, which has another module."""
         module: nn.Module = self.wrapped_module()
         if module is self.weight_module.owner:

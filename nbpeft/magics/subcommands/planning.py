@@ -96,7 +96,12 @@ def sizes_without_dry_run() -> CellError:
     argument("--processes", type=positive, metavar="N", help="memory of each of N processes, which have own batches"),
     argument("--sharded", action="store_true", help="the model is sharded over the processes (fsdp = True)"),
     argument("--inference", action="store_true", help="forecast a forward pass over such a prompt, not a training"),
-    argument("--data", metavar="DATA", completes="data", help="training rows, which determine the sequence lengths"),
+    argument(
+        "--data",
+        metavar="DATA",
+        completes="data",
+        help="training rows, which determine the sequence lengths; --seq then cuts them",
+    ),
     COLUMNS,
     TOKENIZER,
     argument("--packing", action="store_true", help="several rows in each sequence, as with %%lora_train --packing"),

@@ -14,7 +14,7 @@ from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import ADAPTER_NAME, ALLOW_MISSING, METHOD, fields_of, subcommand
 from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
 from nbpeft.session.commands.quantizing import LOADING_FIELDS, PREPARING_FIELDS, QUANTIZATION_FIELDS
-from nbpeft.session.configs import field_names
+from nbpeft.session.configs import field_hint, field_names
 from nbpeft.session.handles import is_module
 
 _DEFAULT_VARIABLE = "model"
@@ -132,5 +132,5 @@ def _sorted(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     known = field_names(config.get("peft_type") or "LORA")
     for name in config:
         if name not in known:
-            raise ConfigError(f"%%qlora has no field {name!r}.{did_you_mean(name, [*OWN_FIELDS, *known])}", field=name)
+            raise ConfigError(f"%%qlora has no field {name!r}.{field_hint(name, [*OWN_FIELDS, *known])}", field=name)
     return own, config

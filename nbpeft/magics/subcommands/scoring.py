@@ -45,6 +45,11 @@ from nbpeft.names import METRICS
         options={**DATA.options, "required": False, "help": str(DATA.options["help"]).replace("training rows", "rows")},
     ),
     argument(
+        "--held-out",
+        action="store_true",
+        help="only the rows of --data that %%lora_train --eval held out, which the adapters have not learned",
+    ),
+    argument(
         "--metric",
         nargs="+",
         metavar="METRIC",
@@ -99,6 +104,8 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             given[name] = value
     if options.data is None and not options.general:
         raise CellError("%lora score needs --data ROWS, or --general for the loss on a general text")
+    if options.data is None and options.held_out:
+        raise CellError("--held-out chooses among the rows of --data ROWS: give those of the training")
     rows = None if options.data is None else notebook.data(options.data, "--data")
     model = notebook.chosen(options.model)
     metrics = None if options.metric is None else [metric_of(word, notebook) for word in options.metric]
@@ -110,6 +117,7 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             metric=metrics,
             adapters=options.names or None,
             base=not options.no_base,
+            held_out=options.held_out,
             strip=options.strip,
             casefold=options.casefold,
             also=None if options.also is None else notebook.data(options.also, "--also"),

@@ -47,14 +47,13 @@ def inspect_adapter(manager: AdapterManager, name: str, *, intruders: bool = Fal
 
 def _layers(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
     scale = abs(manager.scale(name))
-    for path, layer in manager.layers.items():
-        if name in layer.adapters._modules:
-            weight = layer.base.weight()
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in layer.adapter(name).parameters()):
-                raise AdapterError(f"adapter {name!r} has non-finite parameters at {path}", path=path)
-            norm, directions = _size_of_delta(layer.adapter(name), weight, layer.base)
-            size = float(torch.linalg.vector_norm(weight, dtype=_wide(weight)))
-            yield LayerChange(path, scale * norm, size, directions, layer.adapter(name).delta_rank)
+    for path, layer in manager.layers_with(name).items():
+        weight = layer.base.weight()
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in layer.adapter(name).parameters()):
+            raise AdapterError(f"adapter {name!r} has non-finite parameters at {path}", path=path)
+        norm, directions = _size_of_delta(layer.adapter(name), weight, layer.base)
+        size = float(torch.linalg.vector_norm(weight, dtype=_wide(weight)))
+        yield LayerChange(path, scale * norm, size, directions, layer.adapter(name).delta_rank)
 
 
 def _size_of_delta(adapter: Adapter, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:

@@ -22,7 +22,7 @@ from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, few
 
-TOP, LARGEST_COSINE = 10, 0.5
+_TOP, _LARGEST_COSINE = 10, 0.5
 """PEFT's defaults: how many of the strongest directions are examined, and below which cosine one is an intruder."""
 
 _Factors = tuple[Tensor, Tensor, Tensor]
@@ -30,9 +30,7 @@ _Factors = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def count_intruders(
-    layer: AdaptedLayer, name: str, top_k: int = TOP, threshold: float = LARGEST_COSINE, *, scale: float = 1.0
-) -> int | None:
+def count_intruders(layer: AdaptedLayer, name: str, *, scale: float = 1.0) -> int | None:
     """Counts the intruders among the strongest directions of an adapted weight.
 
     Needs two singular value decompositions of the weight.
@@ -40,8 +38,6 @@ def count_intruders(
     Args:
         layer: a layer that is not merged.
         name: an adapter on it, of any method.
-        top_k: number of directions to examine.
-        threshold: a direction is an intruder if its cosine with every direction of the frozen weight is below this.
         scale: factor on the adapter's delta.
 
     Returns:
@@ -51,7 +47,7 @@ def count_intruders(
     if weight.ndim != 2:
         return None
     adapted = weight.float() + scale * delta_of(layer.adapter(name), weight, layer.base).float()
-    return len(_intruders(weight.float(), adapted, top_k, threshold)[0])
+    return len(_intruders(weight.float(), adapted, _TOP, _LARGEST_COSINE)[0])
 
 
 @torch.no_grad()
@@ -113,7 +109,7 @@ def _low_rank_layers(manager: AdapterManager, name: str) -> Mapping[str, Adapted
     """
     if not isinstance(manager.configs[name], LoraConfig):
         raise AdapterError("The provided model is not using LoRA and is therefore not supported.")
-    adapted = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
+    adapted = manager.layers_with(name)
     layers = {path: layer for path, layer in adapted.items() if isinstance(layer.adapter(name), LowRankAdapter)}
     tied = next((path for path, layer in layers.items() if source_of(layer.adapter(name)) is not None), None)
     if tied is not None:

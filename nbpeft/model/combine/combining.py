@@ -15,12 +15,14 @@ from nbpeft.engine.changes.transaction import CHANGED_MEANWHILE
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.contract.adapter import AdapterWeights, delta_of
 from nbpeft.engine.contract.combination import Combine, Loss, Member, check_weights
+from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import companions, method_of
 from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, ConfigError, did_you_mean
 from nbpeft.jsonable import AsDict
+from nbpeft.model.saving.offloaded import adapters_onloaded
 from nbpeft.state import LayerLoss
 
 
@@ -92,7 +94,7 @@ def combine_adapters(
     check_name(name)
     if name in manager.configs:
         raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or choose another name")
-    with manager.ensure_loaded(adapters), manager.deciding():
+    with manager.ensure_loaded(adapters), manager.deciding(), adapters_onloaded(manager, *adapters):
         return _combined(manager, adapters, weights, name, settings)
 
 
@@ -128,7 +130,8 @@ def _combined(
     with manager.transaction():
         if any(manager.configs.get(adapter) is not config for adapter, config in zip(adapters, configs, strict=True)):
             raise BusyError(CHANGED_MEANWHILE)
-        manager.add(name, plan, AdapterWeights(tensors, copies), trainable=False, half=half)
+        draws = None if combination.has_drawn else Draws(always=False)
+        manager.prepare(name, plan, AdapterWeights(tensors, copies), trainable=False, half=half, draws=draws)()
         for path in combination.tensors:
             layer = manager.layers[path]
             combination.finish(path, layer.adapter(name), layer.base)

@@ -185,9 +185,7 @@ def _convertible(manager: AdapterManager, name: str) -> dict[str, AdaptedLayer]:
             "base's biases"
         )
     found = {}
-    for path, layer in manager.layers.items():
-        if name not in layer.adapters._modules:
-            continue
+    for path, layer in manager.layers_with(name).items():
         adapter = layer.adapter(name)
         method = method_of_adapter(adapter)
         if method is not None and method.shares.companion is not None and method is not method_of(config):

@@ -1,4 +1,4 @@
-"""``preprocess_corda`` and ``preprocess_loraga``: collecting what these inits need on the layers.
+"""``preprocess_corda`` and ``preprocess_loraga`` collect on the layers what these initializations need.
 
 Both run a model, observe the layers that a config targets, and set an attribute on each of them, under PEFT's name. An
 adapter created with the same config reads it (``engine/methods/lora/initialization/inits.py``).

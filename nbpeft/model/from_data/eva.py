@@ -368,8 +368,8 @@ def _modules(
 ) -> dict[str, tuple[str, nn.Module]]:
     """Returns name -> path and frozen layer, of the linear layers that have or get the adapter."""
     if manager is not None and name in manager.configs:
-        layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
-        found = {path: (path, layer.base_layer) for path, layer in layers.items() if layer.kind.is_linear}
+        layers = manager.layers_with(name).items()
+        found = {path: (path, layer.base_layer) for path, layer in layers if layer.kind.is_linear}
     else:
         found = targeted_layers(model, config)
     prefix = _PREFIX if manager is not None and model is not manager.model else ""

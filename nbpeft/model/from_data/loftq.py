@@ -80,9 +80,9 @@ class _Unwanted(Exception):
 
 def _quantized_layers(manager: AdapterManager, name: str) -> dict[str, tuple[AdaptedLayer, LowRankAdapter]]:
     found: dict[str, tuple[AdaptedLayer, LowRankAdapter]] = {}
-    for path, layer in manager.layers.items():
-        adapter = layer.adapters._modules.get(name)
-        if adapter is None or not is_quantized_layer(layer.base_layer):
+    for path, layer in manager.layers_with(name).items():
+        adapter = layer.adapter(name)
+        if not is_quantized_layer(layer.base_layer):
             continue
         if not isinstance(adapter, LowRankAdapter) or adapter.computes_factors:
             raise AdapterError(f"adapter {name!r} is {type(adapter).__name__}, not LoRA: LoftQ sets low-rank factors")

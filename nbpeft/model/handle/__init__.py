@@ -19,4 +19,5 @@ Inside:
 
     listed_modules.py  Modules that PEFT keeps on ``base_model`` and not in the layers
     prompts.py         PEFT's interface to learned prompts on a PeftModel: the prompts, their encoders and tokens
+    tuner_type.py      The class of PEFT's tuner classes: refuses scripts that replace what puts in PEFT's layers
 """

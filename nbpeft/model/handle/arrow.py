@@ -80,7 +80,7 @@ def repository_of(path: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
 
 def _router_config(manager: AdapterManager, settings: ArrowConfig, names: Sequence[str]) -> LoraConfig:
     """Returns the config of a router over adapters."""
-    paths = {name: {path for path, layer in manager.layers.items() if name in layer.adapters} for name in names}
+    paths = {name: {*manager.layers_with(name)} for name in names}
     for name in names:
         differing = sorted(paths[names[0]] ^ paths[name])
         if differing:

@@ -99,8 +99,8 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     manager = require_manager(model)
     manager.require(adapter_name)
     if autocast_adapter_dtype:
-        adapters = (layer.adapters._modules.get(adapter_name) for layer in manager.layers.values())
-        frozen = (adapter.parameters() for adapter in adapters if adapter is not None)
+        layers = manager.layers_with(adapter_name).values()
+        frozen = (layer.adapter(adapter_name).parameters() for layer in layers)
         _cast([*manager.parameters(adapter_name), *chain.from_iterable(frozen)], torch.float32)
 
 

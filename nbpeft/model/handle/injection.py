@@ -15,7 +15,7 @@ from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import manager_of, unwrapped
 from nbpeft.errors import ConfigError, TargetError, few
-from nbpeft.model.handle.state_dicts import drawing_nothing, drop_values
+from nbpeft.model.handle.state_dicts import draws_of_empty, drop_values
 from nbpeft.model.saving.given_configs import as_given, take_given
 
 
@@ -94,9 +94,8 @@ def inject(
         replace: replace an existing adapter with the same name.
     """
     plan = manager.plan(config) if state_dict is None else _plan_for_keys(manager, config, state_dict)
-    with drawing_nothing(empty):
-        trainable = not config.inference_mode
-        put = manager.prepare(name, plan, trainable=trainable, half=True, replace=replace, training=True)
+    trainable, draws = not config.inference_mode, draws_of_empty(empty)
+    put = manager.prepare(name, plan, trainable=trainable, half=True, replace=replace, training=True, draws=draws)
     put_active(manager, put, name, empty=empty)
 
 

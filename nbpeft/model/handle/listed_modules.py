@@ -7,7 +7,7 @@ from typing import Any
 
 from nbpeft.engine.changes.called_modules import outside
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.engine.views.held_modules import HeldBuffers, hold_all
+from nbpeft.engine.views.own_modules import OwnBuffers, show_all
 
 
 def list_parts(manager: AdapterManager, names: Sequence[str], modules: dict[str, Any]) -> None:
@@ -32,12 +32,12 @@ def list_parts(manager: AdapterManager, names: Sequence[str], modules: dict[str,
     if moved:
         with manager.transaction(during_calls=True, quiet=True) as change:
             manager.layer_commands.list_apart(moved, change, apart=True, parts=True)
-    holders = {
+    owners = {
         own: {name: adapter._modules for _, name, adapter in adapters if own in adapter._modules} for own in names
     }
     states = {name: state for name in manager.configs if (state := manager.shared(name)) is not None}
     for own in names:
         with_buffers = {name: state for name, state in states.items() if own in state._modules}
         if with_buffers:
-            modules.setdefault(own, HeldBuffers()).hold(with_buffers, own)
-    hold_all(modules, {own: held for own, held in holders.items() if not isinstance(modules.get(own), HeldBuffers)})
+            modules.setdefault(own, OwnBuffers()).set_states(with_buffers, own)
+    show_all(modules, {own: by_name for own, by_name in owners.items() if not isinstance(modules.get(own), OwnBuffers)})

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
+from nbpeft.engine.calls.prompts_by_hand import note_requested, put_in_here
+from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
+from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.shared_state import with_copies
 from nbpeft.engine.injection.injection_plan import InjectionPlan
@@ -19,11 +25,11 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import generation_arguments, learns_with_hooks, prepares_calls, transforms_calls
 from nbpeft.engine.runtime.scopes import AdapterContext
 from nbpeft.engine.tree.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
-from nbpeft.errors import UnknownAdapterError
+from nbpeft.errors import ConfigError, UnknownAdapterError, with_article
 from nbpeft.model.handle import prompts
 from nbpeft.model.handle.injection import put_active, replacing
 from nbpeft.model.handle.serving import OF_CALLS, of_the_model, serving
-from nbpeft.model.handle.state_dicts import drawing_nothing, drop_values
+from nbpeft.model.handle.state_dicts import draws_of_empty, drop_values
 from nbpeft.model.handle.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from nbpeft.model.handle.tuner import (
     BaseTuner,
@@ -39,6 +45,8 @@ from nbpeft.model.saving.given_configs import as_given, take_given
 from nbpeft.peft_layers.classes import refuse_pickle_of_peft
 
 _SPECIAL = "special_peft_forward_args"
+_loaded: ContextVar[AdapterManager | None] = ContextVar("_loaded", default=None)
+"""The manager whose adapters a new PeftModel takes over, instead of adding one."""
 
 
 class PeftModel(nn.Module):
@@ -85,6 +93,12 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        if (loaded := _loaded.get()) is not None:
+            _loaded.set(None)  # a subclass may make others
+            with loaded.transaction(during_calls=True, quiet=True):
+                AdapterManager.attach(model, loaded)
+                self._take(model, loaded)
+            return
         model = _base_for(model, peft_config)
         manager = manager_of(model) or AdapterManager(model)
         config, half = self.completed(peft_config, model), not autocast_adapter_dtype
@@ -103,8 +117,7 @@ class PeftModel(nn.Module):
         """Adds an adapter to the base model, and becomes its PeftModel."""
         config = wanted.config if isinstance(wanted, InjectionPlan) else wanted
         options: dict[str, Any] = {"trainable": not config.inference_mode, "replace": name in manager.configs}
-        with drawing_nothing(empty):
-            put = manager.prepare(name, wanted, half=half, training=True, **options)
+        put = manager.prepare(name, wanted, half=half, training=True, draws=draws_of_empty(empty), **options)
         with manager.transaction() as change:
             put_active(manager, put, name, empty=empty)
             take_given(manager, name, given, change)
@@ -134,12 +147,12 @@ class PeftModel(nn.Module):
             model: the base model.
             manager: its manager.
         """
-        handle = cls.__new__(cls)
-        nn.Module.__init__(handle)
-        with manager.transaction(during_calls=True, quiet=True):
-            AdapterManager.attach(model, manager)
-            handle._take(model, manager)
-        return handle
+        token = _loaded.set(manager)
+        try:
+            # A class of a script may have its own __init__; a manager of a pool has no config.
+            return cls(model, next(iter(manager.configs.values()), None))  # type: ignore[arg-type]
+        finally:
+            _loaded.reset(token)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if MANAGER not in state:
@@ -160,7 +173,12 @@ class PeftModel(nn.Module):
         Args:
             config: the config.
             model: the base model.
+
+        Raises:
+            ConfigError: it is not the config of an adapter.
         """
+        if not isinstance(config, AdapterConfig):
+            raise ConfigError(f"an adapter needs a config such as LoraConfig, not {with_article(config)}")
         return files.with_base_name(cls._complete(as_given(config)), model)
 
     @classmethod
@@ -216,6 +234,16 @@ class PeftModel(nn.Module):
         """Name of the active adapter, or a list if several are active."""
         active = self.manager.active
         return active[0] if len(active) == 1 else list(active)
+
+    @active_adapter.setter
+    def active_adapter(self, name: str | list[str]) -> None:
+        names = [name] if isinstance(name, str) else name
+        if prompts.LISTED in self._modules:
+            self.set_adapter(names)
+        elif not {*(names or ())} <= {*self.manager.active}:  # in PEFT, too, this does not switch any layer
+            warnings.warn(
+                f"active_adapter = {name!r} switches no layer: call set_adapter(…) or disable_adapter()", stacklevel=2
+            )
 
     @property
     def active_adapters(self) -> list[str]:
@@ -276,7 +304,11 @@ class PeftModel(nn.Module):
             batch_size: number of rows.
             task_ids: task of each row, (rows,) int64, for multitask prompts.
             max_cache_len: accepted for compatibility with PEFT and ignored; the cache of a prefix grows.
+
+        What calls this puts the prompt in itself: later calls of the base model with embeddings or a cache do not get
+        it a second time, those of this PeftModel do.
         """
+        note_requested(self.manager.active_state)
         return prompts.prompt(self.manager, batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
@@ -321,6 +353,15 @@ class PeftModel(nn.Module):
 
     # Forward and generation
 
+    @property
+    def generation_config(self) -> Any:
+        """The base model's settings of ``generate``; can be replaced."""
+        return self.get_base_model().generation_config
+
+    @generation_config.setter
+    def generation_config(self, settings: Any) -> None:
+        self.get_base_model().generation_config = settings
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the base model's forward with the active adapters.
 
@@ -360,12 +401,24 @@ class PeftModel(nn.Module):
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
         with (
+            self._prompts_put_in(kwargs.get("task_ids")),
             self.manager.active_state.hold(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
             kwargs = of_the_model(self.manager, kwargs, self.special_peft_forward_args)
+            tuner = self.base_model
+            if isinstance(tuner, BaseTuner) and not is_plain(tuner):  # its own hooks, or a replaced ``forward``
+                return tuner(*args, **kwargs)
             output = self.get_base_model()(*args, **kwargs)
             return with_extra_loss(self.manager, output, kwargs) if self.training else output
+
+    def _prompts_put_in(self, task_ids: torch.Tensor | None) -> AbstractContextManager[None]:
+        """Context manager around a call: prompts are put in, those of ``get_prompt`` where a script replaced it."""
+        if prompts.LISTED not in self._modules:
+            return contextlib.nullcontext()
+        if "get_prompt" not in self.__dict__ and type(self).get_prompt is _GET_PROMPT:
+            return put_in_here()
+        return put_in_here(lambda batch: self.get_prompt(batch_size=batch, task_ids=task_ids))
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode; ignored from other threads while a training runs in the background."""
@@ -382,6 +435,7 @@ class PeftModel(nn.Module):
         """
         self._check_live()
         with (
+            self._prompts_put_in(kwargs.get("task_ids")),
             self.manager.active_state.hold(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
@@ -408,9 +462,10 @@ class PeftModel(nn.Module):
         """
         self._check_live()
         config = self.completed(peft_config, self.get_base_model())
-        with drawing_nothing(low_cpu_mem_usage), self.manager.transaction() as change:
+        with self.manager.transaction() as change:
             modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
-            self.manager.add(adapter_name, config, half=not autocast_adapter_dtype, **modes)
+            draws = draws_of_empty(low_cpu_mem_usage)
+            self.manager.prepare(adapter_name, config, half=not autocast_adapter_dtype, draws=draws, **modes)()
             take_given(self.manager, adapter_name, peft_config, change)
             if low_cpu_mem_usage:
                 drop_values(self.manager, adapter_name)
@@ -494,12 +549,13 @@ class PeftModel(nn.Module):
             config: used instead of the saved config.
             autocast_adapter_dtype: use float32 for the adapter on a half-precision base.
             ephemeral_gpu_offload: accepted for compatibility with PEFT and ignored.
-            low_cpu_mem_usage: accepted for compatibility with PEFT and ignored; loading never initializes first.
+            low_cpu_mem_usage: advance torch's generator as PEFT does with this value. Nothing else depends on it, as
+                loading never initializes first.
             key_mapping: regular expression -> replacement, applied to the keys of the file.
             **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``torch_device``, …
 
         Returns:
-            The PeftModel, of the class for the config's task.
+            The PeftModel, of the class for the config's task; without a task of this class.
 
         Raises:
             CheckpointError: the checkpoint cannot be read or does not fit.
@@ -514,6 +570,7 @@ class PeftModel(nn.Module):
             half=not autocast_adapter_dtype,
             config=config,
             key_mapping=key_mapping,
+            draws=Draws(always=low_cpu_mem_usage),
             options=kwargs,
         )
         # transformers or another PeftModel may already have loaded an adapter with this name on the base.
@@ -521,8 +578,8 @@ class PeftModel(nn.Module):
             put()
             if manager.active != (adapter_name,):
                 manager.activate(adapter_name)
-            chosen = PeftModel.for_task(manager.configs[adapter_name]) if cls is PeftModel else cls
-            handle = chosen.over(model, manager)
+            config = manager.configs[adapter_name]
+            handle = (cls if config.task_type is None else PeftModel.for_task(config)).over(model, manager)
             change.keep_modes(handle)
             if is_trainable:
                 handle.training = handle._tuner.training = True
@@ -551,6 +608,7 @@ class PeftModel(nn.Module):
             The missing and unexpected keys.
         """
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "key_mapping": key_mapping, **kwargs}
+        options["low_cpu_mem_usage"] = low_cpu_mem_usage
         return self.prepare_load(model_id, adapter_name, is_trainable, torch_device, **options)()
 
     def prepare_load(
@@ -561,6 +619,7 @@ class PeftModel(nn.Module):
         torch_device: str | None = None,
         *,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> Callable[[], loading.LoadResult]:
@@ -577,6 +636,8 @@ class PeftModel(nn.Module):
             trainable=is_trainable,
             half=not autocast_adapter_dtype,
             key_mapping=key_mapping,
+            # PEFT initializes an adapter only if there is none of this name.
+            draws=None if adapter_name in self.manager.configs else Draws(always=low_cpu_mem_usage),
             options={"torch_device": torch_device, **kwargs},
         )
 
@@ -683,9 +744,15 @@ class PeftModel(nn.Module):
         except AttributeError:
             if "base_model" not in self.__dict__.get("_modules", {}):
                 raise
+        name = _OTHER_NAMES.get(name, name)
         with contextlib.suppress(AttributeError):
             return getattr(self.base_model, name)
         return getattr(self._tuner, name)
+
+
+_GET_PROMPT = PeftModel.get_prompt
+_OTHER_NAMES = {"base_model_prepare_inputs_for_generation": "prepare_inputs_for_generation"}
+"""Attribute of PEFT's PeftModel -> that of the base model with its value."""
 
 
 def handle_of_plan(manager: AdapterManager, plan: InjectionPlan, given: AdapterConfig, adapter_name: str) -> PeftModel:

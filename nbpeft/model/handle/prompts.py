@@ -173,8 +173,8 @@ def prompt(manager: AdapterManager, batch_size: int, task_ids: Tensor | None) ->
         AdapterError: no active adapter has a learned prompt.
     """
     for name in manager.active:
-        for layer in manager.layers.values():
-            adapter = layer.adapters._modules.get(name)
+        for layer in manager.layers_with(name).values():
+            adapter = layer.adapter(name)
             if learns_prompt(adapter):
                 base = layer.base.within(task_ids)
                 if adapter.state_count:

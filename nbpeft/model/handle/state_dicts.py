@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ParamSpec
 
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.changes.random_numbers import drawing_from, random_state
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, AdapterWeights, StartsInWeight, UsesAnother, source_of
+from nbpeft.engine.contract.adapter import AdapterWeights, StartsInWeight, UsesAnother, source_of
+from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.wrappers.layer import AdaptedLayer
-from nbpeft.errors import BaseMismatchError, CheckpointError, did_you_mean, few
+from nbpeft.errors import BaseMismatchError, CheckpointError, ConfigError, did_you_mean, few, with_article
 from nbpeft.model.saving.files import file_tensors, replaced_state_dict
 from nbpeft.model.saving.loading import LoadResult, drop_unchanged, load_result, warn_of_other_shapes
 from nbpeft.model.saving.offloaded import embedding_weights, refuse_offloaded, refuse_offloaded_adapter
@@ -99,6 +98,8 @@ def set_peft_model_state_dict(
         BaseMismatchError: shapes do not fit.
     """
     manager = require_manager(model)
+    if not isinstance(peft_model_state_dict, Mapping):
+        raise ConfigError(f"the state dict must be a dictionary of tensors, not {with_article(peft_model_state_dict)}")
     weights = manager.weights(adapter_name)
     peft_type = method_of(manager.configs[adapter_name]).peft_type
     whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name, peft_type)
@@ -180,7 +181,7 @@ def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, wei
 
 def _lost_starts(manager: AdapterManager, name: str) -> dict[str, StartsInWeight]:
     """Returns path -> adapter whose file has its initial component too; see ``StartsInWeight.loses_start``."""
-    found: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    found = {path: layer.adapter(name) for path, layer in manager.layers_with(name).items()}
     return {
         path: adapter for path, adapter in found.items() if isinstance(adapter, StartsInWeight) and adapter.loses_start
     }
@@ -214,17 +215,13 @@ def _write(
             own.copy_(like(own, value))
     shared = manager.shared(name)
     if shared is not None and loaded.weights.shared:
-        adapted = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
+        adapted = manager.layers_with(name)
         shared.recompute_derived({path: (layer.adapter(name), layer.base) for path, layer in adapted.items()}, change)
 
 
-def drawing_nothing(empty: bool) -> AbstractContextManager[None]:
-    """Context manager: if ``empty``, what is drawn inside leaves the random generators where they were.
-
-    An adapter whose parameters are on the meta device has no initial values, so none are drawn as far as the caller
-    can see.
-    """
-    return drawing_from(random_state()) if empty else nullcontext()
+def draws_of_empty(empty: bool) -> Draws | None:
+    """What adding an adapter draws if, with ``empty``, its parameters are left on the meta device; None for all."""
+    return Draws(always=True) if empty else None
 
 
 def drop_values(manager: AdapterManager, name: str) -> None:
@@ -255,11 +252,11 @@ def _complete(
         given: path -> tensors that were loaded, which stay as they are.
         change: the transaction of the load.
     """
-    adapters = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    adapters = {path: layer.adapter(name) for path, layer in manager.layers_with(name).items()}
     incomplete = {
         path: adapter
         for path, adapter in adapters.items()
-        if isinstance(adapter, Adapter) and any(parameter.is_meta for parameter in adapter.parameters())
+        if any(parameter.is_meta for parameter in adapter.parameters())
     }
     if not incomplete:
         return
@@ -281,9 +278,9 @@ def _replace_data(
 ) -> None:
     """Replaces each parameter for which ``data`` returns new values; shared parameters stay shared."""
     replaced: dict[int, nn.Parameter] = {}
-    for layer in manager.layers.values():
-        adapter: Any = layer.adapters._modules.get(name)
-        for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
+    for layer in manager.layers_with(name).values():
+        adapter = layer.adapter(name)
+        for key, parameter in dict(adapter._parameters).items():
             if parameter is None or key in adapter.peft.constants:
                 continue
             if id(parameter) not in replaced and (values := data(parameter, layer)) is not None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from nbpeft._util import hooks
 from nbpeft.engine.calls.model_calls import checkpoints_gradients, has_encoder
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.config.targets import usual_model_types
+from nbpeft.engine.config.adapter_names import names_in
+from nbpeft.engine.config.default_targets import default_targets_of
 from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, Untargeted
 from nbpeft.engine.contract.registry import Method, methods, methods_of_type
 from nbpeft.engine.contract.shared_state import Together, add_shared, state_of_all, take_shared
@@ -28,6 +29,7 @@ from nbpeft.model.combine.combining import Combined, combine_adapters
 from nbpeft.model.combine.conversion import can_convert
 from nbpeft.model.handle.injection import inject, inject_adapter_in_model
 from nbpeft.model.handle.listed_modules import list_parts
+from nbpeft.model.handle.tuner_type import TunerType, check_overrides
 from nbpeft.peft_layers.classes import layer_type, refuse_pickle_of_peft
 from nbpeft.peft_layers.shared_tensors import shared_by_name
 
@@ -35,7 +37,7 @@ _LABELS = ("labels", "start_positions")
 """Inputs with which transformers' models return the loss first, if they return a tuple."""
 
 
-class BaseTuner(nn.Module):
+class BaseTuner(nn.Module, metaclass=TunerType):
     """Has the base model as ``.model``, so that the keys of state dicts have PEFT's prefix.
 
     Each method has its own subclass, named as in PEFT: ``LoraModel``, ``IA3Model``; see ``tuner_class``. Creating a
@@ -51,6 +53,7 @@ class BaseTuner(nn.Module):
 
     Raises:
         TargetError: neither the config nor any key fits the model, which is not changed.
+        NotSupportedError: a class derived from a tuner overrides a function that would not be called.
     """
 
     prefix: str = ""
@@ -75,6 +78,7 @@ class BaseTuner(nn.Module):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
+        check_overrides(type(self))
         super().__init__()
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict)
@@ -194,12 +198,12 @@ class BaseTuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Paths of the layers that adapters target in the base model, in the order of the adapters."""
-        bare, layers = self.targeted_parameter_names, self.manager.layers.items()
+        bare = self.targeted_parameter_names
         targeted = [
             path
             for name in self.manager.names
-            for path, layer in layers
-            if path not in bare and name in layer.adapters and not isinstance(layer.adapter(name), Untargeted)
+            for path, layer in self.manager.layers_with(name).items()
+            if path not in bare and not isinstance(layer.adapter(name), Untargeted)
         ]
         return list(dict.fromkeys(targeted))
 
@@ -411,11 +415,7 @@ def tuner_class(method: Method) -> type[BaseTuner]:
         own: dict[str, Any] = {
             "prefix": method.prefix,
             "uses_shared_state": method.shares.state is not None and not issubclass(method.shares.state, Together),
-            "target_module_mapping": {
-                model_type: targets
-                for model_type in usual_model_types()
-                if (targets := method.default_targets(model_type)) is not None
-            },
+            "target_module_mapping": default_targets_of(method.peft_type),
             "tuner_layer_cls": layer_type(method.peft_type, layer or name.replace("Model", "Layer")),
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,
@@ -513,7 +513,7 @@ def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None
     Raises:
         UnknownAdapterError: one of them does not exist.
     """
-    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    names = names_in(names)
     with manager.transaction():
         for name in names:
             if name not in manager.configs:  # PEFT's wording, which its users search for
@@ -534,7 +534,7 @@ def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None
 
 def warn_of_trained_biases(manager: AdapterManager) -> None:
     """Warns if the model still differs from the base model with adapters disabled, because biases were trained."""
-    if not manager.trains_base_biases:
+    if not manager.biases.are_trained:
         return
     with manager.reading():
         configs = {name: manager.configs[name] for name in manager.active}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from nbpeft.engine.wrappers.fake_quant import is_prepared_quantization_aware
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, few
 from nbpeft.model.saving.loading import fitted
-from nbpeft.model.saving.offloaded import adapter_onloaded, embedding_weights
+from nbpeft.model.saving.offloaded import adapters_onloaded, embedding_weights
 from nbpeft.model.saving.residuals import left_start, mark_left, take_out_of_saved
 from nbpeft.model.saving.saved_places import note_saved, note_written_over, owner_of
 from nbpeft.model.saving.sharded import gathered, is_sharded, noted_fingerprint, warn_of_shards
@@ -110,7 +110,10 @@ def save(
 
     Raises:
         AdapterExistsError: a folder has another adapter, and ``replace`` is False.
+        CheckpointError: the folder's name is empty, which would be the working directory.
     """
+    if not os.fspath(folder):
+        raise CheckpointError("the name of the folder is empty: pass '.' for the working directory")
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
     with manager.active_state.hold():  # a training in the background changes the tensors that are read here
@@ -121,7 +124,7 @@ def save(
         for name in chosen:
             places[name] = "" if name == DEFAULT_ADAPTER or flat else name
             with manager.reading():
-                paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
+                paths = [*manager.layers_with(name)]
                 weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
                 warn_of_shards(manager, name, weights)
                 notes[places[name]] = left_start(manager, name) if initial is None else {}
@@ -225,7 +228,7 @@ def _loses_start(manager: AdapterManager, name: str) -> bool:
     """Returns whether an adapter's file must include its initial component, because it cannot be reconstructed."""
     if not manager.configs[name].initialised_from_weight:
         return False  # its base does not have the initial component
-    adapters: Iterable[Any] = (layer.adapters._modules.get(name) for layer in manager.layers.values())
+    adapters = (layer.adapter(name) for layer in manager.layers_with(name).values())
     return any(isinstance(adapter, StartsInWeight) and adapter.loses_start for adapter in adapters)
 
 
@@ -313,7 +316,7 @@ def _saved_weights(
 ) -> AdapterWeights:
     """Returns the tensors to save for an adapter; see ``save`` for the arguments."""
     check_choice("save_embedding_layers", embeddings, ("auto", True, False, None))
-    with adapter_onloaded(manager, name):
+    with adapters_onloaded(manager, name):
         weights = manager.weights(name)
     targeted = _adapted_embeddings(manager, name)
     if embeddings is True or (embeddings == "auto" and (targeted or vocabulary_resized(manager.model))):
@@ -434,11 +437,10 @@ def _shared_in(state_dict: Mapping[str, Tensor], endings: tuple[str, ...], own: 
 
 def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
     """Returns paths of embeddings and output heads, recognized by name, whose weight an adapter changes."""
-    layers = {path: layer for path, layer in manager.layers.items() if path.rpartition(".")[2] in _EMBEDDING_NAMES}
     return [
         path
-        for path, layer in layers.items()
-        if name in layer.adapters._modules and not isinstance(layer.adapter(name), Untargeted)
+        for path, layer in manager.layers_with(name).items()
+        if path.rpartition(".")[2] in _EMBEDDING_NAMES and not isinstance(layer.adapter(name), Untargeted)
     ]
 
 

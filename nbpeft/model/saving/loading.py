@@ -6,6 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from nbpeft.engine.contract.adapter import (
     AdapterWeights,
     HasFixedTensors,
 )
+from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -90,6 +92,7 @@ def read(
     half: bool,
     config: AdapterConfig | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    draws: Draws | None = None,
     options: Mapping[str, Any],
 ) -> Callable[[], LoadResult]:
     """Reads a saved adapter and checks that it fits; changes nothing yet.
@@ -102,6 +105,7 @@ def read(
         half: use a half-precision base's dtype for it.
         config: used instead of the saved config.
         key_mapping: regular expression -> replacement, applied to the keys of the file.
+        draws: advances torch's generator as PEFT does; None for no draws.
         options: PEFT's further keyword arguments: hub options, ``torch_device``, ``ignore_mismatched_sizes``.
 
     Returns:
@@ -125,7 +129,7 @@ def read(
     if config is None:
         find = functools.partial(_part_in, saved.folder)
         config = method_of(saved.config).files.with_parts(saved.config, find, options)
-    config, tensors = saved.reconciled(config.copy(inference_mode=not trainable))
+    config, tensors = _named_as_in_files(saved, name).reconciled(config.copy(inference_mode=not trainable))
     note = base_mismatch(manager, saved.metadata)
     config = of_former_file(manager.model, config, tensors)
     settings: dict[str, Any] = {"key_mapping": key_mapping}
@@ -141,7 +145,8 @@ def read(
     form = checkpoint.prompt_format(saved.config)
     _warn_of_mismatches(source, loaded, note, checkpoint.other_classes(manager.model, form))
     _check_base_tensors(manager, name, plan, loaded.weights)
-    put = manager.prepare(name, plan, loaded.weights, replace=True, trainable=trainable, training=trainable, half=half)
+    modes: dict[str, Any] = {"trainable": trainable, "training": trainable, "half": half, "draws": draws}
+    put = manager.prepare(name, plan, loaded.weights, replace=True, **modes)
 
     def load() -> LoadResult:
         with manager.transaction() as change:
@@ -157,6 +162,15 @@ def read(
         return result
 
     return load
+
+
+def _named_as_in_files(saved: checkpoint.Checkpoint, name: str) -> checkpoint.Checkpoint:
+    """Returns a saved adapter with keys of files; scripts save those of the model, which contain the adapter's name."""
+    peft_type = method_of(saved.config).peft_type
+    if not checkpoint.is_of_a_model(saved.unread.header, name, peft_type):
+        return saved
+    renamed = saved.unread.changed(lambda tensors: checkpoint.keys_of_a_file(tensors, name, peft_type))
+    return replace(saved, unread=renamed)
 
 
 def _part_in(folder: Path, part: str) -> str | None:
@@ -216,9 +230,10 @@ def fitted(
 
 
 def _copied_by_peft(model: nn.Module, config: AdapterConfig, plan: InjectionPlan, keys: Iterable[str]) -> list[str]:
-    """Returns the modules of which keys are tensors, and whose names end with one in ``modules_to_save``.
+    """Returns the modules that a file has tensors of, and whose names end with a name in ``modules_to_save``.
 
-    PEFT trains them too, e.g. DistilBERT's ``pre_classifier`` for ``classifier``. Without those that the plan copies.
+    PEFT trains them too, e.g. DistilBERT's ``pre_classifier`` for ``classifier``. Those that the plan copies are left
+    out.
     """
     names = tuple(getattr(config, "modules_to_save", None) or ())
     if not names or not keys:
@@ -305,7 +320,7 @@ def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> li
 def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
     """Removes a file's base tensors that equal those of the base model, and warns about those that differ."""
     brought = [key for key in weights.base if key not in plan.biases]
-    known = {**embedding_weights(manager.model, loaded=True), **manager.replaced_in_base(name)} if brought else {}
+    known = {**embedding_weights(manager.model, loaded=True), **manager.biases.originals(name)} if brought else {}
     replaced = drop_unchanged(weights, {key: known[key] for key in brought})
     refuse_offloaded(manager.model, replaced)
     if replaced:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
+from nbpeft._util.hub_access import config_errors
 from nbpeft.checkpoint import ModelFolder, TensorSpec
 from nbpeft.engine.contract.base import onloaded
 from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.tree.model_tree import bare_modules, is_quantized_layer
-from nbpeft.errors import CheckpointNotFoundError, ConfigError, few
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, few, in_one_line
 
 
 def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
@@ -29,8 +30,9 @@ def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
     transformers = importlib.import_module("transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(os.fspath(folder))
-    except (OSError, ValueError) as error:
-        raise CheckpointNotFoundError(f"{folder} has no model config: {str(error).splitlines()[0]}") from None
+    except config_errors() as error:
+        reason = in_one_line(str(error).partition("\n\n")[0])
+        raise CheckpointNotFoundError(f"{folder} has no model config: {reason}") from None
     names = list(getattr(config, "architectures", None) or [])
     model_class = getattr(transformers, str(names[0]), None) if names else None
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):

@@ -13,23 +13,23 @@ from nbpeft.engine.tree.model_tree import bare_modules, embedding_of
 from nbpeft.errors import CheckpointError
 
 
-def adapter_onloaded(manager: AdapterManager, name: str) -> AbstractContextManager[None]:
-    """Context manager: loads what is offloaded of the tensors that an adapter's file can have.
+def adapters_onloaded(manager: AdapterManager, *names: str) -> AbstractContextManager[None]:
+    """Context manager: loads what is offloaded of the tensors that adapters' files can have.
 
     References to tensors that are taken inside the block keep their data.
 
     Args:
         manager: manager of the model.
-        name: name of the adapter.
+        *names: names of the adapters.
     """
-    return all_onloaded(_offloaded(manager, name))
+    modules = (module for name in names for module in _offloaded(manager, name))
+    return all_onloaded({id(module): module for module in modules}.values())
 
 
 def _offloaded(manager: AdapterManager, name: str) -> Iterator[nn.Module]:
     """Yields the modules with tensors of the adapter that may be offloaded: its parts, copies and biases."""
-    for layer in manager.layers.values():
-        if name in layer.adapters._modules:
-            yield from layer.offloaded_parts()
+    for layer in manager.layers_with(name).values():
+        yield from layer.offloaded_parts()
     for copied in manager.copies.values():
         if name in copied.modules_to_save:
             yield from copied.modules_to_save[name].modules()

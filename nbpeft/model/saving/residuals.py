@@ -35,7 +35,7 @@ def starting(manager: AdapterManager, name: str) -> list[StartsInWeight]:
         manager: manager of the model.
         name: name of the adapter.
     """
-    adapters = [layer.adapter(name) for layer in manager.layers.values() if name in layer.adapters]
+    adapters = [layer.adapter(name) for layer in manager.layers_with(name).values()]
     return [adapter for adapter in adapters if isinstance(adapter, StartsInWeight) and adapter.taken_over is not None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -119,8 +119,19 @@ def hotswap_adapter_from_state_dict(
     with manager.transaction():
         manager.require(adapter_name)
         peft_type = method_of(manager.configs[adapter_name]).peft_type
-        plain = checkpoint.keys_of_a_file(state_dict, adapter_name, peft_type)
+        plain = checkpoint.keys_of_a_file(_apart(state_dict, manager.parameters(adapter_name)), adapter_name, peft_type)
         return _swap(model, manager, adapter_name, config, plain, validate, allow_missing=allow_missing)
+
+
+def _apart(tensors: Mapping[str, Tensor], own: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors with copies of those in the slot's memory, which are written before all are read."""
+    memory = {tensor.untyped_storage().data_ptr() for tensor in own}
+    return {
+        key: tensor.clone()
+        if tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in memory
+        else tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def prepare_model_for_compiled_hotswap(
@@ -219,6 +230,7 @@ def _swap(
     _leave_embeddings_out(manager, name, loaded.weights)
     check = None if validate is None else lambda: validate(model)
     options: Any = {"grow": not _compiled(model), "shapes": expected.adapters}
+    options["consume"] = isinstance(tensors, checkpoint.UnreadTensors)  # nobody else has what was read for this swap
     return swap(manager, name, config, loaded.weights, validate=check, done=done, **options)
 
 

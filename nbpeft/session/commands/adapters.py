@@ -181,7 +181,8 @@ def _reconfigured(
     steps = tracked.steps_of([name])
     kept, stays = undoable.kept, rows is None and keeps_weights(manager, name, planned)
     weights = kept.weights.copied() if stays else None
-    options = {"trainable": trainable, "training": trainable, "half": stays and kept.half, "replace": True}
+    half = stays and kept.half
+    options: dict[str, Any] = {"trainable": trainable, "training": trainable, "half": half, "replace": True}
     beginning = nullcontext(_nothing) if stays else starting_from(ctx, manager.model, planned.config, rows, notes)
     with beginning as start:
         put = manager.prepare(name, planned, weights, **options)

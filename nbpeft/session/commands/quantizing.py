@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.hub_access import hub_options
+from nbpeft._util.hub_access import config_errors, hub_options
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft._util.paths import from_here
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
@@ -484,7 +484,7 @@ def _config(source: str, loading: Mapping[str, Any]) -> Any:
     failure = ""
     try:
         return AutoConfig.from_pretrained(place, **options, **({"gguf_file": file} if file else {}))
-    except (OSError, ValueError, ImportError) as error:
+    except config_errors() as error:
         failure = in_one_line(error)[:300]
     raise CheckpointNotFoundError(f"no model could be loaded from {place!r}: {failure}", source=place)
 

@@ -256,7 +256,7 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
         run: name of the run; None for the newest one.
 
     Raises:
-        CheckpointNotFoundError: there is no such run, or it has no checkpoint.
+        CheckpointNotFoundError: there is no such run, or it has no checkpoint; or the last training here left none.
         TrainingError: it is still running.
     """
     from nbpeft.runs.record import UNREADABLE
@@ -267,12 +267,31 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
         raise CheckpointNotFoundError(f"there is nothing to resume: {store.place} contains no run that has ended")
     # A run whose recorded start is in the future is only resumed by name.
     newest = next((record for record in ended if record.started <= time.time()), ended[0]) if ended else None
+    if run is None and newest is not None:
+        _refuse_another(ctx, newest)
     record = newest if run is None and newest is not None else _record(store, str(run))
     if record.status == "running":
         raise TrainingError(f"run {record.name} is still running")
     if not record.kept_steps:
         raise CheckpointNotFoundError(f"run {record.name} has no checkpoint left to resume from, only its curve")
     return record, store.find(record.name).facts()
+
+
+def _refuse_another(ctx: SessionContext, newest: RunRecord) -> None:
+    """Refuses to resume a run that is not named, if a model's last training was of another adapter and is not kept.
+
+    Raises:
+        CheckpointNotFoundError: the training ended before its first step.
+    """
+    for train in (tracked.training for tracked in ctx.models.all()):
+        if train is None or train.status not in ("failed", "stopped") or train.step > train.first_step:
+            continue
+        kept = bool(train.folder) and Path(train.folder).exists()
+        if not kept and {*train.adapter.split(", ")}.isdisjoint(newest.adapters):
+            raise CheckpointNotFoundError(
+                f"the training of {train.adapter} {train.status} before its first step, and nothing of it is kept: "
+                f"train again. The newest run is of {few(newest.adapters)}: session.resume({newest.name!r})"
+            )
 
 
 def resume(

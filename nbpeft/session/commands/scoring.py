@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.errors import AdapterError
 from nbpeft.session.checks import listed
 from nbpeft.session.prompts import chosen_tokenizer
 
 if TYPE_CHECKING:
     from nbpeft.scoring.result import ScoreResult
     from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.session.registry import TrackedModel
     from nbpeft.training import RunControl
+    from nbpeft.training.data import HeldOut
 
 
 def score(
@@ -23,6 +26,7 @@ def score(
     metric: Any = None,
     adapters: Any = None,
     base: bool = True,
+    held_out: bool = False,
     tokenizer: Any = None,
     on_progress: Callable[[ScoreResult], object] | None = None,
     on_control: Callable[[RunControl], object] | None = None,
@@ -41,6 +45,7 @@ def score(
             ``exact``, and ``accuracy`` for a classifier of texts.
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
         base: whether to score the base model, too.
+        held_out: score only the rows of ``rows`` that were held out from the trainings of all these adapters.
         tokenizer: the model's tokenizer; the last one given if None.
         on_progress: called with the result so far, several times per second.
         on_control: called with the control on which a stop can be requested from any thread.
@@ -49,6 +54,7 @@ def score(
 
     Raises:
         UnknownAdapterError: there is no such adapter.
+        AdapterError: with ``held_out``, no row was held out, or it is not known which.
         ConfigError: an argument is invalid, or a metric does not fit the model.
         TrainingError: the rows cannot be read, or a metric fails on all rows of the first batch.
     """
@@ -62,6 +68,8 @@ def score(
     with ctx.command("scoring", slow=True) as notes:
         if on_control is not None:
             on_control(control)
+        if held_out:
+            options["only"] = _held_out(tracked, names)
         result = score_rows(
             tracked.model,
             rows,
@@ -76,3 +84,32 @@ def score(
             **options,
         )
     return dataclasses.replace(result, notes=(*notes, *result.notes))
+
+
+def _held_out(tracked: TrackedModel, names: list[str] | None) -> HeldOut:
+    """Returns the rows that none of the adapters has learned.
+
+    Raises:
+        AdapterError: there are none, or it is not known which.
+    """
+    configs = tracked.manager.configs
+    wanted = [*configs] if names is None else [part for name in names for part in name.split("+")]
+    found: HeldOut | None = None
+    for name in wanted:
+        config, own = tracked.unlearned.get(name, (None, None))
+        if name not in configs or (config is None and names is None):  # refused later; not trained
+            continue
+        if own is None or config is not configs[name]:
+            raise AdapterError(
+                f"it is not known which rows were held out from {name!r}: no training in this session recorded them"
+            )
+        if found is not None and found.total != own.total:
+            raise AdapterError(f"{name!r} and other adapters were trained on different rows: score them one by one")
+        found = own.also(found)
+    if found is None:
+        raise AdapterError(f"no adapter of {tracked.name} was trained in this session: held_out needs one that was")
+    if not found.numbers:
+        raise AdapterError(
+            "no row was held out from all trainings of these adapters: eval_data=0.1 of a training holds out a tenth"
+        )
+    return found

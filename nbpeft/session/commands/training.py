@@ -368,6 +368,7 @@ def _run(
 
     options.setdefault("memory", _measuring(watched))
     run = Run(watched, total_steps, publish=lambda state: _published(ctx, run, tracked, state), **options)
+    run.spelled = ctx.spelled
     return run
 
 

@@ -135,7 +135,7 @@ class RunsResult(Result):
                 f"{record.settings[ROWS]:,}" if isinstance(record.settings.get(ROWS), int) else NONE,
                 (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
                 loss(record.loss),
-                (loss(record.best_loss), dim(_where_best(record)), dim(_metric_words(record))),
+                (loss(record.best_loss), dim(_where_best(record)), *_metric_lines(record)),
                 _spark(curves.get(record.name, ())),
                 _settings_words(settings, index),
             )
@@ -308,9 +308,12 @@ def _metric(record: RunRecord, name: str) -> str:
     return metric(record.metrics[name]) if name in record.metrics else NONE
 
 
-def _metric_words(record: RunRecord) -> str:
-    """Returns the scores of a run, e.g. ``exact 0.812``."""
-    return few([f"{name} {_metric(record, name)}" for name in record.metrics], _MOST_METRICS, quoted=False)
+def _metric_lines(record: RunRecord) -> tuple[Text, ...]:
+    """Returns the scores of a run, e.g. ``exact 0.812``, a line for each."""
+    words = [f"{name.removeprefix('eval_')} {_metric(record, name)}" for name in record.metrics]
+    more = len(words) - _MOST_METRICS
+    shown = [*words[:_MOST_METRICS], *([f"and {more} more"] if more > 0 else [])]
+    return tuple(Text(line, "dim", wrap="words") for line in shown)
 
 
 def _took(record: RunRecord) -> str:

@@ -29,7 +29,10 @@ def loss_divisor(trainer: Any, items: Any) -> int:
     Returns:
         The number of micro-batches; 1 if the loss was normalized over all of them.
     """
-    normalized = getattr(trainer, "loss_is_scaled_for_ga", None)
+    from transformers import Trainer
+
+    # Older versions of transformers do not read what a subclass may say of its loss.
+    normalized = getattr(trainer, "loss_is_scaled_for_ga", None) if hasattr(Trainer, "loss_is_scaled_for_ga") else None
     if normalized is None:
         normalized = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
     return 1 if normalized else _micro_batches(trainer)

@@ -1,4 +1,4 @@
-"""Turns rows into batches: reads them from any source, tokenises them once, and puts labels on the tokens to train on.
+"""Turns rows into batches: reads them from any source, tokenizes them once, and puts labels on the tokens to train on.
 
     {"input_ids", …}                      as it is; missing labels are copied from input_ids; completion_mask and
                                           assistant_masks select the labels that count
@@ -23,27 +23,28 @@ Files:
     checks.py        Checks that rows fit a model, before a training step fails on them with an error that names no row
     classes.py       The classes of a classifier of texts or tokens, and the conversion of a row's label to one of them
     collator.py      Collates rows into batches
-    encoding.py      Tokenised rows, and the encoding of text with marked spans as token ids and labels
+    encoding.py      Tokenized rows, and the encoding of text with marked spans as token ids and labels
     files.py         Reads rows from a file: JSON Lines, JSON, CSV and TSV with the standard library, Parquet with
                      pyarrow
-    forms.py         The forms of rows, recognised by their columns, and the example that each row gives
+    forms.py         The forms of rows, recognized by their columns, and the example that each row gives
     hub.py           Loads datasets from the Hub and from folders with the ``datasets`` library
-    left_out.py      Names rows by number and reason in messages
     lengths.py       The lengths of rows, and a sampling order in which the rows of a batch have about the same length
     mixed.py         Draws the rows of a mixture
     options.py       How rows are read: which turns of a chat are learned, and what happens to reasoning and to long
                      rows
     packing.py       Packs several rows into one sequence, so that no tokens are spent on padding
-    reading.py       Reads rows: each becomes the tokens and labels on which a model is trained
+    reading.py       How the rows of some data are read: their form, their columns, and what their labels mean
     row.py           One row of data, read by the names of its form; errors name the row's number
+    row_coder.py     Tokenizes a row of any form: text, chats, pairs, comparisons, classes and tags, or tokens as they
+                     are
     seen_formats.py  How the rows of a training are written: with the chat template or without, and with which system
                      prompts
     sources.py       The sources of rows: lists, datasets, streams, tables, files and datasets on the Hub
     split.py         Splits evaluation rows off the training rows, and counts those that are on both sides
     summary.py       Rows as a model reads them, and the lengths of all rows
-    tags.py          Tokenises words with a tag each: the first token of a word has the label of its tag, the others
+    tags.py          Tokenizes words with a tag each: the first token of a word has the label of its tag, the others
                      have none
-    tokenized.py     Tokenises rows of any form: all at once, or one by one as a stream yields them
+    tokenized.py     Tokenizes rows of any form: all at once, or one by one as a stream yields them
     unused.py        Parts of rows that are not trained on: counted while the rows are read, and reported before the
                      first step
     verdicts.py      Labels that mark a completion as good or bad, as in rows for preference tuning (KTO)
@@ -64,6 +65,7 @@ from nbpeft.training.data.reading import is_plain as is_plain
 from nbpeft.training.data.sources import is_stream as is_stream
 from nbpeft.training.data.sources import open_data as open_data
 from nbpeft.training.data.sources import separator_for as separator_for
+from nbpeft.training.data.split import HeldOut as HeldOut
 from nbpeft.training.data.split import grouping as grouping
 from nbpeft.training.data.split import groups_of as groups_of
 from nbpeft.training.data.split import hold_out as hold_out

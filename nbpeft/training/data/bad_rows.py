@@ -6,16 +6,17 @@ A row that can be read but has nothing to train on is another matter: it is alwa
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nbpeft.errors import TrainingError
-from nbpeft.training.data.left_out import named_rows
+from nbpeft.errors import TrainingError, few
 
 GIVE_UP = 100
 """The number of bad rows at the start after which the others are not read any more."""
 _WHERE = re.compile(r"^Row \d+:? ")
 _VALUES = re.compile(r"\([^()]*\)|'[^']*'|\d+")
+_NAMED = 5
 SKIP = "Such rows are left out on request (skip_bad=…)."
 
 
@@ -64,3 +65,17 @@ def refusal(found: Sequence[tuple[int, TrainingError]], total: int, *, can_skip:
         f"{which}{end}{hint}",
         **details,
     )
+
+
+def named_rows(left_out: Sequence[tuple[int, str]], count: int = _NAMED) -> str:
+    """Rows by number with the reason, as text: ``rows 3, 8: nothing to learn``.
+
+    Args:
+        left_out: (number, reason) of each row.
+        count: the greatest number of rows that are named for one reason.
+    """
+    parts = []
+    for reason, times in Counter(reason for _, reason in left_out).items():
+        numbers = [str(number) for number, why in left_out if why == reason]
+        parts.append(f"{'row' if times == 1 else 'rows'} {few(numbers, count, quoted=False)}: {reason}")
+    return "; ".join(parts)

@@ -61,7 +61,7 @@ def check_row(
     if len(outside):
         raise TrainingError(
             f"Row {index} has the token id {int(outside[0])}, but the model knows ids from 0 to "
-            f"{(vocabulary or 0) - 1}: tokenise with the tokenizer of this model.",
+            f"{(vocabulary or 0) - 1}: tokenize with the tokenizer of this model.",
             index=index,
         )
     labels = next((row[name] for name in LABELS if name in row), None)
@@ -90,7 +90,7 @@ def _check_tags(given: Any, tokens: int, index: int, classes: Classes) -> None:
 
 
 def _check_label(given: Any, index: int, classes: Classes) -> None:
-    """Refuses a label of a tokenised row that a classifier would misread or reject."""
+    """Refuses a label of a tokenized row that a classifier would misread or reject."""
     if given is None:
         raise TrainingError(f"Row {index} has no labels: give the class of each row.", index=index)
     value = given.tolist() if hasattr(given, "tolist") else given
@@ -100,7 +100,7 @@ def _check_label(given: Any, index: int, classes: Classes) -> None:
         raise TrainingError(f"Row {index}: the label is {given!r:.40}; {error}.", index=index) from None
     if type(label) is not type(value):
         raise TrainingError(
-            f"Row {index}: the label is {given!r:.40}; tokenised rows give it as the model takes it: {label!r:.40}.",
+            f"Row {index}: the label is {given!r:.40}; tokenized rows give it as the model takes it: {label!r:.40}.",
             index=index,
         )
 

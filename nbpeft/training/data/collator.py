@@ -55,7 +55,7 @@ class Collator:
         return batch
 
     def complete(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Adds a missing attention mask and missing labels to a tokenised row; modifies and returns it."""
+        """Adds a missing attention mask and missing labels to a tokenized row; modifies and returns it."""
         if "input_ids" not in row:
             return row
         if "attention_mask" not in row:

@@ -1,4 +1,4 @@
-"""Tokenised rows, and the encoding of text with marked spans as token ids and labels."""
+"""Tokenized rows, and the encoding of text with marked spans as token ids and labels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.unused import Unused
 
+CONTEXT = 8
+"""How many tokens before others are read for the space between them, so that the cost does not grow with the row."""
 _FAR = sys.maxsize
 """A position after the end of any text."""
 
@@ -30,7 +32,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenised row.
+    """One tokenized row.
 
     Attributes:
         input_ids: ids of the model's input tokens.
@@ -57,7 +59,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class CodedRow:
-    """One tokenised row, before truncation.
+    """One tokenized row, before truncation.
 
     Attributes:
         number: 0 for the first.
@@ -170,9 +172,9 @@ def count_learned(labels: Sequence[int], encoder_decoder: bool = False) -> int:
 
 
 def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = True, whole: bool = False) -> Encoded:
-    """Tokenises ``text``, with labels on the tokens that touch one of ``spans``.
+    """Tokenizes ``text``, with labels on the tokens that touch one of ``spans``.
 
-    Prompt and completion are tokenised together, as the model reads them; a token that
+    Prompt and completion are tokenized together, as the model reads them; a token that
     spans the border between them belongs to the completion.
 
     Args:
@@ -217,7 +219,7 @@ def _by_offsets(offsets: Iterable[tuple[int, int]], spans: Sequence[Span]) -> li
 def _by_prefix(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span], special: bool) -> list[float]:
     """The weight of each token without offsets (slow tokenizers have none).
 
-    The token at the border of a span is found by tokenising the text before the border and counting the tokens that it
+    The token at the border of a span is found by tokenizing the text before the border and counting the tokens that it
     shares with the whole text.
     """
 
@@ -233,3 +235,22 @@ def _by_prefix(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span],
         max((weight for first, last, weight in borders if first <= index < last), default=0.0)
         for index in range(len(ids))
     ]
+
+
+def decoded(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], *, special: bool = False) -> str:
+    """The text of tokens that follow others, with its leading space.
+
+    Args:
+        tokenizer: the tokenizer.
+        before: the tokens before them; the last ``CONTEXT`` are read.
+        tokens: the tokens.
+        special: whether to include the text of special tokens.
+    """
+    options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
+
+    def plain(ids: Iterable[int]) -> str:
+        return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=not special, **options))
+
+    # Many tokenizers drop the leading space of the first token.
+    start, through = plain(before[-CONTEXT:]), plain([*before[-CONTEXT:], *tokens])
+    return through[len(start) :] if through.startswith(start) else plain(tokens)

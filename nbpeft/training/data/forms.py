@@ -1,4 +1,4 @@
-"""The forms of rows, recognised by their columns, and the example that each row gives."""
+"""The forms of rows, recognized by their columns, and the example that each row gives."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _NUMBERING = re.compile(
 )
 """Names of columns that number the rows."""
 _TYPO = 0.75
-"""The least similarity of a column with a known name that it may be meant as."""
+"""The least similarity between the name of a column and the known name that it may stand for."""
 _WORDS, _TAGS = ("tokens", "words", "sentence", "text"), ("tags", "labels", "label")
 """Names of columns with words and with their tags."""
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -142,7 +142,7 @@ class Form:
 
     Attributes:
         name: its name in messages.
-        needs: the required columns, by which the form is recognised.
+        needs: the required columns, by which the form is recognized.
         read: (row, whether the tokenizer has a chat template) -> the example.
         may: optional columns.
     """
@@ -241,12 +241,12 @@ def _read_prompt(row: Row, chat: bool) -> Example:
         return Prompted(value or "")
     given = _chat(row, Messages(), row.messages("prompt"))
     if given.messages and given.messages[-1]["role"] == "assistant":
-        raise row.error("the prompt ends with the assistant's answer: give it without.")
+        raise row.error("the prompt ends with the assistant's answer: remove that answer.")
     return Prompted(given)
 
 
 def _unused_of_text(row: Row) -> tuple[str, ...]:
-    """The names of the columns for a chat template that a row of plain text has, to which no template is applied."""
+    """The columns of a row of plain text that only a chat template would use, which is not applied to it."""
     given = {"tools": row.tools(), TEMPLATE: row.variables(TEMPLATE) or None}
     return tuple(repr(row.columns.get(name, name)) for name, value in given.items() if value is not None)
 
@@ -361,7 +361,7 @@ def form_of(
     first: Any = None,
     chat: bool = False,
 ) -> Form | None:
-    """The form of rows with these columns; None for tokenised rows.
+    """The form of rows with these columns; None for tokenized rows.
 
     Args:
         columns: the columns of the rows.
@@ -405,7 +405,7 @@ def form_of(
 
 
 def _refuse_mixed(mapping: Mapping[str, str]) -> None:
-    """Refuses names of columns of which each belongs to another form.
+    """Refuses column names that belong to two different forms.
 
     Raises:
         TrainingError: a prompt is named as in one form, and its completion as in another.
@@ -418,7 +418,7 @@ def _refuse_mixed(mapping: Mapping[str, str]) -> None:
 
 
 def _other_model(columns: Sequence[str], wanted: Form) -> str:
-    """A hint at the model for which rows with these columns are; empty if they are for no other model."""
+    """A hint at the kind of model that takes rows with these columns; empty if no other kind does."""
     for form in FOR_CLASSIFIERS:
         if form is not wanted and {*columns} >= {*form.needs}:
             return f" Rows with {form.name} are for a model loaded with {_CLASS_OF[form.name]}."

@@ -65,14 +65,14 @@ class RowOptions:
         """Refuses options without effect on rows of a form.
 
         Args:
-            form: the form of the rows; None if they are tokenised.
+            form: the form of the rows; None if they are tokenized.
             example: the first row; None if it is unknown.
             template: the text of the chat template.
 
         Raises:
             ConfigError: an option would have no effect, or the template has no such variable.
         """
-        what = "tokenised rows" if form is None else f"rows with {form.name}"
+        what = "tokenized rows" if form is None else f"rows with {form.name}"
         if self.long == "split" and form not in (TEXT, TAGGED):
             raise ConfigError(
                 f"long='split' is for rows with text or with {TAGGED.name}, and these are {what}, whose "
@@ -81,7 +81,7 @@ class RowOptions:
                 field="long",
             )
         if self.long != "cut" and form is None:
-            raise ConfigError("long has no effect: tokenised rows are used whole", field="long")
+            raise ConfigError("long has no effect: tokenized rows are used whole", field="long")
         for name, value, default in (("learn", self.learn, "all"), ("reasoning", self.reasoning, "keep")):
             if isinstance(example, Prompted) and value not in (default, "drop"):
                 raise ConfigError(f"{name} has no effect: generated completions are learned whole", field=name)

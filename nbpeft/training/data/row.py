@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
+from nbpeft._util.numeric import is_finite_number
 from nbpeft.errors import TrainingError, did_you_mean, few, in_one_line, with_article
 
 WEIGHT = "weight"
@@ -135,7 +136,7 @@ class Row:
         """
         value = self.value(name)
         number = value.item() if hasattr(value, "item") else value
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        if not is_finite_number(number):
             column = self.columns.get(name, name)
             raise self.error(f"{column!r} is {with_article(value)} ({value!r:.40}), not a finite number.")
         return float(number)
@@ -296,7 +297,7 @@ class Row:
             return None
         try:
             weight = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             weight = math.nan
         if not (math.isfinite(weight) and weight >= 0):
             raise self.error(f"{where} is {value!r:.40}; expected a number of at least 0.")

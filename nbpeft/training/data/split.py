@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Subset
@@ -23,12 +24,49 @@ _WHOLE = ("prompt", "instruction", "messages", "conversations", "text", "tokens"
 """Names in forms, of which equal rows have the first one that they have in common."""
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Which rows of the data were held out from a training.
+
+    Attributes:
+        numbers: their numbers, in order; 0 is the first row.
+        total: the number of rows of the data.
+    """
+
+    numbers: tuple[int, ...]
+    total: int
+
+    def also(self, earlier: HeldOut | None) -> HeldOut:
+        """The rows that an earlier training on the same data did not learn either.
+
+        Args:
+            earlier: what was held out from that training; None, or of another number of rows, if the data was another.
+        """
+        if earlier is None or earlier.total != self.total:
+            return self
+        return HeldOut(tuple(sorted({*self.numbers} & {*earlier.numbers})), self.total)
+
+
 def is_amount(eval_data: Any) -> bool:
     """Whether ``eval_data`` is the number or share of rows to hold out, not data itself."""
     return isinstance(eval_data, (int, float))
 
 
-def hold_out(rows: Any, amount: float, seed: int, groups: Sequence[Hashable] | None = None) -> tuple[Any, Any]:
+class Split(NamedTuple):
+    """Training and evaluation rows.
+
+    Attributes:
+        train: the training rows.
+        evaluation: the evaluation rows.
+        places: the index of each evaluation row among all; None for a stream.
+    """
+
+    train: Any
+    evaluation: Any
+    places: tuple[int, ...] | None = None
+
+
+def hold_out(rows: Any, amount: float, seed: int, groups: Sequence[Hashable] | None = None) -> Split:
     """Splits rows into training and evaluation rows.
 
     The evaluation rows are drawn at random, the same ones for the same seed. A stream keeps its order: its first rows
@@ -39,9 +77,6 @@ def hold_out(rows: Any, amount: float, seed: int, groups: Sequence[Hashable] | N
         amount: a share between 0 and 1, or a number of rows of at least 2.
         seed: seed of the random draw.
         groups: the group of each row; None if each row is drawn on its own.
-
-    Returns:
-        The training rows and the evaluation rows.
 
     Raises:
         ConfigError: the amount is neither, or leaves nothing to train on.
@@ -60,9 +95,10 @@ def hold_out(rows: Any, amount: float, seed: int, groups: Sequence[Hashable] | N
     generator = torch.Generator().manual_seed(seed)
     if groups is not None:
         held = _of_groups(groups, number, generator)
-        return _selected(rows, [row for row in range(total) if row not in held]), _selected(rows, sorted(held))
-    order = torch.randperm(total, generator=generator).tolist()
-    return _selected(rows, sorted(order[number:])), _selected(rows, sorted(order[:number]))
+    else:
+        held = {*torch.randperm(total, generator=generator)[:number].tolist()}
+    places = tuple(sorted(held))
+    return Split(_selected(rows, [row for row in range(total) if row not in held]), _selected(rows, places), places)
 
 
 def _of_groups(groups: Sequence[Hashable], number: int, generator: torch.Generator) -> set[int]:
@@ -130,7 +166,7 @@ def hash_of(row: Mapping[str, Any]) -> int:
     """A number that is the same for rows with the same tokens and labels.
 
     Args:
-        row: a tokenised row.
+        row: a tokenized row.
     """
     return hash(tuple(_hashable(row.get(name)) for name in _TOKENS))
 
@@ -144,7 +180,7 @@ def grouping(columns: Sequence[str], mapping: Mapping[str, str] | None) -> str:
     """
     names = ((mapping or {}).get(name, name) for name in _WHOLE)
     column = next((name for name in names if name in columns), None)
-    return f"groups by {column!r} (eval_by) keep equal rows together" if column is not None else "keep each row once"
+    return f"eval_by={column!r} keeps equal rows together" if column is not None else "keep each row once"
 
 
 def leaked(train: Any, evaluation: Any) -> str:
@@ -180,7 +216,7 @@ def _check(amount: float) -> None:
         )
 
 
-def _of_stream(rows: Any, amount: float) -> tuple[Any, Any]:
+def _of_stream(rows: Any, amount: float) -> Split:
     if not isinstance(amount, int):
         raise ConfigError(
             f"eval_data={amount}: a stream has no length to take a share of; give a number of rows, e.g. 64.",
@@ -190,10 +226,10 @@ def _of_stream(rows: Any, amount: float) -> tuple[Any, Any]:
     rest = rows.after(amount) if isinstance(rows, StreamedRows) else rows.skip(amount)
     if next(iter(rest), None) is None:
         raise TrainingError(f"eval_data={amount} holds out the whole stream, which leaves nothing to train on.")
-    return rest, TokenizedRows(evaluation)
+    return Split(rest, TokenizedRows(evaluation))
 
 
-def _selected(rows: Any, indices: list[int]) -> Any:
+def _selected(rows: Any, indices: Sequence[int]) -> Any:
     return rows.select(indices) if hasattr(rows, "select") else Subset(rows, indices)
 
 

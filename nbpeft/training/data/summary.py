@@ -15,10 +15,11 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
-from nbpeft.training.data.encoding import CodedRow
+from nbpeft.training.data.bad_rows import named_rows
+from nbpeft.training.data.encoding import CONTEXT, CodedRow, decoded
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
-from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
+from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.split import grouping, hash_of
@@ -83,14 +84,14 @@ class DataSummary:
         left_out_count: number of these rows.
         longest: tokens of the longest row, before truncation.
         median: median number of tokens of a row, before truncation.
-        limit: the maximum length in tokens; None for tokenised rows, which are not truncated.
+        limit: the maximum length in tokens; None for tokenized rows, which are not truncated.
         bins: (first length, last length, number of rows) of each bin of the histogram of lengths.
         rows: summaries of some of the rows.
         partial: whether only the first rows of a stream were read.
         unused: parts of the rows that are not trained on, one line for each reason.
         has_labels: whether the labels are one class or number for each row, for a classifier.
         unlabelled: the column with the text of rows whose label is not used; empty for other rows.
-        format: the form in which the rows are written; None if they are tokenised or for a classifier.
+        format: the form in which the rows are written; None if they are tokenized or for a classifier.
         repeated: rows to train on that are equal to an earlier one.
         grouping: what keeps equal rows together when rows are held out, as a line.
         for_template: columns with which the chat template would be applied, if the tokenizer has one and it is not.
@@ -167,7 +168,7 @@ def summarize(
 
     Args:
         data: as for ``prepare_data``.
-        tokenizer: as for ``prepare_data``; without one, tokenised rows are shown as token ids.
+        tokenizer: as for ``prepare_data``; without one, tokenized rows are shown as token ids.
         max_length: as for ``prepare_data``.
         columns: as for ``prepare_data``.
         inputs: as for ``prepare_data``.
@@ -189,7 +190,7 @@ def summarize(
     if reader.form is None:
         check_columns(reader)
     streamed = is_stream(reader.rows)
-    coded: Iterator[CodedRow] = itertools.islice(reader.coded(), _STREAMED if streamed else None)
+    coded: Iterator[CodedRow] = itertools.islice(coded_rows(reader), _STREAMED if streamed else None)
     shown_rows: list[CodedRow] = []
     totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options, reader.for_template)
     for row in coded:
@@ -206,7 +207,7 @@ def summarize(
     least, most = _SHOWN_TOKENS
     shown = max(least, min(most, _ALL_SHOWN_TOKENS // max(1, len(shown_rows))))
     return DataSummary(
-        form=reader.form.name if reader.form is not None else "tokenised",
+        form=reader.form.name if reader.form is not None else "tokenized",
         row_count=len(lengths) - len(totals.left_out),
         token_count=totals.tokens,
         learned_count=totals.learned,
@@ -364,21 +365,11 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def _text(tokenizer: Any, ids: Sequence[int], first: int, last: int, special: bool) -> str:
-    """The text of some of a row's tokens: the difference between decoding up to their end and up to their start.
-
-    With many tokenizers a token that is decoded alone loses its leading space.
-    """
+    """The text of some of a row's tokens; special tokens and unprintable ones by their names or numbers."""
     if not hasattr(tokenizer, "decode"):
         return " ".join(str(token) for token in ids[first:last]) + " "
     if special and hasattr(tokenizer, "convert_ids_to_tokens"):
         return str(tokenizer.convert_ids_to_tokens(int(ids[first])))
-    from_here = max(0, first - 8)  # enough context for the space, at a cost independent of the row's length
-    before, through = (_decoded(tokenizer, ids[from_here:end]) for end in (first, last))
-    alone = _decoded(tokenizer, ids[first:last])
-    text = through[len(before) :] if through.startswith(before) else alone
-    return text or alone or "".join(f"<{token}>" for token in ids[first:last])
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
-    return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=False, **options))
+    before, tokens = ids[max(0, first - CONTEXT) : first], ids[first:last]
+    text = decoded(tokenizer, before, tokens, special=True) or decoded(tokenizer, (), tokens, special=True)
+    return text or "".join(f"<{token}>" for token in tokens)

@@ -1,4 +1,4 @@
-"""Tokenises words with a tag each: the first token of a word has the label of its tag, the others have none."""
+"""Tokenizes words with a tag each: the first token of a word has the label of its tag, the others have none."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TaggedTokens:
 
 
 def encode_words(tokenizer: Any, words: Sequence[str], labels: Sequence[int], limit: int | None = None) -> TaggedTokens:
-    """Tokenises words.
+    """Tokenizes words.
 
     Args:
         tokenizer: a fast tokenizer of transformers.

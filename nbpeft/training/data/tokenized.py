@@ -1,7 +1,8 @@
-"""Tokenises rows of any form: all at once, or one by one as a stream yields them."""
+"""Tokenizes rows of any form: all at once, or one by one as a stream yields them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,10 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError
 from nbpeft.names import LOSS_WEIGHTS, REJECTED
-from nbpeft.training.data.bad_rows import kind_of
+from nbpeft.training.data.bad_rows import kind_of, named_rows
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import CodedRow
 from nbpeft.training.data.forms import FOR_CLASSIFIERS, row_of
-from nbpeft.training.data.left_out import named_rows
 from nbpeft.training.data.reading import (
     LABELS,
     MASKS,
@@ -27,6 +27,7 @@ from nbpeft.training.data.reading import (
     renamed,
 )
 from nbpeft.training.data.row import WEIGHT
+from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
@@ -34,11 +35,11 @@ from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
 _READ_THROUGH = 10_000
 """The greatest number of rows to read for their columns from a dataset of unknown type, where reading may be slow."""
 _REWRITTEN = (WEIGHT, LOSS_WEIGHTS, *MASKS)
-"""Columns of tokenised rows that are applied to the labels and their weights."""
+"""Columns of tokenized rows that are applied to the labels and their weights."""
 
 
 class TokenizedRows(Dataset[dict[str, Any]]):
-    """Tokenised rows in memory.
+    """Tokenized rows in memory.
 
     Attributes:
         truncated: Number of rows that were truncated to ``max_length``.
@@ -113,7 +114,7 @@ def split_line(rows: int, parts: int) -> str:
 
 
 class StreamedRows(IterableDataset[dict[str, Any]]):
-    """Rows that are tokenised as a stream yields them, in its order; an invalid row raises when it is read.
+    """Rows that are tokenized as a stream yields them, in its order; an invalid row raises when it is read.
 
     Args:
         coded: starts the stream from its first row.
@@ -193,7 +194,7 @@ class PreparedRows:
     """Rows for a Trainer.
 
     Attributes:
-        rows: the tokenised rows.
+        rows: the tokenized rows.
         notes: a line about what was truncated, left out or not used; empty if nothing was.
         classes: the classes of a classifier, with the names that its model or the rows give them.
     """
@@ -218,7 +219,7 @@ def prepare_data(
 
     Args:
         data: Rows, or their source; see :func:`open_data`. Rows with ``input_ids`` are passed on as
-            they are; a stream is tokenised as it is read.
+            they are; a stream is tokenized as it is read.
         tokenizer: The tokenizer; required for all other rows.
         max_length: The greatest number of tokens of a row, the rest is cut off; by default the tokenizer's limit, at
             most 1024.
@@ -229,7 +230,7 @@ def prepare_data(
         **how: ``learn``, ``reasoning``, ``long`` and ``chat_template_kwargs``, as for :func:`nbpeft.train`.
 
     Returns:
-        A dataset of tokenised rows, for ``Trainer(train_dataset=…)``.
+        A dataset of tokenized rows, for ``Trainer(train_dataset=…)``.
 
     Raises:
         ConfigError: an option is invalid, or has no effect on these rows.
@@ -246,7 +247,9 @@ def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
     if reader.form is None:
         return _tokens(reader)
     if is_stream(reader.rows):
-        streamed = StreamedRows(reader.coded, formats=SeenFormats(reader.options, reader.for_template))
+        streamed = StreamedRows(
+            functools.partial(coded_rows, reader), formats=SeenFormats(reader.options, reader.for_template)
+        )
         return PreparedRows(streamed, streamed.notes, reader.inputs.classes)
     tokenized = _in_memory(reader)
     return PreparedRows(tokenized, tokenized.notes, reader.inputs.classes)
@@ -266,13 +269,13 @@ def lines_of(reader: Reading, unused: UnusedParts, formats: SeenFormats, count: 
 
 
 def _in_memory(reader: Reading) -> TokenizedRows:
-    """Tokenises all rows."""
+    """Tokenizes all rows."""
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str]] = []
     unused, formats, truncated = UnusedParts(), SeenFormats(reader.options, reader.for_template), 0
     numbers: list[int] = []
     split_rows = split_parts = 0
-    for coded in reader.coded():
+    for coded in coded_rows(reader):
         truncated += coded.cut
         split_rows += coded.part_count > 1 and not coded.part
         split_parts += coded.part_count > 1
@@ -302,13 +305,13 @@ def _in_memory(reader: Reading) -> TokenizedRows:
 
 
 def _tokens(reader: Reading) -> PreparedRows:
-    """Tokenised rows without their unused columns, and with their masks and weights applied to the labels."""
+    """Tokenized rows without their unused columns, and with their masks and weights applied to the labels."""
     rows = reader.rows
     if isinstance(rows, TokenizedRows):
         return PreparedRows(rows, rows.notes)
     available, listed = check_columns(reader), isinstance(rows, (list, tuple))
     if any(reader.columns.get(name, name) in available for name in _REWRITTEN):
-        read = StreamedRows(reader.coded) if is_stream(rows) else _in_memory(reader)
+        read = StreamedRows(functools.partial(coded_rows, reader)) if is_stream(rows) else _in_memory(reader)
         return PreparedRows(read, read.notes)
     extra = reader.extra(available)
     unused = UnusedParts()
@@ -336,7 +339,7 @@ def _columns_of_all(rows: Any) -> tuple[str, ...]:
 
 
 def check_columns(reader: Reading) -> tuple[str, ...]:
-    """Refuses a list of tokenised rows of which some lack a column that others have; returns the columns of all rows.
+    """Refuses a list of tokenized rows of which some lack a column that others have; returns the columns of all rows.
 
     Raises:
         TrainingError: a row lacks a column; names the row.

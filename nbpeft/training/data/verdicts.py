@@ -16,7 +16,7 @@ def is_good(label: Any) -> bool | None:
     """Whether a label marks a completion as good: True and 1 do; False, 0 and -1 mark it as bad.
 
     Args:
-        label: the label of a row; words such as ``"good"`` and numbers as text are recognised too.
+        label: the label of a row; words such as ``"good"`` and numbers as text are recognized too.
 
     Returns:
         None for a label with another meaning.

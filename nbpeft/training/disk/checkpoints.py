@@ -120,18 +120,18 @@ def drop_after(home: Path, step: int) -> None:
         discard(home, [folder.name for folder in later])
 
 
-def save_tokenizer_and_arguments(folder: Path, tokenizer: Any, arguments: Any) -> None:
+def save_tokenizer_and_arguments(folder: Path, trainer: Any) -> None:
     """Writes what a Trainer saves next to the weights: the tokenizer, if any, and its arguments without access tokens.
 
     Args:
         folder: the folder of the weights.
-        tokenizer: the tokenizer or processor, or None.
-        arguments: the ``TrainingArguments``.
+        trainer: the Trainer.
 
     Raises:
         CheckpointError: they cannot be written; existing files are unchanged.
     """
-    arguments = copy.copy(arguments)
+    tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+    arguments = copy.copy(trainer.args)
     for name, value in vars(arguments).items():
         if is_secret(name, value):
             setattr(arguments, name, None)

@@ -34,7 +34,7 @@ def save_adapters(model: Any, folder: str, step: int, *, together: bool, write: 
     from nbpeft.model.saving.sharded import is_sharded
     from nbpeft.training.disk.agreement import is_distributed
 
-    if not together and is_distributed() and is_sharded(manager.model):  # gathering would wait for the others for ever
+    if not together and is_distributed() and is_sharded(manager.model):  # gathering would wait for the others forever
         raise TrainingError("the model is sharded and only one process was asked to save it: use Trainer.save_model")
     names = trained_names(model)
     place = _free(Path(folder or "."), f"{names[0] if len(names) == 1 else 'adapters'}-step-{step}")

@@ -64,9 +64,7 @@ def save_model(
     save = save_in_training if in_checkpoint(trainer) else files.save
     save(manager, folder, write=write, base=base_mark(trainer))
     if write:
-        save_tokenizer_and_arguments(
-            folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args
-        )
+        save_tokenizer_and_arguments(folder, trainer)
     if trainer.args.push_to_hub and not _internal_call:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from nbpeft.names import LOSS_WEIGHTS, REJECTED
 from nbpeft.training.adapters.adapted_model import base_of, call_columns, trained_names
 from nbpeft.training.data import (
     Collator,
+    HeldOut,
     ModelInputs,
     PreparedRows,
     StreamedRows,
@@ -61,6 +62,7 @@ class TrainingRows:
         notes: messages about rows that were cut, left out or not used.
         held_out: message about rows that were held out for evaluation; empty if there are none.
         classes: the classes of a classifier, with the names that its model or the rows give them.
+        unlearned: adapter -> which rows of its data are held out, where their numbers are known; "" for all adapters.
     """
 
     train: Any
@@ -68,6 +70,7 @@ class TrainingRows:
     notes: tuple[str, ...] = ()
     held_out: str = ""
     classes: Classes | None = None
+    unlearned: Mapping[str, HeldOut] = field(default_factory=dict)
 
     @property
     def train_parts(self) -> list[Any]:
@@ -124,9 +127,10 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     if not is_amount(amount):
         measured = PreparedRows(None) if amount is None else _prepared(request, amount, inputs)
         notes += [f"evaluation rows: {measured.notes}"] if measured.notes else []
-        return TrainingRows(rows, measured.rows, tuple(notes), classes=inputs.classes)
+        unlearned = _unlearned(request, rows, ())
+        return TrainingRows(rows, measured.rows, tuple(notes), classes=inputs.classes, unlearned=unlearned)
     groups = groups_of(rows, request.data, request.eval_by)
-    train, evaluation = hold_out(rows, amount, request.seed, groups)
+    train, evaluation, places = hold_out(rows, amount, request.seed, groups)
     if isinstance(rows, StreamedRows) and rows.notes:  # reading the held-out rows may have added notes
         notes = [rows.notes]
     known = f"{count(len(evaluation))} of {plural(len(rows), 'row')}" if hasattr(rows, "__len__") else ""
@@ -138,11 +142,20 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
         notes.append(
             repeats if request.eval_by else f"{repeats}: {grouping(columns_of(request.data), request.columns)}"
         )
-    return TrainingRows(train, evaluation, tuple(notes), held, inputs.classes)
+    return TrainingRows(train, evaluation, tuple(notes), held, inputs.classes, _unlearned(request, rows, places))
+
+
+def _unlearned(request: TrainRequest, rows: Any, places: Sequence[int] | None) -> dict[str, HeldOut]:
+    """Which rows of the data are held out: those at these places of the rows that were read."""
+    if places is None or not hasattr(request.data, "__len__"):
+        return {}
+    numbers = getattr(rows, "numbers", None)
+    held = {*places} if numbers is None else {numbers[place] for place in places}
+    return {"": HeldOut(tuple(sorted(held)), len(request.data))}
 
 
 def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
-    """Prepares the rows of adapters of which each has its own."""
+    """Prepares the rows of adapters that each have rows of their own."""
     parts: dict[str, TrainingRows] = {}
     for name in request.own_rows:
         try:
@@ -169,6 +182,7 @@ def _rows_of_adapters(request: TrainRequest) -> TrainingRows:
         notes=(*notes, *(f"{name}: {note}" for name, part in parts.items() for note in part.notes)),
         held_out="; ".join(f"{name}: {part.held_out}" for name, part in parts.items() if part.held_out),
         classes=classes,
+        unlearned={name: found for name, part in parts.items() for found in part.unlearned.values()},
     )
 
 

@@ -21,7 +21,7 @@ from nbpeft.training.watching.prompts import MOST_PROMPTS, SamplePrompts
 
 
 def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
-    """Tokenises the prompts to sample, in the form of the training rows.
+    """Tokenizes the prompts to sample, in the form of the training rows.
 
     Args:
         request: the arguments of the training.

@@ -306,9 +306,10 @@ def _note(
     for part in (*rows.train_parts, *rows.evaluation_parts):
         if isinstance(part, StreamedRows):
             part.report = run.note
-    run.rows = replace(run.rows, unmapped=request.unmapped)
-    note_on_rows = "; ".join(note for note in (*rows.notes, rows.held_out) if note)
-    note_on_rows += f" ({request.data_hint})" if request.data_hint and rows.notes else ""
+    run.rows = replace(run.rows, unmapped=request.unmapped, numbered=bool(rows.unlearned))
+    run.unlearned = rows.unlearned
+    told = "; ".join(rows.notes) + (f" ({request.data_hint})" if request.data_hint and rows.notes else "")
+    note_on_rows = "; ".join(note for note in (told, rows.held_out) if note)
     run.note(note_on_rows)
     if objective.rows == JUDGED and request.processes is None and not settings.dataloader_drop_last:
         sizes = {"an epoch": settings.train_batch_size, "an evaluation": settings.eval_batch_size}
@@ -483,6 +484,7 @@ def _result(request: TrainRequest, run: Run, metrics: dict[str, float]) -> Train
         output_dir=request.arguments.get("output_dir"),
         objective=objective.name if isinstance(objective, Objective) else "",
         reference=request.reference,
+        held_out=run.unlearned[""].numbers if "" in run.unlearned else (),
         message=state.message,
         metrics=metrics,
         state=state,

@@ -108,27 +108,24 @@ class History:
 
 
 class Smoothed:
-    """An exponential moving average, corrected for its bias towards zero at the start.
+    """A moving average over about the last quarter of the values, or the last ten if these are fewer.
 
-    Args:
-        weight: The weight of the previous average in each new one, in [0, 1).
+    A fixed number would make the average of a short run lag behind by most of what the run learned.
+
+    Attributes:
+        value: The average, or None before the first value.
     """
 
-    def __init__(self, weight: float = 0.9) -> None:
-        self._weight = weight
-        self._total = 0.0
-        self._mass = 0.0
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self._count = 0
 
     def add(self, value: float) -> None:
         """Adds a value; ignores one that is not finite."""
         if math.isfinite(value):
-            self._total = self._weight * self._total + (1 - self._weight) * value
-            self._mass = self._weight * self._mass + (1 - self._weight)
-
-    @property
-    def value(self) -> float | None:
-        """The average, or None before the first value."""
-        return self._total / self._mass if self._mass else None
+            self._count += 1
+            share = max(0.1, 4 / (self._count + 3))
+            self.value = value if self.value is None else (1 - share) * self.value + share * value
 
 
 class Record:

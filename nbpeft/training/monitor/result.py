@@ -39,6 +39,9 @@ class TrainResult(Shown):
     """The Trainer's metrics of the whole run."""
     train_loss: float | None = None
     """Mean loss over all steps of this run."""
+    held_out: tuple[int, ...] = field(default=(), repr=False)
+    """Numbers of the rows of the data that were held out for evaluation, 0 for the first row; empty if there are none,
+    if each adapter had rows of its own, or if the numbers are not known, as in a stream."""
     shown: Literal["", "text", "card"] = field(default="", repr=False, compare=False)
     """How a front end has shown the run's last state, whose content is then not repeated below it."""
 

@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import nn
 
@@ -35,6 +35,9 @@ from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.failures import explain_failure
 from nbpeft.training.monitor.record import Number, Record
 from nbpeft.training.monitor.tracebacks import release_frames
+
+if TYPE_CHECKING:
+    from nbpeft.training.data import HeldOut
 
 _NOT_SAVED = "not saved"
 
@@ -87,6 +90,8 @@ class Run:
         folder: The folder of the run on disk, or the empty string.
         output_dir: The folder in which its adapter is saved at the end, or the empty string.
         rows: The rows to score its adapter on, as a cell named them.
+        spelled: Writes a note in the notation in which the training was requested, e.g. with the options of a cell.
+        unlearned: Adapter -> which rows of its data are held out, where this is known; "" for all adapters.
         mirrors: Whether it runs in other processes, whose states it shows (``mirror``); set before it begins.
         earlier: Adapter -> the last step of the earlier run in which its initial weights were trained, and its name.
         starts_from: The same as text; empty for weights that no run has trained.
@@ -131,6 +136,8 @@ class Run:
         self.shown: Literal["", "text", "card"] = ""
         self.folder = self.output_dir = ""
         self.rows = NamedRows()
+        self.spelled: Callable[[str], str] = str
+        self.unlearned: Mapping[str, HeldOut] = {}
         self.earlier, self.starts_from = dict[str, tuple[int, str]](), ""
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
         self.check_clone: Callable[[str, Mapping[str, Any]], None] = lambda name, fields: None
@@ -323,6 +330,7 @@ class Run:
             error: whether to show it as an error: the training diverged.
         """
         with self._lock:
+            message = self.spelled(message)
             if message and message not in self._notes:
                 self._notes.append(message)
             if message and (warning or error):

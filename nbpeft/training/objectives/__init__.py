@@ -1,4 +1,4 @@
-"""What a training minimises: one file per objective, which names its rows, its fields, its loss and its curves.
+"""What a training minimizes: one file per objective, which names its rows, its fields, its loss and its curves.
 
 Another package adds an objective like a method: it derives a class from :class:`Objective` and calls ``register``.
 These files import torch only when a loss is computed, because completion lists their fields.

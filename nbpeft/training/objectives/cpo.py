@@ -24,7 +24,7 @@ _AVERAGED = ("ipo", "simpo")
 
 @dataclass(frozen=True)
 class Cpo(PairObjective):
-    """Makes the chosen completions more likely than the rejected ones, and more likely at all, without a reference.
+    """Makes the chosen completions more likely, and more likely than the rejected ones, without a reference.
 
     Attributes:
         beta: factor on the margin of the log-probabilities.

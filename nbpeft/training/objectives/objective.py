@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from nbpeft._util.numeric import is_finite_number
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import PAIRS
 
@@ -48,7 +48,7 @@ class Completions:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a training minimises. The fields of a subclass are fields of the training, with the names of TRL.
+    """What a training minimizes. The fields of a subclass are fields of the training, with the names of TRL.
 
     The metadata of a field has its ``help`` and, if they can be listed, its ``choices``.
 
@@ -96,9 +96,10 @@ class Objective:
                 least = item.metadata.get("least", 0)
                 valid, wanted = type(value) is int and value >= least, f"a whole number of at least {least}"
             elif item.metadata.get("listed"):
-                valid, wanted = isinstance(value, list | tuple) and all(map(_is_number, value)), "a list of numbers"
+                valid = isinstance(value, list | tuple) and all(map(is_finite_number, value))
+                wanted = "a list of numbers"
             else:
-                valid, wanted = _is_number(value), "a finite number"
+                valid, wanted = is_finite_number(value), "a finite number"
             if not valid:
                 hint = did_you_mean(str(value), [name for name in choices if isinstance(name, str)])
                 raise ConfigError(f"{item.name} must be {wanted}, not {value!r:.60}.{hint}", field=item.name)
@@ -197,10 +198,6 @@ def check_smoothing(objective: Any, smoothed: tuple[str, ...]) -> None:
         raise ConfigError(
             f"label_smoothing must be at least 0 and less than 0.5, not {share!r}", field="label_smoothing"
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _registered: dict[str, type[Objective]] = {}

@@ -112,8 +112,7 @@ class OfAnAdapter(Reference):
             raise CheckpointError(f"the reference {self.name!r} has other weights than when this training began")
 
     def _scalings(self) -> str:
-        layers = self._manager.layers.values()
-        adapters: Iterator[Any] = (layer.adapters._modules.get(self.name) for layer in layers)
+        adapters = [layer.adapter(self.name) for layer in self._manager.layers_with(self.name).values()]
         return " ".join(str(float(adapter.scaling)) for adapter in adapters if isinstance(adapter, Rescales))
 
     def _digest(self) -> Tensor:

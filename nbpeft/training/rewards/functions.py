@@ -26,7 +26,7 @@ class Rewards:
     Attributes:
         functions: called with keywords: ``completions``, ``prompts``, ``completion_ids``, ``trainer_state``, and each
             column of the rows as a list.
-        names: their names, each different.
+        names: their names, which all differ.
         columns: the columns of the rows; of a row that lacks one it is None.
         unused: columns of the rows that no function takes.
     """
@@ -162,7 +162,7 @@ def _check_callable(function: Any) -> None:
             f"a reward must be a function f(completions, prompts, **columns), not {function!r:.60}", field="rewards"
         )
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-        raise ConfigError(f"reward {_name(function)!r} is asynchronous: give a usual function", field="rewards")
+        raise ConfigError(f"reward {_name(function)!r} is asynchronous: pass an ordinary function", field="rewards")
 
 
 def _name(function: Any) -> str:

@@ -26,7 +26,7 @@ class Completion:
     """A completion of a row's prompt.
 
     Attributes:
-        row: the tokenised row, with its ``prompt`` and ``columns``.
+        row: the tokenized row, with its ``prompt`` and ``columns``.
         token_ids: its tokens, with the one that ends it.
         text: the same as text, without special tokens.
         ended: whether the model ended it; else it was cut.
@@ -104,7 +104,7 @@ def generated(
     Args:
         model: the model in training.
         base: its base model.
-        rows: tokenised rows.
+        rows: tokenized rows.
         tokenizer: its tokenizer.
         objective: how completions are drawn.
         stop: called after each token; may raise.

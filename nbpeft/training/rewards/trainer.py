@@ -34,7 +34,7 @@ _KEPT = ("input_ids", "attention_mask", "labels", "advantages", "share", "earlie
 
 
 class RolloutTrainer(ObjectiveTrainer):
-    """Generates the completions of a step, scores them with the reward functions, and learns them.
+    """Generates the completions of a step, scores them with the reward functions, and trains on them.
 
     Completions are drawn with random numbers that depend on the seed and the step alone, so that a resumed training
     draws the same.
@@ -63,7 +63,7 @@ class RolloutTrainer(ObjectiveTrainer):
     # The prompts
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PromptOrder:
-        """Each prompt as often as it is completed; see ``transformers.Trainer``."""
+        """A sampler that repeats each prompt for each of its completions; see ``transformers.Trainer``."""
         args, owner = self.args, weakref.ref(self)
 
         def epoch() -> int:
@@ -121,7 +121,7 @@ class RolloutTrainer(ObjectiveTrainer):
     def _scored(
         self, completions: Sequence[Completion], sizes: Sequence[int]
     ) -> tuple[list[dict[str, Any]], list[float]]:
-        """Batches of completions with their advantages, and the whole reward of each completion."""
+        """Batches of completions with their advantages, and the total reward of each completion."""
         with drawing_from(self.args.seed * _APART + self.state.global_step):
             rewards = self.rewards.of_completions(completions, self.state)
         advantages, whole = self.objective.advantages(rewards)

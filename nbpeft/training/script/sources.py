@@ -20,6 +20,7 @@ from nbpeft.memory.architecture import silenced
 from nbpeft.training.data.forms import TAGGED, row_of
 from nbpeft.training.data.reading import Reading, default_length
 from nbpeft.training.data.row import is_empty_cell
+from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.data.sources import place_in
 from nbpeft.training.data.verdicts import LABEL
 
@@ -129,7 +130,7 @@ def _file(name: str, content: bytes) -> NewFile:
 
 
 def _first_read(how: Reading) -> list[Any]:
-    return [(row.whole, row.label, row.limit, row.missing) for row in itertools.islice(how.coded(), _COMPARED)]
+    return [(row.whole, row.label, row.limit, row.missing) for row in itertools.islice(coded_rows(how), _COMPARED)]
 
 
 def text_rows(how: Reading) -> str:

@@ -1,4 +1,4 @@
-"""The evaluations of the adapters of a sweep: their curves in a resumed run, and early stopping of each by its own."""
+"""The evaluations of the adapters of a sweep: their curves in a resumed run, and the early stopping of each."""
 
 from __future__ import annotations
 

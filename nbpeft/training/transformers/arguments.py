@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError, cut, did_you_mean, few, in_one_line
 from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS
 
@@ -94,6 +95,8 @@ def split_arguments(
         if name not in fields and name not in options:
             other = _OTHER_NAMES.get(name)
             hint = f" Did you mean {other!r}?" if other else did_you_mean(name, [*fields, *options])
+            if name in {field.name for field in dataclasses.fields(LoraConfig)}:
+                hint = " It is a field of an adapter: set it where the adapter is added."
             raise ConfigError(f"{name!r} is not a field of {arguments_class.__name__}.{hint}", name=name)
     return (
         {name: value for name, value in given.items() if name in fields},

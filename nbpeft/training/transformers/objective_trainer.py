@@ -268,6 +268,6 @@ def _halves(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 
 
 def _prompts(batch: Mapping[str, Tensor]) -> Tensor:
-    """Labels of the tokens that have none in a batch, without padding."""
+    """Labels for the prompts of a batch: its tokens without a label, except padding."""
     learned = (batch["labels"] != IGNORED_LABEL) | (batch["attention_mask"] == 0)
     return batch["input_ids"].masked_fill(learned, IGNORED_LABEL)

@@ -178,9 +178,7 @@ def save(
         save_in_training(model.manager, folder, **gathered)
     else:
         model.save_pretrained(str(folder), **gathered)
-    save_tokenizer_and_arguments(
-        folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args
-    )
+    save_tokenizer_and_arguments(folder, trainer)
 
 
 def save_checkpoint(original: Callable[..., Any], trainer: Any, model: Any, trial: Any, **kwargs: Any) -> None:

@@ -31,7 +31,7 @@ INTERVAL = 0.12
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Tokenised prompts.
+    """Tokenized prompts.
 
     Attributes:
         prompts: the texts of the prompts; of a conversation the last message.

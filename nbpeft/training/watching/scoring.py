@@ -136,10 +136,11 @@ class ScoreCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
     ) -> None:
-        evaluates = control.should_evaluate
+        logs, evaluates = control.should_log, control.should_evaluate
         self.trainer.log({**metrics, **of_members})
         self.trainer.callback_handler.on_evaluate(args, state, control, metrics)
-        control.should_evaluate = evaluates  # an evaluation may be due at the same step
+        # The loss and an evaluation may be due at the same step.
+        control.should_log, control.should_evaluate = logs, evaluates
 
 
 def named_metrics(reported: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -8,7 +8,6 @@ import io
 import netrc
 import os
 import shlex
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from nbpeft._util.interrupts import in_main_thread
 from nbpeft._util.paths import from_here
 from nbpeft.checkpoint import inside
 from nbpeft.confidential import without_secrets
@@ -246,5 +246,4 @@ def _quiet() -> AbstractContextManager[object]:
     In another thread the output is not redirected: ``redirect_stdout`` replaces the stream of all threads, and would
     swallow what other cells print meanwhile.
     """
-    main = threading.current_thread() is threading.main_thread()
-    return contextlib.redirect_stdout(io.StringIO()) if main else nullcontext()
+    return contextlib.redirect_stdout(io.StringIO()) if in_main_thread() else nullcontext()

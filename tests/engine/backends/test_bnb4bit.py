@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.backends.bnb4bit import Bnb4bit
-from nbpeft.engine.contract.registry import resolve_backend
+from tests.engine.backends.support import backend_name, check_grid_of_larger_weight, error, evaluate
 from tests.pretend_cpu import pretend_repacking, repack, repacked_product
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -27,11 +27,6 @@ def repacks(request, monkeypatch) -> bool:
     """Whether the library changes the layout in the first eval forward."""
     pretend_repacking(monkeypatch, request.param)
     return request.param
-
-
-def backend_name(layer):
-    found = resolve_backend(layer)
-    return None if found is None else found.name
 
 
 def quantized(
@@ -59,18 +54,8 @@ def inputs(layer, dtype=torch.float32, rows=5):
     return torch.randn(rows, layer.in_features, dtype=dtype)
 
 
-def evaluate(layer, x):
-    with torch.no_grad():
-        return layer.eval()(x)
-
-
 def is_packed(layer):
     return getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
-
-
-def error(weight, reference):
-    weight, reference = weight.detach().float(), reference.detach().float()
-    return float((weight - reference).norm() / reference.norm())
 
 
 SETTINGS = [
@@ -391,11 +376,4 @@ def test_a_weight_whose_blocks_extend_over_the_ends_of_rows_has_no_grid(inputs, 
 
 
 def test_a_grid_reaches_as_far_as_the_weight_to_round():
-    layer, _ = quantized()
-    before = backend.dequantize(layer).float()
-    grid = backend.grid(layer, 3 * before)
-    wider, present = grid.scales.expand_as(before), backend.grid(layer, before).scales.expand_as(before)
-    assert float((wider / present).min()) > 2.9
-    places = torch.bucketize(3 * before / grid.scales, (grid.levels[1:] + grid.levels[:-1]) / 2).to(torch.uint8)
-    backend.restore(layer, grid.stored(places))
-    assert error(backend.dequantize(layer), 3 * before) < 0.02
+    check_grid_of_larger_weight(backend, quantized()[0])

@@ -8,17 +8,12 @@ import torch
 from torch import nn
 
 from nbpeft.engine.backends.bnb8bit import Bnb8bit
-from nbpeft.engine.contract.registry import resolve_backend
+from tests.engine.backends.support import backend_name, check_grid_of_larger_weight, error, evaluate
 
 bnb = pytest.importorskip("bitsandbytes")
 backend = Bnb8bit()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 128), (5, 7), (33, 65), (1, 3)]
-
-
-def backend_name(layer):
-    found = resolve_backend(layer)
-    return None if found is None else found.name
 
 
 def quantized(out_features=64, in_features=128, *, bias=False, threshold=0.0, seed=0):
@@ -34,21 +29,11 @@ def inputs(layer, dtype=torch.float32):
     return torch.randn(5, layer.in_features).to(dtype)
 
 
-def evaluate(layer, x):
-    with torch.no_grad():
-        return layer.eval()(x)
-
-
 def train_step(layer, x):
     layer.train()
     x = x.clone().requires_grad_()
     layer(x).float().square().sum().backward()
     return x.grad
-
-
-def error(weight, reference):
-    weight, reference = weight.detach().float(), reference.detach().float()
-    return float((weight - reference).norm() / reference.norm())
 
 
 FORWARDS = {
@@ -191,11 +176,4 @@ def test_a_grid_is_where_the_weight_lies_and_can_be_stored(out_features: int, in
 
 
 def test_a_grid_reaches_as_far_as_the_weight_to_round():
-    layer, _ = quantized()
-    before = backend.dequantize(layer).float()
-    grid = backend.grid(layer, 3 * before)
-    wider, present = grid.scales.expand_as(before), backend.grid(layer, before).scales.expand_as(before)
-    assert float((wider / present).min()) > 2.9
-    places = torch.bucketize(3 * before / grid.scales, (grid.levels[1:] + grid.levels[:-1]) / 2).to(torch.uint8)
-    backend.restore(layer, grid.stored(places))
-    assert error(backend.dequantize(layer), 3 * before) < 0.02
+    check_grid_of_larger_weight(backend, quantized()[0])

@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nbpeft.engine.backends.dense import Dense
 from nbpeft.engine.contract.registry import resolve_backend
+from tests.engine.backends.support import backend_name
 
 LAYERS = {
     "linear": lambda: nn.Linear(7, 5),
@@ -19,11 +20,6 @@ LAYERS = {
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 backend = Dense()
-
-
-def backend_name(layer):
-    found = resolve_backend(layer)
-    return None if found is None else found.name
 
 
 @pytest.fixture(params=LAYERS)

@@ -18,7 +18,7 @@ from nbpeft.engine.injection.custom_layers import CustomLayer
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, LayerKindError, MergeError, NotSupportedError, UnknownAdapterError
 from nbpeft.model import LoraConfig, LoraLayer, get_peft_model
-from nbpeft.peft_layers.custom_layers import Linear
+from nbpeft.peft_layers.lora_layers import Linear
 
 
 def lstm_class(library: Any) -> type[Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import pytest
 import torch
 from torch import nn
+from transformers.integrations import sdpa_attention
 
 from nbpeft.engine.kernels.grouped_heads import _SWITCH, grouped_heads
 from nbpeft.memory.saved import SavedTensors
@@ -29,7 +31,9 @@ def test_outputs_are_the_same_bits_and_less_is_kept() -> None:
     with grouped_heads(model):
         grouped, of_groups, less = run()
     assert torch.equal(grouped, plain) and torch.allclose(of_groups, gradient, rtol=1e-4, atol=1e-5)
-    assert less < kept and _SWITCH not in os.environ
+    read = _SWITCH in inspect.getsource(sdpa_attention)
+    assert less < kept if read else less == kept, "older versions of transformers do not read the variable"
+    assert _SWITCH not in os.environ
 
 
 def test_the_last_of_several_blocks_ends_it() -> None:

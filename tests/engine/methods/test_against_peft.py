@@ -450,7 +450,7 @@ def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[
     refusal = swap_refusal(next(iter(layers.values())))
     assert not refusal.startswith("it "), "its subject is the adapter"
     if config.initialised_from_weight:
-        with pytest.raises(HotSwapError, match="is initialised from a part of the base weights"):
+        with pytest.raises(HotSwapError, match="is initialized from a part of the base weights"):
             hotswap_adapter(model, tmp_path, "default")
     elif refusal or fixed or (shared is not None and shared.is_saved(config)):
         with pytest.raises(HotSwapError, match=refusal or "adapter 'default' has no"):

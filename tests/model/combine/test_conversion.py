@@ -116,7 +116,7 @@ def test_where_its_start_is_not_known_it_is_refused(tmp_path: Path) -> None:
     model = trained(base)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(HotSwapError, match="initialised from a part of the base weights"):
+    with pytest.raises(HotSwapError, match="initialized from a part of the base weights"):
         nbpeft.hotswap_adapter(model, tmp_path / "adapter", "default")
     other = nbpeft.get_peft_model(copy.deepcopy(llama()), nbpeft.LoraConfig(**settings()))
     other.save_pretrained(tmp_path / "plain")

@@ -18,7 +18,7 @@ from torch import nn
 import nbpeft.model as nbpeft
 from nbpeft import CartridgeConfig, VBLoRAConfig
 from nbpeft.engine.tree.model_tree import manager_of
-from nbpeft.errors import AdapterError, ConfigError, UnknownAdapterError
+from nbpeft.errors import AdapterError, CheckpointError, ConfigError, UnknownAdapterError
 from nbpeft.model import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -392,6 +392,29 @@ def test_compiled_whole_in_one_graph() -> None:
         assert torch.allclose(compiled(x), model(x), atol=1e-5)
         compiled(x).sum().backward()
         assert all(p.grad is not None for p in model.manager.parameters("default"))
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "sql", {"r": 4}, ["sql", 3]])
+def test_values_of_another_kind_are_refused_in_one_line_and_change_nothing(wrong: Any, tmp_path: Path) -> None:
+    model = adapted()
+    before = state(model)
+    with pytest.raises(ConfigError, match=r"^an adapter needs a config such as LoraConfig, not "):
+        model.add_adapter("new", wrong)
+    with pytest.raises(AdapterError):
+        model.delete_adapter(wrong)
+    if not isinstance(wrong, dict):
+        with pytest.raises(ConfigError, match=r"^the state dict must be a dictionary of tensors, not "):
+            nbpeft.set_peft_model_state_dict(model, wrong)
+    assert same_state(state(model), before) and model.manager.names == ("default",)
+
+
+def test_a_folder_without_a_name_is_refused_as_in_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files would come into the working directory, and a card into the README of a project."""
+    monkeypatch.chdir(tmp_path)
+    for model in (adapted(), peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises((CheckpointError, FileNotFoundError)):
+            model.save_pretrained("")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_of_the_base_that_are_overridden_are_told() -> None:

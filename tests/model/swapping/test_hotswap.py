@@ -93,6 +93,17 @@ def test_a_trained_head_is_swapped(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_file_without_the_trained_head_resets_it_and_leaves_the_base_as_it_is(tmp_path: Path) -> None:
+    source = saved(tmp_path / "new", base=classifier())
+    model = adapted(classifier(), modules_to_save=["score"])
+    base = state(model.get_base_model().score.original_module)
+    with torch.no_grad():
+        model.get_base_model().score.modules_to_save["default"].weight.add_(1)
+    assert hotswap_adapter(model, source, "default").reset == ("score",)
+    assert same_state(state(model.get_base_model().score.original_module), base)
+    assert same_state(state(model.get_base_model().score.modules_to_save["default"]), base)
+
+
 def test_state_dicts_in_the_keys_of_files_and_of_peft_models(tmp_path: Path) -> None:
     source = saved(tmp_path, use_dora=True, target_modules=["q_proj", "embed_tokens"])
     donor = PeftModel.from_pretrained(llama(), source)
@@ -103,6 +114,16 @@ def test_state_dicts_in_the_keys_of_files_and_of_peft_models(tmp_path: Path) -> 
         model = adapted(name=name, use_dora=True, target_modules=["q_proj", "embed_tokens"])
         hotswap_adapter_from_state_dict(model, tensors, name, donor.peft_config["default"])
         torch.testing.assert_close(logits(model), logits(donor), rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_of_the_slot_itself_are_read_before_they_are_overwritten() -> None:
+    model = adapted()
+    own = get_peft_model_state_dict(model)
+    layers = ("layers.0", "layers.1")
+    exchanged = {key: own[key.replace(*layers) if layers[0] in key else key.replace(*layers[::-1])] for key in own}
+    expected = {key: tensor.clone() for key, tensor in exchanged.items()}
+    hotswap_adapter_from_state_dict(model, exchanged, "default", config())
+    assert same_state(get_peft_model_state_dict(model), expected)
 
 
 def test_5_a_name_inside_another_is_left_alone(tmp_path: Path) -> None:

@@ -121,9 +121,9 @@ def test_numbers_of_named_classes_are_those_of_the_names() -> None:
         ({"input_ids": [1], "labels": 7}, "Row 1: the label is 7; the model knows 0 to 2"),
         (
             {"input_ids": [1], "labels": "pos"},
-            "Row 1: the label is 'pos'; tokenised rows give it as the model takes it: 1",
+            "Row 1: the label is 'pos'; tokenized rows give it as the model takes it: 1",
         ),
-        ({"input_ids": [1], "labels": 1.0}, "Row 1: the label is 1.0; tokenised rows give it as the model takes it: 1"),
+        ({"input_ids": [1], "labels": 1.0}, "Row 1: the label is 1.0; tokenized rows give it as the model takes it: 1"),
         ({"input_ids": [1]}, "Row 1 has no labels: give the class of each row"),
     ],
 )

@@ -39,9 +39,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "conversations": {"conversations": [{"from": "human", "value": "is it?"}, {"from": "gpt", "value": "yes"}]},
     "instruction": {"instruction": "is it?", "output": "yes"},
     "text": {"text": "the cat sat"},
-    "tokenised": {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+    "tokenized": {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
     "labelled": {"text": "the cat sat", "label": 1},
-    "tokenised and labelled": {"input_ids": [5, 6, 7], "labels": 1},
+    "tokenized and labelled": {"input_ids": [5, 6, 7], "labels": 1},
 }
 CHATS = ("messages", "of messages", "conversations")
 COLUMNS: dict[str, Any] = {
@@ -79,7 +79,7 @@ def outcome(tokenizer: Any, form: str, key: str, changed: Callable[[dict[str, An
     labelled = "labelled" in form
     plain = [copy.deepcopy(ROWS[form]) for _ in range(3)]
     given = copy.deepcopy(plain)
-    for row in given if "tokenised" in form else given[-1:]:
+    for row in given if "tokenized" in form else given[-1:]:
         changed(row)
     before = training_rows(TrainRequest(model(labelled), plain, tokenizer=tokenizer))
     try:

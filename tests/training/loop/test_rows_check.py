@@ -16,7 +16,7 @@ from tests.training.support import token_rows, trainable
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input_ids": [1, 999]}, "Row 1 has the token id 999, but the model knows ids from 0 to 96: tokenise"),
+        ({"input_ids": [1, 999]}, "Row 1 has the token id 999, but the model knows ids from 0 to 96: tokenize"),
         ({"input_ids": [1, -1]}, "Row 1 has the token id -1"),
         ({"input_ids": [1, 2], "labels": [1]}, "Row 1 has 1 labels for 2 tokens."),
         ({"input_ids": "abc"}, "Row 1: input_ids must be a list of token ids, not 'abc'."),

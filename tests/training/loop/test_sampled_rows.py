@@ -23,7 +23,7 @@ ROWS = [chat(number) for number in range(6)]
 
 
 class Spy(CharTokenizer):
-    """Records the texts it tokenises."""
+    """Records the texts it tokenizes."""
 
     def __init__(self) -> None:
         super().__init__("template")

@@ -44,8 +44,17 @@ def test_values_that_are_not_finite_are_left_out():
     assert smoothed.value is not None and 1.0 < smoothed.value < 3.0
 
 
+@pytest.mark.parametrize(("steps", "within"), [(8, 2.5), (20, 5.5), (200, 10.5)])
+def test_the_smoothed_value_of_a_short_run_lags_less(steps: int, within: float) -> None:
+    """Of values that rise by 1, the lag is the mean age of the values in the average."""
+    smoothed = Smoothed()
+    for value in range(steps):
+        smoothed.add(float(value))
+    assert smoothed.value is not None and steps - 1 - within < smoothed.value < steps - 2
+
+
 def test_smoothing_starts_at_the_first_value():
-    smoothed = Smoothed(0.9)
+    smoothed = Smoothed()
     assert smoothed.value is None
     smoothed.add(5.0)
     assert smoothed.value == pytest.approx(5.0)

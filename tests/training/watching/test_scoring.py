@@ -44,9 +44,12 @@ def trained(target: Any = None, **options: Any) -> Any:
 
 def test_the_scores_are_those_of_the_model_at_that_time_and_change_nothing() -> None:
     plain, watched = model(), model()
-    trained(plain)
+    expected = trained(plain)
     result = trained(watched, score=HELD_OUT, metric=["loss", "exact"], every=2)
     assert same_state(state(plain), state(watched))
+    assert [step for step, _ in result.state.history] == [1, 2, 3, 4, 5, 6]
+    assert result.state.history == expected.state.history and result.loss == expected.loss
+    assert result.state.series["learning rate"] == expected.state.series["learning rate"]
     curve = dict(result.state.metric_history["exact"])
     assert list(curve) == [2, 4, 6]
     after = score(watched, HELD_OUT, metric=["loss", "exact"], tokenizer=TOKENIZER, base=False, progress=False)

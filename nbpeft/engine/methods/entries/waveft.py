@@ -2,13 +2,13 @@
 
     Δ = scaling crop(R [C_a C_v; C_h C_d] Rᵀ)        C: zero but for n trained entries at random positions
 
-R is one level of the inverse wavelet transform. C is larger than the weight by the length of the filter less two, in
-both directions, and the middle of what comes out is Δ. Without ``use_idwt`` the entries of Δ are trained themselves.
+R is one level of the inverse wavelet transform. With a filter of length f, C has f - 2 more rows and columns than the
+weight, and Δ is the middle part of the transform. Without ``use_idwt`` the trained entries are entries of Δ itself.
 
 The filters are computed: Daubechies filters are the spectral factor of minimum phase, symlets use other zeros, and
-coiflets solve their equations. PEFT accepts the names of filters that it lacks (db11 and more, sym11 and more), for
-which the first call fails, and its coif4 and coif5 are not wavelets: they are not orthogonal to their shifts. Here they
-are correct, so an adapter that PEFT trained with coif4 computes something else.
+coiflets solve their equations. PEFT also accepts the names of filters that it does not have (db11 and above, sym11
+and above) and fails in the first call. Its coif4 and coif5 are no wavelets, because they are not orthogonal to their
+shifts. Here they are correct, so the output of an adapter that PEFT trained with one of these two differs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.initial_draws import Always, normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -74,7 +74,7 @@ class WaveFTConfig(PlacedConfig):
         n_frequency: number of trained coefficients of a layer.
         wavelet_family: which filter: db1 (Haar) to db38, sym2 to sym20, coif1 to coif5.
         use_idwt: transform the coefficients; False to train entries of the weight themselves, which is faster.
-        proportional_parameters: share n_frequency times the number of layers out by the sizes of their weights;
+        proportional_parameters: give a layer a number in proportion to the size of its weight, on average n_frequency;
             n_frequency_pattern is then ignored.
         init_weights: start at the base model; False for small random numbers.
     """
@@ -251,7 +251,7 @@ class WaveFT(Placed):
 
     @classmethod
     def initial_tensors(cls, config: WaveFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        normal = None if config.init_weights else partial(normal_, std=_DEVIATION)
+        normal = None if config.init_weights else Always(partial(normal_, std=_DEVIATION))
         return {SPECTRUM: site.new(site.shapes[SPECTRUM], normal)}
 
     @classmethod

@@ -29,7 +29,15 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.kernels.numerics import widened
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.initialization.decompositions import nearest_product
-from nbpeft.engine.methods.lora.initialization.inits import RANDOM, Factors, Start, check_init, init_factors, start_of
+from nbpeft.engine.methods.lora.initialization.inits import (
+    RANDOM,
+    Factors,
+    Start,
+    check_init,
+    drawing_start,
+    init_factors,
+    start_of,
+)
 from nbpeft.engine.methods.lora.low_rank import FactorShapes, LowRank, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -166,6 +174,10 @@ class LowRankAdapter(
     def drawn_tensors(cls, config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
         """The tensors of a new adapter by name, with factors from ``start_of`` unless they are random."""
         return init_factors(config, site, initial)
+
+    @classmethod
+    def _repeat_draws(cls, config: LoraConfig, site: AdapterSite) -> None:
+        cls.drawn_tensors(config, site, drawing_start(config, site))
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:

@@ -53,13 +53,15 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded factors or makes new ones."""
         site = replace(site, path=_attention_path(site.path, site.base.kind))
-        if tensors is None and not site.base.kind.is_linear and not site.base.adapters:
-            # PEFT makes factors for ``out_proj`` with the first adapter of a module, and draws them again afterwards.
-            rank, width, device = config.rank_at(site.path), site.base.in_features, site.device
-            skip_linear(device, (rank, width), (width, rank))
-            if config.init_name != "random":
-                skip(fill_of(config, site.path), device, (rank, width))
+        if tensors is None:
+            _skip_first(config, site)
         return super().create(config, site, tensors)
+
+    @classmethod
+    def _repeat_draws(cls, config: LoraConfig, site: AdapterSite) -> None:
+        site = replace(site, path=_attention_path(site.path, site.base.kind))
+        _skip_first(config, site)
+        super()._repeat_draws(config, site)
 
     @property
     def _times(self) -> float:
@@ -93,6 +95,15 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
         norm, directions = super().delta_size(weight, base)
         return norm * self._times, directions
+
+
+def _skip_first(config: LoraConfig, site: AdapterSite) -> None:
+    """Draws as PEFT does for the first adapter of a module: factors for ``out_proj``, which are drawn again later."""
+    if not site.base.kind.is_linear and not site.base.adapters:
+        rank, width, device = config.rank_at(site.path), site.base.in_features, site.device
+        skip_linear(device, (rank, width), (width, rank))
+        if config.init_name != "random":
+            skip(fill_of(config, site.path), device, (rank, width))
 
 
 def _attention_path(path: str, kind: LayerKind) -> str:

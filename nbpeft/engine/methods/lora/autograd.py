@@ -10,6 +10,9 @@ can be recomputed (``recomputed``), the tensors it is computed from are saved in
 On the CPU the mask is drawn as ``F.dropout`` draws it, so that the same seed drops the same elements, and is saved as
 bits. On other devices it is drawn from a seed, which comes from the CPU generator and is saved instead of the mask.
 Activation checkpointing restores that generator, so recomputation draws the same mask.
+
+Between a bfloat16 layer and factors in float32, the products that have the width of the layer are in bfloat16, from
+factors in two pieces each (``_pieces``): they need no buffer in float32, no cast and no sum of their own.
 """
 
 from __future__ import annotations
@@ -22,15 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nbpeft.engine.kernels.numerics import add_delta, composes, compute_dtype, without_autocast
+from nbpeft.engine.kernels.numerics import add_delta, composes, compute_dtype, onednn_multiplies, without_autocast
 from nbpeft.engine.kernels.recomputed import origin_of
 
 _LANES = 1 << 16
 """Number of values of one 16-bit lane of a random word."""
-_GATHER, _SPREAD, _PICK = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
-"""Constants, as int64, for packing a mask of bytes into bits and back. The first is a factor that gathers the lowest
-bits of eight bytes in the highest byte; the second a factor that copies one byte to eight; the third selects one bit of
-each of them."""
+_ONES = 0x0101010101010101
+"""The lowest bit of each byte of an int64."""
+_WORD = 64
+"""Bits of an int64, in each of which a mask of as many elements is saved."""
+_LEAST_WIDE, _TOKENS_TO_RANK = 1 << 17, 4
+"""Making pieces of the factors is worth it for inputs of at least so many elements, and so many tokens to a rank."""
 _EXACT = (torch.float32, torch.float64)
 """Dtypes in which adding a product in place gives the same bits as adding it afterwards."""
 
@@ -69,7 +74,7 @@ class KeepMask:
         shape: shape of the input.
         probability: probability of a zero.
         device: device of the input.
-        source: the bits of the mask, uint8; or the seed from which it is drawn.
+        source: the bits of the mask, int64; or the seed from which it is drawn.
         strides: strides of the mask, which is drawn in the memory order of a dense input.
     """
 
@@ -80,37 +85,35 @@ class KeepMask:
     strides: tuple[int, ...] = ()
 
     @classmethod
-    def drawn(cls, x: Tensor, probability: float, dtype: torch.dtype) -> tuple[Self, Tensor]:
+    def drawn(cls, x: Tensor, probability: float) -> tuple[Self, Tensor]:
         """Draws a new mask for an input, and returns it with the mask as a tensor; see ``again``.
 
         Args:
             x: the input.
             probability: probability of a zero.
-            dtype: dtype of the mask.
         """
         if _seeded(x.device):
             keep = cls(x.shape, probability, x.device, draw_seed())
-            return keep, keep.again(dtype)
+            return keep, keep.again()
         count = x.numel()
-        places = torch.empty(-(-count // 8) * 8, dtype=torch.uint8)
+        places = torch.empty(-(-count // _WORD) * _WORD, dtype=torch.uint8)
         places[:count].bernoulli_(1 - probability)
         places[count:] = 0
-        bits = places.view(torch.int64).mul(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
+        # Eight bytes are a word; bit k of each byte of the result comes from the k-th of eight parts of the mask.
+        bits = torch.bitwise_left_shift(places.view(torch.int64).view(8, -1), _shifts()).sum(0)
         strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
-        mask = places[:count].to(dtype).as_strided(x.shape, strides)
-        return cls(x.shape, probability, x.device, bits, strides), mask
+        return cls(x.shape, probability, x.device, bits, strides), places[:count].as_strided(x.shape, strides)
 
-    def again(self, dtype: torch.dtype) -> Tensor:
-        """The mask as a tensor, without the ``scale``.
+    def again(self) -> Tensor:
+        """The mask as a tensor of uint8, without the ``scale``; a product with it has the dtype of the other tensor.
 
         If it is drawn from a seed, four elements share one 64-bit draw, which makes drawing it twice cheaper than one
         ``F.dropout``; the probability is then exact to 1 / 65536.
         """
         count = self.shape.numel()
         if isinstance(self.source, Tensor):
-            places = self.source.to(torch.int64).mul_(_SPREAD).bitwise_and_(_PICK).view(torch.uint8)
-            # Not ``ne(0)``: integers are cast ten times as fast as booleans.
-            return places.clamp_(max=1)[:count].to(dtype).as_strided(self.shape, self.strides)
+            places = torch.bitwise_right_shift(self.source, _shifts()).bitwise_and_(_ONES).view(-1).view(torch.uint8)
+            return places[:count].as_strided(self.shape, self.strides)
         generator = torch.Generator(self.device)
         generator.manual_seed(self.source)
         if self.device.type == "mps":  # cannot draw over the whole range of int64
@@ -120,7 +123,11 @@ class KeepMask:
             words = torch.empty((count + 3) // 4, dtype=torch.int64, device=self.device)
             words.random_(-(1 << 63), None, generator=generator)
             lanes = words.view(torch.int16)[:count]
-        return (lanes >= self._dropped_lanes - _LANES // 2).to(dtype).view(self.shape)
+        return (lanes >= self._dropped_lanes - _LANES // 2).view(torch.uint8).view(self.shape)
+
+    def noise(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """The mask times the ``scale``, as ``F.dropout`` multiplies by it."""
+        return mask.to(dtype).mul_(self.scale)
 
     @property
     def scale(self) -> float:
@@ -133,6 +140,11 @@ class KeepMask:
         return min(round(self.probability * _LANES), _LANES - 1)
 
 
+def _shifts() -> Tensor:
+    """The shifts of a word's eight bits in each byte, (8, 1)."""
+    return torch.arange(8).unsqueeze(1)
+
+
 def _seeded(device: torch.device) -> bool:
     """Whether masks are drawn from a seed, which is fast, instead of as ``F.dropout`` draws them."""
     return device.type != "cpu"
@@ -143,12 +155,12 @@ class _SeededDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        ctx.keep, mask = KeepMask.drawn(x, probability, x.dtype)
-        return x * mask.mul_(ctx.keep.scale)
+        ctx.keep, mask = KeepMask.drawn(x, probability)
+        return x * ctx.keep.noise(mask, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.keep.again(gradients[0].dtype).mul_(ctx.keep.scale), None
+        return gradients[0] * ctx.keep.noise(ctx.keep.again(), gradients[0].dtype), None
 
 
 def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
@@ -163,8 +175,8 @@ def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
 class _LowRank(torch.autograd.Function):
     """``scaling * B(A(dropout(x)))``, added to ``onto`` or to the output of a frozen linear layer.
 
-    Saves x or its origin, A, B and the thin product A x. ``frozen`` is the layer's weight and bias, in the compute
-    dtype. Forward and backward use one wide buffer each, and the adapter's gradient is accumulated into the frozen
+    Saves x or its origin, A, B and the thin product A x. ``frozen`` is the layer's weight and bias, in the dtype of
+    ``x``. Forward and backward use one wide buffer each, and the adapter's gradient is accumulated into the frozen
     layer's: on a CPU allocating memory costs more than the arithmetic.
     """
 
@@ -181,15 +193,17 @@ class _LowRank(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.scaling, ctx.probability, ctx.dtype = scaling, probability, dtype
-        ctx.keep, mask = KeepMask.drawn(x, probability, x.dtype) if probability else (None, None)
+        ctx.keep, mask = KeepMask.drawn(x, probability) if probability else (None, None)
+        ctx.pieces = _takes_pieces(x, lora_A, dtype)
         out_features = lora_B.shape[0]
         shape = (*x.shape[:-1], out_features)
+        wide = x.dtype if ctx.pieces else dtype
         # An output that is returned without a cast must not be a view: models change outputs in place.
-        needs_result = frozen is not None or (onto is not None and onto.dtype == dtype)
-        total = torch.empty(shape, dtype=dtype, device=x.device) if needs_result else None
+        needs_result = frozen is not None or (onto is not None and onto.dtype == wide)
+        total = torch.empty(shape, dtype=wide, device=x.device) if needs_result else None
         with without_autocast(x.device.type):
-            buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability, None if frozen else total)
-            flat = _dropped_input(x, mask, buffer)
+            buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability, total) if wide == dtype else None
+            flat = _dropped_input(x, mask, dtype, buffer)
             hidden = (flat @ lora_A.to(dtype).T) * _factor(ctx)
             origin = origin_of(x)
             ctx.recomputation = None if origin is None else origin.recomputation
@@ -198,17 +212,18 @@ class _LowRank(torch.autograd.Function):
             inputs = (x,) if origin is None else origin.inputs
             weight = None if frozen is None else frozen[0]
             ctx.save_for_backward(lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None, weight, *inputs)
+            pieces = ctx.pieces and total is not None
+            left, right = _pieces(hidden, lora_B, wide, 1) if pieces else (hidden, lora_B.to(dtype))
             if frozen is not None and total is not None:
-                _linear(_as_rows(x), *frozen, out=_as_rows(total)).addmm_(hidden, lora_B.T)
+                _linear(_as_rows(x), *frozen, out=_as_rows(total)).addmm_(left, right.T)
                 return total
             if onto is None:
-                return (hidden @ lora_B.to(dtype).T).view(shape)
-            room = (
-                _part(buffer, hidden.shape[0], out_features)
-                if total is None
-                else total.view(hidden.shape[0], out_features)
-            )
-            product = torch.mm(hidden, lora_B.to(dtype).T, out=room)
+                return (left @ right.T).view(shape)
+            if pieces and total is not None:
+                torch.addmm(_as_rows(onto), left, right.T, out=_as_rows(total))
+                return total
+            room = _part(buffer, hidden.shape[0], out_features) if total is None else _as_rows(total)
+            product = torch.mm(left, right.T, out=room)
             return (product.view(shape) if total is None else total).add_(onto).to(onto.dtype)
 
     @staticmethod
@@ -221,8 +236,9 @@ class _LowRank(torch.autograd.Function):
         dtype: torch.dtype = ctx.dtype
         need_x, need_A, need_B, need_onto = ctx.needs_input_grad[:4]
         with without_autocast(x.device.type):
-            rows = _as_rows(gradients[0])
-            buffer = _buffer(x, max(x.shape[-1], lora_B.shape[0]), dtype, ctx.probability)
+            upstream = rows = _as_rows(gradients[0])
+            width = max(x.shape[-1], 0 if rows.dtype == dtype else rows.shape[-1])
+            buffer = _buffer(x, width, dtype, ctx.probability)
             if rows.dtype != dtype:
                 room = _part(buffer, *rows.shape)
                 rows = rows.to(dtype) if room is None else room.copy_(rows)
@@ -232,14 +248,44 @@ class _LowRank(torch.autograd.Function):
                 grad_B = (hidden.T @ rows).T.to(lora_B.dtype)
             if need_A or need_x:
                 hidden_gradient = (rows @ lora_B.to(dtype)) * _factor(ctx)
-            mask = _mask(x, ctx)
+            mask = None if ctx.keep is None else ctx.keep.again()
             if need_A:
-                grad_A = (hidden_gradient.T @ _dropped_input(x, mask, buffer)).to(lora_A.dtype)
-            if need_x:
+                grad_A = (hidden_gradient.T @ _dropped_input(x, mask, dtype, buffer)).to(lora_A.dtype)
+            if need_x and ctx.pieces:
+                thin = _pieces(hidden_gradient, lora_A, x.dtype, 0)
+                grad_x = _input_gradient(upstream, weight, *thin, mask, None).view(x.shape)
+            elif need_x:
                 inside = _part(buffer, rows.shape[0], x.shape[-1])
-                grad_x = _input_gradient(rows, weight, hidden_gradient, lora_A.to(dtype), mask, inside)
+                grad_x = _input_gradient(upstream, weight, hidden_gradient, lora_A.to(dtype), mask, inside)
                 grad_x = grad_x.view(x.shape).to(x.dtype)
         return grad_x, grad_A, grad_B, gradients[0] if need_onto else None, None, None, None, None
+
+
+def _takes_pieces(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> bool:
+    """Whether wide products are computed in bfloat16, from pieces of the factors; see ``_pieces``."""
+    least = max(_LEAST_WIDE, _TOKENS_TO_RANK * lora_A.numel())
+    if x.dtype != torch.bfloat16 or dtype != torch.float32 or x.numel() < least:
+        return False
+    return x.device.type == "cuda" or (x.device.type == "cpu" and onednn_multiplies(torch.bfloat16))
+
+
+def _pieces(left: Tensor, right: Tensor, dtype: torch.dtype, dim: int) -> tuple[Tensor, Tensor]:
+    """Two factors in a narrower dtype of the same exponents, whose product is that of the given ones.
+
+    Each is the sum of its rounded values and the rounded rest. All products of these but that of both rests are added
+    in float32 within one matrix product, so its error is 2⁻¹⁶ of a summand, and the result is rounded once.
+
+    Args:
+        left: (tokens, r), float32.
+        right: (r, width) or (width, r), float32.
+        dtype: bfloat16.
+        dim: the dimension of ``right`` that is the rank.
+
+    Returns:
+        Both with three times the rank.
+    """
+    (high, low), (other, rest) = ((part := one.to(dtype), (one - part).to(dtype)) for one in (left, right))
+    return torch.cat([high, high, low], 1), torch.cat([other, rest, other], dim)
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -261,13 +307,11 @@ def _input_gradient(
     if weight is not None and mask is None:
         return (rows @ weight).addmm_(hidden_gradient, lora_A)
     wide = torch.mm(hidden_gradient, lora_A, out=buffer)
-    if mask is None:
-        return wide
-    mask = mask.reshape(wide.shape)
-    if weight is not None:
-        return (rows @ weight).addcmul_(wide, mask)
-    # Zeros and ones commute with a cast that cannot overflow, and a product of two dtypes is slow on a CPU.
-    return wide.to(mask.dtype).mul_(mask) if mask.dtype == torch.bfloat16 else wide.mul_(mask)
+    if mask is not None:
+        mask = mask.reshape(wide.shape)
+        # A CPU is slow at products of integers and half precision.
+        wide.mul_(mask if wide.dtype.itemsize >= 4 else mask.to(wide.dtype))
+    return wide if weight is None else wide.addmm_(rows, weight)
 
 
 def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -275,7 +319,7 @@ def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None,
     lora_A, lora_B, _, weight, *inputs = ctx.saved_tensors
     x = inputs[0] if ctx.recomputation is None else ctx.recomputation.differentiable_output(inputs)
     with without_autocast(x.device.type):
-        mask = _mask(x, ctx)
+        mask = None if ctx.keep is None else ctx.keep.again()
         cast = x.to(ctx.dtype)
         flat = _as_rows(cast if mask is None else cast * mask)
         down, up, factor = lora_A.to(ctx.dtype), lora_B.to(ctx.dtype), _factor(ctx)
@@ -308,10 +352,6 @@ def _part(buffer: Tensor | None, rows: int, columns: int) -> Tensor | None:
     return None if buffer is None else buffer[: rows * columns].view(rows, columns)
 
 
-def _mask(x: Tensor, ctx: Any) -> Tensor | None:
-    return None if ctx.keep is None else ctx.keep.again(x.dtype)
-
-
 def _factor(ctx: Any) -> float | Tensor:
     """The scaling, times the scale of dropout."""
     scaling: float | Tensor = ctx.scaling
@@ -323,13 +363,14 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _dropped_input(x: Tensor, mask: Tensor | None, buffer: Tensor | None) -> Tensor:
+def _dropped_input(x: Tensor, mask: Tensor | None, dtype: torch.dtype, buffer: Tensor | None) -> Tensor:
     """``x`` as (tokens, in) in the compute dtype, with dropped elements set to zero."""
     flat = _as_rows(x)
-    if buffer is None:
-        return flat
-    part = buffer[: flat.numel()].view(flat.shape)
-    return part.copy_(flat) if mask is None else torch.mul(flat, mask.reshape(flat.shape), out=part)
+    part = _part(buffer, *flat.shape)
+    if mask is not None and x.dtype.itemsize >= 4:
+        return torch.mul(flat, mask.reshape(flat.shape), out=part)
+    dropped = flat if mask is None else mask.reshape(flat.shape).to(x.dtype).mul_(flat)
+    return dropped.to(dtype) if part is None else part.copy_(dropped)
 
 
 def low_rank_linear(x: Tensor, factors: Factors, probability: float, onto: Tensor | None = None) -> Tensor:
@@ -364,15 +405,18 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Fact
 
     Returns:
         (..., out), with the same bits as the layer plus ``low_rank_linear``; None if that is not guaranteed: for
-        dtypes other than float32 and float64, for several dtypes or devices, and for a layer that is trained.
+        other dtypes than float32, float64, and factors in float32 on many tokens in bfloat16, for several devices,
+        and for a layer that is trained.
     """
     lora_A, lora_B, scaling = factors
-    tensors = [x, weight, lora_A, lora_B, *([] if bias is None else [bias])]
-    alike = all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
+    layer = [x, weight, *([] if bias is None else [bias])]
+    alike = all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in layer)
+    alike = alike and all(factor.dtype == lora_A.dtype and factor.device == x.device for factor in (lora_A, lora_B))
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     probability = dropout.active_probability
-    if not alike or trained or x.dtype not in _EXACT or probability >= 1.0:
+    if not alike or trained or probability >= 1.0 or composes() or torch.is_autocast_enabled(x.device.type):
         return None
-    if composes() or torch.is_autocast_enabled(x.device.type):
+    dtype = lora_A.dtype
+    if not ((x.dtype == dtype and dtype in _EXACT) or _takes_pieces(x, lora_A, dtype)):
         return None
-    return _LowRank.apply(x, lora_A, lora_B, None, (weight, bias), scaling, probability, x.dtype)  # type: ignore[no-untyped-call]
+    return _LowRank.apply(x, lora_A, lora_B, None, (weight, bias), scaling, probability, dtype)  # type: ignore[no-untyped-call]

@@ -285,8 +285,8 @@ def _dropped(x: Tensor, probability: float, dtype: torch.dtype) -> tuple[Tensor,
     """The input cast to a dtype and with dropout, and the dropout's mask."""
     if not probability:
         return x.to(dtype), None
-    keep, mask = KeepMask.drawn(x, probability, dtype)
-    return x.to(dtype) * mask.mul_(keep.scale), keep
+    keep, mask = KeepMask.drawn(x, probability)
+    return x.to(dtype) * keep.noise(mask, dtype), keep
 
 
 class _LeanProduct(torch.autograd.Function):
@@ -322,7 +322,7 @@ class _LeanProduct(torch.autograd.Function):
             )
             dropped = x.to(dtype)
             if ctx.keep is not None:
-                dropped = dropped * ctx.keep.again(dtype).mul_(ctx.keep.scale)
+                dropped = dropped * ctx.keep.noise(ctx.keep.again(), dtype)
             output = maths.compose(module, dropped, (lora_A, lora_B, scaling))
             inputs = [tensor for tensor, need in zip((x, lora_A, lora_B), needed, strict=True) if need]
             found = iter(torch.autograd.grad(output, inputs, gradients[0], create_graph=differentiable))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import normal_
+from nbpeft.engine.contract.initial_draws import normal_, uniform_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -87,7 +88,7 @@ class C3A(WeightDelta):
     def initial_tensors(cls, config: C3AConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         inputs, outputs, init = site.base.in_features, site.base.out_features, config.init_weights
         bound = math.sqrt(1 / inputs if init == "kaiming_uniform" else 6 / (inputs + outputs))
-        fill = normal_ if init == "gaussian" else lambda kernel: kernel.uniform_(-bound, bound)
+        fill = normal_ if init == "gaussian" else partial(uniform_, bound=bound)
         return {KERNEL: site.new(site.shapes[KERNEL], None if init is True else fill)}
 
     @property

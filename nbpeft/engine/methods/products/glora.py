@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from nbpeft.engine.config.layers_config import TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.initial_draws import linear_, normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -203,5 +204,5 @@ def _start(name: str, config: GloraConfig, site: AdapterSite) -> Tensor:
     if config.init_weights and not name.endswith("Xu"):
         return zeros
     if shape == (1,):
-        return zeros.normal_(0, _DEVIATION)
+        return site.new(shape, partial(normal_, std=_DEVIATION))
     return site.new(shape, linear_) if len(shape) == 2 else site.new((1, *shape), linear_)[0]

@@ -20,7 +20,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import linear_, skip_linear
+from nbpeft.engine.contract.initial_draws import Always, Fill, linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -119,8 +119,11 @@ class Gralora(WeightDelta, Rescales):
     @classmethod
     def initial_tensors(cls, config: GraloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         """Factors drawn block by block; those that are multiplied last are zeros."""
-        last = None if config.init_weights else linear_
-        fills, names = {BLOCKS_A: linear_, BLOCKS_B: last, WHOLE_A: linear_, WHOLE_B: last}, (BLOCKS_A, BLOCKS_B)
+        of_blocks: Fill = Always(linear_)
+        fills: dict[str, Fill | None] = {BLOCKS_A: of_blocks, BLOCKS_B: of_blocks, WHOLE_A: linear_, WHOLE_B: linear_}
+        if config.init_weights:
+            fills |= {BLOCKS_B: None, WHOLE_B: None}
+        names = BLOCKS_A, BLOCKS_B
         pairs = zip(*([site.shapes[name][:0:-1]] * site.shapes[name][0] for name in names), strict=True)
         blocks = [[site.new(shape, fills[name]).T for name, shape in zip(names, pair, strict=True)] for pair in pairs]
         made = {name: torch.stack(parts) for name, parts in zip(names, zip(*blocks, strict=True), strict=True)}

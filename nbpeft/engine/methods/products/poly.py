@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +29,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, ShowsModules
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.bindable import axis_size
-from nbpeft.engine.contract.initial_draws import linear_
+from nbpeft.engine.contract.initial_draws import Always, linear_, uniform_
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -132,7 +133,7 @@ class Polytropon(Adapter, ConvertsToLora, ShowsModules, HotSwaps):
     def initial_tensors(cls, config: PolyConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         first = _skills(site.shapes[A], site)
         second = site.new(site.shapes[B]) if config.init_weights else _skills(site.shapes[B], site)
-        router = site.new(site.shapes[ROUTER]).uniform_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        router = site.new(site.shapes[ROUTER], partial(uniform_, bound=_LARGEST_LOGIT))
         return {A: first, B: second, ROUTER: router}
 
     rank: int = axis_size(A, 3)  # The rank of each skill
@@ -217,7 +218,7 @@ def _skills(shape: Sequence[int], site: AdapterSite) -> Tensor:
     made = torch.empty(tuple(shape), device=site.base.device, dtype=site.dtype)
     for skill in range(skills):
         for split in range(splits):
-            made[split, skill] = site.new((outputs, inputs), linear_).T
+            made[split, skill] = site.new((outputs, inputs), Always(linear_)).T
     return made
 
 

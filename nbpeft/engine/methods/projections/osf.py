@@ -6,7 +6,7 @@ U, (out, r), s, (r,), and V, (r, in), start as U₀, s₀ and V₀, with r = min
 projected so that they have no part in the k directions. U₀, s₀ and V₀ are not saved: they are recomputed from the
 weight when an adapter is loaded.
 
-PEFT computes with the first of several active adapters alone, merges all of them, and cannot take that back.
+PEFT computes only with the first of several active adapters, merges all of them, and cannot unmerge them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from nbpeft.engine.config.patterns import ANYWHERE, check_patterns
 from nbpeft.engine.config.targets import ALL_LINEAR
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.initial_draws import Always, normal_, skip
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -177,6 +178,11 @@ class Osf(Adapter, ConvertsToLora):
         rows, columns = kind.weight_shape(module)
         rank = min(rows, columns) - config.kept_at(path, (rows, columns))
         return {VALUES: (rank,), LEFT: (rows, rank), RIGHT: (rank, columns)}
+
+    @classmethod
+    def _repeat_draws(cls, config: OSFConfig, site: AdapterSite) -> None:
+        if not config.init_weights:
+            skip(Always(normal_), site.device, *(site.shapes[name] for name in (LEFT, VALUES, RIGHT)))
 
     @classmethod
     def create(cls, config: OSFConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -24,6 +25,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import Bindable, stored
+from nbpeft.engine.contract.initial_draws import uniform_
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -121,7 +123,7 @@ class TinyVectors(SharedState):
     @classmethod
     def initial_tensors(cls, config: TinyLoraConfig, site: SharedSite) -> Mapping[str, Tensor]:
         bound = config.init_v_bound
-        fill = None if config.init_weights is True else lambda v: v.uniform_(-bound, bound)
+        fill = None if config.init_weights is True else partial(uniform_, bound=bound)
         return {name: site.new(shape, fill) for name, shape in site.shapes.items()}
 
     @classmethod

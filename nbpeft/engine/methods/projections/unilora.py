@@ -1,6 +1,6 @@
 """Uni-LoRA: every entry of all low-rank factors is one of few trained numbers (Li et al. 2025, arXiv:2506.00799).
 
-    y = W x + B A x        A_ij = θ_k / √n_k, k drawn for each entry, and so of B;  n_k: how often k was drawn
+    y = W x + B A x        A_ij = θ_k / √n_k, k drawn for each entry; B likewise;  n_k: how often k was drawn
 
 The draws are balanced: every number is used for equally many entries of the model, or one more. They are determined by
 a seed and the sizes of the layers, so a file contains only θ.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -23,7 +24,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import axis_size, stored
-from nbpeft.engine.contract.initial_draws import normal_, skip
+from nbpeft.engine.contract.initial_draws import Always, Fill, normal_, skip, uniform_
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -97,8 +98,8 @@ class UniVector(SharedState):
     @classmethod
     def initial_tensors(cls, config: UniLoraConfig, site: SharedSite) -> Mapping[str, Tensor]:
         bound = config.init_theta_d_bound
-        fill = (lambda theta: theta.uniform_(-bound, bound)) if config.init_weights else normal_
-        return {THETA: site.new(site.shapes[THETA], fill)}
+        fill: Fill = partial(uniform_, bound=bound) if config.init_weights else normal_
+        return {THETA: site.new(site.shapes[THETA], Always(fill))}
 
     @classmethod
     def create(cls, config: UniLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
@@ -136,7 +137,7 @@ class UniVector(SharedState):
 
 
 def _draws(total: int, length: int, seed: int) -> tuple[Any, Any, Any]:
-    """How often each number is drawn; those that are once more than others; and the generator after that."""
+    """How often each number is drawn; the numbers that are drawn once more; and the generator after these draws."""
     generator = np.random.default_rng(seed)
     more, counts = total % length, np.full(length, total // length, dtype=np.int64)
     extras = generator.choice(length, size=more, replace=False) if more else np.empty(0, dtype=np.int64)
@@ -173,7 +174,7 @@ def _of_length(config: UniLoraConfig, length: int) -> UniLoraConfig | None:
     shares=SharedTensors(state=UniVector),
 )
 class UniLora(ComputedFactors, HasFixedTensors):
-    """Which numbers the entries of the factors of one layer are, and their scales: A is (r, in), B is (out, r)."""
+    """The index and the scale of the number behind each entry of a layer's factors A, (r, in), and B, (out, r)."""
 
     peft: ClassVar[PeftNames] = PeftNames(
         "unilora_theta_d",
@@ -216,15 +217,20 @@ class UniLora(ComputedFactors, HasFixedTensors):
         return 0 if config.save_indices else 2 * config.r * sum(kind.features(module))
 
     @classmethod
+    def _repeat_draws(cls, config: UniLoraConfig, site: AdapterSite) -> None:
+        """PEFT draws indices that are replaced."""
+        shapes = (config.r, site.base.in_features), (site.base.out_features, config.r)
+        skip(Always(lambda one: torch.randint(config.theta_d_length, one.shape)), site.device, *shapes)
+
+    @classmethod
     def create(cls, config: UniLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded indices and scales or draws them."""
         assert isinstance(site.shared, UniVector)
         given = dict(tensors or {})
         if not given.keys() >= set(_BUFFERS):
             indices = site.shared.indices_of(site.path)
-            if tensors is None:  # PEFT first draws indices that are replaced
-                shapes = (one.shape for one in indices)
-                skip(lambda one: torch.randint(config.theta_d_length, one.shape), site.device, *shapes)
+            if tensors is None:
+                cls._repeat_draws(config, site)
             dtype = site.base.dtype if site.base.dtype.itemsize > 1 else site.dtype
             scales = [site.shared.scales_of(one).to(dtype) for one in indices]
             device = site.shared.theta.device if site.base.device.type == "meta" else site.base.device

@@ -23,7 +23,7 @@ from nbpeft.engine.config.targets import usual_wide_targets
 from nbpeft.engine.contract.adapter import AdapterSite, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import axis_size, stored
-from nbpeft.engine.contract.initial_draws import drawn, normal_
+from nbpeft.engine.contract.initial_draws import Always, Fill, drawn, normal_, skip, uniform_
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -101,8 +101,18 @@ class VectorBank(SharedState):
     def draw_(self, config: VBLoRAConfig) -> None:
         """Draws a new bank once more: each layer does, and the bank of the last one counts."""
         if self.is_new:
-            bound, bank = config.init_vector_bank_bound, self.vectors
-            bank.copy_(drawn(bank.shape, lambda new: new.uniform_(-bound, bound), bank.device, bank.dtype))
+            bank = self.vectors
+            bank.copy_(drawn(bank.shape, _bank_fill(config), bank.device, bank.dtype))
+
+
+def _bank_fill(config: VBLoRAConfig) -> Fill:
+    return Always(partial(uniform_, bound=config.init_vector_bank_bound))
+
+
+def _new_logits(config: VBLoRAConfig, site: AdapterSite) -> dict[str, Tensor]:
+    """New logits of a layer."""
+    normal = partial(normal_, std=config.init_logits_std)
+    return {name: site.new(shape, normal) for name, shape in site.shapes.items()}
 
 
 def _index_dtype(count: int) -> torch.dtype:
@@ -237,8 +247,12 @@ class VBLoRA(ComputedFactors):
     def initial_tensors(cls, config: VBLoRAConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         assert isinstance(site.shared, VectorBank)
         site.shared.draw_(config)
-        normal = partial(normal_, std=config.init_logits_std)
-        return {name: site.new(shape, normal) for name, shape in site.shapes.items()}
+        return _new_logits(config, site)
+
+    @classmethod
+    def _repeat_draws(cls, config: VBLoRAConfig, site: AdapterSite) -> None:
+        skip(_bank_fill(config), site.device, (config.num_vectors, config.vector_length))
+        _new_logits(config, site)
 
     def prepare(self, config: VBLoRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         """Refers to the bank, which the first layer has as a module."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with_rows
+from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, rows_of, with_rows
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig, prompt_listing
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.method_records import FileFormat
@@ -107,7 +107,7 @@ class PromptEncoder(EncodedPrompt):
 
     def encoded(self) -> Tensor:
         """All tokens, (1, tokens, features)."""
-        values: Tensor = self.embedding.weight.unsqueeze(0)
+        values = rows_of(self.embedding)
         if "lstm_head" in self._modules:
             values = self.lstm_head(values)[0]
         return self.mlp_head(values) if "mlp_head" in self._modules else values

@@ -1,9 +1,9 @@
 """Prefix tuning: trained keys and values in front of those of each layer (Li and Liang 2021, arXiv:2101.00190).
 
-    attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer, trained or computed by an MLP that is
+    attention(q, [K_p, K], [V_p, V])        K_p, V_p: (n, features) a layer, trained or computed by a trained MLP
 
-They are passed to the model as a cache of the tokens before the input, so the model must support one; with gradient
-checkpointing it does not. A file contains the keys and values, as in PEFT, and the MLP if there is one.
+They are passed to the model as a cache of the tokens before the input, so the model must support one; models do not
+with gradient checkpointing. A file contains the keys and values, as in PEFT, and the MLP if there is one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.cached_prefix import CachedPrefix, CachedPrefixConfig
-from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, with_rows
+from nbpeft.engine.calls.token_prompt import EncodedPrompt, derived_tokens, rows_of, with_rows
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, prompt_listing
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.method_records import FileFormat
@@ -86,5 +86,5 @@ class PrefixEncoder(EncodedPrompt, CachedPrefix):
 
     def encoded(self) -> Tensor:
         """Keys and values of all layers, (1, tokens, layers * 2 * features)."""
-        rows: Tensor = self.embedding.weight.unsqueeze(0)
+        rows = rows_of(self.embedding)
         return self.transform(rows) if "transform" in self._modules else rows

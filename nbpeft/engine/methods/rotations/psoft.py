@@ -50,12 +50,12 @@ class PsoftConfig(HasFanInFanOut):
         r: how many singular directions are rotated.
         psoft_alpha: B is divided by alpha / r, and the delta is multiplied by it.
         psoft_dropout: dropout probability of the adapter's input, from 0 to 1.
-        ab_svd_init: "psoft_init" has the singular values in B, "pissa_init" a root of them on each side.
+        ab_svd_init: "psoft_init" puts the singular values into B, "pissa_init" their square roots into A and B.
         psoft_svd: "full", or "lowrank" for a randomized SVD, which is faster.
-        psoft_svd_lowrank_niter: iterations of that; at most 128.
-        random_seed: seed of that.
-        psoft_orth: rotate; False for any matrix.
-        psoft_mag_b: learn a factor on each output of the rotation.
+        psoft_svd_lowrank_niter: iterations of the randomized SVD; at most 128.
+        random_seed: seed of the randomized SVD.
+        psoft_orth: whether the trained matrix is a rotation; False for any matrix.
+        psoft_mag_b: train a factor on each output of the rotation.
         psoft_mag_a: train a factor on each input of the rotation.
         use_cayley_neumann: approximate the Cayley transform by a series: faster, and not exactly orthogonal.
         num_cayley_neumann_terms: number of its terms.

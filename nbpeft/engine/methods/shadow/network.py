@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbpeft._util.hub_access import config_errors
 from nbpeft.engine.calls.model_calls import has_encoder
 from nbpeft.engine.config.prompt_config import WIDTHS
 from nbpeft.engine.contract.adapter import TaskType
@@ -178,6 +179,6 @@ def _saved(source: str) -> Recipe:
             own = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             network_class = type(AutoModel.from_config(own))  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError) as error:
+    except config_errors(KeyError) as error:
         raise unreadable(source, error) from None
     return Recipe(network_class, own, source, is_projected=is_projected)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nbpeft.engine.calls.model_calls import cache_argument, fills_cache, take_cache
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.initial_draws import repeated
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.model_adapter import HasSideNetwork, ModelAdapter
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -241,6 +242,10 @@ class ShadowNetwork(ModelAdapter, HasSideNetwork):
                 block: Any = self.get_submodule(path)
                 block.shadow_dropout = nn.Dropout(state["dropout"])
                 self.bind(rank=block.shadow_down.out_features)
+
+    @classmethod
+    def _repeat_draws(cls, config: Any, site: AdapterSite) -> None:
+        repeated(lambda: cls(config))
 
     @classmethod
     def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:

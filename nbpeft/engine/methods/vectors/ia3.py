@@ -29,7 +29,7 @@ from nbpeft.engine.contract.adapter import (
 )
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.combination import Combination, Member
-from nbpeft.engine.contract.initial_draws import normal_, skip
+from nbpeft.engine.contract.initial_draws import Always, normal_, skip
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -57,10 +57,11 @@ _USUAL: dict[str, tuple[str, str]] = {
 """Model types -> usual targets whose output is scaled, and those whose input is."""
 
 
-def _usual(model_type: str | None) -> tuple[list[str], list[str]] | None:
-    found = (names for types, names in _USUAL.items() if model_type in types.split())
-    outputs, inputs = next(found, (None, ""))
-    return None if outputs is None else ([*outputs.split(), *inputs.split()], inputs.split())
+_USUAL_TARGETS = {
+    name: [*outputs.split(), *inputs.split()] for types, (outputs, inputs) in _USUAL.items() for name in types.split()
+}
+USUAL_INPUTS = {name: inputs.split() for types, (_, inputs) in _USUAL.items() for name in types.split()}
+"""Model type -> the targets whose input is scaled by default; what scripts change here applies to new adapters."""
 
 
 @dataclass
@@ -107,14 +108,14 @@ class IA3Config(AdapterConfig):
     def fill_in(self, model_type: str | None) -> None:
         """Sets the usual ``feedforward_modules`` of a type of model if none are given."""
         if self.feedforward_modules is None:
-            usual = _usual(model_type)
+            usual = USUAL_INPUTS.get(model_type or "")
             if usual is None:
                 raise ConfigError(
                     "Please specify `feedforward_modules`: the targets whose input is scaled, [] for none; there is "
                     f"no default for model type {model_type!r}",
                     field="feedforward_modules",
                 )
-            self.feedforward_modules = set(usual[1])
+            self.feedforward_modules = set(usual)
         targets, inputs = self.target_modules, self.feedforward_modules
         if isinstance(targets, set) and isinstance(inputs, set) and not inputs <= targets:
             matcher = Matcher(inputs)  # files must name a subset of the targets, which may be whole paths
@@ -192,7 +193,7 @@ def _vector_of(path: str, member: Member) -> Tensor:
         paper="arXiv:2205.05638",
         summary=lambda config: {"vectors": _scaled(config)},
     ),
-    default_targets=lambda model_type: found[0] if (found := _usual(model_type)) else None,
+    default_targets=lambda model_type: _USUAL_TARGETS.get(model_type or ""),
     sample_configs={
         "output": {"feedforward_modules": []},
         "input": {"feedforward_modules": ["target"]},
@@ -224,8 +225,8 @@ class IA3(Adapter):
     def initial_tensors(cls, config: IA3Config, site: AdapterSite) -> Mapping[str, Tensor]:
         shape = site.shapes[VECTOR]
         if not config.init_ia3_weights:
-            return {VECTOR: site.new(shape, normal_)}
-        skip(normal_, site.device, shape)
+            return {VECTOR: site.new(shape, Always(normal_))}
+        skip(Always(normal_), site.device, shape)
         return {VECTOR: torch.ones(shape, device=site.device, dtype=site.dtype)}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nbpeft.engine.kernels.numerics import add_delta
+from nbpeft.engine.kernels.numerics import add_delta, onednn_multiplies
 from nbpeft.engine.layer_kinds.linear import Linear
-from nbpeft.engine.methods.lora.autograd import Dropout, KeepMask, adapted_linear, seeded_dropout
+from nbpeft.engine.methods.lora.autograd import Dropout, KeepMask, _pieces, adapted_linear, seeded_dropout
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 
 NONE = Dropout(0.0, False)
@@ -155,7 +156,7 @@ def test_autocast_computes_in_its_dtype_in_both_directions() -> None:
 @pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.9])
 def test_the_mask_keeps_the_right_share_everywhere(probability: float) -> None:
     keep = KeepMask(torch.Size([500, 401]), probability, torch.device("cpu"), 7)
-    mask = keep.again(torch.float32)
+    mask = keep.again().float()
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     assert abs(float(mask.mean()) - (1 - probability)) < 5 * (probability * (1 - probability) / mask.numel()) ** 0.5
     for lane in range(4):
@@ -248,3 +249,81 @@ def test_other_dtypes_trained_layers_and_autocast_take_the_layer_by_itself() -> 
     assert adapted_linear(x, weight.double(), None, (lora_A, lora_B, 1.0), NONE) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), NONE) is None
+
+
+ON_MANY_TOKENS = (512, 256)
+"""Tokens and width of an input in bfloat16 whose wide products are computed from pieces of the factors."""
+with_onednn = pytest.mark.skipif(not onednn_multiplies(torch.bfloat16), reason="this processor computes no bfloat16")
+
+
+def in_bfloat16(drop: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Dropout]:
+    """An input, a layer's weight and bias, all in bfloat16, and factors in float32."""
+    generator = torch.Generator().manual_seed(2)
+    tokens, width = ON_MANY_TOKENS
+    x, weight = (torch.randn(rows, width, generator=generator).bfloat16() for rows in (tokens, 192))
+    lora_A, lora_B = (torch.randn(shape, generator=generator) / 8 for shape in ((7, width), (192, 7)))
+    for learned in (x, lora_A, lora_B):
+        learned.requires_grad_()
+    return x, weight / 16, weight[:, 0].clone(), lora_A, lora_B, Dropout(drop, True)
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (3, 9)])
+def test_pieces_of_factors_have_their_product(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(size, generator=generator) for size in ((5, 3), shape))
+    dim = shape.index(3)
+    pieces = _pieces(left, right, torch.bfloat16, dim)
+    assert [one.dtype for one in pieces] == [torch.bfloat16] * 2
+    found, wanted, most = (
+        (one.double() @ (other if dim == 0 else other.T).double())
+        for one, other in (pieces, (left, right), (left.abs(), right.abs()))
+    )
+    assert ((found - wanted).abs() <= 2**-16 * most).all()
+
+
+@with_onednn
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_a_bfloat16_layer_is_added_to_from_pieces(probability: float) -> None:
+    """Only one element in hundreds, whose sum is almost between two values, is rounded to the other one."""
+    x, weight, bias, lora_A, lora_B, dropout = in_bfloat16(probability)
+    torch.manual_seed(3)
+    whole = adapted_linear(x, weight, bias, (lora_A, lora_B, 2.0), dropout)
+    assert whole is not None and whole.dtype == torch.bfloat16 and whole._base is None
+    torch.manual_seed(3)
+    frozen = F.linear(x, weight, bias)
+    apart = low_rank_linear(x, lora_A, lora_B, 2.0, dropout, frozen)
+    torch.manual_seed(3)
+    dropped = F.dropout(x.float(), probability)
+    wanted = (frozen.float() + plain(dropped, lora_A, lora_B, 2.0)).bfloat16()
+    upstream = torch.randn_like(whole)
+    for found in (whole, apart):
+        assert (found == wanted).float().mean() > 0.99
+        assert torch.allclose(found, wanted, rtol=2**-7, atol=2e-4)
+        gradients, right = (
+            torch.autograd.grad(one, (x, lora_A, lora_B), upstream, retain_graph=True) for one in (found, wanted)
+        )
+        for gradient, other in zip(gradients, right, strict=True):
+            rtol = 2**-6 if gradient.dtype == torch.bfloat16 else 1e-5
+            assert gradient.dtype == other.dtype
+            assert torch.allclose(gradient, other, rtol=rtol, atol=rtol * float(other.detach().abs().max()))
+    assert torch.equal(whole, apart)
+
+
+@with_onednn
+def test_an_adapter_of_zeros_changes_no_bit_in_bfloat16() -> None:
+    x, weight, bias, lora_A, lora_B, dropout = in_bfloat16()
+    output = adapted_linear(x, weight, bias, (lora_A, torch.zeros_like(lora_B), 2.0), dropout)
+    assert output is not None and torch.equal(output, F.linear(x, weight, bias))
+
+
+@with_onednn
+def test_pieces_are_for_many_tokens_and_where_bfloat16_is_multiplied_fast() -> None:
+    x, weight, _, lora_A, lora_B, dropout = in_bfloat16()
+    factors = (lora_A, lora_B, 2.0)
+    assert adapted_linear(x, weight, None, factors, dropout) is not None
+    assert adapted_linear(x[1:], weight, None, factors, dropout) is None
+    assert adapted_linear(x, weight, None, (lora_A.bfloat16(), lora_B.bfloat16(), 2.0), dropout) is None
+    assert adapted_linear(x, weight, None, (lora_A, lora_B.bfloat16(), 2.0), dropout) is None
+    assert adapted_linear(x.half(), weight.half(), None, factors, dropout) is None
+    with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
+        assert adapted_linear(x, weight, None, factors, dropout) is None

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nbpeft.engine.kernels.numerics import onednn_multiplies
 from tests.benchmarks.harness import OURS, PEFT, quiet
 from tests.benchmarks.models import adapted, layers
 
-TOKENS, WIDTH = 24, 64
+TOKENS, WIDTH = 512, 256
+"""Of a bfloat16 input of this size, wide products are computed from pieces of the factors."""
 _OVERWRITE = ("copy_", "bernoulli_", "fill_", "zero_")
 """Operations in place that do not read the tensor that they change."""
 
@@ -50,22 +52,25 @@ def traffic(model: nn.Module, dtype: torch.dtype) -> int:
     return counted.bytes
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dropout", "most"),
-    [
-        (torch.float32, 0.0, 0.5),
-        # Inputs are cast again in backward; the product and the output of the layer are added in float32.
-        (torch.bfloat16, 0.0, 0.82),
-        # The mask is saved as bits, which takes additional operations.
-        (torch.float32, 0.1, 0.82),
-        (torch.bfloat16, 0.1, 0.73),
-    ],
-)
-def test_a_lora_layer_moves_fewer_bytes_than_pefts(dtype: torch.dtype, dropout: float, most: float) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_layer_moves_at_most_six_tenths_of_pefts_bytes(dtype: torch.dtype, dropout: float) -> None:
+    """0.50 in float32 and 0.49 in bfloat16; with dropout 0.60 and 0.57.
+
+    Of the 60 bytes an element in float32 with dropout, 1 is to draw the mask, 27 to multiply x, in both directions, and
+    its gradient by it, 20 are read or written by five thin products, and 12 to add to the frozen layer's products. This
+    is the minimum unless the masked x is stored, which takes the memory that the low-rank function is there to save.
+
+    Not counted, as in PEFT: a CPU casts one operand of a product of two dtypes. Nor that the bits of a mask are packed
+    and unpacked as words of 64, another 6 bytes an element.
+    """
+    if dtype == torch.bfloat16 and not onednn_multiplies(dtype):
+        pytest.skip("this processor computes no bfloat16")
+
     def added(name: str) -> int:
         return traffic(adapted(name, layers(WIDTH, dtype), lora_dropout=dropout), dtype) - frozen
 
     frozen = traffic(layers(WIDTH, dtype), dtype)
     assert frozen == 4 * TOKENS * WIDTH * dtype.itemsize, "an input and an output in each direction"
     with quiet():
-        assert added(OURS) <= most * added(PEFT)
+        assert added(OURS) <= 0.6 * added(PEFT)

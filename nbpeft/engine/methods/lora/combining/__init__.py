@@ -15,7 +15,6 @@ from __future__ import annotations
 from nbpeft.engine.contract.combination import Loss
 from nbpeft.engine.methods.lora.combining.adapters import combine_low_rank
 from nbpeft.engine.methods.lora.combining.config import combined_config
-from nbpeft.engine.methods.lora.combining.draws import skip_initial_draws
 from nbpeft.engine.methods.lora.combining.factors import Factors
 from nbpeft.engine.methods.lora.combining.layers import CombinedFactors, CombinedLayer, combine
 from nbpeft.engine.methods.lora.combining.recipe import Recipe
@@ -29,5 +28,4 @@ __all__ = [
     "combine",
     "combine_low_rank",
     "combined_config",
-    "skip_initial_draws",
 ]

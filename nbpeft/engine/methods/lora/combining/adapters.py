@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbpeft.engine.contract.adapter import Adapter
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.combination import Combination, Member
+from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.combining.config import combined_config
-from nbpeft.engine.methods.lora.combining.draws import skip_initial_draws
 from nbpeft.engine.methods.lora.combining.factors import Factors
 from nbpeft.engine.methods.lora.combining.layers import CombinedLayer, combine
 from nbpeft.engine.methods.lora.combining.recipe import Recipe, settings_for
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
 from nbpeft.names import COMBINATION_TYPES
@@ -49,8 +52,8 @@ class CombineLowRank:
             path: {name: _factors(name, member) for name, member in members.items()} for path, members in layers.items()
         }
         kinds = {path: next(iter(members.values())).base.kind for path, members in layers.items() if members}
-        if recipe.draws and len(adapters) > 1:
-            _skip_draws(factors, kinds, configs[0], recipe)
+        with suppress(ConfigError):  # where PEFT could not initialize it
+            _skip_draws(layers, configs, recipe, len(adapters))
         combined = combine(factors, adapters, weights, recipe)
         tensors = {path: _tensors(kinds[path], layer) for path, layer in combined.layers.items()}
         # Only ``exact`` uses DoRA's row scales.
@@ -65,7 +68,7 @@ class CombineLowRank:
                 adapter.set_row_scale_(row_scale, base)
 
         config = combined_config(configs, combined)
-        return Combination(config, tensors, combined.recipe.combination_type, losses, finish)
+        return Combination(config, tensors, combined.recipe.combination_type, losses, finish, has_drawn=True)
 
 
 combine_low_rank = CombineLowRank()
@@ -101,18 +104,20 @@ def _factors(name: str, member: Member) -> Factors:
 
 
 def _skip_draws(
-    factors: Mapping[str, Mapping[str, Factors]], kinds: Mapping[str, Any], first: Any, recipe: Recipe
+    layers: Mapping[str, Mapping[str, Member]], configs: Sequence[LoraConfig], recipe: Recipe, count: int
 ) -> None:
-    """For random rules, repeats the draws with which PEFT initializes the new adapter before combining."""
-    having = {path: next(iter(named.values())) for path, named in factors.items() if named}
-    largest = max((part.rank for named in factors.values() for part in named.values()), default=0)
-    rank = (recipe.svd_rank if recipe.on_deltas else None) or largest
-    shapes = [
-        ((rank, *part.lora_A.shape[1:]), (part.lora_B.shape[0], rank // part.groups, *part.lora_B.shape[2:]))
-        for part in having.values()
-    ]
-    lookups = [kinds[path].takes_ids for path in having]
-    skip_initial_draws(shapes, lookups=lookups, init=first.init_lora_weights, lora_bias=first.lora_bias)
+    """Draws as PEFT does, which initializes the new adapter before combining."""
+    ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
+    rank = sum(ranks) if recipe.combination_type == "cat" and count > 1 else max(ranks)
+    rank = recipe.svd_rank or rank if recipe.combination_type.endswith("svd") else rank
+    new, draws = configs[0].copy(r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}), Draws(always=False)
+    for path, members in layers.items():
+        for member in list(members.values())[:1]:
+            made_by, base = type(member.adapter), member.base
+            shapes = made_by.parameter_shapes(new, path, base.module, base.kind)
+            site = AdapterSite(path, base, shapes, torch.float32)
+            draws.repeat((made_by, base.kind, *shapes.items()), partial(made_by._repeat_draws, new, site))
+    draws.make()
 
 
 def _is_transposed(base: BaseLayer) -> bool:

@@ -45,7 +45,7 @@ from nbpeft.engine.contract.adapter import (
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.bindable import axis_size
-from nbpeft.engine.contract.initial_draws import normal_, skip
+from nbpeft.engine.contract.initial_draws import Always, normal_, skip
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -336,6 +336,15 @@ def _places(config: AdaLoraConfig, path: str, rank: int) -> list[bool]:
     return list(left) if len(left) > rank == sum(left) else []
 
 
+def _trained_name(configs: Mapping[str, Any]) -> str:
+    """The name of the first AdaLoRA adapter that is trained."""
+    found = (name for name, one in configs.items() if isinstance(one, AdaLoraConfig) and not one.inference_mode)
+    name = next(found, None)
+    if name is None:
+        raise AttributeError("no AdaLoRA adapter is trained, so there is no trainable_adapter_name")
+    return name
+
+
 def _distance(matrix: Tensor) -> Tensor:
     """``‖M Mᵀ - I‖`` of a matrix (r, n), a scalar."""
     identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
@@ -377,6 +386,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         layer_prefix="SVD",
         constants=(_RANK,),
         model_functions={"update_and_allocate": update_and_allocate},
+        model_attributes={"trainable_adapter_name": lambda tuner: _trained_name(tuner.manager.configs)},
         attributes={"r": "rank", "lora_alpha": "alpha"},
         mappings=(_A, _B, _E, "lora_embedding_A", "lora_embedding_B"),
         modules=("lora_dropout",),
@@ -401,8 +411,8 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
     @classmethod
     def initial_tensors(cls, config: AdaLoraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         """Random A and B, and E zero or random, in the order of PEFT's draws."""
-        made = {name: site.new(site.shapes[name], normal_) for name in (_A, _E, _B)}
-        skip(normal_, site.device, (1,))  # a number for the rank
+        made = {name: site.new(site.shapes[name], Always(normal_)) for name in (_A, _E, _B)}
+        skip(Always(normal_), site.device, (1,))  # a number for the rank
         if config.init_lora_weights:
             made[_E].zero_()
             made |= {name: site.new(site.shapes[name], partial(normal_, std=_DEVIATION)) for name in (_A, _B)}

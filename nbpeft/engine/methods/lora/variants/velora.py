@@ -13,7 +13,7 @@ are exact. v is the mean group of the batch, of the first batch, or random. Merg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape
+from nbpeft.engine.contract.initial_draws import Always, drawn, normal_, skip
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import add_delta, compute_dtype
@@ -91,13 +92,20 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         assert config.velora_config is not None
         return {DIRECTION: ((-(-shapes["lora_A"][1] // config.velora_config.num_groups),), torch.float32)}
 
+    @classmethod
+    def _repeat_draws(cls, config: LoraConfig, site: AdapterSite) -> None:
+        super()._repeat_draws(config, site)
+        if config.velora_config is not None and config.velora_config.init_type == "random":
+            shape, _ = cls.fixed_tensors(config, site.shapes, site.base.module, site.base.kind)[DIRECTION]
+            skip(Always(normal_), site.device, shape)
+
     def prepare(self, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         """The direction, which may be loaded; until it is found it is zero."""
         is_random, direction = self.settings.init_type == "random", tensors.get(DIRECTION)
         if direction is None:
             (shape, dtype) = self.fixed_tensors(config, site.shapes, site.base.module, site.base.kind)[DIRECTION]
-            make: Callable[..., Tensor] = torch.randn if is_random else torch.zeros
-            direction = make(shape, device=site.base.device, dtype=dtype)
+            fill = Always(normal_) if is_random else Tensor.zero_
+            direction = drawn(shape, fill, site.base.device, dtype)
             direction = normalised(direction) if is_random else direction
         self.register_buffer(DIRECTION, direction)
         self.bind(is_found=is_random or (not direction.is_meta and bool(direction.any())))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -27,6 +28,7 @@ from nbpeft.engine.calls.first_pass import NeedsFirstPass
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HasInnerAdapters, HotSwaps, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
+from nbpeft.engine.contract.initial_draws import skip_linear
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -74,6 +76,10 @@ class XLoraState(SharedState, NeedsFirstPass):
         with torch.device("meta"):
             made = XLoraClassifier(config, len(config.experts), len(features))
         return {f"{CLASSIFIER}.{name}": tuple(one.shape) for name, one in made.named_parameters()}
+
+    @classmethod
+    def _repeat_draws(cls, config: XLoraConfig, site: SharedSite) -> None:
+        skip_linear(site.device, *site.shapes.values())
 
     @classmethod
     def create(cls, config: XLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
@@ -158,7 +164,7 @@ def _unpacked(config: XLoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 def _parts(manager: Any, name: str) -> dict[str, tuple[LoraConfig, dict[str, dict[str, Tensor]]]]:
     """Config and tensors of the adapters as they are now, by index."""
-    layers = {path: layer.adapter(name) for path, layer in manager.layers.items() if name in layer.adapters._modules}
+    layers = {path: layer.adapter(name) for path, layer in manager.layers_with(name).items()}
     return {
         str(number): (
             expert.config.copy(inference_mode=True),
@@ -298,6 +304,12 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
             for number, expert in enumerate(config.experts)
             for name, shape in expert.shapes.get(path, {}).items()
         }
+
+    @classmethod
+    def _repeat_draws(cls, config: XLoraConfig, site: AdapterSite) -> None:
+        for expert in config.experts:
+            if site.path in expert.shapes:
+                LoRA._repeat_draws(expert.config, replace(site, shapes=expert.shapes[site.path], shared=None))
 
     @classmethod
     def create(cls, config: XLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:

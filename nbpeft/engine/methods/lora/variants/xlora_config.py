@@ -152,7 +152,7 @@ class XLoraConfig(AdapterConfig):
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         width = getattr(text, "hidden_size", None) or self.hidden_size
         if not isinstance(width, int):
-            raise ConfigError(f"{type(model).__name__} does not say its hidden_size: give it", field="hidden_size")
+            raise ConfigError(f"{type(model).__name__} does not state its hidden_size: set it", field="hidden_size")
         if self.hidden_size not in (None, width):
             raise ConfigError(
                 f"hidden_size = {self.hidden_size}, but the hidden states of {type(model).__name__} have {width} "

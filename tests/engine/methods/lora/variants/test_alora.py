@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.calls.model_calls import cache_argument
 from nbpeft.engine.methods.lora.variants.alora import invocation_starts
 from nbpeft.engine.runtime.method_hooks import in_call
 from nbpeft.errors import AdapterError, ConfigError, MergeError
@@ -119,9 +120,10 @@ def test_what_the_base_has_cached_of_a_prompt_serves_the_adapter() -> None:
     model = invoked(base)
     with torch.no_grad():
         expected = model(input_ids=ids).logits[:, 1:]
+        name = cache_argument(base)
         with model.disable_adapter():
-            cache = model(input_ids=ids[:, :1], use_cache=True).cache
-        assert torch.allclose(model(input_ids=ids[:, 1:], cache=cache).logits, expected, atol=1e-5)
+            cache = model(input_ids=ids[:, :1], use_cache=True)[name]
+        assert torch.allclose(model(input_ids=ids[:, 1:], **{name: cache}).logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -7,6 +7,8 @@
     config._register_custom_module({nn.LSTM: LSTMWithLoRA})
 
 ``isinstance`` is also true for the layers that the engine adapts, although they do not derive from these classes.
+LoRA is the only method for which PEFT has custom layers, so this is the only file outside of ``engine.methods`` that
+names tensors of a method.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from torch import Tensor, nn
 from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import ConfigError, MergeError, PeftWarning, UnknownAdapterError
 from nbpeft.peft_layers.classes import LayerType, refuse_pickle_of_peft
+from nbpeft.peft_layers.replaced import own_forward
 
 
 class LoraLayer(metaclass=LayerType):
@@ -234,6 +238,9 @@ class LoraLayer(metaclass=LayerType):
             by_adapter = getattr(self, attribute)
             if adapter_name in by_adapter:
                 del by_adapter[adapter_name]
+        if adapter_name in self.active_adapters:
+            left = [name for name in self.active_adapters if name != adapter_name]
+            self.set_adapter(left or list(self.lora_A)[:1])
 
     def _trained_scaling(self, adapter: str) -> float:
         rank = self.r[adapter]
@@ -328,6 +335,8 @@ class Linear(nn.Module, LoraLayer):
         Returns:
             (…, out).
         """
+        if isinstance(cast(object, self), AdaptedLayer):  # called by a function that a script put in its place
+            return own_forward(self, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         output: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:

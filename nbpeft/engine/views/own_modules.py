@@ -12,59 +12,59 @@ from nbpeft.engine.contract.shared_state import SharedState
 from nbpeft.engine.views.part_modules import AdapterDict, BufferMapping
 from nbpeft.errors import AdapterError
 
-Holders = Mapping[str, dict[str, Any]]
+Owners = Mapping[str, dict[str, Any]]
 """Adapter name -> the ``_modules`` that contain its module."""
 
 
-class _Held(dict[str, Any]):
+class _Modules(dict[str, Any]):
     """The modules of a name; assigning one replaces the adapter's."""
 
     def __setitem__(self, name: str, module: Any) -> None:
-        holders, own = self.__dict__.get("held", ({name: {}}, ""))  # missing while unpickling
-        if name not in holders:
+        owners, own = self.__dict__.get("owners", ({name: {}}, ""))  # missing while unpickling
+        if name not in owners:
             raise AdapterError(f"there is no adapter {name!r} with this module: add it with add_adapter() first")
-        holders[name][own] = module
+        owners[name][own] = module
         super().__setitem__(name, module)
 
     def __delitem__(self, name: str) -> None:
         raise AdapterError(f"a part of adapter {name!r} cannot be deleted: use delete_adapter() to remove the adapter")
 
 
-class HeldModules(AdapterDict):
+class OwnModules(AdapterDict):
     """Modules of adapters by adapter name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["_modules"] = _Held()
+        self.__dict__["_modules"] = _Modules()
 
-    def hold(self, holders: Holders, own: str) -> None:
+    def set_owners(self, owners: Owners, own: str) -> None:
         """Sets the modules that are shown.
 
         Args:
-            holders: adapter name -> the ``_modules`` that contain its module.
+            owners: adapter name -> the ``_modules`` that contain its module.
             own: name of the module there.
         """
-        held: Any = self._modules
-        held.__dict__["held"] = (holders, own)
-        _update(held, {name: modules[own] for name, modules in holders.items()})
+        modules: Any = self._modules
+        modules.__dict__["owners"] = (owners, own)
+        _update(modules, {name: modules[own] for name, modules in owners.items()})
 
 
-class HeldBuffers(AdapterDict):
+class OwnBuffers(AdapterDict):
     """Buffers of the states that layers share: name of the buffer -> adapter name -> buffer."""
 
-    def hold(self, states: Mapping[str, SharedState], own: str) -> None:
+    def set_states(self, states: Mapping[str, SharedState], own: str) -> None:
         """Sets the buffers that are shown.
 
         Args:
             states: adapter name -> the state that its layers share.
             own: name of the module in the states that has the buffers.
         """
-        holders: dict[str, Any] = {name: state._modules[own] for name, state in states.items()}
-        keys = dict.fromkeys(key for module in holders.values() for key in module._buffers)
+        owners: dict[str, Any] = {name: state._modules[own] for name, state in states.items()}
+        keys = dict.fromkeys(key for module in owners.values() for key in module._buffers)
         former: dict[str, Any] = dict(self._modules)
         mappings: dict[str, BufferMapping] = {key: former.get(key) or BufferMapping() for key in keys}
         for key, mapping in mappings.items():
-            mapping.show(holders, key)
+            mapping.show(owners, key)
         _update(self._modules, mappings)
 
 
@@ -75,15 +75,15 @@ def _update(shown: dict[str, Any], modules: Mapping[str, Any]) -> None:
         shown.update(modules)
 
 
-def hold_all(shown: dict[str, Any], holders: Mapping[str, Holders]) -> None:
+def show_all(shown: dict[str, Any], owners: Mapping[str, Owners]) -> None:
     """Updates the modules of adapters in a place of the tree; those of absent adapters become empty.
 
     Args:
         shown: ``_modules`` of the place, changed in place.
-        holders: name of the modules -> ``Holders``.
+        owners: name of the modules -> ``Owners``.
     """
-    present = {own for own, module in shown.items() if isinstance(module, HeldModules)}
-    for own in dict.fromkeys((*holders, *present)):
+    present = {own for own, module in shown.items() if isinstance(module, OwnModules)}
+    for own in dict.fromkeys((*owners, *present)):
         if own not in present:
-            shown[own] = HeldModules()
-        shown[own].hold(holders.get(own, {}), own)
+            shown[own] = OwnModules()
+        shown[own].set_owners(owners.get(own, {}), own)
