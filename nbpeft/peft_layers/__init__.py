@@ -11,14 +11,15 @@ Door, what other rooms import:
 
 Inside:
 
-    blocks.py    PEFT's attributes and methods of blocks whose input a side network changes
-    commands.py  PEFT's commands on a single layer or module: ``layer.set_adapter("default")``
-    configs.py   PEFT's attributes and methods of configs: ``config.is_prompt_learning``, ``config.from_peft_type(…)``
-    copies.py    PEFT's attributes and methods of modules that are trained as a whole (``modules_to_save``)
+    blocks.py       PEFT's attributes and methods of blocks whose input a side network changes
+    commands.py     PEFT's commands on a single layer or module: ``layer.set_adapter("default")``
+    configs.py      PEFT's attributes and methods of configs: ``config.is_prompt_learning``,
+                    ``config.from_peft_type(…)``
+    copies.py       PEFT's attributes and methods of modules that are trained as a whole (``modules_to_save``)
     layer_types.py  Classes of adapted layers that are called as in PEFT: ``type(layer).__name__`` is ``Linear``
-    layers.py    PEFT's attributes and methods of adapted layers: ``layer.scaling``, ``layer.merge()``
-    models.py    PEFT's attributes of adapted base models: ``model.peft_config``
-    replaced.py  What scripts put on PEFT's layer classes: a ``forward`` is called, and what nothing calls is named
+    layers.py       PEFT's attributes and methods of adapted layers: ``layer.scaling``, ``layer.merge()``
+    models.py       PEFT's attributes of adapted base models: ``model.peft_config``
+    replaced.py     What scripts put on PEFT's layer classes: a ``forward`` is called, and what nothing calls is named
 """
 
 from nbpeft.peft_layers import blocks, commands, configs, copies, layer_types, layers, models

@@ -6,12 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.engine.contract.registry import Method
 from nbpeft.engine.methods.shadow.token_network import TokenNetwork
 from nbpeft.engine.wrappers.block import AdaptedBlock
 from nbpeft.engine.wrappers.extension import add_attributes
 from nbpeft.peft_layers.classes import refuse_pickle_of_peft
-from nbpeft.peft_layers.layer_types import layer_type_called
 
 
 class PeftBlock(AdaptedBlock):
@@ -25,11 +23,6 @@ class PeftBlock(AdaptedBlock):
         if "layer" not in state:
             refuse_pickle_of_peft(self, state)
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def class_for(cls, method: Method) -> type[Any]:
-        """Returns the class for a block with a first adapter of a method, which has PEFT's name."""
-        return layer_type_called(cls, method.peft.layer)
 
     def get_base_layer(self) -> nn.Module:
         """Returns the frozen block."""

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from nbpeft.engine.changes.active_state import LayerState
 from nbpeft.engine.contract.adapter import Adapter, Rescales, TransformsInput, delta_of, source_of, unconvertible_reason
-from nbpeft.engine.contract.base import Backend, BaseLayer, LayerKind
-from nbpeft.engine.contract.registry import Method, backend_named, method_of_adapter
+from nbpeft.engine.contract.base import Backend, BaseLayer
+from nbpeft.engine.contract.registry import backend_named, method_of_adapter
 from nbpeft.engine.views.layer_attributes import PerAdapterView
 from nbpeft.engine.wrappers.extension import add_attributes
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
 from nbpeft.errors import UnknownAdapterError, did_you_mean
 from nbpeft.peft_layers.commands import one_or_all
-from nbpeft.peft_layers.layer_types import layer_type_called
+from nbpeft.peft_layers.layer_types import title_of
 
 _scalings: WeakKeyDictionary[nn.Module, PerAdapterView] = WeakKeyDictionary()
 """Layer -> its last ``scaling`` view; not stored on the layer, which may be copied and pickled."""
@@ -265,12 +265,7 @@ class PeftLayer(AdaptedLayer):
     @property
     def adapted_as(self) -> str:
         """PEFT's class name for this layer, such as ``lora.Linear`` or ``lora.Linear4bit``."""
-        return _title(self._methods(), self.base.kind, self.base.backend)
-
-    @classmethod
-    def class_for(cls, method: Method, kind: LayerKind, backend: Backend) -> type[Any]:
-        """Returns the class for a layer with a first adapter of a method, which has PEFT's name."""
-        return layer_type_called(cls, _title([method], kind, backend))
+        return title_of(self._methods(), self.base.kind, self.base.backend)
 
     def _get_name(self) -> str:
         return self.adapted_as
@@ -329,14 +324,6 @@ class PeftParameter(AdaptedParameter):
     def extra_repr(self) -> str:
         """Returns the parameter's name and the settings of the layer."""
         return ", ".join(filter(None, (f"parameter_name={self.parameter_name!r}", AdaptedLayer.extra_repr(self))))
-
-
-def _title(methods: Sequence[Method], kind: LayerKind, backend: Backend) -> str:
-    """Returns PEFT's package and class of a layer with adapters of some methods: ``lora.Linear``."""
-    own = sorted({method.peft_type.lower() for method in methods if not method.peft.layer})
-    layer = backend.peft_name or kind.peft_name
-    prefix = methods[0].peft.layer_prefix if len(own) == 1 else ""
-    return f"{'/'.join(own)}.{prefix}{layer}" if own or not methods else methods[0].peft.layer
 
 
 def _mapping_names(adapter: Adapter) -> tuple[str, ...]:

@@ -19,9 +19,9 @@ from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.loss_terms import share_of_batch
 from nbpeft.engine.contract.model_adapter import HasSideNetwork
-from nbpeft.engine.contract.registry import method_of_adapter
 from nbpeft.engine.tree.model_tree import walk
 from nbpeft.engine.wrappers.block import AdaptedBlock
+from nbpeft.engine.wrappers.extension import class_of_wrapper
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError
 
@@ -240,14 +240,13 @@ def put_side_network(model: nn.Module, layer: AdaptedLayer, change: Transaction)
         layer: its adapted input embedding.
         change: records the hooks of the modules.
     """
-    networks = [one for one in layer.adapters._modules.values() if isinstance(one, HasSideNetwork)]
-    method = next(filter(None, map(method_of_adapter, networks)), None)
-    if method is None:
+    networks = [adapter for adapter in layer.adapters._modules.values() if isinstance(adapter, HasSideNetwork)]
+    if not networks:
         return
+    wrapper = class_of_wrapper(AdaptedBlock, type(networks[0]))  # type: ignore[arg-type]
     put_before_calls(model, _SideCall(layer), change, _OwnLoss(layer))
     put_at_places(model, layer, HasSideNetwork, change, before=_BeforeBlock, after=_AfterBlock)
     for site in [*walk(model)]:
         is_wrapped = isinstance(site.parent._modules[site.attribute], AdaptedBlock)
         if _has_side_network(site.module) and not is_wrapped:
-            block = AdaptedBlock.class_for(method)(site.module, layer, site.path)
-            change.set_item(site.parent._modules, site.attribute, block)
+            change.set_item(site.parent._modules, site.attribute, wrapper(site.module, layer, site.path))

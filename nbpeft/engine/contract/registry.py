@@ -222,7 +222,12 @@ def method_of(config: AdapterConfig) -> Method:
 
 def method_of_adapter(adapter: Adapter) -> Method | None:
     """The method of an adapter, which is that of the nearest registered class among its bases; None without one."""
-    for cls in type(adapter).__mro__:
+    return method_of_class(type(adapter))
+
+
+def method_of_class(adapter_class: type[Adapter]) -> Method | None:
+    """The method of a class of adapters; None without one."""
+    for cls in adapter_class.__mro__:
         for method in _methods:
             if cls in (method.adapter_class, *method.kinds.classes.values()):
                 return method

@@ -36,6 +36,7 @@ from nbpeft.engine.tree.model_tree import Site, says_untied, site_at
 from nbpeft.engine.wrappers import fake_quant
 from nbpeft.engine.wrappers.block import AdaptedBlock
 from nbpeft.engine.wrappers.composite_layer import AdaptedComposite
+from nbpeft.engine.wrappers.extension import class_of_wrapper
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter, wrappers_of
@@ -208,23 +209,22 @@ def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: Active
     if target.adapter_class is CustomAdapter:
         fits = isinstance(wrapper, CustomLayer) and type(wrapper.custom) is target.config.layer_class
         return wrapper if fits else CustomLayer(site.module, active_state)  # type: ignore[return-value]
-    kind, backend, method = layer_kind_named(target.kind), backend_named(target.backend), method_of(target.config)
+    kind, backend = layer_kind_named(target.kind), backend_named(target.backend)
     if isinstance(kind, Composite):
         if isinstance(wrapper, AdaptedComposite):
             return wrapper
-        composite = AdaptedComposite.class_for(method, kind, backend)
+        composite = class_of_wrapper(AdaptedComposite, target.adapter_class, kind, backend)
         return composite(site.module, target.parameter, kind, backend, active_state)
     if target.parameter:
         wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(wrapper)}
         alike = wrappers.keys() == {other.parameter for other in plan.targets if other.module_path == site.path}
-        own = wrappers.get(target.parameter) if alike else None
-        if own is not None:
-            return own
-        owner = AdaptedParameter.class_for(method, kind, backend)
+        if alike and target.parameter in wrappers:
+            return wrappers[target.parameter]
+        owner = class_of_wrapper(AdaptedParameter, target.adapter_class, kind, backend)
         return owner(site.module, target.parameter, kind, backend, active_state)
     if isinstance(wrapper, AdaptedLayer) and not isinstance(wrapper, CustomLayer):
         return wrapper
-    return AdaptedLayer.class_for(method, kind, backend)(site.module, kind, backend, active_state)
+    return class_of_wrapper(AdaptedLayer, target.adapter_class, kind, backend)(site.module, kind, backend, active_state)
 
 
 def shared_state(

@@ -7,7 +7,7 @@ which they compute (``calls.side_network``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
@@ -38,11 +38,6 @@ class AdaptedBlock(Wrapper):
         self.__dict__["_modules"]["base_layer"] = base_layer
         self.__dict__.update(layer=layer, path=path, training=base_layer.training)
         self.show_adapters()
-
-    @classmethod
-    def class_for(cls, method: Method) -> type[Self]:
-        """The class of a wrapper whose first adapter is of a method; rooms above the engine choose a subclass."""
-        return cls
 
     @property
     def active_state(self) -> ActiveState | LayerState:  # type: ignore[override]

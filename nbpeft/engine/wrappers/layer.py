@@ -97,11 +97,6 @@ class AdaptedLayer(Wrapper):
             parts_listed_apart=False,
         )
 
-    @classmethod
-    def class_for(cls, method: Method, kind: LayerKind, backend: Backend) -> type[Self]:
-        """The class of a wrapper whose first adapter is of a method; rooms above the engine choose a subclass."""
-        return cls
-
     kind: LayerKind
     backend: Backend
     base: BaseLayer
