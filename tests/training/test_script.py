@@ -142,8 +142,8 @@ def test_rows_of_the_notebook_are_written_as_they_are(folder: Path) -> None:
     assert "tokenizer = transformers.AutoTokenizer.from_pretrained(str(HERE / BASE))" in text
     assert files.notes == (
         "2 of 6 rows were truncated to the maximum length; columns not used: 'number'",
-        "1 of the 3 held-out rows is also trained on (2 of 6 rows are repeats): groups by 'messages' (eval_by) keep "
-        "equal rows together",
+        "1 of the 3 held-out rows is also trained on (2 of 6 rows are repeats): eval_by='messages' keeps equal rows "
+        "together",
     )
     pairs = [("a b", "c"), ("d", "e f")]
     files = export_script(loaded(folder), folder / "t.py", pairs, tokenizer=tokenizer)

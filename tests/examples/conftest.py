@@ -1,1 +1,0 @@
-from tests.magics.conftest import bare as bare
