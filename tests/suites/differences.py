@@ -44,7 +44,7 @@ WHY = {
     "lora_variants": "variants are no classes on layers; beams with aLoRA work",
     "lorafa": "a patched function",
     "low_level_api": "methods that share state are injected without a handle",
-    "mixed": "layers of all methods have one class",
+    "mixed": "two adapters on a layer are one layer here",
     "multitask_prompt_tuning": "one task needs no `task_ids`",
     "osf": "unmerging OSF",
     "pvera": "each adapter has its own projections, of any seed",
