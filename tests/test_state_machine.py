@@ -197,7 +197,7 @@ class AdapterMachine(RuleBasedStateMachine):
     def activate(self, data: st.DataObject) -> None:
         names = self.pick_some(data) if self.adapters else []
         if not names or self.expected.several_heads(names):
-            with pytest.raises(AdapterError, match=rf"no adapter named|{ONE_COPY}"):
+            with pytest.raises(AdapterError, match=rf"no adapter to activate was named|{ONE_COPY}"):
                 self.tried(self.manager.activate)(names)
             return
         self.tried(self.manager.activate)(names)
