@@ -255,7 +255,7 @@ class Transaction:
         for start in range(0, len(tensors), _EXCHANGED_AT_ONCE):
             block, new = (list(each[start : start + _EXCHANGED_AT_ONCE]) for each in (tensors, others))
             old = [tensor.clone() for tensor in block]
-            # In place of the copies only when the others have all old values: an error may come before.
+            # An error may come before the others have all old values; until then the copies restore them.
             self._undo.append(functools.partial(torch._foreach_copy_, block, old))
             torch._foreach_copy_(block, new)
             torch._foreach_copy_(new, old)

@@ -6,7 +6,7 @@ which they compute (``calls.side_network``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -17,10 +17,10 @@ from nbpeft.engine.contract.registry import Method, method_of_adapter
 from nbpeft.engine.views.layer_attributes import by_name
 from nbpeft.engine.views.own_modules import show_all
 from nbpeft.engine.wrappers.layer import AdaptedLayer
-from nbpeft.engine.wrappers.wrapper import Wrapper
+from nbpeft.engine.wrappers.wrapper import ShowsAdapters
 
 
-class AdaptedBlock(Wrapper):
+class AdaptedBlock(ShowsAdapters):
     """A frozen block. Attributes that the wrapper lacks, except private ones, are read from the block.
 
     Attributes:
@@ -67,37 +67,11 @@ class AdaptedBlock(Wrapper):
         return self.base_layer(*args, **kwargs)
 
     def show_adapters(self) -> None:
-        """Updates the submodules that show the adapters after these have changed."""
         holders: dict[str, dict[str, dict[str, Any]]] = {}
         for name, block in self._named().items():
             for own in block._modules:
                 holders.setdefault(own, {})[name] = block._modules
         show_all(self._modules, holders)
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """With the modules of adapters; see ``nn.Module``."""
-        self.show_adapters()
-        yield from super().named_modules(memo, prefix, remove_duplicate)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """With the modules of adapters; see ``nn.Module``."""
-        self.show_adapters()
-        yield from super().named_children()
-
-    def __repr__(self) -> str:
-        self.show_adapters()
-        return super().__repr__()
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """With the modules of adapters; see ``nn.Module``."""
-        self.show_adapters()
-        return super().state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.show_adapters()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         modules: dict[str, Any] = self.__dict__.get("_modules", {})

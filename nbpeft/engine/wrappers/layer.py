@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -37,7 +37,7 @@ from nbpeft.engine.views.shown_modules import show_adapters, shown_under, unfill
 from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
 from nbpeft.engine.wrappers.merge_checks import unmergeable_reason
 from nbpeft.engine.wrappers.mixed_batch import mixed_output
-from nbpeft.engine.wrappers.wrapper import Wrapper
+from nbpeft.engine.wrappers.wrapper import ShowsAdapters
 from nbpeft.errors import AdapterError, MergeError
 
 
@@ -60,7 +60,7 @@ class WeightBackup:
     frozen: WeightBackup | None
 
 
-class AdaptedLayer(Wrapper):
+class AdaptedLayer(ShowsAdapters):
     """A frozen layer and its named adapters.
 
     The output is that of the base layer plus the deltas of the active adapters. Each delta is computed with the
@@ -552,27 +552,11 @@ class AdaptedLayer(Wrapper):
         networks = self.parts_listed_apart and all(isinstance(one, HasSideNetwork) for one in adapters)
         return bool(adapters) and (prompts or networks)
 
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """With the adapters under their declared names; see ``nn.Module``."""
-        self.show_adapters()
-        yield from super().named_modules(memo, prefix, remove_duplicate)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """With the adapters under their declared names; see ``nn.Module``."""
-        self.show_adapters()
-        yield from super().named_children()
-
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # The adapters are no submodules themselves, so ``.to()`` would not reach them.
         for child in (*self._modules.values(), self.adapters) if recurse else ():
             child._apply(fn)  # type: ignore[union-attr]
         return super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
-
-    def __repr__(self) -> str:
-        self.show_adapters()
-        return super().__repr__()
 
     def called_children(self) -> tuple[nn.Module, nn.Module]:
         """The modules that are called, moved and switched between modes: the frozen layer and the adapters."""
@@ -587,13 +571,11 @@ class AdaptedLayer(Wrapper):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """With the adapters under their declared names; see ``nn.Module``."""
-        self.show_adapters()
         found = super().state_dict(*args, **kwargs)
         add_shared(self._named(), found, kwargs.get("prefix", ""), keep_vars=kwargs.get("keep_vars", False))
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self.show_adapters()
         for name, adapter in self._named().items():
             for former, shown in former_names(adapter, name).items():
                 if prefix + former in state_dict:
