@@ -11,5 +11,6 @@ Door, what other rooms import:
                          them
     own_modules.py       Modules that adapters own, where PEFT has them on the model or around a block
     part_modules.py      The modules behind the declared names of parameters: ``layer.core["default"].weight``
+    shows_adapters.py    Base class of the modules that show adapters as submodules
     shown_modules.py     Which modules a layer shows for its adapters, and under which of the declared names
 """

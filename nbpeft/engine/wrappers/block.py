@@ -16,11 +16,12 @@ from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.contract.registry import Method, method_of_adapter
 from nbpeft.engine.views.layer_attributes import by_name
 from nbpeft.engine.views.own_modules import show_all
+from nbpeft.engine.views.shows_adapters import ShowsAdapters
 from nbpeft.engine.wrappers.layer import AdaptedLayer
-from nbpeft.engine.wrappers.wrapper import ShowsAdapters
+from nbpeft.engine.wrappers.wrapper import Wrapper
 
 
-class AdaptedBlock(ShowsAdapters):
+class AdaptedBlock(ShowsAdapters, Wrapper):
     """A frozen block. Attributes that the wrapper lacks, except private ones, are read from the block.
 
     Attributes:

@@ -34,10 +34,11 @@ from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.views.layer_attributes import attribute_by_name, by_name, function_by_name
 from nbpeft.engine.views.part_modules import AdapterDict, ParameterMapping, ShownParts, former_names
 from nbpeft.engine.views.shown_modules import show_adapters, shown_under, unfilled, use_shown
+from nbpeft.engine.views.shows_adapters import ShowsAdapters
 from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
 from nbpeft.engine.wrappers.merge_checks import unmergeable_reason
 from nbpeft.engine.wrappers.mixed_batch import mixed_output
-from nbpeft.engine.wrappers.wrapper import ShowsAdapters
+from nbpeft.engine.wrappers.wrapper import Wrapper
 from nbpeft.errors import AdapterError, MergeError
 
 
@@ -60,7 +61,7 @@ class WeightBackup:
     frozen: WeightBackup | None
 
 
-class AdaptedLayer(ShowsAdapters):
+class AdaptedLayer(ShowsAdapters, Wrapper):
     """A frozen layer and its named adapters.
 
     The output is that of the base layer plus the deltas of the active adapters. Each delta is computed with the

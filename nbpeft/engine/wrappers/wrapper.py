@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -58,36 +58,3 @@ class Wrapper(nn.Module):
         alike = tuple(names) == now if enabled else not now
         self.__dict__["active_state"] = shared if alike else LayerState(shared, names, enabled=enabled)
         (shared.apart.discard if alike else shared.apart.add)(self)
-
-
-class ShowsAdapters(Wrapper):
-    """A wrapper with submodules that show its adapters, which are updated before anybody lists them."""
-
-    def show_adapters(self) -> None:
-        """Updates the submodules that show the adapters after these have changed."""
-        raise NotImplementedError
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """With the adapters under their declared names; see ``nn.Module``."""
-        self.show_adapters()
-        yield from super().named_modules(memo, prefix, remove_duplicate)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """With the adapters under their declared names; see ``nn.Module``."""
-        self.show_adapters()
-        yield from super().named_children()
-
-    def __repr__(self) -> str:
-        self.show_adapters()
-        return super().__repr__()
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """With the adapters under their declared names; see ``nn.Module``."""
-        self.show_adapters()
-        return super().state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.show_adapters()
-        super()._load_from_state_dict(*args, **kwargs)

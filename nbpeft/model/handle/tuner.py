@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -23,6 +23,7 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import extra_loss_of_call, learns_with_hooks
 from nbpeft.engine.tree.model_tree import MANAGER, embedding_of, is_quantized, manager_of
 from nbpeft.engine.tree.tied_weights import modules_tied_to_embedding
+from nbpeft.engine.views.shows_adapters import ShowsAdapters
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean
 from nbpeft.model.combine.combining import Combined, combine_adapters
@@ -37,7 +38,7 @@ _LABELS = ("labels", "start_positions")
 """Inputs with which transformers' models return the loss first, if they return a tuple."""
 
 
-class BaseTuner(nn.Module, metaclass=TunerType):
+class BaseTuner(ShowsAdapters, metaclass=TunerType):
     """Has the base model as ``.model``, so that the keys of state dicts have PEFT's prefix.
 
     Each method has its own subclass, named as in PEFT: ``LoraModel``, ``IA3Model``; see ``tuner_class``. Creating a
@@ -105,28 +106,19 @@ class BaseTuner(nn.Module, metaclass=TunerType):
         self.__dict__[MANAGER] = manager
         self.__dict__["_token"] = manager.owner = object()
         self.training = model.training
-        self._list_parts()
+        self.show_adapters()
         hooks.adapted()
 
-    def _list_parts(self) -> None:
+    def show_adapters(self) -> None:
+        """Updates the modules that adapters have on the tuner."""
         list_parts(self.manager, self._on_model, self._modules)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if MANAGER not in state:
             refuse_pickle_of_peft(self, state)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._list_parts()
+        self.show_adapters()
         hooks.adapted()
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yields the modules in PEFT's layout; see ``nn.Module``."""
-        self._list_parts()
-        yield from super().named_modules(*args, **kwargs)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yields the base model, and the modules that adapters have on the tuner; see ``nn.Module``."""
-        self._list_parts()
-        yield from super().named_children()
 
     @property
     def manager(self) -> AdapterManager:
@@ -136,13 +128,11 @@ class BaseTuner(nn.Module, metaclass=TunerType):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the state dict in PEFT's layout; see ``nn.Module``."""
-        self._list_parts()
         found = super().state_dict(*args, **kwargs)
         add_shared(self._shared(), found, kwargs.get("prefix", ""), keep_vars=kwargs.get("keep_vars", False))
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._list_parts()
         take_shared(self._shared(), state_dict, prefix, args[2], args[4])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -388,7 +378,7 @@ class BaseTuner(nn.Module, metaclass=TunerType):
 
     def __getattr__(self, name: str) -> Any:
         if name in self._on_model:
-            self._list_parts()
+            self.show_adapters()
         try:
             return super().__getattr__(name)
         except AttributeError:
