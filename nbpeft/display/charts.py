@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from html import escape
 
 from nbpeft.display import numbers, palette
-from nbpeft.display.crosshair import Column, columns
+from nbpeft.display.crosshair import Column, ShownCurve, columns
 from nbpeft.state import ENDED, Curve, TrainState
 
 Point = tuple[float, float]
@@ -239,12 +239,12 @@ def is_logarithmic(train: TrainState) -> bool:
 def loss_columns(train: TrainState) -> list[Column]:
     """Returns the columns of the loss curve, with the values of a step each."""
     raw, frame = finite(train.history), _frame_of(train)
-    lines = [("loss", raw), ("smoothed", smooth(raw, logarithmic=frame.logarithmic) if len(raw) > 1 else [])]
-    lines += [("eval loss", finite(train.eval_history))]
-    lines += [(name, finite(train.series.get(name, ()))) for name in ("learning rate", "gradient norm")]
-    formats = {"learning rate": numbers.learning_rate, "gradient norm": numbers.metric}
-    named = [(name, points, formats.get(name, numbers.loss)) for name, points in lines]
-    return columns(named, [step for step, _ in (*raw, *lines[2][1])], frame.begin, frame.end)
+    smoothed = smooth(raw, logarithmic=frame.logarithmic) if len(raw) > 1 else []
+    losses = [("loss", raw), ("smoothed", smoothed), ("eval loss", finite(train.eval_history))]
+    shown = [ShownCurve(name, points, numbers.loss) for name, points in losses]
+    for name, written in (("learning rate", numbers.learning_rate), ("gradient norm", numbers.metric)):
+        shown.append(ShownCurve(name, finite(train.series.get(name, ())), written, sustained=True))
+    return columns(shown, [step for step, _ in (*raw, *losses[2][1])], frame.begin, frame.end)
 
 
 def small_chart(curve: Curve, train: TrainState) -> str:

@@ -11,12 +11,29 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from statistics import fmean
+from typing import NamedTuple
 
 from nbpeft.display import palette
 
 Point = tuple[float, float]
-Curves = Sequence[tuple[str, Sequence[Point], Callable[[float], str]]]
-"""Name, points with ascending x, and format of the values of each curve."""
+
+
+class ShownCurve(NamedTuple):
+    """A curve whose values are shown under the mouse.
+
+    Attributes:
+        name: its name.
+        points: its points with ascending x.
+        written: the format of its values.
+        sustained: whether a value is shown until the next one, not only in its own column: the points of a learning
+            rate may be further apart than those of the losses.
+    """
+
+    name: str
+    points: Sequence[Point]
+    written: Callable[[float], str]
+    sustained: bool = False
+
 
 MOST = 100
 """Most columns of a chart."""
@@ -39,11 +56,11 @@ class Column:
     text: str
 
 
-def columns(curves: Curves, steps: Iterable[float], begin: float, end: float) -> list[Column]:
+def columns(curves: Sequence[ShownCurve], steps: Iterable[float], begin: float, end: float) -> list[Column]:
     """Returns a column around each step; with many steps, around some of them and always around the last.
 
     Args:
-        curves: the curves, whose values at each step the column shows, or their last values before it.
+        curves: the curves, whose values at each step the column shows.
         steps: the steps with values.
         begin: step at the left edge of the chart.
         end: step at its right edge.
@@ -64,12 +81,12 @@ def columns(curves: Curves, steps: Iterable[float], begin: float, end: float) ->
     return [*made, Column((end - edges[-1]) / width, 0.0, False, "")]
 
 
-def _text(curves: Curves, previous: float, step: float) -> str:
-    """Returns the last values of the curves after the previous column, up to a step."""
+def _text(curves: Sequence[ShownCurve], previous: float, step: float) -> str:
+    """Returns the last values of the curves after the previous column (of sustained ones: at all), up to a step."""
     lines = [f"step {step:,.0f}"]
-    for name, points, written in curves:
+    for name, points, written, sustained in curves:
         place = bisect_right(points, step, key=lambda point: point[0]) - 1
-        if place >= 0 and points[place][0] > previous:
+        if place >= 0 and (sustained or points[place][0] > previous):
             lines.append(f"{name} {written(points[place][1])}")
     return "\n".join(lines)
 

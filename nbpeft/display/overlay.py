@@ -19,7 +19,7 @@ from nbpeft.display.charts import (
     svg_text,
     ticks,
 )
-from nbpeft.display.crosshair import Column, columns
+from nbpeft.display.crosshair import Column, ShownCurve, columns
 
 Point = tuple[float, float]
 
@@ -56,11 +56,11 @@ def overlay_columns(curves: Sequence[LabelledCurves]) -> list[Column]:
     """Returns the columns of the chart, with the losses of all curves at a step each."""
     _, _, right = _frame(curves)
     named = [
-        (f"{label}{kind}", finite(points), "{:.4g}".format)
+        ShownCurve(f"{label}{kind}", finite(points), "{:.4g}".format)
         for label, *kinds in curves
         for kind, points in zip(("", " eval"), kinds, strict=True)
     ]
-    return columns(named, [step for _, points, _ in named for step, _ in points], 0.0, right)
+    return columns(named, [step for curve in named for step, _ in curve.points], 0.0, right)
 
 
 def _frame(curves: Sequence[LabelledCurves]) -> tuple[list[float], list[float], float]:

@@ -118,6 +118,14 @@ def test_a_run_that_was_resumed_is_drawn_from_its_beginning(first: int) -> None:
     assert charts.loss_columns(state) == charts.loss_columns(dataclasses.replace(state, first_step=0))
 
 
+def test_a_learning_rate_is_shown_until_the_next_one() -> None:
+    """A long run stores fewer of its points than of its losses."""
+    state = train_state(25, 40, series={"learning rate": ((8, 1e-3), (16, 5e-4))})
+    shown = [column.text for column in charts.loss_columns(state) if column.text]
+    assert ["learning rate" in text for text in shown] == [False] * 7 + [True] * 18
+    assert "learning rate 1e-3" in shown[14] and "learning rate 5e-4" in shown[-1]
+
+
 @pytest.mark.parametrize("status", ["running", "paused", "finished"])
 def test_the_values_of_each_step_are_under_the_mouse(status: Any) -> None:
     state = train_state(25, 40, status=status, series={"learning rate": ((24, 1e-3), (25, 5e-4))})

@@ -39,7 +39,11 @@ class HoldsAShareOfTheCodes(TrainerCallback):
         self.codes = codes
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        parts = [module.weight._local_tensor for module in model.modules() if type(module).__name__ == "Linear4bit"]
+        import bitsandbytes
+
+        parts = [
+            module.weight._local_tensor for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)
+        ]
         found = sum(part.untyped_storage().nbytes() for part in parts)
         share = self.codes / int(os.environ["WORLD_SIZE"])
         if not share <= found <= share + 4 * len(parts):
