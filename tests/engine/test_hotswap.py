@@ -355,10 +355,10 @@ def test_a_refused_adapter_leaves_the_old_one_bit_equal(
     assert manager.configs["default"] is kept and manager.weights("default").adapters.keys() == weights.adapters.keys()
 
 
-@pytest.mark.parametrize("failing", range(5))
+@pytest.mark.parametrize("failing", range(9))
 def test_an_exchange_that_fails_at_any_copy_restores_every_bit(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten tensors are exchanged four at a time, with two copies each time."""
-    monkeypatch.setattr("nbpeft.engine.changes.transaction._EXCHANGED_AT_ONCE", 4)
+    """Tensors of one shape are exchanged two at a time, with three copies each time."""
+    monkeypatch.setattr("nbpeft.engine.changes.transaction._EXCHANGED_AT_ONCE", 2)
     old, new = config_of(8), config_of(8)
     model = fresh(old, trained(old, seed=2))
     before, copy, calls = tensors_of(model), torch._foreach_copy_, []
@@ -373,7 +373,7 @@ def test_an_exchange_that_fails_at_any_copy_restores_every_bit(failing: int, mon
     monkeypatch.setattr(torch, "_foreach_copy_", failing_copy)
     with pytest.raises(MemoryError):
         swap(manager_of(model), "default", new, trained(new), consume=True)
-    assert len(calls) > failing + 1
+    assert (len(calls) > failing + 1) == (failing > 0)  # nothing was written before the first copy
     assert_untouched(model, before)
 
 

@@ -28,8 +28,8 @@ from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.errors import BusyError, NbpeftError
 
-_EXCHANGED_AT_ONCE = 64
-"""Tensors that are exchanged together; the copies of their values should fit the processor's cache."""
+_EXCHANGED_AT_ONCE = 16
+"""Tensors of one shape that are exchanged together; the copies of their values should fit the processor's cache."""
 CHANGED_MEANWHILE = "another thread has changed the adapters in the meantime: try again"
 
 
@@ -252,14 +252,20 @@ class Transaction:
             tensors: tensors of the model.
             others: as many of the same shapes, dtypes and devices. No two of all these tensors may share memory.
         """
-        for start in range(0, len(tensors), _EXCHANGED_AT_ONCE):
-            block, new = (list(each[start : start + _EXCHANGED_AT_ONCE]) for each in (tensors, others))
-            old = [tensor.clone() for tensor in block]
-            # An error may come before the others have all old values; until then the copies restore them.
-            self._undo.append(functools.partial(torch._foreach_copy_, block, old))
-            torch._foreach_copy_(block, new)
-            torch._foreach_copy_(new, old)
-            self._undo[-1] = functools.partial(torch._foreach_copy_, block, new)
+        alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
+        for pair in zip(tensors, others, strict=True):
+            alike.setdefault((pair[0].shape, pair[0].dtype, pair[0].device), []).append(pair)
+        for pairs in alike.values():
+            copies = [torch.empty_like(tensor) for tensor, _ in pairs[:_EXCHANGED_AT_ONCE]]
+            for start in range(0, len(pairs), _EXCHANGED_AT_ONCE):
+                block, new = map(list, zip(*pairs[start : start + _EXCHANGED_AT_ONCE], strict=True))
+                old = copies[: len(block)]
+                torch._foreach_copy_(old, block)
+                # An error may come before the others have all old values; until then the copies restore them.
+                self._undo.append(functools.partial(torch._foreach_copy_, block, old))
+                torch._foreach_copy_(block, new)
+                torch._foreach_copy_(new, old)
+                self._undo[-1] = functools.partial(torch._foreach_copy_, block, new)
 
     def keep_data(self, parameters: Iterable[nn.Parameter]) -> None:
         """Records ``data`` and ``grad`` of parameters, without a copy; for writes that replace both."""
