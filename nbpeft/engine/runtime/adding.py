@@ -15,8 +15,8 @@ from nbpeft.errors import AdapterExistsError
 
 
 @dataclass(eq=False)
-class PreparedAdapter:
-    """An adapter that is built, but not yet in the model; a call puts it there.
+class Addition:
+    """A new adapter: ``build`` it, then ``put`` it into the model.
 
     Args:
         manager: the model's manager.
@@ -27,12 +27,7 @@ class PreparedAdapter:
         allow_missing: only warn about targets that match nothing, if others match.
         replace: replace an adapter of the same name.
         select: whether it becomes active if it is the only one.
-        modes: further arguments of ``build``.
-
-    Raises:
-        AdapterExistsError: the model has an adapter of this name.
-        MergeError: it cannot be added while other adapters are merged.
-        TargetError: the config does not fit the model.
+        modes: further arguments of ``nbpeft.engine.injection.build.build``.
     """
 
     manager: Any
@@ -47,10 +42,14 @@ class PreparedAdapter:
     _built: tuple[int, InjectionPlan, Parts] = field(init=False)
     """The manager's revision for which it was built, the plan, and the new modules."""
 
-    def __post_init__(self) -> None:
-        self._built = self._build()
+    def build(self) -> None:
+        """Plans the adapter and creates its modules, without touching the model.
 
-    def _build(self) -> tuple[int, InjectionPlan, Parts]:
+        Raises:
+            AdapterExistsError: the model has an adapter of this name.
+            MergeError: it cannot be added while other adapters are merged.
+            TargetError: the config does not fit the model.
+        """
         manager, name, weights = self.manager, self.name, self.weights
         manager.check_alive()
         check_name(name)
@@ -65,16 +64,18 @@ class PreparedAdapter:
             manager.biases.check(name, plan.biases)
             check_addable(plan, manager.merged, manager.layers, () if weights is None else weights.base)
             parts = build(manager.model, plan, manager.active_state, weights, name, **self.modes)
-            return manager.revision, plan, parts
+            self._built = manager.revision, plan, parts
 
-    def __call__(self) -> InjectionPlan:
+    def put(self) -> InjectionPlan:
         """Adds the adapter to the model, and returns its plan; it is built again if the adapters have changed."""
         with self.manager.transaction() as change, CollectionPaused():
-            _, plan, parts = self._built if self._built[0] == self.manager.revision else self._build()
-            self._put(plan, parts, change)
+            if self._built[0] != self.manager.revision:
+                self.build()
+            _, plan, parts = self._built
+            self._commit(plan, parts, change)
         return plan
 
-    def _put(self, plan: InjectionPlan, parts: Parts, change: Transaction) -> None:
+    def _commit(self, plan: InjectionPlan, parts: Parts, change: Transaction) -> None:
         manager, name = self.manager, self.name
         manager._keep_structure(change)
         manager.layer_commands.adopt(manager._known_tree() if manager.configs else manager._read_tree(), change)

@@ -28,7 +28,7 @@ from nbpeft.engine.injection.build import Parts, drop
 from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.injection.plan import plan
 from nbpeft.engine.runtime.adapter_tensors import parameter_slots, saved_weights, shared_state_of
-from nbpeft.engine.runtime.adding import PreparedAdapter
+from nbpeft.engine.runtime.adding import Addition
 from nbpeft.engine.runtime.layer_commands import LayerCommands, RemovedAdapter
 from nbpeft.engine.runtime.merging import (
     check_compatible,
@@ -359,7 +359,9 @@ class AdapterManager:
             A function that adds it to the model.
         """
         options = {"trainable": trainable, "allow_missing": allow_missing, "replace": replace, "select": select}
-        return PreparedAdapter(self, name, config, weights, modes=modes, **options)
+        addition = Addition(self, name, config, weights, modes=modes, **options)
+        addition.build()
+        return addition.put
 
     def _freeze_base(self, change: Transaction) -> None:
         """Freezes the parameters that train before the first adapter is added; ``unload`` lets them train again."""
