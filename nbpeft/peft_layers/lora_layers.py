@@ -35,8 +35,8 @@ class LoraLayer(metaclass=LayerType):
     """A LoRA layer; derive a custom class from it and from ``nn.Module``.
 
     The layer stores which adapters are active until it is put into an adapted model; from then on the model does. For
-    each of LoRA's tensors and settings it has a mapping by adapter name: of modules for the factors of a matrix product,
-    of parameters for those of a lookup.
+    each of LoRA's tensors and settings it has a mapping by adapter name: of modules for the factors of a product, of
+    parameters for those of a lookup.
 
     Args:
         base_layer: the frozen layer.
