@@ -252,16 +252,12 @@ def _copied_by_peft(model: nn.Module, config: AdapterConfig, plan: InjectionPlan
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
     """Returns the keys and shapes that a file for a plan must have."""
     modules = dict(bare_modules(model)) if plan.copies or plan.biases else {}
-    copies = {
-        path: {name: tuple(tensor.shape) for name, tensor in modules[path].state_dict().items()} for path in plan.copies
-    }
     biases = {name: modules[name.rpartition(".")[0]]._parameters["bias"] for name in plan.biases}
-    base = {name: tuple(bias.shape) for name, bias in biases.items() if bias is not None}
-    embeddings = {name: tuple(tensor.shape) for name, tensor in embedding_weights(model).items()}
+    embeddings = shapes_of(embedding_weights(model))
     return checkpoint.Expected(
         adapters={target.path: target.saved_shapes for target in plan.targets},
-        copies=copies,
-        base=base,
+        copies={path: shapes_of(modules[path].state_dict()) for path in plan.copies},
+        base=shapes_of({name: bias for name, bias in biases.items() if bias is not None}),
         shared=plan.saved_shared,
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
         others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan),
@@ -288,6 +284,11 @@ def fixed_dtypes(plan: InjectionPlan) -> dict[str, torch.dtype]:
             if not dtype.is_floating_point
         },
     }
+
+
+def shapes_of(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in named.items()}
 
 
 def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
