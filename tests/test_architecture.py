@@ -224,7 +224,7 @@ def cell_spelling(path: str, text: str) -> Iterator[str]:
 
 def method_tensors(path: str, text: str) -> Iterator[str]:
     """A method's tensors named, or an adapter asked for an attribute, outside of the methods."""
-    if "/methods/" not in path and path != PEFT_LORA_LAYERS:
+    if "/methods/" not in path:
         yield from (f"{path}: {found[0]}" for found in METHOD_TENSOR.finditer(text))
 
 
@@ -232,8 +232,6 @@ HEADLESS = tuple(
     f"nbpeft/{layer}/"
     for layer in ("checkpoint", "engine", "memory", "model", "scoring", "session", "shipping", "training")
 )
-PEFT_LORA_LAYERS = "nbpeft/peft_layers/lora_layers.py"
-"""PEFT's own classes of LoRA layers, which have these attributes."""
 HTML = re.compile(r"<div|<table|_html\b|var\(--jp")
 MAGIC = re.compile(r"%%?q?lora|[(,] ?--(?!jp-)[a-z]")
 METHOD_TENSOR = re.compile(

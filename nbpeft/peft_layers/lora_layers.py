@@ -7,15 +7,15 @@
     config._register_custom_module({nn.LSTM: LSTMWithLoRA})
 
 ``isinstance`` is also true for the layers that the engine adapts, although they do not derive from these classes.
-LoRA is the only method for which PEFT has custom layers, so this is the only file outside of ``engine.methods`` that
-names tensors of a method.
+LoRA is the only method for which PEFT has custom layers. The names of its tensors and settings are those that LoRA
+declares: ``LowRankAdapter.peft``, and ``factor_names`` of the products.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nbpeft.engine.contract.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.low_rank import LowRank, LowRankLookup
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import ConfigError, MergeError, PeftWarning, UnknownAdapterError
 from nbpeft.peft_layers.classes import LayerType, refuse_pickle_of_peft
@@ -33,7 +34,9 @@ from nbpeft.peft_layers.replaced import own_forward
 class LoraLayer(metaclass=LayerType):
     """A LoRA layer; derive a custom class from it and from ``nn.Module``.
 
-    The layer stores which adapters are active until it is put into an adapted model; from then on the model does.
+    The layer stores which adapters are active until it is put into an adapted model; from then on the model does. For
+    each of LoRA's tensors and settings it has a mapping by adapter name: of modules for the factors of a product, of
+    parameters for those of a lookup.
 
     Args:
         base_layer: the frozen layer.
@@ -41,7 +44,6 @@ class LoraLayer(metaclass=LayerType):
         **kwargs: stored as ``kwargs``.
 
     Attributes:
-        lora_A: adapter name -> the first factor, a module; ``lora_B`` the second.
         r: adapter name -> rank.
         scaling: adapter name -> factor on the product.
         in_features: input features of the frozen layer, or None if unknown.
@@ -51,6 +53,13 @@ class LoraLayer(metaclass=LayerType):
 
     adapter_layer_names: tuple[str, ...] = tuple(LowRankAdapter.peft.parameters.split())
     other_param_names: tuple[str, ...] = tuple(LowRankAdapter.peft.others.split())
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_dora: dict[str, bool]
+    use_rslora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    lora_dropout: nn.ModuleDict
     adapted_layer: Any = None
     """Its wrapper in the model's tree; see ``engine.injection.custom_layers``."""
     _active_adapter: str | list[str] = "default"
@@ -59,16 +68,12 @@ class LoraLayer(metaclass=LayerType):
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         self.base_layer = base_layer
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.use_dora: dict[str, bool] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
+        names = LowRankAdapter.peft
+        for name in self.other_param_names:
+            setattr(self, name, {})
+        for name in names.mappings:
+            setattr(self, name, nn.ModuleDict() if name in (*names.wrapped, *names.modules) else nn.ParameterDict())
         self.lora_variant: dict[str, Any] = {}
-        self.lora_dropout, self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self.ephemeral_gpu_offload = ephemeral_gpu_offload
@@ -160,6 +165,17 @@ class LoraLayer(metaclass=LayerType):
             for name, part in getattr(self, attribute).items():
                 part.requires_grad_(name in names)
 
+    @property
+    def _with_product(self) -> Mapping[str, Any]:
+        """Adapter name -> the first factor of a matrix product."""
+        factors: Mapping[str, Any] = getattr(self, LowRank.factor_names[0])
+        return factors
+
+    def _factors(self, adapter: str, names: tuple[str, str] = LowRank.factor_names) -> tuple[Any, Any] | None:
+        """The factors A and B of an adapter, or None; modules, or parameters for a lookup."""
+        first, second = (getattr(self, name) for name in names)
+        return (first[adapter], second[adapter]) if adapter in first else None
+
     def _get_available_adapters(self) -> set[str]:
         """Returns the names of the adapters that have parameters here."""
         return {name for attribute in self.adapter_layer_names for name in getattr(self, attribute)}
@@ -200,8 +216,9 @@ class LoraLayer(metaclass=LayerType):
         self.lora_bias[adapter_name] = config.lora_bias
         self.scaling[adapter_name] = self._trained_scaling(adapter_name)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
-        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
+        factors = nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=config.lora_bias)
+        for attribute, factor in zip(LowRank.factor_names, factors, strict=True):
+            getattr(self, attribute)[adapter_name] = factor
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, config.inference_mode)
@@ -217,17 +234,17 @@ class LoraLayer(metaclass=LayerType):
         """
         if init_lora_weights is False:
             return
-        if adapter_name in self.lora_A:
-            lora_A, lora_B = cast(Any, self.lora_A[adapter_name]), cast(Any, self.lora_B[adapter_name])
+        if (factors := self._factors(adapter_name)) is not None:
+            A, B = factors
             if isinstance(init_lora_weights, str):
-                nn.init.normal_(lora_A.weight, std=1 / self.r[adapter_name])
+                nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
             else:
-                nn.init.kaiming_uniform_(lora_A.weight, a=math.sqrt(5))
-            for parameter in lora_B.parameters():
+                nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+            for parameter in B.parameters():
                 parameter.zero_()
-        if adapter_name in self.lora_embedding_A:
-            nn.init.zeros_(self.lora_embedding_A[adapter_name])
-            nn.init.normal_(self.lora_embedding_B[adapter_name])
+        if (factors := self._factors(adapter_name, LowRankLookup.factor_names)) is not None:
+            nn.init.zeros_(factors[0])
+            nn.init.normal_(factors[1])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter from this layer; has no effect if the layer lacks it."""
@@ -240,7 +257,7 @@ class LoraLayer(metaclass=LayerType):
                 del by_adapter[adapter_name]
         if adapter_name in self.active_adapters:
             left = [name for name in self.active_adapters if name != adapter_name]
-            self.set_adapter(left or list(self.lora_A)[:1])
+            self.set_adapter(left or list(self._with_product)[:1])
 
     def _trained_scaling(self, adapter: str) -> float:
         rank = self.r[adapter]
@@ -343,10 +360,10 @@ class Linear(nn.Module, LoraLayer):
             return output
         total = output
         for name in self.active_adapters:
-            if name in self.lora_A:
-                lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-                cast_x = self._cast_input_dtype(x, cast(Any, lora_A).weight.dtype)
-                total = total + lora_B(lora_A(self.lora_dropout[name](cast_x))) * self.scaling[name]
+            if (factors := self._factors(name)) is not None:
+                A, B = factors
+                cast_x = self._cast_input_dtype(x, A.weight.dtype)
+                total = total + B(A(self.lora_dropout[name](cast_x))) * self.scaling[name]
         return total.to(output.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -355,10 +372,11 @@ class Linear(nn.Module, LoraLayer):
         Raises:
             UnknownAdapterError: the layer does not have the adapter.
         """
-        if adapter not in self.lora_A:
-            raise UnknownAdapterError(f"this layer has no adapter {adapter!r}, but: {', '.join(self.lora_A)}")
-        lora_A, lora_B = cast(Any, self.lora_A[adapter]).weight, cast(Any, self.lora_B[adapter]).weight
-        delta: Tensor = (lora_B @ lora_A) * self.scaling[adapter]
+        factors = self._factors(adapter)
+        if factors is None:
+            raise UnknownAdapterError(f"this layer has no adapter {adapter!r}, but: {', '.join(self._with_product)}")
+        A, B = factors
+        delta: Tensor = (B.weight @ A.weight) * self.scaling[adapter]
         return delta.T if self.fan_in_fan_out else delta
 
     @torch.no_grad()
@@ -374,7 +392,7 @@ class Linear(nn.Module, LoraLayer):
         """
         base: Any = self.base_layer
         for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name not in self.lora_A or name in self.merged_adapters:
+            if name not in self._with_product or name in self.merged_adapters:
                 continue
             merged = base.weight + self.get_delta_weight(name).to(base.weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
@@ -389,17 +407,18 @@ class Linear(nn.Module, LoraLayer):
         base: Any = self.base_layer
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name in self.lora_A:
+            if name in self._with_product:
                 base.weight.data -= self.get_delta_weight(name).to(base.weight.dtype)
                 self._add_bias(name, -self.scaling[name])
 
     def _add_bias(self, name: str, factor: float) -> None:
-        if not self.lora_bias.get(name):
+        factors = self._factors(name)
+        if factors is None or not self.lora_bias.get(name):
             return
         bias = getattr(self.base_layer, "bias", None)
         if bias is None:
             raise MergeError(f"adapter {name!r} adds a bias, but the base layer has no bias to merge it into")
-        bias.data += cast(Any, self.lora_B[name]).bias * factor
+        bias.data += factors[1].bias * factor
 
     def _get_name(self) -> str:
         return f"lora.{type(self).__name__}"

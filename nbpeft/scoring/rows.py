@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -156,27 +156,10 @@ def read_rows(
     variables = _variables(reader, chat_template_kwargs, usual_variables or {})
     reader = replace(reader, options=RowOptions(reasoning=reasoning, chat_template_kwargs=variables))
     reading_rows = _Rows(model, reader, own, metrics)
-    rows, left_out = [], []
-    for number in range(len(values)):
-        if number not in wanted:
-            reading_rows.skip()
-            continue
-        try:
-            rows.append(reading_rows.read(number))
-        except _Missing as reason:
-            left_out.append((number, str(reason)))
-        except TrainingError as error:
-            if not skip_bad or error.details.get("index") != number:
-                raise
-            left_out.append((number, reason_of(error)))
+    rows, left_out = _read(reading_rows, len(values), wanted, skip_bad=skip_bad)
     if not rows:
-        hint = (
-            _references_in(columns_of(opened), columns)
-            if reader.form is _PROMPT
-            else _LOSS
-            if reader.form is TEXT
-            else ""
-        )
+        hint = _LOSS if reader.form is TEXT else ""
+        hint = _references_in(columns_of(opened), columns) if reader.form is _PROMPT else hint
         raise TrainingError(f"None of the {plural(len(wanted), 'row')} can be scored: {named_rows(left_out)}.{hint}")
     _check_tokens(model, rows, inputs)
     notes = []
@@ -189,6 +172,39 @@ def read_rows(
         notes.append(f"{plural(len(left_out), 'row')} left out: {named_rows(left_out)}")
     notes += reading_rows.notes
     return ScoredRows(tuple(rows), tuple(notes), frozenset(reading_rows.ends), inputs)
+
+
+def _read(
+    reading: _Rows, row_count: int, wanted: Collection[int], *, skip_bad: bool
+) -> tuple[list[ScoredRow], list[tuple[int, str]]]:
+    """Reads rows one after the other.
+
+    Args:
+        reading: reads a row.
+        row_count: number of rows in the data.
+        wanted: the numbers of the rows to read.
+        skip_bad: leave out rows that cannot be read.
+
+    Returns:
+        The rows that can be scored; the number of each other one, and why it is left out.
+
+    Raises:
+        TrainingError: a row cannot be read.
+    """
+    rows, left_out = [], []
+    for number in range(row_count):
+        if number not in wanted:
+            reading.skip()
+            continue
+        try:
+            rows.append(reading.read(number))
+        except _Missing as reason:
+            left_out.append((number, str(reason)))
+        except TrainingError as error:
+            if not skip_bad or error.details.get("index") != number:
+                raise
+            left_out.append((number, reason_of(error)))
+    return rows, left_out
 
 
 def _wanted(only: Sequence[int] | HeldOut, values: Sequence[Any], *, stream: bool) -> set[int]:

@@ -116,18 +116,15 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
     manager.refuse_merged("shipping an adapter")
     config, model, scale = manager.configs[name], manager.model, manager.scale(name)
     title = method_of(config).title(config)
-    kinds: dict[str, str] = {}
+    layers, transforms_calls = manager.layers_with(name), method_of(config).transforms_calls
+    reasons = (layer.adapter(name).unmergeable_reason(layer.base) for layer in layers.values())
+    unmergeable = next(filter(None, reasons), "")
+    layers = {} if transforms_calls else layers  # it is stored at the embedding but does not change it
     deltas: dict[str, tuple[LayerKind, LowRankDelta]] = {}
     others: dict[str, int] = {}
-    unmergeable, rows = "", False
-    prompt_tokens = int(getattr(config, "total_tokens", 0)) if config.learns_prompt else 0
-    transforms_calls = method_of(config).transforms_calls
-    for path, layer in manager.layers_with(name).items():
+    rows = False
+    for path, layer in layers.items():
         adapter = layer.adapter(name)
-        unmergeable = unmergeable or adapter.unmergeable_reason(layer.base)
-        if transforms_calls:
-            continue  # it is stored at the embedding but does not change it
-        kinds[path] = layer.kind.name
         if isinstance(adapter, IsLowRank):
             deltas[path] = layer.kind, _scaled(adapter.low_rank_delta(layer.base), scale)
         else:
@@ -136,6 +133,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
             label = "target_parameters" if isinstance(adapter, AdaptsParameters) else label
             rows = rows or bool(method and method.shares.companion)
             others[label] = others.get(label, 0) + 1
+    kinds = {path: layer.kind.name for path, layer in layers.items()}
     weights = manager.weights(name)
     kept = _bytes([*weights.copies.values(), weights.base])
     return AdapterFacts(
@@ -149,7 +147,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
         deltas=deltas,
         others=others,
         convertible=bool(others) and not rows and can_convert(manager, name),
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=int(getattr(config, "total_tokens", 0)) if config.learns_prompt else 0,
         transforms_calls=transforms_calls,
         unmergeable=unmergeable,
         copies=tuple(weights.copies),

@@ -122,7 +122,7 @@ def test_a_refused_adapter_leaves_layers_to_be_repacked(tmp_path: Path, monkeypa
     def fails(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nbpeft.engine.runtime.manager.commit", fails)
+    monkeypatch.setattr("nbpeft.engine.runtime.adding.commit", fails)
     with pytest.raises(KeyboardInterrupt):
         adapted(base)
     layers = [base.get_submodule(path) for path in quantized_paths(base)]

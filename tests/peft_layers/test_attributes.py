@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import nbpeft
+from nbpeft._util.push_to_hub import PushesToHub
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.runtime.manager import require_manager
 from nbpeft.peft_layers.commands import PeftWrapper
@@ -42,7 +43,12 @@ def test_the_wrappers_of_the_engine_define_none_of_them(provider: type) -> None:
 
 def test_a_config_of_the_engine_has_of_pefts_methods_only_those_for_files() -> None:
     of_peft = {name for name in dir(peft.PeftConfig) if not name.startswith("__")} - set(peft.PeftConfig().to_dict())
-    assert of_peft & defined(AdapterConfig) == {"from_pretrained", "push_to_hub", "save_pretrained", "to_dict"}
+    assert of_peft & {*defined(AdapterConfig), *defined(PushesToHub)} == {
+        "from_pretrained",
+        "push_to_hub",
+        "save_pretrained",
+        "to_dict",
+    }
     assert {"is_prompt_learning", "from_peft_type"} <= of_peft
     assert all(hasattr(nbpeft.PeftConfig, name) for name in of_peft if not name.startswith("_"))
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, Self
 from torch import Tensor, nn
 
 from nbpeft._util import hooks
+from nbpeft._util.push_to_hub import PushesToHub
 from nbpeft.engine.contract.adapter_weights import ReadsTensors
 from nbpeft.engine.contract.field_types import check_types
 from nbpeft.engine.contract.peft_types import PeftType, TaskType
@@ -51,7 +52,7 @@ class ConfigStore(Protocol):
 
 
 @dataclass
-class AdapterConfig:
+class AdapterConfig(PushesToHub):
     """Fields that every method has. Names, defaults and meanings are PEFT's.
 
     Public as ``nbpeft.PeftConfig``. The engine copies a config that it is given, so later changes to the caller's
@@ -330,40 +331,8 @@ class AdapterConfig:
         """Writes ``adapter_config.json`` into a folder, atomically."""
         store_of(type(self)).write(self, save_directory, **options)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
-        tags: Sequence[str] | None = None,
-        **options: Any,
-    ) -> str:
-        """Uploads ``adapter_config.json`` to a repository on the hub.
-
-        Args:
-            repo_id: ``user/name``; the repository is created if it does not exist.
-            commit_message: message of the commit; None for "Upload adapter".
-            commit_description: description of the commit.
-            private: whether a new repository is private; None for the account's default.
-            token: access token; None or True for the stored login.
-            revision: branch to upload to, created if it does not exist.
-            create_pr: open a pull request instead of committing.
-            max_shard_size: accepted for compatibility and ignored: a config has no shards.
-            tags: tags for a model card, which is uploaded too.
-            **options: ``endpoint``, and what ``HfApi.upload_folder`` takes.
-
-        Returns:
-            The URL of the commit.
-        """
-        commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision}
-        options |= {"private": private, "token": token, "create_pr": create_pr, **commit}
-        return store_of(type(self)).push(self, repo_id, tags=tags or (), **options)
+    def _push(self, repo_id: str, *, tags: Sequence[str], **options: Any) -> str:
+        return store_of(type(self)).push(self, repo_id, tags=tags, **options)
 
 
 _IN_USE = "_is_of_an_adapter"

@@ -109,10 +109,8 @@ def build(
 
         return Parts([], [], None, model, complete)
     by_path = {path: site_at(model, path) for path in plan.module_paths}
-    sites = {
-        path: [site, *(site_at(model, other) for other in plan.other_paths.get(path, ()))]
-        for path, site in by_path.items()
-    }
+    others = {path: [site_at(model, other) for other in plan.other_paths.get(path, ())] for path in by_path}
+    sites = {path: [site, *others[path]] for path, site in by_path.items()}
     layers = {target.path: _layer(by_path[target.module_path], target, plan, active_state) for target in plan.targets}
     first = layers[plan.targets[0].path].base if plan.targets else None
     bases = {path: layer.base for path, layer in layers.items()}
@@ -135,10 +133,10 @@ def build(
         if parts.shared is not None and not parts.adapters:
             adapter._modules["shared"] = parts.shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[target.module_path], layer, adapter))
-    tie = getattr(plan.config, "ensure_weight_tying", False) and not says_untied(model)
-    tied: dict[int, Any] | None = {} if tie else None
     if plan.config.is_quantization_aware:
         _check_rounded(layers, parts, is_new=weights is None)
+    tie = getattr(plan.config, "ensure_weight_tying", False) and not says_untied(model)
+    tied: dict[int, Any] | None = {} if tie else None
     for path in plan.copies:
         site = by_path[path]
         wrapper = _copies_wrapper(site, active_state, training=training)

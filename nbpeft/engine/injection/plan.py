@@ -109,12 +109,7 @@ def plan(
     resolved.fill_in(_model_type(model))
     if method.transforms_calls:
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
-    matcher = Matcher(
-        () if method.shares.companion is not None else getattr(resolved, "target_modules", None) or (),
-        getattr(resolved, "exclude_modules", None),
-        getattr(resolved, "layers_to_transform", None),
-        getattr(resolved, "layers_pattern", None),
-    )
+    matcher = _matcher_of(resolved, method)
     copies = _copies(sites, resolved, guessed_heads(config), matcher, strict=not allow_missing)
     tied = _tied_modules(model, config, sites)
     copies |= _tied_copies(copies, tied, sites)
@@ -133,17 +128,12 @@ def plan(
     targets += [_parameter_target(site, resolved, method) for site in bare]
     parts = _companion_targets(model, resolved, sites, adapted | copies.keys())
     if not targets and not ((copies or parts) and not matcher.targets):
-        nowhere = named.targets and not matcher.targets
-        raise (
-            no_parameter(named.missing(), sites)
-            if nowhere
-            else nothing_matches(matcher, excluded, adaptable_paths(sites))
-        )
+        if named.targets and not matcher.targets:
+            raise no_parameter(named.missing(), sites)
+        raise nothing_matches(matcher, excluded, adaptable_paths(sites))
     missing = (*matcher.missing(), *named.missing())
-    _tell_unmatched(matcher, named, sites, strict=not allow_missing)
-    former = fused_layers(model, sites) if matcher.exclude else []
-    known = (*(site.path for site in sites), *(path for one in former for path in (one.path, *one.former)))
-    unused_exclude = matcher.excludes_none_of(known)
+    _warn_of_unmatched(matcher, named, sites, strict=not allow_missing)
+    unused_exclude = _excludes_nothing(matcher, model, sites)
     modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     warn_of_uncalled([site for site in sites if site.path in adapted], adapted)
@@ -157,6 +147,23 @@ def plan(
     _check_has_tensors(resolved, everywhere, [*shared, *copies, *biases])
     made = InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
     return replace(made, other_paths=_other_paths(made.module_paths, sites))
+
+
+def _matcher_of(config: AdapterConfig, method: Method) -> Matcher:
+    """The matcher of the layers that a config targets; a method that accompanies others targets none itself."""
+    return Matcher(
+        () if method.shares.companion is not None else getattr(config, "target_modules", None) or (),
+        getattr(config, "exclude_modules", None),
+        getattr(config, "layers_to_transform", None),
+        getattr(config, "layers_pattern", None),
+    )
+
+
+def _excludes_nothing(matcher: Matcher, model: nn.Module, sites: list[Site]) -> bool:
+    """Whether ``exclude_modules`` matches no module, not even by the path that a fused layer had."""
+    former = fused_layers(model, sites) if matcher.exclude else []
+    known = (*(site.path for site in sites), *(path for one in former for path in (one.path, *one.former)))
+    return matcher.excludes_none_of(known)
 
 
 def _set_layout(config: AdapterConfig, targets: Sequence[Target]) -> None:
@@ -185,7 +192,7 @@ def _warn_of_ties(
         warn_of_tied(model, [(site.path, site.module) for site in sites], changed | apart, config)
 
 
-def _tell_unmatched(matcher: Matcher, named: Matcher, sites: list[Site], *, strict: bool) -> None:
+def _warn_of_unmatched(matcher: Matcher, named: Matcher, sites: list[Site], *, strict: bool) -> None:
     """Raises the error for names of modules or of parameters that match nothing, or warns of it if not strict."""
     problems = [no_match(matcher.missing(), adaptable_paths(sites))] if matcher.missing() else []
     problems += [no_parameter(named.missing(), sites)] if named.missing() else []

@@ -11,6 +11,9 @@ Door, what other rooms import:
 
 Inside:
 
+    adding.py          Adding an adapter: it is built first, without touching the model, and put into the model in one
+                       transaction
     layer_commands.py  Commands on a single layer, as in PEFT; commands on the whole model are in the manager
     renaming.py        Renaming an adapter, moving it in the order of adapters, and copying it
+    unloading.py       Removing all adapters of a model permanently, merged into its weights or not
 """

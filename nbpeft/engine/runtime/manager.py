@@ -18,25 +18,21 @@ from torch import Tensor, nn
 from nbpeft._util.subscribers import Subscribers
 from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, ActiveState
 from nbpeft.engine.changes.transaction import Block, Transaction
-from nbpeft.engine.config.adapter_names import ByName, check_name, check_scale, names_in, unknown_adapter
-from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, SharedState, note_use
+from nbpeft.engine.config.adapter_names import ByName, check_scale, names_in, unknown_adapter
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, SharedState
 from nbpeft.engine.contract.loss_terms import LossTerm
 from nbpeft.engine.contract.provider import AdapterProvider
 from nbpeft.engine.contract.trained import watch
 from nbpeft.engine.injection.biases import BaseBiases
-from nbpeft.engine.injection.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
+from nbpeft.engine.injection.build import Parts, drop
 from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.injection.plan import plan
 from nbpeft.engine.runtime.adapter_tensors import parameter_slots, saved_weights, shared_state_of
+from nbpeft.engine.runtime.adding import Addition
 from nbpeft.engine.runtime.layer_commands import LayerCommands, RemovedAdapter
 from nbpeft.engine.runtime.merging import (
-    check_addable,
     check_compatible,
-    check_merge,
-    leave_starts,
     merge_additional,
-    merge_layers,
-    module_to_keep,
     partly_merged,
     unmerge_layers,
     warn_of_requantization,
@@ -44,13 +40,13 @@ from nbpeft.engine.runtime.merging import (
 from nbpeft.engine.runtime.method_hooks import extra_loss, hooks_in_training
 from nbpeft.engine.runtime.renaming import copy_adapter, place_among, rename
 from nbpeft.engine.runtime.scopes import AdapterContext
+from nbpeft.engine.runtime.unloading import unload
 from nbpeft.engine.tree.adapted_tree import AdaptedTree, read_tree
 from nbpeft.engine.tree.model_tree import MANAGER, manager_of
-from nbpeft.engine.tree.tied_weights import untie_embeddings_
 from nbpeft.engine.wrappers.extension import on_models
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
-from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError, StaleModelError
+from nbpeft.errors import AdapterError, BusyError, MergeError, StaleModelError
 
 _CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
 """Attributes that say which adapters are active, and how; a failed command restores them."""
@@ -362,50 +358,16 @@ class AdapterManager:
         Returns:
             A function that adds it to the model.
         """
+        options = {"trainable": trainable, "allow_missing": allow_missing, "replace": replace, "select": select}
+        addition = Addition(self, name, config, weights, modes=modes, **options)
+        addition.build()
+        return addition.put
 
-        def built() -> tuple[int, InjectionPlan, Parts]:
-            self.check_alive()
-            check_name(name)
-            if name in self.configs and not replace:
-                raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it or choose another name")
-            if name in self._merged:
-                self.refuse_merged(f"{name!r} is replaced")
-            with CollectionPaused():
-                plan = config
-                if not isinstance(plan, InjectionPlan):
-                    plan = self.plan(plan, name, allow_missing=allow_missing)
-                self._biases.check(name, plan.biases)
-                check_addable(plan, self._merged, self.layers, () if weights is None else weights.base)
-                parts = build(self.model, plan, self.active_state, weights, name, **modes)
-                return self.revision, plan, parts
-
-        prepared = built()
-
-        def put() -> InjectionPlan:
-            with self.transaction() as change, CollectionPaused():
-                _, plan, parts = prepared if prepared[0] == self.revision else built()
-                self._keep_structure(change)
-                self.layer_commands.adopt(self._known_tree() if self._configs else self._read_tree(), change)
-                if not self.configs:
-                    trainable_now = [p for p in self.model.parameters() if p.requires_grad]
-                    self._was_trainable = [*self._was_trainable, *trainable_now]
-                    change.set_requires_grad(trainable_now, False)
-                if name in self.configs:
-                    self._forget_tensors(name, change)
-                    self._scales.pop(name, None)
-                    drop(self.model, name, self.layers.values(), self.copies.values(), change, keep=parts)
-                if not self.configs:
-                    prepare_storage(self.model, change)
-                self._tree_with(commit(name, parts, change))
-                self.configs[name] = note_use(plan.config)
-                self._biases.start(name, plan.biases, None if weights is None else weights.base, change)
-                (self.frozen.discard if trainable else self.frozen.add)(name)
-                if select and not self._selected and len(self.configs) == 1:
-                    self._selected = (name,)
-                self.refresh(self.names if len(self.configs) == 1 else (name,), change)
-            return plan
-
-        return put
+    def _freeze_base(self, change: Transaction) -> None:
+        """Freezes the parameters that train before the first adapter is added; ``unload`` lets them train again."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._was_trainable = [*self._was_trainable, *trainable]
+        change.set_requires_grad(trainable, False)
 
     def remove(self, name: str) -> None:
         """Deletes an adapter; if no active adapter is left, the oldest becomes active.
@@ -718,49 +680,8 @@ class AdapterManager:
             safe: raise an error if a merged weight is not finite.
         """
         with self.transaction() as change:
-            self.check_alive()
-            self.layer_commands.apply_pending(change)
-            chosen: tuple[str, ...] = ()
-            if merge:
-                chosen = self.active if names is None else names_in(names)
-                self.require(*chosen)
-                check_compatible(self.copies, self.layers, chosen)
-                if not self._merged:
-                    check_merge(self.layers, chosen, self.scale, safe=safe)
-                    warn_of_requantization(self.layers, chosen)
-            self._refuse_in_scopes("unloading")
-            self._keep_structure(change)
-            if self._merged and (safe or set(self._merged) != set(chosen) or partly_merged(self.layers, self._merged)):
-                unmerge_layers(self.layers.values(), change)
-                self._merged = ()
-                if merge:
-                    check_merge(self.layers, chosen, self.scale, safe=safe)
-            if merge and not self._merged:
-                merge_layers(self.model, self.layers, chosen, self.scale, change, keep_frozen=False)
-            left = leave_starts(self.model, self.layers, self.configs, chosen, change)
-            self._dismantle(chosen, change)
-            if merge or left:
-                untie_embeddings_(self.model, change)
+            unload(self, merge=merge, names=names, safe=safe, change=change)
         return self.model
-
-    def _dismantle(self, merged: Sequence[str], change: Transaction) -> None:
-        for name in self.configs:
-            if name in merged:
-                self._biases.forget(name)
-            else:
-                self._biases.stop(name, change)
-        replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self.layers.values()}
-        replacements.update({id(module): module_to_keep(module, merged) for module in self.copies.values()})
-        replace_modules(self.model, replacements, change, merged=bool(merged), release=True)
-        change.set_requires_grad(self._was_trainable, True)
-        change.keep_attributes(self, "_configs")
-        change.keep_attributes(self.model, MANAGER, *on_models)
-        self.alive = False
-        self._tree, self._configs, self._slots = AdaptedTree(), ByName(), {}
-        self._was_trainable, self._selected, self._merged, self.unsaved = [], (), (), set()
-        self.active_state.publish(NO_ADAPTERS)
-        for attribute in (MANAGER, *on_models):
-            self.model.__dict__.pop(attribute, None)
 
     def refuse_merged(self, what: str) -> None:
         """Raises MergeError while adapters are merged.

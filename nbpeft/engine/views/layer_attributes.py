@@ -129,11 +129,11 @@ def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
     for adapter in adapters.values():
         own = adapter.peft.attributes.get(name)
         if own is not None:
-            return PerAdapterView(adapters, own, attrgetter(own), partial(_tell_unused, name, attrgetter(own)))
+            return PerAdapterView(adapters, own, attrgetter(own), partial(_warn_of_unused, name, attrgetter(own)))
     return None
 
 
-def _tell_unused(name: str, read: Callable[[Any], Any], adapter: Any, value: object) -> None:
+def _warn_of_unused(name: str, read: Callable[[Any], Any], adapter: Any, value: object) -> None:
     """Warns that a setting cannot be written; scripts set ``layer.r`` before factors of that rank."""
     if value != read(adapter):
         warnings.warn(

@@ -13,7 +13,7 @@ from nbpeft import checkpoint
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.changes.transaction import CHANGED_MEANWHILE
 from nbpeft.engine.config.adapter_names import check_name
-from nbpeft.engine.contract.adapter import AdapterWeights, delta_of
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, delta_of
 from nbpeft.engine.contract.combination import Combine, Loss, Member, check_weights
 from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import companions, method_of
@@ -105,14 +105,7 @@ def _combined(
     copies = _only_copies(manager, adapters)
     configs: list[Any] = [manager.configs[adapter] for adapter in adapters]
     combine = combine_of(manager, adapters)
-    chosen = settings.get("combination_type") or combine.usual_type
-    if chosen not in combine.types:
-        raise ConfigError(
-            f"{method_of(configs[0]).label} has no combination_type {chosen!r}; choose from "
-            f"{', '.join(combine.types)}." + did_you_mean(str(chosen), combine.types),
-            combination_type=chosen,
-        )
-    settings = {**settings, "combination_type": chosen}
+    settings = {**settings, "combination_type": _checked_type(settings, combine, configs[0])}
     members = _members(manager, adapters)
     fields, rows = _combined_companions(manager, members, adapters, weights)
     combination = combine(members, configs, adapters, weights, settings)
@@ -150,6 +143,22 @@ def _combined(
         total.energy_kept,
         tuple(LayerLoss(path, ranks[path], loss.relative_error, loss.energy_kept) for path, loss in losses.items()),
     )
+
+
+def _checked_type(settings: Mapping[str, Any], combine: Combine, config: AdapterConfig) -> str:
+    """Returns the type of a combination: that of the settings, or the usual one of the method.
+
+    Raises:
+        ConfigError: the method of the config has no such type.
+    """
+    chosen: str = settings.get("combination_type") or combine.usual_type
+    if chosen not in combine.types:
+        raise ConfigError(
+            f"{method_of(config).label} has no combination_type {chosen!r}; choose from "
+            f"{', '.join(combine.types)}." + did_you_mean(str(chosen), combine.types),
+            combination_type=chosen,
+        )
+    return chosen
 
 
 def _measured(layer: AdaptedLayer, weighted: Sequence[tuple[str, float]], name: str) -> Loss:

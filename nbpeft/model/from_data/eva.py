@@ -314,8 +314,38 @@ def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor
     Raises:
         ConfigError: every layer has rank 0.
     """
-    config: Any = manager.configs[name]
     weights = manager.weights(name)
+    started, by_path, missing = _started(manager, name, weights, directions)
+    if missing:
+        warnings.warn(
+            f"EVA has no directions for {few(missing)}, which are initialized as with init_lora_weights=True (EVA "
+            "supports linear layers)",
+            stacklevel=3,
+        )
+    start = AdapterWeights(by_path, weights.copies, weights.base, weights.shared)
+    first = next((value for named in weights.adapters.values() for value in named.values()), None)
+    half = first is not None and first.dtype in _HALF
+    manager.add(name, started, start, replace=True, trainable=name not in manager.frozen, half=half)
+
+
+def _started(
+    manager: AdapterManager, name: str, weights: AdapterWeights, directions: Mapping[str, Tensor]
+) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]], list[str]]:
+    """The adapter that starts at the directions.
+
+    Args:
+        manager: manager of the model.
+        name: name of the adapter.
+        weights: its present tensors.
+        directions: path -> directions (rank, in).
+
+    Returns:
+        The config with the ranks, path -> the tensors of the layer, and the paths without directions.
+
+    Raises:
+        ConfigError: every layer has rank 0.
+    """
+    config: Any = manager.configs[name]
     by_path: dict[str, dict[str, Tensor]] = {}
     starts: dict[str, Any] = {}
     missing: list[str] = []
@@ -342,12 +372,6 @@ def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor
             alphas[path] = alpha
     if not by_path:
         raise ConfigError("EVA assigned no layer a rank: give more data, or a larger r")
-    if missing:
-        warnings.warn(
-            f"EVA has no directions for {few(missing)}, which are initialized as with init_lora_weights=True (EVA "
-            "supports linear layers)",
-            stacklevel=3,
-        )
     started: Any = config.copy(
         target_modules=set(by_path),
         exclude_modules=None,
@@ -357,10 +381,7 @@ def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor
         alpha_pattern=alphas,
     )
     remember_starts(started, starts)
-    start = AdapterWeights(by_path, weights.copies, weights.base, weights.shared)
-    first = next((value for named in weights.adapters.values() for value in named.values()), None)
-    half = first is not None and first.dtype in _HALF
-    manager.add(name, started, start, replace=True, trainable=name not in manager.frozen, half=half)
+    return started, by_path, missing
 
 
 def _modules(

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
+from nbpeft._util.push_to_hub import PushesToHub
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
-from nbpeft.engine.calls.prompts_by_hand import note_requested, put_in_here
 from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.initial_draws import Draws
@@ -26,8 +25,8 @@ from nbpeft.engine.runtime.method_hooks import generation_arguments, learns_with
 from nbpeft.engine.runtime.scopes import AdapterContext
 from nbpeft.engine.tree.model_tree import MANAGER, base_model_of, manager_of, parameter_counts, unwrapped
 from nbpeft.errors import ConfigError, UnknownAdapterError, with_article
-from nbpeft.model.handle import prompts
 from nbpeft.model.handle.injection import put_active, replacing
+from nbpeft.model.handle.prompts import ShowsPrompts, resize_token_embeddings
 from nbpeft.model.handle.serving import OF_CALLS, of_the_model, serving
 from nbpeft.model.handle.state_dicts import draws_of_empty, drop_values
 from nbpeft.model.handle.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -49,7 +48,7 @@ _loaded: ContextVar[AdapterManager | None] = ContextVar("_loaded", default=None)
 """The manager whose adapters a new PeftModel takes over, instead of adding one."""
 
 
-class PeftModel(nn.Module):
+class PeftModel(ShowsPrompts, PushesToHub):
     """A base model with adapters. Names and signatures are those of PEFT 0.21.
 
     The base model is changed in place and belongs to one PeftModel. Creating a second one on the same base invalidates
@@ -132,8 +131,8 @@ class PeftModel(nn.Module):
             tuner = (BaseTuner if first is None else tuner_class(method_of(first))).over(model, manager)
             self.__dict__.update({MANAGER: manager, "_tuner": tuner, _SPECIAL: {*OF_CALLS}})
             self.base_model = tuner
-            prompts.list_apart(manager, self._modules, change)
-            if prompts.LISTED in self._modules:
+            self._list_prompts(change)
+            if self._lists_prompts:
                 self.base_model = model
             self.training = model.training
             clear_gguf_flags(model, change)
@@ -158,13 +157,7 @@ class PeftModel(nn.Module):
         if MANAGER not in state:
             refuse_pickle_of_peft(self, state)
         super().__setstate__({_SPECIAL: {*OF_CALLS}, **state})  # type: ignore[no-untyped-call]
-        prompts.list_anew(self.manager, self._modules)  # before the copy's embedding may be replaced
-
-    @property
-    def manager(self) -> AdapterManager:
-        """The manager of the base model's adapters."""
-        manager: AdapterManager = self.__dict__[MANAGER]
-        return manager
+        self._update_prompts()  # before the copy's embedding may be replaced
 
     @classmethod
     def completed(cls, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
@@ -194,28 +187,10 @@ class PeftModel(nn.Module):
         """Whether the adapters are on the model and no other PeftModel owns it."""
         return self._tuner.is_live
 
-    # The module tree in PEFT's layout
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yields the modules of PEFT's layout; see ``nn.Module``."""
-        prompts.list_anew(self.manager, self._modules)
-        yield from super().named_modules(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the state dict in PEFT's layout; see ``nn.Module``."""
-        prompts.list_anew(self.manager, self._modules)
-        return super().state_dict(*args, **kwargs)
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a state dict in PEFT's layout, or in that of nbpeft 0.2; see ``nn.Module``."""
         given = with_copies(state_dict, self.state_dict) if strict else state_dict
         return super().load_state_dict(given, strict, assign)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        prompts.list_anew(self.manager, self._modules)
-        if prompts.LISTED in self._modules:
-            state_dict.pop(f"{prefix}word_embeddings.weight", None)  # PEFT lists the embedding twice
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # Properties
 
@@ -238,7 +213,7 @@ class PeftModel(nn.Module):
     @active_adapter.setter
     def active_adapter(self, name: str | list[str]) -> None:
         names = [name] if isinstance(name, str) else name
-        if prompts.LISTED in self._modules:
+        if self._lists_prompts:
             self.set_adapter(names)
         elif not {*(names or ())} <= {*self.manager.active}:  # in PEFT, too, this does not switch any layer
             warnings.warn(
@@ -280,41 +255,6 @@ class PeftModel(nn.Module):
         """The dtype of the base model."""
         return getattr(self.get_base_model(), "dtype", None)
 
-    @property
-    def prompt_encoder(self) -> nn.ModuleDict:
-        """Adapter name -> adapter, for those with a learned prompt; its ``embedding`` has the trained rows."""
-        return prompts.encoders(self.manager)
-
-    @property
-    def prompt_tokens(self) -> dict[str, torch.Tensor]:
-        """Adapter name -> ids of the virtual tokens of its prompt, int64."""
-        return prompts.tokens(self.manager)
-
-    @property
-    def word_embeddings(self) -> Any:
-        """The model's input embedding, if an adapter has a learned prompt; None where a prefix found none."""
-        return prompts.word_embeddings(self.manager)
-
-    def get_prompt(
-        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
-    ) -> Any:
-        """Returns the active prompt for a batch; see ``nbpeft.model.handle.prompts.prompt``.
-
-        Args:
-            batch_size: number of rows.
-            task_ids: task of each row, (rows,) int64, for multitask prompts.
-            max_cache_len: accepted for compatibility with PEFT and ignored; the cache of a prefix grows.
-
-        What calls this puts the prompt in itself: later calls of the base model with embeddings or a cache do not get
-        it a second time, those of this PeftModel do.
-        """
-        note_requested(self.manager.active_state)
-        return prompts.prompt(self.manager, batch_size, task_ids)
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
-        """Returns the prompt as saved in files, (tokens, features), on the CPU."""
-        return prompts.embedding_to_save(self.manager, adapter_name)
-
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resizes the embeddings of the base model; the arguments are those of its method.
 
@@ -325,7 +265,7 @@ class PeftModel(nn.Module):
             AdapterError: an adapter on the embeddings has tensors of the size of the vocabulary.
         """
         self._check_live()
-        return prompts.resize_token_embeddings(self.manager, *args, **kwargs)
+        return resize_token_embeddings(self.manager, *args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """Returns the base model, including the wrapped layers."""
@@ -412,14 +352,6 @@ class PeftModel(nn.Module):
             output = self.get_base_model()(*args, **kwargs)
             return with_extra_loss(self.manager, output, kwargs) if self.training else output
 
-    def _prompts_put_in(self, task_ids: torch.Tensor | None) -> AbstractContextManager[None]:
-        """Context manager around a call: prompts are put in, those of ``get_prompt`` where a script replaced it."""
-        if prompts.LISTED not in self._modules:
-            return contextlib.nullcontext()
-        if "get_prompt" not in self.__dict__ and type(self).get_prompt is _GET_PROMPT:
-            return put_in_here()
-        return put_in_here(lambda batch: self.get_prompt(batch_size=batch, task_ids=task_ids))
-
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode; ignored from other threads while a training runs in the background."""
         gate = self.manager.active_state.gate
@@ -482,7 +414,7 @@ class PeftModel(nn.Module):
         """Removes one adapter or several, all or none; if no active adapter is left, the oldest is activated."""
         self._check_live()
         remove_adapters(self.manager, adapter_name)
-        prompts.list_anew(self.manager, self._modules)
+        self._update_prompts()
 
     def disable_adapter(self) -> AdapterContext:
         """Context manager: disables all adapters inside the block, and restores the previous state afterwards.
@@ -697,41 +629,9 @@ class PeftModel(nn.Module):
             pickled=not safe_serialization,
         )
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
-        tags: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """Saves the adapters and uploads them to a hub repository.
-
-        Args:
-            repo_id: ``user/name``; the repository is created if it does not exist.
-            commit_message: message of the commit; None for "Upload adapter".
-            commit_description: description of the commit.
-            private: whether a new repository is private; None for the account's default.
-            token: access token; None or True for the stored login.
-            revision: branch to upload to, created if it does not exist.
-            create_pr: open a pull request instead of committing.
-            max_shard_size: accepted for compatibility with PEFT and ignored: an adapter is one file.
-            tags: additional tags for the model card.
-            **kwargs: further arguments of ``nbpeft.model.saving.files.push``, and of ``HfApi.upload_folder``.
-
-        Returns:
-            The URL of the commit.
-        """
+    def _push(self, repo_id: str, *, tags: Sequence[str], **options: Any) -> str:
         self._check_live()
-        commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision}
-        options: dict[str, Any] = {"private": private, "token": token, "create_pr": create_pr, **commit, **kwargs}
-        return files.push(self.manager, repo_id, tags=tags or (), **options)
+        return files.push(self.manager, repo_id, tags=tags, **options)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Writes or updates the README of a saved adapter."""
@@ -750,7 +650,6 @@ class PeftModel(nn.Module):
         return getattr(self._tuner, name)
 
 
-_GET_PROMPT = PeftModel.get_prompt
 _OTHER_NAMES = {"base_model_prepare_inputs_for_generation": "prepare_inputs_for_generation"}
 """Attribute of PEFT's PeftModel -> that of the base model with its value."""
 

@@ -2,58 +2,153 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_calls import cache_of, prompt_of
+from nbpeft.engine.calls.prompts_by_hand import note_requested, put_in_here
 from nbpeft.engine.changes.called_modules import outside
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.model_adapter import ModelAdapter, learns_prompt
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.engine.tree.model_tree import embedding_of, frozen_module, walk
+from nbpeft.engine.tree.model_tree import MANAGER, embedding_of, frozen_module, walk
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import AdapterError
 from nbpeft.model.saving.files import file_tensors
 
-LISTED = ModelAdapter.peft.shown_as
+_LISTED = ModelAdapter.peft.shown_as
 """Name under which a PeftModel lists learned prompts."""
 
 
-def list_apart(manager: AdapterManager, modules: dict[str, nn.Module | None], change: Transaction) -> None:
-    """Lists learned prompts as the PeftModel's own modules, as PEFT does, if the first adapter is a prompt.
+class ShowsPrompts(nn.Module):
+    """Base class of ``PeftModel``: has learned prompts under PEFT's names, and as its own modules as PEFT does.
 
-    Args:
-        manager: manager of the model.
-        modules: modules of the PeftModel, changed in place.
-        change: transaction that records the change.
+    They are its own modules only if the first adapter is a prompt; else they are those of the embedding's wrapper.
     """
-    prompted = _prompted(manager)
-    first = next(iter(manager.configs), None)
-    apart = any(first in layer.adapters._modules for layer in prompted)
-    manager.layer_commands.list_apart(prompted, change, apart=apart)
-    change.keep(modules)
-    if apart:
-        modules[LISTED] = prompted[0].adapters
 
+    @property
+    def manager(self) -> AdapterManager:
+        """The manager of the base model's adapters."""
+        manager: AdapterManager = self.__dict__[MANAGER]
+        return manager
 
-def list_anew(manager: AdapterManager, modules: dict[str, nn.Module | None]) -> None:
-    """Updates the prompts that a PeftModel lists, if it lists any; see ``list_apart``.
+    # The module tree in PEFT's layout
 
-    Args:
-        manager: manager of the model.
-        modules: modules of the PeftModel, changed in place.
-    """
-    if LISTED not in modules:
-        return
-    prompted = _prompted(manager)
-    for layer in prompted:
-        if not layer.listed_apart or layer.is_outside != (str(id(layer)) in outside(manager.model)):
-            with manager.transaction(during_calls=True, quiet=True) as change:
-                manager.layer_commands.list_apart([layer], change, apart=True)
-        modules[LISTED] = layer.adapters if layer.is_outside else nn.ModuleDict()
+    @property
+    def _lists_prompts(self) -> bool:
+        return _LISTED in self._modules
+
+    def _list_prompts(self, change: Transaction) -> None:
+        """Lists learned prompts as own modules if the first adapter is a prompt."""
+        prompted = _prompted(self.manager)
+        first = next(iter(self.manager.configs), None)
+        apart = any(first in layer.adapters._modules for layer in prompted)
+        self.manager.layer_commands.list_apart(prompted, change, apart=apart)
+        change.keep(self._modules)
+        if apart:
+            self._modules[_LISTED] = prompted[0].adapters
+
+    def _update_prompts(self) -> None:
+        """Updates the prompts among the own modules, if there are any."""
+        if not self._lists_prompts:
+            return
+        manager = self.manager
+        for layer in _prompted(manager):
+            if not layer.listed_apart or layer.is_outside != (str(id(layer)) in outside(manager.model)):
+                with manager.transaction(during_calls=True, quiet=True) as change:
+                    manager.layer_commands.list_apart([layer], change, apart=True)
+            self._modules[_LISTED] = layer.adapters if layer.is_outside else nn.ModuleDict()
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yields the modules of PEFT's layout; see ``nn.Module``."""
+        self._update_prompts()
+        yield from super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the state dict in PEFT's layout; see ``nn.Module``."""
+        self._update_prompts()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._update_prompts()
+        if self._lists_prompts:
+            state_dict.pop(f"{prefix}word_embeddings.weight", None)  # PEFT lists the embedding twice
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    # What scripts read and call
+
+    @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """Adapter name -> adapter, for those with a learned prompt; its ``embedding`` has the trained rows.
+
+        Raises:
+            AttributeError: there are none.
+        """
+        return _encoders(self.manager)
+
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        """Adapter name -> ids of the virtual tokens of its prompt, int64 (tokens,)."""
+        encoders = map(str, _encoders(self.manager))
+        return {name: torch.arange(_config(self.manager, name).total_tokens) for name in encoders}
+
+    @property
+    def word_embeddings(self) -> Any:
+        """The model's input embedding, if an adapter has a learned prompt; None where a prefix found none.
+
+        Raises:
+            AttributeError: no adapter has a learned prompt.
+        """
+        _encoders(self.manager)
+        layer = _prompted(self.manager)[0]
+        return layer.in_tree if layer.kind.takes_ids else None
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """Returns the active prompt for a batch.
+
+        What calls this puts the prompt in itself: later calls of the base model with embeddings or a cache do not get
+        it a second time, those of this PeftModel do.
+
+        Args:
+            batch_size: number of rows.
+            task_ids: task of each row, (rows,) int64, for multitask prompts.
+            max_cache_len: accepted for compatibility with PEFT and ignored; the cache of a prefix grows.
+
+        Returns:
+            Embeddings (rows, tokens, features), or a cache that begins with the prefix.
+
+        Raises:
+            AdapterError: no active adapter has a learned prompt.
+        """
+        manager = self.manager
+        note_requested(manager.active_state)
+        for name in manager.active:
+            for layer in manager.layers_with(name).values():
+                adapter = layer.adapter(name)
+                if learns_prompt(adapter):
+                    base = layer.base.within(task_ids)
+                    if adapter.state_count:
+                        return cache_of(manager.model, adapter, base, batch_size)
+                    return prompt_of(adapter, base, batch_size)
+        raise AdapterError("the active adapter is not of a prompt method")
+
+    def _prompts_put_in(self, task_ids: Tensor | None) -> AbstractContextManager[None]:
+        """Context manager around a call: prompts are put in, those of ``get_prompt`` where a script replaced it."""
+        if not self._lists_prompts:
+            return nullcontext()
+        if "get_prompt" not in self.__dict__ and type(self).get_prompt is ShowsPrompts.get_prompt:
+            return put_in_here()
+        return put_in_here(lambda batch: self.get_prompt(batch_size=batch, task_ids=task_ids))
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """Returns the prompt as saved in files, (tokens, features), detached, on the CPU."""
+        _config(self.manager, adapter_name)
+        return file_tensors(self.manager, adapter_name)["prompt_embeddings"].detach().cpu()
 
 
 def _prompted(manager: AdapterManager) -> list[AdaptedLayer]:
@@ -61,7 +156,7 @@ def _prompted(manager: AdapterManager) -> list[AdaptedLayer]:
     return [layer for layer in manager.layers.values() if any(map(learns_prompt, layer.adapters._modules.values()))]
 
 
-def encoders(manager: AdapterManager) -> nn.ModuleDict:
+def _encoders(manager: AdapterManager) -> nn.ModuleDict:
     """Returns the adapters with a learned prompt by name, in a new container.
 
     Raises:
@@ -78,22 +173,12 @@ def encoders(manager: AdapterManager) -> nn.ModuleDict:
     return nn.ModuleDict(found)
 
 
-def tokens(manager: AdapterManager) -> dict[str, Tensor]:
-    """Returns the ids of the virtual tokens of each prompt, int64 (tokens,), by adapter name."""
-    return {str(name): torch.arange(_config(manager, str(name)).total_tokens) for name in encoders(manager)}
-
-
-def word_embeddings(manager: AdapterManager) -> nn.Module | None:
-    """Returns the model's input embedding; None if a prefix found none.
-
-    Raises:
-        AttributeError: no adapter has a learned prompt.
-    """
-    encoders(manager)
-    layer = _prompted(manager)[0]
-    if not layer.kind.takes_ids:
-        return None
-    return layer.in_tree
+def _config(manager: AdapterManager, name: str) -> Any:
+    manager.require(name)
+    config = manager.configs[name]
+    if not config.learns_prompt:
+        raise AdapterError(f"adapter {name!r} is not of a prompt method")
+    return config
 
 
 def resize_token_embeddings(manager: AdapterManager, *args: Any, **kwargs: Any) -> Any:
@@ -150,42 +235,3 @@ def _is_bare(wrapper: nn.Module | None) -> TypeGuard[AdaptedLayer]:
     return isinstance(wrapper, AdaptedLayer) and all(
         isinstance(adapter, ModelAdapter) for adapter in wrapper.adapters._modules.values()
     )
-
-
-def embedding_to_save(manager: AdapterManager, name: str) -> Tensor:
-    """Returns the prompt as saved in files, (tokens, features), detached, on the CPU."""
-    _config(manager, name)
-    return file_tensors(manager, name)["prompt_embeddings"].detach().cpu()
-
-
-def prompt(manager: AdapterManager, batch_size: int, task_ids: Tensor | None) -> Any:
-    """Returns the active prompt for a batch.
-
-    Args:
-        manager: manager of the model.
-        batch_size: number of rows.
-        task_ids: task of each row, (rows,) int64, for methods with tasks.
-
-    Returns:
-        Embeddings (rows, tokens, features), or a cache that begins with the prefix.
-
-    Raises:
-        AdapterError: no active adapter has a learned prompt.
-    """
-    for name in manager.active:
-        for layer in manager.layers_with(name).values():
-            adapter = layer.adapter(name)
-            if learns_prompt(adapter):
-                base = layer.base.within(task_ids)
-                if adapter.state_count:
-                    return cache_of(manager.model, adapter, base, batch_size)
-                return prompt_of(adapter, base, batch_size)
-    raise AdapterError("the active adapter is not of a prompt method")
-
-
-def _config(manager: AdapterManager, name: str) -> Any:
-    manager.require(name)
-    config = manager.configs[name]
-    if not config.learns_prompt:
-        raise AdapterError(f"adapter {name!r} is not of a prompt method")
-    return config

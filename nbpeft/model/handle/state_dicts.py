@@ -21,7 +21,7 @@ from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import BaseMismatchError, CheckpointError, ConfigError, did_you_mean, few, with_article
 from nbpeft.model.saving.files import file_tensors, replaced_state_dict
-from nbpeft.model.saving.loading import LoadResult, drop_unchanged, load_result, warn_of_other_shapes
+from nbpeft.model.saving.loading import LoadResult, drop_unchanged, load_result, shapes_of, warn_of_other_shapes
 from nbpeft.model.saving.offloaded import embedding_weights, refuse_offloaded, refuse_offloaded_adapter
 from nbpeft.model.saving.sharded import like
 
@@ -104,24 +104,7 @@ def set_peft_model_state_dict(
     peft_type = method_of(manager.configs[adapter_name]).peft_type
     whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name, peft_type)
     present = embedding_weights(manager.model) | ({} if whole else _biases(manager.model))
-    inside = tuple(f"{path}." for path in weights.copies)
-    wanted = checkpoint.Expected(
-        adapters={path: _shapes(named) for path, named in weights.adapters.items()},
-        copies={path: _shapes(named) for path, named in weights.copies.items()},
-        base=_shapes(weights.base),
-        shared=_shapes(weights.shared),
-        optional=_shapes({key: value for key, value in present.items() if not key.startswith(inside)}),
-        others={
-            f"{place}{key}": tensor.dtype
-            for place, named in (
-                *((f"{path}.", named) for path, named in (*weights.copies.items(), *weights.adapters.items())),
-                (checkpoint.SHARED_PREFIX, weights.shared),
-            )
-            for key, tensor in named.items()
-            if not tensor.is_floating_point()
-        },
-        parameters=weights.parameters,
-    )
+    wanted = _expected(weights, present)
     config = manager.configs[adapter_name]
     packed = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)
     tensors = method_of(config).files.unpack(config, packed)
@@ -362,11 +345,32 @@ def load_peft_weights(
     return checkpoint.remapped(saved.read(), key_mapping)
 
 
+def _expected(weights: AdapterWeights, present: Mapping[str, Tensor]) -> checkpoint.Expected:
+    """The tensors that are looked for in a state dict.
+
+    Args:
+        weights: the adapter's tensors.
+        present: tensors of the base model that the state dict may have as well.
+    """
+    inside = tuple(f"{path}." for path in weights.copies)
+    modules = [(f"{path}.", named) for path, named in (*weights.copies.items(), *weights.adapters.items())]
+    return checkpoint.Expected(
+        adapters={path: shapes_of(named) for path, named in weights.adapters.items()},
+        copies={path: shapes_of(named) for path, named in weights.copies.items()},
+        base=shapes_of(weights.base),
+        shared=shapes_of(weights.shared),
+        optional=shapes_of({key: value for key, value in present.items() if not key.startswith(inside)}),
+        others={
+            f"{prefix}{key}": tensor.dtype
+            for prefix, named in (*modules, (checkpoint.SHARED_PREFIX, weights.shared))
+            for key, tensor in named.items()
+            if not tensor.is_floating_point()
+        },
+        parameters=weights.parameters,
+    )
+
+
 def _biases(model: nn.Module) -> dict[str, Tensor]:
     """Returns name in the bare model -> bias."""
     owners = ((f"{path}.bias".lstrip("."), module._parameters.get("bias")) for path, module in bare_modules(model))
     return {name: bias for name, bias in owners if bias is not None}
-
-
-def _shapes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in named.items()}

@@ -345,6 +345,45 @@ def replaced_state_dict(model: nn.Module, manager: AdapterManager) -> Mapping[st
     return found if found and any(checkpoint.is_of_a_model(found, *item) for item in types.items()) else None
 
 
+class _StateDict:
+    """The tensors of a state dict, under any of the names that an adapted model has for them.
+
+    Args:
+        tensors: name -> tensor.
+
+    Attributes:
+        missing: names of tensors that ``present`` has not found.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.missing: list[str] = []
+
+    def find(self, key: str) -> Tensor | None:
+        """The tensor of a name in the bare model, or None."""
+        path, _, leaf = key.rpartition(".")
+        for prefix in ("base_model.model.", "base_model.", ""):
+            for spelt in (key, f"{path}.base_layer.{leaf}", f"{path}.original_module.{leaf}"):
+                if prefix + spelt in self._tensors:
+                    return self._tensors[prefix + spelt]
+        return None
+
+    def present(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
+        """The tensors that it has, by the adapter's names.
+
+        Args:
+            keys: the adapter's name -> name in the bare model.
+        """
+        found = {own: self.find(key) for own, key in keys.items()}
+        self.missing.extend(keys[own] for own, tensor in found.items() if tensor is None)
+        return {own: tensor for own, tensor in found.items() if tensor is not None}
+
+    def shared(self, key: str, name: str, own: Tensor) -> Tensor:
+        """A tensor that the layers of adapter ``name`` share, or ``own`` if the state dict lacks it."""
+        endings = (f"{ADAPTER_PARTS}.{name}.shared.{key}", f".{listed_name(key, name)}", f".{key}.{name}")
+        return next((value for key, value in self._tensors.items() if key.endswith(endings)), own)
+
+
 def _picked(
     manager: AdapterManager, weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
 ) -> AdapterWeights:
@@ -352,21 +391,7 @@ def _picked(
 
     Tensors of the adapter that it lacks are left out with a warning, as in PEFT.
     """
-    missing: list[str] = []
-
-    def find(key: str) -> Tensor | None:
-        path, _, leaf = key.rpartition(".")
-        for prefix in ("base_model.model.", "base_model.", ""):
-            for spelt in (key, f"{path}.base_layer.{leaf}", f"{path}.original_module.{leaf}"):
-                if prefix + spelt in state_dict:
-                    return state_dict[prefix + spelt]
-        return None
-
-    def present(keys: Mapping[str, str]) -> dict[str, Tensor]:
-        found = {k: find(key) for k, key in keys.items()}
-        missing.extend(keys[k] for k, tensor in found.items() if tensor is None)
-        return {k: tensor for k, tensor in found.items() if tensor is not None}
-
+    given = _StateDict(state_dict)
     places = wrapper_places(weights.parameters)
     adapters = {path: manager.layers[path].adapter(name) for path in weights.adapters}
     own_names = {
@@ -374,7 +399,7 @@ def _picked(
         for path, adapter in adapters.items()
     }
     own = {
-        id(adapter): present(
+        id(adapter): given.present(
             {
                 k: _listed_as(manager.layers[path], places.get(path, path), adapter, own_names[path].get(k, k), name)
                 for k in weights.adapters[path]
@@ -384,10 +409,10 @@ def _picked(
         if source_of(adapter) is None
     }
     copies = {
-        path: present({k: f"{path}.modules_to_save.{name}.{k}" for k in named})
+        path: given.present({k: f"{path}.modules_to_save.{name}.{k}" for k in named})
         for path, named in weights.copies.items()
     }
-    _tell_missing(manager.configs[name], name, missing, has_some=any((*own.values(), *copies.values())))
+    _warn_of_missing(manager.configs[name], name, given.missing, has_some=any((*own.values(), *copies.values())))
     return AdapterWeights(
         {
             path: own[id(adapter)]
@@ -396,15 +421,8 @@ def _picked(
             for path, adapter in adapters.items()
         },
         copies,
-        {key: own if (given := find(key)) is None else given for key, own in weights.base.items()},
-        {
-            key: _shared_in(
-                state_dict,
-                (f"{ADAPTER_PARTS}.{name}.shared.{key}", f".{listed_name(key, name)}", f".{key}.{name}"),
-                own,
-            )
-            for key, own in weights.shared.items()
-        },
+        {key: own if (tensor := given.find(key)) is None else tensor for key, own in weights.base.items()},
+        {key: given.shared(key, name, own) for key, own in weights.shared.items()},
         weights.parameters,
         weights.starts,
     )
@@ -417,7 +435,7 @@ def _listed_as(layer: AdaptedLayer, path: str, adapter: Adapter, own: str, name:
     return f"{adapter.peft.shown_as}.{name}.{own}" if layer.is_outside else f"{path}.{shown_name(adapter, own, name)}"
 
 
-def _tell_missing(config: AdapterConfig, name: str, missing: Sequence[str], *, has_some: bool) -> None:
+def _warn_of_missing(config: AdapterConfig, name: str, missing: Sequence[str], *, has_some: bool) -> None:
     """Warns of tensors of an adapter that a state dict lacks.
 
     Raises:
@@ -429,10 +447,6 @@ def _tell_missing(config: AdapterConfig, name: str, missing: Sequence[str], *, h
     if not has_some or config.learns_prompt:
         raise AdapterError(lacks)
     warnings.warn(f"{lacks}: it is saved without them", stacklevel=6)
-
-
-def _shared_in(state_dict: Mapping[str, Tensor], endings: tuple[str, ...], own: Tensor) -> Tensor:
-    return next((value for key, value in state_dict.items() if key.endswith(endings)), own)
 
 
 def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:

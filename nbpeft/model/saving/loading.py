@@ -118,13 +118,7 @@ def read(
     check_name(name)
     if not isinstance(config, AdapterConfig | None):
         raise ConfigError(f"config must be a config such as LoraConfig, not {config!r:.60}", field="config")
-    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
-    device = _device(manager, options.get("torch_device"))
-    single = None if hub.keys() & {"subfolder", "revision"} else checkpoint.lora_file(source)
-    if single is not None:
-        saved = checkpoint.read_lora_file(single, (path for path, _ in bare_modules(manager.model)), device)
-    else:
-        saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
+    saved, is_folder = _saved(manager, source, options)
     given = config
     if config is None:
         find = functools.partial(_part_in, saved.folder)
@@ -157,11 +151,34 @@ def read(
             if given is not None:
                 take_given(manager, name, given, change, loading=True)
             result = load_result(manager, name, [*loaded.missing, *loaded.mismatched], loaded.unexpected)
-        if single is None and not hub and os.path.isdir(os.path.expanduser(source)):
+        if is_folder:
             note_place(manager, name, source)
         return result
 
     return load
+
+
+def _saved(
+    manager: AdapterManager, source: str | os.PathLike[str], options: Mapping[str, Any]
+) -> tuple[checkpoint.Checkpoint, bool]:
+    """Reads a saved adapter; its tensors are read later.
+
+    Args:
+        manager: manager of the base model.
+        source: a folder, a hub id, or a single file.
+        options: hub options and ``torch_device``.
+
+    Returns:
+        The saved adapter, and whether it is the one in a local folder itself.
+    """
+    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
+    device = _device(manager, options.get("torch_device"))
+    single = None if hub.keys() & {"subfolder", "revision"} else checkpoint.lora_file(source)
+    if single is not None:
+        paths = (path for path, _ in bare_modules(manager.model))
+        return checkpoint.read_lora_file(single, paths, device), False
+    saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
+    return saved, not hub and os.path.isdir(os.path.expanduser(source))
 
 
 def _named_as_in_files(saved: checkpoint.Checkpoint, name: str) -> checkpoint.Checkpoint:
@@ -252,16 +269,12 @@ def _copied_by_peft(model: nn.Module, config: AdapterConfig, plan: InjectionPlan
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
     """Returns the keys and shapes that a file for a plan must have."""
     modules = dict(bare_modules(model)) if plan.copies or plan.biases else {}
-    copies = {
-        path: {name: tuple(tensor.shape) for name, tensor in modules[path].state_dict().items()} for path in plan.copies
-    }
     biases = {name: modules[name.rpartition(".")[0]]._parameters["bias"] for name in plan.biases}
-    base = {name: tuple(bias.shape) for name, bias in biases.items() if bias is not None}
-    embeddings = {name: tuple(tensor.shape) for name, tensor in embedding_weights(model).items()}
+    embeddings = shapes_of(embedding_weights(model))
     return checkpoint.Expected(
         adapters={target.path: target.saved_shapes for target in plan.targets},
-        copies=copies,
-        base=base,
+        copies={path: shapes_of(modules[path].state_dict()) for path in plan.copies},
+        base=shapes_of({name: bias for name, bias in biases.items() if bias is not None}),
         shared=plan.saved_shared,
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
         others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan),
@@ -288,6 +301,11 @@ def fixed_dtypes(plan: InjectionPlan) -> dict[str, torch.dtype]:
             if not dtype.is_floating_point
         },
     }
+
+
+def shapes_of(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in named.items()}
 
 
 def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:

@@ -23,7 +23,7 @@ from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, few
-from nbpeft.model.saving.loading import HUB_OPTIONS, base_mismatch, not_floating
+from nbpeft.model.saving.loading import HUB_OPTIONS, base_mismatch, not_floating, shapes_of
 from nbpeft.model.saving.offloaded import embedding_weights
 from nbpeft.model.saving.saved_places import note_place
 
@@ -259,7 +259,7 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
             except ConfigError as error:
                 raise HotSwapError(str(error)) from None
     copies = {
-        path: _shapes(trained.state_dict())
+        path: shapes_of(trained.state_dict())
         for path, module in manager.copies.items()
         if (trained := module.modules_to_save._modules.get(name)) is not None
     }
@@ -267,8 +267,8 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
     return checkpoint.Expected(
         adapters=adapters,
         copies=copies,
-        base=_shapes(manager.base_biases(name)),
-        optional=_shapes({key: value for key, value in embeddings.items() if key.rpartition(".")[0] not in copies}),
+        base=shapes_of(manager.base_biases(name)),
+        optional=shapes_of({key: value for key, value in embeddings.items() if key.rpartition(".")[0] not in copies}),
         others=not_floating({path: manager.copies[path].modules_to_save[name] for path in copies}),
         parameters=parameter_paths(manager.layers),
     )
@@ -298,7 +298,3 @@ def _leave_embeddings_out(manager: AdapterManager, name: str, weights: AdapterWe
 
 def _compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or bool(getattr(model, "_compiled_call_impl", None))
-
-
-def _shapes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in named.items()}

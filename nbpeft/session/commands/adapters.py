@@ -111,8 +111,8 @@ def add(
                 ctx.changed = True
             return result
         manager = tracked.manager
-        present = manager.configs.get(name)
-        if present is not None and tracked.requested_fields(name) == fields:
+        present = name in manager.configs
+        if present and tracked.requested_fields(name) == fields:
             if name not in manager.active:
                 notes.append(f"{name!r} is not active; session.use({name!r}) switches to it")
             if rows is not None:
@@ -120,18 +120,31 @@ def add(
             result = _added(tracked, name, None, notes, written, unchanged=True)
             ctx.models.select(tracked)
             return result
-        named = manager.plan(completed(made, tracked, manager.model), name, allow_missing=allow_missing)
-        if present is None:
-            with starting_from(ctx, manager.model, named.config, rows, notes) as start:
-                put = manager.prepare(name, named, trainable=trainable, training=trainable)
-                with manager.transaction():
-                    planned = put()
-                    manager.activate(name)
-                    start(manager, name)
-        else:
-            planned = _reconfigured(ctx, tracked, name, named, rows, notes, trainable=trainable)
+        planned = manager.plan(completed(made, tracked, manager.model), name, allow_missing=allow_missing)
+        put = _reconfigure if present else _add_to
+        put(ctx, tracked, name, planned, rows, notes, trainable=trainable)
         tracked.first_random[name] = (manager.configs[name], first_random)
-        return _added(tracked, name, fields, notes, written, plan=planned, reconfigured=present is not None)
+        return _added(tracked, name, fields, notes, written, plan=planned, reconfigured=present)
+
+
+def _add_to(
+    ctx: SessionContext,
+    tracked: TrackedModel,
+    name: str,
+    planned: InjectionPlan,
+    rows: InitRows | None,
+    notes: list[str],
+    *,
+    trainable: bool,
+) -> None:
+    """Add a new adapter to a model that has others, and activate it."""
+    manager = tracked.manager
+    with starting_from(ctx, manager.model, planned.config, rows, notes) as start:
+        put = manager.prepare(name, planned, trainable=trainable, training=trainable)
+        with manager.transaction():
+            put()
+            manager.activate(name)
+            start(manager, name)
 
 
 def _add_sweep(
@@ -162,7 +175,7 @@ def _add_sweep(
         )
 
 
-def _reconfigured(
+def _reconfigure(
     ctx: SessionContext,
     tracked: TrackedModel,
     name: str,
@@ -171,7 +184,7 @@ def _reconfigured(
     notes: list[str],
     *,
     trainable: bool,
-) -> InjectionPlan:
+) -> None:
     """Reconfigure an adapter; its weights are preserved if they have the same meaning with the new config."""
     from nbpeft.checkpoint import prompt_format, set_prompt_format
     from nbpeft.engine.runtime.snapshots import keeps_weights
@@ -197,7 +210,6 @@ def _reconfigured(
     if stays:
         tracked.trained_steps[name] = (manager.configs[name], *steps)
     notes.append(weights_message(stays=stays, unsaved=kept.unsaved))
-    return planned
 
 
 def _nothing(manager: AdapterManager, name: str) -> None:

@@ -91,11 +91,8 @@ def qlora(
         TargetError: the targets do not match the model.
         CheckpointNotFoundError: there is no model at ``source``.
     """
-    from nbpeft.engine.injection.plan import plan
-    from nbpeft.engine.tree.model_tree import manager_of
     from nbpeft.model.from_data.start_from_rows import init_from_data
-    from nbpeft.model.quantization.quantize import load_quantized, quantize_model
-    from nbpeft.model.quantization.quantized_experts import quantize_experts, remaining_experts
+    from nbpeft.model.quantization.quantize import load_quantized
     from nbpeft.model.quantization.weight_storage import stored_parts
 
     given = {"bits": bits, "quant_type": quant_type, "double_quant": double_quant, "compute_dtype": compute_dtype}
@@ -116,16 +113,7 @@ def qlora(
             base = load_quantized(origin.source, **request.settings, **request.loading)
         elif origin.source is None:
             before = stored_parts(base)
-            experts = _is_quantized(before) and bool(remaining_experts(base))
-            quantized = experts or not _is_quantized(before)
-            # Targets that do not match are refused before a weight is rounded.
-            manager = manager_of(base)
-            replacing = name if manager is not None and name in manager.configs else None
-            plan(base, request.config, allow_missing=allow_missing, replacing=replacing)
-            if experts:
-                quantize_experts(base)
-            elif quantized:
-                quantize_model(base, **request.settings)
+            quantized = _quantize(base, _is_quantized(before), request, name, allow_missing)
         seconds = time.monotonic() - started
         with _restored_on_failure(base):
             prepared = _prepare(ctx, base, gradient_checkpointing, gradient_checkpointing_kwargs, upcast)
@@ -142,6 +130,36 @@ def qlora(
             seconds=seconds,
             compute_dtype=_compute_dtype(base),
         )
+
+
+def _quantize(base: nn.Module, is_quantized: bool, request: _Request, name: str, allow_missing: bool) -> bool:
+    """Quantize a loaded model, or the experts of one that is quantized already, if targets match.
+
+    Args:
+        base: the base model.
+        is_quantized: whether its linear layers are quantized.
+        request: the arguments of ``qlora``.
+        name: name of the adapter.
+        allow_missing: ignore targets that match nothing, as long as others match.
+
+    Returns:
+        Whether something was quantized.
+    """
+    from nbpeft.engine.injection.plan import plan
+    from nbpeft.engine.tree.model_tree import manager_of
+    from nbpeft.model.quantization.quantize import quantize_model
+    from nbpeft.model.quantization.quantized_experts import quantize_experts, remaining_experts
+
+    experts = is_quantized and bool(remaining_experts(base))
+    manager = manager_of(base)
+    replacing = name if manager is not None and name in manager.configs else None
+    # Targets that do not match are refused before a weight is rounded.
+    plan(base, request.config, allow_missing=allow_missing, replacing=replacing)
+    if experts:
+        quantize_experts(base)
+    elif not is_quantized:
+        quantize_model(base, **request.settings)
+    return experts or not is_quantized
 
 
 def preview_qlora(

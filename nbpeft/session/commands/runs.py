@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -332,7 +332,6 @@ def resume(
         TrainingError: the data differs from that of the run; an argument of the run has to be given again; arguments
             are given for a run that had finished, or they leave no step to train.
     """
-    from nbpeft.checkpoint import inside
     from nbpeft.runs.store import RunPlace
     from nbpeft.training.disk.checkpoints import last_whole
     from nbpeft.training.disk.kept_arguments import to_take_over
@@ -355,10 +354,7 @@ def resume(
     members = _kept_members(state)
     names = tuple(members or record.adapters)
     given |= {"members": members} if members else {}
-    places = {name: state if name == DEFAULT_ADAPTER else state / name for name in names}
-    missing = [name for name, place in places.items() if place != state and not inside.is_folder(state, name)]
-    if missing:
-        raise CheckpointNotFoundError(f"the last checkpoint of run {record.name} contains no adapter {few(missing)}")
+    places = _adapter_folders(record, state, names)
     under: Any = tracked.manager.model if tracked is not None else base
     for place in places.values():
         _check_base(record, place, under)
@@ -392,6 +388,21 @@ def _kept_members(state: Path) -> dict[str, dict[str, Any]]:
     from nbpeft.training.sweep.trainer import kept_members
 
     return kept_members(json.loads((state / "trainer_state.json").read_text(encoding="utf-8")))
+
+
+def _adapter_folders(record: RunRecord, state: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Return the folders of a run's adapters in its last checkpoint, by their names.
+
+    Raises:
+        CheckpointNotFoundError: the checkpoint lacks an adapter.
+    """
+    from nbpeft.checkpoint import inside
+
+    places = {name: state if name == DEFAULT_ADAPTER else state / name for name in names}
+    missing = [name for name, place in places.items() if place != state and not inside.is_folder(state, name)]
+    if missing:
+        raise CheckpointNotFoundError(f"the last checkpoint of run {record.name} contains no adapter {few(missing)}")
+    return places
 
 
 def _restore_adapters(

@@ -245,12 +245,7 @@ def _recorded(
         if kept:  # they could not be restored later
             manager.refuse_merged("a sweep" if plan.origin else "weights are replaced")
         with weights_kept_unless(ctx, tracked, kept, learned, also_at_end=not resumes):
-            for name in again:
-                former = tracked.last_run(name)
-                reinitialize(ctx, tracked, name, seed=request.seed)
-                notes.append(
-                    f"restarts {name} from new weights" + (f"; run {former} has the former ones" * bool(former))
-                )
+            notes += [_restarted(ctx, tracked, name, request.seed) for name in again]
             notes.append(remove_former(ctx, tracked, plan))
             yield opened
     finally:
@@ -261,6 +256,13 @@ def _recorded(
             tracked.count_steps(names, made[-1])
             tracked.sweep = ()
             tracked.training_call = training_call(made[-1].run_id, request)
+
+
+def _restarted(ctx: SessionContext, tracked: TrackedModel, name: str, seed: int) -> str:
+    """Initialize an adapter again; return a note about it."""
+    former = tracked.last_run(name)
+    reinitialize(ctx, tracked, name, seed=seed)
+    return f"restarts {name} from new weights" + (f"; run {former} has the former ones" * bool(former))
 
 
 def run_place(ctx: SessionContext, model: str = "", source: Mapping[str, str] | None = None) -> RunPlace | None:

@@ -123,9 +123,17 @@ class DataSummary:
 
 
 class _Totals:
-    """Totals over rows for ``DataSummary``; lengths are before truncation."""
+    """Totals over rows for ``DataSummary``, and the rows to show; lengths are before truncation.
 
-    def __init__(self) -> None:
+    Args:
+        reader: reads the rows.
+        row_count: the number of rows to show, besides those that are truncated or left out.
+    """
+
+    def __init__(self, reader: Reading, row_count: int) -> None:
+        self.unused, self.formats = UnusedParts(), SeenFormats(reader.options, reader.for_template)
+        self.shown_rows: list[CodedRow] = []
+        self._row_count = row_count
         self.lengths: list[int] = []
         self.left_out: list[tuple[int, str]] = []
         self.hashes: set[int] = set()
@@ -136,6 +144,10 @@ class _Totals:
         """Adds a row, or a part of a row that was split."""
         length = _length(row)
         self.lengths.append(length)
+        self.unused.add(row.unused)
+        further = self.shown_rows[self._row_count :]
+        if len(self.lengths) <= self._row_count or (len(further) < _EXTRA and _is_first_of_its_kind(row, further)):
+            self.shown_rows.append(row)
         self.cut_rows += row.cut
         self.cut_tokens += max(0, length - row.limit) if row.cut else 0
         self.split_rows += row.part_count > 1 and not row.part
@@ -143,6 +155,7 @@ class _Totals:
         if row.missing:
             self.left_out.append((row.number, row.missing))
             return
+        self.formats.add(row)
         hashed = hash_of(row.row)
         self.repeated += hashed in self.hashes
         self.hashes.add(hashed)
@@ -191,17 +204,11 @@ def summarize(
         check_columns(reader)
     streamed = is_stream(reader.rows)
     coded: Iterator[CodedRow] = itertools.islice(coded_rows(reader), _STREAMED if streamed else None)
-    shown_rows: list[CodedRow] = []
-    totals, unused, formats = _Totals(), UnusedParts(), SeenFormats(reader.options, reader.for_template)
+    totals = _Totals(reader, rows)
     for row in coded:
         totals.add(row)
-        unused.add(row.unused)
-        if not row.missing:
-            formats.add(row)
-        few = len(shown_rows) < rows + _EXTRA
-        if len(totals.lengths) <= rows or (few and _is_first_of_its_kind(row, shown_rows[rows:])):
-            shown_rows.append(row)
-    lengths, parts = totals.lengths, totals.split_parts
+    lengths, parts, shown_rows = totals.lengths, totals.split_parts, totals.shown_rows
+    unused, formats = totals.unused, totals.formats
     if not lengths:
         raise TrainingError("The stream has no rows.")
     least, most = _SHOWN_TOKENS

@@ -152,14 +152,19 @@ def fit(
         if manager is not None and run.steps_done and not keep:  # checkpoints in a scratch folder go with it
             mark_unsaved(manager, *trained_names(model))
         if trainer is not None:
-            noise = getattr(trainer, "neftune_hook_handle", None)  # an interrupted Trainer leaves it on
-            if noise is not None:
-                noise.remove()
-            # A traceback or a callback may keep the Trainer alive, which must not keep the model and optimizer alive.
-            trainer.accelerator.free_memory()
-            for owner in (trainer, trainer.callback_handler):
-                owner.model = owner.optimizer = owner.lr_scheduler = None
-            trainer.model_wrapped = None
+            _release(trainer)
+
+
+def _release(trainer: Any) -> None:
+    """Takes everything of a Trainer off its model, and the model, optimizer and scheduler off the Trainer."""
+    noise = getattr(trainer, "neftune_hook_handle", None)  # an interrupted Trainer leaves it on
+    if noise is not None:
+        noise.remove()
+    # A traceback or a callback may keep the Trainer alive, which must not keep the model and optimizer alive.
+    trainer.accelerator.free_memory()
+    for owner in (trainer, trainer.callback_handler):
+        owner.model = owner.optimizer = owner.lr_scheduler = None
+    trainer.model_wrapped = None
 
 
 def _save_and_push(trainer: Any, run: Run) -> None:

@@ -216,13 +216,9 @@ def run_training(request: TrainRequest) -> TrainResult:
     scorer = checked_scorer(request, rows, fields)
     request = replace(request, sample=_sample_prompts(request, rows))
     given = _not_none(**options)
-    learned, objective = rows.train, request.objective
+    objective = request.objective
     assert isinstance(objective, Objective)
-    collator: Any = batches_of(request, objective)
-    packed: list[PackedRows] = []
-    if request.packing:
-        learned, collator = _packed(request, rows, collator, given)
-        packed = list(learned.values()) if request.own_rows else [learned]
+    learned, collator, packed = _batches(request, rows, objective, given)
     options = {"data_collator": collator, "processing_class": request.tokenizer}
     options |= metrics_of(request, rows.classes) | given
     with scratch_folder() as folder:
@@ -276,13 +272,27 @@ def _with_objective(request: TrainRequest) -> tuple[TrainRequest, bool]:
     return with_objective(request), several
 
 
-def _packed(request: TrainRequest, rows: TrainingRows, collator: Any, given: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Returns the packed training rows, of each adapter if it has its own, and their collator."""
+def _batches(
+    request: TrainRequest, rows: TrainingRows, objective: Objective, given: Mapping[str, Any]
+) -> tuple[Any, Any, list[PackedRows]]:
+    """Returns the training rows, packed if that is requested, their collator, and all packed rows.
+
+    Args:
+        request: the arguments of the training.
+        rows: its rows.
+        objective: its objective.
+        given: the given options of the Trainer.
+    """
+    collator = batches_of(request, objective)
+    if not request.packing:
+        return rows.train, collator, []
     sizes = {"max_length": request.max_length, "tokenizer": request.tokenizer, "given": given}
     if not request.own_rows:
-        return pack(request.model, rows.train, collator, **sizes)
+        packed, collator = pack(request.model, rows.train, collator, **sizes)
+        return packed, collator, [packed]
     found = {name: pack(request.model, part, collator, **sizes) for name, part in rows.train.items()}
-    return {name: part for name, (part, _) in found.items()}, next(iter(found.values()))[1]
+    learned = {name: part for name, (part, _) in found.items()}
+    return learned, next(iter(found.values()))[1], list(learned.values())
 
 
 def _unless_interrupted(result: TrainResult, run: Run) -> TrainResult:
@@ -308,8 +318,8 @@ def _note(
             part.report = run.note
     run.rows = replace(run.rows, unmapped=request.unmapped, numbered=bool(rows.unlearned))
     run.unlearned = rows.unlearned
-    told = "; ".join(rows.notes) + (f" ({request.data_hint})" if request.data_hint and rows.notes else "")
-    note_on_rows = "; ".join(note for note in (told, rows.held_out) if note)
+    facts = "; ".join(rows.notes) + (f" ({request.data_hint})" if request.data_hint and rows.notes else "")
+    note_on_rows = "; ".join(note for note in (facts, rows.held_out) if note)
     run.note(note_on_rows)
     if objective.rows == JUDGED and request.processes is None and not settings.dataloader_drop_last:
         sizes = {"an epoch": settings.train_batch_size, "an evaluation": settings.eval_batch_size}

@@ -11,4 +11,9 @@ Door, what other rooms import:
     run.py               One training run for front ends: counts, curves and speed, fed by any loop
     run_checkpointer.py  Saves a training to disk while it runs: if its process dies, only some seconds of it are lost
     tracebacks.py        Releases tensors that a stored traceback would keep alive
+
+Inside:
+
+    memory_meter.py  Measures memory for the states of a run, at little cost and in any thread
+    stopwatch.py     The time that a run takes, without its pauses
 """

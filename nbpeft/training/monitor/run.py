@@ -33,7 +33,9 @@ from nbpeft.training.adapters.optimizer_steps import watch_steps
 from nbpeft.training.disk.save_now import save_adapters
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.failures import explain_failure
+from nbpeft.training.monitor.memory_meter import MemoryMeter
 from nbpeft.training.monitor.record import Number, Record
+from nbpeft.training.monitor.stopwatch import Stopwatch
 from nbpeft.training.monitor.tracebacks import release_frames
 
 if TYPE_CHECKING:
@@ -128,9 +130,9 @@ class Run:
         self._model = weakref.ref(model)
         self._publish_to = publish
         self._clock = clock
-        self._memory = memory
         self._lock = threading.RLock()
-        self._memory_lock = threading.Lock()
+        self._stopwatch = Stopwatch(clock)
+        self._memory = MemoryMeter(memory, clock, self.memory_interval)
         self.entered = self.interrupted = False
         self.thread: int | None = None
         self.shown: Literal["", "text", "card"] = ""
@@ -160,13 +162,6 @@ class Run:
         self._check: LearningCheck | None = None
         self._end_watching: Callable[[], None] = lambda: None
         self._record = Record()
-        self._memory_state: MemoryState | None = None
-        self._readings: deque[tuple[int, int]] = deque(maxlen=1000)
-        self._memory_due = float("-inf")
-        self._started: float | None = None
-        self._waited = 0.0
-        self._waiting_since: float | None = None
-        self._ended: float | None = None
         self._published_at = float("-inf")
 
     # What the loop calls
@@ -190,7 +185,7 @@ class Run:
                 return
             self._status = "running"
             self.thread = threading.get_ident()
-            self._started = self._clock()
+            self._stopwatch.start()
             model = self._model()
             if model is not None and not self.mirrors:
                 self._check = LearningCheck(model, self.adapter, rewarded=self.learns_from_rewards)
@@ -383,12 +378,12 @@ class Run:
             state: the last state that rank 0 published.
         """
         with self._lock:
-            now = self._clock()
-            self._mirrored, self._memory, self._memory_state = state, None, state.memory
+            self._mirrored = state
+            self._memory.mirror(state.memory)
+            self._stopwatch.mirror(state.elapsed, paused=state.status == "paused")
             self._record.step, self._record.first_step = state.step, state.first_step
             self.kept_step = state.kept_step
             self.total_steps, self.folder = state.total_steps, state.folder
-            self._started, self._waiting_since = now - state.elapsed, now if state.status == "paused" else None
         self.publish(force=True)  # rank 0 limits the rate already
 
     def received_weights(self, token_count: int) -> None:
@@ -403,17 +398,15 @@ class Run:
         """Waits while paused; returns whether the loop should end."""
 
         def on_wait() -> None:
-            self._waiting_since = self._clock()
+            self._stopwatch.pause()
             self.publish(force=True)
 
         try:
             stop = self.control.wait_or_stop(on_wait, self._save_now)
         finally:
-            waited = self._waiting_since is not None
             with self._lock:
-                if self._waiting_since is not None:
-                    self._waited += self._clock() - self._waiting_since
-                    self._waiting_since = None
+                waited = self._stopwatch.resume()
+                if waited:
                     self._record.forget_pace()
         if waited:
             self.publish(force=True)
@@ -428,9 +421,9 @@ class Run:
         """
         with HeldInterrupts(to_the_end=True):  # a second interrupt must not leave the run in between
             with self._lock:
-                if self._ended is not None:
+                if self._stopwatch.has_stopped:
                     return
-                self._ended = self._clock()
+                self._stopwatch.stop()
                 self._end_watching()
                 if self._check is not None:
                     if status == "finished" and self.steps_done and not self._resumed:
@@ -442,7 +435,7 @@ class Run:
                     self._notes = self._stop_notes()
                 elif message:
                     self._notes = [message]
-                self._memory_due = float("-inf")
+                self._memory.measure_next()
             self.publish(force=True)
 
     def __enter__(self) -> Self:
@@ -487,13 +480,13 @@ class Run:
         Does not wait for the training thread either: a front end may call it every second while a step
         takes a minute. Losses that are still on a device appear with their last published values.
         """
-        if self._ended is None:
+        if not self._stopwatch.has_stopped:
             self._measure_memory()
             self._catch_up()
         latest = self._latest
-        if latest is None or self._ended is not None:
+        if latest is None or self._stopwatch.has_stopped:
             return latest
-        elapsed = self._elapsed()
+        elapsed = self._stopwatch.elapsed
         remaining = None if latest.remaining is None else max(0.0, latest.remaining - (elapsed - latest.elapsed))
         return dataclasses.replace(
             latest,
@@ -501,7 +494,7 @@ class Run:
             step=latest.step if self._mirrored is not None else self._record.step,
             elapsed=elapsed,
             remaining=remaining,
-            memory=self._memory_state,
+            memory=self._memory.state,
             message=self._message(),
             warnings=self._severe_notes("warning"),
             errors=self._severe_notes("error"),
@@ -519,9 +512,9 @@ class Run:
                 return
             self._published_at = now
             self._collect()
-            self._record.mark(self._elapsed())
-            _, speed = self._record.pace(self._elapsed(), overall=False)
-            if speed is not None and self._ended is None:
+            self._record.mark(self._stopwatch.elapsed)
+            _, speed = self._record.pace(self._stopwatch.elapsed, overall=False)
+            if speed is not None and not self._stopwatch.has_stopped:
                 self._record.trace("tokens/s", speed)
             self._measure_memory()
             state = self._build()
@@ -538,7 +531,7 @@ class Run:
 
     def stop_message(self) -> str:
         """``stopped at step 12``, with the reason if there is one."""
-        return " · ".join(self._notes if self._ended is not None else self._stop_notes())
+        return " · ".join(self._notes if self._stopwatch.has_stopped else self._stop_notes())
 
     def _stop_notes(self) -> list[str]:
         """The notes of a stopped run: first where it stopped, unless that is in the message of the other processes."""
@@ -561,7 +554,7 @@ class Run:
     def elapsed(self) -> float:
         """Seconds since the start, without pauses."""
         with self._lock:
-            return self._elapsed()
+            return self._stopwatch.elapsed
 
     @property
     def token_count(self) -> int:
@@ -591,15 +584,8 @@ class Run:
         """Whether it resumes an earlier run, whose last learning rate, often zero, is that of its first step."""
         return self._record.first_step > 0
 
-    def _elapsed(self) -> float:
-        if self._started is None:
-            return 0.0
-        end = self._ended if self._ended is not None else self._waiting_since
-        return (self._clock() if end is None else end) - self._started - self._waited
-
     def _collect(self) -> None:
-        while self._readings:
-            step, byte_count = self._readings.popleft()
+        for step, byte_count in self._memory.take_readings():
             self._record.trace("memory", byte_count, step)
         first_nan = self._record.collect()
         if first_nan is not None and not self._divergence_noted and not any("NaN" in note for note in self._notes):
@@ -634,24 +620,7 @@ class Run:
         self.publish(force=True)
 
     def _measure_memory(self) -> None:
-        """Measures the memory if it is due, in any thread; returns at once if another thread is measuring."""
-        now = self._clock()
-        if self._memory is None or now < self._memory_due or not self._memory_lock.acquire(blocking=False):
-            return
-        try:
-            began = time.perf_counter()
-            measured = self._memory()
-            self._memory_due = now + max(self.memory_interval, 100 * (time.perf_counter() - began))
-            if measured is not None:
-                self._memory_state = measured
-                self._readings.append((self._record.step, sum(part.byte_count for part in measured.parts)))
-        except Exception as error:  # a failed measurement must not end a training
-            if isinstance(error, RuntimeError) and "during iteration" in str(error):
-                return  # the optimizer is creating its state in its first step
-            self._memory = None
-            self._warn_once(f"Memory cannot be measured ({type(error).__name__}: {error}); training continues.")
-        finally:
-            self._memory_lock.release()
+        self._warn_once(self._memory.update(self._record.step))
 
     def _status_now(self) -> TrainStatus:
         if self._status != "running":
@@ -666,7 +635,8 @@ class Run:
         if self._mirrored is not None and self._status not in ("failed", "stopped"):
             theirs = self._mirrored.message
             return " · ".join([*(note for note in self._notes if note not in theirs), theirs]).strip(" ·")
-        saving = "saving after this step" if self.control.save_requested and self._ended is None else self._saved
+        will_save = self.control.save_requested and not self._stopwatch.has_stopped
+        saving = "saving after this step" if will_save else self._saved
         return " · ".join([*self._notes, *([saving] if saving else [])])
 
     def _severe_notes(self, severity: Literal["warning", "error"]) -> tuple[str, ...]:
@@ -679,25 +649,29 @@ class Run:
         return tuple(dict.fromkeys(notes))
 
     def _build(self) -> TrainState:
-        if self._mirrored is not None:
-            self._latest = dataclasses.replace(
-                self._mirrored,
-                run_id=self.run_id,
-                status=self._status_now(),
-                elapsed=self._elapsed(),
-                remaining=None if self._ended is not None else self._mirrored.remaining,
-                message=self._message(),
-                warnings=self._severe_notes("warning"),
-                errors=self._severe_notes("error"),
-                rows=self.rows,
-            )
-            return self._latest
-        record, elapsed = self._record, self._elapsed()
-        pace, tokens_per_second = record.pace(elapsed, overall=self._ended is not None)
+        self._latest = self._own_state() if self._mirrored is None else self._state_of_processes(self._mirrored)
+        return self._latest
+
+    def _state_of_processes(self, mirrored: TrainState) -> TrainState:
+        return dataclasses.replace(
+            mirrored,
+            run_id=self.run_id,
+            status=self._status_now(),
+            elapsed=self._stopwatch.elapsed,
+            remaining=None if self._stopwatch.has_stopped else mirrored.remaining,
+            message=self._message(),
+            warnings=self._severe_notes("warning"),
+            errors=self._severe_notes("error"),
+            rows=self.rows,
+        )
+
+    def _own_state(self) -> TrainState:
+        record, elapsed = self._record, self._stopwatch.elapsed
+        pace, tokens_per_second = record.pace(elapsed, overall=self._stopwatch.has_stopped)
         remaining = None
-        if pace is not None and self.total_steps is not None and self._ended is None:
+        if pace is not None and self.total_steps is not None and not self._stopwatch.has_stopped:
             remaining = max(0.0, (self.total_steps - record.step) * pace)
-        self._latest = TrainState(
+        return TrainState(
             run_id=self.run_id,
             adapter=self.adapter,
             status=self._status_now(),
@@ -715,7 +689,7 @@ class Run:
             remaining=remaining,
             history=record.history.points(),
             eval_history=record.eval_history.points(),
-            memory=self._memory_state,
+            memory=self._memory.state,
             message=self._message(),
             warnings=self._severe_notes("warning"),
             errors=self._severe_notes("error"),
@@ -731,7 +705,6 @@ class Run:
             members=self.members(self._status_now()),
             rows=self.rows,
         )
-        return self._latest
 
     def _warn(self, message: str, *, error: bool = False) -> None:
         if message:
@@ -739,7 +712,7 @@ class Run:
             self._warnings.append(message)  # emitted at the next publication, if no front end shows the run
 
     def _warn_once(self, message: str) -> None:
-        if not self._display_failed:
+        if message and not self._display_failed:
             self._display_failed = True
             warnings.warn(message, stacklevel=3)
 

@@ -93,7 +93,7 @@ def test_a_merge_for_good_that_fails_at_its_end_comes_back(
         raise MergeError("at the end")
 
     memory(monkeypatch, *host)
-    monkeypatch.setattr("nbpeft.engine.runtime.manager.untie_embeddings_", fail)
+    monkeypatch.setattr("nbpeft.engine.runtime.unloading.untie_embeddings_", fail)
     with pytest.raises(MergeError, match="at the end"):
         model.merge_and_unload()
     assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())

@@ -223,7 +223,7 @@ def test_an_interrupted_unload_leaves_the_base(monkeypatch: pytest.MonkeyPatch, 
     by_hand(model, tmp_path)
     expected, base = logits(model), model.get_base_model()
     before = {key: value.clone() for key, value in base.state_dict().items()}
-    monkeypatch.setattr("nbpeft.engine.runtime.manager.replace_modules", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("nbpeft.engine.runtime.unloading.replace_modules", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.unload()
     assert all(torch.equal(value, base.state_dict()[key]) for key, value in before.items())

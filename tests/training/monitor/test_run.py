@@ -366,23 +366,6 @@ def test_a_tick_knows_a_step_that_came_too_soon_to_be_published():
         assert states[-1].step == 0
 
 
-def test_memory_is_measured_so_rarely_that_it_costs_a_hundredth(monkeypatch):
-    loop, clock, cost = Loop(), Clock(), [0.0]
-    monkeypatch.setattr("nbpeft.training.monitor.run.time.perf_counter", lambda: cost[0])
-    count = []
-
-    def measure():
-        count.append(1)
-        cost[0] += 0.03
-        return MemoryState("cpu", (), None, None)
-
-    with track(loop.model, 100, clock=clock, memory=measure) as run:
-        for _ in range(100):
-            clock.advance(0.1)
-            run.step(loop.one())
-    assert 4 <= len(count) <= 6  # every three seconds of ten, and at both ends
-
-
 def test_a_run_is_saved_when_a_person_asks_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = trainable(name="sql")
