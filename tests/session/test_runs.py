@@ -88,14 +88,15 @@ def dying_with_a_state(step: int) -> Callable[[], None]:
 
     def prepare() -> None:
         often()
-        put: Any = run_checkpointer.put_checkpoint
+        module: Any = run_checkpointer
+        put = module.put_checkpoint
 
         def putting(folder: Path, at: int, *args: Any, **more: Any) -> None:
             put(folder, at, *args, **more)
             if at == step:
                 die()
 
-        run_checkpointer.put_checkpoint = putting
+        module.put_checkpoint = putting
 
     return prepare
 

@@ -118,7 +118,7 @@ class RunCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Carries out a Stop that came with the last step, before its evaluation; a diverged run is not saved either."""
+        """Carries out a Stop that came with the last step, before the evaluation; does not save a diverged run."""
         self._stop_if_requested(args, control)
         if self.run.diverged:
             control.should_evaluate = control.should_save = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +161,17 @@ def test_a_resumed_sweep_has_its_curves_and_its_best_weights(tmp_path: Path) -> 
     assert equal(weights(target, fast.name), stopping.kept[fast.name, best])
 
 
+def stopped_after(step: int, run: Any, name: str) -> None:
+    if step:
+        when_noted(run, step, run.control.request_stop)
+
+
 def test_a_resumed_sweep_knows_the_best_evaluation_of_an_adapter_that_stopped_early(tmp_path: Path) -> None:
     given: dict[str, Any] = {"patience": 2, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 8}
     held, found = rows()[:6], []
     for stop in (0, 5):
         session, target = adapted_session(tmp_path / f"{stop}")
-        end = session.on_run(lambda run, name, at=stop: when_noted(run, at, run.control.request_stop) if at else None)
+        end = session.on_run(partial(stopped_after, stop))
         options = {**ARGUMENTS, **given, "gradient_accumulation_steps": 1, "lr_scheduler_type": "linear"}
         result = session.train(target, rows(), held, **options | {"learning_rate": sweep(0.01, 3.0)})
         end()
