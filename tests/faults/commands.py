@@ -7,15 +7,17 @@ import gc
 import signal
 import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft import LoraConfig, PeftModel, get_peft_model, hotswap_adapter, sweep
+from nbpeft import LoraConfig, PeftModel, PolyConfig, XLoraConfig, get_peft_model, hotswap_adapter, sweep
+from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.model import AdapterPool, set_peft_model_state_dict
@@ -43,11 +45,11 @@ class Tiny(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, output_hidden_states: bool = False) -> Any:
         hidden = self.embed(ids)
         hidden = hidden + torch.tanh(self.first(hidden))
-        output: Tensor = self.head(hidden + torch.tanh(self.second(hidden)))
-        return output
+        hidden = hidden + torch.tanh(self.second(hidden))
+        return SimpleNamespace(hidden_states=(hidden,)) if output_hidden_states else self.head(hidden)
 
 
 def tiny(storage: str) -> nn.Module:
@@ -86,6 +88,7 @@ class Stage:
         pool: the pool on it, if there is one.
         past: adapters that a session deleted or replaced before, the last one last.
         session: what runs a command of a session, once it has begun.
+        call: what each call of the model needs beside its ids.
     """
 
     base: nn.Module
@@ -94,6 +97,7 @@ class Stage:
     returned: Any = None
     past: tuple[PastAdapter, ...] = ()
     session: Any = None
+    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 def adapted(storage: str) -> Stage:
@@ -110,6 +114,38 @@ def adapted(storage: str) -> Stage:
     return Stage(base, model.eval())
 
 
+def mixed(storage: str) -> Stage:
+    """A model with mixtures of adapters: ``a`` and ``b`` weigh them for each token, ``b`` trains them too."""
+    torch.default_generator.manual_seed(1)
+    base = tiny(storage)
+    model = get_peft_model(base, mixture(), adapter_name="a")
+    model.add_adapter("b", mixture(softmax_temperature=0.5, use_trainable_adapters=True))
+    model.add_adapter("dora", config(2, use_dora=True))
+    return Stage(base, model.eval())
+
+
+def tasked(storage: str) -> Stage:
+    """A model with adapters that mix their skills by the task of each row."""
+    torch.default_generator.manual_seed(1)
+    base = tiny(storage)
+    model = get_peft_model(base, poly(), adapter_name="a")
+    model.add_adapter("b", poly(n_skills=2))
+    model.add_adapter("dora", config(2, use_dora=True))
+    return Stage(base, model.eval(), call={"task_ids": torch.tensor([0, 2])})
+
+
+def mixture(**fields: Any) -> XLoraConfig:
+    """A mixture of two saved adapters."""
+    experts = {"0": saved()["b"], "1": saved()["c"]}
+    return XLoraConfig(task_type="CAUSAL_LM", hidden_size=WIDTH, adapters=experts, **fields)
+
+
+def poly(**fields: Any) -> PolyConfig:
+    """Three tasks on skills that are no identity."""
+    settings: dict[str, Any] = {"target_modules": ["first", "second"], "n_skills": 4, "n_splits": 2, "n_tasks": 3}
+    return PolyConfig(**{"r": 4, "init_weights": False, **settings, **fields})
+
+
 def merged(storage: str) -> Stage:
     """The same with ``a`` merged."""
     stage = adapted(storage)
@@ -119,11 +155,11 @@ def merged(storage: str) -> Stage:
     return stage
 
 
-def undoable(take: Callable[[Session], object]) -> Callable[[str], Stage]:
-    """The same after a command of a session that can be undone."""
+def undoable(take: Callable[[Session], object], first: Callable[[str], Stage] = adapted) -> Callable[[str], Stage]:
+    """The same, or another stage, after a command of a session that can be undone."""
 
     def made(storage: str) -> Stage:
-        stage = adapted(storage)
+        stage = first(storage)
         stage.model.manager.unsaved.add("a")
         session = session_of(stage)
         take(session)
@@ -169,6 +205,9 @@ def saved() -> dict[str, str]:
         settings["headless"] = config(2, target_modules=["first"], bias="lora_only")
         for name, one in settings.items():
             get_peft_model(tiny("dense"), one, adapter_name="default").save_pretrained(str(folder / name))
+            _SAVED[name] = str(folder / name)
+        for name, other in {"mixture": mixture(softmax_temperature=0.25), "poly": poly(n_skills=2)}.items():
+            get_peft_model(tiny("dense"), other, adapter_name="default").save_pretrained(str(folder / name))
             _SAVED[name] = str(folder / name)
     return _SAVED
 
@@ -233,6 +272,12 @@ def _sweep(stage: Stage) -> None:
     """Makes the adapters of a sweep, of which nothing is learned."""
     with sweep_members(TrainRequest(stage.model, None, arguments={"learning_rate": sweep(0.1, 0.2)})):
         stage.model(IDS)
+
+
+def called(stage: Stage) -> Any:
+    """What a call of the model returns; only a handle with adapters takes task ids."""
+    handle = stage.model if stage.call and stage.model is not None and stage.model.peft_config else None
+    return stage.base(IDS) if handle is None else handle(IDS, **stage.call)
 
 
 def _combine(kind: str) -> Callable[[Stage], object]:
@@ -320,11 +365,60 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+def _of_method(
+    kind: str, stage: Callable[[str], Stage], new: Callable[..., AdapterConfig]
+) -> Iterator[tuple[str, Command]]:
+    """The commands on adapters of a method that needs more than its own layer."""
+    steps: dict[str, Callable[[Stage], object]] = {
+        "add": lambda s: s.model.add_adapter("new", new()),
+        "replace": lambda s: s.model.manager.add("a", new(), replace=True),
+        "load": lambda s: s.model.load_adapter(saved()[kind], "loaded"),
+        "load over": lambda s: s.model.load_adapter(saved()[kind], "b"),
+        "delete": lambda s: s.model.delete_adapter("b"),
+        "delete active": lambda s: s.model.delete_adapter("a"),
+        "rename": lambda s: s.model.manager.rename("a", "z"),
+        "copy": lambda s: s.model.manager.copy("b", "twin"),
+        "switch": lambda s: s.model.set_adapter("b"),
+        "switch away": lambda s: s.model.set_adapter("dora"),
+        "off": lambda s: s.model.manager.disable(),
+        "scale": lambda s: s.model.manager.set_scale("a", 0.5),
+        "freeze": lambda s: s.model.manager.freeze("a"),
+        "call": called,
+        "session reset": lambda s: session_of(s).reset("a"),
+        "session delete": lambda s: session_of(s).delete("a"),
+        "session reconfigure": lambda s: session_of(s).add("model", new(), name="a"),
+    }
+    yield from ((f"{kind} {name}", Command(stage, run)) for name, run in steps.items())
+    yield f"{kind} unload", Command(stage, lambda s: s.model.unload(), unloads=True)
+    yield (
+        f"{kind} undo delete",
+        Command(undoable(lambda session: session.delete("a"), stage), lambda s: session_of(s).undo()),
+    )
+
+
+COMMANDS |= _of_method("mixture", mixed, mixture)
+COMMANDS |= _of_method("poly", tasked, poly)
+COMMANDS |= {
+    "poly swap": Command(tasked, lambda s: hotswap_adapter(s.model, saved()["poly"], "b")),
+    "mixture start": Command(
+        lambda storage: Stage(tiny(storage)),
+        lambda s: setattr(s, "model", get_peft_model(s.base, mixture(), adapter_name="a")),
+    ),
+    "mixture from_pretrained": Command(
+        lambda storage: Stage(tiny(storage)),
+        lambda s: setattr(s, "model", PeftModel.from_pretrained(s.base, saved()["mixture"], adapter_name="a")),
+    ),
+    "mixture top": Command(mixed, lambda s: s.model.set_topk_lora(1)),
+    "mixture weight": Command(mixed, lambda s: s.model.set_global_scaling_weight(0.5)),
+    "mixture first pass": Command(mixed, lambda s: s.model.set_scaling_pass_value(0.25)),
+}
+
+
 @torch.no_grad()
 def state_of(stage: Stage) -> dict[str, Any]:
     """Everything a command may change, in a form that can be compared."""
     base = stage.base
-    state: dict[str, Any] = {"outputs": _bits(base(IDS)), "gc": gc.isenabled()}
+    state: dict[str, Any] = {"outputs": _bits(called(stage)), "gc": gc.isenabled()}
     state["signal"] = signal.getsignal(signal.SIGINT)
     for name, module in base.named_modules(remove_duplicate=False):
         state[f"module {name}"] = type(module)
@@ -360,7 +454,7 @@ def state_of(stage: Stage) -> dict[str, Any]:
         state["scales"] = [manager.scale(name) for name in manager.names]
         with manager.active_state.call():  # as a call of the model finds it
             state["acts"] = manager.active_state.current(), manager.active_state.live, manager.active_state.traced
-        state["configs"] = {name: dict(vars(one)) for name, one in manager.configs.items()}
+        state["configs"] = {name: one.to_dict() for name, one in manager.configs.items()}
         state["paths"] = sorted(manager.layers), sorted(manager.copies)
         state["biases"] = {name: sorted(manager.base_biases(name)) for name in manager.names}
         state["open"] = manager.active_state.scopes, len(manager.active_state._calls), manager.active_state._writer

@@ -144,8 +144,8 @@ def samples_of(step: int) -> list[dict[str, Any]]:
 
 def train_on(run: Any, step: int, *, most: int = 1) -> None:
     run.append({"step": step, "loss": 1 / step, "seconds": 1.0})
-    put_checkpoint(run.path, step, lambda folder: write_checkpoint_of(folder, step), most=most)
     run.write(facts_of(step), series_of(step), samples_of(step))
+    put_checkpoint(run.path, step, lambda folder: write_checkpoint_of(folder, step), most=most)
 
 
 def write_checkpoint_of(folder: Path, step: int) -> None:

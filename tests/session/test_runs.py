@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from nbpeft.errors import (
 )
 from nbpeft.runs.store import RunStore
 from nbpeft.training.monitor import run_checkpointer
+from tests.faults.killing import die
 from tests.runs.killed import ARGUMENTS, LORA, adapted_session, rows, session_in, train_and_die, unbroken, when_noted
 from tests.session.support import everything
 from tests.tiny_models import gpt2, llama, same_state
@@ -79,6 +81,32 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert all((value - after[name]).abs().max() <= 1e-6 for name, value in straight[1].items())
     (record,) = session_in(tmp_path).runs().records
     assert (record.status, record.step, record.best_loss) == ("finished", 14, min(v for _, v in through.eval_history))
+
+
+def dying_with_a_state(step: int) -> Callable[[], None]:
+    """Makes a process die as soon as the state of a step is on disk."""
+
+    def prepare() -> None:
+        often()
+        module: Any = run_checkpointer
+        put = module.put_checkpoint
+
+        def putting(folder: Path, at: int, *args: Any, **more: Any) -> None:
+            put(folder, at, *args, **more)
+            if at == step:
+                die()
+
+        module.put_checkpoint = putting
+
+    return prepare
+
+
+def test_a_state_is_on_disk_with_the_curves_until_its_step(straight: Any, tmp_path: Path) -> None:
+    assert train_and_die(tmp_path, 99, dying_with_a_state(4), eval_data=token_rows(4, seed=5))
+    result = resumed(tmp_path)
+    assert result.step == 4
+    for name in ("gradient norm", "learning rate"):
+        assert result.training.state.series[name] == straight[0].state.series[name]
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_adapter_there_is(straight: Any, tmp_path: Path) -> None:

@@ -131,6 +131,23 @@ def test_a_run_goes_on_with_its_clones(tmp_path: Path, stop: int) -> None:
         assert all(torch.equal(broken[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_resumed_sweep_has_the_losses_of_each_adapter_from_its_first_step(tmp_path: Path) -> None:
+    found = []
+    for stop in (0, 3):
+        session, model = Session(), adapted(name="sql")
+        session.context.runs_dir = str(tmp_path / f"{stop}")
+        session.watch(model, name="model")
+        given: dict[str, Any] = {"callbacks": [Ask(session, "sql-lr1e-2"), StopAt(session, stop)]}
+        result = session.train(model, ROWS, learning_rate=sweep(0.01, 0.05), max_steps=4, **given)
+        if stop:
+            for member in result.state.members:
+                session.delete(member.name, model="model")
+            result = session.resume(model="model", data=ROWS, callbacks=[]).training
+        found.append([(one.status, one.step, one.loss, one.history) for one in result.state.members])
+    assert [(status, len(history)) for status, _, _, history in found[0]] == [("stopped", 2), ("finished", 4)]
+    assert found[1] == found[0]
+
+
 def test_a_resumed_sweep_knows_from_which_adapter_it_started(tmp_path: Path) -> None:
     """That one does not come back: a sweep that is repeated says how to go on, and makes no names of its own."""
     for step in (2, 0):

@@ -11,8 +11,9 @@ Door, what other rooms import:
 
 Inside:
 
-    fitting.py       Runs a Trainer in this process, and removes everything of it from the model afterwards
-    grouping.py      Batches of rows with similar lengths, to reduce padding
-    restoring.py     Leaves a model as it was found before a training, except for the trained weights
-    sampled_rows.py  The prompts to answer during a run: given, or taken from the rows with their wanted answers
+    fitting.py          Runs a Trainer in this process, and removes everything of it from the model afterwards
+    grouping.py         Batches of rows with similar lengths, to reduce padding
+    late_evaluation.py  The evaluation that a run was stopped or killed before: a resumed run makes it first
+    restoring.py        Leaves a model as it was found before a training, except for the trained weights
+    sampled_rows.py     The prompts to answer during a run: given, or taken from the rows with their wanted answers
 """

@@ -118,11 +118,10 @@ class RunCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prevents an evaluation after Stop, and after divergence saving too."""
-        if self.run.control.stop_requested or self.run.diverged:
-            control.should_evaluate = False
+        """Carries out a Stop that came with the last step, before the evaluation; does not save a diverged run."""
+        self._stop_if_requested(args, control)
         if self.run.diverged:
-            control.should_save = False
+            control.should_evaluate = control.should_save = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -39,7 +39,7 @@ from nbpeft.names import BOOKKEEPING_FIELDS
 from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.record import BASE, METHOD, ROWS
 from nbpeft.runs.store import RunPlace
-from nbpeft.state import TrainState
+from nbpeft.state import ENDED, TrainState, TrainStatus
 from nbpeft.training.adapters.adapted_model import base_of, trained_names
 from nbpeft.training.adapters.method_state import method_state, save_in_training, set_method_state
 from nbpeft.training.disk.agreement import broadcast_from_rank0, is_distributed, is_main_process, save_collectively
@@ -300,12 +300,13 @@ class RunCheckpointer(TrainerCallback):
 
         def put(write: Callable[[Path], object]) -> None:
             assert self.folder is not None
-            self.folder.flush()
+            self._write_facts("running")  # first: a process that ends in between leaves no checkpoint without curves
             put_checkpoint(self.folder.path, step, write, most=_MOST_STATES if whole else 1)
 
         with self._noting():
             save_collectively(put, self._write_state if whole else functools.partial(self._write_adapter, files.save))
-            self._write_facts()
+            if self._run.state.status in ENDED:
+                self._write_facts()
         self._saved_step, self._evaluated = step, False
         now = self._clock()
         self._next = now + _pause_after(now - begun)
@@ -410,10 +411,16 @@ class RunCheckpointer(TrainerCallback):
             if name in _MAIN_FIELDS or (value and value != defaults.get(name) and name not in BOOKKEEPING_FIELDS)
         }
 
-    def _write_facts(self) -> None:
+    def _write_facts(self, status: TrainStatus | None = None) -> None:
+        """Writes everything but checkpoints.
+
+        Args:
+            status: the status of the run; by default the current one.
+        """
         if self.folder is None:  # another process writes them, or nothing can be written
             return
         state = self._run.state
+        state = state if status is None else dataclasses.replace(state, status=status)
         self._facts |= _summary(state) | {"seconds": self._seconds()}
         series = {name: points for name, points in {**state.series, **state.metric_history}.items() if points}
         self.folder.write(self._facts, series, [dataclasses.asdict(sample) for sample in state.samples])

@@ -53,17 +53,19 @@ class SweepEvaluations(EarlyStop):
                 if reported := metrics_named(entry, member.name):
                     member.evaluated(int(entry.get("step", 0)), args, reported)
                     best = self._counted(member) or best
-            if best is not None and self._keeps and member.status == "training":
+            if best is not None and self._keeps:
                 self._take_over(member, best, saved, state.global_step)
 
     def _take_over(self, member: Member, best: Evaluation, saved: dict[str, Tensor], step: int) -> None:
         """Keeps the best weights of a resumed run, which the model has now, or which were saved."""
+        keys = {name: _key(member, name) for name in member.numbered}
         if best.step == step:
             member.keep_best(best)
-            return
-        keys = {name: _key(member, name) for name in member.numbered}
-        if all(key in saved and saved[key].shape == member.numbered[name].shape for name, key in keys.items()):
+        elif all(key in saved and saved[key].shape == member.numbered[name].shape for name, key in keys.items()):
             member.keep_best(best, {name: saved[key] for name, key in keys.items()})
+        elif member.status != "training":  # they were restored when it was stopped
+            member.keep_best(best)
+            member.restore()
         else:
             missing = f"the weights of step {best.step:,}, the best of {member.name}, were not saved"
             self._run.note(f"{missing}: only a better step can be kept", warning=True)

@@ -20,7 +20,7 @@ from nbpeft.engine.changes.active_state import ActiveAdapters, Call
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.errors import AdapterError, ConfigError
-from nbpeft.state import ENDED, MemberState, MemberStatus, TrainStatus
+from nbpeft.state import ENDED, Curve, MemberState, MemberStatus, TrainStatus
 from nbpeft.sweeps import MOST, check_own, members_together, names_of
 from nbpeft.training.adapters.learning_check import have_exploded
 from nbpeft.training.adapters.snapshot import copied, write_back
@@ -127,6 +127,17 @@ class Member:
             self._record.add(step, self._loss, self.learning_rate, None, None, self._norm)
             self._broken = ~self._loss.isfinite()
         self._loss = self._norm = None
+
+    @property
+    def losses(self) -> Curve:
+        """The loss of each step so far, reduced as for a chart."""
+        self._record.collect()
+        return self._record.history.points()
+
+    def take_over(self, losses: Curve) -> None:
+        """Adds the losses of the steps before a resumed run."""
+        for step, loss in losses:
+            self._record.add(step, loss, None, None, None)
 
     def has_diverged(self, *, weights: bool) -> bool:
         """Returns whether the loss of the last step is not finite or, if ``weights`` is set, its weights exploded."""

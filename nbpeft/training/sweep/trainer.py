@@ -22,6 +22,7 @@ from transformers.training_args import TrainingArguments
 from nbpeft.engine.changes.random_numbers import drawing_from, random_state, set_random_state
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError
 from nbpeft.model.handle.serving import serving_rows
+from nbpeft.runs.record import checked_points
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.adapters.extra_loss import loss_divisor
 from nbpeft.training.disk.kept_arguments import is_plain_value
@@ -45,6 +46,8 @@ _OWN_PARAMETERS = ("params", "model", "optimizer_dict")
 """Options with which an optimizer of transformers selects its parameters itself."""
 
 
+_ENDS = ("finished", "stopped", "diverged")
+"""How the training of a member may have ended."""
 _REFUSED = {
     "fp16": "one gradient scaler would skip the steps of all adapters; use bf16",
     "load_best_model_at_end": "the best adapter is active at the end, and each has its last weights",
@@ -358,23 +361,25 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         run.members, run.check_clone = group.states, group.check_clone
 
     def state(self) -> dict[str, Any]:
-        """Returns the state for checkpoints: the stopped members, and the own fields of each, including clones."""
+        """Returns the state for checkpoints: the stopped members, the own fields of each, and the losses of each."""
         stopped = {member.name: member.status for member in self._group.members if member.status != "training"}
         members = [
             [name, fields] for name, fields in self._group.fields().items()
         ]  # a list, because the file sorts dictionaries
         kept = {"members": members} if is_plain_value(members) else {}
-        return {"args": {}, "attributes": {"stopped": stopped, **kept}}
+        losses = {member.name: [list(point) for point in member.losses] for member in self._group.members}
+        return {"args": {}, "attributes": {"stopped": stopped, "losses": losses, **kept}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stops the members of a resumed run that were already stopped."""
-        callbacks: Any = state.stateful_callbacks or {}
-        kept = callbacks.get(type(self).__name__)
-        stopped: Any = kept["attributes"].get("stopped", {}) if isinstance(kept, dict) else {}
-        for name, status in stopped.items():
-            self._group.stop(name, status)
+        """Gives the members of a resumed run their losses, and stops those that were already stopped."""
+        kept = {"stateful_callbacks": state.stateful_callbacks}
+        losses, stopped = (_kept(kept, name) for name in ("losses", "stopped"))
+        for member in self._group.members:
+            member.take_over(checked_points(losses.get(member.name), state.global_step))
+            if (status := stopped.get(member.name)) in _ENDS:
+                self._group.stop(member.name, status)
         if self._stops:
             self._seldom(lambda: self._copy(state.global_step))
 
@@ -446,12 +451,18 @@ def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Args:
         state: content of its ``trainer_state.json``.
     """
-    kept: Any = state
-    for name in ("stateful_callbacks", SideBySideCallback.__name__, "attributes", "members"):
-        kept = kept.get(name) if isinstance(kept, Mapping) else None
-    pairs = kept.items() if isinstance(kept, Mapping) else kept if isinstance(kept, list) else ()
+    kept = _kept(state, "members", of=(Mapping, list))
+    pairs = kept.items() if isinstance(kept, Mapping) else kept
     named = [pair for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2]
     return {name: dict(own) for name, own in named if isinstance(name, str) and isinstance(own, Mapping)}
+
+
+def _kept(state: Mapping[str, Any], name: str, of: Any = Mapping) -> Any:
+    """Returns an attribute of a ``SideBySideCallback`` in a checkpoint; empty if none of that type is there."""
+    kept: Any = state
+    for key in ("stateful_callbacks", SideBySideCallback.__name__, "attributes", name):
+        kept = kept.get(key) if isinstance(kept, Mapping) else None
+    return kept if isinstance(kept, of) else {}
 
 
 def callbacks_of(

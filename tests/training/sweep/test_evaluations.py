@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nbpeft.runs.folder import RunFolder
 from nbpeft.session import Session
 from nbpeft.session.commands.pushing import card_facts
 from tests.char_tokenizer import CharTokenizer
+from tests.runs.killed import ARGUMENTS, adapted_session, rows, session_in, when_noted
 from tests.tiny_models import llama, same_state, state
 from tests.training.support import token_rows, trainable
 
@@ -157,6 +159,31 @@ def test_a_resumed_sweep_has_its_curves_and_its_best_weights(tmp_path: Path) -> 
     measured = [step for step, _ in fast.eval_history]
     assert measured[:6] == [1, 2, 3, 4, 5, 6] and len(measured) == best + 4
     assert equal(weights(target, fast.name), stopping.kept[fast.name, best])
+
+
+def stopped_after(step: int, run: Any, name: str) -> None:
+    if step:
+        when_noted(run, step, run.control.request_stop)
+
+
+def test_a_resumed_sweep_knows_the_best_evaluation_of_an_adapter_that_stopped_early(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"patience": 2, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 8}
+    held, found = rows()[:6], []
+    for stop in (0, 5):
+        session, target = adapted_session(tmp_path / f"{stop}")
+        end = session.on_run(partial(stopped_after, stop))
+        options = {**ARGUMENTS, **given, "gradient_accumulation_steps": 1, "lr_scheduler_type": "linear"}
+        result = session.train(target, rows(), held, **options | {"learning_rate": sweep(0.01, 3.0)})
+        end()
+        if stop:
+            assert [member.status for member in result.members] == ["stopped", "stopped"] and result.steps == stop
+            again = {"model": llama(), "variable": "model", "data": rows(), "eval_data": held}
+            resumed = session_in(tmp_path / f"{stop}").resume(**again)
+            result, target = resumed.training, resumed.model
+        shown = [(one.status, one.eval_step, one.eval_loss, one.best_step, one.score) for one in result.members]
+        found.append((result.best, shown, target.active_adapters, weights(target, "sql-lr3")))
+    assert [status for status, *_ in found[0][1]] == ["finished", "stopped"]
+    assert found[1][:3] == found[0][:3] and equal(found[1][3], found[0][3])
 
 
 def test_the_model_card_of_an_adapter_has_its_own_scores() -> None:

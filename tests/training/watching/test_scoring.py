@@ -147,7 +147,7 @@ def test_a_stop_during_the_scores_ends_the_training_without_them() -> None:
 
     rows = ROWS * 5  # two batches
     result = trained(score=rows, metric=own, every=2, control=control)
-    assert (result.status, result.steps) == ("stopped", 3)
+    assert (result.status, result.steps) == ("stopped", 2)
     assert result.state.metric_history == {}
     assert "no scores" not in result.message
 

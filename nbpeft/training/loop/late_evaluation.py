@@ -1,0 +1,47 @@
+"""The evaluation that a run was stopped or killed before: a resumed run makes it first, as the unbroken one did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nbpeft.training.disk.agreement import is_distributed
+from nbpeft.training.monitor.run import Run, StopRun
+
+
+def evaluate_late(trainer: Any, run: Run) -> None:
+    """Lets a resumed Trainer make the evaluation that was due at the step of its checkpoint, if it is not logged.
+
+    An evaluation draws random numbers, so it comes between those that the checkpoint restores and the next step.
+
+    Args:
+        trainer: the Trainer, before it trains.
+        run: its run.
+    """
+    load = trainer._load_rng_state
+
+    def load_and_evaluate(checkpoint: str | None) -> None:
+        load(checkpoint)
+        if checkpoint is None or is_distributed() or not _is_owed(trainer):
+            return
+        metrics = trainer._evaluate(None, None)
+        trainer._determine_best_metric(metrics=metrics, trial=None)
+        if trainer.control.should_training_stop:  # a Trainer would make one more step
+            raise StopRun(run, finished=True)
+
+    trainer._load_rng_state = load_and_evaluate
+
+
+def _is_owed(trainer: Any) -> bool:
+    """Returns whether an evaluation was due at the last step and is not logged."""
+    args, state = trainer.args, trainer.state
+    strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+    if strategy == "steps":
+        due = state.global_step % state.eval_steps == 0 and args.eval_delay <= state.global_step
+    else:
+        due = strategy == "epoch" and float(state.epoch or 0).is_integer() and args.eval_delay <= state.epoch
+    logged = (name for entry in state.log_history if entry.get("step") == state.global_step for name in entry)
+    return state.global_step > 0 and due and not any(_is_of_evaluation(name) for name in logged)
+
+
+def _is_of_evaluation(name: str) -> bool:
+    return name.startswith("eval_") and name.endswith("_runtime")
