@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from nbpeft._util.numeric import is_finite_number
+from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.engine.config.adapter_names import BASE_NAME
 from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.handle.serving import blended
-from nbpeft.training.monitor.failures import free_memory, is_out_of_memory
+from nbpeft.training.monitor.failures import free_memory
 
 BASE = "base"
 _ROWS, _SEQUENCES = 8, 32

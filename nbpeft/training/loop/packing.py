@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.engine.runtime.method_hooks import prepares_calls
 from nbpeft.engine.tree.model_tree import is_quantized, main_dtype, manager_of
 from nbpeft.errors import ConfigError, TrainingError, in_one_line
@@ -34,7 +35,6 @@ from nbpeft.training.data.lengths import lengths_of
 from nbpeft.training.data.packing import best_fit
 from nbpeft.training.data.reading import default_length
 from nbpeft.training.loop.rows import is_causal, model_inputs
-from nbpeft.training.monitor.failures import is_out_of_memory
 from nbpeft.training.monitor.run import Run
 
 _JOINED = {"input_ids", "labels", "attention_mask", "label", "label_ids"}

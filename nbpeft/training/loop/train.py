@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft._util.optional import needs
+from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.checkpoint import PromptFormat, name_classes, prompt_format, scratch_folder, set_prompt_format
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.trained import mark_unsaved
@@ -37,7 +38,7 @@ from nbpeft.training.loop.packing import PackingCheck, pack
 from nbpeft.training.loop.rows import TrainingRows, training_rows
 from nbpeft.training.loop.sampled_rows import sample_prompts
 from nbpeft.training.monitor.control import RunControl
-from nbpeft.training.monitor.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
+from nbpeft.training.monitor.failures import explain_failure, free_memory, oom_error, trains_in_half
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.objectives.objective import Objective, fields_by_name
