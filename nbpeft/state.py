@@ -344,6 +344,9 @@ class ModelState:
     """Number of adapters in its pool that are not on the model now; they are loaded when they are used."""
     generates: bool = True
     """Whether it answers prompts, as a language model does and a classifier does not."""
+    scored: bool = True
+    """Whether ``score`` takes it without a metric, as a language model or a classifier of texts; True before its first
+    training."""
 
 
 @dataclass(frozen=True)

@@ -317,6 +317,11 @@ class TestWhatFollowsATraining:
         assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Score", "Ship"]
         assert steps.commands[-1][1] == "%lora ship orders --for transformers"
 
+    def test_a_model_that_score_refuses_is_not_scored(self) -> None:
+        of_rewards = model(adapters=(adapter("orders", unsaved=True),), generates=False, scored=False)
+        steps = following(ended(), of_rewards)
+        assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Ship"]
+
     def test_completions_that_functions_reward_have_no_references_to_score(self) -> None:
         steps = following(ended(series={"reward": ((1, 0.5),)}), model(adapters=(adapter("orders", unsaved=True),)))
         assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Ask", "Compare", "Ship"]
