@@ -299,6 +299,8 @@ def test_a_training_with_rewards_shows_them_with_the_best_and_the_worst_completi
     assert "best completion reward 1.500 · step 2 four of 2 worst completion reward -0.500 · step 2" in text
     assert "2 earlier completions" in text and text.count("2 + 2?") == 3
     assert "Step Reward Prompt Completion" in read(training_card(train)).text
+    empty = ended(series={"reward": ((1, 0.25),)}, samples=(Sample(1, "2 + 2?", "", reward=1.0),))
+    assert "best completion reward 1.000 · step 1 (nothing)" in read(training_card(empty)).text
 
 
 class TestWhatFollowsATraining:
