@@ -169,7 +169,8 @@ class RunCard(Result):
         if self.state is not None:
             following = next_steps(self.train, self.state, self.model_name)
         elif self.record is not None:
-            following = kept_steps(self.train, self.record.saved, has_checkpoint=bool(self.record.kept_steps))
+            saved = {name: str(from_here(Path(place))) for name, place in self.record.saved.items()}
+            following = kept_steps(self.train, saved, has_checkpoint=bool(self.record.kept_steps))
         return training_card(self.train, model_name=self.model_name, seen=_now(), next_steps=following)
 
 
