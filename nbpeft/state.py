@@ -54,6 +54,32 @@ class MemoryPart:
 
 
 @dataclass(frozen=True)
+class StoredPart:
+    """One part of the base weights.
+
+    Attributes:
+        name: ``quantized layers``, ``experts``, ``embedding``, ``head``, ``other layers`` or ``norms and biases``.
+        module_count: number of modules with these weights; for experts, of tensors.
+        byte_count: size in bytes, including quantization constants.
+        bfloat16_bytes: size of the same weights in bfloat16, in bytes.
+        kinds: the storage formats, e.g. ``nf4 double``.
+        before: previous size in bytes, or None if it was never loaded in another form.
+    """
+
+    name: str
+    module_count: int
+    byte_count: int
+    bfloat16_bytes: int
+    kinds: tuple[str, ...]
+    before: int | None = None
+
+    @property
+    def share(self) -> float:
+        """Size relative to that in bfloat16."""
+        return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
+
+
+@dataclass(frozen=True)
 class MemoryState(AsDict):
     """Memory of one model and of its device, in bytes; None for what the device does not report."""
 
@@ -318,6 +344,9 @@ class ModelState:
     """Number of adapters in its pool that are not on the model now; they are loaded when they are used."""
     generates: bool = True
     """Whether it answers prompts, as a language model does and a classifier does not."""
+    scored: bool = True
+    """Whether ``score`` takes it without a metric, as a language model or a classifier of texts; True before its first
+    training."""
 
 
 @dataclass(frozen=True)

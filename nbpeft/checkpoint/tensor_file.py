@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.staging import Mark
 from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError, shortened
@@ -494,7 +495,7 @@ def _check_archive(path: Path) -> bool:
     return True
 
 
-def unreadable(path: Path, error: Exception) -> CorruptCheckpointError:
+def unreadable(path: Path, error: Exception) -> CheckpointError:
     """Returns the error to raise for a file that cannot be read.
 
     Args:
@@ -505,6 +506,8 @@ def unreadable(path: Path, error: Exception) -> CorruptCheckpointError:
     if "weights_only" in text:  # torch's message recommends loading the file without this protection
         text = "it contains more than tensors, and was not opened"
     reason = (text.strip().splitlines() or [type(error).__name__])[0][:200]
+    if is_out_of_memory(error):
+        return CheckpointError(f"{path} cannot be read: memory ran out ({reason})", path=str(path))
     return CorruptCheckpointError(
         f"{path} cannot be read: it is truncated, altered or not a file of tensors ({reason})", path=str(path)
     )

@@ -79,7 +79,7 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         return NextSteps(None, where, (("Restore", resume),) if run else ())
     if last is not None and last.run_id != train.run_id and {*last.adapter.split(", ")} & {*names}:
         return NextSteps(None, f"{', '.join(names)} was trained further in a later run.")
-    alone, generates = len(state.models) == 1, model is None or model.generates
+    alone, generates, scored = len(state.models) == 1, model is None or model.generates, model is None or model.scored
     words = {
         "names": " ".join(names),
         "prompt": _escaped(cut(train.samples[-1].prompt, 60)) if train.samples else "your prompt",
@@ -94,7 +94,7 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         (step.label.format_map(words), step.command.format_map({**words, "name": name, "rows": rows}))
         for step in steps
         if generates or not step.of_answers
-        if step.label != _SCORE or not train.rewards  # rows that reward functions score have no references
+        if step.label != _SCORE or (scored and not train.rewards)  # rows for reward functions have no references
         for name in (names if step.for_each else names[:1])
         if name in unsaved or step.label != "Save"
         for rows in [_rows_of(name, train.rows)]

@@ -257,7 +257,7 @@ def _samples(train: TrainState) -> tuple[Block, ...]:
     if earlier and train.status in (*ENDED, "paused"):
         several = len(newest) > 1
         rows = tuple(
-            (f"{sample.step:,}", *((sample.prompt,) if several else ()), Text(_cut(sample.answer), wrap="as is"))
+            (f"{sample.step:,}", *((sample.prompt,) if several else ()), Text(_answer(sample), wrap="as is"))
             for sample in earlier
         )
         head = ("Step", *(("Prompt",) if several else ()), "Answer")
@@ -273,14 +273,14 @@ def _rewarded(train: TrainState) -> tuple[Block, ...]:
     last = max(sample.step for sample, _ in scored)
     newest = sorted((pair for pair in scored if pair[0].step == last), key=lambda pair: -pair[1])
     boxes = [
-        Box(title, ((_cut(sample.answer), False),), aside=f"reward {numbers.metric(reward)} · step {last:,}")
+        Box(title, ((_answer(sample), False),), aside=f"reward {numbers.metric(reward)} · step {last:,}")
         for title, (sample, reward) in zip(("best completion", "worst completion"), newest, strict=False)
     ]
     shown: list[Block] = [line(dim("prompt"), Text(_cut(newest[0][0].prompt), "bold")), Columns(tuple(boxes))]
     earlier = [pair for pair in reversed(scored) if pair[0].step != last]
     if earlier and train.status in (*ENDED, "paused"):
         rows = tuple(
-            (f"{sample.step:,}", numbers.metric(reward), _cut(sample.prompt), Text(_cut(sample.answer), wrap="as is"))
+            (f"{sample.step:,}", numbers.metric(reward), _cut(sample.prompt), Text(_answer(sample), wrap="as is"))
             for sample, reward in earlier
         )
         title = numbers.plural(len(earlier), "earlier completion")
@@ -297,9 +297,13 @@ def _reward(train: TrainState) -> tuple[Figure, ...]:
 
 
 def _with_base(sample: Sample, adapter: str) -> Columns:
-    mine = Box(adapter or "model", ((_cut(sample.answer), False),), aside=f"step {sample.step:,}")
+    mine = Box(adapter or "model", ((_answer(sample), False),), aside=f"step {sample.step:,}")
     others = [Box(title, ((_cut(text), False),)) for title, text in (("wanted", sample.wanted), ("base", sample.base))]
     return Columns((*(box for box in others if box.text), mine))
+
+
+def _answer(sample: Sample) -> str:
+    return _cut(sample.answer) if sample.answer.strip() else "(nothing)"
 
 
 def _cut(text: str) -> str:

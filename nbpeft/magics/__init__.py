@@ -10,6 +10,7 @@ Files:
     cell_spelling.py     Rewrites the messages of the session in the notation of cells
     complete.py          Completion of magics: the words that may follow at the cursor. Pure functions, without IPython
     empty_bodies.py      Allows cell magics without a body, which IPython refuses before it calls the magic
+    every_result.py      Shows the result of each of these magics in a cell; IPython shows that of the last line alone
     front_end.py         The front end of the notebook: the part of ``%lora doctor`` that needs IPython, and the choice
                          of display
     help.py              Help texts, examples first, generated from the declarations of the commands
@@ -40,7 +41,7 @@ def load(shell: Any) -> None:
     from traitlets import TraitError
     from traitlets.config import Config
 
-    from nbpeft.magics import cell_logs, empty_bodies, inspecting
+    from nbpeft.magics import cell_logs, empty_bodies, every_result, inspecting
     from nbpeft.magics.lora import CELLS, SUBCOMMANDS, NbpeftMagics, completion_sources
     from nbpeft.magics.matcher import Completion, install
 
@@ -58,6 +59,7 @@ def load(shell: Any) -> None:
         install(shell, Completion(SUBCOMMANDS, CELLS, completion_sources(magics))),
         cell_logs.install(shell),
         empty_bodies.install(shell, CELLS),
+        every_result.install(shell, _NAMES),
         inspecting.install(shell, magics.describe),
     )
     _installed[id(shell)] = (magics, removers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nbpeft.errors import CorruptCheckpointError, in_one_line, shortened, shown
@@ -54,7 +54,7 @@ class RunRecord:
         saved: adapter -> folder in which it was saved after the run.
         saved_files: adapter -> size and modification time of the weights file in that folder when it was saved.
         kept_steps: steps of the checkpoints in descending order.
-        metrics: the last scores and values of ``compute_metrics``, by name.
+        metrics: the last scores and values of ``compute_metrics``, by name; ``with_best_metrics`` has the best step's.
     """
 
     name: str
@@ -273,3 +273,17 @@ def curve_of(entries: Iterable[Mapping[str, Any]], key: str) -> Curve:
         key: name of the value, e.g. ``loss``.
     """
     return tuple((entry["step"], float(entry[key])) for entry in entries if _is_number(entry.get(key)))
+
+
+def with_best_metrics(record: RunRecord, entries: Iterable[Mapping[str, Any]]) -> RunRecord:
+    """Returns a record whose metrics are those of the best evaluation, as far as it was logged.
+
+    Args:
+        record: the record, with the last metrics.
+        entries: the log entries of its run.
+    """
+    logged = {
+        name: value for entry in entries if entry.get("step") == record.best_step for name, value in entry.items()
+    }
+    best = {name: logged.get(f"eval_{name}", logged.get(name)) for name in record.metrics}
+    return replace(record, metrics={**record.metrics, **{name: float(v) for name, v in best.items() if _is_number(v)}})

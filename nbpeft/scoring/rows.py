@@ -39,7 +39,7 @@ from nbpeft.training.data.options import REASONING, RowOptions, why_not_used
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import Row, is_nothing
 from nbpeft.training.data.row_coder import coded_rows
-from nbpeft.training.loop.rows import check_reading, is_causal, model_inputs
+from nbpeft.training.loop.rows import check_reading, classes_of, is_causal, model_inputs
 from nbpeft.training.watching.generation import PromptBatch
 
 _STREAMED = 1000
@@ -254,6 +254,14 @@ def _variables(reader: Reading, given: Mapping[str, Any] | None, usual: Mapping[
         return given
     template = str(getattr(reader.tokenizer, "chat_template", "") or "")
     return {name: value for name, value in usual.items() if not why_not_used({name: value}, template)}
+
+
+def is_scored_by_default(model: nn.Module) -> bool:
+    """Whether a model can be scored without naming a metric: it answers prompts, or gives each text one class."""
+    classes = classes_of(model)
+    if classes is None:
+        return hasattr(base_of(model), "generate")
+    return not classes.per_token and classes.problem == SINGLE_LABEL
 
 
 def _check_model(model: nn.Module, inputs: ModelInputs, needs: set[Needs], tokenizer: Any) -> None:

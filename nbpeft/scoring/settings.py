@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft._util.numeric import is_finite_number
+from nbpeft._util.numeric import check_sampling
+from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.engine.config.adapter_names import BASE_NAME
 from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.handle.serving import blended
-from nbpeft.training.monitor.failures import free_memory, is_out_of_memory
+from nbpeft.training.monitor.failures import free_memory
 
 BASE = "base"
 _ROWS, _SEQUENCES = 8, 32
@@ -68,12 +69,7 @@ class ScoreSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r:.40}", field=name)
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r:.40}", field="seed")
-        if self.temperature is not None and not (is_finite_number(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature must be a number of at least 0, not {self.temperature!r:.40}")
-        if self.top_p is not None and not (is_finite_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p!r:.40}")
+        check_sampling(self.temperature, self.top_p, self.seed)
         if self.top_p is not None and not self.draws:
             raise ConfigError("top_p has no effect on greedy answers: sampling needs a temperature above 0")
 

@@ -37,6 +37,7 @@ class Snapshots:
         self._model: _ModelFacts | None = None
         self._built: ModelState | None = None
         self._revision = -1
+        self._scored: bool | None = None
 
     def forget(self) -> None:
         """Clears the cache, so that everything is counted again."""
@@ -97,7 +98,15 @@ class Snapshots:
             quantization=self._model.quantization,
             offloaded_count=_offloaded_count(manager),
             generates=hasattr(manager.model, "generate"),
+            scored=training is None or self._is_scored(manager.model),
         )
+
+    def _is_scored(self, model: nn.Module) -> bool:
+        if self._scored is None:
+            from nbpeft.scoring.rows import is_scored_by_default
+
+            self._scored = is_scored_by_default(model)
+        return self._scored
 
     def _update_adapters(self, manager: AdapterManager) -> bool:
         """Updates the cached properties of adapters; returns whether any changed."""

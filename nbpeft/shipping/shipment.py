@@ -27,6 +27,7 @@ from nbpeft.shipping.verdict import Verdict, verdict_of
 
 _OLLAMA_NAME = re.compile(r"[\w./:-]{1,200}", re.ASCII)
 _NO_TEMPLATE = "the chat template is not known to nbpeft: Ollama uses the one that it detects, or set TEMPLATE yourself"
+_ITS_TEMPLATE = "the chat template is not known to nbpeft: Ollama uses that of its base model, or set TEMPLATE yourself"
 _PLAIN = "trained without the chat template, and the Modelfile applies none: write prompts as in the training rows"
 _QUOTES = "the system prompt of the training rows is left out: a Modelfile cannot contain its three quotes in a row"
 
@@ -251,14 +252,19 @@ def _package(
 def _modelfile(base: str | None, merged: bool, tokenizer: Any, facts: AdapterFacts, notes: list[str]) -> list[NewFile]:
     """Returns Ollama's Modelfile, which asks the adapter as it was trained.
 
-    For an adapter on a base model of Ollama, which has a chat template, it has one only if none was used in training.
+    A base model of Ollama has a chat template of its own: one is written only if the training used none, or set
+    variables of it.
     """
     system, variables = (facts.form.system or "", facts.form.variables) if facts.form is not None else ("", {})
-    chat = PROMPT_ALONE if facts.is_plain else chat_format_of(tokenizer, variables) if merged else None
+    own = merged or bool(variables)
+    chat = PROMPT_ALONE if facts.is_plain else chat_format_of(tokenizer, variables) if own else None
     if facts.is_plain:
         notes.append(_PLAIN)
-    elif merged and chat is None:
-        notes.append(_NO_TEMPLATE)
+    elif own and chat is None:
+        notes.append(_NO_TEMPLATE if merged else _ITS_TEMPLATE)
+        if variables:
+            given = ", ".join(f"{name}={value!r:.40}" for name, value in variables.items())
+            notes.append(f"{given} of the training's chat template is not in the Modelfile")
     elif chat is not None and not system:
         system = usual_system(tokenizer, chat, variables)
     if '"""' in system:

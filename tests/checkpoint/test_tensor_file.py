@@ -51,6 +51,25 @@ def test_a_header_of_any_length_is_read_within_bounds(length: int, tmp_path: Pat
         TensorFile(path)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_is_not_told_as_damage(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2)}, path)
+    file = TensorFile(path)
+
+    def run(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TensorFile, "_run", run)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read: memory ran out") as caught:
+        file.read(["a"])
+    assert not isinstance(caught.value, CorruptCheckpointError) and "truncated" not in str(caught.value)
+    monkeypatch.undo()
+    assert file.read(["a"])["a"].equal(torch.ones(2))
+
+
 def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "zero.safetensors").symlink_to("/dev/zero")

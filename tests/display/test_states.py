@@ -299,6 +299,8 @@ def test_a_training_with_rewards_shows_them_with_the_best_and_the_worst_completi
     assert "best completion reward 1.500 · step 2 four of 2 worst completion reward -0.500 · step 2" in text
     assert "2 earlier completions" in text and text.count("2 + 2?") == 3
     assert "Step Reward Prompt Completion" in read(training_card(train)).text
+    empty = ended(series={"reward": ((1, 0.25),)}, samples=(Sample(1, "2 + 2?", "", reward=1.0),))
+    assert "best completion reward 1.000 · step 1 (nothing)" in read(training_card(empty)).text
 
 
 class TestWhatFollowsATraining:
@@ -316,6 +318,11 @@ class TestWhatFollowsATraining:
         steps = following(ended(), model(adapters=(adapter("orders", unsaved=True),), generates=False))
         assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Score", "Ship"]
         assert steps.commands[-1][1] == "%lora ship orders --for transformers"
+
+    def test_a_model_that_score_refuses_is_not_scored(self) -> None:
+        of_rewards = model(adapters=(adapter("orders", unsaved=True),), generates=False, scored=False)
+        steps = following(ended(), of_rewards)
+        assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Ship"]
 
     def test_completions_that_functions_reward_have_no_references_to_score(self) -> None:
         steps = following(ended(series={"reward": ((1, 0.5),)}), model(adapters=(adapter("orders", unsaved=True),)))

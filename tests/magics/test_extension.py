@@ -18,7 +18,7 @@ from nbpeft.session import get_session
 from tests.magics.notebook import Notebook
 
 HOOKS = ("%lora", "%%lora", "%lora_train", "%%lora_train", "%qlora", "%%qlora")
-TRACES = 11 if hasattr(completer, "context_matcher") else 16
+TRACES = 12 if hasattr(completer, "context_matcher") else 17
 """How many traces the extension leaves: for IPython 7, a hook for each of ``HOOKS`` instead of one matcher."""
 
 
@@ -32,6 +32,7 @@ def traces(shell: InteractiveShell) -> list[str]:
         *(name for name in shell.magics_manager.registry if "Nbpeft" in name),
         *(type(item).__name__ for item in shell.configurables if "Nbpeft" in type(item).__name__),
         *(name for name in matchers if name == IDENTIFIER),
+        *(type(item).__name__ for item in shell.ast_transformers if type(item).__module__.startswith("nbpeft.")),
         *(key for key in HOOKS if hooks is not None and key in hooks.strs),
         *(
             item.__qualname__

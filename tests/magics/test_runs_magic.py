@@ -67,7 +67,9 @@ def test_a_new_kernel_goes_on_where_the_last_was_killed(bare: Notebook, place: P
     assert "sql-1" in str(fresh.do("%lora runs"))
 
 
-def test_the_card_of_a_run_is_shown_without_its_kernel(bare: Notebook, place: Path, tmp_path: Path) -> None:
+def test_the_card_of_a_run_is_shown_without_its_kernel(
+    bare: Notebook, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     killed(4)
     crashed = bare.do("%lora watch")
     page = crashed._repr_html_()
@@ -82,6 +84,8 @@ def test_the_card_of_a_run_is_shown_without_its_kernel(bare: Notebook, place: Pa
     assert ended.train.history == trained.state.history and ended.train.eval_loss == trained.eval_loss
     page = ended._repr_html_()
     assert "✓ saved" in page and f"%lora load {tmp_path / 'saved'} --name sql" in page
+    monkeypatch.chdir(tmp_path)
+    assert "%lora load saved --name sql" in bare.do("%lora watch sql-2")._repr_html_()
     assert str(ended).startswith("training sql finished: step 6/6")
     assert bare.run("%lora watch sql-9").line.startswith("no run is called 'sql-9'")
 
@@ -98,8 +102,8 @@ def test_without_any_run_there_is_no_card(bare: Notebook) -> None:
         ("del held", "values that its folder does not store; pass them again: %lora resume sql-1 --eval ROWS"),
         ("del rows, held", "pass them again: %lora resume sql-1 --data ROWS --eval ROWS"),
         ("rows = rows[:5]", "run sql-1 was trained with 8 rows, but 5 are given"),
-        ("del model", "no variable is called 'model'."),
-        ("model = 3", "'model' is an int, not a model."),
+        ("del model", "run sql-1 is of the model 'model' (another one: --model), but no variable is called 'model'."),
+        ("model = 3", "run sql-1 is of the model 'model' (another one: --model), but 'model' is an int, not a model."),
     ],
 )
 def test_what_is_missing_in_the_new_kernel_is_one_line(bare: Notebook, change: str, told: str) -> None:

@@ -16,7 +16,7 @@ from nbpeft.model import PeftModel
 from nbpeft.session import Result
 from tests.magics.notebook import Notebook
 from tests.magics.test_cells import fingerprint
-from tests.tiny_models import logits
+from tests.tiny_models import classifier, logits
 
 
 def train_a_little(model: Any) -> None:
@@ -40,6 +40,13 @@ def test_use_switches(trained: Notebook) -> None:
     assert not torch.equal(logits(trained["model"]), sql)
     trained.do("%lora use sql")
     assert torch.equal(logits(trained["model"]), sql)
+
+
+def test_a_classifier_has_no_panel_of_answers(bare: Notebook) -> None:
+    bare["clf"] = classifier()
+    bare.do("%lora add clf r=2 target_modules=q_proj")
+    line = bare.run("%lora panel compare clf").line
+    assert line == "clf is a LlamaForSequenceClassification, which cannot answer prompts: it has no generate()"
 
 
 def test_use_takes_several(trained: Notebook) -> None:

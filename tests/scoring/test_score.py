@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ import pandas
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSeq2SeqLM, BartConfig, LogitsProcessorList, T5Config
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    LlamaConfig,
+    LlamaForTokenClassification,
+    LogitsProcessorList,
+    T5Config,
+)
 
 from nbpeft import (
     IA3Config,
@@ -29,11 +37,12 @@ from nbpeft import (
 )
 from nbpeft.errors import AdapterError, ConfigError, MergeError, TrainingError
 from nbpeft.scoring.answers import _Choosing
+from nbpeft.scoring.rows import is_scored_by_default
 from nbpeft.scoring.score import Scoring
 from nbpeft.scoring.settings import ScoreSettings
 from tests.char_tokenizer import END, CharTokenizer
 from tests.scoring.support import ROWS, adapted, alone, byte_tokenizer, everything
-from tests.tiny_models import classifier, llama, randomize, same_state
+from tests.tiny_models import LLAMA, classifier, llama, randomize, same_state
 
 TOKENIZER = CharTokenizer()
 LIMIT = 12
@@ -276,6 +285,30 @@ def test_classes_are_scored_with_heads_of_their_own() -> None:
         scored(model, rows, metric="exact")
     with pytest.raises(ConfigError, match="accuracy is for classifiers"):
         scored(adapted(), metric="accuracy")
+
+
+def tagger() -> Any:
+    return LlamaForTokenClassification(LlamaConfig(**LLAMA, num_labels=3))
+
+
+@pytest.mark.parametrize(
+    ("base", "task", "row", "expected"),
+    [
+        (llama, "CAUSAL_LM", {"prompt": "a", "completion": "b"}, True),
+        (classifier, "SEQ_CLS", {"text": "a", "label": 1}, True),
+        (partial(classifier, num_labels=1), "SEQ_CLS", {"text": "a", "label": 0.5}, False),
+        (tagger, "TOKEN_CLS", {"words": ["a"], "tags": [1]}, False),
+    ],
+)
+def test_which_models_are_scored_without_a_metric(base: Callable[[], Any], task: str, row: Any, expected: bool) -> None:
+    model = get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"], task_type=task), "sql").eval()
+    assert is_scored_by_default(model) is expected
+    try:
+        scored(model, [row])
+    except ConfigError:
+        assert not expected
+    else:
+        assert expected
 
 
 # Rows

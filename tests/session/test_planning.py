@@ -200,10 +200,15 @@ def test_a_rank_is_varied_where_one_holds_for_all_of_the_adapter() -> None:
 def test_rows_say_how_long_sequences_are(session: Session) -> None:
     rows = [{"input_ids": [1] * length} for length in (30, 40, 20, 50)]
 
+    def plan(**settings: Any) -> PlanResult:
+        return session.plan_memory(CONFIG, FIELDS, data=rows, suggest=False, **settings)
+
     def found(**settings: Any) -> PlanSettings:
-        return session.plan_memory(CONFIG, FIELDS, data=rows, suggest=False, **settings).settings
+        return plan(**settings).settings
 
     assert found().sequence_length == 50 and not found().packing
+    assert "length 50 is the longest of 4 rows, whose median is 30" in plan().notes
+    assert "length 140 is the fullest of 1 packed sequence" in plan(packing=True).notes
     packed = found(packing=True, sequence_length=70)
     assert packed.sequence_length == 70 and packed.packing and ", packed, " in str(packed)
     assert found(packing=True).sequence_length == 140

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from nbpeft.checkpoint import other_config
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, UnknownAdapterError
 from nbpeft.session import PushResult, Session
+from nbpeft.session.commands.pushing import card_facts
 from tests.char_tokenizer import CharTokenizer
 from tests.checkpoint.loopback import COMMIT, TOKEN, Hub
 from tests.session.support import everything
@@ -85,6 +87,19 @@ def test_the_card_tells_what_is_known(hub: Hub, session: Session, trained: Any) 
     )
     assert all(TOKEN.encode() not in content for content in hub.files["me/orders"].values())
     assert "hub_token" not in card
+
+
+def test_the_card_has_the_scores_of_the_best_step_too(hub: Hub, session: Session, trained: Any) -> None:
+    tracked = session.context.models.get("model")
+    curves = {"eval_history": ((1, 0.5), (2, 0.9)), "metric_history": {"exact": ((1, 0.75), (2, 0.25))}}
+    last = {"eval_loss": 0.9, "eval_step": 2, "metrics": {"exact": 0.25}}
+    for best, expected in ((1, [("evaluation loss", "0.5"), ("exact", "0.75")]), (2, [])):
+        tracked.training = replace(tracked.training, best_step=best, **curves, **last)
+        rows = dict(card_facts(tracked, tracked.training.adapter, "me/orders", "Orders").training)
+        assert rows["exact"] == "0.25" and "evaluation loss at step 2" in rows
+        assert [(name, value) for name, value in rows.items() if "best" in name] == [
+            (f"{name} at the best step, 1", value) for name, value in expected
+        ]
 
 
 def test_a_card_that_is_there_keeps_its_text(hub: Hub, session: Session, trained: Any) -> None:

@@ -492,6 +492,22 @@ def test_the_step_of_the_best_loss_is_not_that_of_the_best_metric(tmp_path: Path
         assert "at step" not in str(replace(listed, records=(replace(record, **changes),)))
 
 
+def test_scores_are_those_of_the_best_step(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    session.train(model, rows(), token_rows(4), **ARGUMENTS | {"max_steps": 4})
+    (folder,) = tmp_path.glob("sql-1")
+    facts = json.loads((folder / "run.json").read_text())
+    facts["settings"]["metric_for_best_model"] = "exact"
+    (folder / "run.json").write_text(json.dumps(facts | {"metrics": {"exact": 0.2, "other": 0.4}, "best_step": 2}))
+    with (folder / "curve.jsonl").open("a") as log:
+        log.writelines(json.dumps({"step": step, "eval_exact": value}) + "\n" for step, value in ((2, 0.9), (4, 0.2)))
+    listed = session.runs()
+    assert listed.records[0].metrics == {"exact": 0.9, "other": 0.4}
+    assert "exact 0.900 other 0.400 at step 2" in str(listed)
+    compared = str(session.runs("sql-1", "sql-1"))
+    assert re.search(r"exact at best step +0\.9", compared) and re.search(r"best step +2", compared)
+
+
 def test_the_table_as_a_dataframe(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
     session.train(model, rows(), **ARGUMENTS | {"max_steps": 2})

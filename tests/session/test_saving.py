@@ -19,7 +19,7 @@ from nbpeft.errors import AdapterExistsError, CheckpointError
 from nbpeft.model.saving import saved_places
 from nbpeft.model.saving.saved_places import owner_of
 from nbpeft.session import Session
-from tests.tiny_models import gpt2, llama, randomize
+from tests.tiny_models import classifier, gpt2, llama, randomize
 from tests.training.support import token_rows
 from tests.waiting import PATIENCE
 
@@ -45,6 +45,24 @@ def two(session: Session, tmp_path: Path) -> Any:
     session.save(tmp_path / "one", name="c")
     assert session.unsaved(model) == ("d",)
     return model
+
+
+def test_a_new_head_that_is_not_in_the_folder_is_named(session: Session, tmp_path: Path) -> None:
+    base = classifier()
+    base.config.architectures = ["LlamaForCausalLM"]
+    model = session.add(base, FIELDS, name="team", variable="clf").model
+    assert session.save(tmp_path / "new", name="team").notes == ()
+    rows = [{"input_ids": [1, 2, 3], "labels": label} for label in (0, 1)]
+    with pytest.warns(UserWarning, match="The head 'score'"):
+        session.train(model, rows, max_steps=1, keep=False)
+    (note,) = session.save(tmp_path / "trained", name="team").notes
+    assert "The head 'score' is newly initialized" in note and "is not saved with the adapter" in note
+    session.add(model, FIELDS | {"modules_to_save": ["score"]}, name="whole")
+    session.train(model, rows, adapter="whole", max_steps=1, keep=False)
+    for active in ("whole", "team"):
+        session.use(active)
+        assert session.save(tmp_path / "whole", name="whole").notes == ()
+        assert len(session.save(tmp_path / "trained", name="team").notes) == 1
 
 
 def refused(session: Session, folder: Path, told: str, **options: Any) -> None:

@@ -53,6 +53,20 @@ def test_the_system_prompt_of_the_rows_is_the_default_and_shown(session: Session
     assert session.try_combination({"orders": 1.0}, "Hi", **FEW).columns[-1].system == "Be brief"
 
 
+def test_rows_without_the_template_after_rows_with_it_are_told_of(session: Session, model: Any) -> None:
+    plain = [{"prompt": "Hi", "completion": " yes"}] * 2
+    first, same, other, back = (
+        train(session, rows).state.warnings for rows in ([chat()] * 2, [chat()] * 2, plain, [chat()] * 2)
+    )
+    told = [[words for words in warnings if "learned with" in words] for warnings in (first, same, other, back)]
+    assert told == [
+        [],
+        [],
+        ["'orders' learned with the chat template, which is not applied here"],
+        ["'orders' learned without the chat template, which is applied here"],
+    ]
+
+
 def test_each_adapter_is_compared_with_its_own_system_prompt(session: Session, model: Any) -> None:
     train(session, [chat()] * 2)
     train(session, [chat("Ahoy")] * 2, adapter="pirate")

@@ -121,6 +121,19 @@ def test_what_a_template_writes_by_itself_is_written_too(tmp_path: Path) -> None
         assert text.endswith(f'SYSTEM """{written_system}"""\n')
 
 
+@pytest.mark.parametrize("base", [None, "smollm2:135m"])
+def test_variables_of_the_template_are_in_the_template_or_noted(base: str | None, tmp_path: Path) -> None:
+    unthinking = "{% if thinking is defined and not thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    model = adapted()
+    set_prompt_format(model.manager.configs["sql"], PromptFormat(chat=True, template='{"thinking": false}'))
+    done = ship(model, engine="ollama", base=base, tokenizer=tokenizer(CHATML + unthinking), to=tmp_path / "served")
+    assert "assistant\n<think>\n\n</think>\n\n{{ .Response }}" in (tmp_path / "served" / "Modelfile").read_text()
+    assert not any("template" in note for note in done.notes)
+    unknown = ship(model, engine="ollama", base=base, tokenizer=tokenizer(OTHER), dry_run=True).notes
+    assert "thinking=False of the training's chat template is not in the Modelfile" in unknown
+    assert any("the chat template is not known to nbpeft" in note for note in unknown)
+
+
 def test_an_unknown_template_is_noted(tmp_path: Path) -> None:
     done: Any = ship(adapted(), engine="ollama", tokenizer=tokenizer(OTHER), to=tmp_path / "served")
     assert (tmp_path / "served" / "Modelfile").read_text() == "FROM ./model.gguf\n"

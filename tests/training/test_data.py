@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from nbpeft.errors import TrainingError
 from nbpeft.training import Collator, is_plain, prepare_data, train
 from nbpeft.training.data import ModelInputs, columns_of, open_data
+from nbpeft.training.data.forms import checked_columns
 from tests.tiny_models import llama
 from tests.training.support import trainable
 
@@ -159,6 +160,25 @@ def test_datasets_and_tokenised_rows(tokenizer):
 class NoRows:
     def __iter__(self):
         return iter([])
+
+
+def test_white_space_around_the_name_of_a_column_need_not_be_given() -> None:
+    columns = ["Text\u00a0", " Team ", "both", "both "]
+    assert checked_columns({"prompt": "Text", "completion": "Team"}, columns) == {
+        "prompt": "Text\u00a0",
+        "completion": " Team ",
+    }
+    assert checked_columns({"prompt": "both "}, columns) == {"prompt": "both "}
+    with pytest.raises(TrainingError, match="the rows have no 'other'"):
+        checked_columns({"prompt": "other"}, columns)
+
+
+def test_an_export_of_chatgpt_is_not_taken_for_prompts(tokenizer) -> None:
+    export = {"title": "Trip", "mapping": {"a": {"message": {"author": {"role": "user"}}, "children": []}}}
+    with pytest.raises(TrainingError, match=r"'mapping' has each conversation as a tree.*make lists of messages first"):
+        prepare_data([export], tokenizer)
+    with pytest.raises(TrainingError, match=r"what they are called: columns=.*'title', '[a-z]+': 'COLUMN'"):
+        prepare_data([{"title": "Trip", "tags": {"a": 1}}], tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,12 @@ def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **con
 
     Raises:
         AdapterError: there is no such model.
-        CellError: no model is named, and there are several.
+        CellError: no model is named, and there are several; or it cannot answer prompts.
     """
     session, name = notebook.session, notebook.adapted_model(variable, f"%lora panel {kind}")
+    state = session.state.model(name)
+    if kind == "compare" and state is not None and not state.generates:
+        raise CellError(f"{name} is a {state.class_name}, which cannot answer prompts: it has no generate()")
     from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
 
     panel_class = {"adapters": AdaptersPanel, "compare": ComparePanel, "blend": BlendPanel}[kind]

@@ -84,7 +84,14 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
         message = f"run {record.name} used values that its folder does not store; pass them again"
         command = _for_each(" ".join(words), adapters_with_rows(facts))
         raise CellError(f"{message}: %lora resume {record.name} {command}{_undefined(facts, missing, notebook)}")
-    model = notebook.module(target, base=source_of_base(record) or "user/name")
+    try:
+        model = notebook.module(target, base=source_of_base(record) or "user/name")
+    except CellError as error:
+        if options.model is None:
+            raise CellError(
+                f"run {record.name} is of the model {target!r:.60} (another one: --model), but {error}"
+            ) from None
+        raise
     try:
         result = session.resume(record.name, model=model, variable=target, **given)
     except BaseException:

@@ -435,7 +435,16 @@ def save(
         )
         for adapter in saved:
             _note_with_run(ctx, tracked, adapter)
+            if tracked.steps_of((adapter.name,))[0]:
+                notes += _note_on_head(tracked, adapter.name)
         return SaveResult(tracked.name, saved, notes=tuple(notes))
+
+
+def _note_on_head(tracked: TrackedModel, name: str) -> list[str]:
+    """Return a note if the folder lacks a new head, without which the adapter means nothing."""
+    from nbpeft.training.adapters.learning_check import frozen_head
+
+    return [note for note in [frozen_head(tracked.model, name)] if note]
 
 
 def _facts(tracked: TrackedModel, name: str) -> CardFacts:

@@ -107,11 +107,11 @@ def memory_planner(
     else:
         source, name = uncompiled(model), model if isinstance(model, str) else type(model).__name__
     _check_reference(settings.get("reference"), () if tracked is None else tracked.manager.names)
-    per_row = 1
+    per_row, length_of = 1, ""
     if data is not None:
         from nbpeft.training.loop.packing import longest_sequence
 
-        settings["sequence_length"], per_row = longest_sequence(
+        settings["sequence_length"], per_row, length_of = longest_sequence(
             source,
             data,
             tokenizer=tokenizer,
@@ -126,7 +126,8 @@ def memory_planner(
     chosen, count = largest_of(changes)
     settings = {"adapters": count, **settings} if count > 1 else settings
     planned = _planned(tracked, config, chosen, rank)
-    return MemoryPlanner(source, planned, name=variable or name, sequences_per_row=per_row, **settings)
+    settings |= {"sequences_per_row": per_row, "length_of": length_of}
+    return MemoryPlanner(source, planned, name=variable or name, **settings)
 
 
 def _check_reference(reference: Any, adapters: Iterable[str]) -> None:
@@ -173,6 +174,7 @@ class MemoryPlanner:
         batch_size: see ``Session.plan_memory``, also for the further arguments.
         **others: further fields of ``nbpeft.memory.estimate.Setting``.
         sequences_per_row: number of sequences of each row of the data.
+        length_of: which sequence of the data has the length, as text; empty without data.
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class MemoryPlanner:
         double_quant: bool | None = None,
         device: Any = None,
         sequences_per_row: int = 1,
+        length_of: str = "",
         **others: Any,
     ) -> None:
         from nbpeft.memory.forecast import setting_of
@@ -204,7 +207,9 @@ class MemoryPlanner:
         length = sequence_length or min(SEQUENCE_LENGTH, found.longest)
         assumed = [f"batch {BATCH_SIZE}"] if batch_size is None else []
         assumed += [f"length {length}"] if sequence_length is None else []
-        self.assumed = f"{' and '.join(assumed)} {'is' if len(assumed) == 1 else 'are'} assumed" if assumed else ""
+        words = f"{' and '.join(assumed)} {'is' if len(assumed) == 1 else 'are'} assumed" if assumed else ""
+        given = f"length {length:,} is {length_of}" if length_of else ""
+        self._settings_notes = tuple(note for note in (words, given) if note)
         self.setting: Setting = setting_of(
             found.architecture,
             adapter,
@@ -249,9 +254,7 @@ class MemoryPlanner:
         result = self._result(setting, parts, room)
         if suggest and not (result.fits and result.fits_now is not False):
             result = dataclasses.replace(result, changes=suggestions_for(setting, room.total, stopped))
-        if settings is None and self.assumed:
-            return dataclasses.replace(result, notes=(self.assumed, *result.notes))
-        return result
+        return dataclasses.replace(result, notes=(*self._settings_notes, *result.notes)) if settings is None else result
 
     def _setting(self, settings: PlanSettings | None) -> Setting:
         if settings is None:

@@ -134,4 +134,9 @@ def _results(train: TrainState, name: str) -> list[tuple[str, str]]:
         rows.append(("training loss at the end, smoothed", numbers.loss(own.smoothed_loss)))
     if own.eval_loss is not None:
         rows.append((f"evaluation loss at step {own.eval_step:,}", numbers.loss(own.eval_loss)))
-    return rows + [(metric, f"{value:.4g}") for metric, value in own.metrics.items()]
+    rows += [(metric, f"{value:.4g}") for metric, value in own.metrics.items()]
+    if own.best_step is None or own.best_step == own.eval_step:
+        return rows
+    curves = {"evaluation loss": own.eval_history, **own.metric_history}
+    at_best = ((name, value) for name, curve in curves.items() for step, value in curve if step == own.best_step)
+    return rows + [(f"{name} at the best step, {own.best_step:,}", f"{value:.4g}") for name, value in at_best]

@@ -109,8 +109,9 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
 
     store = _store(ctx)
     if not names:
-        records = sorted_records(tuple(store.records()), sort)
-        return RunsResult(str(from_here(store.place)), records, tuple(map(_loss_curve, records)))
+        listed = [_listed(record) for record in sorted_records(tuple(store.records()), sort)]
+        records, curves = (tuple(part) for part in zip(*listed, strict=True)) if listed else ((), ())
+        return RunsResult(str(from_here(store.place)), records, curves)
     found = [_with_entries(store.find(name)) for name in dict.fromkeys(names)]
     if all(record.status == UNREADABLE for record, _ in found):
         raise _cannot_be_read(found[0][0])
@@ -125,24 +126,26 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
     )
 
 
-def _loss_curve(record: RunRecord) -> Curve:
-    """Return the loss curve of a run; empty if it cannot be read."""
+def _listed(record: RunRecord) -> tuple[RunRecord, Curve]:
+    """Return a run as the list shows it, and its loss curve, which is empty if it cannot be read."""
     from nbpeft.runs.folder import RunFolder
-    from nbpeft.runs.record import UNREADABLE, curve_of
+    from nbpeft.runs.record import UNREADABLE, curve_of, with_best_metrics
 
     try:
-        return () if record.status == UNREADABLE else curve_of(RunFolder(Path(record.path)).entries(), "loss")
+        entries = [] if record.status == UNREADABLE else RunFolder(Path(record.path)).entries()
     except CheckpointError:
-        return ()
+        entries = []
+    return with_best_metrics(record, entries), curve_of(entries, "loss")
 
 
 def _with_entries(folder: RunFolder) -> tuple[RunRecord, list[Any]]:
     """Return the record of a run and its log entries, which are empty for a run that cannot be read."""
-    from nbpeft.runs.record import UNREADABLE, unreadable
+    from nbpeft.runs.record import UNREADABLE, unreadable, with_best_metrics
 
     record = folder.record()
     try:
-        return record, [] if record.status == UNREADABLE else list(folder.entries())
+        entries = [] if record.status == UNREADABLE else folder.entries()
+        return with_best_metrics(record, entries), entries
     except CheckpointError as error:
         return unreadable(record.name, record.path, error.message), []
 

@@ -169,7 +169,8 @@ class RunCard(Result):
         if self.state is not None:
             following = next_steps(self.train, self.state, self.model_name)
         elif self.record is not None:
-            following = kept_steps(self.train, self.record.saved, has_checkpoint=bool(self.record.kept_steps))
+            saved = {name: str(from_here(Path(place))) for name, place in self.record.saved.items()}
+            following = kept_steps(self.train, saved, has_checkpoint=bool(self.record.kept_steps))
         return training_card(self.train, model_name=self.model_name, seen=_now(), next_steps=following)
 
 
@@ -243,7 +244,8 @@ class RunsComparison(Result):
             ("loss", lambda record: loss(record.loss)),
             ("eval loss", lambda record: loss(record.eval_loss)),
             ("best eval loss", lambda record: loss(record.best_loss)),
-            *((name, partial(_metric, name=name)) for name in metric_names(self.records)),
+            ("best step", lambda record: NONE if record.best_step is None else f"{record.best_step:,}"),
+            *((f"{name} at best step", partial(_metric, name=name)) for name in metric_names(self.records)),
             ("time", lambda record: clock(record.seconds)),
         ]
         results = [(name, *map(cell, self.records)) for name, cell in cells]
@@ -309,10 +311,11 @@ def _metric(record: RunRecord, name: str) -> str:
 
 
 def _metric_lines(record: RunRecord) -> tuple[Text, ...]:
-    """Returns the scores of a run, e.g. ``exact 0.812``, a line for each."""
+    """Returns the scores of a run at its best step, e.g. ``exact 0.812``, a line for each."""
     words = [f"{name.removeprefix('eval_')} {_metric(record, name)}" for name in record.metrics]
     more = len(words) - _MOST_METRICS
     shown = [*words[:_MOST_METRICS], *([f"and {more} more"] if more > 0 else [])]
+    shown += [f"at step {record.best_step:,}"] if words and record.best_step and not _where_best(record) else []
     return tuple(Text(line, "dim", wrap="words") for line in shown)
 
 

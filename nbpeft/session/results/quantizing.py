@@ -10,38 +10,13 @@ from nbpeft.display.numbers import count, plural, size
 from nbpeft.session.results.adapters import AddResult
 from nbpeft.session.results.base import ModelResult, Result
 from nbpeft.session.results.preview import Preview
-
-
-@dataclass(frozen=True)
-class PartSize:
-    """The size of one part of the base weights.
-
-    Attributes:
-        name: ``quantized layers``, ``experts``, ``embedding``, ``head``, ``other layers`` or ``norms and biases``.
-        module_count: number of modules with its weights; for experts, of tensors.
-        byte_count: current size in bytes.
-        before: previous size in bytes, or None if it was never loaded in another form.
-        bfloat16_bytes: size in bfloat16, in bytes.
-        kinds: the storage formats.
-    """
-
-    name: str
-    module_count: int
-    byte_count: int
-    before: int | None
-    bfloat16_bytes: int
-    kinds: tuple[str, ...]
-
-    @property
-    def share(self) -> float:
-        """Size relative to that in bfloat16."""
-        return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
+from nbpeft.state import StoredPart
 
 
 class _BaseWeights:
     """Sums over the parts of the base weights."""
 
-    parts: tuple[PartSize, ...]
+    parts: tuple[StoredPart, ...]
 
     @property
     def byte_count(self) -> int:
@@ -72,7 +47,7 @@ class QloraResult(_BaseWeights, ModelResult):
     added: AddResult
     source: str
     quantized: bool
-    parts: tuple[PartSize, ...]
+    parts: tuple[StoredPart, ...]
     prepared: str
     prepare_bytes: int
     seconds: float
@@ -120,7 +95,7 @@ class QloraPreview(_BaseWeights, Result):
 
     source: str
     action: str
-    parts: tuple[PartSize, ...]
+    parts: tuple[StoredPart, ...]
     prepared: str
     adapter: Preview
 
@@ -142,7 +117,7 @@ class QloraPreview(_BaseWeights, Result):
         )
 
 
-def stored_words(parts: tuple[PartSize, ...]) -> str:
+def stored_words(parts: tuple[StoredPart, ...]) -> str:
     """Returns e.g. ``210 layers in nf4 double: 55.1 MB, 0.259 of bfloat16; the rest 113.3 MB``."""
     named = {"quantized layers": "layer", "experts": "tensor"}
     shown = [part for part in parts if part.name in named]
@@ -154,19 +129,19 @@ def stored_words(parts: tuple[PartSize, ...]) -> str:
     return "; ".join((*words, f"the rest {size(sum(part.byte_count for part in parts if part not in shown))}"))
 
 
-def part_table(parts: tuple[PartSize, ...]) -> Table:
+def part_table(parts: tuple[StoredPart, ...]) -> Table:
     """Returns the parts as a table, with a last row for their sum."""
     measured = all(part.before is not None for part in parts)
     now, before, dense = (
         sum(sizes) for sizes in zip(*((p.byte_count, p.before or 0, p.bfloat16_bytes) for p in parts), strict=True)
     )
-    total = PartSize("base weights", 0, now, before, dense, ())
+    total = StoredPart("base weights", 0, now, dense, (), before)
     head = ("Part", "Modules", "Stored", *(("Before",) if measured else ()), "In bfloat16", "Now", "Share")
     rows = tuple(_row(part, measured) for part in (*parts, total))
     return Table(head, rows, right=(1, *range(3, len(head))))
 
 
-def _row(part: PartSize, measured: bool) -> tuple[str, ...]:
+def _row(part: StoredPart, measured: bool) -> tuple[str, ...]:
     return (
         part.name,
         count(part.module_count) if part.module_count else "",

@@ -234,17 +234,23 @@ def _inputs_require_grad(base: Any) -> bool:
     return hooked or any(parameter.requires_grad for parameter in embeddings.parameters())
 
 
-def frozen_head(model: nn.Module) -> str:
+def frozen_head(model: nn.Module, adapter: str | None = None) -> str:
     """A warning about a newly initialized head that is not trained and not saved, or the empty string.
 
     A head is new if the checkpoint was written by a model of another class.
+
+    Args:
+        model: the adapted model.
+        adapter: the adapter to save; None for those in training.
     """
     base: Any = base_of(model)
     written_by = getattr(getattr(base, "config", None), "architectures", None)
     if not is_adapted(model) or not written_by or not {*written_by}.isdisjoint(class_names(base)):
         return ""
     for name in _head_names(base):
-        if any(".modules_to_save." in f".{path}." for path, _ in trainable(getattr(base, name))):
+        head = getattr(base, name)
+        copies, part = (trainable(head), "") if adapter is None else (head.named_parameters(), f"{adapter}.")
+        if any(f".modules_to_save.{part}" in f".{path}." for path, _ in copies):
             continue
         return (
             f"The head {name!r} is newly initialized (the checkpoint is of a {written_by[0]}) and is not saved "

@@ -428,6 +428,8 @@ def _other_model(columns: Sequence[str], wanted: Form) -> str:
 def checked_columns(mapping: Any, columns: Sequence[str]) -> dict[str, str]:
     """Checks a mapping of columns; returns it without names that are mapped to themselves.
 
+    White space around the name of a column, which spreadsheets leave there unseen, need not be given.
+
     Args:
         mapping: name in a form -> column, or None.
         columns: the columns of the rows.
@@ -440,6 +442,7 @@ def checked_columns(mapping: Any, columns: Sequence[str]) -> dict[str, str]:
     known = (*NAMES, TOKENISED, "labels")
     if not isinstance(mapping, Mapping):
         raise TrainingError(f"columns must be a dictionary like {{'prompt': 'question'}}, not {mapping!r:.60}")
+    mapping = {name: _meant(column, columns) for name, column in mapping.items()}
     for name, column in mapping.items():
         if name not in known:
             swapped = column in known and name in columns
@@ -449,6 +452,12 @@ def checked_columns(mapping: Any, columns: Sequence[str]) -> dict[str, str]:
             nearest = did_you_mean(str(column), columns)
             raise TrainingError(f"columns: the rows have no {column!r:.40}, but {listed(columns)}.{nearest}")
     return {name: column for name, column in mapping.items() if name != column}
+
+
+def _meant(given: Any, columns: Sequence[str]) -> Any:
+    """The only column with that name but for white space around it; what was given if there is none."""
+    found = [column for column in columns if str(column).strip() == str(given).strip()]
+    return found[0] if len(found) == 1 else given
 
 
 def check_roles(row: int, chat: Chat, template: str) -> None:
@@ -494,6 +503,9 @@ def _chats_hint(columns: Sequence[str], form: Form, first: Any) -> str:
         if isinstance(messages, list | tuple) and messages and isinstance(messages[0], Mapping):
             names = {"conversations" if "from" in messages[0] else "messages": column}
             return f" Say where the conversations are: columns={names}."
+        nodes = list(value.values()) if isinstance(value, Mapping) else []
+        if nodes and all(isinstance(node, Mapping) and "message" in node for node in nodes):
+            return f" {column!r} has each conversation as a tree, as ChatGPT exports it: make lists of messages first."
     return ""
 
 
@@ -541,7 +553,9 @@ def _with_guesses(names: Mapping[str, str], columns: Sequence[str], first: Mappi
         columns: all columns.
         first: the first row; empty if it is unknown.
     """
-    others = [name for name in columns if name not in names.values() and not _NUMBERING.fullmatch(name.strip())]
+    nested = {name for name, value in first.items() if isinstance(value, Mapping | list | tuple)}
+    used = nested.union(names.values())
+    others = [name for name in columns if name not in used and not _NUMBERING.fullmatch(name.strip())]
     lengths = {name: len(first[name]) for name in others if isinstance(first.get(name), str)}
     if len(columns) == 1 and others and "text" not in names:
         return {"text": others[0]}

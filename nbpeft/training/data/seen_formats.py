@@ -36,12 +36,15 @@ class SeenFormats:
         self._learns_reasoning = options.reasoning == "keep"
         self._systems: dict[str | None, int] = {}
         self._joint, self._joined = "", 0
+        self._alike: list[int] = []
 
     def add(self, row: CodedRow) -> None:
         """Counts one more row."""
         self._systems[row.system] = self._systems.get(row.system, 0) + 1
         self._joint = self._joint or row.joint
         self._joined += bool(row.joint)
+        if row.rejected is not None and row.rejected.whole.input_ids == row.whole.input_ids:
+            self._alike.append(row.number)
 
     @property
     def format(self) -> PromptFormat | None:
@@ -55,8 +58,8 @@ class SeenFormats:
         return PromptFormat(True, system, self._template, learns_reasoning=self._learns_reasoning)
 
     def lines(self) -> tuple[str, ...]:
-        """Lines about prompts that nothing separates from their completions, and about different system prompts."""
-        return (*self._about_joints(), *self._about_systems())
+        """Lines about joints of prompts and completions, about system prompts, and about pairs that are no choice."""
+        return (*self._about_joints(), *self._about_systems(), *self._about_pairs())
 
     def _about_joints(self) -> tuple[str, ...]:
         if not self._joined:
@@ -77,6 +80,15 @@ class SeenFormats:
         if len(systems) == 1:
             found = f"only {total - self._systems['']:,} of {total:,} rows have a system prompt"
         return (f"{found}: the adapter has no default system prompt",)
+
+    def _about_pairs(self) -> tuple[str, ...]:
+        if not self._alike:
+            return ()
+        count, total = len(self._alike), sum(self._systems.values())
+        where = (
+            f"row {self._alike[0]}" if count == 1 else f"{count:,} of {total:,} rows, the first is row {self._alike[0]}"
+        )
+        return (f"chosen and rejected are the same in {where}: nothing is preferred there",)
 
 
 def system_of(example: Example) -> str | None:

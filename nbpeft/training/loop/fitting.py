@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
+from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.engine.contract.trained import mark_unsaved
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, NbpeftError
@@ -21,7 +22,7 @@ from nbpeft.training.loop.packing import PackingCheck
 from nbpeft.training.loop.restoring import restoring
 from nbpeft.training.loop.rows import TrainingRows
 from nbpeft.training.monitor.callback import RunCallback
-from nbpeft.training.monitor.failures import is_out_of_memory, oom_error
+from nbpeft.training.monitor.failures import oom_error
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows_are_those, mark_of_rows
 from nbpeft.training.request import TrainRequest

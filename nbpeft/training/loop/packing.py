@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from nbpeft._util.out_of_memory import is_out_of_memory
+from nbpeft.display.numbers import plural
 from nbpeft.engine.runtime.method_hooks import prepares_calls
 from nbpeft.engine.tree.model_tree import is_quantized, main_dtype, manager_of
 from nbpeft.errors import ConfigError, TrainingError, in_one_line
@@ -34,7 +37,6 @@ from nbpeft.training.data.lengths import lengths_of
 from nbpeft.training.data.packing import best_fit
 from nbpeft.training.data.reading import default_length
 from nbpeft.training.loop.rows import is_causal, model_inputs
-from nbpeft.training.monitor.failures import is_out_of_memory
 from nbpeft.training.monitor.run import Run
 
 _JOINED = {"input_ids", "labels", "attention_mask", "label", "label_ids"}
@@ -86,6 +88,20 @@ def pack(
     return packed, packed_collator(model, collator)
 
 
+class LongestSequence(NamedTuple):
+    """The longest sequence in a training.
+
+    Attributes:
+        length: its length in tokens.
+        per_row: the number of sequences of a row.
+        description: which one it is, as text: ``the longest of 40 rows, whose median is 25``.
+    """
+
+    length: int
+    per_row: int
+    description: str
+
+
 def longest_sequence(
     model: Any,
     data: Any,
@@ -94,8 +110,8 @@ def longest_sequence(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     packing: bool = False,
-) -> tuple[int, int]:
-    """Returns the length in tokens of the longest sequence in a training, and the number of sequences of a row.
+) -> LongestSequence:
+    """Returns the longest sequence in a training.
 
     A sequence is a row, or several rows packed together, or the chosen or the rejected completion of a row.
 
@@ -124,13 +140,15 @@ def longest_sequence(
             "the completions"
         )
     if not packing:
-        return max(lengths), 2 if pairs else 1
+        words = f"the longest of {plural(len(lengths), 'row')}, whose median is {statistics.median_low(lengths):,}"
+        return LongestSequence(max(lengths), 2 if pairs else 1, words)
     if pairs:
         raise _refusal("each row has a chosen and a rejected completion")
     if isinstance(model, nn.Module):
         refuse_to_pack(model)
     packs = best_fit(lengths, max_length or max(default_length(tokenizer), *lengths))
-    return max(sum(lengths[row] for row in pack) for pack in packs), 1
+    longest = max(sum(lengths[row] for row in pack) for pack in packs)
+    return LongestSequence(longest, 1, f"the fullest of {plural(len(packs), 'packed sequence')}")
 
 
 def refuse_to_pack(model: nn.Module) -> None:

@@ -15,11 +15,12 @@ from transformers import TrainingArguments
 
 from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft._util.optional import needs
+from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.checkpoint import PromptFormat, name_classes, prompt_format, scratch_folder, set_prompt_format
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.trained import mark_unsaved
 from nbpeft.engine.tree.model_tree import manager_of
-from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
+from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted, few
 from nbpeft.memory.processor import slow_dtype_message, slow_here
 from nbpeft.names import JUDGED
 from nbpeft.runs.store import RunPlace
@@ -37,7 +38,7 @@ from nbpeft.training.loop.packing import PackingCheck, pack
 from nbpeft.training.loop.rows import TrainingRows, training_rows
 from nbpeft.training.loop.sampled_rows import sample_prompts
 from nbpeft.training.monitor.control import RunControl
-from nbpeft.training.monitor.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
+from nbpeft.training.monitor.failures import explain_failure, free_memory, oom_error, trains_in_half
 from nbpeft.training.monitor.result import TrainResult
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.objectives.objective import Objective, fields_by_name
@@ -356,7 +357,19 @@ class _Activation:
             self._rows = rows
             configs = {name: manager.configs[name] for name in names}
             self._formers = [(name, config, prompt_format(config)) for name, config in configs.items()]
+            self._note_other_format(rows)
             self._put()
+
+    def _note_other_format(self, rows: TrainingRows) -> None:
+        """Warns of adapters that were trained with the chat template and now are not, or the other way round."""
+        was = {name: former for name, _, former in self._formers if former is not None and not former.classes}
+        now = {name: rows.format_for(name) for name in was}
+        other = [name for name, form in now.items() if form is not None and form.chat is not was[name].chat]
+        if other and self.run is not None:
+            how = ("with", "not ") if was[other[0]].chat else ("without", "")
+            self.run.note(
+                f"{few(other)} learned {how[0]} the chat template, which is {how[1]}applied here", warning=True
+            )
 
     def end(self) -> None:
         """Restores the former form of rows of the adapters if they learned nothing."""

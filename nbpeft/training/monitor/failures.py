@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.engine.tree.model_tree import main_dtype
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.memory import Forecast, forecast, measure
@@ -83,16 +84,6 @@ def explain_failure(error: BaseException, model: nn.Module | None) -> str:
 def trains_in_half(error: BaseException) -> bool:
     """Whether a GradScaler met gradients in float16, e.g. those of a head copied from a base in float16."""
     return isinstance(error, ValueError) and "unscale FP16 gradients" in str(error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host ran out of memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    )
 
 
 def oom_error(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.errors import NbpeftError, TrainingError, in_one_line
 from nbpeft.names import IGNORED_LABEL
 from nbpeft.training.data import Collator
-from nbpeft.training.monitor.failures import is_out_of_memory
 from nbpeft.training.objectives.grpo import Grpo
 from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, evaluating, generate_tokens
 

@@ -160,7 +160,7 @@ def test_a_second_text_is_marked_and_both_are_cut_by_the_tokenizer() -> None:
     assert found.notes == ("1 of 2 rows were truncated to the maximum length",)
     assert "token_type_ids" not in training_rows(TrainRequest(named(), rows, tokenizer=Pairs())).train[0]
     assert train(bert(), rows, tokenizer=Pairs(), max_steps=1).steps == 1
-    assert longest_sequence(bert(), rows, tokenizer=Pairs()) == (14, 1)
+    assert longest_sequence(bert(), rows, tokenizer=Pairs())[:2] == (14, 1)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,14 @@ def test_rows_whose_completions_run_into_their_prompts_are_named_with_what_to_wr
     assert for_pairs in prepare_data([compared], CHAT, inputs=ModelInputs(kind=PAIRS)).notes
 
 
+def test_pairs_without_a_choice_are_named() -> None:
+    alike, other = ({"prompt": "Who? ", "chosen": "We", "rejected": rejected} for rejected in ("We", "You"))
+    for rows, where in (([other, alike], "row 1"), ([alike, other, alike], "2 of 3 rows, the first is row 0")):
+        notes = prepare_data(rows, CHAT, inputs=ModelInputs(kind=PAIRS)).notes
+        assert f"chosen and rejected are the same in {where}: nothing is preferred there" in notes
+    assert "the same" not in prepare_data([other], CHAT, inputs=ModelInputs(kind=PAIRS)).notes
+
+
 class Pairs(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter([("Who?", "We"), ("Who?", "You")])
