@@ -22,6 +22,11 @@ def wants_groups(fields: Mapping[str, Any]) -> bool:
     return getattr(strategy, "value", strategy) == GROUPED and fields.get(_OLDER_FIELD, True) is True
 
 
+def asks_for_groups(fields: Mapping[str, Any]) -> bool:
+    """Returns whether a field says that rows are grouped by length."""
+    return any(name in fields for name in ("train_sampling_strategy", _OLDER_FIELD)) and wants_groups(fields)
+
+
 def group_rows(trainer: Any, *, wanted: bool) -> None:
     """Makes a Trainer draw batches of rows with similar lengths.
 
