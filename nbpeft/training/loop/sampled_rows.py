@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nbpeft._util.conversations import is_conversation
+from nbpeft._util.numeric import check_every
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.errors import ConfigError
 from nbpeft.training.adapters.adapted_model import base_of
@@ -45,8 +46,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     number: int = given if is_count else len(prompts)  # type: ignore[assignment]
     if not 1 <= number <= MOST_PROMPTS:
         raise ConfigError(f"sample takes 1 to {MOST_PROMPTS} prompts, not {number}", field="sample")
-    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-        raise ConfigError(f"every must be a number of steps of at least 1, not {every!r:.60}", field="every")
+    check_every(every)
     if tokenizer is None or not hasattr(tokenizer, "decode"):
         raise ConfigError("sample needs a tokenizer: pass tokenizer=…", field="sample")
     base: Any = base_of(request.model)

@@ -12,6 +12,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from nbpeft._util.hooks import new_scorer
+from nbpeft._util.numeric import check_every
 from nbpeft.errors import ConfigError, did_you_mean, in_one_line
 from nbpeft.training.data import separator_for
 from nbpeft.training.monitor.run import Run
@@ -182,8 +183,7 @@ def scorer_of(request: Any, fields: dict[str, Any], classes: Any = None) -> Scor
             if getattr(request, name) is not None:
                 raise ConfigError(f"{name} has no effect without score=…", field=name)
         return None
-    if request.every is not None and (type(request.every) is not int or request.every < 1):
-        raise ConfigError(f"every must be a number of steps of at least 1, not {request.every!r:.60}", field="every")
+    check_every(request.every)
     scorer = request.score if isinstance(request.score, Scorer) else _new_scorer(request, classes)
     if "loss" in scorer.metrics and request.eval_data is not None:
         raise ConfigError(
