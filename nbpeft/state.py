@@ -111,32 +111,6 @@ class LayerChange:
         return float("inf") if self.delta_norm > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class PartSize:
-    """The size of one part of a model's weights.
-
-    Attributes:
-        name: ``quantized layers``, ``experts``, ``embedding``, ``head``, ``other layers`` or ``norms and biases``.
-        module_count: number of modules with these weights; for experts, of tensors.
-        byte_count: size in bytes, including quantization constants.
-        bfloat16_bytes: size of the same weights in bfloat16, in bytes.
-        kinds: the storage formats, e.g. ``nf4 double``.
-        before: previous size in bytes; None if it is unknown, or the part was never loaded in another form.
-    """
-
-    name: str
-    module_count: int
-    byte_count: int
-    bfloat16_bytes: int
-    kinds: tuple[str, ...] = ()
-    before: int | None = None
-
-    @property
-    def share(self) -> float:
-        """Size relative to that in bfloat16."""
-        return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
-
-
 Curve = tuple[tuple[int, float], ...]
 """(step, value) pairs, decimated for drawing, so that their number is bounded for runs of any length."""
 

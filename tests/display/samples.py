@@ -43,7 +43,8 @@ from nbpeft.session.results import (
 )
 from nbpeft.session.results.comparing import Answer, Column
 from nbpeft.session.results.planning import PlanSettings, Room
-from nbpeft.state import AdapterState, LayerChange, LayerLoss, MemoryPart, ModelState, PartSize, SessionState
+from nbpeft.session.results.quantizing import PartSize
+from nbpeft.state import AdapterState, LayerChange, LayerLoss, MemoryPart, ModelState, SessionState
 from nbpeft.training.data.summary import DataSummary, RowSummary
 from nbpeft.training.monitor.result import TrainResult
 from tests.widgets.answering import ANSWERS, PROMPT
@@ -172,9 +173,9 @@ def _of_plans(word: str) -> dict[str, Shown]:
         memory=plan_result(word),
     )  # fmt: skip
     parts = (
-        PartSize("quantized layers", 210, 55_100_000, 212_400_000, ("nf4 double",), before=212_400_000),
-        PartSize("embedding", 1, 56_600_000, 56_600_000, ("bfloat16", word), before=56_600_000),
-        PartSize("norms and biases", 61, 140_000, 70_000, ("float32",), before=70_000),
+        PartSize("quantized layers", 210, 55_100_000, 212_400_000, 212_400_000, ("nf4 double",)),
+        PartSize("embedding", 1, 56_600_000, 56_600_000, 56_600_000, ("bfloat16", word)),
+        PartSize("norms and biases", 61, 140_000, 70_000, 70_000, ("float32",)),
     )
     added = AddResult(ModelRef(Thing()), word, _adapter(word), _state(word))
     return {

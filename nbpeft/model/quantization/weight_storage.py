@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,36 @@ from nbpeft.engine.kernels.storage import StoredWeight, inner_tensors, short_nam
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.tree.model_tree import bare_modules, base_model_of, embedding_of, expert_parameters, frozen_module
 from nbpeft.memory.fake_quantized import quantized_bytes
-from nbpeft.state import PartSize
 
 BFLOAT16_BYTES = 2
 PARTS = ("quantized layers", "experts", "embedding", "head", "other layers", "norms and biases")
 
 
-def stored_parts(model: nn.Module) -> tuple[PartSize, ...]:
+@dataclass(frozen=True)
+class StoredPart:
+    """One part of a model's weights.
+
+    Attributes:
+        name: one of ``PARTS``.
+        module_count: number of modules with these weights; for experts, of tensors.
+        byte_count: size in bytes, including quantization constants.
+        bfloat16_bytes: size of the same weights in bfloat16, in bytes.
+        kinds: the storage formats, e.g. ``nf4 double``.
+    """
+
+    name: str
+    module_count: int
+    byte_count: int
+    bfloat16_bytes: int
+    kinds: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Size relative to that in bfloat16."""
+        return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
+
+
+def stored_parts(model: nn.Module) -> tuple[StoredPart, ...]:
     """Returns the base weights of a model by part, without adapters; a shared weight is counted once.
 
     Args:
@@ -37,7 +61,7 @@ def estimated_parts(
     kind: str = "",
     double: bool = False,
     raised: Iterable[Tensor] = (),
-) -> tuple[PartSize, ...]:
+) -> tuple[StoredPart, ...]:
     """Returns the parts as ``stored_parts`` will return them after quantizing layers and casting tensors to float32.
 
     Works on meta tensors too; the model is not changed.
@@ -71,7 +95,9 @@ def estimated_parts(
         sizes[part].append((size, BFLOAT16_BYTES * numbers))
         kinds[part][label] = None
     return tuple(
-        PartSize(name, len(found), sum(size for size, _ in found), sum(dense for _, dense in found), tuple(kinds[name]))
+        StoredPart(
+            name, len(found), sum(size for size, _ in found), sum(dense for _, dense in found), tuple(kinds[name])
+        )
         for name, found in sizes.items()
         if found
     )

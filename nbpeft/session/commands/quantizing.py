@@ -22,7 +22,7 @@ from nbpeft.session.commands.planning import plan_or_reason
 from nbpeft.session.configs import build_config
 from nbpeft.session.handles import is_module, uncompiled
 from nbpeft.session.preview import preview_of
-from nbpeft.session.results.quantizing import QloraPreview, QloraResult
+from nbpeft.session.results.quantizing import PartSize, QloraPreview, QloraResult
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from nbpeft.engine.contract.adapter import AdapterConfig
     from nbpeft.memory.architecture import Architecture
+    from nbpeft.model.quantization.weight_storage import StoredPart
     from nbpeft.session.context import ConfigLike, SessionContext
-    from nbpeft.state import PartSize
     from nbpeft.training.loop.prepare import Preparation, Upcast
 
 DEFAULTS: dict[str, Any] = {"bits": 4, "quant_type": "nf4", "double_quant": True}
@@ -329,7 +329,7 @@ def _present(ctx: SessionContext, origin: _Origin, variable: str) -> Any:
     return tracked.manager.model if tracked is not None and same else None
 
 
-def _is_quantized(parts: tuple[PartSize, ...]) -> bool:
+def _is_quantized(parts: tuple[StoredPart, ...]) -> bool:
     return any(part.name == "quantized layers" for part in parts)
 
 
@@ -530,7 +530,7 @@ def _dtype(request: _Request, config: Any) -> Any:
     return usual_dtype() if computes is None else dtype_of(computes, "compute_dtype", DTYPES)
 
 
-def _part_sizes(now: tuple[PartSize, ...], before: tuple[PartSize, ...] | None) -> tuple[PartSize, ...]:
+def _part_sizes(now: tuple[StoredPart, ...], before: tuple[StoredPart, ...] | None) -> tuple[PartSize, ...]:
     """Return the parts with their previous sizes; None as ``before`` if they were never loaded in another form."""
     old = {part.name: part.byte_count for part in before or ()}
     if before is not None and "quantized layers" not in old:
@@ -538,7 +538,10 @@ def _part_sizes(now: tuple[PartSize, ...], before: tuple[PartSize, ...] | None) 
         stayed = sum(part.byte_count for part in now if part.name == "other layers")
         old["quantized layers"] = old.get("other layers", 0) - stayed
         old["other layers"] = stayed
-    return tuple(dataclasses.replace(part, before=old.get(part.name)) for part in now)
+    return tuple(
+        PartSize(part.name, part.module_count, part.byte_count, old.get(part.name), part.bfloat16_bytes, part.kinds)
+        for part in now
+    )
 
 
 def _title(origin: _Origin, base: Any) -> str:

@@ -10,7 +10,32 @@ from nbpeft.display.numbers import count, plural, size
 from nbpeft.session.results.adapters import AddResult
 from nbpeft.session.results.base import ModelResult, Result
 from nbpeft.session.results.preview import Preview
-from nbpeft.state import PartSize
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """The size of one part of the base weights.
+
+    Attributes:
+        name: ``quantized layers``, ``experts``, ``embedding``, ``head``, ``other layers`` or ``norms and biases``.
+        module_count: number of modules with its weights; for experts, of tensors.
+        byte_count: current size in bytes.
+        before: previous size in bytes, or None if it was never loaded in another form.
+        bfloat16_bytes: size in bfloat16, in bytes.
+        kinds: the storage formats.
+    """
+
+    name: str
+    module_count: int
+    byte_count: int
+    before: int | None
+    bfloat16_bytes: int
+    kinds: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Size relative to that in bfloat16."""
+        return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
 
 
 class _BaseWeights:
@@ -135,7 +160,7 @@ def part_table(parts: tuple[PartSize, ...]) -> Table:
     now, before, dense = (
         sum(sizes) for sizes in zip(*((p.byte_count, p.before or 0, p.bfloat16_bytes) for p in parts), strict=True)
     )
-    total = PartSize("base weights", 0, now, dense, before=before)
+    total = PartSize("base weights", 0, now, before, dense, ())
     head = ("Part", "Modules", "Stored", *(("Before",) if measured else ()), "In bfloat16", "Now", "Share")
     rows = tuple(_row(part, measured) for part in (*parts, total))
     return Table(head, rows, right=(1, *range(3, len(head))))
