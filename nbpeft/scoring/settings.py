@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft._util.numeric import check_seed, check_temperature, check_top_p
+from nbpeft._util.numeric import is_finite_number
 from nbpeft.engine.config.adapter_names import BASE_NAME
 from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.contract.registry import method_of
@@ -68,9 +68,12 @@ class ScoreSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r:.40}", field=name)
-        check_seed(self.seed)
-        check_temperature(self.temperature)
-        check_top_p(self.top_p)
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r:.40}", field="seed")
+        if self.temperature is not None and not (is_finite_number(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature must be a number of at least 0, not {self.temperature!r:.40}")
+        if self.top_p is not None and not (is_finite_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p!r:.40}")
         if self.top_p is not None and not self.draws:
             raise ConfigError("top_p has no effect on greedy answers: sampling needs a temperature above 0")
 

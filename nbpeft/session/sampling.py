@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from nbpeft._util.numeric import check_seed, check_temperature, check_top_p
+from nbpeft._util.numeric import is_finite_number
+from nbpeft.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        check_top_p(self.top_p)
-        if self.seed is not None:
-            check_seed(self.seed)
+        if self.temperature is not None and not (is_finite_number(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature must be a number of at least 0, not {self.temperature!r:.60}")
+        if self.top_p is not None and not (is_finite_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p!r:.60}")
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 2**63):
+            raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r:.60}")
         if self.draws and self.seed is None:
             object.__setattr__(self, "seed", random.SystemRandom().randrange(10**6))
 

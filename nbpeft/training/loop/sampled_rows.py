@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nbpeft._util.conversations import is_conversation
-from nbpeft._util.numeric import check_every
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.errors import ConfigError
 from nbpeft.training.adapters.adapted_model import base_of
@@ -19,6 +18,7 @@ from nbpeft.training.loop.rows import TrainingRows, inputs_of
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.watching.generation import Prompt, PromptBatch
 from nbpeft.training.watching.prompts import MOST_PROMPTS, SamplePrompts
+from nbpeft.training.watching.scoring import check_every
 
 
 def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:

@@ -12,7 +12,6 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from nbpeft._util.hooks import new_scorer
-from nbpeft._util.numeric import check_every
 from nbpeft.errors import ConfigError, did_you_mean, in_one_line
 from nbpeft.training.data import separator_for
 from nbpeft.training.monitor.run import Run
@@ -162,6 +161,12 @@ def metrics_named(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     end = f"/{name}"
     return {key.removesuffix(end): value for key, value in entry.items() if key.endswith(end)}
+
+
+def check_every(value: object) -> None:
+    """Raises ConfigError for a number of steps between samples or scores that is neither None nor at least 1."""
+    if value is not None and not (type(value) is int and value >= 1):
+        raise ConfigError(f"every must be a number of steps of at least 1, not {value!r:.60}", field="every")
 
 
 def scorer_of(request: Any, fields: dict[str, Any], classes: Any = None) -> Scorer | None:
