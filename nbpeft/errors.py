@@ -193,6 +193,11 @@ class StaleModelError(NbpeftError, RuntimeError):
 class BusyError(NbpeftError, RuntimeError):
     """Another command is running on the model."""
 
+    @classmethod
+    def while_training(cls, description: str) -> BusyError:
+        """The error while a training runs in the background, e.g. ``training sql``."""
+        return cls(f"busy: {description}; try again when it has finished, or stop it", running=description)
+
 
 class MethodCheckError(NbpeftError, AssertionError):
     """A method fails checks of ``check_method``."""

@@ -12,7 +12,7 @@ from unittest import mock
 
 from peft.tuners.adamss import config, layer
 
-from nbpeft.engine.methods.projections.adamss import row_clusters
+from nbpeft.engine.methods.projections.decomposition import row_clusters
 
 _post_init = config.AdamssConfig.__post_init__
 

@@ -37,16 +37,23 @@ def bar_image(chart: BarChart) -> str:
     parts = [_text(_WIDTH, 14, chart.figure, "end")] if chart.figure else []
     for number, (label, share, figure) in enumerate(chart.bars):
         middle = top + number * _ROW + _ROW / 2
-        y, wide = middle - _BAR / 2, max(whole * share, 2)
         parts += [
             _text(left - 10, middle + 4.5, _cut(label), "end"),
-            f'<rect x="{left:.0f}" y="{y:.0f}" width="{whole:.0f}" height="{_BAR}" rx="3" fill="{_TRACK}"/>',
-            f'<rect x="{left:.0f}" y="{y:.0f}" width="{wide:.1f}" height="{_BAR}" rx="3" fill="{_BLUE}"/>',
+            *_bar(left, middle - _BAR / 2, whole, share, _BAR),
             *(_whisker(left, whole, middle, *chart.intervals[number]) if chart.intervals else ()),
             _text(left + whole + 8, middle + 4.5, chart.value(number), weight=600),
             _text(_WIDTH, middle + 4.5, figure, "end"),
         ]
     return _image(parts, _WIDTH, int(top + _ROW * len(chart.bars) + 2), describe_bars(chart))
+
+
+def _bar(x: float, y: float, width: float, share: float, height: int) -> tuple[str, str]:
+    """Returns a track of a width, and a bar over its share of it."""
+    wide = max(width * share, 2)
+    return (
+        f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{height}" rx="3" fill="{_TRACK}"/>',
+        f'<rect x="{x:.0f}" y="{y:.0f}" width="{wide:.1f}" height="{height}" rx="3" fill="{_BLUE}"/>',
+    )
 
 
 def _whisker(left: float, whole: float, middle: float, low: float, high: float) -> tuple[str, ...]:
@@ -72,9 +79,7 @@ def bar_table_image(table: BarTable) -> str:
             x = left + place * (wide + 16)
             parts += [
                 _text(x, middle - 1, words, weight=600),
-                f'<rect x="{x:.0f}" y="{middle + 5:.0f}" width="{wide:.0f}" height="8" rx="3" fill="{_TRACK}"/>',
-                f'<rect x="{x:.0f}" y="{middle + 5:.0f}" width="{max(wide * share, 2):.1f}" height="8" rx="3" '
-                f'fill="{_BLUE}"/>',
+                *_bar(x, middle + 5, wide, share, 8),
             ]
     heads = [_text(left + place * (wide + 16), 14, title) for place, (title, _) in enumerate(table.columns)]
     return _image([*heads, *parts], _WIDTH, 28 + _TALL_ROW * len(table.labels), describe_bar_table(table))

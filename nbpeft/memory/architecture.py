@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nbpeft._util.hub_access import config_errors, hub_options
 from nbpeft._util.interrupts import in_main_thread
-from nbpeft.engine.calls.model_calls import class_names
+from nbpeft.engine.calls.model_properties import class_names
 from nbpeft.engine.contract.adapter import AdapterConfig, TaskType
 from nbpeft.engine.tree.model_tree import base_model_of
 from nbpeft.errors import ConfigError, in_one_line

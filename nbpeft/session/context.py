@@ -235,8 +235,7 @@ class SessionContext:
         """
         training = self.training_in_background
         if training is not None:
-            words = f"busy: {training.description}; try again when it has finished, or stop it"
-            raise BusyError(words, running=training.description)
+            raise BusyError.while_training(training.description)
 
     def end_trainings(self) -> None:
         """Stop trainings in the background, and wait for the end of their current step."""

@@ -207,8 +207,7 @@ class Variables:
         past = self.unsaved_of(tracked)
         dropped = self._history.add_model(past)
         were, them = ("was", "it") if len(past.adapters) == 1 else ("were", "them")
-        fits = self._takes(past.variable, past.fingerprint)
-        when = "" if fits else f" once {past.variable!r} holds its base model again"
+        when = self._condition_of(past)
         self.note(f"{what}; {past.words} on it {were} trained and not saved: session.undo() restores {them}{when}")
         for older in dropped:
             self.note(older.dropped_words)
@@ -221,9 +220,13 @@ class Variables:
         past = self._history.model(name)
         if past is None:
             return ""
-        fits = self._takes(past.variable, past.fingerprint)
-        when = "" if fits else f" once {past.variable!r} holds its base model again"
+        when = self._condition_of(past)
         return f"{name!r} is gone; session.undo() restores {past.words} of it{when}"
+
+    def _condition_of(self, past: PastModel) -> str:
+        """When the adapters of a former model can be restored, as part of a sentence; empty for now."""
+        fits = self._takes(past.variable, past.fingerprint)
+        return "" if fits else f" once {past.variable!r} holds its base model again"
 
     def _takes(self, variable: str, fingerprint: Mapping[str, str]) -> bool:
         """Returns whether adapters fit the model in a variable, as far as its weights can tell."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from nbpeft.engine.contract.registry import register_backend
-from nbpeft.engine.kernels.storage import ReadOnlyWeight
+from nbpeft.engine.kernels.storage import NEEDS_CALIBRATION, ReadOnlyWeight
 
 
 @register_backend
@@ -17,9 +17,7 @@ class Awq(ReadOnlyWeight):
     """``awq.modules.linear.WQLinear_*``."""
 
     name = "awq"
-    unmergeable_reason = (
-        "quantizing needs calibration data; keep the adapter unmerged, or merge into a full-precision copy of the base"
-    )
+    unmergeable_reason = NEEDS_CALIBRATION
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module is one of autoawq's linear layers, for any kernel."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from nbpeft.engine.contract.registry import register_backend
-from nbpeft.engine.kernels.storage import ReadOnlyWeight, loaded
+from nbpeft.engine.kernels.storage import NEEDS_CALIBRATION, ReadOnlyWeight, loaded
 
 
 @register_backend
@@ -13,9 +13,7 @@ class Gptq(ReadOnlyWeight):
     """Every quantized linear layer of the two libraries."""
 
     name = "gptq"
-    unmergeable_reason = (
-        "quantizing needs calibration data; keep the adapter unmerged, or merge into a full-precision copy of the base"
-    )
+    unmergeable_reason = NEEDS_CALIBRATION
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the layer's class derives from gptqmodel's, or comes from auto_gptq."""

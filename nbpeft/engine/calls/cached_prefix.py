@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.model_calls import checkpoints_gradients, part_with_cache
+from nbpeft.engine.calls.model_properties import checkpoints_gradients, part_with_cache
 from nbpeft.engine.config.prompt_config import WIDTHS, PromptLearningConfig, size_in
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.model_adapter import ModelAdapter

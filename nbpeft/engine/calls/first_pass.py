@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.model_calls import cache_argument, fills_cache, take_cache
+from nbpeft.engine.calls.model_properties import cache_argument, fills_cache, take_cache
 from nbpeft.engine.calls.prepared_calls import BeforeCall, put_before_calls
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbpeft.engine.calls.model_calls import LayerHook, parameters_of
+from nbpeft.engine.calls.model_calls import LayerHook
+from nbpeft.engine.calls.model_properties import parameters_of
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.model_adapter import AddsInside, HasSideNetwork

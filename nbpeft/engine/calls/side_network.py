@@ -13,7 +13,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.model_calls import LayerHook, checkpoints_gradients, parameters_of
+from nbpeft.engine.calls.model_calls import LayerHook
+from nbpeft.engine.calls.model_properties import checkpoints_gradients, parameters_of
 from nbpeft.engine.calls.prepared_calls import BeforeCall, PlaceHook, put_at_places, put_before_calls
 from nbpeft.engine.changes.active_state import ActiveAdapters
 from nbpeft.engine.changes.transaction import Transaction

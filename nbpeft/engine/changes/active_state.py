@@ -78,6 +78,11 @@ class CallShape:
         return shape[1] == self.batch and (shape[0] in self.first or values.stride(0) < values.stride(1))
 
 
+def other_row_count(names: int, rows: int) -> AdapterError:
+    """The error for a batch with other than one name for each row."""
+    return AdapterError(f"adapter_names has {names} names for {rows} rows: give one name for each row")
+
+
 @dataclass(frozen=True)
 class RowAssignment:
     """Which adapter serves each row of a mixed batch.
@@ -119,9 +124,7 @@ class RowAssignment:
         if found is None:
             repeats, rest = divmod(batch, len(self.index))
             if rest and not self.is_uniform:
-                raise AdapterError(
-                    f"adapter_names has {len(self.index)} names for {batch} rows: give one name for each row"
-                )
+                raise other_row_count(len(self.index), batch)
             index = torch.tensor(self.index, dtype=torch.long, device=device)
             index = index[:1].expand(batch) if self.is_uniform else index.repeat_interleave(repeats)
             found = self.cache[key] = index

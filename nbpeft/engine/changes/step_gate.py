@@ -119,9 +119,7 @@ class StepGate:
             BusyError: the calling thread does not train, and the training has not ended.
         """
         if not self.is_mine and not self._ended:
-            raise BusyError(
-                f"busy: {self.description}; try again when it has finished, or stop it", running=self.description
-            )
+            raise BusyError.while_training(self.description)
 
     @contextmanager
     def hold(self, *inside: str) -> Iterator[None]:

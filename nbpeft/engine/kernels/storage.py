@@ -107,6 +107,12 @@ class WrappedWeight(StoredWeight):
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
 
+NEEDS_CALIBRATION = (
+    "quantizing needs calibration data; keep the adapter unmerged, or merge into a full-precision copy of the base"
+)
+"""Why a weight that was quantized with calibration data cannot be merged into."""
+
+
 class ReadOnlyWeight(StoredWeight):
     """Base class of backends whose library can compute with a weight but not quantize a new one.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, RowAssignment
+from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, RowAssignment, other_row_count
 from nbpeft.engine.config.adapter_names import BASE_NAME
 from nbpeft.engine.contract.combination import check_weights
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -116,9 +116,7 @@ def _assigned(
         raise AdapterError(f"adapter_names needs unmerged weights, but {manager.merged[0]!r} is merged")
     batch = next((value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)), None)
     if batch is not None and len(batch) != len(adapter_names):
-        raise AdapterError(
-            f"adapter_names has {len(adapter_names)} names for {len(batch)} rows: give one name for each row"
-        )
+        raise other_row_count(len(adapter_names), len(batch))
     names = tuple(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
     manager.require(*names)
     if not manager.enabled and not disabled_too:

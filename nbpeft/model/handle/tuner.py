@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft._util import hooks
-from nbpeft.engine.calls.model_calls import checkpoints_gradients, has_encoder
+from nbpeft.engine.calls.model_properties import checkpoints_gradients, has_encoder
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.config.default_targets import default_targets_of

@@ -105,7 +105,7 @@ def load_quantized(
     place, file = place_of(source, gguf_file)
     if not os.path.exists(place) and (os.path.isabs(place) or place.startswith(".") or place.count("/") > 1):
         raise CheckpointNotFoundError(f"no model could be loaded from {place!r}: there is no such folder", source=place)
-    loader = _class_of(model_class or "AutoModelForCausalLM")
+    loader = class_of(model_class or "AutoModelForCausalLM")
     older = from_pretrained.pop("torch_dtype", None)  # former name of dtype in transformers
     dtype = from_pretrained.pop("dtype", None) or older or compute_dtype or usual_dtype()
     options: dict[str, Any] = {"dtype": dtype, **from_pretrained}
@@ -133,7 +133,7 @@ def load_quantized(
             return _quantize(model, settings, device=target, own=True)
 
 
-def _class_of(chosen: Any) -> Any:
+def class_of(chosen: Any) -> Any:
     """The class of a model, which is given itself or by its name in transformers."""
     loader = getattr(importlib.import_module("transformers"), chosen, None) if isinstance(chosen, str) else chosen
     if loader is None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import HeldInterrupts
-from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
+from nbpeft.errors import AdapterExistsError, ConfigError, did_you_mean
 from nbpeft.session.checks import adapter_name, weights_of
 from nbpeft.session.commands.adapters import adapter_in
 from nbpeft.session.results.combining import CombineResult
@@ -70,8 +70,6 @@ def combine(
     adapter_name(as_name)
     tracked = ctx.models.get(model, command="combine")
     tracked.manager.require_available(*weights)
-    if not weights:
-        raise AdapterError("no adapters to combine: name at least one")
     with ctx.command(f"combining {', '.join(weights)}", slow=True) as notes, seeded(seed):
         remade = _may_replace(ctx, tracked, as_name, weights, replace)
         combined = make_combination(ctx, tracked, weights, as_name, settings, replaces=remade)

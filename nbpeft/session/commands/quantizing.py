@@ -508,16 +508,13 @@ def _config(source: str, loading: Mapping[str, Any]) -> Any:
 
 
 def _architecture(config: Any, model_class: Any) -> Architecture:
-    import transformers
-
     from nbpeft.memory.architecture import Architecture
+    from nbpeft.model.quantization.quantize import class_of
 
     automatic = "AutoModelForSeq2SeqLM" if getattr(config, "is_encoder_decoder", False) else "AutoModelForCausalLM"
     chosen = model_class or automatic
     name = chosen if isinstance(chosen, str) else chosen.__name__
-    found = getattr(transformers, name, None) if isinstance(chosen, str) else chosen
-    if found is None:
-        raise ConfigError(f"transformers has no class {chosen!r}", field="model_class")
+    found = class_of(chosen)
     return Architecture(config, None if name.startswith("Auto") else found, name)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError
-from nbpeft.session.checks import listed
+from nbpeft.session.checks import names_of
 from nbpeft.session.prompts import chosen_tokenizer
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def score(
 
     control = RunControl()
     tracked = ctx.find_adapted(model, command="score")
-    names = None if adapters is None else listed(adapters, "expected the name of an adapter or a list of names")
+    names = None if adapters is None else list(names_of(adapters))
     chosen = chosen_tokenizer(ctx, tracked, tokenizer)
     with ctx.command("scoring", slow=True) as notes:
         if on_control is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nbpeft.engine.calls.model_calls import class_names
+from nbpeft.engine.calls.model_properties import class_names
 from nbpeft.engine.tree.model_tree import embedding_of
 from nbpeft.errors import few
 from nbpeft.training.adapters.adapted_model import base_of, is_adapted, module_path, trainable

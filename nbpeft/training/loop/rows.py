@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import count, plural
-from nbpeft.engine.calls.model_calls import class_names, is_text_classifier, is_token_classifier
+from nbpeft.engine.calls.model_properties import class_names, is_text_classifier, is_token_classifier
 from nbpeft.engine.tree.model_tree import embedding_of, manager_of
 from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.losses import with_loss_weights

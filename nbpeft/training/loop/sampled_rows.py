@@ -18,6 +18,7 @@ from nbpeft.training.loop.rows import TrainingRows, inputs_of
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.watching.generation import Prompt, PromptBatch
 from nbpeft.training.watching.prompts import MOST_PROMPTS, SamplePrompts
+from nbpeft.training.watching.scoring import check_every
 
 
 def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
@@ -45,8 +46,7 @@ def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     number: int = given if is_count else len(prompts)  # type: ignore[assignment]
     if not 1 <= number <= MOST_PROMPTS:
         raise ConfigError(f"sample takes 1 to {MOST_PROMPTS} prompts, not {number}", field="sample")
-    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-        raise ConfigError(f"every must be a number of steps of at least 1, not {every!r:.60}", field="every")
+    check_every(every)
     if tokenizer is None or not hasattr(tokenizer, "decode"):
         raise ConfigError("sample needs a tokenizer: pass tokenizer=…", field="sample")
     base: Any = base_of(request.model)

@@ -163,6 +163,12 @@ def metrics_named(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key.removesuffix(end): value for key, value in entry.items() if key.endswith(end)}
 
 
+def check_every(value: object) -> None:
+    """Raises ConfigError for a number of steps between samples or scores that is neither None nor at least 1."""
+    if value is not None and not (type(value) is int and value >= 1):
+        raise ConfigError(f"every must be a number of steps of at least 1, not {value!r:.60}", field="every")
+
+
 def scorer_of(request: Any, fields: dict[str, Any], classes: Any = None) -> Scorer | None:
     """The scorer of a training; None if there is nothing to score.
 
@@ -182,8 +188,7 @@ def scorer_of(request: Any, fields: dict[str, Any], classes: Any = None) -> Scor
             if getattr(request, name) is not None:
                 raise ConfigError(f"{name} has no effect without score=…", field=name)
         return None
-    if request.every is not None and (type(request.every) is not int or request.every < 1):
-        raise ConfigError(f"every must be a number of steps of at least 1, not {request.every!r:.60}", field="every")
+    check_every(request.every)
     scorer = request.score if isinstance(request.score, Scorer) else _new_scorer(request, classes)
     if "loss" in scorer.metrics and request.eval_data is not None:
         raise ConfigError(

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 import nbpeft
-from nbpeft.engine.calls.model_calls import cache_argument
+from nbpeft.engine.calls.model_properties import cache_argument
 from nbpeft.engine.config.prompt_config import PromptLearningConfig
 from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.engine.runtime.snapshots import restore, snapshot

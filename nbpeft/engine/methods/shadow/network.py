@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nbpeft._util.hub_access import config_errors
-from nbpeft.engine.calls.model_calls import has_encoder
+from nbpeft.engine.calls.model_properties import has_encoder
 from nbpeft.engine.config.prompt_config import WIDTHS
 from nbpeft.engine.contract.adapter import TaskType
 from nbpeft.engine.methods.shadow.flux_network import FLUX, flux_recipe

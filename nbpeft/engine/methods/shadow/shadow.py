@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.model_calls import cache_argument, fills_cache, take_cache
+from nbpeft.engine.calls.model_properties import cache_argument, fills_cache, take_cache
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.initial_draws import repeated

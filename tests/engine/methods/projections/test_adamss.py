@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import nbpeft
 from nbpeft.engine.methods.projections import adamss
-from nbpeft.engine.methods.projections.adamss import main_directions, row_clusters
+from nbpeft.engine.methods.projections.decomposition import main_directions, row_clusters
 from nbpeft.errors import BaseMismatchError, ConfigError
 from nbpeft.model import PeftModel, get_peft_model, merge_to_folder
 from tests.tiny_models import llama, logits, randomize, tokens

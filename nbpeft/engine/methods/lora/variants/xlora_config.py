@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.model_calls import has_encoder
+from nbpeft.engine.calls.model_properties import has_encoder
 from nbpeft.engine.config.config_checks import check_count, check_declared
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType, ReadsTensors, store_of
 from nbpeft.engine.contract.base import Shape

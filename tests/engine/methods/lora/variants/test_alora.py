@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.model_calls import cache_argument
+from nbpeft.engine.calls.model_properties import cache_argument
 from nbpeft.engine.methods.lora.variants.alora import invocation_starts
 from nbpeft.engine.runtime.method_hooks import in_call
 from nbpeft.errors import AdapterError, ConfigError, MergeError
