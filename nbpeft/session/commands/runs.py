@@ -262,9 +262,13 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
     from nbpeft.runs.record import UNREADABLE
 
     store = _store(ctx)
-    ended = [record for record in store.records() if record.status not in ("running", UNREADABLE)]
+    records = store.records()
+    ended = [record for record in records if record.status not in ("running", UNREADABLE)]
     if run is None and not ended:
-        raise CheckpointNotFoundError(f"there is nothing to resume: {store.place} contains no run that has ended")
+        broken = "".join(f"; {record.name}: {record.message}" for record in records if record.status == UNREADABLE)
+        raise CheckpointNotFoundError(
+            f"there is nothing to resume: {store.place} contains no run that has ended{shortened(broken, 300)}"
+        )
     # A run whose recorded start is in the future is only resumed by name.
     newest = next((record for record in ended if record.started <= time.time()), ended[0]) if ended else None
     if run is None and newest is not None:
@@ -334,7 +338,7 @@ def resume(
     """
     from nbpeft.checkpoint import inside
     from nbpeft.runs.store import RunPlace
-    from nbpeft.training.disk.checkpoints import last_whole
+    from nbpeft.training.disk.checkpoints import last_whole, read_errors
     from nbpeft.training.disk.kept_arguments import to_take_over
     from nbpeft.training.request import TrainRequest
 
@@ -356,7 +360,8 @@ def resume(
     names = tuple(members or record.adapters)
     given |= {"members": members} if members else {}
     places = {name: state if name == DEFAULT_ADAPTER else state / name for name in names}
-    missing = [name for name, place in places.items() if place != state and not inside.is_folder(state, name)]
+    with read_errors(state):
+        missing = [name for name, place in places.items() if place != state and not inside.is_folder(state, name)]
     if missing:
         raise CheckpointNotFoundError(f"the last checkpoint of run {record.name} contains no adapter {few(missing)}")
     under: Any = tracked.manager.model if tracked is not None else base
