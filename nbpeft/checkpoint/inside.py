@@ -26,6 +26,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _HANDLES = os.open in os.supports_dir_fd and os.listdir in os.supports_fd
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FILE = _NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _SHOWN = 160
 _WINDOWS_LINKS = (0xA000000C, 0xA0000003)
 """Reparse tags of symbolic links and of junctions on Windows."""
@@ -117,35 +118,52 @@ def status(root: Path, name: str) -> os.stat_result | None:
 
     Returns:
         The status of the file, folder or link itself; None if it does not exist or a folder of the path is a link.
+
+    Raises:
+        OSError: it cannot be told; what is not seen must not be taken for absent, and be replaced or removed.
     """
     try:
         with _parent(root, name) as (parent, leaf):
             return os.stat(leaf, dir_fd=parent, follow_symlinks=False)
-    except (OSError, ValueError):
+    except ValueError:
+        return None
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise
         return None
 
 
 def is_folder(root: Path, name: str) -> bool:
-    """Returns whether a path inside ``root`` is a folder and not a link to one."""
+    """Returns whether a path inside ``root`` is a folder and not a link to one.
+
+    Raises:
+        OSError: it cannot be told.
+    """
     found = status(root, name)
     return found is not None and stat.S_ISDIR(found.st_mode) and not _is_link(found)
 
 
 def is_file(root: Path, name: str) -> bool:
-    """Returns whether a path inside ``root`` is a regular file: not a link, pipe or device."""
+    """Returns whether a path inside ``root`` is a regular file: not a link, pipe or device.
+
+    Raises:
+        OSError: it cannot be told.
+    """
     found = status(root, name)
     return found is not None and stat.S_ISREG(found.st_mode) and not _is_link(found)
 
 
 def names(root: Path, name: str) -> list[str]:
-    """Returns the sorted names in a folder inside ``root``; empty if it is not a folder."""
+    """Returns the sorted names in a folder inside ``root``; empty if it is not a folder.
+
+    Raises:
+        OSError: they cannot be read.
+    """
     if not is_folder(root, name):
         return []
-    try:
-        with _parent(root, f"{name}/x") as (parent, leaf):
-            return sorted(os.listdir(os.path.dirname(leaf) if parent is None else parent))
-    except (OSError, CheckpointError):
-        return []
+    with contextlib.suppress(CheckpointError), _parent(root, f"{name}/x") as (parent, leaf):
+        return sorted(os.listdir(os.path.dirname(leaf) if parent is None else parent))
+    return []
 
 
 def kind_of(found: os.stat_result) -> str:

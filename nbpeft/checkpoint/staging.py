@@ -218,8 +218,9 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
         return
     for entry in entries:
         for place in (f"{entry}/{name}", f"{entry}/{OLD}/{name}"):
-            if inside.is_file(folder, place):
-                yield folder / place
+            with contextlib.suppress(OSError):
+                if inside.is_file(folder, place):
+                    yield folder / place
 
 
 def sweep(folder: Path, *, finish: bool = True, report: bool = True) -> None:
@@ -377,11 +378,11 @@ def make_folder(folder: Path, made: list[Path]) -> None:
 
 
 def _noted_moves(folder: Path, entry: str) -> dict[str, Mark]:
-    """Returns the renames logged by ``note_moves``; empty if the log is incomplete."""
+    """Returns the renames logged by ``note_moves``; empty if there is no log, or an incomplete one."""
     try:
         noted = json.loads(inside.read_plain(folder, f"{entry}/{_MOVES}", _MOST_MOVES))
         return {str(name): (int(size), int(when)) for name, (size, when) in noted.items()}
-    except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+    except (FileNotFoundError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return {}
 
 

@@ -125,17 +125,18 @@ class RunFolder:
             running = begun and self.running
             if begun:
                 facts |= self._last_logged()
+            kept_steps = self.kept_steps()
         except CheckpointError as error:
             return unreadable(self.name, str(self.path), error.message)
         if not facts:
             return unreadable(self.name, str(self.path), f"it has no {FACTS}")
-        return record_of(self.name, str(self.path), facts, running=running, kept_steps=self.kept_steps())
+        return record_of(self.name, str(self.path), facts, running=running, kept_steps=kept_steps)
 
     def _content(self, name: str) -> bytes | None:
         """Returns the content of a file, or None if there is none; an interrupted write is finished first."""
-        if inside.is_folder(self.path.parent, self.path.name):
-            sweep(self.path, report=False)
         try:
+            if inside.is_folder(self.path.parent, self.path.name):
+                sweep(self.path, report=False)
             return inside.read_plain(self.path.parent, f"{self.path.name}/{name}", LARGEST[name])
         except FileNotFoundError:
             return None
@@ -284,10 +285,17 @@ class RunFolder:
     # Checkpoints
 
     def kept_steps(self) -> tuple[int, ...]:
-        """Returns the steps of the run's checkpoints in descending order."""
+        """Returns the steps of the run's checkpoints in descending order.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+        """
         home, name = self.path.parent, self.path.name
-        matches = [match for entry in inside.names(home, name) if (match := _CHECKPOINT.fullmatch(entry))]
-        steps = (int(match[1]) for match in matches if inside.is_folder(home, f"{name}/{match[0]}"))
+        try:
+            matches = [match for entry in inside.names(home, name) if (match := _CHECKPOINT.fullmatch(entry))]
+            steps = [int(match[1]) for match in matches if inside.is_folder(home, f"{name}/{match[0]}")]
+        except OSError as error:
+            raise CheckpointError(f"the folder of run {self.name} cannot be read: {error.strerror}") from None
         return tuple(sorted(steps, reverse=True))
 
     def byte_count(self) -> int:

@@ -72,8 +72,9 @@ class RunStore:
 
         Raises:
             CheckpointNotFoundError: there is none; the message suggests similar names.
+            CheckpointError: the folder of the runs cannot be read.
         """
-        names = {folder.name: folder for folder in self._folders()}
+        names = {folder.name: folder for folder in self._folders(strict=True)}
         if name not in names:
             hint = did_you_mean(str(name), names) or (f" Runs: {', '.join(sorted(names)[:8])}." if names else "")
             raise CheckpointNotFoundError(f"no run is called {name!r:.60} in {shown(self.place)}.{hint}", name=name)
@@ -167,10 +168,12 @@ class RunStore:
             return False
         return True
 
-    def _folders(self) -> Iterator[RunFolder]:
+    def _folders(self, *, strict: bool = False) -> Iterator[RunFolder]:
         try:
             names = sorted(name for name in os.listdir(self.place) if not name.startswith("."))
-        except OSError:
+        except OSError as error:
+            if strict and not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise CheckpointError(f"{shown(self.place)} cannot be read: {error.strerror}") from None
             return
         for name in names:
             if os.path.lexists(self.place / name / FACTS):

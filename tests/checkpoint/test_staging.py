@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,6 +111,35 @@ def test_a_folder_that_made_room_goes_back_into_an_empty_place(tmp_path: Path) -
         assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint-2"] + ["old"] * (not place)
         if place:
             (tmp_path / "checkpoint-2").rmdir()
+
+
+@pytest.mark.parametrize("call", ["listdir", "stat", "open"])
+def test_what_cannot_be_seen_is_not_removed(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recovery during which a call fails is left to the next one, which has all that it needs."""
+    for number in range(1, 40):
+        home = tmp_path / f"{number}"
+        home.mkdir()
+        half_moved(home)
+        aside = Staging(home)
+        (aside.path / ASIDE / "folder").mkdir(parents=True)
+        (aside.path / ASIDE / "folder" / "x").write_text("x")
+        os.close(aside._lock or 0)
+        original, calls = getattr(os, call), []
+
+        def failing(*args: Any, original: Any = original, calls: list[int] = calls, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == number:  # noqa: B023
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            sweep(home)
+        sweep(home)
+        assert [(home / name).read_text() for name in ("a", "b", "folder/x")] == ["new a", "new b", "x"], number
+        assert sorted(path.name for path in home.iterdir()) == ["a", "b", "folder"]
+        if len(calls) < number:
+            return
 
 
 def test_a_key_that_is_cut_off_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,3 +92,6 @@ VALUES = (
     *('["' + "x" * 100_000 + '"]', '{"' + "x" * 100_000 + '": 1}'),
 )
 """Values of a field of ``run.json``, or of a line of a curve, as JSON has them."""
+
+READS: dict[str, tuple[int, ...]] = {"resume": (7, 38, 232, 260, 268, 285, 322, 727, 740)}
+"""Calls that read a run which is resumed -> those whose failure once was told as damage, or raised as it is."""

@@ -265,9 +265,13 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
     from nbpeft.runs.record import UNREADABLE
 
     store = _store(ctx)
-    ended = [record for record in store.records() if record.status not in ("running", UNREADABLE)]
+    records = store.records()
+    ended = [record for record in records if record.status not in ("running", UNREADABLE)]
     if run is None and not ended:
-        raise CheckpointNotFoundError(f"there is nothing to resume: {store.place} contains no run that has ended")
+        broken = "".join(f"; {record.name}: {record.message}" for record in records if record.status == UNREADABLE)
+        raise CheckpointNotFoundError(
+            f"there is nothing to resume: {store.place} contains no run that has ended{shortened(broken, 300)}"
+        )
     # A run whose recorded start is in the future is only resumed by name.
     newest = next((record for record in ended if record.started <= time.time()), ended[0]) if ended else None
     if run is None and newest is not None:
@@ -400,9 +404,11 @@ def _adapter_folders(record: RunRecord, state: Path, names: Sequence[str]) -> di
         CheckpointNotFoundError: the checkpoint lacks an adapter.
     """
     from nbpeft.checkpoint import inside
+    from nbpeft.training.disk.checkpoints import read_errors
 
     places = {name: state if name == DEFAULT_ADAPTER else state / name for name in names}
-    missing = [name for name, place in places.items() if place != state and not inside.is_folder(state, name)]
+    with read_errors(state):
+        missing = [name for name, place in places.items() if place != state and not inside.is_folder(state, name)]
     if missing:
         raise CheckpointNotFoundError(f"the last checkpoint of run {record.name} contains no adapter {few(missing)}")
     return places

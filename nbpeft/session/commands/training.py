@@ -237,7 +237,7 @@ def _recorded(
         return run
 
     def learned() -> bool:
-        return any(run.steps_done for run in made)
+        return any(run.learned for run in made)
 
     opened = replace(request, run_factory=make_run).opened()
     try:

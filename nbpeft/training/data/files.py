@@ -50,9 +50,9 @@ def read_file(path: str | os.PathLike[str], separator: str | None = None, *, ski
     if separator is not None:
         refuse_separator(place, separator)
         reader = functools.partial(_table, separators=(separator,))
-    if not place.is_file():
-        raise TrainingError(f"There is no file {str(place)!r:.200}.{_nearest(place)}", path=str(place))
     try:
+        if not place.is_file():
+            raise TrainingError(f"There is no file {str(place)!r:.200}.{_nearest(place)}", path=str(place))
         rows = reader(place)
     except UnicodeDecodeError:
         instead = f", or pass the table that {_read_by_pandas(place)} reads" if has_separator(place) else ""

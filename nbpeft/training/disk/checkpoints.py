@@ -183,34 +183,77 @@ def flaw_of(folder: Path, *, strict: bool = False) -> str | None:
             refused, and files that need much more memory than its adapter.
     """
     try:
-        odd = inside.first_not_plain(folder) if strict else None
-        if odd is not None:
-            return odd
-        if not (folder / STATE).is_file():
-            return f"no {STATE}"
-        weights = [path for name in _WEIGHTS for path in (*folder.glob(name), *folder.glob(f"*/{name}"))]
-        weights = [path for path in weights if path.is_file()]
-        if not weights:
-            return "no adapter"
-        if strict and _is_too_large(folder, weights):
-            return "much larger than its adapter"
-        damage = state_damage(folder / STATE)
-        if damage is not None:
-            return damage
-        archives = [path for path in (*folder.glob("*.pt"), *folder.glob("*.pth")) if path.is_file()]
-        for path in [*archives, *(path for path in weights if path.suffix == ".bin")]:
-            if not zipfile.is_zipfile(path):
-                return f"{path.name} is cut off"
-        damage = next(filter(None, map(archive_damage, archives)), None)
-        if damage is not None:
-            return damage
-        for path in weights:
-            read_metadata(path)
+        return _flaw_of(folder, strict=strict)
+    except OSError as error:
+        return _unreadable(error)
+
+
+def _flaw_of(folder: Path, *, strict: bool) -> str | None:
+    """Like ``flaw_of``; raises OSError if a file cannot be read, which says nothing about its content."""
+    odd = inside.first_not_plain(folder) if strict else None
+    if odd is not None:
+        return odd
+    if not (folder / STATE).is_file():
+        return f"no {STATE}"
+    weights = [path for name in _WEIGHTS for path in (*folder.glob(name), *folder.glob(f"*/{name}"))]
+    weights = [path for path in weights if path.is_file()]
+    if not weights:
+        return "no adapter"
+    if strict and _is_too_large(folder, weights):
+        return "much larger than its adapter"
+    damage = state_damage(folder / STATE)
+    if damage is not None:
+        return damage
+    archives = [path for path in (*folder.glob("*.pt"), *folder.glob("*.pth")) if path.is_file()]
+    packed = [*archives, *(path for path in weights if path.suffix == ".bin")]
+    checks: list[tuple[Callable[[Path], str | None], list[Path]]] = [
+        *((_archive_cut, packed), (archive_damage, archives), (_weights_cut, weights))
+    ]
+    flaws = (_certain(check, path) for check, paths in checks for path in paths)
+    return next(filter(None, flaws), None)
+
+
+def _archive_cut(path: Path) -> str | None:
+    return None if zipfile.is_zipfile(path) else f"{path.name} is cut off"
+
+
+def _weights_cut(path: Path) -> str | None:
+    try:
+        read_metadata(path)
     except CheckpointError:
         return f"{path.name} is cut off"
-    except OSError:
-        return f"{STATE} cannot be read"
     return None
+
+
+def _certain(check: Callable[[Path], str | None], path: Path) -> str | None:
+    """The flaw of a file, which libraries also report where a read has failed: then raises OSError, or checks again."""
+    if check(path) is None:
+        return None
+    with open(path, "rb") as file:
+        while file.read(2**20):
+            pass
+    return check(path)
+
+
+def _unreadable(error: OSError) -> str:
+    name = os.path.basename(error.filename) if isinstance(error.filename, str) else "a file"
+    return f"{name} cannot be read: {error.strerror}"
+
+
+@contextmanager
+def read_errors(folder: Path) -> Iterator[None]:
+    """A block that reads a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{shown(folder)}: {_unreadable(error)}", folder=str(folder)) from error
 
 
 def _is_too_large(folder: Path, weights: list[Path]) -> bool:
@@ -229,11 +272,14 @@ def last_whole(home: Path, *, strict: bool = False) -> Path:
 
     Raises:
         CheckpointNotFoundError: there is no complete checkpoint.
+        CheckpointError: one cannot be read. It is not skipped, because it may be whole, and a training that resumes
+            from an earlier one would replace it.
     """
     sweep(home)
     flaws: dict[str, str] = {}
     for folder in _checkpoints(home):
-        flaw = flaw_of(folder, strict=strict) if not (strict and folder.is_symlink()) else "a link"
+        with read_errors(folder):
+            flaw = _flaw_of(folder, strict=strict) if not (strict and folder.is_symlink()) else "a link"
         if flaw is None:
             if flaws:
                 warnings.warn(f"skipped {_listed(flaws)}: resuming from {shown(folder)}", stacklevel=5)
@@ -263,7 +309,7 @@ def _checkpoints(home: Path) -> list[Path]:
         steps = {int(match[1]): home / name for name in os.listdir(home) if (match := _NAME.fullmatch(name))}
     except OSError:
         return []
-    return [steps[step] for step in sorted(steps, reverse=True) if steps[step].is_dir()]
+    return [steps[step] for step in sorted(steps, reverse=True) if os.path.isdir(steps[step])]
 
 
 def _listed(flaws: dict[str, str]) -> str:

@@ -25,7 +25,7 @@ from nbpeft.training.adapters.method_state import (
     write_method_state,
 )
 from nbpeft.training.adapters.shards import make_shardable
-from nbpeft.training.disk.checkpoints import in_checkpoint, save_tokenizer_and_arguments
+from nbpeft.training.disk.checkpoints import in_checkpoint, read_errors, save_tokenizer_and_arguments
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 _LACKS = "lacks the method's training state (an earlier version wrote it), which starts from its initial value"
@@ -86,10 +86,11 @@ def load_optimizer(original: Callable[..., Any], trainer: Any, checkpoint: str |
     if checkpoint is None:
         original(trainer, checkpoint)
         return
-    if not is_sharded(trainer.model) or not (Path(checkpoint) / _OPTIMIZER).is_file():
-        original(trainer, checkpoint)
-    else:
-        _load_sharded(trainer, checkpoint)
+    with read_errors(Path(checkpoint)):
+        if not is_sharded(trainer.model) or not (Path(checkpoint) / _OPTIMIZER).is_file():
+            original(trainer, checkpoint)
+        else:
+            _load_sharded(trainer, checkpoint)
     dropped = trainer.optimizer is not None and drop_mismatched_moments(trainer.optimizer)
     if not read_method_state(trainer.model, Path(checkpoint)) or dropped:
         note(trainer, f"{Path(checkpoint).name} {_LACKS}")

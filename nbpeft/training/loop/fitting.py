@@ -152,7 +152,7 @@ def fit(
         return metrics
     finally:
         manager = manager_of(model)
-        if manager is not None and run.steps_done and not keep:  # checkpoints in a scratch folder go with it
+        if manager is not None and run.learned and not keep:  # checkpoints in a scratch folder go with it
             mark_unsaved(manager, *trained_names(model))
         if trainer is not None:
             _release(trainer)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from nbpeft.training.disk.agreement import is_distributed
+from nbpeft.training.disk.checkpoints import read_errors
 from nbpeft.training.monitor.run import Run, StopRun
 
 
@@ -20,7 +23,8 @@ def evaluate_late(trainer: Any, run: Run) -> None:
     load = trainer._load_rng_state
 
     def load_and_evaluate(checkpoint: str | None) -> None:
-        load(checkpoint)
+        with nullcontext() if checkpoint is None else read_errors(Path(checkpoint)):
+            load(checkpoint)
         if checkpoint is None or is_distributed() or not _is_owed(trainer):
             return
         metrics = trainer._evaluate(None, None)

@@ -299,7 +299,8 @@ def _batches(
 def _unless_interrupted(result: TrainResult, run: Run) -> TrainResult:
     """Returns the result, or raises TrainingInterrupted with it."""
     if run.interrupted:
-        left = run.lost or ("progress is kept" if run.steps_done else "the adapters are unchanged")
+        begun = "its first step had begun to change the adapters" if run.touched else "the adapters are unchanged"
+        left = run.lost or ("progress is kept" if run.steps_done else begun)
         raise TrainingInterrupted(f"{result} · {left}", result)
     return result
 
@@ -387,7 +388,7 @@ class _Activation:
     @property
     def learned(self) -> bool:
         """Whether training has changed the model."""
-        return self.run is not None and (self.run.steps_done > 0 or self.run.state.status == "finished")
+        return self.run is not None and (self.run.learned or self.run.state.status == "finished")
 
 
 @contextmanager

@@ -69,6 +69,15 @@ class RunCallback(TrainerCallback):
         """Carries out Stop and Pause between the batches of one optimizer step."""
         self._stop_if_requested(args, control)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Marks that the weights are others from here on, also if the step does not end.
+
+        The adapters of a sweep are removed unless a step has ended.
+        """
+        self.run.touched = not self.run.members("running")
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Records the step, then carries out Stop and Pause."""
         self.run.record(state.global_step, epoch=state.epoch)

@@ -100,6 +100,7 @@ class Run:
         members: Returns, for a status of the run, the state of each adapter of a sweep.
         check_clone: Refuses to clone an adapter of a sweep with these fields of its own.
         lost: Why the model did not receive the weights that other processes trained; else the empty string.
+        touched: Whether an optimizer step has begun to change the weights, which may be the one that did not end.
         diverged: Why the training diverged, or the empty string.
         kept_step: The step whose weights were restored after divergence; else None.
         learns_from_rewards: Whether gradients may be zero, as where all rewards are equal; set before it begins.
@@ -145,6 +146,7 @@ class Run:
         self.check_clone: Callable[[str, Mapping[str, Any]], None] = lambda name, fields: None
         self.mirrors = self._has_weights = False
         self.lost = ""
+        self.touched = False
         self.learns_from_rewards = False
         self._mirrored: TrainState | None = None
         self._display_failed = False
@@ -570,6 +572,11 @@ class Run:
             return 0
         done = self._record.step if self.kept_step is None else self.kept_step
         return done - self._record.first_step
+
+    @property
+    def learned(self) -> bool:
+        """Whether the weights may be others than before this run."""
+        return self.steps_done > 0 or self.touched
 
     @property
     def cut_short(self) -> bool:

@@ -46,6 +46,7 @@ from nbpeft.training.disk.agreement import broadcast_from_rank0, is_distributed,
 from nbpeft.training.disk.checkpoints import drop_after, put_checkpoint
 from nbpeft.training.disk.kept_arguments import to_keep
 from nbpeft.training.disk.sharded_trainer import base_mark
+from nbpeft.training.monitor.failures import is_out_of_memory
 from nbpeft.training.monitor.run import Run
 
 SHARE = 0.015
@@ -210,7 +211,7 @@ class RunCheckpointer(TrainerCallback):
                     HeldInterrupts(to_the_end=True),
                     self._noting(),
                 ):  # a second interrupt waits for the last checkpoint
-                    if folder is not None and self._run.steps_done == 0 and state.status == "failed":
+                    if folder is not None and not self._run.learned and state.status == "failed":
                         self._undo(folder)
                         return
                     if folder is not None:
@@ -427,10 +428,12 @@ class RunCheckpointer(TrainerCallback):
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
-        """A block in which an error of writing ends the checkpoints, but not the training."""
+        """A block in which an error of writing, or too little memory for it, ends the checkpoints, not the training."""
         try:
             yield
-        except (CheckpointError, OSError) as error:
+        except Exception as error:
+            if not isinstance(error, CheckpointError | OSError) and not is_out_of_memory(error):
+                raise
             folder, self.folder = self.folder, None
             since = "" if folder is None else " from now on"
             if folder is not None:

@@ -14,6 +14,7 @@ import transformers
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
+from nbpeft.session import Session
 from nbpeft.state import TrainState
 from nbpeft.training import RunControl, TrainResult, train
 from tests.pretend_cpu import pretend_cpu
@@ -265,6 +266,23 @@ def test_interrupted_before_a_step_nothing_is_called_kept():
     with pytest.raises(TrainingInterrupted, match=r"default stopped · 0 of 5 steps .* · the adapters are unchanged$"):
         train(model, token_rows(), callbacks=[At(0, interrupt)], **QUICK)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_the_first_step_has_changed_before_it_ended_is_not_called_unchanged(error):
+    class Failing(transformers.TrainerCallback):
+        def on_optimizer_step(self, *args, **kwargs):
+            raise error
+
+    session, model = Session(), trainable()
+    session.watch(model, name="model")
+    before = weights(model)
+    with pytest.raises((TrainingInterrupted, error)) as caught:
+        session.train(model, token_rows(), callbacks=[Failing()], keep=False, **QUICK)
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+    told = "its first step had begun to change the adapters"
+    assert told in str(caught.value) or error is ZeroDivisionError
+    assert model.manager.unsaved == {"default"}
 
 
 def test_interrupted_with_a_folder_still_saves_the_adapter(tmp_path):

@@ -271,12 +271,18 @@ def test_a_run_whose_settings_cannot_be_written_leaves_no_folder(place: Path, mo
     assert [path.name for path in place.iterdir()] == [".gitignore"] and not result.state.folder
 
 
-def test_a_disk_that_fills_ends_the_keeping_alone(place: Path, often: None, monkeypatch: pytest.MonkeyPatch) -> None:
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [NO_SPACE, MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_a_disk_or_a_memory_that_fills_ends_the_keeping_alone(
+    error: Exception, place: Path, often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put = run_checkpointer.put_checkpoint
 
     def full(home: Path, step: int, *args: Any, **kwargs: Any) -> None:
         if step >= 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         put(home, step, *args, **kwargs)
 
     monkeypatch.setattr(run_checkpointer, "put_checkpoint", full)
