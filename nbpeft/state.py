@@ -342,6 +342,8 @@ class ModelState:
     """Backend of the quantized layers, e.g. ``bnb4bit``; empty for a dense model."""
     offloaded_count: int = 0
     """Number of adapters in its pool that are not on the model now; they are loaded when they are used."""
+    replaced: tuple[str, ...] = ()
+    """Adapters that no longer have the weights of their last training: they were reset, swapped or loaded again."""
     generates: bool = True
     """Whether it answers prompts, as a language model does and a classifier does not."""
     scored: bool = True

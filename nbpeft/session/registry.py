@@ -243,7 +243,10 @@ class TrackedModel:
 
     def state(self) -> ModelState:
         """Returns the model's current state."""
-        return self._snapshots.build(self.name, self.manager, memory=self.memory, training=self.training)
+        now, trained = self.manager.configs, list(self.trained_steps.items())  # another thread may add one
+        replaced = tuple(name for name, (config, *_) in trained if now.get(name, config) is not config)
+        known = {"memory": self.memory, "training": self.training, "replaced": replaced}
+        return self._snapshots.build(self.name, self.manager, **known)
 
     def measure(self) -> MemoryState:
         """Measures the memory in use."""

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from nbpeft.checkpoint.staging import ASIDE, STAGING_PREFIX, mark_of, staging_name
+from nbpeft.display.next_steps import next_steps
 from nbpeft.errors import (
     AdapterError,
     BaseMismatchError,
@@ -478,6 +479,41 @@ def test_scores_are_those_of_the_best_step(tmp_path: Path) -> None:
     assert "exact 0.900 other 0.400 at step 2" in str(listed)
     compared = str(session.runs("sql-1", "sql-1"))
     assert re.search(r"exact at best step +0\.9", compared) and re.search(r"best step +2", compared)
+
+
+@pytest.mark.parametrize("change", ["swap", "reset", "load"])
+def test_weights_that_replace_those_of_a_training_are_not_told_as_its_own(change: str, tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    session.save(tmp_path / "saved", name="sql")
+    train = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state
+
+    def told() -> bool | None:
+        steps = next_steps(train, session.state, "model")
+        assert steps is not None
+        return steps.saved
+
+    assert told() is False
+    if change == "swap":
+        session.swap(tmp_path / "saved", into="sql", replace=True)
+    elif change == "reset":
+        session.reset("sql")
+    else:
+        session.load(tmp_path / "saved", name="sql", replace=True)
+    assert told() is None
+    session.undo()
+    assert told() is False
+
+
+def test_losses_of_different_objectives_are_said_to_be_different(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    for _ in range(2):
+        session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    compared = session.runs("sql-1", "sql-2")
+    first, second = compared.records
+    words = "different objectives: their losses cannot be compared"
+    assert words not in str(compared) and words not in compared._repr_html_()
+    other = replace(compared, records=(first, replace(second, settings={**second.settings, "objective": "dpo"})))
+    assert words in str(other) and words in other._repr_html_()
 
 
 def test_the_table_as_a_dataframe(tmp_path: Path) -> None:
