@@ -288,6 +288,8 @@ class TrainState:
     """The parts of ``message`` that are errors: why the training diverged."""
     kept_step: int | None = None
     """Step whose weights were restored after training diverged; None if that did not happen."""
+    restored_step: int | None = None
+    """Step of the best evaluation, whose weights were restored at the end; None if that did not happen."""
     first_step: int = 0
     """Last step of the earlier run that this one resumes; steps are counted from there."""
     gradient_norm: float | None = None

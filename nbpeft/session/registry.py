@@ -127,7 +127,8 @@ class TrackedModel:
         done = {member.name: member.step for member in state.members}  # some end before the others
         for name in names:
             config = self.manager.configs.get(name)
-            here = done.get(name, state.step) if state.kept_step is None else state.kept_step
+            kept = state.restored_step if state.kept_step is None else state.kept_step
+            here = done.get(name, state.step) if kept is None else kept
             if config is None:  # another thread has removed it meanwhile
                 continue
             known = self.trained_steps.items()

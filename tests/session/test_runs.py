@@ -465,6 +465,18 @@ def test_the_step_of_the_best_loss_is_not_that_of_the_best_metric(tmp_path: Path
         assert "at step" not in str(replace(listed, records=(replace(record, **changes),)))
 
 
+@pytest.mark.parametrize("how", ["patience", "load_best_model_at_end"])
+def test_what_continues_from_the_best_weights_says_so(how: str, tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    given: dict[str, Any] = {"max_steps": 4, "learning_rate": 5.0, "stop_on_divergence": False, "eval_steps": 1}
+    given |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "out")}
+    given |= {"patience": 1} if how == "patience" else {how: True}
+    best = session.train(model, rows(), token_rows(4), **ARGUMENTS | given).state
+    assert best.restored_step == best.best_step == 1 < best.step
+    second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    assert "continues from the weights after step 1 of run sql-1" in str(second)
+
+
 def test_scores_are_those_of_the_best_step(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
     session.train(model, rows(), token_rows(4), **ARGUMENTS | {"max_steps": 4})
