@@ -288,6 +288,8 @@ class TrainState:
     """The parts of ``message`` that are errors: why the training diverged."""
     kept_step: int | None = None
     """Step whose weights were restored after training diverged; None if that did not happen."""
+    restored_step: int | None = None
+    """Step of the best evaluation, whose weights were restored at the end; None if that did not happen."""
     first_step: int = 0
     """Last step of the earlier run that this one resumes; steps are counted from there."""
     gradient_norm: float | None = None
@@ -342,6 +344,8 @@ class ModelState:
     """Backend of the quantized layers, e.g. ``bnb4bit``; empty for a dense model."""
     offloaded_count: int = 0
     """Number of adapters in its pool that are not on the model now; they are loaded when they are used."""
+    replaced: tuple[str, ...] = ()
+    """Adapters that no longer have the weights of their last training: they were reset, swapped or loaded again."""
     generates: bool = True
     """Whether it answers prompts, as a language model does and a classifier does not."""
     scored: bool = True

@@ -79,6 +79,9 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         return NextSteps(None, where, (("Restore", resume),) if run else ())
     if last is not None and last.run_id != train.run_id and {*last.adapter.split(", ")} & {*names}:
         return NextSteps(None, f"{', '.join(names)} was trained further in a later run.")
+    if model is not None and (gone := [name for name in names if name in model.replaced]):
+        back = (*(("Restore", f"%lora delete {name}") for name in gone), ("then", resume)) if run else ()
+        return NextSteps(None, f"{', '.join(gone)} no longer has the weights of this training.", back)
     alone, generates, scored = len(state.models) == 1, model is None or model.generates, model is None or model.scored
     words = {
         "names": " ".join(names),

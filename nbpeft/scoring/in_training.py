@@ -82,6 +82,8 @@ class RowScorer(Scorer):
         self.name = self._metrics[0].name
         self.metrics = {item.name: item.greater_is_better for item in self._metrics}
         self.notes = self._read.notes
+        found = (row.prompt_ids or tuple(row.coded.get("input_ids", ())) for row in self._read.rows)
+        self.prompts = tuple(filter(None, found))
 
     def _sampled(self, read: ScoredRows, max_rows: int | None) -> ScoredRows:
         """The rows that are scored each time."""

@@ -127,7 +127,8 @@ class TrackedModel:
         done = {member.name: member.step for member in state.members}  # some end before the others
         for name in names:
             config = self.manager.configs.get(name)
-            here = done.get(name, state.step) if state.kept_step is None else state.kept_step
+            kept = state.restored_step if state.kept_step is None else state.kept_step
+            here = done.get(name, state.step) if kept is None else kept
             if config is None:  # another thread has removed it meanwhile
                 continue
             known = self.trained_steps.items()
@@ -243,7 +244,10 @@ class TrackedModel:
 
     def state(self) -> ModelState:
         """Returns the model's current state."""
-        return self._snapshots.build(self.name, self.manager, memory=self.memory, training=self.training)
+        now, trained = self.manager.configs, list(self.trained_steps.items())  # another thread may add one
+        replaced = tuple(name for name, (config, *_) in trained if now.get(name, config) is not config)
+        known = {"memory": self.memory, "training": self.training, "replaced": replaced}
+        return self._snapshots.build(self.name, self.manager, **known)
 
     def measure(self) -> MemoryState:
         """Measures the memory in use."""

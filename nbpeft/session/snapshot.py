@@ -46,7 +46,13 @@ class Snapshots:
         self._built = None
 
     def build(
-        self, name: str, manager: AdapterManager, *, memory: MemoryState | None, training: TrainState | None
+        self,
+        name: str,
+        manager: AdapterManager,
+        *,
+        memory: MemoryState | None,
+        training: TrainState | None,
+        replaced: tuple[str, ...] = (),
     ) -> ModelState:
         """Returns the model's current state.
 
@@ -55,17 +61,19 @@ class Snapshots:
             manager: its manager.
             memory: the last measurement, for the state.
             training: the state of the last run, for the state.
+            replaced: adapters that no longer have the weights of their last training.
         """
         built, (dtype, device) = self._built, _kind(manager.model)
         if built is not None and self._revision == manager.revision and (built.dtype, built.device) == (dtype, device):
             same = built.name == name and built.offloaded_count == _offloaded_count(manager)
-            if same and built.memory is memory and built.training is training:
+            if same and built.memory is memory and built.training is training and built.replaced == replaced:
                 return built
         elif built is not None and (built.dtype, built.device) != (dtype, device):
             self.forget()
         with manager.reading():
             self._revision = manager.revision
-            self._built = self._fresh(name, manager, memory, training, dtype, device)
+            fresh = self._fresh(name, manager, memory, training, dtype, device)
+            self._built = replace(fresh, replaced=replaced) if replaced else fresh
         return self._built
 
     def _fresh(

@@ -319,6 +319,12 @@ class TestWhatFollowsATraining:
         assert steps is not None and [label for label, _ in steps.commands] == ["Save", "Score", "Ship"]
         assert steps.commands[-1][1] == "%lora ship orders --for transformers"
 
+    def test_an_adapter_with_other_weights_is_not_told_as_that_of_the_training(self) -> None:
+        steps = following(ended(), model(adapters=(adapter("orders"),), replaced=("orders",)))
+        back = (("Restore", "%lora delete orders"), ("then", "%lora resume orders-3"))
+        assert steps == NextSteps(None, "orders no longer has the weights of this training.", back)
+        assert following(ended(), model(adapters=(adapter("orders"),), replaced=("other",))).saved
+
     def test_a_model_that_score_refuses_is_not_scored(self) -> None:
         of_rewards = model(adapters=(adapter("orders", unsaved=True),), generates=False, scored=False)
         steps = following(ended(), of_rewards)

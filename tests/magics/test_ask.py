@@ -108,7 +108,9 @@ def test_other_cells_run_while_it_trains(ready: Notebook, gate: Gate) -> None:
     ready.do("%lora continue")
     result = ready.do("%lora result --wait")
     assert (result.status, result.steps) == ("finished", 4)
-    assert ready.do("%lora result") is result is run.result
+    assert ready.do("%lora result") == result == run.result
+    object.__setattr__(run.result, "shown", "card")  # as in a notebook, where no cell but that of the training has it
+    assert "sql finished" in ready.do("%lora result")._repr_html_() and ready.do("%lora result").shown == ""
     ready.do("%lora use chat")
 
 

@@ -203,6 +203,10 @@ def test_the_last_training_can_be_exported(ready: Notebook, tmp_path: Path) -> N
     assert str(result).startswith(f"wrote {script}, which trains 'sql', and 8 rows in {tmp_path}/train_data-")
     text = script.read_text()
     assert '"max_steps": 3' in text and '"learning_rate": 0.05' in text and "train_eval-" in text
+    assert "new weights" not in str(result)
+    ready.do(CELL)
+    again = str(ready.do(f"%lora export {script} --base {tmp_path} --replace"))
+    assert "the script starts from new weights, and the training here from those after step 3 of run sql-1" in again
 
 
 @pytest.mark.parametrize("line", ["%lora copy a twin", "%lora rename a twin"])

@@ -278,6 +278,14 @@ def test_without_an_adapted_model(notebook: Notebook, line: str) -> None:
         assert "no model carries adapters yet" in notebook.run(f"%lora {line} --model model").line
 
 
+def test_nothing_to_undo_after_adapters_that_were_not_trained(notebook: Notebook) -> None:
+    words = "nothing to undo: no model has adapters, and no unsaved training is kept"
+    assert notebook.run("%lora undo").line == words
+    notebook.do("%lora add model r=2 target_modules=q_proj")
+    notebook.do("%lora unload")
+    assert notebook.run("%lora undo").line == words
+
+
 def test_a_bare_model_beside_an_adapted_one(adapted: Notebook) -> None:
     adapted["second"] = torch.nn.Linear(2, 2)
     line = adapted.run("%lora off --model second").line

@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from nbpeft.checkpoint.staging import ASIDE, STAGING_PREFIX, mark_of, staging_name
+from nbpeft.display.next_steps import next_steps
 from nbpeft.errors import (
     AdapterError,
     BaseMismatchError,
@@ -492,6 +493,18 @@ def test_the_step_of_the_best_loss_is_not_that_of_the_best_metric(tmp_path: Path
         assert "at step" not in str(replace(listed, records=(replace(record, **changes),)))
 
 
+@pytest.mark.parametrize("how", ["patience", "load_best_model_at_end"])
+def test_what_continues_from_the_best_weights_says_so(how: str, tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    given: dict[str, Any] = {"max_steps": 4, "learning_rate": 5.0, "stop_on_divergence": False, "eval_steps": 1}
+    given |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "out")}
+    given |= {"patience": 1} if how == "patience" else {how: True}
+    best = session.train(model, rows(), token_rows(4), **ARGUMENTS | given).state
+    assert best.restored_step == best.best_step == 1 < best.step
+    second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    assert "continues from the weights after step 1 of run sql-1" in str(second)
+
+
 def test_scores_are_those_of_the_best_step(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
     session.train(model, rows(), token_rows(4), **ARGUMENTS | {"max_steps": 4})
@@ -506,6 +519,41 @@ def test_scores_are_those_of_the_best_step(tmp_path: Path) -> None:
     assert "exact 0.900 other 0.400 at step 2" in str(listed)
     compared = str(session.runs("sql-1", "sql-1"))
     assert re.search(r"exact at best step +0\.9", compared) and re.search(r"best step +2", compared)
+
+
+@pytest.mark.parametrize("change", ["swap", "reset", "load"])
+def test_weights_that_replace_those_of_a_training_are_not_told_as_its_own(change: str, tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    session.save(tmp_path / "saved", name="sql")
+    train = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state
+
+    def told() -> bool | None:
+        steps = next_steps(train, session.state, "model")
+        assert steps is not None
+        return steps.saved
+
+    assert told() is False
+    if change == "swap":
+        session.swap(tmp_path / "saved", into="sql", replace=True)
+    elif change == "reset":
+        session.reset("sql")
+    else:
+        session.load(tmp_path / "saved", name="sql", replace=True)
+    assert told() is None
+    session.undo()
+    assert told() is False
+
+
+def test_losses_of_different_objectives_are_said_to_be_different(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    for _ in range(2):
+        session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    compared = session.runs("sql-1", "sql-2")
+    first, second = compared.records
+    words = "different objectives: their losses cannot be compared"
+    assert words not in str(compared) and words not in compared._repr_html_()
+    other = replace(compared, records=(first, replace(second, settings={**second.settings, "objective": "dpo"})))
+    assert words in str(other) and words in other._repr_html_()
 
 
 def test_the_table_as_a_dataframe(tmp_path: Path) -> None:

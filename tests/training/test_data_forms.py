@@ -92,6 +92,8 @@ GOOD = {"prompt": "a", "completion": "b"}
     ("row", "message"),
     [
         ({"prompt": "a", "completion": 3}, "Row 2: 'completion' is an int (3), not text."),
+        ({"prompt": 3, "completion": "b"}, "Row 2: 'prompt' is an int (3), not text."),
+        ({"prompt": None, "completion": 3}, "Row 2: 'completion' is an int (3), not text."),
         ({"prompt": "a", "completion": ["b"]}, "Row 2: 'completion' is a list (['b']), not text."),
         (
             {"prompt": "a", "completon": "b"},

@@ -347,6 +347,10 @@ def export(
         how = {"tokenizer": tokenizer, "base": base, "replace": replace, "written": written}
         files = export_script(tracked.model, place, data, eval_data, **how, **arguments)
         data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
+        config, steps, run = tracked.earlier_steps.get(files.adapter, (None, 0, ""))
+        if steps and config is tracked.manager.configs.get(files.adapter):
+            which = f"those after step {steps:,} of {f'run {run}' if run else 'a run that was not saved'}"
+            notes.append(f"the script starts from new weights, and the training here from {which}")
         return ExportResult(str(files.script), files.adapter, data_files, notes=(*files.notes, *notes))
 
 

@@ -71,10 +71,12 @@ def _what_to_undo(
         return None, past
     if model is None and (ctx.models.rebound or not ctx.models.choices) and (found := lost(ctx, None)) is not None:
         return None, found
-    tracked = ctx.find(model, variable, command="undo")
+    tracked = None if model is None and not ctx.models.names else ctx.find(model, variable, command="undo")
     if tracked is not None and (tracked.before or ctx.history.of(tracked.manager)):
         return tracked, None
     found = lost(ctx, variable) if tracked is None else lost(ctx, tracked.name, other=False)
+    if found is None and not ctx.models.names:
+        raise AdapterError("nothing to undo: no model has adapters, and no unsaved training is kept")
     return ctx.models.get(model, command="undo") if found is None else tracked, found
 
 

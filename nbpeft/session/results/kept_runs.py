@@ -208,7 +208,12 @@ class RunsComparison(Result):
         from nbpeft.display.text import columns
 
         table = columns([("", *self._names()), *self._rows()])
-        return "\n".join((" · ".join(self._names()), table, *self._why_unreadable()))
+        told = [self._about_losses] if self._about_losses else []
+        return "\n".join((" · ".join(self._names()), table, *told, *self._why_unreadable()))
+
+    @property
+    def _about_losses(self) -> str:
+        return "different objectives: their losses cannot be compared" if "objective" in self.differing else ""
 
     def view(self) -> Card:
         names = self._names()
@@ -219,13 +224,14 @@ class RunsComparison(Result):
         )
         table = Table(("", *names), rows, right=tuple(width))
         same = None if self.differing else line(dim("Their settings are the same."))
+        other = line(Text(self._about_losses, "warning")) if self._about_losses else None
         why = (line(dim(words)) for words in self._why_unreadable())
         charts = [CurveChart(labelled)] if names else []
         for name, curves in self.metric_curves.items():
             if any(len(curve) > 1 for curve in curves):
                 drawn = tuple(zip(names, curves, [()] * len(names), strict=True))
                 charts.append(CurveChart(drawn, legend=False, metric=name))
-        return card(plural(len(names), "run"), *charts, table, same, *why)
+        return card(plural(len(names), "run"), other, *charts, table, same, *why)
 
     def _why_unreadable(self) -> list[str]:
         """Returns a line for each run that cannot be read."""

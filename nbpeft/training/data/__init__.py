@@ -71,6 +71,7 @@ from nbpeft.training.data.split import groups_of as groups_of
 from nbpeft.training.data.split import hold_out as hold_out
 from nbpeft.training.data.split import is_amount as is_amount
 from nbpeft.training.data.split import leaked as leaked
+from nbpeft.training.data.split import learned_prompts as learned_prompts
 from nbpeft.training.data.summary import DataSummary as DataSummary
 from nbpeft.training.data.summary import summarize as summarize
 from nbpeft.training.data.tokenized import PreparedRows as PreparedRows

@@ -157,9 +157,13 @@ def _read_text(row: Row, chat: bool) -> Example:
     return Plain(row.text("text"))
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0  # pandas and Parquet return arrays
+
+
 def _read_pair(row: Row, chat: bool) -> Example:
-    prompt, completion = row.value("prompt"), row.value("completion")
-    if isinstance(prompt, str) or (prompt is None and (completion is None or isinstance(completion, str))):
+    prompt = row.value("prompt")
+    if isinstance(prompt, str) or not any(map(_is_list, (prompt, row.value("completion")))):
         return Pair(row.text("prompt"), row.text("completion"), _unused_of_text(row))
     return _chat(row, row.messages("completion"), row.messages("prompt"))
 

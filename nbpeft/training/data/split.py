@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 
 from nbpeft.display.numbers import count, plural
 from nbpeft.errors import ConfigError, TrainingError, did_you_mean
-from nbpeft.names import REJECTED
+from nbpeft.names import IGNORED_LABEL, REJECTED
 from nbpeft.training.data.forms import row_of
 from nbpeft.training.data.row import is_nothing, listed
 from nbpeft.training.data.sources import is_stream
@@ -183,12 +183,13 @@ def grouping(columns: Sequence[str], mapping: Mapping[str, str] | None) -> str:
     return f"eval_by={column!r} keeps equal rows together" if column is not None else "keep each row once"
 
 
-def leaked(train: Any, evaluation: Any) -> str:
+def leaked(train: Any, evaluation: Any, kind: str = "held-out row") -> str:
     """Says how many of the rows held out are also trained on; empty if none are, or if the rows are not in memory.
 
     Args:
         train: the rows to train on.
         evaluation: the rows held out.
+        kind: what a message calls one of them.
     """
     if not (isinstance(train, TokenizedRows) and isinstance(evaluation, TokenizedRows)):
         return ""
@@ -201,9 +202,33 @@ def leaked(train: Any, evaluation: Any) -> str:
     are = "is" if both == 1 else "are"
     repeat = "is a repeat" if repeats == 1 else "are repeats"
     return (
-        f"{count(both)} of the {plural(len(held), 'held-out row')} {are} also trained on "
+        f"{count(both)} of the {plural(len(held), kind)} {are} also trained on "
         f"({count(repeats)} of {plural(total, 'row')} {repeat})"
     )
+
+
+def learned_prompts(train: Any) -> set[tuple[int, ...]]:
+    """The tokens before what is learned last in each row: its prompt, or all of a classifier's text.
+
+    Args:
+        train: the rows to train on; none are found in rows that are not in memory.
+    """
+    if not isinstance(train, TokenizedRows):
+        return set()
+    return {_prompt_of(train[place]) for place in range(len(train))}
+
+
+def _prompt_of(row: Mapping[str, Any]) -> tuple[int, ...]:
+    ids: tuple[int, ...] = _hashable(row["input_ids"])
+    labels = _hashable(row.get("labels"))
+    if not isinstance(labels, tuple) or len(labels) != len(ids):
+        return ids
+    end = len(labels)
+    while end and labels[end - 1] == IGNORED_LABEL:
+        end -= 1
+    while end and labels[end - 1] != IGNORED_LABEL:
+        end -= 1
+    return ids[:end]
 
 
 def _check(amount: float) -> None:

@@ -12,11 +12,12 @@ import transformers
 from torch import nn
 from transformers import TrainingArguments
 
+from nbpeft.display.numbers import count, plural
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.saving import files
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable
-from nbpeft.training.data import is_stream
+from nbpeft.training.data import is_stream, learned_prompts
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.loop.rows import TrainingRows
 from nbpeft.training.objectives.objective import fields_by_name
@@ -154,10 +155,21 @@ def checked_scorer(request: TrainRequest, rows: TrainingRows, fields: dict[str, 
         fields: fields of the training arguments, to which the scorer adds the metric that decides.
     """
     scorer = scorer_of(request, fields, rows.classes)
+    if scorer is not None:
+        _note_learned(scorer, rows)
     judged = {"evaluates": rows.evaluation is not None, "scores": scorer is not None}
     check_halving(request, fields, **judged)
     check_patience(request.patience, fields, **judged)
     return scorer
+
+
+def _note_learned(scorer: Scorer, rows: TrainingRows) -> None:
+    """Notes how many of the rows to score are also trained on: their scores say nothing about other rows."""
+    learned = set().union(*map(learned_prompts, rows.train_parts)) if scorer.prompts else set()
+    both, total = sum(map(learned.__contains__, scorer.prompts)), len(scorer.prompts)
+    note = f"{count(both)} of {plural(total, 'row')} {'is' if both == 1 else 'are'} also trained on"
+    if both and note not in scorer.notes:
+        scorer.notes = (*scorer.notes, note)
 
 
 def check_length_known(rows: Any, fields: Mapping[str, Any]) -> None:

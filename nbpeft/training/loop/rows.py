@@ -127,6 +127,7 @@ def training_rows(request: TrainRequest, *, loss: bool = True) -> TrainingRows:
     if not is_amount(amount):
         measured = PreparedRows(None) if amount is None else _prepared(request, amount, inputs)
         notes += [f"evaluation rows: {measured.notes}"] if measured.notes else []
+        notes += filter(None, [leaked(rows, measured.rows, "evaluation row")])
         unlearned = _unlearned(request, rows, ())
         return TrainingRows(rows, measured.rows, tuple(notes), classes=inputs.classes, unlearned=unlearned)
     groups = groups_of(rows, request.data, request.eval_by)

@@ -135,7 +135,9 @@ class RunCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Finishes a run that is not inside a ``with run:`` block."""
+        """Notes whether the best weights were loaded, and finishes a run that is not inside a ``with run:`` block."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.run.restored_step = state.best_global_step
         if self.run.entered:
             return
         if self.run.cut_short:

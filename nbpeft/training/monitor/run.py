@@ -103,6 +103,7 @@ class Run:
         touched: Whether an optimizer step has begun to change the weights, which may be the one that did not end.
         diverged: Why the training diverged, or the empty string.
         kept_step: The step whose weights were restored after divergence; else None.
+        restored_step: The step whose weights were restored at the end because they are the best; else None.
         learns_from_rewards: Whether gradients may be zero, as where all rewards are equal; set before it begins.
     """
 
@@ -155,6 +156,7 @@ class Run:
         self._severe: dict[str, Literal["warning", "error"]] = {}
         self.diverged = ""
         self.kept_step: int | None = None
+        self.restored_step: int | None = None
         self._divergence_noted = self._rise_noted = False
         self._warnings: list[str] = []
         self._saved = ""
@@ -701,6 +703,7 @@ class Run:
             warnings=self._severe_notes("warning"),
             errors=self._severe_notes("error"),
             kept_step=self.kept_step,
+            restored_step=self.restored_step,
             first_step=record.first_step,
             gradient_norm=record.gradient_norm,
             series={name: curve.points() for name, curve in list(record.series.items())},

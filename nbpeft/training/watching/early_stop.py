@@ -152,6 +152,7 @@ class EarlyStop(TrainerCallback):
         if self.keep_last is not None:
             self.keep_last()
         self._state.restore(self._model)
+        self._run.restored_step = self._state.step
         self._run.note(f"the best weights, of step {self._state.step:,}, were restored")
 
 

@@ -28,12 +28,14 @@ class Scorer(ABC):
         name: name of the metric that decides which state is the best.
         metrics: metric -> whether a greater value of it is better.
         notes: messages about rows that are left out or cut.
+        prompts: token ids of the prompt of each row, or of all of it for a classifier; empty for other rows.
         failures: messages about the last scores: outputs that are not numbers, answers on which a metric failed.
     """
 
     name: str
     metrics: Mapping[str, bool]
     notes: tuple[str, ...]
+    prompts: tuple[tuple[int, ...], ...] = ()
     failures: tuple[str, ...] = ()
 
     @abstractmethod

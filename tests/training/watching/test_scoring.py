@@ -59,6 +59,22 @@ def test_the_scores_are_those_of_the_model_at_that_time_and_change_nothing() -> 
     assert losses[6] == pytest.approx(after.scores["default"].value, abs=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["exact", "loss", "choice"])
+def test_rows_to_score_that_are_also_trained_on_are_counted(metric: str) -> None:
+    rows = [row | {"choices": ["ab", "b"], "answer": "ab"} for row in ROWS]
+    other = [{**rows[0], "prompt": f"new {number}>"} for number in range(2)]
+    settings = {"metric": metric, "every": 2, "max_steps": 2}
+    told = [trained(score=scored, **settings).message for scored in ([*rows[:2], *other], rows[2:3], other)]
+    assert "rows to score: 2 of 4 rows are also trained on" in told[0]
+    assert "rows to score: 1 of 1 row is also trained on" in told[1]
+    assert "also trained on" not in told[2]
+
+
+def test_rows_to_evaluate_that_are_also_trained_on_are_counted() -> None:
+    told = trained(eval_data=[*ROWS[:3], {"prompt": "new>", "completion": "ab"}], max_steps=1).message
+    assert "3 of the 4 evaluation rows are also trained on (3 of 12 rows are repeats)" in told
+
+
 def test_patience_goes_by_the_score_and_keeps_the_best_state() -> None:
     seen = iter([0.2, 0.9, 0.5, 0.5, 0.5, 0.5])
     values: dict[int, float] = {}
@@ -269,7 +285,7 @@ def test_a_run_keeps_its_scores_and_needs_the_rows_again(tmp_path: Path) -> None
     other = session.train(target, ROWS, **SETTINGS, max_steps=2)
     compared = session.runs(Path(result.state.folder).name, Path(other.state.folder).name)
     assert compared.metric_curves["exact"] == (result.state.metric_history["exact"], ())
-    assert re.search(rf"exact +{re.escape(metric(value))} +–", str(compared))
+    assert re.search(rf"exact at best step +{re.escape(metric(value))} +–", str(compared))
     assert ">exact<" in to_html(compared.view())
     assert session.runs().to_dataframe().set_index("name")["exact"][record.name] == value
 
