@@ -76,6 +76,11 @@ def logits_of_each(model: Any) -> dict[str, Tensor]:
     return found
 
 
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Whether activations are checkpointed; the property of transformers has another name in each version."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of everything a model holds."""
     return {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}

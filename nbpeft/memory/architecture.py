@@ -72,12 +72,14 @@ class Architecture:
             del config.quantization_config
         maker: Any = self.model_class or _class_of(getattr(transformers, self.auto_class), config)
         if not in_main_thread() and maker is not None:
-            return _build_outside_main_thread(maker, config, dtype)
-        if self.model_class is not None:
-            model: nn.Module = maker._from_config(config, dtype=dtype)
+            model: Any = _build_outside_main_thread(maker, config, dtype)
+        elif self.model_class is not None:
+            model = maker._from_config(config, dtype=dtype)
         else:
             model = getattr(transformers, self.auto_class).from_config(config, dtype=dtype)
-        return model
+        model.tie_weights()  # transformers 5.0 does not tie meta tensors
+        built: nn.Module = model
+        return built
 
     @property
     def checkpoints(self) -> bool:

@@ -114,6 +114,8 @@ ALPHAS: dict[str, tuple[Tensor, float | str]] = {
 @pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
 def test_an_alpha_is_one_finite_number(spelling: str, case: str, tmp_path: Path) -> None:
     alpha, expected = ALPHAS[case]
+    if alpha.dtype not in safetensors.torch._SIZE:
+        pytest.skip("the installed safetensors does not write this type")
     tensors = {SPELLINGS[spelling].format(part): value for part, value in FACTORS.items()}
     tensors[f"{SPELLINGS[spelling].partition('.lora')[0]}.alpha"] = alpha
     safetensors.torch.save_file(tensors, tmp_path / "style.safetensors")

@@ -18,7 +18,8 @@ from tests.fuzz.corpus import WEIGHTS, entry, weights
 
 def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
     whole = torch.arange(24, dtype=torch.uint8).repeat(8)
-    tensors = {name: whole.clone().view(dtype).view(-1, 2) for name, dtype in DTYPES.items() if name != "BOOL"}
+    written = {name: dtype for name, dtype in DTYPES.items() if name != "BOOL" and dtype in safetensors.torch._SIZE}
+    tensors = {name: whole.clone().view(dtype).view(-1, 2) for name, dtype in written.items()}
     tensors |= {"BOOL": torch.tensor([True, False]), "none": torch.empty(0, 3), "one": torch.tensor(3.0)}
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(tensors, path, metadata={"a": "b"})

@@ -12,7 +12,7 @@ import torch
 from nbpeft.session.results.planning import PlanResult
 from nbpeft.session.results.quantizing import QloraPreview, QloraResult
 from tests.magics.notebook import Notebook
-from tests.tiny_models import llama
+from tests.tiny_models import checkpoints_activations, llama
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -44,7 +44,7 @@ def test_a_model_in_memory_is_quantized_prepared_and_adapted(notebook: Notebook)
     assert isinstance(result, QloraResult) and result.quantized
     model = notebook["model"]
     assert model.get_base_model() is base and model.active_adapters == ["sql"]
-    assert quantized_layers(model) == 14 and base.is_activation_checkpointing
+    assert quantized_layers(model) == 14 and checkpoints_activations(base)
     parts = {part.name: part for part in result.parts}
     assert parts["quantized layers"].before == 2 * parts["quantized layers"].bfloat16_bytes
     assert parts["embedding"].before == parts["embedding"].byte_count
@@ -80,7 +80,7 @@ def test_again_it_only_reconfigures(bare: Notebook, folder: Path) -> None:
     assert bare["model"].get_base_model() is base
     assert not again.quantized and again.added.reconfigured and again.added.adapter.summary["r"] == "2"
     second = bare.do(cell("model", "--name chat", "gradient_checkpointing = False\n"))
-    assert not second.quantized and not base.is_activation_checkpointing
+    assert not second.quantized and not checkpoints_activations(base)
     assert set(bare["model"].peft_config) == {"sql", "chat"}
     line = bare.run(cell("$place", "--name sql").replace("bits = 4", "bits = 8")).line
     assert "'model' holds a PeftModel with 'sql', 'chat'; give --as NAME" in line
@@ -152,7 +152,7 @@ def test_what_preparing_did_is_taken_back_where_adapting_fails(
     def state() -> list[Any]:
         hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in base.modules()]
         kinds = [(parameter.dtype, parameter.requires_grad) for parameter in base.parameters()]
-        return [hooks, kinds, base.is_activation_checkpointing]
+        return [hooks, kinds, checkpoints_activations(base)]
 
     notebook.session.context.qlora_origins.clear()
     before = state()

@@ -42,8 +42,10 @@ def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
     if hasattr(config, "quantization_config"):
         raise ConfigError(f"the weights in {folder} are quantized: load the model and pass it instead of the folder")
     with torch.device("meta"):
-        model: nn.Module = model_class(config)
-    return model
+        model: Any = model_class(config)
+    model.tie_weights()  # transformers 5.0 does not tie meta tensors
+    built: nn.Module = model
+    return built
 
 
 class Weights(Protocol):

@@ -14,7 +14,7 @@ from torch import nn
 from nbpeft.errors import ConfigError
 from nbpeft.training import prepare_model_for_kbit_training, train
 from nbpeft.training.loop.prepare import is_quantized, prepare_model
-from tests.tiny_models import llama
+from tests.tiny_models import checkpoints_activations, llama
 from tests.training.support import token_rows, trainable
 
 
@@ -55,7 +55,7 @@ def test_norms_only_by_default(caplog):
         name for name in dtypes(model) if "norm" in name
     }
     assert model.get_input_embeddings().weight.dtype == model.lm_head.weight.dtype == torch.bfloat16
-    assert model.is_activation_checkpointing
+    assert checkpoints_activations(model)
 
 
 def test_norms_in_float32_hand_on_the_dtype_they_were_given():

@@ -18,7 +18,7 @@ from nbpeft.session import Session
 from nbpeft.state import TrainState
 from nbpeft.training import RunControl, TrainResult, train
 from tests.pretend_cpu import pretend_cpu
-from tests.tiny_models import llama
+from tests.tiny_models import checkpoints_activations, llama
 from tests.training.support import token_rows, trainable, weights
 from tests.waiting import PATIENCE
 
@@ -60,7 +60,7 @@ def test_the_model_is_left_as_it_was_found():
     assert not model.training and model.config.use_cache is True
     assert set(vars(model)) == attributes
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not model.get_base_model().is_activation_checkpointing
+    assert not checkpoints_activations(model)
     assert not model.get_base_model().get_input_embeddings()._forward_hooks
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     model.train()
