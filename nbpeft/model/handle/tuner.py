@@ -31,6 +31,7 @@ from nbpeft.model.combine.conversion import can_convert
 from nbpeft.model.handle.injection import inject, inject_adapter_in_model
 from nbpeft.model.handle.listed_modules import list_parts
 from nbpeft.model.handle.tuner_type import TunerType, check_overrides
+from nbpeft.model.saving.given_configs import replace_configs
 from nbpeft.peft_layers.classes import layer_type, refuse_pickle_of_peft
 from nbpeft.peft_layers.shared_tensors import shared_by_name
 
@@ -172,8 +173,13 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """Adapter name -> config."""
+        """Adapter name -> config; a dictionary with the same names can be assigned."""
         return self.manager.configs
+
+    @peft_config.setter
+    def peft_config(self, configs: Mapping[str, AdapterConfig]) -> None:
+        self.check_live()
+        replace_configs(self.manager, configs)
 
     @property
     def active_adapter(self) -> list[str]:

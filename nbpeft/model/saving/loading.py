@@ -124,7 +124,7 @@ def read(
     if single is not None:
         saved = checkpoint.read_lora_file(single, (path for path, _ in bare_modules(manager.model)), device)
     else:
-        saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
+        saved = checkpoint.read_checkpoint(source, device=device, **hub)
     given = config
     if config is None:
         find = functools.partial(_part_in, saved.folder)
