@@ -167,6 +167,74 @@ def test_an_encoder_that_would_not_be_called_is_refused() -> None:
     torch.testing.assert_close(logits(model), before)
 
 
+# Layers and tuners
+
+
+@LIBRARIES
+@pytest.mark.parametrize("how", ["clear", "assign", "pop", "delete"])
+def test_emptying_merged_adapters_keeps_the_merged_weight(library: Any, how: str) -> None:
+    model, same = lora(library), lora(peft)
+    for layer in model.modules():
+        if not isinstance(layer, importlib.import_module(f"{library.__name__}.tuners.lora").Linear):
+            continue
+        layer.merge()
+        if how == "clear":
+            layer.merged_adapters.clear()
+        elif how == "assign":
+            layer.merged_adapters = []
+        elif how == "pop":
+            assert layer.merged_adapters.pop() == "default"
+        else:
+            del layer.merged_adapters[0]
+        assert not layer.merged and layer.merged_adapters == []
+    doubled = logits(model)  # the factors act again, on the merged weight
+    for layer in same.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", 2)
+    torch.testing.assert_close(doubled, logits(same))
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(lora(peft)))
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), doubled)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), doubled)
+
+
+def test_merged_adapters_are_not_changed_otherwise() -> None:
+    model = lora(nbpeft)
+    model.add_adapter("other", nbpeft.LoraConfig(r=2))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.merge(adapter_names=["default", "other"])
+    merged = layer.merged_adapters
+    assert merged == ["default", "other"] and copy.deepcopy(merged) == merged
+    for change in (merged.pop, lambda: merged.append("more"), lambda: merged.remove("other")):
+        with pytest.raises(nbpeft.MergeError, match="can only be emptied, which keeps the merged weight"):
+            change()
+    with pytest.raises(nbpeft.MergeError, match="call merge"):
+        layer.merged_adapters = ["other"]
+    layer.merged_adapters = ["default", "other"]
+    layer.unmerge()
+    torch.testing.assert_close(logits(model), logits(lora(peft)))
+
+
+@LIBRARIES
+def test_injecting_into_a_tuner_activates_nothing(library: Any) -> None:
+    model = lora(library)
+    before = logits(model)
+    model.base_model.peft_config["other"] = library.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    model.base_model.inject_adapter(model.base_model.model, "other")
+    assert model.base_model.active_adapters == ["default"] and [*model.peft_config] == ["default", "other"]
+    torch.testing.assert_close(logits(model.eval()), before)
+    model.set_adapter("other")
+    assert not torch.allclose(logits(model), before)
+
+
+def test_a_part_that_a_script_takes_out_is_refused_with_the_way_to_rename() -> None:
+    layer = lora(nbpeft).base_model.model.model.layers[0].self_attn.q_proj
+    with pytest.raises(nbpeft.AdapterError, match=r"model\.manager\.rename\(old, new\)"):
+        layer.lora_A.pop("default")
+
+
 # Helpers
 
 

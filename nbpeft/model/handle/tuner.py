@@ -216,7 +216,7 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Initializes an existing adapter again from its config, and activates it.
+        """Initializes an adapter from its config in ``peft_config``; does not activate it.
 
         Args:
             model: accepted for compatibility with PEFT and ignored; it is the tuner's base model.
@@ -232,7 +232,8 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
         with self.manager.reading():
             self.manager.require(adapter_name)
             config = self.manager.configs[adapter_name]
-        inject(self.manager, config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict, replace=True)
+        options: dict[str, Any] = {"state_dict": state_dict, "replace": True, "activate": False}
+        inject(self.manager, config, adapter_name, empty=low_cpu_mem_usage, **options)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         """Returns paths of the modules that share the input embedding's weight; called by other libraries."""
