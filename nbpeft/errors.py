@@ -17,6 +17,7 @@
     │   │   └── BaseNotFoundError     the base model that an adapter names cannot be loaded
     │   ├── CorruptCheckpointError    the files are truncated, tampered with, or not a checkpoint
     │   │   └── UntypedConfigError    the config has no ``peft_type``
+    │   ├── PathTypeError             a folder or hub id is neither a text nor a path
     │   └── BaseMismatchError         the checkpoint belongs to another base model
     ├── HotSwapError              the new adapter cannot take the old one's place
     ├── NotSupportedError         nbpeft does not support the used name of PEFT
@@ -172,6 +173,10 @@ class CorruptCheckpointError(CheckpointError):
 
 class UntypedConfigError(CorruptCheckpointError, KeyError, TypeError):
     """A config has no ``peft_type``."""
+
+
+class PathTypeError(CheckpointError, TypeError):
+    """A folder or hub id is neither a text nor a path."""
 
 
 class BaseMismatchError(CheckpointError, RuntimeError):

@@ -40,6 +40,7 @@ CODES = {
     "BaseNotFoundError": "base-not-found",
     "CorruptCheckpointError": "corrupt-checkpoint",
     "UntypedConfigError": "untyped-config",
+    "PathTypeError": "path-type",
     "BaseMismatchError": "base-mismatch",
     "HotSwapError": "hot-swap",
     "NotSupportedError": "not-supported",

@@ -62,6 +62,7 @@ from nbpeft.checkpoint.identity import Fingerprint as Fingerprint
 from nbpeft.checkpoint.identity import compare as compare
 from nbpeft.checkpoint.identity import fingerprint as fingerprint
 from nbpeft.checkpoint.identity import is_same_base as is_same_base
+from nbpeft.checkpoint.inside import expanded as expanded
 from nbpeft.checkpoint.inside import shown as shown
 from nbpeft.checkpoint.key_conversion import key_conversion_of as key_conversion_of
 from nbpeft.checkpoint.lora_file import lora_file as lora_file

@@ -225,7 +225,7 @@ def write_checkpoints(
         CheckpointError: the files cannot be written; nothing was changed.
         ConfigError: a field of a config cannot be saved.
     """
-    target = Path(os.path.expanduser(os.fspath(folder)))
+    target = Path(inside.expanded(folder))
     files: list[NewFile] = []
     paths: dict[str, list[str]] = {}
     byte_count = 0
@@ -270,7 +270,7 @@ def write_card(folder: str | os.PathLike[str], config: AdapterConfig, *, tags: S
     Raises:
         CheckpointError: the README cannot be written; nothing was changed.
     """
-    target = Path(os.path.expanduser(os.fspath(folder)))
+    target = Path(inside.expanded(folder))
     with disk_errors(target):
         sweep(target)
         files = _card_file(target / CARD_NAME, config, tags, needed=True)
@@ -291,7 +291,7 @@ def write_config(config: AdapterConfig, folder: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: the file cannot be written; nothing was changed.
     """
-    target = Path(os.path.expanduser(os.fspath(folder)))
+    target = Path(inside.expanded(folder))
     return next(iter(replace_files(target, [NewFile.of_text(CONFIG_NAME, config_text(config))])))
 
 

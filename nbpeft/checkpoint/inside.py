@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-from nbpeft.errors import CheckpointError, CorruptCheckpointError
+from nbpeft.errors import CheckpointError, CorruptCheckpointError, PathTypeError
 
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _HANDLES = os.open in os.supports_dir_fd and os.listdir in os.supports_fd
@@ -104,6 +104,20 @@ def shown(path: str | os.PathLike[str]) -> str:
     text = text if text.isprintable() else repr(text)[1:-1]
     half = _SHOWN // 2
     return text if len(text) <= _SHOWN else f"{text[:half]}…{text[-half:]}"
+
+
+def expanded(path: object) -> str:
+    """Returns a path or hub id as a text, with ``~`` expanded.
+
+    Args:
+        path: a text or a path.
+
+    Raises:
+        PathTypeError: it is anything else.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise PathTypeError(f"expected a folder or hub id, a text or a path, not {path!r:.60}")
+    return os.path.expanduser(os.fspath(path))
 
 
 # Inspecting

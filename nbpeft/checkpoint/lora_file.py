@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of
 from nbpeft.checkpoint.folder import Checkpoint
+from nbpeft.checkpoint.inside import expanded
 from nbpeft.checkpoint.source import CONFIG_NAME
 from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, TensorFile, UnreadTensors, storable, write_tensors
 from nbpeft.checkpoint.weights_format import PREFIX
@@ -84,7 +85,7 @@ def lora_file(source: str | os.PathLike[str]) -> Path | None:
     Args:
         source: the file, or a folder that contains exactly one such file.
     """
-    path = Path(os.path.expanduser(os.fspath(source)))
+    path = Path(expanded(source))
     try:
         if path.is_dir() and not (path / CONFIG_NAME).is_file():
             found = sorted(path.glob("*.safetensors"))

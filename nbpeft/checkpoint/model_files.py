@@ -61,7 +61,7 @@ class ModelFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(os.path.expanduser(os.fspath(folder)))
+        self.folder = Path(inside.expanded(folder))
         self._files: dict[str, Path] = {}
         self.shards: list[list[TensorSpec]] = []
         for path in _weight_files(self.folder):
@@ -138,7 +138,7 @@ def write_model(
     Raises:
         CheckpointError: the folder contains weights, or cannot be written.
     """
-    target = Path(os.path.expanduser(os.fspath(folder)))
+    target = Path(inside.expanded(folder))
     with disk_errors(target):
         sweep(target, finish=False)  # removes an interrupted copy instead of finishing it
         existing = [path.name for path in target.iterdir() if path.name.endswith(_WEIGHTS)] if target.is_dir() else []

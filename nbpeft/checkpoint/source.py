@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from nbpeft._util.hub_access import hub_options
 from nbpeft.checkpoint.hub_token import TOKENS_PAGE
+from nbpeft.checkpoint.inside import expanded
 from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.checkpoint.tensor_file import (
     LEGACY_WEIGHTS_NAME,
@@ -63,9 +64,10 @@ class Source:
 
         Raises:
             CheckpointNotFoundError: the name cannot be a path.
+        PathTypeError: it is neither a text nor a path.
             CheckpointError: an option is unknown.
         """
-        name = os.path.expanduser(os.fspath(source))
+        name = expanded(source)
         if any("\ud800" <= letter <= "\udbff" or letter == "\0" for letter in name):
             raise CheckpointNotFoundError(f"{shown(name)} cannot be the name of a folder")
         if os.path.isfile(name) and os.path.basename(name) in (CONFIG_NAME, WEIGHTS_NAME, LEGACY_WEIGHTS_NAME):

@@ -26,7 +26,7 @@ from nbpeft.engine.config.module_paths import wrapper_places
 from nbpeft.engine.contract.adapter import AdapterWeights
 from nbpeft.engine.contract.registry import file_keys, methods_of_type, transforms_calls
 from nbpeft.engine.kernels.numerics import is_finite
-from nbpeft.errors import BaseMismatchError, CheckpointError, shortened, shown
+from nbpeft.errors import BaseMismatchError, CheckpointError, ConfigTypeError, shortened, shown
 
 PREFIX = "base_model.model."
 """Prefix of every key of a file, except those of tensors that all layers of an adapter share."""
@@ -417,7 +417,16 @@ def by_patterns(patterns: Mapping[str, str] | None) -> Rename:
 
     Raises:
         CheckpointError: an expression is invalid.
+        ConfigTypeError: it is not a dictionary of texts.
     """
+    if not isinstance(patterns, Mapping | None) or not all(
+        isinstance(pattern, str | re.Pattern) and (isinstance(replacement, str) or callable(replacement))
+        for pattern, replacement in (patterns or {}).items()
+    ):
+        raise ConfigTypeError(
+            f"key_mapping must be a dictionary of regular expressions and replacements, not {shown(patterns)}",
+            field="key_mapping",
+        )
     try:
         compiled = [(re.compile(pattern), replacement) for pattern, replacement in (patterns or {}).items()]
     except re.error as error:

@@ -21,6 +21,7 @@ from nbpeft.checkpoint import CONFIG_NAME
 from nbpeft.engine.methods.lora.optimizers import LoraFAOptimizer as LoraFAOptimizer
 from nbpeft.engine.methods.lora.optimizers import RiemannianPreconditioner, trained_pairs
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor
+from nbpeft.engine.methods.lora.variants.allocator_by_names import RankAllocator as RankAllocator
 from nbpeft.engine.methods.lora.variants.alora import invocation_starts
 from nbpeft.engine.methods.lora.variants.velora import normalised, pieces
 from nbpeft.engine.methods.products.lokr import two_factors

@@ -70,7 +70,7 @@ _MODULE_FUNCTIONS = (
 )
 _MISSING_UTILS = (
     "_prepare_prompt_learning_config _set_trainable get_gptqmodel_quant_linear get_quantization_kwargs "
-    "map_cache_to_layer_device_map quantization_extra_repr register_peft_method replace_lora_weights_loftq "
+    "map_cache_to_layer_device_map quantization_extra_repr replace_lora_weights_loftq "
     "set_additional_trainable_modules"
 )
 _LORA_LAYERS = "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper"
@@ -97,10 +97,7 @@ _DISPATCHERS = " ".join(f"dispatch_{name}" for name in (*_OTHER_QUANTIZED, "mega
 _ONLY_HERE = {"Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt"}
 """Names of layer classes in the packages of several methods, and not in ``peft`` or ``peft.tuners``."""
 
-_ADALORA = (
-    "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDLinear4bit SVDLinear8bitLt "
-    "SVDQuantLinear"
-)
+_ADALORA = "AdaLoraConfig AdaLoraLayer AdaLoraModel SVDConv2d SVDLinear SVDLinear4bit SVDLinear8bitLt SVDQuantLinear"
 _SHADOW = "DetachedShadowModel ShadowCache ShadowLayer"
 METHODS = {
     "adalora": ("AdaLoRA", _ADALORA),
@@ -312,6 +309,14 @@ MODULES: dict[str, dict[str, str]] = {
         "building_blocks": "factorization",
         "missing": _targets_of("lokr"),
     },
+    **{
+        f"tuners.adalora{part}": {
+            OWN: _ADALORA,
+            "building_blocks": "RankAllocator",
+            "missing": _targets_of("adalora"),
+        }
+        for part in ("", ".layer", ".model")
+    },
     "tuners.adalora.gptq": {OWN: "SVDQuantLinear"},
     "tuners.adamss.asa_callback": {"callbacks": "AdamssAsaCallback"},
     "tuners.adamss.utils": {"missing": "clustering_Z get_trainable_subspaces seg_locations slice_pca"},
@@ -333,6 +338,7 @@ MODULES: dict[str, dict[str, str]] = {
         "constants": f"{_CONSTANTS} {_OWN_TARGETS}",
         "layers": _WRAPPERS,
         "helpers": _MODULE_FUNCTIONS,
+        "mappings": "register_peft_method",
         "quantization": "resolve_quantization_backend",
         "missing": f"{_MISSING_UTILS} {_MISSING_TARGETS} {_PREFIX_POSTPROCESSING}",
     },
@@ -369,7 +375,7 @@ MODULES: dict[str, dict[str, str]] = {
         "missing": f"{_MISSING_UTILS} {_MISSING_TARGETS} {_PREFIX_POSTPROCESSING} {_STARCODER} "
         "check_file_exists_on_hf_hub",
     },
-    "utils.peft_types": {OWN: "PeftType TaskType", "missing": "register_peft_method"},
+    "utils.peft_types": {OWN: "PeftType TaskType", "mappings": "register_peft_method"},
     "utils.quantization_utils": {
         "quantization": "Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend HqqBackend QuantizationBackend "
         "TorchaoBackend resolve_quantization_backend",

@@ -33,6 +33,16 @@ class PeftConfigAttributes(AdapterConfig):
         return store_of(cls).make(fields) if fields.get("peft_type") is not None else cls(**fields)
 
     @classmethod
+    def _get_peft_type(cls, model_id: str, **hf_hub_download_kwargs: Any) -> str:
+        """Reads the ``peft_type`` of a saved adapter, which scripts look up in ``PEFT_TYPE_TO_CONFIG_MAPPING``.
+
+        Args:
+            model_id: a folder or a hub id.
+            **hf_hub_download_kwargs: ``subfolder``, ``revision``, ….
+        """
+        return str(AdapterConfig.from_pretrained(model_id, **hf_hub_download_kwargs).peft_type.value)
+
+    @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
         """Reads the fields of a config file, unchecked; ``runtime_config`` is left out."""
         with open(path_json_file, encoding="utf-8") as file:

@@ -22,7 +22,7 @@ from nbpeft.engine.views.layer_attributes import PerAdapterView
 from nbpeft.engine.wrappers.extension import add_attributes
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
-from nbpeft.errors import UnknownAdapterError, did_you_mean
+from nbpeft.errors import MergeError, UnknownAdapterError, did_you_mean
 from nbpeft.peft_layers.commands import one_or_all
 from nbpeft.peft_layers.layer_types import title_of
 
@@ -35,6 +35,56 @@ class _EmptyOnClass(property):
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return () if instance is None else super().__get__(instance, owner)
+
+
+class _Merged(list[str]):
+    """The adapters that are merged into a layer; the list can be emptied, and is not changed otherwise."""
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        super().__init__(layer.merged_names)
+        self._layer = layer
+
+    def __reduce__(self) -> Any:
+        return list, ([*self],)
+
+    def _become(self, names: Sequence[str]) -> None:
+        if list(names) == list(self._layer.merged_names):
+            return
+        if names:
+            raise MergeError(
+                f"merged_adapters of a layer is {list(self)} and can only be emptied, which keeps the merged weight: "
+                "call merge() and unmerge()"
+            )
+        self._layer._commands().keep_merged(self._layer)
+        super().clear()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        changed = [*self]
+        changed[key] = value
+        self._become(changed)
+
+    def __delitem__(self, key: Any) -> None:
+        changed = [*self]
+        del changed[key]
+        self._become(changed)
+
+    def clear(self) -> None:
+        """Keeps the merged weight for good."""
+        self._become([])
+
+    def pop(self, index: Any = -1) -> str:
+        """Returns the only name and keeps the merged weight for good."""
+        name = self[index]
+        del self[index]
+        return name
+
+    def remove(self, name: str) -> None:
+        """Keeps the merged weight for good, if this is the only name."""
+        del self[self.index(name)]
+
+    def append(self, name: str) -> None:
+        """Refuses a name that is not merged."""
+        self._become([*self, name])
 
 
 class PeftLayer(AdaptedLayer):
@@ -254,8 +304,15 @@ class PeftLayer(AdaptedLayer):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Names of the adapters that are merged into this layer."""
-        return list(self.merged_names)
+        """Names of the adapters that are merged into this layer; emptying the list keeps the merged weight for good.
+
+        Training scripts that merge and start the factors again at intervals (ReLoRA) empty it.
+        """
+        return _Merged(self)
+
+    @merged_adapters.setter
+    def merged_adapters(self, names: Sequence[str]) -> None:
+        _Merged(self)[:] = names
 
     @property
     def merged(self) -> bool:

@@ -275,3 +275,15 @@ def test_the_longest_answer_is_called_as_generate_calls_it(trained: Notebook) ->
     new, old = (trained.do(f'%lora compare "Hi" {word} 3') for word in ("--max-new-tokens", "--tokens"))
     assert new.answers == old.answers
     assert max(answer.token_count for column in new.columns for answer in column.answers) == 3
+
+
+# Delete
+
+
+def test_several_are_deleted_at_once_or_none(trained: Notebook) -> None:
+    trained.do("%lora copy sql other")
+    refused = trained.run("%lora delete other nope").complained
+    assert refused == "UsageError: Adapter 'nope' not found; the model has: 'chat', 'sql', 'other'.\n"
+    assert trained["model"].manager.names == ("chat", "sql", "other")
+    assert str(trained.do("%lora delete other sql").line) == "deleted 'other', 'sql'"
+    assert trained["model"].manager.names == ("chat",)

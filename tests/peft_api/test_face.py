@@ -45,6 +45,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     ),
     "how PEFT makes prompts; the engine gives them their values and puts them into calls": (
         "peft*: *Embedding: no parameter word_embeddings",
+        "peft*: PromptEmbedding: word_embeddings=None, not 'no default'",
         "peft*: AdaptedAttention: no parameter *",
         "peft*: AdaptionPromptModel: no parameter *",
         "peft*: *_model_postprocess_past_key_value refuses",
@@ -72,7 +73,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft*: get_gptqmodel_quant_linear refuses",
         "peft*: get_quantization_kwargs refuses",
         "peft*: quantization_extra_repr refuses",
-        "peft*: register_peft_method refuses",
         "LoRA's *: no attribute *_init",
         "LoRA's *: no attribute cast_input_dtype_enabled",
         "LoRA's *: no attribute ephemeral_gpu_offload",

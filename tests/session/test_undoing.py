@@ -84,6 +84,21 @@ def test_undo_brings_everything_back(session: Session, model: Any, saved: Path, 
         session.undo()
 
 
+def test_several_are_deleted_and_come_back_one_by_one(session: Session, model: Any) -> None:
+    before = everything(model)
+    with pytest.raises(UnknownAdapterError, match="nope"):
+        session.delete(["sql", "nope"])
+    assert same(everything(model), dict(before)), "all or none"
+    result = session.delete(["sql", "chat"])
+    assert result.line == "deleted 'sql', 'chat'"
+    assert result.notes == ("not saved after training: 'sql'; each session.undo() restores one, the last first",)
+    assert not model.manager.names
+    session.undo()
+    assert model.manager.names == ("chat",)
+    session.undo()
+    assert same(everything(model), before)
+
+
 def test_undoing_draws_no_random_numbers(session: Session, model: Any) -> None:
     session.delete("sql")
     before = torch.get_rng_state()

@@ -17,7 +17,9 @@ from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, onloaded
 from nbpeft.engine.contract.initial_draws import repeated
 from nbpeft.engine.contract.model_adapter import ModelAdapter
-from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.contract.registry import method_of, resolve_backend, resolve_layer_kind
+from nbpeft.engine.tree.model_tree import frozen_module
+from nbpeft.errors import ConfigError, with_article
 
 _NETWORKS = ("mlp_head.", "lstm_head.", "transform.")
 """Prefixes of the parameter names of networks that compute prompts."""
@@ -26,16 +28,27 @@ _NETWORKS = ("mlp_head.", "lstm_head.", "transform.")
 class TokenPrompt(ModelAdapter):
     """Trained embeddings before those of the input.
 
+    Args:
+        config: the method's config.
+        word_embeddings: the model's input embedding, for the initial values; scripts that make such a prompt
+            themselves pass it, as to PEFT's class. The engine initializes what it makes later.
+
     Attributes:
         embedding: (tokens, features); the encoder's tokens of an encoder-decoder model come first.
+
+    Raises:
+        ConfigError: ``word_embeddings`` is no embedding.
     """
 
     embedding: nn.Embedding
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
         super().__init__(config)
         self.token_count = config.num_virtual_tokens
         self.embedding = nn.Embedding(config.total_tokens, config.token_dim)
+        if word_embeddings is not None:
+            with torch.no_grad():
+                self.initialise(config, _base_of(word_embeddings))
 
     def initialise(self, config: Any, base: BaseLayer) -> None:
         tokens = self.initial_tokens(config, base)
@@ -84,6 +97,14 @@ class TokenPrompt(ModelAdapter):
     def input_tokens(self, base: BaseLayer) -> Tensor:
         """The first of all tokens."""
         return self.all_tokens(base)[:, : self.token_count]
+
+
+def _base_of(embedding: nn.Module) -> BaseLayer:
+    bare = frozen_module(embedding)
+    kind, backend = resolve_layer_kind(bare), resolve_backend(bare)
+    if kind is None or backend is None or not kind.takes_ids:
+        raise ConfigError(f"word_embeddings must be an embedding, not {with_article(embedding)}")
+    return BaseLayer(bare, kind, backend)
 
 
 class EncodedPrompt(ModelAdapter):

@@ -280,9 +280,27 @@ class LayerCommands:
             check_single(layer, manager.layers)
             manager._keep_choice(change)
             layer.restore_base(change)
-            left = {name for other in manager.layers.values() for name in other.merged_names}
-            manager._merged = tuple(name for name in manager.merged if name in left)
-            manager._publish_active()
+            self._merged_are_left()
+
+    def keep_merged(self, layer: AdaptedLayer) -> None:
+        """Makes the merged weight of one layer its frozen weight, to which its adapters add their deltas again.
+
+        Raises:
+            MergeError: the weight is shared with other layers that have merged adapters.
+        """
+        manager = self.manager
+        with manager.transaction() as change:
+            check_single(layer, manager.layers)
+            manager._keep_choice(change)
+            change.keep_attributes(layer, "merged_names", "_frozen")
+            layer.forget_frozen()
+            self._merged_are_left()
+
+    def _merged_are_left(self) -> None:
+        """Updates the names of the merged adapters after one layer has them no longer."""
+        left = {name for other in self.manager.layers.values() for name in other.merged_names}
+        self.manager._merged = tuple(name for name in self.manager.merged if name in left)
+        self.manager._publish_active()
 
     def set_base_weight(self, layer: AdaptedLayer, weight: Tensor) -> None:
         """Overwrites the frozen weight of one layer, cast or quantized as the present weight.

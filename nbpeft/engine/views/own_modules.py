@@ -27,7 +27,7 @@ class _Modules(dict[str, Any]):
         super().__setitem__(name, module)
 
     def __delitem__(self, name: str) -> None:
-        raise AdapterError(f"a part of adapter {name!r} cannot be deleted: use delete_adapter() to remove the adapter")
+        raise AdapterError(f"a part of adapter {name!r} cannot be taken out: delete_adapter() removes the adapter")
 
 
 class OwnModules(AdapterDict):

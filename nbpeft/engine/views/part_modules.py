@@ -106,7 +106,10 @@ class _Parts(dict[str, Any]):
         super().__setitem__(name, module)
 
     def __delitem__(self, name: str) -> None:
-        raise AdapterError(f"a part of adapter {name!r} cannot be deleted: use delete_adapter() to remove the adapter")
+        raise AdapterError(
+            f"a part of adapter {name!r} cannot be taken out: delete_adapter() removes the adapter, and "
+            "model.manager.rename(old, new) renames it"
+        )
 
     def keep(self, leaves: Mapping[str, nn.Module], slots: dict[str, Slot], base: BaseLayer | None = None) -> None:
         """Replaces the shown parts.

@@ -515,6 +515,10 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
         change.on_undo(undo)
         self._restore(frozen)
 
+    def forget_frozen(self) -> None:
+        """Makes the merged weight the frozen one; the former weight is lost."""
+        self.merged_names, self._frozen = (), None
+
     # The tree, with the names that the records of methods declare
 
     def __setstate__(self, state: dict[str, Any]) -> None:

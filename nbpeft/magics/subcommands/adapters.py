@@ -143,7 +143,13 @@ def save(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return notebook.session.save(options.folder, name=options.name, model=model, replace=options.replace)
 
 
-session_command("delete", "Delete an adapter from the model.", ADAPTER, ON_MODEL, example="%lora delete sql")
+session_command(
+    "delete",
+    "Delete adapters from the model, all of those named or none.",
+    argument("name", nargs="+", metavar="NAME", completes="adapter", help="the adapters"),
+    ON_MODEL,
+    example="%lora delete sql",
+)
 
 
 @subcommand(

@@ -62,7 +62,7 @@ class AutoPeftModel:
         Raises:
             CheckpointError: the adapter does not name its base model, or the base model cannot be loaded.
         """
-        source = str(pretrained_model_name_or_path)
+        source = checkpoint.expanded(pretrained_model_name_or_path)
         options = {key: kwargs[key] for key in _CHECKPOINT_OPTIONS if key in kwargs}
         saved = config or checkpoint.read_config(source, revision=revision, **options)
         base_name = saved.base_model_name_or_path

@@ -82,6 +82,7 @@ def inject(
     empty: bool,
     state_dict: Mapping[str, Tensor] | None,
     replace: bool = False,
+    activate: bool = True,
 ) -> None:
     """Adds an adapter and activates it; see ``inject_adapter_in_model``.
 
@@ -92,14 +93,17 @@ def inject(
         empty: leave the parameters on the meta device.
         state_dict: its keys select the modules to adapt; None for the config's targets.
         replace: replace an existing adapter with the same name.
+        activate: False leaves the active adapters as they are.
     """
     plan = manager.plan(config) if state_dict is None else _plan_for_keys(manager, config, state_dict)
     trainable, draws = not config.inference_mode, draws_of_empty(empty)
     put = manager.prepare(name, plan, trainable=trainable, half=True, replace=replace, training=True, draws=draws)
-    put_active(manager, put, name, empty=empty)
+    put_active(manager, put, name, empty=empty, activate=activate)
 
 
-def put_active(manager: AdapterManager, put: Callable[[], object], name: str, *, empty: bool) -> None:
+def put_active(
+    manager: AdapterManager, put: Callable[[], object], name: str, *, empty: bool, activate: bool = True
+) -> None:
     """Adds a prepared adapter to the model and activates it.
 
     Args:
@@ -107,11 +111,12 @@ def put_active(manager: AdapterManager, put: Callable[[], object], name: str, *,
         put: result of ``manager.prepare``; adds the adapter.
         name: name of the adapter.
         empty: leave the parameters on the meta device.
+        activate: False leaves the active adapters as they are.
     """
     with manager.transaction():
         put()
         AdapterManager.attach(manager.model, manager)
-        if manager.active != (name,):
+        if activate and manager.active != (name,):
             manager.activate(name)
         if empty:
             drop_values(manager, name)

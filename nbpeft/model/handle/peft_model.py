@@ -196,8 +196,12 @@ class PeftModel(ShowsPrompts, PushesToHub):
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
-        """Adapter name -> config."""
+        """Adapter name -> config; a dictionary with the same names can be assigned."""
         return self.manager.configs
+
+    @peft_config.setter
+    def peft_config(self, configs: Mapping[str, AdapterConfig]) -> None:
+        self._tuner.peft_config = configs
 
     @property
     def peft_type(self) -> Any:

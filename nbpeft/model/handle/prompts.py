@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
@@ -13,12 +13,13 @@ from nbpeft.engine.calls.model_calls import cache_of, prompt_of
 from nbpeft.engine.calls.prompts_by_hand import note_requested, put_in_here
 from nbpeft.engine.changes.called_modules import outside
 from nbpeft.engine.changes.transaction import Transaction
+from nbpeft.engine.config.adapter_names import unknown_adapter
 from nbpeft.engine.contract.model_adapter import ModelAdapter, learns_prompt
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import MANAGER, embedding_of, frozen_module, walk
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, with_article
 from nbpeft.model.saving.files import file_tensors
 
 _LISTED = ModelAdapter.peft.shown_as
@@ -170,7 +171,56 @@ def _encoders(manager: AdapterManager) -> nn.ModuleDict:
     }
     if not found:
         raise AttributeError("no adapter of this model is of a prompt method, so there is no prompt_encoder")
-    return nn.ModuleDict(found)
+    return Encoders(found)
+
+
+class Encoders(nn.ModuleDict):
+    """Learned prompts by adapter name; one that is assigned takes the place of the trained one."""
+
+    def __init__(self, encoders: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._modules.update(encoders)
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        """Gives an adapter the parameters of another encoder of the same kind.
+
+        Args:
+            name: name of the adapter.
+            module: the encoder, whose parameters are the adapter's from now on.
+
+        Raises:
+            UnknownAdapterError: no learned prompt has this name.
+            AdapterError: the encoder is of another class, or its parameters have other shapes.
+        """
+        if name not in self._modules:
+            raise unknown_adapter(name, [*self])
+        encoder = self[name]
+        if type(module) is not type(encoder):
+            raise AdapterError(
+                f"the prompt encoder of {name!r} is a {type(encoder).__name__}: {with_article(module)} would not be "
+                "called. To compute the prompt otherwise, derive a PeftModel class with get_prompt()"
+            )
+        given, own = dict(module.named_parameters()), dict(encoder.named_parameters())
+        shapes, expected = ({path: tuple(one.shape) for path, one in all_.items()} for all_ in (given, own))
+        if shapes != expected:
+            raise AdapterError(f"the prompt encoder of {name!r} has parameters {expected}, the assigned one {shapes}")
+        for path, parameter in given.items():
+            owner, _, last = path.rpartition(".")
+            setattr(encoder.get_submodule(owner), last, parameter)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_modules", {}):
+            self[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        """Refuses.
+
+        Raises:
+            AdapterError: always.
+        """
+        raise AdapterError(f"the prompt of adapter {name!r} cannot be taken out alone: use delete_adapter({name!r})")
 
 
 def _config(manager: AdapterManager, name: str) -> Any:

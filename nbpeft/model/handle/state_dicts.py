@@ -341,7 +341,7 @@ def load_peft_weights(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    saved = checkpoint.read_checkpoint(str(model_id), device=device, **hub).unread.unchanged()
+    saved = checkpoint.read_checkpoint(model_id, device=device, **hub).unread.unchanged()
     return checkpoint.remapped(saved.read(), key_mapping)
 
 

@@ -31,6 +31,7 @@ from nbpeft.model.combine.conversion import can_convert
 from nbpeft.model.handle.injection import inject, inject_adapter_in_model
 from nbpeft.model.handle.listed_modules import list_parts
 from nbpeft.model.handle.tuner_type import TunerType, check_overrides
+from nbpeft.model.saving.given_configs import replace_configs
 from nbpeft.peft_layers.classes import layer_type, refuse_pickle_of_peft
 from nbpeft.peft_layers.shared_tensors import shared_by_name
 
@@ -172,8 +173,13 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """Adapter name -> config."""
+        """Adapter name -> config; a dictionary with the same names can be assigned."""
         return self.manager.configs
+
+    @peft_config.setter
+    def peft_config(self, configs: Mapping[str, AdapterConfig]) -> None:
+        self.check_live()
+        replace_configs(self.manager, configs)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -210,7 +216,7 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Initializes an existing adapter again from its config, and activates it.
+        """Initializes an adapter from its config in ``peft_config``; does not activate it.
 
         Args:
             model: accepted for compatibility with PEFT and ignored; it is the tuner's base model.
@@ -226,7 +232,8 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
         with self.manager.reading():
             self.manager.require(adapter_name)
             config = self.manager.configs[adapter_name]
-        inject(self.manager, config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict, replace=True)
+        options: dict[str, Any] = {"state_dict": state_dict, "replace": True, "activate": False}
+        inject(self.manager, config, adapter_name, empty=low_cpu_mem_usage, **options)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         """Returns paths of the modules that share the input embedding's weight; called by other libraries."""

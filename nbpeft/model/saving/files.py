@@ -112,7 +112,7 @@ def save(
         AdapterExistsError: a folder has another adapter, and ``replace`` is False.
         CheckpointError: the folder's name is empty, which would be the working directory.
     """
-    if not os.fspath(folder):
+    if not checkpoint.expanded(folder):
         raise CheckpointError("the name of the folder is empty: pass '.' for the working directory")
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)

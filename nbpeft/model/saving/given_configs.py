@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from nbpeft.engine.changes.transaction import Transaction
@@ -16,6 +17,7 @@ from nbpeft.engine.contract.adapter import AdapterConfig, is_of_an_adapter
 from nbpeft.engine.contract.training_hooks import HasTrainingState
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import takes_part
+from nbpeft.errors import ConfigError, few, shown, with_article
 
 
 class _Filled(NamedTuple):
@@ -77,6 +79,31 @@ def take_given(
     change.on_undo(forget if former is None else functools.partial(_filled.__setitem__, key, former))
     _filled[key] = _Filled(weakref.ref(given, forget), before, filled, weakref.ref(manager))
     _put(manager, name, given, change)
+
+
+def replace_configs(manager: AdapterManager, configs: Mapping[str, AdapterConfig]) -> None:
+    """Replaces the config objects of all adapters, as scripts do by assigning ``peft_config``; changes no tensor.
+
+    Args:
+        manager: manager of the model.
+        configs: adapter name -> its new config, of the method it has.
+
+    Raises:
+        ConfigError: the names are not those of the adapters, or a config is of another method; nothing is changed.
+    """
+    if not isinstance(configs, Mapping) or configs.keys() != {*manager.names}:
+        given = f"one with {few(list(map(str, configs))) or 'none'}" if isinstance(configs, Mapping) else shown(configs)
+        raise ConfigError(
+            f"peft_config must be a dictionary with a config for {few(manager.names)}, not {given}: add_adapter() and "
+            "delete_adapter() change which adapters there are"
+        )
+    with manager.transaction() as change:
+        for name, config in configs.items():
+            kind = manager.configs[name].peft_type
+            if not isinstance(config, AdapterConfig) or config.peft_type != kind:
+                what = config.peft_type.value if isinstance(config, AdapterConfig) else with_article(config)
+                raise ConfigError(f"adapter {name!r} is of type {kind.value}: its config cannot be {what}")
+            _put(manager, name, config, change)
 
 
 def _known(config: AdapterConfig) -> _Filled | None:

@@ -177,7 +177,7 @@ def _saved(
     if single is not None:
         paths = (path for path, _ in bare_modules(manager.model))
         return checkpoint.read_lora_file(single, paths, device), False
-    saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
+    saved = checkpoint.read_checkpoint(source, device=device, **hub)
     return saved, not hub and os.path.isdir(os.path.expanduser(source))
 
 

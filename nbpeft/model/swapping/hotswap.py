@@ -73,7 +73,7 @@ def hotswap_adapter(
     _refuse_misspelt(kwargs)
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
     with CollectionPaused():
-        saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
+        saved = checkpoint.read_checkpoint(model_name_or_path, device=torch_device or "cpu", **hub)
         form = checkpoint.prompt_format(saved.config)
         notes = (base_mismatch(manager, saved.metadata), checkpoint.other_classes(manager.model, form))
     config = kwargs.get("config") or saved.config

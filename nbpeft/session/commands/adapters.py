@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import HeldInterrupts
-from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointNotFoundError, UnknownAdapterError
+from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointNotFoundError, UnknownAdapterError, few
 from nbpeft.names import DEFAULT_ADAPTER
 from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.commands.planning import plan_or_reason
@@ -464,29 +464,37 @@ def _note_with_run(ctx: SessionContext, tracked: TrackedModel, saved: SavedAdapt
         place.store.mark_saved(run, saved.name, saved.folder)
 
 
-def delete(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
-    """Delete an adapter from the model; ``undo`` restores it.
+def delete(ctx: SessionContext, name: str | Sequence[str], *, model: ModelLike = None) -> CommandResult:
+    """Delete an adapter from the model, or several, all or none; ``undo`` restores them one by one.
 
     Args:
         ctx: context of the session.
-        name: name of the adapter.
+        name: name of the adapter, or several names.
         model: an adapted model.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
         MergeError: adapters are merged.
     """
-    tracked = ctx.models.get(model, command="delete")
-    with ctx.command(f"deleting {name!r}") as notes:
+    from nbpeft.engine.config.adapter_names import names_in
+
+    tracked, names = ctx.models.get(model, command="delete"), names_in(name)
+    described = few(names)
+    with ctx.command(f"deleting {described}") as notes:
         manager, before = tracked.manager, tracked.manager.active
-        undoable = Undoable(ctx, tracked, name, "deleted")
-        with undoable.change():
-            manager.remove(name)
-        if undoable.kept.unsaved:
-            notes.append("it was trained and not saved; session.undo() restores it")
-        if name in before and manager.active and set(manager.active) - set(before):
+        unsaved = [one for one in names if one in manager.unsaved]
+        with manager.transaction():
+            manager.require(*names)
+            for one in names:
+                with Undoable(ctx, tracked, one, "deleted").change():
+                    manager.remove(one)
+        if unsaved:
+            restored = "it was trained and not saved; session.undo() restores it"
+            several = f"not saved after training: {few(unsaved)}; each session.undo() restores one, the last first"
+            notes.append(several if len(names) > 1 else restored)
+        if {*names} & {*before} and manager.active and set(manager.active) - set(before):
             notes.append(f"{manager.active[0]!r} is active now")
-        return ctx.result(tracked, f"deleted {name!r}", notes)
+        return ctx.result(tracked, f"deleted {described}", notes)
 
 
 def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -> CommandResult:

@@ -54,6 +54,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout
 from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS
+from nbpeft.engine.methods.lora.variants.allocator_by_names import RankAllocator as AllocatorByNames
 from nbpeft.errors import ConfigError, few, shown
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
@@ -246,9 +247,9 @@ class RankAllocator(Allocator):
         """Measures the importance of each rank, and prunes ranks in the steps of the schedule."""
         config, last = self.config, self.config.last_allocation
         if step < last:
-            self._measure()
+            self.measure()
         if step == last or (config.tinit < step < last and step % config.deltaT == 0):
-            self._allocate(config.budget_at(step, len(self.adapters)))
+            self.prune(config.budget_at(step, len(self.adapters)))
         if step == last:
             self.importance.clear()
         if step > last:
@@ -290,7 +291,7 @@ class RankAllocator(Allocator):
         }
         return config.copy(rank_pattern=pattern), replace(weights, adapters={**weights.adapters, **whole})
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
         """Updates the moving averages of importance and uncertainty, for parameters with a gradient."""
         importance, config = self.importance, self.config
         for path, adapter in self.adapters.items():
@@ -310,7 +311,7 @@ class RankAllocator(Allocator):
         of_A, of_B, of_E = (mean * spread for mean, spread in measured)
         return of_A.mean(1) + of_B.mean(0) + of_E.view(-1)
 
-    def _allocate(self, budget: int) -> None:
+    def prune(self, budget: int) -> None:
         """Sets the least important entries of E to zero, so that at most ``budget`` are left in the model."""
         scores = {path: found for path in self.adapters if (found := self._scores(path)) is not None}
         if not scores:
@@ -341,8 +342,14 @@ def _trained_name(configs: Mapping[str, Any]) -> str:
     found = (name for name, one in configs.items() if isinstance(one, AdaLoraConfig) and not one.inference_mode)
     name = next(found, None)
     if name is None:
-        raise AttributeError("no AdaLoRA adapter is trained, so there is no trainable_adapter_name")
+        raise AttributeError("no AdaLoRA adapter is trained, so there are no trainable_adapter_name and rankallocator")
     return name
+
+
+def _allocator_of(manager: Any) -> AllocatorByNames:
+    """The allocator of that adapter, by PEFT's names; it has no others that could be set."""
+    name = _trained_name(manager.configs)
+    return AllocatorByNames(manager.model, manager.configs[name], name)
 
 
 def _distance(matrix: Tensor) -> Tensor:
@@ -386,7 +393,10 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         layer_prefix="SVD",
         constants=(_RANK,),
         model_functions={"update_and_allocate": update_and_allocate},
-        model_attributes={"trainable_adapter_name": lambda tuner: _trained_name(tuner.manager.configs)},
+        model_attributes={
+            "trainable_adapter_name": lambda tuner: _trained_name(tuner.manager.configs),
+            "rankallocator": lambda tuner: _allocator_of(tuner.manager),
+        },
         attributes={"r": "rank", "lora_alpha": "alpha"},
         mappings=(_A, _B, _E, "lora_embedding_A", "lora_embedding_B"),
         modules=("lora_dropout",),
