@@ -1,7 +1,7 @@
 """The modules behind the declared names of parameters: ``layer.core["default"].weight``, ``…core.default.weight``.
 
 An adapter owns its parameters. The modules here show them under the names of ``PeftNames``. They are created when code
-first iterates over an adapted layer's modules or accesses one, and then kept. Writing to them writes to the adapter,
+first iterates over an adapted layer's modules or accesses one, and stay. Writing to them writes to the adapter,
 also from ``load_state_dict``, ``torch.func.functional_call`` and FSDP.
 """
 
@@ -18,8 +18,7 @@ from nbpeft.engine.changes.called_modules import is_changed
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.capabilities import ShowsModules, inner_adapters_of, warn_not_called
-from nbpeft.engine.contract.model_adapter import HasSideNetwork
-from nbpeft.engine.contract.shared_state import SharedState, listed_name, state_of_all
+from nbpeft.engine.contract.shared_state import state_of_all
 from nbpeft.engine.kernels.live_parameters import LiveParameters, Slot
 from nbpeft.engine.views.layer_attributes import by_name
 from nbpeft.errors import AdapterError
@@ -182,66 +181,6 @@ class ShownParts(AdapterDict):
     def __init__(self) -> None:
         super().__init__()
         self.__dict__["_modules"] = _Parts()
-
-
-def shown_name(adapter: Adapter, own: str, name: str) -> str:
-    """Returns the name of a parameter below an adapted layer.
-
-    Args:
-        adapter: the adapter.
-        own: the adapter's name of the parameter.
-        name: name of the adapter.
-    """
-    listed, _, number = own.partition(".")
-    if listed in adapter.peft.lists:
-        return f"{listed}.{name}.{number}{'.weight' if listed in adapter.peft.wrapped else ''}"
-    if own in adapter.peft.grouped:
-        group, _, part = adapter.peft.grouped[own].partition(".")
-        return f"{group}.{name}.{part}"
-    inner = inner_adapters_of(adapter)
-    if listed in inner:
-        return shown_name(inner[listed], number, listed)
-    if "." in own:  # a parameter of a module inside the adapter
-        return f"{adapter.peft.shown_as}.{name}.{own}"
-    for wrapped in (own, own.removesuffix("_bias")):
-        if wrapped in adapter.peft.wrapped:
-            return f"{wrapped}.{name}.{adapter.peft.names_in_modules.get(own, 'weight') if wrapped == own else 'bias'}"
-    return ".".join(filter(None, (adapter.peft.container, own, name)))
-
-
-def name_on_model(network: HasSideNetwork, own: str, name: str) -> str:
-    """Returns the name of a parameter of a side network, whose modules are on the model or around its blocks.
-
-    Args:
-        network: the adapter.
-        own: the adapter's name of the parameter.
-        name: name of the adapter.
-
-    Returns:
-        The name below ``base_model`` or the base model, whichever has the module.
-    """
-    place = next((place for place in network.places if own.startswith(f"{place}.")), "")
-    part, _, rest = own.removeprefix(f"{place}.").partition(".")
-    return ".".join(filter(None, (place, part, name, rest)))
-
-
-def former_names(adapter: Adapter, name: str) -> dict[str, str]:
-    """Returns the names below an adapted layer that were others in nbpeft 0.2: former name -> present name.
-
-    Args:
-        adapter: the adapter.
-        name: name of the adapter.
-    """
-    peft, former = adapter.peft, dict[str, str]()
-    for own in adapter._parameters:
-        listed, _, number = own.partition(".")
-        if own in peft.grouped:
-            former[f"{own}.{name}"] = shown_name(adapter, own, name)
-        elif listed in peft.lists and listed in peft.wrapped:
-            former[f"{listed}_{number}.{name}"] = shown_name(adapter, own, name)
-    for state in shared_here({name: adapter}).values():
-        former |= {f"{peft.shown_as}.{name}.shared.{key}": listed_name(key, name) for key in state.state_dict()}
-    return former
 
 
 def _observing(register: Callable[..., Any]) -> Any:
@@ -499,12 +438,6 @@ def unnamed_parts(adapter: Adapter) -> dict[str, Any]:
     return {name: module for name, module in adapter._modules.items() if name not in inner and module is not shared}
 
 
-def shared_here(adapters: Mapping[str, Any]) -> dict[str, SharedState]:
-    """Adapter name -> the state that its layers share, for states that this layer has and that PEFT's layers list."""
-    states = {name: state_of_all(adapter) for name, adapter in adapters.items()}
-    return {name: one for name, one in states.items() if one and adapters[name]._modules.get("shared") is one}
-
-
 def put_part(adapter: Adapter, own: str, module: Any, shown: nn.Module, base: BaseLayer) -> nn.Module:
     """Replaces a part of an adapter by a module that other code assigns.
 
@@ -573,9 +506,9 @@ def _check_parameters(
 ) -> None:
     """Raises AdapterError unless the parameters of a module are those of an adapter's part."""
     mine = {id(parameter) for parameter in adapter.parameters()}
-    held = {name: id(parameter) in mine for name, parameter in module.named_parameters()}
-    other = next((name for name, is_mine in held.items() if not is_mine and name not in given), None)
-    missing = [] if any(held.values()) and not given else [name for name in slots if name not in given]
+    owned = {name: id(parameter) in mine for name, parameter in module.named_parameters()}
+    other = next((name for name, is_mine in owned.items() if not is_mine and name not in given), None)
+    missing = [] if any(owned.values()) and not given else [name for name in slots if name not in given]
     if other is not None or missing:
         wrong = f"has {other} too" if other is not None else f"has no {missing[0]}"
         expected = f"the parameters {' and '.join(slots)}" if slots else "no parameters"

@@ -25,10 +25,9 @@ from nbpeft.engine.views.part_modules import (
     ShownParts,
     new_leaf,
     own_module,
-    shared_here,
-    shown_name,
     unnamed_parts,
 )
+from nbpeft.engine.views.part_names import shared_here, shown_name
 
 
 def show_adapters(

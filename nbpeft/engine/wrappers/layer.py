@@ -32,7 +32,8 @@ from nbpeft.engine.contract.registry import Method, method_of_adapter, methods_o
 from nbpeft.engine.contract.shared_state import add_shared, take_shared
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.views.layer_attributes import attribute_by_name, by_name, function_by_name
-from nbpeft.engine.views.part_modules import AdapterDict, ParameterMapping, ShownParts, former_names
+from nbpeft.engine.views.part_modules import AdapterDict, ParameterMapping, ShownParts
+from nbpeft.engine.views.part_names import former_names
 from nbpeft.engine.views.shown_modules import show_adapters, shown_under, unfilled, use_shown
 from nbpeft.engine.views.shows_adapters import ShowsAdapters
 from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer

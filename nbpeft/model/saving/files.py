@@ -30,7 +30,7 @@ from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.shared_state import listed_name
 from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.engine.views.part_modules import name_on_model, shown_name
+from nbpeft.engine.views.part_names import name_on_model, shown_name
 from nbpeft.engine.wrappers.fake_quant import is_prepared_quantization_aware
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, few

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import nbpeft
 from nbpeft.engine.methods.vectors.ia3 import IA3Config
-from nbpeft.engine.views.part_modules import LiveParameters, shown_name
+from nbpeft.engine.views.part_modules import LiveParameters
+from nbpeft.engine.views.part_names import shown_name
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import StaleModelError
 from nbpeft.model import LoraConfig, LoraLayer, LoraModel, PeftModel, get_peft_model, inject_adapter_in_model
