@@ -139,7 +139,8 @@ def test_what_cannot_be_seen_is_not_removed(call: str, tmp_path: Path, monkeypat
         (aside.path / ASIDE / "folder").mkdir(parents=True)
         (aside.path / ASIDE / "folder" / "x").write_text("x")
         os.close(aside._lock or 0)
-        original, calls = getattr(os, call), []
+        original: Any = getattr(os, call)
+        calls: list[int] = []
 
         def failing(*args: Any, original: Any = original, calls: list[int] = calls, **kwargs: Any) -> Any:
             calls.append(1)

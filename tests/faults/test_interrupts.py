@@ -69,7 +69,7 @@ def test_a_run_interrupted_as_it_ends_has_ended() -> None:
         lines: list[int] = []
         with Run(tiny("dense"), 1):
             pass
-    own = {line for _, _, line in code.co_lines() if line != code.co_firstlineno}
+    own = {line for _, _, line in code.co_lines() if line is not None and line != code.co_firstlineno}
     for line in sorted(own.intersection(lines)):
         run = Run(tiny("dense"), 1)
         with pytest.raises(KeyboardInterrupt), interrupted_at((code.co_filename, line, 1)), run:
