@@ -6,6 +6,7 @@ import errno
 import os
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nbpeft.checkpoint import staging as staging_module
 from nbpeft.checkpoint.staging import (
     ASIDE,
     OLD,
+    STAGING_PREFIX,
     Staging,
     discard,
     make_folder,
@@ -36,6 +38,19 @@ def test_temporary_folders_of_the_dead_go_with_the_next_one(tmp_path: Path, monk
         with scratch_folder() as other:
             assert {path.name for path in tmp_path.iterdir()} == {living.name, other.name, "nbpeft-mine"}
     assert [path.name for path in tmp_path.iterdir()] == ["nbpeft-mine"]
+
+
+def test_temporary_folders_of_others_are_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    strange = tmp_path / f"{STAGING_PREFIX}{'0' * 32}"
+    strange.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with scratch_folder():
+            pass
+    assert strange.is_dir()
+    with pytest.warns(UserWarning, match="not one of yours"):
+        sweep(tmp_path)
 
 
 def test_no_temporary_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +139,8 @@ def test_what_cannot_be_seen_is_not_removed(call: str, tmp_path: Path, monkeypat
         (aside.path / ASIDE / "folder").mkdir(parents=True)
         (aside.path / ASIDE / "folder" / "x").write_text("x")
         os.close(aside._lock or 0)
-        original, calls = getattr(os, call), []
+        original: Any = getattr(os, call)
+        calls: list[int] = []
 
         def failing(*args: Any, original: Any = original, calls: list[int] = calls, **kwargs: Any) -> Any:
             calls.append(1)

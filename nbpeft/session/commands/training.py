@@ -249,6 +249,8 @@ def _recorded(
             notes.append(remove_former(ctx, tracked, plan))
             yield opened
     finally:
+        for run in made:
+            run.finish("stopped")  # an interruption may have come before it ended
         if learned():
             if plan.origin:
                 tracked.set_origin(plan.names, plan.origin)

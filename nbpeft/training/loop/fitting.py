@@ -17,7 +17,7 @@ from nbpeft.errors import ConfigError, NbpeftError
 from nbpeft.runs.store import RunPlace
 from nbpeft.training.adapters.adapted_model import trained_names
 from nbpeft.training.loop.grouping import group_rows, wants_groups
-from nbpeft.training.loop.late_evaluation import evaluate_late
+from nbpeft.training.loop.late_evaluation import late_evaluation
 from nbpeft.training.loop.packing import PackingCheck
 from nbpeft.training.loop.restoring import restoring
 from nbpeft.training.loop.rows import TrainingRows
@@ -135,7 +135,7 @@ def fit(
                 trainer.remove_callback(PrinterCallback)  # it prints each log entry, which the run displays
                 group_rows(trainer, wanted=wants_groups(fields))
                 callback = RunCallback(run)
-                evaluate_late(trainer, run)
+                block.enter_context(late_evaluation(trainer, run))
                 _connect(trainer, outer, inner)
                 # Guards first: they end a diverging training before other callbacks record or save its state.
                 guards = [item for item in inner if isinstance(item, DivergenceStop | SideBySideCallback)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from nbpeft.training.disk.checkpoints import read_errors
 from nbpeft.training.monitor.run import Run, StopRun
 
 
-def evaluate_late(trainer: Any, run: Run) -> None:
-    """Lets a resumed Trainer make the evaluation that was due at the step of its checkpoint, if it is not logged.
+@contextmanager
+def late_evaluation(trainer: Any, run: Run) -> Iterator[None]:
+    """A block in which a resumed Trainer makes the evaluation that was due at its step, if it is not logged.
 
     An evaluation draws random numbers, so it comes between those that the checkpoint restores and the next step.
 
@@ -33,6 +35,10 @@ def evaluate_late(trainer: Any, run: Run) -> None:
             raise StopRun(run, finished=True)
 
     trainer._load_rng_state = load_and_evaluate
+    try:
+        yield
+    finally:
+        del trainer._load_rng_state  # it references the Trainer, whose memory would not be freed at once
 
 
 def _is_owed(trainer: Any) -> bool:

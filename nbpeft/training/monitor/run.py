@@ -450,6 +450,14 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        with HeldInterrupts(to_the_end=True):  # one that comes now must not leave a run that never ends
+            stopped = self._end(error)
+        if self.interrupted:
+            raise TrainingInterrupted(f"{self.adapter or 'training'} {self.stop_message()}") from None
+        return stopped
+
+    def _end(self, error: BaseException | None) -> bool:
+        """Ends the run as its block ended; returns whether that was by Stop."""
         self.entered = False
         self.interrupted = isinstance(error, KeyboardInterrupt)
         stopped = isinstance(error, StopRun) and error.run is self
@@ -459,8 +467,6 @@ class Run:
             if error is not None:
                 release_frames(error)
             self.finish("stopped")
-            if self.interrupted:
-                raise TrainingInterrupted(f"{self.adapter or 'training'} {self.stop_message()}") from None
         elif error is None:
             self.finish("finished")
         else:
@@ -578,7 +584,7 @@ class Run:
     @property
     def learned(self) -> bool:
         """Whether the weights may be others than before this run."""
-        return self.steps_done > 0 or self.touched
+        return self.steps_done > 0 or (self.touched and self.kept_step is None)
 
     @property
     def cut_short(self) -> bool:

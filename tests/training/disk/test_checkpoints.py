@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from nbpeft.checkpoint import atomic
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.training import Collator, Trainer, train
-from nbpeft.training.disk.checkpoints import flaw_of
+from nbpeft.training.disk.checkpoints import drop_after, flaw_of, last_whole
 from tests.fuzz.corpus import STATES
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable, weights
@@ -137,6 +137,30 @@ def test_resuming_passes_over_what_is_broken(run: Path, cls: Any) -> None:
     with pytest.warns(UserWarning, match=told):
         resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 5 and flaw_of(run / "checkpoint-5") is None
+
+
+def test_a_link_to_a_checkpoint_is_passed_over_only_where_it_may_be_of_someone_else(run: Path) -> None:
+    (run / "checkpoint-6").rename(run / "elsewhere")
+    (run / "checkpoint-6").symlink_to(run / "elsewhere")
+    assert last_whole(run).name == "checkpoint-6"
+    with pytest.warns(UserWarning, match=r"skipped checkpoint-6 \(a link\)"):
+        assert last_whole(run, strict=True).name == "checkpoint-4"
+
+
+def test_the_states_after_a_step_are_dropped_if_an_earlier_one_is_left(run: Path) -> None:
+    drop_after(run, 6)
+    assert steps_in(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    drop_after(run, 4)
+    assert steps_in(run) == ["checkpoint-2", "checkpoint-4"]
+    drop_after(run, 1)
+    assert steps_in(run) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_link_in_a_checkpoint_of_someone_else_is_its_flaw(run: Path) -> None:
+    folder = run / "checkpoint-6"
+    (folder / "more.txt").symlink_to(folder / "trainer_state.json")
+    assert flaw_of(folder) is None
+    assert flaw_of(folder, strict=True) == "more.txt is a link"
 
 
 def test_resuming_from_the_last_whole_one_ends_as_an_unbroken_run(run: Path) -> None:
