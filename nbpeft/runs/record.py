@@ -286,4 +286,5 @@ def with_best_metrics(record: RunRecord, entries: Iterable[Mapping[str, Any]]) -
         name: value for entry in entries if entry.get("step") == record.best_step for name, value in entry.items()
     }
     best = {name: logged.get(f"eval_{name}", logged.get(name)) for name in record.metrics}
-    return replace(record, metrics={**record.metrics, **{name: float(v) for name, v in best.items() if _is_number(v)}})
+    metrics = {name: float(value) for name, value in best.items() if value is not None and _is_number(value)}
+    return replace(record, metrics={**record.metrics, **metrics})

@@ -91,6 +91,7 @@ def test_the_card_tells_what_is_known(hub: Hub, session: Session, trained: Any) 
 
 def test_the_card_has_the_scores_of_the_best_step_too(hub: Hub, session: Session, trained: Any) -> None:
     tracked = session.context.models.get("model")
+    assert tracked.training is not None
     curves = {"eval_history": ((1, 0.5), (2, 0.9)), "metric_history": {"exact": ((1, 0.75), (2, 0.25))}}
     last = {"eval_loss": 0.9, "eval_step": 2, "metrics": {"exact": 0.25}}
     for best, expected in ((1, [("evaluation loss", "0.5"), ("exact", "0.75")]), (2, [])):
