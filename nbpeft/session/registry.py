@@ -246,8 +246,8 @@ class TrackedModel:
         """Returns the model's current state."""
         now, trained = self.manager.configs, list(self.trained_steps.items())  # another thread may add one
         replaced = tuple(name for name, (config, *_) in trained if now.get(name, config) is not config)
-        known = {"memory": self.memory, "training": self.training, "replaced": replaced}
-        return self._snapshots.build(self.name, self.manager, **known)
+        snapshots = self._snapshots
+        return snapshots.build(self.name, self.manager, memory=self.memory, training=self.training, replaced=replaced)
 
     def measure(self) -> MemoryState:
         """Measures the memory in use."""
