@@ -17,7 +17,7 @@ GROUPED = "group_by_length"
 def wants_groups(fields: Mapping[str, Any]) -> bool:
     """Returns whether rows are grouped by length, which is the default unless a field of the arguments differs."""
     strategy = fields.get("train_sampling_strategy", GROUPED)
-    return getattr(strategy, "value", strategy) == GROUPED
+    return bool(getattr(strategy, "value", strategy) == GROUPED)
 
 
 def group_rows(trainer: Any, *, wanted: bool) -> None:
