@@ -72,14 +72,12 @@ class Architecture:
             del config.quantization_config
         maker: Any = self.model_class or _class_of(getattr(transformers, self.auto_class), config)
         if not in_main_thread() and maker is not None:
-            model: Any = _build_outside_main_thread(maker, config, dtype)
-        elif self.model_class is not None:
-            model = maker._from_config(config, dtype=dtype)
+            return _build_outside_main_thread(maker, config, dtype)
+        if self.model_class is not None:
+            model: nn.Module = maker._from_config(config, dtype=dtype)
         else:
             model = getattr(transformers, self.auto_class).from_config(config, dtype=dtype)
-        model.tie_weights()  # transformers 5.0 does not tie meta tensors
-        built: nn.Module = model
-        return built
+        return model
 
     @property
     def checkpoints(self) -> bool:

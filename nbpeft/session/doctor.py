@@ -27,7 +27,7 @@ class _Need:
 
 _NEEDS = (
     _Need("torch", "2.6"),
-    _Need("transformers", "5.0"),
+    _Need("transformers", "5.3"),
     _Need("safetensors", "0.4.4"),
     _Need("accelerate", "1.3", optional="training with transformers' Trainer"),
     _Need("bitsandbytes", "0.50", optional="4-bit and 8-bit models"),

@@ -683,7 +683,7 @@ def test_an_encoder_decoder_answers_as_alone(kind: str) -> None:
         ids = torch.tensor([TOKENIZER(ROWS[item.number]["prompt"])["input_ids"]])
         labels = torch.tensor([TOKENIZER(ROWS[item.number]["completion"])["input_ids"]])
         ends = [model.generation_config.eos_token_id, END]
-        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # transformers 5.0 assumes another mask
+        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # transformers 5.0 guesses another mask
         tokens = model.generate(**asked, max_new_tokens=6, do_sample=False, eos_token_id=ends)[0, 1:].tolist()
         answer = [token for n, token in enumerate(tokens) if not set(tokens[: n + 1]) & set(ends)]
         assert item.answers["sql"] == TOKENIZER.decode(answer)

@@ -42,10 +42,8 @@ def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
     if hasattr(config, "quantization_config"):
         raise ConfigError(f"the weights in {folder} are quantized: load the model and pass it instead of the folder")
     with torch.device("meta"):
-        model: Any = model_class(config)
-    model.tie_weights()  # transformers 5.0 does not tie meta tensors
-    built: nn.Module = model
-    return built
+        model: nn.Module = model_class(config)
+    return model
 
 
 class Weights(Protocol):

@@ -357,7 +357,7 @@ def _correct_best(trainer: Any, written: Path, place: Path, *, main: bool) -> No
 
 def _rotate(trainer: Any, home: Path) -> None:
     """Removes the oldest checkpoints above ``save_total_limit``, but neither the last nor the best one."""
-    if hasattr(trainer, "_rotate_checkpoints"):  # transformers 5.0 has it; in newer versions only subclasses may
+    if hasattr(trainer, "_rotate_checkpoints"):  # a subclass may have it
         trainer._rotate_checkpoints(use_mtime=True, output_dir=str(home))
         return
     limit = trainer.args.save_total_limit

@@ -29,7 +29,7 @@ _TAKEN_OVER = frozenset(
         *("activation_checkpointing", "activation_checkpointing_kwargs", "loss_chunk_size", "recompute"),
         *("torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config"),
         *("seed", "data_seed", "train_sampling_strategy", "length_column_name", "dataloader_drop_last"),
-        *("group_by_length", "dataloader_in_order", "dataloader_pin_memory", "fsdp", "fsdp_config"),
+        *("dataloader_in_order", "dataloader_pin_memory", "fsdp", "fsdp_config"),
         *("ignore_data_skip", "remove_unused_columns", "label_names", "include_num_input_tokens_seen"),
         *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"),
         *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),

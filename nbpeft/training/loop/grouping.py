@@ -12,19 +12,12 @@ from nbpeft.training.data import PackedRows
 from nbpeft.training.data.lengths import GroupedByLength, lengths_of
 
 GROUPED = "group_by_length"
-_OLDER_FIELD = "group_by_length"
-"""The corresponding field before transformers had ``train_sampling_strategy``."""
 
 
 def wants_groups(fields: Mapping[str, Any]) -> bool:
     """Returns whether rows are grouped by length, which is the default unless a field of the arguments differs."""
     strategy = fields.get("train_sampling_strategy", GROUPED)
-    return getattr(strategy, "value", strategy) == GROUPED and fields.get(_OLDER_FIELD, True) is True
-
-
-def asks_for_groups(fields: Mapping[str, Any]) -> bool:
-    """Returns whether a field says that rows are grouped by length."""
-    return any(name in fields for name in ("train_sampling_strategy", _OLDER_FIELD)) and wants_groups(fields)
+    return bool(getattr(strategy, "value", strategy) == GROUPED)
 
 
 def group_rows(trainer: Any, *, wanted: bool) -> None:

@@ -20,7 +20,7 @@ from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns, form_of
 from nbpeft.training.data.reading import are_judged, default_length, has_template
 from nbpeft.training.data.sources import first_row, is_stream
-from nbpeft.training.loop.grouping import GROUPED, asks_for_groups
+from nbpeft.training.loop.grouping import GROUPED
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal, is_of_texts
 from nbpeft.training.objectives.classification import metrics_for
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
@@ -142,7 +142,7 @@ def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]
     arguments, copies = request.arguments, objective.num_generations
     if is_stream(request.data):
         raise TrainingError(f"{objective.name} repeats prompts, but a stream yields each once: pass a list of rows")
-    if asks_for_groups(arguments):
+    if getattr(arguments.get("train_sampling_strategy"), "value", arguments.get("train_sampling_strategy")) == GROUPED:
         raise ConfigError(
             f"train_sampling_strategy={GROUPED!r} cannot be combined with {objective.name}, whose batches are "
             "completions of few prompts: use 'random' or 'sequential'",

@@ -70,8 +70,7 @@ class RolloutTrainer(ObjectiveTrainer):
             trainer = owner()
             return 0 if trainer is None else int(trainer.state.epoch or 0)
 
-        strategy = getattr(args, "train_sampling_strategy", "random")  # no field of transformers 5.0: rows are shuffled
-        shuffles = str(getattr(strategy, "value", strategy)) != "sequential"
+        shuffles = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)) != "sequential"
         seed = args.data_seed if args.data_seed is not None else args.seed
         copies = self.objective.num_generations
         rows: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -128,7 +128,8 @@ def test_tags_come_in_tables_and_datasets_under_any_name() -> None:
         assert list(read(data, columns=columns).train) == expected
     names = ["O", "B-PER", "I-PER"]  # in another order than the model's
     numbered = [{"tokens": row["tokens"], "tags": [names.index(tag) for tag in row["tags"]]} for row in ROWS]
-    kinds = {"tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(datasets.ClassLabel(names=names))}
+    listed = getattr(datasets, "List", datasets.Sequence)  # datasets 3 has no List
+    kinds = {"tokens": listed(datasets.Value("string")), "tags": listed(datasets.ClassLabel(names=names))}
     data = datasets.Dataset.from_list(numbered, features=datasets.Features(kinds))
     assert list(read(data).train) == expected
 

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from nbpeft.training import Trainer, train
 from nbpeft.training.data import TokenizedRows
 from nbpeft.training.data.lengths import GroupedByLength, lengths_of
-from nbpeft.training.loop.grouping import asks_for_groups, group_rows, wants_groups
+from nbpeft.training.loop.grouping import group_rows, wants_groups
 from tests.training.support import token_rows, trainable, weights
 
 GIVEN: dict[str, Any] = {"per_device_train_batch_size": 4, "learning_rate": 0.02, "seed": 5}
@@ -102,21 +102,7 @@ def test_a_field_switches_it_off() -> None:
     in_turn = batches_of(rows, num_train_epochs=1, train_sampling_strategy="sequential")
     assert [row for batch in in_turn for row in batch] == [row["input_ids"] for row in rows]
     assert wants_groups({}) and wants_groups({"train_sampling_strategy": "group_by_length"})
-    assert not wants_groups({"train_sampling_strategy": "random"}) and not wants_groups({"group_by_length": False})
-
-
-@pytest.mark.parametrize(
-    ("fields", "asks"),
-    [
-        ({}, False),
-        ({"train_sampling_strategy": "group_by_length"}, True),
-        ({"train_sampling_strategy": "random"}, False),
-        ({"group_by_length": True}, True),
-        ({"group_by_length": False}, False),
-    ],
-)
-def test_grouping_is_asked_for_by_the_field_of_either_version(fields: dict[str, Any], asks: bool) -> None:
-    assert asks_for_groups(fields) is asks
+    assert not wants_groups({"train_sampling_strategy": "random"})
 
 
 def test_a_trainer_with_an_order_of_its_own_keeps_it() -> None:
