@@ -419,16 +419,17 @@ def by_patterns(patterns: Mapping[str, str] | None) -> Rename:
         CheckpointError: an expression is invalid.
         ConfigTypeError: it is not a dictionary of texts.
     """
-    if not isinstance(patterns, Mapping | None) or not all(
+    given: Any = {} if patterns is None else patterns
+    if not isinstance(given, Mapping) or not all(
         isinstance(pattern, str | re.Pattern) and (isinstance(replacement, str) or callable(replacement))
-        for pattern, replacement in (patterns or {}).items()
+        for pattern, replacement in given.items()
     ):
         raise ConfigTypeError(
             f"key_mapping must be a dictionary of regular expressions and replacements, not {shown(patterns)}",
             field="key_mapping",
         )
     try:
-        compiled = [(re.compile(pattern), replacement) for pattern, replacement in (patterns or {}).items()]
+        compiled = [(re.compile(pattern), replacement) for pattern, replacement in given.items()]
     except re.error as error:
         raise CheckpointError(f"key_mapping has a bad regular expression {error.pattern!r}: {error.msg}") from None
 

@@ -386,3 +386,22 @@ def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in
 def torch_load(*args: Any, weights_only: bool = True, **kwargs: Any) -> Any:
     """Calls ``torch.load``, by default with ``weights_only=True``."""
     return torch.load(*args, weights_only=weights_only, **kwargs)
+
+
+def _insert_adapter_name_into_state_dict(
+    state_dict: Mapping[str, Tensor], adapter_name: str, parameter_prefix: str
+) -> dict[str, Tensor]:
+    """Returns the tensors of an adapter's file with the names that they have in a model.
+
+    Args:
+        state_dict: key in the file -> tensor.
+        adapter_name: name of the adapter.
+        parameter_prefix: prefix of the method's parameters, such as ``lora_``; keys without it stay.
+    """
+
+    def named(key: str) -> str:
+        before, _, after = key.partition(parameter_prefix)
+        part, *rest = after.split(".", 1)
+        return before + parameter_prefix + ".".join([part, adapter_name, *rest]) if parameter_prefix in key else key
+
+    return {named(key): tensor for key, tensor in state_dict.items()}

@@ -384,7 +384,10 @@ MODULES: dict[str, dict[str, str]] = {
     "utils.incremental_pca": {"inits": "IncrementalPCA"},
     "utils.save_and_load": {
         OWN: _STATE_DICTS,
-        "helpers": "_maybe_shard_state_dict_for_tp get_embedding_layer_name has_valid_embedding_base_layer torch_load",
+        "helpers": (
+            "_insert_adapter_name_into_state_dict _maybe_shard_state_dict_for_tp get_embedding_layer_name "
+            "has_valid_embedding_base_layer torch_load"
+        ),
     },
     "utils.transformers_weight_conversion": {
         "conversion": "build_peft_weight_mapping get_model_conversion_mapping",

@@ -18,7 +18,7 @@ Inside:
     copies.py       PEFT's attributes and methods of modules that are trained as a whole (``modules_to_save``)
     layer_types.py  Classes of adapted layers that are called as in PEFT: ``type(layer).__name__`` is ``Linear``
     layers.py       PEFT's attributes and methods of adapted layers: ``layer.scaling``, ``layer.merge()``
-    models.py       PEFT's attributes of adapted base models: ``model.peft_config``
+    models.py       PEFT's attributes of adapted base models (``model.peft_config``) and of AdaLoRA's allocator
     replaced.py     What scripts put on PEFT's layer classes: a ``forward`` is called, and what nothing calls is named
 """
 

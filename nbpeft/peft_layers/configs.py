@@ -40,7 +40,7 @@ class PeftConfigAttributes(AdapterConfig):
             model_id: a folder or a hub id.
             **hf_hub_download_kwargs: ``subfolder``, ``revision``, ….
         """
-        return str(AdapterConfig.from_pretrained(model_id, **hf_hub_download_kwargs).peft_type.value)
+        return str(PeftType(AdapterConfig.from_pretrained(model_id, **hf_hub_download_kwargs).peft_type).value)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:

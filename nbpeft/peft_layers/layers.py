@@ -74,7 +74,7 @@ class _Merged(list[str]):
 
     def pop(self, index: Any = -1) -> str:
         """Returns the only name and keeps the merged weight for good."""
-        name = self[index]
+        name: str = self[index]
         del self[index]
         return name
 

@@ -318,6 +318,10 @@ COMMANDS: dict[str, Command] = {
     "merge copies": Command(adapted, lambda s: s.model.merge_adapter(["whole"])),
     "merge rows": Command(adapted, lambda s: s.model.merge_adapter(["rows"], safe_merge=True)),
     "merge beside merged": Command(merged, lambda s: s.model.merge_adapter(["dora"])),
+    "keep merged": Command(merged, lambda s: s.model.base_model.model.first.merged_adapters.clear(), writes_base=True),
+    "assign configs": Command(
+        adapted, lambda s: setattr(s.model, "peft_config", copy.deepcopy(dict(s.model.peft_config)))
+    ),
     "unmerge": Command(merged, lambda s: s.model.unmerge_adapter()),
     "combine": Command(adapted, _combine("svd")),
     "combine cat": Command(adapted, _combine("cat")),
@@ -338,6 +342,7 @@ COMMANDS: dict[str, Command] = {
         merged, lambda s: s.model.merge_and_unload(adapter_names=["a", "b"]), unloads=True
     ),
     "session delete": Command(adapted, lambda s: session_of(s).delete("a")),
+    "session delete several": Command(adapted, lambda s: session_of(s).delete(["a", "rows", "b"])),
     "session reset": Command(adapted, lambda s: session_of(s).reset("a")),
     "session reset copies": Command(adapted, lambda s: session_of(s).reset("whole")),
     "session reconfigure": Command(adapted, lambda s: session_of(s).add("model", config(5), name="a")),

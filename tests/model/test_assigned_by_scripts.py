@@ -49,7 +49,7 @@ def test_so_can_that_of_a_prompt(library: Any) -> None:
         ({}, "must be a dictionary with a config for 'default', not one with none: add_adapter"),
         ({"other": nbpeft.LoraConfig()}, "not one with 'other'"),
         (nbpeft.LoraConfig(), r"not LoraConfig\("),
-        ({"default": nbpeft.IA3Config()}, "adapter 'default' is of type LORA: its config cannot be IA3"),
+        ({"default": nbpeft.IA3Config()}, "adapter 'default' has a LoraConfig: its config cannot be an IA3Config"),
         ({"default": 3}, "its config cannot be an int"),
     ],
 )

@@ -276,3 +276,29 @@ def test_what_a_randomized_svd_took_out_is_found_again(library: Any, tmp_path: P
     model.save_pretrained(tmp_path)
     again = logits(library.PeftModel.from_pretrained(llama(), tmp_path))
     assert torch.equal(again, expected) == (library is nbpeft)
+
+
+@pytest.mark.parametrize(
+    ("kind", "padded", "fields"),
+    [
+        ("PrefixTuningConfig", False, {}),
+        ("PromptEncoderConfig", True, {"encoder_hidden_size": 8}),
+    ],
+)
+def test_a_prompt_is_in_each_step_of_a_generation(kind: str, padded: bool, fields: dict[str, Any]) -> None:
+    settings = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", **fields}
+    model = get_peft_model(llama(), getattr(nbpeft, kind)(**settings)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.manager.parameters("default"):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    ids, mask = tokens(), torch.ones_like(tokens())
+    if padded:
+        mask[1, :2] = 0
+    given: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(input_ids=ids, attention_mask=mask, **given)
+    for _ in range(4):
+        with torch.no_grad():
+            chosen = model(input_ids=ids, attention_mask=mask).logits[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, chosen], 1), torch.cat([mask, torch.ones_like(chosen)], 1)
+    assert torch.equal(found, ids)

@@ -45,6 +45,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     ),
     "how PEFT makes prompts; the engine gives them their values and puts them into calls": (
         "peft*: *Embedding: no parameter word_embeddings",
+        "peft.tuners.adalora*: RankAllocator: no parameter peft_config",
         "peft*: PromptEmbedding: word_embeddings=None, not 'no default'",
         "peft*: AdaptedAttention: no parameter *",
         "peft*: AdaptionPromptModel: no parameter *",

@@ -51,6 +51,16 @@ def test_a_function_gives_what_pefts_gives(name: str, arguments: tuple[Any, ...]
     assert same([function(*arguments) for function in both("utils.other", name)])
 
 
+def test_names_of_adapters_are_put_into_keys() -> None:
+    keys = ["a.lora_A.weight", "a.lora_magnitude_vector", "lora_B.base.weight", "a.score.weight"]
+    tensors = {key: torch.tensor(place) for place, key in enumerate(keys)}
+    theirs, ours = (
+        function(tensors, "sql", "lora_")
+        for function in both("utils.save_and_load", "_insert_adapter_name_into_state_dict")
+    )
+    assert ours == theirs and "a.lora_A.sql.weight" in ours
+
+
 def test_a_transposed_parameter_stays_one() -> None:
     weight = nn.Parameter(torch.zeros(2, 3))
     assert all(type(function(weight, True)) is nn.Parameter for function in both("utils.other", "transpose"))

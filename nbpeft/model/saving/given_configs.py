@@ -99,10 +99,10 @@ def replace_configs(manager: AdapterManager, configs: Mapping[str, AdapterConfig
         )
     with manager.transaction() as change:
         for name, config in configs.items():
-            kind = manager.configs[name].peft_type
-            if not isinstance(config, AdapterConfig) or config.peft_type != kind:
-                what = config.peft_type.value if isinstance(config, AdapterConfig) else with_article(config)
-                raise ConfigError(f"adapter {name!r} is of type {kind.value}: its config cannot be {what}")
+            former = manager.configs[name]
+            if not isinstance(config, AdapterConfig) or config.peft_type != former.peft_type:
+                kind = type(former).__name__
+                raise ConfigError(f"adapter {name!r} has a {kind}: its config cannot be {with_article(config)}")
             _put(manager, name, config, change)
 
 

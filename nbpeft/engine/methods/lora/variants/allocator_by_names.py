@@ -18,31 +18,31 @@ class RankAllocator:
 
     Args:
         model: a model with the adapter.
-        peft_config: accepted for compatibility with PEFT and ignored; it is the adapter's.
+        config: accepted for compatibility with PEFT and ignored; it is the adapter's.
         adapter_name: name of the adapter.
     """
 
     __slots__ = ("_state", "adapter_name")  # other attributes cannot be set, which would have no effect
 
-    def __init__(self, model: nn.Module, peft_config: object, adapter_name: str) -> None:
+    def __init__(self, model: nn.Module, config: object, adapter_name: str) -> None:
         manager: Any = manager_of(model)
         self._state = manager.shared(adapter_name)
         self.adapter_name = adapter_name
 
     @property
-    def peft_config(self) -> Any:
+    def config(self) -> Any:
         """The config of the adapter."""
         return self._state.config
 
     @property
     def beta1(self) -> float:
         """Decay of the moving average of the importance."""
-        return float(self.peft_config.beta1)
+        return float(self.config.beta1)
 
     @property
     def beta2(self) -> float:
         """Decay of the moving average of its uncertainty."""
-        return float(self.peft_config.beta2)
+        return float(self.config.beta2)
 
     @property
     def name_set(self) -> list[str]:
@@ -57,7 +57,7 @@ class RankAllocator:
     @property
     def target_bgt(self) -> int:
         """Number of ranks that are left at the end."""
-        return int(self.peft_config.target_r) * len(self._state.adapters)
+        return int(self.config.target_r) * len(self._state.adapters)
 
     @property
     def exp_avg_ipt(self) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class RankAllocator:
 
     def set_total_step(self, total_step: int) -> None:
         """Sets the number of optimizer steps of the training."""
-        self.peft_config.total_step = total_step
+        self.config.total_step = total_step
 
     def reset_ipt(self) -> None:
         """Forgets the importance that was measured."""
@@ -88,7 +88,7 @@ class RankAllocator:
 
     def budget_schedule(self, step: int) -> tuple[int, bool]:
         """Returns the number of ranks that are left after a step, and whether ranks are pruned in it."""
-        config = self.peft_config
+        config = self.config
         if step <= config.tinit:
             return self.init_bgt, False
         if step > config.last_allocation:
@@ -117,7 +117,7 @@ class RankAllocator:
             Name of the singular values of a layer -> which of its ranks are left.
         """
         self._state.prune(budget)
-        left = {path: self.peft_config.ranks_left(path) for path in self._state.adapters}
+        left = {path: self.config.ranks_left(path) for path in self._state.adapters}
         return {f"{path}.{FACTORS[2]}.{self.adapter_name}": flags for path, flags in left.items() if flags is not None}
 
     def update_and_allocate(
@@ -133,7 +133,7 @@ class RankAllocator:
         Returns:
             The number of ranks of the schedule, and what ``mask_to_budget`` returns; None if nothing is pruned.
         """
-        if global_step < self.peft_config.last_allocation:
+        if global_step < self.config.last_allocation:
             self.update_ipt()
         budget, prunes = self.budget_schedule(global_step)
         return budget, self.mask_to_budget(model, budget) if prunes or force_mask else None
