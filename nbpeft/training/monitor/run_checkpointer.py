@@ -28,6 +28,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 
 from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.checkpoint import prompt_format
 from nbpeft.confidential import without_secrets
 from nbpeft.engine.changes.random_numbers import drawing_from, random_state
@@ -46,7 +47,6 @@ from nbpeft.training.disk.agreement import broadcast_from_rank0, is_distributed,
 from nbpeft.training.disk.checkpoints import drop_after, put_checkpoint
 from nbpeft.training.disk.kept_arguments import to_keep
 from nbpeft.training.disk.sharded_trainer import base_mark
-from nbpeft.training.monitor.failures import is_out_of_memory
 from nbpeft.training.monitor.run import Run
 
 SHARE = 0.015
