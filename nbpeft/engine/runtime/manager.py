@@ -590,10 +590,12 @@ class AdapterManager:
         self._publish_active()
 
     def _publish_active(self) -> None:
+        # If single layers were merged by hand, the others call the selected adapters, as in PEFT.
+        merged = () if self._merged and partly_merged(self.layers, self._merged) else self._merged
         for scope in self.active_state.scopes:
-            scope.active = self._with_scales(self._merged or scope.effective)
+            scope.active = self._with_scales(merged or scope.effective)
         selected = self._selected if self._enabled else ()
-        self.active_state.publish(self._with_scales(self._merged or self._parked or selected))
+        self.active_state.publish(self._with_scales(merged or self._parked or selected))
 
     def _with_scales(self, names: tuple[str, ...]) -> ActiveAdapters:
         return ActiveAdapters(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NO_ADAPTERS

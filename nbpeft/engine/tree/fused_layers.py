@@ -82,11 +82,9 @@ def _conversions(model: nn.Module) -> list[Any]:
     """transformers' conversions for loading older files of a model."""
     if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
         return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     loose: Any = model
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:  # before transformers 5 nothing is fused
-        return []
     return list(get_model_conversion_mapping(loose))
 
 

@@ -359,6 +359,19 @@ def test_a_layer_merges_and_unmerges_by_itself() -> None:
     assert torch.equal(layer.get_base_weight(), before) and not layer.merged
 
 
+def test_layers_that_are_not_merged_call_the_selected_adapters() -> None:
+    ours, theirs = pair("all", ("default", "other"))
+    ours.load_state_dict(theirs.state_dict())
+    layers = [model.base_model.model.first for model in (ours, theirs)]
+    before = ours(IDS)
+    for layer in layers:
+        layer.merge(adapter_names=["other"])
+    assert ours.active_adapters == ["default"] and not torch.equal(ours(IDS), before)
+    torch.testing.assert_close(ours(IDS), theirs(IDS))
+    layers[0].unmerge()
+    assert torch.equal(ours(IDS), before)
+
+
 def test_a_bias_that_would_not_stay_finite_is_not_merged() -> None:
     ours: Any = get_peft_model(Net(), IA3Config(target_modules=["first"], feedforward_modules=[]))
     layer = ours.base_model.model.first
