@@ -82,6 +82,7 @@ from .errors import MissingPackageError as MissingPackageError
 from .errors import NbpeftError as NbpeftError
 from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from .errors import NotSupportedError as NotSupportedError
+from .errors import PathTypeError as PathTypeError
 from .errors import PeftError as PeftError
 from .errors import PeftWarning as PeftWarning
 from .errors import StaleModelError as StaleModelError

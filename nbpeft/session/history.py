@@ -34,6 +34,7 @@ class PastAdapter:
         successor: config of the adapter that replaced it, for recognizing that; None if it was deleted.
         requested: its entry in ``TrackedModel.requested``.
         combination: its entry in ``TrackedModel.combinations``.
+        trained: its entry in ``TrackedModel.trained_steps``.
         in_place: whether its tensors were overwritten.
     """
 
@@ -42,6 +43,7 @@ class PastAdapter:
     successor: AdapterConfig | None
     requested: tuple[AdapterConfig, dict[str, Any]] | None
     combination: weakref.ref[Any] | None
+    trained: tuple[AdapterConfig, int, str] | None
     in_place: bool
 
 

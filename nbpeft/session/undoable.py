@@ -58,7 +58,8 @@ class Undoable:
         requested = tracked.requested.pop(name, None)
         combination = tracked.combinations.pop(name, None)
         successor = tracked.manager.configs.get(name)
-        past = PastAdapter(self.kept, self._did, successor, requested, combination, self._in_place)
+        trained = tracked.trained_steps.get(name)
+        past = PastAdapter(self.kept, self._did, successor, requested, combination, trained, self._in_place)
         ctx.history.add(tracked.manager, past, change)
 
 

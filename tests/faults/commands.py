@@ -275,9 +275,11 @@ def _sweep(stage: Stage) -> None:
 
 
 def called(stage: Stage) -> Any:
-    """What a call of the model returns; only a handle with adapters takes task ids."""
-    handle = stage.model if stage.call and stage.model is not None and stage.model.peft_config else None
-    return stage.base(IDS) if handle is None else handle(IDS, **stage.call)
+    """What a call of the model returns; only a handle with adapters that mix skills takes task ids."""
+    configs = stage.model.peft_config.values() if stage.call and stage.model is not None else ()
+    if any(isinstance(one, PolyConfig) for one in configs):
+        return stage.model(IDS, **stage.call)
+    return stage.base(IDS)
 
 
 def _combine(kind: str) -> Callable[[Stage], object]:
@@ -318,7 +320,7 @@ COMMANDS: dict[str, Command] = {
     "merge copies": Command(adapted, lambda s: s.model.merge_adapter(["whole"])),
     "merge rows": Command(adapted, lambda s: s.model.merge_adapter(["rows"], safe_merge=True)),
     "merge beside merged": Command(merged, lambda s: s.model.merge_adapter(["dora"])),
-    "keep merged": Command(merged, lambda s: s.model.base_model.model.first.merged_adapters.clear(), writes_base=True),
+    "keep merged": Command(merged, lambda s: s.base.first.merged_adapters.clear(), writes_base=True),
     "assign configs": Command(
         adapted, lambda s: setattr(s.model, "peft_config", copy.deepcopy(dict(s.model.peft_config)))
     ),

@@ -17,7 +17,7 @@ import pytest
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import BusyError, NbpeftError
 from tests.effort import TIER, drawn
-from tests.faults.commands import COMMANDS, IDS, Stage, adapted, run_quietly, session_of, twin
+from tests.faults.commands import COMMANDS, IDS, Stage, adapted, called, run_quietly, session_of, twin
 from tests.faults.harness import traced
 
 OTHERS: dict[str, Callable[[AdapterManager], object]] = {
@@ -106,7 +106,8 @@ def check_whole(stage: Stage) -> None:
     for name in manager.names:
         assert manager.weights(name).adapters or manager.weights(name).copies
         assert manager.parameters(name)
-    stage.model.eval()(IDS)
+    stage.model.eval()
+    called(stage)
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name in QUICK or TIER != "quick"])

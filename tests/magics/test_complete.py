@@ -34,7 +34,7 @@ def words(before: str) -> tuple[str, ...]:
         ("use sql --model ", ("model", "other")),
         ("combine sql=1 chat --as c --type ", ("exact", "mean")),
         ("combine sql=1 --as c --type ", ("exact",)),
-        ("delete sql ", ()),
+        ("delete sql ", ("chat", "support")),
         ("add ", ("model", "other")),
         ("add model r", ("r=", "rank_pattern=")),
         ("add model --name sql t", ("target_modules=",)),

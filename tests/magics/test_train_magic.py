@@ -206,7 +206,7 @@ def test_the_last_training_can_be_exported(ready: Notebook, tmp_path: Path) -> N
     assert "new weights" not in str(result)
     ready.do(CELL)
     again = str(ready.do(f"%lora export {script} --base {tmp_path} --replace"))
-    assert "the script starts from new weights, and the training here from those after step 3 of run sql-1" in again
+    assert "the script starts from new weights, and the training here from those after step 3 of run sql-" in again
 
 
 @pytest.mark.parametrize("line", ["%lora copy a twin", "%lora rename a twin"])

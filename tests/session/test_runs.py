@@ -1,15 +1,13 @@
-"""Runs of a session: broken off and resumed, started anew, listed, compared."""
+"""Runs of a session: broken off and resumed, started anew."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import torch
 from transformers import TrainerCallback
 
 from nbpeft.checkpoint.staging import ASIDE, STAGING_PREFIX, mark_of, staging_name
-from nbpeft.display.next_steps import next_steps
 from nbpeft.errors import (
     AdapterError,
     BaseMismatchError,
@@ -452,126 +449,6 @@ def test_the_place_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert session.train(model, rows(), **quick).state.folder == ""
     with pytest.raises(CheckpointNotFoundError, match="saving runs is disabled"):
         session.runs()
-
-
-def test_listing_sorting_and_comparing(tmp_path: Path) -> None:
-    session, model = adapted_session(tmp_path)
-    assert str(session.runs()) == f"there is no run in {tmp_path} yet"
-    for rate, steps in ((0.001, 4), (0.01, 2), (0.02, 3)):
-        session.train(
-            model, rows(), token_rows(4), restart=True, **ARGUMENTS | {"learning_rate": rate, "max_steps": steps}
-        )
-    names = [record.name for record in session.runs().records]
-    assert names == ["sql-3", "sql-2", "sql-1"]
-    assert [record.name for record in session.runs(sort="loss").records] == [
-        name for _, name in sorted((record.loss, record.name) for record in session.runs().records)
-    ]
-    assert [record.step for record in session.runs(sort="steps").records] == [4, 3, 2]
-    with pytest.raises(ConfigError, match=r"cannot be sorted by 'los'. Did you mean 'loss'"):
-        session.runs(sort="los")
-    compared = session.runs("sql-1", "sql-3")
-    assert compared.differing == {"learning_rate": (0.001, 0.02), "max_steps": (4, 3)}
-    assert [len(curve) for curve in compared.curves] == [4, 3] and all(compared.eval_curves)
-    page = compared._repr_html_()
-    assert page.count("<img") == 1 and "sql-1" in page and "learning_<wbr>rate" in page and "lora_" not in page
-    listed = session.runs()
-    table = listed._repr_html_()
-    assert table.count("<img") == 3 and len(listed.curves) == 3 and all(listed.curves)
-    assert {"Base model", "Method", "Rows"} <= set(re.findall(r">([^<>]+)</th>", table)) and "LoRA" in str(listed)
-    assert "peft_type" not in table + page
-    assert "<table" in table and "<script" not in table and "learning_rate 0.02" in table
-
-
-def test_the_step_of_the_best_loss_is_not_that_of_the_best_metric(tmp_path: Path) -> None:
-    session, model = adapted_session(tmp_path)
-    session.train(model, rows(), token_rows(4), **ARGUMENTS | {"max_steps": 2})
-    listed = session.runs()
-    (record,) = listed.records
-    assert f"at step {record.best_step}" in str(listed)
-    by_metric = {**record.settings, "metric_for_best_model": "exact"}
-    for changes in ({"settings": by_metric}, {"best_loss": None}):
-        assert "at step" not in str(replace(listed, records=(replace(record, **changes),)))
-
-
-@pytest.mark.parametrize("how", ["patience", "load_best_model_at_end"])
-def test_what_continues_from_the_best_weights_says_so(how: str, tmp_path: Path) -> None:
-    session, model = adapted_session(tmp_path)
-    given: dict[str, Any] = {"max_steps": 4, "learning_rate": 5.0, "stop_on_divergence": False, "eval_steps": 1}
-    given |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "out")}
-    given |= {"patience": 1} if how == "patience" else {how: True}
-    best = session.train(model, rows(), token_rows(4), **ARGUMENTS | given).state
-    assert best.restored_step == best.best_step == 1 < best.step
-    second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
-    assert "continues from the weights after step 1 of run sql-1" in str(second)
-
-
-def test_scores_are_those_of_the_best_step(tmp_path: Path) -> None:
-    session, model = adapted_session(tmp_path)
-    session.train(model, rows(), token_rows(4), **ARGUMENTS | {"max_steps": 4})
-    (folder,) = tmp_path.glob("sql-1")
-    facts = json.loads((folder / "run.json").read_text())
-    facts["settings"]["metric_for_best_model"] = "exact"
-    (folder / "run.json").write_text(json.dumps(facts | {"metrics": {"exact": 0.2, "other": 0.4}, "best_step": 2}))
-    with (folder / "curve.jsonl").open("a") as log:
-        log.writelines(json.dumps({"step": step, "eval_exact": value}) + "\n" for step, value in ((2, 0.9), (4, 0.2)))
-    listed = session.runs()
-    assert listed.records[0].metrics == {"exact": 0.9, "other": 0.4}
-    assert "exact 0.900 other 0.400 at step 2" in str(listed)
-    compared = str(session.runs("sql-1", "sql-1"))
-    assert re.search(r"exact at best step +0\.9", compared) and re.search(r"best step +2", compared)
-
-
-@pytest.mark.parametrize("change", ["swap", "reset", "load"])
-def test_weights_that_replace_those_of_a_training_are_not_told_as_its_own(change: str, tmp_path: Path) -> None:
-    session, model = adapted_session(tmp_path)
-    session.save(tmp_path / "saved", name="sql")
-    train = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state
-
-    def told() -> bool | None:
-        steps = next_steps(train, session.state, "model")
-        assert steps is not None
-        return steps.saved
-
-    assert told() is False
-    if change == "swap":
-        session.swap(tmp_path / "saved", into="sql", replace=True)
-    elif change == "reset":
-        session.reset("sql")
-    else:
-        session.load(tmp_path / "saved", name="sql", replace=True)
-    assert told() is None
-    session.undo()
-    assert told() is False
-
-
-def test_losses_of_different_objectives_are_said_to_be_different(tmp_path: Path) -> None:
-    session, model = adapted_session(tmp_path)
-    for _ in range(2):
-        session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
-    compared = session.runs("sql-1", "sql-2")
-    first, second = compared.records
-    words = "different objectives: their losses cannot be compared"
-    assert words not in str(compared) and words not in compared._repr_html_()
-    other = replace(compared, records=(first, replace(second, settings={**second.settings, "objective": "dpo"})))
-    assert words in str(other) and words in other._repr_html_()
-
-
-def test_the_table_as_a_dataframe(tmp_path: Path) -> None:
-    session, model = adapted_session(tmp_path)
-    session.train(model, rows(), **ARGUMENTS | {"max_steps": 2})
-    frame = session.runs().to_dataframe()
-    assert list(frame["name"]) == ["sql-1"] and list(frame["step"]) == [2] and list(frame["r"]) == [4]
-    assert {"status", "loss", "eval_loss", "best_loss", "seconds", "learning_rate", "lora_dropout"} <= set(frame)
-
-
-def test_renaming_and_deleting(tmp_path: Path) -> None:
-    session, model = adapted_session(tmp_path)
-    session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
-    assert str(session.rename_run("sql-1", "best")) == "renamed run sql-1 to best"
-    with pytest.raises(CheckpointNotFoundError, match=r"no run is called 'bes'.*Did you mean 'best'"):
-        session.delete_run("bes")
-    assert str(session.delete_run("best")) == "deleted run best"
-    assert session.runs().records == ()
 
 
 # What a run folder says that somebody else may have written

@@ -24,7 +24,8 @@ MISTAKES: dict[str, tuple[Callable[[Session], object], str]] = {
     "push": (lambda s: s.push(3), "push needs a repository as user/name, not 3"),  # type: ignore[arg-type]
     "save": (lambda s: s.save(3), "save needs a folder, not 3"),  # type: ignore[arg-type]
     "save-empty": (lambda s: s.save(""), "save needs a folder, not ''"),
-    "delete": (lambda s: s.delete(["orders"]), r"Adapter \['orders'\] not found"),  # type: ignore[arg-type]
+    "delete": (lambda s: s.delete(3), "expected the name of an adapter or a list of names, not 3"),  # type: ignore[arg-type]
+    "delete-none": (lambda s: s.delete([]), "nothing to delete: no adapter is named"),
     "merge": (lambda s: s.merge(3), "expected the name of an adapter or a list"),  # type: ignore[arg-type]
     "merge-none": (lambda s: s.merge([]), "nothing to merge into .*: no adapter is named"),
     "merge-to": (lambda s: s.merge("orders", to=3), "merge needs a folder, not 3"),  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft._util.interrupts import HeldInterrupts
 from nbpeft.engine.changes.random_numbers import Advance, skip_words
 from nbpeft.engine.contract.base import BaseLayer
 
@@ -167,7 +168,8 @@ class Draws:
         """
         if alike not in self._known:
             part = Draws(always=self.always)
-            with part.recording():
+            # If an interruption left a recording without end, adapters made later would be zeros.
+            with HeldInterrupts(), part.recording():
                 draw()
             self._known[alike] = part.steps
         for step in self._known[alike]:

@@ -20,7 +20,7 @@ from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import companions, method_of, resolve_layer_kind
 from nbpeft.engine.injection.build import build, commit, hook_in
 from nbpeft.engine.runtime.adapter_tensors import is_half
-from nbpeft.engine.runtime.merging import check_merge
+from nbpeft.engine.runtime.merging import check_merge, partly_merged
 from nbpeft.engine.tree.adapted_tree import AdaptedTree
 from nbpeft.engine.tree.model_tree import walk
 from nbpeft.engine.tree.tied_weights import check_single, layers_to_untie
@@ -266,8 +266,7 @@ class LayerCommands:
             untie = bool(layers_to_untie(manager.model, {"the layer": layer}, together))
             scales = [manager.scale(name) for name in together]
             layer.merge_into_base(together, scales, change, keep_frozen=True, untie=untie)
-            manager._merged = tuple(dict.fromkeys((*manager.merged, *together)))
-            manager._publish_active()
+            self._note_merged((*manager.merged, *together))
 
     def unmerge(self, layer: AdaptedLayer) -> None:
         """Restores the frozen weight of one layer, bit for bit.
@@ -299,8 +298,14 @@ class LayerCommands:
     def _merged_are_left(self) -> None:
         """Updates the names of the merged adapters after one layer has them no longer."""
         left = {name for other in self.manager.layers.values() for name in other.merged_names}
-        self.manager._merged = tuple(name for name in self.manager.merged if name in left)
-        self.manager._publish_active()
+        self._note_merged(name for name in self.manager.merged if name in left)
+
+    def _note_merged(self, names: Iterable[str]) -> None:
+        """Updates the names of the adapters that are merged on some layers."""
+        manager = self.manager
+        manager._merged = tuple(dict.fromkeys(names))
+        manager._partly_merged = bool(partly_merged(manager.layers, manager._merged))
+        manager._publish_active()
 
     def set_base_weight(self, layer: AdaptedLayer, weight: Tensor) -> None:
         """Overwrites the frozen weight of one layer, cast or quantized as the present weight.

@@ -48,7 +48,7 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
 from nbpeft.errors import AdapterError, BusyError, MergeError, StaleModelError
 
-_CHOICE = ("_selected", "_enabled", "_merged", "_parked", "_parked_layers", "frozen", "_scales")
+_CHOICE = ("_selected", "_enabled", "_merged", "_partly_merged", "_parked", "_parked_layers", "frozen", "_scales")
 """Attributes that say which adapters are active, and how; a failed command restores them."""
 
 
@@ -91,6 +91,7 @@ class AdapterManager:
         self._enabled = True
         self._scales: dict[str, float] = {}
         self._merged: tuple[str, ...] = ()
+        self._partly_merged = False
         self._parked: tuple[str, ...] = ()
         self._parked_layers: dict[str, tuple[str, ...]] = {}
         self._slots: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
@@ -591,7 +592,7 @@ class AdapterManager:
 
     def _publish_active(self) -> None:
         # If single layers were merged by hand, the others call the selected adapters, as in PEFT.
-        merged = () if self._merged and partly_merged(self.layers, self._merged) else self._merged
+        merged = () if self._partly_merged else self._merged
         for scope in self.active_state.scopes:
             scope.active = self._with_scales(merged or scope.effective)
         selected = self._selected if self._enabled else ()
@@ -654,7 +655,7 @@ class AdapterManager:
         self._keep_choice(change)
         layers = {path: layer for path, layer in self.layers.items() if path not in but}
         merge_additional(self.model, layers, self._merged, together, self.scale, change, safe=safe)
-        self._merged, self._enabled = together, True
+        self._merged, self._partly_merged, self._enabled = together, False, True
         self.refresh(self._selected, change)
 
     def _refuse_in_scopes(self, what: str) -> None:
@@ -670,7 +671,7 @@ class AdapterManager:
                 return
             self._keep_choice(change)
             unmerge_layers(self.layers.values(), change)
-            self._merged = self._parked = ()
+            self._merged, self._partly_merged, self._parked = (), False, ()
             self._publish_active()
 
     def unload(self, *, merge: bool, names: Sequence[str] | None = None, safe: bool = False) -> nn.Module:
@@ -703,7 +704,8 @@ class AdapterManager:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"removed": state.pop("moved_away", {}), **state})  # its name in nbpeft 0.2
+        former = {"removed": state.pop("moved_away", {}), "_partly_merged": False}  # of nbpeft 0.2
+        self.__dict__.update({**former, **state})
         self._transaction = Transaction(self.active_state, self._notify)
         self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
         watch(self)

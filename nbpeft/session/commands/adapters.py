@@ -207,7 +207,7 @@ def _reconfigure(
                 set_prompt_format(manager.configs[name], prompt_format(former))
                 manager.set_scale(name, kept.scale)
                 manager.unsaved |= {name} if kept.unsaved else set()
-    if stays:
+    if stays and steps[0]:
         tracked.trained_steps[name] = (manager.configs[name], *steps)
     notes.append(weights_message(stays=stays, unsaved=kept.unsaved))
 
@@ -479,6 +479,8 @@ def delete(ctx: SessionContext, name: str | Sequence[str], *, model: ModelLike =
     from nbpeft.engine.config.adapter_names import names_in
 
     tracked, names = ctx.models.get(model, command="delete"), names_in(name)
+    if not names:
+        raise AdapterError("nothing to delete: no adapter is named")
     described = few(names)
     with ctx.command(f"deleting {described}") as notes:
         manager, before = tracked.manager, tracked.manager.active

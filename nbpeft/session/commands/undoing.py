@@ -99,6 +99,9 @@ def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
             ctx.history.drop_last(manager, change)
             change.keep_attributes(tracked, "requested")
             change.keep(tracked.combinations)
+            change.keep(tracked.trained_steps)
+            if past.trained is not None:
+                tracked.trained_steps[name] = past.trained
             if past.requested is not None:
                 tracked.requested[name] = past.requested
             if past.combination is not None:

@@ -15,7 +15,7 @@ from nbpeft.errors import TrainingError, few
 GIVE_UP = 100
 """The number of bad rows at the start after which the others are not read any more."""
 _WHERE = re.compile(r"^Row \d+:? ")
-_VALUES = re.compile(r"\([^()]*\)|'[^']*'|\d+")
+_VALUES = re.compile(r"\([^()]*\)|(?!^)'[^']*'|\d+")
 _NAMED = 5
 SKIP = "Such rows are left out on request (skip_bad=…)."
 
@@ -37,7 +37,7 @@ def reason_of(error: TrainingError) -> str:
 
 
 def kind_of(reason: str) -> str:
-    """A reason without its numbers, quoted texts and what is in brackets, the same for similar rows."""
+    """A reason without its numbers, quoted texts (but a column it begins with) and brackets; alike for similar rows."""
     return _VALUES.sub("", reason)
 
 

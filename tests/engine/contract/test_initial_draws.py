@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import nbpeft
-from nbpeft.engine.contract.initial_draws import drawn, linear_, skip_linear
+from nbpeft.engine.contract.initial_draws import Draws, drawn, linear_, skip_linear
 from nbpeft.engine.contract.registry import methods
 from nbpeft.model import get_peft_model
+from tests.faults.test_interrupts import interrupted_at
 from tests.tiny_models import gpt2, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -173,3 +175,17 @@ def test_no_values_no_draws() -> None:
     with meta:
         made = drawn((3, 4), Tensor.normal_, torch.device("cpu"), torch.float32)
     assert not made.is_meta
+
+
+def test_an_interruption_leaves_no_recording() -> None:
+    """Adapters that are made later would be zeros."""
+
+    def draw() -> Tensor:
+        return drawn((2, 2), Tensor.uniform_, torch.device("cpu"), torch.float32)
+
+    recording: Any = Draws.recording
+    for code in (recording.__wrapped__.__code__, Draws.repeat.__code__):
+        for line in {line for _, _, line in code.co_lines() if line is not None}:
+            with contextlib.suppress(KeyboardInterrupt), interrupted_at((code.co_filename, line, 1)):
+                Draws(always=False).repeat("one", draw)
+            assert draw().any()

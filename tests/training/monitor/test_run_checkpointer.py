@@ -421,6 +421,7 @@ def test_a_death_at_any_moment_leaves_a_state_to_go_on_from(place: Path, often: 
     def run(where: Path, model: Any, **more: Any) -> None:
         train(model, token_rows(), run_dir=where, **QUICK | {"max_steps": 4} | more)
 
+    run(place / "first", trainable())  # the first run of a process makes more calls, which its forks do not repeat
     with after_call(0, die) as calls:
         run(place / "whole", trainable())
     for number in drawn(len(calls), full=24):
