@@ -72,9 +72,12 @@ class RunStore:
 
         Raises:
             CheckpointNotFoundError: there is none; the message suggests similar names.
-            CheckpointError: the folder of the runs cannot be read.
+            CheckpointError: the folder of the runs, or that of this one, cannot be read.
         """
-        names = {folder.name: folder for folder in self._folders(strict=True)}
+        unseen: dict[str, OSError] = {}
+        names = {folder.name: folder for folder in self._folders(unseen)}
+        if name in unseen:
+            raise CheckpointError(f"run {name!r} cannot be read: {unseen[name].strerror}")
         if name not in names:
             hint = did_you_mean(str(name), names) or (f" Runs: {', '.join(sorted(names)[:8])}." if names else "")
             raise CheckpointNotFoundError(f"no run is called {name!r:.60} in {shown(self.place)}.{hint}", name=name)
@@ -168,16 +171,31 @@ class RunStore:
             return False
         return True
 
-    def _folders(self, *, strict: bool = False) -> Iterator[RunFolder]:
+    def _folders(self, unseen: dict[str, OSError] | None = None) -> Iterator[RunFolder]:
+        """Yields the runs.
+
+        Args:
+            unseen: receives the errors of folders of which it cannot be told whether they are runs, by name.
+
+        Raises:
+            CheckpointError: the folder of the runs cannot be read; without ``unseen`` there are no runs then.
+        """
         try:
             names = sorted(name for name in os.listdir(self.place) if not name.startswith("."))
         except OSError as error:
-            if strict and not isinstance(error, FileNotFoundError | NotADirectoryError):
+            if unseen is not None and not isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise CheckpointError(f"{shown(self.place)} cannot be read: {error.strerror}") from None
             return
         for name in names:
-            if os.path.lexists(self.place / name / FACTS):
-                yield RunFolder(self.place / name)
+            try:
+                os.lstat(self.place / name / FACTS)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                if unseen is not None:
+                    unseen[name] = error
+                continue
+            yield RunFolder(self.place / name)
 
     def _make_place(self) -> None:
         if not self.place.is_dir():
