@@ -64,7 +64,7 @@ class Source:
 
         Raises:
             CheckpointNotFoundError: the name cannot be a path.
-        PathTypeError: it is neither a text nor a path.
+            PathTypeError: it is neither a text nor a path.
             CheckpointError: an option is unknown.
         """
         name = expanded(source)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -274,12 +275,8 @@ class LayerCommands:
         Raises:
             MergeError: the weight is shared with other layers that have merged adapters.
         """
-        manager = self.manager
-        with manager.transaction() as change:
-            check_single(layer, manager.layers)
-            manager._keep_choice(change)
+        with self._unmerging(layer) as change:
             layer.restore_base(change)
-            self._merged_are_left()
 
     def keep_merged(self, layer: AdaptedLayer) -> None:
         """Makes the merged weight of one layer its frozen weight, to which its adapters add their deltas again.
@@ -287,18 +284,20 @@ class LayerCommands:
         Raises:
             MergeError: the weight is shared with other layers that have merged adapters.
         """
+        with self._unmerging(layer) as change:
+            change.keep_attributes(layer, "merged_names", "_frozen")
+            layer.forget_frozen()
+
+    @contextmanager
+    def _unmerging(self, layer: AdaptedLayer) -> Iterator[Transaction]:
+        """A transaction after which one layer has no merged adapters."""
         manager = self.manager
         with manager.transaction() as change:
             check_single(layer, manager.layers)
             manager._keep_choice(change)
-            change.keep_attributes(layer, "merged_names", "_frozen")
-            layer.forget_frozen()
-            self._merged_are_left()
-
-    def _merged_are_left(self) -> None:
-        """Updates the names of the merged adapters after one layer has them no longer."""
-        left = {name for other in self.manager.layers.values() for name in other.merged_names}
-        self._note_merged(name for name in self.manager.merged if name in left)
+            yield change
+            left = {name for other in manager.layers.values() for name in other.merged_names}
+            self._note_merged(name for name in manager.merged if name in left)
 
     def _note_merged(self, names: Iterable[str]) -> None:
         """Updates the names of the adapters that are merged on some layers."""

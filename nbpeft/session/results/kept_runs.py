@@ -208,8 +208,8 @@ class RunsComparison(Result):
         from nbpeft.display.text import columns
 
         table = columns([("", *self._names()), *self._rows()])
-        told = [self._about_losses] if self._about_losses else []
-        return "\n".join((" · ".join(self._names()), table, *told, *self._why_unreadable()))
+        about_losses = [self._about_losses] if self._about_losses else []
+        return "\n".join((" · ".join(self._names()), table, *about_losses, *self._why_unreadable()))
 
     @property
     def _about_losses(self) -> str:
