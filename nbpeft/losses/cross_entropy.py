@@ -231,10 +231,10 @@ def _trained_tensors(head: Head, hidden: Tensor) -> list[Tensor]:
     trained rows of the embedding that it is tied to.
     """
     with torch.enable_grad():
-        root = head(hidden[:1].detach()).grad_fn
+        logits = head(hidden[:1].detach())  # kept: up to torch 2.11, the node of a Function ends with its tensor
     found: dict[int, Tensor] = {}
     seen: set[Any] = set()
-    waiting = [root]
+    waiting = [logits.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

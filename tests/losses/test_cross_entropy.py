@@ -89,6 +89,31 @@ def test_another_index_is_ignored_and_a_head_may_be_half_frozen():
     assert layer.weight.grad is None
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return 2 * logits
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_a_head_may_end_in_a_function_of_its_own():
+    layer = head()
+    hidden, targets = inputs()
+
+    def doubled(rows):
+        return Doubled.apply(layer(rows))
+
+    whole, expected = gradients(lambda: F.cross_entropy(doubled(hidden), targets), hidden, *layer.parameters())
+    loss, found = gradients(
+        lambda: chunked_cross_entropy(doubled, hidden, targets, chunk_size=5), hidden, *layer.parameters()
+    )
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(found, expected)
+
+
 def test_in_double_precision_gradients_are_exact():
     layer = head().double()
     hidden, targets = inputs(torch.float64)

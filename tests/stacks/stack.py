@@ -176,7 +176,7 @@ def environment(stack: str, *, with_torch: bool = False, fronts: bool = False) -
     bare = [*BARE, *((MODEL,) if fronts else ()), *((WITH_OLD_WIDGETS,) if pins else ())]
     day = time.strftime("%Y-%m-%d") if stack == "newest" else ""
     mark = hashlib.sha256(repr((sys.version, pins, asked, bare, with_torch, day)).encode()).hexdigest()[:10]
-    name = f"{stack}-fronts" if fronts else stack
+    name = "-".join([stack, *(["torch"] if with_torch else []), *(["fronts"] if fronts else [])])
     folder = ROOT / "artifacts" / "stacks" / f"{name}-{mark}"
     if (folder / "complete").exists():
         return Environment(folder)

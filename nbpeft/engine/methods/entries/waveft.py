@@ -145,9 +145,9 @@ _ANGLES = np.arange(4096) * (2 * np.pi / 4096)
 _DELAYS = np.exp(-1j * _ANGLES)
 
 
-def _flat_part(order: int) -> list[int]:
+def _flat_part(order: int) -> list[float]:
     """P(y) in ``|H|² = 2 (1 - y)^order P(y)``, y = sin²(ω / 2), lowest power first (Daubechies 1992, 6.1.12)."""
-    return [math.comb(order - 1 + power, power) for power in range(order)]
+    return [float(math.comb(order - 1 + power, power)) for power in range(order)]  # some exceed 64-bit integers
 
 
 def _from_factor(order: int, factor: NDArray[np.complex128]) -> NDArray[np.float64]:
