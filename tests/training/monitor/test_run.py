@@ -312,8 +312,8 @@ def test_memory_is_measured_now_and_then():
 
 
 def test_the_last_state_has_the_last_measurement_of_memory():
-    loop, clock, states = Loop(), Clock(), []
-    sizes = itertools.count(100)
+    loop, clock, sizes = Loop(), Clock(), itertools.count(100)
+    states: list[TrainState] = []
 
     def measure():
         return MemoryState("cpu", (MemoryPart("base weights", next(sizes)),), None, None)
@@ -322,7 +322,8 @@ def test_the_last_state_has_the_last_measurement_of_memory():
         for _ in range(10):
             clock.advance(0.1)
             run.step(loop.one())
-    assert states[-1].series["memory"][-1] == (10, states[-1].memory.parts[0].byte_count)
+    last = states[-1].memory
+    assert last is not None and states[-1].series["memory"][-1] == (10, last.parts[0].byte_count)
 
 
 def test_a_tick_moves_the_clock_and_nothing_else():
