@@ -40,6 +40,11 @@ _ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
 _MODEL = re.compile(r"\bmodel='([^']+)'")
 
 
+def _as_command(call: re.Match[str]) -> str:
+    """``session.unfreeze('sql', model='a')`` as ``%lora unfreeze sql --model a``."""
+    return f"%lora {call[1]} {call[2]}".replace("', model='", " --model ").replace("', '", " ").rstrip()
+
+
 def _as_option(columns: re.Match[str]) -> str:
     """``columns={'prompt': 'my question'}`` as ``--columns prompt="my question"``."""
     try:
@@ -116,7 +121,7 @@ def in_cell_spelling(said: Any, names: Mapping[str, str] | None = None) -> Any:
         for phrase, cell in _PHRASES.items():
             said = said.replace(phrase, cell)
         said = _UNFREEZE.sub(r"session.unfreeze(\1)", said)
-        said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".replace("', '", " ").rstrip(), said)
+        said = _CALL.sub(_as_command, said)
         said = _ROWS.sub(_with_rows, _COLUMNS.sub(_as_option, said))
         said = _MODEL.sub(_with_model, said)
         return _ARGUMENT.sub(_with_option, _with_options(said, names) if names else said)

@@ -122,6 +122,13 @@ class PanelOutput:
                 self._timer.cancel()
             self._send(again=False)
 
+    def flush(self) -> None:
+        """Sends a change now that waits for the shortest time between two updates."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._send(again=False)
+
     def _clear(self) -> None:
         for output in self._cleared:
             output.update(_EMPTY, raw=True)

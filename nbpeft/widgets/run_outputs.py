@@ -48,6 +48,9 @@ class RunOutput:
     def resend(self) -> None:
         """Sends the last state again."""
 
+    def flush(self) -> None:
+        """Sends the last state now if it waits for the shortest time between two updates."""
+
     def end(self) -> None:
         """Removes what only a running run needs; the last state stays, and further states may follow."""
 
@@ -85,6 +88,10 @@ class WidgetOutput(RunOutput):
         """Sends the widgets and the card that is saved again."""
         send_tree(self.root)
         self._output.resend()
+
+    def flush(self) -> None:
+        """Sends the card that is saved now if it waits for the shortest time between two updates."""
+        self._output.flush()
 
     def end(self) -> None:
         """Hides the buttons. An open page shows the card that is saved, so that the file has no view of a widget."""

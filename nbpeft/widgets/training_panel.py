@@ -244,6 +244,7 @@ class RunView:
             if following != self._next_steps:
                 self._next_steps = following
                 output.draw(train)
+                _after_cell(output.flush)  # a program that executes notebooks sees nothing that is sent later
         resender.drawn(self)
 
     def _end(self, train: TrainState) -> None:

@@ -23,6 +23,7 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
     [
         ("'a' is not active; session.use('a') switches to it", "'a' is not active; %lora use a switches to it"),
         ("they are off; session.on() enables them again", "they are off; %lora on enables them again"),
+        ("session.unfreeze('a', model='b') makes it trainable", "%lora unfreeze a --model b makes it trainable"),
         ("say which one is meant: model='a' or model='b'", "say which one is meant: --model a or --model b"),
         ("choose another name, or replace it (replace=…)", "choose another name, or replace it (--replace)"),
         ("rows (init_data=…)", "rows (--init-data)"),

@@ -423,9 +423,12 @@ def test_an_adapter_that_was_loaded_starts_from_the_seed(tmp_path: Path) -> None
     session.save(tmp_path / "saved")
     other = session_in(tmp_path / "runs")
     frozen = other.load(tmp_path / "saved", name="sql", model=llama(), variable="model")
+    first = frozen.model
     assert frozen.notes == ("it is frozen: session.unfreeze('sql') makes it trainable",)
     with pytest.raises(TrainingError, match=r"model.set_requires_grad\('sql'\) makes it trainable"):
-        other.train(frozen.model, rows(), **ARGUMENTS)
+        other.train(first, rows(), **ARGUMENTS)
+    second = other.load(tmp_path / "saved", name="sql", model=llama(), variable="second")
+    assert second.notes == ("it is frozen: session.unfreeze('sql', model='second') makes it trainable",)
     other = session_in(tmp_path / "runs")
     loaded = other.load(tmp_path / "saved", name="sql", model=llama(), variable="model", trainable=True).model
     histories = [

@@ -458,6 +458,33 @@ def test_a_click_shows_after_the_cell_of_a_training_in_the_background(session: A
         InteractiveShell.clear_instance()
 
 
+def test_what_changes_twice_in_a_cell_is_saved_as_it_is_at_its_end(
+    session: Any, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleted and undone, for example; a program that executes notebooks sees nothing that is sent after the cell."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    monkeypatch.setattr(run_outputs, "_INTERVAL", 600.0)
+    monkeypatch.setattr("nbpeft.widgets.panel_output._LONGEST", 600.0)
+    unsaved = adapter("orders", active=True, unsaved=True)
+
+    def delete_and_undo() -> None:
+        session.change("model", adapters=())
+        session.change("model", adapters=(unsaved,))
+
+    shell = InteractiveShell.instance()
+    try:
+        session.change("model", adapters=(unsaved,))
+        shown(session, "widgets")
+        simulate(session, steps=3, seconds=0)
+        shell.user_ns["delete_and_undo"] = delete_and_undo
+        shell.run_cell("delete_and_undo()", store_history=False)
+        assert "is not on the model" not in outputs[0].last["text/html"] and "not saved" in outputs[0].last["text/html"]
+        training_panel.close_views()
+    finally:
+        InteractiveShell.clear_instance()
+
+
 @pytest.mark.slow
 def test_a_thousand_runs_leave_nothing_behind(session: Any, outputs: list[Output]) -> None:
     """Neither objects, nor threads, nor functions that wait for the end of a cell."""

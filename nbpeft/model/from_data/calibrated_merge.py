@@ -47,11 +47,11 @@ class CalibratedMerge(AsDict):
 
     def __str__(self) -> str:
         path = max(self.lost, key=self.lost.__getitem__)
-        median, count = statistics.median(self.lost.values()), len(self.lost)
+        median, worst, count = statistics.median(self.lost.values()), self.lost[path], len(self.lost)
         return (
-            f"calibrated on {self.token_count:,} tokens: rounding loses {median:.0%} of what "
+            f"calibrated on {self.token_count:,} tokens: rounding loses {100 * median:.0f} % of what "
             f"{' and '.join(self.names)} adds to a layer's outputs (median of {count} layers), "
-            f"{self.lost[path]:.0%} at worst ({path})"
+            f"{100 * worst:.0f} % at worst ({path})"
         )
 
 

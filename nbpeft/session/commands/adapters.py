@@ -346,7 +346,8 @@ def load(
         def loaded(tracked: TrackedModel) -> LoadResult:
             state, more = tracked.state(), _notes_of_mode(tracked.manager, chosen)
             if chosen in tracked.manager.frozen:
-                more.append(f"it is frozen: session.unfreeze({chosen!r}) makes it trainable")
+                where = f", model={tracked.name!r}" if {*ctx.models.all()} - {tracked} else ""
+                more.append(f"it is frozen: session.unfreeze({chosen!r}{where}) makes it trainable")
             return LoadResult(
                 _reference(tracked), tracked.name, place, adapter_in(state, chosen), state, notes=(*notes, *more)
             )

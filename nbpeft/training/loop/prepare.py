@@ -43,7 +43,7 @@ class Preparation:
     def __str__(self) -> str:
         parts = ["base frozen"]
         if self.upcast_count:
-            parts.append(f"{self.upcast_count} tensors in float32 (+{self.extra_bytes / 2**20:,.1f} MiB)")
+            parts.append(f"{self.upcast_count} tensors in float32 (+{self.extra_bytes / 1e6:,.1f} MB)")
         if self.gradient_checkpointing:
             parts.append("gradient checkpointing on")
         return ", ".join(parts)
@@ -92,7 +92,7 @@ def prepare_model_for_kbit_training(
     if chosen == "peft" and done.extra_bytes:
         cause = "upcast='peft'" if upcast is not None else "the model is not quantized: preparing it"
         warnings.warn(
-            f"{cause} turned {done.upcast_count} tensors into float32: {done.extra_bytes / 2**20:,.1f} MiB more. "
+            f"{cause} turned {done.upcast_count} tensors into float32: {done.extra_bytes / 1e6:,.1f} MB more. "
             "upcast='norms' trains as well without.",
             stacklevel=2,
         )

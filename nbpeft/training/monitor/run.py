@@ -521,12 +521,12 @@ class Run:
             if not force and now - self._published_at < self.interval:
                 return
             self._published_at = now
+            self._measure_memory()
             self._collect()
             self._record.mark(self._stopwatch.elapsed)
             _, speed = self._record.pace(self._stopwatch.elapsed, overall=False)
             if speed is not None and not self._stopwatch.has_stopped:
                 self._record.trace("tokens/s", speed)
-            self._measure_memory()
             state = self._build()
         if self._publish_to is not None:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -60,7 +61,8 @@ def test_more_of_what_was_learned_is_left_than_by_the_nearest_level(bits: int, b
     assert distance(outputs(model), wanted) < better * plainly
     assert done.lost.keys() == model.manager.layers.keys() and 0 < min(done.lost.values()) < 1
     assert done.token_count == 4 * 8 * 24
-    assert "calibrated on 768 tokens: rounding loses" in str(done) and "of what default adds" in str(done)
+    told = r"calibrated on 768 tokens: rounding loses \d+ % of what default adds to .*, \d+ % at worst \(model\.layers"
+    assert re.match(told, str(done))
     merged = outputs(model)
     model.unmerge_adapter()
     assert all(map(torch.equal, stored(model), frozen)) and torch.equal(outputs(model), wanted)

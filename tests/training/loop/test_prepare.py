@@ -49,7 +49,7 @@ def test_norms_only_by_default(caplog):
     model = four_bit()
     with caplog.at_level(logging.INFO, logger="nbpeft.training"):
         assert prepare_model_for_kbit_training(model) is model
-    assert "base frozen, 5 tensors in float32" in caplog.text
+    assert "base frozen, 5 tensors in float32 (+0.0 MB)" in caplog.text
     assert not any(part.requires_grad for part in model.parameters())
     assert {name for name, dtype in dtypes(model).items() if dtype == torch.float32} == {
         name for name in dtypes(model) if "norm" in name
@@ -72,7 +72,7 @@ def test_norms_in_float32_hand_on_the_dtype_they_were_given():
 
 def test_peft_behaviour_is_an_option_and_says_what_it_costs():
     model, oracle = four_bit(), four_bit()
-    with pytest.warns(UserWarning, match=r"turned 7 tensors into float32: 0\.0 MiB more"):
+    with pytest.warns(UserWarning, match=r"turned 7 tensors into float32: 0\.0 MB more"):
         prepare_model_for_kbit_training(model, upcast="peft", use_gradient_checkpointing=False)
     peft.prepare_model_for_kbit_training(oracle, use_gradient_checkpointing=False)
     assert dtypes(model) == dtypes(oracle)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import signal
 import threading
@@ -14,7 +15,7 @@ from torch import nn
 
 from nbpeft.errors import TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
-from nbpeft.state import MemoryState, TrainState
+from nbpeft.state import MemoryPart, MemoryState, TrainState
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.record import Record
 from nbpeft.training.monitor.run import Run, track
@@ -308,6 +309,21 @@ def test_memory_is_measured_now_and_then():
             run.step(loop.one())
     assert 15 <= len(count) <= 22
     assert run.state.memory == MemoryState("cpu", (), None, None)
+
+
+def test_the_last_state_has_the_last_measurement_of_memory():
+    loop, clock, sizes = Loop(), Clock(), itertools.count(100)
+    states: list[TrainState] = []
+
+    def measure():
+        return MemoryState("cpu", (MemoryPart("base weights", next(sizes)),), None, None)
+
+    with track(loop.model, 10, clock=clock, memory=measure, publish=states.append) as run:
+        for _ in range(10):
+            clock.advance(0.1)
+            run.step(loop.one())
+    last = states[-1].memory
+    assert last is not None and states[-1].series["memory"][-1] == (10, last.parts[0].byte_count)
 
 
 def test_a_tick_moves_the_clock_and_nothing_else():
