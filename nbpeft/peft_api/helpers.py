@@ -360,7 +360,7 @@ def _find_mismatched_keys(
     """
     own = model.state_dict() if ignore_mismatched_sizes else {}
     removed = [
-        (key, tensor.shape, own[key].shape)
+        (key, tuple(tensor.shape), tuple(own[key].shape))
         for key, tensor in peft_model_state_dict.items()
         if key in own and own[key].shape != tensor.shape and not _holds_two_in_a_byte(own[key], tensor)
     ]
