@@ -338,6 +338,47 @@ def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     return modules_tied_to_embedding(model)
 
 
+def _set_layer_requires_grad(layer: nn.Module | Tensor, requires_grad: bool) -> None:
+    """Sets ``requires_grad`` of a tensor or of a module's parameters, except those that are computed."""
+    for tensor in [layer] if isinstance(layer, Tensor) else layer.parameters():
+        if tensor.is_leaf:
+            tensor.requires_grad_(requires_grad)
+
+
+def _find_mismatched_keys(
+    model: nn.Module, peft_model_state_dict: dict[str, Tensor], ignore_mismatched_sizes: bool = False
+) -> tuple[dict[str, Tensor], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
+    """Removes the tensors whose shapes differ from the model's from a dictionary, in place.
+
+    Args:
+        model: the model.
+        peft_model_state_dict: key in the model's state dict -> tensor.
+        ignore_mismatched_sizes: False to remove nothing.
+
+    Returns:
+        The dictionary, and key, shape and the model's shape of each removed tensor.
+    """
+    own = model.state_dict() if ignore_mismatched_sizes else {}
+    removed = [
+        (key, tuple(tensor.shape), tuple(own[key].shape))
+        for key, tensor in peft_model_state_dict.items()
+        if key in own and own[key].shape != tensor.shape and not _holds_two_in_a_byte(own[key], tensor)
+    ]
+    for key, _, _ in removed:
+        del peft_model_state_dict[key]
+    return peft_model_state_dict, removed
+
+
+def _holds_two_in_a_byte(stored: Tensor, tensor: Tensor) -> bool:
+    """Returns whether a stored tensor can be the 4-bit form of another one."""
+    return stored.ndim > 0 and stored.shape[-1] == 1 and stored.numel() * 2 == tensor.numel()
+
+
+def get_bnb_param_type(param: nn.Parameter) -> Any:
+    """Returns "4bit" or "8bit" for a parameter of bitsandbytes; False for any other."""
+    return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(param).__name__, False)
+
+
 def _is_valid_match(key: str, target_key: str) -> bool:
     """Returns whether a path equals a name or ends with it, in whole components."""
     return matches_segment_names(key, [target_key])

@@ -69,7 +69,7 @@ class PeftModules:
 
     def exec_module(self, module: ModuleType) -> None:
         """Makes a module resolve its names on first use."""
-        from nbpeft.peft_api.names import MODULES, names_in
+        from nbpeft.peft_api.names import MODULES, NOT_IN_ROOT, names_in
 
         place = module.__name__.partition(".")[2]
         own = sys.modules[_PACKAGE] if not place else None
@@ -83,7 +83,7 @@ class PeftModules:
 
         def find(name: str) -> Any:
             if name == "__all__":
-                return names()
+                return sorted({*names()} - {*NOT_IN_ROOT.split()}) if own else names()
             if name.startswith("__"):  # inspect looks these up in every module, even while torch is being imported
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             return getattr(own, name) if own and name in own.__all__ else attribute(module.__name__, name)

@@ -157,6 +157,19 @@ _METHOD_NAMES = " ".join(
 )
 
 
+NOT_IN_ROOT = (
+    "AdaptedAttention C3ALinear COMPATIBLE_TUNER_TYPES CordaConfig DeftLinear DeloraLinear DoraCaching "
+    "FourierFTLinear GloraLinear HRAConv2d HRALinear KappaTuneSelector LoraLayer MissLinear MixedModel "
+    "ModulesToSaveWrapper MontecloraTrainerMixin MultitaskPromptEmbedding PEFT_TYPE_TO_PREFIX_MAPPING SVDConv2d "
+    "SVDLinear SVDLinear4bit SVDLinear8bitLt SVDQuantLinear WaveFTLinear cast_adapter_dtype check_if_peft_model "
+    "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer delete_adapter "
+    "disable_input_dtype_casting hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap "
+    "preprocess_corda reduce_intruder_dimension rescale_adapter_scale set_adapter set_requires_grad "
+    "update_forward_signature update_generate_signature update_signature"
+)
+"""Names that ``from peft import *`` does not bring: PEFT has them in its submodules alone."""
+
+
 def _targets_of(package: str) -> str:
     """Returns the names of a method's table of targets and of its quantized layers."""
     return f"TRANSFORMERS_MODELS_TO_{package.replace('_', '').upper()}_TARGET_MODULES_MAPPING Linear4bit Linear8bitLt"
@@ -258,6 +271,7 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.corda": {OWN: "preprocess_corda", "inits": "CordaEigens"},
     "tuners.lora.eva": {
         OWN: "get_eva_state_dict initialize_lora_eva_weights",
+        "eva_hooks": "HashHook SVDHook",
         "inits": "forward_fn_dict prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling",
     },
     "tuners.lora.intruders": {OWN: "reduce_intruder_dimension"},
@@ -354,7 +368,7 @@ MODULES: dict[str, dict[str, str]] = {
         "helpers": "check_hotswap_configs_compatible",
     },
     "utils.integrations": {
-        "helpers": "check_deepspeed_zero3_enabled dequantize_module_weight",
+        "helpers": "check_deepspeed_zero3_enabled dequantize_module_weight get_bnb_param_type",
         "building_blocks": "init_empty_weights skip_init_on_device",
         "missing": "dequantize_bnb_weight gather_params_ctx get_layer_device_map map_cache_to_layer_device_map",
     },
@@ -369,7 +383,7 @@ MODULES: dict[str, dict[str, str]] = {
         "constants": f"{_CONSTANTS} {_OWN_TARGETS}",
         "layers": _WRAPPERS,
         "helpers": f"{_MODULE_FUNCTIONS} _get_module_names_tied_with_embedding _get_no_split_modules "
-        "fsdp_auto_wrap_policy get_pattern_key "
+        "_set_layer_requires_grad fsdp_auto_wrap_policy get_pattern_key "
         "match_target_against_key str_to_bool",
         "quantization": "resolve_quantization_backend",
         "missing": f"{_MISSING_UTILS} {_MISSING_TARGETS} {_PREFIX_POSTPROCESSING} {_STARCODER} "
@@ -385,8 +399,8 @@ MODULES: dict[str, dict[str, str]] = {
     "utils.save_and_load": {
         OWN: _STATE_DICTS,
         "helpers": (
-            "_insert_adapter_name_into_state_dict _maybe_shard_state_dict_for_tp get_embedding_layer_name "
-            "has_valid_embedding_base_layer torch_load"
+            "_find_mismatched_keys _insert_adapter_name_into_state_dict _maybe_shard_state_dict_for_tp "
+            "get_embedding_layer_name has_valid_embedding_base_layer torch_load"
         ),
     },
     "utils.transformers_weight_conversion": {

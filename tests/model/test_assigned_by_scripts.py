@@ -149,6 +149,28 @@ def test_a_prompt_that_a_script_makes_starts_as_peft_s() -> None:
         nbpeft.PromptEmbedding(model.peft_config["default"], nn.Linear(2, 2))
 
 
+MULTITASK = {"num_virtual_tokens": 3, "num_tasks": 2, "num_ranks": 2}
+CPT = {"cpt_token_ids": [5, 7, 9], "cpt_tokens_type_mask": [1, 2, 4]}
+
+
+@pytest.mark.parametrize(
+    ("package", "kind", "fields"),
+    [("multitask_prompt_tuning", "MultitaskPrompt", MULTITASK), ("cpt", "CPT", CPT)],
+)
+def test_so_do_the_other_kinds_and_they_can_be_called(package: str, kind: str, fields: dict[str, Any]) -> None:
+    found = []
+    for library in (peft, nbpeft):
+        room = importlib.import_module(f"{library.__name__}.tuners.{package}")
+        config = getattr(room, f"{kind}Config" if kind == "CPT" else f"{kind}TuningConfig")
+        model = library.get_peft_model(llama(), config(task_type="CAUSAL_LM", **fields))
+        torch.manual_seed(5)
+        encoder = getattr(room, f"{kind}Embedding")(model.peft_config["default"], model.word_embeddings)
+        ids = torch.arange(3).expand(2, -1)
+        of_tasks = () if kind == "CPT" else (torch.tensor([1, 0]),)
+        found.append({"drawn": torch.rand(1), "called": encoder(ids, *of_tasks), **encoder.state_dict()})
+    torch.testing.assert_close(*found)
+
+
 def test_an_encoder_that_would_not_be_called_is_refused() -> None:
     model = prompted(nbpeft, "PromptTuningConfig")
     before = logits(model)

@@ -261,7 +261,7 @@ def test_hooks_on_the_rows_of_a_prompt_run(library: Any) -> None:
 def test_an_encoder_that_needs_more_than_ids_says_so() -> None:
     config = nbpeft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=2, task_type="CAUSAL_LM")
     model = nbpeft.get_peft_model(llama(), config)
-    with pytest.raises(NotImplementedError, match=r"use get_prompt\(batch_size=…\)"):
+    with pytest.raises(nbpeft.AdapterError, match="task_ids cannot be None"):
         model.prompt_encoder["default"](torch.arange(3).unsqueeze(0))
 
 

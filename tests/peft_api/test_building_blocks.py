@@ -187,3 +187,45 @@ def test_half_precision_is_preconditioned_in_single() -> None:
         one.grad = torch.randn_like(one)
     preconditioner([tuple(pair)], reg=1e-4).step()
     assert all(one.grad is not None and one.grad.isfinite().all() and one.grad.dtype is torch.half for one in pair)
+
+
+def test_hooks_that_decompose_inputs() -> None:
+    found = []
+    for svd, hashed in both("tuners.lora.eva", "SVDHook", "HashHook"):
+        layer, options = nn.Linear(6, 2), {"name": "layer", "gather_distributed_inputs": False}
+        hooks = svd(n_components=3, sim_thresh=0.9, **options), hashed(**options)
+        for hook in hooks:
+            layer.register_forward_hook(hook)
+        generator = torch.Generator().manual_seed(2)
+        for rows in (2, 8, 8, 30):
+            layer(torch.randn(1, rows, 6, generator=generator) * torch.arange(6))
+        found.append((hooks[0].svd.components_, hooks[0].converged, hooks[1].hashed_inputs))
+        with pytest.raises(ValueError, match="sim_thresh"):
+            svd(n_components=3, sim_thresh=torch.ones(2), **options)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    assert found[0][1].tolist() == found[1][1].tolist() and found[0][2] == found[1][2] and len({*found[0][2]}) == 4
+
+
+def test_tensors_of_another_shape_are_taken_out() -> None:
+    model = nn.Linear(4, 2)
+    given = {"weight": torch.ones(3, 4), "bias": torch.ones(2), "other": torch.ones(1)}
+    for (take,) in both("utils.save_and_load", "_find_mismatched_keys"):
+        assert take(model, dict(given))[1] == []
+        left, removed = take(model, dict(given), ignore_mismatched_sizes=True)
+        assert [*left] == ["bias", "other"] and removed == [("weight", (3, 4), (2, 4))]
+        packed = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(6, 1))})  # two 4-bit values in a byte
+        assert take(packed, {"weight": torch.ones(3, 4)}, True)[1] == []
+
+
+def test_gradients_and_kinds_of_parameters() -> None:
+    for (set_requires_grad,) in both("utils.other", "_set_layer_requires_grad"):
+        layer, tensor = nn.Linear(2, 2), torch.ones(2)
+        set_requires_grad(layer, False)
+        set_requires_grad(tensor, True)
+        computed = tensor * 2
+        set_requires_grad(computed, False)
+        assert not any(one.requires_grad for one in layer.parameters())
+        assert tensor.requires_grad and computed.requires_grad
+    for (kind,) in both("utils.integrations", "get_bnb_param_type"):
+        made = [type(name, (nn.Parameter,), {})(torch.ones(1)) for name in ("Params4bit", "Int8Params", "Other")]
+        assert [kind(one) for one in made] == ["4bit", "8bit", False]

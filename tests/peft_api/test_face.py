@@ -44,9 +44,8 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.utils.merge_utils: * refuses",
     ),
     "how PEFT makes prompts; the engine gives them their values and puts them into calls": (
-        "peft*: *Embedding: no parameter word_embeddings",
         "peft.tuners.adalora*: RankAllocator: no parameter peft_config",
-        "peft*: PromptEmbedding: word_embeddings=None, not 'no default'",
+        "peft*: *Embedding: word_embeddings=None, not 'no default'",
         "peft*: AdaptedAttention: no parameter *",
         "peft*: AdaptionPromptModel: no parameter *",
         "peft*: *_model_postprocess_past_key_value refuses",

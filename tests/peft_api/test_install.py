@@ -240,7 +240,8 @@ def test_all_its_names_are_none_of_the_callers() -> None:
             from peft import *
             import peft
             assert {train, Trainer, Session} == {"the caller's"} and LoraConfig is nbpeft.LoraConfig
-            assert theirs <= set(peft.__all__) and not {"train", "Trainer", "ConfigError"} & {*peft.__all__, *dir(peft)}
+            assert theirs == set(peft.__all__) and not {"train", "Trainer", "ConfigError"} & {*peft.__all__, *dir(peft)}
+            assert "set_adapter" in dir(peft)
             assert peft.train is nbpeft.train
     """)
 

@@ -46,9 +46,9 @@ class TokenPrompt(ModelAdapter):
         super().__init__(config)
         self.token_count = config.num_virtual_tokens
         self.embedding = nn.Embedding(config.total_tokens, config.token_dim)
-        if word_embeddings is not None:
+        if word_embeddings is not None and not config.inference_mode:
             with torch.no_grad():
-                self.initialise(config, _base_of(word_embeddings))
+                self.initialise(config, base_of_embedding(word_embeddings))
 
     def initialise(self, config: Any, base: BaseLayer) -> None:
         tokens = self.initial_tokens(config, base)
@@ -85,7 +85,7 @@ class TokenPrompt(ModelAdapter):
         """The rows of its embedding."""
         return rows_of(self.embedding)
 
-    def tokens_at(self, ids: Tensor) -> Tensor:
+    def tokens_at(self, ids: Tensor, *task_ids: Tensor) -> Tensor:
         """Rows of its embedding, if these are the prompt."""
         own = type(self)
         if own.all_tokens is not TokenPrompt.all_tokens or own.input_tokens is not TokenPrompt.input_tokens:
@@ -99,7 +99,12 @@ class TokenPrompt(ModelAdapter):
         return self.all_tokens(base)[:, : self.token_count]
 
 
-def _base_of(embedding: nn.Module) -> BaseLayer:
+def base_of_embedding(embedding: nn.Module) -> BaseLayer:
+    """Returns the frozen layer of a model's input embedding, which may be adapted.
+
+    Raises:
+        ConfigError: it is no embedding.
+    """
     bare = frozen_module(embedding)
     kind, backend = resolve_layer_kind(bare), resolve_backend(bare)
     if kind is None or backend is None or not kind.takes_ids:
@@ -136,7 +141,7 @@ class EncodedPrompt(ModelAdapter):
         """The network's output, (1, tokens, features)."""
         raise NotImplementedError
 
-    def tokens_at(self, ids: Tensor) -> Tensor:
+    def tokens_at(self, ids: Tensor, *task_ids: Tensor) -> Tensor:
         """Rows of the network's output."""
         note_requested()
         return self.encoded()[0][ids]

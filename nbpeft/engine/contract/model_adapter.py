@@ -158,16 +158,17 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
         return made
 
     def forward(self, x: Tensor, base_output: Tensor | None = None, base: BaseLayer | None = None) -> Tensor:
-        """Zeros: nothing is added to the embedding's output. For ids of virtual tokens alone, ``tokens_at``."""
-        if base_output is None:
-            return self.tokens_at(x)
+        """Zeros: nothing is added to the embedding's output. Without a layer, as scripts call it, ``tokens_at``."""
+        if base is None or base_output is None:
+            return self.tokens_at(x) if base_output is None else self.tokens_at(x, base_output)
         return base_output.new_zeros(()).expand_as(base_output)
 
-    def tokens_at(self, ids: Tensor) -> Tensor:
+    def tokens_at(self, ids: Tensor, *task_ids: Tensor) -> Tensor:
         """Computes the vectors of virtual tokens, as scripts call PEFT's prompt encoders.
 
         Args:
             ids: int64, (rows, tokens).
+            *task_ids: the task of each row, int64, (rows,); only for prompts of several tasks.
 
         Returns:
             (rows, tokens, features).

@@ -8,13 +8,10 @@ Door, what other rooms import:
                          layers
     eva.py               EVA: A is initialized with the principal directions of a layer's inputs (Paischer et al.
                          2024)
+    eva_search.py        Incremental search for the input directions of EVA, and the ranks that follow from them
     loftq.py             ``replace_lora_weights_loftq``: adapters that compensate the quantization error, layer by
                          layer
     observing.py         Running a model to observe the inputs of its layers, and restoring its state afterwards
     start_from_rows.py   Data-dependent inits in one call: runs the data through a model and initializes an adapter
                          from the result
-
-Inside:
-
-    eva_search.py  Incremental search for the input directions of EVA, and the ranks that follow from them
 """

@@ -109,7 +109,17 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Ten
     return selected
 
 
-def _all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+def all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    """Returns all rows of a layer's input, (n, in).
+
+    Args:
+        layer_input: a tensor (..., in), or the layer's inputs of which it is the first.
+        model_input: ignored.
+        layer_name: name of the layer, for messages.
+
+    Raises:
+        TypeError: the input is no tensor.
+    """
     rows = _tensor_of(layer_input, layer_name)
     return rows.reshape(-1, rows.shape[-1])
 
@@ -418,8 +428,8 @@ def _functions(functions: Any, modules: Mapping[str, Any]) -> dict[str, LayerInp
         unknown = sorted(functions.keys() - modules.keys())
         if unknown:
             raise ConfigError(f"prepare_layer_inputs_fn names {few(unknown)}, which EVA does not initialize")
-        return {name: functions.get(name) or _all_rows for name in modules}
-    return dict.fromkeys(modules, functions or _all_rows)
+        return {name: functions.get(name) or all_rows for name in modules}
+    return dict.fromkeys(modules, functions or all_rows)
 
 
 class _Calls:

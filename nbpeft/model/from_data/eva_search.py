@@ -15,7 +15,7 @@ from nbpeft.engine.methods.lora.initialization.incremental_pca import Incrementa
 from nbpeft.errors import ConfigError, few
 from nbpeft.model.from_data.observing import input_hooks
 
-_SEED = 42
+SEED = 42
 """Seed of the randomized decompositions, the same as in PEFT."""
 
 LayerInputsFn = Callable[[Any, Any, str], Tensor]
@@ -78,7 +78,7 @@ class EvaSearch:
         if unseen:
             raise ConfigError(f"the model's call did not reach {few(unseen)}: exclude these layers")
         for name in self._sources:
-            options: dict[str, Any] = {"lowrank": True, "lowrank_seed": _SEED}
+            options: dict[str, Any] = {"lowrank": True, "lowrank_seed": SEED}
             self._pca[name] = IncrementalPCA(self._most[name], **options)
             self._settled[name] = torch.zeros(self._most[name], dtype=torch.bool)
         self._ranks = dict(self._most)
@@ -151,12 +151,12 @@ class EvaSearch:
     ) -> AbstractContextManager[None]:
         def see(name: str, args: tuple[Any, ...]) -> None:
             rows = self._functions[name](args, self.model_input, name)
-            take(name, _gathered(rows) if self._gather else rows)
+            take(name, gathered(rows) if self._gather else rows)
 
         return input_hooks(modules, see)
 
 
-def _gathered(rows: Tensor) -> Tensor:
+def gathered(rows: Tensor) -> Tensor:
     """Returns the rows of all processes, or the rows unchanged without ``torch.distributed``."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):

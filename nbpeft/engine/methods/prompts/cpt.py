@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_properties import has_encoder
+from nbpeft.engine.calls.prompts_by_hand import note_requested
 from nbpeft.engine.calls.token_prompt import TokenPrompt
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig, prompt_listing
 from nbpeft.engine.contract.adapter import TaskType
@@ -153,6 +154,10 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
 
     In training the projected changes are written back, so that the optimizer's next step starts from them.
 
+    Args:
+        config: the method's config.
+        word_embeddings: the model's input embedding, for the initial values of a prompt that a script makes itself.
+
     Attributes:
         embedding: (tokens, features), frozen.
         delta_embedding: (tokens, features).
@@ -162,8 +167,8 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
     frozen_parameters: ClassVar[tuple[str, ...]] = (_ROWS,)
     delta_embedding: nn.Embedding
 
-    def __init__(self, config: CPTConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: CPTConfig, word_embeddings: nn.Module | None = None) -> None:
+        super().__init__(config, word_embeddings)
         self.config: Any = config
         self.delta_embedding = nn.Embedding(config.total_tokens, int(config.token_dim or 0))
         nn.init.zeros_(self.delta_embedding.weight)
@@ -212,6 +217,11 @@ class CPTEmbedding(TokenPrompt, WeighsTokens):
 
     def input_tokens(self, base: BaseLayer) -> Tensor:
         return self.prompt().unsqueeze(0)
+
+    def tokens_at(self, ids: Tensor, *task_ids: Tensor) -> Tensor:
+        """Rows of the changed embeddings."""
+        note_requested()
+        return self.prompt()[ids]
 
     def learned(self, labels: Tensor, start: int, front: int, base: BaseLayer) -> tuple[Tensor, Tensor]:
         """Only tokens of outputs count, including those of the examples."""

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.calls.prompts_by_hand import note_requested
 from nbpeft.engine.calls.task_ids import TASK_IDS, checked_task_ids
-from nbpeft.engine.calls.token_prompt import TokenPrompt
+from nbpeft.engine.calls.token_prompt import TokenPrompt, base_of_embedding
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig, prompt_listing
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat
@@ -88,6 +89,10 @@ class MultitaskPromptTuningConfig(InitialisedPromptConfig):
 class MultitaskPromptEmbedding(TokenPrompt):
     """The prompt, and two factors for each task.
 
+    Args:
+        config: the method's config.
+        word_embeddings: the model's input embedding, for the initial values of a prompt that a script makes itself.
+
     Attributes:
         prefix_task_cols: (tasks, tokens, r).
         prefix_task_rows: (tasks, r, features).
@@ -97,12 +102,15 @@ class MultitaskPromptEmbedding(TokenPrompt):
     prefix_task_cols: nn.Parameter
     prefix_task_rows: nn.Parameter
 
-    def __init__(self, config: MultitaskPromptTuningConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: MultitaskPromptTuningConfig, word_embeddings: nn.Module | None = None) -> None:
+        super().__init__(config, None if config.of_a_source else word_embeddings)
         tasks, rank, width = int(config.num_tasks or 1), int(config.num_ranks or 1), int(config.token_dim or 0)
         self.decoder_token_count = self.token_count if config.num_transformer_submodules == 2 else 0
         self.prefix_task_cols = nn.Parameter(torch.empty(tasks, config.total_tokens, rank).normal_(0, 0.02))
         self.prefix_task_rows = nn.Parameter(torch.empty(tasks, rank, width).normal_(0, 0.02))
+        if config.of_a_source and word_embeddings is not None:
+            with torch.no_grad():
+                self.initialise(config, base_of_embedding(word_embeddings))
 
     def initialise(self, config: Any, base: BaseLayer) -> None:
         """Copies rows of the model's embedding, or a trained file."""
@@ -126,8 +134,19 @@ class MultitaskPromptEmbedding(TokenPrompt):
 
     def all_tokens(self, base: BaseLayer) -> Tensor:
         """The prompts (rows, tokens, features) of the tasks that the call names."""
-        ids = checked_task_ids(base.context, len(self.prefix_task_cols)).to(self.prefix_task_cols.device)
-        return self.embedding.weight * (self.prefix_task_cols[ids] @ self.prefix_task_rows[ids])
+        return self.embedding.weight * self._task_factors(base.context)
+
+    def tokens_at(self, ids: Tensor, *task_ids: Tensor) -> Tensor:
+        """Rows of its embedding, (rows, tokens), times the matrices of the tasks."""
+        factors = self._task_factors(*task_ids or (None,))
+        note_requested()
+        rows: Tensor = self.embedding(ids)
+        return rows * factors
+
+    def _task_factors(self, task_ids: Any) -> Tensor:
+        """The matrices of tasks, (rows, tokens, features)."""
+        ids = checked_task_ids(task_ids, len(self.prefix_task_cols)).to(self.prefix_task_cols.device)
+        return self.prefix_task_cols[ids] @ self.prefix_task_rows[ids]
 
     def decoder_tokens(self, base: BaseLayer) -> Tensor:
         return self.all_tokens(base)[:, self.token_count :]
