@@ -169,6 +169,8 @@ class Sample:
         base: answer of the base model.
         wanted: the wanted answer; empty if it is unknown.
         reward: its reward, if the training learns from rewards.
+        cut: whether the answer reached the limit of tokens.
+        base_cut: whether that of the base model did.
     """
 
     step: int
@@ -177,6 +179,8 @@ class Sample:
     base: str = ""
     wanted: str = ""
     reward: float | None = None
+    cut: bool = False
+    base_cut: bool = False
 
 
 MemberStatus = Literal["training", "finished", "stopped", "diverged"]

@@ -298,12 +298,18 @@ def _reward(train: TrainState) -> tuple[Figure, ...]:
 
 def _with_base(sample: Sample, adapter: str) -> Columns:
     mine = Box(adapter or "model", ((_answer(sample), False),), aside=f"step {sample.step:,}")
-    others = [Box(title, ((_cut(text), False),)) for title, text in (("wanted", sample.wanted), ("base", sample.base))]
+    texts = (("wanted", _cut(sample.wanted)), ("base", _cut(sample.base) + _ending(sample.base_cut)))
+    others = [Box(title, ((text, False),)) for title, text in texts]
     return Columns((*(box for box in others if box.text), mine))
 
 
 def _answer(sample: Sample) -> str:
-    return _cut(sample.answer) if sample.answer.strip() else "(nothing)"
+    return _cut(sample.answer) + _ending(sample.cut) if sample.answer.strip() else "(nothing)"
+
+
+def _ending(is_cut: bool) -> str:
+    """Returns what follows an answer that reached the limit of tokens."""
+    return " …" if is_cut else ""
 
 
 def _cut(text: str) -> str:

@@ -18,6 +18,7 @@ from nbpeft.magics.tokenize import quoted
 _PHRASES = {
     "session.add(model, config)": "a cell that begins with %%lora MODEL",
     "session.train trains": "%%lora_train trains",
+    "session.score(data=…)": "%lora score --data ROWS",
     "session.merge(to=…)": "%lora merge --to DIR",
     "session.merge(calibrate=…)": "%lora merge --calibrate ROWS",
     "with members={": "with the line members = {",

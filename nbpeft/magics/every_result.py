@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -49,6 +50,21 @@ def _shown(call: ast.expr) -> ast.Expr:
     return statement
 
 
+def _change_running_cell(transformer: _ShowEach) -> None:
+    """Changes the rest of the cell that loads the extension, which IPython has transformed already.
+
+    IPython compiles each statement when it is its turn. Where it keeps them is not part of its interface: if they are
+    not found, the results of this one cell are shown as IPython shows them.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_name != "run_ast_nodes":
+        frame = frame.f_back
+    statements = frame.f_locals.get("nodelist")
+    if isinstance(statements, list):
+        for old, new in zip(statements, transformer.visit(ast.Module([*statements], [])).body, strict=True):
+            vars(old).update(vars(new))
+
+
 def install(shell: Any, names: Collection[str]) -> Callable[[], None]:
     """Display the result of each of these magics, wherever it is in a cell.
 
@@ -61,6 +77,7 @@ def install(shell: Any, names: Collection[str]) -> Callable[[], None]:
     """
     transformer = _ShowEach(names)
     shell.ast_transformers.append(transformer)
+    _change_running_cell(transformer)
 
     def remove() -> None:
         shell.ast_transformers[:] = [item for item in shell.ast_transformers if item is not transformer]

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from nbpeft.errors import CellError, did_you_mean, near, with_article
 from nbpeft.magics.tokenize import Word, folder, own_names, reference, tokenize
+from nbpeft.session.fields import meant_field
 from nbpeft.session.handles import is_module
 
 _REQUIRED = "the following arguments are required: "
@@ -175,14 +176,15 @@ class LineParser(argparse.ArgumentParser):
             known = [flag[2:] for item in self.command.arguments for flag in item.flags if flag.startswith("--")]
             word = first.split("=")[0].lstrip("-")
             meant = [_MEANT[word]] if _MEANT.get(word) in known else near(word, known)
+            named_field = meant_field(self.command.fields, word)
             close = " or ".join(f"'--{name}'" for name in meant)
             hint = f" Did you mean {close}?" if close else ""
             if word in _COUNTS and any(item.completes == "data" for item in self.command.arguments):
                 hint = " Part of the rows is written with their name: train.csv[:4]"
             elif word in ("name", "adapter") and self._names_adapters():
                 hint = f" The adapter is named without an option: {self.prog} NAME"
-            elif self.command.fields and not close:
-                hint = f" A field is set without dashes: {word:.60}=…"
+            elif named_field or (self.command.fields and not close):
+                hint = f" A field is set without dashes: {named_field or word:.60}=…"
             raise CellError(f"{self.prog} has no option {first:.60}.{hint or self._usage}")
         raise CellError(f"{self.prog}: unexpected argument {first!r:.60}.{self._usage}")
 

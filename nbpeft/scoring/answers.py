@@ -15,7 +15,7 @@ from nbpeft.scoring.rows import ScoredRow
 from nbpeft.scoring.settings import Column, ScoreSettings, batches, in_parts, passes, serving_alone
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data.encoding import decoded
-from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, generate_tokens
+from nbpeft.training.watching.generation import GenerationRequest, PromptBatch, generate_tokens, whole_characters
 
 _USUAL_LIMIT = 256
 _MARGIN = 8
@@ -150,8 +150,8 @@ def _one_pass(
 
 def _answer(batch: PromptBatch, prompt: Sequence[int], tokens: list[int], limit: int, finite: bool) -> GivenAnswer:
     end = next((place for place, token in enumerate(tokens) if token in batch.ends), None)
-    text = decoded(batch.tokenizer, prompt, tokens[:end])
-    return GivenAnswer(text, cut=end is None and len(tokens) >= limit, finite=finite)
+    text, is_cut = decoded(batch.tokenizer, prompt, tokens[:end]), end is None and len(tokens) >= limit
+    return GivenAnswer(whole_characters(text) if is_cut else text, cut=is_cut, finite=finite)
 
 
 class _Choosing(LogitsProcessor):

@@ -281,7 +281,10 @@ def _check_model(model: nn.Module, inputs: ModelInputs, needs: set[Needs], token
     if inputs.classes is not None and needs != {"classes"}:
         raise ConfigError(f"{name} is a classifier: its metric is accuracy (metric='accuracy')")
     if inputs.classes is not None and inputs.classes.problem != SINGLE_LABEL:
-        raise ConfigError(f"accuracy needs one class for each row, and {name} is for {inputs.classes.problem}")
+        raise ConfigError(
+            f"accuracy needs one class for each row, and {name} is for {inputs.classes.problem}: evaluation rows of a "
+            "training (eval_data) report its loss and metrics"
+        )
     if "options" in needs and inputs.encoder_decoder:
         raise ConfigError(f"choice needs a decoder, and {name} has an encoder")
     if "answers" in needs and not hasattr(base_of(model), "generate"):

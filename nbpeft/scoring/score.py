@@ -104,9 +104,10 @@ def score(
         casefold: whether upper and lower case are ignored.
         pattern: regular expression for ``regex``; None takes that of each row.
         tolerance: relative tolerance of ``number``.
-        temperature: sampling temperature; None or 0 is greedy. A row is sampled with random numbers of its own, which
-            are the same for the base and each adapter and do not depend on the batch.
-        top_p: sample from the most likely tokens whose probabilities sum up to this value.
+        temperature: sampling temperature; 0, the default, is greedy. A row is sampled with random numbers of its own,
+            which are the same for the base and each adapter and do not depend on the batch.
+        top_p: sample from the most likely tokens whose probabilities sum up to this value; the temperature is then 1
+            by default.
         columns: names of the columns, e.g. ``{"prompt": "question", "completion": "answer"}``.
         separator: what separates the cells of a ``.csv`` or ``.tsv`` file; by default it is detected.
         skip_bad: leave out rows that cannot be read, and say which; by default they are refused.
@@ -144,7 +145,8 @@ def score(
     settings = ScoreSettings(max_new_tokens, batch_size, seed, temperature, top_p)
     metrics = metrics_of(usual_metric(model) if metric is None else metric, compared)
     if settings.draws and not any(item.needs == "answers" for item in metrics):
-        raise ConfigError("temperature is for metrics of answers: nothing is generated here", field="temperature")
+        given = "top_p" if temperature is None else "temperature"
+        raise ConfigError(f"{given} is for metrics of answers: nothing is generated here", field=given)
     if max_new_tokens is not None and not any(item.needs == "answers" for item in metrics):
         raise ConfigError("max_new_tokens is for metrics of answers: nothing is generated here")
     found, column_notes = columns_of(model, adapters, base, others=bool(folders))

@@ -51,7 +51,7 @@ class ScoreSettings:
         max_new_tokens: the limit of an answer; None for one that fits the references.
         batch_size: rows that are answered together, by every column; None for a default.
         seed: seed of the bootstrap, and of sampled answers.
-        temperature: divisor of the logits; None or 0 is greedy.
+        temperature: divisor of the logits; 0 is greedy, and so is None without ``top_p``, with which it is 1.
         top_p: sample from the most likely tokens whose probabilities sum up to this value.
 
     Raises:
@@ -76,7 +76,7 @@ class ScoreSettings:
     @property
     def draws(self) -> bool:
         """Whether tokens are sampled."""
-        return bool(self.temperature)
+        return bool(self.top_p if self.temperature is None else self.temperature)
 
     def rows_together(self, columns: int) -> int:
         """The number of rows in one generation.

@@ -91,7 +91,7 @@ def build_config(
         raise ConfigError(f"{cls.__name__}: {error}") from None
 
 
-_SYNONYMS = {
+SYNONYMS = {
     "rank": "r",
     "lora_r": "r",
     "lora_rank": "r",
@@ -126,7 +126,7 @@ def field_hint(name: str, known: Collection[str]) -> str:
 
 def _synonym_hint(name: str, known: Collection[str]) -> str:
     """Return a hint at the field that a common wrong name means; empty if there is none."""
-    meant = _SYNONYMS.get(name.lower(), "")
+    meant = SYNONYMS.get(name.lower(), "")
     return f" Did you mean {meant!r}?" if meant in known else ""
 
 

@@ -17,10 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbpeft.names import DTYPES, LOSS_CHUNK_SIZE, ORIGIN_FIELDS, QUANT_TYPES
-from nbpeft.session.configs import DEFAULT_METHOD, config_class, method_names
+from nbpeft.session.configs import DEFAULT_METHOD, SYNONYMS, config_class, method_names
 from nbpeft.session.handles import uncompiled
 from nbpeft.training.objectives.objective import fields_by_name, names
-from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS, tracker_names, training_arguments
+from nbpeft.training.transformers.argument_source import (
+    NOTEBOOK_DEFAULTS,
+    OTHER_NAMES,
+    tracker_names,
+    training_arguments,
+)
 
 _MODULE_FIELDS: dict[str, tuple[str, ...]] = {
     "target_modules": ("all-linear",),
@@ -87,6 +92,18 @@ def fields(kind: str, method: str = "") -> Mapping[str, Field]:
         return {field.name: field for field in _training()}
     own = _QUANTIZATION if kind == "qlora" else ()
     return {field.name: field for field in (*own, *_config(method))}
+
+
+def meant_field(kind: str, option: str) -> str:
+    """Returns the field that is meant by an option that a command does not have; empty if there is none.
+
+    Args:
+        kind: ``config``, ``training`` or ``qlora``; other kinds have no fields.
+        option: the name of the option without dashes in front, e.g. ``learning-rate`` or ``lr``.
+    """
+    name = option.replace("-", "_")
+    meant = (OTHER_NAMES if kind == "training" else SYNONYMS).get(name, name)
+    return meant if kind and meant in fields(kind) else ""
 
 
 def objective_names() -> tuple[str, ...]:

@@ -299,8 +299,19 @@ def test_a_training_with_rewards_shows_them_with_the_best_and_the_worst_completi
     assert "best completion reward 1.500 · step 2 four of 2 worst completion reward -0.500 · step 2" in text
     assert "2 earlier completions" in text and text.count("2 + 2?") == 3
     assert "Step Reward Prompt Completion" in read(training_card(train)).text
+    cut_off = ended(series={"reward": ((1, 0.25),)}, samples=(Sample(1, "2 + 2?", "fo", reward=1.0, cut=True),))
+    assert "best completion reward 1.000 · step 1 fo …" in read(training_card(cut_off)).text
     empty = ended(series={"reward": ((1, 0.25),)}, samples=(Sample(1, "2 + 2?", "", reward=1.0),))
     assert "best completion reward 1.000 · step 1 (nothing)" in read(training_card(empty)).text
+
+
+def test_sampled_answers_at_the_limit_of_tokens_end_in_an_ellipsis() -> None:
+    samples = tuple(Sample(step, "2 + 2?", f"four of {step}", "five", "4", cut=True) for step in (1, 2))
+    text = read(training_card(ended(samples=samples))).text
+    assert "wanted 4 base five orders step 2 four of 2 …" in text and "1 four of 1 …" in text
+    whole = [dataclasses.replace(sample, cut=False, base_cut=True) for sample in samples]
+    text = read(training_card(ended(samples=tuple(whole)))).text
+    assert "wanted 4 base five … orders step 2 four of 2" in text and "four of 2 …" not in text
 
 
 class TestWhatFollowsATraining:

@@ -28,6 +28,16 @@ def test_a_result_that_ipython_would_drop_is_displayed(bare: Notebook, cell: str
     assert outcome.shown == (_STATUS,) * count
 
 
+def test_the_cell_that_loads_the_extension_shows_each_result(bare: Notebook) -> None:
+    bare.do("%unload_ext nbpeft")
+    outcome = bare.run("%load_ext nbpeft\n%lora\nfor _ in range(2):\n    %lora\nx = %lora\n%lora")
+    assert outcome.error is None
+    assert outcome.shown == (_STATUS,) * 3
+    assert str(outcome.value) == _STATUS
+    assert bare.run("%reload_ext nbpeft\n%lora\n%lora").shown == (_STATUS,)  # not twice
+    assert bare.run("%lora\n%lora").shown == (_STATUS,)
+
+
 def test_the_last_result_is_the_value_of_the_cell(bare: Notebook) -> None:
     outcome = bare.run("%lora help use\n%lora")
     assert str(outcome.value) == _STATUS

@@ -121,6 +121,12 @@ def test_stop_from_elsewhere(ready: Notebook) -> None:
         ),
         ("%%lora_train model --data rows\nmax_step = 1", "line 1: 'max_step' is not a field of TrainingArguments."),
         ("%%lora_train model --data rows\nlr = 1", "Did you mean 'learning_rate'?"),
+        (
+            "%%lora_train model --data rows --learning-rate 1e-4\nmax_steps = 1",
+            "%%lora_train has no option --learning-rate. A field is set without dashes: learning_rate=…",
+        ),
+        ("%%lora_train model --data rows --lr=1e-4\nmax_steps = 1", "set without dashes: learning_rate=…"),
+        ("%%lora_train model --data rows --objective simpo\nsimpo_gama = 1", "Did you mean 'simpo_gamma'?"),
         ("%%lora_train model --data rows\ndata = 1", "data is an option of the magic's line"),
         ("%%lora_train model --data rows\nkeep = False", "keep is an option of the magic's line"),
         ("%%lora_train model --data rows\nrestart = True", "restart is an option of the magic's line"),

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.model import PeftModel
 from nbpeft.session import Result
+from tests.char_tokenizer import CharTokenizer
 from tests.magics.notebook import Notebook
 from tests.magics.test_cells import fingerprint
 from tests.tiny_models import classifier, logits
@@ -45,8 +46,11 @@ def test_use_switches(trained: Notebook) -> None:
 def test_a_classifier_has_no_panel_of_answers(bare: Notebook) -> None:
     bare["clf"] = classifier()
     bare.do("%lora add clf r=2 target_modules=q_proj")
-    line = bare.run("%lora panel compare clf").line
-    assert line == "clf is a LlamaForSequenceClassification, which cannot answer prompts: it has no generate()"
+    bare["tokenizer"] = CharTokenizer()
+    scored = "it has no generate() (%lora score --data ROWS scores a classifier)"
+    for command, subject in (("panel compare", "clf is a"), ('ask "Hi"', "a"), ('compare "Hi"', "a")):
+        line = bare.run(f"%lora {command}").line
+        assert line.startswith(f"{subject} LlamaForSequenceClassification") and line.endswith(scored)
 
 
 def test_use_takes_several(trained: Notebook) -> None:
@@ -257,7 +261,7 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         ("model --name sql", "'model', which is a variable; to adapt it: a cell that begins with %%lora model, or"),
         ("add model --name ''", "'' cannot name an adapter"),
         ("load {nope}", "name 'nope' is not defined."),
-        ("add model --rank 8", "%lora add has no option --rank. A field is set without dashes: rank=…"),
+        ("add model --rank 8", "%lora add has no option --rank. A field is set without dashes: r=…"),
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(trained: Notebook, tmp_path: Path, line: str, message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,11 @@ from nbpeft import (
     score,
 )
 from nbpeft.errors import AdapterError, ConfigError, MergeError, TrainingError
-from nbpeft.scoring.answers import _Choosing
+from nbpeft.scoring.answers import GivenAnswer, _answer, _Choosing
 from nbpeft.scoring.rows import is_scored_by_default
 from nbpeft.scoring.score import Scoring
 from nbpeft.scoring.settings import ScoreSettings
+from nbpeft.training.watching.generation import PromptBatch
 from tests.char_tokenizer import END, CharTokenizer
 from tests.scoring.support import ROWS, adapted, alone, byte_tokenizer, everything
 from tests.tiny_models import LLAMA, classifier, llama, randomize, same_state
@@ -420,6 +421,29 @@ def test_cut_answers_are_counted() -> None:
     assert result.items[0].cut <= {"base", "sql"}
 
 
+def test_a_cut_answer_does_not_end_within_a_character() -> None:
+    class Bytes:
+        def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    batch = PromptBatch(("a",), ((97,),), Bytes(), 0, frozenset({0}))
+    tokens = list(" né".encode())
+    assert _answer(batch, [97], tokens, 4, finite=True).text == " né"
+    assert _answer(batch, [97], tokens[:3], 3, finite=True) == GivenAnswer(" n", cut=True, finite=True)
+    assert _answer(batch, [97], [*tokens[:3], 0], 4, finite=True).text == " n\ufffd"  # the model has ended it there
+
+
+def test_top_p_alone_samples_as_in_a_question() -> None:
+    model = adapted()
+    given = {"top_p": 0.9, "seed": 3, "max_new_tokens": LIMIT}
+    alone, both = scored(model, ROWS[:4], **given), scored(model, ROWS[:4], temperature=1.0, **given)
+    assert [item.answers for item in alone.items] == [item.answers for item in both.items]
+    assert alone.settings == {"top-p": 0.9, "seed": 3.0}
+    assert [item.answers for item in scored(model, ROWS[:4], max_new_tokens=LIMIT).items] != [
+        item.answers for item in alone.items
+    ]
+
+
 def test_answers_that_can_no_longer_become_right_are_cut_without_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nbpeft.scoring.answers._MARGIN", 0)
     rows = [{"prompt": "0 is", "completion": "zz"}]
@@ -521,7 +545,8 @@ def test_a_metric_that_fails_on_all_rows_ends_it_at_once() -> None:
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens must be"),
         ({"seed": -1}, ConfigError, "seed must be"),
         ({"temperature": -1}, ConfigError, "temperature must be"),
-        ({"top_p": 0.5}, ConfigError, "top_p has no effect on greedy answers"),
+        ({"top_p": 0.5, "temperature": 0}, ConfigError, "top_p has no effect on greedy answers"),
+        ({"metric": "loss", "top_p": 0.5}, ConfigError, "top_p is for metrics of answers"),
         ({"metric": "loss", "temperature": 1}, ConfigError, "temperature is for metrics of answers"),
         ({"metric": "loss", "max_new_tokens": 3}, ConfigError, "max_new_tokens is for metrics of answers"),
         ({"tokenizer": None}, ConfigError, "a tokenizer is needed to score answers"),

@@ -102,7 +102,10 @@ def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **con
     session, name = notebook.session, notebook.adapted_model(variable, f"%lora panel {kind}")
     state = session.state.model(name)
     if kind == "compare" and state is not None and not state.generates:
-        raise CellError(f"{name} is a {state.class_name}, which cannot answer prompts: it has no generate()")
+        raise CellError(
+            f"{name} is a {state.class_name}, which cannot answer prompts: it has no generate() "
+            "(%lora score --data ROWS scores a classifier)"
+        )
     from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
 
     panel_class = {"adapters": AdaptersPanel, "compare": ComparePanel, "blend": BlendPanel}[kind]

@@ -554,7 +554,7 @@ def _added(
     **more: Any,
 ) -> AddResult:
     """Return the result of adding an adapter, and record the fields with which it was requested, if they are new."""
-    state, notes = tracked.state(), [*notes, *_notes_of_mode(tracked.manager, name)]
+    state, notes = tracked.state(), [*notes, *_notes_of_mode(tracked.manager, name), *_note_on_head(tracked, name)]
     result = AddResult(
         _reference(tracked), tracked.name, adapter_in(state, name), state, notes=tuple(dict.fromkeys(notes)), **more
     )

@@ -160,7 +160,9 @@ def _running(ctx: SessionContext, model: str | None, command: str) -> Run:
     if model is None and runs:
         raise AdapterError(f"several trainings are running; name the model to {command}: {', '.join(runs)}")
     what = "no training is running" if model is None else f"no training of {model!r:.60} is running"
-    raise AdapterError(what + (f", but one of {', '.join(runs)}" if runs else f": there is nothing to {command}"))
+    ended = "; session.resume() continues one that was stopped" if command == "continue" else ""
+    others = f", but one of {', '.join(runs)}" if runs else f": there is nothing to {command}{ended}"
+    raise AdapterError(what + others)
 
 
 def runs_by_name(ctx: SessionContext) -> dict[str, Run]:

@@ -44,7 +44,7 @@ def checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, 
     _takes_labels(model, request.trainer_class, request.arguments)
     trainer_class = adapter_trainer(_checked_class(request.trainer_class, transformers.Trainer, "trainer_class"))
     arguments_class = _checked_class(request.arguments_class, TrainingArguments, "arguments_class")
-    fields, options = split_arguments(request.arguments, trainer_class, arguments_class)
+    fields, options = split_arguments(request.arguments, trainer_class, arguments_class, others=fields_by_name())
     check_options(options)
     check_report_to(fields.get("report_to"))
     tracker_names(request.track)
@@ -65,9 +65,10 @@ def check_names(arguments: Mapping[str, Any]) -> None:
         ConfigError: one is unknown; the message suggests similar names.
     """
     request = TrainRequest.of(nn.Module(), None, **arguments)
-    others = {name: value for name, value in request.arguments.items() if name not in fields_by_name()}
+    of_objectives = fields_by_name()
+    others = {name: value for name, value in request.arguments.items() if name not in of_objectives}
     trainer_class = adapter_trainer(_checked_class(request.trainer_class, transformers.Trainer, "trainer_class"))
-    split_arguments(others, trainer_class, request.arguments_class)
+    split_arguments(others, trainer_class, request.arguments_class, others=of_objectives)
 
 
 def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:

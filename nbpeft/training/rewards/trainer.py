@@ -25,6 +25,7 @@ from nbpeft.training.rewards.functions import Rewards
 from nbpeft.training.rewards.order import PromptOrder
 from nbpeft.training.rewards.rollouts import Completion, PromptCollator, batches, check_cache, generated
 from nbpeft.training.transformers.objective_trainer import ObjectiveTrainer
+from nbpeft.training.watching.generation import whole_characters
 
 _FILE = "completions.safetensors"
 _APART = 1_000_003
@@ -152,8 +153,10 @@ class RolloutTrainer(ObjectiveTrainer):
         step = self.state.global_step + 1
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RunCallback) and known:
-                pair = (known[0], known[-1])
-                callback.run.rewarded([Sample(step, row.prompt_text, row.text, reward=reward) for row, reward in pair])
+                callback.run.rewarded(
+                    Sample(step, row.prompt_text, whole_characters(row.text), reward=reward, cut=not row.ended)
+                    for row, reward in (known[0], known[-1])
+                )
 
     # The loss
 

@@ -123,7 +123,7 @@ def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> li
     config, fields = manager.configs[origin], swept(request.given)
     own = (*OWN_FIELDS, *_own_fields(request.objective))
     strange = {name: sweep for name, sweep in fields.items() if name not in (*own, *of_config(config, fields))}
-    split_arguments(strange, transformers.Trainer, request.arguments_class)
+    split_arguments(strange, transformers.Trainer, request.arguments_class, others=own)
     for name in strange:
         raise not_swept(name)
     combined = list(combinations(fields))

@@ -24,6 +24,23 @@ NOTEBOOK_DEFAULTS: dict[str, Any] = {
 }
 """The defaults in a notebook that differ from those of ``TrainingArguments``."""
 
+OTHER_NAMES: dict[str, str] = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "n_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "total_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "warmup": "warmup_steps",
+    "scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "evaluation_strategy": "eval_strategy",
+    "output": "output_dir",
+    "max_seq_length": "max_length",
+}
+"""Common wrong names -> the field that is meant, where spelling alone does not suggest it."""
+
 _CLASSES = ("training_args.py", "trainer_utils.py")
 """The files of transformers with ``TrainingArguments`` and the enums of its fields."""
 _TRACKERS = ("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK")

@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -20,26 +20,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError, cut, did_you_mean, few, in_one_line
-from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS
+from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS, OTHER_NAMES
 
 _GIVEN_BY_TRAIN = {"self", "model", "args", "train_dataset", "eval_dataset", "processing_class", "model_init", "kwargs"}
-
-_OTHER_NAMES = {
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "n_epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "total_steps": "max_steps",
-    "batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "warmup": "warmup_steps",
-    "scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "evaluation_strategy": "eval_strategy",
-    "output": "output_dir",
-    "max_seq_length": "max_length",
-}
-"""Common wrong names -> the field that is meant, where spelling alone does not suggest it."""
 
 _LEAST = {
     "learning_rate": 0,
@@ -70,7 +53,11 @@ _LONGEST_REASON, _SHOWN_CHOICES = 250, 12
 
 
 def split_arguments(
-    given: Mapping[str, Any], trainer_class: type[Any], arguments_class: type[TrainingArguments]
+    given: Mapping[str, Any],
+    trainer_class: type[Any],
+    arguments_class: type[TrainingArguments],
+    *,
+    others: Iterable[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separates keywords of the arguments class from those of the Trainer's constructor.
 
@@ -78,6 +65,7 @@ def split_arguments(
         given: the keywords.
         trainer_class: the Trainer class.
         arguments_class: ``TrainingArguments`` or a subclass.
+        others: further names that a message may suggest, such as the fields of objectives.
 
     Returns:
         The fields of the arguments class, and the options of the Trainer.
@@ -93,8 +81,8 @@ def split_arguments(
     options -= _GIVEN_BY_TRAIN | {"kwargs", "args"}
     for name in given:
         if name not in fields and name not in options:
-            other = _OTHER_NAMES.get(name)
-            hint = f" Did you mean {other!r}?" if other else did_you_mean(name, [*fields, *options])
+            other = OTHER_NAMES.get(name)
+            hint = f" Did you mean {other!r}?" if other else did_you_mean(name, [*fields, *options, *others])
             if name in {field.name for field in dataclasses.fields(LoraConfig)}:
                 hint = " It is a field of an adapter: set it where the adapter is added."
             raise ConfigError(f"{name!r} is not a field of {arguments_class.__name__}.{hint}", name=name)

@@ -153,13 +153,26 @@ class PromptBatch:
         end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
         answer_tokens = list(tokens if end is None else tokens[:end])
         text = self.tokenizer.decode(answer_tokens, skip_special_tokens=True)
-        # A character whose bytes are split over two tokens decodes to a replacement character until both are there.
         return Answer(
-            text.rstrip("\ufffd").strip(),
+            whole_characters(text).strip(),
             len(answer_tokens),
             ended=end is not None,
             cut=end is None and len(answer_tokens) >= limit,
         )
+
+
+_SCORED = " (session.score(data=…) scores a classifier)"
+
+
+def whole_characters(text: str) -> str:
+    """Text of generated tokens without an incomplete character at its end.
+
+    A character whose bytes are split over two tokens decodes to a replacement character until both are there.
+
+    Args:
+        text: the decoded text.
+    """
+    return text.rstrip("\ufffd")
 
 
 @dataclass(frozen=True)
@@ -261,7 +274,7 @@ def generate_tokens(model: Any, batch: PromptBatch, request: GenerationRequest) 
     manager = manager_of(model)
     base: Any = model if manager is None else manager.model
     if not hasattr(base, "generate"):
-        raise AdapterError(f"a {type(base).__name__} cannot answer prompts: it has no generate()")
+        raise AdapterError(f"a {type(base).__name__} cannot answer prompts: it has no generate(){_SCORED}")
     two_halves = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     inputs, names = batch.inputs(_input_device(base), left=not two_halves), request.rows
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": request.max_new_tokens, **request.options}

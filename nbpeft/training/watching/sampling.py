@@ -14,7 +14,7 @@ from nbpeft.engine.changes.random_numbers import random_state, set_random_state
 from nbpeft.engine.config.adapter_names import BASE_NAME
 from nbpeft.errors import in_one_line
 from nbpeft.model.saving.sharded import is_sharded
-from nbpeft.state import Sample
+from nbpeft.state import Answer, Sample
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.watching.generation import GenerationRequest, evaluating, generate_batch
 from nbpeft.training.watching.prompts import SamplePrompts
@@ -38,7 +38,7 @@ class SampleCallback(TrainerCallback):
 
     def __init__(self, run: Run, model: Any, prompts: SamplePrompts, every: int | None) -> None:
         self._run, self._model, self._prompts, self._every = run, model, prompts, every
-        self._base: list[str] = []
+        self._base: list[Answer] = []
         self._failed = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -62,9 +62,12 @@ class SampleCallback(TrainerCallback):
             return
         wanted = self._prompts.wanted or ("",) * len(answers)
         samples = zip(batch.prompts, answers, self._base, wanted, strict=True)
-        self._run.sampled(Sample(step, *sample) for sample in samples)
+        self._run.sampled(
+            Sample(step, prompt, mine.text, base.text, reference, cut=mine.cut, base_cut=base.cut)
+            for prompt, mine, base, reference in samples
+        )
 
-    def _answers(self, rows: Sequence[str] | None) -> list[str]:
+    def _answers(self, rows: Sequence[str] | None) -> list[Answer]:
         control = self._run.control
         request = GenerationRequest(
             rows,
@@ -75,7 +78,7 @@ class SampleCallback(TrainerCallback):
         answers, ended = generate_batch(self._model, self._prompts.batch, request)
         if not ended and not control.stop_requested:
             raise KeyboardInterrupt  # generate_batch swallowed an interrupt that was meant for the run
-        return [answer.text for answer in answers]
+        return answers
 
 
 @contextmanager

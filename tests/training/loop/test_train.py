@@ -347,6 +347,8 @@ def test_out_of_memory_says_what_to_change_and_lets_go(error):
         ("max_step", "max_steps"),
         ("callback", "callbacks"),
         ("evaluation_strategy", "eval_strategy"),
+        ("simpo_gama", "simpo_gamma"),
+        ("completion_length", "max_completion_length"),
     ],
 )
 def test_unknown_arguments_name_the_near_ones(wrong, right):

@@ -53,6 +53,7 @@ def test_a_sample_is_what_the_model_answers_then_beside_the_base():
     assert (last.step, last.prompt) == (6, PROMPT)
     assert (last.answer, last.base) == (answer(model, base=False), answer(model, base=True))
     assert last.answer != last.base
+    assert last.cut and last.base_cut  # this model never ends an answer
     assert len(result.state.samples) == 3  # about five times a run of six steps is every second
     assert not model.training
 
