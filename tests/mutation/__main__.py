@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Literal, TextIO
 
 from tests.mutation.mutants import Mutant, draw, mutants_of
-from tests.mutation.reach import ROOT, Reached, measure
+from tests.mutation.reach import Reached, measure
+from tests.mutation.scope import FOLDER, SCOPE, digest, paths, read
 
-SCOPE = (
-    "nbpeft/engine",
-    "nbpeft/checkpoint",
-    "nbpeft/losses",
-    "nbpeft/training/data",
-    "nbpeft/training/disk",
-    "nbpeft/training/monitor",
-    "nbpeft/model/saving",
-)
-FIRST = 25
-"""Tests that run before all others of a mutant: most are killed by one of them."""
+VERDICTS = FOLDER / "verdicts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -31,94 +22,126 @@ class Verdict:
     """What became of a mutant.
 
     Attributes:
-        mutant: which.
-        what: killed by a test, survived all that reach it, or reached by none.
+        what: killed by a test, survived all that ran.
         killer: the test that failed, or why it was killed without one.
         tests: how many tests ran, at most.
-        reaching: how many reach it.
     """
 
-    mutant: Mutant
-    what: Literal["killed", "survived", "not reached"]
-    killer: str = ""
-    tests: int = 0
-    reaching: int = 0
+    what: Literal["killed", "survived"]
+    killer: str
+    tests: int
+
+
+Verdicts = dict[str, Verdict]
+"""What became of each mutant, by `key`."""
 
 
 def main(given: list[str] | None = None) -> int:
     """Draws faults, runs the tests that reach them, and prints a table and those that survived."""
     options = parser().parse_args(given)
-    if options.reach:
-        return measure()
+    if options.reach is not None:
+        return measure(options.reach)
     chosen = draw(list(mutants(options.only)), options.number, options.seed, read)
     if options.list:
         print("\n".join(map(str, chosen)))
         return 0
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    from tests.mutation import killing
-
-    reached = None if options.tests else Reached()
-    if reached is not None:
-        for path in sorted({mutant.path for mutant in chosen}):
-            reached.check_is_current(path)
-    killing.import_in_advance()
-    verdicts = []
-    for mutant in chosen:
-        verdict = judge(mutant, reached, options.tests, options.seconds)
-        verdicts.append(verdict)
-        print(
-            f"{verdict.what:<12} {mutant}  [{verdict.killer or f'{verdict.tests} of {verdict.reaching}'}]", flush=True
-        )
-    unsure = killers_that_fail_alone(verdicts)
-    print("\n".join(["", *table(verdicts)]))
-    for killer in unsure:
-        print(f"fails without a fault, too: {killer}")
+    known = {} if options.tests else stored()
+    here = [each for each in chosen if each.path.startswith(tuple(options.rooms))]
+    todo = [each for each in here if key(each) not in known or (options.again and is_open(known[key(each)]))]
+    judge_all(todo, options)
+    verdicts = stored()
+    judged = [(mutant, verdicts[key(mutant)]) for mutant in chosen if key(mutant) in verdicts]
+    print("\n".join(f"survived {mutant}  [{verdict.tests}]" for mutant, verdict in judged if is_open(verdict)))
+    print("\n".join(["", *table(judged)]))
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(prog="python -m tests.mutation", description="Which seeded faults the tests notice.")
-    made.add_argument("--reach", action="store_true", help="measure which tests reach which line, and end")
+    made.add_argument(
+        "--reach", nargs="*", metavar="TEST", help="measure which of these tests (all) reach which line, and end"
+    )
     made.add_argument("--number", type=int, default=60, help="how many faults (60)")
     made.add_argument("--seed", type=int, default=0, help="another draws others (0)")
-    made.add_argument("--seconds", type=float, default=60, help="of processor time for the tests of one fault (60)")
+    made.add_argument("--seconds", type=float, default=20, help="of processor time for the tests of a fault (20)")
     made.add_argument("--only", default="", metavar="PATH[:LINE]", help="only faults in files whose path ends so")
+    made.add_argument("--rooms", nargs="+", default=SCOPE, metavar="FOLDER", help="judge only those drawn from here")
     made.add_argument("--tests", nargs="+", metavar="TEST", help="these tests, instead of those that reach the fault")
+    made.add_argument("--at-once", type=int, default=1, help="how many processes (1)")
+    made.add_argument("--again", action="store_true", help="try those again that survived before")
     made.add_argument("--list", action="store_true", help="show the faults, and run nothing")
     return made
-
-
-@cache
-def read(path: str) -> str:
-    """The source of a file below the root."""
-    return (ROOT / path).read_text(encoding="utf-8")
 
 
 def mutants(only: str) -> Iterator[Mutant]:
     """All faults in scope, or those of one file or one line."""
     ending, _, line = only.partition(":")
-    for folder in SCOPE:
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            path = file.relative_to(ROOT).as_posix()
-            if path.endswith(ending):
-                yield from (each for each in mutants_of(path, read(path)) if not line or each.lines[0] == int(line))
+    for path in paths():
+        if path.endswith(ending):
+            yield from (each for each in mutants_of(path, read(path)) if not line or each.lines[0] == int(line))
 
 
-def judge(mutant: Mutant, reached: Reached | None, given: Sequence[str] | None, seconds: float) -> Verdict:
-    """Runs the tests of a mutant, the likeliest first."""
-    from tests.mutation.killing import run
+def key(mutant: Mutant) -> str:
+    """What tells a mutant from all others, while its file stays as it is."""
+    return f"{digest(mutant.path)} {mutant.start} {mutant.operator} {mutant.after}"
 
-    found = list(given or ()) if reached is None else reached.tests(mutant)
-    chosen = found if reached is None else within(seconds, found, reached.seconds)
-    batches = [batch for batch in (chosen[:FIRST], chosen[FIRST:]) if batch]
-    if not batches:
-        return Verdict(mutant, "not reached")
-    for batch in batches:
-        outcome = run(batch, mutant, 3 * seconds + 30)
-        if outcome.ended != "passed":
-            return Verdict(mutant, "killed", outcome.killer or "the time was up", len(chosen), len(found))
-    return Verdict(mutant, "survived", "", len(chosen), len(found))
+
+def is_open(verdict: Verdict) -> bool:
+    """Whether no test has noticed the fault yet."""
+    return verdict.what == "survived"
+
+
+def stored() -> Verdicts:
+    """What became of mutants in all runs, the last verdict of each."""
+    if not VERDICTS.exists():
+        return {}
+    lines = map(json.loads, VERDICTS.read_text(encoding="utf-8").splitlines())
+    return {line["key"]: Verdict(line["what"], line["killer"], line["tests"]) for line in lines}
+
+
+def judge_all(mutants: Sequence[Mutant], options: argparse.Namespace) -> None:
+    """Notes what becomes of some mutants: of those in functions first, then of those that act at an import."""
+    from tests.mutation import killing
+
+    reached = None if options.tests else Reached()
+    jobs = [job_of(mutant, reached, options.seconds) for mutant in mutants]
+    if not jobs:
+        return
+    shown = os.fdopen(os.dup(1), "w")
+
+    def tell(job: killing.Job, found: killing.Found) -> None:
+        mutant, tests, _ = job
+        if mutant is None:
+            print(*(f"fails without a fault, too: {test}" for test in found), sep="\n", file=shown, flush=True)
+        elif found != [killing.AT_IMPORT]:
+            note(mutant, Verdict("killed" if found else "survived", *found[:1] or [""], len(tests)), shown)
+
+    killing.import_in_advance()
+    files = options.tests or sorted({test.partition("::")[0] for _, tests, _ in jobs for test in tests})
+    killing.judge(jobs, files, options.at_once, tell)
+    known = stored()
+    for mutant, tests, seconds in jobs:
+        if key(mutant) not in known:
+            tell((mutant, tests, seconds), killing.run(tests or files, mutant, seconds))
+
+
+def note(mutant: Mutant, verdict: Verdict, shown: TextIO) -> None:
+    """Prints and stores a verdict."""
+    with VERDICTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"key": key(mutant), "mutant": str(mutant), **asdict(verdict)}) + "\n")
+    print(f"{verdict.what:<9} {mutant}  [{verdict.killer or verdict.tests}]", file=shown, flush=True)
+
+
+def job_of(mutant: Mutant, reached: Reached | None, seconds: float) -> tuple[Mutant, list[str], float]:
+    """A mutant, the tests that may notice it, the likeliest first, and the seconds that they take."""
+    if reached is None:
+        return mutant, [], seconds
+    reached.check_is_current(mutant.path)
+    found = reached.tests(mutant)
+    chosen = within(seconds, found, reached.seconds) or found[:1]
+    return mutant, chosen, sum(reached.seconds[test] for test in chosen)
 
 
 def within(seconds: float, tests: Sequence[str], took: Mapping[str, float]) -> list[str]:
@@ -131,30 +154,15 @@ def within(seconds: float, tests: Sequence[str], took: Mapping[str, float]) -> l
     return chosen
 
 
-def killers_that_fail_alone(verdicts: Sequence[Verdict]) -> list[str]:
-    """Tests that noticed a fault and fail without one, too: what they say does not count."""
-    from tests.mutation.killing import run
-
-    killers = sorted({verdict.killer for verdict in verdicts if "::" in verdict.killer})
-    if not killers or run(killers, None, 600).ended == "passed":
-        return []
-    return [killer for killer in killers if run([killer], None, 600).ended != "passed"]
-
-
-def table(verdicts: Sequence[Verdict]) -> Iterator[str]:
+def table(judged: Sequence[tuple[Mutant, Verdict]]) -> Iterator[str]:
     """The figures of each room and of all, in Markdown."""
-    rooms: dict[str, list[Verdict]] = {folder.removeprefix("nbpeft/"): [] for folder in SCOPE} | {"all": [*verdicts]}
-    for verdict in verdicts:
-        folder = next(each for each in SCOPE if verdict.mutant.path.startswith(f"{each}/"))
-        rooms[folder.removeprefix("nbpeft/")].append(verdict)
-    yield "| room | faults | killed | survived | not reached | score |"
-    yield "|---|---:|---:|---:|---:|---:|"
-    for room, here in rooms.items():
-        killed, survived, unreached = (
-            sum(verdict.what == what for verdict in here) for what in ("killed", "survived", "not reached")
-        )
-        score = f"{killed / len(here):.0%}" if here else "–"
-        yield f"| {room} | {len(here)} | {killed} | {survived} | {unreached} | {score} |"
+    rooms = {folder.removeprefix("nbpeft/"): f"{folder}/" for folder in SCOPE} | {"all": ""}
+    yield "| room | faults | killed | survived | score |"
+    yield "|---|---:|---:|---:|---:|"
+    for room, folder in rooms.items():
+        here = [is_open(verdict) for mutant, verdict in judged if mutant.path.startswith(folder)]
+        score = f"{here.count(False) / len(here):.1%}" if here else "–"
+        yield f"| {room} | {len(here)} | {here.count(False)} | {here.count(True)} | {score} |"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Runs tests in a forked process in which one module has a fault."""
+"""Runs tests in forked processes in each of which one module has a fault."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import pickle
+import pkgutil
 import resource
 import shutil
 import signal
@@ -12,82 +13,168 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import CodeType, ModuleType
-from typing import Literal
 
 import pytest
 
+from tests.mutation.importing import Importer, module_name
 from tests.mutation.mutants import Mutant
-from tests.mutation.reach import QUICK, ROOT
+from tests.mutation.patching import Functions, functions, put
+from tests.mutation.reach import QUICK
+from tests.mutation.scope import FOLDER, ROOT
 
 MEMORY = 8 << 30
 """Bytes that a fork may take."""
-WALL_SECONDS = 600
-"""After which a fork that waits for something is ended."""
+AT_IMPORT = "acts when its module is imported"
+TIME = "the time was up"
+
+Found = list[str]
+"""The tests that failed, or `TIME`, or `AT_IMPORT`; none if all passed."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of the tests.
+class Fork:
+    """A process that does some work, with files and limits of its own.
 
-    Attributes:
-        ended: whether all passed, one failed, or the time was up.
-        killer: the test that failed first, or None.
+    Args:
+        work: what it does; its result is the fork's.
+        seconds: of processor time.
+        wall: of time; None is no limit.
     """
 
-    ended: Literal["passed", "failed", "time"]
-    killer: str | None = None
+    def __init__(self, work: Callable[[], Found], seconds: float | None, wall: float | None = None) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="nbpeft-mutation-"))
+        self._end = time.monotonic() + wall if wall else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.process = os.fork()
+        if self.process == 0:
+            try:
+                self._do(work, seconds)
+            finally:
+                os._exit(70)
+
+    def _do(self, work: Callable[[], Found], seconds: float | None) -> None:
+        os.setsid()
+        if seconds is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        places = self._folder / "tmp" / "of" / "tests"
+        places.mkdir(parents=True)
+        tempfile.tempdir = None
+        changed = ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", "XDG_STATE_HOME", "NBPEFT_RUNS")
+        os.environ.update(dict.fromkeys(changed, str(places)))
+        note = self._folder / "note"
+        note.write_bytes(pickle.dumps(work()))
+        note.rename(self._folder / "found")
+        os._exit(0)
+
+    def found(self) -> Found | None:
+        """What the work found; None while it goes on."""
+        ended, _ = os.waitpid(self.process, os.WNOHANG)
+        if not ended:
+            if self._end is None or time.monotonic() < self._end:
+                return None
+            os.killpg(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process, signal.SIGKILL)
+        file = self._folder / "found"
+        found: Found = pickle.loads(file.read_bytes()) if file.exists() else [TIME]
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return found
+
+    def wait(self) -> Found:
+        """What the work found, at its end."""
+        while (found := self.found()) is None:
+            time.sleep(0.05)
+        return found
 
 
-class MutantFinder(MetaPathFinder):
-    """Imports one module with its fault, whatever was compiled of it before."""
+class _Failures:
+    """A plugin that remembers what failed."""
 
-    def __init__(self, mutant: Mutant, root: Path = ROOT) -> None:
-        self._path = root / mutant.path
-        parts = Path(mutant.path).with_suffix("").parts
-        self._is_package = parts[-1] == "__init__"
-        self._name = ".".join(parts[:-1] if self._is_package else parts)
-        self._source = mutant.apply(self._path.read_text(encoding="utf-8"))
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The module's, if it is the one with the fault."""
-        if fullname != self._name:
-            return None
-        loader = _MutantLoader(fullname, str(self._path), self._source)
-        places = [str(self._path.parent)] if self._is_package else None
-        return importlib.util.spec_from_file_location(
-            fullname, self._path, loader=loader, submodule_search_locations=places
-        )
-
-
-class _MutantLoader(SourceFileLoader):
-    def __init__(self, fullname: str, path: str, source: str) -> None:
-        super().__init__(fullname, path)
-        self._source = source
-
-    def get_code(self, fullname: str) -> CodeType:
-        return compile(self._source, self.path, "exec", dont_inherit=True)
-
-
-class _FirstFailure:
-    """A plugin that remembers what failed first."""
-
-    nodeid: str | None = None
+    def __init__(self) -> None:
+        self.found: Found = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.nodeid = self.nodeid or report.nodeid
+            self.found.append(report.nodeid)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.nodeid = self.nodeid or report.nodeid
+            self.found.append(report.nodeid)
+
+
+Job = tuple[Mutant | None, Sequence[str], float]
+"""A fault or none, the tests that may notice it, and the seconds of processor time that they may take."""
+
+
+class Judge:
+    """A plugin that runs the collected tests of each job in a fork of the process that collected them.
+
+    Args:
+        jobs: which; one without tests has all that are collected.
+        at_once: how many forks there are.
+        tell: is given a job and what was found; at the end, without a fault, all tests that failed.
+    """
+
+    def __init__(self, jobs: Sequence[Job], at_once: int, tell: Callable[[Job, Found], None]) -> None:
+        self._jobs = jobs
+        self._at_once = at_once
+        self._tell = tell
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Judges all faults, in the place of running the tests."""
+        import_all("nbpeft")
+        self._items = {item.nodeid: item for item in session.items}
+        self._functions = functions()
+        running: list[tuple[Job, Fork]] = []
+        waiting = list(reversed(self._jobs))
+        killers: set[str] = set()
+        while waiting or running:
+            while waiting and len(running) < self._at_once:
+                job = waiting.pop()
+                running.append((job, self._start(job)))
+            for job, fork in list(running):
+                found = fork.found()
+                if found is not None:
+                    running.remove((job, fork))
+                    killers |= {*found} & self._items.keys()
+                    self._tell(job, found)
+            time.sleep(0.02)
+        if killers:
+            control = None, sorted(killers), float(len(killers))
+            self._tell(control, self._start(control).wait())
+        return True
+
+    def _start(self, job: Job) -> Fork:
+        mutant, tests, seconds = job
+        items = [self._items[test] for test in tests if test in self._items] or list(self._items.values())
+        return Fork(lambda: run_items(items, mutant, self._functions), 4 * seconds + 15, 40 * seconds + 240)
+
+
+def run_items(items: Sequence[pytest.Item], mutant: Mutant | None, imported: Functions) -> Found:
+    """Runs tests; with a fault, until one fails."""
+    if mutant is not None:
+        sys.meta_path.insert(0, with_fault(mutant))
+        if module_name(mutant.path) in sys.modules and not put(mutant, imported):
+            return [AT_IMPORT]
+    failures = _Failures()
+    items[0].config.pluginmanager.register(failures)
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if failures.found and mutant is not None:
+            break
+    return failures.found
+
+
+def with_fault(mutant: Mutant, root: Path = ROOT) -> Importer:
+    """Imports a module with its fault."""
+    source = (root / mutant.path).read_text(encoding="utf-8")
+    code = lambda: compile(mutant.apply(source), str(root / mutant.path), "exec", dont_inherit=True)  # noqa: E731
+    return Importer({mutant.path: code}, root)
 
 
 def import_in_advance() -> None:
@@ -100,60 +187,49 @@ def import_in_advance() -> None:
     assert "nbpeft" not in sys.modules, "a module that is imported already would be without its fault"
 
 
-def run(tests: Sequence[str], mutant: Mutant | None, seconds: float) -> Outcome:
-    """Runs tests until one fails.
+def import_all(package: str) -> None:
+    """Imports all modules of a package that can be imported here."""
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        if not module.name.endswith(".__main__"):
+            with suppress(Exception):
+                importlib.import_module(module.name)
+
+
+def judge(jobs: Sequence[Job], files: Sequence[str], at_once: int, tell: Callable[[Job, Found], None]) -> None:
+    """Judges faults in functions, in forks of a process that has collected all tests.
 
     Args:
-        tests: their ids, or paths.
-        mutant: the fault, or None.
-        seconds: of processor time that they may take, after which they count as failed.
+        jobs: what is judged.
+        files: of their tests.
+        at_once: how many forks there are.
+        tell: is given a job and what was found.
     """
-    folder = Path(tempfile.mkdtemp(prefix="nbpeft-mutation-"))
-    note = folder / "failed"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            try:
-                _in_fork(tests, mutant, seconds, folder, note)
-            finally:
-                os._exit(70)
-        status = _wait(child)
-        if os.WIFSIGNALED(status) or not note.exists():
-            return Outcome("time")
-        code, killer = pickle.loads(note.read_bytes())
-        return Outcome("passed") if code == 0 else Outcome("failed", killer or tests[0])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+    def work() -> Found:
+        code = _pytest(files, Judge(jobs, at_once, tell))
+        return [] if code == pytest.ExitCode.OK else [str(code)]
+
+    found = Fork(work, None).wait()
+    if found:
+        raise SystemExit(f"the tests could not be collected ({found[0]}): see {FOLDER / 'printed'}")
 
 
-def _in_fork(tests: Sequence[str], mutant: Mutant | None, seconds: float, folder: Path, note: Path) -> None:
-    os.setsid()
-    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    printed = os.open(folder / "printed", os.O_WRONLY | os.O_CREAT)
-    for number in (1, 2):
-        os.dup2(printed, number)
-    places = folder / "tmp" / "of" / "tests"
-    places.mkdir(parents=True)
-    tempfile.tempdir = None
-    os.environ.update(TMPDIR=str(places), XDG_STATE_HOME=str(places), NBPEFT_RUNS=str(places / "runs"))
-    if mutant is not None:
-        sys.meta_path.insert(0, MutantFinder(mutant))
-    first = _FirstFailure()
-    options = ["-q", "-x", "-m", QUICK, "-p", "no:cacheprovider", f"--basetemp={places / 'base'}"]
-    code = pytest.main([*options, *tests], [first])
-    note.write_bytes(pickle.dumps((int(code), first.nodeid)))
-    os._exit(0)
+def run(tests: Sequence[str], mutant: Mutant, seconds: float) -> Found:
+    """Runs tests until one fails, in a process that imports the module of a fault anew."""
+
+    def work() -> Found:
+        sys.meta_path.insert(0, with_fault(mutant))
+        failures = _Failures()
+        code = _pytest(tests, failures, "-x")
+        return failures.found or ([tests[0]] if code else [])
+
+    return Fork(work, 4 * seconds + 30, 40 * seconds + 240).wait()
 
 
-def _wait(child: int) -> int:
-    end = time.monotonic() + WALL_SECONDS
-    while time.monotonic() < end:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+def _pytest(tests: Sequence[str], plugin: object, *options: str) -> int:
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    printed = os.open(FOLDER / "printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number, file in enumerate((nothing, printed, printed)):
+        os.dup2(file, number)
+    given = ("-q", "-m", QUICK, "-p", "no:cacheprovider", "--capture=sys", *options)
+    return int(pytest.main([*given, *tests], [plugin]))

@@ -191,10 +191,12 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
 def code(node: ast.AST, *, in_function: bool) -> Iterator[tuple[ast.AST, bool]]:
     """The nodes that decide what is computed, each with whether it is part of a function.
 
-    Left out are what only speaks (errors, their messages, f-strings), annotations, decorators and what type checkers
-    alone read.
+    Left out are what only speaks (errors, their messages, f-strings), what a program claims of itself (``assert``,
+    ``strict`` of ``zip``), annotations, decorators and what type checkers alone read.
     """
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert) or is_for_type_checkers(node):
+        return
+    if isinstance(node, ast.keyword) and node.arg in ("strict", "stacklevel"):
         return
     yield node, in_function
     inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)

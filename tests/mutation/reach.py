@@ -1,7 +1,8 @@
-"""Which tests reach which line: a plugin of pytest that measures it with coverage, and what reads that again."""
+"""Which tests reach which line: a plugin of pytest that measures it, and what reads that again."""
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 import os
@@ -9,114 +10,124 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.mutation.importing import Importer
+from tests.mutation.marks import MARKS, marked, memory, offsets, statement_line
 from tests.mutation.mutants import Mutant
+from tests.mutation.scope import FOLDER, ROOT, digest, paths
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "artifacts" / "mutation"
-LINES = "lines.coverage"
-TESTS = "tests.json"
 QUICK = "not (slow or browser or long)"
+PART = "NBPEFT_MUTATION_PART"
+"""The environment variable that names what is measured."""
 
 
 class ReachPlugin:
-    """Notes the lines of nbpeft that each test reaches, and its seconds of processor time, if it passes."""
+    """Notes the statements that each test reaches, and its seconds of processor time, if it passes."""
 
     def __init__(self) -> None:
-        from coverage import Coverage
-
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        self.coverage = Coverage(data_file=FOLDER / LINES, source_pkgs=["nbpeft"], config_file=False)
-        self.coverage.set_option("run:relative_files", True)
-        self.coverage.erase()
-        self.coverage.start()
-        self.seconds: dict[str, float] = {}
-        self.failed: set[str] = set()
+        self._memory = memory()
+        self._starts = offsets()
+        setattr(builtins, MARKS, self._memory)
+        sys.meta_path.insert(0, Importer({path: partial(marked, path, start) for path, start in self._starts.items()}))
+        self._reached: dict[str, bytes] = {}
+        self._seconds: dict[str, float] = {}
+        self._failed: set[str] = set()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """Runs a test in a context of its own."""
-        self.coverage.switch_context(item.nodeid)
+        """Runs a test, and takes its marks."""
+        self._memory[:] = bytes(len(self._memory))
         start = time.process_time()
         result = yield
-        self.seconds[item.nodeid] = time.process_time() - start
-        self.coverage.switch_context("")
+        self._seconds[item.nodeid] = round(time.process_time() - start, 4)
+        self._reached[item.nodeid] = np.packbits(np.frombuffer(self._memory, np.uint8)).tobytes()
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Notes tests that do not pass, which notice nothing."""
         if report.outcome != "passed":
-            self.failed.add(report.nodeid)
+            self._failed.add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
         """Writes what was measured, and of which sources."""
-        self.coverage.stop()
-        self.coverage.save()
-        passed = {test: took for test, took in self.seconds.items() if test not in self.failed}
-        sources = {path.relative_to(ROOT).as_posix(): digest(path) for path in (ROOT / "nbpeft").rglob("*.py")}
-        (FOLDER / TESTS).write_text(json.dumps({"seconds": passed, "sources": sources}), encoding="utf-8")
+        passed = [test for test in self._seconds if test not in self._failed]
+        noted = {
+            "tests": passed,
+            "seconds": [self._seconds[test] for test in passed],
+            "starts": self._starts,
+            "sources": {path: digest(path) for path in paths()},
+        }
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        rows = np.frombuffer(b"".join(self._reached[test] for test in passed), np.uint8).reshape(len(passed), -1)
+        np.savez_compressed(FOLDER / f"{os.environ[PART]}.npz", rows=rows, noted=json.dumps(noted))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts measuring before anything of nbpeft is imported; pytest loads this module by ``-p``."""
+    """Starts before anything of nbpeft is imported; pytest loads this module by ``-p``."""
     config.pluginmanager.register(ReachPlugin())
 
 
-def digest(path: Path) -> str:
-    """Of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def measure(tests: Sequence[str]) -> int:
+    """Runs quick tests with this plugin. Returns pytest's status.
 
-
-def measure() -> int:
-    """Runs the quick tests with this plugin. Returns pytest's status."""
-    options = ("-q", "-m", QUICK, "-p", "no:cacheprovider", "-p", "tests.mutation.reach")
-    command = [sys.executable, "-m", "pytest", *options]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "NBPEFT_TESTS": "quick"}).returncode
+    Args:
+        tests: paths of tests; none of them are all. What was measured of other tests before stays.
+    """
+    part = f"reach-{hashlib.sha256(' '.join(sorted(tests)).encode()).hexdigest()[:8]}"
+    options = ("-q", "-m", QUICK, "-p", "no:cacheprovider", "-p", "tests.mutation.reach", *tests)
+    environment = {**os.environ, "NBPEFT_TESTS": "quick", PART: part}
+    return subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT, env=environment).returncode
 
 
 class Reached:
-    """What `ReachPlugin` measured."""
+    """What `ReachPlugin` measured, in all its runs."""
 
     def __init__(self) -> None:
-        if not (FOLDER / TESTS).exists():
+        self.seconds: dict[str, float] = {}
+        self._reaching: dict[str, list[tuple[list[str], np.ndarray]]] = {}
+        for file in sorted(FOLDER.glob("reach-*.npz"), key=lambda file: file.stat().st_mtime):
+            self._read(file)
+        if not self.seconds:
             raise SystemExit("which test reaches which line is not known yet: python -m tests.mutation --reach")
-        noted = json.loads((FOLDER / TESTS).read_text(encoding="utf-8"))
-        self.seconds: dict[str, float] = noted["seconds"]
-        self._sources: dict[str, str] = noted["sources"]
-        self._contexts: dict[str, dict[int, list[str]]] = {}
 
-    @cached_property
-    def _data(self) -> Any:
-        from coverage import CoverageData
-
-        data = CoverageData(str(FOLDER / LINES))
-        data.read()
-        return data
+    def _read(self, file: Path) -> None:
+        data = np.load(file)
+        noted = json.loads(str(data["noted"]))
+        self.seconds |= dict(zip(noted["tests"], noted["seconds"], strict=True))
+        columns = np.unpackbits(data["rows"], axis=1)
+        for path in paths():
+            if noted["sources"].get(path) == digest(path):
+                start = noted["starts"][path]
+                end = min((each for each in noted["starts"].values() if each > start), default=columns.shape[1])
+                self._reaching.setdefault(path, []).append((noted["tests"], columns[:, start:end].copy()))
 
     def check_is_current(self, path: str) -> None:
         """Ends the program if a file has changed since it was measured: its lines are others now."""
-        if self._sources.get(path) != digest(ROOT / path):
+        if path not in self._reaching:
             raise SystemExit(f"{path} has changed since it was measured: python -m tests.mutation --reach")
+
+    def of_lines(self, path: str, first: int, last: int) -> set[str]:
+        """The tests that run a statement."""
+        line = statement_line(path, first, last)
+        return {tests[row] for tests, lines in self._reaching[path] for row in np.flatnonzero(lines[:, line])}
+
+    def of_file(self, path: str) -> set[str]:
+        """The tests that run any statement of a file."""
+        return {tests[row] for tests, lines in self._reaching[path] for row in np.flatnonzero(lines.any(axis=1))}
 
     def tests(self, mutant: Mutant) -> list[str]:
         """The tests that reach a mutant's lines, those first that probably notice it soonest.
 
-        What acts when its module is imported is reached by each test that reaches any line of it; a function that is
-        called when other modules are imported, by all tests.
+        What acts when a module is imported is reached by each test that runs any line of it; by all, if there is none.
         """
-        if mutant.path not in self._contexts:
-            self._contexts[mutant.path] = self._data.contexts_by_lineno(mutant.path)
-        contexts = self._contexts[mutant.path]
-        first, last = mutant.lines
-        lines = range(first, last + 1) if mutant.in_function else contexts
-        names = {name for line in lines for name in contexts.get(line, ())}
-        found = names & self.seconds.keys() or (set(self.seconds) if names else set())
+        found = self.of_lines(mutant.path, *mutant.lines) if mutant.in_function else set()
+        found = found or self.of_file(mutant.path) or set(self.seconds)
         return self._ordered(found, mirror_of(mutant.path))
 
     def _ordered(self, tests: set[str], mirror: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutation.killing import MutantFinder
+from tests.mutation.killing import with_fault
 from tests.mutation.mutants import OPERATORS, Mutant, draw, mutants_of
 
 SOURCE = '''"""A module."""
@@ -60,6 +60,11 @@ def test_what_acts_at_import_is_known() -> None:
     assert all(mutant.in_function for mutant in of("return early"))
 
 
+def test_claims_and_what_only_speaks_stay() -> None:
+    source = 'zip(a, b, strict=True)\nwarn("x", stacklevel=2)\nassert a > 1\nraise ValueError(3)\n'
+    assert of("change a constant", source) == []
+
+
 def test_a_draw_is_the_same_for_its_seed_and_takes_each_operator_by_turns() -> None:
     found = mutants_of("nbpeft/area.py", SOURCE)
     drawn = {seed: draw(found, 8, seed, lambda path: SOURCE) for seed in (1, 2, 3)}
@@ -79,7 +84,7 @@ def test_a_module_is_imported_with_its_fault(tmp_path: Path, monkeypatch: pytest
     source = "LIMIT = 3\n"
     (tmp_path / "mutated_module_of_a_test.py").write_text(source, encoding="utf-8")
     (mutant,) = mutants_of("mutated_module_of_a_test.py", source)
-    monkeypatch.setattr(sys, "meta_path", [MutantFinder(mutant, tmp_path), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [with_fault(mutant, tmp_path), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "mutated_module_of_a_test", raising=False)
     assert importlib.import_module("mutated_module_of_a_test").LIMIT == 4
     monkeypatch.delitem(sys.modules, "mutated_module_of_a_test")
