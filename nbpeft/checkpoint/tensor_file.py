@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import safetensors
@@ -195,7 +196,8 @@ class TensorFile:
     def _read_to(self, keys: Iterable[str], target: torch.device) -> dict[str, Tensor]:
         with open(self._handle, "rb", closefd=False) as file:
             runs = map(partial(self._run, file), self._runs(keys))
-            return {key: tensor.to(target) for run in runs for key, tensor in run}
+            tensors = dict(itertools.chain.from_iterable(runs))
+        return tensors if target.type == "cpu" else {key: tensor.to(target) for key, tensor in tensors.items()}
 
     def _runs(self, keys: Iterable[str]) -> Iterator[list[str]]:
         """Yields keys of adjacent tensors that are read together: a call for each small tensor takes longer.
@@ -227,9 +229,10 @@ class TensorFile:
         if file.readinto(own) != size:  # type: ignore[attr-defined]
             raise ValueError("it was truncated while it was read")
         for key in keys:
-            like = self.header[key]
-            if like.nbytes:
-                offset = self._places[key] - start
+            like, offset = self.header[key], self._places[key] - start
+            if like.dtype is torch.float32:  # numpy, which lacks some dtypes, is faster
+                yield key, torch.from_numpy(np.ndarray(like.shape, np.float32, own, offset))
+            elif like.nbytes:
                 tensor = torch.frombuffer(own, dtype=like.dtype, count=like.numel(), offset=offset)
                 yield key, tensor.view(like.shape)
             else:
@@ -248,15 +251,14 @@ class TensorFile:
         start = end = 8 + length
         self.metadata = _metadata(header.pop("__metadata__", None))
         likes = _Likes()
-        entries = {key: _Entry.of(key, given, likes) for key, given in header.items()}
-        for key in sorted(entries, key=lambda key: (entries[key].start, entries[key].end)):
-            entry = entries[key]
-            if start + entry.start != end:
+        entries = [_entry(key, given, likes) for key, given in header.items()]
+        for first, after, key, _ in sorted(entries):
+            if start + first != end:
                 raise ValueError("its tensors overlap, or there are other bytes between them")
-            self._places[key], end = end, start + entry.end
+            self._places[key], end = end, start + after
         if end != size:
             raise ValueError(f"its tensors end at byte {end:,}, and it has {size:,}")
-        self.header = {key: entry.tensor for key, entry in entries.items()}
+        self.header = {key: tensor for _, _, key, tensor in entries}
 
 
 class TensorFileToFetch(TensorFile):
@@ -301,26 +303,20 @@ class TensorFileToFetch(TensorFile):
         return True
 
 
-class _Entry(NamedTuple):
-    """The header's entry of one tensor: an empty tensor of its dtype and shape, and its byte offsets."""
-
-    tensor: Tensor
-    start: int
-    end: int
-
-    @classmethod
-    def of(cls, key: str, given: Any, likes: _Likes) -> Self:
-        if not isinstance(given, dict) or not isinstance(given.get("dtype"), str):
-            raise TypeError(f"its header has no dtype for {shortened(key, 60)!r}")
-        dtype, shape, place = DTYPES[given["dtype"]], given.get("shape"), given.get("data_offsets")
-        if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
-            raise TypeError(f"its header lacks the shape or the offsets of {shortened(key, 60)!r}")
-        if not all(map(_is_size, (*shape, *place))):
-            raise TypeError(f"the shape or the offsets of {shortened(key, 60)!r} are not valid")
-        start, end = place
-        if math.prod(shape) * dtype.itemsize != end - start:
-            raise ValueError(f"{shortened(key, 60)!r} has more or fewer bytes than its shape says")
-        return cls(likes[dtype, tuple(shape)].detach(), start, end)  # detached: faster than a new one
+def _entry(key: str, given: Any, likes: _Likes) -> tuple[int, int, str, Tensor]:
+    """Returns the byte offsets in a header's entry, its key, and a tensor of its dtype and shape without data."""
+    if not isinstance(given, dict) or not isinstance(given.get("dtype"), str):
+        raise TypeError(f"its header has no dtype for {shortened(key, 60)!r}")
+    dtype, shape, place = DTYPES[given["dtype"]], given.get("shape"), given.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
+        raise TypeError(f"its header lacks the shape or the offsets of {shortened(key, 60)!r}")
+    sizes = (*shape, *place)
+    if {*map(type, sizes)} != {int} or min(sizes) < 0 or max(sizes) >= 2**63:
+        raise TypeError(f"the shape or the offsets of {shortened(key, 60)!r} are not valid")
+    start, end = place
+    if math.prod(shape) * dtype.itemsize != end - start:
+        raise ValueError(f"{shortened(key, 60)!r} has more or fewer bytes than its shape says")
+    return start, end, key, likes[dtype, tuple(shape)].detach()  # detached: faster than a new one
 
 
 class _Likes(dict[tuple[torch.dtype, tuple[int, ...]], Tensor]):
@@ -329,10 +325,6 @@ class _Likes(dict[tuple[torch.dtype, tuple[int, ...]], Tensor]):
     def __missing__(self, key: tuple[torch.dtype, tuple[int, ...]]) -> Tensor:
         self[key] = like = torch.empty(key[1], dtype=key[0], device="meta")
         return like
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
 
 
 def _metadata(given: Any) -> dict[str, str]:

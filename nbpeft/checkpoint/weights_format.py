@@ -211,9 +211,10 @@ def _fitting(
     unexpected: list[str] = []
     mapped = by_patterns(key_mapping)
     for key in tensors:
-        if len(key) > _LONGEST_KEY or len(unexpected) >= _MOST_UNEXPECTED:
-            fitting = key.removeprefix(PREFIX) if key.removeprefix(PREFIX) in slots else None
-        else:
+        bare = key.removeprefix(PREFIX)
+        fitting = bare if bare in slots else None
+        is_limited = len(key) > _LONGEST_KEY or len(unexpected) >= _MOST_UNEXPECTED
+        if not is_limited and (key_mapping or fitting is None):
             fitting = next((name for name in _readings(key, mapped, rename) if name in slots), None)
         if fitting is None or fitting in keys:
             unexpected.append(key)

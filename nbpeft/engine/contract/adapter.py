@@ -384,10 +384,12 @@ def is_configured(adapter: Adapter, config: Any, path: str) -> bool:
     if isinstance(adapter, HotSwaps) and type(adapter).configure is not HotSwaps.configure:
         return False
     own = vars(adapter)
-    return own.get("_trained_scaling") is None and all(
-        type(value) in _PLAIN and type(own.get(name)) is type(value) and own[name] == value
-        for name, value in adapter._config_values(config, path).items()
-    )
+    if own.get("_trained_scaling") is not None:
+        return False
+    for name, value in adapter._config_values(config, path).items():
+        if type(value) not in _PLAIN or type(own.get(name)) is not type(value) or own[name] != value:
+            return False
+    return True
 
 
 def keep_settings(adapter: Adapter, change: Transaction) -> None:

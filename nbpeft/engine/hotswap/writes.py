@@ -171,7 +171,7 @@ class Writes:
             if key not in given:
                 used, rest = home[:0], [home]
             else:
-                used, rest = (home, []) if pads is None else pads.used_part(key, home, shape)
+                used, rest = (home, []) if home.shape == shape or pads is None else pads.used_part(key, home, shape)
             source = given.get(key, used)
             if source.shape != used.shape:
                 source = source.reshape(used.shape)

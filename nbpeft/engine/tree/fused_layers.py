@@ -144,7 +144,7 @@ def of_former_file(model: nn.Module, config: Any, keys: Iterable[str]) -> Any:
     Returns:
         A changed copy; ``config`` itself if no key belongs to an expert layer.
     """
-    if not any(map(_EXPERT.search, keys)):
+    if not any("experts." in key and _EXPERT.search(key) for key in keys):
         return config
     made = config.copy()
     with_parameters(model, config, made, method_of(config), list(walk(model)), include_present=True)

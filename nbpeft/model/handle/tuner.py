@@ -394,10 +394,12 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
         try:
             return getattr(self.model, name)
         except AttributeError:
+            if name.startswith("_"):
+                raise
             manager = self.manager
             with manager.reading():
                 shared = {owner: state for owner in manager.configs if (state := manager.shared(owner)) is not None}
-            if name.startswith("_") or (found := shared_by_name(shared, name)) is None:
+            if (found := shared_by_name(shared, name)) is None:
                 raise
         return found
 

@@ -278,7 +278,7 @@ class LowRankAdapter(
     @property
     def rank(self) -> int:
         """Rows of A, padding included."""
-        return int(self.trained_factors[0].shape[0])
+        return int(self.tensor(self.factor_names[0]).shape[0])
 
     @property
     def has_bias(self) -> bool:

@@ -342,7 +342,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     @property
     def init_from_weight(self) -> bool:
         """Whether ``init_lora_weights`` is OLoRA, PiSSA, LoftQ, CorDA or LoRA-GA."""
-        return self.init_name in ("olora", "pissa", "pissa_niter", "loftq") or self.initialised_from_data
+        return self.init_name in ("olora", "pissa", "pissa_niter", "loftq", "corda", "lora_ga")
 
     @property
     def initialised_from_data(self) -> bool:
