@@ -341,3 +341,66 @@ def test_files_in_folders_of_folders(tmp_path: Path) -> None:
     for text in ("old", "new"):
         replace_files(tmp_path / "folder", [NewFile.of_text(name, text) for name in ("a/b/x", "a/y", "z")])
         assert set(contents(tmp_path / "folder").values()) == {text.encode()}
+
+
+def test_what_exists_is_not_replaced_unless_that_is_allowed(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "shipped", *adapter(2))
+    before = contents(tmp_path)
+    with (
+        pytest.raises(CheckpointError, match="already exists; choose another folder"),
+        in_place_of(tmp_path / "shipped", allowed=False),
+    ):
+        raise AssertionError("the block ran")
+    assert contents(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    with in_place_of(tmp_path / "empty", allowed=False) as place:
+        assert place == tmp_path / "empty"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
+    """The inodes that are flushed, and the names of what is moved, in their order."""
+    seen: list[int | str] = []
+    replace = os.replace
+
+    def noting(source: Any, goal: Any, **options: Any) -> None:
+        seen.append(os.path.basename(os.fspath(goal)))
+        replace(source, goal, **options)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "replace", noting)
+    return seen
+
+
+def inodes(folder: Path) -> set[int]:
+    return {path.stat().st_ino for path in (folder, *folder.rglob("*"))}
+
+
+def test_a_new_folder_is_flushed_with_all_in_it_before_it_is_moved(tmp_path: Path, calls: list[int | str]) -> None:
+    replace_files(tmp_path / "new", [NewFile.of_text(name, "x") for name in ("a/b/x", "a/y", "z")])
+    assert inodes(tmp_path / "new") <= set(calls[: calls.index("new")])
+    assert tmp_path.stat().st_ino in calls[calls.index("new") :]
+
+
+def test_a_folder_in_place_of_another_is_flushed_before_it_is_moved(tmp_path: Path, calls: list[int | str]) -> None:
+    (tmp_path / "shipped").mkdir()
+    (tmp_path / "shipped" / "old").touch()
+    with in_place_of(tmp_path / "shipped", allowed=True) as place:
+        place.mkdir()
+        (place / "weights").write_bytes(b"new")
+        calls.clear()
+    assert os.listdir(tmp_path / "shipped") == ["weights"]
+    last = len(calls) - 1 - calls[::-1].index("shipped")
+    assert inodes(tmp_path / "shipped") <= set(calls[:last])
+    assert tmp_path.stat().st_ino in calls[last:]
+
+
+def test_files_beside_others_are_flushed_with_their_folders_before_the_first_is_moved(
+    tmp_path: Path, calls: list[int | str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    replace_files(tmp_path / "folder", [NewFile.of_text(name, "x") for name in ("a/x", "y")])
+    first = min(calls.index(name) for name in ("x", "y"))
+    files = {(tmp_path / "folder" / name).stat().st_ino for name in ("a/x", "y")}
+    assert files <= set(calls[:first])
+    assert {(tmp_path / "folder" / name).stat().st_ino for name in (".", "a")} <= set(calls[first:])

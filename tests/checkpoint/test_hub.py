@@ -16,6 +16,7 @@ from torch import nn
 
 from nbpeft import get_peft_model
 from nbpeft.checkpoint import push, read_checkpoint, read_config, write_checkpoint
+from nbpeft.checkpoint.source import checked_options
 from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
@@ -233,3 +234,7 @@ def test_the_environments_endpoint_and_cache(hub: Hub, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False 6", done.stderr
     assert list((tmp_path / "home" / "hub").glob("models--me--sql/snapshots/*/adapter_model.safetensors"))
+
+
+def test_the_token_of_former_versions_is_a_token() -> None:
+    assert checked_options({"use_auth_token": "secret", "revision": None}) == {"token": "secret"}

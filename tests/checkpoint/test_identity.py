@@ -105,6 +105,15 @@ def test_another_base_gives_a_note(other: Callable[[], nn.Module], words: str) -
     assert "\n" not in note
 
 
+def test_a_base_is_described_by_the_shape_with_most_numbers() -> None:
+    def model(*layers: nn.Module) -> nn.Module:
+        return nn.Sequential(*layers)
+
+    many_small = model(*(nn.Linear(10, 10) for _ in range(4)), nn.Linear(11, 11))
+    note = compare(fingerprint(many_small).to_metadata(), model(nn.Linear(10, 10)))
+    assert note is not None and "with 5 weights, mostly 10 x 10" in note
+
+
 def test_another_revision_is_noticed_by_a_small_change_of_one_matrix() -> None:
     model = llama()
     saved = fingerprint(model).to_metadata()

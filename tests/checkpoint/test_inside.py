@@ -277,3 +277,42 @@ def test_a_folder_that_others_write_to_leads_nowhere_else(tmp_path: Path) -> Non
     (root / "away").symlink_to(other)
     with pytest.raises(CheckpointError, match="away is a link that leads out of"):
         inside.check_stays(root, "away")
+
+
+def test_what_is_no_plain_file_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening some devices does something: a tape is rewound."""
+    os.mkfifo(tmp_path / "pipe")
+    opened: list[object] = []
+    monkeypatch.setattr(os, "open", lambda path, *rest, **options: opened.append(path))
+    with pytest.raises(CheckpointError, match="not a plain file"):
+        inside.open_file(tmp_path / "pipe")
+    assert opened == []
+
+
+def test_a_trusted_file_may_have_other_names_and_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("content")
+    os.link(tmp_path / "file", tmp_path / "second")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name in ("file", "second", "link"):
+        with open(inside.open_file(tmp_path / name), "rb") as file:
+            assert file.read() == b"content"
+
+
+def test_the_second_name_of_a_link_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "goal").write_text("content")
+    (tmp_path / "link").symlink_to("goal")
+    inside.second_name(tmp_path, "link", "other")
+    assert os.readlink(tmp_path / "other") == "goal"
+
+
+def test_a_folder_is_not_made_through_a_link_or_a_file(tmp_path: Path, victim: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(victim)
+    (root / "file").touch()
+    for name, error in (("link", CheckpointError), ("new/../link", Exception), ("file", OSError)):
+        with pytest.raises(error):
+            inside.make_folders(root, name)
+    assert sorted(os.listdir(root)) == ["file", "link"]
+    assert inside.make_folders(root, "a/b") == [root / "a", root / "a" / "b"]
+    assert inside.make_folders(root, "a/b") == []

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from nbpeft.checkpoint import ModelFolder
+from nbpeft.checkpoint.model_files import TensorSpec, in_shards, write_model
 from nbpeft.errors import CorruptCheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -38,3 +39,19 @@ def test_each_shard_is_read_one_tensor_at_a_time(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
     folder = ModelFolder(tmp_path)
     assert "w" in folder and folder.read("w").sum() == 2
+
+
+def test_shards_are_named_as_transformers_names_them(tmp_path: Path) -> None:
+    specs = [TensorSpec(name, torch.float32, (4,)) for name in "abc"]
+    whole = {name: torch.full((4,), float(number)) for number, name in enumerate("abc")}
+    written = write_model(tmp_path / "one", in_shards(specs, 48), whole.__getitem__)
+    assert [path.name for path in written] == ["model.safetensors"]
+    write_model(tmp_path / "two", in_shards(specs, 32), whole.__getitem__)
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sorted(os.listdir(tmp_path / "two")) == [*names, INDEX]
+    index = json.loads((tmp_path / "two" / INDEX).read_text())
+    assert index == {
+        "metadata": {"total_size": 48},
+        "weight_map": {"a": names[0], "b": names[0], "c": names[1]},
+    }
+    assert all(ModelFolder(tmp_path / "two").read(name).equal(tensor) for name, tensor in whole.items())

@@ -190,3 +190,14 @@ def test_a_new_folder_is_flushed_in_its_parent(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         make_folder(tmp_path / "file", [])
+
+
+def test_flushing_a_folder_leaves_no_file_open(tmp_path: Path) -> None:
+    def lowest_free() -> int:
+        handle = os.open(tmp_path, os.O_RDONLY)
+        os.close(handle)
+        return handle
+
+    before = lowest_free()
+    staging_module.flush_folder(tmp_path)
+    assert lowest_free() == before

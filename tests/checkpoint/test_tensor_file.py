@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from nbpeft.checkpoint import tensor_file
 from nbpeft.checkpoint.tensor_file import DTYPES, TensorFile, UnreadTensors, read_metadata, read_tensors
 from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from tests.fuzz.corpus import WEIGHTS, entry, weights
@@ -79,6 +80,21 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
     for name in os.listdir(tmp_path):
         with pytest.raises(CorruptCheckpointError, match="not a plain file"):
             TensorFile(tmp_path / name)
+
+
+@pytest.mark.parametrize("length", [0, 2**20])
+def test_a_header_is_within_its_file(length: int, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(weights({"a": entry()}, length=length))
+    with pytest.raises(CorruptCheckpointError, match="its header is longer than the file"):
+        TensorFile(tmp_path / "x.safetensors")
+
+
+def test_files_of_torch_before_it_wrote_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.arange(5.0)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    assert read_tensors(tmp_path / "x.bin")[0]["a"].equal(torch.arange(5.0))
+    monkeypatch.setattr(tensor_file, "_LARGEST_UNMAPPED", 10)
+    with pytest.raises(CorruptCheckpointError, match="not a zip archive, and has more than 10 bytes"):
+        read_tensors(tmp_path / "x.bin")
 
 
 SUFFIXES = pytest.mark.parametrize("suffix", ["safetensors", "bin"])

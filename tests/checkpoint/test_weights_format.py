@@ -223,3 +223,11 @@ def test_keys_of_any_length_are_told_shortly() -> None:
     with pytest.raises(CheckpointError, match="nothing in the checkpoint fits") as caught:
         from_file({"a." * 50_000: torch.zeros(1)}, Expected({"q": {"lora_A": (2, 4)}}))
     assert len(str(caught.value)) <= 500
+
+
+@pytest.mark.parametrize(("length", "is_hinted"), [(900, True), (1100, False)])
+def test_a_way_out_is_looked_for_in_keys_of_some_length(length: int, is_hinted: bool) -> None:
+    file = {f"{'x' * length}.{key.removeprefix('base_model.model.')}": value for key, value in small_file().items()}
+    with pytest.raises(CheckpointError, match="nothing in the checkpoint fits") as caught:
+        from_file(file, SMALL)
+    assert bool(caught.value.details.get("key_mapping")) is is_hinted

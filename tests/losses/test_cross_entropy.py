@@ -75,6 +75,22 @@ def test_each_row_can_have_a_loss_with_a_factor_of_its_own(learned, weighted, tr
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_each_row_has_a_factor_behind_a_head_that_keeps_its_output():
+    layer = head()
+    hidden, targets = inputs(learned=1.0)
+    factors = torch.linspace(-1, 3, len(targets))
+    watched = [hidden, *layer.parameters()]
+
+    def kept(rows):
+        return layer(rows).tanh()  # backward needs what it returns
+
+    whole = gradients(lambda: F.cross_entropy(kept(hidden), targets, reduction="none") @ factors, *watched)
+    found = gradients(
+        lambda: chunked_cross_entropy(kept, hidden, targets, reduction="none", chunk_size=4) @ factors, *watched
+    )
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_another_index_is_ignored_and_a_head_may_be_half_frozen():
     layer = head()
     layer.weight.requires_grad_(False)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from tests.mutation.mutants import Mutant, draw, mutants_of
 from tests.mutation.reach import Reached, measure
@@ -95,17 +95,33 @@ def is_open(verdict: Verdict) -> bool:
 
 def stored() -> Verdicts:
     """What became of mutants in all runs, the last verdict of each."""
-    if not VERDICTS.exists():
-        return {}
-    lines = map(json.loads, VERDICTS.read_text(encoding="utf-8").splitlines())
-    return {line["key"]: Verdict(line["what"], line["killer"], line["tests"]) for line in lines}
+    unsure = unsure_tests()
+    found = [line for line in lines() if "key" in line and line["killer"] not in unsure]
+    return {line["key"]: Verdict(line["what"], line["killer"], line["tests"]) for line in found}
+
+
+def unsure_tests() -> set[str]:
+    """The tests that failed without a fault, too: what they notice does not count."""
+    return {line["unsure"] for line in lines() if "unsure" in line}
+
+
+def lines() -> list[dict[str, Any]]:
+    """What is stored."""
+    return [json.loads(line) for line in VERDICTS.read_text(encoding="utf-8").splitlines()] if VERDICTS.exists() else []
+
+
+def store(line: Mapping[str, Any]) -> None:
+    """Stores a verdict, or a test that is unsure."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with VERDICTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def judge_all(mutants: Sequence[Mutant], options: argparse.Namespace) -> None:
     """Notes what becomes of some mutants: of those in functions first, then of those that act at an import."""
     from tests.mutation import killing
 
-    reached = None if options.tests else Reached()
+    reached = None if options.tests else Reached(unsure_tests())
     jobs = [job_of(mutant, reached, options.seconds) for mutant in mutants]
     if not jobs:
         return
@@ -114,7 +130,9 @@ def judge_all(mutants: Sequence[Mutant], options: argparse.Namespace) -> None:
     def tell(job: killing.Job, found: killing.Found) -> None:
         mutant, tests, _ = job
         if mutant is None:
-            print(*(f"fails without a fault, too: {test}" for test in found), sep="\n", file=shown, flush=True)
+            for test in found:
+                store({"unsure": test})
+                print(f"fails without a fault, too: {test}", file=shown, flush=True)
         elif found != [killing.AT_IMPORT]:
             note(mutant, Verdict("killed" if found else "survived", *found[:1] or [""], len(tests)), shown)
 
@@ -129,8 +147,7 @@ def judge_all(mutants: Sequence[Mutant], options: argparse.Namespace) -> None:
 
 def note(mutant: Mutant, verdict: Verdict, shown: TextIO) -> None:
     """Prints and stores a verdict."""
-    with VERDICTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"key": key(mutant), "mutant": str(mutant), **asdict(verdict)}) + "\n")
+    store({"key": key(mutant), "mutant": str(mutant), **asdict(verdict)})
     print(f"{verdict.what:<9} {mutant}  [{verdict.killer or verdict.tests}]", file=shown, flush=True)
 
 

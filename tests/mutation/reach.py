@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 
@@ -86,10 +86,15 @@ def measure(tests: Sequence[str]) -> int:
 
 
 class Reached:
-    """What `ReachPlugin` measured, in all its runs."""
+    """What `ReachPlugin` measured, in all its runs.
 
-    def __init__(self) -> None:
+    Args:
+        left_out: tests that are taken for none.
+    """
+
+    def __init__(self, left_out: Set[str] = frozenset()) -> None:
         self.seconds: dict[str, float] = {}
+        self._left_out = left_out
         self._reaching: dict[str, list[tuple[list[str], np.ndarray]]] = {}
         for file in sorted(FOLDER.glob("reach-*.npz"), key=lambda file: file.stat().st_mtime):
             self._read(file)
@@ -127,8 +132,8 @@ class Reached:
         What acts when a module is imported is reached by each test that runs any line of it; by all, if there is none.
         """
         found = self.of_lines(mutant.path, *mutant.lines) if mutant.in_function else set()
-        found = found or self.of_file(mutant.path) or set(self.seconds)
-        return self._ordered(found, mirror_of(mutant.path))
+        found = found or self.of_file(mutant.path) or {*self.seconds}
+        return self._ordered(found - self._left_out, mirror_of(mutant.path))
 
     def _ordered(self, tests: set[str], mirror: str) -> list[str]:
         """One case of each test before the second of any; in each round the file's own tests, then the quickest."""

@@ -22,6 +22,7 @@ MUTANT = Mutant("nbpeft/area.py", "flip a sign", (3, 3), 0, "-1", "(1)", in_func
 def reached(monkeypatch: pytest.MonkeyPatch) -> Reached:
     made = object.__new__(Reached)
     lines = np.array([[test in LINES.get(line, ()) for line in range(7)] for test in SECONDS])
+    made._left_out = {"a test that fails"}
     made.seconds, made._reaching = SECONDS, {MUTANT.path: [([*SECONDS], lines)]}
     monkeypatch.setattr(marks, "read", lambda path: SOURCE)
     return made

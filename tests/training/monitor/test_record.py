@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import strategies as st
 
 from nbpeft.state import MemberState
-from nbpeft.training.monitor.record import History, Smoothed, is_better
+from nbpeft.training.monitor.record import History, Smoothed, is_better, score_of
 from tests.untimed import given
 
 
@@ -67,6 +68,24 @@ def test_smoothing_starts_at_the_first_value():
 @pytest.mark.parametrize("best", [None, 1.0])
 def test_a_score_that_is_not_finite_is_never_better(score: float | None, best: float | None) -> None:
     assert not is_better(score, best) and is_better(0.5, best)
+
+
+def test_a_score_is_better_if_it_is_lower() -> None:
+    assert [is_better(score, 1.0) for score in (0.9, 1.0, 1.1)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater", "score"),
+    [(None, None, 2.0), ("loss", None, 2.0), ("eval_accuracy", None, -0.5), ("accuracy", False, 0.5)],
+)
+def test_the_score_of_a_metric_is_lower_if_it_is_better(metric: str | None, greater: bool | None, score: float) -> None:
+    arguments = SimpleNamespace(metric_for_best_model=metric, greater_is_better=greater)
+    reported = {"eval_loss": 2.0, "eval_accuracy": 0.5, "eval_text": "x", "eval_none": None}
+    assert score_of(arguments, reported) == score
+    arguments.metric_for_best_model = "text"
+    assert score_of(arguments, reported) is None
+    arguments.metric_for_best_model = "none"
+    assert math.isnan(score_of(arguments, reported) or 0.0)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from nbpeft.errors import TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
 from nbpeft.state import MemoryPart, MemoryState, TrainState
+from nbpeft.training.monitor import memory_meter
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.record import Record
 from nbpeft.training.monitor.run import Run, track
@@ -296,7 +298,13 @@ def test_many_threads_may_ask_for_the_state():
     assert errors == [] and 120 <= len(run.state.history) <= 480
 
 
-def test_memory_is_measured_now_and_then():
+@pytest.fixture
+def measuring_takes_no_time(monkeypatch):
+    """Or a busy machine makes a measurement so long that the next one is due later."""
+    monkeypatch.setattr(memory_meter, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+
+
+def test_memory_is_measured_now_and_then(measuring_takes_no_time):
     loop, clock, count = Loop(), Clock(), []
 
     def measure():
@@ -324,6 +332,22 @@ def test_the_last_state_has_the_last_measurement_of_memory():
             run.step(loop.one())
     last = states[-1].memory
     assert last is not None and states[-1].series["memory"][-1] == (10, last.parts[0].byte_count)
+
+
+def test_a_tick_measures_memory_while_a_step_takes_long(measuring_takes_no_time):
+    clock, count = Clock(), []
+
+    def measure():
+        count.append(1)
+        return MemoryState("cpu", (), None, len(count))
+
+    with track(nn.Linear(3, 1), 10, clock=clock, memory=measure) as run:
+        before = len(count)
+        clock.advance(20.0)
+        state = run.tick()
+        assert len(count) == before + 1 and state is not None
+        assert state.memory == MemoryState("cpu", (), None, len(count))
+        assert run.tick() is not None and len(count) == before + 1
 
 
 def test_a_tick_moves_the_clock_and_nothing_else():
@@ -409,6 +433,15 @@ def test_a_run_that_cannot_be_saved_says_why_and_goes_on(tmp_path):
         run.control.request_save()
         run.step(loop.one())
     assert run.state.message == "not saved: the model has no adapters" and run.state.status == "finished"
+
+
+def test_what_became_of_a_save_is_shown_at_once():
+    loop, states = Loop(), []
+    with track(loop.model, 3, publish=states.append, clock=Clock()) as run:
+        run.step(loop.one())
+        run.control.request_save()
+        run.step(loop.one())  # at the same time as the last display
+        assert states[-1].message == "not saved: the model has no adapters"
 
 
 @pytest.mark.parametrize(
