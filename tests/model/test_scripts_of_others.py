@@ -212,6 +212,11 @@ def test_so_it_is_in_each_step_of_a_generation() -> None:
     assert torch.equal(model.generate(input_ids=ids, **settings)[:, ids.shape[1] :], wanted)
     model.get_prompt(2)
     assert torch.equal(model.base_model.generate(ids, **settings)[:, ids.shape[1] :], wanted), "ids have no prompt"
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    wanted = model.generate(input_ids=ids, attention_mask=mask, **settings)
+    model.get_prompt(2)
+    assert torch.equal(model.base_model.generate(ids, attention_mask=mask, **settings), wanted)
 
 
 def test_a_prefix_in_a_cache_is_not_put_in_twice() -> None:

@@ -24,8 +24,8 @@ own calls of a handle."""
 _ANY = object()
 _given: ContextVar[Callable[[int], Tensor] | None] = ContextVar("_given", default=None)
 """Rows of the batch -> the tokens to put in instead of the adapter's, (rows, tokens, features)."""
-_with_prompt: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Caches of generations whose prompt a script put in."""
+_with_prompt: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+"""Cache of a generation -> whether the script put the prompt in, which its first call shows."""
 
 
 def note_requested(state: object = _ANY) -> None:
@@ -83,13 +83,16 @@ def is_put_in(layer: AdaptedLayer, call: Mapping[str, Any], cache: Any) -> bool:
         call: name -> argument.
         cache: the cache in the call, or None.
     """
-    if _with_prompt and hasattr(cache, "get_seq_length") and cache in _with_prompt:
-        return True
     requested = _requested.get()
+    if requested is None and not _with_prompt:
+        return False
+    has_cache = hasattr(cache, "get_seq_length")
+    filled = has_cache and bool(cache.get_seq_length())
+    if filled and cache in _with_prompt:
+        return _with_prompt[cache]
     if requested is None or requested() not in (_ANY, layer._shared_state()):
         return False
-    filled = hasattr(cache, "get_seq_length")
-    found = call.get("inputs_embeds") is not None or (filled and bool(cache.get_seq_length()))
-    if found and filled:
-        _with_prompt.add(cache)
+    found = filled or call.get("inputs_embeds") is not None
+    if has_cache:
+        _with_prompt[cache] = found
     return found
