@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 import nbpeft
@@ -97,6 +99,47 @@ def test_losses_of_lora_with_dropout(fields: dict[str, Any]) -> None:
 
 def test_losses_of_both_parts_of_gralora() -> None:
     check_alike("GraloraConfig", {"r": 4, "gralora_k": 2, "hybrid_r": 2, "gralora_dropout": 0.2, **LINEAR})
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "Embedding": lambda: nn.Embedding(20, 16),
+    "Conv1d": lambda: nn.Conv1d(8, 16, 3),
+    "Conv2d": lambda: nn.Conv2d(8, 16, 3),
+    "Conv3d": lambda: nn.Conv3d(8, 16, 2),
+}
+OTHER_STARTS = {
+    "LoHa": [{"r": 2, "use_effective_conv2d": True}],
+    "LoKr": [{"r": 2, "use_effective_conv2d": True}, {"r": 2, "use_effective_conv2d": True, "init_weights": "lycoris"}],
+    "HiRA": [{"r": 2, "init_weights": False}],
+}
+
+
+def started(library: Any, config: str, layer: str, fields: dict[str, Any]) -> Any:
+    """Name -> trained parameter of a new adapter on one layer, and the state of the generator after it."""
+    torch.manual_seed(7)
+    base = nn.ModuleDict({"layer": LAYERS[layer]()})
+    model = library.get_peft_model(base, getattr(library, config)(target_modules=["layer"], **fields))
+    return {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("method", LEARNING, ids=lambda method: method.label)
+def test_adapters_of_every_kind_of_layer_start_as_peft_s(method: Method) -> None:
+    config = method.config_class.__name__
+    samples = [next(iter(method.sample_configs.values())), *OTHER_STARTS.get(method.label, [])]
+    for layer, fields in itertools.product(LAYERS, samples):
+        try:
+            wanted, state_of_peft = started(peft, config, layer, fields)
+        except (TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError, KeyError):
+            continue  # peft does not take such layers, or the layer has not enough features
+        if not wanted:
+            continue
+        tensors, state = started(nbpeft, config, layer, fields)
+        assert [*tensors] == [*wanted] and torch.equal(state, state_of_peft), (layer, fields)
+        torch.testing.assert_close(tensors, wanted, msg=f"{layer} {fields}")
+
+
+def test_losses_of_hira_with_narrow_factors() -> None:
+    check_alike("HiraConfig", {"r": 2, "init_weights": "gaussian", **LINEAR})
 
 
 def moved(run: Callable[[], Any]) -> bool:

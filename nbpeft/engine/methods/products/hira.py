@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -91,13 +92,13 @@ class Hira(WeightDelta):
         """Random factors, but for B, or the A of an embedding, at zeros."""
         drawn = {name: site.new(shape, Always(normal_)) for name, shape in site.shapes.items()}
         name_A, name_B = site.shapes
-        if config.init_weights:
-            drawn[name_A if name_A in _EMBEDDING_FACTORS else name_B].zero_()
-        if config.init_weights == "gaussian" and name_A in _FACTORS:
-            drawn[name_A].div_(config.rank_at(site.path))
-        elif config.init_weights and name_A in _FACTORS:
-            drawn[name_A] = site.new(site.shapes[name_A], linear_)
-        return drawn
+        if not config.init_weights:
+            return drawn
+        if name_A in _EMBEDDING_FACTORS:
+            return {name_A: drawn[name_A].zero_(), name_B: site.new(site.shapes[name_B], normal_)}
+        narrow = partial(normal_, std=1 / config.rank_at(site.path))
+        start = narrow if config.init_weights == "gaussian" else linear_
+        return {name_A: site.new(site.shapes[name_A], start), name_B: drawn[name_B].zero_()}
 
     @property
     def rank(self) -> int:

@@ -131,7 +131,7 @@ class LoKr(ScaledDelta, ConvertsToLora):
             if len(kernel) > 2:
                 raise ConfigError(f"{path}: use_effective_conv2d does not work in three dimensions", path=path)
             core = (rank, rank, *kernel, *[1] * (2 - len(kernel)))
-            return {**shapes, T2: core, W2_A: (rank, k), W2_B: (rank, n)}
+            return {**shapes, W2_A: (rank, k), W2_B: (rank, n), T2: core}
         return {**shapes, W2_A: (k, rank), W2_B: (rank, n * math.prod(kernel))}
 
     @classmethod
