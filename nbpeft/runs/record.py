@@ -190,8 +190,10 @@ def checked_sample(given: Any) -> Sample | None:
     reward = given.get("reward")
     if not all(map(_is_unicode, texts)) or not (reward is None or _is_number(reward)):
         return None
-    cuts = {name: given.get(name) is True for name in ("cut", "base_cut")}
-    return Sample(given["step"], *texts, reward=None if reward is None else float(reward), **cuts)
+    prompt, answer, base, wanted = texts
+    number = None if reward is None else float(reward)
+    cut, base_cut = given.get("cut") is True, given.get("base_cut") is True
+    return Sample(given["step"], prompt, answer, base, wanted, reward=number, cut=cut, base_cut=base_cut)
 
 
 def _is_step(value: object) -> bool:
