@@ -216,6 +216,8 @@ class MemberState:
     """Step of its best evaluation."""
     comparable: bool = True
     """Whether it was trained and evaluated on the same rows as the others, so that one of them can be the best."""
+    restored_step: int | None = None
+    """Step of the weights that were restored at its end: the best ones, or the last good ones; None for its last."""
 
     @property
     def rank(self) -> tuple[bool, int, float, float]:

@@ -174,8 +174,8 @@ def _figures(train: TrainState) -> Figures:
     peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
     mean, best = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else "", train.best_member
     figures = (
-        Figure("loss", numbers.loss(train.loss), mean, 84) if best is None else _loss_of_the_best(best),
         *_reward(train),
+        Figure("loss", numbers.loss(train.loss), mean, 84) if best is None else _loss_of_the_best(best),
         *_evaluations(train),
         Figure("step", f"{train.step:,}{total}", " · ".join(filter(None, (epoch, begun))), 84),
         Figure("tokens/s", numbers.rate(train.tokens_per_second), "", 64),

@@ -26,6 +26,7 @@ _OTHER_FILE = re.compile(r"[^\W\d][\w-]*\.[A-Za-z]\w{0,6}")
 """The name of a file with another suffix, or an attribute of a variable."""
 _HUB_NAME = re.compile(r"([\w.-]+)/([\w.-]+)(?::[\w.-]+){0,2}(?:\[[^\]]*\])?")
 """``user/name:config:split[:1000]``."""
+_SLICE = re.compile(r"([^\W\d]\w*)\[((?:-?\d{1,9})?):((?:-?\d{1,9})?)\]")
 _NUMBER = re.compile(r"\d{1,9}|\d?\.\d{1,9}")
 _TOKENIZER_NAMES = ("tokenizer", "tok", "processor")
 
@@ -235,10 +236,10 @@ class NotebookContext:
     def by_name(self, text: object) -> Any:
         """Return what a text from an untrusted source names, e.g. one stored in a run folder.
 
-        The text is never evaluated: it may name a variable, an existing file with rows, or a number.
+        The text is never evaluated: it may name a variable, a slice of a list, an existing file with rows, or a number.
 
         Returns:
-            The variable's value, the file's path or the number; None for anything else.
+            The variable's value, the slice, the file's path or the number; None for anything else.
         """
         if not isinstance(text, str):
             return None
@@ -251,6 +252,9 @@ class NotebookContext:
         name = reference(text) or text
         if name.isidentifier():
             return None if name.startswith("_") else self.namespace.get(name)
+        if part := _SLICE.fullmatch(text):
+            rows, ends = self.by_name(part[1]), (int(end) if end else None for end in part.groups()[1:])
+            return rows[slice(*ends)] if isinstance(rows, list | tuple) else None
         if _NUMBER.fullmatch(text):
             return float(text) if "." in text else int(text)
         file = _FILE.fullmatch(text)

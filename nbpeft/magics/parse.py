@@ -159,7 +159,11 @@ class LineParser(argparse.ArgumentParser):
         needed = message.removeprefix(_REQUIRED)
         if needed != message:
             raise CellError(f"{self.prog} needs {needed}" + (f", e.g. {self._example}" if self._example else ""))
-        raise CellError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
+        refused = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        choices = [name.strip("'") for name in refused[2].split(", ")] if refused else []
+        hint = did_you_mean(refused[1], choices) if refused else ""
+        ending = f".{hint}" if hint else f"; see {self.prog} --help"
+        raise CellError(f"{self.prog}: {message.removeprefix('argument ')}{ending}")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse words.

@@ -191,16 +191,9 @@ def checked_sample(given: Any) -> Sample | None:
     if not all(map(_is_unicode, texts)) or not (reward is None or _is_number(reward)):
         return None
     prompt, answer, base, wanted = texts
-    return Sample(
-        given["step"],
-        prompt,
-        answer,
-        base,
-        wanted,
-        reward=None if reward is None else float(reward),
-        cut=given.get("cut") is True,
-        base_cut=given.get("base_cut") is True,
-    )
+    number = None if reward is None else float(reward)
+    cut, base_cut = given.get("cut") is True, given.get("base_cut") is True
+    return Sample(given["step"], prompt, answer, base, wanted, reward=number, cut=cut, base_cut=base_cut)
 
 
 def _is_step(value: object) -> bool:

@@ -124,7 +124,9 @@ class TrackedModel:
             run: the run.
         """
         state = run.state
-        done = {member.name: member.step for member in state.members}  # some end before the others
+        # Some end before the others, and some with the weights of an earlier step.
+        ends = {member.name: (member.step, member.restored_step) for member in state.members}
+        done = {name: step if restored is None else restored for name, (step, restored) in ends.items()}
         for name in names:
             config = self.manager.configs.get(name)
             kept = state.restored_step if state.kept_step is None else state.kept_step

@@ -295,6 +295,7 @@ def test_a_training_with_rewards_shows_them_with_the_best_and_the_worst_completi
     )
     train = ended(series={"reward": ((1, 0.25), (2, 0.75)), "kl": ((1, 0.5),)}, samples=samples)
     text = read(training_card(train)).text
+    assert text.index("reward 0.750") < text.index("loss")  # which says nothing here
     assert "reward 0.750 0.250 at step 1" in text and "kl 0.500" in text
     assert "best completion reward 1.500 · step 2 four of 2 worst completion reward -0.500 · step 2" in text
     assert "2 earlier completions" in text and text.count("2 + 2?") == 3

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from IPython.display import HTML
 
+from nbpeft.display.blocks import Tokens
 from nbpeft.display.next_steps import next_steps
 from nbpeft.session import DataResult
 from tests.char_tokenizer import CharTokenizer
@@ -165,7 +166,7 @@ def test_completions_are_scored_by_functions_of_the_notebook(ready: Notebook) ->
     for option, told in (
         ("--reward evn", "'evn'"),
         ("--reward sums", "a reward must be a function"),
-        ("--objective grpo", "grpo needs rewards"),
+        ("--objective grpo", "grpo needs rewards (--reward): functions"),
         ("--reward even --objective dpo", "rewards require --objective grpo"),
         ("--reward even --columns prompt=total", "reward 'even' needs 'total'"),
     ):
@@ -282,6 +283,8 @@ def test_bad_rows_are_counted_and_left_out_on_request(ready: Notebook) -> None:
     assert ready.run("%lora_train model --data bad --no-keep max_steps=1").line == line
     shown = ready.do("%lora data bad --skip-bad")
     assert shown.summary.row_count == 8 and shown.notes[0].startswith("3 rows left out: row 8: ")
+    assert "row 8 · 0 tokens · left out: " in shown._repr_html_()
+    assert not [block for block in shown.view().blocks if isinstance(block, Tokens) and not block.spans]  # empty boxes
     assert "3 rows left out" in ready.do("%lora_train model --data bad --skip-bad --no-keep max_steps=1").message
 
 
@@ -308,7 +311,8 @@ def test_options_of_conversations_stand_in_the_line_and_in_the_command_that_show
     shown = ready.do(f"%lora data chats {how}")
     assert shown.summary.format.variables == {"loud": True, "tone": "low"}
     assert shown.summary.learned_count == 4 * 3 and "no row has reasoning to drop" in shown.notes
-    assert ready.run("%lora data chats --learn lst").line.startswith("%lora data: --learn: invalid choice: 'lst'")
+    line = ready.run("%lora data chats --learn lst").line
+    assert line.startswith("%lora data: --learn: invalid choice: 'lst'") and line.endswith("). Did you mean 'last'?")
     line = f"%lora_train model --data chats --eval 0.5 --eval-by user {how} --no-keep max_steps=1"
     message = ready.do(line).message
     assert "2 of 4 rows held out for evaluation, in whole groups by 'user' (2 groups)" in message

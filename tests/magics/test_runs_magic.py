@@ -67,6 +67,17 @@ def test_a_new_kernel_goes_on_where_the_last_was_killed(bare: Notebook, place: P
     assert "sql-1" in str(fresh.do("%lora runs"))
 
 
+def test_slices_of_lists_are_found_again(bare: Notebook, place: Path) -> None:
+    killed(4, CELL.replace("--data rows --eval held", "--data rows[:-2] --eval rows[6:]"))
+    source = json.loads((place / "sql-1" / "run.json").read_text())["source"]
+    assert (source["data"], source["eval_data"]) == ("rows[:-2]", "rows[6:]")
+    fresh = prepare(bare, adapter=False)
+    del fresh.shell.user_ns["rows"]
+    assert "pass them again: %lora resume sql-1 --data ROWS" in fresh.run("%lora resume").line
+    result = prepare(fresh, adapter=False).do("%lora resume")
+    assert (result.step, result.training.steps) == (3, 6)
+
+
 def test_the_card_of_a_run_is_shown_without_its_kernel(
     bare: Notebook, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

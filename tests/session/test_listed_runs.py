@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import nbpeft
 from nbpeft.display.next_steps import next_steps
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
 from tests.runs.killed import ARGUMENTS, adapted_session, rows
@@ -65,6 +66,16 @@ def test_what_continues_from_the_best_weights_says_so(how: str, tmp_path: Path) 
     assert best.restored_step == best.best_step == 1 < best.step
     second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
     assert "continues from the weights after step 1 of run sql-1" in str(second)
+
+
+def test_what_continues_from_the_best_weights_of_a_sweep_says_so(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    given = ARGUMENTS | {"learning_rate": nbpeft.sweep(5.0, 4.0), "max_steps": 4, "stop_on_divergence": False}
+    given |= {"eval_strategy": "steps", "eval_steps": 1, "patience": 1}
+    members = session.train(model, rows(), token_rows(4), **given).state.members
+    assert [member.restored_step for member in members] == [1, 1] and all(member.step > 1 for member in members)
+    second = session.train(model, rows(), adapter=members[0].name, **ARGUMENTS | {"max_steps": 1})
+    assert "continues from the weights after step 1 of run sql-sweep-1" in str(second)
 
 
 def test_scores_are_those_of_the_best_step(tmp_path: Path) -> None:

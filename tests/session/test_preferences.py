@@ -41,7 +41,9 @@ def test_a_stopped_run_is_resumed_on_a_new_model_to_the_bit(trained: bool, tmp_p
     assert result.training.state.history == whole.state.history
     assert result.training.state.series["rewards/margins"] == whole.state.series["rewards/margins"]
     assert same_state(weights(result.model, "sql"), weights(model, "sql"))
-    [record] = session_in(tmp_path / "parts").runs().records
+    listed = session_in(tmp_path / "parts").runs()
+    [record] = listed.records
+    assert "dpo" in str(listed)
     assert {name: record.settings[name] for name in ("objective", "reference", "beta")} == {
         "objective": "dpo",
         "reference": expected,

@@ -208,6 +208,10 @@ def test_an_export_of_chatgpt_is_not_taken_for_prompts(tokenizer) -> None:
         ([{"dialog": [{"role": "user"}]}], r"Say where the conversations are: columns=\{'messages': 'dialog'\}\."),
         ([{"talk": [{"from": "human"}]}], r"columns=\{'conversations': 'talk'\}\."),
         ([{"messages": [{"speaker": "a", "text": "b"}]}], r"'text'. Rename them to role and content"),
+        (
+            [{"prompt": "a", "code": "b"}],
+            r"'output': 'code'\}. Prompts alone are for rewards \(objective='grpo'\)\.$",
+        ),
         ([{"Course": "a"}], r"'Course'. Say what they are called, e\.g\. columns=\{'text': 'Course'\}\.$"),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c"}],

@@ -77,8 +77,10 @@ def unknown_adapter(name: object, present: Collection[str]) -> UnknownAdapterErr
         The error, for the caller to raise.
     """
     have = ", ".join(map(repr, present)) or "none"
+    several = {part.strip() for part in str(name).split(",")}
+    hint = " Write several names separately, without commas." if len(several) > 1 and several <= {*present} else ""
     return UnknownAdapterError(
-        f"Adapter {name!r} not found; the model has: {have}." + did_you_mean(str(name), present),
+        f"Adapter {name!r} not found; the model has: {have}." + (hint or did_you_mean(str(name), present)),
         name=name,
         available=tuple(present),
     )

@@ -95,6 +95,8 @@ class DataResult(NotedResult):
         if row.cut_count:
             parts.append(f"{plural(row.cut_count, 'token')} cut")
         title = " · ".join(parts)
+        if not row.spans:  # it could not be read
+            return (line(dim(title)),)
         if row.target:
             return Tokens(title, row.spans), Tokens(row.target_title, row.target)
         return (Tokens(title, row.spans),)

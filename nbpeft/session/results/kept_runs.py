@@ -134,7 +134,7 @@ class RunsResult(Result):
                 _setting(record, METHOD),
                 f"{record.settings[ROWS]:,}" if isinstance(record.settings.get(ROWS), int) else NONE,
                 (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
-                loss(record.loss),
+                (loss(record.loss), dim(_objective(record))),
                 (loss(record.best_loss), dim(_where_best(record)), *_metric_lines(record)),
                 _spark(curves.get(record.name, ())),
                 _settings_words(settings, index),
@@ -332,6 +332,12 @@ def _took(record: RunRecord) -> str:
 def _setting(record: RunRecord, name: str) -> str:
     """Returns a setting as text; a dash for a run that has none, e.g. of an earlier version."""
     return str(record.settings.get(name) or NONE)
+
+
+def _objective(record: RunRecord) -> str:
+    """Returns what the loss is of; empty for the usual next-token loss."""
+    name = record.settings.get("objective")
+    return name if isinstance(name, str) and name != "sft" else ""
 
 
 def _where_best(record: RunRecord) -> str:

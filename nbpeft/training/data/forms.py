@@ -540,7 +540,8 @@ def _hint(columns: Sequence[str], needs: Sequence[str] = PAIR.needs, first: Any 
     nearest = next(filter(None, (near(column.lower(), known, 1, cutoff=_TYPO) for column in unknown)), None)
     typo = f" Did you mean {nearest[0]!r}? Or say" if nearest else " Say"
     example = ": " if "COLUMN" in names.values() else ", e.g. "
-    return f"{typo} what they are called{example}columns={_as_chat(names) if chat else names}."
+    alone = " Prompts alone are for rewards (objective='grpo')." if needs == PAIR.needs and "prompt" in columns else ""
+    return f"{typo} what they are called{example}columns={_as_chat(names) if chat else names}.{alone}"
 
 
 def _as_chat(names: Mapping[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from nbpeft.display.numbers import count, plural
 from nbpeft.engine.tree.model_tree import manager_of
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.model.saving import files
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable
 from nbpeft.training.data import is_stream, learned_prompts
@@ -88,6 +88,10 @@ def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
 
 def _check_model(model: nn.Module, adapter: str | None) -> None:
     """Refuses a model that cannot be trained, as it is or after activating an adapter."""
+    if not isinstance(model, nn.Module):
+        raise TrainingError(
+            f"model is {with_article(model)} ({model!r:.60}), not a model: load it, then add an adapter"
+        )
     if not is_adapted(model):
         raise TrainingError(f"{type(model).__name__} has no adapters: add one first, then train.")
     manager: Any = getattr(model, "manager", None)

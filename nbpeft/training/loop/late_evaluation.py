@@ -1,4 +1,4 @@
-"""The evaluation that a run was stopped or killed before: a resumed run makes it first, as the unbroken one did."""
+"""What a run was stopped or killed before, scores and an evaluation: a resumed run makes them first."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 from nbpeft.training.disk.agreement import is_distributed
 from nbpeft.training.disk.checkpoints import read_errors
 from nbpeft.training.monitor.run import Run, StopRun
+from nbpeft.training.watching.scoring import ScoreCallback
 
 
 @contextmanager
 def late_evaluation(trainer: Any, run: Run) -> Iterator[None]:
-    """A block in which a resumed Trainer makes the evaluation that was due at its step, if it is not logged.
+    """A block in which a resumed Trainer makes the scores and the evaluation that were due at its step, if not logged.
 
     An evaluation draws random numbers, so it comes between those that the checkpoint restores and the next step.
 
@@ -27,10 +28,14 @@ def late_evaluation(trainer: Any, run: Run) -> Iterator[None]:
     def load_and_evaluate(checkpoint: str | None) -> None:
         with nullcontext() if checkpoint is None else read_errors(Path(checkpoint)):
             load(checkpoint)
-        if checkpoint is None or is_distributed() or not _is_owed(trainer):
+        if checkpoint is None or is_distributed():
             return
-        metrics = trainer._evaluate(None, None)
-        trainer._determine_best_metric(metrics=metrics, trial=None)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ScoreCallback):
+                callback.make_up(trainer.args, trainer.state, trainer.control)
+        if _is_owed(trainer):
+            metrics = trainer._evaluate(None, None)
+            trainer._determine_best_metric(metrics=metrics, trial=None)
         if trainer.control.should_training_stop:  # a Trainer would make one more step
             raise StopRun(run, finished=True)
 

@@ -207,7 +207,7 @@ def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Obje
         return objective_named("kto"), "the rows have labels of good and bad completions"
     if form is PROMPTED:
         raise ConfigError(
-            "the rows have only prompts: pass rewards, functions that score the completions of the model "
+            "the rows have only prompts: pass rewards=…, functions that score the completions of the model "
             "(objective='grpo'), or rows with completions to learn",
             field="rewards",
         )

@@ -67,6 +67,7 @@ class Member:
         settings: ``settings`` as text.
         learning_rate: learning rate of the current step.
         good_step: step of the last good weights; None if there are none.
+        restored_step: step of the weights that ``restore`` restored; None if it was not called or there are none.
         best: its best evaluation, with a copy of the weights, if they are kept; else None.
         rows: its own batches and random numbers; None if those of all are the same.
         comparable: whether all are trained on the same rows.
@@ -90,6 +91,7 @@ class Member:
         self._broken: Tensor | None = None
         self._good: dict[str, Tensor] = {}
         self.good_step: int | None = None
+        self.restored_step: int | None = None
         self.best: Evaluation | None = None
         self._last: Evaluation | None = None
         self._news: Evaluation | None = None
@@ -164,10 +166,11 @@ class Member:
         """
         if self.best is not None:
             write_back(self.best.weights, self.numbered)
-            self._last = self.best
-            return self.best.step
-        write_back(self._good, self.numbered)
-        return self.good_step
+            self._last, self.restored_step = self.best, self.best.step
+        else:
+            write_back(self._good, self.numbered)
+            self.restored_step = self.good_step
+        return self.restored_step
 
     @property
     def numbered(self) -> dict[str, nn.Parameter]:
@@ -246,6 +249,7 @@ class Member:
             score=None if last is None else last.score,
             best_step=None if record.best is None else record.best[0],
             comparable=self.comparable,
+            restored_step=self.restored_step,
         )
 
 

@@ -126,6 +126,12 @@ class ScoreCallback(TrainerCallback):
         best = min(reported, key=self._rank)
         self._report(best, named_metrics(dict(zip(names, reported, strict=False))), args, state, control)
 
+    def make_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """Scores a resumed run if that was due at its step and is not logged: it was stopped or killed before."""
+        logged = (entry for entry in state.log_history if entry.get("step") == state.global_step)
+        if state.global_step and not any(f"eval_{self._scorer.name}" in entry for entry in logged):
+            self.on_step_end(args, state, control)
+
     def _rank(self, reported: Mapping[str, float]) -> float:
         value = reported[f"eval_{self._scorer.name}"]
         return math.inf if math.isnan(value) else -value if self._scorer.metrics[self._scorer.name] else value

@@ -376,6 +376,8 @@ def test_impossible_arguments_are_one_line():
 
 
 def test_models_that_cannot_train_are_refused_at_once():
+    with pytest.raises(TrainingError, match=r"model is a str \('model'\), not a model"):
+        train("model", token_rows())  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match="has no adapters"):
         train(llama(), token_rows())
     model = trainable()

@@ -256,30 +256,35 @@ def test_the_number_of_scored_rows_is_an_option_that_a_run_keeps() -> None:
     assert to_take_over(to_keep(request.kept())[0])[0]["max_score_rows"] == 2
 
 
-def test_a_run_keeps_its_scores_and_needs_the_rows_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [4, 5])
+def test_a_run_keeps_its_scores_and_needs_the_rows_again(last: int, tmp_path: Path) -> None:
+    """If it is stopped before scores that are due, they come first when it is resumed."""
+    whole = trained(score=HELD_OUT, metric="perplexity", every=2, max_steps=8)
     session = Session()
     session.context.runs_dir = str(tmp_path)
     target = model()
     session.watch(target, name="model")
-    given = {"score": HELD_OUT, "metric": "exact", "every": 2}
+    given = {"score": HELD_OUT, "metric": ["exact", "perplexity"], "every": 2}
     runs: list[Any] = []
     session.on_run(lambda run, name: runs.append(run))
 
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 5:
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == last - 1:
                 runs[0].control.request_stop("enough")
 
-    session.train(target, ROWS, **SETTINGS | given, max_steps=8, callbacks=[Stop()])
+    stopped = session.train(target, ROWS, **SETTINGS | given, max_steps=8, callbacks=[Stop()])
     (record,) = RunStore(tmp_path).records()
     assert not record.is_complete
+    assert stopped.steps == last and [step for step, _ in stopped.state.metric_history["exact"]] == [2, 4][: last - 3]
     rest = {"data": ROWS, "tokenizer": TOKENIZER, "model": target, "callbacks": []}
     with pytest.raises(TrainingError, match="score"):
         session.resume(**rest)
     result = session.resume(**rest, score=HELD_OUT).training
     assert [step for step, _ in result.state.metric_history["exact"]] == [2, 4, 6, 8]
+    assert result.state.metric_history["perplexity"] == whole.state.metric_history["perplexity"]
     value = result.state.metrics["exact"]
     assert f"exact {metric(value)}" in str(session.runs())
     other = session.train(target, ROWS, **SETTINGS, max_steps=2)
