@@ -205,8 +205,9 @@ def method_of(config: AdapterConfig) -> Method:
     Raises:
         UnknownMethodError: no registered method has configs of this class.
     """
-    for method in _methods if any(m.config_class is type(config) for m in _methods) else methods():
-        if method.config_class is type(config) and method.applies(config):
+    own = type(config)
+    for method in [m for m in _methods if m.config_class is own] or methods():
+        if method.config_class is own and method.applies(config):
             return method
     for parent in type(config).__mro__[1:]:  # a class of a script with further fields
         for method in _methods:

@@ -258,8 +258,9 @@ def shared_state(
 
 def _loaded(target: Target, site: AdapterSite, given: Mapping[str, Tensor]) -> Adapter:
     # In the order of a new adapter, because optimizer state is keyed by that order.
+    device = site.base.device
     placed = {
-        name: given[name].to(site.base.device, site.dtype if name in site.shapes else None)
+        name: given[name].to(device, site.dtype if name in site.shapes else None)
         for name in target.saved_shapes
         if name in given
     }

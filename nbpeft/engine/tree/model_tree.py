@@ -134,7 +134,7 @@ def _children(parent: nn.Module, prefix: str, apart: Mapping[int, AdaptedLayer])
 
 def frozen_module(module: nn.Module) -> nn.Module:
     """Returns the base module inside an adapter's wrapper, or the module itself."""
-    while isinstance(module, AdaptedLayer | AdaptedBlock):  # each adapted parameter of a module has a wrapper
+    while isinstance(module, (AdaptedLayer, AdaptedBlock)):  # each adapted parameter of a module has a wrapper
         module = module.base_layer
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
