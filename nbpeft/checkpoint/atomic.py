@@ -302,6 +302,10 @@ def disk_errors(folder: Path, byte_count: int = 0) -> Iterator[None]:
         if "null byte" not in str(error):
             raise
         raise _translated(error, folder, byte_count) from error
+    except Exception as error:
+        if type(error) is not Exception or "(os error " not in str(error):  # tokenizers' only kind
+            raise
+        raise _translated(error, folder, byte_count) from error
 
 
 def _translated(error: Exception, folder: Path, byte_count: int) -> CheckpointError:

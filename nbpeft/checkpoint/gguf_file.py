@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -60,6 +60,23 @@ class GgufTensor:
         return math.prod(self.shape) // int(block) * int(size)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """An array for ``GGUFWriter`` that is written by the file itself.
+
+    ``numpy.ndarray.tofile`` does not report what a full disk refuses of a small array.
+    """
+
+    array: Any
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.array.nbytes)
+
+    def tofile(self, file: BinaryIO) -> None:
+        file.write(self.array.reshape(-1).view("uint8").data)
+
+
 def gguf_package() -> Any:
     """Imports the package ``gguf``.
 
@@ -93,7 +110,7 @@ def write_gguf(path: Path, architecture: str, describe: Callable[[Any], object],
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            writer.write_tensor_data(_data(tensor))
+            writer.write_tensor_data(_Written(_data(tensor)))
     finally:
         writer.close()
 

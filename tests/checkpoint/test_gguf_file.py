@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 import torch
 
 from nbpeft.checkpoint import GGUF_TYPES, GgufTensor, file_type, read_gguf, write_gguf
+from nbpeft.checkpoint.atomic import disk_errors
 from nbpeft.errors import CheckpointError
 
 
@@ -53,3 +58,31 @@ def test_what_is_no_gguf_file_is_one_line(content: bytes, tmp_path: Path) -> Non
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"x\.gguf cannot be read"):
         read_gguf(tmp_path / "x.gguf")
+
+
+@contextlib.contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """Files cannot grow beyond a size, as on a full disk."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_told_of_small_tensors_too(tmp_path: Path) -> None:
+    tensors = [GgufTensor(f"t{number}", (4, 32), "f32", lambda: torch.ones(4, 32)) for number in range(3)]
+    write_gguf(whole := tmp_path / "whole.gguf", "llama", nothing, tensors)
+    for missing in (1, 600, 1200):
+        with files_end_at(whole.stat().st_size - missing), pytest.raises(OSError, match="too large"):
+            write_gguf(tmp_path / "cut.gguf", "llama", nothing, tensors)
+
+
+def test_so_is_one_under_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"could not write to .*File too large"), disk_errors(tmp_path):
+        raise Exception("File too large (os error 27)")
+    with pytest.raises(Exception, match="other") as raised, disk_errors(tmp_path):
+        raise Exception("other")
+    assert type(raised.value) is Exception

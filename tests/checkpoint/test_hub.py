@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +238,56 @@ def test_the_environments_endpoint_and_cache(hub: Hub, tmp_path: Path) -> None:
 
 def test_the_token_of_former_versions_is_a_token() -> None:
     assert checked_options({"use_auth_token": "secret", "revision": None}) == {"token": "secret"}
+
+
+def cached(cache: Path, files: dict[str, bytes]) -> tuple[Path, Path, Path]:
+    """A repository in the hub's cache as huggingface_hub lays it out: its ref, its config and its weights."""
+    place = cache / "models--me--sql"
+    snapshot, blobs, ref = place / "snapshots" / COMMIT, place / "blobs", place / "refs" / "main"
+    for folder in (snapshot, blobs, ref.parent):
+        folder.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (blobs / name).write_bytes(files[name])
+        (snapshot / name).symlink_to(Path("../../blobs") / name)
+    ref.write_text(COMMIT)
+    return ref, snapshot / "adapter_config.json", snapshot / "adapter_model.safetensors"
+
+
+def shortened(path: Path, size: int) -> None:
+    target = path.resolve()
+    target.write_bytes(target.read_bytes()[:size])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
+    "whole": (lambda ref, config, weights: None, ""),
+    "download beside": (lambda ref, config, weights: (ref.parents[1] / "blobs/b.incomplete").write_bytes(b"x"), ""),
+    "no ref": (lambda ref, config, weights: ref.unlink(), "adapter_config.json is not cached"),
+    "empty ref": (lambda ref, config, weights: ref.write_text(""), "adapter_config.json is not cached"),
+    "ref of another": (lambda ref, config, weights: ref.write_text("b" * 40), "adapter_config.json is not cached"),
+    "ref that is no text": (lambda ref, config, weights: ref.write_bytes(b"\xff"), "adapter_config.json"),
+    "config gone": (lambda ref, config, weights: config.resolve().unlink(), "adapter_config.json is not cached"),
+    "config cut": (lambda ref, config, weights: shortened(config, 40), "is not valid JSON"),
+    "weights gone": (lambda ref, config, weights: weights.resolve().unlink(), f"at revision '{COMMIT}' is not cached"),
+    "no link to weights": (lambda ref, config, weights: weights.unlink(), f"at revision '{COMMIT}' is not cached"),
+    "weights empty": (lambda ref, config, weights: shortened(weights, 0), "is truncated"),
+    "header cut": (lambda ref, config, weights: shortened(weights, 20), "its header is longer than the file"),
+    "weights cut": (lambda ref, config, weights: shortened(weights, -4), "its tensors end at byte"),
+    "link to itself": (
+        lambda ref, config, weights: (weights.unlink(), weights.symlink_to(weights.name)),
+        f"at revision '{COMMIT}' is not cached",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_told_and_not_changed(damage: str, tmp_path: Path) -> None:
+    cache, (change, message) = tmp_path / "cache", DAMAGE[damage]
+    change(*cached(cache, saved(tmp_path / "adapter", rank=3)))
+    before = {path: path.lstat().st_mtime_ns for path in cache.rglob("*") if ".locks" not in path.parts}
+    reading = lambda: read_checkpoint("me/sql", local_files_only=True, cache_dir=str(cache))  # noqa: E731
+    if message:
+        with pytest.raises(CheckpointError, match=message):
+            reading()
+    else:
+        assert rank_of(reading().config) == 3
+    assert {path: path.lstat().st_mtime_ns for path in cache.rglob("*") if ".locks" not in path.parts} == before
