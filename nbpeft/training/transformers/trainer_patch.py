@@ -205,6 +205,8 @@ def log_save_evaluate(original: Callable[..., Any], trainer: Any, *args: Any, **
 def training_loop(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """The Trainer's method, with the step hooks of adapter methods, inside ``recomputing()`` of Trainers with it."""
     prepare_base(trainer)
+    if not trainer.is_deepspeed_enabled:
+        trainer.accelerator.gradient_accumulation_steps = 1  # transformers 5.3 to 5.5 divide losses twice
     end = watch_steps(trainer.model, lambda: int(trainer.state.global_step))
     try:
         with getattr(trainer, "recomputing", nullcontext)():

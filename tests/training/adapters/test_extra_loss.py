@@ -114,6 +114,14 @@ class Preferring(transformers.Trainer):
         return -F.logsigmoid(chosen - rejected - reference)
 
 
+class DividesTwice(Trainer):
+    """As that of transformers 5.3 to 5.5: accelerate divides the loss by the number of batches, too."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
+
+
 def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     return summed_loss(outputs.logits, labels) / num_items_in_batch
 
@@ -139,6 +147,12 @@ QUICK: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "data_collator":
 def test_it_is_in_the_loss_of_a_trainer_once(case: str, batches: int, rows: int, probe: Tensor) -> None:
     settings = {**QUICK, "gradient_accumulation_steps": batches, "per_device_train_batch_size": rows}
     train(kasa(), token_rows(), **settings, **TRAINERS[case])
+    assert float(probe.grad) == pytest.approx(settings["max_steps"])
+
+
+def test_losses_are_divided_once(probe: Tensor) -> None:
+    settings = {**QUICK, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}
+    train(kasa(), token_rows(), **settings, trainer_class=DividesTwice)
     assert float(probe.grad) == pytest.approx(settings["max_steps"])
 
 
