@@ -107,7 +107,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "Conv2d": lambda: nn.Conv2d(8, 16, 3),
     "Conv3d": lambda: nn.Conv3d(8, 16, 2),
 }
-OTHER_STARTS = {
+OTHER_STARTS: dict[str, list[dict[str, Any]]] = {
     "LoHa": [{"r": 2, "use_effective_conv2d": True}],
     "LoKr": [{"r": 2, "use_effective_conv2d": True}, {"r": 2, "use_effective_conv2d": True, "init_weights": "lycoris"}],
     "HiRA": [{"r": 2, "init_weights": False}],
