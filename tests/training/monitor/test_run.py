@@ -442,7 +442,8 @@ def test_a_run_that_cannot_be_saved_says_why_and_goes_on(tmp_path):
 
 
 def test_what_became_of_a_save_is_shown_at_once():
-    loop, states = Loop(), []
+    loop = Loop()
+    states: list[TrainState] = []
     with track(loop.model, 3, publish=states.append, clock=Clock()) as run:
         run.step(loop.one())
         run.control.request_save()
