@@ -68,9 +68,10 @@ class ReachPlugin:
         np.savez_compressed(FOLDER / f"{os.environ[PART]}.npz", rows=rows, noted=json.dumps(noted))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Starts before anything of nbpeft is imported; pytest loads this module by ``-p``."""
-    config.pluginmanager.register(ReachPlugin())
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Starts before anything of nbpeft is imported, also by a conftest; pytest loads this module by ``-p``."""
+    assert not any(name.startswith("nbpeft.") for name in sys.modules)
+    early_config.pluginmanager.register(ReachPlugin())
 
 
 def measure(tests: Sequence[str]) -> int:

@@ -118,6 +118,7 @@ def test_a_bad_row_is_named_with_what_is_wrong(row: Any, message: str) -> None:
         ([{"role": 3, "content": "a"}], "Row 1: message 0 of 'messages': 'role' is an int, not the name of a role."),
         ([USER, {"role": "assistant"}], "message 1 of 'messages' has no 'content' (or 'value'); it has 'role'."),
         ([{"role": "user", "content": None}, REPLY], "message 0 of 'messages' has no text: 'content' is None."),
+        ([{"role": "user", "content": 3}, REPLY], "message 0 of 'messages' has no text: 'content' is an int"),
         (
             [{"role": "user", "content": None, "tool_calls": []}, REPLY],
             "message 0 of 'messages' has no text: 'content' is None.",

@@ -99,3 +99,9 @@ def test_numbered_labels_keep_the_names_that_their_dataset_has() -> None:
     for other in (labelled(["bad", "good"], 1), [{"prompt": "a", "completion": "b", "label": 1}]):
         with pytest.raises(ConfigError, match="the numbers in 'label' are not the same classes in all parts"):
             open_data(mixture((good, 1), (other, 1)))
+
+
+def test_a_separator_is_for_the_parts_that_are_tables_of_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text;b\na,b;2\n")
+    rows = open_data(mixture((tmp_path / "a.csv", 1), ([{"text": "c"}], 1)), ";")
+    assert sorted(row["text"] for row in rows) == ["a,b", "c"]

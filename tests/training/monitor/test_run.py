@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
 from nbpeft.state import MemoryPart, MemoryState, TrainState
@@ -274,6 +275,27 @@ def test_the_run_does_not_keep_the_model():
     del loop
     gc.collect()
     assert model() is None and run.state.status == "finished"
+
+
+def test_a_run_that_is_dropped_before_its_end_no_longer_watches(monkeypatch):
+    seen: list[int] = []
+    model = trainable()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    monkeypatch.setattr(AdapterManager, "after_backward", lambda self, step: seen.append(step))
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    run = track(model, 3)
+    run.begin()
+    step()
+    assert seen == [0]
+    del run
+    gc.collect()
+    step()
+    assert seen == [0]
 
 
 def test_many_threads_may_ask_for_the_state():
