@@ -166,7 +166,7 @@ def test_completions_are_scored_by_functions_of_the_notebook(ready: Notebook) ->
     for option, told in (
         ("--reward evn", "'evn'"),
         ("--reward sums", "a reward must be a function"),
-        ("--objective grpo", "grpo needs rewards (--reward): functions"),
+        ("--objective grpo", "grpo needs --reward: functions"),
         ("--reward even --objective dpo", "rewards require --objective grpo"),
         ("--reward even --columns prompt=total", "reward 'even' needs 'total'"),
     ):

@@ -66,7 +66,6 @@ def test_a_metric_may_be_a_function_of_the_notebook(ready: Notebook) -> None:
         ("--data rows --metric number --tolerance x", "expected a number"),
         ("--data rowz", "name 'rowz' is not defined"),
         ("sqll --data rows", "sqll"),
-        ("--data rows --top-p 0.5", "--top-p has no effect"),
     ],
 )
 def test_mistakes_are_one_line(ready: Notebook, line: str, message: str) -> None:

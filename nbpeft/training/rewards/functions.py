@@ -57,8 +57,8 @@ class Rewards:
         functions = tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)
         if not functions:
             raise ConfigError(
-                "grpo needs rewards (rewards=…): functions f(completions, prompts, **columns) that return a number for "
-                "each completion",
+                "grpo needs rewards=…: functions f(completions, prompts, **columns) that return a number for each "
+                "completion",
                 field="rewards",
             )
         names: list[str] = []

@@ -92,7 +92,7 @@ async def later(completions: Any) -> list[float]:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (None, "grpo needs rewards (rewards=…): functions f(completions, prompts, **columns)"),
+        (None, "grpo needs rewards=…: functions f(completions, prompts, **columns)"),
         ([], "grpo needs rewards"),
         (["length"], "a reward must be a function f(completions, prompts, **columns), not 'length'"),
         ([Completion], "a reward must be a function"),
