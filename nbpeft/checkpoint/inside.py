@@ -157,6 +157,22 @@ def is_folder(root: Path, name: str) -> bool:
     return found is not None and stat.S_ISDIR(found.st_mode) and not _is_link(found)
 
 
+def leads_to_folder(path: Path) -> bool:
+    """Returns whether a path is a folder or a link to one.
+
+    Raises:
+        OSError: it cannot be told, which ``os.path.isdir`` takes for no.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise
+        return False
+
+
 def is_file(root: Path, name: str) -> bool:
     """Returns whether a path inside ``root`` is a regular file: not a link, pipe or device.
 

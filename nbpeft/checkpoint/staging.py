@@ -145,7 +145,8 @@ class Staging:
 
     def close(self) -> None:
         """Removes the folder, unless it was renamed into place, and releases the lock."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # up to Python 3.12, rmtree does not ignore all errors
+            shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

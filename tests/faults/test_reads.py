@@ -157,6 +157,26 @@ def test_a_state_that_cannot_be_read_is_not_passed_over(name: str, stopped: Path
     assert last_whole(place).name == "checkpoint-3"
 
 
+@pytest.mark.parametrize(
+    ("call", "path"),
+    [("listdir", ""), ("stat", "checkpoint-3"), ("listdir", "checkpoint-3"), ("stat", "checkpoint-3/sql")],
+)
+def test_a_state_that_cannot_be_seen_is_not_passed_over(call: str, path: str, stopped: Path) -> None:
+    """Neither is it for ``Path.glob`` and ``os.path.isdir``, which take it for absent."""
+    place, error = stopped / "sql-1", (errno.EACCES, os.strerror(errno.EACCES))
+
+    def failing(original: Any, asked: Any = ".", *args: Any, **kwargs: Any) -> Any:
+        if isinstance(asked, str | os.PathLike) and Path(asked) == place / path:
+            raise PermissionError(*error, os.fspath(asked))
+        return original(asked, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, call, partial(failing, getattr(os, call)))
+        with pytest.raises(NbpeftError, match=f"{Path(path or place).name} cannot be read: {error[1]}"):
+            last_whole(place)
+    assert last_whole(place).name == "checkpoint-3"
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
 def test_rows_that_cannot_be_read_change_no_model(suffix: str, tmp_path: Path) -> None:
     texts = [{"prompt": f"q{number}", "completion": "ab"} for number in range(4)]

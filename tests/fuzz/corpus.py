@@ -93,5 +93,5 @@ VALUES = (
 )
 """Values of a field of ``run.json``, or of a line of a curve, as JSON has them."""
 
-READS: dict[str, tuple[int, ...]] = {"resume": (7, 38, 232, 260, 268, 285, 322, 727, 740)}
+READS: dict[str, tuple[int, ...]] = {"resume": (7, 38, 101, 194, 195, 232, 260, 268, 285, 322, 727, 740)}
 """Calls that read a run which is resumed -> those whose failure once was told as damage, or raised as it is."""

@@ -392,9 +392,11 @@ def resume(
 
 def _kept_members(state: Path) -> dict[str, dict[str, Any]]:
     """Return the adapters of a sweep in a checkpoint, without those that were cloned after it."""
+    from nbpeft.training.disk.checkpoints import read_errors
     from nbpeft.training.sweep.trainer import kept_members
 
-    return kept_members(json.loads((state / "trainer_state.json").read_text(encoding="utf-8")))
+    with read_errors(state):
+        return kept_members(json.loads((state / "trainer_state.json").read_text(encoding="utf-8")))
 
 
 def _adapter_folders(record: RunRecord, state: Path, names: Sequence[str]) -> dict[str, Path]:

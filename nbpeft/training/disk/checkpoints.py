@@ -112,12 +112,11 @@ def drop_after(home: Path, step: int) -> None:
     Raises:
         CheckpointError: a checkpoint cannot be removed.
     """
-    folders = _checkpoints(home)
-    later = [folder for folder in folders if int(folder.name.rpartition("-")[2]) > step]
-    if not later or len(later) == len(folders):
-        return
     with write_errors(home):
-        discard(home, [folder.name for folder in later])
+        folders = _checkpoints(home)
+        later = [folder for folder in folders if int(folder.name.rpartition("-")[2]) > step]
+        if len(later) < len(folders):
+            discard(home, [folder.name for folder in later])
 
 
 def save_tokenizer_and_arguments(folder: Path, trainer: Any) -> None:
@@ -195,8 +194,9 @@ def _flaw_of(folder: Path, *, strict: bool) -> str | None:
         return odd
     if not (folder / STATE).is_file():
         return f"no {STATE}"
-    weights = [path for name in _WEIGHTS for path in (*folder.glob(name), *folder.glob(f"*/{name}"))]
-    weights = [path for path in weights if path.is_file()]
+    # Path.glob takes a folder that it may not read for empty.
+    folders = (folder, *(path for path in folder.iterdir() if inside.leads_to_folder(path)))
+    weights = [path for parent in folders for name in _WEIGHTS if (path := parent / name).is_file()]
     if not weights:
         return "no adapter"
     if strict and _is_too_large(folder, weights):
@@ -258,9 +258,9 @@ def read_errors(folder: Path) -> Iterator[None]:
 
 def _is_too_large(folder: Path, weights: list[Path]) -> bool:
     """Whether the optimizer, random state etc. are larger than they can be for an adapter of that size."""
-    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    adapter_size = sum(sizes[path] for path in weights)
-    return sum(sizes.values()) - adapter_size > _MOST_PER_BYTE * adapter_size + _MOST_EXTRA
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    adapter_size = sum(path.stat().st_size for path in weights)
+    return size - adapter_size > _MOST_PER_BYTE * adapter_size + _MOST_EXTRA
 
 
 def last_whole(home: Path, *, strict: bool = False) -> Path:
@@ -277,7 +277,9 @@ def last_whole(home: Path, *, strict: bool = False) -> Path:
     """
     sweep(home)
     flaws: dict[str, str] = {}
-    for folder in _checkpoints(home):
+    with read_errors(home):
+        folders = _checkpoints(home)
+    for folder in folders:
         with read_errors(folder):
             flaw = _flaw_of(folder, strict=strict) if not (strict and folder.is_symlink()) else "a link"
         if flaw is None:
@@ -292,24 +294,26 @@ def last_whole(home: Path, *, strict: bool = False) -> Path:
 
 
 def _checked(folder: Path) -> Path:
-    if not os.path.isdir(folder):
+    with read_errors(folder):
+        is_there, flaw, siblings = inside.leads_to_folder(folder), flaw_of(folder), _checkpoints(folder.parent)
+    if not is_there:
         raise CheckpointNotFoundError(f"there is no folder {shown(folder)} to resume from", folder=str(folder))
-    flaw = flaw_of(folder)
     if flaw is None:
         return folder
-    others = (other for other in _checkpoints(folder.parent) if other.name != folder.name and flaw_of(other) is None)
-    other = next(others, None)
+    other = next((other for other in siblings if other.name != folder.name and flaw_of(other) is None), None)
     hint = f"; {shown(other)} is complete" if other is not None else ""
     raise CheckpointNotFoundError(f"{shown(folder)} cannot be resumed from ({flaw}){hint}", folder=str(folder))
 
 
 def _checkpoints(home: Path) -> list[Path]:
-    """The folders called ``checkpoint-N``, the last step first."""
-    try:
-        steps = {int(match[1]): home / name for name in os.listdir(home) if (match := _NAME.fullmatch(name))}
-    except OSError:
-        return []
-    return [steps[step] for step in sorted(steps, reverse=True) if os.path.isdir(steps[step])]
+    """The folders called ``checkpoint-N``, the last step first.
+
+    Raises:
+        OSError: it cannot be told which there are.
+    """
+    names = os.listdir(home) if inside.leads_to_folder(home) else []
+    steps = {int(match[1]): home / name for name in names if (match := _NAME.fullmatch(name))}
+    return [steps[step] for step in sorted(steps, reverse=True) if inside.leads_to_folder(steps[step])]
 
 
 def _listed(flaws: dict[str, str]) -> str:
