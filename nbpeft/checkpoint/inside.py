@@ -136,15 +136,22 @@ def status(root: Path, name: str) -> os.stat_result | None:
     Raises:
         OSError: it cannot be told; what is not seen must not be taken for absent, and be replaced or removed.
     """
+    found = None
+    with _if_there(), _parent(root, name) as (parent, leaf):
+        found = os.stat(leaf, dir_fd=parent, follow_symlinks=False)
+    return found
+
+
+@contextmanager
+def _if_there() -> Iterator[None]:
+    """A block that is left where something that it looks at does not exist; other errors are raised."""
     try:
-        with _parent(root, name) as (parent, leaf):
-            return os.stat(leaf, dir_fd=parent, follow_symlinks=False)
+        yield
     except ValueError:
-        return None
+        return
     except OSError as error:
         if error.errno not in _ABSENT:
             raise
-        return None
 
 
 def is_folder(root: Path, name: str) -> bool:
@@ -163,14 +170,10 @@ def leads_to_folder(path: Path) -> bool:
     Raises:
         OSError: it cannot be told, which ``os.path.isdir`` takes for no.
     """
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except ValueError:
-        return False
-    except OSError as error:
-        if error.errno not in _ABSENT:
-            raise
-        return False
+    mode = 0
+    with _if_there():
+        mode = os.stat(path).st_mode
+    return stat.S_ISDIR(mode)
 
 
 def is_file(root: Path, name: str) -> bool:

@@ -18,7 +18,7 @@ import pytest
 
 import nbpeft
 from nbpeft.errors import NbpeftError
-from nbpeft.training.disk.checkpoints import last_whole
+from nbpeft.training.disk.checkpoints import _checked, last_whole
 from tests.char_tokenizer import CharTokenizer
 from tests.faults.killing import drawn
 from tests.fuzz.corpus import READS
@@ -175,6 +175,26 @@ def test_a_state_that_cannot_be_seen_is_not_passed_over(call: str, path: str, st
         with pytest.raises(NbpeftError, match=f"{Path(path or place).name} cannot be read: {error[1]}"):
             last_whole(place)
     assert last_whole(place).name == "checkpoint-3"
+
+
+def test_a_named_state_is_resumed_from_where_its_siblings_cannot_be_seen(stopped: Path, tmp_path: Path) -> None:
+    """They are needed for a hint alone."""
+    place = tmp_path / "sql-1"
+    shutil.copytree(stopped / "sql-1", place)
+
+    def failing(original: Any, asked: Any = ".") -> Any:
+        if Path(asked) == place:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(asked))
+        return original(asked)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "listdir", partial(failing, os.listdir))
+        assert _checked(place / "checkpoint-3") == place / "checkpoint-3"
+        (place / "checkpoint-3" / "trainer_state.json").unlink()
+        with pytest.raises(NbpeftError, match=r"cannot be resumed from \(no trainer_state.json\)$"):
+            _checked(place / "checkpoint-3")
+    with pytest.raises(NbpeftError, match=r"; .*checkpoint-0 is complete$"):
+        _checked(place / "checkpoint-3")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])

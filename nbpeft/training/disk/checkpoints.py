@@ -115,7 +115,7 @@ def drop_after(home: Path, step: int) -> None:
     with write_errors(home):
         folders = _checkpoints(home)
         later = [folder for folder in folders if int(folder.name.rpartition("-")[2]) > step]
-        if len(later) < len(folders):
+        if later and len(later) < len(folders):
             discard(home, [folder.name for folder in later])
 
 
@@ -295,12 +295,16 @@ def last_whole(home: Path, *, strict: bool = False) -> Path:
 
 def _checked(folder: Path) -> Path:
     with read_errors(folder):
-        is_there, flaw, siblings = inside.leads_to_folder(folder), flaw_of(folder), _checkpoints(folder.parent)
+        is_there = inside.leads_to_folder(folder)
     if not is_there:
         raise CheckpointNotFoundError(f"there is no folder {shown(folder)} to resume from", folder=str(folder))
+    flaw = flaw_of(folder)
     if flaw is None:
         return folder
-    other = next((other for other in siblings if other.name != folder.name and flaw_of(other) is None), None)
+    other = None
+    with contextlib.suppress(OSError):  # a hint alone
+        siblings = (other for other in _checkpoints(folder.parent) if other.name != folder.name)
+        other = next((other for other in siblings if flaw_of(other) is None), None)
     hint = f"; {shown(other)} is complete" if other is not None else ""
     raise CheckpointNotFoundError(f"{shown(folder)} cannot be resumed from ({flaw}){hint}", folder=str(folder))
 

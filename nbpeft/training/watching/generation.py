@@ -161,9 +161,6 @@ class PromptBatch:
         )
 
 
-_SCORED = " (session.score(data=…) scores a classifier)"
-
-
 def whole_characters(text: str) -> str:
     """Text of generated tokens without an incomplete character at its end.
 
@@ -274,7 +271,10 @@ def generate_tokens(model: Any, batch: PromptBatch, request: GenerationRequest) 
     manager = manager_of(model)
     base: Any = model if manager is None else manager.model
     if not hasattr(base, "generate"):
-        raise AdapterError(f"a {type(base).__name__} cannot answer prompts: it has no generate(){_SCORED}")
+        raise AdapterError(
+            f"a {type(base).__name__} cannot answer prompts: it has no generate() "
+            "(session.score(data=…) scores a classifier)"
+        )
     two_halves = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     inputs, names = batch.inputs(_input_device(base), left=not two_halves), request.rows
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": request.max_new_tokens, **request.options}
