@@ -6,12 +6,14 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TextIO
 
 from tests.mutation.mutants import Mutant, draw, mutants_of
 from tests.mutation.reach import Reached, measure
+from tests.mutation.reasons import KINDS, reason_of, reasons
 from tests.mutation.scope import FOLDER, SCOPE, digest, paths, read
 
 VERDICTS = FOLDER / "verdicts.jsonl"
@@ -52,8 +54,8 @@ def main(given: list[str] | None = None) -> int:
     judge_all(todo, options)
     verdicts = stored()
     judged = [(mutant, verdicts[key(mutant)]) for mutant in chosen if key(mutant) in verdicts]
-    print("\n".join(f"survived {mutant}  [{verdict.tests}]" for mutant, verdict in judged if is_open(verdict)))
-    print("\n".join(["", *table(judged)]))
+    print("\n".join(survivor(mutant, verdict) for mutant, verdict in judged if is_open(verdict)))
+    print("\n".join(["", *table(judged), *outdated()]))
     return 0
 
 
@@ -171,15 +173,32 @@ def within(seconds: float, tests: Sequence[str], took: Mapping[str, float]) -> l
     return chosen
 
 
+def survivor(mutant: Mutant, verdict: Verdict) -> str:
+    """A line about a fault that no test noticed."""
+    kind, why = reason_of(mutant) or ("survived", f"[{verdict.tests}]")
+    return f"{kind} {mutant}  {why}"
+
+
+def outdated() -> Iterator[str]:
+    """Reasons for faults that the sources no longer have."""
+    for path in sorted({path for path, _ in reasons()}):
+        found = {mutant.text for mutant in mutants(path)}
+        yield from (f"no longer there: {path} {text}" for file, text in reasons() if file == path and text not in found)
+
+
 def table(judged: Sequence[tuple[Mutant, Verdict]]) -> Iterator[str]:
     """The figures of each room and of all, in Markdown."""
     rooms = {folder.removeprefix("nbpeft/"): f"{folder}/" for folder in SCOPE} | {"all": ""}
-    yield "| room | faults | killed | survived | score |"
-    yield "|---|---:|---:|---:|---:|"
+    yield f"| room | faults | killed | survived | {' | '.join(KINDS)} | score |"
+    yield f"|---|---:|---:|---:|{'---:|' * len(KINDS)}---:|"
     for room, folder in rooms.items():
-        here = [is_open(verdict) for mutant, verdict in judged if mutant.path.startswith(folder)]
-        score = f"{here.count(False) / len(here):.1%}" if here else "–"
-        yield f"| {room} | {len(here)} | {here.count(False)} | {here.count(True)} | {score} |"
+        here = [(mutant, is_open(verdict)) for mutant, verdict in judged if mutant.path.startswith(folder)]
+        open_ = [mutant for mutant, survived in here if survived]
+        killed = len(here) - len(open_)
+        kinds = Counter(found[0] for found in map(reason_of, open_) if found)
+        score = f"{killed / len(here):.1%}" if here else "–"
+        explained = " | ".join(str(kinds[kind]) for kind in KINDS)
+        yield f"| {room} | {len(here)} | {killed} | {len(open_)} | {explained} | {score} |"
 
 
 if __name__ == "__main__":

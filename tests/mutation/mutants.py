@@ -64,9 +64,14 @@ class Mutant:
         assert encoded[self.start : self.start + len(before)] == before, f"{self.path} is another source"
         return (encoded[: self.start] + self.after.encode() + encoded[self.start + len(before) :]).decode()
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """What it changes, without the line where."""
         before, after = (" ".join(text.split()) for text in (self.before, self.after))
-        return f"{self.path}:{self.lines[0]} {self.operator}: {before:.90} -> {after:.90}"
+        return f"{self.operator}: {before:.90} -> {after:.90}"
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.lines[0]} {self.text}"
 
 
 def flip_comparison(node: ast.AST) -> Replacements:
