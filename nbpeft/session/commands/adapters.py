@@ -61,7 +61,6 @@ def add(
     active, and the next training trains all of them side by side.
 
     Args:
-        ctx: context of the session.
         model: a bare or an adapted model.
         config: a config, or its fields.
         name: name of the adapter.
@@ -244,7 +243,6 @@ def preview(
     """Report what ``add`` would do and what training would need; nothing is changed or tracked.
 
     Args:
-        ctx: context of the session.
         model: a bare or an adapted model.
         config: config of the new adapter, or its fields.
         name: name of the new adapter.
@@ -319,7 +317,6 @@ def load(
     """Load a saved adapter under a new name; the first adapter of a model becomes active.
 
     Args:
-        ctx: context of the session.
         source: a folder, a file in kohya's or diffusers' format, or a hub id, optionally followed by ``@`` and a
             revision.
         name: name to give the adapter; None for the last component of ``source``, or of ``subfolder``.
@@ -400,7 +397,6 @@ def save(
     """Save adapters in PEFT's format, all of them completely or none.
 
     Args:
-        ctx: context of the session.
         folder: folder for one adapter; several adapters are saved in subfolders with their names.
         name: name of the adapter; None for all of the model's adapters.
         model: an adapted model.
@@ -469,7 +465,6 @@ def delete(ctx: SessionContext, name: str | Sequence[str], *, model: ModelLike =
     """Delete an adapter from the model, or several, all or none; ``undo`` restores them one by one.
 
     Args:
-        ctx: context of the session.
         name: name of the adapter, or several names.
         model: an adapted model.
 
@@ -504,7 +499,6 @@ def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None)
     """Rename an adapter.
 
     Args:
-        ctx: context of the session.
         name: name of the adapter.
         new: its new name.
         model: an adapted model.
@@ -528,7 +522,6 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
     """Copy an adapter under a new name.
 
     Args:
-        ctx: context of the session.
         name: name of the adapter.
         new: name of the copy.
         model: an adapted model.

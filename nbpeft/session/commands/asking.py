@@ -48,7 +48,6 @@ def ask(
     background, the answer is generated between two of its steps.
 
     Args:
-        ctx: context of the session.
         prompt: a text, or a conversation in the format of chat templates.
         adapter: name of an adapter, several names for the sum of their deltas, or ``base``; None for the active ones.
         go_on: continue the last conversation with that adapter instead of starting a new one.

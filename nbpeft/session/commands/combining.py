@@ -45,7 +45,6 @@ def combine(
     trained since, is only replaced with ``replace``.
 
     Args:
-        ctx: context of the session.
         weights: adapter name -> weight; negative ones subtract.
         as_name: name of the new adapter.
         type: ``exact`` (the default) is the exact weighted sum of the deltas, with a truncated SVD if ``rank`` is
@@ -113,7 +112,6 @@ def make_combination(
     """Combine adapters; a replaced adapter is removed only after the new one is complete.
 
     Args:
-        ctx: context of the session.
         tracked: the model.
         weights: adapter name -> weight.
         name: name of the new adapter.

@@ -64,7 +64,6 @@ def compare(
     ``stopped`` and the answers so far.
 
     Args:
-        ctx: context of the session.
         prompts: one or several; texts, or conversations in the format of chat templates.
         adapters: names of the adapters; None for all.
         blends: adapter name -> weight, for exact weighted sums that are compared too, each in its own generation.
@@ -136,7 +135,6 @@ def try_combination(
     """Generate answers with a combination that is added temporarily.
 
     Args:
-        ctx: context of the session.
         weights: adapter name -> weight.
         prompts: one or several.
         type: how to combine; see ``combine``.

@@ -27,7 +27,6 @@ def convert(
     """Add the best LoRA approximation of an adapter of any method as a new adapter, which is frozen and inactive.
 
     Args:
-        ctx: context of the session.
         name: name of the adapter, which is not changed.
         rank: rank of the LoRA; a float is the share of the squared norm of the change to preserve per layer.
         as_name: name of the LoRA; by default the adapter's name followed by ``_lora``.

@@ -36,7 +36,6 @@ def data(
     """Show rows as the model will read them in training; uses the same code as training.
 
     Args:
-        ctx: context of the session.
         data: rows, or where they are, as for ``train``.
         tokenizer: as for ``train``.
         max_length: number of tokens to which rows are cut; by default the tokenizer's limit, at most 1024.

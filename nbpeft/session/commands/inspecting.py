@@ -18,7 +18,6 @@ def inspect(
     """Measure how much an adapter changes the weights, layer by layer; nothing is changed.
 
     Args:
-        ctx: context of the session.
         name: name of the adapter; None for the active one, or the only one.
         model: an adapted model.
         intruders: also count intruder dimensions: strong directions of an adapted weight that the frozen one lacks.
@@ -48,7 +47,6 @@ def measure(ctx: SessionContext, model: str | None = None) -> MemoryState:
     """Measure a model's memory without notifying subscribers; fast, takes no lock, and can be called from any thread.
 
     Args:
-        ctx: context of the session.
         model: name of an adapted model; None for the current one.
 
     Raises:
@@ -65,7 +63,6 @@ def memory(ctx: SessionContext, model: ModelLike = None) -> MemoryState:
     """Measure a model's memory and include it in the session's state.
 
     Args:
-        ctx: context of the session.
         model: an adapted model.
     """
     tracked = ctx.models.get(model, command="memory")

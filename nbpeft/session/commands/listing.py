@@ -32,7 +32,6 @@ def methods(
     """List the methods: what each costs on a model with its defaults, what it supports and when to choose it.
 
     Args:
-        ctx: context of the session.
         model: a bare or an adapted model; with None and not exactly one adapted model, no costs are listed.
         fields: config fields, used for the methods that have them, e.g. ``{"target_modules": "all-linear"}``.
         variable: name for a model that the session does not know yet.

@@ -36,7 +36,6 @@ def merge(
     """Merge adapters into the base weights, so that they need no time when the model runs.
 
     Args:
-        ctx: context of the session.
         names: names of the adapters; None for the active ones.
         model: an adapted model.
         safe: raise an error if a merged weight would not be finite.
@@ -82,7 +81,6 @@ def unmerge(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
     """Restore the base weights, bit for bit.
 
     Args:
-        ctx: context of the session.
         model: an adapted model.
     """
     tracked = ctx.models.get(model, command="unmerge")
@@ -100,7 +98,6 @@ def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None,
     ``undo`` restores adapters that were trained and not saved, unless some were merged.
 
     Args:
-        ctx: context of the session.
         merge: merge the active adapters into the base weights first.
         model: an adapted model.
         safe: with ``merge``, raise an error if a merged weight would not be finite.

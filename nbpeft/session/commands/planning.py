@@ -50,7 +50,6 @@ def plan_memory(
     """Forecast the memory of a run, by part, and whether a device has enough; nothing is loaded or changed.
 
     Args:
-        ctx: context of the session.
         model: a model or its name in the session, a transformers config, or the folder or hub id of one; only its
             config is read.
         config: the adapter's config, or its fields; by default that of the model's active adapter, or LoRA of rank 16

@@ -37,7 +37,6 @@ def push(
     ``HF_TOKEN``, of the hub's login, or of the secrets of Colab or Kaggle.
 
     Args:
-        ctx: context of the session.
         repo: ``user/name``; created if it does not exist.
         name: name of the adapter; None if the model has only one.
         model: an adapted model.

@@ -70,7 +70,6 @@ def qlora(
     A repeated call with the same source and quantization only reconfigures the adapter.
 
     Args:
-        ctx: context of the session.
         source: a folder, a hub id, a ``.gguf`` file, or a loaded model, which is quantized in place.
         config: a config, or its fields.
         name: name of the adapter.
@@ -180,7 +179,6 @@ def preview_qlora(
     Only the config of a folder, a hub id or a GGUF file is read.
 
     Args:
-        ctx: context of the session.
         source: as for ``qlora``.
         config: config of the new adapter, or its fields.
         name: name of the new adapter.
@@ -230,7 +228,6 @@ def would_reuse(ctx: SessionContext, model: Any, variable: str, source: str, how
     """Return whether ``qlora`` would reuse the model in a variable, because it created it from the same source.
 
     Args:
-        ctx: context of the session.
         model: value of the variable.
         variable: name of the variable.
         source: a folder, a hub id or a ``.gguf`` file.

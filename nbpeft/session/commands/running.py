@@ -23,7 +23,6 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
     """Start a training of a model in the background.
 
     Args:
-        ctx: context of the session.
         tracked: the model.
         names: names of the adapters, as text.
         work: runs the training; called in the new thread.
@@ -61,7 +60,6 @@ def stop(ctx: SessionContext, model: str | None = None, *, adapter: str | None =
     """Request a training to end after the current step; what was learned remains.
 
     Args:
-        ctx: context of the session.
         model: name of its model; may be left out if only one training is running.
         adapter: stop only this adapter of a sweep; the others continue.
 
@@ -86,7 +84,6 @@ def clone(
     trained side by side, each with its own settings; the schedule is that of the whole run.
 
     Args:
-        ctx: context of the session.
         adapter: an adapter that is being trained.
         name: name of the copy; by default derived from the adapter and the copy's own settings.
         model: see ``stop``.
@@ -116,7 +113,6 @@ def pause(ctx: SessionContext, model: str | None = None) -> RequestResult:
     """Request a training to wait after the current step; ``go_on`` continues it.
 
     Args:
-        ctx: context of the session.
         model: see ``stop``.
 
     Raises:
@@ -131,7 +127,6 @@ def go_on(ctx: SessionContext, model: str | None = None) -> RequestResult:
     """Continue a paused training.
 
     Args:
-        ctx: context of the session.
         model: see ``stop``.
 
     Raises:

@@ -58,7 +58,6 @@ def runs_folder(ctx: SessionContext, /, folder: str | os.PathLike[str] | None = 
     """Return the folder of the runs, or use another one from now on.
 
     Args:
-        ctx: context of the session.
         folder: a folder that survives the machine, e.g. one on a mounted drive; it is created with the first run, and
             the folder around it has to exist. ``"off"`` saves no runs. None changes nothing.
 
@@ -95,7 +94,6 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
     """List the saved runs, or compare some of them.
 
     Args:
-        ctx: context of the session.
         *names: names of runs to compare; without any, all runs are listed.
         sort: ``time`` (newest first), ``loss``, ``eval``, ``best``, ``steps``, ``rows``, ``seconds``, ``name``,
             ``status``, ``base`` or ``method``.
@@ -158,7 +156,6 @@ def rename_run(ctx: SessionContext, name: str, new: str) -> LineResult:
     """Rename a run that has ended.
 
     Args:
-        ctx: context of the session.
         name: name of the run.
         new: its new name.
 
@@ -173,7 +170,6 @@ def delete_run(ctx: SessionContext, name: str) -> LineResult:
     """Delete a run that has ended, with its folder; the adapter on the model is not changed.
 
     Args:
-        ctx: context of the session.
         name: the exact name of the run.
 
     Raises:
@@ -187,7 +183,6 @@ def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | R
     """Find a training to show: a running one, or the final state of one that has ended.
 
     Args:
-        ctx: context of the session.
         run: name of the run; None for the running one, or else the last one.
 
     Returns:
@@ -255,7 +250,6 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
     """Return the run that ``resume`` would continue, and the recorded facts about its start.
 
     Args:
-        ctx: context of the session.
         run: name of the run; None for the newest one.
 
     Raises:
@@ -319,7 +313,6 @@ def resume(
     continues as without the interruption. For a run that had finished, only the adapter is restored.
 
     Args:
-        ctx: context of the session.
         run: name of the run; None for the newest one.
         model: the base model of the run, bare or adapted; by default the session's model with the name that the run's
             model had.

@@ -39,7 +39,6 @@ def score(
     steps. After an interruption the result has the status ``stopped`` and the items so far.
 
     Args:
-        ctx: context of the session.
         rows: rows in every form that ``train`` takes, or where they are; None with ``general``.
         metric: name of a metric, a function ``(answer, row) -> bool | float``, or several in a list; None for
             ``exact``, and ``accuracy`` for a classifier of texts.

@@ -52,7 +52,6 @@ def ship(
     """Write an adapter in the form that a serving engine loads, if the engine supports it. The model is not changed.
 
     Args:
-        ctx: context of the session.
         name: name of the adapter; None if the model has only one.
         engine: ``vllm``, ``llama.cpp``, ``ollama``, ``transformers``, ``peft``, ``diffusers`` or ``kohya``.
         to: a folder that does not exist yet; None for ``<adapter>-<engine>``.

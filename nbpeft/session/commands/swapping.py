@@ -42,7 +42,6 @@ def swap(
     recompiled.
 
     Args:
-        ctx: context of the session.
         path: a folder or a hub id.
         into: name of the adapter to replace; None for the active one.
         validate: called with the model after the swap, when the new adapter is the only active one. If it returns

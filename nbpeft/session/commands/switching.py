@@ -16,7 +16,6 @@ def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = N
     """Switch to one adapter, or to several whose deltas are added.
 
     Args:
-        ctx: context of the session.
         names: one name or several.
         model: an adapted model.
 
@@ -51,7 +50,6 @@ def set_scale(ctx: SessionContext, name: str, scale: float, *, model: ModelLike 
     """Set the factor on an adapter's delta; 1 is the trained strength.
 
     Args:
-        ctx: context of the session.
         name: name of the adapter.
         scale: the factor.
         model: an adapted model.

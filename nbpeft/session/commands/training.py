@@ -43,7 +43,6 @@ def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | No
                 run.step(loss)
 
     Args:
-        ctx: context of the session.
         model: the model in training, with or without adapters.
         total_steps: number of planned optimizer steps, or None if unknown.
         **options: further arguments of ``Run``.
@@ -107,7 +106,6 @@ def train(
     the result in both cases. The run is saved on disk during training (see ``runs`` and ``resume``).
 
     Args:
-        ctx: context of the session.
         model: an adapted model.
         data: a dataset, a list of dictionaries, a DataFrame, a file or the name of a dataset on the hub; see
             ``nbpeft.training.train``.
@@ -161,7 +159,6 @@ def train_tracked(
     """Train a model of the session in the current thread, and record the number of steps for its adapters.
 
     Args:
-        ctx: context of the session.
         tracked: the model.
         request: the arguments of the training.
         restart: start from the initial weights of the adapters.
@@ -271,7 +268,6 @@ def run_place(ctx: SessionContext, model: str = "", source: Mapping[str, str] | 
     """Return where this session saves runs; None if that is disabled.
 
     Args:
-        ctx: context of the session.
         model: name of the trained model.
         source: source text of the call.
     """
@@ -285,7 +281,6 @@ def result(ctx: SessionContext, model: ModelLike = None, *, wait: bool = False) 
     """Return the result of the last training of a model, in the background or not.
 
     Args:
-        ctx: context of the session.
         model: an adapted model.
         wait: whether to wait for the end of a training in the background; an interruption ends only the wait.
 
@@ -326,7 +321,6 @@ def export(
     """Write a script that trains an adapter like the active one on the same rows: ``uv run``, ``accelerate launch``.
 
     Args:
-        ctx: context of the session.
         path: path of the script; rows that exist only in the notebook are written next to it.
         data: as for ``train``.
         eval_data: as for ``train``.
@@ -360,7 +354,6 @@ def control(ctx: SessionContext, model: str | None = None) -> RunControl | None:
     """Return the controls (Stop and Pause) of the run on a model, or None while none is running.
 
     Args:
-        ctx: context of the session.
         model: name of the model; None for the run that started last.
     """
     runs = runs_by_name(ctx)

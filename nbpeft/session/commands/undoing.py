@@ -25,7 +25,6 @@ def undo(ctx: SessionContext, *, model: ModelLike = None, variable: str | None =
     current model.
 
     Args:
-        ctx: context of the session.
         model: an adapted model; or a bare one, to restore the adapters of a model that no longer exists.
         variable: name for a model that the session does not know yet.
 
@@ -47,7 +46,6 @@ def discard(ctx: SessionContext, model: str) -> LineResult:
     """Discard the unsaved adapters of a model that no longer exists; ``undo`` cannot restore them any more.
 
     Args:
-        ctx: context of the session.
         model: the model's name since it was lost, e.g. ``model (before)``.
 
     Raises:
@@ -116,7 +114,6 @@ def reset(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Command
     An adapter that was loaded gets new weights, initialized from its config.
 
     Args:
-        ctx: context of the session.
         name: name of the adapter.
         model: an adapted model.
 
@@ -139,7 +136,6 @@ def refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) ->
     """Refuse to change adapters whose parameters an optimizer has.
 
     Args:
-        ctx: context of the session.
         tracked: the model.
         what: what cannot be done, e.g. ``reset an adapter``.
 
