@@ -12,14 +12,7 @@ from nbpeft.state import ENDED, NamedRows, SessionState, TrainState
 
 @dataclass(frozen=True)
 class _Step:
-    """What to do with trained adapters, and the command for it.
-
-    Attributes:
-        label: what it does.
-        command: the command, with names of values in braces.
-        of_answers: whether only a model that answers prompts can do it.
-        for_each: whether each adapter has a command of its own.
-    """
+    """What to do with trained adapters, and the command for it, with names of values in braces."""
 
     label: str
     command: str

@@ -20,9 +20,6 @@ class _ShowEach(ast.NodeTransformer):
     """Displays what IPython would drop: the results of these magics in lines other than a cell's last expression.
 
     Such a line is the statement ``get_ipython().run_line_magic(name, text)``. An assigned result is not displayed.
-
-    Args:
-        names: names of the magics.
     """
 
     def __init__(self, names: Collection[str]) -> None:

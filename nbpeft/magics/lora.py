@@ -152,10 +152,6 @@ class NbpeftMagics(magic.Magics):
 
         The new error is raised outside the ``except`` block, so that the command's error is not its ``__context__``:
         the frames of that error reference the model and would keep it alive.
-
-        Raises:
-            UsageError: the mistake, in one line (and the line of the cell it is in).
-            Interrupted: the command was interrupted; shown as one line, and the queued cells do not run.
         """
         silent = (line if cell is None else cell).rstrip().endswith(";")
         if silent and cell is None:
@@ -248,13 +244,7 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
 
 
 def _message(error: NbpeftError, cell: str | None, options: Mapping[str, str]) -> str:
-    """The message of an error; for an error in a cell body, also the line it occurs in, with a caret.
-
-    Args:
-        error: the error.
-        cell: the body; None for a line magic.
-        options: argument of the session -> option of the command.
-    """
+    """The message of an error; for an error in a cell body, also the line it occurs in, with a caret."""
     located = error if isinstance(error, CellError) else _locate(error, cell)
     text = in_one_line(error)
     if not isinstance(error, CellError):  # the magics' own errors are in cell notation already

@@ -408,11 +408,7 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
 
 
 def _text_of(name: str, text: str, word: Word, namespace: Mapping[str, Any]) -> str:
-    """The value of a variable that a word names, as text.
-
-    Raises:
-        CellError: it is not defined, or is not text, a number or a path.
-    """
+    """The value of a variable that a word names, as text."""
     if name not in namespace:
         near = did_you_mean(name, own_names(namespace))
         raise CellError(f"name {name!r:.60} is not defined.{near}", column=word.start)

@@ -176,10 +176,7 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
 def _promoted_bytes(args: tuple[Any, ...], result: Tensor, *, into: bool) -> int:
     """Return the bytes of the copies that are made of inputs whose dtype is not the result's.
 
-    Args:
-        args: inputs of the operation.
-        result: its result.
-        into: whether it was given as ``out``. Inputs of one dtype then have a result in that dtype, which is copied.
+    With ``out``, inputs of one dtype have a result in that dtype, which is copied.
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]
     dtypes = {tensor.dtype for tensor in tensors}

@@ -139,17 +139,9 @@ class _Search:
         least: int | None = None,
         others: Sequence[_Change] = (),
     ) -> _Change | None:
-        """Return the change to the largest multiple of a step that fits.
+        """Return the change to the largest multiple of a step below a value that does not fit, together with others.
 
-        Args:
-            change_to: returns the change to a value.
-            above: a value that does not fit.
-            step: the step.
-            least: the smallest value to try; by default the step.
-            others: further changes that are made too.
-
-        Returns:
-            The change; None if the setting fits already, or if not even the smallest value fits.
+        None if the setting fits already, or if not even the smallest value (by default the step) fits.
         """
 
         def peak(value: int) -> int | None:

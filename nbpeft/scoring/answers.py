@@ -159,10 +159,6 @@ class _Choosing(LogitsProcessor):
 
     The most likely token after adding Gumbel noise to the logits is a sample of their distribution, so that the
     greedy generation of transformers samples.
-
-    Args:
-        settings: temperature, top-p and seed.
-        numbers: the number of each row.
     """
 
     def __init__(self, settings: ScoreSettings, numbers: Sequence[int]) -> None:

@@ -177,20 +177,7 @@ def read_rows(
 def _read(
     reading: _Rows, row_count: int, wanted: Collection[int], *, skip_bad: bool
 ) -> tuple[list[ScoredRow], list[tuple[int, str]]]:
-    """Reads rows one after the other.
-
-    Args:
-        reading: reads a row.
-        row_count: number of rows in the data.
-        wanted: the numbers of the rows to read.
-        skip_bad: leave out rows that cannot be read.
-
-    Returns:
-        The rows that can be scored; the number of each other one, and why it is left out.
-
-    Raises:
-        TrainingError: a row cannot be read.
-    """
+    """The wanted rows that can be scored; and the number of each other one, with why it is left out."""
     rows, left_out = [], []
     for number in range(row_count):
         if number not in wanted:
@@ -208,11 +195,7 @@ def _read(
 
 
 def _wanted(only: Sequence[int] | HeldOut, values: Sequence[Any], *, stream: bool) -> set[int]:
-    """The numbers of the rows to score.
-
-    Raises:
-        ConfigError: the rows do not have them, or are other rows than those of the training that held some out.
-    """
+    """The numbers of the rows to score."""
     if stream:
         raise ConfigError("only needs all rows, and these are a stream", field="only")
     held_out = only if isinstance(only, HeldOut) else None
@@ -244,11 +227,7 @@ def _is_number(number: Any, total: int) -> bool:
 
 
 def _variables(reader: Reading, given: Mapping[str, Any] | None, usual: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The variables for the chat template.
-
-    Raises:
-        ConfigError: no chat template is applied to the rows, or it has no such variable.
-    """
+    """The variables for the chat template."""
     if given:
         replace(reader, options=RowOptions(chat_template_kwargs=given)).check_options()
         return given
@@ -265,11 +244,7 @@ def is_scored_by_default(model: nn.Module) -> bool:
 
 
 def _check_model(model: nn.Module, inputs: ModelInputs, needs: set[Needs], tokenizer: Any) -> None:
-    """Refuses metrics that the model cannot be scored with.
-
-    Raises:
-        ConfigError: a metric does not fit the model, or needs a tokenizer.
-    """
+    """Refuses metrics that the model cannot be scored with."""
     name = type(base_of(model)).__name__
     if inputs.classes is None and "classes" in needs:
         raise ConfigError(f"accuracy is for classifiers, and {name} is none: choice compares the options of a row")
@@ -351,19 +326,7 @@ _PROMPT = Form("prompt", ("prompt",), _read_prompt, ("tools",))
 
 
 class _Rows:
-    """Reads one row after the other.
-
-    Args:
-        model: the model.
-        reader: how the rows are read.
-        own: where the options are.
-        metrics: the metrics.
-
-    Attributes:
-        cut: number of rows that were cut.
-        without_reasoning: number of rows whose reasoning was left out.
-        ends: tokens with which the chat template ends a turn.
-    """
+    """Reads one row after the other; counts those that were cut, and those whose reasoning was left out."""
 
     def __init__(self, model: nn.Module, reader: Reading, own: Mapping[str, str], metrics: Sequence[Metric]) -> None:
         self.cut = self.without_reasoning = 0
@@ -572,11 +535,7 @@ def _asked(chat: Chat) -> str:
 
 
 def _check_tokens(model: nn.Module, rows: Sequence[ScoredRow], inputs: ModelInputs) -> None:
-    """Refuses rows that do not fit the model.
-
-    Raises:
-        TrainingError: a token is outside of the model's vocabulary, or a label does not fit; names the row.
-    """
+    """Refuses rows that do not fit the model."""
     size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
     vocabulary, causal = size if isinstance(size, int) else None, is_causal(model)
     for row in rows:

@@ -192,10 +192,7 @@ def _trained_form(
 ) -> tuple[PromptFormat, tuple[str, ...]]:
     """What the rows have in common on which the adapters were trained; and notes on what differs.
 
-    Args:
-        model: the model.
-        columns: what is scored.
-        given_variables: whether the variables for the chat template are given, so that those of the rows do not count.
+    The rows' variables for the chat template do not count if such variables are given.
     """
     manager, usual = manager_of(model), PromptFormat(chat=True)
     if manager is None:
@@ -215,12 +212,7 @@ def _trained_form(
 def _elsewhere(
     model: nn.Module, state: Scoring, also: Any, general: bool, tokenizer: Any, reading: Mapping[str, Any]
 ) -> Scoring | None:
-    """The scoring of the loss on further rows; None if there are none.
-
-    Raises:
-        ConfigError: both kinds of rows are given, or the model has no loss of tokens.
-        TrainingError: the rows cannot be read.
-    """
+    """The scoring of the loss on further rows; None if there are none."""
     if also is not None and general:
         raise ConfigError("also and general exclude each other: both are rows of which the loss is measured")
     if also is None and not general:
@@ -324,14 +316,7 @@ class Scoring:
     def _run_group(
         self, model: nn.Module, group: Sequence[int], given: Mapping[str, Any], advanced: Callable[[], None]
     ) -> None:
-        """Computes everything for some columns, until it is stopped.
-
-        Args:
-            model: the model that serves the columns.
-            group: the columns, by index.
-            given: the tokenizer, and what stops it.
-            advanced: called after each batch.
-        """
+        """Computes everything for the columns with these indices, until it is stopped."""
         rows, columns = self.read.rows, [self.columns[number] for number in group]
         size = self.settings.rows_together(len(columns))
         for kind in dict.fromkeys(metric.needs for metric in self.metrics):

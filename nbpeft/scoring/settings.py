@@ -144,11 +144,7 @@ def adapter_columns(model: nn.Module, names: Sequence[str]) -> tuple[Column, ...
 
 
 def _column(manager: Any, name: object) -> Column:
-    """The column of an adapter, or of the sum of several.
-
-    Raises:
-        UnknownAdapterError: there is no such adapter.
-    """
+    """The column of an adapter, or of the sum of several."""
     if isinstance(name, str) and not manager.available(name) and "+" in name:
         parts = tuple(dict.fromkeys(part.strip() for part in name.split("+")))
         manager.require_available(*parts)

@@ -320,10 +320,7 @@ class _Command:
 class _WarningsAsNotes:
     """Turns user warnings into notes immediately, each one once; other warnings are issued again at the end.
 
-    Args:
-        notes: list to add the notes to.
-        block: block in which warnings are collected. If an interruption prevents ``__exit__``, the next warning or the
-            next command ends the collection.
+    If an interruption prevents ``__exit__``, the next warning or the next command ends the collection.
     """
 
     def __init__(self, notes: list[str], block: RunningBlock) -> None:

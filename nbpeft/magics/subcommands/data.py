@@ -24,11 +24,7 @@ from nbpeft.magics.registry import (
 
 
 def _shown(text: str) -> int:
-    """The number of rows to show; a range of rows is written with the data.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is not a number of at least 1.
-    """
+    """The number of rows to show; a range of rows is written with the data."""
     if ":" in text:
         raise argparse.ArgumentTypeError(f"a range of rows is written with their name, as in train.csv[{text:.40}]")
     return positive(text)

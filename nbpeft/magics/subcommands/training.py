@@ -256,11 +256,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @contextlib.contextmanager
 def _adapter_named(name: str | None, target: str) -> Iterator[None]:
-    """A block in which the error about an adapter that the model does not have names the cell that adds it.
-
-    Raises:
-        CellError: instead of that error.
-    """
+    """A block in which the error about an adapter that the model does not have names the cell that adds it."""
     try:
         yield
     except UnknownAdapterError as error:

@@ -173,15 +173,7 @@ def try_combination(
 
 
 class _Answering:
-    """Fills columns with answers, one generation after the other, until one is stopped.
-
-    Args:
-        batches: the prompts of each column.
-        columns: the columns without answers.
-        request: the common settings of all generations.
-        on_text: called with the answers so far.
-        settings: sampling settings for the result.
-    """
+    """Fills columns with answers, one generation after the other, until one is stopped."""
 
     def __init__(
         self,

@@ -132,18 +132,7 @@ def qlora(
 
 
 def _quantize(base: nn.Module, is_quantized: bool, request: _Request, name: str, allow_missing: bool) -> bool:
-    """Quantize a loaded model, or the experts of one that is quantized already, if targets match.
-
-    Args:
-        base: the base model.
-        is_quantized: whether its linear layers are quantized.
-        request: the arguments of ``qlora``.
-        name: name of the adapter.
-        allow_missing: ignore targets that match nothing, as long as others match.
-
-    Returns:
-        Whether something was quantized.
-    """
+    """Quantize a loaded model, or the experts of a quantized one; return whether something was quantized."""
     from nbpeft.engine.injection.plan import plan
     from nbpeft.engine.tree.model_tree import manager_of
     from nbpeft.model.quantization.quantize import quantize_model
@@ -240,15 +229,7 @@ def would_reuse(ctx: SessionContext, model: Any, variable: str, source: str, how
 
 @dataclass(frozen=True)
 class _Request:
-    """The arguments of ``qlora``, checked and sorted.
-
-    Attributes:
-        config: config of the adapter.
-        settings: the given arguments of quantizing.
-        loading: arguments of ``from_pretrained``.
-        upcast: what to cast to float32.
-        checkpointing: whether training recomputes activations.
-    """
+    """The arguments of ``qlora``, checked, and sorted by what they are for."""
 
     config: AdapterConfig
     settings: dict[str, Any]
@@ -298,11 +279,7 @@ class _Origin:
 
 
 def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _Request) -> tuple[_Origin, Any]:
-    """Find the model that a source refers to.
-
-    Returns:
-        Where the model comes from, and its base model, or None if it has to be loaded.
-    """
+    """Return where the model of a source comes from, and its base model, or None if it has to be loaded."""
     if isinstance(source, str | os.PathLike):
         place = place_of(source, "qlora")
         origin = _Origin(place, request.settings, request.loading)
@@ -398,14 +375,7 @@ def _restored_on_failure(base: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """A model of a folder, hub id or GGUF file on the meta device.
-
-    Attributes:
-        model: modules and shapes, without weights.
-        architecture: what it was built from.
-        dtype: dtype in which its weights would be loaded.
-        note: a remark on its config; usually empty.
-    """
+    """A model of a folder, hub id or GGUF file on the meta device; ``dtype`` is that in which it would be loaded."""
 
     model: nn.Module
     architecture: Architecture
@@ -435,12 +405,7 @@ def _skeleton(source: str, request: _Request) -> _Skeleton:
 class _ToCome:
     """What quantizing and preparing would change.
 
-    Attributes:
-        parts: the base weights afterwards, part by part.
-        prepared: the preparation; None if the model is already prepared.
-        layers: path -> linear layer or view of experts to quantize; None if all are already quantized.
-        kind: the storage format of these: ``nf4``, ``fp4`` or ``int8``.
-        double: whether 4-bit constants will be quantized too.
+    ``prepared`` is None if the model is prepared already, ``layers`` if all are quantized already.
     """
 
     parts: tuple[StoredPart, ...]

@@ -279,11 +279,7 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
 
 
 def _refuse_another(ctx: SessionContext, newest: RunRecord) -> None:
-    """Refuses to resume a run that is not named, if a model's last training was of another adapter and is not kept.
-
-    Raises:
-        CheckpointNotFoundError: the training ended before its first step.
-    """
+    """Refuses to resume a run that is not named, if a model's last training was of another adapter and is not kept."""
     for train in (tracked.training for tracked in ctx.models.all()):
         if train is None or train.status not in ("failed", "stopped") or train.step > train.first_step:
             continue
@@ -393,11 +389,7 @@ def _kept_members(state: Path) -> dict[str, dict[str, Any]]:
 
 
 def _adapter_folders(record: RunRecord, state: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Return the folders of a run's adapters in its last checkpoint, by their names.
-
-    Raises:
-        CheckpointNotFoundError: the checkpoint lacks an adapter.
-    """
+    """Return the folders of a run's adapters in its last checkpoint, by their names."""
     from nbpeft.checkpoint import inside
     from nbpeft.training.disk.checkpoints import read_errors
 

@@ -86,11 +86,7 @@ def score(
 
 
 def _held_out(tracked: TrackedModel, names: list[str] | None) -> HeldOut:
-    """Returns the rows that none of the adapters has learned.
-
-    Raises:
-        AdapterError: there are none, or it is not known which.
-    """
+    """Returns the rows that none of the adapters has learned."""
     configs = tracked.manager.configs
     wanted = [*configs] if names is None else [part for name in names for part in name.split("+")]
     found: HeldOut | None = None

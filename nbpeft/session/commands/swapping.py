@@ -89,12 +89,7 @@ def swap(
 
 
 class _SwapCheck:
-    """Checks a swapped adapter: with a prompt, then with the caller's function.
-
-    Attributes:
-        answer: the new adapter's answer to the prompt.
-        seconds: duration of the checks in seconds.
-    """
+    """Checks a swapped adapter: with a prompt, then with the caller's function."""
 
     def __init__(
         self,

@@ -72,11 +72,7 @@ def check_names(arguments: Mapping[str, Any]) -> None:
 
 
 def _refuse_other_adapters(model: nn.Module, fields: Mapping[str, Any]) -> None:
-    """Refuses an ``output_dir`` with another adapter; a folder that training resumes from is accepted.
-
-    Raises:
-        AdapterExistsError: saving would overwrite another adapter.
-    """
+    """Refuses an ``output_dir`` with another adapter; a folder that training resumes from is accepted."""
     folder, manager, resumed = fields.get("output_dir"), manager_of(model), fields.get("resume_from_checkpoint")
     if manager is None or not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
         return

@@ -402,11 +402,7 @@ def _check_loss(base: nn.Module) -> None:
 
 
 def _check_head_is_new(request: TrainRequest) -> None:
-    """Refuses names of classes that the rows give to a head which an adapter has trained with numbers.
-
-    Raises:
-        TrainingError: the copy of the head that is trained differs from that of the base.
-    """
+    """Refuses names of classes that the rows give to a head which an adapter has trained with numbers."""
     manager = manager_of(request.model)
     if manager is None:
         return

@@ -82,11 +82,9 @@ def _of_rows(request: TrainRequest, rows: TrainingRows, count: int, base: Any) -
 
 
 def _asked(request: TrainRequest, rows: TrainingRows) -> Iterator[tuple[Prompt, str]]:
-    """Yields the prompt and the wanted answer, of two completions the chosen one, of each row that has both.
+    """Yields the prompt and the wanted answer (the chosen one of two; empty without a completion) of each row.
 
     Rows whose label marks the completion as bad are skipped.
-
-    The wanted answer of a row with a prompt alone is empty.
     """
     apart = rows.evaluation is not None and not is_amount(request.eval_data)
     source = request.eval_data if apart else request.data

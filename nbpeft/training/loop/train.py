@@ -276,14 +276,7 @@ def _with_objective(request: TrainRequest) -> tuple[TrainRequest, bool]:
 def _batches(
     request: TrainRequest, rows: TrainingRows, objective: Objective, given: Mapping[str, Any]
 ) -> tuple[Any, Any, list[PackedRows]]:
-    """Returns the training rows, packed if that is requested, their collator, and all packed rows.
-
-    Args:
-        request: the arguments of the training.
-        rows: its rows.
-        objective: its objective.
-        given: the given options of the Trainer.
-    """
+    """Returns the training rows, packed if that is requested, their collator, and all packed rows."""
     collator = batches_of(request, objective)
     if not request.packing:
         return rows.train, collator, []
@@ -436,16 +429,7 @@ def _sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts 
 def _fit_in_subprocesses(
     request: TrainRequest, run: Run, launch: Launch, rows: TrainingRows, rows_note: str, kept: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Runs a Trainer in each of several processes, as ``fit`` runs one in this process.
-
-    Args:
-        request: the arguments of the training.
-        run: receives the progress.
-        launch: the processes to start.
-        rows: the rows of the training.
-        rows_note: note about the rows, which the processes add to their record of the run.
-        kept: arguments for the record: those given here, and not those of the processes.
-    """
+    """Runs a Trainer in each of several processes, as ``fit`` runs one in this process."""
     if is_stream(rows.train):
         raise TrainingError("several processes cannot share a stream of rows: pass a list or a dataset")
     metrics: dict[str, float] = {}

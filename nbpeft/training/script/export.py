@@ -212,16 +212,7 @@ def export_script(
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """The rows of a script.
-
-    Attributes:
-        train: training rows.
-        evaluation: evaluation rows; or how many to hold out.
-        tokenizer: None if the rows are tokenized.
-        counts: file next to the script -> number of its rows.
-        as_they_are: whether they are read as in the notebook; otherwise they are written in tokenized form.
-        notes: messages for the user.
-    """
+    """The rows of a script; ``counts`` has the number of rows of each file next to it."""
 
     train: Source
     evaluation: Source | float | None
@@ -232,11 +223,7 @@ class _Rows:
 
 
 def _rows(target: Path, request: TrainRequest) -> _Rows:
-    """Returns the sources of the rows for the script.
-
-    Raises:
-        TrainingError: they cannot be read, or are a stream.
-    """
+    """Returns the sources of the rows for the script."""
     tokenizer, amount = request.tokenizer, is_amount(request.eval_data)
     opened = with_objective(request.opened())
     if opened.reference not in (None, BASE, START):
@@ -321,11 +308,7 @@ def _body(constants: Mapping[str, Any], config_class: str, load: str, rows: _Row
 
 
 def _script(constants: Mapping[str, Any], body: str, dependencies: Sequence[str]) -> str:
-    """Returns the text of a script.
-
-    Raises:
-        ConfigError: a value cannot be read back from the text unchanged.
-    """
+    """Returns the text of a script."""
     lines = [f"{name} = {source_of(value, used=len(name) + 3)}" for name, value in constants.items()]
     listed = [f'#     "{dependency}",' for dependency in dependencies]
     text = _TEMPLATE.format(constants="\n".join(lines), body=body, dependencies="\n".join(listed))
@@ -344,11 +327,7 @@ def _script(constants: Mapping[str, Any], body: str, dependencies: Sequence[str]
 
 
 def _refuse_other(path: Path) -> None:
-    """Refuses to overwrite a file that is not an unchanged exported script.
-
-    Raises:
-        CheckpointError: it is another file, or was changed since.
-    """
+    """Refuses to overwrite a file that is not an unchanged exported script."""
     if not os.path.lexists(path):
         return
     with disk_errors(path):

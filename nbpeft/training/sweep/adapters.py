@@ -111,13 +111,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
 def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> list[Member]:
     """Returns new adapters for every combination of values: copies of one, or initialized ones if the config varies.
 
-    Args:
-        manager: manager of the model.
-        request: the arguments of the training.
-        made: receives the names of new adapters, each before it is added, because an interruption can come any time.
-
-    Raises:
-        AdapterExistsError: there is an adapter with one of the names: it has learned something else than the others.
+    ``made`` receives each name before the adapter is added, because an interruption can come any time.
     """
     origin = _origin(manager, request.adapter)
     config, fields = manager.configs[origin], swept(request.given)

@@ -399,11 +399,7 @@ def _padded(row: Sequence[int], fill: list[int], left: bool) -> list[int]:
 
 
 def _messages(prompt: Prompt, system: str) -> Conversation:
-    """The messages of a prompt, with a system prompt if they have none.
-
-    Raises:
-        AdapterError: the prompt is empty, or neither a text nor a conversation that can be answered.
-    """
+    """The messages of a prompt, with a system prompt if they have none."""
     if isinstance(prompt, str):
         _refuse_empty(prompt)
         messages: Conversation = ({"role": "user", "content": prompt},)
