@@ -17,10 +17,6 @@ Runs = tuple[tuple[str, bool], ...]
 def differences(text: str, reference: str) -> tuple[Runs, str]:
     """Marks the words of a text that differ from a reference.
 
-    Args:
-        text: the text.
-        reference: the text to compare with.
-
     Returns:
         The text in runs; and ``same``, ``differs`` (nothing is marked then) or the empty string.
     """

@@ -47,10 +47,6 @@ def memory_bar(memory: MemoryState, *, thin: bool = False) -> Bar:
 
     The full width is the device's memory if the model's parts are large enough to be seen on it. Otherwise the parts
     of the model fill the bar, because the memory of Python and its libraries would hide a small model.
-
-    Args:
-        memory: the measured memory.
-        thin: whether to draw a small bar.
     """
     parts = tuple(part for part in memory.parts if part.name != OTHER)
     others = tuple(part for part in memory.parts if part.name == OTHER and part.byte_count)

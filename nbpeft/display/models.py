@@ -19,12 +19,7 @@ _MOST_ROWS = 30
 
 
 def with_notes(text: str, notes: tuple[str, ...]) -> str:
-    """Returns a text followed by its notes.
-
-    Args:
-        text: the text.
-        notes: notes for the user.
-    """
+    """Returns a text followed by its notes."""
     return text + "".join(f" [note: {note}]" for note in notes)
 
 
@@ -164,12 +159,7 @@ def _adapters(model: ModelState, brief: bool) -> tuple[Block, ...]:
 
 
 def totals(model: ModelState, *more: str) -> Line:
-    """Returns a line with the number of trainable parameters, the adapters in the pool, and further texts.
-
-    Args:
-        model: the model.
-        *more: further texts; empty ones are skipped.
-    """
+    """Returns a line with the number of trainable parameters, the adapters in the pool, and further texts."""
     words = "; ".join(("", *(part for part in (in_pool(model), *more) if part)))
     return line(bold(count(model.trainable_count)), Text(_of_all(model) + words))
 

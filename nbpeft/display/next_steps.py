@@ -48,13 +48,7 @@ class NextSteps:
 
 
 def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextSteps | None:
-    """Returns what to do with the adapter that a run has trained; None if it still runs, or has no adapter.
-
-    Args:
-        train: the run.
-        state: state of the session.
-        model_name: name of the run's model in the session.
-    """
+    """Returns what to do with the adapter that a run has trained; None if it still runs, or has no adapter."""
     best = train.best_member
     names = tuple(name for name in (train.adapter if best is None else best.name).split(", ") if name)
     if train.status not in ENDED or not names:

@@ -77,10 +77,6 @@ def parse_body(source: str) -> tuple[Assignment, ...]:
 def evaluate(assignments: Iterable[Assignment], namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluate fields. An expression may use variables of the notebook and the fields above it.
 
-    Args:
-        assignments: the fields, in order.
-        namespace: variables of the notebook.
-
     Returns:
         Field -> value.
 
@@ -127,10 +123,6 @@ def parse_fields(words: Iterable[Word], namespace: Mapping[str, Any]) -> dict[st
 
     A value is a Python literal if it can be read as one, else a list if it contains commas, else text.
     ``{name}`` or ``$name`` as the whole value is a variable of the notebook.
-
-    Args:
-        words: the ``name=value`` words.
-        namespace: variables of the notebook.
 
     Returns:
         Field -> value.

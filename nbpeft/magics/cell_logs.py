@@ -14,9 +14,6 @@ def install(shell: Any) -> Callable[[], None]:
 
     Cells may be nested (``get_ipython().run_cell``). A cell that began before the installation has no block.
 
-    Args:
-        shell: the IPython shell.
-
     Returns:
         A function that uninstalls it.
     """

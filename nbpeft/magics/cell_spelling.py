@@ -75,10 +75,6 @@ def option_names(command: Subcommand, others: Iterable[Subcommand]) -> dict[str,
     """Return the options of a command by the names of the session's arguments: ``eval_data`` -> ``--eval``.
 
     Those of other commands are included, except for a command with fields: there, a name may be that of a field.
-
-    Args:
-        command: the command.
-        others: all commands.
     """
     known = {item.dest: item.flags[0] for other in others for item in other.arguments if not item.positional}
     own = {item.dest: item.flags[0] for item in command.arguments if not item.positional}

@@ -12,10 +12,6 @@ _HEAD = re.compile(r"%%(\w+)(?![\w?])")
 def install(shell: Any, names: Collection[str]) -> Callable[[], None]:
     """Give these cell magics an empty line as their body if they have none.
 
-    Args:
-        shell: the IPython shell.
-        names: names of the cell magics.
-
     Returns:
         A function that uninstalls it.
     """

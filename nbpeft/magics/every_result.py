@@ -65,10 +65,6 @@ def _change_running_cell(transformer: _ShowEach) -> None:
 def install(shell: Any, names: Collection[str]) -> Callable[[], None]:
     """Display the result of each of these magics, wherever it is in a cell.
 
-    Args:
-        shell: the IPython shell.
-        names: names of the line magics.
-
     Returns:
         A function that uninstalls it.
     """

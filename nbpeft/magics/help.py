@@ -132,12 +132,7 @@ def argument_help(item: Argument) -> str:
 
 
 def main_help(cells: Mapping[str, Subcommand], subcommands: Mapping[str, Subcommand]) -> HelpText:
-    """The help of ``%lora``: every command in its group, with an example and a summary.
-
-    Args:
-        cells: the cell magics, by name.
-        subcommands: the subcommands of ``%lora``, by name.
-    """
+    """The help of ``%lora``: every command in its group, with an example and a summary."""
     grouped = {name for names in _GROUPS.values() for name in names}
     groups = {**_GROUPS, _MORE: tuple(name for name in subcommands if name not in grouped)}
     sections = {_CELLS: tuple(_overview(command, f"%%{name}") for name, command in cells.items())}

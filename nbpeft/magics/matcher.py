@@ -88,15 +88,7 @@ class Completion:
 
 
 def install(shell: Any, completion: Completion) -> Callable[[], None]:
-    """Register the completion with a shell.
-
-    Args:
-        shell: the IPython shell.
-        completion: the completion.
-
-    Returns:
-        A function that removes it.
-    """
+    """Register the completion with a shell; return a function that removes it."""
     matchers = getattr(shell.Completer, "custom_matchers", None)
     matcher = _matcher(completion) if matchers is not None else None
     if matchers is None or matcher is None:

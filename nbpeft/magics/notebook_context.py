@@ -131,9 +131,6 @@ class NotebookContext:
     def only_model(self, what: str) -> str:
         """Return the only variable whose value is a model.
 
-        Args:
-            what: the command that needs a model, for the message.
-
         Raises:
             CellError: there is no model, or more than one.
         """

@@ -376,10 +376,6 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     The variable may be the whole word, the first folder of a path, or the value after an equals sign:
     ``--rank={r}``, ``orders={weight}``. ``{name}`` may also be a part of a word without quotes: ``runs/seed-{i}``.
 
-    Args:
-        word: the word.
-        namespace: variables of the notebook.
-
     Raises:
         CellError: the variable is not defined, or is not text, a number or a path.
     """

@@ -120,12 +120,7 @@ def chats_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def answer_limit(usual: int | None, words: str) -> Argument:
-    """The option ``--max-new-tokens``.
-
-    Args:
-        usual: its default.
-        words: its help.
-    """
+    """The option ``--max-new-tokens``."""
     return argument("--max-new-tokens", "--tokens", type=positive, default=usual, metavar="N", help=words)
 
 
@@ -169,10 +164,6 @@ def subcommand(
 
 def refuse_fields(options: argparse.Namespace, names: Iterable[str]) -> None:
     """Refuse fields that are set by an option of the line, so that nothing is given twice.
-
-    Args:
-        options: the parsed line with its fields.
-        names: the names that are not allowed as fields.
 
     Raises:
         CellError: one of them is set as a field.

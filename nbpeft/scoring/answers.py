@@ -57,11 +57,7 @@ def default_limit(rows: Sequence[ScoredRow], metrics: Sequence[Metric], *, strip
 
 
 def only_the_start_counts(metrics: Sequence[Metric]) -> bool:
-    """Whether only the beginning of an answer counts, up to the length of the reference.
-
-    Args:
-        metrics: the metrics.
-    """
+    """Whether only the beginning of an answer counts, up to the length of the reference."""
     return {metric.name for metric in metrics if metric.needs == "answers"} <= _AT_THE_START
 
 

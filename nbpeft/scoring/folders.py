@@ -72,10 +72,6 @@ def groups_of(columns: Sequence[Column]) -> list[list[int]]:
 def loaded(model: nn.Module, columns: Sequence[Column]) -> Iterator[nn.Module]:
     """Context manager: has the adapters of folders on the model, and yields the model that serves them.
 
-    Args:
-        model: the model, adapted or bare.
-        columns: a group of columns.
-
     Raises:
         AdapterError: the model has an adapter pool already.
         CheckpointError: an adapter cannot be loaded.

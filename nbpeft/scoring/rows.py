@@ -343,9 +343,6 @@ class _Rows:
     def read(self, number: int) -> ScoredRow:
         """Reads a row.
 
-        Args:
-            number: its number; rows are read in order.
-
         Raises:
             TrainingError: it has another form than the first one.
             _Missing: it cannot be scored.

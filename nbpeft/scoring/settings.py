@@ -79,11 +79,7 @@ class ScoreSettings:
         return bool(self.top_p if self.temperature is None else self.temperature)
 
     def rows_together(self, columns: int) -> int:
-        """The number of rows in one generation.
-
-        Args:
-            columns: the number of columns that answer each row.
-        """
+        """The number of rows in one generation."""
         return self.batch_size or max(_ROWS, _SEQUENCES // columns)
 
 
@@ -133,12 +129,7 @@ def columns_of(
 
 
 def adapter_columns(model: nn.Module, names: Sequence[str]) -> tuple[Column, ...]:
-    """The columns of adapters of a model.
-
-    Args:
-        model: the model.
-        names: the adapters.
-    """
+    """The columns of adapters of a model."""
     manager = manager_of(model)
     return tuple(_column(manager, name) for name in names)
 

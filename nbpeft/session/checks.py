@@ -38,10 +38,6 @@ def adapter_name(name: Any, *, given: bool = True) -> str:
 def place_of(place: object, what: str) -> str:
     """Return a folder, file or hub id as text.
 
-    Args:
-        place: the path or id.
-        what: name of the command, for the message.
-
     Raises:
         AdapterError: it is empty or cannot be a path.
     """

@@ -109,12 +109,7 @@ SYNONYMS = {
 
 
 def field_hint(name: str, known: Collection[str]) -> str:
-    """Return what is likely meant by the name of a field that a config does not have; empty if that is not known.
-
-    Args:
-        name: the name.
-        known: the names of the fields that there are.
-    """
+    """Return what is likely meant by the name of a field that a config does not have; empty if that is not known."""
     from nbpeft.training.transformers.argument_source import training_arguments
 
     if hint := _synonym_hint(name, known):

@@ -24,11 +24,7 @@ _MOST_VALUES, _LONGEST_NAME = 6, 20
 
 
 def describe(ctx: SessionContext) -> str:
-    """Return the state of a session as JSON of at most ``MOST_BYTES``.
-
-    Args:
-        ctx: context of the session.
-    """
+    """Return the state of a session as JSON of at most ``MOST_BYTES``."""
     whole = as_json(_whole(ctx))
     for items, characters in _LIMITS:
         text = json.dumps(_limited(whole, items, characters), ensure_ascii=False).encode("utf-8", "replace")

@@ -47,12 +47,7 @@ def version_of(package: str) -> str:
 
 
 def older(version: str, minimum: str) -> bool:
-    """Returns whether a version is older than another; a pre-release or local build counts as its release.
-
-    Args:
-        version: the version.
-        minimum: the version to compare with.
-    """
+    """Returns whether a version is older than another; a pre-release or local build counts as its release."""
     return Version(Version(version).base_version) < Version(minimum)
 
 

@@ -112,11 +112,7 @@ def objective_names() -> tuple[str, ...]:
 
 
 def module_names(model: Any) -> tuple[str, ...]:
-    """Returns the names of a model's layers that can be adapted, without duplicates, in model order.
-
-    Args:
-        model: a torch module, with or without adapters.
-    """
+    """Returns the names of a model's layers that can be adapted, without duplicates, in model order."""
     from nbpeft.engine.contract.registry import resolve_layer_kind
     from nbpeft.engine.tree.model_tree import base_model_of, walk
 

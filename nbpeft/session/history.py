@@ -125,13 +125,7 @@ class History:
         return self._past.get(manager, ())
 
     def add(self, manager: AdapterManager, past: PastAdapter, change: Transaction) -> None:
-        """Adds a past adapter, and drops the oldest ones beyond the limits.
-
-        Args:
-            manager: manager of the model.
-            past: the past adapter.
-            change: transaction that records the change.
-        """
+        """Adds a past adapter, and drops the oldest ones beyond the limits."""
         kept, left = [past], MOST_BYTES - past.kept.byte_count
         for older in reversed(self.of(manager)[1 - MOST_KEPT :]):
             left -= older.kept.byte_count
@@ -145,13 +139,7 @@ class History:
         self.take_back(manager, self.of(manager)[:-1], change)
 
     def take_back(self, manager: AdapterManager, past: tuple[PastAdapter, ...], change: Transaction) -> None:
-        """Resets the past adapters of a model to those of an earlier moment.
-
-        Args:
-            manager: manager of the model.
-            past: the earlier past adapters.
-            change: transaction that records the change.
-        """
+        """Resets the past adapters of a model to those of an earlier moment."""
         before = self.of(manager)
         change.on_undo(lambda: self._past.__setitem__(manager, before))
         self._past[manager] = past

@@ -74,11 +74,6 @@ def _config(manager: AdapterManager, name: str) -> AdapterConfig | None:
 def chosen_tokenizer(ctx: SessionContext, tracked: TrackedModel, tokenizer: Any) -> Any:
     """Return the given tokenizer, which is stored for the model, or the last one for it; None if there is none.
 
-    Args:
-        ctx: context of the session, which stores the tokenizer.
-        tracked: the model.
-        tokenizer: None for the last one given.
-
     Raises:
         AdapterError: it is not a tokenizer.
     """

@@ -94,22 +94,12 @@ class TrackedModel:
         return next((origin for made, config, origin in self.origins if made == name and config is present), "")
 
     def set_origin(self, names: Iterable[str], origin: str) -> None:
-        """Records the adapter from which a sweep started.
-
-        Args:
-            names: the adapters of the sweep.
-            origin: the adapter from which it started.
-        """
+        """Records the adapter from which a sweep started."""
         configs = self.manager.configs
         self.origins += [(name, configs[name], origin) for name in names if name in configs]
 
     def with_clones(self, names: tuple[str, ...], members: Iterable[MemberState]) -> tuple[str, ...]:
-        """Returns the adapters with which a training began and those cloned in it, which get the same origin.
-
-        Args:
-            names: the adapters with which it began.
-            members: all adapters of the run.
-        """
+        """Returns the adapters with which a training began and those cloned in it, which get the same origin."""
         clones = [member.name for member in members if member.name not in names]
         origin = next(filter(None, map(self.origin_of, names)), "")
         if origin:
@@ -117,12 +107,7 @@ class TrackedModel:
         return (*names, *clones)
 
     def count_steps(self, names: Iterable[str], run: Run) -> None:
-        """Records the training steps of a run for adapters.
-
-        Args:
-            names: names of the adapters.
-            run: the run.
-        """
+        """Records the training steps of a run for adapters."""
         state = run.state
         # Some end before the others, and some with the weights of an earlier step.
         ends = {member.name: (member.step, member.restored_step) for member in state.members}
@@ -286,9 +271,6 @@ class ModelRegistry:
     The current model is the one that was last adapted, loaded into, trained or switched. When it is unloaded or
     deleted, the only remaining one is used instead, except for merging and unloading. When its variable gets another
     model without adapters, there is no current model until a command names one.
-
-    Args:
-        changed: called when a model changed.
 
     Attributes:
         watcher: observer of a notebook's variables; None if there is no notebook.

@@ -127,11 +127,6 @@ def remove_former(ctx: SessionContext, tracked: TrackedModel, plan: SweepPlan) -
 
     Frozen ones, and others that happen to have such a name, remain: the training refuses them.
 
-    Args:
-        ctx: context of the session.
-        tracked: the model.
-        plan: the sweep that begins.
-
     Returns:
         What is replaced, for the user; empty if there are none.
 

@@ -42,13 +42,7 @@ MARKS = (-1.0, 0.0, 0.5, 1.0, 1.5)
 
 
 class Slider:
-    """The weight of one adapter.
-
-    Args:
-        name: The adapter.
-        value: Its initial weight.
-        command: Called with ``moved``.
-    """
+    """The weight of one adapter."""
 
     def __init__(self, name: str, value: float, command: Command) -> None:
         label = html(span(Text(name, tooltip=name, wrap="cut")))

@@ -186,12 +186,7 @@ def labelled(label: str, field: Any, width: int, tooltip: str = "") -> Any:
 
 
 def on_enter(field: Any, handler: Callable[[Any], None]) -> None:
-    """Calls a function when Enter is pressed in a text field.
-
-    Args:
-        field: A ``Text`` of ipywidgets.
-        handler: Called with the field.
-    """
+    """Calls a function when Enter is pressed in a text field."""
     with warnings.catch_warnings():  # ipywidgets recommends to observe the value, which also changes on each key
         warnings.simplefilter("ignore", DeprecationWarning)
         field.on_submit(handler)
@@ -247,11 +242,6 @@ class SamplingFields:
 
 class Question:
     """The prompt box with the button that answers, which becomes Stop while answers are generated.
-
-    Args:
-        command: Called with ``run`` or ``stop``.
-        prompt: The initial prompt.
-        verb: The label of the button.
 
     Attributes:
         field: The prompt's widget.
@@ -340,11 +330,7 @@ class SystemField:
         return None if self._field.value == self._default else str(self._field.value).strip()
 
     def draw(self, adapters: Iterable[AdapterState]) -> None:
-        """Shows the system prompt that the adapters have in common, unless the field was edited.
-
-        Args:
-            adapters: The adapters that answer.
-        """
+        """Shows the system prompt that the adapters have in common, unless the field was edited."""
         systems = {item.system for item in adapters if item.system is not None}
         several = len(systems) > 1
         self._field.placeholder = "of each adapter's training rows" if several else "none"

@@ -75,11 +75,7 @@ class Resender:
         self._events: Any = None
 
     def drawn(self, view: View) -> None:
-        """Notes that a view was drawn in this thread.
-
-        Args:
-            view: the view.
-        """
+        """Notes that a view was drawn in this thread."""
         kernel = running_kernel()
         if in_main_thread() or kernel is None or not drops_threads():
             return

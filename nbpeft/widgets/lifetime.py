@@ -19,10 +19,6 @@ def shared(kind: Callable[..., Any], **values: str) -> Any:
     Otherwise each widget of ipywidgets creates a layout and a style of its own: two more comm messages and two more
     models in the front end.
 
-    Args:
-        kind: The class of the layout or style.
-        **values: Its traits.
-
     Returns:
         The shared object; ``close_tree`` of its last widget closes it.
     """

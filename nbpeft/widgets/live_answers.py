@@ -31,11 +31,7 @@ class LiveAnswers:
         self._outputs: list[Any] = []
 
     def stop_with(self, control: RunControl) -> None:
-        """Shows a button that asks for a stop, where buttons can be shown.
-
-        Args:
-            control: Receives the request.
-        """
+        """Shows a button that asks for a stop, where buttons can be shown."""
         if self._shown_as == "widgets":
             self._buttons = RunButtons(control, stop_tooltip="Stop here and keep what is done")
             self._show({**_EMPTY, WIDGET_VIEW: view_of(self._buttons.box)})

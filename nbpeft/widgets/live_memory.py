@@ -31,11 +31,7 @@ class LiveMemory:
         self._running = self._asked = False
 
     def look(self, *, running: bool) -> None:
-        """Requests a measurement, and repeated ones while a command runs.
-
-        Args:
-            running: Whether a command runs.
-        """
+        """Requests a measurement, and repeated ones while a command runs."""
         with self._lock:
             self._running, self._asked = running, True
             self._wake.clear()

@@ -67,11 +67,7 @@ class PanelOutput:
         return f"{live} .{self._name}, {live} .jp-OutputArea-child:has(.{self._name}) {{ display: none; }}"
 
     def show(self, root: Any) -> None:
-        """Displays the state and the widgets.
-
-        Args:
-            root: The root widget.
-        """
+        """Displays the state and the widgets."""
         from IPython.display import display
 
         root.add_class(f"{self._name}-view")

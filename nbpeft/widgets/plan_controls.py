@@ -51,14 +51,7 @@ class LogSlider:
 
 
 class PlanControls:
-    """The widgets of the panel.
-
-    Args:
-        command: Called with ``moved``.
-        title: The title of the card.
-        settings: The initial settings.
-        device: The name of the initial device.
-    """
+    """The widgets of the panel."""
 
     def __init__(self, command: Command, title: str, settings: PlanSettings, device: str) -> None:
         self._training = settings.training

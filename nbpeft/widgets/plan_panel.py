@@ -25,10 +25,6 @@ _DEBOUNCE = 0.15
 class PlanPanel(WorkerPanel):
     """Sliders and drop-downs for the settings, and the memory a run with them would need.
 
-    Args:
-        planner: Computes the plans.
-        ui: See ``Panel``.
-
     Attributes:
         result: The latest plan.
     """

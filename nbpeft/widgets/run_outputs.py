@@ -59,13 +59,7 @@ class RunOutput:
 
 
 class WidgetOutput(RunOutput):
-    """The card in a widget above the buttons, and the card that is saved.
-
-    Args:
-        card: Draws a state.
-        buttons: The buttons of the run.
-        train: The first state.
-    """
+    """The card in a widget above the buttons, and the card that is saved."""
 
     def __init__(self, card: Card, buttons: RunButtons, train: TrainState) -> None:
         import ipywidgets
@@ -106,11 +100,7 @@ class WidgetOutput(RunOutput):
 
 
 class HtmlOutput(RunOutput):
-    """One output that is updated in place.
-
-    Args:
-        card: Draws a state.
-    """
+    """One output that is updated in place."""
 
     def __init__(self, card: Card) -> None:
         self._card = card

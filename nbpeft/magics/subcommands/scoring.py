@@ -142,10 +142,6 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
 def metric_of(word: str, notebook: NotebookContext) -> Any:
     """The name of a metric, or the value of a variable or an expression.
 
-    Args:
-        word: the word of the line.
-        notebook: the notebook.
-
     Raises:
         CellError: it is neither.
     """

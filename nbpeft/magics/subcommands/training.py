@@ -276,10 +276,6 @@ def _with_best_values(arguments: Mapping[str, Any], result: object) -> dict[str,
 def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -> dict[str, Any]:
     """The fields of a training cell, together with those that the options of its line set.
 
-    Args:
-        options: the parsed line with its fields.
-        notebook: the notebook, to evaluate ``--trainer``.
-
     Raises:
         CellError: a field is given that is an option of the line.
     """

@@ -68,10 +68,6 @@ _TONES: Mapping[str, Any] = {
 def sorted_records(records: tuple[RunRecord, ...], sort: str) -> tuple[RunRecord, ...]:
     """Sorts runs by time (newest first), or by another column in ascending order.
 
-    Args:
-        records: the runs.
-        sort: name of the column, see ``SORTS``.
-
     Raises:
         ConfigError: there is no such column.
     """

@@ -73,12 +73,7 @@ def save_whole(path: Path, content: Any, model: nn.Module) -> int:
 
 
 def load_whole(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Loads what ``save_whole`` wrote; on the CPU the tensors are memory-mapped, shared until they are modified.
-
-    Args:
-        path: the file.
-        device: the device of the tensors.
-    """
+    """Loads what ``save_whole`` wrote; on the CPU the tensors are memory-mapped, shared until they are modified."""
     return torch.load(path, map_location=device, mmap=True, weights_only=False)
 
 

@@ -33,9 +33,6 @@ from nbpeft.training.watching.trackers import check_report_to, tracker_names
 def checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, Any], dict[str, Any]]:
     """Refuses arguments that cannot be trained with, before rows are read.
 
-    Args:
-        request: the arguments of the training.
-
     Returns:
         The model, how many processes train it, fields of the arguments class, and options of the Trainer.
     """

@@ -18,10 +18,6 @@ def late_evaluation(trainer: Any, run: Run) -> Iterator[None]:
     """A block in which a resumed Trainer makes the scores and the evaluation that were due at its step, if not logged.
 
     An evaluation draws random numbers, so it comes between those that the checkpoint restores and the next step.
-
-    Args:
-        trainer: the Trainer, before it trains.
-        run: its run.
     """
     load = trainer._load_rng_state
 

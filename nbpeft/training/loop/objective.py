@@ -371,12 +371,7 @@ def _is_new(request: TrainRequest, objective: Objective, rows: Any) -> bool:
 
 
 def batches_of(request: TrainRequest, objective: Objective) -> Any:
-    """Returns the collator of the rows of a training.
-
-    Args:
-        request: the arguments of the training.
-        objective: its objective.
-    """
+    """Returns the collator of the rows of a training."""
     limit = request.max_length
     if limit is None and request.tokenizer is not None:
         limit = default_length(request.tokenizer)

@@ -175,12 +175,7 @@ def refuse_to_pack(model: nn.Module) -> None:
 
 
 def packed_collator(model: nn.Module, plain: Collator) -> PackedCollator:
-    """Returns the packing collator for a model: without padding if its attention supports variable lengths.
-
-    Args:
-        model: the model.
-        plain: collator of unpacked rows.
-    """
+    """Returns the packing collator for a model: without padding if its attention supports variable lengths."""
     base: Any = base_of(model)
     kernel = str(getattr(getattr(base, "config", None), "_attn_implementation", ""))
     takes_more = any(part.kind is part.VAR_KEYWORD for part in inspect.signature(base.forward).parameters.values())

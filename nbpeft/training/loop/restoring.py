@@ -22,9 +22,6 @@ def restoring(model: nn.Module) -> Iterator[None]:
     """Undoes what a Trainer leaves on a model: train mode, disabled cache, gradients, cast forward, hooks, a mark.
 
     After training, adapters are in the mode of their base, so that dropout is off in evaluation mode.
-
-    Args:
-        model: the model that the block trains.
     """
     base: Any = base_of(model)
     embedding = embedding_of(base)

@@ -263,12 +263,7 @@ def is_of_texts(model: nn.Module) -> bool:
 
 
 def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
-    """Returns a collator that pads with the pad token of the tokenizer or the model's config.
-
-    Args:
-        model: the model, adapted or bare.
-        tokenizer: the tokenizer, or None.
-    """
+    """Returns a collator that pads with the pad token of the tokenizer or the model's config."""
     config = getattr(base_of(model), "config", None)
     candidates = [
         getattr(owner, name, None) for name in ("pad_token_id", "eos_token_id") for owner in (tokenizer, config)

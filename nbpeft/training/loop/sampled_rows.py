@@ -24,10 +24,6 @@ from nbpeft.training.watching.scoring import check_every
 def sample_prompts(request: TrainRequest, rows: TrainingRows) -> SamplePrompts:
     """Tokenizes the prompts to sample, in the form of the training rows.
 
-    Args:
-        request: the arguments of the training.
-        rows: its rows.
-
     Raises:
         ConfigError: an argument is invalid, the model or tokenizer cannot generate answers, or the rows have no
             prompts.

@@ -201,11 +201,7 @@ def train(
 
 
 def run_training(request: TrainRequest) -> TrainResult:
-    """Trains like :func:`train`, which documents the errors.
-
-    Args:
-        request: its arguments.
-    """
+    """Trains like :func:`train`, which documents the errors."""
     if not isinstance(request.members, SideBySide):
         request, several = _with_objective(request)
         if several:

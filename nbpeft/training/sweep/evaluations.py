@@ -116,9 +116,6 @@ class SweepEvaluations(EarlyStop):
     def write(self, folder: Path) -> None:
         """Writes the best weights of each adapter into the checkpoint of a later step.
 
-        Args:
-            folder: the folder of the checkpoint.
-
         Raises:
             OSError: the file cannot be written.
         """

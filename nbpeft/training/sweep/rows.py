@@ -35,9 +35,6 @@ def with_own_rows(request: TrainRequest) -> TrainRequest:
 
     Rows of a single adapter are those of a training of that adapter.
 
-    Args:
-        request: the arguments of a training.
-
     Raises:
         ConfigError: the rows are not those of adapters of the model, or an argument does not support several adapters.
     """
@@ -122,10 +119,6 @@ def _drawing(config: AdapterConfig) -> dict[str, Any]:
 
 class OwnRows:
     """The rows of one adapter, and its batches in the order and with the random numbers of a training alone.
-
-    Args:
-        train: its training rows.
-        evaluation: its evaluation rows, or None.
 
     Attributes:
         loader: loads the batches of an epoch; None before training starts.
@@ -227,10 +220,5 @@ def batches_from(
 
 
 def steps_of_epoch(loader: Any, size: int) -> int:
-    """Returns the number of optimizer steps of an epoch.
-
-    Args:
-        loader: loads its batches.
-        size: number of batches of a step.
-    """
+    """Returns the number of optimizer steps of an epoch."""
     return -(-len(loader) // size)

@@ -148,10 +148,6 @@ def build_arguments(
 def changed_arguments(arguments: TrainingArguments, fields: Mapping[str, Any]) -> TrainingArguments:
     """A copy with other values, for a running training; constructing a new object would reset accelerate's state.
 
-    Args:
-        arguments: the arguments.
-        fields: field -> new value.
-
     Raises:
         ConfigError: a value is invalid.
     """
@@ -232,10 +228,6 @@ def _is_callback(item: Any) -> bool:
 
 def check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> None:
     """Refuses a value of another type than its field's, and a number out of range.
-
-    Args:
-        fields: field -> value.
-        arguments_class: ``TrainingArguments`` or a subclass.
 
     Raises:
         ConfigError: a value is invalid.

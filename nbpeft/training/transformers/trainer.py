@@ -213,11 +213,7 @@ class _ChunkedLabelSmoother(LabelSmoother):
 
 
 def has_own_loss(trainer_class: type[Any]) -> bool:
-    """Whether a Trainer class overrides ``compute_loss`` of transformers' Trainer and of nbpeft's.
-
-    Args:
-        trainer_class: A subclass of ``transformers.Trainer``.
-    """
+    """Whether a Trainer class overrides ``compute_loss`` of transformers' Trainer and of nbpeft's."""
     usual = (transformers.Trainer.compute_loss, Trainer.compute_loss)
     return getattr(trainer_class, "compute_loss", None) not in usual
 
@@ -256,9 +252,6 @@ def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
     """Prepares a Trainer class of another library for models with adapters, and returns it.
 
     It returns the class itself: ``nbpeft.patch_trainer()`` changes ``transformers.Trainer``, its base class.
-
-    Args:
-        trainer_class: A subclass of ``transformers.Trainer``.
     """
     patch_trainer()
     return trainer_class

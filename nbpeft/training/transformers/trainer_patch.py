@@ -278,10 +278,6 @@ def load_adapters(model: Any, folder: Path) -> None:
     The active and the trainable adapters do not change, and an optimizer's references to their parameters stay
     valid.
 
-    Args:
-        model: the adapted model.
-        folder: the checkpoint.
-
     Raises:
         CheckpointNotFoundError: the folder contains none of the model's adapters.
         CheckpointError: an adapter in it does not fit the one in the model.

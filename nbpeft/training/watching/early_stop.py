@@ -127,9 +127,6 @@ class EarlyStop(TrainerCallback):
     def write(self, folder: Path) -> None:
         """Writes the best evaluation's weights into the checkpoint of a later step.
 
-        Args:
-            folder: the folder of the checkpoint.
-
         Raises:
             OSError: the file cannot be written.
         """

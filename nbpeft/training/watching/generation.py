@@ -103,13 +103,7 @@ class PromptBatch:
 
     @classmethod
     def of_tokens(cls, token_ids: Sequence[Sequence[int]], tokenizer: Any, base: Any) -> PromptBatch:
-        """A batch of prompts that are tokenized already.
-
-        Args:
-            token_ids: the token ids of each prompt.
-            tokenizer: the tokenizer of the model.
-            base: the model that answers.
-        """
+        """A batch of prompts that are tokenized already."""
         ends = _end_tokens(base, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else min(ends, default=0)
@@ -165,9 +159,6 @@ def whole_characters(text: str) -> str:
     """Text of generated tokens without an incomplete character at its end.
 
     A character whose bytes are split over two tokens decodes to a replacement character until both are there.
-
-    Args:
-        text: the decoded text.
     """
     return text.rstrip("\ufffd")
 
@@ -233,11 +224,6 @@ class _Stream:
 
 def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequest) -> tuple[list[Answer], bool]:
     """Answer a batch of prompts in one generation.
-
-    Args:
-        model: the adapted model.
-        batch: the prompts.
-        request: the settings.
 
     Returns:
         One answer for each prompt, and whether the generation was completed: neither ``should_stop`` nor an
@@ -354,12 +340,7 @@ def continued(conversation: Conversation, prompt: Prompt) -> Prompt:
 
 
 def answered(conversation: Conversation, answer: str) -> Conversation:
-    """A conversation with the answer to its last message.
-
-    Args:
-        conversation: the messages.
-        answer: the answer.
-    """
+    """A conversation with the answer to its last message."""
     return (*conversation, {"role": "assistant", "content": answer})
 
 
@@ -374,9 +355,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode inside the block; afterwards each module has its former mode.
 
     While a training runs in the background, the block runs between two of its steps.
-
-    Args:
-        model: an adapted model or a base model.
     """
     from nbpeft.engine.changes.called_modules import called_modules
     from nbpeft.engine.tree.model_tree import manager_of  # not at the top of the file, as they import torch

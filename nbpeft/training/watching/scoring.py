@@ -161,12 +161,7 @@ def named_metrics(reported: Mapping[str, Mapping[str, float]]) -> dict[str, floa
 
 
 def metrics_named(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The metrics of one adapter in a log entry that ``named_metrics`` made.
-
-    Args:
-        entry: the entry.
-        name: the adapter.
-    """
+    """The metrics of one adapter in a log entry that ``named_metrics`` made."""
     end = f"/{name}"
     return {key.removesuffix(end): value for key, value in entry.items() if key.endswith(end)}
 

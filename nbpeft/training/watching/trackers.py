@@ -80,10 +80,6 @@ def check_report_to(given: Any) -> None:
 def require_installed(name: str, field: str) -> None:
     """Refuses a tracker whose package is not installed.
 
-    Args:
-        name: the tracker.
-        field: the field that names it, for the message.
-
     Raises:
         ConfigError: the package is not installed.
     """
