@@ -83,13 +83,7 @@ def classes(
 ) -> Iterator[Outputs]:
     """Computes the class of each row, batch by batch; None if a logit is not a number.
 
-    Args:
-        model: the classifier in evaluation mode.
-        rows: tokenized rows.
-        columns: what computes them.
-        size: the greatest number of rows of a batch; fewer if their logits are large.
-        tokenizer: the tokenizer, for the padding token; or None.
-        should_stop: called after each batch; True ends it.
+    The arguments are those of ``token_losses``; the rows need no labels.
     """
 
     def compute(batch: dict[str, Any]) -> list[int | None]:

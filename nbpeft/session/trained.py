@@ -39,19 +39,14 @@ def training_call(run_id: str, request: TrainRequest) -> TrainingCall:
     """
     given = {name: value for name, value in request.given.items() if name != "data_hint"}
     plain = {name: value for name, value in given.items() if isinstance(value, str | int | float | bool)}
-    evaluation = describe_data(request.eval_data) if request.eval_data is not None else ""
-    return TrainingCall(run_id, describe_data(request.data), evaluation, plain)
+    evaluation = _describe_data(request.eval_data) if request.eval_data is not None else ""
+    return TrainingCall(run_id, _describe_data(request.data), evaluation, plain)
 
 
-def describe_data(data: Any) -> str:
-    """Returns the source of rows, their number and their columns, as far as this is known without reading them.
-
-    Args:
-        data: a list of rows, a dataset, a data frame, or a path, of which only the last component is returned; or how
-            many rows are held out, as a share or a number; or a mapping from adapters to their own.
-    """
+def _describe_data(data: Any) -> str:
+    """Return rows as text: what they are, or how many are held out; of a path only the last component."""
     if isinstance(data, Mapping):  # adapter -> its rows
-        return "; ".join(f"{name}: {describe_data(part)}" for name, part in data.items())
+        return "; ".join(f"{name}: {_describe_data(part)}" for name, part in data.items())
     if isinstance(data, int | float):
         return f"{data:.0%} of the rows" if data < 1 else f"{data} of the rows"
     if isinstance(data, str | os.PathLike):

@@ -35,12 +35,8 @@ def methods(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return notebook.session.methods(model, options.fields, variable=variable, sort=options.sort, **settings_of(options))
 
 
-def rank_or_share(text: str) -> int | float:
-    """Parse a rank such as ``16`` or a share such as ``0.9``; for the ``type`` of an argument.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is neither.
-    """
+def _rank_or_share(text: str) -> int | float:
+    """Parse a rank such as ``16`` or a share such as ``0.9``."""
     try:
         return int(text) if text.isdecimal() and len(text) <= 9 else float(text)
     except ValueError:
@@ -56,7 +52,7 @@ session_command(
     argument(
         "--rank",
         required=True,
-        type=rank_or_share,
+        type=_rank_or_share,
         metavar="R",
         help="rank of the LoRA; or the share of the change to preserve in each layer, e.g. 0.9",
     ),

@@ -36,7 +36,7 @@ def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Show a panel; by default that of the adapters, as in ``%lora panel model``."""
     kind, variable = options.kind or PANELS[0], options.name
     if kind == "training":
-        return show_training(notebook, variable)
+        return _show_training(notebook, variable)
     if kind == "plan":
         return show_plan_panel(notebook, variable, {})
     if kind not in PANELS:
@@ -60,22 +60,11 @@ def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
 )
 def watch(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Show the card of a training."""
-    return show_training(notebook, options.run)
+    return _show_training(notebook, options.run)
 
 
-def show_training(notebook: NotebookContext, run: str | None) -> object:
-    """Show the card of a training.
-
-    Args:
-        notebook: the notebook.
-        run: name of the run; None for the running one, or else the last one.
-
-    Returns:
-        The card of a training that has ended; None for one that is running, whose card is shown live.
-
-    Raises:
-        CheckpointError: there is no such run.
-    """
+def _show_training(notebook: NotebookContext, run: str | None) -> object:
+    """Return the card of a training that has ended; that of a running one is shown live."""
     found = notebook.session.find_run(run)
     if isinstance(found, Result):
         return found

@@ -218,7 +218,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         CellError: a variable is not defined.
     """
     model = notebook.module(options.target)
-    data, eval_data, tokenizer = training_data(options, notebook)
+    data, eval_data, tokenizer = _training_data(options, notebook)
     arguments = training_arguments(options, notebook)
     with _adapter_named(options.adapter, options.target):
         result = notebook.session.train(
@@ -338,7 +338,7 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
         raise CellError(f"{what} by a %%lora_train cell in this notebook, so there is nothing to export yet")
     if cell.left_out:
         raise CellError(f"{', '.join(cell.left_out)}: objects of the notebook cannot be written into a script")
-    data, eval_data, tokenizer = training_data(cell, notebook)
+    data, eval_data, tokenizer = _training_data(cell, notebook)
     result = notebook.session.export(
         options.path,
         data,
@@ -352,19 +352,8 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return dataclasses.replace(result, notes=(*result.notes, *cell.notes))
 
 
-def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookContext) -> tuple[Any, Any, Any]:
-    """The training rows, the evaluation rows and the tokenizer that a cell names.
-
-    Args:
-        cell: the options of the line, or the stored text of an earlier cell.
-        notebook: the notebook.
-
-    Returns:
-        The rows, the evaluation rows or None, and the tokenizer or None.
-
-    Raises:
-        CellError: the rows are those of adapters that no model has.
-    """
+def _training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookContext) -> tuple[Any, Any, Any]:
+    """The training rows, the evaluation rows and the tokenizer that a cell names; None for those that it does not."""
     data, adapters = notebook.data(cell.data, "--data"), notebook.adapter_names()
     if (named := rows_by_adapter(cell.data)) and isinstance(data, dict) and not {*named} & {*adapters}:
         hint = did_you_mean(next(iter(named)), adapters)

@@ -195,34 +195,24 @@ def _reconfigure(
     weights = kept.weights.copied() if stays else None
     half = stays and kept.half
     options: dict[str, Any] = {"trainable": trainable, "training": trainable, "half": half, "replace": True}
-    beginning = nullcontext(_nothing) if stays else starting_from(ctx, manager.model, planned.config, rows, notes)
-    with beginning as start:
+    with nullcontext() if stays else starting_from(ctx, manager.model, planned.config, rows, notes) as start:
         put = manager.prepare(name, planned, weights, **options)
         with undoable.change():
             put()
             manager.activate(name)
-            start(manager, name)
-            if stays:
+            if start is not None:
+                start(manager, name)
+            else:
                 set_prompt_format(manager.configs[name], prompt_format(former))
                 manager.set_scale(name, kept.scale)
                 manager.unsaved |= {name} if kept.unsaved else set()
     if stays and steps[0]:
         tracked.trained_steps[name] = (manager.configs[name], *steps)
-    notes.append(weights_message(stays=stays, unsaved=kept.unsaved))
+    notes.append(_weights_message(stays=stays, unsaved=kept.unsaved))
 
 
-def _nothing(manager: AdapterManager, name: str) -> None:
-    """Does nothing: an adapter that keeps its weights needs no init."""
-
-
-def weights_message(*, stays: bool, unsaved: bool, done: bool = True) -> str:
-    """Return a note about the weights of a reconfigured adapter.
-
-    Args:
-        stays: whether they are preserved.
-        unsaved: whether they were trained and are not saved.
-        done: whether the change has been made; False for a preview.
-    """
+def _weights_message(*, stays: bool, unsaved: bool, done: bool = True) -> str:
+    """Return a note about the weights of an adapter that was reconfigured, or would be if it is not ``done``."""
     which = "trained weights" if unsaved else "weights"
     if stays:
         return f"its {which} {'stay' if done else 'would stay'} as they are"
@@ -272,7 +262,7 @@ def preview(
         planned = plan(base, made, replacing=name if replaces else None)
         if tracked is not None and replaces:
             stays = keeps_weights(tracked.manager, name, planned)
-            notes.append(weights_message(stays=stays, unsaved=name in tracked.manager.unsaved, done=False))
+            notes.append(_weights_message(stays=stays, unsaved=name in tracked.manager.unsaved, done=False))
         result = preview_of(base, planned, name=name, model_name=title, replaces=replaces, notes=notes)
         return dataclasses.replace(result, memory=plan_or_reason(base, made, title, settings))
 

@@ -53,6 +53,8 @@ def merge(
         CheckpointError: the folder cannot be written, or already has a model.
         TrainingError: the rows for calibration cannot be read.
     """
+    from nbpeft.model import merge_to_folder
+
     chosen = None if names is None else list(names_of(names))
     folder = None if to is None else place_of(to, "merge")
     tracked = ctx.models.get(model, command="merge")
@@ -67,13 +69,14 @@ def merge(
     with ctx.command("merging", slow=True) as notes:
         if folder is not None:
             how = copying | ({} if tokenizer is None else {"tokenizer": tokenizer})
-            return _write_copy(manager, tracked.name, folder, chosen, notes, safe=safe, **how)
+            written = merge_to_folder(manager.model, chosen, folder, safe=safe, **how)
+            return MergedCopy(tracked.name, written, notes=tuple(notes))
         if calibrate is not None:
-            more_notes = _merge_calibrated(ctx, manager, chosen, calibrate, tokenizer, columns, safe=safe)
-            return ctx.result(tracked, f"merged {', '.join(map(repr, manager.merged))} into {tracked.name}", more_notes)
-        note = _requantizing_note(manager, chosen)
-        manager.merge(chosen, safe=safe)
-        notes += [note] if note else []
+            notes = _merge_calibrated(ctx, manager, chosen, calibrate, tokenizer, columns, safe=safe)
+        else:
+            note = _requantizing_note(manager, chosen)
+            manager.merge(chosen, safe=safe)
+            notes += [note] if note else []
         return ctx.result(tracked, f"merged {', '.join(map(repr, manager.merged))} into {tracked.name}", notes)
 
 
@@ -150,12 +153,3 @@ def _merge_calibrated(
     first = first_rows(manager.model, rows, rows=_CALIBRATION_ROWS, tokenizer=reader, columns=columns, loss=False)
     left = merge_calibrated(manager.model, first.batches(labels=False), names, safe_merge=safe)
     return [*first.notes(loss=False), str(left)]
-
-
-def _write_copy(
-    manager: Any, model_name: str, folder: str, names: list[str] | None, notes: list[str], **how: Any
-) -> MergedCopy:
-    """Write the copy; see ``nbpeft.merge_to_folder`` for the arguments in ``how``."""
-    from nbpeft.model import merge_to_folder
-
-    return MergedCopy(model_name, merge_to_folder(manager.model, names, folder, **how), notes=tuple(notes))

@@ -36,6 +36,9 @@ _SETTINGS = (
     *("processes", "sharded", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
     *("reference", "generation"),
 )
+_CHOSEN = ("batch_size", "sequence_length", "quantization", "gradient_checkpointing", "optimizer", "training")
+"""Settings that a panel can change, and that planner and forecast name alike."""
+_FIXED = ("packing", "adapters", "processes", "sharded")
 _WHOLE_NOTE = "complete logits are counted; nbpeft's own Trainer computes them in chunks"
 _PAIRS_NOTE = (
     "each row is counted as two sequences, chosen and rejected; for an adapter that is trained already, "
@@ -263,33 +266,14 @@ class MemoryPlanner:
         adapter = self.setting.adapter_config
         if adapter is not None and settings.rank is not None and adapter.adapter_size is not None:
             adapter = adapter.resized(settings.rank)
-        return dataclasses.replace(
-            self.setting,
-            adapter_config=adapter,
-            batch_size=settings.batch_size,
-            sequence_length=settings.sequence_length,
-            dtype=getattr(torch, settings.dtype),
-            quantization=settings.quantization,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            optimizer=settings.optimizer,
-            training=settings.training,
-        )
+        chosen: dict[str, Any] = {name: getattr(settings, name) for name in _CHOSEN}
+        dtype = getattr(torch, settings.dtype)
+        return dataclasses.replace(self.setting, adapter_config=adapter, dtype=dtype, **chosen)
 
     def _settings(self, setting: Setting) -> PlanSettings:
-        return PlanSettings(
-            setting.batch_size,
-            setting.sequence_length,
-            None if setting.adapter_config is None else setting.adapter_config.adapter_size,
-            str(setting.dtype).removeprefix("torch."),
-            setting.quantization,
-            setting.gradient_checkpointing,
-            setting.optimizer,
-            setting.training,
-            packing=setting.packing,
-            adapters=setting.adapters,
-            processes=setting.processes,
-            sharded=setting.sharded,
-        )
+        same: dict[str, Any] = {name: getattr(setting, name) for name in (*_CHOSEN, *_FIXED)}
+        rank = None if setting.adapter_config is None else setting.adapter_config.adapter_size
+        return PlanSettings(rank=rank, dtype=str(setting.dtype).removeprefix("torch."), **same)
 
     def _result(self, setting: Setting, parts: tuple[MemoryPart, ...], room: Room) -> PlanResult:
         from nbpeft.memory.estimate import weights_of

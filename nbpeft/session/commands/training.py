@@ -18,8 +18,6 @@ from nbpeft.session.sweeps import plan_sweep, remove_former
 from nbpeft.session.trained import training_call
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import nn
 
     from nbpeft.runs.store import RunPlace

@@ -83,7 +83,7 @@ def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
     from nbpeft.engine.runtime.snapshots import restore
 
     manager = tracked.manager
-    refuse_in_training(ctx, tracked, "undo anything")
+    _refuse_in_training(ctx, tracked, "undo anything")
     known = ctx.history.of(manager)
     if not known:
         ways = "".join(_before_training(tracked, name) for name in manager.active[:1])
@@ -125,23 +125,15 @@ def reset(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Command
     tracked = ctx.find_adapted(model, command="reset")
     manager = tracked.manager
     manager.require(name)
-    refuse_in_training(ctx, tracked, "reset an adapter")
+    _refuse_in_training(ctx, tracked, "reset an adapter")
     with ctx.command(f"resetting {name!r}") as notes:
         reinitialize(ctx, tracked, name)
         notes.append("session.undo() restores the old ones")
         return ctx.result(tracked, f"reset {name!r}: its weights are initialized again", notes)
 
 
-def refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) -> None:
-    """Refuse to change adapters whose parameters an optimizer has.
-
-    Args:
-        tracked: the model.
-        what: what cannot be done, e.g. ``reset an adapter``.
-
-    Raises:
-        BusyError: a run is training the model.
-    """
+def _refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) -> None:
+    """Refuse to change adapters whose parameters an optimizer has."""
     run = ctx.runs.get(tracked)
     if run is not None:
         raise BusyError(f"cannot {what} while {tracked.name} is training {run.adapter}; stop it first")

@@ -81,8 +81,6 @@ class AskResult(NotedResult):
 
     @property
     def _ending(self) -> str:
-        return " …" if self.answer.cut or self.status == "running" else "(nothing)" if self._is_empty else ""
-
-    @property
-    def _is_empty(self) -> bool:
-        return self.status in ("finished", "stopped") and not self.text
+        if self.answer.cut or self.status == "running":
+            return " …"
+        return "(nothing)" if self.status in ("finished", "stopped") and not self.text else ""

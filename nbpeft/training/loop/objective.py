@@ -359,7 +359,7 @@ def _is_new(request: TrainRequest, objective: Objective, rows: Any) -> bool:
     model, row = request.model, dict(first_row(rows))
     collator = collator_for(model, request.tokenizer)
     if "labels" in row:
-        batch = stacked(collator_of(objective, collator)([row]))
+        batch = stacked(_collator_of(objective, collator)([row]))
     else:  # a prompt alone
         batch = collator([{name: row["input_ids"] for name in ("input_ids", "labels")}])
     with torch.no_grad(), evaluated(model):
@@ -375,7 +375,7 @@ def batches_of(request: TrainRequest, objective: Objective) -> Any:
     limit = request.max_length
     if limit is None and request.tokenizer is not None:
         limit = default_length(request.tokenizer)
-    return collator_of(objective, collator_for(request.model, request.tokenizer), limit)
+    return _collator_of(objective, collator_for(request.model, request.tokenizer), limit)
 
 
 def metrics_of(request: TrainRequest, classes: Classes | None) -> dict[str, Any]:
@@ -390,14 +390,8 @@ def metrics_of(request: TrainRequest, classes: Classes | None) -> dict[str, Any]
     return {} if measure is None else {"compute_metrics": measure}
 
 
-def collator_of(objective: Objective, collator: Collator, limit: int | None = None) -> Any:
-    """Returns the collator of an objective's rows.
-
-    Args:
-        objective: the objective.
-        collator: the collator of rows with one completion.
-        limit: number of tokens to which sequences are cut that the collator makes; None for no limit.
-    """
+def _collator_of(objective: Objective, collator: Collator, limit: int | None = None) -> Any:
+    """Returns the collator of an objective's rows, which cuts the sequences that it makes to ``limit`` tokens."""
     if objective.rows == JUDGED:
         return ShiftedCollator(PairCollator(collator), limit)
     if objective.generates:

@@ -73,7 +73,7 @@ def pack(
     Raises:
         ConfigError: these rows, or rows of this model, cannot be packed.
     """
-    refuse_to_pack(model)
+    _refuse_to_pack(model)
     if "data_collator" in given:
         raise _refusal("the given data_collator makes its own batches")
     if is_stream(rows):
@@ -85,7 +85,7 @@ def pack(
     if extra:
         raise _refusal(f"the rows have {', '.join(extra)} in addition to tokens and labels")
     packed = PackedRows(rows, max_length or max(default_length(tokenizer), *lengths))
-    return packed, packed_collator(model, collator)
+    return packed, _packed_collator(model, collator)
 
 
 class LongestSequence(NamedTuple):
@@ -145,18 +145,14 @@ def longest_sequence(
     if pairs:
         raise _refusal("each row has a chosen and a rejected completion")
     if isinstance(model, nn.Module):
-        refuse_to_pack(model)
+        _refuse_to_pack(model)
     packs = best_fit(lengths, max_length or max(default_length(tokenizer), *lengths))
     longest = max(sum(lengths[row] for row in pack) for pack in packs)
     return LongestSequence(longest, 1, f"the fullest of {plural(len(packs), 'packed sequence')}")
 
 
-def refuse_to_pack(model: nn.Module) -> None:
-    """Refuses a model whose architecture or adapters would mix the rows of one sequence.
-
-    Raises:
-        ConfigError: packing is not possible.
-    """
+def _refuse_to_pack(model: nn.Module) -> None:
+    """Refuses a model whose architecture or adapters would mix the rows of one sequence."""
     base = base_of(model)
     name = type(base).__name__
     if not is_causal(model):
@@ -174,7 +170,7 @@ def refuse_to_pack(model: nn.Module) -> None:
             raise _refusal(f"adapter {adapter!r} would process each sequence as a single row")
 
 
-def packed_collator(model: nn.Module, plain: Collator) -> PackedCollator:
+def _packed_collator(model: nn.Module, plain: Collator) -> PackedCollator:
     """Returns the packing collator for a model: without padding if its attention supports variable lengths."""
     base: Any = base_of(model)
     kernel = str(getattr(getattr(base, "config", None), "_attn_implementation", ""))

@@ -62,7 +62,7 @@ def tracker_names(given: str | Sequence[str] | None) -> tuple[str, ...]:
         if name not in TRACKERS:
             hint = did_you_mean(str(name), TRACKERS) or f" It is one of: {', '.join(TRACKERS)}"
             raise ConfigError(f"track={name!r:.60} is unknown.{hint}", field="track")
-        require_installed(name, "track")
+        _require_installed(name, "track")
     return names
 
 
@@ -74,15 +74,11 @@ def check_report_to(given: Any) -> None:
     """
     for name in [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []:
         if name in TRACKERS:
-            require_installed(name, "report_to")
+            _require_installed(name, "report_to")
 
 
-def require_installed(name: str, field: str) -> None:
-    """Refuses a tracker whose package is not installed.
-
-    Raises:
-        ConfigError: the package is not installed.
-    """
+def _require_installed(name: str, field: str) -> None:
+    """Refuses a tracker whose package is not installed."""
     if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX") is not None):
         raise ConfigError(f"{field}={name!r} needs a package that is not installed: pip install {name}", field=field)
 
