@@ -1,16 +1,15 @@
 """The notebook's commands: ``%load_ext nbpeft`` registers them, ``%unload_ext nbpeft`` leaves nothing behind.
 
 A mistake in a line or in a cell is a ``CellError`` of the function that reads it: one line that names the nearest valid
-word. The functions ``install`` change a shell, and return a function that restores it.
+word. The functions that change a shell return one that restores it.
 
 Files:
 
     body.py              Cell bodies: Python assignments, one per line, evaluated in the notebook's namespace
-    cell_logs.py         Collapses repeated warnings of bitsandbytes and transformers within each cell of the notebook
     cell_spelling.py     Rewrites the messages of the session in the notation of cells
+    cells.py             Cells while the extension is loaded: repeated warnings are collapsed, magics need no body, each
+                         result is shown
     complete.py          Completion of magics: the words that may follow at the cursor. Pure functions, without IPython
-    empty_bodies.py      Allows cell magics without a body, which IPython refuses before it calls the magic
-    every_result.py      Shows the result of each of these magics in a cell; IPython shows that of the last line alone
     front_end.py         The front end of the notebook: the part of ``%lora doctor`` that needs IPython, and the choice
                          of display
     help.py              Help texts, examples first, generated from the declarations of the commands
@@ -41,7 +40,7 @@ def load(shell: Any) -> None:
     from traitlets import TraitError
     from traitlets.config import Config
 
-    from nbpeft.magics import cell_logs, empty_bodies, every_result, inspecting
+    from nbpeft.magics import cells, inspecting
     from nbpeft.magics.lora import CELLS, SUBCOMMANDS, NbpeftMagics, completion_sources
     from nbpeft.magics.matcher import Completion, install
 
@@ -57,9 +56,9 @@ def load(shell: Any) -> None:
         shell.configurables.append(magics)
     removers = (
         install(shell, Completion(SUBCOMMANDS, CELLS, completion_sources(magics))),
-        cell_logs.install(shell),
-        empty_bodies.install(shell, CELLS),
-        every_result.install(shell, _NAMES),
+        cells.collapse_warnings(shell),
+        cells.allow_empty_bodies(shell, CELLS),
+        cells.show_every_result(shell, _NAMES),
         inspecting.install(shell, magics.describe),
     )
     _installed[id(shell)] = (magics, removers)

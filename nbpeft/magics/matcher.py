@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nbpeft.magics.cells import appended
 from nbpeft.magics.complete import (
     CompletionSources,
     Suggestions,
@@ -93,12 +94,7 @@ def install(shell: Any, completion: Completion) -> Callable[[], None]:
     matcher = _matcher(completion) if matchers is not None else None
     if matchers is None or matcher is None:
         return _install_hook(shell, completion)
-    matchers.append(matcher)
-
-    def remove() -> None:
-        matchers[:] = [item for item in matchers if item is not matcher]
-
-    return remove
+    return appended(matchers, matcher)
 
 
 def _matcher(completion: Completion) -> Any:

@@ -1,13 +1,77 @@
-"""Shows the result of each of these magics in a cell; IPython shows that of the last line alone."""
+"""Cells while the extension is loaded: repeated warnings are collapsed, magics need no body, each result is shown."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from typing import Any
 
 from IPython.display import display
+
+from nbpeft._util.logs import collapsed
+
+_HEAD = re.compile(r"%%(\w+)(?![\w?])")
+
+
+def appended(items: list[Any], item: Any) -> Callable[[], None]:
+    """Append an item to a list of the shell; return a function that removes it."""
+    items.append(item)
+
+    def remove() -> None:
+        items[:] = [other for other in items if other is not item]
+
+    return remove
+
+
+def collapse_warnings(shell: Any) -> Callable[[], None]:
+    """Collapse repeated warnings of bitsandbytes and transformers within each cell.
+
+    Cells may be nested (``get_ipython().run_cell``). A cell that began before the installation has no block.
+
+    Returns:
+        A function that uninstalls it.
+    """
+    blocks: list[ExitStack] = []
+
+    def begin(*_: Any) -> None:
+        block = ExitStack()
+        block.enter_context(collapsed())
+        blocks.append(block)
+
+    def end(*_: Any) -> None:
+        if blocks:
+            blocks.pop().close()
+
+    def remove() -> None:
+        shell.events.unregister("pre_run_cell", begin)
+        shell.events.unregister("post_run_cell", end)
+        while blocks:
+            end()
+
+    shell.events.register("pre_run_cell", begin)
+    shell.events.register("post_run_cell", end)
+    return remove
+
+
+def allow_empty_bodies(shell: Any, names: Collection[str]) -> Callable[[], None]:
+    """Give these cell magics an empty line as their body if they have none: IPython would refuse them.
+
+    Returns:
+        A function that uninstalls it.
+    """
+
+    def with_body(lines: list[str]) -> list[str]:
+        head = _HEAD.match(lines[0]) if lines else None
+        if head is None or head[1] not in names or "".join(lines[1:]).strip() or lines[0].rstrip().endswith("?"):
+            return lines
+        return [lines[0].rstrip("\n") + "\n", "\n"]
+
+    # Otherwise IPython in a terminal would run this while the cell is being typed, and take its first line as complete.
+    with_body.has_side_effects = True  # type: ignore[attr-defined]
+    return appended(shell.input_transformers_cleanup, with_body)
 
 
 def show(result: object) -> None:
@@ -62,17 +126,13 @@ def _change_running_cell(transformer: _ShowEach) -> None:
             vars(old).update(vars(new))
 
 
-def install(shell: Any, names: Collection[str]) -> Callable[[], None]:
-    """Display the result of each of these magics, wherever it is in a cell.
+def show_every_result(shell: Any, names: Collection[str]) -> Callable[[], None]:
+    """Display the result of each of these magics, wherever it is in a cell; IPython shows that of the last line alone.
 
     Returns:
         A function that uninstalls it.
     """
     transformer = _ShowEach(names)
-    shell.ast_transformers.append(transformer)
+    remove = appended(shell.ast_transformers, transformer)
     _change_running_cell(transformer)
-
-    def remove() -> None:
-        shell.ast_transformers[:] = [item for item in shell.ast_transformers if item is not transformer]
-
     return remove
