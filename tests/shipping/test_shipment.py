@@ -26,7 +26,7 @@ from nbpeft.model import (
     quantize_model,
 )
 from nbpeft.names import SERVING_ENGINES, STORED_TYPES
-from nbpeft.session.results.runs import ExportResult
+from nbpeft.session.results.training import ExportResult
 from nbpeft.shipping import ENGINES, ship
 from tests.effort import drawn
 from tests.faults.harness import traced

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
-from nbpeft.session.results.requests import RequestResult
+from nbpeft.session.results.training import RequestResult
 
 if TYPE_CHECKING:
     from nbpeft.session.background import Work

@@ -31,8 +31,8 @@ from nbpeft.session.results.methods import MethodsResult as MethodsResult
 from nbpeft.session.results.planning import PlanResult as PlanResult
 from nbpeft.session.results.preview import Preview as Preview
 from nbpeft.session.results.preview import PreviewRow as PreviewRow
-from nbpeft.session.results.pushing import PushResult as PushResult
 from nbpeft.session.results.quantizing import QloraPreview as QloraPreview
 from nbpeft.session.results.quantizing import QloraResult as QloraResult
-from nbpeft.session.results.runs import ExportResult as ExportResult
+from nbpeft.session.results.shipping import PushResult as PushResult
 from nbpeft.session.results.shipping import ShipResult as ShipResult
+from nbpeft.session.results.training import ExportResult as ExportResult

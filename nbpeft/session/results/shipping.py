@@ -1,4 +1,4 @@
-"""The result of shipping an adapter: the verdict, the files and how to start the engine."""
+"""Results of sharing an adapter: its upload to the Hub, or the files for a serving engine and how to start it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,42 @@ from typing import TYPE_CHECKING
 
 from nbpeft.display.blocks import Card, Table, Text, card, dim, line, notes
 from nbpeft.display.numbers import NONE, size
-from nbpeft.session.results.base import RecordResult
+from nbpeft.session.results.base import NotedResult, RecordResult
 
 if TYPE_CHECKING:
     from nbpeft.shipping import Shipment
+
+
+@dataclass(frozen=True, repr=False)
+class PushResult(NotedResult):
+    """An adapter was uploaded.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        adapter: name of the adapter.
+        commit_url: URL of the commit.
+    """
+
+    model_name: str
+    adapter: str
+    commit_url: str
+
+    @property
+    def url(self) -> str:
+        """URL of the repository."""
+        return self.commit_url.partition("/commit/")[0]
+
+    @property
+    def commit(self) -> str:
+        """Hash of the commit."""
+        return self.commit_url.partition("/commit/")[2]
+
+    def _what(self) -> str:
+        return f"pushed {self.adapter!r} to {self.url} (commit {self.commit[:8]})"
+
+    def view(self) -> Card:
+        links = line(Text(self.url, href=self.url), dim("· commit"), Text(self.commit[:8], href=self.commit_url))
+        return card(f"{self.adapter} · pushed", links, notes(self.notes), aside=self.model_name)
 
 
 @dataclass(frozen=True, repr=False)
