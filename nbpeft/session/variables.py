@@ -106,9 +106,7 @@ class Variables:
             holders = _holders(tracked, variables)
             if tracked.alive and (tracked.name in holders or tracked.is_inside(variables.get(tracked.name))):
                 tracked.bind()
-            elif (
-                holders and not tracked.was_bound and not tracked.before
-            ):  # it was added without a name, or with another one
+            elif holders and not tracked.was_bound and not tracked.before:  # added without a name or with another one
                 named[tracked] = holders[-1]
             elif tracked.name in variables or (tracked.before and holders):
                 moved[tracked] = holders[-1] if holders else ""

@@ -142,9 +142,8 @@ class TextOutput(RunOutput):
         line, ended = training_text(train), train.status in ENDED
         if self._stream.isatty():
             columns = shutil.get_terminal_size().columns - 1
-            line = (
-                line if len(line) <= columns else line[: columns - 1] + "…"
-            )  # a line that wraps cannot be overwritten
+            # A line that wraps cannot be overwritten.
+            line = line if len(line) <= columns else line[: columns - 1] + "…"
             self._stream.write(f"\r{line:<{self._width}}" + ("\n" if ended else ""))
             self._width = len(line)
         elif ended or time.monotonic() - self._written_at >= self.seconds:

@@ -131,10 +131,8 @@ class RunView:
         context = contextvars.copy_context()
         threading.Thread(target=context.run, args=(self._tick,), name="nbpeft-run-view", daemon=True).start()
         here = threading.get_ident()
-        if here == threading.main_thread().ident and run.thread in (
-            None,
-            here,
-        ):  # a run in the background outlives the cell
+        # A run in the background outlives the cell.
+        if here == threading.main_thread().ident and run.thread in (None, here):
             _after_cell(self._stop_ticking)
 
     def _open(self, run: Run) -> RunOutput:

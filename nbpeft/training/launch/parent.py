@@ -172,10 +172,8 @@ def _note_end(run: Run, place: Any, status: TrainStatus, message: str) -> None:
     folder, chosen = RunFolder(Path(run.folder)), RunPlace.of(place)
     with contextlib.suppress(NbpeftError):  # the error of the training is the one to report
         facts, record = folder.facts(), folder.record()
-        if facts.get("status") not in (
-            "running",
-            "failed",
-        ):  # "failed" may be a consequence of the failure of another process
+        # "failed" may be a consequence of the failure of another process.
+        if facts.get("status") not in ("running", "failed"):
             return
         if chosen.name is None and not folder.entries():
             chosen.store.delete(folder.name)

@@ -26,8 +26,9 @@ from nbpeft.training.monitor.failures import oom_error
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.monitor.run_checkpointer import RunCheckpointer, check_rows_are_those, mark_of_rows
 from nbpeft.training.request import TrainRequest
+from nbpeft.training.sweep.evaluations import SweepEvaluations
 from nbpeft.training.sweep.members import SideBySide
-from nbpeft.training.sweep.trainer import SideBySideCallback, callbacks_of
+from nbpeft.training.sweep.trainer import SideBySideCallback
 from nbpeft.training.transformers.arguments import reason_of
 from nbpeft.training.transformers.trainer import step_settings
 from nbpeft.training.watching.divergence import DivergenceStop
@@ -49,10 +50,8 @@ def outer_callbacks(
         kept: arguments for the record of the run.
         rows: the rows, which a resumed run has to be given again.
     """
-    keeper, trackers = (
-        _checkpointer(request, run, kept, mark_of_rows(rows.train, rows.evaluation)),
-        tracker_names(request.track),
-    )
+    keeper = _checkpointer(request, run, kept, mark_of_rows(rows.train, rows.evaluation))
+    trackers = tracker_names(request.track)
     tracking = TrackCallback(trackers, run, kept) if trackers else None
     return [part for part in (keeper, tracking) if part is not None]
 
@@ -73,8 +72,8 @@ def inner_callbacks(
     model, guarded, group, patience = request.model, request.stop_on_divergence, request.members, request.patience
     found: list[TrainerCallback] = [*checks]
     if isinstance(group, SideBySide):
-        how = {"stop_on_divergence": guarded, "halves": request.stop is not None}
-        found += callbacks_of(group, run, model, patience=patience, **how)
+        found += [SideBySideCallback(group, run, stop_on_divergence=guarded)]
+        found += [SweepEvaluations(group, run, model, patience, halves=request.stop is not None)]
     else:
         found += [DivergenceStop(run, model)] if guarded else []
         found += [] if patience is None else [EarlyStop(run, model, patience)]

@@ -212,7 +212,7 @@ def run_training(request: TrainRequest) -> TrainResult:
     check_length_known(rows.train, fields)
     scorer = checked_scorer(request, rows, fields)
     request = replace(request, sample=_sample_prompts(request, rows))
-    given = _not_none(**options)
+    given = {name: value for name, value in options.items() if value is not None}
     objective = request.objective
     assert isinstance(objective, Objective)
     learned, collator, packed = _batches(request, rows, objective, given)
@@ -322,10 +322,6 @@ def _note(
     for note in request.sample.notes if isinstance(request.sample, SamplePrompts) else ():
         run.note(note)
     return note_on_rows
-
-
-def _not_none(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 class _Activation:

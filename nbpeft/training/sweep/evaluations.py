@@ -16,7 +16,7 @@ from nbpeft.sweeps import check_stop, halvings, remaining
 from nbpeft.training.adapters.method_state import read_state
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.sweep.members import Evaluation, Member, SideBySide
-from nbpeft.training.watching.early_stop import KEPT, EarlyStop, Patience, kept_file
+from nbpeft.training.watching.early_stop import KEPT, EarlyStop, Patience, evaluate_usually, kept_file, never_evaluates
 from nbpeft.training.watching.scoring import metrics_named
 
 
@@ -164,11 +164,10 @@ def check_halving(request: Any, fields: dict[str, Any], *, evaluates: bool, scor
         raise ConfigError("stop='half' has no effect without a sweep: pass patience=… to stop early", field="stop")
     if request.own_rows:
         raise ConfigError("stop='half' compares adapters, but each has rows of its own: remove it", field="stop")
-    strategy = str(getattr(fields.get("eval_strategy"), "value", fields.get("eval_strategy")))
-    if not scores and (not evaluates or strategy == "no"):
+    if not scores and (not evaluates or never_evaluates(fields)):
         raise ConfigError("stop='half' needs evaluations: pass eval_data=… or score=…", field="stop")
-    if not scores and "eval_strategy" not in fields and "eval_steps" not in fields:
-        fields |= {"eval_strategy": "steps", "eval_steps": 0.5 ** halvings(len(members.members))}
+    if not scores:
+        evaluate_usually(fields, 0.5 ** halvings(len(members.members)))
 
 
 def _key(member: Member, name: str) -> str:

@@ -30,7 +30,6 @@ from nbpeft.training.monitor.callback import metrics_of
 from nbpeft.training.monitor.control import CloneRequest
 from nbpeft.training.monitor.record import score_of
 from nbpeft.training.monitor.run import Run
-from nbpeft.training.sweep.evaluations import SweepEvaluations
 from nbpeft.training.sweep.loss import NotSplittableError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.sweep.rows import OwnRows, batches_from, steps_of_epoch
@@ -463,31 +462,6 @@ def _kept(state: Mapping[str, Any], name: str, of: Any = Mapping) -> Any:
     for key in ("stateful_callbacks", SideBySideCallback.__name__, "attributes", name):
         kept = kept.get(key) if isinstance(kept, Mapping) else None
     return kept if isinstance(kept, of) else {}
-
-
-def callbacks_of(
-    members: SideBySide,
-    run: Run,
-    model: nn.Module,
-    *,
-    patience: int | None,
-    stop_on_divergence: bool = False,
-    halves: bool = False,
-) -> list[TrainerCallback]:
-    """Returns the callbacks of a sweep.
-
-    Args:
-        members: its adapters.
-        run: the run.
-        model: the model in training.
-        patience: number of evaluations without improvement after which an adapter stops.
-        stop_on_divergence: whether to stop diverging members.
-        halves: whether to stop the worse half of the members each time the number of steps has doubled.
-    """
-    return [
-        SideBySideCallback(members, run, stop_on_divergence=stop_on_divergence),
-        SweepEvaluations(members, run, model, patience, halves=halves),
-    ]
 
 
 def _factor(member: Member, steps: int) -> Any:

@@ -371,9 +371,8 @@ def _patch_fsdp(module: ModuleType) -> None:
 
 def _patch_transformers(module: ModuleType) -> None:
     _replace_code(_TRANSFORMERS, module._is_peft_model, _transformers_is_peft_model)
-    if find_spec("peft") is None and hasattr(
-        module, "update_fsdp_plugin_peft"
-    ):  # now called for nbpeft's models, but needs PEFT
+    # It is now called for nbpeft's models, but needs PEFT.
+    if find_spec("peft") is None and hasattr(module, "update_fsdp_plugin_peft"):
         _replace(module, "update_fsdp_plugin_peft", lambda model, accelerator: None)
     trainer_class = module.Trainer
     for name, replacement in REPLACEMENTS.items():

@@ -94,9 +94,8 @@ class DivergenceStop(TrainerCallback):
         """Copies the trainable parameters before the first step."""
         manager = manager_of(self._model)
         self._first, self._unsaved = state.global_step, frozenset(() if manager is None else manager.unsaved)
-        self._watches_weights = not have_exploded(
-            self._parameters()
-        )  # exploded before the start: the run warns, and continues
+        # If they exploded before the start, the run warns, and continues.
+        self._watches_weights = not have_exploded(self._parameters())
         self._seldom(lambda: self._copy(state.global_step))
 
     def after_batch(self, loss: Tensor) -> None:
@@ -113,10 +112,9 @@ class DivergenceStop(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Checks whether the training diverges, and ends it if so."""
-        check_weights = control.should_evaluate or control.should_save or state.global_step >= state.max_steps > 0
-        check_weights = (
-            check_weights or state.global_step - self._first == PATIENCE
-        )  # the step at which the run's own check examines the weights
+        is_last = state.global_step >= state.max_steps > 0
+        is_checked = state.global_step - self._first == PATIENCE  # by the run's own check of the weights
+        check_weights = control.should_evaluate or control.should_save or is_last or is_checked
         reason = self._reason_before
         if not reason and (control.should_log or check_weights):
             reason = self._reason(args, weights=check_weights)
@@ -162,7 +160,6 @@ class DivergenceStop(TrainerCallback):
             self._good.restore(self._model)
             self._run.diverge(reason, self._good.step, restored=True)
             manager = manager_of(self._model)
-            if (
-                manager is not None and self._good.step == self._first
-            ):  # the weights from before the run: nothing unsaved was added
+            # The weights from before the run: nothing unsaved was added.
+            if manager is not None and self._good.step == self._first:
                 mark_saved(manager, *(name for name in trained_names(self._model) if name not in self._unsaved))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -189,8 +189,17 @@ def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool,
         )
     if scores:
         return
-    strategy = str(getattr(fields.get("eval_strategy"), "value", fields.get("eval_strategy")))
-    if strategy == "no":
+    if never_evaluates(fields):
         raise ConfigError("patience needs evaluations: remove eval_strategy='no'", field="eval_strategy")
+    evaluate_usually(fields, 1 / max(EVALUATIONS, 3 * patience))
+
+
+def never_evaluates(fields: Mapping[str, Any]) -> bool:
+    """Whether the evaluation strategy is ``no``."""
+    return str(getattr(fields.get("eval_strategy"), "value", fields.get("eval_strategy"))) == "no"
+
+
+def evaluate_usually(fields: dict[str, Any], share: float) -> None:
+    """Adds evaluations after each such share of the run if neither a strategy nor a number of steps is given."""
     if "eval_strategy" not in fields and "eval_steps" not in fields:
-        fields |= {"eval_strategy": "steps", "eval_steps": 1 / max(EVALUATIONS, 3 * patience)}
+        fields |= {"eval_strategy": "steps", "eval_steps": share}
