@@ -188,13 +188,7 @@ def across(x: float) -> str:
 
 
 def loss_chart(train: TrainState, style: ChartStyle = THEME, *, fluid: bool = True) -> str:
-    """Returns the loss curve of a run as an ``<svg>`` element.
-
-    Args:
-        train: the run; steps whose loss is not finite are left out.
-        style: colours and fonts.
-        fluid: see ``Picture.svg``.
-    """
+    """Returns the loss curve of a run, of finite values, as an ``<svg>`` element; see ``Picture.svg`` for ``fluid``."""
     return _loss_picture(train, style).svg(style, fluid=fluid)
 
 

@@ -191,12 +191,7 @@ def no_model(called: str | None) -> tuple[Line, ...]:
 
 
 def model_text(model: ModelState | None, called: str | None = None) -> str:
-    """Returns a model as one line of plain text.
-
-    Args:
-        model: the model, or None if it does not exist.
-        called: name of a model that no longer exists.
-    """
+    """Returns a model as one line of plain text."""
     if model is None:
         return missing_model(called) if called else "no adapted model yet"
     adapters = ", ".join(f"{item.name}{'*' if item.active else ''} [{item.method}]" for item in model.adapters)

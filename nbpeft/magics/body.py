@@ -94,11 +94,6 @@ def evaluate(assignments: Iterable[Assignment], namespace: Mapping[str, Any]) ->
 def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: int | None = None) -> Any:
     """Evaluate one expression; every failure becomes an error with a one-line message.
 
-    Args:
-        expression: the expression.
-        scope: names it may use.
-        line: its line in a cell body, for the error.
-
     Raises:
         CellError: the expression fails.
     """
@@ -145,11 +140,6 @@ def parse_fields(words: Iterable[Word], namespace: Mapping[str, Any]) -> dict[st
 def with_fields(options: Namespace, cell: str | None, namespace: Mapping[str, Any]) -> Namespace:
     """Evaluate the fields of a line and of the cell's body, and store them in ``options.fields``.
 
-    Args:
-        options: the parsed options of the line.
-        cell: the body; None for a line magic.
-        namespace: variables of the notebook.
-
     Returns:
         The same options.
 
@@ -175,10 +165,6 @@ def look_up(name: str, namespace: Mapping[str, Any], *, column: int | None = Non
 
 def expression_of(text: str, what: str) -> ast.expr:
     """Parse an expression that is part of a magic's line.
-
-    Args:
-        text: the expression.
-        what: what it is for, e.g. an option; a message begins with it.
 
     Raises:
         CellError: it is not a valid expression.

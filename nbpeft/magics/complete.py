@@ -109,14 +109,7 @@ def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: C
 def complete_arguments(
     command: Subcommand, words: Sequence[Word], fragment: str, sources: CompletionSources
 ) -> Suggestions:
-    """Suggestions for the arguments of a subcommand.
-
-    Args:
-        command: the subcommand.
-        words: its complete arguments before the cursor.
-        fragment: the part of the next argument typed so far.
-        sources: the sources of names.
-    """
+    """Suggestions for the arguments of a subcommand."""
     option = _open_option(command, words, fragment)
     if option is not None:
         return _without_named(option, _values(option, fragment, words, sources), words)

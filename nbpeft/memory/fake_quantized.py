@@ -38,12 +38,7 @@ def quantized_bytes(layer: nn.Module, kind: str, *, double: bool) -> int:
 
 
 def code_bytes(layer: nn.Module, kind: str) -> int:
-    """Return the size in bytes of the 4-bit codes of a linear layer, without constants; 0 for 8 bits and for experts.
-
-    Args:
-        layer: see ``quantized_bytes``.
-        kind: ``nf4``, ``fp4`` or ``int8``.
-    """
+    """Return the bytes of the 4-bit codes of a linear layer, without constants; 0 for 8 bits and for experts."""
     return 0 if kind == "int8" or isinstance(layer, ParameterView) else -(-math.prod(_features(layer)) // 2)
 
 

@@ -287,12 +287,7 @@ class Scoring:
     ) -> None:
         """Computes everything, one kind of computation after the other, until one of them is stopped.
 
-        Args:
-            model: the model in evaluation mode.
-            tokenizer: the tokenizer.
-            limit: the greatest number of new tokens.
-            should_stop: True ends it.
-            advanced: called after each batch.
+        ``advanced`` is called after each batch.
         """
         self.limit = limit
         given: dict[str, Any] = {"tokenizer": tokenizer, "should_stop": should_stop}
@@ -424,11 +419,7 @@ class Scoring:
     # The result
 
     def result(self, status: Status) -> ScoreResult:
-        """The result so far.
-
-        Args:
-            status: its status.
-        """
+        """The result so far."""
         rows = enumerate(self.read.rows)
         items = tuple(self._item(place, row) for place, row in rows if any(self._values[place].values()))
         settings = {"temperature": self.settings.temperature, "top-p": self.settings.top_p, "seed": self.settings.seed}

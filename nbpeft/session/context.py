@@ -186,11 +186,6 @@ class SessionContext:
     def find_adapted(self, model: Any, variable: str | None = None, *, command: str = "") -> TrackedModel:
         """Return a model like ``find``, but refuse a bare one.
 
-        Args:
-            model: a model, a name, or None for the only model.
-            variable: name for a model that the session does not know yet.
-            command: as for ``ModelRegistry.get``.
-
         Raises:
             AdapterError: there is no such model, or it has no adapters.
         """
@@ -211,13 +206,7 @@ class SessionContext:
         return bool(name) and folder is not None and bool(RunFolder(folder / name).kept_steps())
 
     def result(self, tracked: TrackedModel, line: str, notes: list[str]) -> CommandResult:
-        """Return the result of a command that only reports one line.
-
-        Args:
-            tracked: the model.
-            line: what was done, as text.
-            notes: messages for the user.
-        """
+        """Return the result of a command that only reports one line."""
         if len(self.models.all()) > 1 and tracked.name not in line:
             line = f"{line} ({tracked.name})"
         return CommandResult(line, tracked.state(), notes=tuple(notes))

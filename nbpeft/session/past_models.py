@@ -43,12 +43,7 @@ def restore_lost(
 ) -> RestoreResult:
     """Adds the adapters of a lost model to another one, all or none.
 
-    Args:
-        ctx: context of the session.
-        source: the model that had them.
-        tracked: the model that gets them; None if it has no adapters.
-        model: that model; None or a name for the current value of the variable of ``source``.
-        variable: name for the model.
+    They are added to ``tracked``, or else to ``model``, by default the value of the variable that ``source`` had.
 
     Raises:
         AdapterError: there is no model to add them to.

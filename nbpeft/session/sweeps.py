@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 def configs_of(config: Mapping[str, Any], stem: str) -> dict[str, dict[str, Any]]:
     """Returns the name of each adapter of a sweep, and its fields.
 
-    Args:
-        config: fields, some of them with several values.
-        stem: prefix of the names.
-
     Raises:
         ConfigError: a sweep says how the adapters are stopped.
     """

@@ -31,12 +31,7 @@ class TrainingCall:
 
 
 def training_call(run_id: str, request: TrainRequest) -> TrainingCall:
-    """Describes a training; stores neither rows nor anything that is not a plain value.
-
-    Args:
-        run_id: id of the run.
-        request: the arguments of the training, with its data as given.
-    """
+    """Describes a training; stores neither rows nor anything that is not a plain value."""
     given = {name: value for name, value in request.given.items() if name != "data_hint"}
     plain = {name: value for name, value in given.items() if isinstance(value, str | int | float | bool)}
     evaluation = _describe_data(request.eval_data) if request.eval_data is not None else ""

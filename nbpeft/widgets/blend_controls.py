@@ -77,16 +77,7 @@ def scale() -> Any:
 
 
 class BlendControls:
-    """The widgets of the panel.
-
-    Args:
-        title: The title of the panel.
-        command: Called with ``moved``, ``run``, ``stop`` or ``save``.
-        prompt: The initial prompt.
-        tokens: The initial limit of an answer, in tokens.
-        chat: The initial choice whether to apply the chat template; see ``session.compare``.
-        system: The initial system prompt; see ``session.compare``.
-    """
+    """The widgets of the panel, which call ``moved``, ``run``, ``stop`` and ``save``; see ``AnswerPanel``."""
 
     def __init__(
         self, title: str, command: Command, prompt: str, tokens: int, chat: bool | None, system: str | None
@@ -165,12 +156,7 @@ class BlendControls:
     # What the widgets show
 
     def draw(self, model: ModelState | None, missing: str) -> None:
-        """Shows a slider for each adapter; the sliders of adapters that are still there keep their weights.
-
-        Args:
-            model: The model, or None if it is gone.
-            missing: The message shown if there is no model.
-        """
+        """Shows a slider for each adapter; the sliders of adapters that are still there keep their weights."""
         names = [item.name for item in model.adapters] if model is not None else []
         self.system.draw(() if model is None else model.adapters)
         active = model.active if model is not None and not self._sliders else ()

@@ -140,12 +140,7 @@ class Message:
         )
 
     def show(self, words: str, tone: Tone) -> None:
-        """Shows a message.
-
-        Args:
-            words: The message.
-            tone: Its colour: that of an error, a warning or a plain result.
-        """
+        """Shows a message."""
         self._text.value = span(Text(words, tone))
         self.box.layout.display = None
 

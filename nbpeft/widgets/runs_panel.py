@@ -26,11 +26,6 @@ _HINT = "Select two or more runs to compare them."
 class RunsPanel(Panel):
     """The table of runs with a check box in each row.
 
-    Args:
-        session: Reads the runs to compare.
-        sort: The order in which they are given.
-        ui: See ``Panel``.
-
     Attributes:
         result: The runs in the order shown.
     """

@@ -21,12 +21,7 @@ MOST = 8
 
 
 class ScorePanel(Panel):
-    """The scores, with buttons for the metric, the filter and the page of the items.
-
-    Args:
-        result: The scores.
-        ui: How to show it; by default the richest form that works here.
-    """
+    """The scores, with buttons for the metric, the filter and the page of the items."""
 
     kind: ClassVar[str] = "score"
     session_method: ClassVar[str] = "score"

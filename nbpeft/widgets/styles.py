@@ -135,9 +135,5 @@ PANEL_CSS = f"""
 
 
 def style_sheet(more: str = "") -> str:
-    """The style sheet as HTML.
-
-    Args:
-        more: Additional CSS rules.
-    """
+    """The style sheet as HTML."""
     return f"<style>{PANEL_CSS}{more}</style>"

@@ -47,12 +47,6 @@ _MOST_ENDED = 16
 def show_run(run: Run, session: Session, model_name: str, *, ui: Ui = "auto") -> RunView:
     """Shows a run in the running cell until it ends. Register this function with ``session.on_run``.
 
-    Args:
-        run: A run that is about to start.
-        session: Publishes the run's states.
-        model_name: The run's model in the session.
-        ui: How to show it; by default the richest form that works here.
-
     Returns:
         The view; it closes itself when the run ends.
     """
@@ -70,10 +64,6 @@ def show_runs(session: Session, *, ui: Ui = "auto") -> Callable[[], None]:
     """Shows every training that the session starts from now on in the cell that starts it.
 
     The Jupyter extension does this when it is loaded. Call it in a notebook without magics, such as one of marimo.
-
-    Args:
-        session: The session.
-        ui: How to show them; by default the richest form that works here.
 
     Returns:
         A function that ends it.

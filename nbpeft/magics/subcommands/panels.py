@@ -78,12 +78,6 @@ def _show_training(notebook: NotebookContext, run: str | None) -> object:
 def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **content: object) -> object:
     """Create a panel of a model.
 
-    Args:
-        notebook: the notebook.
-        kind: ``adapters``, ``compare`` or ``blend``.
-        variable: the model; None for the only one.
-        **content: the panel's initial content, e.g. the prompt.
-
     Raises:
         AdapterError: there is no such model.
         CellError: no model is named, and there are several; or it cannot answer prompts.

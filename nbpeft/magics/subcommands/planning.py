@@ -171,13 +171,7 @@ def _displayed_in_two_steps(planner: MemoryPlanner, notebook: NotebookContext) -
 
 
 def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[str, Any]) -> object:
-    """Create the memory panel with sliders.
-
-    Args:
-        notebook: the notebook.
-        name: what to plan for, as for ``%lora plan``; None for the only model.
-        settings: the initial settings, as keywords of ``Session.memory_planner``.
-    """
+    """Create the memory panel with sliders."""
     from nbpeft.widgets import PlanPanel
 
     source, title = _source(name, notebook)

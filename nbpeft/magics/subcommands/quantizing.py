@@ -55,10 +55,6 @@ OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
 def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Quantize, prepare and adapt a model, or show what that would do.
 
-    Args:
-        options: the parsed line; ``fields`` are those of the quantization and of the adapter's config.
-        notebook: the notebook.
-
     Raises:
         CellError: the line is invalid, or the variable is in use.
         ConfigError: a field is unknown or its value invalid.

@@ -157,12 +157,6 @@ class ModelResult(NotedResult):
 
 
 def adapter_card(did: str, result: Any, *blocks: Block | tuple[Block, ...] | None) -> Card:
-    """Returns a card about one adapter of a model.
-
-    Args:
-        did: what was done, e.g. ``added``.
-        result: a result with ``adapter``, ``state`` and ``notes``.
-        *blocks: shown below the adapter.
-    """
+    """Returns a card about one adapter of a model."""
     title, aside = f"{result.adapter.name}: {did}", model_title(result.state)
     return card(title, adapter_table((result.adapter,)), *blocks, notes(result.notes), aside=aside)

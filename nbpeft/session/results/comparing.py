@@ -175,12 +175,7 @@ class CompareResult(NotedResult):
 
 
 def system_line(system: str, who: str = "") -> str:
-    """Returns a line that shows a system prompt.
-
-    Args:
-        system: the system prompt; empty for none.
-        who: what was asked with it; empty if that is clear.
-    """
+    """Returns a line that shows a system prompt, and who was asked with it unless that is clear."""
     label = f"{'system prompt' if system else 'no system prompt'}{' of ' if who else ''}{who}"
     return f"{label}: {' '.join(system.split())}" if system else label
 

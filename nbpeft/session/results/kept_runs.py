@@ -349,11 +349,7 @@ def _base(record: RunRecord) -> str:
 
 
 def adapters_with_rows(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the adapters of a run that were trained on rows of their own; empty if there are none.
-
-    Args:
-        facts: the recorded facts about its start.
-    """
+    """Returns the adapters of a run that were trained on rows of their own; empty if there are none."""
     rows = facts.get("data")
     names = rows.get("adapters") if isinstance(rows, Mapping) else None
     return tuple(map(str, names)) if isinstance(names, list) else ()

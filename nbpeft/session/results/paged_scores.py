@@ -24,12 +24,7 @@ class PagedScores(ScoreResult):
 
     @classmethod
     def of(cls, result: ScoreResult, show: Callable[[PagedScores], object]) -> PagedScores:
-        """The same result.
-
-        Args:
-            result: the scores.
-            show: shows it; raises NotImplementedError where it cannot.
-        """
+        """The same result."""
         return dataclasses.replace(cls(*_values(result)), show=show)
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,11 +47,6 @@ _PICKLE = SimpleNamespace(__name__="pickle", Pickler=_Pickler, dumps=pickle.dump
 def save_whole(path: Path, content: Any, model: nn.Module) -> int:
     """Writes a model and its job to a file.
 
-    Args:
-        path: the new file.
-        content: the object to write, which contains the model.
-        model: the model, whose tensors determine the size.
-
     Returns:
         The size of the file, in bytes.
 

@@ -147,10 +147,7 @@ def _checked_class(given: Any, base: type[Any], name: str) -> Any:
 def checked_scorer(request: TrainRequest, rows: TrainingRows, fields: dict[str, Any]) -> Scorer | None:
     """Returns what scores, if anything does, and refuses what would stop adapters without evaluations or scores.
 
-    Args:
-        request: the arguments of the training.
-        rows: its rows.
-        fields: fields of the training arguments, to which the scorer adds the metric that decides.
+    The scorer adds the metric that decides to ``fields``.
     """
     scorer = scorer_of(request, fields, rows.classes)
     if scorer is not None:
@@ -171,12 +168,7 @@ def _note_learned(scorer: Scorer, rows: TrainingRows) -> None:
 
 
 def check_length_known(rows: Any, fields: Mapping[str, Any]) -> None:
-    """Refuses a stream without a number of steps.
-
-    Args:
-        rows: the training rows.
-        fields: the given fields of the training arguments.
-    """
+    """Refuses a stream without a number of steps."""
     steps = fields.get("max_steps")
     if is_stream(rows) and not (isinstance(steps, int) and steps > 0):
         raise ConfigError(

@@ -42,14 +42,7 @@ from nbpeft.training.watching.trackers import TrackCallback, tracker_names
 def outer_callbacks(
     request: TrainRequest, run: Run, kept: Mapping[str, Any], rows: TrainingRows
 ) -> list[RunCheckpointer | TrackCallback]:
-    """Returns the callbacks that see the end of the run.
-
-    Args:
-        request: the arguments of the training.
-        run: its run.
-        kept: arguments for the record of the run.
-        rows: the rows, which a resumed run has to be given again.
-    """
+    """Returns the callbacks that see the end of the run."""
     keeper = _checkpointer(request, run, kept, mark_of_rows(rows.train, rows.evaluation))
     trackers = tracker_names(request.track)
     tracking = TrackCallback(trackers, run, kept) if trackers else None
@@ -62,12 +55,6 @@ def inner_callbacks(
     """Returns the callbacks that end before the run does.
 
     One of them ends a diverging training, or removes diverging adapters from a sweep.
-
-    Args:
-        request: the arguments of the training.
-        run: its run.
-        checks: those of packed rows.
-        scorer: scores the adapters, if they are to be scored.
     """
     model, guarded, group, patience = request.model, request.stop_on_divergence, request.members, request.patience
     found: list[TrainerCallback] = [*checks]

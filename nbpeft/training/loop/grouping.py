@@ -28,10 +28,6 @@ def group_rows(trainer: Any, *, wanted: bool) -> None:
 
     The Trainer's order is used if grouping would change nothing (batches of one row, rows of one length), if the
     lengths are unknown, or if the Trainer's class has its own sampler.
-
-    Args:
-        trainer: the Trainer, before training.
-        wanted: False does nothing.
     """
     if not wanted or type(trainer)._get_train_sampler is not transformers.Trainer._get_train_sampler:
         return

@@ -379,12 +379,7 @@ def batches_of(request: TrainRequest, objective: Objective) -> Any:
 
 
 def metrics_of(request: TrainRequest, classes: Classes | None) -> dict[str, Any]:
-    """Returns the option of the Trainer with the metrics of evaluations; empty for other models than classifiers.
-
-    Args:
-        request: the arguments of the training, with its objective.
-        classes: the classes, if the model is a classifier.
-    """
+    """Returns the option of the Trainer with the metrics of evaluations; empty for other models than classifiers."""
     classes = classes if isinstance(request.objective, Classify) else None
     measure = None if classes is None or request.eval_data is None else metrics_for(classes)
     return {} if measure is None else {"compute_metrics": measure}
@@ -400,13 +395,7 @@ def _collator_of(objective: Objective, collator: Collator, limit: int | None = N
 
 
 def objective_text(objective: Objective, reason: str, reference: str | None) -> str:
-    """Returns the objective of a training for its card; empty for the usual one.
-
-    Args:
-        objective: the objective.
-        reason: why it was chosen; empty if it was named.
-        reference: the name of its reference, or None.
-    """
+    """Returns the objective of a training for its card; empty for the usual one."""
     if not objective.rows:
         return ""
     changed = ", ".join(f"{name}={value}" for name, value in objective.changed().items())

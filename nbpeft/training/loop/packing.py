@@ -179,13 +179,7 @@ def _packed_collator(model: nn.Module, plain: Collator) -> PackedCollator:
 
 
 class PackingCheck(TrainerCallback):
-    """Tests a model with two rows before the first step, packed and separate, and refuses it if it mixes them.
-
-    Args:
-        run: gets a note about how full the sequences are.
-        rows: the packed training rows.
-        collator: the packing collator.
-    """
+    """Tests a model with two rows before the first step, packed and separate, and refuses it if it mixes them."""
 
     def __init__(self, run: Run, rows: PackedRows, collator: PackedCollator) -> None:
         self._rows, self._collator = rows, collator

@@ -45,13 +45,7 @@ def source_of(value: Any, indent: int = 0, used: int = 0) -> str:
 
 
 def call(function: str, arguments: list[str], indent: int = 0) -> str:
-    """Returns a call with one argument per line.
-
-    Args:
-        function: expression of the function.
-        arguments: expressions of the arguments.
-        indent: indentation of its first line.
-    """
+    """Returns a call with one argument per line."""
     inside = " " * (indent + 4)
     return "".join([f"{function}(\n", *(f"{inside}{item},\n" for item in arguments), " " * indent, ")"])
 

@@ -159,12 +159,7 @@ def _listed(value: Any) -> Any:
 
 
 def short_targets(model: Any, config: Any) -> Any:
-    """Returns ``"all-linear"``, or the shortest names, that select the same modules as the targets of a config.
-
-    Args:
-        model: the model with the adapter.
-        config: config of the adapter, whose targets may be whole paths.
-    """
+    """Returns ``"all-linear"``, or the shortest names, that select the same modules as the targets of a config."""
     targets, manager = getattr(config, "target_modules", None), manager_of(model)
     if isinstance(targets, str) or not targets or manager is None:
         return targets

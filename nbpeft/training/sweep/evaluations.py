@@ -145,13 +145,7 @@ class SweepEvaluations(EarlyStop):
 
 
 def check_halving(request: Any, fields: dict[str, Any], *, evaluates: bool, scores: bool) -> None:
-    """Refuses successive halving where adapters cannot be compared, and sets the default evaluation strategy.
-
-    Args:
-        request: the arguments of a training.
-        fields: fields of the training arguments; an evaluation strategy is added if there is none.
-        evaluates: whether there is evaluation data.
-        scores: whether the model is scored during the training, which counts as evaluations.
+    """Refuses successive halving where adapters cannot be compared, and sets when to evaluate in ``fields``.
 
     Raises:
         ConfigError: there is no sweep, nothing is evaluated, or each adapter has its own rows.

@@ -23,11 +23,6 @@ class SplitLoss:
     A member's loss is that of its own rows, normalized as if there were no others. The gradient of the sum for each
     adapter is that of its own loss, because the other losses do not depend on it.
 
-    Args:
-        function: the model's loss function.
-        members: number of members, each with the same number of consecutive rows.
-        rows: number of rows of the batch.
-
     Attributes:
         losses: loss of each member, detached; empty before the first call.
         total: their sum, detached.
@@ -67,11 +62,6 @@ class SplitLoss:
 @contextmanager
 def split_loss(base: nn.Module, members: int, inputs: Mapping[str, Any]) -> Iterator[SplitLoss]:
     """Context manager: computes the loss of ``base`` separately per member in the calls inside.
-
-    Args:
-        base: a transformers model.
-        members: number of members that share the batch.
-        inputs: the batch.
 
     Raises:
         NotSplittableError: the model has no loss function that can be replaced.

@@ -147,11 +147,7 @@ class Member:
         return lost or (weights and self._watches_weights and have_exploded(self.parameters))
 
     def keep(self, step: int) -> None:
-        """Copies its weights to host memory, unless they exploded or the loss of the current step is not finite.
-
-        Args:
-            step: number of completed optimizer steps.
-        """
+        """Copies its weights to host memory, unless they exploded or the loss of the current step is not finite."""
         self._exploded = self._watches_weights and have_exploded(self.parameters)
         if not self._exploded and (self._loss is None or bool(self._loss.isfinite())):
             with HeldInterrupts():
@@ -202,12 +198,7 @@ class Member:
         return news
 
     def keep_best(self, best: Evaluation, weights: dict[str, Tensor] | None = None) -> None:
-        """Keeps the weights of its best evaluation.
-
-        Args:
-            best: the evaluation.
-            weights: the weights; a copy of its current ones by default.
-        """
+        """Keeps the weights of its best evaluation: those given, or else its current ones."""
         with HeldInterrupts():
             before = {} if self.best is None else self.best.weights
             self.best = replace(best, weights=copied(self.numbered, before) if weights is None else weights)
@@ -356,9 +347,6 @@ class SideBySide:
     def clone(self, request: CloneRequest) -> Member:
         """Duplicates an adapter: the copy has its weights and optimizer state, and is trained side by side with it.
 
-        Args:
-            request: the adapter, and the copy's own fields.
-
         Raises:
             ConfigError: a field cannot be set per adapter, or its value is invalid.
             AdapterError: the adapter is not being trained, or the name is taken.
@@ -395,10 +383,6 @@ class SideBySide:
 
     def check_clone(self, name: str, fields: Mapping[str, Any]) -> None:
         """Refuses to duplicate an adapter with fields that cannot differ, or with invalid values.
-
-        Args:
-            name: the adapter.
-            fields: the copy's own fields.
 
         Raises:
             ConfigError: a field cannot be set per adapter, or its value is invalid.

@@ -29,12 +29,7 @@ class SweepResult(TrainResult):
 
     @classmethod
     def of(cls, result: TrainResult, fields: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Returns the result of a sweep from that of its training.
-
-        Args:
-            result: result of the training.
-            fields: adapter name -> its own fields.
-        """
+        """Returns the result of a sweep from that of its training."""
         best = result.state.best_member
         values = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
         if best is not None:

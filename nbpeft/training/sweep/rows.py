@@ -135,12 +135,7 @@ class OwnRows:
         self._batches: Iterator[tuple[list[Any], Any]] | None = None
 
     def begin(self, loader: Any, steps: int) -> None:
-        """Begins a training with the current random numbers.
-
-        Args:
-            loader: loads the batches of an epoch.
-            steps: number of optimizer steps.
-        """
+        """Begins a training with the current random numbers."""
         self.loader, self.steps, self._batches = loader, steps, None
         self.random = random_state()
 

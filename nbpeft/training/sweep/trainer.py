@@ -327,11 +327,6 @@ class SideBySideTrainer(transformers.Trainer):
 def trainer_for(trainer_class: type[Any], group: SideBySide, given: Mapping[str, Any]) -> type[Any]:
     """Derives a Trainer class that trains the members of a group.
 
-    Args:
-        trainer_class: the class to derive from.
-        group: the members.
-        given: the given arguments and options of the training.
-
     Raises:
         ConfigError: an argument does not support several adapters.
     """
@@ -345,13 +340,7 @@ def trainer_for(trainer_class: type[Any], group: SideBySide, given: Mapping[str,
 
 
 class SideBySideCallback(TrainerCallback, ExportableState):
-    """Records the members' steps, and removes members that were stopped or have diverged from the batch.
-
-    Args:
-        group: the members.
-        run: their common run.
-        stop_on_divergence: whether to stop diverging members, with their last good weights.
-    """
+    """Records the members' steps, and removes members that were stopped or have diverged from the batch."""
 
     def __init__(self, group: SideBySide, run: Run, *, stop_on_divergence: bool) -> None:
         self._group, self._run, self._stops = group, run, stop_on_divergence

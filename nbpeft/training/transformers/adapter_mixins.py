@@ -45,12 +45,7 @@ def methods_with_imports(owner: type, is_ours: Callable[[Any], bool]) -> dict[st
 
 
 def importing(method: FunctionType, is_ours: Callable[[Any], bool]) -> Callable[..., Any]:
-    """Wraps a method so that it imports from nbpeft if an argument belongs to nbpeft.
-
-    Args:
-        method: the method.
-        is_ours: see ``methods_with_imports``.
-    """
+    """Wraps a method so that it imports from nbpeft if an argument belongs to nbpeft."""
 
     @functools.wraps(method)
     def replaced(*args: Any, **kwargs: Any) -> Any:

@@ -95,16 +95,10 @@ def split_arguments(
 def build_arguments(
     fields: Mapping[str, Any], arguments_class: type[TrainingArguments], *, folder: str, evaluates: bool
 ) -> TrainingArguments:
-    """Creates the arguments object, with defaults for notebooks.
+    """Creates the arguments object, with defaults for notebooks and ``folder`` as that of ``output_dir``.
 
     By default nothing is reported, printed or saved, each step's loss is logged, and the learning
     rate is one for adapters (2e-4). Evaluation data is evaluated once per epoch.
-
-    Args:
-        fields: Fields as given.
-        arguments_class: ``TrainingArguments`` or a subclass.
-        folder: The default of ``output_dir``.
-        evaluates: Whether there is evaluation data.
 
     Raises:
         ConfigError: values contradict each other or are invalid.

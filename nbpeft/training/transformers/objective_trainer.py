@@ -30,12 +30,6 @@ from nbpeft.training.transformers.trainer import Trainer
 class ObjectiveTrainer(Trainer):
     """``nbpeft.Trainer`` with the loss of an objective that has one of its own.
 
-    Args:
-        *args: arguments of ``nbpeft.Trainer``.
-        objective: the objective.
-        reference: its reference; None if it uses none.
-        **kwargs: arguments of ``nbpeft.Trainer``.
-
     Attributes:
         row_columns: the parts of the objective's rows in addition to those that the model takes.
     """

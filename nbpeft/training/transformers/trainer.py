@@ -219,12 +219,7 @@ def has_own_loss(trainer_class: type[Any]) -> bool:
 
 
 def why_unweighted(trainer_class: type[Any], *, own_batches: bool = False) -> str:
-    """Why the loss of a Trainer class does not support weights of rows; empty if it does.
-
-    Args:
-        trainer_class: A subclass of ``transformers.Trainer``.
-        own_batches: Whether the batches are made by a ``data_collator`` of the user's.
-    """
+    """Why the loss of a Trainer class does not support weights of rows; empty if it does."""
     if own_batches:
         return "the given data_collator does not add them to its batches: remove the data_collator or the weights"
     if issubclass(trainer_class, Trainer):

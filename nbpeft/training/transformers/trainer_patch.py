@@ -127,12 +127,7 @@ def is_ours(model: Any) -> bool:
 
 
 def is_ours_or_peft(library: str, model: Any) -> bool:
-    """Whether a model has adapters of nbpeft or of PEFT.
-
-    Args:
-        library: the library whose original function is asked about PEFT.
-        model: the model.
-    """
+    """Whether a model has adapters of nbpeft, or of PEFT according to the original function of a library."""
     return is_ours(model) or _originals[library](model)
 
 

@@ -44,11 +44,7 @@ class KeepsBest(Protocol):
 
 
 class Seldom:
-    """Decides when to repeat an action that may take at most ``SHARE`` of the time.
-
-    Args:
-        clock: returns monotonic time in seconds.
-    """
+    """Decides when to repeat an action that may take at most ``SHARE`` of the time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._next = clock, float("-inf")
@@ -68,11 +64,6 @@ class Seldom:
 
 class DivergenceStop(TrainerCallback):
     """Ends a training that diverges, with the last good weights; must precede callbacks that record the step.
-
-    Args:
-        run: the run, to which the reason is reported.
-        model: the model in training.
-        clock: returns monotonic time in seconds.
 
     Attributes:
         best: the callback that restores the best evaluation's weights, if there is one.

@@ -72,11 +72,6 @@ class EarlyStop(TrainerCallback):
 
     The training runs inside the block ``with early_stop:``, at whose end the weights are restored.
 
-    Args:
-        run: the run, to which the reason is reported.
-        model: the model in training.
-        patience: number of evaluations without improvement after which training stops; None for any number.
-
     Attributes:
         keep_last: saves a checkpoint of the last step before the best weights are restored, so that the run can be
             resumed.
@@ -154,24 +149,16 @@ class EarlyStop(TrainerCallback):
 
 
 def kept_file(args: TrainingArguments) -> Path | None:
-    """The file with the best weights in the checkpoint from which a run resumes; None if there is none.
-
-    Args:
-        args: the arguments of the training.
-    """
+    """The file with the best weights in the checkpoint from which a run resumes; None if there is none."""
     folder = args.resume_from_checkpoint
     file = Path(folder, KEPT) if isinstance(folder, str | os.PathLike) else None
     return file if file is not None and file.is_file() else None
 
 
 def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool, scores: bool = False) -> None:
-    """Refuses an invalid patience, and sets the default evaluation strategy.
+    """Refuses an invalid patience, and sets the default evaluation strategy in ``fields``.
 
-    Args:
-        patience: the argument ``patience`` as given.
-        fields: fields of the training arguments; an evaluation strategy is added if there is none.
-        evaluates: whether there is evaluation data.
-        scores: whether the model is scored during the training, which counts as evaluations.
+    Scores (``scores``) count as evaluations.
 
     Raises:
         ConfigError: it is not a number of evaluations, there is nothing to evaluate, or ``load_best_model_at_end`` is

@@ -239,11 +239,6 @@ def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequ
 def generate_tokens(model: Any, batch: PromptBatch, request: GenerationRequest) -> tuple[list[list[int]], bool]:
     """Generate the tokens of the answers to a batch of prompts.
 
-    Args:
-        model: the model; adapted, unless the request names no adapters.
-        batch: the prompts.
-        request: the settings.
-
     Returns:
         The new tokens of each row, with what follows its end token; and whether the generation was completed, as for
         ``generate_batch``.
@@ -308,11 +303,6 @@ def _input_device(base: Any) -> Any:
 def check_finite(model: PeftModel, name: str, batch: PromptBatch) -> None:
     """Check that an adapter's weights, and the logits on the prompts, are finite.
 
-    Args:
-        model: the adapted model.
-        name: its only active adapter.
-        batch: the prompts.
-
     Raises:
         AdapterError: a weight or a logit is not finite.
     """
@@ -328,12 +318,7 @@ def check_finite(model: PeftModel, name: str, batch: PromptBatch) -> None:
 
 
 def continued(conversation: Conversation, prompt: Prompt) -> Prompt:
-    """A prompt with the earlier messages of a conversation before it; without earlier messages, the prompt itself.
-
-    Args:
-        conversation: the earlier messages; the last one is an answer.
-        prompt: the new prompt.
-    """
+    """A prompt with the earlier messages of a conversation before it; without earlier messages, the prompt itself."""
     if not conversation:
         return prompt
     return [*conversation, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]

@@ -40,12 +40,7 @@ class Tracker(Protocol):
     place: str
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Writes the metrics of one step.
-
-        Args:
-            values: metric -> value.
-            step: optimizer steps done.
-        """
+        """Writes the metrics of one step."""
 
     def close(self) -> None:
         """Ends the tracker's run."""
