@@ -30,9 +30,6 @@ def collapse_warnings(shell: Any) -> Callable[[], None]:
     """Collapse repeated warnings of bitsandbytes and transformers within each cell.
 
     Cells may be nested (``get_ipython().run_cell``). A cell that began before the installation has no block.
-
-    Returns:
-        A function that uninstalls it.
     """
     blocks: list[ExitStack] = []
 
@@ -57,11 +54,7 @@ def collapse_warnings(shell: Any) -> Callable[[], None]:
 
 
 def allow_empty_bodies(shell: Any, names: Collection[str]) -> Callable[[], None]:
-    """Give these cell magics an empty line as their body if they have none: IPython would refuse them.
-
-    Returns:
-        A function that uninstalls it.
-    """
+    """Give these cell magics an empty line as their body if they have none: IPython would refuse them."""
 
     def with_body(lines: list[str]) -> list[str]:
         head = _HEAD.match(lines[0]) if lines else None
@@ -127,11 +120,7 @@ def _change_running_cell(transformer: _ShowEach) -> None:
 
 
 def show_every_result(shell: Any, names: Collection[str]) -> Callable[[], None]:
-    """Display the result of each of these magics, wherever it is in a cell; IPython shows that of the last line alone.
-
-    Returns:
-        A function that uninstalls it.
-    """
+    """Display the result of each of these magics in a cell; IPython shows that of the last line alone."""
     transformer = _ShowEach(names)
     remove = appended(shell.ast_transformers, transformer)
     _change_running_cell(transformer)

@@ -91,9 +91,6 @@ def install(shell: Any, describes: Callable[[str, int], str | None]) -> Callable
     Args:
         shell: the IPython shell.
         describes: (text of the cell, cursor) -> the description, or None.
-
-    Returns:
-        A function that uninstalls it.
     """
     kernel = getattr(shell, "kernel", None)
     original = getattr(kernel, "do_inspect", None)

@@ -68,11 +68,7 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     example='%lora ask "Order: Ana from Lima needs 12 chairs." --temperature 0.7 --seed 1',
 )
 def ask(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Answer a prompt; the answer appears while it is generated.
-
-    Raises:
-        CellError: two options contradict each other.
-    """
+    """Answer a prompt; the answer appears while it is generated."""
     if options.go_on and options.new:
         raise CellError("--continue and --new exclude each other")
     model = notebook.chosen(options.model)

@@ -47,11 +47,7 @@ def _shown(text: str) -> int:
     example="%lora data train.jsonl --tokenizer tok --columns prompt=question completion=answer",
 )
 def data(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Show data before a training.
-
-    Raises:
-        CellError: the rows are those of several adapters.
-    """
+    """Show data before a training."""
     found = notebook.data(options.data, "data")
     if isinstance(found, dict) and (parts := rows_by_adapter(options.data)):
         lines = " and ".join(f"%lora data {rows}" for rows in parts.values())

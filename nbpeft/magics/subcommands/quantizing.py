@@ -53,12 +53,7 @@ OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
     cell=True,
 )
 def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Quantize, prepare and adapt a model, or show what that would do.
-
-    Raises:
-        CellError: the line is invalid, or the variable is in use.
-        ConfigError: a field is unknown or its value invalid.
-    """
+    """Quantize, prepare and adapt a model, or show what that would do."""
     session = notebook.session
     source, variable = _source(options, notebook)
     own, config = _sorted(fields_of(options))

@@ -41,11 +41,7 @@ session_command(
     example="%lora clone sql-lr3e-4 --as sql-slow learning_rate=1e-4",
 )
 def clone(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Clone one adapter of a sweep.
-
-    Raises:
-        CellError: a field is given that is an option of the line.
-    """
+    """Clone one adapter of a sweep."""
     refuse_fields(options, ("name", "model"))
     return notebook.session.clone(options.name, options.as_name, model=options.model, **options.fields)
 

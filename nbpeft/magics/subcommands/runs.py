@@ -68,9 +68,6 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Resume a run.
 
     A run's folder may come from anyone, so none of its text is evaluated: variables and files are looked up by name.
-
-    Raises:
-        CellError: a value that is not stored in the folder has to be given again.
     """
     session = notebook.session
     record, facts = session.kept_run(options.run)

@@ -212,11 +212,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     cell=True,
 )
 def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Train; ``options.fields`` are the training arguments.
-
-    Raises:
-        CellError: a variable is not defined.
-    """
+    """Train; ``options.fields`` are the training arguments."""
     model = notebook.module(options.target)
     data, eval_data, tokenizer = _training_data(options, notebook)
     arguments = training_arguments(options, notebook)
@@ -324,11 +320,7 @@ def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> ob
     example="%lora export train.py",
 )
 def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Write the last training of a model as a script.
-
-    Raises:
-        CellError: no cell trained the model, or a field's value cannot be written into a script.
-    """
+    """Write the last training of a model as a script."""
     if options.model is None and len(notebook.trained) > 1:
         raise which_model(list(notebook.trained), "%lora export SCRIPT --model")
     target = str(options.model or next(iter(notebook.trained), ""))
