@@ -170,11 +170,8 @@ class Picture:
 
     def image(self, style: ChartStyle) -> str:
         """Returns the chart as a self-contained ``<img>``."""
-        return (
-            f'<img src="{data_uri(self.svg(style))}" width="{WIDTH}" height="{self.height}" '
-            f'alt="{escape(self.label)}" style="display:block;width:100%;max-width:{WIDTH}px;height:{self.height}px;'
-            'margin:0">'
-        )
+        shape = f"display:block;width:100%;max-width:{WIDTH}px;height:{self.height}px;margin:0"
+        return image(self.svg(style), WIDTH, self.height, shape, self.label)
 
 
 def left_of(labels: Iterable[str]) -> float:
@@ -266,7 +263,7 @@ def small_chart(curve: Curve, train: TrainState) -> str:
         f'<path d="M{corners}" fill="none" stroke-width="1.5" stroke-linejoin="round" '
         f'vector-effect="non-scaling-stroke" style="stroke:{style.line}"/></svg>'
     )
-    return f'<img src="{data_uri(svg)}" {box} alt="" style="{shape}">' if ended else svg
+    return image(svg, _SMALL_WIDTH, _SMALL_HEIGHT, shape) if ended else svg
 
 
 def spark_image(curve: Curve, words: str) -> str:
@@ -284,10 +281,7 @@ def spark_image(curve: Curve, words: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_SPARK_WIDTH}" height="{_SPARK_HEIGHT}">'
         f'<path d="M{corners}" fill="none" stroke-width="1.5" stroke-linejoin="round" stroke="{NEUTRAL.line}"/></svg>'
     )
-    return (
-        f'<img src="{data_uri(svg)}" width="{_SPARK_WIDTH}" height="{_SPARK_HEIGHT}" alt="{escape(words)}" '
-        f'title="{escape(words)}" style="display:block;max-width:none;margin:0">'
-    )
+    return image(svg, _SPARK_WIDTH, _SPARK_HEIGHT, "display:block;max-width:none;margin:0", words, tooltip=words)
 
 
 def _corners(points: Sequence[Point], first: float, end: float, width: int, height: int) -> str:
@@ -315,9 +309,11 @@ def describe(train: TrainState) -> str:
     return f"training loss {start:.4g} at step {first:g}, {end:.4g} at step {last:g}"
 
 
-def data_uri(svg: str) -> str:
-    """Returns an SVG as the source of an image."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+def image(svg: str, width: int, height: int, style: str, words: str = "", *, tooltip: str = "") -> str:
+    """Returns an SVG as a self-contained ``<img>``, which ``words`` describe for screen readers."""
+    source = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    title = f' title="{escape(tooltip)}"' if tooltip else ""
+    return f'<img src="{source}" width="{width}" height="{height}" alt="{escape(words)}"{title} style="{style}">'
 
 
 def _begin(train: TrainState) -> float:

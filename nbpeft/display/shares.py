@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from html import escape
 
 from nbpeft.display.blocks import BarChart, BarTable, Grid
-from nbpeft.display.charts import data_uri
+from nbpeft.display.charts import image
 from nbpeft.display.numbers import percent
 from nbpeft.errors import cut
 
@@ -147,7 +147,4 @@ def _image(parts: Iterable[str], width: int, height: int, words: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="system-ui, \'DejaVu Sans\', sans-serif" font-size="13">{"".join(parts)}</svg>'
     )
-    return (
-        f'<img src="{data_uri(svg)}" width="{width}" height="{height}" alt="{escape(words)}" '
-        f'style="display:block;width:100%;max-width:{width}px;height:auto;margin:8px 0 0">'
-    )
+    return image(svg, width, height, f"display:block;width:100%;max-width:{width}px;height:auto;margin:8px 0 0", words)
