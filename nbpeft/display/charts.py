@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -205,9 +205,9 @@ def loss_left(train: TrainState) -> float:
     return left_of(words for _, words in frame.levels())
 
 
-def _frame_of(train: TrainState) -> _Frame:
+def _frame_of(train: TrainState) -> Frame:
     raw, evaluated = finite(train.history), finite(train.eval_history)
-    return _Frame.around(raw, evaluated, _begin(train), _end(train), _no_curve(train))
+    return Frame.around(raw, evaluated, _begin(train), _end(train), _no_curve(train))
 
 
 def _loss_picture(train: TrainState, style: ChartStyle) -> Picture:
@@ -340,8 +340,8 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Frame:
-    """The axes of a chart, which map values to pixels."""
+class Frame:
+    """The axes of a chart, which map values to pixels; ``empty`` is the text without a curve."""
 
     across: tuple[float, ...]
     upwards: tuple[float, ...]
@@ -349,9 +349,10 @@ class _Frame:
     end: float
     logarithmic: bool
     empty: str
+    height: int = HEIGHT
 
     @classmethod
-    def around(cls, raw: Sequence[Point], evaluated: Sequence[Point], begin: float, end: float, without: str) -> _Frame:
+    def around(cls, raw: Sequence[Point], evaluated: Sequence[Point], begin: float, end: float, without: str) -> Frame:
         """Returns axes that include the points; ``without`` is the text to show if there are no points."""
         values = [value for _, value in (*raw, *evaluated)]
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
@@ -363,11 +364,13 @@ class _Frame:
         return cls(tuple(inside), tuple(upwards), begin, end, logarithmic, "" if values else without)
 
     def place(self, points: Sequence[Point]) -> list[Point]:
+        """Returns points in pixels."""
         return [(self._x(step), self._y(value)) for step, value in points]
 
-    def levels(self) -> list[tuple[float, str]]:
-        """Returns the grid lines: (pixels from the top, label)."""
-        return [(self._y(tick), self._words(tick)) for tick in self.upwards]
+    def levels(self, written: Callable[[float], str] | None = None) -> list[tuple[float, str]]:
+        """Returns the grid lines: (pixels from the top, label); ``written`` returns the label of a tick."""
+        written = written or self._words
+        return [(self._y(tick), written(tick)) for tick in self.upwards]
 
     def words(self) -> str:
         """Returns the labels of the x axis and its title, as SVG texts."""
@@ -375,10 +378,10 @@ class _Frame:
         for tick in self.across:
             share = (tick - self.begin) / (self.end - self.begin)
             anchor = "start" if share < 0.02 else "end" if share > 0.98 else "middle"
-            texts.append(svg_text(f"{100 * share:.2f}%", HEIGHT - BOTTOM + 16, f"{tick:,.0f}", anchor))
-        texts.append(svg_text("50%", HEIGHT - 5, "step"))
+            texts.append(svg_text(f"{100 * share:.2f}%", self.height - BOTTOM + 16, f"{tick:,.0f}", anchor))
+        texts.append(svg_text("50%", self.height - 5, "step"))
         if self.empty:
-            texts.append(svg_text("50%", (HEIGHT - BOTTOM + TOP) // 2 + 4, self.empty))
+            texts.append(svg_text("50%", (self.height - BOTTOM + TOP) // 2 + 4, self.empty))
         return "".join(texts)
 
     def _words(self, tick: float) -> str:
@@ -393,7 +396,7 @@ class _Frame:
         low, high = self.upwards[0], self.upwards[-1]
         if self.logarithmic:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return self.height - BOTTOM - (value - low) / (high - low) * (self.height - TOP - BOTTOM)
 
 
 def _no_curve(train: TrainState) -> str:

@@ -6,22 +6,8 @@ from collections.abc import Sequence
 
 from nbpeft.display import palette
 from nbpeft.display.blocks import LabelledCurves
-from nbpeft.display.charts import (
-    BOTTOM,
-    NEUTRAL,
-    TOP,
-    WIDTH,
-    Picture,
-    across,
-    decimate,
-    finite,
-    left_of,
-    svg_text,
-    ticks,
-)
+from nbpeft.display.charts import NEUTRAL, Frame, Picture, Point, across, decimate, finite, left_of, svg_text, ticks
 from nbpeft.display.crosshair import Column, ShownCurve, columns
-
-Point = tuple[float, float]
 
 HEIGHT = 260
 _COLOURS = (*(palette.PARTS[name] for name in list(palette.PARTS)[:7]), "#2b88e0")
@@ -49,52 +35,47 @@ def overlay_chart(curves: Sequence[LabelledCurves], metric: str = "") -> str:
 
 def overlay_left(curves: Sequence[LabelledCurves]) -> float:
     """Returns the space to the left of the curves in percent of the chart's width."""
-    return left_of(f"{tick:.4g}" for tick in _frame(curves)[1])
+    return left_of(f"{tick:.4g}" for tick in _frame(curves).upwards)
 
 
 def overlay_columns(curves: Sequence[LabelledCurves]) -> list[Column]:
     """Returns the columns of the chart, with the losses of all curves at a step each."""
-    _, _, right = _frame(curves)
     named = [
         ShownCurve(f"{label}{kind}", finite(points), "{:.4g}".format)
         for label, *kinds in curves
         for kind, points in zip(("", " eval"), kinds, strict=True)
     ]
-    return columns(named, [step for curve in named for step, _ in curve.points], 0.0, right)
+    return columns(named, [step for curve in named for step, _ in curve.points], 0.0, _frame(curves).end)
 
 
-def _frame(curves: Sequence[LabelledCurves]) -> tuple[list[float], list[float], float]:
-    """Returns the ticks of the x and the y axis, and the step at the right edge."""
+def _frame(curves: Sequence[LabelledCurves]) -> Frame:
+    """Returns the axes, which include all points."""
     points = [point for _, *kinds in curves for part in kinds for point in finite(part)]
-    steps, upwards = _axes(points)
-    return steps, upwards, max(steps[-1], max((step for step, _ in points), default=1.0))
+    values = [value for _, value in points] or [0.0, 1.0]
+    low, high = min(values), max(values)
+    end = max([1.0, *(step for step, _ in points)])
+    steps = [tick for tick in ticks(0, end, 6) if tick <= end * (1 + 1e-9) and tick == int(tick)]
+    upwards = ticks(0.0 if 0 <= low < high / 2 else low, high, 5)
+    right = max(steps[-1], max((step for step, _ in points), default=1.0))
+    return Frame(tuple(steps), tuple(upwards), 0.0, right, logarithmic=False, empty="", height=HEIGHT)
 
 
 def _picture(curves: Sequence[LabelledCurves], metric: str) -> Picture:
     lines = [(finite(losses), finite(evaluated)) for _, losses, evaluated in curves]
     points = [point for pair in lines for part in pair for point in part]
-    steps, upwards, right = _frame(curves)
-    low, high = upwards[0], upwards[-1]
-
-    def place(step: float, value: float) -> Point:
-        return step / right * WIDTH, HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    drawn, words = [], []
-    for tick in steps:
-        anchor = "start" if tick == 0 else "end" if tick > 0.98 * right else "middle"
-        words.append(svg_text(across(place(tick, low)[0]), HEIGHT - BOTTOM + 16, f"{tick:,.0f}", anchor))
-    words.append(svg_text("50%", HEIGHT - 5, "step"))
+    frame = _frame(curves)
+    drawn, words = [], [frame.words()]
     if not points:
         words.append(svg_text("50%", HEIGHT / 2 - 10, "no loss was logged"))
     for number, (losses, evaluated) in enumerate(lines):
         colour = colour_of(number)
-        drawn.append(_line([place(*point) for point in decimate(losses)], colour, "1.5", ""))
-        drawn.append(_line([place(*point) for point in evaluated], colour, "1.5", "5 4"))
+        drawn.append(_line(frame.place(decimate(losses)), colour, "1.5", ""))
+        drawn.append(_line(frame.place(evaluated), colour, "1.5", "5 4"))
         words += [
             f'<circle cx="{across(x)}" cy="{y:.1f}" r="3" fill="{colour}"/>'
-            for x, y in (place(*point) for point in (*evaluated, *(losses if len(losses) == 1 else ())))
+            for x, y in frame.place((*evaluated, *(losses if len(losses) == 1 else ())))
         ]
-    levels = [(place(0, tick)[1], f"{tick:.4g}") for tick in upwards]
+    levels = frame.levels("{:.4g}".format)
     return Picture(describe(curves, metric), levels, "".join(drawn), "".join(words), HEIGHT)
 
 
@@ -106,14 +87,6 @@ def describe(curves: Sequence[LabelledCurves], metric: str = "") -> str:
         if (points := finite(losses))
     ]
     return f"{metric or 'training loss'} of {', '.join(ends)}" if ends else "no loss was logged"
-
-
-def _axes(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    values = [value for _, value in points] or [0.0, 1.0]
-    low, high = min(values), max(values)
-    end = max([1.0, *(step for step, _ in points)])
-    steps = [tick for tick in ticks(0, end, 6) if tick <= end * (1 + 1e-9) and tick == int(tick)]
-    return steps, ticks(0.0 if 0 <= low < high / 2 else low, high, 5)
 
 
 def _line(points: Sequence[Point], colour: str, width: str, dashes: str) -> str:
