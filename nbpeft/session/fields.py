@@ -134,7 +134,7 @@ def _config(method: str) -> Iterator[Field]:
             text = "The method; the same as --method."
             yield Field("peft_type", "str", repr(DEFAULT_METHOD), text, tuple(name.upper() for name in method_names()))
             continue
-        field = _of(item, cls, texts.get(item.name, ""))
+        field = _field_of(item, cls, texts.get(item.name, ""))
         modules = item.name in _MODULE_FIELDS
         choices = _MODULE_FIELDS[item.name] if modules else cls.choices.get(item.name, field.choices)
         yield dataclasses.replace(field, choices=choices, modules=modules)
@@ -163,7 +163,7 @@ def _training() -> Iterator[Field]:
         yield Field(name, kind, repr(usual), about, choices)
 
 
-def _of(item: dataclasses.Field[Any], cls: type, text: str) -> Field:
+def _field_of(item: dataclasses.Field[Any], cls: type, text: str) -> Field:
     kind = _resolved(item, cls)
     default: Any = item.default
     if item.default_factory is not dataclasses.MISSING:

@@ -171,7 +171,7 @@ class RolloutTrainer(ObjectiveTrainer):
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
         reference = inputs.get("reference")
         if reference is None:
-            reference = self._of_the_reference(inputs, batch)
+            reference = self._reference_log_probs(inputs, batch)
         is_learned = model.training  # switching dropout off may end it
         self._switch_off_dropout()
         with self.compute_loss_context_manager():

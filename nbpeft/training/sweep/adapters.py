@@ -41,7 +41,7 @@ def side_by_side(train: Callable[[TrainRequest], TrainResult], request: TrainReq
     interrupted: TrainingInterrupted | None = None
     with _members(request) as group:
         try:
-            result = train(_of_group(request, group))
+            result = train(_request_of_group(request, group))
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
     found = SweepResult.of(result, group.fields())
@@ -50,7 +50,7 @@ def side_by_side(train: Callable[[TrainRequest], TrainResult], request: TrainReq
     return found
 
 
-def _of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
+def _request_of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
     """Returns the request for training all members together, and sets the arguments of each member."""
     common = {name: value for name, value in request.arguments.items() if not isinstance(value, Sweep)}
     stop = request.stop or next((sweep.stop for sweep in swept(request.given).values() if sweep.stop), None)
@@ -90,10 +90,13 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
         raise ConfigError("adapter cannot be combined with members, which names the adapters to train", field="adapter")
     with HeldInterrupts() as interrupts:
         selected, enabled = manager.selected, manager.enabled
-        group, made = None, list[str]()
+        group, added = None, list[str]()
         try:
-            found = _made(manager, request, made) if members is None else _given(manager, members, request.objective)
-            group = SideBySide(model, found, _start_of(manager, request) if members is None else "")
+            if members is None:
+                found, start = _new_members(manager, request, added), _start_of(manager, request)
+            else:
+                found, start = _existing_members(manager, members, request.objective), ""
+            group = SideBySide(model, found, start)
             manager.activate(group.names[0])  # other active adapters would be trained too
             with group.opened:
                 group.opened.enter_context(manager.use(group.names, independent=True))
@@ -105,13 +108,13 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
                 if group is not None and group.learned:
                     manager.activate(group.best(selected), enable=True)
                 else:
-                    undo_additions(manager, made, selected, enabled=enabled)
+                    undo_additions(manager, added, selected, enabled=enabled)
 
 
-def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> list[Member]:
+def _new_members(manager: AdapterManager, request: TrainRequest, added: list[str]) -> list[Member]:
     """Returns new adapters for every combination of values: copies of one, or initialized ones if the config varies.
 
-    ``made`` receives each name before the adapter is added, because an interruption can come any time.
+    ``added`` receives each name before the adapter is added, because an interruption can come any time.
     """
     origin = _origin(manager, request.adapter)
     config, fields = manager.configs[origin], swept(request.given)
@@ -130,7 +133,7 @@ def _made(manager: AdapterManager, request: TrainRequest, made: list[str]) -> li
                 raise AdapterExistsError(message, name=name)
             changed = {field: value for field, value in values.items() if field not in own}
             first = request.seed if changed else request.first_random
-            made.append(name)
+            added.append(name)
             if first is not None:
                 with drawing_from(first):
                     manager.add(name, dataclasses.replace(config, **changed), trainable=True, select=False)
@@ -170,7 +173,7 @@ def _own_fields(objective: Any) -> tuple[str, ...]:
     return objective.own_fields() if isinstance(objective, Objective) else ()
 
 
-def _given(manager: AdapterManager, members: Any, objective: Any) -> list[Member]:
+def _existing_members(manager: AdapterManager, members: Any, objective: Any) -> list[Member]:
     """Returns existing adapters with their own fields as members."""
     fields_of = isinstance(members, Mapping) and all(isinstance(fields, Mapping) for fields in members.values())
     if not fields_of or len(members) < 2:

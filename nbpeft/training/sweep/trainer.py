@@ -351,9 +351,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Returns the state for checkpoints: the stopped members, the own fields of each, and the losses of each."""
         stopped = {member.name: member.status for member in self._group.members if member.status != "training"}
-        members = [
-            [name, fields] for name, fields in self._group.fields().items()
-        ]  # a list, because the file sorts dictionaries
+        members = [list(pair) for pair in self._group.fields().items()]  # a list: the file sorts dictionaries
         kept = {"members": members} if is_plain_value(members) else {}
         losses = {member.name: [list(point) for point in member.losses] for member in self._group.members}
         return {"args": {}, "attributes": {"stopped": stopped, "losses": losses, **kept}}

@@ -68,7 +68,7 @@ class ObjectiveTrainer(Trainer):
         """The mean of the losses of the rows; see ``transformers.Trainer``."""
         batch = stacked(inputs)
         margins, desirable = batch.pop(MARGIN, None), batch.pop(DESIRABLE, None)
-        reference = self._of_the_reference(inputs, batch)
+        reference = self._reference_log_probs(inputs, batch)
         # DistributedDataParallel traverses the tensors that a model returns, and cannot handle logits without data.
         chunk_size = self.loss_chunk_size if self.accelerator.num_processes == 1 else 0
         labels, half = batch["labels"], len(batch["labels"]) // 2
@@ -93,7 +93,7 @@ class ObjectiveTrainer(Trainer):
             for rows, before in ((slice(half), prompts), (slice(half, None), None))
         ]
         if not self.objective.learns_second and self.accelerator.num_processes > 1:
-            parts[1] = self._of_all_processes(parts[1])
+            parts[1] = self._mean_over_processes(parts[1])
         losses, curves = self.objective.loss(*parts)
         self.add_to_curves(curves, half)
         return (losses.mean(), {}) if return_outputs else losses.mean()
@@ -120,7 +120,7 @@ class ObjectiveTrainer(Trainer):
             unlearned = log_probs(model, second, chunk_size=chunk_size)
         return [torch.cat([log_probs(model, first, chunk_size=chunk_size), unlearned])]
 
-    def _of_all_processes(self, part: Completions) -> Completions:
+    def _mean_over_processes(self, part: Completions) -> Completions:
         """The mean log-probabilities over the rows of all processes, of shape (1,)."""
         reduce: Any = self.accelerator.reduce
         reference = None if part.reference is None else reduce(part.reference.mean()[None], "mean")
@@ -130,7 +130,7 @@ class ObjectiveTrainer(Trainer):
         """The log-probabilities of a batch, as the loss compares them with those of the reference."""
         return log_probs(model, batch, chunk_size=self.loss_chunk_size)
 
-    def _of_the_reference(self, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Tensor | None:
+    def _reference_log_probs(self, inputs: Mapping[str, Any], batch: Mapping[str, Tensor]) -> Tensor | None:
         """The log-probabilities of the reference, computed once: for all adapters of a sweep, and for all epochs.
 
         Second completions that are not learned differ in each epoch, because they are drawn from other rows.
