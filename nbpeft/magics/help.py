@@ -38,14 +38,7 @@ Rows = tuple[tuple[str, str], ...]
 
 
 class HelpText(Shown):
-    """A help text: sections of rows, each with an example or an argument and its description.
-
-    Args:
-        title: the command.
-        sections: title -> rows.
-        lead: a summary of the command.
-        ending: lines below the sections.
-    """
+    """A help text: sections of rows, each with an example or an argument and its description."""
 
     def __init__(self, title: str, sections: Mapping[str, Rows], *, lead: str = "", ending: Iterable[str] = ()) -> None:
         self._title = title

@@ -366,12 +366,7 @@ class NotebookContext:
 
 
 def which_model(names: Sequence[str], command: str) -> CellError:
-    """The error of a command without a model, if there are several.
-
-    Args:
-        names: the models.
-        command: the part of the line before the model.
-    """
+    """The error of a command without a model, if there are several."""
     return CellError(f"several models: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")
 
 

@@ -208,13 +208,7 @@ class LineParser(argparse.ArgumentParser):
 
 
 def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:
-    """Parses the arguments of one command.
-
-    Args:
-        command: the subcommand.
-        prog: how the line begins.
-        words: the words after it.
-        namespace: variables of the notebook, for ``{name}`` and ``$name``.
+    """Parses the arguments of one command; ``{name}`` and ``$name`` in them are variables of the namespace.
 
     Raises:
         CellError: an argument is unknown, missing or invalid.
@@ -309,13 +303,7 @@ def parse_line(
     *,
     cells: Iterable[str] = (),
 ) -> Request | None:
-    """Find the subcommand of a line and parse its arguments.
-
-    Args:
-        line: the line after the magic's name.
-        subcommands: the subcommands, by name.
-        namespace: variables of the notebook, for ``{name}`` and ``$name``.
-        cells: names of the cell magics, for messages.
+    """Find the subcommand of a line and parse its arguments, in which ``{name}`` and ``$name`` are variables.
 
     Returns:
         None for an empty line.

@@ -18,9 +18,6 @@ class SavedTensors:
     A storage counts once, however many operations save it. Parameters and buffers of ``model`` do not count, and
     neither do tensors that have been freed again (by backward, or with their graph).
 
-    Args:
-        model: the model whose parameters and buffers are left out, or None.
-
     Attributes:
         byte_count: bytes saved now.
         peak: most bytes saved at any time.

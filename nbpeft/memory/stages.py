@@ -27,12 +27,7 @@ class Peak:
     result: int = 0
 
     def plus(self, other: Peak, times: int = 1) -> Peak:
-        """Return the sum of this peak and a multiple of another one.
-
-        Args:
-            other: the peak to add.
-            times: its factor; may be negative.
-        """
+        """Return the sum of this peak and a multiple of another one."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Peak(*(mine + times * theirs for mine, theirs in pairs))
 

@@ -76,16 +76,6 @@ def answer_rows(
 
     With a temperature, the random numbers of a row depend on the seed and its number alone. They are the same for
     all columns, and in a batch as for the row alone.
-
-    Args:
-        model: the model in evaluation mode.
-        rows: the rows.
-        columns: what answers.
-        settings: the batches and the sampling.
-        tokenizer: the tokenizer.
-        limit: the greatest number of new tokens.
-        ends: further tokens that end an answer.
-        should_stop: called after each token; True ends the generation.
     """
     lengths = [len(row.prompt_ids) for row in rows]
     size = settings.rows_together(len(columns))

@@ -79,11 +79,9 @@ class BackgroundTraining:
     def start(self, work: Work, show: Callable[[Run], object]) -> None:
         """Starts the thread, and returns when the run has begun and is displayed.
 
-        If this is interrupted, the caller must call ``abandon``.
+        ``work`` runs the training in the new thread, ``show`` displays the run in this one.
 
-        Args:
-            work: runs the training; called in the new thread.
-            show: displays the run; called in this thread.
+        If this is interrupted, the caller must call ``abandon``.
 
         Raises:
             NbpeftError: the error with which it failed before the run began.

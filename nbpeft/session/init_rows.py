@@ -86,12 +86,7 @@ def starting_from(
 ) -> Iterator[Finish]:
     """Runs rows through a base model, to initialize an adapter that is created in the block.
 
-    Args:
-        ctx: context of the session.
-        model: the base model, with or without adapters; it is not changed.
-        config: config of the new adapter.
-        rows: None if none were given.
-        notes: a description of the init is added to them.
+    A description of the init is added to ``notes``.
 
     Raises:
         ConfigError: the init needs rows and there are none, or there are rows and the init does not use them.

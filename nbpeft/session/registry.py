@@ -336,11 +336,6 @@ class ModelRegistry:
         """Track a model and make it the current one.
 
         A known model keeps its name; another model with the same name is removed.
-
-        Args:
-            name: name of its variable; None for a free name.
-            model: an adapted model.
-            select: make it the current one.
         """
         tracked = self.find(model) or self.new(name, model)
         self._models[tracked.name] = tracked

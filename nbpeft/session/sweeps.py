@@ -173,14 +173,7 @@ def all_or_none(ctx: SessionContext, model: Any) -> Iterator[None]:
 
 
 def restore(tracked: TrackedModel, names: tuple[str, ...], selected: tuple[str, ...], *, enabled: bool) -> None:
-    """Removes the adapters that are not in ``names`` from a model, and unloads it if there are none.
-
-    Args:
-        tracked: the model.
-        names: adapters to preserve.
-        selected: adapters to activate.
-        enabled: whether adapters are enabled afterwards.
-    """
+    """Removes the adapters that are not in ``names`` from a model, and unloads it if there are none."""
     from nbpeft.engine.runtime.snapshots import undo_additions
 
     manager = tracked.manager

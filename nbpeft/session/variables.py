@@ -30,15 +30,7 @@ _COLLECTIONS = 3
 
 
 class Variables:
-    """Watches the variables of a notebook, and reports once when one refers to another model.
-
-    Args:
-        models: models of the session.
-        history: stores the adapters of deleted models.
-        publish: called when the name of a model changes.
-        is_busy: returns whether a command is running.
-        has_run: returns whether a run with a name is on disk.
-    """
+    """Watches the variables of a notebook, and reports once when one refers to another model."""
 
     def __init__(
         self,

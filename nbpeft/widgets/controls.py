@@ -71,12 +71,6 @@ def panel_root(*children: Any) -> Any:
 def one_each(box: Any, old: dict[Key, Item], keys: Iterable[Key], make: Callable[[Key], Item]) -> dict[Key, Item]:
     """Gives a box one child for each key: items of known keys are reused, those of keys that are gone are closed.
 
-    Args:
-        box: The box.
-        old: The items in it now, widgets or objects with a ``box``.
-        keys: The keys of the items it should have.
-        make: Creates the item of a new key.
-
     Returns:
         The items, by key.
     """
@@ -201,13 +195,7 @@ def tokens_field(value: int) -> Any:
 
 
 class SamplingFields:
-    """Temperature, top-p and seed.
-
-    Args:
-        temperature: The initial temperature; 0 is greedy decoding.
-        top_p: The initial top-p.
-        seed: The initial seed; None for a new one each time.
-    """
+    """Temperature, top-p and seed, with their initial values."""
 
     def __init__(self, temperature: float | None, top_p: float | None, seed: int | None) -> None:
         draws = temperature if temperature is not None else 0.0 if top_p is None else 1.0
@@ -268,11 +256,7 @@ class Question:
         return str(self.field.value).strip()
 
     def next(self, placeholder: str) -> None:
-        """Clears the box.
-
-        Args:
-            placeholder: The text shown in the empty box.
-        """
+        """Clears the box, which shows a placeholder until it is filled."""
         self.field.value, self.field.placeholder = "", placeholder
 
     def running(self, running: bool) -> None:
@@ -282,12 +266,7 @@ class Question:
 
 
 class PromptForm:
-    """The choice whether the tokenizer's chat template is applied to the prompt.
-
-    Args:
-        command: Called with ``form`` when it changes.
-        chat: The initial choice; see ``session.compare``.
-    """
+    """The choice whether the tokenizer's chat template is applied to the prompt."""
 
     def __init__(self, command: Command, chat: bool | None) -> None:
         begin = next(label for label, form in CHAT_TEMPLATE.items() if form is chat)

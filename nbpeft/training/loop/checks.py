@@ -55,9 +55,6 @@ def checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, 
 def check_names(arguments: Mapping[str, Any]) -> None:
     """Refuses names that are no arguments of a training.
 
-    Args:
-        arguments: keyword arguments of :func:`nbpeft.train`.
-
     Raises:
         ConfigError: one is unknown; the message suggests similar names.
     """

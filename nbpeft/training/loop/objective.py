@@ -73,9 +73,6 @@ _STEP_SIZE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1
 def with_objective(request: TrainRequest) -> TrainRequest:
     """Returns an opened request whose objective is chosen, and whose ``arguments`` are without the objective's fields.
 
-    Args:
-        request: the arguments of a training; returned as it is if its objective is chosen already.
-
     Raises:
         ConfigError: the objective, one of its fields, or an argument that it does not take is invalid.
         TrainingError: the rows or the model are not of the kind that the objective needs.

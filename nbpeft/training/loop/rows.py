@@ -298,12 +298,7 @@ class FirstRows:
         return (*self.read_notes, *(["not used: weights of the rows"] if unused else []))
 
     def batches(self, size: int = BATCH_SIZE, *, labels: bool = True) -> list[dict[str, Tensor]]:
-        """Returns the rows in batches.
-
-        Args:
-            size: number of rows per batch.
-            labels: whether to include labels.
-        """
+        """Returns the rows in batches."""
         given = (self.collate(self.rows[first : first + size]) for first in range(0, len(self.rows), size))
         found = [with_loss_weights(batch) for batch in given]
         return [{name: value for name, value in batch.items() if labels or name != "labels"} for batch in found]

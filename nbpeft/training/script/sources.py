@@ -72,11 +72,6 @@ def source_of_path(text: str, folder: Path) -> Source:
 def source_of_base(model: Any, given: str | None, folder: Path) -> tuple[Source, str]:
     """Returns where to load the base model from, for the script and for this process.
 
-    Args:
-        model: the base model.
-        given: a folder or hub id, or None.
-        folder: folder of the script.
-
     Raises:
         TrainingError: the model has no information about its source.
     """

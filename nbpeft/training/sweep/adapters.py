@@ -33,10 +33,6 @@ def side_by_side(train: Callable[[TrainRequest], TrainResult], request: TrainReq
     """Trains with ``sweep(…)`` as a field, or with ``members``: adapters with their own fields.
 
     Afterwards the best adapter is active; if no step was done, the model is restored.
-
-    Args:
-        train: called with a :class:`SideBySide` as ``members`` while the adapters exist.
-        request: the arguments of the training.
     """
     interrupted: TrainingInterrupted | None = None
     with _members(request) as group:

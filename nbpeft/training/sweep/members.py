@@ -276,10 +276,6 @@ class SideBySide:
     def take_rows(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
         """Gives each member its own rows, or the same ones if it draws other random numbers than the others.
 
-        Args:
-            train: the training rows; member -> its own, if each has some.
-            evaluation: the evaluation rows in the same form, or None.
-
         Returns:
             The training rows and the evaluation rows of the first member.
         """

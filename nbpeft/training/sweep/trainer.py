@@ -432,11 +432,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
 
 
 def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the adapters of a sweep in a checkpoint, including clones, with their own fields; empty without a sweep.
-
-    Args:
-        state: content of its ``trainer_state.json``.
-    """
+    """Returns the adapters, clones included, that a checkpoint's ``trainer_state.json`` has, with their own fields."""
     kept = _kept(state, "members", of=(Mapping, list))
     pairs = kept.items() if isinstance(kept, Mapping) else kept
     named = [pair for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2]

@@ -109,9 +109,6 @@ class Trainer(transformers.Trainer):
     def after_batch(self, loss: Tensor) -> None:
         """Checks the use of weights. Called after each training step.
 
-        Args:
-            loss: the loss of the batch.
-
         Raises:
             TrainingError: the rows have weights, but the loss does not use them.
         """

@@ -55,13 +55,7 @@ class Scored(Protocol):
     name: str
 
     def evaluated(self, step: int, args: TrainingArguments, reported: Mapping[str, float]) -> None:
-        """Records an evaluation.
-
-        Args:
-            step: the optimizer step.
-            args: the arguments of the training.
-            reported: the metrics, as a Trainer reports them.
-        """
+        """Records an evaluation."""
 
 
 class ScoreCallback(TrainerCallback):
@@ -173,14 +167,9 @@ def check_every(value: object) -> None:
 
 
 def scorer_of(request: Any, fields: dict[str, Any], classes: Any = None) -> Scorer | None:
-    """The scorer of a training; None if there is nothing to score.
+    """The scorer of a training, whose metric is added to ``fields``; None if there is nothing to score.
 
     With a patience, and in a sweep, its metric decides which state is the best, unless another one is given.
-
-    Args:
-        request: the arguments of the training.
-        fields: fields of the training arguments, to which the metric is added.
-        classes: the classes of a classifier, with the names that the training rows give them.
 
     Raises:
         ConfigError: an argument is invalid, or has no effect.
