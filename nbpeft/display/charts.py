@@ -194,11 +194,6 @@ def loss_image(train: TrainState) -> str:
     return _loss_picture(train, NEUTRAL).image(NEUTRAL)
 
 
-def loss_svg(train: TrainState) -> str:
-    """Returns the loss curve as the content of an SVG file, readable on light and on dark backgrounds."""
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{loss_chart(train, NEUTRAL, fluid=False)}\n'
-
-
 def loss_left(train: TrainState) -> float:
     """Returns the space to the left of the loss curve in percent of the chart's width."""
     frame = _frame_of(train)

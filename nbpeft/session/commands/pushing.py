@@ -99,7 +99,7 @@ def card_facts(tracked: TrackedModel, name: str, source: str, title: str) -> Car
         title: heading of the card.
     """
     from nbpeft.checkpoint import CardFacts
-    from nbpeft.display.charts import loss_svg
+    from nbpeft.display.svg import loss_svg
 
     state = tracked.state()
     own = sum(adapter.parameter_count for adapter in state.adapters)
