@@ -219,6 +219,12 @@ def test_results_can_be_kept_and_silenced(adapted: Notebook) -> None:
     adapted.do("answer = %lora use chat")
     assert isinstance(adapted["answer"], Result)
     assert "model uses" not in adapted.run("%lora use sql;").printed
+    assert adapted.do("%lora use chat;  # it's silent; really") is None
+    assert adapted.do("%lora use sql  # it's shown;") is not None
+    assert repr(adapted.do("%lora help  # all")) == repr(adapted.do("%lora help"))
+    assert repr(adapted.do("%lora  # the state")) == repr(adapted.do("%lora"))
+    adapted.do("%%lora model --name other  # a third\nr = 2  # its rank")
+    assert "other" in adapted["model"].peft_config
 
 
 def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: Path) -> None:
