@@ -290,6 +290,7 @@ class TokenSpan:
         learned: whether they have labels, i.e. contribute to the loss.
         special: whether they are special tokens of the tokenizer.
         cut: whether they are beyond the maximum length, and not read at all.
+        compared: whether they have labels in a rejected completion, with which the learned one is compared.
         skipped: number of tokens that are not shown here; the span has no text then.
     """
 
@@ -297,6 +298,7 @@ class TokenSpan:
     learned: bool = False
     special: bool = False
     cut: bool = False
+    compared: bool = False
     skipped: int = 0
 
 

@@ -410,7 +410,9 @@ def _token_span(item: blocks.TokenSpan) -> str:
     if item.skipped:
         return span(blocks.dim(f" … {plural(item.skipped, 'token')} … "))
     styles = [
-        f"background:{palette.LEARNED};border-radius:2px" if item.learned and not item.cut else "",
+        f"background:{palette.COMPARED if item.compared else palette.LEARNED};border-radius:2px"
+        if (item.learned or item.compared) and not item.cut
+        else "",
         f"text-decoration:line-through;color:{palette.DIM}" if item.cut else "",
         f"border:1px solid {palette.LIMIT};border-radius:4px;padding:0 2px;font-size:11px" if item.special else "",
     ]

@@ -57,6 +57,9 @@ CHANGED = "rgba(114,183,178,.38)"
 LEARNED = "rgba(84,162,75,.30)"
 """Background of tokens with labels."""
 
+COMPARED = "rgba(245,133,24,.28)"
+"""Background of tokens with labels in a rejected completion."""
+
 CUT = "#e45756"
 """Colour of everything beyond a limit."""
 

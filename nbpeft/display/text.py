@@ -141,7 +141,7 @@ def _(block: blocks.Tokens) -> RenderableType:
 def _token_span(item: blocks.TokenSpan) -> Text:
     if item.skipped:
         return Text(f" … {item.skipped} tokens … ", "dim")
-    style = "strike dim" if item.cut else "green" if item.learned else ""
+    style = "strike dim" if item.cut else "yellow" if item.compared else "green" if item.learned else ""
     return Text(item.text, f"{style} bold" if item.special else style)
 
 

@@ -184,14 +184,15 @@ def _line_values(fragment: str, values: Values) -> Suggestions:
 
 
 def split(before: str) -> tuple[list[Word], str]:
-    """The complete words of a line, and the part of the next one typed so far."""
+    """The complete words of a line, and the part of the next one (or of a comment) typed so far."""
     try:
         words = tokenize(before)
     except CellError:
         at = max(before.rfind(" "), before.rfind("\t")) + 1
         return split(before[:at])[0] if before[:at] != before else [], before[at:].lstrip("\"'")
-    if not words or (before and before[-1].isspace()):
-        return words, ""
+    comment = before[words[-1].end if words else 0 :].lstrip()
+    if comment or not words or before[-1].isspace():
+        return words, comment
     return words[:-1], before[words[-1].start :]
 
 

@@ -21,7 +21,7 @@ from nbpeft.magics.inspecting import describe
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import parse_arguments, parse_line
 from nbpeft.magics.registry import registered
-from nbpeft.magics.tokenize import tokenize
+from nbpeft.magics.tokenize import tokenize, without_comment
 from nbpeft.session import Session, StatusReport, get_session
 from nbpeft.session.fields import module_names
 from nbpeft.session.handles import is_module
@@ -153,9 +153,10 @@ class NbpeftMagics(magic.Magics):
         The new error is raised outside the ``except`` block, so that the command's error is not its ``__context__``:
         the frames of that error reference the model and would keep it alive.
         """
-        silent = (line if cell is None else cell).rstrip().endswith(";")
+        line = without_comment(line)
+        silent = (line if cell is None else cell.rstrip()).endswith(";")
         if silent and cell is None:
-            line = line.rstrip().rstrip(";")
+            line = line.rstrip(";")
         interrupted: Interrupted | None = None
         self._options = {}
         self.session.adopt(self.shell.user_ns)

@@ -24,7 +24,7 @@ ON_MODEL = argument(
     metavar="MODEL",
     completes="model",
     reads=NotebookContext.chosen,
-    help="the model; not needed if only one has adapters",
+    help="the model; not needed if only one has adapters, or those that are named",
 )
 """The option of subcommands that need an adapted model: required if there are several."""
 MODEL = argument("target", metavar="MODEL", completes="model", help="variable with the model")

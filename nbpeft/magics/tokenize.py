@@ -3,7 +3,8 @@
 Spaces separate words, except inside quotes and brackets. Quotes around a word (or around the value of
 ``--option=``) are removed; quotes inside a word stay, so ``ds["train"]`` and ``targets=["q", "v"]``
 need no escaping. A backslash is an ordinary character. ``{name}`` or ``$name`` is a variable
-of the notebook only if it is the whole word, the whole value after ``=``, or the first part of a path.
+of the notebook only if it is the whole word, the whole value after ``=``, or the first part of a path. A word that
+begins with ``#`` begins a comment, as in Python; ``#`` inside a word or in quotes does not.
 """
 
 from __future__ import annotations
@@ -68,12 +69,24 @@ def tokenize(line: str) -> list[Word]:
         if line[at].isspace():
             at += 1
             continue
+        if line[at] == "#":
+            at = (line + "\n").index("\n", at)
+            continue
         word = _word(line, at, brackets=True) or _word(line, at, brackets=False)
         if word is None:
             raise CellError("a quote is not closed", column=_open_quote(line, at))
         words.append(word)
         at = word.end
     return words
+
+
+def without_comment(line: str) -> str:
+    """Return a line up to the end of its last word; the line itself if a quote in it is not closed."""
+    try:
+        words = tokenize(line)
+    except CellError:
+        return line
+    return line[: words[-1].end] if words else ""
 
 
 def quoted(text: str) -> str:

@@ -24,7 +24,7 @@ from nbpeft.session.variables import Variables
 from nbpeft.state import PastState, SessionState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import nn
 
@@ -164,32 +164,39 @@ class SessionContext:
         if self.lock.depth == 0 and (self.changed or self._published_busy):
             self.publish()
 
-    def find(self, model: Any, variable: str | None = None, *, command: str = "") -> TrackedModel | None:
+    def find(
+        self, model: Any, variable: str | None = None, *, command: str = "", adapters: Iterable[object] = ()
+    ) -> TrackedModel | None:
         """Return a model, and start to track it if it is already adapted; None for a bare model.
 
         Args:
             model: a model, a name, or None for the only model.
             variable: name for a model that the session does not know yet.
             command: as for ``ModelRegistry.get``.
+            adapters: as for ``ModelRegistry.get``.
 
         Raises:
             AdapterError: it is not a model, the name is unknown, or a name is required.
         """
         if model is None or isinstance(model, str):
-            return self.models.get(model, command=command)
+            return self.models.get(model, command=command, adapters=adapters)
         model = uncompiled(model)
         if not is_module(model):
             raise AdapterError(f"expected a model, or the name of one, not {model!r:.60}")
         self.variables.look()
         return self.models.find(model) or self.models.adopt(model, variable)
 
-    def find_adapted(self, model: Any, variable: str | None = None, *, command: str = "") -> TrackedModel:
+    def find_adapted(
+        self, model: Any, variable: str | None = None, *, command: str = "", adapters: Iterable[object] = ()
+    ) -> TrackedModel:
         """Return a model like ``find``, but refuse a bare one.
+
+        ``command`` and ``adapters`` are those of ``ModelRegistry.get``.
 
         Raises:
             AdapterError: there is no such model, or it has no adapters.
         """
-        tracked = self.find(model, variable, command=command)
+        tracked = self.find(model, variable, command=command, adapters=adapters)
         return tracked if tracked is not None else self.models.get(model)
 
     @property

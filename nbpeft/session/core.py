@@ -233,17 +233,18 @@ class Session:
 
     # Models
 
-    def model(self, name: ModelLike = None, *, command: str = "") -> PeftModel:
-        """Return an adapted model by name or by a model; None for the only one.
+    def model(self, name: ModelLike = None, *, command: str = "", adapters: Iterable[object] = ()) -> PeftModel:
+        """Return an adapted model by name or by a model; None for the only one, or the only one with some adapters.
 
         Args:
             name: a name or a model.
             command: name of the command, for the message if several models have adapters, e.g. ``unload``.
+            adapters: names of adapters that the model has.
 
         Raises:
             AdapterError: there is no such model; the message has the available names.
         """
-        return self.context.models.get(name, command=command).model
+        return self.context.models.get(name, command=command, adapters=adapters).model
 
     def base(self, model: ModelLike = None) -> nn.Module:
         """Return the base model without the PeftModel."""

@@ -396,21 +396,26 @@ class ModelRegistry:
         """Called when the outermost command has ended."""
         self._handles.clear()
 
-    def get(self, model: object = None, *, command: str = "") -> TrackedModel:
-        """Return a model by its name or the model itself; None for the only one.
+    def get(self, model: object = None, *, command: str = "", adapters: Iterable[object] = ()) -> TrackedModel:
+        """Return a model by its name or the model itself; None for the only one, or the only one with some adapters.
 
         A model that is named while there is no current one becomes the current one.
 
         Args:
             model: a name, a model, or None.
             command: name of the command, for the message, e.g. ``merge``.
+            adapters: names of existing adapters that the command was given; None among them is no name.
 
         Raises:
             AdapterError: there is no such model, or a name is required; the message has the names.
+            UnknownAdapterError: there are several models, and one of the adapters is on none of them.
         """
         if self.watcher is not None:
             self.watcher.look()
         current, choices = self.current, self.choices
+        if model is None and len(choices) > 1:
+            choices = self._with_adapters(choices, [name for name in adapters if isinstance(name, str)]) or choices
+            model = choices[0] if len(choices) == 1 else None
         if model is None and len(choices) > 1:
             message = f"several models carry adapters; {command or 'this'} needs one of them: {_choices(choices)}"
             raise AdapterError(message, available=choices)
@@ -425,6 +430,22 @@ class ModelRegistry:
         if current is None:
             self.select(tracked)
         return tracked
+
+    def _with_adapters(self, choices: Iterable[str], adapters: Collection[str]) -> tuple[str, ...]:
+        """Returns the names of those models that have all of some adapters; empty if no adapter is named.
+
+        Raises:
+            UnknownAdapterError: one of the adapters is on none of the models.
+        """
+        managers = {name: self._models[name].manager for name in choices}
+        for adapter in adapters:
+            if not any(manager.available(adapter) for manager in managers.values()):
+                from nbpeft.engine.config.adapter_names import unknown_adapter
+
+                present = dict.fromkeys(name for manager in managers.values() for name in manager.names)
+                raise unknown_adapter(adapter, present, "the models have")
+        having = (name for name, manager in managers.items() if all(map(manager.available, adapters)))
+        return tuple(having) if adapters else ()
 
     def _only_left(self, command: str) -> TrackedModel | None:
         """Returns the only model that a command without a name can mean, after the current one is lost."""

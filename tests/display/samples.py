@@ -83,7 +83,12 @@ def results(word: str = "orders") -> dict[str, Shown]:
 
 def _data(word: str) -> DataResult:
     """Data of which a row is cut and another is left out."""
-    spans = (TokenSpan("<s>", special=True), TokenSpan(word), TokenSpan(f"{word}\nyes", learned=True))
+    spans = (
+        TokenSpan("<s>", special=True),
+        TokenSpan(word),
+        TokenSpan(f"{word}\nyes", learned=True),
+        TokenSpan(word, compared=True),
+    )
     cut = (*spans, TokenSpan("", skipped=7), TokenSpan(word, learned=True, cut=True))
     rows = (
         RowSummary(0, 12, 4, 0, "", spans),

@@ -31,6 +31,8 @@ def words(before: str) -> tuple[str, ...]:
         ("use s", ("sql", "support")),
         ("use sql ", ("chat", "support")),
         ("use sql --m", ("--model",)),
+        ("use sql # ", ()),
+        ("use #", ()),
         ("use sql --model ", ("model", "other")),
         ("combine sql=1 chat --as c --type ", ("exact", "mean")),
         ("combine sql=1 --as c --type ", ("exact",)),

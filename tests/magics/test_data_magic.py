@@ -140,7 +140,8 @@ def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> 
 def test_preferences_are_shown_as_they_are_trained_on_and_the_cell_says_how(ready: Notebook) -> None:
     ready["pairs"] = [{"prompt": "a b", "chosen": "b a", "rejected": "c"}] * 4
     shown = ready.do("%lora data pairs --tokenizer tok")
-    assert shown.summary.form == "chosen and rejected" and "rejected" in shown._repr_html_()
+    assert shown.summary.form == "chosen and rejected" and "rejected · 2 compared" in shown._repr_html_()
+    assert "33.3 % of them learned, 16.7 % compared" in str(shown)
     cell = "%%lora_train model --data pairs --tokenizer tok --objective dpo --reference base\nmax_steps = 1\nbeta = 0.3"
     result = ready.do(cell)
     assert (result.objective, result.reference, result.loss) == ("dpo", "base", pytest.approx(0.6931, abs=1e-3))

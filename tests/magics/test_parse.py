@@ -7,8 +7,8 @@ import pytest
 
 from nbpeft.errors import CellError
 from nbpeft.magics.lora import CELLS, SUBCOMMANDS
-from nbpeft.magics.parse import Request, parse_arguments, parse_line
-from nbpeft.magics.tokenize import tokenize
+from nbpeft.magics.parse import Request, Subcommand, parse_arguments, parse_line
+from nbpeft.magics.tokenize import quoted, tokenize
 
 
 def parsed(line: str, **namespace: Any) -> Request:
@@ -81,6 +81,22 @@ def test_line_breaks_of_a_prompt_in_quotes_and_in_a_variable() -> None:
     assert parsed(r'swap a --check "one\ntwo"').options.check == "one\ntwo"
     assert parsed("compare $text", text=r"print('\n')").options.prompt == r"print('\n')"
     assert parsed(r"load C:\new --name x").options.path == r"C:\new"
+
+
+@pytest.mark.parametrize("command", [command for command in SUBCOMMANDS.values() if command.example])
+def test_a_comment_ends_every_line(command: Subcommand) -> None:
+    line = command.example.partition("\n")[0].removeprefix("%lora ")
+    request = parsed(f"{line}  # what it's for, 'chat' --none")
+    assert request.command is command and request.options == parsed(line).options
+
+
+def test_a_number_sign_in_a_word_or_in_quotes_begins_no_comment() -> None:
+    assert parsed("load runs/#3/a#b --name 'a #1'").options.path == "runs/#3/a#b"
+    assert parsed("load runs/a --name 'a #1' # it is here").options.name == "a #1"
+    assert parsed("data rows.csv --separator '#'").options.separator == "#"
+    assert parsed("data [row['#'] for row in rows]").options.data == "[row['#'] for row in rows]"
+    assert quoted("#1") == '"#1"'
+    assert parse_line("# the state", SUBCOMMANDS, {}) is None
 
 
 def test_a_negative_factor_is_a_number() -> None:

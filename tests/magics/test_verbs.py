@@ -219,6 +219,12 @@ def test_results_can_be_kept_and_silenced(adapted: Notebook) -> None:
     adapted.do("answer = %lora use chat")
     assert isinstance(adapted["answer"], Result)
     assert "model uses" not in adapted.run("%lora use sql;").printed
+    assert adapted.do("%lora use chat;  # it's silent; really") is None
+    assert adapted.do("%lora use sql  # it's shown;") is not None
+    assert repr(adapted.do("%lora help  # all")) == repr(adapted.do("%lora help"))
+    assert repr(adapted.do("%lora  # the state")) == repr(adapted.do("%lora"))
+    adapted.do("%%lora model --name other  # a third\nr = 2  # its rank")
+    assert "other" in adapted["model"].peft_config
 
 
 def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: Path) -> None:
@@ -312,6 +318,13 @@ class TestWhichModel:
         trained.do("%lora use sql --model model")
         return trained
 
+    @pytest.mark.parametrize("line", ["delete q", "rename q x", "use q", "inspect q", "scale q 2"])
+    def test_the_only_one_with_the_adapter_is_meant_and_named(self, two: Notebook, line: str) -> None:
+        before = fingerprint(two["model"])
+        assert "delete needs one of them: --model model or --model q4" in two.run("%lora delete sql q").line
+        assert "q4" in str(two.do(f"%lora {line}"))
+        assert fingerprint(two["model"]) == before
+
     def test_after_an_unload_no_other_is_merged(self, two: Notebook) -> None:
         line = two.run("%lora unload").line
         assert line == "several models carry adapters; unload needs one of them: --model model or --model q4"
@@ -341,7 +354,7 @@ class TestWhichModel:
         two.do("%lora unload --model model")
         assert "'q' is back" in str(two.do("%lora undo"))
 
-    @pytest.mark.parametrize("line", ["merge", "unmerge", "unload", "delete sql", "rename sql x", "combine sql --as x"])
+    @pytest.mark.parametrize("line", ["merge", "unmerge", "unload", "off"])
     def test_of_several_it_is_said(self, two: Notebook, line: str) -> None:
         before = fingerprint(two["model"])
         assert "needs one of them: --model model or --model q4" in two.run(f"%lora {line}").line
@@ -350,8 +363,8 @@ class TestWhichModel:
 
     def test_swapping(self, two: Notebook, tmp_path: Path) -> None:
         two.do(f"%lora save {tmp_path} --name sql --model model")
-        assert "swap needs one of them" in two.run(f"%lora swap {tmp_path} --into sql").line
-        two.do(f"%lora swap {tmp_path} --into sql --model model")
+        assert "swap needs one of them" in two.run(f"%lora swap {tmp_path}").line
+        assert "on model" in str(two.do(f"%lora swap {tmp_path} --into sql"))
 
     def test_what_a_variable_holds_goes_before_what_it_held(self, two: Notebook) -> None:
         two["kept"], two["model"] = two["model"], two["q4"].get_base_model()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, UnknownAdapterError
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.session import Session
 from tests.char_tokenizer import CharTokenizer
@@ -79,6 +79,56 @@ def test_every_command_asks_which_of_several(session: Session, two: tuple[Any, A
     assert caught.value.details["available"] == ("first", "second")
     assert sorted(tmp_path.rglob("*")) == files
     assert state_of(*two) == before and session.state.current == "second"
+
+
+NAMED: dict[str, Callable[[Session, Path], object]] = {
+    "use": lambda session, folder: session.use("y"),
+    "scale": lambda session, folder: session.set_scale("y", 2.0),
+    "freeze": lambda session, folder: session.freeze("y"),
+    "unfreeze": lambda session, folder: session.unfreeze("y"),
+    "save": lambda session, folder: session.save(folder / "y", name="y"),
+    "delete": lambda session, folder: session.delete(["y"]),
+    "rename": lambda session, folder: session.rename("y", "z"),
+    "copy": lambda session, folder: session.copy("y", "z"),
+    "reset": lambda session, folder: session.reset("y"),
+    "merge": lambda session, folder: session.merge("y"),
+    "combine": lambda session, folder: session.combine({"x": 1.0, "y": 1.0}, as_name="z"),
+    "convert": lambda session, folder: session.convert("y", 1, as_name="z"),
+    "inspect": lambda session, folder: session.inspect("y"),
+    "ship": lambda session, folder: session.ship("y", engine="peft", to=folder / "y"),
+    "ask": lambda session, folder: session.ask("a", adapter=["y"], max_new_tokens=1, tokenizer=CharTokenizer()),
+    "compare": lambda session, folder: session.compare("a", adapters=["y"], tokenizer=CharTokenizer()),
+    "score": lambda session, folder: session.score(
+        [{"prompt": "a", "completion": "b"}], adapters=["x+y"], metric="loss", tokenizer=CharTokenizer()
+    ),
+    "train": lambda session, folder: session.train(None, token_rows(4), adapter="y", max_steps=1, keep=False),
+}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_the_only_model_with_an_adapter_of_that_name_is_meant(
+    session: Session, two: tuple[Any, Any], tmp_path: Path, what: str
+) -> None:
+    session.copy("x", "y", model="first")
+    other = state_of(two[1])
+    result = NAMED[what](session, tmp_path)
+    assert state_of(two[1]) == other
+    assert what in ("train", "score") or "first" in f"{result}{getattr(result, 'model_name', '')}"
+
+
+def test_adapters_of_several_models_and_of_none(session: Session, two: tuple[Any, Any]) -> None:
+    session.copy("x", "mine", model="first")
+    session.copy("x", "yours", model="second")
+    before = state_of(*two)
+    for names in (["mine", "yours"], "x", []):
+        with pytest.raises(AdapterError, match="use needs one of them: model='first' or model='second'"):
+            session.use(names)
+    with pytest.raises(UnknownAdapterError, match=r"the models have: 'x', 'mine', 'yours'\. Did you mean 'yours'"):
+        session.use(["mine", "yuors"])
+    assert state_of(*two) == before
+    session.add(llama(), FIELDS, name="other", variable="third")
+    with pytest.raises(AdapterError, match=r"use needs one of them: model='first' or model='second'$"):
+        session.use("x")
 
 
 def test_one_that_is_named_is_the_one(session: Session, two: tuple[Any, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example
 from hypothesis import strategies as st
 
+from nbpeft.names import PAIRS
 from nbpeft.training import prepare_data, summarize
 from nbpeft.training.data import ModelInputs
 from nbpeft.training.data.summary import bins_of
@@ -36,7 +37,7 @@ def test_counts_are_those_of_the_rows_that_are_trained_on(tokenizer: Any, data: 
     assert (found.row_count, found.token_count) == (len(rows), rows.token_count)
     assert (found.cut_rows, found.left_out_count) == (rows.truncated, rows.dropped)
     assert found.learned_count == sum(label != -100 for row in rows for label in row["labels"][1:])
-    assert sum(number for *_, number in found.bins) == len(data)
+    assert sum(number for *_, number in found.bins) == len(rows)
 
 
 def test_the_rows_shown_are_those_that_are_trained_on(tokenizer: Any) -> None:
@@ -70,6 +71,34 @@ def test_rows_that_are_cut_or_left_out_are_shown_wherever_they_are(tokenizer: An
     assert [row.number for row in found.rows][:2] == [0, 1]
     assert any(row.cut_count for row in found.rows) and any(row.missing for row in found.rows)
     assert "row 9: the completion is empty" in found.left_out
+
+
+def test_lengths_are_those_of_the_rows_that_are_trained_on(tokenizer: Any) -> None:
+    read = summarize(ROWS[:8], tokenizer)
+    with_others = summarize([*ROWS[:8], {"prompt": "is it? " * 50, "completion": ""}], tokenizer)
+    assert with_others.left_out_count == 1
+    assert [getattr(with_others, name) for name in ("bins", "longest", "median")] == [
+        read.bins,
+        read.longest,
+        read.median,
+    ]
+    nothing = summarize([{"prompt": "is it?", "completion": ""}], tokenizer)
+    assert (nothing.row_count, nothing.bins[-1][2]) == (0, 1) and nothing.longest > 0
+
+
+def test_a_rejected_completion_is_compared_and_not_learned() -> None:
+    pair = {"prompt": "is it? ", "chosen": "yes", "rejected": "no, not"}
+    inputs = ModelInputs(kind=PAIRS)
+    found = summarize([pair, {**pair, "rejected": ""}], CharTokenizer(), inputs=inputs)
+    [row, left_out] = found.rows
+    assert (text(row.spans, learned=True)[:3], text(row.target, compared=True)[:7]) == ("yes", "no, not")
+    assert not text(row.spans, compared=True) and not text(row.target, learned=True)
+    [read] = prepare_data([pair], CharTokenizer(), inputs=inputs)
+    learned, compared = (sum(label != -100 for label in read[name]) for name in ("labels", "rejected_labels"))
+    assert (row.learned_count, row.compared_count) == (found.learned_count, found.compared_count) == (learned, compared)
+    assert found.token_count == len(read["input_ids"]) + len(read["rejected_input_ids"])
+    shown = (*left_out.spans, *left_out.target)
+    assert left_out.missing and not any(span.learned or span.compared for span in shown)
 
 
 def test_a_long_row_is_shown_in_part() -> None:

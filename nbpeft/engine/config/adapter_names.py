@@ -66,12 +66,13 @@ class ByName(dict[str, Any]):
         self.update(items)
 
 
-def unknown_adapter(name: object, present: Collection[str]) -> UnknownAdapterError:
+def unknown_adapter(name: object, present: Collection[str], where: str = "the model has") -> UnknownAdapterError:
     """Creates the error for an unknown adapter name.
 
     Args:
         name: the unknown name.
         present: names of the adapters on the model.
+        where: what has them, with the verb.
 
     Returns:
         The error, for the caller to raise.
@@ -80,7 +81,7 @@ def unknown_adapter(name: object, present: Collection[str]) -> UnknownAdapterErr
     several = {part.strip() for part in str(name).split(",")}
     hint = " Write several names separately, without commas." if len(several) > 1 and several <= {*present} else ""
     return UnknownAdapterError(
-        f"Adapter {name!r} not found; the model has: {have}." + (hint or did_you_mean(str(name), present)),
+        f"Adapter {name!r} not found; {where}: {have}." + (hint or did_you_mean(str(name), present)),
         name=name,
         available=tuple(present),
     )

@@ -169,7 +169,7 @@ def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
         tokenizer=None if options.check is None else notebook.tokenizer(options.tokenizer),
         chat=chat_of(options),
         replace=options.replace,
-        model=_compiled(notebook.chosen(options.model), notebook),
+        model=_compiled(notebook.chosen(options.model), notebook, options.into),
     )
 
 
@@ -204,11 +204,11 @@ def _prompts(options: argparse.Namespace, notebook: NotebookContext) -> Any:
         raise CellError(f"--prompts: {options.prompts!r} is not a list of prompts") from None
 
 
-def _compiled(model: Any, notebook: NotebookContext) -> Any:
+def _compiled(model: Any, notebook: NotebookContext, into: str | None) -> Any:
     """The ``torch.compile``d form of a model, if a variable has it, so that the swap keeps the compiled graphs."""
     if hasattr(model, "_orig_mod"):
         return model
-    handle = notebook.session.model(model, command="swap")
+    handle = notebook.session.model(model, command="swap", adapters=(into,))
     inner = (handle, handle.get_base_model())
     for key, value in list(notebook.namespace.items()):
         if not key.startswith("_") and is_module(value) and getattr(value, "_orig_mod", None) in inner:

@@ -401,7 +401,7 @@ def save(
     from nbpeft.model.saving import files
 
     place = place_of(folder, "save")
-    tracked = ctx.models.get(model, command="save")
+    tracked = ctx.models.get(model, command="save", adapters=(name,))
     names = (name,) if name is not None else tracked.manager.names
     tracked.manager.require(*names)
     if not names:
@@ -464,7 +464,8 @@ def delete(ctx: SessionContext, name: str | Sequence[str], *, model: ModelLike =
     """
     from nbpeft.engine.config.adapter_names import names_in
 
-    tracked, names = ctx.models.get(model, command="delete"), names_in(name)
+    names = names_in(name)
+    tracked = ctx.models.get(model, command="delete", adapters=names)
     if not names:
         raise AdapterError("nothing to delete: no adapter is named")
     described = few(names)
@@ -497,7 +498,7 @@ def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None)
         UnknownAdapterError: there is no such adapter.
         AdapterExistsError: the new name is taken.
     """
-    tracked = ctx.models.get(model, command="rename")
+    tracked = ctx.models.get(model, command="rename", adapters=(name,))
     with ctx.command(f"renaming {name!r}") as notes:
         tracked.manager.rename(name, new)
         result = ctx.result(tracked, f"renamed {name!r} to {new!r}", notes)
@@ -520,7 +521,7 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
         UnknownAdapterError: there is no such adapter.
         AdapterExistsError: the new name is taken.
     """
-    tracked = ctx.models.get(model, command="copy")
+    tracked = ctx.models.get(model, command="copy", adapters=(name,))
     with ctx.command(f"copying {name!r}") as notes:
         tracked.manager.copy(name, new)
         tracked.requested[new] = (tracked.manager.configs[new], tracked.requested_fields(name))

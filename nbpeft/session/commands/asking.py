@@ -72,7 +72,8 @@ def ask(
     sampling = Sampling(temperature, top_p, seed)
     if isinstance(prompt, list | tuple) and not is_conversation(prompt):
         raise AdapterError("ask answers one prompt, a text or a conversation; session.compare() takes several")
-    tracked = ctx.find_adapted(model)
+    named = () if adapter is None else names_of(adapter)
+    tracked = ctx.find_adapted(model, command="ask", adapters=[name for name in named if name != BASE])
     manager = tracked.manager
     names = _names(manager, adapter)
     title = " + ".join(manager.active if manager.enabled else ()) if names is None else " + ".join(names)

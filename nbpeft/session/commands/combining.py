@@ -67,7 +67,7 @@ def combine(
     settings = combination_settings(type, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp)
     weights = weights_of(weights)
     adapter_name(as_name)
-    tracked = ctx.models.get(model, command="combine")
+    tracked = ctx.models.get(model, command="combine", adapters=weights)
     tracked.manager.require_available(*weights)
     with ctx.command(f"combining {', '.join(weights)}", slow=True) as notes, seeded(seed):
         remade = _may_replace(ctx, tracked, as_name, weights, replace)

@@ -91,11 +91,12 @@ def compare(
     """
     sampling = Sampling(temperature, top_p, seed)
     request = GenerationRequest(None, max_new_tokens, sampling.options | generation, None, should_stop)
-    tracked = ctx.find_adapted(model, command="compare")
+    named = None if adapters is None else tuple(dict.fromkeys(names_of(adapters)))
+    blends = [weights_of(weights) for weights in blends]
+    tracked = ctx.find_adapted(model, command="compare", adapters=[*(named or ()), *itertools.chain(*blends)])
     manager = tracked.manager
     manager.refuse_merged("comparing")
-    names = manager.names if adapters is None else tuple(dict.fromkeys(names_of(adapters)))
-    blends = [weights_of(weights) for weights in blends]
+    names = manager.names if named is None else named
     manager.require_available(*names, *(name for weights in blends for name in weights))
     columns, prompts = _columns(names, blends, include_base), prompts_of(prompts)
     if after is not None:
@@ -152,7 +153,7 @@ def try_combination(
     """
     settings = combination_settings(type, rank=rank, density=density)
     weights = weights_of(weights)
-    tracked = ctx.models.get(model, command="try_combination")
+    tracked = ctx.models.get(model, command="try_combination", adapters=weights)
     tracked.manager.active_state.refuse_changes()
     batch = prompt_batch(ctx, tracked, prompts_of(prompts), tokenizer, chat, system, weights)
     with ctx.command(f"trying {type}", slow=True) as notes, evaluating(tracked.model):

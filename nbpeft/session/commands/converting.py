@@ -43,7 +43,7 @@ def convert(
     from nbpeft.engine.contract.registry import method_of
     from nbpeft.model.combine.conversion import converted
 
-    tracked = ctx.models.get(model, command="convert")
+    tracked = ctx.models.get(model, command="convert", adapters=(name,))
     manager = tracked.manager
     manager.require_available(name)
     made_name = adapter_name(f"{name}_lora" if as_name is None else as_name)

@@ -29,7 +29,7 @@ def inspect(
     """
     from nbpeft.model.analysis.inspection import inspect_adapter
 
-    tracked = ctx.models.get(model, command="inspect")
+    tracked = ctx.models.get(model, command="inspect", adapters=(name,))
     manager = tracked.manager
     if name is None:
         candidates = manager.active if len(manager.active) == 1 else manager.names

@@ -57,7 +57,7 @@ def merge(
 
     chosen = None if names is None else list(names_of(names))
     folder = None if to is None else place_of(to, "merge")
-    tracked = ctx.models.get(model, command="merge")
+    tracked = ctx.models.get(model, command="merge", adapters=chosen or ())
     manager = tracked.manager
     if not (manager.active if chosen is None else chosen):
         which = "active" if chosen is None else "named"

@@ -57,7 +57,7 @@ def push(
 
     if not isinstance(repo, str) or not _REPO.fullmatch(repo):
         raise AdapterError(f"push needs a repository as user/name, not {repo!r:.60}")
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="push", adapters=(name,))
     chosen = _adapter(tracked, name)
     token = find_token(token)
     options: dict[str, Any] = {"revision": revision, "commit_message": message}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError
 from nbpeft.session.checks import names_of
 from nbpeft.session.prompts import chosen_tokenizer
+from nbpeft.session.results.comparing import BASE
 
 if TYPE_CHECKING:
     from nbpeft.scoring.result import ScoreResult
@@ -61,8 +62,8 @@ def score(
     from nbpeft.training.monitor.control import RunControl
 
     control = RunControl()
-    tracked = ctx.find_adapted(model, command="score")
     names = None if adapters is None else list(names_of(adapters))
+    tracked = ctx.find_adapted(model, command="score", adapters=[name for name in _parts(names or ()) if name != BASE])
     chosen = chosen_tokenizer(ctx, tracked, tokenizer)
     with ctx.command("scoring", slow=True) as notes:
         if on_control is not None:
@@ -85,10 +86,15 @@ def score(
     return dataclasses.replace(result, notes=(*notes, *result.notes))
 
 
+def _parts(names: Iterable[object]) -> list[str]:
+    """Returns the adapters in names to score, each of which may be a sum."""
+    return [part.strip() for name in names for part in str(name).split("+")]
+
+
 def _held_out(tracked: TrackedModel, names: list[str] | None) -> HeldOut:
     """Returns the rows that none of the adapters has learned."""
     configs = tracked.manager.configs
-    wanted = [*configs] if names is None else [part for name in names for part in name.split("+")]
+    wanted = [*configs] if names is None else _parts(names)
     found: HeldOut | None = None
     for name in wanted:
         config, own = tracked.unlearned.get(name, (None, None))

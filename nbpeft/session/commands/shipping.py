@@ -72,10 +72,10 @@ def ship(
         CheckpointError: the folder cannot be written, or already exists; then nothing is written.
     """
     folder = None if to is None else place_of(to, "ship")
-    tracked = ctx.models.get(model, command="ship")
-    manager = tracked.manager
     if name is not None and not isinstance(name, str):
         raise AdapterError(f"ship needs the name of an adapter, not {name!r:.60}")
+    tracked = ctx.models.get(model, command="ship", adapters=(name,))
+    manager = tracked.manager
     given = tokenizer if tokenizer is not None else ctx.tokenizers.get(manager.model)
     with ctx.command(f"shipping for {engine}", slow=True) as notes:
         from nbpeft.shipping import ship as write

@@ -62,7 +62,7 @@ def swap(
     from nbpeft.model import hotswap_adapter
 
     place = place_of(path, "swap")
-    tracked = ctx.find_adapted(model, command="swap")
+    tracked = ctx.find_adapted(model, command="swap", adapters=(into,))
     name = into if into is not None else _only_active(tracked)
     tracked.manager.require(name)
     if name in tracked.manager.unsaved and not replace:

@@ -23,7 +23,7 @@ def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = N
         UnknownAdapterError: there is no such adapter.
     """
     chosen = names_of(names)
-    tracked = ctx.models.get(model, command="use")
+    tracked = ctx.models.get(model, command="use", adapters=chosen)
     with ctx.command(f"switching to {', '.join(chosen)}") as notes:
         tracked.manager.activate(list(chosen), enable=True)
         ctx.models.select(tracked)
@@ -57,7 +57,7 @@ def set_scale(ctx: SessionContext, name: str, scale: float, *, model: ModelLike 
     Raises:
         UnknownAdapterError: there is no such adapter.
     """
-    tracked = ctx.models.get(model, command="scale")
+    tracked = ctx.models.get(model, command="scale", adapters=(name,))
     with ctx.command(f"scaling {name!r}") as notes:
         tracked.manager.set_scale(name, scale)
         return ctx.result(tracked, f"{name!r} is scaled by {scale:g}", notes)
@@ -65,7 +65,7 @@ def set_scale(ctx: SessionContext, name: str, scale: float, *, model: ModelLike 
 
 def freeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
     """Exclude an adapter from training."""
-    tracked = ctx.models.get(model, command="freeze")
+    tracked = ctx.models.get(model, command="freeze", adapters=(name,))
     with ctx.command(f"freezing {name!r}") as notes:
         tracked.manager.freeze(name)
         return ctx.result(tracked, f"froze {name!r}", notes)
@@ -73,7 +73,7 @@ def freeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Comman
 
 def unfreeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
     """Allow an adapter to be trained while it is active."""
-    tracked = ctx.models.get(model, command="unfreeze")
+    tracked = ctx.models.get(model, command="unfreeze", adapters=(name,))
     with ctx.command(f"unfreezing {name!r}") as notes:
         tracked.manager.unfreeze(name)
         return ctx.result(tracked, f"{name!r} is trained while it is active", notes)

@@ -129,7 +129,7 @@ def train(
     from nbpeft.training.sweep.rows import with_own_rows
 
     ctx.refuse_another_training()
-    tracked = ctx.find_adapted(model, command="train")
+    tracked = ctx.find_adapted(model, command="train", adapters=(adapter,))
     if keep:
         arguments.setdefault("run_dir", run_place(ctx, tracked.name, source))
     reading = {"tokenizer": tokenizer, "columns": columns}

@@ -122,7 +122,7 @@ def reset(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Command
         MergeError: it is merged.
         BusyError: the model is being trained.
     """
-    tracked = ctx.find_adapted(model, command="reset")
+    tracked = ctx.find_adapted(model, command="reset", adapters=(name,))
     manager = tracked.manager
     manager.require(name)
     _refuse_in_training(ctx, tracked, "reset an adapter")

@@ -30,6 +30,8 @@ class DataResult(NotedResult):
     def __str__(self) -> str:
         summary = self.summary
         learned = f"{_percent(summary.learned_count, summary.token_count)} of them learned"
+        if summary.compared_count:
+            learned += f", {_percent(summary.compared_count, summary.token_count)} compared"
         parts = [
             plural(summary.row_count, "row"),
             plural(summary.token_count, "token"),
@@ -62,10 +64,12 @@ class DataResult(NotedResult):
     def _figures(self) -> Figures:
         summary = self.summary
         learned = Figure("learned", _percent(summary.learned_count, summary.token_count), width=56)
+        compared = Figure("compared", _percent(summary.compared_count, summary.token_count), width=64)
         figures = [
             Figure("rows", count(summary.row_count), width=44),
             Figure("tokens", short_count(summary.token_count), width=60),
             *([] if summary.has_labels else [learned]),
+            *([compared] if summary.compared_count else []),
             Figure("median length", count(summary.median), width=84),
             Figure("longest row", count(summary.longest), width=72),
         ]
@@ -98,14 +102,18 @@ class DataResult(NotedResult):
         if not row.spans:  # it could not be read
             return (line(dim(title)),)
         if row.target:
-            return Tokens(title, row.spans), Tokens(row.target_title, row.target)
+            compared = f" · {count(row.compared_count)} compared" if row.compared_count and not row.missing else ""
+            return Tokens(title, row.spans), Tokens(f"{row.target_title}{compared}", row.target)
         return (Tokens(title, row.spans),)
 
     def _key(self) -> Tokens:
         spans = [span for row in self.summary.rows for span in (*row.spans, *row.target)]
         kinds = (
             TokenSpan("learned", learned=True) if any(span.learned for span in spans) else None,
-            TokenSpan("read, not learned") if any(not (span.learned or span.cut) for span in spans) else None,
+            TokenSpan("compared", compared=True) if any(span.compared for span in spans) else None,
+            TokenSpan("read, not learned")
+            if any(not (span.learned or span.compared or span.cut) for span in spans)
+            else None,
             TokenSpan("special token", special=True) if any(span.special for span in spans) else None,
             TokenSpan("cut off", cut=True) if any(span.cut for span in spans) else None,
         )

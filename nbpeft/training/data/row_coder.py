@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from nbpeft.errors import TrainingError, in_one_line
@@ -30,7 +31,7 @@ from nbpeft.training.data.reading import LABELS, MASKS, TOKEN_TYPES, Reading, as
 from nbpeft.training.data.row import Row, is_nothing
 from nbpeft.training.data.seen_formats import joint_of, system_of
 from nbpeft.training.data.sources import is_stream
-from nbpeft.training.data.tags import TaggedTokens, encode_words
+from nbpeft.training.data.tags import TaggedTokens, encode_words, space_token, with_spaces
 from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, UNTOKENISED, Unused
 
 Rendered = TypeVar("Rendered")
@@ -234,8 +235,9 @@ class RowCoder:
         self, row: Row, example: Tagged, more: Mapping[str, Any], weight: float, unused: tuple[Unused, ...]
     ) -> CodedRow:
         """A row with a label for each word; it is cut by the tokenizer, or split between words."""
-        words, labels = example.words, self._tags(row, example.tags)
-        whole = encode_words(self.tokenizer, words, labels)
+        labels, space = self._tags(row, example.tags), self._space
+        words = example.words if space is None else with_spaces(example.words)
+        whole = encode_words(self.tokenizer, words, labels, space=space)
         reason = "there are no words" if not words else "" if weight else "its weight is 0"
         if not {*range(len(words))} <= {*whole.owners}:
             unused = (*unused, (UNTOKENISED, f"words of {self.columns.get('tokens', 'tokens')!r}"))
@@ -244,7 +246,7 @@ class RowCoder:
             ids = tokens.encoded.input_ids
             read = tokens
             if len(ids) > self.limit:
-                read = encode_words(self.tokenizer, words[first:last], labels[first:last], self.limit)
+                read = encode_words(self.tokenizer, words[first:last], labels[first:last], self.limit, space=space)
             taken = self.inputs.columns
             given: dict[str, Any] = {n: v for n, v in read.more.items() if taken is None or n in taken}
             given |= {"input_ids": read.encoded.input_ids, "labels": read.encoded.labels}
@@ -264,8 +266,12 @@ class RowCoder:
         if not found.cut or self.reading.options.long != "split":
             return found
         groups = [(part.start, part.stop) for part in whole.groups(len(words), self.limit)]
-        parts = [(encode_words(self.tokenizer, words[a:b], labels[a:b]), a, b) for a, b in groups]
+        parts = [(encode_words(self.tokenizer, words[a:b], labels[a:b], space=space), a, b) for a, b in groups]
         return replace(found, pieces=tuple(coded(*part) for part in parts))
+
+    @cached_property
+    def _space(self) -> int | None:
+        return space_token(self.tokenizer)
 
     def _tags(self, row: Row, tags: Sequence[Any]) -> list[int]:
         """The labels of a row's words.

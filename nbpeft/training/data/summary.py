@@ -45,7 +45,7 @@ class RowSummary:
     Attributes:
         number: 0 for the first.
         token_count: tokens after truncation.
-        learned_count: labels that count in the loss.
+        learned_count: labels that count in the loss, without those of a rejected completion.
         cut_count: tokens beyond the maximum length.
         missing: why there is nothing to train on; empty if there is something.
         spans: its tokens as text.
@@ -53,6 +53,7 @@ class RowSummary:
         target_title: what the target is.
         label: the label for a classifier, as text; empty if the row's tokens are the labels.
         part: which part of a row that was split it is, as text; empty for a whole row.
+        compared_count: labels of the rejected completion.
     """
 
     number: int
@@ -65,6 +66,7 @@ class RowSummary:
     label: str = ""
     target_title: str = "to be answered"
     part: str = ""
+    compared_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,17 @@ class DataSummary:
         form: the form of the rows.
         row_count: rows to train on.
         token_count: tokens of these rows, after truncation.
-        learned_count: labels of these rows that count in the loss.
+        learned_count: labels of these rows that count in the loss, without those of rejected completions.
         cut_rows: rows longer than the maximum length.
         cut_tokens: tokens beyond it.
         split_rows: rows that were split because they are longer.
         split_parts: number of their parts, which count as rows to train on.
         left_out: rows with nothing to train on, by number and reason, as text.
         left_out_count: number of these rows.
-        longest: tokens of the longest row, before truncation.
-        median: median number of tokens of a row, before truncation.
+        longest: tokens of the longest of these rows, before truncation; of all rows if there is none to train on.
+        median: median number of tokens of these rows, before truncation.
         limit: the maximum length in tokens; None for tokenized rows, which are not truncated.
-        bins: (first length, last length, number of rows) of each bin of the histogram of lengths.
+        bins: (first length, last length, number of rows) of each bin of the histogram of the lengths of these rows.
         rows: summaries of some of the rows.
         partial: whether only the first rows of a stream were read.
         unused: parts of the rows that are not trained on, one line for each reason.
@@ -95,6 +97,7 @@ class DataSummary:
         repeated: rows to train on that are equal to an earlier one.
         grouping: what keeps equal rows together when rows are held out, as a line.
         for_template: columns with which the chat template would be applied, if the tokenizer has one and it is not.
+        compared_count: labels of the rejected completions of these rows.
     """
 
     form: str
@@ -120,6 +123,7 @@ class DataSummary:
     split_parts: int = 0
     repeated: int = 0
     grouping: str = ""
+    compared_count: int = 0
 
 
 class _Totals:
@@ -135,10 +139,13 @@ class _Totals:
         self.shown_rows: list[CodedRow] = []
         self._row_count = row_count
         self.lengths: list[int] = []
+        self.kept_lengths: list[int] = []
         self.left_out: list[tuple[int, str]] = []
         self.hashes: set[int] = set()
         self.repeated = 0
-        self.tokens = self.learned = self.cut_rows = self.cut_tokens = self.split_rows = self.split_parts = 0
+        self.tokens = self.learned = self.compared = self.cut_rows = self.cut_tokens = self.split_rows = (
+            self.split_parts
+        ) = 0
 
     def add(self, row: CodedRow) -> None:
         """Adds a row, or a part of a row that was split."""
@@ -159,9 +166,12 @@ class _Totals:
         hashed = hash_of(row.row)
         self.repeated += hashed in self.hashes
         self.hashes.add(hashed)
-        for part in filter(None, (row, row.rejected)):
-            self.tokens += len(part.row["input_ids"])
-            self.learned += part.learned_count
+        self.kept_lengths.append(length)
+        self.learned += row.learned_count
+        self.tokens += len(row.row["input_ids"])
+        if row.rejected is not None:
+            self.compared += row.rejected.learned_count
+            self.tokens += len(row.rejected.row["input_ids"])
 
 
 def summarize(
@@ -213,6 +223,7 @@ def summarize(
         raise TrainingError("The stream has no rows.")
     least, most = _SHOWN_TOKENS
     shown = max(least, min(most, _ALL_SHOWN_TOKENS // max(1, len(shown_rows))))
+    kept = totals.kept_lengths or lengths
     return DataSummary(
         form=reader.form.name if reader.form is not None else "tokenized",
         row_count=len(lengths) - len(totals.left_out),
@@ -222,10 +233,10 @@ def summarize(
         cut_tokens=totals.cut_tokens,
         left_out=named_rows(totals.left_out),
         left_out_count=len(totals.left_out),
-        longest=max(lengths),
-        median=round(statistics.median(lengths)),
+        longest=max(kept),
+        median=round(statistics.median(kept)),
         limit=reader.limit if reader.form is not None else None,
-        bins=bins_of(lengths, reader.limit if totals.cut_rows else None),
+        bins=bins_of(kept, reader.limit if totals.cut_rows else None),
         rows=tuple(_summary(row, reader, shown) for row in shown_rows),
         partial=streamed and len(lengths) == _STREAMED,
         unused=lines_of(reader, unused, formats, len(lengths) - parts + totals.split_rows),
@@ -235,6 +246,7 @@ def summarize(
         unlabelled=reader.columns.get("text", "text") if reader.form is TEXT and _HAS_LABEL in unused else "",
         format=formats.format if reader.form not in (None, *FOR_CLASSIFIERS) else None,
         repeated=totals.repeated,
+        compared_count=totals.compared,
         grouping=grouping(() if streamed else columns_of(reader.rows), reader.columns) if totals.repeated else "",
         for_template=_for_template(reader, formats.format),
     )
@@ -295,9 +307,16 @@ def _is_first_of_its_kind(row: CodedRow, shown: Iterable[CodedRow]) -> bool:
 
 def _summary(row: CodedRow, reader: Reading, shown: int) -> RowSummary:
     if row.rejected is not None:
-        parts = [_summary(part, reader, shown) for part in (replace(row, rejected=None), row.rejected)]
-        cut = sum(part.cut_count for part in parts)
-        return replace(parts[0], missing=row.missing, cut_count=cut, target=parts[1].spans, target_title="rejected")
+        pair = (replace(row, rejected=None), row.rejected)
+        chosen, rejected = (_summary(replace(part, reason=row.missing), reader, shown) for part in pair)
+        target = tuple(replace(item, learned=False, compared=item.learned) for item in rejected.spans)
+        return replace(
+            chosen,
+            cut_count=chosen.cut_count + rejected.cut_count,
+            target=target,
+            target_title="rejected",
+            compared_count=rejected.learned_count,
+        )
     tokenizer, classes = reader.tokenizer, reader.inputs.classes
     learned = [label != IGNORED_LABEL and not row.missing for label in row.whole.labels]
     title = RowSummary.target_title

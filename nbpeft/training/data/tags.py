@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,34 @@ class TaggedTokens:
         yield slice(start, words)
 
 
-def encode_words(tokenizer: Any, words: Sequence[str], labels: Sequence[int], limit: int | None = None) -> TaggedTokens:
+def space_token(tokenizer: Any) -> int | None:
+    """The token of a space, if the tokenizer puts words together without spaces; None if it separates them.
+
+    To a byte-level tokenizer a space is the beginning of the next token. It puts one before each word only if it was
+    made with ``add_prefix_space=True``.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+    """
+    try:
+        given = [tokenizer(words, is_split_into_words=True, add_special_tokens=False) for words in (["a", "b"], [" "])]
+        together, space = (list(read["input_ids"]) for read in given)
+        return space[0] if (tokenizer.decode(together), len(space)) == ("ab", 1) else None
+    except (AssertionError, AttributeError, TypeError, ValueError):  # ``encode_words`` says what is wrong with it
+        return None
+
+
+def with_spaces(words: Sequence[str]) -> list[str]:
+    """The words as they are in a text: all but the first with a space before them, unless they bring it."""
+    return [
+        f" {word}" if before and word and not (before[-1].isspace() or word[0].isspace()) else word
+        for before, word in itertools.pairwise(["", *words])
+    ]
+
+
+def encode_words(
+    tokenizer: Any, words: Sequence[str], labels: Sequence[int], limit: int | None = None, *, space: int | None = None
+) -> TaggedTokens:
     """Tokenizes words.
 
     Args:
@@ -51,6 +79,7 @@ def encode_words(tokenizer: Any, words: Sequence[str], labels: Sequence[int], li
         words: the words.
         labels: the label of each word.
         limit: number of tokens to which the tokenizer cuts, which keeps special tokens at the end; None to cut nothing.
+        space: the token of a space, which gets no label where more of its word follows.
 
     Raises:
         TrainingError: the tokenizer does not say which word a token belongs to, or refuses words.
@@ -67,7 +96,10 @@ def encode_words(tokenizer: Any, words: Sequence[str], labels: Sequence[int], li
         raise TrainingError(f"the tokenizer does not take words: {in_one_line(error)}") from None
     owners = tuple(read.word_ids())
     learned, former = [], None
-    for owner in owners:
+    for token, owner, following in zip(read["input_ids"], owners, (*owners[1:], None), strict=True):
+        if token == space and owner == following:
+            learned.append(IGNORED_LABEL)
+            continue
         learned.append(IGNORED_LABEL if owner is None or owner == former else labels[owner])
         former = owner
     more = {name: list(values) for name, values in read.items() if name not in ("input_ids", "attention_mask")}

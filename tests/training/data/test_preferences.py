@@ -84,7 +84,10 @@ def test_both_completions_are_shown_as_they_are_read(tokenizer: Any) -> None:
     data = [{"prompt": "is it? ", "chosen": "yes and no", "rejected": "no"}]
     found = summarize(data, tokenizer, inputs=ModelInputs(kind=None))
     [shown] = found.rows
-    texts = ["".join(span.text for span in part if span.learned) for part in (shown.spans, shown.target)]
+    texts = [
+        "".join(span.text for span in shown.spans if span.learned),
+        "".join(span.text for span in shown.target if span.compared),
+    ]
     assert [text.replace("<|end|>", "").strip() for text in texts] == ["yes and no", "no"]
     assert (found.form, shown.target_title) == ("chosen and rejected", "rejected")
     assert found.token_count == pairs(tokenizer, *data).token_count

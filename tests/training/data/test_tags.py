@@ -10,12 +10,13 @@ import pandas
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import nbpeft
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.names import IGNORED_LABEL
-from nbpeft.training import summarize, train
+from nbpeft.training import prepare_data, summarize, train
+from nbpeft.training.data.tags import space_token
 from nbpeft.training.loop.rows import first_rows, model_inputs, training_rows
 from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
@@ -82,6 +83,31 @@ def test_the_first_token_of_a_word_has_its_tag() -> None:
         (row["input_ids"], row["labels"]) for row in map(aligned, ROWS)
     ]
     assert found[0]["labels"] == [IGNORED, 0, IGNORED, 1, 2, IGNORED, IGNORED, IGNORED]
+
+
+BYTES = {piece: number for number, piece in enumerate(("[PAD]", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġb"))}
+
+
+def byte_level(*, add_prefix_space: bool) -> Any:
+    """A tokenizer whose tokens are bytes, and ``Ġb``."""
+    made = Tokenizer(models.BPE(BYTES, [("Ġ", "b")]))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]")
+
+
+def test_words_are_separated_for_byte_level_tokenizers_too() -> None:
+    tokens = byte_level(add_prefix_space=False)
+    rows = [{"tokens": ["a", "bc", "12", " b", ""], "tags": [0, 1, 2, 0, 1]}]
+    [row] = prepare_data(rows, tokens, inputs=model_inputs(tagger()))
+    assert tokens.decode(row["input_ids"]) == "a bc 12 b"
+    learned = [(tokens.decode([token]), label) for token, label in zip(row["input_ids"], row["labels"], strict=True)]
+    assert [item for item in learned if item[1] != IGNORED] == [("a", 0), (" b", 1), ("1", 2), (" b", 0)]
+    parts = prepare_data(rows, tokens, inputs=model_inputs(tagger()), max_length=4, long="split")
+    assert [tokens.decode(part["input_ids"]) for part in parts] == ["a bc", " 12 b"]
+    assert space_token(byte_level(add_prefix_space=True)) is space_token(TOKENIZER) is None
 
 
 def test_losses_and_metrics_are_those_of_transformers() -> None:
