@@ -63,8 +63,8 @@ def pytest_collection_finish() -> None:
     """Spares collections what was imported by now, which stays: going over it takes half a second each time."""
     if "peft" in sys.modules and importlib.util.find_spec("sklearn") is None:
         import_module("tests.kmeans_for_peft").install()
-    gc.enable()
     _freeze()
+    gc.enable()  # not before: it would go over everything at once
 
 
 def _freeze() -> None:

@@ -177,7 +177,7 @@ def test_parts(arguments: argparse.Namespace, pytest_arguments: list[str], brows
                 *("-m", "pytest", "-m", marks, "--durations=10", "--no-loadscope-reorder"),
                 *workers(slow_workers, "loadfile"),
                 *pytest_arguments,
-                *(files_with_slices() if "and slice" in marks else ()),
+                *(() if is_named(arguments, pytest_arguments) else files_with(marks)),
             ],
             f"python3 tests/run.py {tier}--only slow --lf runs only those that failed",
             environment.ARTIFACTS / "tests-slow.xml",
@@ -201,21 +201,26 @@ def stack_parts() -> list[Part]:
 
 def slow_marks(arguments: argparse.Namespace, pytest_arguments: list[str]) -> str:
     """Which slow tests run, as pytest's ``-m`` has it: those that are asked for by name are not sliced."""
-    paths = [path_of(argument) for argument in pytest_arguments if not argument.startswith("-")]
-    named = arguments.k is not None or any(path.exists() for path in paths)
     marks = f"({SLOW})" if arguments.tier == "long" else "(slow or browser) and not long"
-    if arguments.tier == "quick" and not named:
+    if arguments.tier == "quick" and not is_named(arguments, pytest_arguments):
         marks += " and slice"
     return f"{marks} and not browser" if arguments.no_browser else marks
 
 
-def files_with_slices() -> list[str]:
-    """Files of slow tests that every run has: going through all others for them takes half a minute."""
-    files = sorted((environment.ROOT / "tests").rglob("test_*.py"))
+def is_named(arguments: argparse.Namespace, pytest_arguments: list[str]) -> bool:
+    """Whether tests are asked for by a path or with ``-k``."""
+    paths = [path_of(argument) for argument in pytest_arguments if not argument.startswith("-")]
+    return arguments.k is not None or any(path.exists() for path in paths)
+
+
+def files_with(marks: str) -> list[str]:
+    """Files with slow tests, or with slices if ``marks`` asks for these: to import all others takes half a minute."""
+    names = ("slice",) if "and slice" in marks else ("slow", "browser", "long")
+    files = {path: path.read_text(encoding="utf-8") for path in sorted((environment.ROOT / "tests").rglob("test_*.py"))}
     return [
         path.relative_to(environment.ROOT).as_posix()
-        for path in files
-        if "pytest.mark.slice" in path.read_text(encoding="utf-8")
+        for path, text in files.items()
+        if any(f"pytest.mark.{name}" in text for name in names)
     ]
 
 

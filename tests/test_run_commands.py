@@ -277,15 +277,16 @@ def test_slow_tests_run_in_slices_until_all_are_asked_for(monkeypatch: pytest.Mo
     assert slow_marks("tests/test_gpu.py::test_on_a_gpu", monkeypatch=monkeypatch) == (every, "quick")
 
 
-def test_slices_are_looked_for_in_the_files_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_tests_are_looked_for_in_the_files_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def files(*arguments: str) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         part = tests_run.test_parts(*tests_run.parse(), None)[1]
         return [argument for argument in part.command if argument.endswith(".py")]
 
     assert "tests/browser/test_panels.py" in files() and "tests/test_matrix.py" not in files()
-    assert files("--all") == files("-k", "panel") == []
-    assert files("tests/test_gpu.py") == ["tests/test_gpu.py"]
+    assert {*files(), "tests/test_gpu.py"} < {*files("--all")} and "tests/test_matrix.py" not in files("--all")
+    assert files("-k", "panel") == []
+    assert files("tests/test_gpu.py") == files("--all", "tests/test_gpu.py") == ["tests/test_gpu.py"]
 
 
 @pytest.mark.parametrize("path", ["tests/modle", "tests/model/test_none.py", "test_none.py::test_x"])
@@ -307,7 +308,7 @@ def test_paths_and_values_of_options_go_to_pytest(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_every_kind_of_slow_tests_has_a_slice() -> None:
     options = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "(slow or browser) and slice"]
-    options += tests_run.files_with_slices()
+    options += tests_run.files_with("slow and slice")
     done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True)
     chosen = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert chosen >= {

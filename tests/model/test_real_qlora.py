@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -26,14 +26,11 @@ pytestmark = [
 ]
 
 
-def fresh() -> Any:
-    return load_quantized(source(), quant_type="nf4", double_quant=True, compute_dtype="float32")
-
-
 def test_quantized_trained_saved_in_peft_and_back_and_merged(tmp_path: Path) -> None:
     path = source()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=GGUF)
-    base = fresh()
+    base = load_quantized(source(), quant_type="nf4", double_quant=True, compute_dtype="float32")
+    fresh, again = copy.deepcopy(base), copy.deepcopy(base)  # to read the file takes ten seconds
     parts = {part.name: part for part in stored_parts(base)}
     layers = parts["quantized layers"]
     print({name: (part.module_count, part.byte_count, round(part.share, 4)) for name, part in parts.items()})
@@ -65,12 +62,12 @@ def test_quantized_trained_saved_in_peft_and_back_and_merged(tmp_path: Path) -> 
     # Each handle gets its own copy of the base, quantized alike: after a forward in eval mode, state_dict() (which
     # peft calls) makes bitsandbytes round the constants of double quantization a second time.
     ours = logits(model.eval(), ids).float()
-    theirs = peft.PeftModel.from_pretrained(fresh(), str(tmp_path / "adapter"))
+    theirs = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))
     assert torch.allclose(logits(theirs.eval(), ids), ours, atol=2e-4, rtol=0)
     print("peft:", float((logits(theirs.eval(), ids) - ours).abs().max()), "of", float(ours.abs().max()))
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    again = PeftModel.from_pretrained(fresh(), tmp_path / "theirs")
-    assert torch.allclose(logits(again.eval(), ids), ours, atol=2e-4, rtol=0)
+    back = PeftModel.from_pretrained(again, tmp_path / "theirs")
+    assert torch.allclose(logits(back.eval(), ids), ours, atol=2e-4, rtol=0)
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     difference = (logits(merged, ids) - ours).norm() / ours.norm()

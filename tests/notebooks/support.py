@@ -16,6 +16,8 @@ ADAPTED = ("adapter", "loaded", "merged")
 """What has the adapter among what notebook 01 compares."""
 TASKS = ("records", "filters", "dates")
 """What the adapters of notebook 05 are for."""
+LAYERS = 6
+"""Layers of the model of ``shallow`` notebooks; the whole one has 30."""
 PARAMETERS = {"LoRA": 4_884_480, "MiSS": 2_488_320, "OFT": 2_321_280, "(IA)³": 57_600, "VeRA": 209_280}
 """How many parameters each method of notebook 10 trains."""
 

@@ -12,9 +12,9 @@ from tests.notebooks.support import NOTEBOOKS, execute, summary
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 
-def test_06_swaps_without_compiling_again(tmp_path: Path) -> None:
+def test_06_swaps_without_compiling_again(tmp_path: Path, shallow: dict[str, str]) -> None:
     notebook = nbformat.read(NOTEBOOKS / "06_hot_swapping.ipynb", 4)
-    found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="2"))
+    found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="2", **shallow))
     assert float(found["largest difference of a logit"]) < 1e-2
     assert found["recompilations in 10 swaps"] == "0"
     assert int(found["recompilations in 1 load"]) > 0, "the counter counts nothing"

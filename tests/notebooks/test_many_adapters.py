@@ -12,9 +12,9 @@ from tests.notebooks.support import NOTEBOOKS, TASKS, execute, summary
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 
-def test_05_switches_mixes_and_merges_adapters(tmp_path: Path) -> None:
+def test_05_switches_mixes_and_merges_adapters(tmp_path: Path, shallow: dict[str, str]) -> None:
     notebook = nbformat.read(NOTEBOOKS / "05_many_adapters.ipynb", 4)
-    found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="2", NBPEFT_TEST_ORDERS="4"))
+    found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="2", NBPEFT_TEST_ORDERS="4", **shallow))
     assert float(found["largest difference of a logit, mixed and alone"]) < 1e-4
     names = ("base model", *TASKS, "mixed batch")
     scores = {f"score {name}, {task}" for name in names for task in TASKS}

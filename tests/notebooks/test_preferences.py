@@ -20,8 +20,8 @@ SHORTER = {
 """After two steps no answer is good, so the first one to each order counts as good."""
 
 
-def test_11_trains_on_pairs_of_its_own_answers(tmp_path: Path) -> None:
-    notebook = execute(replaced(nbformat.read(NOTEBOOK, 4), SHORTER), tmp_path)
+def test_11_trains_on_pairs_of_its_own_answers(tmp_path: Path, shallow: dict[str, str]) -> None:
+    notebook = execute(replaced(nbformat.read(NOTEBOOK, 4), SHORTER), tmp_path, **shallow)
     said = printed(notebook)
     assert "objective: dpo" in said and "reference: start" in said
     found = summary(notebook)

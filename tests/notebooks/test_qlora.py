@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 NOTEBOOK = NOTEBOOKS / "03_qlora_training.ipynb"
 
 
-def test_03_forecasts_trains_saves_and_merges(tmp_path: Path) -> None:
-    found = summary(execute(shortened(nbformat.read(NOTEBOOK, 4), steps=2, rows=4), tmp_path))
+def test_03_forecasts_trains_saves_and_merges(tmp_path: Path, shallow: dict[str, str]) -> None:
+    found = summary(execute(shortened(nbformat.read(NOTEBOOK, 4), steps=2, rows=4), tmp_path, **shallow))
     assert found["trained"].endswith(" s for 2 steps")
     assert sum(name.startswith("score ") for name in found) == 6
     assert (tmp_path / "adapters" / "codes-4bit" / "adapter_model.safetensors").is_file()
