@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +201,24 @@ def test_the_generator_is_where_peft_leaves_it(
 def test_loading_many_numbers_skips_them_in_the_background(tmp_path: Path) -> None:
     fields = {"r": 64, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     peft.get_peft_model(llama(hidden_size=256), peft.LoraConfig(**fields)).save_pretrained(tmp_path)
-    (ours, theirs) = (loaded_state(library, tmp_path) for library in (nbpeft, peft))
-    assert torch.equal(ours, theirs)
+    base = partial(llama, hidden_size=256)
+    assert torch.equal(*(loaded_state(library, tmp_path, base) for library in (nbpeft, peft)))
 
 
-def loaded_state(library: Any, folder: Path) -> torch.Tensor:
-    base = llama(hidden_size=256)
+def loaded_state(library: Any, folder: Path, make: Callable[[], Any]) -> torch.Tensor:
+    base = make()
     torch.manual_seed(5)
     library.PeftModel.from_pretrained(base, folder)
     return torch.get_rng_state()
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_loading_factors_that_two_layers_share_draws_as_peft_does(init: Any, tmp_path: Path) -> None:
+    fields = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True, "init_lora_weights": init}
+    base = partial(llama, tie_word_embeddings=True)
+    nbpeft.get_peft_model(base(), nbpeft.LoraConfig(r=4, **fields)).save_pretrained(tmp_path)
+    assert torch.equal(*(loaded_state(library, tmp_path, base) for library in (nbpeft, peft)))
 
 
 def test_skipping_and_drawing_meanwhile() -> None:
@@ -249,6 +259,10 @@ def test_copying_draws_nothing(config: str) -> None:
 def test_combining_draws_as_peft_does(kind: str, fields: dict[str, Any]) -> None:
     density = 0.5 if kind not in ("linear", "svd", "cat") else None
     check_combined_alike("LoraConfig", fields, combination_type=kind, density=density)
+
+
+def test_combining_to_another_rank_draws_as_peft_does() -> None:
+    check_combined_alike("LoraConfig", {"r": 4}, combination_type="svd", svd_rank=2)
 
 
 @pytest.mark.parametrize("fields", [{"use_dora": True, "r": 4}, {"init_lora_weights": "orthogonal", "r": 4}], ids=str)

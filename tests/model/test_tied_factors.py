@@ -85,6 +85,14 @@ def resized() -> Any:
     return model
 
 
+def test_a_state_dict_shares_the_graph_only_where_it_is_asked_to() -> None:
+    model = tied()
+    keys = [key for key in model.state_dict() if "lm_head.lora_" in key]
+    assert len(keys) == 2
+    assert not any(model.state_dict()[key].requires_grad for key in keys)
+    assert all(model.state_dict(keep_vars=True)[key].requires_grad for key in keys)
+
+
 @torch.no_grad()
 def answers(model: Any) -> Tensor:
     """Logits, also of a model with an encoder."""

@@ -85,6 +85,21 @@ def test_every_method_starts_as_in_peft(config: str, fields: dict[str, Any]) -> 
     check_alike(llama, config, {"task_type": "CAUSAL_LM", **fields})
 
 
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        *(
+            ("C3AConfig", {"block_size": 4, "init_weights": init})
+            for init in ("gaussian", "kaiming_uniform", "xavier_uniform")
+        ),
+        ("VBLoRAConfig", {"num_vectors": 8, "vector_length": 4}),
+    ],
+    ids=str,
+)
+def test_so_do_named_distributions_and_a_bank_that_each_layer_draws(config: str, fields: dict[str, Any]) -> None:
+    check_alike(llama, config, fields | LINEAR)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("autocast", [True, False])
 def test_in_other_dtypes_too(dtype: torch.dtype, autocast: bool) -> None:

@@ -254,6 +254,14 @@ def test_an_adapter_on_its_out_proj_alone_is_kept_and_named() -> None:
     assert close(both(rows()), adapt(nbpeft, base())(rows()))
 
 
+@torch.no_grad()
+def test_its_out_proj_can_be_called_by_itself() -> None:
+    layer = adapt(nbpeft, base()).manager.layers["attn.out_proj"]
+    inner = layer.get_base_layer()
+    expected = nn.functional.linear(rows(), inner.weight + layer.get_delta_weight("default"), inner.bias)
+    assert close(layer(rows()), expected) and not close(layer(rows()), inner(rows()), 1e-3)
+
+
 def test_half_precision_copies_and_pickles() -> None:
     theirs, ours = pair(base().to(torch.bfloat16))
     x = rows().to(torch.bfloat16)

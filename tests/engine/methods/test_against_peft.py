@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,15 @@ def test_parameters_have_pefts_names_and_order(method: Method, fields: dict[str,
     equal = mine == its and set(models[0].state_dict()) == set(models[1].state_dict())
     assert equal is not any(sample in samples for samples in NAMED_OTHERWISE.values())
     assert models[0].get_nb_trainable_parameters() == models[1].get_nb_trainable_parameters()
+
+
+@every_method_alike
+def test_the_names_in_its_layers_are_those_of_peft(method: Method) -> None:
+    module = importlib.import_module(f"peft.tuners.{method.peft_type.lower()}.layer")
+    layers = [value for name, value in vars(module).items() if name == f"{method.config_class.__name__[:-6]}Layer"]
+    assert [(kind.adapter_layer_names, kind.other_param_names) for kind in layers or [module.BaseTunerLayer]] == [
+        (tuple(method.peft.parameters.split()), tuple(method.peft.others.split()))
+    ]
 
 
 def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftModel, Any]:

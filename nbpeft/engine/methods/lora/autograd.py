@@ -120,7 +120,7 @@ class KeepMask:
             lanes = torch.empty(count, dtype=torch.int32, device=self.device)
             lanes.random_(-(_LANES // 2), _LANES // 2, generator=generator)
         else:
-            words = torch.empty((count + 3) // 4, dtype=torch.int64, device=self.device)
+            words = torch.empty(-(-count // 4), dtype=torch.int64, device=self.device)
             words.random_(-(1 << 63), None, generator=generator)
             lanes = words.view(torch.int16)[:count]
         return (lanes >= self._dropped_lanes - _LANES // 2).view(torch.uint8).view(self.shape)

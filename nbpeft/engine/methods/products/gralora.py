@@ -144,7 +144,8 @@ class Gralora(WeightDelta, Rescales):
     @property
     def hybrid_r(self) -> int:
         """Rank of the LoRA of the whole weight."""
-        return int(self.tensors[2].shape[0]) if len(self.tensors) > 2 else 0
+        _, _, *whole = self.tensors
+        return len(whole[0]) if whole else 0
 
     @property
     def delta_rank(self) -> int | None:

@@ -39,8 +39,8 @@ class ShadowConfig(LayersConfig):
         share_embeddings: let a mirror read the model's input embeddings, as far as the sizes are the same.
         update_hidden_size: features inside the two networks that advance the state; None for r.
         auxiliary_loss_weight: factor on the network's own loss, which is added to the model's loss.
-        layers_to_transform: indices of the blocks to adapt; None for all.
-        layers_pattern: name of the list of blocks that layers_to_transform counts in.
+        layers_to_transform: has no effect, as in PEFT; name the blocks in target_modules.
+        layers_pattern: likewise.
         modules_to_save: names of other modules that are copied, trained as a whole and saved.
 
     Raises:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Self
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.calls.model_properties import cache_argument, fills_cache, take_cache
 from nbpeft.engine.contract.adapter import AdapterSite
-from nbpeft.engine.contract.base import BaseLayer
+from nbpeft.engine.contract.base import BaseLayer, LayerKind
 from nbpeft.engine.contract.initial_draws import repeated
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.model_adapter import HasSideNetwork, ModelAdapter
@@ -348,6 +348,14 @@ class ShadowNetwork(ModelAdapter, HasSideNetwork):
     def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why it cannot be merged; see ``Adapter``."""
         return "the weights: its changes of a block's input depend on the text; unload_shadow() returns its network"
+
+    @classmethod
+    def config_warnings(
+        cls, config: ShadowConfig, modules: Sequence[tuple[str, nn.Module, LayerKind]]
+    ) -> Iterable[str]:
+        """Warns about ``layers_to_transform``, which has no effect."""
+        if config.layers_to_transform is not None:
+            yield "layers_to_transform has no effect on ShadowPEFT, as in PEFT: name the blocks in target_modules"
 
     def swap_refusal(self) -> str:
         """Why the adapter cannot be hot-swapped; see ``Adapter``."""

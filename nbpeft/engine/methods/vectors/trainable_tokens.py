@@ -100,8 +100,8 @@ class TokenRows:
     """
 
     indices: tuple[int, ...]
-    init_weights: bool = True
-    companion: bool = False
+    init_weights: bool
+    companion: bool
     tied: bool = False
 
 

@@ -164,6 +164,18 @@ def test_the_mask_keeps_the_right_share_everywhere(probability: float) -> None:
     assert keep.scale == pytest.approx(1 / (1 - probability), rel=1e-4)
 
 
+class Pretended(str):
+    """The name of a device that says that it is another."""
+
+    type = "mps"
+
+
+def test_so_it_does_where_64_bits_cannot_be_drawn() -> None:
+    device: Any = Pretended("cpu")
+    keep = KeepMask(torch.Size([101, 40]), 0.3, device, 7)
+    assert abs(float(keep.again().float().mean()) - 0.7) < 0.03 and torch.equal(keep.again(), keep.again())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_the_cpu_a_seed_drops_what_it_drops_in_torch(dtype: torch.dtype) -> None:
     x, dropout = torch.randn(30, 7).to(dtype).requires_grad_(), Dropout(0.3, True)

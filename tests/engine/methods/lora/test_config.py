@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -8,7 +9,10 @@ import pytest
 from torch import nn
 
 import nbpeft
+from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS
+from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS
 from nbpeft.errors import ConfigError
 
 
@@ -49,11 +53,30 @@ def test_an_impossible_value_is_told_with_its_field(field: str, value: Any, mess
         (nbpeft.LoraGAConfig, "direction", "x"),
         (nbpeft.LoraGAConfig, "scale", "x"),
         (nbpeft.LoraGAConfig, "stable_gamma", 0),
+        (nbpeft.EvaConfig, "rho", 0.5),
+        (nbpeft.EvaConfig, "tau", 1.5),
+        (nbpeft.EvaConfig, "whiten", 3),
     ],
 )
 def test_what_an_initialisation_cannot_do_is_refused_with_its_field(config: Any, field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{field} must be .*not {value!r}"):
+    with pytest.raises(ConfigError, match=f"{field}`? must be .*(not|is) {value!r}"):
         config(**{field: value})
+
+
+@pytest.mark.parametrize("config", [*VARIANT_CONFIGS.values(), *(config for _, config in INIT_CONFIGS.values())])
+def test_settings_within_a_config_start_as_in_peft(config: Any) -> None:
+    theirs = getattr(peft, config.__name__, None) or getattr(peft.tuners.lora.config, config.__name__)
+    ours, theirs = ({field.name: field.default for field in dataclasses.fields(one)} for one in (config, theirs))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("fields", "rank"), [({"r": 64}, 16), ({"r": 9}, 4), ({"r": 4}, None), ({"r": 64, "rank_pattern": {"q": 2}}, None)]
+)
+def test_a_smaller_adapter_has_a_quarter_of_the_rank(fields: dict[str, Any], rank: int | None) -> None:
+    config = LoraConfig(**fields)
+    smaller = method_of(config).listing.smaller(config)
+    assert (smaller.r if smaller else None) == rank
 
 
 def test_a_pattern_of_layers_is_a_name_or_names() -> None:

@@ -41,6 +41,12 @@ def test_a_kind_without_a_product_is_refused() -> None:
         low_rank_of(Strange())  # type: ignore[arg-type]
 
 
+def test_the_input_goes_to_the_device_of_the_factors() -> None:
+    layer, factors = nn.Linear(8, 6), (torch.empty(3, 8, device="meta"), torch.empty(6, 3, device="meta"), 1.0)
+    found = low_rank_of(Linear()).forward(layer, torch.ones(5, 8), factors, Dropout(1.0, True))
+    assert found.is_meta and found.shape == (5, 6)
+
+
 def test_all_ways_to_compute_the_product_agree() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(8, 6).requires_grad_(False), torch.randn(5, 8)

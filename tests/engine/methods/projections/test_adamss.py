@@ -29,8 +29,8 @@ SCHEDULE: dict[str, Any] = {
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def drawn(rows: int, columns: int) -> Any:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+def drawn(rows: int, columns: int, seed: int | None = None) -> Any:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows if seed is None else seed))
 
 
 def first_layer(model: Any) -> Any:
@@ -47,6 +47,19 @@ def first_layer(model: Any) -> Any:
 )
 def test_clusters_are_those_of_scikit_learn(rows: int, columns: int, count: int, expected: str) -> None:
     assert "".join(map(str, row_clusters(drawn(rows, columns), count).tolist())) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "expected"),
+    [
+        pytest.param(drawn(40, 1, 8).pow(3), 8, "0265526512012555551110515135564727557155", id="centers hardly move"),
+        pytest.param(drawn(40, 1, 3), 3, "2202121022221222210012220122012022011000", id="too few iterations"),
+        pytest.param(drawn(12, 3, 5), 5, "124412011341", id="a cluster is empty"),
+        pytest.param(drawn(10, 1, 0).repeat(2, 1), 3, "02121120120212112012", id="two centers are equal"),
+    ],
+)
+def test_so_they_are_where_it_ends_early_or_a_cluster_has_no_rows(rows: Any, count: int, expected: str) -> None:
+    assert "".join(map(str, row_clusters(rows, count).tolist())) == expected
 
 
 def test_clusters_of_equal_rows_are_as_many_as_there_are_different_ones() -> None:
@@ -162,10 +175,19 @@ def test_a_file_with_other_clusters_or_sizes_is_refused(tmp_path: Path) -> None:
     save_file({**tensors, key: tensors[key].flip(0) - 1}, path, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="adamss_clusters in the file"):
         PeftModel.from_pretrained(llama(), tmp_path)
+    save_file({**tensors, key: torch.zeros_like(tensors[key])}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"puts \[32, 0, 0\] outputs into the subspaces"):
+        PeftModel.from_pretrained(llama(), tmp_path)
     key = key.replace("adamss_clusters", "adamss_B.1")
     save_file({**tensors, key: tensors[key][:-1].clone()}, path, metadata={"format": "pt"})
     with pytest.raises(BaseMismatchError, match="adamss_B"):
         PeftModel.from_pretrained(llama(), tmp_path)
+    save_file({other: tensor for other, tensor in tensors.items() if other != key}, path, metadata={"format": "pt"})
+    with pytest.warns(match="1 adapter key is missing"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(BaseMismatchError, match=r"adamss_B.0 is \(4, 2\)"):
+        PeftModel.from_pretrained(llama(), tmp_path, config=nbpeft.AdamssConfig(**FIELDS | {"num_subspaces": 2}))
 
 
 def train(model: Any, steps: int = 11) -> list[int]:

@@ -21,7 +21,14 @@ every_way = pytest.mark.parametrize("way", WAYS)
 
 
 @every_way
-@pytest.mark.parametrize("fields", [{}, {"alpha": 6}, {"init_weights": False, "init_scale": 2.0}, {"para": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({}, {"alpha": 6}, {"init_weights": False, "init_scale": 2.0}),
+        *({"para": True}, {"para": True, "init_weights": False}),
+    ],
+    ids=str,
+)
 def test_start_is_that_of_peft(way: str, fields: dict[str, Any]) -> None:
     fields = {**TARGETS, **fields, "decomposition_method": way}
     torch.manual_seed(1)

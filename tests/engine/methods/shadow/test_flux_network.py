@@ -50,11 +50,11 @@ class Holder(nn.Module):
 
 
 class Single(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, head: int) -> None:
         super().__init__()
-        self.sizes = width, inner
+        self.sizes = width, inner, head
         fused, out = nn.Linear(width, 3 * width + 2 * inner, bias=False), nn.Linear(width + inner, width, bias=False)
-        self.attn = Holder(to_qkv_mlp_proj=fused, to_out=out)
+        self.attn = Holder(to_qkv_mlp_proj=fused, norm_q=nn.RMSNorm(head), to_out=out)
 
     def forward(
         self,
@@ -65,12 +65,13 @@ class Single(nn.Module):
         joint_attention_kwargs: dict[str, Any] | None = None,
         split_hidden_states: bool = False,
     ) -> Any:
-        width, inner = self.sizes
+        width, inner, head = self.sizes
         shift, scale, gate = temb_mod.chunk(3, -1)
         attention: Any = self.attn
         query, key, value, first, second = attention.to_qkv_mlp_proj(hidden_states * (1 + scale) + shift).split(
             [width] * 3 + [inner] * 2, -1
         )
+        query = attention.norm_q(query.unflatten(-1, (-1, head))).flatten(-2)
         mixed = F.scaled_dot_product_attention(query, key, value)
         hidden: Tensor = hidden_states + gate * attention.to_out(torch.cat([mixed, F.silu(first) * second], -1))
         if split_hidden_states:
@@ -96,7 +97,7 @@ class Flux2Transformer2DModel(nn.Module):
             for _ in range(self.config.num_layers)
         )
         self.single_transformer_blocks = nn.ModuleList(
-            Single(width, inner) for _ in range(self.config.num_single_layers)
+            Single(width, inner, self.config.attention_head_dim) for _ in range(self.config.num_single_layers)
         )
         self.norm_out = Holder(linear=nn.Linear(width, 2 * width, bias=False))
         self.proj_out = nn.Linear(width, self.config.out_channels)

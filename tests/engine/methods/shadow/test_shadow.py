@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,41 @@ def test_it_acts_beside_lora_and_prompts() -> None:
     assert all("shadow" not in path for path in model.targeted_module_names)
 
 
+@pytest.mark.parametrize(
+    ("fields", "blocks"),
+    [
+        ({"exclude_modules": ["layers.0"]}, ["model.layers.1"]),
+        ({"layers_to_transform": [0]}, ["model.layers.0", "model.layers.1"]),
+        ({"target_modules": ["layers.0"]}, ["model.layers.0"]),
+    ],
+    ids=str,
+)
+def test_the_blocks_are_those_of_peft_and_what_names_none_is_told(fields: dict[str, Any], blocks: list[str]) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        ours = nbpeft.get_peft_model(llama(), nbpeft.ShadowConfig(**fields))
+    theirs = peft.get_peft_model(llama(), peft.ShadowConfig(**fields))
+    keys = peft.get_peft_model_state_dict(theirs).keys()
+    assert nbpeft.get_peft_model_state_dict(ours).keys() == keys
+    assert [path for path in ("model.layers.0", "model.layers.1") if any(path in key for key in keys)] == blocks
+    assert any("layers_to_transform has no effect" in str(one.message) for one in told) is (
+        "layers_to_transform" in fields
+    )
+
+
+@torch.no_grad()
+def test_its_state_can_be_set_and_an_old_pickle_has_its_rank() -> None:
+    model: Any = shadowed(r=3)
+    model.base_model._seed_shadow_state = torch.ones(1)
+    assert torch.equal(model.base_model._seed_shadow_state, torch.ones(1))
+    network = next(iter(model.manager.layers.values())).adapter("default")
+    state_of_0_2 = {key: value for key, value in network.__getstate__().items() if key != "rank"} | {"dropout": 0.5}
+    again: Any = object.__new__(type(network))
+    again.__setstate__(copy.deepcopy(state_of_0_2))
+    assert again.rank == 3 and again.last_state is None
+    assert again.get_submodule("model.layers.1").shadow_dropout.p == 0.5
+
+
 @torch.no_grad()
 def test_the_network_is_taken_out_as_a_model() -> None:
     model, ids = shadowed(shadow_hidden_size=16), tokens()
@@ -314,6 +350,7 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
         AdapterError,
     )
     refused(lambda: model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both"), "cannot be combined")
+    refused(model, "pass input_ids or inputs_embeds", AdapterError)
     block = model.get_base_model().model.layers[0]
     refused(lambda: block(torch.randn(1, 3, 32)), "layers.0 is called alone", AdapterError)
     model.add_adapter("prefix", nbpeft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))

@@ -334,7 +334,7 @@ class RankAllocator(Allocator):
 def _places(config: AdaLoraConfig, path: str, rank: int) -> list[bool]:
     """Which of the initial ranks the factors of a layer contain, given the rank of the factors."""
     left = config.ranks_left(path) or []
-    return list(left) if len(left) > rank == sum(left) else []
+    return list(left) if sum(left) == rank else [True] * rank
 
 
 def _trained_name(configs: Mapping[str, Any]) -> str:
@@ -431,7 +431,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
     def prepare(self, config: AdaLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         """Sets the rank as a parameter, and the allocator, a module of the first layer."""
         assert isinstance(site.shared, RankAllocator)
-        flags = _places(config, site.path, self.rank) or [True] * self.rank
+        flags = _places(config, site.path, self.rank)
         self.bind({_RANK: tensors[_E].new_full((1,), float(config.init_r))}, path=site.path, flags_of_places=flags)
         self.bind(allocator=site.shared)
         site.shared.adapters[site.path] = self
@@ -511,7 +511,7 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
         return {_A: tensors[_A][kept], _B: tensors[_B][:, kept], _E: tensors[_E][kept]}
 
     def configure(self, config: AdaLoraConfig, path: str) -> None:
-        self.bind(flags_of_places=_places(config, path, self.rank) or self.flags_of_places)
+        self.bind(flags_of_places=_places(config, path, self.rank))
         self.allocator.bind(config=config)
 
     def keep_settings(self, change: Transaction) -> None:

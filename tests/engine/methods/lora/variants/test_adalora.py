@@ -174,6 +174,28 @@ def test_impossible_values_are_refused(fields: dict[str, Any], said: str) -> Non
         nbpeft.AdaLoraConfig(**FIELDS | fields)
 
 
+@pytest.mark.parametrize("left", [None, [True, True], [True, False, True]], ids=str)
+def test_a_file_with_fewer_ranks_takes_the_place_of_one_that_lost_some(left: Any, tmp_path: Path) -> None:
+    def adapted(initial: int, left: list[bool] | None) -> Any:
+        paths = [f"model.layers.{number}.self_attn.q_proj.lora_E" for number in range(2)]
+        fields = {"init_r": initial, "target_r": 1, "total_step": 10, "target_modules": ["q_proj"]}
+        config = nbpeft.AdaLoraConfig(**fields, rank_pattern=dict.fromkeys(paths, left) if left else None)
+        model = get_peft_model(llama(), config).eval()
+        randomize(model, seed=initial)
+        return model
+
+    wanted, model = adapted(len(left or [True] * 2), left), adapted(4, [True, False, True, False])
+    wanted.save_pretrained(tmp_path / "fewer")
+    nbpeft.hotswap_adapter(model, str(tmp_path / "fewer"), "default")
+    assert torch.equal(logits(model), logits(wanted))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "again")), logits(wanted))
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("fewer", "again")]
+    assert configs[0]["rank_pattern"] == configs[1]["rank_pattern"]
+    layer = next(iter(model.manager.layers.values()))
+    assert layer.adapter("default").flags_of_places == (left or [True, True])
+
+
 def test_the_number_of_ranks_is_counted_as_in_peft_and_in_no_file(tmp_path: Path) -> None:
     fields = {"init_r": 4, "target_r": 2, "total_step": 10, "target_modules": ["q_proj"], "lora_dropout": 0.25}
     made = [library.get_peft_model(llama(), library.AdaLoraConfig(**fields)) for library in (nbpeft, peft)]

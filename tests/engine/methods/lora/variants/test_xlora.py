@@ -411,6 +411,19 @@ def test_a_bias_is_weighed_with_its_adapter(tmp_path: Path) -> None:
     assert (logits(ours) - logits(theirs)).abs().max() > 0.01
     alone = PeftModel.from_pretrained(llama(), tmp_path / "expert0")
     torch.testing.assert_close(logits(ours), logits(alone), atol=1e-5, rtol=1e-4)
+    ours.save_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "ours")), logits(ours))
+
+
+def test_weights_are_those_of_the_tokens_of_an_output(adapters: dict[str, str]) -> None:
+    adapter = next(iter(made(adapters).manager.layers.values())).adapter("default")
+    weights = torch.rand(2, 9, len(adapter.state.numbers), 3)
+    own = weights[:, :, adapter.number]
+    assert torch.equal(adapter._of_tokens(weights, torch.zeros(2, 9, 32)), own)
+    assert torch.equal(adapter._of_tokens(weights, torch.zeros(18, 32)), own.flatten(0, 1))
+    for shape in ((17, 32), (18, 1, 32), (9, 2, 32)):
+        with pytest.raises(AdapterError, match=r"X-LoRA weighs the \(2, 9\) tokens of a call"):
+            adapter._of_tokens(weights, torch.zeros(shape))
 
 
 def test_the_first_pass_gives_each_adapter_the_weight_that_was_set(adapters: dict[str, str]) -> None:
