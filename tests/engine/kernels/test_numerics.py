@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nbpeft.engine.kernels.numerics import add_scaled_
+from nbpeft.engine.kernels.numerics import add_scaled_, stamp
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -16,3 +16,12 @@ def test_a_factor_beyond_the_range_of_a_dtype_gives_infinite_numbers(dtype: torc
     beyond = min(float(torch.finfo(dtype).max) * 4, 1e308)
     add_scaled_(weight, torch.tensor([8.0, -8.0], dtype=dtype), beyond)
     assert weight.tolist() == [float("inf"), float("-inf")]
+
+
+def test_a_stamp_that_looks_at_values_sees_each_of_them_change() -> None:
+    tensor = torch.arange(6.0).view(2, 3)
+    for place in range(6):
+        before = stamp(tensor, deep=True)
+        assert stamp(tensor, deep=True) == before
+        tensor.data.view(-1)[place] += 1.0
+        assert stamp(tensor, deep=True) != before
