@@ -502,11 +502,3 @@ def test_a_validation_that_changes_adapters_and_refuses(meddling: str, active: s
     assert_untouched(model, before)
     assert manager.active == (active,) and manager.enabled and not manager.merged and manager.scale("default") == 1.0
     assert torch.equal(model(IDS), output)
-
-
-def test_a_slot_that_grows_is_zero_where_the_new_adapter_has_no_layer() -> None:
-    model = fresh(config_of(2), trained(config_of(2), seed=2))
-    new = config_of(4, target_modules=["first", "embed"])
-    weights = trained(new)
-    swap(manager_of(model), "default", new, weights, grow=True)
-    torch.testing.assert_close(model(IDS), fresh(new, weights)(IDS), rtol=1e-5, atol=1e-5)

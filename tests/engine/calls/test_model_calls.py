@@ -53,7 +53,7 @@ def check_rows(base: Any, kind: Any, fields: dict[str, Any], **inputs: Tensor) -
 def test_a_prefix_is_put_into_the_cache_of_a_backbone() -> None:
     torch.manual_seed(0)
     base = Tagger(LlamaConfig(**LLAMA, num_labels=3))
-    check_rows(base, PrefixTuningConfig, {"task_type": "TOKEN_CLS"}, input_ids=tokens(2, 5))
+    check_rows(base, PrefixTuningConfig, {}, input_ids=tokens(2, 5))
 
 
 def test_a_prompt_of_a_decoder_is_put_before_the_tokens_of_its_row() -> None:

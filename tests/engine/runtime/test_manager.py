@@ -229,3 +229,13 @@ def test_unmerging_what_is_not_merged_or_not_there_is_told() -> None:
     manager.unload(merge=False)
     with pytest.raises(StaleModelError, match="can no longer be used"):
         manager.unmerge()
+
+
+def test_a_deletion_is_told_once() -> None:
+    manager = adapted("a")
+    manager.add("b", LoraConfig(r=2, target_modules=["1"]))
+    told: list[tuple[str, ...]] = []
+    unsubscribe = manager.subscribe(lambda: told.append(tuple(manager.layers)))
+    manager.remove("b")
+    assert tuple(manager.layers) == ("0",) and told == [("0",)]
+    unsubscribe()
