@@ -140,10 +140,11 @@ def judge_all(mutants: Sequence[Mutant], options: argparse.Namespace) -> None:
 
     killing.import_in_advance()
     files = options.tests or sorted({test.partition("::")[0] for _, tests, _ in jobs for test in tests})
+    before = len(lines())
     killing.judge(jobs, files, options.at_once, tell)
-    known = stored()
+    judged = {line.get("key") for line in lines()[before:]}
     for mutant, tests, seconds in jobs:
-        if key(mutant) not in known:
+        if key(mutant) not in judged:
             tell((mutant, tests, seconds), killing.run(tests or files, mutant, seconds))
 
 

@@ -177,3 +177,8 @@ def test_a_grid_is_where_the_weight_lies_and_can_be_stored(out_features: int, in
 
 def test_a_grid_reaches_as_far_as_the_weight_to_round():
     check_grid_of_larger_weight(backend, quantized()[0])
+
+
+def test_a_prepared_layer_has_nothing_to_release() -> None:
+    layer, _ = quantized()
+    assert backend.prepare(layer) is False

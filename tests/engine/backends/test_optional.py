@@ -257,3 +257,11 @@ def test_a_compressed_layer_is_read_through_its_own_forward():
     assert backend.byte_count(layer) == 8 * 16 + 8 * 4
     with pytest.raises(MergeError, match="decompressed"):
         backend.store(layer, torch.zeros(8, 16))
+
+
+def test_what_is_kept_beside_the_codes_is_counted() -> None:
+    layer: Any = hqq(4)
+    backend = resolve_backend(layer)
+    assert backend is not None
+    counted = {tensor.data_ptr() for tensor in backend.tensors(layer)}
+    assert {tensor.data_ptr() for tensor in (layer.W_q, layer.meta["scale"], layer.meta["zero"])} <= counted

@@ -16,7 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nbpeft.engine.changes.active_state import _ENTERED_BY, NO_ADAPTERS, ActiveAdapters, ActiveState, RowAssignment
+from nbpeft.engine.changes.active_state import (
+    _ENTERED_BY,
+    NO_ADAPTERS,
+    ActiveAdapters,
+    ActiveState,
+    Call,
+    RowAssignment,
+)
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.model.handle.serving import blended
 from tests.tiny_models import adapted, tokens
@@ -167,3 +174,48 @@ def test_backward_runs_with_the_adapters_of_the_call_that_recorded_the_node() ->
     outputs = [Records.apply(x, switch, seen)]  # recorded in no call of this thread
     outputs[0].sum().backward()
     assert seen[-1] is calls[2]
+
+
+def test_a_call_whose_end_was_skipped_chooses_nothing_for_the_next_one() -> None:
+    switch = ActiveState()
+    switch.publish(ActiveAdapters(("a",), (1.0,)))
+
+    def cut_off() -> Call:
+        call = switch.call(ActiveAdapters(("b",), (1.0,)))
+        return call.__enter__()
+
+    left = cut_off()
+    assert not left.runs()
+    with switch.call():
+        assert switch.current().names == switch.traced.names == ("a",)
+
+
+def test_what_is_traced_is_what_the_running_call_has() -> None:
+    switch, chosen = ActiveState(), ActiveAdapters(("a",), (1.0,))
+    with switch.call(chosen):
+        assert switch.traced is chosen
+    assert switch.traced is switch.live
+
+
+def test_equal_assignments_are_equal_whatever_their_calls_have_left_in_them() -> None:
+    one, other = (RowAssignment(("a", "b"), (0, 1), (1.0, 1.0)) for _ in range(2))
+    one.call.note([(2, 3)], 2)
+    one.cache["rows"] = 2
+    assert one == other
+    assert repr(one) == "RowAssignment(names=('a', 'b'), index=(0, 1), scales=(1.0, 1.0))"
+
+
+def test_rows_of_one_adapter_are_one_run() -> None:
+    assert RowAssignment(("a",), (0, 0), (1.0,)).runs(4) == [("a", slice(0, 4))]
+    assert RowAssignment((), (-1, -1), ()).runs(4) == [("", slice(0, 4))]
+    assert RowAssignment(("a",), (0, 0, -1), (1.0,)).runs(6) == [("a", slice(0, 4)), ("", slice(4, 6))]
+
+
+def test_what_has_one_row_is_for_all_rows() -> None:
+    rows = RowAssignment(("a",), (0, -1), (1.0,))
+    assert rows.broadcast(torch.zeros(1, 3)).shape == (2, 3)
+    for shape in ((2, 3), (3, 3)):
+        values = torch.zeros(shape)
+        assert rows.broadcast(values) is values
+    rows.call.note([(4, 3)], 2)
+    assert rows.broadcast(torch.zeros(1, 3)).shape == (4, 3)

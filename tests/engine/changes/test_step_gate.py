@@ -12,6 +12,7 @@ from torch import nn
 
 from nbpeft.engine.changes.step_gate import StepGate
 from nbpeft.session.background import TurnTakingControl
+from tests.waiting import PATIENCE, wait_until
 
 MOST = 60
 """Turns of a thread that never pauses."""
@@ -126,3 +127,17 @@ def test_while_it_is_paused_they_have_one_turn_after_the_other(gate: StepGate) -
     assert not control.wait_or_stop()
     assert len(callers.taken) >= 5
     callers.end()
+
+
+def test_who_has_a_turn_finds_a_model_that_does_not_train(gate: StepGate) -> None:
+    model, seen = gate.model, []  # type: ignore[attr-defined]
+
+    def call() -> None:
+        with gate.hold():
+            seen.append(model.training)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    wait_until(lambda: gate._waiting)
+    assert gate.yield_between_steps() and seen == [False] and model.training
+    thread.join(PATIENCE)

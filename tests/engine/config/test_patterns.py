@@ -101,3 +101,14 @@ def test_thousands_of_whole_paths_are_looked_up() -> None:
 def test_an_empty_layers_pattern_means_any_as_in_peft(empty: Any) -> None:
     matcher = Matcher(["q"], layers=[1], layers_pattern=empty)
     assert matcher.matches("model.layers.1.q") and not matcher.matches("model.layers.0.q")
+
+
+def test_the_longest_expression_is_accepted_and_a_longer_one_refused() -> None:
+    check_patterns([("target_modules", "a" * 50_000, WHOLE)])
+    with pytest.raises(ConfigError, match="too long"):
+        check_patterns([("target_modules", "a" * 50_001, WHOLE)])
+
+
+def test_what_only_the_compiler_refuses_is_refused_with_the_config() -> None:
+    with pytest.raises(ConfigError, match="look-behind requires fixed-width"):
+        LoraConfig(target_modules=r"(?<=a+)b")

@@ -13,7 +13,14 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from nbpeft import LoraConfig
-from nbpeft.engine.config.targets import Matcher, condense_targets, no_match, no_pattern_match, usual_targets
+from nbpeft.engine.config.targets import (
+    Matcher,
+    condense_targets,
+    matches_segment_names,
+    no_match,
+    no_pattern_match,
+    usual_targets,
+)
 from nbpeft.engine.injection.plan import plan
 from nbpeft.errors import TargetError
 
@@ -134,3 +141,8 @@ def test_condensed_like_peft(targets: list[str], others: list[str]) -> None:
     endings = tuple(f".{name}" for name in targets)
     left = [name for name in others if name not in targets and not name.endswith(endings)]
     assert condense_targets(targets, [*others, *targets]) == _find_minimal_target_modules(targets, left)
+
+
+def test_names_may_come_from_an_iterator() -> None:
+    assert matches_segment_names("layers.0.q", iter(["v", "q"]))
+    assert not matches_segment_names("layers.0.q", iter(["v", "k"]))

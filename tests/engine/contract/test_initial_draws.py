@@ -204,3 +204,20 @@ def test_an_interruption_leaves_no_recording() -> None:
             with contextlib.suppress(KeyboardInterrupt), interrupted_at((code.co_filename, line, 1)):
                 Draws(always=False).repeat("one", draw)
             assert draw().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_draw_that_is_skipped_takes_as_many_numbers_in_each_default_dtype(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        nn.init.kaiming_uniform_(torch.empty(3, 5))
+        wanted = torch.get_rng_state()
+        draws = Draws(always=False)
+        draws.add(nn.init.kaiming_uniform_, (3, 5))
+        torch.manual_seed(0)
+        draws.make()
+        assert torch.equal(torch.get_rng_state(), wanted)
+    finally:
+        torch.set_default_dtype(before)

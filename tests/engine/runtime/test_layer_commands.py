@@ -182,3 +182,11 @@ def test_a_deletion_that_fails_leaves_what_layers_share_where_it_was() -> None:
         raise RuntimeError("later")
     assert "shared" in first.adapter("default")._modules and not second.adapter("default")._modules
     assert [tuple(one.shape) for one in model.manager.parameters("default")] == [(20,)]
+
+
+def test_a_deleted_adapter_is_no_longer_listed_below_its_layer() -> None:
+    model, layer = adapted()
+    model.add_adapter("other", nbpeft.LoraConfig(r=2, target_modules=["lin0", "lin1"]))
+    assert list(layer.lora_A) == ["default", "other"]
+    layer.delete_adapter("other")
+    assert {*layer._modules["lora_A"]._modules} == {"default"}

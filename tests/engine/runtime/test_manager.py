@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.errors import AdapterError, AdapterExistsError, TargetError, UnknownAdapterError
+from nbpeft.errors import AdapterError, AdapterExistsError, StaleModelError, TargetError, UnknownAdapterError
 from tests.tiny_models import llama, same_state, state
 
 INPUTS = torch.linspace(-1, 1, 12).view(3, 4)
@@ -212,3 +212,30 @@ def test_a_copy_is_as_strong_on_every_layer() -> None:
     manager.copy("a", "b")
     manager.activate("b")
     assert torch.equal(output(manager), before)
+
+
+def test_those_that_are_still_there_are_active_again() -> None:
+    manager = adapted("a", "b")
+    manager.select_again(["gone", "b"])
+    assert manager.active == ("b",)
+    manager.select_again(["gone"])
+    assert manager.active == ("b",)
+
+
+def test_unmerging_what_is_not_merged_or_not_there_is_told() -> None:
+    manager = adapted("a")
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        manager.unmerge()
+    manager.unload(merge=False)
+    with pytest.raises(StaleModelError, match="can no longer be used"):
+        manager.unmerge()
+
+
+def test_a_deletion_is_told_once() -> None:
+    manager = adapted("a")
+    manager.add("b", LoraConfig(r=2, target_modules=["1"]))
+    told: list[tuple[str, ...]] = []
+    unsubscribe = manager.subscribe(lambda: told.append(tuple(manager.layers)))
+    manager.remove("b")
+    assert tuple(manager.layers) == ("0",) and told == [("0",)]
+    unsubscribe()

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from torch import nn
 
+from nbpeft import LoHaConfig
 from nbpeft.errors import MergeError
 from nbpeft.model import LoraConfig, get_peft_model
+from tests.tiny_models import adapted, config, llama
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,13 @@ def test_an_adapter_that_starts_in_merged_weights_is_refused(fields: dict[str, A
         model.add_adapter("new", LoraConfig(r=2, **fields))
     model.add_adapter("plain", LoraConfig(r=2, target_modules=["0", "1"]))
     assert "new" not in model.peft_config and "plain" in model.peft_config
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_ties_nothing_is_added_while_a_tied_weight_is_apart() -> None:
+    model = adapted(llama(tie_word_embeddings=True), target_modules=["embed_tokens"])
+    model.merge_adapter()
+    model.manager.add("other", LoHaConfig(target_modules=["q_proj"]))
+    with pytest.raises(MergeError, match="is not tied at the moment: unmerge before"):
+        model.add_adapter("tied", config(target_modules=["q_proj"], ensure_weight_tying=True))
+    assert model.manager.names == ("default", "other")

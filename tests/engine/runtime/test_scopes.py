@@ -335,3 +335,13 @@ def test_compiled_models_serve_rows_by_their_adapters() -> None:
             rows = compiled(IDS, adapter_names=names)
             for place, name in enumerate(names):
                 assert torch.allclose(rows[place], legal[None if name == "__base__" else name][place], atol=1e-6)
+
+
+def test_what_a_block_freezes_trains_afterwards() -> None:
+    model = adapted()
+    model.set_requires_grad("b", True)
+    before = flags(model)
+    with model.use("b"):
+        for parameter in model.manager.parameters("b"):
+            parameter.requires_grad_(False)
+    assert flags(model) == before

@@ -241,3 +241,10 @@ def test_a_part_of_the_base_that_is_trained_comes_back() -> None:
     assert torch.equal(head.base_layer.bias, own)  # type: ignore[union-attr, arg-type]
     restore(stage.model.manager, kept)
     assert torch.equal(head.base_layer.bias, trained)  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_started_in_the_base_do_not_stay() -> None:
+    started = LoraConfig(**{**FIRST, "init_lora_weights": "pissa"})
+    model: Any = get_peft_model(tiny("dense"), started, adapter_name="x")
+    assert not keeps_weights(model.manager, "x", model.manager.plan(started.copy(), "x"))

@@ -17,6 +17,7 @@ from nbpeft.engine.tree.model_tree import (
     is_quantized,
     linear_layers_to_quantize,
     manager_of,
+    sharing_embedding,
     unwrapped,
 )
 from nbpeft.errors import AdapterError, ConfigError
@@ -118,3 +119,10 @@ def test_the_forecast_counts_the_layers_that_are_quantized() -> None:
     buffers = sum(buffer.nbytes for buffer in base.buffers())
     quantized = quantize_model(base)
     assert is_quantized(quantized) and estimate == buffers + sum(part.byte_count for part in stored_parts(quantized))
+
+
+def test_the_embedding_is_the_first_of_those_that_share_its_weight() -> None:
+    model = llama(tie_word_embeddings=True)
+    modules = list(reversed(list(model.named_modules())))
+    assert list(sharing_embedding(model, modules)) == ["model.embed_tokens", "lm_head"]
+    assert sharing_embedding(llama(), llama().named_modules()) == {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import nbpeft
 from nbpeft.engine.methods.vectors.ia3 import IA3Config
-from nbpeft.engine.views.part_modules import LiveParameters
+from nbpeft.engine.views.part_modules import LiveParameters, ModuleListing
 from nbpeft.engine.views.part_names import shown_name
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import StaleModelError
@@ -710,3 +710,12 @@ def test_a_layer_has_all_names_of_its_method(name: str) -> None:
     names = {one for one in theirs.adapter_layer_names if not hasattr(getattr(theirs, one), "default")}
     assert names and all(list(getattr(ours, one)) == [] for one in names)
     assert not hasattr(ours, "lora_A")
+
+
+def test_modules_in_a_list_have_the_mode_of_their_adapter() -> None:
+    model = get_peft_model(Net(), nbpeft.PeanutConfig(target_modules=["first"]))
+    layer: Any = model.base_model.model.first
+    listed = next(module for module in layer.modules() if type(module) is ModuleListing)
+    for mode in (False, True):
+        model.train(mode)
+        assert listed.training is mode

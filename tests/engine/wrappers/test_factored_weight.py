@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations import moe  # noqa: F401 - registers its fallback
 
 from nbpeft.engine.wrappers.factored_weight import FactoredWeight, Product, grouped_product
@@ -126,3 +127,10 @@ def test_half_precision_sums_in_the_dtype_of_the_weight() -> None:
     with torch.autocast("cpu", torch.float16):
         assert weight.summed().dtype == torch.bfloat16
     assert F.linear(drawn(2, COLUMNS).bfloat16(), weight).dtype == torch.bfloat16  # type: ignore[arg-type]
+
+
+def test_a_memory_estimate_takes_all_rows_as_one_group() -> None:
+    with FakeTensorMode():
+        x, left, right = torch.empty(9, ROWS), torch.empty(EXPERTS, ROWS, RANK), torch.empty(EXPERTS, RANK, COLUMNS)
+        found = grouped_product(x, left, right, torch.empty(EXPERTS, dtype=torch.int32))
+    assert found.shape == (9, COLUMNS)

@@ -270,3 +270,15 @@ def test_rows_of_several_adapters_and_traced_calls_are_refused(model: Any) -> No
         torch.func.functional_call(model, {}, (ids,)) if False else torch.func.vmap(lambda x: model(x).logits)(
             ids[:, None]
         )
+
+
+def test_a_base_that_was_changed_is_merged_into_anew() -> None:
+    model, ids = rounded(quantize_model(llama(num_hidden_layers=1))), tokens()
+    with torch.no_grad():
+        before = model(ids).logits
+        for layer in model.manager.layers.values():
+            layer.backend.store(layer.base_layer, 0.5 * layer.base.weight())
+        after = model(ids).logits
+        assert not torch.equal(after, before)
+        model.merge_adapter()
+        assert torch.equal(model(ids).logits, after)

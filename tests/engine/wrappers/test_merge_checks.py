@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 from nbpeft import LoraConfig, get_peft_model
+from nbpeft.engine.wrappers import merge_checks
 from nbpeft.errors import MergeError
 from nbpeft.model import PeftModel
 
@@ -384,3 +386,37 @@ def test_merging_a_model_completes_what_was_merged_on_one_layer() -> None:
     assert all(layer.merged for layer in model.manager.layers.values())
     model.unmerge_adapter()
     assert torch.equal(model(x), before)
+
+
+class Scaled(nn.Linear):
+    """Computes a multiple of what its weight says."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * super().forward(x)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_an_unknown_forward_is_compared_by_the_size_of_its_output(size: float) -> None:
+    for factor, refused in ((1.0, None), (1.0 + 2e-7, None), (1.5, "does not compute W x")):
+        layer = Scaled(6, 6, bias=False)
+        layer.factor = factor
+        with torch.no_grad():
+            layer.weight.mul_(size)
+        model = adapted(layer)
+        if refused is None:
+            model.merge_adapter()
+        else:
+            with pytest.raises(MergeError, match=refused):
+                model.merge_adapter()
+
+
+@pytest.mark.parametrize(("value", "nothing"), [(None, True), (2, False)])
+def test_what_a_hook_returns_is_read_from_the_bytecode_of_later_pythons(
+    value: Any, nothing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python 3.12 on one instruction returns a constant."""
+    step = SimpleNamespace(opname="RETURN_CONST", argval=value)
+    monkeypatch.setattr(merge_checks, "dis", SimpleNamespace(get_instructions=lambda function: [step]))
+    assert merge_checks._returns_nothing(looks) is nothing

@@ -291,3 +291,51 @@ def test_merged_weights_that_are_not_finite_are_refused() -> None:
     with pytest.raises(MergeError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
     assert all(torch.equal(value, before[name]) for name, value in state(model).items() if name in before)
+
+
+class Pair(nn.Module):
+    """Multiplies two inputs by one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x + y) @ self.matrix
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.head = Pair(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pair(x, x))  # type: ignore[no-any-return]
+
+
+def of_two_inputs() -> Any:
+    shared: dict[str, Any] = {"r": 2, "init_lora_weights": False}
+    model = get_peft_model(
+        TwoInputs(), LoraConfig(**shared, target_modules=["head"], target_parameters=["pair.matrix"])
+    )
+    model.add_adapter("head", LoraConfig(**shared, target_modules=["head"]))
+    return model.eval()
+
+
+@torch.no_grad()
+def test_rows_of_a_module_with_two_inputs_have_adapters_of_their_own() -> None:
+    model, x = of_two_inputs(), torch.randn(2, 4)
+    found = model(x, adapter_names=["default", "head"])
+    for row, name in enumerate(("default", "head")):
+        with model.use(name):
+            torch.testing.assert_close(found[row], model(x)[row])
+
+
+@torch.no_grad()
+def test_an_adapter_of_other_layers_adds_nothing_to_a_parameter() -> None:
+    model, x = of_two_inputs(), torch.randn(2, 4)
+    model.base_model.set_adapter(["default", "head"])
+    both = model(x)
+    layer = model.manager.layers["pair.matrix"]
+    inner = (x + x) @ (layer.base.weight() + layer.adapter("default").delta_weight(layer.base.weight(), layer.base))
+    torch.testing.assert_close(both, model.base_model.model.head(inner))

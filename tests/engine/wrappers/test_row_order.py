@@ -259,3 +259,22 @@ def test_experts_in_a_list_are_refused_where_they_are_adapted() -> None:
         transformers.XLNetConfig(vocab_size=VOCABULARY, d_model=32, n_layer=2, n_head=4, d_inner=48)
     )
     refused(two(xlnet, "layer_1"), input_ids=tokens(2, 8))
+
+
+def test_what_only_adapters_of_no_row_change_gets_rows_in_any_order() -> None:
+    model = two(Net(Mixture()), "head")
+    model.add_adapter("c", LoraConfig(r=2, target_modules=["up"]))
+    served(model.eval(), tokens(2, 5))
+
+
+@pytest.mark.parametrize("kinds", [[nn.Linear], [nn.Linear, nn.LayerNorm]])
+def test_layers_in_a_list_that_are_no_experts_are_served(kinds: list[Any]) -> None:
+    """One alone, or layers of several classes: a matrix with as many rows beside them does not choose between them."""
+
+    class Listed(Flattened):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(kind(8) if kind is nn.LayerNorm else kind(8, 8) for kind in kinds)
+            self.weights = nn.Parameter(torch.zeros(len(kinds), 8))
+
+    served(two(Net(Listed()), "layers.0"), tokens(2, 5))

@@ -1,0 +1,24 @@
+"""Who puts a prompt into a call: the engine, or the script that has asked for it."""
+
+from __future__ import annotations
+
+import contextvars
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nbpeft.engine.calls.prompts_by_hand import is_put_in, note_requested, put_in_here
+
+
+def test_a_call_of_the_handle_leaves_what_a_script_has_asked_for() -> None:
+    layer: Any = SimpleNamespace(_shared_state=lambda: None)
+    embedded = {"inputs_embeds": torch.zeros(1, 1, 1)}
+
+    def script() -> None:
+        note_requested()
+        with put_in_here():
+            assert not is_put_in(layer, embedded, None)
+        assert is_put_in(layer, embedded, None)
+
+    contextvars.copy_context().run(script)
