@@ -374,8 +374,6 @@ def present_file(
     utils: Any = importlib.import_module("huggingface_hub.utils")
 
     def download() -> str:
-        if constants.HF_HUB_OFFLINE:
-            raise errors.OfflineModeIsEnabled
         address = hf_hub_url(repo_id, name, revision=revision, endpoint=endpoint or constants.ENDPOINT)
         # Not hf_hub_download: without a network it retries for half a minute.
         response = utils.get_session().get(address, headers=utils.build_hf_headers(token=token), follow_redirects=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -323,6 +324,26 @@ def test_a_folder_is_replaced_once_the_new_one_is_complete(tmp_path: Path) -> No
     with in_place_of(tmp_path / "shipped", allowed=True) as place:
         write_checkpoint(place, *adapter(3))
     assert rank_of_pair(tmp_path / "shipped") == 3 and os.listdir(tmp_path) == ["shipped"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_folder_that_cannot_be_replaced_is_put_back(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename fails: that of the old folder, or that of the new one once the old one is aside."""
+    write_checkpoint(tmp_path / "shipped", *adapter(2))
+    before = contents(tmp_path)
+    renames, replace = itertools.count(1), os.replace
+
+    def failing(*paths: Any) -> None:
+        if next(renames) == number:
+            raise OSError(errno.EIO, "Input/output error")
+        replace(*paths)
+
+    with pytest.raises(CheckpointError), in_place_of(tmp_path / "shipped", allowed=True) as place:
+        write_checkpoint(place, *adapter(3))
+        monkeypatch.setattr(os, "replace", failing)
+    assert contents(tmp_path) == before
 
 
 def test_an_error_names_the_folder_that_is_replaced(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from nbpeft.checkpoint import (
     to_file,
     write_checkpoint,
 )
+from nbpeft.checkpoint.staging import staging_name
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.injection.plan import plan
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -238,6 +239,14 @@ def test_a_config_edited_by_hand_counts(tmp_path: Path) -> None:
     assert config.lora_alpha == 99
 
 
+def test_a_config_that_an_interrupted_write_left_unfinished_is_not_read(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, a_config(r=3), tensors_of())
+    staging = tmp_path / staging_name(tmp_path)
+    staging.mkdir()
+    (staging / "adapter_config.json").write_bytes(b"\xff")
+    assert read_config(tmp_path) == read_checkpoint(tmp_path).config
+
+
 def test_a_file_stands_for_its_folder(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, a_config(r=3), tensors_of())
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -259,6 +268,8 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointNotFoundError, match="is a file"):
         read_checkpoint(tmp_path / "file")
+    with pytest.raises(CheckpointNotFoundError, match=r"there is no file '\S*none"):
+        a_config().stored_tensors(str(tmp_path / "none"))
     with pytest.raises(CheckpointError, match=r"unknown option 'revison'.*Did you mean 'revision'"):
         read_config(tmp_path, revison="main")
 

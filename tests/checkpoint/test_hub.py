@@ -16,7 +16,7 @@ from torch import nn
 
 from nbpeft import get_peft_model
 from nbpeft.checkpoint import push, read_checkpoint, read_config, write_checkpoint
-from nbpeft.checkpoint.source import checked_options
+from nbpeft.checkpoint.source import checked_options, present_file
 from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
@@ -213,6 +213,14 @@ def test_push_that_cannot_be(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(CheckpointError, match="the hub did not serve 'me/new'") as caught:
         push(tmp_path / "adapter", "me/new", endpoint=hub.endpoint)
     assert "\n" not in str(caught.value)
+    hub.broken = False
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for act in (
+        lambda: push(tmp_path / "adapter", "me/new", endpoint=hub.endpoint),
+        lambda: present_file("me/new", "README.md", token=None, endpoint=hub.endpoint),
+    ):
+        with pytest.raises(CheckpointError, match="the hub is switched off by HF_HUB_OFFLINE=1"):
+            act()
 
 
 @pytest.mark.slow

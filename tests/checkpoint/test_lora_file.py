@@ -183,7 +183,14 @@ def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_config_is_read_as_before(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
-    assert lora_file(tmp_path) is None and lora_file(tmp_path / "adapter_model.safetensors") is None
+    (folder,) = tmp_path.iterdir()
+    weights = folder / "adapter_model.safetensors"
+    assert weights.is_file() and lora_file(folder) is None and lora_file(weights) is None
+    other = weights.rename(folder / "other.safetensors")
+    assert lora_file(other) is None
+    (folder / "adapter_config.json").unlink()
+    assert lora_file(other) == other
+    assert lora_file(other.rename(weights)) is None
     assert lora_file("user/name") is None
 
 

@@ -48,6 +48,7 @@ WEIGHTS: dict[str, tuple[bytes, str]] = {
     "no dtype": (weights({"a": {}}), "has no dtype for 'a'"),
     "no entry": (weights({"a": 3}), "has no dtype for 'a'"),
     "no shape": (weights({"a": entry(shape=None)}), "lacks the shape or the offsets of 'a'"),
+    "a shape by name": (weights({"a": entry(shape={}, data_offsets=[0, 4])}, 4), "lacks the shape or the offsets of"),
     "negative": (weights({"a": entry(shape=[-2])}), "the shape or the offsets of 'a' are not valid"),
     "truth": (weights({"a": entry(shape=[True, 2])}), "the shape or the offsets of 'a' are not valid"),
     "huge": (weights({"a": entry(shape=[2**40, 2**40])}), "'a' has more or fewer bytes than its shape says"),

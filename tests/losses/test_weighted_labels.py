@@ -93,6 +93,7 @@ def test_what_is_made_of_labels_otherwise_is_plain() -> None:
         labels.float(),
         labels.masked_fill(labels > 1, 0),
         labels.to(torch.float32),
+        torch.zeros(4).to(labels),
     ):
         assert type(found) is Tensor
 

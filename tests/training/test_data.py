@@ -124,7 +124,7 @@ def test_chat_errors(tokenizer):
         prepare_data([{"messages": [{"role": "user", "content": "hi"}]}], tokenizer)
     bare = Slow(tokenizer)
     bare.chat_template = None
-    with pytest.raises(TrainingError, match="no chat template"):
+    with pytest.raises(TrainingError, match=r"^The tokenizer has no chat template"):
         prepare_data([{"messages": [{"role": "user", "content": "hi"}]}], bare)
 
 
@@ -155,6 +155,10 @@ def test_datasets_and_tokenised_rows(tokenizer):
     assert prepare_data(tokenised) is tokenised
     listed = [{"input_ids": [1, 2]}, {"input_ids": [3]}]
     assert list(prepare_data(listed)) == listed
+    typed = {"input_ids": [1, 2], "token_type_ids": [0, 0]}
+    with pytest.raises(TrainingError, match="Row 1 has no 'token_type_ids', which other rows have"):
+        prepare_data([typed, listed[1]])
+    assert list(prepare_data([{**listed[0], "id": 1}, listed[1]])) == listed
 
 
 class NoRows:
@@ -227,6 +231,7 @@ def test_an_export_of_chatgpt_is_not_taken_for_prompts(tokenizer) -> None:
         ([[1, 2]], "Row 0 is a list, not a dictionary with prompt and completion"),
         ("text", "'text' does not name data; expected a file"),
         (NoRows(), "found a NoRows"),
+        (b"text", "found a bytes"),
         (None, "found None"),
         ({"text": ["a"]}, "found a dictionary with 'text'"),
         (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})), "pass one of them: train"),

@@ -21,7 +21,8 @@ from torch.utils.data import IterableDataset
 from nbpeft._util import hub_access
 from nbpeft.errors import ConfigError, MissingPackageError, TrainingError
 from nbpeft.training import open_data, prepare_data, train
-from nbpeft.training.data import StreamedRows, hub
+from nbpeft.training.data import StreamedRows, hub, sources
+from nbpeft.training.data.hub import DatasetName
 from tests.char_tokenizer import CharTokenizer
 from tests.checkpoint import loopback
 from tests.training.support import trainable
@@ -235,6 +236,19 @@ def test_a_file_that_is_not_there_names_the_nearest(files: Path) -> None:
         open_data("/nowhere/rows.csv")
     with pytest.raises(TrainingError, match=r"'\[x\]' is not a range of rows"):
         open_data(f"{files / 'rows.csv'}[x]")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("user/name", DatasetName("user/name", "", "", "")),
+        ("user/name:train[:5]", DatasetName("user/name", "", "train", "[:5]")),
+        ("user/name:english:train", DatasetName("user/name", "english", "train", "")),
+    ],
+)
+def test_a_dataset_has_a_name(name: str, expected: DatasetName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "load_named", lambda found: [found])
+    assert open_data(name) == [expected]
 
 
 def test_an_iterator_is_refused_with_the_remedy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -123,6 +124,15 @@ def test_tokenised_rows_are_shown_with_or_without_a_tokenizer() -> None:
     found = summarize(data, CharTokenizer())
     assert text(found.rows[0].spans, learned=True) == "IJ" and found.learned_count == 2 and found.limit is None
     assert text(summarize(data).rows[0].spans, learned=True) == "41 42 "
+
+
+def test_a_space_between_shown_tokens_is_kept() -> None:
+    class Words(CharTokenizer):
+        def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False, **options: Any) -> str:
+            return " ".join(["the", "cat", "sat"][token] for token in tokens)
+
+    [row] = summarize([{"input_ids": [0, 1, 2], "labels": [-100, -100, 2]}], Words()).rows
+    assert [span.text for span in row.spans] == ["the cat", " sat"]
 
 
 def test_an_encoder_decoder_answers_apart(tokenizer: Any) -> None:

@@ -12,9 +12,10 @@ import transformers
 from nbpeft.errors import TrainingError
 from nbpeft.memory import forecast
 from nbpeft.model.quantization.quantize import quantize_model
-from nbpeft.state import TrainState
+from nbpeft.state import MemoryPart, MemoryState, TrainState
 from nbpeft.sweeps import sweep
 from nbpeft.training import track, train
+from nbpeft.training.monitor import failures
 from nbpeft.training.monitor.failures import free_memory
 from tests.model.allocations import Allocations
 from tests.tiny_models import llama
@@ -195,6 +196,18 @@ def test_a_loop_of_ones_own_is_told_what_had_grown(model: Any) -> None:
     assert run.state.status == "failed" and "\n" not in told
     assert told.startswith("Out of memory in ") and "activations and temporary tensors took" in told
     assert "base weights" in told and "lower the batch size" in told
+
+
+@pytest.mark.parametrize(
+    ("device", "total", "told"),
+    [("cuda:0", 8_000, " on a device of 8.0 kB"), ("cuda:0", None, ""), ("cpu", 8_000, "")],
+)
+def test_what_needs_most_is_told_with_the_memory_of_an_accelerator(device: str, total: int | None, told: str) -> None:
+    parts = MemoryPart("base weights", 1_000), MemoryPart("activations", 5_000)
+    measured = MemoryState(device, (), total, None)
+    assert failures._largest_part(parts, measured, "forward", estimated=True) == (
+        f"activations kept for backward need 5.0 kB of 6.0 kB{told} (the rest: base weights 1.0 kB)"
+    )
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu", "mps"])

@@ -47,11 +47,10 @@ def best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
                 del by_space[space], spaces[place]
         packs[pack].append(row)
         left = space - lengths[row]
-        if left > 0:
-            if left not in by_space:
-                by_space[left] = []
-                bisect.insort(spaces, left)
-            by_space[left].append(pack)
+        if left not in by_space:
+            by_space[left] = []
+            bisect.insort(spaces, left)
+        by_space[left].append(pack)
     return packs
 
 

@@ -59,8 +59,6 @@ def save_model(
     manager = manager_of(trainer.model)
     assert manager is not None
     write = bool(trainer.args.should_save)
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
     save = save_in_training if in_checkpoint(trainer) else files.save
     save(manager, folder, write=write, base=base_mark(trainer))
     if write:

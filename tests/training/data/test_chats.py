@@ -97,6 +97,16 @@ def test_a_template_is_tried_once_for_each_kind_of_chat(tokenizer: Any, monkeypa
     assert len(calls) == 3  # the content of two messages, and a name
     monkeypatch.setattr(chats, "_MOST_SHAPES", 1)
     assert "'name' (20 of 21 rows)" in notes(tokenizer, [USER, REPLY], *[[USER, {**REPLY, "name": "Ann"}]] * 20)
+    calls.clear()
+    several = ({"name": "look", "arguments": {f"at{number}": "mat"}} for number in range(20))
+    notes(tokenizer, *[[USER, {**REPLY, "tool_calls": [{"function": one}]}] for one in several])
+    assert len(calls) == 3  # arguments do not make another kind
+
+
+def test_names_within_a_part_make_another_kind_of_chat(tokenizer: Any, use: Any) -> None:
+    use(PRINTING.replace("call.function | tojson", "call.function.name"))
+    rows = [[USER, {**REPLY, "tool_calls": [{"function": {name: "look"}}]}] for name in ("name", "title")]
+    assert notes(tokenizer, *rows) == f"{UNPRINTED}'tool_calls' (1 of 2 rows)"
 
 
 def test_tools_are_printed_or_named_and_may_be_text(tokenizer: Any, use: Any) -> None:
@@ -119,7 +129,9 @@ def test_a_turn_of_which_nothing_is_printed_is_empty(tokenizer: Any, use: Any) -
     )
     use(PRINTING.replace("{{ m['content'] }}", "{{ m['content'] or '' }}"))
     assert notes(tokenizer, *rows) == ""
-    assert learned(tokenizer, prepare_data([{"messages": rows[0]}], tokenizer)[0]).startswith('{"name": "look"')
+    without = {"role": "assistant", "tool_calls": calls}
+    for turns in (rows[0], [USER, without]):
+        assert learned(tokenizer, prepare_data([{"messages": turns}], tokenizer)[0]).startswith('{"name": "look"')
     as_array = {**rows[0][1], "tool_calls": numpy.array(calls * 2, dtype=object)}  # as Parquet gives it
     assert (
         learned(tokenizer, prepare_data([{"messages": [USER, as_array]}], tokenizer, max_length=200)[0]).count("look")

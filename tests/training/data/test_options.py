@@ -113,9 +113,19 @@ def test_an_answer_about_tags_is_no_reasoning(tokenizer: Any, use: Any) -> None:
         assert found.notes == f"no row has reasoning to {how}"
 
 
-@pytest.mark.parametrize("content", ["yes", ""])
-def test_reasoning_that_the_template_prints_last_cannot_be_masked(tokenizer: Any, use: Any, content: str) -> None:
-    use(CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.reasoning_content or '' }}"))
+@pytest.mark.parametrize(
+    ("content", "printed"),
+    [
+        ("yes", "{{ m['content'] }}{{ m.reasoning_content or '' }}"),
+        ("", "{{ m['content'] }}{{ m.reasoning_content or '' }}"),
+        ("yes", "{{ m.reasoning_content or m['content'] }}"),
+        ("yes", "{{ m.reasoning_content or '' }}{{ m['content'] | length }}{{ m['content'] }}"),
+    ],
+)
+def test_reasoning_that_the_template_does_not_print_before_the_answer_cannot_be_masked(
+    tokenizer: Any, use: Any, content: str, printed: str
+) -> None:
+    use(CHATML.replace("{{ m['content'] }}", printed))
     with pytest.raises(TrainingError, match="Row 0: The chat template does not print the reasoning of turn 1 before"):
         texts(tokenizer, ASK, {**THOUGHT, "content": content}, reasoning="mask")
 
@@ -225,6 +235,13 @@ def test_parts_are_shown_and_counted() -> None:
     assert (shown.split_rows, shown.split_parts, shown.row_count, shown.cut_rows) == (1, 3, 4, 0)
     assert [row.part for row in shown.rows] == ["part 1 of 3", "part 2 of 3", "part 3 of 3", ""]
     assert [span.learned for span in shown.rows[1].spans] == [False, True]
+
+
+def test_a_row_in_parts_counts_as_one() -> None:
+    rows = [{"text": "xy", "note": "x"}, {"text": "abcdefghi"}]
+    assert prepare_data(rows, CharTokenizer(), max_length=5, long="split").notes == (
+        "1 row longer than the maximum length split into 3 parts; columns not used: 'note' (1 of 2 rows)"
+    )
 
 
 def test_a_stream_is_split_and_its_long_rows_are_dropped() -> None:

@@ -63,6 +63,10 @@ def test_turns_that_both_conversations_have_are_not_trained_on(tokenizer: Any) -
     [row] = pairs(tokenizer, {"chosen": [*before, YES], "rejected": [*before, NO]})
     one, other = ({"prompt": before, "completion": [reply]} for reply in (YES, NO))
     assert row == as_two(tokenizer, one, other)
+    chats = [[reply, USER, NO] for reply in (YES, NO)]
+    [row] = pairs(tokenizer, {"chosen": [USER, *chats[0]], "rejected": [USER, *chats[1]]})
+    one, other = ({"prompt": [USER], "completion": chat} for chat in chats)
+    assert row == as_two(tokenizer, one, other)
 
 
 def test_texts_without_a_prompt_differ_from_the_word_on_in_which_they_differ(tokenizer: Any) -> None:

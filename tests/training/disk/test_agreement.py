@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import distributed
 
 from nbpeft.errors import TrainingError
 from nbpeft.training.disk import agreement
-from nbpeft.training.disk.agreement import gathered, own_share
+from nbpeft.training.disk.agreement import gathered, own_share, save_collectively
 
 
 @pytest.fixture
@@ -49,3 +50,15 @@ def test_an_error_of_this_process_is_sent_and_raised(in_the_first_of_two: list[A
 def test_a_single_process_has_everything() -> None:
     assert own_share([1, 2, 3]) == [1, 2, 3]
     assert gathered(lambda: 10) == [10]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_another_process_writes_its_part_where_the_first_one_says(
+    announced: bool, in_the_first_of_two: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(agreement, "broadcast_from_rank0", lambda value: tmp_path if announced else None)
+    in_the_first_of_two.append("")
+    written: list[Path] = []
+    save_collectively(lambda write: pytest.fail("only the first process makes the folder"), written.append)
+    assert written == ([tmp_path] if announced else [])

@@ -111,6 +111,10 @@ def test_a_row_goes_into_the_fullest_sequence_that_takes_it() -> None:
     assert best_fit([5, 9, 3, 7, 2, 1], 10) == [[1, 5], [3, 2], [0, 4]]
 
 
+def test_a_row_without_tokens_gets_no_sequence_of_its_own() -> None:
+    assert best_fit([12, 0, 10, 0], 10) == [[0], [2, 1, 3]]
+
+
 def test_a_packed_row_holds_positions_and_learns_nothing_across_its_border() -> None:
     rows = PackedRows([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}], 8)
     assert len(rows) == 1 and (rows.row_count, rows.token_count) == (2, 5)

@@ -17,7 +17,7 @@ from torch import nn
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
-from nbpeft.state import MemoryPart, MemoryState, TrainState
+from nbpeft.state import MemoryPart, MemoryState, Sample, TrainState
 from nbpeft.training.monitor import memory_meter
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.record import Record
@@ -465,6 +465,13 @@ def test_what_became_of_a_save_is_shown_at_once():
         run.control.request_save()
         run.step(loop.one())  # at the same time as the last display
         assert states[-1].message == "not saved: the model has no adapters"
+
+
+def test_an_answer_that_is_sampled_is_shown_at_once():
+    states: list[TrainState] = []
+    with track(Loop().model, 3, publish=states.append, clock=Clock()) as run:
+        run.sampled([Sample(0, "Oslo?", "a city")])
+        assert [sample.answer for sample in states[-1].samples] == ["a city"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from nbpeft.errors import CheckpointError, TrainingError, TrainingInterrupted
 from nbpeft.runs.folder import RunFolder
-from nbpeft.runs.store import RunStore
+from nbpeft.runs.store import RunPlace, RunStore
 from nbpeft.state import Sample
 from nbpeft.training import Run, RunControl, train
 from nbpeft.training.disk.checkpoints import flaw_of
@@ -187,6 +187,19 @@ def test_stop_keeps_the_step_it_stopped_at(place: Path) -> None:
     assert (
         flaw_of(Path(record.path, "checkpoint-3")) is None and Path(record.path, "checkpoint-3/optimizer.pt").exists()
     )
+
+
+def test_a_resumed_run_is_running_before_its_first_checkpoint(place: Path) -> None:
+    control, statuses = RunControl(), []
+    stop = At(3, control.request_stop)
+    train(trainable(), token_rows(), control=control, run_dir=place, callbacks=[stop], **QUICK)
+    record = the_run(place)
+    assert record.status == "stopped"
+    state = str(Path(record.path, "checkpoint-3"))
+    where: dict[str, Any] = {"run_dir": RunPlace(RunStore(place), record.name), "resume_from_checkpoint": state}
+    looks = EachStep(lambda step: statuses.append(the_run(place).status))
+    train(trainable(), token_rows(), callbacks=[looks], **QUICK, **where)
+    assert statuses == ["running"] * 3
 
 
 @pytest.mark.parametrize("how", ["an interruption", "a failure"])
