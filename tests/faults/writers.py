@@ -89,6 +89,15 @@ class Models:
         options: dict[str, Any] = {"engine": "llama.cpp", "merged": True, "tokenizer": self.tokenizer}
         ship(self.shipped[rank], to=folder, overwrite=True, **options)
 
+    def shipped_in(self, folder: Path) -> set[int]:
+        """The state of the GGUF file in a folder."""
+        if not folder.exists():
+            return set()
+        (file,) = folder.iterdir()
+        found = {rank for rank, content in self.ggufs.items() if file.read_bytes() == content}
+        assert file.name == GGUF_MODEL and len(found) == 1, f"{file.name} is torn"
+        return found
+
     def _merged(self) -> dict[str, torch.Tensor]:
         return self._adapted(NEW, NAMES[:1]).merge_and_unload().state_dict()
 
@@ -172,14 +181,6 @@ def writers(models: Models) -> dict[str, Writer]:
         assert all(torch.allclose(value, models.merged[name], atol=1e-6) for name, value in found.items())
         return {NEW}
 
-    def gguf_in(folder: Path) -> set[int]:
-        if not folder.exists():
-            return set()
-        (file,) = folder.iterdir()
-        found = {rank for rank, content in models.ggufs.items() if file.read_bytes() == content}
-        assert file.name == GGUF_MODEL and len(found) == 1, f"{file.name} is torn"
-        return found
-
     def merge(folder: Path, rank: int, **options: Any) -> None:
         if rank == OLD:
             folder.mkdir()
@@ -220,7 +221,7 @@ def writers(models: Models) -> dict[str, Writer]:
         ),
         "merge beside other files": Writer(lambda folder, rank: merge(folder, rank, max_shard_bytes=20_000), merged_in),
         "export": Writer(export, script_in),
-        "ship": Writer(lambda folder, rank: models.ggufs and models.ship(folder, rank), gguf_in),
+        "ship": Writer(lambda folder, rank: models.ggufs and models.ship(folder, rank), models.shipped_in),
         "checkpoint": Writer(checkpoint_of(Trainer), checkpoints_in),
         "checkpoint of transformers' Trainer": Writer(checkpoint_of(transformers.Trainer), checkpoints_in),
     }
