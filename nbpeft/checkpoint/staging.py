@@ -396,6 +396,7 @@ def lock_folder(path: Path) -> int | None:
     Raises:
         BlockingIOError: another process or thread has the lock.
         FileNotFoundError: the folder was removed.
+        OSError: the folder cannot be looked at.
     """
     if fcntl is None:
         return None
@@ -405,14 +406,17 @@ def lock_folder(path: Path) -> int | None:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             return None
         raise
+    locked = False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = True
         if os.path.samestat(os.fstat(handle), os.lstat(path)):
             return handle
         # Between open and lock another process swept the folder: the lock is on a folder that has no name any more.
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     except BaseException as error:
         os.close(handle)
-        if not isinstance(error, OSError) or isinstance(error, BlockingIOError | FileNotFoundError):
+        # Without its lock a folder would be swept as that of a dead process: only a file system may refuse locks.
+        if locked or not isinstance(error, OSError) or isinstance(error, BlockingIOError):
             raise
         return None

@@ -187,7 +187,7 @@ class LineParser(argparse.ArgumentParser):
                 hint = " Part of the rows is written with their name: train.csv[:4]"
             elif word in ("name", "adapter") and self._names_adapters():
                 hint = f" The adapter is named without an option: {self.prog} NAME"
-            elif named_field or (self.command.fields and not close):
+            elif named_field or (word and self.command.fields and not close):
                 hint = f" A field is set without dashes: {named_field or word:.60}=…"
             raise CellError(f"{self.prog} has no option {first:.60}.{hint or self._usage}")
         raise CellError(f"{self.prog}: unexpected argument {first!r:.60}.{self._usage}")

@@ -68,6 +68,20 @@ def test_one_thread_does_not_sweep_what_another_writes(tmp_path: Path) -> None:
     staging.close()
 
 
+def test_a_folder_that_cannot_be_looked_at_is_not_used_without_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be swept as one of the dead while files are written into it."""
+
+    def failing(path: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            staging_module.lock_folder(tmp_path)
+
+
 def test_a_sweep_that_comes_at_once_makes_another_folder_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from tests.faults.writers import NEW, OLD, Models, Writer, litter, writers
 
 WRITERS = (
     *("save one", "save one anew", "save several", "card", "merge", "merge into shards", "merge beside other files"),
-    *("export", "checkpoint", "checkpoint of transformers' Trainer"),
+    *("export", "ship", "checkpoint", "checkpoint of transformers' Trainer"),
 )
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes"),

@@ -6,6 +6,7 @@ import ast
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from nbpeft.checkpoint import read_checkpoint
 from nbpeft.errors import CheckpointError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model, merge_to_folder
 from nbpeft.model.saving.files import write_card
+from nbpeft.shipping import ship
+from nbpeft.shipping.formats import GGUF_MODEL
 from nbpeft.training import Collator, Trainer, export_script
 from nbpeft.training.disk.checkpoints import flaw_of
+from tests.shipping import support
 from tests.tiny_models import llama
 from tests.training.support import token_rows
 
@@ -57,6 +61,7 @@ class Models:
         self.one = {rank: self._adapted(rank, NAMES[:1]) for rank in (OLD, NEW)}
         self.several = {rank: self._adapted(rank, NAMES) for rank in (OLD, NEW)}
         self.merged = {name: value.clone() for name, value in self._merged().items()}
+        self._home = home
         self.trainers: dict[str, Any] = {}
 
     def _adapted(self, rank: int, names: tuple[str, ...]) -> PeftModel:
@@ -69,6 +74,29 @@ class Models:
                 if "lora_" in key:
                     part.fill_(rank / 100)
         return model
+
+    @cached_property
+    def ggufs(self) -> dict[int, bytes]:
+        """The content of the GGUF file that is written in each state."""
+        self.tokenizer = support.tokenizer()
+        self.shipped = {rank: support.adapted(r=rank) for rank in (OLD, NEW)}
+        for rank in self.shipped:
+            self.ship(self._home / str(rank) / "target", rank)
+        return {rank: (self._home / str(rank) / "target" / GGUF_MODEL).read_bytes() for rank in self.shipped}
+
+    def ship(self, folder: Path, rank: int) -> None:
+        """Writes a merged model with its tokenizer as a GGUF file."""
+        options: dict[str, Any] = {"engine": "llama.cpp", "merged": True, "tokenizer": self.tokenizer}
+        ship(self.shipped[rank], to=folder, overwrite=True, **options)
+
+    def shipped_in(self, folder: Path) -> set[int]:
+        """The state of the GGUF file in a folder."""
+        if not folder.exists():
+            return set()
+        (file,) = folder.iterdir()
+        found = {rank for rank, content in self.ggufs.items() if file.read_bytes() == content}
+        assert file.name == GGUF_MODEL and len(found) == 1, f"{file.name} is torn"
+        return found
 
     def _merged(self) -> dict[str, torch.Tensor]:
         return self._adapted(NEW, NAMES[:1]).merge_and_unload().state_dict()
@@ -193,6 +221,7 @@ def writers(models: Models) -> dict[str, Writer]:
         ),
         "merge beside other files": Writer(lambda folder, rank: merge(folder, rank, max_shard_bytes=20_000), merged_in),
         "export": Writer(export, script_in),
+        "ship": Writer(lambda folder, rank: models.ggufs and models.ship(folder, rank), models.shipped_in),
         "checkpoint": Writer(checkpoint_of(Trainer), checkpoints_in),
         "checkpoint of transformers' Trainer": Writer(checkpoint_of(transformers.Trainer), checkpoints_in),
     }

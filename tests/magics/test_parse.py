@@ -154,3 +154,5 @@ def test_the_line_of_a_training_cell() -> None:
     options = parse_arguments(CELLS["lora_train"], "%%lora_train", tokenize(line), {}).options
     assert (options.target, options.data, options.eval_data) == ("model", 'ds["train"]', 'ds["test"]')
     assert [word.text for word in options.fields] == ["num_train_epochs=1"]
+    with pytest.raises(CellError, match=r"^%%lora_train has no option --\. Example: %%lora_train model"):
+        parse_arguments(CELLS["lora_train"], "%%lora_train", tokenize("model --data rows -- one epoch"), {})

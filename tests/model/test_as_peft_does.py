@@ -505,6 +505,24 @@ def test_a_state_dict_put_on_a_model_is_asked(tmp_path: Path) -> None:
     assert ours == theirs == 16
 
 
+def test_hooks_on_the_state_dict_run_when_an_adapter_is_saved(tmp_path: Path) -> None:
+    def halve(module: Any, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
+        tensors |= {key: tensor / 2 for key, tensor in tensors.items() if "lora_" in key}
+
+    def saved(library: Any) -> tuple[float, int]:
+        model, called = library.get_peft_model(model_of_two(), two_layers(library)), []
+        model.load_state_dict({key: torch.ones_like(tensor) for key, tensor in model.state_dict().items()})
+        model.register_state_dict_pre_hook(lambda *arguments: called.append(True))
+        model._register_state_dict_hook(halve)
+        model.save_pretrained(folder := tmp_path / library.__name__)
+        kept = load_file(folder / "adapter_model.safetensors")
+        alone = library.get_peft_model_state_dict(model)
+        return sum(float(value["base_model.model.0.lora_B.weight"].sum()) for value in (kept, alone)), len(called)
+
+    ours, theirs = of_both(saved)
+    assert ours == theirs == (8.0, 2)
+
+
 def test_what_training_writes_into_a_config_is_not_what_was_given() -> None:
     fields: dict[str, Any] = {"target_modules": ["0"], "init_r": 2, "target_r": 1, "total_step": 9}
     config, plain = nbpeft.AdaLoraConfig(**fields), LoraConfig(target_modules=["0"], r=2)

@@ -257,6 +257,18 @@ def test_a_part_that_a_script_takes_out_is_refused_with_the_way_to_rename() -> N
         layer.lora_A.pop("default")
 
 
+def test_a_config_is_not_taken_away_from_its_adapter() -> None:
+    model = lora(nbpeft)
+    before = logits(model)
+    for take in (model.peft_config.pop, model.peft_config.__delitem__):
+        with pytest.raises(nbpeft.AdapterError, match=r"model\.manager\.rename\('default', new\) renames it"):
+            take("default")
+    assert model.active_adapters == ["default"]
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    model.peft_config["other"] = nbpeft.LoraConfig(r=2)  # of no adapter yet
+    assert model.peft_config.pop("other").r == 2 and [*model.peft_config] == ["default"]
+
+
 # Helpers
 
 

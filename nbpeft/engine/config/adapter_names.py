@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+from nbpeft.engine.contract.adapter import is_of_an_adapter
 from nbpeft.errors import AdapterError, UnknownAdapterError, did_you_mean, shown
 
 BASE_NAME = "__base__"
@@ -36,14 +37,27 @@ class ByName(dict[str, Any]):
         Args:
             name: name of the adapter.
             *default: value for a missing name, which is an error without it.
+
+        Raises:
+            AdapterError: the entry belongs to an adapter that is still on the model.
         """
+        self._refuse_present(name)
         return super().pop(name, *default) if name in self else self._left.pop(name, *default)
 
     def __delitem__(self, name: str) -> None:
+        self._refuse_present(name)
         if name in self or name not in self._left:
             super().__delitem__(name)
         else:
             del self._left[name]
+
+    def _refuse_present(self, name: str) -> None:
+        if name in self and is_of_an_adapter(self[name]):
+            raise AdapterError(
+                f"the config of adapter {name!r} cannot be taken away from it: delete_adapter({name!r}) removes the "
+                f"adapter, and model.manager.rename({name!r}, new) renames it",
+                name=name,
+            )
 
     @property
     def _left(self) -> dict[str, Any]:

@@ -335,12 +335,13 @@ def _saved_weights(
 
 
 def replaced_state_dict(model: nn.Module, manager: AdapterManager) -> Mapping[str, Tensor] | None:
-    """Returns the result of a ``state_dict`` method that was set on a model, e.g. to gather shards; None without one.
+    """Returns the result of a ``state_dict`` that a script set or hooked into, e.g. to gather shards; None without one.
 
-    A method that returns only an adapter's file is ignored, because those tensors are the model's own.
+    A method that returns only an adapter's file is ignored, because those tensors are the model's own. Hooks on a
+    sharded model are those of the library that sharded it.
     """
-    replaced = vars(model).get("state_dict")
-    found: Mapping[str, Tensor] | None = None if replaced is None else replaced()
+    hooked = (model._state_dict_hooks or model._state_dict_pre_hooks) and not is_sharded(manager.model)
+    found: Mapping[str, Tensor] | None = model.state_dict() if "state_dict" in vars(model) or hooked else None
     types = {name: method_of(config).peft_type for name, config in manager.configs.items()}
     return found if found and any(checkpoint.is_of_a_model(found, *item) for item in types.items()) else None
 

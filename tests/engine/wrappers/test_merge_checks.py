@@ -388,10 +388,10 @@ def test_merging_a_model_completes_what_was_merged_on_one_layer() -> None:
     assert torch.equal(model(x), before)
 
 
-class Scaled(nn.Linear):
+class Multiplied(nn.Linear):
     """Computes a multiple of what its weight says."""
 
-    factor = 1.0
+    factor: float = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         return self.factor * super().forward(x)
@@ -400,7 +400,7 @@ class Scaled(nn.Linear):
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_an_unknown_forward_is_compared_by_the_size_of_its_output(size: float) -> None:
     for factor, refused in ((1.0, None), (1.0 + 2e-7, None), (1.5, "does not compute W x")):
-        layer = Scaled(6, 6, bias=False)
+        layer = Multiplied(6, 6, bias=False)
         layer.factor = factor
         with torch.no_grad():
             layer.weight.mul_(size)

@@ -198,6 +198,9 @@ def test_components_of_batches_are_those_of_all_rows() -> None:
         assert list(IncrementalPCA.gen_batches(*settings)) == list(Theirs.gen_batches(*settings))
     with pytest.raises(ConfigError, match="n_components=7 invalid for n_features=6"):
         IncrementalPCA(7).fit(rows)
+    with pytest.raises(ConfigError, match="n_components must be specified"):
+        IncrementalPCA(lowrank=True)
+    assert IncrementalPCA(lowrank=True, lowrank_q=3).lowrank_q == 3
     for given, q in ((None, 4), (3, 3)):
         made, known = (kind(2, lowrank=True, lowrank_q=given, lowrank_seed=1) for kind in (IncrementalPCA, Theirs))
         assert made.lowrank_q == known.lowrank_q == q

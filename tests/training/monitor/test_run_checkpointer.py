@@ -10,6 +10,8 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,48 @@ from nbpeft.state import Sample
 from nbpeft.training import Run, RunControl, train
 from nbpeft.training.disk.checkpoints import flaw_of
 from nbpeft.training.monitor import run_checkpointer
+from tests.char_tokenizer import CharTokenizer
 from tests.faults.killing import after_call, die, drawn, forked
-from tests.tiny_models import llama
+from tests.tiny_models import same_state
 from tests.training.support import Clock, token_rows, trainable, weights
 
 QUICK: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.01}
 TOKEN = "hf_" + "aB3d" * 8
+
+
+def two(**config: Any) -> Any:
+    model = trainable(name="a", **config)
+    model.manager.copy("a", "b")
+    return model
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training.
+
+    Attributes:
+        model: makes its model, from settings of the config.
+        rows: its rows.
+        given: further arguments.
+    """
+
+    model: Callable[..., Any]
+    rows: Any
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def train(self, model: Any, **more: Any) -> Any:
+        return train(model, self.rows, **QUICK | self.given | more)
+
+
+PAIRS = [{"prompt": f"{number} is ", "chosen": "yes " * number, "rejected": "no"} for number in range(1, 17)]
+PLAIN = Kind(trainable, token_rows())
+SIMPO = Kind(trainable, PAIRS, {"objective": "simpo", "tokenizer": CharTokenizer()})
+SEVERAL = Kind(two, {"a": token_rows(8, 1), "b": token_rows(13, 2)})
+KINDS = pytest.mark.parametrize("kind", [PLAIN, SIMPO, SEVERAL], ids=["plain", "simpo", "several"])
+
+
+def adapters(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor for adapter in model.peft_config for name, tensor in weights(model, adapter).items()}
 
 
 class At(TrainerCallback):
@@ -202,8 +240,15 @@ def test_a_resumed_run_is_running_before_its_first_checkpoint(place: Path) -> No
     assert statuses == ["running"] * 3
 
 
-@pytest.mark.parametrize("how", ["an interruption", "a failure"])
-def test_what_ends_a_run_between_steps_keeps_the_last_one(place: Path, how: str) -> None:
+@pytest.mark.drawn(3)
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        *(("an interruption", kind) for kind in (PLAIN, SEVERAL)),
+        *(("a failure", kind) for kind in (PLAIN, SIMPO, SEVERAL)),
+    ],
+)
+def test_what_ends_a_run_between_steps_keeps_the_last_one(place: Path, how: str, kind: Kind) -> None:
     """With the random numbers of that step, however many were drawn since."""
 
     class Breaks(TrainerCallback):
@@ -214,16 +259,16 @@ def test_what_ends_a_run_between_steps_keeps_the_last_one(place: Path, how: str)
                     raise ValueError("no such row")
                 os.kill(os.getpid(), signal.SIGINT)
 
-    model = trainable(lora_dropout=0.3)
     with contextlib.suppress(ValueError, KeyboardInterrupt):
-        train(model, token_rows(), run_dir=place, callbacks=[Breaks()], **QUICK)
+        kind.train(kind.model(lora_dropout=0.3), run_dir=place, callbacks=[Breaks()])
     record = the_run(place)
     assert (record.status, record.step, record.kept_steps) == ("failed" if how == "a failure" else "stopped", 4, (4, 0))
     assert how != "a failure" or "no such row" in record.message
-    straight, again = trainable(lora_dropout=0.3), trainable(lora_dropout=0.3)
-    train(straight, token_rows(), **QUICK)
-    train(again, token_rows(), resume_from_checkpoint=str(Path(record.path, "checkpoint-4")), **QUICK)
-    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(straight).items())
+    straight, again = kind.model(lora_dropout=0.3), kind.model(lora_dropout=0.3)
+    kind.train(straight)
+    where = RunPlace(RunStore(place), record.name)
+    kind.train(again, run_dir=where, resume_from_checkpoint=str(Path(record.path, "checkpoint-4")))
+    assert same_state(adapters(straight), adapters(again))
 
 
 def test_a_second_interruption_waits_until_the_last_state_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,14 +290,15 @@ def test_a_second_interruption_waits_until_the_last_state_is_kept(place: Path, m
     RunStore(place).rename(record.name, "free")
 
 
-def test_an_interruption_inside_a_step_keeps_no_half_of_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@KINDS
+def test_an_interruption_inside_a_step_keeps_no_half_of_it(place: Path, kind: Kind) -> None:
     class Breaks(TrainerCallback):
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 4:  # the weights have moved, the step is not counted
                 raise KeyboardInterrupt
 
     with pytest.raises(TrainingInterrupted) as caught:
-        train(trainable(), token_rows(), run_dir=place, callbacks=[Breaks()], **QUICK)
+        kind.train(kind.model(), run_dir=place, callbacks=[Breaks()])
     assert the_run(place).kept_steps == (0,)
     said = "ended while step 5 changed the weights: the last checkpoint is that of step 0"
     assert said in caught.value.result.message and said in the_run(place).message
@@ -287,9 +333,15 @@ def test_a_run_whose_settings_cannot_be_written_leaves_no_folder(place: Path, mo
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("error", [NO_SPACE, MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        *((error, PLAIN) for error in (NO_SPACE, MemoryError(), torch.OutOfMemoryError("CUDA out of memory."))),
+        *((NO_SPACE, kind) for kind in (SIMPO, SEVERAL)),
+    ],
+)
 def test_a_disk_or_a_memory_that_fills_ends_the_keeping_alone(
-    error: Exception, place: Path, often: None, monkeypatch: pytest.MonkeyPatch
+    error: Exception, kind: Kind, place: Path, often: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = run_checkpointer.put_checkpoint
 
@@ -299,7 +351,7 @@ def test_a_disk_or_a_memory_that_fills_ends_the_keeping_alone(
         put(home, step, *args, **kwargs)
 
     monkeypatch.setattr(run_checkpointer, "put_checkpoint", full)
-    result = train(trainable(), token_rows(), run_dir=place, **QUICK)
+    result = kind.train(kind.model(), run_dir=place)
     assert (result.status, result.steps) == ("finished", 6) and "on disk from now on: " in result.message
     record = the_run(place)
     assert (record.status, record.step, record.kept_steps) == ("finished", 6, (2, 1))
@@ -428,21 +480,23 @@ def test_other_rows_are_told_from_those_of_then() -> None:
             run_checkpointer.check_rows_are_those("sql-1", mark, now)
 
 
-def test_a_death_at_any_moment_leaves_a_state_to_go_on_from(place: Path, often: None) -> None:
+@pytest.mark.drawn(1)
+@KINDS
+def test_a_death_at_any_moment_leaves_a_state_to_go_on_from(kind: Kind, place: Path, often: None) -> None:
     """After each call that changes the disk."""
 
     def run(where: Path, model: Any, **more: Any) -> None:
-        train(model, token_rows(), run_dir=where, **QUICK | {"max_steps": 4} | more)
+        kind.train(model, run_dir=where, max_steps=4, **more)
 
-    run(place / "first", trainable())  # the first run of a process makes more calls, which its forks do not repeat
+    run(place / "first", kind.model())  # the first run of a process makes more calls, which its forks do not repeat
     with after_call(0, die) as calls:
-        run(place / "whole", trainable())
+        run(place / "whole", kind.model())
     for number in drawn(len(calls), full=24):
         where = place / str(number)
 
         def act(number: int = number, where: Path = where) -> None:
             with after_call(number, die):
-                run(where, trainable())
+                run(where, kind.model())
 
         assert forked(act)
         records = RunStore(where).records() if where.exists() else []
@@ -454,4 +508,4 @@ def test_a_death_at_any_moment_leaves_a_state_to_go_on_from(place: Path, often: 
         newest = Path(record.path, f"checkpoint-{record.kept_steps[0]}")
         assert flaw_of(newest) is None
         if record.status == "crashed":
-            run(where, trainable(llama()), resume_from_checkpoint=str(newest))
+            run(where, kind.model(), resume_from_checkpoint=str(newest))

@@ -411,8 +411,20 @@ def test_a_bias_is_weighed_with_its_adapter(tmp_path: Path) -> None:
     assert (logits(ours) - logits(theirs)).abs().max() > 0.01
     alone = PeftModel.from_pretrained(llama(), tmp_path / "expert0")
     torch.testing.assert_close(logits(ours), logits(alone), atol=1e-5, rtol=1e-4)
-    ours.save_pretrained(tmp_path / "ours")
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "ours")), logits(ours))
+
+
+def test_names_in_a_file_are_those_of_peft() -> None:
+    here, in_peft = "base_model.model.h.0.q_proj", "base_model.lora_model.model.h.0.q_proj"
+    names = {
+        f"{here}.0.lora_A": f"{in_peft}.lora_A.0.weight",
+        f"{here}.1.lora_B": f"{in_peft}.lora_B.1.weight",
+        f"{here}.1.lora_B_bias": f"{in_peft}.lora_B.1.bias",
+        f"{here}.10.lora_embedding_B": f"{in_peft}.lora_embedding_B.10",
+        "base_model.internal_xlora_classifier.layers.0.bias": "base_model.internal_xlora_classifier.layers.0.bias",
+    }
+    config: Any = None
+    packed = xlora._packed(config, dict.fromkeys(names, torch.ones(1)))
+    assert list(packed) == list(names.values()) and list(xlora._unpacked(config, packed)) == list(names)
 
 
 def test_weights_are_those_of_the_tokens_of_an_output(adapters: dict[str, str]) -> None:
