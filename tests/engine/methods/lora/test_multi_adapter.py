@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nbpeft.engine.methods.lora.multi_adapter import FactorBank, FactorGroups, Factors, factor_rows
+from tests.tiny_models import adapted
 
 WAYS = [FactorBank, FactorGroups]
 
@@ -48,6 +51,18 @@ def test_another_assignment_is_taken_up(way: type) -> None:
 def test_the_product_is_in_the_dtype_of_the_factors(way: type) -> None:
     served = way([pair(2, 1.0)])
     assert served.delta(torch.randn(2, 8, dtype=torch.bfloat16), torch.tensor([0, -1])).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_the_scale_of_an_adapter_multiplies_its_scaling() -> None:
+    model: Any = adapted(nn.Sequential(nn.Linear(8, 6)), target_modules=["0"], lora_alpha=12)
+    base = next(iter(model.manager.layers.values())).base
+    adapter = next(iter(model.manager.layers.values())).adapter("default")
+    x = torch.randn(3, 8)
+    mixed = adapter.mixed([adapter, None, adapter], [0.5, 1.0, 2.0], base, {})
+    change = x @ (3.0 * adapter.lora_B @ adapter.lora_A).T
+    wanted = torch.tensor([2.0, 0.5, 0.0])[:, None] * change
+    torch.testing.assert_close(mixed(x, torch.tensor([2, 0, 1])), wanted)
 
 
 def test_on_a_cpu_nothing_is_copied() -> None:

@@ -29,11 +29,13 @@ def test_an_adapter_knows_its_rank(config: Any) -> None:
     assert layers and {layer.adapter("default").rank for layer in layers} == {4}
 
 
-def test_the_ranks_of_gralora_are_told_apart() -> None:
-    model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 12)), nbpeft.GraloraConfig(**HYBRID))
+@pytest.mark.parametrize("whole", [0, 3])
+def test_the_ranks_of_gralora_are_told_apart(whole: int) -> None:
+    config = nbpeft.GraloraConfig(**HYBRID | {"hybrid_r": whole})
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 12)), config)
     layer = model.base_model.model[0]
-    assert (layer.r["default"], layer.gralora_k["default"], layer.hybrid_r["default"]) == (4, 2, 3)
-    assert layer.adapter("default").delta_rank == 2 * 4 + 3
+    assert (layer.r["default"], layer.gralora_k["default"], layer.hybrid_r["default"]) == (4, 2, whole)
+    assert layer.adapter("default").delta_rank == 2 * 4 + whole
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_clusters_are_those_of_scikit_learn(rows: int, columns: int, count: int,
         pytest.param(drawn(40, 1, 3), 3, "2202121022221222210012220122012022011000", id="too few iterations"),
         pytest.param(drawn(12, 3, 5), 5, "124412011341", id="a cluster is empty"),
         pytest.param(drawn(10, 1, 0).repeat(2, 1), 3, "02121120120212112012", id="two centers are equal"),
+        pytest.param(drawn(6, 1, 7).repeat(2, 1), 5, "011243011243", id="rows of two clusters are moved"),
     ],
 )
 def test_so_they_are_where_it_ends_early_or_a_cluster_has_no_rows(rows: Any, count: int, expected: str) -> None:

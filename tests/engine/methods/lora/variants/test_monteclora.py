@@ -144,6 +144,8 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     mine, other = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs"))
     assert mine.keys() == other.keys() and len(mine) == 24
+    weights = [value for name, value in mine.items() if name.endswith("expert_weights")]
+    assert weights and all(torch.equal(value, torch.full_like(value, 1 / len(value))) for value in weights)
     assert all(torch.equal(mine[name], other[name]) for name in mine)
     again = PeftModel.from_pretrained(llama(), tmp_path / "theirs")
     assert torch.equal(logits(again), logits(ours.eval()))

@@ -413,6 +413,18 @@ def test_a_bias_is_weighed_with_its_adapter(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(ours), logits(alone), atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_an_adapter_whose_steps_are_modules_is_weighed_likewise(adapters: dict[str, str]) -> None:
+    layer = next(iter(made(adapters).manager.layers.values()))
+    expert, x, weight = layer.adapter("default").inner_adapters["0"], torch.randn(2, 5, 32), torch.rand(2, 5, 1)
+    output = layer.get_base_layer()(x)
+    for given in (weight, 0.25, None):
+        expert.bind(observed=None)
+        plain = xlora._weighed(expert, x, output, layer.base, given)
+        expert.bind(observed={})
+        torch.testing.assert_close(xlora._weighed(expert, x, output, layer.base, given), plain)
+
+
 def test_names_in_a_file_are_those_of_peft() -> None:
     here, in_peft = "base_model.model.h.0.q_proj", "base_model.lora_model.model.h.0.q_proj"
     names = {
