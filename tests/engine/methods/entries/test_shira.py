@@ -59,11 +59,12 @@ def test_places_of_a_function_of_ones_own_are_saved(tmp_path: Path) -> None:
         get_peft_model(llama(), config)
 
 
-def test_places_outside_of_the_weight_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [-1, 32])
+def test_places_outside_of_the_weight_are_refused(place: int, tmp_path: Path) -> None:
     get_peft_model(llama(), nbpeft.ShiraConfig(**FIELDS)).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    next(places for name, places in tensors.items() if name.endswith("indices"))[0, 0] = 99
+    next(places for name, places in tensors.items() if name.endswith("q_proj.shira_indices"))[0, 0] = place
     save_file(tensors, file)
     with pytest.raises(ConfigError, match="places outside of its weight"):
         PeftModel.from_pretrained(llama(), tmp_path)

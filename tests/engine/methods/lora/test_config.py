@@ -63,6 +63,10 @@ def test_what_an_initialisation_cannot_do_is_refused_with_its_field(config: Any,
         config(**{field: value})
 
 
+def test_no_redistribution_of_ranks_is_a_setting_of_eva() -> None:
+    assert nbpeft.EvaConfig(rho=1.0).rho == 1.0
+
+
 @pytest.mark.parametrize("config", [*VARIANT_CONFIGS.values(), *(config for _, config in INIT_CONFIGS.values())])
 def test_settings_within_a_config_start_as_in_peft(config: Any) -> None:
     theirs = getattr(peft, config.__name__, None) or getattr(peft.tuners.lora.config, config.__name__)

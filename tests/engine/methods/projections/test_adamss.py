@@ -68,7 +68,7 @@ def test_clusters_of_equal_rows_are_as_many_as_there_are_different_ones() -> Non
     assert row_clusters(rows, 5).tolist() in ([0, 1] * 4, [1, 0] * 4)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(20, 12), (9, 30)])
+@pytest.mark.parametrize(("rows", "columns"), [(20, 12), (9, 30), (15, 15)])
 def test_directions_are_those_of_the_randomized_svd(rows: int, columns: int) -> None:
     matrix = drawn(rows, columns)
     torch.manual_seed(5)
