@@ -18,6 +18,7 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
 from nbpeft.state import MemoryPart, MemoryState, Sample, TrainState
+from nbpeft.training.adapters.learning_check import LearningCheck
 from nbpeft.training.monitor import memory_meter
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.record import Record
@@ -222,6 +223,19 @@ def test_real_errors_pass_and_let_go_of_tensors():
     assert run.state.message == "ValueError: bad row"
     gc.collect()
     assert caught.value is not None and kept[0]() is None
+
+
+@pytest.mark.parametrize(("error", "status"), [(MemoryError(), "failed"), (KeyboardInterrupt(), "stopped")])
+def test_a_run_that_cannot_begin_has_ended(error, status, monkeypatch):
+    def failing(check):
+        raise error
+
+    monkeypatch.setattr(LearningCheck, "before", failing)
+    loop, states = Loop(), list[TrainState]()
+    with pytest.raises((MemoryError, TrainingInterrupted)), track(loop.model, 3, publish=states.append):
+        pytest.fail("the block runs")
+    assert states[-1].status == status
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in loop.model.parameters())
 
 
 def test_another_runs_stop_passes_through():
