@@ -248,6 +248,14 @@ def test_another_runs_stop_passes_through():
     assert outer.state.status == "stopped" and inner.state.status == "failed"
 
 
+def test_a_run_begins_once():
+    loop = Loop()
+    with track(loop.model, 3) as run:
+        run.begin(total_steps=4)
+        assert [len(parameter._post_accumulate_grad_hooks) for parameter in loop.model.parameters()] == [1, 1]
+    assert run.state.total_steps == 4
+
+
 def test_step_outside_the_block_is_an_error():
     loop = Loop()
     with pytest.raises(TrainingError, match="with track"):
