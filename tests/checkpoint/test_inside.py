@@ -316,3 +316,9 @@ def test_a_folder_is_not_made_through_a_link_or_a_file(tmp_path: Path, victim: P
     assert sorted(os.listdir(root)) == ["file", "link"]
     assert inside.make_folders(root, "a/b") == [root / "a", root / "a" / "b"]
     assert inside.make_folders(root, "a/b") == []
+
+
+@pytest.mark.parametrize(("length", "shown"), [(160, 160), (161, 161), (10_000, 161)])
+def test_of_a_long_path_the_two_ends_are_shown(length: int, shown: int) -> None:
+    found = inside.shown(f"a{'x' * (length - 2)}b")
+    assert (len(found), found[0], found[-1], "…" in found) == (shown, "a", "b", length > 160)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.checkpoint import lora_file
 from nbpeft.errors import AdapterError, CheckpointError, NbpeftError
+from nbpeft.model.saving.saved_places import owner_of
 from nbpeft.shipping import ship
 from tests.tiny_models import llama, randomize
 
@@ -70,6 +71,7 @@ def test_a_file_is_written_and_read_back(spelling: str, fields: dict[str, Any], 
     assert done.byte_count == sum(tensor.nbytes for key, tensor in keys.items() if not key.endswith(".alpha"))
     for source in (path, path.parent):
         loaded = PeftModel.from_pretrained(unet(), source).eval()
+        assert owner_of(loaded.manager, "default", source) is None  # as an adapter it is not saved there yet
         assert torch.allclose(loaded(PICTURE), model(PICTURE), atol=1e-5)
 
 
@@ -183,7 +185,7 @@ def test_files_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_config_is_read_as_before(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
-    (folder,) = tmp_path.iterdir()
+    folder = tmp_path / "style"
     weights = folder / "adapter_model.safetensors"
     assert weights.is_file() and lora_file(folder) is None and lora_file(weights) is None
     other = weights.rename(folder / "other.safetensors")

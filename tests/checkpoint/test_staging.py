@@ -100,12 +100,13 @@ def test_a_sweep_that_comes_at_once_makes_another_folder_be_made(
     staging.close()
 
 
-def half_moved(folder: Path) -> None:
+def half_moved(folder: Path, second: str = "b") -> None:
     """A write of ``a`` and ``b`` over an old ``a``, that died between its two moves."""
     staging = Staging(folder)
-    for name in ("a", "b"):
+    (staging.path / second).parent.mkdir(exist_ok=True)
+    for name in ("a", second):
         (staging.path / name).write_text(f"new {name}")
-    staging.note_moves({name: mark_of(staging.path, name) or (0, 0) for name in ("a", "b")})
+    staging.note_moves({name: mark_of(staging.path, name) or (0, 0) for name in ("a", second)})
     (staging.path / OLD).mkdir()
     (staging.path / OLD / "a").write_text("old a")
     os.replace(staging.path / "a", folder / "a")
@@ -120,6 +121,13 @@ def test_what_was_begun_is_ended_or_taken_back(tmp_path: Path) -> None:
     half_moved(tmp_path)
     sweep(tmp_path, finish=False)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old a"}
+
+
+def test_what_was_begun_is_ended_in_a_folder_that_is_new(tmp_path: Path) -> None:
+    half_moved(tmp_path, "folder/b")
+    sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["a", "folder"]
+    assert (tmp_path / "folder" / "b").read_text() == "new folder/b"
 
 
 def test_what_was_written_since_stays(tmp_path: Path) -> None:
@@ -178,6 +186,16 @@ def test_a_key_that_is_cut_off_is_replaced(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "nbpeft" / "key").write_bytes(b"short")
     first = staging_module._key.__wrapped__()
     assert len(first) == 32 and first == staging_module._key.__wrapped__() == (tmp_path / "nbpeft" / "key").read_bytes()
+    assert os.listdir(tmp_path / "nbpeft") == ["key"]
+
+
+def test_a_key_is_kept_where_no_links_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*paths: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "link", refused)
+    assert staging_module._key.__wrapped__() == (tmp_path / "nbpeft" / "key").read_bytes()
     assert os.listdir(tmp_path / "nbpeft") == ["key"]
 
 

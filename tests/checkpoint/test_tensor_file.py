@@ -94,6 +94,14 @@ def test_a_header_may_be_all_of_its_file(tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "x.safetensors")[0]["a"].shape == (0, 4)
 
 
+def test_a_file_that_is_gone_is_not_current(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
+    assert file.is_current
+    file.path.unlink()
+    assert not file.is_current
+
+
 def test_files_of_torch_before_it_wrote_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.arange(5.0)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
     assert read_tensors(tmp_path / "x.bin")[0]["a"].equal(torch.arange(5.0))

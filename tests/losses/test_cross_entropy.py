@@ -105,6 +105,22 @@ def test_another_index_is_ignored_and_a_head_may_be_half_frozen():
     assert layer.weight.grad is None
 
 
+def test_a_sample_is_of_three_chunks():
+    layer, seen = head(), []
+    hidden, targets = inputs(learned=1.0)
+
+    def noted(rows):
+        seen.append(rows.shape[0])
+        return layer(rows)
+
+    with torch.no_grad():
+        chunked_cross_entropy(noted, hidden, targets, chunk_size=5, sampled=True)
+        assert seen == [5, 5, 2]
+        seen.clear()
+        chunked_cross_entropy(noted, hidden, targets, chunk_size=2, sampled=True)
+    assert seen == [2, 2, 2]
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits):

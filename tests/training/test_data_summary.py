@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nbpeft.names import PAIRS
 from nbpeft.training import prepare_data, summarize
 from nbpeft.training.data import ModelInputs
-from nbpeft.training.data.summary import bins_of
+from nbpeft.training.data.summary import _round_width, bins_of
 from tests.char_tokenizer import CharTokenizer
 from tests.training.test_data import tokenizer as tokenizer
 from tests.untimed import given
@@ -141,6 +141,11 @@ def test_an_encoder_decoder_answers_apart(tokenizer: Any) -> None:
     [row] = summarize(data, tokenizer, inputs=apart).rows
     assert (text(row.spans), text(row.target), text(row.target, learned=True)) == ("the cat", "yes", "yes")
     assert row.learned_count == len(prepare_data(data, tokenizer, inputs=apart)[0]["labels"])
+
+
+@pytest.mark.parametrize(("raw", "width"), [(0.7, 1), (1.0, 1), (1.2, 2), (4.4, 5), (5.5, 10), (23.0, 50)])
+def test_bins_have_round_widths(raw: float, width: int) -> None:
+    assert _round_width(raw) == width
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1), st.none() | st.integers(1, 3000))

@@ -16,7 +16,7 @@ from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
 from nbpeft.training.data.bad_rows import named_rows
-from nbpeft.training.data.encoding import CONTEXT, CodedRow, decoded
+from nbpeft.training.data.encoding import CodedRow, decoded
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row_coder import coded_rows
@@ -396,6 +396,6 @@ def _text(tokenizer: Any, ids: Sequence[int], first: int, last: int, special: bo
         return " ".join(str(token) for token in ids[first:last]) + " "
     if special and hasattr(tokenizer, "convert_ids_to_tokens"):
         return str(tokenizer.convert_ids_to_tokens(int(ids[first])))
-    before, tokens = ids[max(0, first - CONTEXT) : first], ids[first:last]
+    before, tokens = ids[:first], ids[first:last]
     text = decoded(tokenizer, before, tokens, special=True) or decoded(tokenizer, (), tokens, special=True)
     return text or "".join(f"<{token}>" for token in tokens)

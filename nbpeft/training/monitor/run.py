@@ -444,7 +444,11 @@ class Run:
 
     def __enter__(self) -> Self:
         self.entered = True
-        self.begin()
+        try:
+            self.begin()
+        except BaseException as error:  # no block follows that would end the run
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from nbpeft.checkpoint import atomic
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.training import Collator, Trainer, train
+from nbpeft.training.disk import checkpoints
 from nbpeft.training.disk.checkpoints import drop_after, flaw_of, last_whole
 from tests.fuzz.corpus import STATES
 from tests.tiny_models import llama
@@ -287,3 +288,13 @@ def test_no_token_reaches_a_checkpoint(tmp_path: Path) -> None:
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
     kept = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert kept.max_steps == 2 and kept.hub_token is None and trainer.args.hub_token == TOKEN
+
+
+def test_what_is_beside_an_adapter_may_be_as_large_as_its_training_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_MOST_EXTRA", 5)
+    (tmp_path / "adapter").write_bytes(bytes(10))
+    for size in (325, 326):
+        (tmp_path / "optimizer").write_bytes(bytes(size))
+        assert checkpoints._is_too_large(tmp_path, [tmp_path / "adapter"]) is (size > 325)

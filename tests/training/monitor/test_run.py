@@ -18,6 +18,7 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
 from nbpeft.state import MemoryPart, MemoryState, Sample, TrainState
+from nbpeft.training.adapters.learning_check import LearningCheck
 from nbpeft.training.monitor import memory_meter
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.record import Record
@@ -224,6 +225,19 @@ def test_real_errors_pass_and_let_go_of_tensors():
     assert caught.value is not None and kept[0]() is None
 
 
+@pytest.mark.parametrize(("error", "status"), [(MemoryError(), "failed"), (KeyboardInterrupt(), "stopped")])
+def test_a_run_that_cannot_begin_has_ended(error, status, monkeypatch):
+    def failing(check):
+        raise error
+
+    monkeypatch.setattr(LearningCheck, "before", failing)
+    loop, states = Loop(), list[TrainState]()
+    with pytest.raises((MemoryError, TrainingInterrupted)), track(loop.model, 3, publish=states.append):
+        pytest.fail("the block runs")
+    assert states[-1].status == status
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in loop.model.parameters())
+
+
 def test_another_runs_stop_passes_through():
     loop = Loop()
     with track(loop.model, 10) as outer:
@@ -232,6 +246,14 @@ def test_another_runs_stop_passes_through():
             outer.step(loop.one())
         pytest.fail("the outer block had to end")
     assert outer.state.status == "stopped" and inner.state.status == "failed"
+
+
+def test_a_run_begins_once():
+    loop = Loop()
+    with track(loop.model, 3) as run:
+        run.begin(total_steps=4)
+        assert [len(parameter._post_accumulate_grad_hooks) for parameter in loop.model.parameters()] == [1, 1]
+    assert run.state.total_steps == 4
 
 
 def test_step_outside_the_block_is_an_error():
