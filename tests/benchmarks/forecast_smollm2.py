@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.examples import small_model_path
 from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.devices import device_memory
 from nbpeft.model.quantization.quantize import load_quantized
 from tests.memory.measured_peak import Step, real_step
-from tests.smollm2 import source
 
 CASES: tuple[dict[str, Any], ...] = (
     {"dtype": "float32", "batch_size": 4, "sequence_length": 128},
@@ -61,11 +61,10 @@ def measured(case: Mapping[str, Any]) -> Row:
 def _loaded(dtype: torch.dtype, quantization: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    path = source()
     if quantization is None:
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=dtype)
     kind = {"bits": 8} if quantization == "int8" else {"quant_type": quantization}
-    return load_quantized(path, compute_dtype=dtype, **kind)
+    return load_quantized(small_model_path(), compute_dtype=dtype, **kind)
 
 
 def in_a_process(case: Mapping[str, Any]) -> Row:

@@ -1,6 +1,6 @@
 """A click while the model generates: every answer is one adapter's, never a blend of two.
 
-``NBPEFT_THREADS_SECONDS`` sets how long the threads run in the slow test (20, in ``--long`` 600).
+``NBPEFT_THREADS_SECONDS`` sets how long the threads run in the slow test (10, in ``--long`` 600).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.model.pool_support import save
 from tests.tiny_models import adapted, llama, tokens
 from tests.waiting import PATIENCE
 
-SECONDS = float(os.environ.get("NBPEFT_THREADS_SECONDS", effort(quick=20, full=20, long=600)))
+SECONDS = float(os.environ.get("NBPEFT_THREADS_SECONDS", effort(quick=10, full=10, long=600)))
 NAMES = ("left", "right", "middle")
 
 

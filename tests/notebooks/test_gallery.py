@@ -54,11 +54,11 @@ def test_it_ships_the_results_of_a_full_run(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", METRICS)
-def test_it_runs(name: str, tmp_path: Path) -> None:
+def test_it_runs(name: str, tmp_path: Path, shallow: dict[str, str]) -> None:
     notebook = committed(name)
     (cell,) = (cell for cell in notebook.cells if "STEPS, TEST_ROWS = " in cell.source)
     cell.source = re.sub(r"STEPS, TEST_ROWS = .*", "STEPS, TEST_ROWS = 1, 2", cell.source)
-    found = summary(execute(notebook, tmp_path))
+    found = summary(execute(notebook, tmp_path, **shallow))
     for metric in METRICS[name]:
         for adapter in ("base", ADAPTERS[name]):
             assert 0 <= value(found, metric, adapter) <= 100

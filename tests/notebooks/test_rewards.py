@@ -13,9 +13,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 NOTEBOOK = NOTEBOOKS / "12_rewards.ipynb"
 
 
-def test_12_learns_from_two_checks(tmp_path: Path) -> None:
+def test_12_learns_from_two_checks(tmp_path: Path, shallow: dict[str, str]) -> None:
     steps = "STEPS, TEST_ROWS = 16, 32"
-    notebook = execute(replaced(nbformat.read(NOTEBOOK, 4), {steps: "STEPS, TEST_ROWS = 1, 2"}), tmp_path)
+    notebook = execute(replaced(nbformat.read(NOTEBOOK, 4), {steps: "STEPS, TEST_ROWS = 1, 2"}), tmp_path, **shallow)
     said = printed(notebook)
     assert said.count(" points, advantage ") == 8
     assert "rewards/brief/mean: " in said and "rewards/right/mean: " in said

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 NEWEST, OLDER = "1.16.0", "1.6.0"
 SFT = ("sft", "sft-nll", "sft-chunked", "sft-completion", "sft-assistant", "sft-packing")
 CASES = (*SFT, "dpo", "kto", "reward", "grpo", "orpo")
+TRAINERS = ("sft", "sft-chunked", "dpo", "kto", "reward", "grpo", "orpo")
+"""Each Trainer: what differs between the ways to import nbpeft is which models a Trainer recognizes, not the rows."""
 SPECIAL = ("sft-config", "sft-head")
 
 
@@ -72,14 +74,12 @@ def check_counts(found: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_every_trainer_learns_as_with_peft_installed_or_not(tmp_path: Path) -> None:
     alone = tuple(name for name in CASES if name != "sft-nll")
-    both = dict.fromkeys(("nbpeft", "peft", "as-peft"), CASES + SPECIAL)
-    apart = dict.fromkeys(("alone", "as-peft-alone"), alone + SPECIAL) | {"late-as-peft-alone": SPECIAL}
-    found = results(NEWEST, tmp_path, both | apart)
-    for side in ("nbpeft", "as-peft"):
-        compare(found[side], found["peft"], CASES)
-        check_counts(found[side])
-    for side in ("alone", "as-peft-alone"):
-        compare(found[side], found["peft"], alone)
+    compared = {"nbpeft": CASES, "alone": alone, "as-peft": TRAINERS, "as-peft-alone": TRAINERS}
+    cases = {side: names + SPECIAL for side, names in ({"peft": CASES} | compared).items()}
+    found = results(NEWEST, tmp_path, cases | {"late-as-peft-alone": SPECIAL})
+    for side, names in compared.items():
+        compare(found[side], found["peft"], names)
+    check_counts(found["nbpeft"])
     for side in found.keys() - {"peft"}:
         made, theirs = (found[each]["sft-config"] for each in (side, "peft"))
         assert "error" not in made, made["trace"]
