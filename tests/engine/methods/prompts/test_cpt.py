@@ -198,7 +198,6 @@ def test_it_leaves_nothing_behind() -> None:
     assert not base._forward_hooks and not base._forward_hooks_with_kwargs and not base._forward_pre_hooks
 
 
-@torch.no_grad()
 def test_sizes_of_a_config_are_those_of_the_model_as_in_peft() -> None:
     given: dict[str, Any] = {"num_layers": 7, "token_dim": 9, "num_attention_heads": 3, "num_transformer_submodules": 4}
     fields: dict[str, Any] = {"cpt_token_ids": [1, 2, 3], "task_type": "CAUSAL_LM", "num_virtual_tokens": 8, **given}
@@ -208,6 +207,7 @@ def test_sizes_of_a_config_are_those_of_the_model_as_in_peft() -> None:
     assert [getattr(found, name) for name in names] == [None, None, None, 1, 3]
 
 
+@torch.no_grad()
 def test_an_evaluation_writes_nothing() -> None:
     model = cpt()
     randomize(model)
