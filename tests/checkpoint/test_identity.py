@@ -181,3 +181,8 @@ def test_meta_and_empty_models() -> None:
 def test_conv1d() -> None:
     model = gpt2()
     assert fingerprint(model) == fingerprint(model)
+
+
+def test_an_empty_tensor_is_part_of_it() -> None:
+    found = fingerprint(nn.Embedding(0, 4))
+    assert found.shapes == {"4 x 0": 1} and Fingerprint.from_metadata(found.to_metadata()) == found

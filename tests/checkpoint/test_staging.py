@@ -123,6 +123,16 @@ def test_what_was_begun_is_ended_or_taken_back(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old a"}
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="users have no numbers here")
+def test_what_another_user_writes_is_left_alone_and_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half_moved(tmp_path)
+    before, own = sorted(tmp_path.rglob("*")), os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    with warnings.catch_warnings(action="error"):
+        sweep(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_what_was_begun_is_ended_in_a_folder_that_is_new(tmp_path: Path) -> None:
     half_moved(tmp_path, "folder/b")
     sweep(tmp_path)

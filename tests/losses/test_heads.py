@@ -203,3 +203,11 @@ def test_the_public_function_adds_up_over_batches():
     loss, found = loss_and_gradients(model, lambda: total(lambda **part: nbpeft.chunked_loss(model, **part)))
     torch.testing.assert_close(loss, whole, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_without_a_batch_are_computed_in_chunks_too():
+    model, hidden = llama(), torch.randn(5, 32)
+    with chunked_head(model, chunk_size=2):
+        found, alone = model.lm_head(hidden), model.lm_head(hidden[0])
+    assert isinstance(found, LazyLogits) and not isinstance(alone, LazyLogits)
+    torch.testing.assert_close(torch.stack([alone, found[1]]), model.lm_head(hidden[:2]))

@@ -114,7 +114,6 @@ def lines() -> list[dict[str, Any]]:
 
 def store(line: Mapping[str, Any]) -> None:
     """Stores a verdict, or a test that is unsure."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
     with VERDICTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -127,6 +126,7 @@ def judge_all(mutants: Sequence[Mutant], options: argparse.Namespace) -> None:
     jobs = [job_of(mutant, reached, options.seconds) for mutant in mutants]
     if not jobs:
         return
+    FOLDER.mkdir(parents=True, exist_ok=True)
     shown = os.fdopen(os.dup(1), "w")
 
     def tell(job: killing.Job, found: killing.Found) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, SiLUActivation
 
 from nbpeft.engine.calls.selective_recompute import selective_recompute
+from nbpeft.engine.kernels.grouped_heads import _SWITCH
 from nbpeft.engine.tree.model_tree import linear_layers_to_quantize
 from nbpeft.memory.checkpointing import enable_checkpointing
 from nbpeft.memory.saved import SavedTensors
@@ -436,3 +438,11 @@ def test_compiled_code_decides_by_itself() -> None:
         _, found = step(model)
     for name, gradient in plain.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_attention_repeats_no_heads_inside(verify: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(_SWITCH, raising=False)
+    with selective_recompute(llama(num_hidden_layers=1), verify=verify):
+        assert (_SWITCH in os.environ) == verify
+    assert _SWITCH not in os.environ

@@ -44,6 +44,11 @@ def test_another_type_is_refused_with_its_field(name: str, value: Any, expected:
     assert str(caught.value).startswith(f"{name} must be {expected}, not {value!r:.20}")
 
 
+def test_a_key_that_is_no_name_is_told_apart_from_the_value() -> None:
+    with pytest.raises(ConfigError, match=r"^a key of rank_pattern must be a text, not 3$"):
+        LoraConfig(rank_pattern={3: 8})  # type: ignore[dict-item]
+
+
 @pytest.mark.parametrize("fields", [{"target_parameters": "weight"}, {"kasa_config": 123}])
 def test_another_type_where_peft_raises_a_type_error_raises_one(fields: dict[str, Any]) -> None:
     with pytest.raises(TypeError):

@@ -157,6 +157,9 @@ def test_experts_that_all_linear_does_not_reach_are_told() -> None:
     model.experts = Experts()
     with pytest.warns(UserWarning, match=r"the experts \(experts\.down_proj, \d+% of .*\) are stacked weights"):
         plan(model, settings(target_modules="All-Linear"))
+    model.further = Experts()
+    with pytest.warns(UserWarning, match=r"the experts \(experts\.down_proj and 1 more, \d+% of"):
+        plan(model, settings(target_modules="all-linear"))
     with pytest.warns(UserWarning, match="stacked weights and are not adapted$"):
         plan(model, nbpeft.IA3Config(target_modules="all-linear", feedforward_modules=[]))
     with warnings.catch_warnings():

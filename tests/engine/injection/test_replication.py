@@ -129,6 +129,13 @@ def test_a_cache_knows_the_new_layers() -> None:
     assert torch.equal(ours.generate(**call), ours.generate(**call, use_cache=False))
 
 
+def test_an_empty_range_adds_nothing_as_in_peft() -> None:
+    settings = fields("llama", layer_replication=[[0, 2], [1, 1]])
+    for library in (nbpeft, peft):
+        model: Any = library.get_peft_model(base("llama"), library.LoraConfig(**settings))  # type: ignore[attr-defined]
+        assert len(model.base_model.model.model.layers) == 2
+
+
 def test_settings_of_each_layer_follow() -> None:
     """PEFT leaves the list of the kinds of attention as long as it was."""
     kinds = ["full_attention", "sliding_attention", "full_attention"]

@@ -149,3 +149,11 @@ def test_other_forms_of_a_grouped_product_are_left_to_torch() -> None:
     others: list[tuple[Any, ...]] = [(x, weight), (x, weight, ends, torch.ones(8)), (x[None], weight, ends)]
     for arguments in (*others, (x, weight[0], ends), (x, weight.dequantize(), ends)):
         assert _grouped(None, *arguments) is NotImplemented
+
+
+def test_its_matrices_are_unbound_without_being_dequantized() -> None:
+    stored = QuantizedMatrices.of(torch.linspace(-1, 1, 512).view(2, 64, 4), "nf4", double=False)
+    for found in (stored.unbind(), stored.unbind(-3), [stored.select(0, 0), stored.select(-3, 1)]):
+        assert [type(one) for one in found] == [QuantizedMatrices] * 2
+        assert torch.equal(torch.stack([one.dequantize() for one in found]), stored.dequantize())
+    assert [type(one) for one in stored.unbind(1)] == [Tensor] * 64

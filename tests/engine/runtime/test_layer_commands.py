@@ -190,3 +190,10 @@ def test_a_deleted_adapter_is_no_longer_listed_below_its_layer() -> None:
     assert list(layer.lora_A) == ["default", "other"]
     layer.delete_adapter("other")
     assert {*layer._modules["lora_A"]._modules} == {"default"}
+
+
+def test_where_one_layer_lost_the_adapter_another_takes_another_rank() -> None:
+    model, layer = adapted()
+    model.base_model.model.lin1.delete_adapter("default")
+    layer.update_layer("default", 5, 10, config=LoraConfig())
+    assert layer.r == {"default": 5} and model.peft_config["default"].rank_pattern == {"^lin0": 5}

@@ -239,3 +239,15 @@ def test_a_deletion_is_told_once() -> None:
     manager.remove("b")
     assert tuple(manager.layers) == ("0",) and told == [("0",)]
     unsubscribe()
+
+
+def test_another_one_is_activated_in_the_place_of_what_is_merged() -> None:
+    manager = adapted("a", "b")
+    expected = output(manager)
+    manager.merge()
+    with pytest.warns(UserWarning, match="adapters are merged: unmerging before another is activated"):
+        manager.activate("b")
+    assert (manager.merged, manager.active) == ((), ("b",))
+    assert not torch.allclose(output(manager), expected)
+    manager.activate("a")
+    assert torch.equal(output(manager), expected)

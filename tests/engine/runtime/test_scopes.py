@@ -345,3 +345,21 @@ def test_what_a_block_freezes_trains_afterwards() -> None:
         for parameter in model.manager.parameters("b"):
             parameter.requires_grad_(False)
     assert flags(model) == before
+
+
+def test_a_block_that_cannot_open_was_never_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    manager, trains, expected = model.manager, flags(model), outputs(model)
+    block, errors = model.use("b"), iter([MemoryError("at the start"), MemoryError("at the end")])
+
+    def fail(*_: Any) -> None:
+        raise next(errors)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="at the start"):
+        patch.setattr(type(manager), "refresh", fail)
+        block.__enter__()
+    assert [str(error) for error in errors] == ["at the end"]  # nothing was closed
+    assert manager.active_state.scopes == () and flags(model) == trains
+    assert torch.equal(output(model), expected["a"])
+    with block:
+        assert torch.equal(output(model), expected["b"])

@@ -22,7 +22,7 @@ from nbpeft.engine.tree.model_tree import (
 )
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.memory import forecast
-from nbpeft.model import LoraConfig, get_peft_model, quantize_model
+from nbpeft.model import LoraConfig, get_peft_model, inject_adapter_in_model, quantize_model
 from nbpeft.model.quantization.weight_storage import stored_parts
 from tests.tiny_models import llama
 
@@ -126,3 +126,12 @@ def test_the_embedding_is_the_first_of_those_that_share_its_weight() -> None:
     modules = list(reversed(list(model.named_modules())))
     assert list(sharing_embedding(model, modules)) == ["model.embed_tokens", "lm_head"]
     assert sharing_embedding(llama(), llama().named_modules()) == {}
+
+
+def test_a_layer_in_two_places_has_both_names() -> None:
+    model = nn.Module()
+    model.a = model.b = nn.Linear(2, 2)
+    names = [*model.state_dict()]
+    inject_adapter_in_model(LoraConfig(target_modules=["a"]), model)
+    bare = bare_names(model)
+    assert [name for key in model.state_dict() if (name := bare(key)) is not None] == names

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -518,3 +519,13 @@ def test_a_loss_that_rises_far_is_told(losses: list[float], told: bool) -> None:
             run.step(loss)
     said = [note for note in run.state.warnings if "The loss rose from" in note]
     assert len(said) == int(told) and all("is the learning rate too high?" in note for note in said)
+
+
+def test_where_other_processes_stopped_is_told_in_their_words():
+    loop = Loop()
+    run = track(loop.model, total_steps=5)
+    run.mirrors = True
+    with run:
+        run.step(loop.one())
+        run.mirror(dataclasses.replace(run.state, status="stopped", step=3, message="stopped at step 3: it diverged"))
+        assert run.stop_message() == "stopped at step 3: it diverged"

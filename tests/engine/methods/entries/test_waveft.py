@@ -52,6 +52,12 @@ def test_filters_are_those_of_peft(name: str) -> None:
     np.testing.assert_allclose(scaling_filter(name), Wavelet(name).rec_lo, atol=1e-10)
 
 
+def test_symlets_that_peft_lacks_are_those_of_pywavelets() -> None:
+    """By the tap after the middle: other zeros outside of the circle give wavelets as well. Its sym13 is mirrored."""
+    taps = [0.0972, 0.3989, 0.6446, 0.3932, 0.1115, 0.3971, 0.6507, 0.7536, 0.1090, 0.4058]
+    assert [scaling_filter(f"sym{order}")[order] for order in range(11, 21)] == pytest.approx(taps, abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["coif4", "coif5"])
 def test_what_peft_has_under_other_names_is_no_wavelet(name: str) -> None:
     assert abs(autocorrelation(np.array(Wavelet(name).rec_lo))[0] - 1) > 1e-3

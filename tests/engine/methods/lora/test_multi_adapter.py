@@ -72,3 +72,11 @@ def test_on_a_cpu_nothing_is_copied() -> None:
     factors[0][0].zero_()
     after = delta(torch.ones(2, 8), torch.tensor([0, 1]))
     assert not after[0].any() and before[0].any()
+
+
+def test_factors_of_rows_are_kept_where_they_are_no_larger_than_those_of_two_banks() -> None:
+    bank = FactorBank([pair(2, 1.0), pair(4, 1.0)])
+    for rows, kept in ((6, True), (7, False)):
+        index, x = torch.zeros(rows, dtype=torch.long), torch.randn(rows, 8)
+        bank.delta(x, index)
+        assert (bank._gathered is not None and bank._gathered[0] is index) == kept

@@ -238,3 +238,10 @@ def test_what_peft_refuses_is_refused(fields: dict[str, Any], words: str) -> Non
         nbpeft.LilyConfig(**fields)
     with pytest.raises(ValueError, match=next(iter(fields))):
         peft.get_peft_model(base(), peft.LilyConfig(**{"target_modules": ["q_proj"], **fields}))
+
+
+def test_the_rank_is_read_in_the_shapes_of_a_file() -> None:
+    model = made(r=2)
+    adapter = next(iter(model.manager.layers.values())).adapter("default")
+    shapes = {name: parameter.shape for name, parameter in adapter.named_parameters()}
+    assert adapter.size_of(shapes) == adapter.delta_rank == 2

@@ -276,6 +276,18 @@ def test_importance_of_one_layer_is_that_of_peft(tmp_path: Path) -> None:
     assert first_layer(ours).exp_avg_ipt_A["default"] == [None] * 3
 
 
+def test_importance_is_measured_anew_after_each_pruning() -> None:
+    model = get_peft_model(llama(), nbpeft.AdamssConfig(**FIELDS | SCHEDULE))
+    adapter = first_layer(model).adapters["default"]
+    ids = tokens()
+    known = []
+    for step in range(1, 5):
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.base_model.update_and_allocate(step)
+        known.append(bool(adapter.importance))
+    assert known == [True, True, False, True]
+
+
 @pytest.mark.parametrize("asks", [False, True])
 def test_a_loop_that_calls_nothing_is_told_once_where_subspaces_should_go(asks: bool) -> None:
     model = get_peft_model(llama(), nbpeft.AdamssConfig(**FIELDS | SCHEDULE | {"use_asa": asks})).train()

@@ -200,3 +200,10 @@ def test_weights_without_directions_are_refused_and_left_alone() -> None:
         get_peft_model(model, nbpeft.FrodConfig(**fields))
     assert "\n" not in str(caught.value)
     assert isinstance(model.model.layers[0].self_attn.q_proj, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("rate", "size", "count"), [(0.01, 4, 1), (0.5, 4, 8), (1.0, 4, 12), (0.01, 1, 0), (0.0, 4, 0)]
+)
+def test_a_square_has_an_entry_if_it_can_have_one(rate: float, size: int, count: int) -> None:
+    assert nbpeft.FrodConfig(sparse_rate=rate).entry_count(size) == count

@@ -90,3 +90,13 @@ def test_what_a_file_takes_is_counted_as_in_peft(small: bool, capsys: Any) -> No
     assert counts[0] == counts[1] and lines[0] == lines[1] and "to-be-saved" in lines[0]
     with pytest.raises(UnknownAdapterError):
         model.get_nb_savable_parameters("other")
+
+
+@pytest.mark.parametrize("count", [2**8 - 1, 2**8, 2**15 - 1, 2**15])
+def test_indices_have_the_dtype_of_peft(count: int) -> None:
+    dtypes = []
+    for library in (nbpeft, peft):
+        config = library.VBLoRAConfig(**FIELDS | {"num_vectors": count, "vector_length": 32, "r": 1})
+        found = library.get_peft_model_state_dict(library.get_peft_model(llama(num_hidden_layers=1), config))
+        dtypes.append({key: tensor.dtype for key, tensor in found.items()})
+    assert dtypes[0] == dtypes[1]

@@ -240,3 +240,15 @@ def test_what_is_impossible_is_one_line() -> None:
         get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), nbpeft.IA3Config(target_modules=["0"]))
     with pytest.raises(ConfigError, match=r"embed_tokens: .IA.³ does not work on an embedding; exclude it"):
         ia3(target_modules=["embed_tokens"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_vector_that_is_not_finite_is_not_combined(value: float) -> None:
+    model = ia3("a", target_modules=["q_proj"])
+    model.add_adapter("b", nbpeft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    layer = next(iter(model.manager.layers.values()))
+    with torch.no_grad():
+        layer.adapter("b").get_parameter("ia3_l")[1] = value
+    with pytest.raises(AdapterError, match=r"no finite vector at model\.layers\.0\.self_attn\.q_proj"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c")
+    assert list(model.peft_config) == ["a", "b"] and list(layer.adapters) == ["a", "b"]

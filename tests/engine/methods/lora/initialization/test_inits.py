@@ -215,3 +215,16 @@ def test_a_bias_of_b_starts_as_pefts_and_so_does_what_is_drawn_after_it(init: bo
         assert torch.equal(value, theirs[name]), name
         assert init or not name.endswith("bias") or value.any()
     assert torch.equal(after_ours, after_theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.*eva")
+def test_before_data_is_seen_eva_starts_as_in_peft_and_so_does_what_is_drawn_after_it() -> None:
+    made = []
+    for get, config_class in ((peft.get_peft_model, peft.LoraConfig), (get_peft_model, LoraConfig)):
+        base = Layers()
+        torch.manual_seed(3)
+        model = get(base, config_class(r=4, target_modules=["first"], init_lora_weights="eva"))
+        made.append(({name: p for name, p in model.named_parameters() if "lora_" in name}, torch.rand(2)))
+    (theirs, after_theirs), (ours, after_ours) = made
+    assert ours.keys() == theirs.keys() and all(torch.equal(p, theirs[name]) for name, p in ours.items())
+    assert torch.equal(after_ours, after_theirs)
