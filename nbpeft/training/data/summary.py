@@ -143,9 +143,8 @@ class _Totals:
         self.left_out: list[tuple[int, str]] = []
         self.hashes: set[int] = set()
         self.repeated = 0
-        self.tokens = self.learned = self.compared = self.cut_rows = self.cut_tokens = self.split_rows = (
-            self.split_parts
-        ) = 0
+        self.tokens = self.learned = self.compared = 0
+        self.cut_rows = self.cut_tokens = self.split_rows = self.split_parts = 0
 
     def add(self, row: CodedRow) -> None:
         """Adds a row, or a part of a row that was split."""

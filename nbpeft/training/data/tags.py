@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +11,9 @@ from typing import Any
 from nbpeft.errors import TrainingError, in_one_line
 from nbpeft.names import IGNORED_LABEL
 from nbpeft.training.data.encoding import Encoded
+
+_WITHOUT_SPACES = {"CJK", "IDEOGRAPHIC", "FULLWIDTH", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
+"""First words in the Unicode names of characters of scripts that put no spaces between words."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,21 @@ def space_token(tokenizer: Any) -> int | None:
 
 
 def with_spaces(words: Sequence[str]) -> list[str]:
-    """The words as they are in a text: all but the first with a space before them, unless they bring it."""
-    return [
-        f" {word}" if before and word and not (before[-1].isspace() or word[0].isspace()) else word
-        for before, word in itertools.pairwise(["", *words])
-    ]
+    """The words as they are in a text: all but the first with a space before them, unless they bring it.
+
+    There is none between two words of Chinese, Japanese, Thai, Lao, Khmer or Burmese.
+    """
+    spaced, last = [], ""
+    for word in words:
+        spaced.append(f" {word}" if last and word and not _run_on(last, word[0]) else word)
+        last = word[-1:] or last
+    return spaced
+
+
+def _run_on(last: str, first: str) -> bool:
+    """Whether no space is added between two characters."""
+    spaced = last.isspace() or first.isspace()
+    return spaced or all(unicodedata.name(each, "").partition(" ")[0] in _WITHOUT_SPACES for each in (last, first))
 
 
 def encode_words(

@@ -16,7 +16,7 @@ import nbpeft
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.names import IGNORED_LABEL
 from nbpeft.training import prepare_data, summarize, train
-from nbpeft.training.data.tags import space_token
+from nbpeft.training.data.tags import space_token, with_spaces
 from nbpeft.training.loop.rows import first_rows, model_inputs, training_rows
 from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
@@ -108,6 +108,20 @@ def test_words_are_separated_for_byte_level_tokenizers_too() -> None:
     parts = prepare_data(rows, tokens, inputs=model_inputs(tagger()), max_length=4, long="split")
     assert [tokens.decode(part["input_ids"]) for part in parts] == ["a bc", " 12 b"]
     assert space_token(byte_level(add_prefix_space=True)) is space_token(TOKENIZER) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["我", "在", "北京", "，", "你", "?"], "我在北京，你 ?"),
+        (["これ", "は", "ペン", "。"], "これはペン。"),
+        (["ฉัน", "รัก", "Ana"], "ฉันรัก Ana"),
+        (["나는", "서울에", "산다"], "나는 서울에 산다"),
+        (["a ", "b", "", "c", " d"], "a b c d"),
+    ],
+)
+def test_words_of_scripts_without_spaces_run_on(words: list[str], text: str) -> None:
+    assert "".join(with_spaces(words)) == text
 
 
 def test_losses_and_metrics_are_those_of_transformers() -> None:
