@@ -134,7 +134,7 @@ def status(root: Path, name: str) -> os.stat_result | None:
         The status of the file, folder or link itself; None if it does not exist or a folder of the path is a link.
 
     Raises:
-        OSError: it cannot be told; what is not seen must not be taken for absent, and be replaced or removed.
+        OSError: it cannot be determined; what is not seen must not be taken for absent, and be replaced or removed.
     """
     found = None
     with _if_there(), _parent(root, name) as (parent, leaf):
@@ -158,7 +158,7 @@ def is_folder(root: Path, name: str) -> bool:
     """Returns whether a path inside ``root`` is a folder and not a link to one.
 
     Raises:
-        OSError: it cannot be told.
+        OSError: it cannot be determined.
     """
     found = status(root, name)
     return found is not None and stat.S_ISDIR(found.st_mode) and not _is_link(found)
@@ -168,7 +168,7 @@ def leads_to_folder(path: Path) -> bool:
     """Returns whether a path is a folder or a link to one.
 
     Raises:
-        OSError: it cannot be told, which ``os.path.isdir`` takes for no.
+        OSError: it cannot be determined, which ``os.path.isdir`` takes for no.
     """
     mode = 0
     with _if_there():
@@ -180,7 +180,7 @@ def is_file(root: Path, name: str) -> bool:
     """Returns whether a path inside ``root`` is a regular file: not a link, pipe or device.
 
     Raises:
-        OSError: it cannot be told.
+        OSError: it cannot be determined.
     """
     found = status(root, name)
     return found is not None and stat.S_ISREG(found.st_mode) and not _is_link(found)

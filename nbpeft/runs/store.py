@@ -175,7 +175,7 @@ class RunStore:
         """Yields the runs.
 
         Args:
-            unseen: receives the errors of folders of which it cannot be told whether they are runs, by name.
+            unseen: receives the errors of folders that may or may not be runs, by name.
 
         Raises:
             CheckpointError: the folder of the runs cannot be read; without ``unseen`` there are no runs then.

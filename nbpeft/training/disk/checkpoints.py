@@ -313,7 +313,7 @@ def _checkpoints(home: Path) -> list[Path]:
     """The folders called ``checkpoint-N``, the last step first.
 
     Raises:
-        OSError: it cannot be told which there are.
+        OSError: they cannot be listed.
     """
     names = os.listdir(home) if inside.leads_to_folder(home) else []
     steps = {int(match[1]): home / name for name in names if (match := _NAME.fullmatch(name))}
