@@ -409,10 +409,9 @@ def _(block: blocks.Tokens) -> str:
 def _token_span(item: blocks.TokenSpan) -> str:
     if item.skipped:
         return span(blocks.dim(f" … {plural(item.skipped, 'token')} … "))
+    background = palette.COMPARED if item.compared else palette.LEARNED if item.learned else ""
     styles = [
-        f"background:{palette.COMPARED if item.compared else palette.LEARNED};border-radius:2px"
-        if (item.learned or item.compared) and not item.cut
-        else "",
+        f"background:{background};border-radius:2px" if background and not item.cut else "",
         f"text-decoration:line-through;color:{palette.DIM}" if item.cut else "",
         f"border:1px solid {palette.LIMIT};border-radius:4px;padding:0 2px;font-size:11px" if item.special else "",
     ]
