@@ -8,6 +8,7 @@ Door, what other rooms import:
     result.py       The result: scores with intervals, the items, paired tests, and how it is shown
     rows.py         Rows as they are scored: the prompt, the reference, and what a metric needs in addition
     score.py        ``score(model, rows)``: rows are read, answered and compared with their references
+    settings.py     What is scored, and how: the columns, the batches, and how tokens are chosen
 
 Inside:
 
@@ -16,6 +17,5 @@ Inside:
     items.py        The parts of a result: scores with intervals, items, and what two columns differ in
     likelihoods.py  Losses, choices by likelihood, and classes, in mixed batches without generation
     metrics.py      The metrics, by name or as functions, and what each of them needs
-    settings.py     What is scored, and how: the columns, the batches, and how tokens are chosen
     statistics.py   Intervals and paired tests: Wilson, bootstrap, McNemar
 """

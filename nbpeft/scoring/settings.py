@@ -134,10 +134,21 @@ def adapter_columns(model: nn.Module, names: Sequence[str]) -> tuple[Column, ...
     return tuple(_column(manager, name) for name in names)
 
 
+def parts_of(name: str, available: Callable[[str], bool]) -> tuple[str, ...]:
+    """The adapters that a name to score stands for: one of that name, else those of a sum (``a+b``).
+
+    Args:
+        name: a name, or several with ``+`` between them.
+        available: whether there is an adapter of a name.
+    """
+    if "+" not in name or available(name):
+        return (name,)
+    return tuple(dict.fromkeys(part.strip() for part in name.split("+")))
+
+
 def _column(manager: Any, name: object) -> Column:
     """The column of an adapter, or of the sum of several."""
-    if isinstance(name, str) and not manager.available(name) and "+" in name:
-        parts = tuple(dict.fromkeys(part.strip() for part in name.split("+")))
+    if isinstance(name, str) and (parts := parts_of(name, manager.available)) != (name,):
         manager.require_available(*parts)
         return Column("+".join(parts), parts)
     manager.require_available(name)

@@ -431,6 +431,10 @@ class ModelRegistry:
             self.select(tracked)
         return tracked
 
+    def have(self, adapter: str) -> bool:
+        """Whether one of the models has an adapter of this name, or can load it."""
+        return any(self._models[name].manager.available(adapter) for name in self.choices)
+
     def _with_adapters(self, choices: Iterable[str], adapters: Collection[str]) -> tuple[str, ...]:
         """Returns the names of those models that have all of some adapters; empty if no adapter is named.
 
@@ -439,7 +443,7 @@ class ModelRegistry:
         """
         managers = {name: self._models[name].manager for name in choices}
         for adapter in adapters:
-            if not any(manager.available(adapter) for manager in managers.values()):
+            if not self.have(adapter):
                 from nbpeft.engine.config.adapter_names import unknown_adapter
 
                 present = dict.fromkeys(name for manager in managers.values() for name in manager.names)

@@ -116,6 +116,13 @@ def test_the_only_model_with_an_adapter_of_that_name_is_meant(
     assert what in ("train", "score") or "first" in f"{result}{getattr(result, 'model_name', '')}"
 
 
+def test_a_plus_in_a_name_is_no_sum(session: Session, two: tuple[Any, Any]) -> None:
+    session.copy("x", "a+b", model="first")
+    rows = [{"prompt": "a", "completion": "b"}]
+    result = session.score(rows, adapters="a+b", base=False, metric="loss", tokenizer=CharTokenizer())
+    assert result.columns == ("a+b",)
+
+
 def test_adapters_of_several_models_and_of_none(session: Session, two: tuple[Any, Any]) -> None:
     session.copy("x", "mine", model="first")
     session.copy("x", "yours", model="second")

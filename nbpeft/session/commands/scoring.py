@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError
@@ -59,11 +59,13 @@ def score(
         TrainingError: the rows cannot be read, or a metric fails on all rows of the first batch.
     """
     from nbpeft.scoring.score import score as score_rows
+    from nbpeft.scoring.settings import parts_of
     from nbpeft.training.monitor.control import RunControl
 
     control = RunControl()
     names = None if adapters is None else list(names_of(adapters))
-    tracked = ctx.find_adapted(model, command="score", adapters=[name for name in _parts(names or ()) if name != BASE])
+    named = (part for name in names or () for part in parts_of(str(name), ctx.models.have))
+    tracked = ctx.find_adapted(model, command="score", adapters=[name for name in named if name != BASE])
     chosen = chosen_tokenizer(ctx, tracked, tokenizer)
     with ctx.command("scoring", slow=True) as notes:
         if on_control is not None:
@@ -86,15 +88,12 @@ def score(
     return dataclasses.replace(result, notes=(*notes, *result.notes))
 
 
-def _parts(names: Iterable[object]) -> list[str]:
-    """Returns the adapters in names to score, each of which may be a sum."""
-    return [part.strip() for name in names for part in str(name).split("+")]
-
-
 def _held_out(tracked: TrackedModel, names: list[str] | None) -> HeldOut:
     """Returns the rows that none of the adapters has learned."""
-    configs = tracked.manager.configs
-    wanted = [*configs] if names is None else _parts(names)
+    from nbpeft.scoring.settings import parts_of
+
+    configs, available = tracked.manager.configs, tracked.manager.available
+    wanted = [*configs] if names is None else [part for name in names for part in parts_of(str(name), available)]
     found: HeldOut | None = None
     for name in wanted:
         config, own = tracked.unlearned.get(name, (None, None))
