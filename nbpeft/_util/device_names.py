@@ -23,6 +23,8 @@ _CARDS = {
     "RTX3060": 11.75, "RTX3070": 7.78, "RTX3080": 9.77, "RTX3090": 23.68, "RTX4060": 7.75, "RTX4070": 11.72,
     "RTX4080": 15.7, "RTX4090": 23.64, "RTX5090": 31.36, "RTXA6000": 47.53, "RTX2080Ti": 10.75,
 }  # fmt: skip
+WITHOUT_BFLOAT16 = frozenset({"T4", "P100", "V100-16GB", "V100-32GB", "RTX2080Ti"})
+"""Cards from before Ampere (compute capability 8), which have no instructions for bfloat16, but for float16."""
 _APPLE = {"M1": (8, 16, 32, 64, 128), "M2": (8, 16, 24, 32, 64, 96, 192), "M3": (8, 16, 24, 36, 48, 64, 96, 128),
           "M4": (16, 24, 32, 36, 48, 64, 128)}  # fmt: skip
 

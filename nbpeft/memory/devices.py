@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from nbpeft._util.device_names import WITHOUT_BFLOAT16, named
 from nbpeft._util.host_memory import host_memory
 
 _PROC = Path("/proc")
@@ -57,6 +58,16 @@ def placed_on(model: object) -> torch.device | None:
 def is_cpu(device: object) -> bool:
     """Return whether a device, or the name of one, is a CPU."""
     return str(device).partition(":")[0] == "cpu"
+
+
+def has_bfloat16(device: object) -> bool:
+    """Return whether a GPU, or a card by its name (``T4``), computes in bfloat16; True for devices of other kinds."""
+    text = str(device)
+    if (name := named(text)) is not None:
+        return name not in WITHOUT_BFLOAT16
+    if text.partition(":")[0] != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(torch.device(text))[0] >= 8
 
 
 def join(memories: Iterable[DeviceMemory]) -> DeviceMemory:

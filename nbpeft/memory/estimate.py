@@ -51,7 +51,8 @@ _CACHE_SIZE = 512
 class Setting:
     """Everything that determines the memory of a step; see ``forecast`` for the fields.
 
-    ``quantized_experts`` says whether the experts of a mixture-of-experts model are quantized too.
+    ``quantized_experts`` says whether the experts of a mixture-of-experts model are quantized too, ``bfloat16`` whether
+    the device computes in this dtype.
     """
 
     architecture: Architecture
@@ -74,6 +75,7 @@ class Setting:
     sharded: bool = False
     reference: str | None = None
     generation: bool = False
+    bfloat16: bool = True
 
     @property
     def one_pass(self) -> Setting:

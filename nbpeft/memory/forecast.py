@@ -20,7 +20,7 @@ from nbpeft.engine.tree.model_tree import base_model_of, experts_to_quantize
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.losses import check_chunk_size
 from nbpeft.memory.architecture import Architecture, architecture_of
-from nbpeft.memory.devices import device_memory, is_cpu, placed_on
+from nbpeft.memory.devices import device_memory, has_bfloat16, is_cpu, placed_on
 from nbpeft.memory.estimate import Setting, estimate
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.measure import weights_by_kind
@@ -160,7 +160,8 @@ def forecast(
         training=training,
         packing=packing,
         adapters=adapters,
-        on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
+        on_cpu=is_cpu(there := placed_on(model_or_config) if device is None else device),
+        bfloat16=has_bfloat16(there),
         loss_chunk_size=loss_chunk_size,
         recompute=recompute,
         processes=processes,

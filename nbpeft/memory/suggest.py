@@ -208,7 +208,8 @@ def _switches(setting: Setting) -> Iterator[_Change]:
     if setting.training and not setting.loss_chunk_size:
         yield _Change("loss_chunk_size", LOSS_CHUNK_SIZE, f"loss_chunk_size={LOSS_CHUNK_SIZE}", "")
     if setting.dtype == torch.float32:
-        yield _Change("dtype", torch.bfloat16, "dtype float32 -> bfloat16", "rounds weights")
+        half = torch.bfloat16 if setting.bfloat16 else torch.float16
+        yield _Change("dtype", half, f"dtype float32 -> {str(half).removeprefix('torch.')}", "rounds weights")
     for kind in ("nf4", "int8"):
         if setting.quantization is None and (setting.adapter_config is not None or not setting.training):
             yield _Change("quantization", kind, f"quantization={kind!r}", "rounds weights")

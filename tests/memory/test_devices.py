@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from nbpeft._util import host_memory
+from nbpeft._util.device_names import DEVICES, WITHOUT_BFLOAT16
 from nbpeft.memory import devices
-from nbpeft.memory.devices import DeviceMemory, device_memory, join, mark_peak, peak
+from nbpeft.memory.devices import DeviceMemory, device_memory, has_bfloat16, join, mark_peak, peak
+from nbpeft.model.quantization.quantize import usual_dtype
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -79,3 +81,14 @@ def test_join():
 def test_meta_device():
     assert device_memory(torch.device("meta")) == DeviceMemory(None, None, None)
     assert peak(torch.device("meta")) is None
+
+
+def test_cards_before_ampere_have_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(DEVICES) > WITHOUT_BFLOAT16
+    assert not has_bfloat16("T4") and not has_bfloat16("Tesla T4") and not has_bfloat16("2080 Ti")
+    assert all(map(has_bfloat16, ("A100 40GB", "M2-16GB", "16GB", "cpu", None, torch.device("meta"))))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, half in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert has_bfloat16("cuda:0") == has_bfloat16(torch.device("cuda")) == (half == torch.bfloat16)
+        assert usual_dtype() == half

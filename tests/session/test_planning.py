@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.memory import forecast
-from nbpeft.memory.suggest import Suggestion
+from nbpeft.memory.suggest import Suggestion, suggest
 from nbpeft.session import Session
 from nbpeft.session.commands.planning import _room
 from nbpeft.session.configs import build_config
@@ -180,6 +180,22 @@ def test_a_planner_answers_for_other_settings() -> None:
     assert found.parts == plan.parts and found.changes == plan.changes
     assert found.settings == settings and found.adapter == "LoRA r=2"
     assert found.notes == ("allow 0.5 to 1 GB more for the CUDA context and fragmentation",)
+
+
+def test_a_card_without_bfloat16_is_told() -> None:
+    def notes(dtype: str, device: str) -> str:
+        return str(Session().plan_memory(CONFIG, FIELDS, dtype=dtype, device=device, suggest=False).notes)
+
+    told = "T4 has no bfloat16: load the model in float16, which takes the same memory"
+    assert told in notes("bfloat16", "T4")
+    assert "no bfloat16" not in notes("float16", "T4") + notes("float32", "T4") + notes("bfloat16", "L4")
+
+
+@pytest.mark.slow
+def test_such_a_card_is_suggested_float16() -> None:
+    for device, half in (("T4", "float16"), ("L4", "bfloat16")):
+        planner = Session().memory_planner(CONFIG, FIELDS, sequence_length=48, dtype="float32", device=device)
+        assert any(change.change == f"dtype float32 -> {half}" for change in suggest(planner.setting, 2**20))
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from nbpeft.engine.tree.model_tree import (
     manager_of,
 )
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean, in_one_line
+from nbpeft.memory.devices import has_bfloat16
 from nbpeft.memory.processor import has_instructions
 from nbpeft.model.quantization.quantized_experts import (
     quantize_experts,
@@ -436,7 +437,7 @@ def usual_device() -> torch.device:
 def usual_dtype() -> torch.dtype:
     """Returns bfloat16 if the device supports it natively, else float16 on an accelerator and float32 on a CPU."""
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+        return torch.bfloat16 if has_bfloat16("cuda") else torch.float16
     if torch.accelerator.is_available():
         return torch.bfloat16
     return torch.bfloat16 if has_instructions(torch.bfloat16) else torch.float32

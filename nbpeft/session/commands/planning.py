@@ -44,6 +44,9 @@ _PAIRS_NOTE = (
     "each row is counted as two sequences, chosen and rejected; for an adapter that is trained already, "
     "reference='start' counts the copy of its weights"
 )
+_NO_BFLOAT16_NOTE = (
+    "{} has no bfloat16: load the model in float16, which takes the same memory; quantized loading does so there"
+)
 _CUDA_NOTE = "allow 0.5 to 1 GB more for the CUDA context and fragmentation"
 
 
@@ -222,6 +225,7 @@ class MemoryPlanner:
             gradient_checkpointing=gradient_checkpointing,
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
+            bfloat16=self.room.bfloat16,
             quantized_experts=found.experts or quantization != AS_IT_IS,
             **{"optimizer": "adamw", "training": True, **others},
         )
@@ -251,7 +255,7 @@ class MemoryPlanner:
 
         device = "" if settings is None else settings.device
         room = _room(None if device == THIS_MACHINE else device, self._source) if device else self.room
-        setting = dataclasses.replace(self._setting(settings), on_cpu=room.on_cpu)
+        setting = dataclasses.replace(self._setting(settings), on_cpu=room.on_cpu, bfloat16=room.bfloat16)
         parts = estimate(setting)
         result = self._result(setting, parts, room)
         if suggest and not (result.fits and result.fits_now is not False):
@@ -276,6 +280,8 @@ class MemoryPlanner:
         return PlanSettings(rank=rank, dtype=str(setting.dtype).removeprefix("torch."), **same)
 
     def _result(self, setting: Setting, parts: tuple[MemoryPart, ...], room: Room) -> PlanResult:
+        import torch
+
         from nbpeft.memory.estimate import weights_of
         from nbpeft.memory.processor import slow_dtype_message, slow_here
 
@@ -287,6 +293,8 @@ class MemoryPlanner:
         notes = tuple(note for note in found if note)
         if room.on_cpu and slow_here(setting.dtype):
             notes = (*notes, slow_dtype_message(setting.dtype))
+        if not room.bfloat16 and setting.dtype == torch.bfloat16:
+            notes = (*notes, _NO_BFLOAT16_NOTE.format(room.name))
         return PlanResult(self.name, self.class_name, adapter, settings, parts, room, notes=notes)
 
 
@@ -336,13 +344,13 @@ def _room(device: Any, source: Any) -> Room:
     """Return the device to fit: by default that of the model, or this machine's best one."""
     import torch
 
-    from nbpeft.memory.devices import device_memory, is_cpu, placed_on
+    from nbpeft.memory.devices import device_memory, has_bfloat16, is_cpu, placed_on
     from nbpeft.memory.forecast import device_bytes
 
     placed = placed_on(source)
     name = named(device) if isinstance(device, str) else None
     if name is not None:
-        return Room(name, DEVICES[name])
+        return Room(name, DEVICES[name], bfloat16=has_bfloat16(name))
     if device is None or device == THIS_MACHINE:
         device = placed if placed is not None and placed.type != "meta" else _best_device()
     try:
@@ -357,7 +365,7 @@ def _room(device: Any, source: Any) -> Room:
     held = sum(parameter.nbytes for parameter in _parameters(source)) if _is_on(placed, there) else 0
     on_cpu = is_cpu(there)
     name = "this machine (CPU)" if on_cpu else f"{there} of this machine"
-    return Room(name, memory.total, memory.free, held, on_cpu)
+    return Room(name, memory.total, memory.free, held, on_cpu, has_bfloat16(there))
 
 
 def _is_graphics(room: Room) -> bool:

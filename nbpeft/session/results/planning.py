@@ -77,6 +77,7 @@ class Room:
         free: its free memory in bytes; None for a device of another machine.
         held: bytes that the model already uses on it.
         on_cpu: whether it is the host.
+        bfloat16: whether it computes in bfloat16.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Room:
     free: int | None = None
     held: int = 0
     on_cpu: bool = False
+    bfloat16: bool = True
 
 
 @dataclass(frozen=True, repr=False)
