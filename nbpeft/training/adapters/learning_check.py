@@ -116,7 +116,7 @@ class LearningCheck:
 
         def note(parameter: Tensor) -> None:
             check = weak_self()
-            if check is not None and parameter.grad is not None and name not in check._largest:
+            if check is not None and parameter.grad is not None:  # of all batches of the step so far
                 check._largest[name] = _peak(parameter.grad)
 
         register: Callable[..., RemovableHandle] = parameter.register_post_accumulate_grad_hook

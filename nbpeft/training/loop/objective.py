@@ -289,10 +289,14 @@ def _check_arguments(request: TrainRequest, objective: Objective) -> None:
         raise ConfigError(
             f"objective={objective.name!r} has its own Trainer: remove trainer_class", field="trainer_class"
         )
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        if objective.rows == JUDGED and request.arguments.get(name) == 1:
+    batches = {
+        "per_device_train_batch_size": request.arguments.get("gradient_accumulation_steps", 1),
+        "per_device_eval_batch_size": 1,
+    }
+    for name, count in batches.items():
+        if objective.rows == JUDGED and count == request.arguments.get(name) == 1:
             raise ConfigError(
-                f"{objective.name} compares the rows of a batch with each other: {name} of at least 2", field=name
+                f"{objective.name} compares the rows of a step with each other: {name} of at least 2", field=name
             )
     sweep = request.members is not None or any(isinstance(value, Sweep) for value in request.given.values())
     if sweep and objective.generates:

@@ -313,7 +313,8 @@ def _note(
     note_on_rows = "; ".join(note for note in (facts, rows.held_out) if note)
     run.note(note_on_rows)
     if objective.rows == JUDGED and request.processes is None and not settings.dataloader_drop_last:
-        sizes = {"an epoch": settings.train_batch_size, "an evaluation": settings.eval_batch_size}
+        step = settings.train_batch_size * settings.gradient_accumulation_steps
+        sizes = {"an epoch": step, "an evaluation": settings.eval_batch_size}
         for parts, (name, size) in zip((rows.train_parts, rows.evaluation_parts), sizes.items(), strict=True):
             if any(not is_stream(part) and len(part) % size == 1 for part in parts):
                 run.note(f"the last batch of {name} has one row, and its kl is estimated from this row itself")

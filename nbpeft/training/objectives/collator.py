@@ -54,6 +54,24 @@ class ShiftedCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Collates rows; see :class:`PairCollator`."""
+        return self.pairs(self._paired(rows))
+
+    def across(self, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Pairs rows anew as if several batches were one: the first row of a batch with the last of the one before.
+
+        Args:
+            batches: batches of collated rows.
+        """
+        rows = self._paired([row for batch in batches for row in _rows_of(batch)])
+        found, first = [], 0
+        for batch in batches:
+            labels = batch["labels"]
+            new = self.pairs(rows[first : first + len(labels)])
+            found.append({**batch, **{name: values.to(labels.device) for name, values in new.items()}})
+            first += len(labels)
+        return found
+
+    def _paired(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         starts = [_completion_start(row["labels"]) for row in rows]
         both = []
         for place, row in enumerate(rows):
@@ -63,7 +81,16 @@ class ShiftedCollator:
                 for name in _COLUMNS
             }
             both.append({**row, **mixed})
-        return self.pairs(both)
+        return both
+
+
+def _rows_of(batch: Mapping[str, Tensor]) -> list[dict[str, list[int]]]:
+    """The rows of a batch, without padding and without their other completions."""
+    columns = {name: batch[name].cpu() for name in (*_COLUMNS, "attention_mask")}
+    return [
+        {name: columns[name][place][mask.bool()].tolist() for name in _COLUMNS}
+        for place, mask in enumerate(columns["attention_mask"])
+    ]
 
 
 def _completion_start(labels: Sequence[int]) -> int:

@@ -76,8 +76,8 @@ class Cpo(PairObjective):
         averaged = self.loss_type in _AVERAGED
         parts = [part.averages if averaged else part.log_probs for part in (chosen, rejected)]
         losses = self._losses(parts[0] - parts[1])
-        if self.cpo_alpha:  # of all tokens of the batch, the same for each row
-            losses = losses - self.cpo_alpha * chosen.log_probs.sum() / chosen.token_counts.sum()
+        if self.cpo_alpha:  # per token of all rows
+            losses = losses - self.cpo_alpha * chosen.log_probs / chosen.mean_count
         return losses, curves(self.beta * parts[0], self.beta * parts[1], *parts)
 
     def _losses(self, margin: Tensor) -> Tensor:

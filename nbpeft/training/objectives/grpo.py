@@ -28,7 +28,7 @@ class Generated:
         reference: the same of the reference, without gradients; None if ``beta`` is 0.
         mask: 1 for the tokens of completions, and else 0.
         advantages: the advantage of each completion, (rows,).
-        share: the number of tokens of all completions of a step, divided by its number of batches.
+        share: the number of tokens, and of completions, of a step, each divided by its number of batches, (2,).
     """
 
     log_probs: Tensor
@@ -195,24 +195,22 @@ class Grpo(Objective):
         least, most = 1 - self.epsilon, 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
         each = -(ratios * advantages).minimum(ratios.clamp(least, most) * advantages)
         cut = ((ratios < least) & (advantages < 0)) | ((ratios > most) & (advantages > 0))
-        curves = {"clip_ratio/region_mean": _mean(cut.float(), mask)}
+        curves = {"clip_ratio/region_mean": _learned(cut.float(), mask)}
         if batch.reference is not None:
             away = batch.reference - batch.log_probs
             divergence = away.exp() - away - 1
             divergence = divergence * ratios if self.use_bias_correction_kl else divergence
             each = each + self.beta * divergence
-            curves["kl"] = _mean(divergence.detach(), mask)
+            curves["kl"] = _learned(divergence, mask)
         return self._summed(each * mask, batch), curves
 
     def _summed(self, losses: Tensor, batch: Generated) -> Tensor:
-        counts = batch.mask.sum(1)
+        tokens, completions = batch.share[0], batch.share[1]
         if self.loss_type == "grpo":
-            return (losses.sum(1) / counts.clamp(min=1)).mean()
-        if self.loss_type == "bnpo":
-            return losses.sum() / counts.sum().clamp(min=1)
+            return (losses.sum(1) / batch.mask.sum(1).clamp(min=1)).sum() / completions
         if self.loss_type == "dr_grpo":
-            return losses.sum() / (len(losses) * self.max_completion_length)
-        return losses.sum() / batch.share
+            return losses.sum() / (completions * self.max_completion_length)
+        return losses.sum() / tokens  # bnpo divides by the tokens of a batch, dapo of a step, which is one here
 
 
 def deviation(values: Tensor) -> Tensor:
@@ -227,8 +225,6 @@ def deviation(values: Tensor) -> Tensor:
     return (apart.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the tokens of a mask; ``values`` may have one column for all tokens."""
-    if values.shape[1] == 1:
-        return values.mean()
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def _learned(values: Tensor, mask: Tensor) -> Tensor:
+    """The values of the tokens of a mask, without gradients; ``values`` may have one column for all tokens."""
+    return values.detach()[:, 0] if values.shape[1] == 1 != mask.shape[1] else values.detach()[mask.bool()]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Kto(Objective):
     """Makes good completions more likely, relative to the reference, and bad ones less likely.
 
-    How far the adapter is from the reference in general (the curve ``kl``) is estimated in each batch from
+    How far the adapter is from the reference in general (the curve ``kl``) is estimated in each step from
     completions of other rows: the prompt of a row is followed by the completion of the row before it.
 
     Attributes:
@@ -70,8 +70,13 @@ class Kto(Objective):
         found = {"kl": kl.reshape(1)}
         for name, values in (("rewards", rewards), ("logps", log_probs)):
             found |= {f"{name}/chosen": values[good], f"{name}/rejected": values[~good]}
-        if good.any() and not good.all():
-            found["rewards/margins"] = (rewards[good].mean() - rewards[~good].mean()).reshape(1)
-        else:
-            found["rewards/margins"] = rewards[:0]
         return weights * losses, found
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The margin between good and bad completions, if there are both.
+
+        Args:
+            means: the means of the curves.
+        """
+        good, bad = means.get("rewards/chosen"), means.get("rewards/rejected")
+        return {} if good is None or bad is None else {"rewards/margins": good - bad}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,11 @@ def log_probs_of(
         labels: of shape (rows, tokens), each of the first rows of the batch.
         chunk_size: see :func:`log_probs`.
     """
-    with chunked_head(model, chunk_size):
-        logits = _logits(model, batch)
-        return [_of_tokens(logits, part[:, 1:]).sum(1) for part in labels]
+
+    def compute(logits: Tensor) -> Tensor:
+        return torch.cat([_of_tokens(logits, part[:, 1:]).sum(1) for part in labels])
+
+    return list(torch.split(_computed(model, batch, compute, chunk_size), [len(part) for part in labels]))
 
 
 def _of_tokens(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -67,16 +69,36 @@ def token_log_probs(
         temperature: what the logits are divided by.
         chunk_size: see :func:`log_probs`.
     """
-    with chunked_head(model, chunk_size):
-        return _of_tokens(_logits(model, batch), batch["labels"][:, 1:], temperature)
+    targets = batch["labels"][:, 1:]
+    return _computed(model, batch, lambda logits: _of_tokens(logits, targets, temperature), chunk_size)
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+def _computed(
+    model: nn.Module, batch: Mapping[str, Tensor], compute: Callable[[Tensor], Tensor], chunk_size: int
+) -> Tensor:
+    """The result of a function of the logits.
+
+    It is computed inside the model's forward: DistributedDataParallel, around the model, traverses the tensors that
+    it returns, and cannot handle logits without data.
+    """
     inputs: dict[str, Any] = {name: values for name, values in batch.items() if name != "labels"}
-    if "use_cache" in inspect.signature(base_model_of(model).forward).parameters:
+    base = base_model_of(model)
+    if "use_cache" in inspect.signature(base.forward).parameters:
         inputs["use_cache"] = False
-    output: Any = model(**inputs)
-    return output["logits"] if isinstance(output, dict) else output[0]
+
+    def replace_logits(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, dict):
+            return (compute(output[0]), *output[1:])
+        return type(output)(logits=compute(output["logits"]))
+
+    hook = base.register_forward_hook(replace_logits)
+    try:
+        with chunked_head(model, chunk_size):
+            output: Any = model(**inputs)
+    finally:
+        hook.remove()
+    found: Tensor = output["logits"] if isinstance(output, dict) else output[0]
+    return found
 
 
 def token_counts(labels: Tensor) -> Tensor:

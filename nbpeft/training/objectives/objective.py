@@ -23,6 +23,8 @@ class Completions:
         log_probs: sums over the tokens of each completion.
         reference: the same of the reference, without gradients; None if the objective has no reference.
         token_counts: number of tokens of each completion.
+        mean_count: mean number of tokens of the chosen completions of all batches whose gradients are accumulated; in
+            the mean over rows ``log_probs / mean_count`` is the log-probability per token. A scalar.
         prompts: the same of the prompts, for an objective that learns them; else None.
         margins: the margins of the rows, if they have any.
         desirable: 1 for good completions and 0 for bad ones, if the rows say so.
@@ -31,6 +33,7 @@ class Completions:
     log_probs: Tensor
     reference: Tensor | None
     token_counts: Tensor
+    mean_count: Tensor
     prompts: Completions | None = None
     margins: Tensor | None = None
     desirable: Tensor | None = None
@@ -61,8 +64,8 @@ class Objective:
         generates: whether the model answers the rows' prompts, and reward functions score the answers.
         learns_prompts: whether its loss needs the log-probabilities of the prompts of chosen completions, too.
         defaults: fields of ``TrainingArguments`` whose defaults differ with it.
-        learns_second: whether the second completion of each row has gradients; else it is computed
-            without, and its log-probabilities are those of all processes.
+        learns_second: whether the second completion of each row has gradients; else the second completions are those
+            of all batches whose gradients are accumulated, computed without, and given as one mean of all processes.
         metrics: names of the metrics that are reported of evaluations.
     """
 
@@ -107,11 +110,22 @@ class Objective:
     def loss(self, chosen: Completions, rejected: Completions) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the losses of the rows of a batch, and what its curves show, each of shape (values,).
 
+        The loss of a step is the mean over all rows, however many batches they are divided among: the loss of a row
+        must not depend on the other rows of its batch.
+
         Args:
             chosen: the chosen completions.
             rejected: the rejected completion of each row.
         """
         raise NotImplementedError(f"the model computes the loss of {self.name}")
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Further curves, computed from the means of the others.
+
+        Args:
+            means: name of a curve -> mean of its values since the last log, without curves that have no value.
+        """
+        return {}
 
     @property
     def reference_needed(self) -> bool:

@@ -49,8 +49,8 @@ class Orpo(PairObjective):
         assert chosen.prompts is not None
         parts = chosen.averages, rejected.averages
         odds = parts[0] - parts[1] - (_log1mexp(parts[0]) - _log1mexp(parts[1]))
-        tokens = chosen.token_counts.sum() + chosen.prompts.token_counts.sum()
-        likelihood = (chosen.log_probs.sum() + chosen.prompts.log_probs.sum()) / tokens
+        prompts = chosen.prompts
+        likelihood = (chosen.log_probs + prompts.log_probs) / (chosen.mean_count + prompts.mean_count)
         return -likelihood - self.beta * logsigmoid(odds), curves(self.beta * parts[0], self.beta * parts[1], *parts)
 
 

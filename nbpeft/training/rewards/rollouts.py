@@ -195,7 +195,7 @@ def batches(
         for row, advantage in zip(completions, advantages.tolist(), strict=True)
     ]
     total = sum(label != IGNORED_LABEL for row in rows for label in row["labels"])
-    share, first, found = torch.tensor(max(total, 1) / len(sizes)), 0, []
+    share, first, found = torch.tensor([max(total, 1) / len(sizes), len(rows) / len(sizes)]), 0, []
     for place, size in enumerate(sizes):
         found.append({**collator(rows[first : first + size]), "share": share, "place": place})
         first += size

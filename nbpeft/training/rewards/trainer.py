@@ -160,6 +160,10 @@ class RolloutTrainer(ObjectiveTrainer):
 
     # The loss
 
+    def items_in(self, batch: Mapping[str, Any]) -> Tensor:
+        """The number of completions of a batch of prompts, (1,); its loss has its share of the step already."""
+        return torch.tensor([float(len(batch["prompts"].rows))])
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -192,7 +196,7 @@ class RolloutTrainer(ObjectiveTrainer):
                 share=inputs["share"],
             )
         )
-        self.add_to_curves(curves, len(found))
+        self.add_to_curves(curves)
         return (loss, {}) if return_outputs else loss
 
     def log_probs_of_the_reference(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

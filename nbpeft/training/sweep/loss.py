@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.training.transformers.trainer import part_of_step
+
 _PLACE = "_loss_function"
 """Attribute of a transformers model that overrides its loss function."""
 
@@ -23,13 +25,19 @@ class SplitLoss:
     A member's loss is that of its own rows, normalized as if there were no others. The gradient of the sum for each
     adapter is that of its own loss, because the other losses do not depend on it.
 
+    Args:
+        function: the model's loss function.
+        members: number of members.
+        rows: number of rows of all members.
+        share: share of the batch in its step, by which each loss is multiplied; None for 1.
+
     Attributes:
         losses: loss of each member, detached; empty before the first call.
         total: their sum, detached.
     """
 
-    def __init__(self, function: Callable[..., Tensor], members: int, rows: int) -> None:
-        self._function, self._members, self._rows = function, members, rows
+    def __init__(self, function: Callable[..., Tensor], members: int, rows: int, share: Tensor | None = None) -> None:
+        self._function, self._members, self._rows, self._share = function, members, rows, share
         self.losses: list[Tensor] = []
         self.total: Tensor | None = None
 
@@ -40,7 +48,8 @@ class SplitLoss:
         for member in range(self._members):
             part = slice(member * size, (member + 1) * size)
             own = [self._part(value, part) for value in args]
-            losses.append(self._function(*own, **{name: self._part(value, part) for name, value in kwargs.items()}))
+            loss = self._function(*own, **{name: self._part(value, part) for name, value in kwargs.items()})
+            losses.append(loss if self._share is None else part_of_step(loss, self._share))
         total = torch.stack(losses).sum()
         self.losses, self.total = [loss.detach() for loss in losses], total.detach()
         return total
@@ -60,8 +69,10 @@ class SplitLoss:
 
 
 @contextmanager
-def split_loss(base: nn.Module, members: int, inputs: Mapping[str, Any]) -> Iterator[SplitLoss]:
-    """Context manager: computes the loss of ``base`` separately per member in the calls inside.
+def split_loss(
+    base: nn.Module, members: int, inputs: Mapping[str, Any], share: Tensor | None = None
+) -> Iterator[SplitLoss]:
+    """Context manager: computes the loss of ``base`` separately per member, times its share, in the calls inside.
 
     Raises:
         NotSplittableError: the model has no loss function that can be replaced.
@@ -70,7 +81,7 @@ def split_loss(base: nn.Module, members: int, inputs: Mapping[str, Any]) -> Iter
         raise NotSplittableError
     model: Any = base
     before = getattr(base, _PLACE, None)
-    split = SplitLoss(model.loss_function, members, len(next(iter(inputs.values()))))
+    split = SplitLoss(model.loss_function, members, len(next(iter(inputs.values()))), share)
     model.loss_function = split
     try:
         yield split

@@ -184,7 +184,10 @@ class SideBySideTrainer(transformers.Trainer):
             batch = {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in inputs.items()}
             names = [member.name for member in members for _ in range(rows)]
             trained: Any = self.model
-            with serving_rows(trained.manager, names, (), batch), split_loss(base_of(trained), count, batch) as split:
+            share_of_step = getattr(super(), "share_of_step", None)
+            share = None if share_of_step is None else share_of_step(inputs, num_items)
+            splitting = split_loss(base_of(trained), count, batch, share)
+            with serving_rows(trained.manager, names, (), batch), splitting as split:
                 self._split = split
                 try:
                     super().training_step(model, batch, num_items)
@@ -195,6 +198,11 @@ class SideBySideTrainer(transformers.Trainer):
             member.add_loss(loss)
         return losses
 
+    def share_of_step(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Any:
+        """As the base class; a mixed batch has the shares in the losses of its members already."""
+        trainer: Any = super()
+        return trainer.share_of_step(inputs, num_items_in_batch) if self._split is None else torch.ones(())
+
     @contextmanager
     def _minimizing(self, member: Member) -> Iterator[None]:
         """Computes the loss of a member's objective inside the block, if the Trainer has one of its own."""
@@ -203,12 +211,12 @@ class SideBySideTrainer(transformers.Trainer):
         if former is None:
             yield
             return
-        trainer.objective = member.objective
+        trainer.objective, trainer.owner = member.objective, member.name
         trainer.rows_owner = "" if member.rows is None or member.comparable else member.name
         try:
             yield
         finally:
-            trainer.objective, trainer.rows_owner = former, ""
+            trainer.objective, trainer.owner, trainer.rows_owner = former, "", ""
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Computes the loss like the base class; refuses one that is not the sum of the members' losses."""

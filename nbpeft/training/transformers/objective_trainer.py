@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,12 +19,31 @@ from nbpeft.names import DESIRABLE, IGNORED_LABEL, REJECTED
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data.forms import MARGIN
 from nbpeft.training.data.sources import is_stream
-from nbpeft.training.objectives.collator import stacked
+from nbpeft.training.objectives.collator import ShiftedCollator, stacked
 from nbpeft.training.objectives.known import KnownLogProbs, digests_of
 from nbpeft.training.objectives.log_probs import log_probs, log_probs_of, token_counts
 from nbpeft.training.objectives.objective import Completions, Objective
 from nbpeft.training.objectives.reference import Reference
-from nbpeft.training.transformers.trainer import Trainer
+from nbpeft.training.transformers.trainer import Trainer, first_rows
+from nbpeft.training.watching.scoring import named_metrics
+
+_STEP = "step"
+"""The element of a batch with the completions of other rows, if gradients are accumulated."""
+
+
+@dataclass
+class SecondsOfStep:
+    """The second completions of all batches whose gradients are accumulated.
+
+    Attributes:
+        batches: their sequences.
+        log_probs: the adapter that learns -> their mean log-probability in all processes, (1,), once computed.
+        reference: the same of the reference.
+    """
+
+    batches: Sequence[Mapping[str, Tensor]]
+    log_probs: dict[str, Tensor] = field(default_factory=dict)
+    reference: Tensor | None = None
 
 
 class ObjectiveTrainer(Trainer):
@@ -45,11 +64,13 @@ class ObjectiveTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.objective, self.reference = objective, reference
         self.model_accepts_loss_kwargs = False  # a loss is the mean over rows, also of accumulated batches
-        self._sums: dict[str, tuple[Tensor, int]] = {}  # name of a curve -> sum over rows, and their number
+        self._sums: dict[str, dict[str, tuple[Tensor, Any]]] = {}  # owner -> curve -> weighted sum, and weights
         self._compared: tuple[Tensor, Tensor] | None = None
         self._known = KnownLogProbs()  # those of the reference
         self._evaluates = False
-        self.rows_owner = ""  # the adapter that learns, if each has rows of its own
+        self._counted = True  # whether rows of an evaluation are no copies, which fill up the last batch
+        self.owner = ""  # the adapter that learns, if several do side by side
+        self.rows_owner = ""  # the same, if each has rows of its own
 
     def _set_signature_columns_if_needed(self) -> None:
         """Adds the parts of the objective's rows to the columns that the Trainer does not drop."""
@@ -66,65 +87,104 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The mean of the losses of the rows; see ``transformers.Trainer``."""
+        known: Any = num_items_in_batch
+        items = self.items_in(inputs).to(self.args.device) if known is None else known
+        share = 1.0 if known is None else self.share_of_step(inputs, items)[0]
+        inputs = dict(inputs)
+        step = inputs.pop(_STEP, None)
         batch = stacked(inputs)
         margins, desirable = batch.pop(MARGIN, None), batch.pop(DESIRABLE, None)
-        reference = self._reference_log_probs(inputs, batch)
-        # DistributedDataParallel traverses the tensors that a model returns, and cannot handle logits without data.
-        chunk_size = self.loss_chunk_size if self.accelerator.num_processes == 1 else 0
-        labels, half = batch["labels"], len(batch["labels"]) // 2
-        learned = [labels, *([_prompts(batch)[:half]] if self.objective.learns_prompts else [])]
         self._switch_off_dropout()
+        if self.objective.learns_second:
+            learned_batch, others = batch, None
+        else:
+            learned_batch, second = _halves(batch)
+            others = self._unlearned(model, step or SecondsOfStep((second,)))
+        reference = self._reference_log_probs(inputs, learned_batch)
+        labels, half = learned_batch["labels"], len(batch["labels"]) // 2
+        learned = [labels, *([_prompts(batch)[:half]] if self.objective.learns_prompts else [])]
         with self.compute_loss_context_manager():
             if self.objective.scores:
                 found = [model(**{name: part for name, part in batch.items() if name != "labels"}).logits[:, 0].float()]
             else:
-                found = self._log_probs(model, batch, learned, chunk_size)
+                found = log_probs_of(model, learned_batch, learned, chunk_size=self.loss_chunk_size)
         counts = [token_counts(part).to(found[0].device) for part in learned]
-        prompts = Completions(found[1], None, counts[1]) if len(found) > 1 else None
+        means = items[1:] / items[0]
+        prompts = Completions(found[1], None, counts[1], means[1]) if len(found) > 1 else None
         parts = [
             Completions(
                 log_probs=found[0][rows],
                 reference=None if reference is None else reference[rows],
                 token_counts=counts[0][rows],
+                mean_count=means[0],
                 prompts=before,
                 margins=None if margins is None else margins[rows],
                 desirable=None if desirable is None else desirable[rows],
             )
             for rows, before in ((slice(half), prompts), (slice(half, None), None))
         ]
-        if not self.objective.learns_second and self.accelerator.num_processes > 1:
-            parts[1] = self._mean_over_processes(parts[1])
-        losses, curves = self.objective.loss(*parts)
-        self.add_to_curves(curves, half)
-        return (losses.mean(), {}) if return_outputs else losses.mean()
+        losses, curves = self.objective.loss(parts[0], parts[1] if others is None else others)
+        self.add_to_curves(curves)
+        loss = losses.mean() * share
+        return (loss, {}) if return_outputs else loss
 
-    def add_to_curves(self, curves: Mapping[str, Tensor], rows: int) -> None:
+    def items_in(self, batch: Mapping[str, Any]) -> Tensor:
+        """The number of rows of a batch, of tokens of their chosen completions, and of tokens of prompts; (3,)."""
+        labels = batch["labels"]
+        prompts = token_counts(_prompts(batch)).sum() if self.objective.learns_prompts else labels.new_zeros(())
+        return torch.stack([labels.new_tensor(len(labels)), token_counts(labels).sum(), prompts]).float()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of a step; completions of other rows are those of the row before in the step."""
+        samples, count = super().get_batch_samples(*args, **kwargs)
+        collator: Any = self.data_collator
+        if isinstance(collator, ShiftedCollator) and len(samples) > 1 and count is not None:
+            samples = collator.across(samples)
+            step = SecondsOfStep(tuple(_halves(stacked(sample))[1] for sample in samples))
+            samples = [{**sample, _STEP: step} for sample in samples]
+        return samples, count
+
+    def add_to_curves(self, curves: Mapping[str, Tensor], weight: float | Tensor | None = None) -> None:
         """Adds values of a batch to the means that are logged next.
 
         Args:
             curves: name of the curve -> its values, whose mean is added; none if there is no value for this batch.
-            rows: number of rows of the batch, by which its means are weighted: the last batch may be smaller.
+            weight: weight of the mean among those of other batches; by default the number of values.
         """
+        if not self._counted:
+            weight = 0
+        sums = self._sums.setdefault(self.owner, {})
         for name, values in curves.items():
-            total, count = self._sums.get(name, (torch.zeros((), device=self.args.device), 0))
-            self._sums[name] = (total + values.mean() * rows, count + rows) if values.numel() else (total, count)
+            total, count = sums.get(name, (torch.zeros((), device=self.args.device), 0))
+            added = values.numel() if weight is None else weight
+            sums[name] = (total + values.mean() * added, count + added) if values.numel() else (total, count)
 
-    def _log_probs(
-        self, model: nn.Module, batch: Mapping[str, Tensor], learned: list[Tensor], chunk_size: int
-    ) -> list[Tensor]:
-        """The log-probabilities of each row; those of second completions without gradients if these are not learned."""
-        if self.objective.learns_second:
-            return log_probs_of(model, batch, learned, chunk_size=chunk_size)
-        first, second = _halves(batch)
-        with torch.no_grad():
-            unlearned = log_probs(model, second, chunk_size=chunk_size)
-        return [torch.cat([log_probs(model, first, chunk_size=chunk_size), unlearned])]
+    def _unlearned(self, model: nn.Module, step: SecondsOfStep) -> Completions:
+        """The mean of the second completions of a step in all processes, each of shape (1,), without gradients."""
+        if self.owner not in step.log_probs:
+            found: list[tuple[Tensor, Tensor]] = []
+            for second in step.batches:
+                batch: Any = self._prepare_input(second)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    values = log_probs(model, batch, chunk_size=self.loss_chunk_size)
+                if self.reference is None or step.reference is not None:
+                    found.append((values, values))
+                else:
+                    found.append((values, self._of_the_reference(batch, repeats=self._evaluates)))
+            policy, reference = (self._mean([pair[place] for pair in found]) for place in (0, 1))
+            step.log_probs[self.owner] = policy
+            step.reference = reference if step.reference is None else step.reference
+        policy = step.log_probs[self.owner]
+        none = torch.ones_like(policy)
+        return Completions(policy, step.reference if self.reference else None, none, none)
 
-    def _mean_over_processes(self, part: Completions) -> Completions:
-        """The mean log-probabilities over the rows of all processes, of shape (1,)."""
-        reduce: Any = self.accelerator.reduce
-        reference = None if part.reference is None else reduce(part.reference.mean()[None], "mean")
-        return replace(part, log_probs=reduce(part.log_probs.mean()[None], "mean"), reference=reference)
+    def _mean(self, parts: Sequence[Tensor]) -> Tensor:
+        """The mean of values of all processes, (1,)."""
+        values = torch.cat(list(parts))
+        sums = torch.stack([values.sum(), values.new_tensor(len(values))]) * self._counted
+        reduced: Any = self.accelerator.reduce
+        total: Tensor = reduced(sums, "sum")
+        return total[:1] / total[1:]
 
     def log_probs_of_the_reference(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The log-probabilities of a batch, as the loss compares them with those of the reference."""
@@ -140,18 +200,11 @@ class ObjectiveTrainer(Trainer):
         known = self._compared
         if known is not None and known[0] is inputs["input_ids"]:
             return known[1]
-        if self.objective.generates:
-            found = self._compute_reference(batch)
-        elif self.objective.learns_second:
-            found = self._known_or_computed(batch, repeats=True)
-        else:
-            first, second = _halves(batch)
-            repeated = self._known_or_computed(first, repeats=True)
-            found = torch.cat([repeated, self._known_or_computed(second, repeats=self._evaluates)])
+        found = self._of_the_reference(batch, repeats=not self.objective.generates)
         self._compared = inputs["input_ids"], found
         return found
 
-    def _known_or_computed(self, batch: Mapping[str, Tensor], *, repeats: bool) -> Tensor:
+    def _of_the_reference(self, batch: Mapping[str, Tensor], *, repeats: bool) -> Tensor:
         """The log-probabilities of the reference, which all processes know afterwards if the sequences are repeated.
 
         With shards, all processes have to compute together, so they do unless each knows those of its batch.
@@ -201,9 +254,15 @@ class ObjectiveTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of a batch to evaluate on; see ``transformers.Trainer``."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            return self.compute_loss(model, inputs).detach(), None, None
+        size = len(inputs["labels"])
+        count = self.rows_counted(size)
+        self._counted = count > 0
+        try:
+            inputs = self._prepare_inputs(first_rows(inputs, max(count, 1), size))
+            with torch.no_grad():
+                return self.compute_loss(model, inputs).detach(), None, None
+        finally:
+            self._counted = True
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's evaluation, with the metrics of the objective."""
@@ -211,7 +270,7 @@ class ObjectiveTrainer(Trainer):
         try:
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-            means = self._means()
+            means = next(iter(self._means().values()), {})
             if output.metrics is not None:
                 output.metrics.update(
                     {f"{prefix}_{name}": means[name] for name in self.objective.metrics if name in means}
@@ -223,17 +282,21 @@ class ObjectiveTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of the objective's curves since the last log of a loss."""
         if "loss" in logs and self._sums:
-            logs = {**logs, **self._means()}
+            means = self._means()
+            logs = {**logs, **means.pop("", {}), **named_metrics(means)}
             self._sums = {}
         super().log(logs, *args, **kwargs)
 
-    def _means(self) -> dict[str, float]:
-        """The means of the curves over the rows of all processes; without those that have no value in any."""
-        if not self._sums:
-            return {}
-        parts = [torch.stack([total, torch.full_like(total, count)]).float() for total, count in self._sums.values()]
-        sums: Any = self.accelerator.reduce(torch.stack(parts), "sum")
-        return {name: total / count for name, (total, count) in zip(self._sums, sums.tolist(), strict=True) if count}
+    def _means(self) -> dict[str, dict[str, float]]:
+        """Owner -> the means of its curves in all processes, without those that have no value in any."""
+        found = {}
+        for owner, sums in self._sums.items():
+            parts = torch.stack([torch.stack([total, torch.full_like(total, count)]) for total, count in sums.values()])
+            reduce: Any = self.accelerator.reduce
+            totals = zip(sums, reduce(parts.float(), "sum").tolist(), strict=True)
+            means = {name: total / count for name, (total, count) in totals if count}
+            found[owner] = means | self.objective.summary(means)
+        return found
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The Trainer's method; also writes the reference, for a resumed training."""

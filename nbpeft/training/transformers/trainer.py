@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_pt_utils import LabelSmoother
 
+from nbpeft.engine.calls.model_properties import has_encoder
 from nbpeft.engine.calls.selective_recompute import selective_recompute
 from nbpeft.engine.tree.model_tree import base_model_of
 from nbpeft.errors import TrainingError, check_bool
@@ -27,8 +29,9 @@ from nbpeft.losses import (
     with_loss_weights,
 )
 from nbpeft.losses import without_logits as without_lazy_logits
-from nbpeft.names import LOSS_CHUNK_SIZE, LOSS_WEIGHTS
+from nbpeft.names import IGNORED_LABEL, LOSS_CHUNK_SIZE, LOSS_WEIGHTS
 from nbpeft.training.adapters.adapted_model import call_columns
+from nbpeft.training.adapters.extra_loss import loss_divisor
 from nbpeft.training.adapters.method_state import note
 from nbpeft.training.transformers.trainer_patch import patch_trainer
 
@@ -45,8 +48,11 @@ class Trainer(transformers.Trainer):
     training and in evaluations that need only the loss. If logits are needed (``compute_metrics``,
     ``preprocess_logits_for_metrics``, ``return_outputs=True``), they are computed as a whole.
 
+    The loss of a step is the mean over its labels, however many batches and processes they are divided among: each
+    batch counts by its labels, whether or not the model's loss takes ``num_items_in_batch``.
+
     ``loss_weights`` in a batch, in the shape of its labels, are factors on the loss of each label: a loss is the sum of
-    weighted losses divided by the sum of the weights, over all batches whose gradients are accumulated.
+    weighted losses divided by the sum of the weights.
 
     Args:
         *args: arguments of ``transformers.Trainer``.
@@ -67,6 +73,7 @@ class Trainer(transformers.Trainer):
         check_bool("recompute", recompute)
         self.recompute = recompute
         self._loss_alone = False
+        self._predicts = False
         self._noted = False
         self._labels: Any = None
         super().__init__(*args, **kwargs)
@@ -103,8 +110,51 @@ class Trainer(transformers.Trainer):
         return prepared
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """The sum of the weights of all labels in the batches whose gradients are accumulated."""
-        return super()._get_num_items_in_batch([_counted(batch) for batch in batch_samples], device)
+        """The items of the batches whose gradients are accumulated, in all processes; see ``items_in``."""
+        if self.args.n_gpu > 1:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        if not batch_samples or not all(isinstance(batch, Mapping) for batch in batch_samples):
+            return None
+        found = torch.stack([self.items_in(batch).to(device) for batch in batch_samples]).sum(0)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            gather: Any = self.accelerator.gather
+            found = gather(found[None]).sum(0)
+        return found / self._copies_of_batch
+
+    @property
+    def _copies_of_batch(self) -> int:
+        """The number of processes that have the same batch."""
+        return int(self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def items_in(self, batch: Mapping[str, Any]) -> Tensor:
+        """The number by which the sum of a batch's losses is divided, a scalar in float32.
+
+        That is the sum of the weights of its labels; without labels that can be counted the number of its rows.
+        """
+        with_weights = with_loss_weights(batch)
+        labels = with_weights.get("shift_labels", with_weights.get("labels"))
+        if not isinstance(labels, Tensor):
+            rows = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
+            return torch.tensor(float(rows))
+        base: Any = base_model_of(self.model)
+        shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss and not has_encoder(base)
+        if shifts and "shift_labels" not in with_weights:
+            labels = labels[..., 1:]
+        if isinstance(labels, WeightedLabels):
+            return sum_of_weights(labels.plain, labels.weights)
+        known = torch.ones_like(labels) if labels.is_floating_point() else labels.ne(IGNORED_LABEL)
+        return known.sum().float()
+
+    def share_of_step(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Any:
+        """The factor with which the mean loss of a batch is added to that of its step.
+
+        A Trainer may divide by the number of batches afterwards; the gradients of processes are averaged.
+        """
+        processes = 1
+        if self.args.average_tokens_across_devices:
+            processes = self.accelerator.num_processes // self.get_tp_size()
+        factor = processes * loss_divisor(self, num_items_in_batch)
+        return self.items_in(inputs).to(num_items_in_batch) * factor / num_items_in_batch
 
     def after_batch(self, loss: Tensor) -> None:
         """Checks the use of weights. Called after each training step.
@@ -123,6 +173,12 @@ class Trainer(transformers.Trainer):
     ) -> Any:
         """The Trainer's loss, computed in chunks if the logits are not needed; see ``transformers.Trainer``."""
         outside = self.label_smoother is not None or self.compute_loss_func is not None
+        # Whether a model uses num_items_in_batch cannot be seen from outside, so it computes the mean of its batch.
+        is_mean = self.compute_loss_func is None and self.args.n_gpu <= 1
+        is_step = is_mean and num_items_in_batch is not None and not self._predicts
+        share = self.share_of_step(inputs, num_items_in_batch) if is_step else None
+        if is_mean:
+            num_items_in_batch = None
         # DistributedDataParallel traverses the tensors that a model returns, and cannot handle logits without data.
         shown = (return_outputs and not self._loss_alone) or (outside and self.accelerator.num_processes > 1)
         with ExitStack() as block:
@@ -132,21 +188,46 @@ class Trainer(transformers.Trainer):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not shown and self.loss_chunk_size:
             self._note_once(model, head)
-        return loss
+        if share is None:
+            return loss
+        return (part_of_step(loss[0], share), *loss[1:]) if isinstance(loss, tuple) else part_of_step(loss, share)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The Trainer's evaluation step; see ``transformers.Trainer``."""
-        self._loss_alone = prediction_loss_only
+        self._loss_alone, self._predicts = prediction_loss_only, True
         try:
             result: tuple[Tensor | None, Tensor | None, Tensor | None] = super().prediction_step(
                 model, inputs, prediction_loss_only, ignore_keys
             )
             check_weights_used(self._labels, type(base_model_of(model)).__name__)
+            size = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
+            if result[0] is not None and self._has_copies:
+                rows = first_rows(inputs, max(self.rows_counted(size), 1), size)
+                return super().prediction_step(model, rows, True, ignore_keys)[0], *result[1:]
             return result
         finally:
-            self._loss_alone = False
+            self._loss_alone = self._predicts = False
+
+    @property
+    def _has_copies(self) -> bool:
+        """Whether the batch of the evaluation is the last one, filled up with copies of rows, in any process."""
+        state = self.accelerator.gradient_state
+        return self.accelerator.num_processes > 1 and bool(state.end_of_dataloader) and state.remainder > 0
+
+    def rows_counted(self, size: int) -> int:
+        """The number of rows of an evaluation batch of this process that are no copies of others.
+
+        Several processes take batches of equal size, so that the last ones are filled up with rows of the first.
+
+        Args:
+            size: number of rows of the batch.
+        """
+        if not self._has_copies:
+            return size
+        remaining = self.accelerator.gradient_state.remainder - self.accelerator.process_index * size
+        return min(max(int(remaining), 0), size)
 
     def _note_once(self, model: nn.Module, head: ChunkedHead) -> None:
         """Notes once why the loss is not computed in chunks, although the model has an output head."""
@@ -159,27 +240,23 @@ class Trainer(transformers.Trainer):
         note(self, f"the loss is computed from complete logits: {why}")
 
 
-def _counted(batch: Any) -> Any:
-    """A batch whose labels are counted by their weights, always in float32: processes gather their sums."""
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
-        return batch
-    labels = with_loss_weights(batch)["labels"]
-    if isinstance(labels, WeightedLabels):
-        return {**batch, "labels": _CountedLabels(labels.plain, labels.weights)}
-    return {**batch, "labels": _CountedLabels(labels, torch.ones_like(labels, dtype=torch.float32))}
+def first_rows(batch: Mapping[str, Any], count: int, size: int) -> dict[str, Any]:
+    """The first rows of a batch.
+
+    Args:
+        batch: the batch.
+        count: number of rows to return.
+        size: number of rows of the batch.
+    """
+    in_rows = {
+        name: isinstance(value, Tensor) and value.ndim > 0 and len(value) == size for name, value in batch.items()
+    }
+    return {name: value[:count] if in_rows[name] else value for name, value in batch.items()}
 
 
-class _CountedLabels:
-    """Labels with the operations by which a Trainer counts them: ``labels[..., 1:].ne(-100).sum()``."""
-
-    def __init__(self, labels: Tensor, weights: Tensor) -> None:
-        self._labels, self._weights = labels, weights
-
-    def __getitem__(self, index: Any) -> _CountedLabels:
-        return _CountedLabels(self._labels[index], self._weights[index])
-
-    def ne(self, ignore_index: int) -> Tensor:
-        return sum_of_weights(self._labels, self._weights, ignore_index)
+def part_of_step(loss: Tensor, share: Tensor) -> Tensor:
+    """A batch's part of the loss of its step, given its mean; that of no labels, which is NaN, is no part."""
+    return torch.where(share == 0, 0.0, loss * share)
 
 
 class _ChunkedLabelSmoother(LabelSmoother):

@@ -273,6 +273,22 @@ def test_a_resumed_training_refuses_another_reference(tmp_path: Path) -> None:
         nbpeft.train(model, ROWS, reference="base", resume_from_checkpoint=again, **fields)
 
 
+def test_the_adapters_of_a_sweep_have_the_curves_that_each_has_alone() -> None:
+    result = nbpeft.train(filled(new()), ROWS, reference="base", **FIELDS | {"beta": sweep(0.1, 0.5)})
+    alone = {
+        member.name: nbpeft.train(
+            filled(new()), ROWS, reference="base", **FIELDS | {"beta": float(member.settings["beta"])}
+        )
+        for member in result.members
+    }
+    for name in ("rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert name not in result.state.series
+        for adapter, own in alone.items():
+            assert dict(result.state.series[f"{name}/{adapter}"]) == pytest.approx(
+                dict(own.state.series[name]), abs=1e-5
+            )
+
+
 def test_the_adapters_of_a_sweep_have_the_losses_that_each_has_alone() -> None:
     model = new()
     result = nbpeft.train(model, ROWS, **FIELDS | {"learning_rate": sweep(1e-2, 3e-2)})

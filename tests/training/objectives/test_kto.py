@@ -98,6 +98,8 @@ def test_a_last_batch_of_one_row_is_told() -> None:
     told = "the last batch of an epoch has one row, and its kl is estimated from this row itself"
     evaluated = nbpeft.train(new(), ROWS, ROWS[:5], per_device_eval_batch_size=4, **FIELDS | {"max_steps": 1}).message
     assert told.replace("an epoch", "an evaluation") in evaluated and told not in evaluated
+    many = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    assert told in nbpeft.train(new(), ROWS[:5], objective="kto", **FIELDS | {"max_steps": 1} | many).message
     for count, size, drop in ((5, 4, False), (5, 4, True), (6, 4, False)):
         fields = {"per_device_train_batch_size": size, "dataloader_drop_last": drop}
         message = nbpeft.train(new(), ROWS[:count], objective="kto", **fields, **FIELDS | {"max_steps": 1}).message

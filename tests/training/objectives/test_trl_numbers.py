@@ -34,9 +34,11 @@ RECORDED = Path(__file__).with_name("trl.json")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
 
-def ours(case: str) -> dict[str, list[float]]:
-    """The curves of nbpeft for the training of a case."""
+def ours(case: str, batches: int = 1) -> dict[str, list[float]]:
+    """The curves of nbpeft for the training of a case, with each batch of TRL divided into several."""
     base, rows, fields = base_and_rows(case)
+    fields["per_device_train_batch_size"] //= batches
+    fields["gradient_accumulation_steps"] = batches * fields.get("gradient_accumulation_steps", 1)
     task = "SEQ_CLS" if case.startswith("reward") else "CAUSAL_LM"
     model = filled(nbpeft.get_peft_model(base, nbpeft.LoraConfig(task_type=task, **LORA))).train()
     logged: list[dict[str, Any]] = []
@@ -77,6 +79,12 @@ def same(theirs: dict[str, list[float]], found: dict[str, list[float]]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_ten_steps_have_the_recorded_numbers_of_trl(case: str) -> None:
     same(json.loads(RECORDED.read_text("utf-8"))[case], ours(case))
+
+
+@pytest.mark.parametrize("batches", [2, 4])
+@pytest.mark.parametrize("case", [case for case in CASES if "accumulated" not in case])
+def test_a_batch_that_is_divided_has_the_numbers_of_the_whole_one(case: str, batches: int) -> None:
+    same(json.loads(RECORDED.read_text("utf-8"))[case], ours(case, batches))
 
 
 @pytest.mark.slow

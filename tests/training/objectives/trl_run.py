@@ -52,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "orpo": {"beta": 0.3},
     "kto": {},
     "kto-base": {"reference": "base", "beta": 0.5, "desirable_weight": 1.5, "undesirable_weight": 0.7},
-    "kto-accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "beta": 0.5},
+    "kto-strong": {"beta": 0.5},
     "reward": {},
     "reward-margin": {"center_rewards_coefficient": 0.1, "margin": True},
     "grpo": {},
