@@ -37,7 +37,7 @@ from nbpeft.checkpoint.tensor_file import (
 from nbpeft.checkpoint.weights_format import Expected, from_file
 from nbpeft.engine.contract.adapter import AdapterConfig, ReadsTensors
 from nbpeft.engine.contract.registry import method_of
-from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, few
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, PeftWarning, few
 
 CARD_NAME = "README.md"
 _READS = 3
@@ -390,7 +390,13 @@ def _card_file(
         if needed:
             raise
         return []
-    text = card if isinstance(card, str) else model_card.card_text(card, present, tags=tags, facts=facts)
+    try:
+        text = card if isinstance(card, str) else model_card.card_text(card, present, tags=tags, facts=facts)
+    except Exception as error:  # a card must not prevent an adapter from being saved
+        if needed:
+            raise
+        warnings.warn(f"{path.name} is not written: {type(error).__name__}: {error}", PeftWarning, stacklevel=4)
+        return []
     return [] if text == present else [NewFile.of_text(path.name, text)]
 
 

@@ -85,30 +85,25 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """
     shapes: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
-    samples: list[Tensor] = []
+    weights: list[Tensor] = []
     in_memory = True
     for module in _modules(model):
         shapes.update(_weight_sizes(module))
         for weight in module._parameters.values():
             if weight is None or weight.dim() < 2:
                 continue
-            quantized = (
-                weight.element_size() < 2
-                or not weight.is_floating_point()
-                or isinstance(weight, QuantizedMatrices)
-                or is_packed(weight)
-            )
+            quantized = _is_quantized(weight)
             dtypes["quantized" if quantized else str(weight.dtype).removeprefix("torch.")] += weight.numel()
             if quantized or weight.is_meta or hasattr(weight, "full_tensor"):
                 in_memory = False
             elif in_memory and weight.numel():
-                samples.append(_sample(weight))
+                weights.append(weight)
     quantized_model = "quantized" in dtypes
     return Fingerprint(
         architecture=type(model).__name__,
         shapes=dict(shapes),
         dtype="quantized" if quantized_model else (dtypes.most_common(1)[0][0] if dtypes else "none"),
-        weights=_hash(samples) if in_memory and samples else "",
+        weights=_hash(weights) if in_memory and weights else "",
     )
 
 
@@ -204,6 +199,17 @@ def _weight_sizes(module: nn.Module) -> Iterator[str]:
             yield _size(tuple(weight.shape))
 
 
+def _is_quantized(weight: Tensor) -> bool:
+    """Whether a weight's values are not its own elements: another class decides what can be read of it, and how."""
+    return (
+        weight.element_size() < 2
+        or not weight.is_floating_point()
+        or isinstance(weight, QuantizedMatrices)
+        or is_packed(weight)
+        or (hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor"))
+    )
+
+
 def _size(shape: tuple[int, ...]) -> str:
     # The larger dimension first: transformers' Conv1D stores (in, out), but its quantized version (out, in).
     return " x ".join(str(length) for length in sorted(shape, reverse=True))
@@ -227,7 +233,16 @@ def _sample(weight: Tensor) -> Tensor:
     return torch.stack(values).to(torch.bfloat16)
 
 
-def _hash(samples: list[Tensor]) -> str:
+def _hash(weights: list[Tensor]) -> str:
+    """Returns a hash of samples of the weights; empty if one is of a class of tensors that cannot be sampled."""
+    try:
+        samples = [_sample(weight) for weight in weights]
+        return hashlib.sha256(_gathered(samples).view(torch.int16).numpy().tobytes()).hexdigest()[:32]
+    except Exception:  # whatever such a class raises, it must not prevent a model from being saved
+        return ""
+
+
+def _gathered(samples: list[Tensor]) -> Tensor:
     by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for position, sample in enumerate(samples):
         by_device.setdefault(sample.device, []).append((position, sample))
@@ -239,8 +254,7 @@ def _hash(samples: list[Tensor]) -> str:
             entries, torch.split(joined, [len(sample) for _, sample in entries]), strict=True
         ):
             gathered[position] = part
-    values = torch.cat([gathered[position] for position in range(len(samples))])
-    return hashlib.sha256(values.view(torch.int16).numpy().tobytes()).hexdigest()[:32]
+    return torch.cat([gathered[position] for position in range(len(samples))])
 
 
 def _described(print_: Fingerprint) -> str:

@@ -41,6 +41,9 @@ from nbpeft.engine.methods.lora.parameters import ParameterLoRA
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.tied import TiedProduct, check_tied
 
+_PLAIN = (nn.Parameter, Tensor)
+"""Classes of weights that need not be asked how they compute."""
+
 
 def _variant(config: LoraConfig) -> str:
     """The name of the variant, such as rsLoRA; empty for plain LoRA."""
@@ -84,7 +87,7 @@ class LoRA(LowRankProduct, ReplacesCall):
         layer = base.module
         if composes():  # first, so that the compiler adds no guards for the checks below
             return None
-        if type(layer) is not nn.Linear or base.backend.name != "dense" or type(layer.weight).__name__ == "DTensor":
+        if type(layer) is not nn.Linear or base.backend.name != "dense" or type(layer.weight) not in _PLAIN:
             return None
         if self.observed is not None or self.output_bias is not None or self.initial is not None:
             return None
