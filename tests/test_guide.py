@@ -164,6 +164,15 @@ def test_every_command_is_in_the_table() -> None:
     assert not [name for name in CELLS if f"%%{name}" not in table]
 
 
+def test_every_default_that_differs_in_a_notebook_is_in_the_table() -> None:
+    from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS
+
+    section = text_of(GUIDE / "training.md").partition("\n## Defaults\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in _CODE_SPAN.findall(row.split(" | ")[0])}
+    assert listed == {"learning_rate", "eval_strategy", *NOTEBOOK_DEFAULTS}
+
+
 # --- Snippets ----------------------------------------------------------------------------------------
 
 

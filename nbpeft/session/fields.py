@@ -145,6 +145,9 @@ def _training() -> Iterator[Field]:
     for item in training_arguments():
         default = repr(NOTEBOOK_DEFAULTS[item.name]) if item.name in NOTEBOOK_DEFAULTS else item.default
         field = Field(item.name, item.kind, default, _first_line(item.help), item.choices)
+        if item.name == "learning_rate":
+            about = f"{field.help} By default it follows from method, model and objective; the card says it."
+            field = dataclasses.replace(field, default="", help=about)
         if item.name == "report_to":
             field = dataclasses.replace(field, choices=("none", "all", *trackers), listed=trackers)
         yield field

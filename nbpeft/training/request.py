@@ -22,11 +22,11 @@ from nbpeft.training.transformers.trainer import Trainer
 from nbpeft.training.watching.generation import Prompt
 from nbpeft.training.watching.prompts import SamplePrompts
 
-_NO_KEYWORDS = ("model", "data", "eval_data", "arguments", "is_open", "objective_reason", "first_random")
+_NO_KEYWORDS = ("model", "data", "eval_data", "arguments", "is_open", "objective_reason", "rate_reason", "first_random")
 NOT_KEPT = frozenset(
     {
         *("model", "data", "tokenizer", "data_hint", "adapter", "control", "publish", "run_factory", "run_dir"),
-        *("members", "replace", "arguments", "is_open", "objective_reason", "first_random"),
+        *("members", "replace", "arguments", "is_open", "objective_reason", "rate_reason", "first_random"),
     }
 )
 """Fields that the record of a run does not store: data and tokenizer are given again, the others belong to the call."""
@@ -51,6 +51,7 @@ class TrainRequest:
         objective: its name as given; an :class:`Objective` during training.
         rewards: reward functions, as given; a :class:`Rewards` during training.
         objective_reason: why the objective was chosen, if it was not given.
+        rate_reason: the default learning rate, and what it follows from; empty if one was given.
         first_random: random state, or seed, from which the adapters of a sweep get initial weights; None for copies of
             the adapter from which it starts.
     """
@@ -97,6 +98,7 @@ class TrainRequest:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     is_open: bool = False
     objective_reason: str = ""
+    rate_reason: str = ""
     first_random: Any = None
 
     @classmethod

@@ -111,6 +111,8 @@ class AdapterConfig(PushesToHub):
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
     )
     """Fields that decide which modules an adapter has; hot-swapping another adapter into its slot keeps them."""
+    rate_factor: ClassVar[float] = 1.0
+    """Default learning rate of a training of nbpeft, relative to that of LoRA."""
     learns_prompt: ClassVar[bool] = False
     """Whether the method learns a prompt: tokens, or cached states, in front of the input."""
     on_last_layers: ClassVar[bool] = False

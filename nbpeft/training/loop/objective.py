@@ -21,6 +21,7 @@ from nbpeft.training.data.forms import COMPARED, PAIR, PROMPTED, checked_columns
 from nbpeft.training.data.reading import are_judged, default_length, has_template
 from nbpeft.training.data.sources import first_row, is_stream
 from nbpeft.training.loop.grouping import GROUPED
+from nbpeft.training.loop.learning_rate import with_learning_rate
 from nbpeft.training.loop.rows import classes_of, collator_for, is_causal, is_of_texts
 from nbpeft.training.objectives.classification import metrics_for
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
@@ -101,13 +102,14 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     for values in combinations(several):
         replace(objective, **values)
     rest = {name: value for name, value in request.arguments.items() if name not in given or name in several}
-    request = replace(request, objective=objective, objective_reason=why, arguments={**objective.defaults, **rest})
+    request = replace(request, objective=objective, objective_reason=why, arguments=rest)
     _check_model(request, objective, columns)
     if not objective.rows:
         if request.reference is not None:
             raise ConfigError(f"objective={objective.name!r} uses no reference: remove it", field="reference")
-        return request
+        return with_learning_rate(request, objective)
     _check_arguments(request, objective)
+    request = with_learning_rate(request, objective)
     if isinstance(objective, Grpo):
         return _with_rewards(request, objective, columns)
     return replace(request, trainer_class=ObjectiveTrainer)

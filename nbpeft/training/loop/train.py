@@ -301,6 +301,7 @@ def _note(
     if isinstance(request.members, SideBySide):
         run.note(request.members.start)
     run.note(objective_text(objective, request.objective_reason, request.reference))
+    run.note(request.rate_reason)
     if isinstance(request.rewards, Rewards):
         run.note(request.rewards.note)
         run.learns_from_rewards = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -68,7 +67,7 @@ class Grpo(Objective):
     rows: ClassVar[str] = PROMPTS
     uses_reference: ClassVar[bool] = True
     generates: ClassVar[bool] = True
-    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-5}
+    rate_factor: ClassVar[float] = 0.1
     metrics: ClassVar[tuple[str, ...]] = ("reward",)
 
     num_generations: int = field(default=8, metadata={"help": "Completions of each prompt.", "least": 2})

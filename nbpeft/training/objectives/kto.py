@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from nbpeft.errors import ConfigError
 from nbpeft.names import JUDGED
@@ -32,7 +32,7 @@ class Kto(Objective):
     rows: ClassVar[str] = JUDGED
     uses_reference: ClassVar[bool] = True
     learns_second: ClassVar[bool] = False
-    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-6}
+    rate_factor: ClassVar[float] = 0.1
     metrics: ClassVar[tuple[str, ...]] = ("rewards/margins", "kl")
 
     beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference."})

@@ -63,7 +63,7 @@ class Objective:
         scores: whether it trains the one logit of a classifier, and not the log-probabilities of a language model.
         generates: whether the model answers the rows' prompts, and reward functions score the answers.
         learns_prompts: whether its loss needs the log-probabilities of the prompts of chosen completions, too.
-        defaults: fields of ``TrainingArguments`` whose defaults differ with it.
+        rate_factor: its default learning rate, relative to that of ``sft``.
         learns_second: whether the second completion of each row has gradients; else the second completions are those
             of all batches whose gradients are accumulated, computed without, and given as one mean of all processes.
         metrics: names of the metrics that are reported of evaluations.
@@ -76,7 +76,7 @@ class Objective:
     generates: ClassVar[bool] = False
     learns_prompts: ClassVar[bool] = False
     learns_second: ClassVar[bool] = True
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    rate_factor: ClassVar[float] = 1.0
     metrics: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class PairObjective(Objective):
     """An objective that compares the chosen completion of each row with the rejected one."""
 
     rows: ClassVar[str] = PAIRS
-    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-6}
+    rate_factor: ClassVar[float] = 0.1
     metrics: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from nbpeft.errors import ConfigError
 from nbpeft.names import SCORED_PAIRS
@@ -26,7 +25,7 @@ class Reward(PairObjective):
     name: ClassVar[str] = "reward"
     rows: ClassVar[str] = SCORED_PAIRS
     scores: ClassVar[bool] = True
-    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4}
+    rate_factor: ClassVar[float] = 0.3
 
     center_rewards_coefficient: float = field(
         default=0.0, metadata={"help": "Factor on the squared sum of both rewards, which keeps them around 0."}

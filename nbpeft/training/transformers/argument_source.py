@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NOTEBOOK_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4,
     "logging_strategy": "steps",
     "logging_steps": 1,
     "logging_nan_inf_filter": False,

@@ -97,8 +97,8 @@ def build_arguments(
 ) -> TrainingArguments:
     """Creates the arguments object, with defaults for notebooks and ``folder`` as that of ``output_dir``.
 
-    By default nothing is reported, printed or saved, each step's loss is logged, and the learning
-    rate is one for adapters (2e-4). Evaluation data is evaluated once per epoch.
+    By default nothing is reported, printed or saved, and each step's loss is logged. Evaluation data is evaluated once
+    per epoch.
 
     Raises:
         ConfigError: values contradict each other or are invalid.

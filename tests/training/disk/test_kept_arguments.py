@@ -62,7 +62,7 @@ GIVEN: dict[str, Any] = {
 
 def test_every_keyword_of_a_training_is_kept_or_given_again() -> None:
     keywords = set(inspect.signature(train).parameters)
-    assert keywords == set(GIVEN) | NOT_KEPT - {"is_open", "objective_reason", "first_random"}
+    assert keywords == set(GIVEN) | NOT_KEPT - {"is_open", "objective_reason", "rate_reason", "first_random"}
     assert TrainRequest(trainable(), token_rows(), tokenizer=object(), adapter="a", replace=True).kept() == {}
     assert TrainRequest(trainable(), token_rows(), **GIVEN).kept() == GIVEN
 
@@ -70,7 +70,7 @@ def test_every_keyword_of_a_training_is_kept_or_given_again() -> None:
 def test_a_request_has_the_defaults_of_a_training() -> None:
     usual = {name: item.default for name, item in inspect.signature(train).parameters.items()}
     made = {item.name: item.default for item in dataclasses.fields(TrainRequest)}
-    assert made.keys() == usual.keys() | {"is_open", "objective_reason", "first_random"}
+    assert made.keys() == usual.keys() | {"is_open", "objective_reason", "rate_reason", "first_random"}
     optional = usual.keys() - {"model", "data", "arguments"}
     assert {name: made[name] for name in optional} == {name: usual[name] for name in optional}
 

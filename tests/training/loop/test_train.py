@@ -249,7 +249,7 @@ def test_a_keyboard_interrupt_keeps_what_was_learned_and_goes_on():
 
     model = trainable()
     with pytest.raises(TrainingInterrupted) as caught:
-        train(model, token_rows(), callbacks=[At(3, interrupt)], **QUICK)
+        train(model, token_rows(), callbacks=[At(3, interrupt)], learning_rate=1e-3, **QUICK)
     result = caught.value.result
     assert str(caught.value).startswith("default stopped · 3 of 5 steps") and "kept" in str(caught.value)
     assert result.status == "stopped" and result.steps == 3
@@ -455,13 +455,14 @@ def test_a_bf16_base_keeps_its_dtype_and_learns():
 
 def test_a_processor_that_is_slow_in_bf16_is_told_once(monkeypatch):
     told = "this CPU has no instructions for bfloat16; float32 is many times faster: "
+    given: dict[str, Any] = {"max_steps": 1, "learning_rate": 1e-3}
     pretend_cpu(monkeypatch)
     model = trainable(llama(dtype=torch.bfloat16))
-    assert train(model, token_rows(), max_steps=1).message == f"{told}load models with dtype=torch.float32"
-    assert train(trainable(), token_rows(), max_steps=1).message == ""
-    assert train(trainable(), token_rows(), max_steps=1, bf16=True).message == f"{told}leave bf16=True out"
+    assert train(model, token_rows(), **given).message == f"{told}load models with dtype=torch.float32"
+    assert train(trainable(), token_rows(), **given).message == ""
+    assert train(trainable(), token_rows(), **given, bf16=True).message == f"{told}leave bf16=True out"
     pretend_cpu(monkeypatch, onednn=[torch.bfloat16])
-    assert train(model, token_rows(), max_steps=1).message == ""
+    assert train(model, token_rows(), **given).message == ""
 
 
 def test_only_the_active_adapter_changes():
@@ -511,4 +512,4 @@ def test_reentrant_checkpointing_over_frozen_embeddings_names_the_remedy():
     with pytest.raises(TrainingError, match="enable_input_require_grads"):
         train(model, token_rows(), **QUICK)
     model.enable_input_require_grads()
-    assert train(model, token_rows(), **QUICK).message == ""
+    assert train(model, token_rows(), learning_rate=1e-3, **QUICK).message == ""

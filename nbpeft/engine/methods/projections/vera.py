@@ -34,6 +34,7 @@ class VeraConfig(VectorsConfig):
     vera_dropout: float = field(default=0.0)
 
     method_type: ClassVar[str] = "VERA"
+    rate_factor: ClassVar[float] = 40
     shares: ClassVar[tuple[str, ...]] = ("vera_dropout",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "vera_only")}
 

@@ -31,6 +31,7 @@ class PromptTuningConfig(InitialisedPromptConfig):
     prompt_tuning_init: PromptTuningInit | str = field(default=PromptTuningInit.RANDOM)
 
     method_type: ClassVar[str] = "PROMPT_TUNING"
+    rate_factor: ClassVar[float] = 20
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"prompt_tuning_init": tuple(PromptTuningInit)}
 
 

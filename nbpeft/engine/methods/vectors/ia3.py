@@ -90,6 +90,7 @@ class IA3Config(AdapterConfig):
     checked_apart: ClassVar[tuple[str, ...]] = (
         *("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"),
     )
+    rate_factor: ClassVar[float] = 20
     condenses_targets: ClassVar[bool] = False  # feedforward_modules must stay a subset of the targets
     slot_fields: ClassVar[tuple[str, ...]] = (*AdapterConfig.slot_fields, "feedforward_modules")
 
