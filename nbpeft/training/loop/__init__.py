@@ -13,6 +13,7 @@ Inside:
 
     fitting.py          Runs a Trainer in this process, and removes everything of it from the model afterwards
     grouping.py         Batches of rows with similar lengths, to reduce padding
+    learning_rate.py    The learning rate of a training that is given none
     late_evaluation.py  Scores and an evaluation that a run was stopped or killed before: a resumed run makes them
     restoring.py        Leaves a model as it was found before a training, except for the trained weights
     sampled_rows.py     The prompts to answer during a run: given, or taken from the rows with their wanted answers
