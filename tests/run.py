@@ -7,6 +7,9 @@ Of the slow tests (notebooks, browsers, kernels, compiled models, a real model, 
 runs a slice, a few of each kind; ``--all`` runs them all, and ``--long`` fuzzes for hours besides.
 ``--stack`` runs the quick tests with the lowest, Colab's or the newest packages (``tests/stacks``),
 and ``--all`` a notebook with each of them.
+
+The Python that starts it is the one that the tests run in: each has an environment of its own. ``--all`` runs some
+folders of the quick tests with each other Python whose environment is there.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ NO_TESTS_COLLECTED = 5
 SLOWEST_FILES = 10
 SLOW = "slow or browser or long"
 STACKS = ("lowest", "colab", "newest")
+PYTHON_SLICE = ("tests/examples", "tests/faults", "tests/magics/test_complete.py", "tests/test_nothing_evaluated.py")
+"""Quick tests of what a Python changes: docstrings, the errors of ``pathlib``, the compiler."""
 
 
 @dataclass
@@ -45,6 +50,7 @@ class Part:
         remedy: what to do when it fails.
         report: where pytest writes its counts, for the parts that are tests.
         variables: what it needs in its environment.
+        python: the interpreter, if it is not that of the environment.
         aside: whether it runs beside the others, on a core, and shows what it prints when those are through.
         seconds: how long it took.
         status: its exit status.
@@ -57,6 +63,7 @@ class Part:
     remedy: str
     report: Path | None = None
     variables: dict[str, str] = field(default_factory=dict)
+    python: Path | None = None
     aside: bool = False
     seconds: float = 0.0
     status: int = 0
@@ -128,7 +135,7 @@ def chosen_parts(arguments: argparse.Namespace, pytest_arguments: list[str], bro
     if arguments.only != "lint":
         parts += test_parts(arguments, pytest_arguments, browser)
     if arguments.only is None and arguments.tier != "quick" and not pytest_arguments:
-        parts += stack_parts()
+        parts += [*stack_parts(), *python_parts()]
     titles = {"unit": "quick tests", "slow": "slow tests"}
     return [part for part in parts if arguments.only not in titles or part.title == titles[arguments.only]]
 
@@ -199,6 +206,25 @@ def stack_parts() -> list[Part]:
     ]
 
 
+def python_parts() -> list[Part]:
+    """Some quick tests with each other Python; one without an environment is left out, for torch may be 3 GB."""
+    parts = []
+    for version in environment.PYTHONS:
+        venv = environment.venv_of(version)
+        if venv == environment.VENV or not shutil.which(f"python{version}"):
+            continue
+        again = f"python{version} tests/run.py --only unit"
+        if not environment.is_made(venv):
+            print(f"Python {version} is left out: {again} makes its environment and runs the quick tests with it.")
+            continue
+        command = ["-m", "pytest", "-q", "-m", f"not ({SLOW})", *workers(2, "worksteal"), *PYTHON_SLICE]
+        report = environment.ARTIFACTS / f"tests-{version}.xml"
+        variables = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **threads(1)}
+        remedy = f"{again} runs all quick tests with it"
+        parts.append(Part(f"Python {version}", command, remedy, report, variables, environment.venv_python(venv)))
+    return parts
+
+
 def slow_marks(arguments: argparse.Namespace, pytest_arguments: list[str]) -> str:
     """Which slow tests run, as pytest's ``-m`` has it: those that are asked for by name are not sliced."""
     marks = f"({SLOW})" if arguments.tier == "long" else "(slow or browser) and not long"
@@ -257,7 +283,11 @@ def run(part: Part, python: Path, terminal: TextIO | None = None) -> None:
     start = time.monotonic()
     variables = environment.child_environment(**part.variables)
     done = subprocess.run(
-        [str(python), *arguments], cwd=environment.ROOT, env=variables, stdout=terminal, stderr=terminal
+        [str(part.python or python), *arguments],
+        cwd=environment.ROOT,
+        env=variables,
+        stdout=terminal,
+        stderr=terminal,
     )
     part.status = done.returncode
     part.seconds = time.monotonic() - start

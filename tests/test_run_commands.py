@@ -246,7 +246,34 @@ def chosen(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [part.title for part in tests_run.chosen_parts(options, rest, None)]
 
 
+def test_each_python_has_an_environment_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment.venv_of("3.13") == tmp_path / ".venv"
+    (tmp_path / ".venv").mkdir()
+    for line in ("version = 3.11.7", "version_info = 3.11.7"):
+        (tmp_path / ".venv" / "pyvenv.cfg").write_text(f"home = /usr/bin\n{line}\n", encoding="utf-8")
+        assert environment.venv_of("3.11") == tmp_path / ".venv"
+        assert environment.venv_of("3.13") == tmp_path / ".venv-3.13"
+
+
+def test_all_runs_a_slice_with_the_other_pythons_that_have_an_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {version: tmp_path / version for version in environment.PYTHONS}
+    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    other, bare = [version for version in places if version != own][:2]
+    monkeypatch.setattr(tests_run.environment, "VENV", places[own])
+    monkeypatch.setattr(tests_run.environment, "venv_of", places.__getitem__)
+    monkeypatch.setattr(tests_run.environment, "is_made", lambda venv: venv == places[other])
+    monkeypatch.setattr(tests_run.shutil, "which", lambda name: name if name.endswith((own, other, bare)) else None)
+    (part,) = tests_run.python_parts()
+    assert part.title == f"Python {other}" and part.python == environment.venv_python(places[other])
+    assert capsys.readouterr().out.startswith(f"Python {bare} is left out: python{bare} tests/run.py")
+    assert all((ROOT / path).exists() for path in tests_run.PYTHON_SLICE)
+
+
 def test_options_choose_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tests_run, "python_parts", list)
     lint = ["ruff check", "ruff format", "mypy", "import contracts"]
     assert chosen(monkeypatch=monkeypatch) == [*lint, "quick tests", "slow tests"]
     assert chosen("--only", "lint", monkeypatch=monkeypatch) == lint

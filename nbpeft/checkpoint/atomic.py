@@ -299,7 +299,7 @@ def disk_errors(folder: Path, byte_count: int = 0) -> Iterator[None]:
     except (OSError, SafetensorError, UnicodeEncodeError) as error:
         raise _translated(error, folder, byte_count) from error
     except ValueError as error:
-        if "null byte" not in str(error):
+        if "embedded null" not in str(error):  # "byte" or, since Python 3.13, "character in path"
             raise
         raise _translated(error, folder, byte_count) from error
     except Exception as error:

@@ -170,10 +170,24 @@ def leads_to_folder(path: Path) -> bool:
     Raises:
         OSError: it cannot be determined, which ``os.path.isdir`` takes for no.
     """
+    return stat.S_ISDIR(_mode(path))
+
+
+def leads_to_file(path: Path) -> bool:
+    """Returns whether a path is a regular file or a link to one.
+
+    Raises:
+        OSError: it cannot be determined, which ``Path.is_file`` takes for no since Python 3.14.
+    """
+    return stat.S_ISREG(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """The mode of the file or folder that a path leads to, or 0 if there is none."""
     mode = 0
     with _if_there():
         mode = os.stat(path).st_mode
-    return stat.S_ISDIR(mode)
+    return mode
 
 
 def is_file(root: Path, name: str) -> bool:

@@ -7,6 +7,7 @@ rows.
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -165,14 +166,14 @@ class Task(Protocol):
 
 _ARGUMENTS = """
 
-    Args:
-        train: number of training rows.
-        held_out: number of held-out rows.
-        seed: seed of the random choices.
+Args:
+    train: number of training rows.
+    held_out: number of held-out rows.
+    seed: seed of the random choices.
 
-    Returns:
-        The training rows and the held-out rows.
-    """
+Returns:
+    The training rows and the held-out rows.
+"""
 
 
 def _task(make: Callable[[random.Random, bool], Row]) -> Task:
@@ -182,7 +183,7 @@ def _task(make: Callable[[random.Random, bool], Row]) -> Task:
         return _distinct(make, train, False, seed), _distinct(make, held_out, True, seed)
 
     task.__module__, task.__name__, task.__qualname__ = make.__module__, make.__name__, make.__qualname__
-    task.__doc__ = str(make.__doc__).rstrip() + _ARGUMENTS
+    task.__doc__ = inspect.cleandoc(str(make.__doc__)) + _ARGUMENTS
     return task
 
 

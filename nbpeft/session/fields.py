@@ -224,8 +224,9 @@ def _attribute_docs(cls: type) -> dict[str, str]:
     """Returns attribute name -> description from the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        section = (base.__doc__ or "").partition("Attributes:\n")[2]
-        for name, text in re.findall(r"^ {8}(\w+): (.+(?:\n {9,}.+)*)", section, re.MULTILINE):
+        # Python 3.13 and newer compile docstrings without their indentation.
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        for name, text in re.findall(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", section, re.MULTILINE):
             found[name] = re.sub(r"\s+", " ", text)
     return found
 

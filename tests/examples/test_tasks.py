@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 
@@ -23,6 +24,12 @@ def test_rows(task: Callable[..., tuple[list[Row], list[Row]]]) -> None:
     assert len(set(prompts)) == len(prompts), "no row twice, none both learned and held out"
     assert task(200, 40, seed=5) == (train, held_out)
     assert task(200, 40, seed=6)[0] != train
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_help_of_a_task_has_its_sections_at_the_margin(task: Callable[..., object]) -> None:
+    """Whether the compiler removes the indentation of docstrings (since Python 3.13) or does not."""
+    assert {"Args:", "Returns:"} <= {*(inspect.getdoc(task) or "").splitlines()}
 
 
 def test_every_code_is_learned_and_no_held_out_pair() -> None:

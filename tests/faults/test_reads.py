@@ -159,10 +159,17 @@ def test_a_state_that_cannot_be_read_is_not_passed_over(name: str, stopped: Path
 
 @pytest.mark.parametrize(
     ("call", "path"),
-    [("listdir", ""), ("stat", "checkpoint-3"), ("listdir", "checkpoint-3"), ("stat", "checkpoint-3/sql")],
+    [
+        ("listdir", ""),
+        ("stat", "checkpoint-3"),
+        ("listdir", "checkpoint-3"),
+        ("stat", "checkpoint-3/sql"),
+        ("stat", "checkpoint-3/trainer_state.json"),
+    ],
 )
-def test_a_state_that_cannot_be_seen_is_not_passed_over(call: str, path: str, stopped: Path) -> None:
-    """Neither is it for ``Path.glob`` and ``os.path.isdir``, which take it for absent."""
+@pytest.mark.parametrize("as_in_3_14", [False, True])
+def test_a_state_that_cannot_be_seen_is_not_passed_over(call: str, path: str, as_in_3_14: bool, stopped: Path) -> None:
+    """Neither is it for ``Path.glob``, ``os.path.isdir`` and, since Python 3.14, ``Path.is_file``: they see nothing."""
     place, error = stopped / "sql-1", (errno.EACCES, os.strerror(errno.EACCES))
 
     def failing(original: Any, asked: Any = ".", *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +178,10 @@ def test_a_state_that_cannot_be_seen_is_not_passed_over(call: str, path: str, st
         return original(asked, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, call, partial(failing, getattr(os, call)))
+        for name in (call, "scandir") if call == "listdir" else (call,):  # Path.iterdir: either, by Python's version
+            patch.setattr(os, name, partial(failing, getattr(os, name)))
+        for name in ("is_file", "is_dir", "exists") if as_in_3_14 else ():
+            patch.setattr(Path, name, getattr(os.path, name.replace("_", "")))
         with pytest.raises(NbpeftError, match=f"{Path(path or place).name} cannot be read: {error[1]}"):
             last_whole(place)
     assert last_whole(place).name == "checkpoint-3"

@@ -192,11 +192,11 @@ def _flaw_of(folder: Path, *, strict: bool) -> str | None:
     odd = inside.first_not_plain(folder) if strict else None
     if odd is not None:
         return odd
-    if not (folder / STATE).is_file():
+    if not inside.leads_to_file(folder / STATE):
         return f"no {STATE}"
     # Path.glob takes a folder that it may not read for empty.
     folders = (folder, *(path for path in folder.iterdir() if inside.leads_to_folder(path)))
-    weights = [path for parent in folders for name in _WEIGHTS if (path := parent / name).is_file()]
+    weights = [path for parent in folders for name in _WEIGHTS if inside.leads_to_file(path := parent / name)]
     if not weights:
         return "no adapter"
     if strict and _is_too_large(folder, weights):
@@ -204,7 +204,7 @@ def _flaw_of(folder: Path, *, strict: bool) -> str | None:
     damage = state_damage(folder / STATE)
     if damage is not None:
         return damage
-    archives = [path for path in (*folder.glob("*.pt"), *folder.glob("*.pth")) if path.is_file()]
+    archives = [path for path in (*folder.glob("*.pt"), *folder.glob("*.pth")) if inside.leads_to_file(path)]
     packed = [*archives, *(path for path in weights if path.suffix == ".bin")]
     checks: list[tuple[Callable[[Path], str | None], list[Path]]] = [
         *((_archive_cut, packed), (archive_damage, archives), (_weights_cut, weights))
