@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 from nbpeft.state import MemoryState
@@ -13,6 +15,9 @@ INTERVAL = 0.6
 """Least seconds between two measurements."""
 SHARE = 0.005
 """The greatest share of time spent on measuring."""
+
+
+_measuring: weakref.WeakSet[LiveMemory] = weakref.WeakSet()
 
 
 class LiveMemory:
@@ -29,6 +34,7 @@ class LiveMemory:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._running = self._asked = False
+        _measuring.add(self)
 
     def look(self, *, running: bool) -> None:
         """Requests a measurement, and repeated ones while a command runs."""
@@ -45,6 +51,13 @@ class LiveMemory:
             self._running = self._asked = False
             self._wake.set()
 
+    def join(self) -> None:
+        """Stops measuring, and waits for a measurement that has begun."""
+        thread = self._thread
+        self.stop()
+        if thread is not None:
+            thread.join()
+
     def _work(self) -> None:
         while self._should_measure():
             begun = time.thread_time()
@@ -60,3 +73,10 @@ class LiveMemory:
                 return False
             self._asked = False
             return True
+
+
+@atexit.register
+def _join_all() -> None:
+    """Ends all measurements: an interpreter that ends while a thread is inside torch aborts the process."""
+    for measuring in list(_measuring):
+        measuring.join()

@@ -107,7 +107,7 @@ def test_what_messages_name_is_there_in_cells() -> None:
     calls = {name for text in messages for name in re.findall(r"session\.(\w+)\(", text)}
     arguments = {name for text in messages for name in re.findall(r"(?<!\w)\((\w+)=…\)", text)}
     flags = {flag for command in SUBCOMMANDS.values() for item in command.arguments for flag in item.flags}
-    assert {"use", "on", "merge"} <= calls
+    assert {"undo", "on", "merge"} <= calls
     assert all(hasattr(Session, name) and name in SUBCOMMANDS for name in calls)
     assert {"replace", "name"} <= arguments
     assert {f"--{name.replace('_', '-')}" for name in arguments} <= flags

@@ -365,6 +365,17 @@ def test_a_state_without_news_costs_nothing(session: Session) -> None:
     del model
 
 
+def test_adding_always_makes_the_adapter_the_active_one(session: Session) -> None:
+    model = session.add(llama(), {"r": 2}, name="a", variable="model").model
+    session.add(model, {"r": 2}, name="b")
+    for before in (lambda: None, lambda: session.use(["a", "b"]), session.off):
+        for name, config in (("b", {"r": 2}), ("a", {"r": 2}), ("a", {"r": 4}), ("a", {"r": 2}), ("c", {"r": 2})):
+            before()
+            result = session.add(model, config, name=name)
+            assert model.manager.active == (name,) and model.manager.enabled and result.adapter.active
+        session.delete("c")
+
+
 def test_fields_without_a_method_keep_that_of_the_adapter(session: Session) -> None:
     result = session.add(llama(), {"peft_type": "ia3"}, name="scales", variable="model")
     model = result.model

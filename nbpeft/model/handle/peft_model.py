@@ -41,6 +41,7 @@ from nbpeft.model.handle.tuner import (
 from nbpeft.model.quantization.quantize import clear_gguf_flags
 from nbpeft.model.saving import files, loading
 from nbpeft.model.saving.given_configs import as_given, take_given
+from nbpeft.model.saving.sharded import is_sharded
 from nbpeft.peft_layers.classes import refuse_pickle_of_peft
 
 _SPECIAL = "special_peft_forward_args"
@@ -608,7 +609,8 @@ class PeftModel(ShowsPrompts, PushesToHub):
             selected_adapters: names of the adapters to save; None for all.
             save_embedding_layers: also save the embeddings; "auto" does so if an adapter targets them or the vocabulary
                 was resized.
-            is_main_process: False writes nothing.
+            is_main_process: False writes nothing. If the model is sharded and there is no ``state_dict``, all processes
+                call this, because the shards are gathered from all.
             path_initial_model_for_weight_conversion: save adapters whose init changed the base weights (OLoRA, PiSSA)
                 as plain LoRA of twice the rank, for the original base. Each adapter stores its initial weights. For an
                 adapter that was loaded on a base without them, this folder with the initial adapter is read.
@@ -620,7 +622,7 @@ class PeftModel(ShowsPrompts, PushesToHub):
             CheckpointError: the folder cannot be written; existing files are unchanged.
         """
         self._check_live()
-        if not is_main_process:
+        if not is_main_process and (state_dict is not None or not is_sharded(self)):
             return
         files.warn_of_saved_embeddings(self.manager, selected_adapters, save_embedding_layers)
         files.save(
@@ -631,6 +633,7 @@ class PeftModel(ShowsPrompts, PushesToHub):
             state_dict=files.replaced_state_dict(self, self.manager) if state_dict is None else state_dict,
             initial=path_initial_model_for_weight_conversion,
             pickled=not safe_serialization,
+            write=is_main_process,
         )
 
     def _push(self, repo_id: str, *, tags: Sequence[str], **options: Any) -> str:

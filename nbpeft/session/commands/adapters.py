@@ -112,8 +112,9 @@ def add(
         manager = tracked.manager
         present = name in manager.configs
         if present and tracked.requested_fields(name) == fields:
-            if name not in manager.active:
-                notes.append(f"{name!r} is not active; session.use({name!r}) switches to it")
+            if manager.active != (name,) or not manager.enabled:
+                manager.activate(name, enable=True)
+                notes.append(f"{name!r} is active now")
             if rows is not None:
                 notes.append(f"the rows were not read again; to initialize it again, session.delete({name!r}) first")
             result = _added(tracked, name, None, notes, written, unchanged=True)
@@ -142,7 +143,7 @@ def _add_to(
         put = manager.prepare(name, planned, trainable=trainable, training=trainable)
         with manager.transaction():
             put()
-            manager.activate(name)
+            manager.activate(name, enable=True)
             start(manager, name)
 
 
@@ -162,9 +163,9 @@ def _add_sweep(
             with drawing_from(state):
                 added = add(ctx, model, fields, name=name, **options)
             model = added.model
-            notes += [note for note in added.notes if note not in notes and "is not active" not in note]
+            notes += [note for note in added.notes if note not in notes and "is active now" not in note]
         tracked = ctx.models.get(model)
-        tracked.manager.activate(next(iter(wanted)))
+        tracked.manager.activate(next(iter(wanted)), enable=True)
         tracked.sweep = tuple(wanted)
         present = {item.name: item for item in tracked.state().adapters}
         first, *others = (present[name] for name in wanted)
@@ -199,7 +200,7 @@ def _reconfigure(
         put = manager.prepare(name, planned, weights, **options)
         with undoable.change():
             put()
-            manager.activate(name)
+            manager.activate(name, enable=True)
             if start is not None:
                 start(manager, name)
             else:

@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +59,6 @@ LONGEST, GREATEST_SHARE = 60.0, 0.1
 """The longest time between two checkpoints in seconds, unless their share of the time would be greater than this."""
 _MOST_STATES = 2
 _WAY_ON = "pass those of the run ({prefix}data=…), or train a new run with these"
-_MARKED_ROWS = 8
 _LONGEST_SYSTEM = 200
 """Most characters of a system prompt among the settings."""
 _SHOWN_FIELDS = (
@@ -453,7 +452,7 @@ def _pause_after(seconds: float) -> float:
 
 
 def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
-    """The fingerprint by which a resumed run recognizes its rows: their number, and a digest of the first ones.
+    """The fingerprint by which a resumed run recognizes its rows: their number, and a digest of all.
 
     Args:
         rows: the training rows; adapter -> its own, if each has some.
@@ -466,8 +465,8 @@ def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
             mark |= {f"{prefix}rows": sum(own.get("rows", 0) for own in marks.values())}
             mark |= {f"{prefix}digest": _digest(sorted(marks.items())), f"{prefix}adapters": list(marks)}
         elif hasattr(part, "__len__") and hasattr(part, "__getitem__"):
-            first = [_comparable(part[index]) for index in range(min(len(part), _MARKED_ROWS))]
-            mark |= {f"{prefix}rows": len(part), f"{prefix}digest": _digest(first)}
+            every = (_comparable(row) for _, row in zip(range(len(part)), part, strict=False))
+            mark |= {f"{prefix}rows": len(part), f"{prefix}digest": _digest(every)}
     return mark
 
 
@@ -491,8 +490,11 @@ def _check_steps_left(name: str, planned: object, state: TrainerState) -> None:
         )
 
 
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+def _digest(values: Iterable[Any]) -> str:
+    found = hashlib.sha256()
+    for value in values:
+        found.update(json.dumps(value, sort_keys=True, default=repr).encode() + b"\n")
+    return found.hexdigest()[:16]
 
 
 def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -504,7 +506,7 @@ def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, A
         now: the fingerprint of the rows given now.
 
     Raises:
-        TrainingError: the number of rows or the first rows differ.
+        TrainingError: the rows differ.
     """
     for prefix, what in (("", "rows"), ("eval_", "evaluation rows")):
         count, present = then.get(f"{prefix}rows"), now.get(f"{prefix}rows")
@@ -514,9 +516,7 @@ def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, A
                 f"{_WAY_ON.format(prefix=prefix)}"
             )
         if then.get(f"{prefix}digest") != now.get(f"{prefix}digest"):
-            raise TrainingError(
-                f"run {name} was trained with other {what}: the first ones differ; {_WAY_ON.format(prefix=prefix)}"
-            )
+            raise TrainingError(f"run {name} was trained with other {what}: {_WAY_ON.format(prefix=prefix)}")
 
 
 def _summary(state: TrainState) -> dict[str, Any]:

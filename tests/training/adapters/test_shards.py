@@ -107,3 +107,19 @@ def test_an_accelerate_without_fsdp2_prepares_nothing_for_it() -> None:
     base = quantize_model(llama())
     prepare_base(SimpleNamespace(model=adapted(base), is_fsdp_enabled=True, accelerator=SimpleNamespace()))
     assert {part.weight.dtype for part in packed(base)} == {torch.uint8}
+
+
+def test_a_process_that_writes_nothing_gathers_the_shards_with_the_others(
+    mesh: Any, tmp_path: Any, monkeypatch: Any
+) -> None:
+    model, gathered = adapted(llama()), []
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    whole: Any = DTensor.full_tensor
+    monkeypatch.setattr(
+        DTensor, "full_tensor", lambda tensor, **options: gathered.append(1) or whole(tensor, **options)
+    )
+    model.save_pretrained(str(tmp_path / "first"), is_main_process=True)
+    assert (count := len(gathered)) > 0
+    model.save_pretrained(str(tmp_path / "second"), is_main_process=False)
+    assert len(gathered) == 2 * count and (tmp_path / "first").is_dir() and not (tmp_path / "second").exists()

@@ -474,10 +474,20 @@ def test_other_rows_are_told_from_those_of_then() -> None:
             "2 rows, but 4 are given: pass those of the run",
         ),
         (run_checkpointer.mark_of_rows(rows), "was trained with 1 evaluation rows, but none are given"),
-        (run_checkpointer.mark_of_rows(rows[::-1], rows[:1]), "other rows: the first ones differ"),
+        (run_checkpointer.mark_of_rows(rows[::-1], rows[:1]), "with other rows: pass those of the run"),
     ):
         with pytest.raises(TrainingError, match=told):
             run_checkpointer.check_rows_are_those("sql-1", mark, now)
+
+
+def test_each_row_is_compared() -> None:
+    rows = [{"input_ids": [1, place]} for place in range(40)]
+    mark = run_checkpointer.mark_of_rows(rows)
+    for place in (0, 8, 20, 39):
+        other = [*rows]
+        other[place] = {"input_ids": [2, place]}
+        with pytest.raises(TrainingError, match="with other rows"):
+            run_checkpointer.check_rows_are_those("sql-1", mark, run_checkpointer.mark_of_rows(other))
 
 
 @pytest.mark.drawn(1)
