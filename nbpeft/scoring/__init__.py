@@ -17,5 +17,5 @@ Inside:
     items.py        The parts of a result: scores with intervals, items, and what two columns differ in
     likelihoods.py  Losses, choices by likelihood, and classes, in mixed batches without generation
     metrics.py      The metrics, by name or as functions, and what each of them needs
-    statistics.py   Intervals and paired tests: Wilson, bootstrap, McNemar
+    statistics.py   Intervals and paired tests: Wilson, t, bootstrap, McNemar, permutations
 """

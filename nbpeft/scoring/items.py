@@ -46,7 +46,7 @@ class Score:
         low: lower bound of the interval.
         high: upper bound of the interval.
         count: number of items.
-        interval: how the interval was computed: ``Wilson`` or ``bootstrap``.
+        interval: how the interval was computed: ``Wilson``, ``t`` or ``bootstrap``; empty for no interval.
     """
 
     value: float
@@ -93,7 +93,7 @@ class Flips:
         broken: the reverse.
         count: number of items that both answered.
         p: p-value of the test.
-        test: the test: ``exact McNemar test`` or ``paired bootstrap``.
+        test: the test: ``exact McNemar test`` or ``sign-flip permutation test``.
         is_share: whether items are right or wrong.
     """
 

@@ -35,7 +35,7 @@ from nbpeft.display.numbers import percent, plural
 from nbpeft.display.shown import Shown
 from nbpeft.errors import ConfigError, cut, did_you_mean
 from nbpeft.scoring.items import Flips, MetricFacts, Score, ScoreItem
-from nbpeft.scoring.statistics import bootstrap, mcnemar, paired_bootstrap, weighted_mean, wilson
+from nbpeft.scoring.statistics import interval_of_mean, mcnemar, sign_flips, weighted_mean, wilson
 
 Status = Literal["running", "finished", "stopped"]
 _SHOWN = 10
@@ -64,7 +64,7 @@ class ScoreResult(Shown):
         seconds: total time in seconds.
         status: ``running``, ``finished`` or ``stopped``.
         notes: messages for the user.
-        seed: seed of the bootstrap, and of sampled answers.
+        seed: seed of the bootstrap and of permutations, and of sampled answers.
         settings: temperature, top-p and seed of sampled answers; empty for greedy ones.
         done: share of the work that is done, from 0 to 1.
         elsewhere: losses on further rows, or on a general text; None if they were not measured.
@@ -125,14 +125,29 @@ class ScoreResult(Shown):
         return {column: self._score(column) for column in self.columns}
 
     def _score(self, column: str) -> Score:
-        facts, values = self.facts, self.values(column)
+        facts, values = self.facts, {n: value for n, value in self.values(column).items() if self._counts(n)}
         scaled, weights = [facts.scaled(value) for value in values.values()], self._weights(list(values))
         mean = facts.unscaled(weighted_mean(scaled, weights))
         if facts.is_share:
             low, high = wilson(round(sum(scaled)), len(scaled))
             return Score(mean, low, high, len(scaled), "Wilson")
-        low, high = (facts.unscaled(bound) for bound in bootstrap(scaled, weights, self.seed))
-        return Score(mean, low, high, len(scaled), "bootstrap")
+        low, high, interval = interval_of_mean(scaled, weights, self.seed)
+        return Score(mean, facts.unscaled(low), facts.unscaled(high), len(scaled), interval)
+
+    @cached_property
+    def compared(self) -> frozenset[int]:
+        """Numbers of the rows over which means are taken.
+
+        If the scoring was stopped, these are the rows on which every column that has any value has one: columns are
+        not computed side by side if their adapters are loaded in groups (``folders``).
+        """
+        numbers = frozenset(item.number for item in self.items)
+        if self.status != "stopped":
+            return numbers
+        return numbers.intersection(*filter(None, map(self.values, self.columns)))
+
+    def _counts(self, number: int) -> bool:
+        return number in self.compared
 
     def _weights(self, numbers: Sequence[int]) -> list[float]:
         if not self.facts.is_weighted:
@@ -143,7 +158,8 @@ class ScoreResult(Shown):
     def flips(self, first: str, second: str) -> Flips:
         """The items on which two columns differ, with a paired test.
 
-        Right and wrong items are compared by the exact McNemar test, other values by the paired bootstrap.
+        Right and wrong items are compared by the exact McNemar test, other values by flipping the signs of their
+        differences.
 
         Args:
             first: the column to compare with, e.g. ``base``.
@@ -162,7 +178,7 @@ class ScoreResult(Shown):
         if facts.is_share:
             p, test = mcnemar(len(fixed), len(broken)), "exact McNemar test"
         else:
-            p, test = paired_bootstrap(changes, self._weights(numbers), self.seed), "paired bootstrap"
+            p, test = sign_flips(changes, self._weights(numbers), self.seed), "sign-flip permutation test"
         return Flips(first, second, fixed, broken, len(both), p, test, facts.is_share)
 
     @property
@@ -250,9 +266,9 @@ def _overview(result: ScoreResult) -> Card:
 def _about(result: ScoreResult) -> str:
     """Returns e.g. ``exact · 48 items · 12.1 s``."""
     names = ", ".join(facts.name for facts in result.metrics)
-    counted = plural(len(result.items), "item")
-    if len(result.items) < result.total:
-        counted = f"{len(result.items)} of {plural(result.total, 'item')}"
+    counted = plural(len(result.compared), "item")
+    if len(result.compared) < result.total:
+        counted = f"{len(result.compared)} of {plural(result.total, 'item')}"
     if result.status == "stopped":
         counted = f"stopped after {counted}"
     drawn = "sampled" if result.settings else ""
@@ -278,8 +294,12 @@ def _value(result: ScoreResult, value: float) -> str:
 
 def _figures(result: ScoreResult, score: Score) -> tuple[str, str]:
     """The value, and its interval."""
+    if not score.count:
+        return "not scored", ""
     if math.isnan(score.value):
         return "NaN", ""
+    if not score.interval:
+        return number(score.value), f"{plural(score.count, 'item')}, too few for an interval"
     if result.facts.is_share:
         return percent(score.value), f"{100 * score.low:.0f}–{100 * score.high:.0f} %"
     return number(score.value), f"{number(score.low)}–{number(score.high)}"
@@ -310,7 +330,8 @@ def _tests(result: ScoreResult) -> list[Flips]:
     first, *others = result.columns
     tests = [result.flips(first, other) for other in others]
     sign = -1 if result.facts.greater_is_better else 1
-    ranked = sorted(others, key=lambda name: sign * result.scores[name].value)
+    comparable = [name for name in others if not math.isnan(result.scores[name].value)]
+    ranked = sorted(comparable, key=lambda name: sign * result.scores[name].value)
     if len(ranked) > 1:
         tests.append(result.flips(ranked[1], ranked[0]))
     return [flips for flips in tests if flips.count and not math.isnan(flips.p)]
@@ -340,9 +361,9 @@ def _notes(result: ScoreResult) -> tuple[str, ...]:
 
 def _how(result: ScoreResult, tests: Sequence[Flips]) -> str:
     """Returns e.g. ``95 % Wilson intervals; p-values of the exact McNemar test``."""
-    (interval,) = {score.interval for score in result.scores.values()}
+    intervals = dict.fromkeys(score.interval for score in result.scores.values() if score.interval)
     found = {flips.test for flips in tests}
-    return "; ".join([f"95 % {interval} intervals", *(f"p-values of the {test}" for test in found)])
+    return "; ".join([*(f"95 % {one} intervals" for one in intervals), *(f"p-values of the {test}" for test in found)])
 
 
 def _verdict(flips: Flips) -> str:

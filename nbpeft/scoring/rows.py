@@ -14,7 +14,7 @@ from nbpeft.display.numbers import count, plural
 from nbpeft.engine.tree.model_tree import embedding_of
 from nbpeft.errors import ConfigError, TrainingError, in_one_line, with_article
 from nbpeft.names import IGNORED_LABEL
-from nbpeft.scoring.metrics import Metric, Needs
+from nbpeft.scoring.metrics import Metric, Needs, value_of
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import HeldOut, is_stream, open_data
 from nbpeft.training.data.bad_rows import named_rows, reason_of
@@ -44,6 +44,8 @@ from nbpeft.training.watching.generation import PromptBatch
 
 _STREAMED = 1000
 """The number of rows of a stream that are read."""
+_TRIED = 8
+"""The greatest number of rows on which a metric is tried before anything is computed."""
 CHOICES, ANSWER = "choices", "answer"
 """The columns of a row with its options, and with the right one: its text or its number."""
 _OWN = (CHOICES, ANSWER)
@@ -61,6 +63,8 @@ class ScoredRow:
         prompt_ids: its token ids.
         reference: the text of the right answer; empty if there is none.
         reference_count: number of its tokens.
+        spelled: the reference as the tokenizer decodes its tokens, where that is another text: many put a space before
+            every word. Empty otherwise.
         coded: the tokenized row with its labels, for losses and classes.
         options: the tokenized row with each option, whose labels are those of the option; with its text.
         right: the number of the right option.
@@ -72,9 +76,16 @@ class ScoredRow:
     prompt_ids: tuple[int, ...] = ()
     reference: str = ""
     reference_count: int = 0
+    spelled: str = ""
     coded: Mapping[str, Any] = field(default_factory=dict)
     options: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     right: int = 0
+
+    def answer(self, text: str) -> str:
+        """The text of an answer, in which the reference's tokens are spelled as the reference is."""
+        if self.spelled and text.startswith(self.spelled):
+            return self.reference + text.removeprefix(self.spelled)
+        return text
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ def read_rows(
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
-        TrainingError: the data cannot be read, or no row can be scored.
+        TrainingError: the data cannot be read, no row can be scored, or a metric fails on the references themselves.
     """
     check_reading(tokenizer, max_length)
     needs = {metric.needs for metric in metrics}
@@ -162,6 +173,7 @@ def read_rows(
         hint = _references_in(columns_of(opened), columns) if reader.form is _PROMPT else hint
         raise TrainingError(f"None of the {plural(len(wanted), 'row')} can be scored: {named_rows(left_out)}.{hint}")
     _check_tokens(model, rows, inputs)
+    _check_metrics(metrics, rows)
     notes = []
     if only is not None:
         which = ", those that were held out from the training" if isinstance(only, HeldOut) else ""
@@ -297,6 +309,22 @@ def _reader(
         return Reading(opened, _PROMPT, names, tokenizer, inputs=inputs), own
     found = reading(opened, tokenizer, max_length=max_length, columns=mapping or None, inputs=inputs)
     return replace(found, form=_PREFERRED) if found.form is COMPARED else found, own
+
+
+def _check_metrics(metrics: Sequence[Metric], rows: Sequence[ScoredRow]) -> None:
+    """Raises TrainingError if a metric of answers fails on all of the first right answers, before any is generated."""
+    tried = [row for row in rows if row.reference][:_TRIED]
+    for metric in metrics:
+        failures: list[TrainingError] = []
+        for row in tried if metric.needs == "answers" else ():
+            try:
+                value_of(metric, row.reference, row.reference, row.given, row.number)
+                break
+            except TrainingError as error:
+                failures.append(error)
+        if failures and len(failures) == len(tried):
+            which = "the reference" if len(tried) == 1 else f"the references of the first {len(tried)} rows"
+            raise TrainingError(f"{failures[0]}; it fails on {which}", **failures[0].details) from failures[0]
 
 
 def _references_in(available: Sequence[str], columns: Mapping[str, str] | None) -> str:
@@ -435,12 +463,19 @@ class _Rows:
             ids = list(self._tokenizer(example.prompt)["input_ids"])
             length = len(self._tokenizer(example.completion)["input_ids"]) if example.completion else 0
             reference = example.completion if example.completion.strip() else ""
-            return replace(
-                row, prompt=example.prompt, prompt_ids=tuple(ids), reference=reference, reference_count=length
-            )
+            found = replace(row, prompt=example.prompt, prompt_ids=tuple(ids), reference=reference)
+            return replace(found, reference_count=length, spelled=self._spelled(ids, reference))
         assert isinstance(example, Plain)
         ids = list(self._tokenizer(example.text)["input_ids"])
         return replace(row, prompt=example.text, prompt_ids=tuple(ids) if example.text.strip() else ())
+
+    def _spelled(self, before: Sequence[int], reference: str) -> str:
+        """What the tokenizer makes of the reference; empty if that is the same, or not all of it is known to it."""
+        tokens = self._tokenizer(reference, add_special_tokens=False)["input_ids"] if reference else []
+        if not tokens or getattr(self._tokenizer, "unk_token_id", None) in tokens:
+            return ""
+        text = decoded(self._tokenizer, before, tokens)
+        return text if text != reference else ""
 
     def _turn(self, chat: Chat, number: int) -> tuple[str, str]:
         if not getattr(self._tokenizer, "chat_template", None):

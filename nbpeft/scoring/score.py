@@ -34,6 +34,9 @@ _DIFFERENT_VARIABLES = (
 _DIFFERENT_REASONING = (
     "some adapters were trained on reasoning and others were not: references are compared with their reasoning"
 )
+_ROWS_TOGETHER = (
+    "its method mixes the rows of a batch, so that its scores depend on batch_size and on what is beside it"
+)
 _GENERAL = Path(__file__).with_name("general_text.txt")
 
 
@@ -99,7 +102,7 @@ def score(
         max_new_tokens: limit of an answer; by default the longest reference, or 256 for metrics for which the
             reference may come later in the answer.
         batch_size: rows that are answered together by the base and all adapters; at least 8 by default.
-        seed: seed of the bootstrap and of sampled answers.
+        seed: seed of the bootstrap, of permutations and of sampled answers.
         strip: whether white space at both ends of answers and references is ignored.
         casefold: whether upper and lower case are ignored.
         pattern: regular expression for ``regex``; None takes that of each row.
@@ -203,8 +206,11 @@ def _trained_form(
         configs |= {name: manager.provider.config_of(name) for name, config in configs.items() if config is None}
     used = [config for config in configs.values() if config is not None] or list(manager.configs.values())
     forms = [form for config in used if (form := prompt_format(config)) is not None and form.chat]
+    notes = tuple(
+        f"{name}: {_ROWS_TOGETHER}" for name, config in configs.items() if config is not None and config.mixes_rows
+    )
     variables, reasoning = {form.template for form in forms}, {form.learns_reasoning for form in forms}
-    notes: tuple[str, ...] = (_DIFFERENT_VARIABLES,) if len(variables) > 1 and not given_variables else ()
+    notes += (_DIFFERENT_VARIABLES,) if len(variables) > 1 and not given_variables else ()
     notes += (_DIFFERENT_REASONING,) if len(reasoning) > 1 else ()
     return common_format(used) or usual, notes
 
@@ -314,7 +320,8 @@ class Scoring:
         """Computes everything for the columns with these indices, until it is stopped."""
         rows, columns = self.read.rows, [self.columns[number] for number in group]
         size = self.settings.rows_together(len(columns))
-        for kind in dict.fromkeys(metric.needs for metric in self.metrics):
+        kinds = {metric.needs for metric in self.metrics}
+        for kind in sorted(kinds, key=lambda kind: (kind != "answers", kind)):  # a metric that fails is noticed at once
             before = self.done
             if kind == "answers":
                 batches: Iterable[Any] = answer_rows(
@@ -360,14 +367,14 @@ class Scoring:
     def _take_answers(self, batch: Sequence[tuple[int, int, GivenAnswer]]) -> None:
         for place, column, answer in batch:
             title, row = self.columns[column].title, self.read.rows[place]
-            self._answers[place][title] = answer.text
+            text = self._answers[place][title] = row.answer(answer.text)
             if answer.cut:
                 self._cut[place].add(title)
             if not answer.finite:
                 self._not_finite.setdefault(title, []).append(row.number)
             for metric in self.metrics:
                 if metric.needs == "answers":
-                    self._take_value(metric, place, title, answer.text)
+                    self._take_value(metric, place, title, text)
         for metric in self.metrics:
             failed = len(self._failed.get(metric.name, ()))
             if metric.needs == "answers" and not self.done and failed == len(batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from typing import Any
 
@@ -57,7 +59,7 @@ def test_a_smaller_loss_is_better_and_tokens_count() -> None:
     facts = MetricFacts("loss", greater_is_better=False, is_share=False, is_weighted=True)
     found = result(columns=("base", "sql"), metrics=(facts,), metric="loss", items=tuple(items), total=30)
     flips = found.flips("base", "sql")
-    assert (len(flips.fixed), len(flips.broken), flips.test) == (30, 0, "paired bootstrap")
+    assert (len(flips.fixed), len(flips.broken), flips.test) == (30, 0, "sign-flip permutation test")
     assert str(flips) == "better on 30, worse on 0 (p < 0.001)"
     weights = [item.weight for item in items]
     expected = sum(item.values["loss"]["base"] * item.weight for item in items) / sum(weights)
@@ -126,3 +128,36 @@ def test_pandas_is_needed_for_the_table_alone(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingPackageError, match="to_dataframe needs pandas"):
         result().to_dataframe()
+
+
+def test_a_stopped_scoring_takes_means_over_the_rows_that_all_columns_have() -> None:
+    """Groups of folders are computed one after the other, the longest rows first."""
+    whole = [item(number, {"base": number < 30, "sql": True, "chat": True}) for number in range(40, 48)]
+    alone = [item(number, {"base": True}) for number in range(40)]
+    found = result(columns=("base", "sql", "chat", "late"), items=(*alone, *whole), status="stopped")
+    assert {name: score.count for name, score in found.scores.items()} == {"base": 8, "sql": 8, "chat": 8, "late": 0}
+    assert (found.scores["base"].value, found.scores["sql"].value) == (0.0, 1.0)
+    assert "stopped after 8 of 48 items" in str(found)
+    late = next(line for line in str(found).splitlines() if "late" in line)
+    assert "not scored" in late and "NaN" not in str(found)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("a", "b", "c", "lost"))))
+def test_the_best_two_are_compared_whichever_adapter_has_no_loss(order: tuple[str, ...]) -> None:
+    means = {"base": 3.0, "a": 1.0, "b": 2.0, "c": 2.5, "lost": math.nan}
+    rows = [
+        ScoreItem(number, "", "", {}, {"loss": {name: mean + number % 3 for name, mean in means.items()}})
+        for number in range(12)
+    ]
+    facts = MetricFacts("loss", greater_is_better=False, is_share=False)
+    found = result(columns=("base", *order), metrics=(facts,), metric="loss", items=tuple(rows), total=12)
+    assert "a against b" in str(found)
+
+
+def test_one_or_two_items_have_no_interval() -> None:
+    rows = [ScoreItem(number, "", "", {}, {"loss": {"base": 2.0, "sql": 1.0}}) for number in range(2)]
+    facts = MetricFacts("loss", greater_is_better=False, is_share=False)
+    found = result(columns=("base", "sql"), metrics=(facts,), metric="loss", items=tuple(rows), total=2)
+    assert math.isnan(found.scores["sql"].low) and not found.scores["sql"].interval
+    assert "too few for an interval" in str(found) and "nan" not in str(found).lower()
+    assert "nan" not in found._repr_html_().lower()

@@ -16,17 +16,20 @@ import pandas
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     LlamaConfig,
     LlamaForTokenClassification,
     LogitsProcessorList,
+    PreTrainedTokenizerFast,
     T5Config,
 )
 
 from nbpeft import (
     IA3Config,
+    LilyConfig,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -37,9 +40,12 @@ from nbpeft import (
 )
 from nbpeft.errors import AdapterError, ConfigError, MergeError, TrainingError
 from nbpeft.scoring.answers import GivenAnswer, _answer, _Choosing
-from nbpeft.scoring.rows import is_scored_by_default
+from nbpeft.scoring.in_training import RowScorer
+from nbpeft.scoring.metrics import AnswerSettings, metrics_of
+from nbpeft.scoring.rows import is_scored_by_default, read_rows
 from nbpeft.scoring.score import Scoring
-from nbpeft.scoring.settings import ScoreSettings
+from nbpeft.scoring.settings import Column, ScoreSettings
+from nbpeft.training.data.encoding import decoded
 from nbpeft.training.watching.generation import PromptBatch
 from tests.char_tokenizer import END, CharTokenizer
 from tests.scoring.support import ROWS, adapted, alone, byte_tokenizer, everything
@@ -489,7 +495,8 @@ def test_a_stop_keeps_what_is_scored(how: str) -> None:
     result = scored(model, rows, metric=own, max_new_tokens=LIMIT, batch_size=4, should_stop=stops)
     assert result.status == "stopped"
     assert 0 < len(result.items) < len(rows)
-    assert f"stopped after {len(result.items)} of 12 items" in str(result)
+    assert {score.count for score in result.scores.values()} == {len(result.compared)}
+    assert f"stopped after {len(result.compared)} of 12 items" in str(result)
     assert same_state(before[0], everything(model)[0]) and before[1:] == everything(model)[1:]
 
 
@@ -526,8 +533,18 @@ def test_a_metric_that_fails_on_all_rows_ends_it_at_once() -> None:
 
     model = adapted().train()
     before = everything(model)
+    for metric in (own, ["loss", own]):  # also if something else would be computed first
+        with pytest.raises(
+            TrainingError, match=r"row 0: KeyError: 'target'; it fails on the references of the first 8"
+        ):
+            scored(model, metric=metric, max_new_tokens=2, batch_size=2)
+    assert len(calls) == 2 * 8
+    with pytest.raises(TrainingError, match="it fails on the references of the first 8 rows"):  # and before a training
+        RowScorer(model, ROWS, own, tokenizer=CharTokenizer())
+    rows = [{"prompt": row["prompt"]} for row in ROWS]  # nothing to try it on
+    calls.clear()
     with pytest.raises(TrainingError, match=r"fails at row .*: KeyError: 'target'.*all rows of the first batch"):
-        scored(model, metric=own, max_new_tokens=2, batch_size=2)
+        scored(model, rows=rows, metric=own, max_new_tokens=2, batch_size=2)
     assert len(calls) == 2 * 3
     assert same_state(before[0], everything(model)[0]) and before[1:] == everything(model)[1:]
 
@@ -748,3 +765,30 @@ def test_bad_completions_are_no_references() -> None:
     assert [item.number for item in result.items] == [1, 3]
     classes = [{**row, "label": row["label"] + 1} for row in rows]  # not good and bad
     assert len(scored(adapted(), classes, metric="exact").items) == 4
+
+
+@pytest.mark.parametrize("metric", ["exact", "startswith", "contains"])
+def test_an_answer_with_the_learned_tokens_is_right_whatever_decoding_puts_before_it(metric: str) -> None:
+    """A tokenizer of words decodes a space before every one, also before the first word of an answer."""
+    words = ["[UNK]", "[PAD]", "[END]", *["red", "blue", "green", "one", "two", "three", "is", "colour"]]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]")
+    rows = [
+        {"prompt": f"{number} is", "completion": colour} for number, colour in zip(words[6:9], words[3:6], strict=True)
+    ]
+    rows.append({"prompt": "one is", "completion": "purple red"})  # of which it knows one word
+    metrics = metrics_of(metric, AnswerSettings())
+    state = Scoring("", (Column("sql"),), metrics, read_rows(llama(), rows, metrics, tokenizer), ScoreSettings(), [])
+    learned = [tokenizer(row["completion"])["input_ids"] for row in rows[:3]]
+    answers = [decoded(tokenizer, tokenizer("one is")["input_ids"], tokens) for tokens in learned]
+    assert answers == [" red", " blue", " green"]
+    state._take_answers([(place, 0, GivenAnswer(answer)) for place, answer in enumerate([*answers, " red"])])
+    assert [item.values[metric]["sql"] for item in state.result("finished").items] == [1.0, 1.0, 1.0, 0.0]
+    assert [item.answers["sql"] for item in state.result("finished").items] == ["red", "blue", "green", " red"]
+
+
+def test_scores_of_a_method_that_mixes_rows_say_so() -> None:
+    model = get_peft_model(llama(), LilyConfig(r=2, target_modules=["q_proj"]), "lily")
+    assert any("lily: its method mixes the rows of a batch" in note for note in scored(model).notes)
+    assert not any("mixes" in note for note in scored(adapted()).notes)

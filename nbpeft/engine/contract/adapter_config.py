@@ -115,6 +115,8 @@ class AdapterConfig(PushesToHub):
     """Default learning rate of a training of nbpeft, relative to that of LoRA."""
     learns_prompt: ClassVar[bool] = False
     """Whether the method learns a prompt: tokens, or cached states, in front of the input."""
+    mixes_rows: ClassVar[bool] = False
+    """Whether the outputs of a row depend on the other rows of its batch."""
     on_last_layers: ClassVar[bool] = False
     """Whether only the last layers of a model get adapters."""
 

@@ -60,6 +60,7 @@ class LilyConfig(LayersConfig):
     init_weights: bool = field(default=True)
 
     method_type: ClassVar[str] = "LILY"
+    mixes_rows: ClassVar[bool] = True
     counts: ClassVar[tuple[str, ...]] = ("r", "stride_A", "num_B")
     value_fields: ClassVar[tuple[str, ...]] = ("scaling", "init_weights")
 
