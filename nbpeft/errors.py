@@ -49,6 +49,12 @@ from nbpeft.jsonable import as_json
 
 _LONGEST_MESSAGE = 500
 _LONGEST_NAME, _LONGEST_NAMED = 200, 120
+_SHOWN_CONTROLS = {
+    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
+    **{0x7F: "\u2421"},
+    **{code: "\ufffd" for code in range(0x80, 0xA0)},
+}
+"""Control character -> the character that shows it: ``\\x1b`` is shown as ``\u241b``."""
 _MOST_CHOICES = 2_000
 """Most valid names that are compared with an unknown one, for speed."""
 _AS_NEAR = 0.2
@@ -103,7 +109,7 @@ class NbpeftError(_Coded, Exception):
     longest: ClassVar[int] = _LONGEST_MESSAGE
 
     def __init__(self, message: str, **details: object) -> None:
-        self.message = shortened(masked(message), self.longest)
+        self.message = visible(shortened(masked(message), self.longest))
         super().__init__(self.message)
         self.details = details
 
@@ -266,6 +272,14 @@ class CellError(NbpeftError, ValueError):
 def in_one_line(message: object) -> str:
     """Returns a message as one line, with whitespace collapsed."""
     return " ".join(str(message).split())
+
+
+def visible(text: str) -> str:
+    """Returns a text whose control characters are shown instead of obeyed: names in files may contain escape sequences.
+
+    Lines and tabs are kept. It is how every text of a result or an error reaches a terminal or a page.
+    """
+    return text.translate(_SHOWN_CONTROLS)
 
 
 def shortened(text: str, limit: int = _LONGEST_MESSAGE) -> str:

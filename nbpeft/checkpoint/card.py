@@ -22,6 +22,7 @@ from nbpeft.checkpoint.prompt_format import prompt_format
 from nbpeft.confidential import masked, without_secrets
 from nbpeft.engine.contract.adapter import AdapterConfig, TaskType
 from nbpeft.engine.contract.registry import method_of
+from nbpeft.errors import visible
 
 _FENCE = "---"
 _PIPELINES = {
@@ -166,7 +167,7 @@ def _body(config: AdapterConfig, facts: CardFacts) -> str:
     return "\n".join(
         [
             "",
-            f"# {facts.title}",
+            f"# {_plain(facts.title)}",
             "",
             f"A {method_of(config).label} adapter" + (f" for {base_label}." if base_label else "."),
             "",
@@ -181,7 +182,7 @@ def _body(config: AdapterConfig, facts: CardFacts) -> str:
             *_loading_base(base, config.task_type),
             "from nbpeft import PeftModel  # or: from peft import PeftModel",
             "",
-            f'model = PeftModel.from_pretrained(base_model, "{facts.source}")',
+            f"model = PeftModel.from_pretrained(base_model, {json.dumps(facts.source, ensure_ascii=False)})",
             "```",
             "",
             "### Framework versions",
@@ -233,7 +234,7 @@ def _training_section(facts: CardFacts) -> str:
 
 def _plain(text: str) -> str:
     """Returns text escaped for a cell of a Markdown table."""
-    words = " ".join(masked(text).split())
+    words = visible(" ".join(masked(text).split()))
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", words)
 
 

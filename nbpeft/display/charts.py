@@ -14,10 +14,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from nbpeft.display import numbers, palette
 from nbpeft.display.crosshair import Column, ShownCurve, columns
+from nbpeft.display.quoting import escape
 from nbpeft.state import ENDED, Curve, TrainState
 
 Point = tuple[float, float]

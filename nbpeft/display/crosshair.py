@@ -8,12 +8,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
 from nbpeft.display import palette
+from nbpeft.display.quoting import escape
 
 Point = tuple[float, float]
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import singledispatch
-from html import escape
 
 from nbpeft.display import blocks, palette
 from nbpeft.display.charts import (
@@ -30,6 +29,7 @@ from nbpeft.display.memory import label, part_message
 from nbpeft.display.numbers import count, plural, size
 from nbpeft.display.overlay import colour_of, overlay_chart, overlay_columns, overlay_image, overlay_left
 from nbpeft.display.palette import background
+from nbpeft.display.quoting import escape
 from nbpeft.display.shares import bar_image, bar_table_image, grid_image
 from nbpeft.display.training import small_curves
 from nbpeft.state import ENDED

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from html import escape
 
 from nbpeft.display.blocks import BarChart, BarTable, Grid
 from nbpeft.display.charts import image
 from nbpeft.display.numbers import percent
+from nbpeft.display.quoting import escape
 from nbpeft.errors import cut
 
 _WIDTH = 640

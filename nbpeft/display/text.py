@@ -11,6 +11,7 @@ from nbpeft._util.optional import needs
 from nbpeft.display import blocks
 from nbpeft.display.memory import part_message
 from nbpeft.display.numbers import NONE, percent, size
+from nbpeft.errors import visible
 
 with needs("rich", "A result as text"):
     from rich import box
@@ -44,7 +45,7 @@ def _printed(item: RenderableType, width: int) -> str:
     stream = StringIO()
     console = Console(file=stream, width=width, color_system=None, force_jupyter=False, legacy_windows=False)
     console.print(item)
-    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))
+    return visible("\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n")))
 
 
 def _grid(rows: Sequence[Sequence[str]]) -> Table:
@@ -83,7 +84,7 @@ def _(block: blocks.Line) -> RenderableType:
 
 
 def _span(item: blocks.Span) -> Text:
-    return Text(item) if isinstance(item, str) else Text(item.text, _TONES.get(item.tone, ""))
+    return Text(visible(item)) if isinstance(item, str) else Text(visible(item.text), _TONES.get(item.tone, ""))
 
 
 @renderable.register

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nbpeft.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class ChatFormat:
@@ -82,6 +84,8 @@ _SYSTEM, _USER = "Be brief.", "What is 2 + 2?"
 def chat_format_of(tokenizer: Any, variables: Mapping[str, Any] | None = None) -> ChatFormat | None:
     """Returns the format that gives the same prompt as a tokenizer's chat template; None if there is none.
 
+    There is none, either, if the template begins the answer with what a Modelfile or a Go template would obey.
+
     Args:
         tokenizer: the tokenizer.
         variables: variables for its chat template, which may begin the answer.
@@ -91,7 +95,9 @@ def chat_format_of(tokenizer: Any, variables: Mapping[str, Any] | None = None) -
         prompt = format.begin + format.prompt(_SYSTEM, _USER)
         if text.startswith(prompt):
             begun = text.removeprefix(prompt)
-            return replace(format, answer=format.answer + begun) if begun else format
+            found = replace(format, answer=format.answer + begun) if begun else format
+            # What begins the answer is the tokenizer's alone, and becomes a part of a template of Ollama.
+            return found if "{{" not in begun and quoted(found.go_template()) is not None else None
     return None
 
 
@@ -122,6 +128,12 @@ def _rendered(tokenizer: Any, system: str | None, variables: Mapping[str, Any] |
         return ""
 
 
+def quoted(text: str) -> str | None:
+    """Returns a text between three quotes, as a Modelfile has it; None if the text would end them itself."""
+    end = '"""'
+    return f"{end}{text}{end}" if (text + end).index(end) == len(text) else None
+
+
 def modelfile(source: str, adapter: str | None, chat: ChatFormat | None, system: str = "") -> str:
     """Returns the text of a Modelfile.
 
@@ -129,12 +141,19 @@ def modelfile(source: str, adapter: str | None, chat: ChatFormat | None, system:
         source: the base model's name in Ollama, or path of a GGUF file relative to the Modelfile.
         adapter: path of a GGUF adapter relative to the Modelfile, or None.
         chat: the chat format; None writes no template.
-        system: the system prompt, without three quotes in a row; empty for none.
+        system: the system prompt; empty for none.
+
+    Raises:
+        ConfigError: the source has several lines, or a text would end its quotes.
     """
+    if len(source.splitlines()) != 1:
+        raise ConfigError(f"the name of a model in Ollama is one line, not {source!r:.60}")
     lines = [f"FROM {source}"]
     lines += [f"ADAPTER {adapter}"] if adapter else []
-    if chat is not None:
-        lines += [f'TEMPLATE """{chat.go_template()}"""', *chat.parameters]
-    if system:
-        lines.append(f'SYSTEM """{system}"""')
+    texts = {"TEMPLATE": chat.go_template()} if chat is not None else {}
+    texts |= {"SYSTEM": system} if system else {}
+    for directive, text in texts.items():
+        if (words := quoted(text)) is None:
+            raise ConfigError(f"{directive} of a Modelfile cannot contain {text!r:.60}: it would end its quotes")
+        lines += [f"{directive} {words}", *(chat.parameters if chat is not None and directive == "TEMPLATE" else ())]
     return "\n".join(lines) + "\n"

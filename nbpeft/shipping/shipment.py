@@ -22,14 +22,14 @@ from nbpeft.shipping.facts import AdapterFacts, facts_of
 from nbpeft.shipping.formats import GGUF_ADAPTER, GGUF_MODEL, Package
 from nbpeft.shipping.gguf_model import MIXTURES
 from nbpeft.shipping.importance import Rows
-from nbpeft.shipping.modelfile import PROMPT_ALONE, chat_format_of, modelfile, usual_system
+from nbpeft.shipping.modelfile import PROMPT_ALONE, chat_format_of, modelfile, quoted, usual_system
 from nbpeft.shipping.verdict import Verdict, verdict_of
 
 _OLLAMA_NAME = re.compile(r"[\w./:-]{1,200}", re.ASCII)
 _NO_TEMPLATE = "the chat template is not known to nbpeft: Ollama uses the one that it detects, or set TEMPLATE yourself"
 _ITS_TEMPLATE = "the chat template is not known to nbpeft: Ollama uses that of its base model, or set TEMPLATE yourself"
 _PLAIN = "trained without the chat template, and the Modelfile applies none: write prompts as in the training rows"
-_QUOTES = "the system prompt of the training rows is left out: a Modelfile cannot contain its three quotes in a row"
+_QUOTES = "the system prompt of the training rows is left out: a Modelfile cannot contain its quotes"
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _modelfile(base: str | None, merged: bool, tokenizer: Any, facts: AdapterFac
             notes.append(f"{given} of the training's chat template is not in the Modelfile")
     elif chat is not None and not system:
         system = usual_system(tokenizer, chat, variables)
-    if '"""' in system:
+    if quoted(system) is None:
         notes.append(_QUOTES)
         system = ""
     source, adapter = (f"./{GGUF_MODEL}", None) if merged else (str(base), f"./{GGUF_ADAPTER}")

@@ -1,0 +1,64 @@
+"""Text that comes from files: control characters of names and labels reach neither a terminal nor a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from nbpeft.display import blocks
+from nbpeft.display.blocks import card, line
+from nbpeft.display.html import to_html
+from nbpeft.display.quoting import escape
+from nbpeft.display.shown import Shown
+from nbpeft.display.text import columns, to_text
+from nbpeft.errors import ConfigError, visible
+from nbpeft.scoring.items import MetricFacts, ScoreItem
+from nbpeft.scoring.result import ScoreResult
+
+HOSTILE = "a\x1b[31m\x1b[2J\x9b2J\x07\r\x7f\x00<b>"
+
+
+def controls(text: str) -> set[str]:
+    return {character for character in text if not character.isprintable() and character not in "\n\t"}
+
+
+def test_every_control_character_but_lines_and_tabs_is_shown() -> None:
+    everything = "".join(map(chr, range(0x100)))
+    assert controls(everything) and not {*map(ord, visible(everything))} & ({*range(32), *range(0x7F, 0xA0)} - {9, 10})
+    assert visible("lines\nand\ttabs é 漢 \u202e") == "lines\nand\ttabs é 漢 \u202e"
+    assert visible("\x1b[31m") == "\u241b[31m" and escape("\x1b<") == "\u241b&lt;"
+
+
+@dataclass(frozen=True, repr=False)
+class Named(Shown):
+    """A result with a name from a file."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"named {self.name}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str(Named(HOSTILE)),
+        repr(Named(HOSTILE)),
+        Named(HOSTILE)._repr_html_(),
+        str(ConfigError(f"no {HOSTILE}")),
+        columns([(HOSTILE, HOSTILE)]),
+        to_text(card(HOSTILE, line(HOSTILE))),
+        to_html(card(HOSTILE, line(HOSTILE), blocks.Details(HOSTILE, line(HOSTILE)))),
+    ],
+)
+def test_no_way_of_showing_text_obeys_it(text: str) -> None:
+    assert not controls(text)
+
+
+def test_names_and_labels_of_scores_are_shown() -> None:
+    values = {HOSTILE: {"base": 0.0, HOSTILE: 1.0}}
+    items = tuple(ScoreItem(n, HOSTILE, HOSTILE, {"base": HOSTILE, HOSTILE: "x"}, values) for n in range(4))
+    result = ScoreResult(HOSTILE, ("base", HOSTILE), (MetricFacts(HOSTILE),), HOSTILE, items, 4, notes=(HOSTILE,))
+    for text in (str(result), result._repr_html_(), to_text(result.view())):
+        assert not controls(text) and "\u241b" in text
