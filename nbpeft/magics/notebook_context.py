@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import os
 import re
 import sys
@@ -210,6 +211,15 @@ class NotebookContext:
         if name.isidentifier():
             return look_up(name, self.namespace)
         return evaluate_expression(expression_of(text, option), dict(self.namespace))
+
+    def function(self, text: str, option: str) -> Any:
+        """Return the value of a variable or expression given to an option that takes functions, also Python's own.
+
+        Raises:
+            CellError: it is not defined or cannot be evaluated.
+        """
+        own = getattr(builtins, text, None) if text not in self.namespace else None
+        return own if callable(own) else self.value(text, option)
 
     def prompt(self, text: str | None, what: str = "the prompt") -> Any:
         """Return a prompt: a text, or the value of an expression: a text, a conversation or a list of them.

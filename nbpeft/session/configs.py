@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.errors import ConfigError, UnknownMethodError, did_you_mean
 from nbpeft.names import ORIGIN_FIELDS
 
 if TYPE_CHECKING:
@@ -21,6 +21,17 @@ _NAME_FIELDS = ("target_modules", "exclude_modules")
 _ONE_NAME = re.compile(r"[\w.]+")
 
 
+_FORMS_OF_LORA = {
+    "DORA": "set use_dora = True",
+    "RSLORA": "set use_rslora = True",
+    "QLORA": "load the model in 4 bits (qlora), or add LoRA to one that is quantized already",
+    "ALORA": "set alora_invocation_tokens",
+    **{init.upper(): f'set init_lora_weights = "{init}"' for init in ("pissa", "olora", "loftq", "eva", "corda")},
+    "LORA_GA": 'set init_lora_weights = "lora_ga"',
+}
+"""Name by which a form of LoRA is known -> how it is asked for."""
+
+
 def config_class(peft_type: str = DEFAULT_METHOD) -> type[AdapterConfig]:
     """Return the config class of a method.
 
@@ -31,7 +42,10 @@ def config_class(peft_type: str = DEFAULT_METHOD) -> type[AdapterConfig]:
     from nbpeft.engine.contract.registry import config_class_of
 
     del nbpeft
-    return config_class_of(str(getattr(peft_type, "value", peft_type)).upper())
+    name = str(getattr(peft_type, "value", peft_type)).upper()
+    if (field := _FORMS_OF_LORA.get(name)) is not None:
+        raise UnknownMethodError(f"{peft_type} is a form of LoRA, not a method of its own: {field}", peft_type=name)
+    return config_class_of(name)
 
 
 def field_names(peft_type: str = DEFAULT_METHOD) -> tuple[str, ...]:

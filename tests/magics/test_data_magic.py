@@ -166,6 +166,7 @@ def test_completions_are_scored_by_functions_of_the_notebook(ready: Notebook) ->
     assert "rewards: objects of the notebook cannot be written into a script" in ready.run("%lora export t.py").line
     for option, told in (
         ("--reward evn", "'evn'"),
+        ("--reward len", "reward 'len' needs 'obj'"),
         ("--reward sums", "a reward must be a function"),
         ("--objective grpo", "grpo needs --reward: functions"),
         ("--reward even --objective dpo", "rewards require --objective grpo"),

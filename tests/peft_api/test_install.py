@@ -168,6 +168,8 @@ LIBRARIES = """
     from transformers.integrations.peft import MIN_PEFT_VERSION
     assert transformers.utils.is_peft_available() and accelerate.utils.is_peft_available()
     check_peft_version(MIN_PEFT_VERSION)
+    import peft.config
+    assert peft.config.__version__ == peft.__version__
     base = torch.nn.Sequential(torch.nn.Linear(2, 2))
     assert not accelerate.utils.is_peft_model(base) and not transformers.trainer_utils._is_peft_model(base)
     model = get_peft_model(base, LoraConfig(target_modules=["0"]))

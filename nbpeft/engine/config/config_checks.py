@@ -160,11 +160,11 @@ def check_positive(name: str, value: Any, *, field: str = "") -> None:
         raise ConfigError(f"{name} must be above 0, not {value:g}", field=field or name)
 
 
-def check_not_negative(name: str, value: Any) -> None:
-    """Raises ConfigError for a value that is not a finite number of at least 0."""
-    check_number(name, value)
+def check_not_negative(name: str, value: Any, *, field: str = "") -> None:
+    """Raises ConfigError for a value that is not a finite number of at least 0; see ``check_count``."""
+    check_number(name, value, field=field)
     if value < 0:
-        raise ConfigError(f"{name} must not be negative, as {value} is", field=name)
+        raise ConfigError(f"{name} must not be negative, as {value} is", field=field or name)
 
 
 def check_share(name: str, value: float | None) -> None:

@@ -285,7 +285,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     line["score"] = None if score is None else notebook.data(score, "--score")
     line["metric"] = None if metric is None else [metric_of(word, notebook) for word in metric]
     rewards = getattr(options, "rewards", None)
-    line["rewards"] = None if rewards is None else [notebook.value(word, "--reward") for word in rewards]
+    line["rewards"] = None if rewards is None else [notebook.function(word, "--reward") for word in rewards]
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
     given = {name: value for name, value in {**line, **chats_of(options)}.items() if value is not None}

@@ -14,7 +14,7 @@ from torch import nn
 from nbpeft.engine.config.config_checks import (
     check_choice,
     check_count,
-    check_number,
+    check_not_negative,
     check_share,
     check_target_fields,
     checked_pattern,
@@ -190,10 +190,10 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     def _check_numbers(self) -> None:
         self.r = plain(self.r)
         check_count("r", self.r)
-        check_number("lora_alpha", self.lora_alpha)
+        check_not_negative("lora_alpha", self.lora_alpha)
         check_share("lora_dropout", self.lora_dropout)
         self.rank_pattern = checked_pattern("rank_pattern", self.rank_pattern, check_count)
-        self.alpha_pattern = checked_pattern("alpha_pattern", self.alpha_pattern, check_number)
+        self.alpha_pattern = checked_pattern("alpha_pattern", self.alpha_pattern, check_not_negative)
 
     def _check_choices(self) -> None:
         check_choice("bias", self.bias, _BIASES)

@@ -27,7 +27,6 @@ from nbpeft.engine.config.config_checks import (
     check_count,
     check_linear_or_conv2d,
     check_not_negative,
-    check_number,
     check_share,
 )
 from nbpeft.engine.config.targets import usual_wide_targets
@@ -122,7 +121,7 @@ class AdaLoraConfig(LoraConfig):
     def _check_numbers(self) -> None:
         for name in ("init_r", "target_r", "deltaT", "total_step"):
             check_count(name, getattr(self, name))
-        check_number("lora_alpha", self.lora_alpha)
+        check_not_negative("lora_alpha", self.lora_alpha)
         for name in ("orth_reg_weight", "tinit", "tfinal"):
             check_not_negative(name, getattr(self, name))
         for name in ("beta1", "beta2"):
