@@ -44,6 +44,12 @@ QUANTIZATIONS = (*QUANT_TYPES, "int8")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
 """Optimizers that memory plans and completion offer; forecasts support more."""
 
+BATCH_SIZE = 8
+"""Default number of rows per step of a training, and so of a plan and a forecast; that of ``TrainingArguments``."""
+
+MAX_LENGTH = 1024
+"""Default number of tokens to which rows are cut, if tokenizer and model allow more; also in plans and forecasts."""
+
 LOSS_CHUNK_SIZE = 128
 """Default number of tokens whose logits are in memory at once for the loss of a language model."""
 

@@ -15,16 +15,16 @@ from nbpeft.magics.parse import Argument, Subcommand
 FOR_AGENTS = "--agent"
 _AGENTS = "AGENTS.md"
 _CELLS = "Set up and train"
-_GROUPS: dict[str, tuple[str, ...]] = {
+GROUPS: dict[str, tuple[str, ...]] = {
     "Which adapters are active": ("use", "off", "on", "scale", "freeze", "unfreeze"),
     "Adapters of a model": ("add", "load", "save", "push", "ship", "rename", "copy", "delete", "reset", "undo"),
     "Base weights": ("merge", "unmerge", "unload"),
-    "See and compare": ("panel", "ask", "compare", "inspect", "memory", "data", "runs", "result"),
-    "Several adapters": ("combine", "blend", "swap"),
-    "While it trains": ("pause", "continue", "stop", "clone"),
-    "Plan, resume, export": ("plan", "resume", "export", "traceback", "doctor"),
+    "Plan and look at data": ("methods", "plan", "data"),
+    "See and compare": ("ask", "compare", "score", "panel", "inspect", "memory"),
+    "Several adapters": ("combine", "convert", "swap"),
+    "Trainings": ("watch", "pause", "continue", "stop", "clone", "result", "runs", "resume", "export"),
+    "When something fails": ("doctor", "traceback"),
 }
-_MORE = "More"
 _WIDTH = 88
 """The width of plain text, in characters: JupyterLab's tooltip shows about 90."""
 _WHICH_MODEL = "If several models have adapters, --model names the one to use."
@@ -33,6 +33,7 @@ _FIELDS = {
     "training": "a field of TrainingArguments; in a cell one per line, name = value. The default learning_rate follows "
     "from method, model and objective, and the card says which it is: for LoRA 1.3e-3 at a width of 576 and 2.9e-4 at "
     "4,096, for preferences and rewards a tenth of that",
+    "plan": "a field of the config, the quantization or the training, as in their cells",
     "qlora": "a field of the quantization or of the config; in a cell one per line, name = value",
 }
 
@@ -128,11 +129,9 @@ def argument_help(item: Argument) -> str:
 
 def main_help(cells: Mapping[str, Subcommand], subcommands: Mapping[str, Subcommand]) -> HelpText:
     """The help of ``%lora``: every command in its group, with an example and a summary."""
-    grouped = {name for names in _GROUPS.values() for name in names}
-    groups = {**_GROUPS, _MORE: tuple(name for name in subcommands if name not in grouped)}
     sections = {_CELLS: tuple(_overview(command, f"%%{name}") for name, command in cells.items())}
     status = ("%lora", "Show the adapted models and their adapters.")
-    for title, names in groups.items():
+    for title, names in GROUPS.items():
         rows = tuple(_overview(subcommands[name], f"%lora {name}") for name in names if name in subcommands)
         sections[title] = (status, *rows) if title == "See and compare" else rows
     ending = (
@@ -148,7 +147,7 @@ def _overview(command: Subcommand, prog: str) -> tuple[str, str]:
 
 
 def _usage(item: Argument) -> str:
-    """How an argument is written: ``--batch N``, ``MODEL``."""
+    """How an argument is written: ``--batch-size N``, ``MODEL``."""
     choices = item.options.get("choices")
     usual = f"{{{','.join(choices)}}}" if choices else item.flags[0].lstrip("-")
     given = item.options.get("metavar") or usual
@@ -160,5 +159,5 @@ def _usage(item: Argument) -> str:
 
 
 def _help(item: Argument) -> str:
-    text = str(item.options.get("help", "")).replace("%%", "%")
+    text = str(item.options.get("help", ""))
     return f"{text} (required)" if item.options.get("required") else text

@@ -238,7 +238,7 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
         runs=magics.session.run_names,
         methods=magics.session.method_names,
         combinations=magics.session.combination_types,
-        fields={kind: partial(magics.session.fields, kind) for kind in ("config", "training", "qlora")},
+        fields={kind: partial(magics.session.fields, kind) for kind in ("config", "training", "qlora", "plan")},
         values=values,
         modules=modules,
     )

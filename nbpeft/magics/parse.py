@@ -324,8 +324,8 @@ def parse_line(
     return parse_arguments(subcommands[name], f"%lora {name}", words[1:], namespace)
 
 
-_MEANT = {"name": "adapter"}
-"""Options of other commands -> what they are called in this one, if it has no such option."""
+_MEANT = {"name": "adapter", "batch": "batch-size", "seq": "max-length"}
+"""Options of other commands, and former ones -> what they are called in this one, if it has no such option."""
 _COUNTS = ("limit", "max-rows", "max_rows", "num-rows", "num_rows")
 """Options of other tools for the number of rows."""
 _SYNONYMS = {
@@ -340,6 +340,8 @@ _SYNONYMS = {
     "enable": "on",
     "disable": "off",
     "generate": "ask",
+    "eval": "score",
+    "evaluate": "score",
     "upload": "push",
 }
 """Words that other tools use for a command; empty for the magic alone."""

@@ -58,12 +58,12 @@ class Setting:
     architecture: Architecture
     adapter_config: AdapterConfig | None
     batch_size: int
-    sequence_length: int
+    max_length: int
     dtype: torch.dtype
     quantization: str | None
     double_quant: bool
     gradient_checkpointing: bool
-    optimizer: str
+    optim: str
     training: bool
     on_cpu: bool = False
     loss_chunk_size: int = LOSS_CHUNK_SIZE
@@ -72,7 +72,7 @@ class Setting:
     adapters: int = 1
     quantized_experts: bool = True
     processes: int = 1
-    sharded: bool = False
+    fsdp: bool = False
     reference: str | None = None
     generation: bool = False
     bfloat16: bool = True
@@ -83,13 +83,13 @@ class Setting:
 
         The loss is computed for one adapter after the other, so a chunk contains only tokens of one of them.
         """
-        chunk = min(self.loss_chunk_size, self.batch_size * self.sequence_length)
+        chunk = min(self.loss_chunk_size, self.batch_size * self.max_length)
         return replace(self, adapters=1, batch_size=self.batch_size * self.together, loss_chunk_size=chunk)
 
     @property
     def together(self) -> int:
         """Number of adapters that one pass over the model trains."""
-        return members_together(self.adapters, self.batch_size * self.sequence_length, on_cpu=self.on_cpu)
+        return members_together(self.adapters, self.batch_size * self.max_length, on_cpu=self.on_cpu)
 
     def key(self, *, step: bool) -> str:
         """Return a key that is equal for settings with the same weights or, with ``step``, with the same step."""
@@ -103,7 +103,7 @@ class Setting:
             self.quantized_experts,
         ]
         if step:
-            fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training, self.on_cpu]
+            fields += [self.batch_size, self.max_length, self.gradient_checkpointing, self.training, self.on_cpu]
             fields += [self.loss_chunk_size, self.recompute, self.packing]
         return json.dumps(fields, sort_keys=True, default=str)
 
@@ -163,7 +163,7 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
     return for_one_process(
         parts,
         setting.processes,
-        sharded=setting.sharded,
+        sharded=setting.fsdp,
         base_bytes=sum(weights.kinds.values()),
         shardable_bytes=weights.shardable_bytes,
         layer_bytes=weights.layer_bytes,
@@ -180,8 +180,8 @@ def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     parts = [MemoryPart("base weights", base, kinds), MemoryPart("adapters", weights.adapter_bytes * setting.adapters)]
     if not setting.training:
         return (*parts, MemoryPart("KV cache", step.result), MemoryPart("temporary", step.total - step.result))
-    states = state_bytes(setting.optimizer, weights.trained) * setting.adapters
-    paged = "paged: may go to the host" if kind_of(setting.optimizer)[1] else setting.optimizer
+    states = state_bytes(setting.optim, weights.trained) * setting.adapters
+    paged = "paged: may go to the host" if kind_of(setting.optim)[1] else setting.optim
     parts.append(MemoryPart("optimizer", states, paged))
     sizes = weights.trained_sizes
     if setting.reference == START:
@@ -274,14 +274,14 @@ def _scanned_peak(setting: Setting) -> Peak | None:
     Each position of such a model costs the same. So the peak is extrapolated from runs with the same number of tokens
     in more and shorter rows, which take seconds instead of minutes.
     """
-    length, longest = setting.sequence_length, _SCANNED[-1]
+    length, longest = setting.max_length, _SCANNED[-1]
     if length <= 2 * longest or weights_of(setting).attends:
         return None
     below = length - length % longest
-    peak = _in_more_rows(replace(setting, sequence_length=below))
+    peak = _in_more_rows(replace(setting, max_length=below))
     if below == length:
         return peak
-    return peak.towards(_in_more_rows(replace(setting, sequence_length=below + longest)), (length - below) / longest)
+    return peak.towards(_in_more_rows(replace(setting, max_length=below + longest)), (length - below) / longest)
 
 
 def _in_more_rows(setting: Setting) -> Peak:
@@ -289,8 +289,8 @@ def _in_more_rows(setting: Setting) -> Peak:
 
     Two runs are needed, because each row has a fixed cost in addition to that of its tokens.
     """
-    tokens = setting.batch_size * setting.sequence_length
-    runs = (replace(setting, batch_size=tokens // size, sequence_length=size) for size in _SCANNED)
+    tokens = setting.batch_size * setting.max_length
+    runs = (replace(setting, batch_size=tokens // size, max_length=size) for size in _SCANNED)
     first, second = (_extrapolated_peak(run) or run_step(run) for run in runs)
     most, fewer = (tokens // size for size in _SCANNED)
     return first.towards(second, (most - setting.batch_size) / (most - fewer))
@@ -344,9 +344,9 @@ def _run(setting: Setting, path: str) -> Peak | None:
 def _too_long(setting: Setting) -> str:
     """Return the reason that the sequence is longer than the model's positions, or the empty string."""
     positions = getattr(setting.architecture.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or setting.sequence_length <= positions:
+    if not isinstance(positions, int) or setting.max_length <= positions:
         return ""
-    return f"sequence_length {setting.sequence_length} exceeds its {positions} positions"
+    return f"max_length {setting.max_length} exceeds its {positions} positions"
 
 
 def _prepared(setting: Setting, layers: int | None) -> nn.Module:
@@ -404,7 +404,7 @@ def _checkpoint(model: nn.Module) -> None:
 
 def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> None:
     batch: dict[str, Any] = dict(
-        setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True, packed=setting.packing)
+        setting.architecture.batch(setting.batch_size, setting.max_length, labels=True, packed=setting.packing)
     )
     if setting.packing:  # with a cache, transformers models ignore that a sequence contains several rows
         batch["use_cache"] = False
@@ -424,7 +424,7 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
 
 
 def _prefill(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> Any:
-    batch: dict[str, Any] = dict(setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=False))
+    batch: dict[str, Any] = dict(setting.architecture.batch(setting.batch_size, setting.max_length, labels=False))
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         batch["logits_to_keep"] = 1
     with torch.no_grad():
@@ -438,7 +438,7 @@ def _output(model: nn.Module, setting: Setting, batch: Mapping[str, Any]) -> Any
     method = None if setting.adapter_config is None else method_of(setting.adapter_config)
     if manager is None or method is None or not method.calls.arguments:
         return model(**batch)
-    shape = (setting.batch_size, setting.sequence_length)
+    shape = (setting.batch_size, setting.max_length)
     shapes = {name: shape if name in method.calls.token_arguments else shape[:1] for name in method.calls.arguments}
     given = {name: torch.zeros(size, dtype=torch.long) for name, size in shapes.items()}
     with manager.active_state.call(lambda: prepared(manager.configs, manager.active_state.current(), (), given)):

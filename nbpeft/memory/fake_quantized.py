@@ -21,6 +21,8 @@ from nbpeft.engine.kernels.quantized_matrices import BLOCK, Form, QuantizedMatri
 from nbpeft.engine.kernels.storage import StoredWeight
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.wrappers.layer import AdaptedLayer
+from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.names import QUANT_TYPES
 
 
 def quantized_bytes(layer: nn.Module, kind: str, *, double: bool) -> int:
@@ -188,3 +190,17 @@ class _Product(torch.autograd.Function):
         weight = gradient.new_empty((layer.out_features, layer.in_features))
         bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return gradient @ weight, bias, None
+
+
+def quantization_of(bits: int, quant_type: str = "nf4") -> str:
+    """Return the format of weights that are quantized to so many bits: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+
+    Raises:
+        ConfigError: a value is invalid.
+    """
+    if bits not in (4, 8) or isinstance(bits, bool):
+        raise ConfigError(f"bits is {bits!r}; expected 4 or 8", field="bits")
+    if quant_type not in QUANT_TYPES:
+        near = did_you_mean(str(quant_type), QUANT_TYPES)
+        raise ConfigError(f"quant_type is {quant_type!r}; expected 'nf4' or 'fp4'.{near}", field="quant_type")
+    return "int8" if bits == 8 else quant_type

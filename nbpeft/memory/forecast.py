@@ -20,13 +20,14 @@ from nbpeft.engine.tree.model_tree import base_model_of, experts_to_quantize
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.losses import check_chunk_size
 from nbpeft.memory.architecture import Architecture, architecture_of
+from nbpeft.memory.checkpointing import is_checkpointing
 from nbpeft.memory.devices import device_memory, has_bfloat16, is_cpu, placed_on
 from nbpeft.memory.estimate import Setting, estimate
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.measure import weights_by_kind
 from nbpeft.memory.optimizers import kind_of
 from nbpeft.memory.suggest import Suggestion, suggest
-from nbpeft.names import LOSS_CHUNK_SIZE, QUANTIZATIONS
+from nbpeft.names import BATCH_SIZE, LOSS_CHUNK_SIZE, MAX_LENGTH, QUANTIZATIONS
 from nbpeft.state import MemoryPart
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -81,13 +82,13 @@ def forecast(
     model_or_config: Any,
     adapter_config: AdapterConfig | None = None,
     *,
-    batch_size: int = 1,
-    sequence_length: int = 512,
+    batch_size: int = BATCH_SIZE,
+    max_length: int | None = None,
     dtype: torch.dtype | str | None = None,
     quantization: str | None = None,
     double_quant: bool = True,
-    gradient_checkpointing: bool = False,
-    optimizer: str = "adamw",
+    gradient_checkpointing: bool | None = None,
+    optim: str = "adamw",
     training: bool = True,
     packing: bool = False,
     adapters: int = 1,
@@ -95,11 +96,13 @@ def forecast(
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
     recompute: bool = True,
     processes: int = 1,
-    sharded: bool = False,
+    fsdp: bool = False,
     reference: str | None = None,
     generation: bool = False,
 ) -> Forecast:
     """Estimate the peak memory of a training or inference step from shapes alone; no weights are loaded.
+
+    Batch, length and checkpointing are by default the training's.
 
     Three layers of the model are run on fake tensors, and further layers are extrapolated; weights, adapters and
     optimizer state are exact. Scratch space inside single kernels, the CUDA context (0.3-0.6 GB) and fragmentation are
@@ -110,16 +113,18 @@ def forecast(
     Args:
         model_or_config: a transformers model, its config, a folder, or a hub id.
         adapter_config: config of the adapter; None for the model alone, all of whose parameters are then trained.
-        batch_size: sequences per step. A row with a chosen and a rejected completion has two, and computing the
-            reference of ``dpo`` needs no more memory than its training step.
-        sequence_length: tokens per sequence, including padding, i.e. the length of the longest row; with ``packing``
-            the tokens of all rows in a sequence; in inference the tokens of prompt and answer.
+        batch_size: sequences per step, 8 by default. A row with a chosen and a rejected completion has two, and
+            computing the reference of ``dpo`` needs no more memory than its training step.
+        max_length: tokens per sequence, including padding, i.e. the length of the longest row; with ``packing``
+            the tokens of all rows in a sequence; in inference the tokens of prompt and answer. By default the length
+            to which a training cuts rows: 1024, or the model's positions if it has fewer.
         dtype: dtype of weights and activations; by default the model's.
         quantization: format of linear layers: ``"nf4"``, ``"fp4"`` or ``"int8"``; None for that of the model or its
             config.
         double_quant: whether 4-bit constants are quantized too.
-        gradient_checkpointing: save only the inputs of layers and recompute the rest in backward.
-        optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a value of ``TrainingArguments.optim``.
+        gradient_checkpointing: save only the inputs of layers and recompute the rest in backward. By default as the
+            model is set; on if quantized weights would be loaded, because preparing it for training switches it on.
+        optim: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a value of ``TrainingArguments.optim``.
         training: whether to forecast forward, backward and optimizer step; False for the prefill of a KV cache.
         packing: whether each sequence contains several rows, for which some attention implementations need a mask.
         adapters: number of adapters that are trained side by side, each with its own batch of ``batch_size``.
@@ -130,10 +135,10 @@ def forecast(
         recompute: recompute activation functions and norms in backward, as ``nbpeft.train`` does by default.
         processes: number of processes that train together, each with its own batch and device; the result is the
             memory of one of them.
-        sharded: whether the processes shard the model (FSDP2) instead of each having a copy (DDP).
+        fsdp: whether the processes shard the model (FSDP2) instead of each having a copy (DDP).
         reference: ``"start"`` if the loss compares the trained weights with a copy of those at the beginning, as
             ``dpo`` does for an adapter that is trained already; any other reference needs no memory.
-        generation: whether as many completions are generated before each step, as by ``grpo``; ``sequence_length`` is
+        generation: whether as many completions are generated before each step, as by ``grpo``; ``max_length`` is
             then that of prompt and completion.
 
     Returns:
@@ -147,16 +152,18 @@ def forecast(
     stored = stored_as(model_or_config, architecture.config)
     if quantization is None:
         quantization, double_quant = stored.quantization, stored.double_quant if stored.quantization else double_quant
+    if gradient_checkpointing is None:
+        gradient_checkpointing = default_checkpointing(model_or_config, architecture, quantization, stored)
     setting = setting_of(
         architecture,
         adapter_config,
         batch_size=batch_size,
-        sequence_length=sequence_length,
+        max_length=default_length(architecture.config) if max_length is None else max_length,
         dtype=dtype,
         quantization=quantization,
         double_quant=double_quant,
         gradient_checkpointing=gradient_checkpointing,
-        optimizer=optimizer,
+        optim=optim,
         training=training,
         packing=packing,
         adapters=adapters,
@@ -165,7 +172,7 @@ def forecast(
         loss_chunk_size=loss_chunk_size,
         recompute=recompute,
         processes=processes,
-        sharded=sharded,
+        fsdp=fsdp,
         reference=reference,
         generation=generation,
         quantized_experts=stored.experts or quantization != stored.quantization,
@@ -189,27 +196,38 @@ def setting_of(
     setting = Setting(
         architecture, adapter_config, dtype=_dtype(dtype, architecture.config), quantization=quantization, **fields
     )
-    for name in ("batch_size", "sequence_length", "adapters", "processes"):
+    for name in ("batch_size", "max_length", "adapters", "processes"):
         if type(value := getattr(setting, name)) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
-    for name in ("gradient_checkpointing", "training", "double_quant", "recompute", "packing", "sharded", "generation"):
+    for name in ("gradient_checkpointing", "training", "double_quant", "recompute", "packing", "fsdp", "generation"):
         if not isinstance(value := getattr(setting, name), bool):
             raise ConfigError(f"{name} is {value!r}; expected True or False")
-    kind_of(setting.optimizer)
+    kind_of(setting.optim)
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        near = did_you_mean(str(quantization), QUANTIZATIONS)
+        raise ConfigError(f"quantization {quantization!r} is not one of {', '.join(QUANTIZATIONS)} or None.{near}")
     if not isinstance(setting.reference, str | None):
         raise ConfigError(f"reference is {setting.reference!r:.60}; expected 'base', 'start' or the name of an adapter")
-    _check_quantization(quantization)
     check_chunk_size(setting.loss_chunk_size)
     return setting
 
 
-def _check_quantization(kind: str | None) -> None:
-    if kind is not None and kind not in QUANTIZATIONS:
-        raise ConfigError(
-            f"quantization {kind!r} is not one of {', '.join(QUANTIZATIONS)} or None."
-            + did_you_mean(str(kind), QUANTIZATIONS),
-            quantization=kind,
-        )
+def default_length(config: Any) -> int:
+    """Return the default of ``max_length`` for a model with this config: that of a training, or its positions."""
+    return min(MAX_LENGTH, int(getattr(config, "max_position_embeddings", None) or MAX_LENGTH))
+
+
+def default_checkpointing(source: Any, architecture: Architecture, quantization: str | None, stored: Stored) -> bool:
+    """Return whether a training recomputes activations by default; see ``forecast``.
+
+    Args:
+        source: a model, or what a forecast takes instead of one.
+        architecture: its architecture.
+        quantization: format of the linear layers in training.
+        stored: format of those of the model or config.
+    """
+    to_load = not isinstance(source, nn.Module) or quantization != stored.quantization
+    return is_checkpointing(source) or (quantization is not None and to_load and architecture.checkpoints)
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:

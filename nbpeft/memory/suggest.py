@@ -126,7 +126,7 @@ class _Search:
         yield from _switches(setting)
         if (size := setting.batch_size) > 1:
             yield self._largest(_batch, size, 1) or _batch(setting, size // 2)
-        if (length := setting.sequence_length) > _LENGTH_STEP:
+        if (length := setting.max_length) > _LENGTH_STEP:
             yield self._largest(_length, length, _LENGTH_STEP) or _length(setting, length // 2)
         yield from _smaller_adapter(setting)
 
@@ -187,7 +187,7 @@ class _Search:
             fewer = [change for other, change in changes.items() if other != field]
             if fewer and self._fits(fewer):
                 del changes[field]
-        ways = (("sequence_length", _length, _LENGTH_STEP), ("batch_size", _batch, 1))
+        ways = (("max_length", _length, _LENGTH_STEP), ("batch_size", _batch, 1))
         for field, change_to, step in ways:
             if field in changes:
                 others = [change for other, change in changes.items() if other != field]
@@ -210,14 +210,14 @@ def _switches(setting: Setting) -> Iterator[_Change]:
     if setting.dtype == torch.float32:
         half = torch.bfloat16 if setting.bfloat16 else torch.float16
         yield _Change("dtype", half, f"dtype float32 -> {str(half).removeprefix('torch.')}", "rounds weights")
-    for kind in ("nf4", "int8"):
+    for kind, text in (("nf4", "bits=4"), ("int8", "bits=8")):
         if setting.quantization is None and (setting.adapter_config is not None or not setting.training):
-            yield _Change("quantization", kind, f"quantization={kind!r}", "rounds weights")
+            yield _Change("quantization", kind, text, "rounds weights")
     if setting.quantization == "int8":
-        yield _Change("quantization", "nf4", "quantization int8 -> nf4", "rounds weights more")
-    if setting.training and kind_of(setting.optimizer)[0] == "adamw":
-        text = f"optimizer {setting.optimizer} -> adamw_8bit"
-        yield _Change("optimizer", "adamw_8bit", text, "needs bitsandbytes")
+        yield _Change("quantization", "nf4", "bits 8 -> 4", "rounds weights more")
+    if setting.training and kind_of(setting.optim)[0] == "adamw":
+        text = f"optim {setting.optim} -> adamw_8bit"
+        yield _Change("optim", "adamw_8bit", text, "needs bitsandbytes")
 
 
 def _batch(setting: Setting, size: int) -> _Change:
@@ -231,8 +231,8 @@ def _batch(setting: Setting, size: int) -> _Change:
 
 
 def _length(setting: Setting, length: int) -> _Change:
-    text = f"sequence_length {setting.sequence_length} -> {length}"
-    return _Change("sequence_length", length, text, "truncates longer texts")
+    text = f"max_length {setting.max_length} -> {length}"
+    return _Change("max_length", length, text, "truncates longer texts")
 
 
 def _smaller_adapter(setting: Setting) -> Iterator[_Change]:
@@ -250,11 +250,11 @@ def _ladder(setting: Setting) -> Iterator[_Change]:
     for field in ("gradient_checkpointing", "dtype"):
         if field in switches:
             yield switches[field]
-    batch, length = setting.batch_size, setting.sequence_length
+    batch, length = setting.batch_size, setting.max_length
     while batch > 1:
         batch //= 2
         yield _batch(setting, batch)
-    for field in ("quantization", "optimizer"):
+    for field in ("quantization", "optim"):
         if field in switches:
             yield switches[field]
     yield from _smaller_adapter(setting)

@@ -118,6 +118,10 @@ SYNONYMS = {
     "dora": "use_dora",
     "rslora": "use_rslora",
     "init": "init_lora_weights",
+    "quant": "bits",
+    "checkpointing": "gradient_checkpointing",
+    "sharded": "fsdp",
+    "optimizer": "optim",
 }
 """Common wrong names -> the field that is meant, where spelling alone does not suggest it."""
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nbpeft.names import DTYPES, LOSS_CHUNK_SIZE, ORIGIN_FIELDS, QUANT_TYPES
+from nbpeft.names import DTYPES, LOSS_CHUNK_SIZE, OPTIMIZERS, ORIGIN_FIELDS, QUANT_TYPES
 from nbpeft.session.configs import DEFAULT_METHOD, SYNONYMS, config_class, method_names
 from nbpeft.session.handles import uncompiled
 from nbpeft.training.objectives.objective import fields_by_name, names
@@ -80,17 +80,22 @@ _QUANTIZATION = (
     Field("max_memory", "dict", "None", "Bytes for each device, with device_map."),
 )
 
+PLAN_FIELDS = (
+    *("bits", "quant_type", "double_quant", "gradient_checkpointing", "optim", "fsdp", "loss_chunk_size", "recompute"),
+)
+"""Fields of a training and of a quantization that affect the memory of a step."""
+
 
 def fields(kind: str, method: str = "") -> Mapping[str, Field]:
     """Returns the fields of a cell, without those that would be refused.
 
     Args:
-        kind: ``config``, ``training`` or ``qlora``.
+        kind: ``config``, ``training``, ``qlora`` or ``plan``.
         method: the method of a config; LoRA if empty.
     """
     if kind == "training":
         return {field.name: field for field in _training()}
-    own = _QUANTIZATION if kind == "qlora" else ()
+    own = _QUANTIZATION if kind == "qlora" else _plan() if kind == "plan" else ()
     return {field.name: field for field in (*own, *_config(method))}
 
 
@@ -138,6 +143,14 @@ def _config(method: str) -> Iterator[Field]:
         modules = item.name in _MODULE_FIELDS
         choices = _MODULE_FIELDS[item.name] if modules else cls.choices.get(item.name, field.choices)
         yield dataclasses.replace(field, choices=choices, modules=modules)
+
+
+def _plan() -> Iterator[Field]:
+    """Yields the fields of a training and of a quantization that affect the memory of a step."""
+    found = {field.name: field for field in (*_training(), *_QUANTIZATION) if field.name in PLAN_FIELDS}
+    if "optim" in found:
+        found["optim"] = dataclasses.replace(found["optim"], choices=OPTIMIZERS)
+    yield from found.values()
 
 
 def _training() -> Iterator[Field]:

@@ -56,11 +56,11 @@ class PlanControls:
     def __init__(self, command: Command, title: str, settings: PlanSettings, device: str) -> None:
         self._training = settings.training
         self._batch = LogSlider("batch", BATCHES, settings.batch_size, command)
-        self._length = LogSlider("sequence length", LENGTHS, settings.sequence_length, command)
+        self._length = LogSlider("sequence length", LENGTHS, settings.max_length, command)
         self._rank = None if settings.rank is None else LogSlider("rank", RANKS, settings.rank, command)
         self._dtype = _choice("dtype", [(name, name) for name in DTYPES], settings.dtype, 104, command)
         self._kind = _choice("quantization", _QUANTIZATIONS, settings.quantization or "", 84, command)
-        self._optimizer = _choice("optimizer", [(name, name) for name in OPTIMIZERS], settings.optimizer, 136, command)
+        self._optimizer = _choice("optimizer", [(name, name) for name in OPTIMIZERS], settings.optim, 136, command)
         self._again = ipywidgets.Checkbox(
             value=settings.gradient_checkpointing,
             description="gradient checkpointing",

@@ -81,7 +81,7 @@ def test_an_unknown_id_is_one_line(
         with pytest.raises(CheckpointNotFoundError, match="the hub is offline or cannot be reached"):
             read_config("some/thing", endpoint=unreachable, cache_dir=str(tmp_path))
         loaded = notebook.run("%lora load some/thing --name b")
-        planned = notebook.run("%lora plan some/base --batch 1 --seq 8")
+        planned = notebook.run("%lora plan some/base --batch-size 1 --max-length 8")
         quantized = notebook.run("%%qlora some/base --as q --name x\nbits = 4")
     assert "the hub is offline or cannot be reached" in loaded.line
     assert "cannot read the config of 'some/base'" in planned.line
@@ -93,7 +93,7 @@ def test_an_unknown_id_is_one_line(
 def test_a_config_with_a_value_of_another_type_is_one_line(tmp_path: Path, notebook: Notebook) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
     reason = "Validation error for field 'hidden_size'"
-    planned = notebook.run(f"%lora plan {tmp_path} --batch 1 --seq 8")
+    planned = notebook.run(f"%lora plan {tmp_path} --batch-size 1 --max-length 8")
     assert f"cannot read the config of '{tmp_path}': {reason}" in planned.line
     with pytest.raises(CheckpointNotFoundError, match=f"has no model config: {reason}"):
         meta_model(tmp_path)

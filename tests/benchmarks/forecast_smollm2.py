@@ -20,15 +20,15 @@ from nbpeft.model.quantization.quantize import load_quantized
 from tests.memory.measured_peak import Step, real_step
 
 CASES: tuple[dict[str, Any], ...] = (
-    {"dtype": "float32", "batch_size": 4, "sequence_length": 128},
-    {"dtype": "bfloat16", "batch_size": 4, "sequence_length": 128},
-    {"dtype": "bfloat16", "batch_size": 2, "sequence_length": 512, "gradient_checkpointing": True},
-    {"dtype": "bfloat16", "batch_size": 4, "sequence_length": 256, "training": False},
-    {"dtype": "float32", "batch_size": 4, "sequence_length": 128, "quantization": "nf4"},
-    {"dtype": "bfloat16", "batch_size": 4, "sequence_length": 128, "quantization": "nf4", "r": 64},
-    {"dtype": "bfloat16", "batch_size": 4, "sequence_length": 256, "quantization": "nf4",
+    {"dtype": "float32", "batch_size": 4, "max_length": 128},
+    {"dtype": "bfloat16", "batch_size": 4, "max_length": 128},
+    {"dtype": "bfloat16", "batch_size": 2, "max_length": 512, "gradient_checkpointing": True},
+    {"dtype": "bfloat16", "batch_size": 4, "max_length": 256, "training": False},
+    {"dtype": "float32", "batch_size": 4, "max_length": 128, "quantization": "nf4"},
+    {"dtype": "bfloat16", "batch_size": 4, "max_length": 128, "quantization": "nf4", "r": 64},
+    {"dtype": "bfloat16", "batch_size": 4, "max_length": 256, "quantization": "nf4",
      "gradient_checkpointing": True},
-    {"dtype": "bfloat16", "batch_size": 2, "sequence_length": 128, "quantization": "int8"},
+    {"dtype": "bfloat16", "batch_size": 2, "max_length": 128, "quantization": "int8"},
 )  # fmt: skip
 
 
@@ -53,8 +53,8 @@ def measured(case: Mapping[str, Any]) -> Row:
     resident = device_memory(torch.device("cpu")).used
     model = _loaded(dtype, quantization)
     architecture = architecture_of(model.config, adapter)
-    settings_there = {"dtype": dtype, "quantization": quantization, "device": "cpu"}
-    foreseen = forecast(architecture, adapter, **settings_there, **settings).peak_bytes
+    settings_there = {"dtype": dtype, "quantization": quantization, "device": "cpu", "gradient_checkpointing": False}
+    foreseen = forecast(architecture, adapter, **settings_there | settings).peak_bytes
     return Row(foreseen, real_step(model, architecture, adapter, resident=resident, **settings))
 
 
@@ -96,7 +96,7 @@ def words(case: Mapping[str, Any]) -> str:
         case.get("quantization", ""),
         case["dtype"],
         f"batch {case['batch_size']}",
-        f"length {case['sequence_length']}",
+        f"length {case['max_length']}",
         f"r {case.get('r', 16)}",
         "checkpointing" if case.get("gradient_checkpointing") else "",
         "" if case.get("training", True) else "inference",

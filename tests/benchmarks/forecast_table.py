@@ -95,18 +95,18 @@ LIT_NF4_REMARK = f"{LIT_REMARK}; bitsandbytes 0.41 kept inputs of frozen layers 
 UNSLOTH = "Unsloth README, column Hugging Face + FA2: longest context on"
 UNSLOTH_REMARK = "the GPU's size, not a peak; checkpointing, optimizer, double quantization and versions not published"
 QV = ("q_proj", "v_proj")
-BF16: dict[str, Any] = {"dtype": "bfloat16"}
+BF16: dict[str, Any] = {"dtype": "bfloat16", "gradient_checkpointing": False}
 NF4: dict[str, Any] = BF16 | {"quantization": "nf4"}
 
 
 def _litgpt(name: str, values: Mapping[str, Any], batch: int, figure: str, **settings: Any) -> Published:
-    sizes = BF16 | {"batch_size": batch, "sequence_length": 1304} | settings
+    sizes = BF16 | {"batch_size": batch, "max_length": 1304} | settings
     remark = LIT_NF4_REMARK if "quantization" in settings else LIT_REMARK
     return Published(name, _llama(values), {"r": 8, "target_modules": QV}, sizes, figure, LITGPT, remark)
 
 
 def _unsloth(name: str, values: Mapping[str, Any], length: int, memory: str) -> Published:
-    sizes = NF4 | {"sequence_length": length, "gradient_checkpointing": True, "optimizer": "adamw_8bit"}
+    sizes = NF4 | {"max_length": length, "gradient_checkpointing": True, "optim": "adamw_8bit"}
     adapter = {"r": 32, "target_modules": "all-linear"}
     return Published(name, _llama(values), adapter, sizes, f"{memory} GPU", f"{UNSLOTH} {memory}", UNSLOTH_REMARK)
 
@@ -119,7 +119,7 @@ PUBLISHED: tuple[Published, ...] = (
     _litgpt("Llama 2 13B", LLAMA_2_13B, 1, "38.12 GB"),
     _litgpt("Llama 2 13B", LLAMA_2_13B, 1, "22.55 GB", quantization="nf4"),
     Published(
-        "Llama 2 70B", _llama(LLAMA_2_70B), {}, NF4 | {"sequence_length": 2048, "training": False}, "37.21 GB",
+        "Llama 2 70B", _llama(LLAMA_2_70B), {}, NF4 | {"max_length": 2048, "training": False}, "37.21 GB",
         LITGPT, "inference; the length is not published",
     ),
     _unsloth("Llama 3.1 8B", LLAMA_3_8B, 932, "12 GB"),
@@ -129,24 +129,24 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         "LLaMA 65B", _llama(LLAMA_65B), {"r": 64, "target_modules": "all-linear", "lora_dropout": 0.05},
         NF4
-        | {"batch_size": 4, "sequence_length": 528, "gradient_checkpointing": True, "optimizer": "paged_adamw_32bit"},
+        | {"batch_size": 4, "max_length": 528, "gradient_checkpointing": True, "optim": "paged_adamw_32bit"},
         "one 48 GB GPU", "QLoRA (arXiv 2305.14314); settings of its finetune_guanaco_65b.sh",
         "paged optimizer state may leave the GPU",
     ),
     Published(
         "Llama 3.2 3B", _llama(LLAMA_32_3B), {"r": 32, "target_modules": QV},
-        BF16 | {"batch_size": 4, "sequence_length": 768},
+        BF16 | {"batch_size": 4, "max_length": 768},
         f"{22273851392 / GIB:.2f} GiB reserved", "PEFT, method_comparison/MetaMathQA, lora rank 32 (L40S)",
         "reserved, with evaluation in batches of 50; batches are padded to their longest, at most 768",
     ),
     Published(
         "bloomz 7B1", _bloomz, {"r": 8, "target_modules": ["query_key_value"], "lora_dropout": 0.1},
-        {"dtype": "float32", "batch_size": 8, "sequence_length": 64}, "32 GB", "PEFT README (A100 80 GB)",
+        {"dtype": "float32", "batch_size": 8, "max_length": 64}, "32 GB", "PEFT README (A100 80 GB)",
         "settings not published with it: those of PEFT's example, float32",
     ),
     Published(
         "T0 3B", _t0, {"r": 8, "target_modules": ["q", "v"], "lora_dropout": 0.1},
-        {"dtype": "float32", "batch_size": 8, "sequence_length": 64}, "14.4 GB", "PEFT README (A100 80 GB)",
+        {"dtype": "float32", "batch_size": 8, "max_length": 64}, "14.4 GB", "PEFT README (A100 80 GB)",
         "settings not published with it: batch of PEFT's example, float32, length assumed", task="SEQ_2_SEQ_LM",
     ),
 )  # fmt: skip
@@ -173,9 +173,9 @@ def words(settings: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:
         f"r {adapter['r']} on {where}" if adapter else "",
         stored or settings["dtype"],
         f"batch {settings.get('batch_size', 1)}",
-        f"length {settings['sequence_length']}",
+        f"length {settings['max_length']}",
         "checkpointing" if settings.get("gradient_checkpointing") else "",
-        settings.get("optimizer", "adamw") if settings.get("training", True) else "",
+        settings.get("optim", "adamw") if settings.get("training", True) else "",
     ]
     return ", ".join(part for part in parts if part)
 

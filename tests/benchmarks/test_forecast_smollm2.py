@@ -26,7 +26,7 @@ def test_the_table_shows_each_figure() -> None:
 def test_smollm2_takes_what_was_forecast() -> None:
     # On few tokens, above all in bfloat16: without instructions for it a CPU takes minutes for many.
     cases = (CASES[0], 128), (CASES[2], 32), (CASES[4], 128)
-    rows = [in_a_process({**case, "batch_size": 1, "sequence_length": tokens}) for case, tokens in cases]
+    rows = [in_a_process({**case, "batch_size": 1, "max_length": tokens}) for case, tokens in cases]
     errors = [abs(row.error) for row in rows]
     assert statistics.median(errors) <= 0.03 and max(errors) <= 0.10
     # What autograd keeps is part of the peak, and the process holds at least what torch allocated.

@@ -37,5 +37,5 @@ def test_a_row_tells_settings_figure_and_source() -> None:
 def test_every_source_is_named_and_every_setting_known() -> None:
     assert all(row.source and row.figure for row in PUBLISHED)
     for row in {row.model: row for row in PUBLISHED}.values():
-        smaller = dataclasses.replace(row, settings={**row.settings, "batch_size": 1, "sequence_length": 16})
+        smaller = dataclasses.replace(row, settings={**row.settings, "batch_size": 1, "max_length": 16})
         assert forecast_of(smaller).peak_bytes > 10**9

@@ -19,8 +19,8 @@ from tests.smollm2 import source
 LINES: tuple[tuple[str, float], ...] = (
     ("plan model", 3.0),
     ("plan model --device T4", 0.3),
-    ("plan model --batch 8", 0.3),
-    ("plan model --seq 512", 0.3),
+    ("plan model --batch-size 8", 0.3),
+    ("plan model --max-length 512", 0.3),
     ("methods model", 1.5),
     ("runs", 0.3),
 )

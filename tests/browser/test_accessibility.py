@@ -28,7 +28,7 @@ session = AnsweringSession()
 adapters = session.models["model"].adapters
 session.change("model", adapters=tuple(dataclasses.replace(item, unsaved=True) for item in adapters))
 fields = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-planner = Session().memory_planner(CONFIG, fields, batch_size=4, sequence_length=256, device="20MB", variable="model")
+planner = Session().memory_planner(CONFIG, fields, batch_size=4, max_length=256, device="20MB", variable="model")
 def card(**changes):
     train = train_state(25, 40, memory=MEMORY, message="4 rows held out · the loss is NaN · slow", **changes)
     steps = next_steps(train, session.state, "model")

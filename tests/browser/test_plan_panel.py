@@ -21,11 +21,11 @@ config = LlamaConfig(
 )
 %load_ext nbpeft
 """
-PLAN = "%lora plan config --batch 4 --seq 1024 --device 16GB"
+PLAN = "%lora plan config --batch-size 4 --max-length 1024 --device 16GB"
 
 
 def test_sliders_say_whether_it_fits(open_notebook: Opener, pictures: Path, app: str) -> None:
-    page = open_notebook(CONFIG, PLAN, f"{PLAN} --quant nf4 --checkpointing --panel")
+    page = open_notebook(CONFIG, PLAN, f"{PLAN} bits=4 gradient_checkpointing=True --panel")
     page.run_all()
     page.wait_for(re.compile("does not fit 16.0 GB"), cell=1)
     panel = page.output(2)

@@ -167,7 +167,7 @@ with torch.no_grad():
 
 # the rest of the product
 model.eval()
-parts = {part.name: part.byte_count for part in forecast(llama(), config, batch_size=1, sequence_length=8).parts}
+parts = {part.name: part.byte_count for part in forecast(llama(), config, batch_size=1, max_length=8).parts}
 tensors = [*model.manager.parameters("default"), *model.manager.shared("default").buffers()]
 found["forecast"] = parts["adapters"] == sum(tensor.nbytes for tensor in tensors)
 session = Session()

@@ -93,7 +93,7 @@ def test_rows_of_a_batch_may_use_it(more: Any) -> None:
 def test_what_it_costs_is_known_before(more: Any) -> None:
     config = more.MoreConfig(**FIELDS)
     model = nbpeft.get_peft_model(llama(), config)
-    parts = {part.name: part.byte_count for part in forecast(llama(), config, batch_size=1, sequence_length=8).parts}
+    parts = {part.name: part.byte_count for part in forecast(llama(), config, batch_size=1, max_length=8).parts}
     assert parts["adapters"] == sum(parameter.nbytes for parameter in model.manager.parameters("default"))
 
 

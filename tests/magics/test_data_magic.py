@@ -146,7 +146,7 @@ def test_preferences_are_shown_as_they_are_trained_on_and_the_cell_says_how(read
     result = ready.do(cell)
     assert (result.objective, result.reference, result.loss) == ("dpo", "base", pytest.approx(0.6931, abs=1e-3))
     assert "objective: dpo (beta=0.3); reference: base" in result.message
-    plan = ready.do("%lora plan model --data pairs --tokenizer tok --batch 2")
+    plan = ready.do("%lora plan model --data pairs --tokenizer tok --batch-size 2")
     assert plan.settings.batch_size == 4 and any("counted as two sequences" in note for note in plan.notes)
 
 

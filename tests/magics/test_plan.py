@@ -27,9 +27,11 @@ def folder(tmp_path: Path) -> str:
 
 
 def test_a_folder_with_a_config_is_enough(bare: Notebook, folder: str) -> None:
-    plan = bare.do(f"%lora plan {folder} --batch 2 --seq 512 --device 16GB --rank 8 --targets q_proj,v_proj")
+    plan = bare.do(
+        f"%lora plan {folder} --batch-size 2 --max-length 512 --device 16GB r=8 target_modules=q_proj,v_proj"
+    )
     assert isinstance(plan, PlanResult)
-    assert (plan.settings.batch_size, plan.settings.sequence_length, plan.settings.rank) == (2, 512, 8)
+    assert (plan.settings.batch_size, plan.settings.max_length, plan.settings.rank) == (2, 512, 8)
     assert plan.settings.dtype == "bfloat16" and plan.adapter == "LoRA r=8"
     sizes = {part.name: part.byte_count for part in plan.parts}
     assert 13.4e9 < sizes["base weights"] < 13.6e9
@@ -45,15 +47,15 @@ def test_a_folder_with_a_config_is_enough(bare: Notebook, folder: str) -> None:
 @pytest.mark.slow
 def test_it_is_the_forecast_of_the_python_form(bare: Notebook, folder: str) -> None:
     plan = bare.do(
-        f"%lora plan {folder} --batch 3 --seq 256 --device 24GiB --quant nf4 --checkpointing --dtype bf16 "
-        "--optimizer paged_adamw_8bit r=4"
+        f"%lora plan {folder} --batch-size 3 --max-length 256 --device 24GiB bits=4 gradient_checkpointing=True "
+        "--dtype bf16 optim=paged_adamw_8bit r=4"
     )
     from nbpeft import LoraConfig
 
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     found = forecast(
-        folder, adapter, batch_size=3, sequence_length=256, dtype="bfloat16", quantization="nf4",
-        gradient_checkpointing=True, optimizer="paged_adamw_8bit", device="24GiB",
+        folder, adapter, batch_size=3, max_length=256, dtype="bfloat16", quantization="nf4",
+        gradient_checkpointing=True, optim="paged_adamw_8bit", device="24GiB",
     )  # fmt: skip
     assert plan.peak_bytes == found.peak_bytes and plan.parts == found.parts
     assert plan.fits and plan.room.total == 24 * 2**30
@@ -63,55 +65,55 @@ def test_it_is_the_forecast_of_the_python_form(bare: Notebook, folder: str) -> N
 @pytest.mark.slow
 def test_a_plan_for_a_trainer_of_another_library_or_other_chunks(adapted: Notebook) -> None:
     adapted["Other"] = Trainer
-    by_class = adapted.do("%lora plan model --seq 64 --trainer Other")
-    by_fields = adapted.do("%lora plan model --seq 64 loss_chunk_size=0 recompute=False")
-    assert by_class.parts == by_fields.parts != adapted.do("%lora plan model --seq 64").parts
+    by_class = adapted.do("%lora plan model --max-length 64 --trainer Other")
+    by_fields = adapted.do("%lora plan model --max-length 64 loss_chunk_size=0 recompute=False")
+    assert by_class.parts == by_fields.parts != adapted.do("%lora plan model --max-length 64").parts
 
 
 def test_a_variable_is_planned_with_its_adapter_on_this_machine(adapted: Notebook) -> None:
-    plan = adapted.do("%lora plan model --seq 32")
-    assert (plan.model_name, plan.adapter, plan.settings.batch_size) == ("model", "LoRA r=4", 4)
-    assert plan.notes == ("batch 4 is assumed",)
+    plan = adapted.do("%lora plan model --max-length 32")
+    assert (plan.model_name, plan.adapter, plan.settings.batch_size) == ("model", "LoRA r=4", 8)
+    assert plan.notes == ("batch 8 is assumed, as in training",)
     assert plan.room.name == "this machine (CPU)" and plan.room.held > 0
     assert plan.fits and plan.fits_now
-    assert adapted.do("%lora plan --seq 32").peak_bytes == plan.peak_bytes
-    assert adapted.do("%lora plan --seq 32 --inference").peak_bytes < plan.peak_bytes
-    assert "KV cache" in str(adapted.do("%lora plan --seq 32 --inference"))
+    assert adapted.do("%lora plan --max-length 32").peak_bytes == plan.peak_bytes
+    assert adapted.do("%lora plan --max-length 32 --inference").peak_bytes < plan.peak_bytes
+    assert "KV cache" in str(adapted.do("%lora plan --max-length 32 --inference"))
 
 
 @pytest.mark.slow
 def test_a_bare_model_and_a_config_in_a_variable(notebook: Notebook) -> None:
-    bare_model = notebook.do("%lora plan model --seq 32 --batch 1")
+    bare_model = notebook.do("%lora plan model --max-length 32 --batch-size 1")
     notebook["config"] = notebook["model"].config
-    assert notebook.do("%lora plan config --seq 32 --batch 1").peak_bytes == bare_model.peak_bytes
+    assert notebook.do("%lora plan config --max-length 32 --batch-size 1").peak_bytes == bare_model.peak_bytes
     notebook["rows"] = 3
     assert "not a model" in notebook.run("%lora plan rows").line
 
 
 @pytest.mark.slow
 def test_fields_change_the_active_adapter(adapted: Notebook) -> None:
-    plan = adapted.do("%lora plan model --seq 32 --targets q_proj,k_proj,v_proj")
+    plan = adapted.do("%lora plan model --max-length 32 target_modules=q_proj,k_proj,v_proj")
     assert (plan.settings.rank, plan.adapter) == (4, "LoRA r=4")
-    assert plan.parts != adapted.do("%lora plan model --seq 32").parts
-    again = adapted.do("%lora plan model --seq 32 --rank 2")
-    assert again.parts == adapted.do("%lora plan model --seq 32 r=2 target_modules=['q_proj','v_proj']").parts
-    panel = adapted.do("%lora plan model --seq 32 --rank 2 --panel")
+    assert plan.parts != adapted.do("%lora plan model --max-length 32").parts
+    again = adapted.do("%lora plan model --max-length 32 r=2")
+    assert again.parts == adapted.do("%lora plan model --max-length 32 r=2 target_modules=['q_proj','v_proj']").parts
+    panel = adapted.do("%lora plan model --max-length 32 r=2 --panel")
     assert isinstance(panel, PlanPanel)
     panel.close()
 
 
 @pytest.mark.slow
 def test_another_method_is_planned_with_its_own_fields(adapted: Notebook) -> None:
-    plan = adapted.do("%lora plan model --seq 32 peft_type=ia3")
+    plan = adapted.do("%lora plan model --max-length 32 peft_type=ia3")
     assert (plan.adapter, plan.settings.rank) == ("(IA)³", None)
-    assert adapted.do("%lora plan model --seq 32 --method ia3").parts == plan.parts
-    assert "no single rank" in adapted.run("%lora plan model --seq 32 peft_type=ia3 --rank 8").line
+    assert adapted.do("%lora plan model --max-length 32 --method ia3").parts == plan.parts
+    assert "'r'" in adapted.run("%lora plan model --max-length 32 peft_type=ia3 r=8").line
     adapted.do("%lora delete sql")
     adapted.do("%lora delete chat")
     adapted.do("%lora add model --name scales --method ia3")
-    scales = adapted.do("%lora plan model --seq 32 --targets q_proj")
+    scales = adapted.do("%lora plan model --max-length 32 target_modules=q_proj")
     assert scales.adapter == "(IA)³" and scales.parts != plan.parts
-    assert adapted.do("%lora plan model --seq 32 peft_type=lora").adapter.startswith("LoRA r=16")
+    assert adapted.do("%lora plan model --max-length 32 peft_type=lora").adapter.startswith("LoRA r=16")
 
 
 @pytest.mark.slow
@@ -128,11 +130,11 @@ def test_what_a_repository_says_of_its_weights_counts(bare: Notebook, tmp_path: 
         "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
         "gptq": {"quant_method": "gptq", "bits": 4},
     }
-    plain = bare.do(f"%lora plan {tmp_path}/plain --seq 32 --device 1GB --quant nf4")
+    plain = bare.do(f"%lora plan {tmp_path}/plain --max-length 32 --device 1GB bits=4")
     for name, stored in kinds.items():
         config.quantization_config = stored
         config.save_pretrained(tmp_path / name)
-        plan = bare.do(f"%lora plan {tmp_path}/{name} --seq 32 --device 1GB")
+        plan = bare.do(f"%lora plan {tmp_path}/{name} --max-length 32 --device 1GB")
         assert plan.settings.quantization == ("int8" if name == "int8" else "nf4")
         assert (plan.peak_bytes == plain.peak_bytes) == (name != "int8")
         assert ("gptq" in str(plan.notes)) == (name == "gptq")
@@ -143,16 +145,22 @@ def test_what_a_repository_says_of_its_weights_counts(bare: Notebook, tmp_path: 
     [
         ("modle", "no variable is called 'modle'. Did you mean 'model'?"),
         ("/nowhere/at/all", "there is no folder '/nowhere/at/all'"),
-        ("model --batch 0", "--batch: expected a whole number of at least 1, not '0'"),
-        ("model --seq -1", "--seq: expected a whole number of at least 1, not '-1'"),
+        ("model --batch-size 0", "--batch-size: expected a whole number of at least 1, not '0'"),
+        ("model --max-length -1", "--max-length: expected a whole number of at least 1, not '-1'"),
         ("model --device 16", "--device 16 has no unit. Did you mean '16GB'?"),
-        ("model --quant nf5", "Did you mean 'nf4'?"),
+        ("model quant_type=nf5 bits=4", "Did you mean 'nf4'?"),
+        ("model bits=5", "bits is 5; expected 4 or 8"),
         ("model --dtype int8", "--dtype 'int8' is not one of bf16, fp16, fp32"),
-        ("model --optimizer adamv", "Did you mean 'adam'"),
+        ("model optim=adamv", "Did you mean 'adam'"),
         ("model --device big", "not a size such as '16GB', a device of this machine"),
-        ("model --targets q_prj", "Did you mean 'q_proj'"),
-        ("model --rank 0", "0"),
-        ("model --batchs 2", "Did you mean '--batch'"),
+        ("model target_modules=q_prj", "Did you mean 'q_proj'"),
+        ("model r=0", "0"),
+        ("model --batch 2", "Did you mean '--batch-size'"),
+        ("model --seq 2", "Did you mean '--max-length'"),
+        ("model --quant nf4", "A field is set without dashes: bits=…"),
+        ("model --checkpointing", "A field is set without dashes: gradient_checkpointing=…"),
+        ("model --rank 4", "A field is set without dashes: r=…"),
+        ("model --batch-sizes 2", "Did you mean '--batch-size'"),
         ("model rr=2", "has no field 'rr'"),
     ],
 )
@@ -169,9 +177,9 @@ def test_a_dry_run_forecasts(notebook: Notebook) -> None:
     cell = "%%lora model --name sql --dry-run{}\nr = 4\ntarget_modules = 'all-linear'"
     preview = notebook.do(cell.format(""))
     assert isinstance(preview.memory, PlanResult)
-    assert re.search(r"forecast: model \(batch 4, length \d+, rank 4, .*are assumed", str(preview))
+    assert re.search(r"forecast: model \(batch 8, length \d+, rank 4, .*are assumed", str(preview))
     assert "are assumed" in preview._repr_html_() and "peak " in preview._repr_html_()
-    small = notebook.do(cell.format(" --batch 1 --seq 16 --device 1MB"))
+    small = notebook.do(cell.format(" --batch-size 1 --max-length 16 --device 1MB"))
     assert small.memory.peak_bytes < preview.memory.peak_bytes
     assert "assumed" not in str(small)
     assert small.memory.fits is (small.memory.peak_bytes <= 10**6)
@@ -182,7 +190,7 @@ def test_a_dry_run_says_where_the_processor_is_slow(notebook: Notebook, monkeypa
     pretend_cpu(monkeypatch)
     told, cell = (
         "no instructions for bfloat16",
-        "%%lora model --name sql --dry-run --batch 1 --seq 16 --device cpu\nr = 4",
+        "%%lora model --name sql --dry-run --batch-size 1 --max-length 16 --device cpu\nr = 4",
     )
     assert told not in str(notebook.do(cell))
     notebook.do("import torch\nmodel = model.to(torch.bfloat16)")
@@ -191,7 +199,7 @@ def test_a_dry_run_says_where_the_processor_is_slow(notebook: Notebook, monkeypa
 
 
 def test_sizes_without_a_dry_run_are_a_mistake(notebook: Notebook) -> None:
-    assert "--dry-run" in notebook.run("%lora add model --batch 2 r=4 target_modules=q_proj").line
+    assert "--dry-run" in notebook.run("%lora add model --batch-size 2 r=4 target_modules=q_proj").line
 
 
 def test_a_dry_run_of_what_cannot_be_forecast_says_why(bare: Notebook) -> None:
@@ -202,8 +210,8 @@ def test_a_dry_run_of_what_cannot_be_forecast_says_why(bare: Notebook) -> None:
 
 
 def test_the_panel_from_both_commands(notebook: Notebook, folder: str) -> None:
-    panel = notebook.do("%lora plan model --batch 2 --seq 32 --panel")
-    assert isinstance(panel, PlanPanel) and panel.result.settings.sequence_length == 32
+    panel = notebook.do("%lora plan model --batch-size 2 --max-length 32 --panel")
+    assert isinstance(panel, PlanPanel) and panel.result.settings.max_length == 32
     other = notebook.do("%lora panel plan model")
     assert isinstance(other, PlanPanel)
     assert "peak" in repr(other)
@@ -212,7 +220,7 @@ def test_the_panel_from_both_commands(notebook: Notebook, folder: str) -> None:
 def test_completion(notebook: Notebook) -> None:
     assert "plan" in notebook.complete("%lora pl")
     assert "model" in notebook.complete("%lora plan mo")
-    assert "nf4" in notebook.complete("%lora plan model --quant ")
+    assert "quant_type=nf4" in notebook.complete("%lora plan model quant_type=")
     assert "plan" in notebook.complete("%lora panel ")
 
 
@@ -229,7 +237,7 @@ def test_completion(notebook: Notebook) -> None:
     ],
 )
 def test_devices_by_name(notebook: Notebook, typed: str, name: str, gib: float) -> None:
-    plan = notebook.do(f"%lora plan model --seq 32 --device {typed}")
+    plan = notebook.do(f"%lora plan model --max-length 32 --device {typed}")
     assert plan.room.name == name and plan.room.total == pytest.approx(gib * 2**30, abs=2)
     assert plan.fits and f"of {name}" in str(plan)
     assert any("CUDA" in note for note in plan.notes) is not name.startswith("M")
@@ -239,21 +247,21 @@ def test_a_device_that_is_not_known(notebook: Notebook) -> None:
     assert "Did you mean 'A100-40GB' or 'A100-80GB'?" in notebook.run("%lora plan model --device A100").line
     assert "'RTX4090'" in notebook.run("%lora plan model --device RTX4091").line
     assert "T4" in notebook.complete("%lora plan model --device T")
-    assert notebook.do("%lora plan model --seq 32 --device this-machine").room.name == "this machine (CPU)"
+    assert notebook.do("%lora plan model --max-length 32 --device this-machine").room.name == "this machine (CPU)"
 
 
 @pytest.mark.slow
 def test_rows_that_are_given_say_how_long_sequences_are(adapted: Notebook) -> None:
     adapted["rows"] = [{"input_ids": [1] * length} for length in (9, 4, 12, 7)]
-    assert adapted.do("%lora plan model --data rows --batch 2").settings.sequence_length == 12
-    packed = adapted.do("%lora plan model --data rows --batch 2 --seq 16 --packing")
-    assert (packed.settings.sequence_length, packed.settings.packing) == (16, True)
+    assert adapted.do("%lora plan model --data rows --batch-size 2").settings.max_length == 12
+    packed = adapted.do("%lora plan model --data rows --batch-size 2 --max-length 16 --packing")
+    assert (packed.settings.max_length, packed.settings.packing) == (16, True)
 
 
 @pytest.mark.slow
 def test_a_plan_for_one_of_several_processes(bare: Notebook, folder: str) -> None:
-    alone = bare.do(f"%lora plan {folder} --batch 1 --seq 64")
-    one = bare.do(f"%lora plan {folder} --batch 1 --seq 64 --processes 4 --sharded")
+    alone = bare.do(f"%lora plan {folder} --batch-size 1 --max-length 64")
+    one = bare.do(f"%lora plan {folder} --batch-size 1 --max-length 64 --processes 4 fsdp=True")
     sizes = [{part.name: part.byte_count for part in plan.parts} for plan in (alone, one)]
     assert sizes[1]["base weights"] == -(-sizes[0]["base weights"] // 4)
     layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)

@@ -38,13 +38,15 @@ def outputs(client: Any, code: str) -> list[tuple[str, Any]]:
 @pytest.mark.slow
 def test_the_peak_first_then_the_suggestions_in_its_place_and_tooltips(client: Any) -> None:
     outputs(client, "%load_ext nbpeft")
-    sent = outputs(client, "plan = %lora plan ./base --seq 256 --device 3MB\nplan")
+    sent = outputs(client, "plan = %lora plan ./base --max-length 256 --device 3MB\nplan")
     cards = [(kind, content) for kind, content in sent if kind in ("display_data", "update_display_data")]
     assert [kind for kind, _ in cards] == ["display_data", "update_display_data"], sent
     first, second = (content["data"]["text/html"] for _, content in cards)
     assert "peak " in first and "Saves" not in first and "Saves" in second
     assert not [kind for kind, _ in sent if kind == "execute_result"]
-    assert not [kind for kind, _ in outputs(client, "%lora plan ./base --seq 256 --device 3MB;") if "display" in kind]
+    assert not [
+        kind for kind, _ in outputs(client, "%lora plan ./base --max-length 256 --device 3MB;") if "display" in kind
+    ]
     reply = client.inspect("%%lora model\nlora_alpha", 20, reply=True, timeout=60)["content"]
     assert reply["found"] and reply["data"]["text/plain"].startswith("lora_alpha: float = 8")
     outputs(client, "%unload_ext nbpeft")

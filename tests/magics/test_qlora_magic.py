@@ -203,7 +203,7 @@ DRY_RUNS = [
 def test_a_dry_run_of_a_folder_foretells_what_is_then_done(bare: Notebook, folder: Path, body: str) -> None:
     text = cell(str(folder), "--name sql{}", body)
     text = text.replace("bits = 4\n", "") if "bits" in body else text
-    preview = bare.do(text.format(" --dry-run --batch 2 --seq 16 --device 1GB"))
+    preview = bare.do(text.format(" --dry-run --batch-size 2 --max-length 16 --device 1GB"))
     assert isinstance(preview, QloraPreview) and preview.action == "load and quantize"
     assert "model" not in bare.shell.user_ns and bare.session.state.models == ()
     result = bare.do(text.format(""))
@@ -247,17 +247,17 @@ def test_a_dry_run_of_what_is_quantized_says_so(bare: Notebook, folder: Path) ->
 
 
 def test_a_dry_run_tells_the_memory_and_what_would_fit(bare: Notebook, folder: Path) -> None:
-    preview = bare.do(cell(str(folder), "--dry-run --batch 8 --seq 64 --device 300KB"))
+    preview = bare.do(cell(str(folder), "--dry-run --batch-size 8 --max-length 64 --device 300KB"))
     text, page = str(preview), preview._repr_html_()
     assert text.startswith("dry run: would load and quantize base: 14 layers in nf4 double")
     assert "does not fit 300.0 kB" in text and "nf4 + float32" in text
     assert "quantized layers" in page and "embedding" in page and "bnb4bit" in page and "no room for" in page
-    assert "--dry-run" in bare.run(cell(str(folder), "--batch 2")).line
+    assert "--dry-run" in bare.run(cell(str(folder), "--batch-size 2")).line
 
 
 def test_a_dry_run_of_a_task_model(bare: Notebook, folder: Path) -> None:
     body = "model_class = 'AutoModelForSequenceClassification'\ndtype = 'auto'\ntask_type = 'SEQ_CLS'\n"
-    preview = bare.do(cell(str(folder), "--dry-run --seq 16", body))
+    preview = bare.do(cell(str(folder), "--dry-run --max-length 16", body))
     result = bare.do(cell(str(folder), "", body))
     assert preview.parts == result.parts
     assert preview.adapter.module_count == result.added.adapter.module_count == 15

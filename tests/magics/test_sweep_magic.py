@@ -185,10 +185,13 @@ def test_a_bare_model_takes_a_sweep(notebook: Notebook) -> None:
 
 @pytest.mark.slow
 def test_a_dry_run_and_a_plan_count_all(ready: Notebook) -> None:
-    preview = ready.do("%%lora model --name codes --dry-run --batch 2 --seq 16\nr = sweep(2, 4)")
+    preview = ready.do("%%lora model --name codes --dry-run --batch-size 2 --max-length 16\nr = sweep(2, 4)")
     assert "2 adapters, to be trained side by side" in str(preview)
     assert "2 adapters side by side" in str(preview.memory.settings)
-    plans = [ready.do(f"%lora plan model --batch 2 --seq 16 {more}") for more in ("", "--adapters 3", "r=sweep(2,4)")]
+    plans = [
+        ready.do(f"%lora plan model --batch-size 2 --max-length 16 {more}")
+        for more in ("", "--adapters 3", "r=sweep(2,4)")
+    ]
     one, three, two = ({part.name: part.byte_count for part in plan.parts} for plan in plans)
     assert three["adapters"] == 3 * one["adapters"]
     assert two["optimizer"] == 2 * one["optimizer"]

@@ -296,7 +296,7 @@ def test_an_interruption_keeps_what_was_learned_and_is_one_quiet_line(ready: Not
     assert ready.do("1 + 1") == 2
 
 
-@pytest.mark.parametrize("line", ["%lora plan model", "%lora methods model --batch 1 --seq 8"])
+@pytest.mark.parametrize("line", ["%lora plan model", "%lora methods model --batch-size 1 --max-length 8"])
 def test_an_interrupted_command_is_one_line(ready: Notebook, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     monkeypatch.setattr("nbpeft.memory.estimate.weights_of", lambda setting: interrupt())
     outcome = ready.run(line)

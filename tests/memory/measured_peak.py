@@ -129,7 +129,7 @@ def real_step(
     adapter: AdapterConfig,
     *,
     batch_size: int,
-    sequence_length: int,
+    max_length: int,
     gradient_checkpointing: bool = False,
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW,
     training: bool = True,
@@ -145,7 +145,7 @@ def real_step(
         architecture: makes the batches.
         adapter: what is trained.
         batch_size: rows.
-        sequence_length: tokens of a row.
+        max_length: tokens of a row.
         gradient_checkpointing: whether activations are computed again.
         optimizer: makes the optimizer of the adapter's tensors.
         training: a training step, or reading a prompt.
@@ -158,7 +158,7 @@ def real_step(
     manager.add("one", adapter)
     if not training:
         model.eval()
-        inputs = architecture.batch(batch_size, sequence_length, labels=False) | {"logits_to_keep": 1}
+        inputs = architecture.batch(batch_size, max_length, labels=False) | {"logits_to_keep": 1}
 
         def prefill() -> Any:
             with torch.no_grad():
@@ -173,7 +173,7 @@ def real_step(
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     chosen = optimizer(manager.parameters("one"))
-    batch = architecture.batch(batch_size, sequence_length, labels=True, packed=packing)
+    batch = architecture.batch(batch_size, max_length, labels=True, packed=packing)
     model.config.use_cache = model.config.use_cache and not packing
 
     def step(inputs: dict[str, Any] = batch) -> None:

@@ -95,7 +95,7 @@ def test_parts_add_up():
 
 @pytest.mark.slow
 def test_less_is_needed_for_a_loss_in_chunks():
-    settings = {"batch_size": 4, "sequence_length": 64, "gradient_checkpointing": True}
+    settings = {"batch_size": 4, "max_length": 64, "gradient_checkpointing": True}
     config = copy.deepcopy(CONFIG)
     config.vocab_size = 8192
     sizes = (0, 128, 64)
@@ -111,7 +111,7 @@ def test_less_is_needed_for_a_loss_in_chunks():
 
 @pytest.mark.parametrize(("length", "size"), [(96, 16), (95, 16), (33, 16), (16, 16), (8, 16)])
 def test_chunks_of_the_loss_that_are_skipped_change_nothing(monkeypatch, length, size):
-    setting = forecast(CONFIG, lora(), batch_size=1, sequence_length=length, loss_chunk_size=size).setting
+    setting = forecast(CONFIG, lora(), batch_size=1, max_length=length, loss_chunk_size=size).setting
     sampled = run_step(setting)
     real = estimate.chunked_head
     monkeypatch.setattr(estimate, "chunked_head", lambda model, size, sampled: real(model, size))
@@ -125,7 +125,7 @@ def test_a_resolved_config_warns_of_no_missing_layer_in_another_thread():
     found = []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        worker = threading.Thread(target=lambda: found.append(forecast(model, config, sequence_length=24)))
+        worker = threading.Thread(target=lambda: found.append(forecast(model, config, max_length=24)))
         worker.start()
         worker.join()
     assert found and not [one for one in told if "not found" in str(one.message)]
@@ -134,7 +134,7 @@ def test_a_resolved_config_warns_of_no_missing_layer_in_another_thread():
 @pytest.mark.slow
 def test_few_layers_tell_what_many_take():
     for changes in ({}, {"gradient_checkpointing": True}, {"training": False}, {"quantization": "nf4"}):
-        found = forecast(CONFIG, lora(lora_dropout=0.1), batch_size=2, sequence_length=48, **changes)
+        found = forecast(CONFIG, lora(lora_dropout=0.1), batch_size=2, max_length=48, **changes)
         whole = run_step(found.setting)
         step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters"))
         assert step - parts(found).get("optimizer", 0) == whole.total
@@ -154,7 +154,7 @@ def test_few_layers_tell_what_many_take():
 def test_what_is_freed_before_backward_or_kept_beyond_it_counts(config, changes):
     """A cache goes before backward begins; 8-bit inputs that checkpointing cannot drop stay until its end."""
     changes = changes | {"loss_chunk_size": 0}  # with logits as a whole the peak is in backward
-    found = forecast(config, lora(target_modules="all-linear"), batch_size=3, sequence_length=48, **changes)
+    found = forecast(config, lora(target_modules="all-linear"), batch_size=3, max_length=48, **changes)
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))
     assert step == run_step(found.setting).total
 
@@ -163,7 +163,7 @@ def test_what_is_freed_before_backward_or_kept_beyond_it_counts(config, changes)
 @pytest.mark.parametrize("layers", [[0, 5], [1, 3, 5], [0, 1, 2]])
 def test_an_adapter_on_some_layers_is_counted_on_those(layers):
     adapter = lora(target_modules=["q_proj", "down_proj"], layers_to_transform=layers, lora_dropout=0.1)
-    found = forecast(CONFIG, adapter, batch_size=2, sequence_length=48)
+    found = forecast(CONFIG, adapter, batch_size=2, max_length=48)
     whole = run_step(found.setting)
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))
     assert step == whole.total
@@ -173,7 +173,7 @@ def test_an_adapter_on_some_layers_is_counted_on_those(layers):
 @pytest.mark.parametrize("layers", [2, 6])
 def test_prompts_in_the_last_layers_are_counted_there(layers):
     adapter = AdaptionPromptConfig(adapter_len=4, adapter_layers=layers, task_type="CAUSAL_LM")
-    found = forecast(CONFIG, adapter, batch_size=2, sequence_length=48)
+    found = forecast(CONFIG, adapter, batch_size=2, max_length=48)
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))
     assert step == run_step(found.setting).total
 
@@ -182,7 +182,7 @@ def test_prompts_in_the_last_layers_are_counted_there(layers):
 def test_the_end_of_backward_can_be_the_peak():
     config = copy.deepcopy(CONFIG)
     config.num_hidden_layers = 12
-    found = forecast(config, lora(r=64), batch_size=1, sequence_length=8, gradient_checkpointing=True, optimizer="sgd")
+    found = forecast(config, lora(r=64), batch_size=1, max_length=8, gradient_checkpointing=True, optim="sgd")
     whole = run_step(found.setting)
     assert parts(found)["gradients"] > 0.8 * parts(found)["adapters"]
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters"))
@@ -214,8 +214,8 @@ def test_other_heads_and_encoder_decoders():
 
 @pytest.mark.slow
 def test_directions():
-    plain = forecast(CONFIG, lora(), batch_size=4, sequence_length=128)
-    same: dict[str, Any] = {"batch_size": 4, "sequence_length": 128}
+    plain = forecast(CONFIG, lora(), batch_size=4, max_length=128)
+    same: dict[str, Any] = {"batch_size": 4, "max_length": 128}
     assert forecast(CONFIG, lora(), gradient_checkpointing=True, **same).peak_bytes < plain.peak_bytes
     assert forecast(CONFIG, lora(), quantization="nf4", **same).peak_bytes < plain.peak_bytes
     assert forecast(CONFIG, lora(), dtype="bfloat16", **same).peak_bytes < plain.peak_bytes
@@ -239,12 +239,12 @@ def test_a_model_far_larger_than_this_machine():
 
 @pytest.mark.slow
 def test_suggestions_make_it_fit():
-    found = forecast(CONFIG, lora(), batch_size=8, sequence_length=128, device="20MB")
+    found = forecast(CONFIG, lora(), batch_size=8, max_length=128, device="20MB")
     assert found.fits is False
     assert "does not fit 20.0 MB" in str(found)
     suggestions = found.suggestions
     assert {one.change.split("=")[0].split(" ")[0] for one in suggestions} >= {
-        "gradient_checkpointing", "batch_size", "sequence_length", "dtype",
+        "gradient_checkpointing", "batch_size", "max_length", "dtype",
     }  # fmt: skip
     for one in suggestions:
         assert one.saved_bytes > 0
@@ -253,14 +253,14 @@ def test_suggestions_make_it_fit():
         assert str(one).startswith(one.change)
     best = next(one for one in suggestions if one.change.startswith("batch_size 8 -> "))
     size = int(best.change.rpartition(" ")[2])
-    assert best.peak_bytes == forecast(CONFIG, lora(), batch_size=size, sequence_length=128).peak_bytes
-    assert forecast(CONFIG, lora(), batch_size=size + 1, sequence_length=128, device="20MB").fits is False
+    assert best.peak_bytes == forecast(CONFIG, lora(), batch_size=size, max_length=128).peak_bytes
+    assert forecast(CONFIG, lora(), batch_size=size + 1, max_length=128, device="20MB").fits is False
 
 
 @pytest.mark.slow
 def test_smaller_batches_of_completions_are_divisors_so_that_groups_stay_whole():
     config = LlamaConfig(**WIDTHS | {"num_hidden_layers": 1})
-    asked: dict[str, Any] = {"sequence_length": 32, "generation": True}
+    asked: dict[str, Any] = {"max_length": 32, "generation": True}
     limit = forecast(config, lora(), batch_size=7, **asked).peak_bytes
     found = forecast(config, lora(), batch_size=12, device=limit, **asked)
     batches = [change for one in found.suggestions for change in re.findall(r"batch_size 12 -> \d+", one.change)]
@@ -269,33 +269,33 @@ def test_smaller_batches_of_completions_are_divisors_so_that_groups_stay_whole()
 
 @pytest.mark.slow
 def test_changes_together_go_no_further_than_they_must():
-    asked: dict[str, Any] = {"batch_size": 4, "sequence_length": 1024, "dtype": "float32"}
+    asked: dict[str, Any] = {"batch_size": 4, "max_length": 1024, "dtype": "float32"}
     less: dict[str, Any] = {
         "batch_size": 1,
-        "sequence_length": 320,
+        "max_length": 320,
         "dtype": "bfloat16",
         "gradient_checkpointing": True,
     }
     limit = forecast(CONFIG, lora(r=4), **less).peak_bytes
     together = forecast(CONFIG, lora(r=4), device=limit, **asked).suggestions[0]
     assert together.fits and together.peak_bytes <= limit
-    lengths = re.search(r"sequence_length 1024 -> (\d+)", together.change)
+    lengths = re.search(r"max_length 1024 -> (\d+)", together.change)
     assert lengths is not None, together.change
     reached: dict[str, Any] = {
         "batch_size": 1 if "batch_size 4 -> 1" in together.change else 4,
         "dtype": "bfloat16" if "bfloat16" in together.change else "float32",
         "gradient_checkpointing": "gradient_checkpointing" in together.change,
-        "quantization": "nf4" if "nf4" in together.change else None,
-        "optimizer": "adamw_8bit" if "adamw_8bit" in together.change else "adamw",
+        "quantization": "nf4" if "bits=4" in together.change else None,
+        "optim": "adamw_8bit" if "adamw_8bit" in together.change else "adamw",
     }
-    exact = forecast(CONFIG, lora(r=4), sequence_length=int(lengths[1]), **reached)
-    longer = forecast(CONFIG, lora(r=4), sequence_length=int(lengths[1]) + 64, **reached)
+    exact = forecast(CONFIG, lora(r=4), max_length=int(lengths[1]), **reached)
+    longer = forecast(CONFIG, lora(r=4), max_length=int(lengths[1]) + 64, **reached)
     assert exact.peak_bytes == together.peak_bytes and longer.peak_bytes > limit
 
 
 @pytest.mark.slow
 def test_changes_together_where_none_is_enough():
-    found = forecast(CONFIG, lora(r=4), batch_size=8, sequence_length=256, device="2.6MB")
+    found = forecast(CONFIG, lora(r=4), batch_size=8, max_length=256, device="2.6MB")
     assert not any(one.fits for one in found.suggestions[1:])
     together = found.suggestions[0]
     assert together.fits
@@ -337,7 +337,7 @@ def test_optimizer_state(name, make):
 def test_names_of_training_arguments_and_those_that_are_offered():
     arguments = ("adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "adafactor")
     for name in (*arguments, *OPTIMIZERS):
-        assert forecast(CONFIG, lora(), optimizer=name).peak_bytes > 0
+        assert forecast(CONFIG, lora(), optim=name).peak_bytes > 0
 
 
 def test_sizes():
@@ -354,9 +354,9 @@ def test_sizes():
     ("arguments", "message"),
     [
         ({"quantization": "nf5"}, "nf4"),
-        ({"optimizer": "adamv"}, "Did you mean 'adam' or 'adamw'"),
+        ({"optim": "adamv"}, "Did you mean 'adam' or 'adamw'"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"sequence_length": 1.5}, "sequence_length is 1.5"),
+        ({"max_length": 1.5}, "max_length is 1.5"),
         ({"dtype": "int8"}, "floating-point dtype"),
         ({"dtype": "float8_e4m3fn"}, "floating-point dtype"),
         ({"device": "big"}, "16GB"),
@@ -367,7 +367,7 @@ def test_sizes():
         ({"device": object()}, "16GB"),
         ({"batch_size": True}, "batch_size is True"),
         ({"quantization": 4}, "quantization 4 is not one of"),
-        ({"optimizer": None}, "optimizer None is not one of"),
+        ({"optim": None}, "optimizer None is not one of"),
         ({"training": "no"}, "training is 'no'; expected True or False"),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1"),
     ],
@@ -399,10 +399,10 @@ def test_too_many_tokens_for_the_positions_of_the_model(caplog):
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
     config.max_position_embeddings = 16
     adapter = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
-    with pytest.raises(ConfigError, match="sequence_length 32 exceeds its 16 positions"):
-        forecast(config, adapter, sequence_length=32)
+    with pytest.raises(ConfigError, match="max_length 32 exceeds its 16 positions"):
+        forecast(config, adapter, max_length=32)
     assert not caplog.records
-    assert forecast(config, adapter, sequence_length=16).peak_bytes > 0
+    assert forecast(config, adapter, max_length=16).peak_bytes > 0
 
 
 def test_modules_to_save_are_copied_without_the_fake_tensor_mode():
@@ -421,7 +421,7 @@ def test_modules_to_save_are_copied_without_the_fake_tensor_mode():
 def test_suggestions_for_a_model_with_few_positions():
     config = BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, vocab_size=64)
     adapter = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
-    found = forecast(config, adapter, batch_size=8, sequence_length=128, device="1MB")
+    found = forecast(config, adapter, batch_size=8, max_length=128, device="1MB")
     assert [one for one in found.suggestions if one.change == "batch_size 8 -> 4"]
 
 
@@ -430,8 +430,8 @@ def test_a_model_without_gradient_checkpointing():
     config = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64)
     adapter = lora(target_modules=["c_attn"])
     with pytest.raises(ConfigError, match="OpenAIGPTLMHeadModel does not support gradient checkpointing"):
-        forecast(config, adapter, sequence_length=64, gradient_checkpointing=True)
-    found = forecast(config, adapter, batch_size=8, sequence_length=64, device="600KB")
+        forecast(config, adapter, max_length=64, gradient_checkpointing=True)
+    found = forecast(config, adapter, batch_size=8, max_length=64, device="600KB")
     assert found.fits is False and found.suggestions
     assert not any("gradient_checkpointing" in one.change for one in found.suggestions)
 
@@ -483,9 +483,9 @@ def test_beside_the_main_thread_nothing_that_all_threads_share_changes():
 def test_an_adapter_that_names_every_layer_is_forecast_from_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a model in memory does: ``all-linear`` has become the layers' paths."""
     paths = [f"model.layers.{number}.self_attn.q_proj" for number in range(CONFIG.num_hidden_layers)]
-    expected = forecast(CONFIG, lora(target_modules=["q_proj"]), batch_size=2, sequence_length=40)
+    expected = forecast(CONFIG, lora(target_modules=["q_proj"]), batch_size=2, max_length=40)
     monkeypatch.setattr("nbpeft.memory.estimate.run_step", lambda setting: pytest.fail("the whole model was run"))
-    found = forecast(CONFIG, lora(target_modules=paths), batch_size=2, sequence_length=40)
+    found = forecast(CONFIG, lora(target_modules=paths), batch_size=2, max_length=40)
     assert found.parts == expected.parts
 
 

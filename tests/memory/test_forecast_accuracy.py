@@ -38,7 +38,7 @@ def combinations(count: int, seed: int = 0) -> list[dict[str, Any]]:
             "dtype": dtype,
             "quantization": quantization,
             "batch_size": draw.choice([1, 2, 4]),
-            "sequence_length": draw.choice([48, 96, 160]),
+            "max_length": draw.choice([48, 96, 160]),
             "gradient_checkpointing": draw.random() < 0.4,
             "r": draw.choice([2, 8, 32]),
             "lora_dropout": draw.choice([0.0, 0.1]),
@@ -58,11 +58,11 @@ def compare(case: dict[str, Any]) -> tuple[int, int]:
         r=case["r"], lora_dropout=case["lora_dropout"], use_dora=case["use_dora"], target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    names = [*("batch_size", "sequence_length", "dtype", "quantization"), "gradient_checkpointing", "training"]
+    names = [*("batch_size", "max_length", "dtype", "quantization"), "gradient_checkpointing", "training"]
     names += ["loss_chunk_size", "recompute"]
     settings = {name: case[name] for name in names}
     config = SHAPES[case["shape"]]
-    foreseen = forecast(config, adapter, optimizer=case["optimizer"], device="cpu", **settings).peak_bytes
+    foreseen = forecast(config, adapter, optim=case["optimizer"], device="cpu", **settings).peak_bytes
     measured = real_peak(architecture_of(config, adapter), adapter, optimizer=OPTIMIZERS[case["optimizer"]], **settings)
     return foreseen, measured
 
@@ -84,11 +84,11 @@ def test_a_few(case):
 def test_packed_rows_take_a_mask_more(shape, checkpointing):
     adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     settings: dict[str, Any] = {
-        "batch_size": 2, "sequence_length": 256, "dtype": torch.float32, "gradient_checkpointing": checkpointing,
+        "batch_size": 2, "max_length": 256, "dtype": torch.float32, "gradient_checkpointing": checkpointing,
     }  # fmt: skip
     config = SHAPES[shape]
     foreseen, plain = (
-        forecast(config, adapter, optimizer="adamw", device="cpu", packing=packing, **settings).peak_bytes
+        forecast(config, adapter, optim="adamw", device="cpu", packing=packing, **settings).peak_bytes
         for packing in (True, False)
     )
     measured = real_peak(architecture_of(config, adapter), adapter, packing=True, **settings)
@@ -107,7 +107,7 @@ def check_copies_of_the_head(batch_size: int) -> None:
     config = copy.deepcopy(SHAPES["llama"])
     config.vocab_size = 8192
     adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    settings = {"batch_size": batch_size, "sequence_length": 48, "training": False, "quantization": None}
+    settings = {"batch_size": batch_size, "max_length": 48, "training": False, "quantization": None}
     settings |= {"gradient_checkpointing": False}
     copies = {torch.bfloat16: batch_size * 8192 * config.hidden_size * 2 if onednn_multiplies(torch.bfloat16) else 0}
     for dtype in (torch.bfloat16, torch.float32):

@@ -29,9 +29,9 @@ SAMPLES = {
 
 def error_of(config: Any, adapter: Any, optimizer: str = "adamw", **settings: Any) -> float:
     """By how much a forecast is above what the allocator saw, as a share of that."""
-    settings = {"batch_size": 2, "sequence_length": 48, "dtype": torch.float32, "quantization": None} | settings
+    settings = {"batch_size": 2, "max_length": 48, "dtype": torch.float32, "quantization": None} | settings
     optimizers: dict[str, Any] = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
-    foreseen = forecast(config, adapter, optimizer=optimizer, device="cpu", **settings).peak_bytes
+    foreseen = forecast(config, adapter, optim=optimizer, device="cpu", **settings).peak_bytes
     measured = real_peak(architecture_of(config, adapter), adapter, optimizer=optimizers[optimizer], **settings)
     return (foreseen - measured) / measured
 
@@ -66,7 +66,7 @@ def test_a_model_that_sums_gradients_of_its_activation() -> None:
     config = BloomConfig(vocab_size=512, hidden_size=64, n_layer=3, n_head=2)
     adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     for checkpointing in (False, True):
-        settings = {"batch_size": 4, "sequence_length": 160, "gradient_checkpointing": checkpointing}
+        settings = {"batch_size": 4, "max_length": 160, "gradient_checkpointing": checkpointing}
         assert abs(error_of(config, adapter, optimizer="rmsprop", **settings)) < 0.01
 
 
@@ -75,13 +75,13 @@ def test_a_model_that_goes_over_positions_one_by_one(monkeypatch: pytest.MonkeyP
     config = MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     for length in (48, 50):
-        assert abs(error_of(config, adapter, sequence_length=length)) < 0.01
+        assert abs(error_of(config, adapter, max_length=length)) < 0.01
     lengths: list[int] = []
     run = estimate._run
     monkeypatch.setattr(
-        estimate, "_run", lambda setting, path: lengths.append(setting.sequence_length) or run(setting, path)
+        estimate, "_run", lambda setting, path: lengths.append(setting.max_length) or run(setting, path)
     )
-    forecast(config, adapter, batch_size=3, sequence_length=1024)
+    forecast(config, adapter, batch_size=3, max_length=1024)
     assert lengths == [8, 16]
 
 

@@ -37,7 +37,7 @@ def test_the_forecast_of_pairs_is_that_of_twice_as_many_sequences() -> None:
     data = [pair() for _ in range(3 * ROWS)]
     result = train(model, data, callbacks=[step], per_device_train_batch_size=ROWS, max_steps=2)
     assert (result.objective, result.reference) == ("dpo", "base")
-    sizes: dict[str, Any] = {"batch_size": 2 * ROWS, "sequence_length": TOKENS, "device": "cpu"}
+    sizes: dict[str, Any] = {"batch_size": 2 * ROWS, "max_length": TOKENS, "device": "cpu"}
     found = forecast(model.get_base_model(), config, reference="base", **sizes)
     before = sum(part.byte_count for part in found.parts if part.name in STANDING)
     assert found.peak_bytes - before == pytest.approx(step.peak, rel=0.05)
@@ -57,7 +57,7 @@ def test_the_forecast_of_a_classifier_is_that_of_its_step() -> None:
     step = SecondStep()
     data = [{"input_ids": ids(), "labels": number % 3} for number in range(6 * ROWS)]
     train(model, data, callbacks=[step], per_device_train_batch_size=2 * ROWS, max_steps=2)
-    found = forecast(model.get_base_model(), config, batch_size=2 * ROWS, sequence_length=TOKENS, device="cpu")
+    found = forecast(model.get_base_model(), config, batch_size=2 * ROWS, max_length=TOKENS, device="cpu")
     before = sum(part.byte_count for part in found.parts if part.name in STANDING)
     assert found.peak_bytes - before == pytest.approx(step.peak, rel=0.05)
 
@@ -66,7 +66,7 @@ def test_generation_counts_where_training_needs_less() -> None:
     config = LoraConfig(r=8, target_modules=["q_proj"])
     shape = copy.deepcopy(SHAPES["llama"])
     shape.num_key_value_heads, shape.num_hidden_layers = shape.num_attention_heads, 64
-    sizes: dict[str, Any] = {"batch_size": 4, "sequence_length": TOKENS, "device": "cpu"}
+    sizes: dict[str, Any] = {"batch_size": 4, "max_length": TOKENS, "device": "cpu"}
     for checkpointing in (False, True):
         plain, generating = (
             forecast(shape, config, generation=given, gradient_checkpointing=checkpointing, **sizes)

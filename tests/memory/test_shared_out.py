@@ -15,7 +15,7 @@ CONFIG = LoraConfig(r=4, target_modules="all-linear")
 
 
 def parts(**settings: object) -> dict[str, int]:
-    found = forecast(llama(), CONFIG, batch_size=2, sequence_length=16, **settings)
+    found = forecast(llama(), CONFIG, batch_size=2, max_length=16, **settings)
     return {part.name: part.byte_count for part in found.parts}
 
 
@@ -27,7 +27,7 @@ def test_each_process_of_ddp_has_the_whole_and_buckets_of_gradients() -> None:
 
 
 def test_sharded_processes_share_weights_optimizer_and_gradients() -> None:
-    alone, one_of_four = parts(), parts(processes=4, sharded=True)
+    alone, one_of_four = parts(), parts(processes=4, fsdp=True)
     for name in ("base weights", "adapters", "optimizer", "gradients"):
         assert one_of_four[name] == -(-alone[name] // 4)
     assert 0 < one_of_four["gathered weights"] <= alone["base weights"]
@@ -36,7 +36,7 @@ def test_sharded_processes_share_weights_optimizer_and_gradients() -> None:
 
 
 def test_codes_of_four_bits_are_shared_and_their_constants_are_not() -> None:
-    alone, one_of_four = parts(quantization="nf4"), parts(quantization="nf4", processes=4, sharded=True)
+    alone, one_of_four = parts(quantization="nf4"), parts(quantization="nf4", processes=4, fsdp=True)
     linear = [layer for layer in llama().model.layers.modules() if isinstance(layer, nn.Linear)]
     codes = sum(layer.weight.numel() // 2 for layer in linear)
     dense = sum(part.nbytes for part in llama().parameters()) - sum(layer.weight.nbytes for layer in linear)
@@ -46,13 +46,13 @@ def test_codes_of_four_bits_are_shared_and_their_constants_are_not() -> None:
 
 
 def test_weights_in_eight_bits_stay_whole() -> None:
-    alone, one_of_four = parts(quantization="int8"), parts(quantization="int8", processes=4, sharded=True)
+    alone, one_of_four = parts(quantization="int8"), parts(quantization="int8", processes=4, fsdp=True)
     assert alone["base weights"] / 4 < one_of_four["base weights"] < alone["base weights"]
 
 
 def test_a_plan_says_for_how_many_processes_it_is() -> None:
     session = Session()
-    plan = session.plan_memory(llama(), batch_size=2, sequence_length=16, processes=2, sharded=True, suggest=False)
+    plan = session.plan_memory(llama(), batch_size=2, max_length=16, processes=2, fsdp=True, suggest=False)
     assert str(plan.settings).endswith("adamw, one of 2 sharded processes")
     with pytest.raises(ConfigError, match="processes is 0; expected a whole number of at least 1"):
         session.plan_memory(llama(), processes=0)

@@ -165,7 +165,7 @@ def test_one_pair_is_counted_saved_and_trained() -> None:
         (WIDTH, RANK),
     ]
     estimates = [
-        forecast(tied_llama(), nbpeft.LoraConfig(**settings(**changes)), sequence_length=8)
+        forecast(tied_llama(), nbpeft.LoraConfig(**settings(**changes)), max_length=8)
         for changes in ({}, {"ensure_weight_tying": False})
     ]
     needed, of_the_table = ({part.name: part.byte_count for part in one.parts} for one in estimates)

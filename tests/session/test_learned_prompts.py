@@ -52,7 +52,7 @@ def test_it_is_shown_and_reconfigured(method: Any, fields: dict[str, Any]) -> No
 def test_a_forecast_counts_its_parameters(method: Any, fields: dict[str, Any]) -> None:
     model = get_peft_model(llama(), method.config_class(task_type="CAUSAL_LM", **fields))
     config = model.peft_config["default"]
-    parts = {part.name: part.byte_count for part in forecast(llama(), config, sequence_length=8).parts}
+    parts = {part.name: part.byte_count for part in forecast(llama(), config, max_length=8).parts}
     assert parts["adapters"] == sum(parameter.nbytes for parameter in model.prompt_encoder["default"].parameters())
 
 
@@ -60,7 +60,7 @@ def test_a_forecast_counts_its_parameters(method: Any, fields: dict[str, Any]) -
 def test_a_forecast_counts_the_longer_sequences() -> None:
     def activations(count: int) -> int:
         config = METHODS[-1].config_class(num_virtual_tokens=count, task_type="CAUSAL_LM")
-        parts = forecast(llama(), config, batch_size=2, sequence_length=16).parts
+        parts = forecast(llama(), config, batch_size=2, max_length=16).parts
         return sum(part.byte_count for part in parts if part.name == "activations")
 
     assert activations(16) > 1.5 * activations(1)

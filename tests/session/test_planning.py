@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.memory import forecast
@@ -21,6 +21,8 @@ from nbpeft.session.configs import build_config
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
 from nbpeft.state import MemoryPart
 from nbpeft.training import Trainer
+from nbpeft.training.data.reading import default_length
+from nbpeft.training.transformers.arguments import build_arguments
 from tests.pretend_cpu import pretend_cpu
 
 CONFIG = LlamaConfig(
@@ -57,7 +59,7 @@ def test_what_the_model_holds_on_a_gpu_however_it_is_named(
 def test_a_dtype_that_the_processor_is_slow_in_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "this CPU has no instructions for bfloat16; float32 is many times faster"
     pretend_cpu(monkeypatch)
-    settings: dict[str, Any] = {"batch_size": 1, "sequence_length": 16, "suggest": False}
+    settings: dict[str, Any] = {"batch_size": 1, "max_length": 16, "suggest": False}
     session = Session()
     slow = session.plan_memory(CONFIG, FIELDS, dtype="bfloat16", device="cpu", **settings)
     assert any(told in note for note in slow.notes) and told in str(slow) and told in slow._repr_html_()
@@ -71,7 +73,7 @@ def test_a_dtype_that_the_processor_is_slow_in_is_noted(monkeypatch: pytest.Monk
 
 
 def test_changes_are_suggested_only_if_it_does_not_fit() -> None:
-    sizes: dict[str, Any] = {"batch_size": 2, "sequence_length": 32}
+    sizes: dict[str, Any] = {"batch_size": 2, "max_length": 32}
     assert not Session().plan_memory(CONFIG, FIELDS, device="1GB", **sizes).changes
     assert Session().plan_memory(CONFIG, FIELDS, device="1kB", **sizes).changes
 
@@ -121,7 +123,7 @@ def test_words_and_page() -> None:
 def test_plans_of_a_session(tmp_path: Any) -> None:
     session = Session()
     model = LlamaForCausalLM(CONFIG)
-    sizes: dict[str, Any] = {"sequence_length": 64, "batch_size": 2, "device": "1GB", "suggest": False}
+    sizes: dict[str, Any] = {"max_length": 64, "batch_size": 2, "device": "1GB", "suggest": False}
     with pytest.raises(AdapterError):
         session.plan_memory()
     revision = session.state.revision
@@ -141,7 +143,7 @@ def test_plans_of_a_session(tmp_path: Any) -> None:
 @pytest.mark.slow
 def test_a_plan_counts_what_the_trainer_computes() -> None:
     session, model = Session(), LlamaForCausalLM(CONFIG)
-    sizes: dict[str, Any] = {"sequence_length": 64, "batch_size": 8}
+    sizes: dict[str, Any] = {"max_length": 64, "batch_size": 8}
     usual = session.plan_memory(model, FIELDS, suggest=False, **sizes)
     assert session.plan_memory(model, FIELDS, suggest=False, trainer_class=Trainer, **sizes).parts == usual.parts
     other = session.plan_memory(model, FIELDS, suggest=False, trainer_class=transformers.Trainer, **sizes)
@@ -156,8 +158,8 @@ def test_a_model_is_planned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     found = Session().plan_memory(model, FIELDS, suggest=False)
     assert found.settings.dtype == "bfloat16" and found.settings.gradient_checkpointing
-    assert found.settings.sequence_length == 512
-    assert found.notes == ("batch 4 and length 512 are assumed",)
+    assert found.settings.max_length == 512
+    assert found.notes == ("batch 8 and length 512 are assumed, as in training",)
 
 
 def test_a_quantized_model_is_planned_as_it_is() -> None:
@@ -166,17 +168,17 @@ def test_a_quantized_model_is_planned_as_it_is() -> None:
 
     model = LlamaForCausalLM(copy.deepcopy(CONFIG)).to(torch.bfloat16)
     quantize_model(model, bits=4)
-    found = Session().plan_memory(model, FIELDS, suggest=False, sequence_length=64)
+    found = Session().plan_memory(model, FIELDS, suggest=False, max_length=64)
     assert found.settings.quantization == "nf4"
 
 
 @pytest.mark.slow
 def test_a_planner_answers_for_other_settings() -> None:
     config = LlamaConfig(**(CONFIG.to_dict() | {"intermediate_size": 144}))
-    planner = Session().memory_planner(config, FIELDS, batch_size=2, sequence_length=48, device="20MB")
-    settings = dataclasses.replace(planner.settings, batch_size=3, sequence_length=80, rank=2)
+    planner = Session().memory_planner(config, FIELDS, batch_size=2, max_length=48, device="20MB")
+    settings = dataclasses.replace(planner.settings, batch_size=3, max_length=80, rank=2)
     found = planner.plan(settings)
-    plan = Session().plan_memory(config, FIELDS | {"r": 2}, batch_size=3, sequence_length=80, device="20MB")
+    plan = Session().plan_memory(config, FIELDS | {"r": 2}, batch_size=3, max_length=80, device="20MB")
     assert found.parts == plan.parts and found.changes == plan.changes
     assert found.settings == settings and found.adapter == "LoRA r=2"
     assert found.notes == ("allow 0.5 to 1 GB more for the CUDA context and fragmentation",)
@@ -194,20 +196,20 @@ def test_a_card_without_bfloat16_is_told() -> None:
 @pytest.mark.slow
 def test_such_a_card_is_suggested_float16() -> None:
     for device, half in (("T4", "float16"), ("L4", "bfloat16")):
-        planner = Session().memory_planner(CONFIG, FIELDS, sequence_length=48, dtype="float32", device=device)
+        planner = Session().memory_planner(CONFIG, FIELDS, max_length=48, dtype="float32", device=device)
         assert any(change.change == f"dtype float32 -> {half}" for change in suggest(planner.setting, 2**20))
 
 
 @pytest.mark.slow
 def test_looking_for_changes_can_be_stopped() -> None:
-    planner = Session().memory_planner(CONFIG, FIELDS, batch_size=2, sequence_length=48, device="1MB")
+    planner = Session().memory_planner(CONFIG, FIELDS, batch_size=2, max_length=48, device="1MB")
     asked: list[int] = []
     found = planner.plan(planner.settings, stopped=lambda: bool(asked.append(1)) or len(asked) > 1)
     assert len(found.changes) <= 1 < len(planner.plan(planner.settings).changes)
 
 
 def test_a_rank_is_varied_where_one_holds_for_all_of_the_adapter() -> None:
-    planner = Session().memory_planner(CONFIG, FIELDS | {"rank_pattern": {"q_proj": 2}}, sequence_length=16)
+    planner = Session().memory_planner(CONFIG, FIELDS | {"rank_pattern": {"q_proj": 2}}, max_length=16)
     assert planner.settings.rank is None
     assert planner.plan(planner.settings, suggest=False).parts == planner.plan(suggest=False).parts
 
@@ -222,12 +224,12 @@ def test_rows_say_how_long_sequences_are(session: Session) -> None:
     def found(**settings: Any) -> PlanSettings:
         return plan(**settings).settings
 
-    assert found().sequence_length == 50 and not found().packing
+    assert found().max_length == 50 and not found().packing
     assert "length 50 is the longest of 4 rows, whose median is 30" in plan().notes
     assert "length 140 is the fullest of 1 packed sequence" in plan(packing=True).notes
-    packed = found(packing=True, sequence_length=70)
-    assert packed.sequence_length == 70 and packed.packing and ", packed, " in str(packed)
-    assert found(packing=True).sequence_length == 140
+    packed = found(packing=True, max_length=70)
+    assert packed.max_length == 70 and packed.packing and ", packed, " in str(packed)
+    assert found(packing=True).max_length == 140
     with pytest.raises(ConfigError, match="packing is 1; expected True or False"):
         session.plan_memory(CONFIG, FIELDS, packing=1)
 
@@ -235,3 +237,14 @@ def test_rows_say_how_long_sequences_are(session: Session) -> None:
 def test_a_reference_that_no_training_could_have_is_refused_before_anything_is_computed() -> None:
     with pytest.raises(ConfigError, match=r"one of 'base', 'start', not 'strat'\. Did you mean 'start'"):
         Session().plan_memory(CONFIG, FIELDS, reference="strat")
+
+
+def test_plans_and_forecasts_have_the_defaults_of_a_training() -> None:
+    trained = build_arguments({}, TrainingArguments, folder="unused", evaluates=False)
+    longest = LlamaConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 4096})
+    planned = Session().plan_memory(longest, FIELDS, suggest=False).settings
+    foreseen = forecast(longest, build_config(FIELDS)).setting
+    for setting in (planned, foreseen):
+        assert setting.batch_size == trained.per_device_train_batch_size
+        assert setting.max_length == default_length(None)
+        assert setting.gradient_checkpointing is trained.gradient_checkpointing

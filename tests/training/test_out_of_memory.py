@@ -32,7 +32,7 @@ def rows(count: int = 16) -> list[dict[str, Any]]:
 def needed(model: Any, batch_size: int, **more: Any) -> int:
     """What a step allocates beyond the weights, by forecast."""
     told = forecast(
-        model, model.peft_config["default"], batch_size=batch_size, sequence_length=LENGTH, dtype="float32", **more
+        model, model.peft_config["default"], batch_size=batch_size, max_length=LENGTH, dtype="float32", **more
     )
     return sum(part.byte_count for part in told.parts if part.name not in ("base weights", "adapters"))
 
@@ -105,7 +105,7 @@ def test_what_is_promised_is_true(model: Any) -> None:
     ids=["chunks", "of another library", "sweep"],
 )
 def test_the_report_counts_what_the_run_computes(model: Any, given: dict[str, Any], own: dict[str, Any]) -> None:
-    sizes: dict[str, Any] = {"batch_size": 16, "sequence_length": LENGTH, "dtype": "float32"}
+    sizes: dict[str, Any] = {"batch_size": 16, "max_length": LENGTH, "dtype": "float32"}
     told = forecast(model, model.peft_config["default"], **sizes, **own)
     with Allocations(needed(model, 16) // 4), pytest.raises(TrainingError) as caught:
         train(model, rows(), per_device_train_batch_size=16, **QUICK | given)

@@ -29,7 +29,7 @@ CONFIG = LlamaConfig(
 @pytest.fixture(scope="module")
 def planner() -> MemoryPlanner:
     fields = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    return Session().memory_planner(CONFIG, fields, batch_size=4, sequence_length=256, device="20MB", variable="model")
+    return Session().memory_planner(CONFIG, fields, batch_size=4, max_length=256, device="20MB", variable="model")
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_move_is_answered(panel: PlanPanel, planner: MemoryPlanner) -> None:
     before = panel.result.peak_bytes
     length.value = 1024
     assert "computing …" in text(panel)
-    assert answered(panel, sequence_length=1024)
+    assert answered(panel, max_length=1024)
     assert panel.result.peak_bytes > before
     assert "no room for" in text(panel)
     batch.value = 1
@@ -77,7 +77,7 @@ def test_the_optimizer_counts(panel: PlanPanel) -> None:
     optimizer = parts(panel, ipywidgets.Dropdown)[3]
     before = panel.result.peak_bytes
     optimizer.value = "sgd"
-    assert answered(panel, optimizer="sgd") and panel.result.peak_bytes < before
+    assert answered(panel, optim="sgd") and panel.result.peak_bytes < before
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_a_switch_counts(panel: PlanPanel) -> None:
 def test_what_could_be_changed_follows(panel: PlanPanel) -> None:
     parts(panel, ipywidgets.SelectionSlider)[1].value = 1024
     assert panel.wait(PATIENCE)
-    assert panel.result.settings.sequence_length == 1024 and panel.result.changes
+    assert panel.result.settings.max_length == 1024 and panel.result.changes
     assert "still too much" in text(panel) or "fits" in text(panel)
 
 
@@ -172,7 +172,7 @@ def test_one_panel_a_model_and_close_all(planner: MemoryPlanner) -> None:
 
 
 def test_inference_has_no_training_choices() -> None:
-    planner = Session().memory_planner(CONFIG, None, training=False, sequence_length=64, variable="reading")
+    planner = Session().memory_planner(CONFIG, None, training=False, max_length=64, variable="reading")
     panel = PlanPanel(planner, ui="widgets")
     try:
         assert len(parts(panel, ipywidgets.Dropdown)) == 3 and not parts(panel, ipywidgets.Checkbox)

@@ -14,7 +14,6 @@ from nbpeft.magics.registry import (
     ADAPTER_NAME,
     ALLOW_MISSING,
     COLUMNS,
-    MAX_LENGTH,
     METHOD,
     MODEL,
     NEW_NAME,
@@ -24,7 +23,7 @@ from nbpeft.magics.registry import (
     session_command,
     subcommand,
 )
-from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
+from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, refuse_sizes, settings_of
 from nbpeft.session.results import RestoreResult
 
 _DEFAULTS = "no field is given, so these are PEFT's defaults; r = 16 with target_modules = 'all-linear' learns more"
@@ -33,7 +32,6 @@ _READING = (
     argument("--init-rows", type=positive, metavar="N", help="number of rows to use (default: 256)"),
     TOKENIZER,
     COLUMNS,
-    MAX_LENGTH,
 )
 """Options about the rows of a data-driven initialization."""
 _ARGUMENTS = (
@@ -41,7 +39,15 @@ _ARGUMENTS = (
     ADAPTER_NAME,
     METHOD,
     argument("--dry-run", action="store_true", help="only show the layers, counts and memory"),
-    *DRY_RUN_SIZES,
+    DRY_RUN_SIZES[0],
+    replace(
+        DRY_RUN_SIZES[1],
+        options={
+            **DRY_RUN_SIZES[1].options,
+            "help": "maximum length of a row in tokens, for --dry-run and --init-data",
+        },
+    ),
+    *DRY_RUN_SIZES[2:],
     ALLOW_MISSING,
     argument("--frozen", action="store_true", help="apply it frozen, without training it"),
     argument(
@@ -75,8 +81,8 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
     model = notebook.module(variable)
     if options.dry_run:
         return notebook.session.preview(model, fields, name=options.name, variable=variable, **sizes)
-    if sizes:
-        raise sizes_without_dry_run()
+    length = None if options.init_data is None else sizes.pop("max_length", None)
+    refuse_sizes(sizes)
     result = notebook.session.add(
         model,
         fields,
@@ -84,6 +90,7 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
         variable=variable,
         allow_missing=options.allow_missing,
         trainable=not options.frozen,
+        max_length=length,
         **_rows_to_start_from(options, notebook),
     )
     notebook.bind(variable, result)
@@ -92,7 +99,7 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 def _rows_to_start_from(options: argparse.Namespace, notebook: NotebookContext) -> dict[str, Any]:
     """The arguments of ``Session.add`` about the rows of a data-driven initialization."""
-    arguments = {name: getattr(options, name) for name in ("init_rows", "tokenizer", "columns", "max_length")}
+    arguments = {name: getattr(options, name) for name in ("init_rows", "tokenizer", "columns")}
     if options.init_data is None:
         return arguments
     data, tokenizer = notebook.data(options.init_data, "--init-data"), notebook.tokenizer(options.tokenizer)

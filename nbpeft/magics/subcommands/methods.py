@@ -22,10 +22,10 @@ from nbpeft.session.results.methods import SORTS
         default="group",
         choices=SORTS,
         words=SORTS,
-        help="group (the most used first), name, parameters, memory (to train), peak (with --batch or --seq)",
+        help="group (the most used first), name, parameters, memory (to train), peak (with --batch-size)",
     ),
     fields="config",
-    example="%lora methods model target_modules=all-linear --batch 4 --seq 512",
+    example="%lora methods model target_modules=all-linear --batch-size 4 --max-length 512",
 )
 def methods(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """List the methods."""

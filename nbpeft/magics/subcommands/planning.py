@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,26 +14,20 @@ from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.registry import COLUMNS, METHOD, TOKENIZER, fields_of, subcommand
-from nbpeft.names import BASE, DTYPES, OPTIMIZERS, QUANTIZATIONS, SHORT_DTYPES, START
+from nbpeft.names import BASE, BATCH_SIZE, DTYPES, MAX_LENGTH, SHORT_DTYPES, START
 from nbpeft.session.commands.planning import MemoryPlanner
+from nbpeft.session.fields import PLAN_FIELDS
 from nbpeft.session.handles import is_module
 from nbpeft.session.results.planning import PlanResult
 
-_TRAINING_FIELDS = ("loss_chunk_size", "recompute")
-"""Fields of a training cell, not of an adapter's config, that affect the memory of a step."""
-_QUANTS = ("none", *QUANTIZATIONS)
-_FLAGS = {
-    "checkpointing": ("gradient_checkpointing", True),
-    "sharded": ("sharded", True),
-    "inference": ("training", False),
-    "packing": ("packing", True),
-    "generation": ("generation", True),
-}
+_FLAGS = {"inference": ("training", False), "packing": ("packing", True), "generation": ("generation", True)}
 """Option without a value -> the setting of ``Session.plan_memory`` that it makes."""
 
 SIZES = (
-    argument("--batch", type=positive, metavar="N", help="sequences per step (default: 4)"),
-    argument("--seq", type=positive, metavar="N", help="tokens per sequence (default: 1024)"),
+    argument("--batch-size", type=positive, metavar="N", help=f"rows per step (default: {BATCH_SIZE}, as in training)"),
+    argument(
+        "--max-length", type=positive, metavar="N", help=f"tokens per row (default: {MAX_LENGTH}, as in training)"
+    ),
     argument(
         "--device",
         metavar="DEVICE",
@@ -49,13 +44,11 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that were given, as keywords of ``Session.plan_memory``.
 
     Raises:
-        CellError: a memory size has no unit, or a data type or quantization is unknown.
+        CellError: a memory size has no unit, or a data type is unknown.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
-    names = {"batch": "batch_size", "seq": "sequence_length"} | {
-        name: name for name in ("device", "optimizer", "adapters", "processes", "reference")
-    }
-    settings: dict[str, Any] = {names[option]: given[option] for option in names if option in given}
+    names = ("batch_size", "max_length", "device", "adapters", "processes", "reference")
+    settings: dict[str, Any] = {name: given[name] for name in names if name in given}
     device = str(given.get("device", ""))
     if re.fullmatch(r"[\d.]+", device) and named(device) is None:  # it would count as bytes
         raise CellError(f"--device {device} has no unit. Did you mean '{device}GB'?")
@@ -63,17 +56,17 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         settings["dtype"] = SHORT_DTYPES.get(given["dtype"], given["dtype"])
         if settings["dtype"] not in DTYPES:
             raise CellError(f"--dtype {given['dtype']!r} is not one of {', '.join(SHORT_DTYPES)}")
-    if "quant" in given:
-        if given["quant"] not in _QUANTS:
-            hint = did_you_mean(given["quant"], _QUANTS)
-            raise CellError(f"--quant {given['quant']!r} is not one of {', '.join(_QUANTS)}.{hint}")
-        settings["quantization"] = None if given["quant"] == "none" else given["quant"]
     return settings | {name: value for flag, (name, value) in _FLAGS.items() if given.get(flag)}
 
 
-def sizes_without_dry_run() -> CellError:
-    """The error for sizes without ``--dry-run``."""
-    return CellError("--batch, --seq and --device are options of --dry-run; they have no effect without it")
+def refuse_sizes(sizes: Mapping[str, Any]) -> None:
+    """Refuse sizes without ``--dry-run``.
+
+    Raises:
+        CellError: there are some.
+    """
+    for name in sizes:
+        raise CellError(f"--{name.replace('_', '-')} is an option of --dry-run, and has no effect without it")
 
 
 @subcommand(
@@ -89,18 +82,14 @@ def sizes_without_dry_run() -> CellError:
     ),
     *SIZES,
     argument("--dtype", metavar="DTYPE", words=tuple(SHORT_DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
-    argument("--quant", metavar="KIND", words=_QUANTS, help="none, nf4, fp4 or int8 (default: that of the model)"),
-    argument("--checkpointing", action="store_true", help="gradient checkpointing: recompute layers in backward"),
-    argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
     argument("--adapters", type=positive, metavar="N", help="number of adapters trained side by side (default: 1)"),
     argument("--processes", type=positive, metavar="N", help="memory of each of N processes, which have own batches"),
-    argument("--sharded", action="store_true", help="the model is sharded over the processes (fsdp = True)"),
     argument("--inference", action="store_true", help="forecast a forward pass over such a prompt, not a training"),
     argument(
         "--data",
         metavar="DATA",
         completes="data",
-        help="training rows, which determine the sequence lengths; --seq then cuts them",
+        help="training rows, which determine the sequence lengths; --max-length then cuts them",
     ),
     COLUMNS,
     TOKENIZER,
@@ -109,28 +98,17 @@ def sizes_without_dry_run() -> CellError:
     argument("--generation", action="store_true", help="completions are generated before each step, as by grpo"),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library"),
     METHOD,
-    argument("--rank", type=positive, metavar="R", help="rank of the adapter (default: the active adapter's, or 16)"),
-    argument(
-        "--targets",
-        metavar="NAMES",
-        completes="modules",
-        words=("all-linear",),
-        help="all-linear, or names separated by commas (default: the active adapter's, or all-linear for LoRA)",
-    ),
     argument("--panel", action="store_true", help="show a panel with sliders"),
-    fields="config",
-    example="%lora plan meta-llama/Llama-3.1-8B --batch 4 --seq 1024 --device 16GB --quant nf4 --checkpointing",
+    fields="plan",
+    example="%lora plan meta-llama/Llama-3.1-8B --batch-size 4 --max-length 1024 --device 16GB bits=4 r=16",
 )
 def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Plan memory, or show the panel for it."""
     settings, changes = settings_of(options), fields_of(options)
-    if options.targets is not None:
-        names = [name.strip() for name in options.targets.split(",") if name.strip()]
-        changes["target_modules"] = "all-linear" if options.targets == "all-linear" else names
-    settings |= {name: changes.pop(name) for name in _TRAINING_FIELDS if name in changes}
+    settings |= {name: changes.pop(name) for name in PLAN_FIELDS if name in changes}
     if options.trainer is not None:
         settings["trainer_class"] = notebook.value(options.trainer, "--trainer")
-    settings |= {"changes": changes, "rank": options.rank}
+    settings["changes"] = changes
     if options.data is not None:
         settings |= {"data": notebook.data(options.data, "--data"), "tokenizer": notebook.tokenizer(options.tokenizer)}
         settings["columns"] = options.columns

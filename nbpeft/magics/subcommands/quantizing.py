@@ -12,7 +12,7 @@ from nbpeft.errors import CellError, ConfigError, did_you_mean, with_article
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import ADAPTER_NAME, ALLOW_MISSING, METHOD, fields_of, subcommand
-from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
+from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, refuse_sizes, settings_of
 from nbpeft.session.commands.quantizing import LOADING_FIELDS, PREPARING_FIELDS, QUANTIZATION_FIELDS
 from nbpeft.session.configs import field_hint, field_names
 from nbpeft.session.handles import is_module
@@ -60,8 +60,7 @@ def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
     sizes = settings_of(options)
     if options.dry_run:
         return session.preview_qlora(source, config, name=options.name, variable=variable, **sizes, **own)
-    if sizes:
-        raise sizes_without_dry_run()
+    refuse_sizes(sizes)
     if not options.replace:
         _refuse_rebinding(variable, source, own, notebook, named=options.variable is not None)
     result = session.qlora(

@@ -34,6 +34,7 @@ from nbpeft.engine.tree.model_tree import (
 )
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean, in_one_line
 from nbpeft.memory.devices import has_bfloat16
+from nbpeft.memory.fake_quantized import quantization_of
 from nbpeft.memory.processor import has_instructions
 from nbpeft.model.quantization.quantized_experts import (
     quantize_experts,
@@ -41,7 +42,7 @@ from nbpeft.model.quantization.quantized_experts import (
     quantizing_while_reading,
     save_dequantized,
 )
-from nbpeft.names import DTYPES, QUANT_TYPES, SHORT_DTYPES
+from nbpeft.names import DTYPES, SHORT_DTYPES
 
 _STORAGES = ("uint8", *DTYPES)
 _ALIASES = {**SHORT_DTYPES, "half": "float16", "float": "float32"}
@@ -406,13 +407,9 @@ def quantization(
         ConfigError: a value is invalid.
     """
     transformers = importlib.import_module("transformers")
-    if bits not in (4, 8) or isinstance(bits, bool):
-        raise ConfigError(f"bits is {bits!r}; expected 4 or 8", field="bits")
+    quantization_of(bits, quant_type)
     if not isinstance(double_quant, bool):
         raise ConfigError(f"double_quant is {double_quant!r}; expected True or False", field="double_quant")
-    if quant_type not in QUANT_TYPES:
-        near = did_you_mean(str(quant_type), QUANT_TYPES)
-        raise ConfigError(f"quant_type is {quant_type!r}; expected 'nf4' or 'fp4'.{near}", field="quant_type")
     skipped = None if skip_modules is None else list(skip_modules)
     if bits == 8:
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft._util.device_names import DEVICES, THIS_MACHINE, is_apple, named
 from nbpeft.display.numbers import share, size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
-from nbpeft.names import BASE, SHORT_DTYPES, START
+from nbpeft.names import BASE, BATCH_SIZE, SHORT_DTYPES, START
 from nbpeft.session.configs import DEFAULT_METHOD, build_config, label_of, meaning, summary_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
@@ -24,21 +24,17 @@ if TYPE_CHECKING:
     from nbpeft.session.registry import TrackedModel
     from nbpeft.state import MemoryPart
 
-AS_IT_IS = "as it is"
-"""The quantization of the model, or of its config."""
-BATCH_SIZE, SEQUENCE_LENGTH = 4, 1024
-"""Defaults of a forecast."""
 USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 """Fields of the default adapter."""
 _SETTINGS = (
-    *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
-    *("optimizer", "training", "packing", "adapters", "device", "variable", "changes", "rank"),
-    *("processes", "sharded", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
+    *("batch_size", "max_length", "dtype", "bits", "quant_type", "double_quant", "gradient_checkpointing"),
+    *("optim", "training", "packing", "adapters", "device", "variable", "changes"),
+    *("processes", "fsdp", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
     *("reference", "generation"),
 )
-_CHOSEN = ("batch_size", "sequence_length", "quantization", "gradient_checkpointing", "optimizer", "training")
+_CHOSEN = ("batch_size", "max_length", "quantization", "gradient_checkpointing", "optim", "training")
 """Settings that a panel can change, and that planner and forecast name alike."""
-_FIXED = ("packing", "adapters", "processes", "sharded")
+_FIXED = ("packing", "adapters", "processes", "fsdp")
 _WHOLE_NOTE = "complete logits are counted; nbpeft's own Trainer computes them in chunks"
 _PAIRS_NOTE = (
     "each row is counted as two sequences, chosen and rejected; for an adapter that is trained already, "
@@ -60,19 +56,18 @@ def plan_memory(
             config is read.
         config: the adapter's config, or its fields; by default that of the model's active adapter, or LoRA of rank 16
             on all linear layers.
-        **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``, ``"fp4"``, ``"int8"``
-            or None; by default that of the model), ``gradient_checkpointing``, ``double_quant``, ``optimizer``,
-            ``training``, ``packing``, ``adapters`` (number of adapters trained side by side; a sweep in ``changes``
-            sets it too), ``reference`` (``"start"`` counts a copy of the trained weights), ``generation`` (completions
-            are generated before each step, as by ``grpo``), ``processes`` and ``sharded`` (memory of one of several
-            processes, with DDP or with FSDP2),
-            ``loss_chunk_size`` and ``recompute`` (as in ``nbpeft.Trainer``; a ``trainer_class`` of another library
-            stores complete logits and activations), ``device`` (bytes, ``"16GB"``, ``"T4"`` or a torch device; by
-            default this machine's), ``suggest=False`` for no suggestions if it does not fit. ``rank`` and ``changes``
-            (fields by name) are differences from ``config``; another ``peft_type`` in ``changes`` means an adapter of
-            that method with these fields. ``data`` (with ``tokenizer`` and ``columns``, as for ``train``): rows whose
-            longest one, or fullest packed sequence, determines the sequence length; ``sequence_length`` is then the
-            length to which they are cut.
+        **settings: ``batch_size``, ``max_length`` and ``gradient_checkpointing`` (by default as in a training; see
+            ``nbpeft.forecast``), ``dtype``, ``bits``, ``quant_type`` and ``double_quant`` (as for ``qlora``; by default
+            those of the model), ``optim``, ``training``, ``packing``, ``adapters`` (number of adapters trained side by
+            side; a sweep in ``changes`` sets it too), ``reference`` (``"start"`` counts a copy of the trained weights),
+            ``generation`` (completions are generated before each step, as by ``grpo``), ``processes`` and ``fsdp``
+            (memory of one of several processes, with DDP or with FSDP2), ``loss_chunk_size`` and ``recompute`` (as in
+            ``nbpeft.Trainer``; a ``trainer_class`` of another library stores complete logits and activations),
+            ``device`` (bytes, ``"16GB"``, ``"T4"`` or a torch device; by default this machine's), ``suggest=False`` for
+            no suggestions if it does not fit. ``changes`` (fields by name) are differences from ``config``; another
+            ``peft_type`` in ``changes`` means an adapter of that method with these fields. ``data`` (with ``tokenizer``
+            and ``columns``, as for ``train``): rows whose longest one, or fullest packed sequence, determines the
+            sequence length; ``max_length`` is then the length to which they are cut.
 
     Raises:
         ConfigError: a value is invalid, or the model cannot run without data.
@@ -93,12 +88,13 @@ def memory_planner(
     config: ConfigLike | None = None,
     *,
     changes: Mapping[str, Any] = {},
-    rank: int | None = None,
     variable: str | None = None,
     data: Any = None,
     tokenizer: Any = None,
     columns: Mapping[str, str] | None = None,
     trainer_class: type[Any] | None = None,
+    bits: int | None = None,
+    quant_type: str = "nf4",
     **settings: Any,
 ) -> MemoryPlanner:
     """Return a planner for repeated forecasts with changing settings; see ``plan_memory`` for the arguments."""
@@ -116,11 +112,11 @@ def memory_planner(
     if data is not None:
         from nbpeft.training.loop.packing import longest_sequence
 
-        settings["sequence_length"], per_row, length_of = longest_sequence(
+        settings["max_length"], per_row, length_of = longest_sequence(
             source,
             data,
             tokenizer=tokenizer,
-            max_length=settings.get("sequence_length"),
+            max_length=settings.get("max_length"),
             columns=columns,
             packing=settings.get("packing", False),
         )
@@ -128,9 +124,13 @@ def memory_planner(
         from nbpeft.training.transformers.trainer import step_settings
 
         settings = step_settings(trainer_class) | settings
+    if bits is not None:
+        from nbpeft.memory.fake_quantized import quantization_of
+
+        settings["quantization"] = quantization_of(bits, quant_type)
     chosen, count = largest_of(changes)
     settings = {"adapters": count, **settings} if count > 1 else settings
-    planned = _planned(tracked, config, chosen, rank)
+    planned = _planned(tracked, config, chosen)
     settings |= {"sequences_per_row": per_row, "length_of": length_of}
     return MemoryPlanner(source, planned, name=variable or name, **settings)
 
@@ -143,9 +143,7 @@ def _check_reference(reference: Any, adapters: Iterable[str]) -> None:
         check_choice("reference", reference, (BASE, START, *adapters))
 
 
-def _planned(
-    tracked: TrackedModel | None, config: ConfigLike | None, changes: Mapping[str, Any], rank: int | None
-) -> AdapterConfig:
+def _planned(tracked: TrackedModel | None, config: ConfigLike | None, changes: Mapping[str, Any]) -> AdapterConfig:
     """Return the config of the adapter to plan for; see ``plan_memory``."""
     if config is None and tracked is not None and tracked.manager.names:
         manager = tracked.manager
@@ -160,13 +158,7 @@ def _planned(
         if method != adapter.peft_type:
             fields = USUAL_FIELDS if method == DEFAULT_METHOD else {"task_type": USUAL_FIELDS["task_type"]}
         adapter = build_config({**fields, **changes})
-    if rank is None:
-        return adapter
-    if type(rank) is not int or rank < 1:
-        raise ConfigError(f"rank is {rank!r}, expected a whole number of at least 1", field="rank")
-    if adapter.adapter_size is None:
-        raise ConfigError(f"this {label_of(adapter)} adapter has no single rank that could be changed", field="rank")
-    return adapter.resized(rank)
+    return adapter
 
 
 class MemoryPlanner:
@@ -177,6 +169,7 @@ class MemoryPlanner:
         adapter: config of the trained adapter.
         name: display name of the model.
         batch_size: see ``Session.plan_memory``, also for the further arguments.
+        quantization: format of the linear layers; None for that of the model.
         **others: further fields of ``nbpeft.memory.estimate.Setting``.
         sequences_per_row: number of sequences of each row of the data.
         length_of: which sequence of the data has the length, as text; empty without data.
@@ -189,9 +182,9 @@ class MemoryPlanner:
         *,
         name: str,
         batch_size: int | None = None,
-        sequence_length: int | None = None,
+        max_length: int | None = None,
         dtype: torch.dtype | str | None = None,
-        quantization: str | None = AS_IT_IS,
+        quantization: str | None = None,
         gradient_checkpointing: bool | None = None,
         double_quant: bool | None = None,
         device: Any = None,
@@ -199,7 +192,7 @@ class MemoryPlanner:
         length_of: str = "",
         **others: Any,
     ) -> None:
-        from nbpeft.memory.forecast import setting_of
+        from nbpeft.memory.forecast import default_checkpointing, default_length, setting_of, stored_as
 
         if sequences_per_row > 1:
             batch_size = sequences_per_row * (BATCH_SIZE if batch_size is None else batch_size)
@@ -207,29 +200,32 @@ class MemoryPlanner:
         self._source = source
         self.room = _room(device, source)
         found = _Detected(source, adapter)
+        stored = stored_as(source, found.architecture.config)
+        given_format, quantization = quantization is not None, quantization or stored.quantization
         if gradient_checkpointing is None:
-            gradient_checkpointing = found.checkpointing
-        length = sequence_length or min(SEQUENCE_LENGTH, found.longest)
+            gradient_checkpointing = default_checkpointing(source, found.architecture, quantization, stored)
+        length = max_length or default_length(found.architecture.config)
         assumed = [f"batch {BATCH_SIZE}"] if batch_size is None else []
-        assumed += [f"length {length}"] if sequence_length is None else []
-        words = f"{' and '.join(assumed)} {'is' if len(assumed) == 1 else 'are'} assumed" if assumed else ""
+        assumed += [f"length {length}"] if max_length is None else []
+        verb = "is" if len(assumed) == 1 else "are"
+        words = f"{' and '.join(assumed)} {verb} assumed, as in training" if assumed else ""
         given = f"length {length:,} is {length_of}" if length_of else ""
         self._settings_notes = tuple(note for note in (words, given) if note)
         self.setting: Setting = setting_of(
             found.architecture,
             adapter,
             batch_size=BATCH_SIZE if batch_size is None else batch_size,
-            sequence_length=length if sequence_length is None else sequence_length,
+            max_length=length if max_length is None else max_length,
             dtype=dtype or found.dtype,
-            quantization=found.quantization if quantization == AS_IT_IS else quantization,
+            quantization=quantization,
             gradient_checkpointing=gradient_checkpointing,
-            double_quant=found.double_quant if double_quant is None else double_quant,
+            double_quant=stored.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
             bfloat16=self.room.bfloat16,
-            quantized_experts=found.experts or quantization != AS_IT_IS,
-            **{"optimizer": "adamw", "training": True, **others},
+            quantized_experts=stored.experts or given_format,
+            **{"optim": "adamw", "training": True, **others},
         )
-        self._stored_note = found.note
+        self._stored_note = stored.note
         self.name = name
         self.class_name = found.class_name
 
@@ -317,17 +313,10 @@ class _Detected:
 
     def __init__(self, source: Any, adapter: AdapterConfig) -> None:
         from nbpeft.memory.architecture import architecture_of
-        from nbpeft.memory.checkpointing import is_checkpointing
-        from nbpeft.memory.forecast import stored_as
 
         self.architecture = architecture_of(source, adapter)
         config = self.architecture.config
-        self.longest = int(getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH)
-        self.checkpointing = is_checkpointing(source)
         self.dtype = _dtype_of(source) if hasattr(source, "parameters") else None
-        stored = stored_as(source, config)
-        self.quantization, self.double_quant, self.note = stored.quantization, stored.double_quant, stored.note
-        self.experts = stored.experts
         kind = self.architecture.model_class
         self.class_name = kind.__name__ if kind is not None else next(iter(config.architectures or ()), "")
 

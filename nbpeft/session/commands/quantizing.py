@@ -159,7 +159,7 @@ def preview_qlora(
     name: str = "default",
     variable: str | None = None,
     batch_size: int | None = None,
-    sequence_length: int | None = None,
+    max_length: int | None = None,
     device: Any = None,
     **how: Any,
 ) -> QloraPreview:
@@ -173,7 +173,7 @@ def preview_qlora(
         name: name of the new adapter.
         variable: name for the model.
         batch_size: setting of the memory forecast, like the next two; see ``plan_memory``.
-        sequence_length: number of tokens per row.
+        max_length: number of tokens per row.
         device: the device that it should fit.
         **how: quantization, preparation and loading, as for ``qlora``.
 
@@ -183,7 +183,7 @@ def preview_qlora(
         CheckpointNotFoundError: there is no model at ``source``.
     """
     request = _request(build_config(config), how)
-    sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "device": device}
+    sizes = {"batch_size": batch_size, "max_length": max_length, "device": device}
     with ctx.command("planning") as notes:
         origin, base = _resolve(ctx, source, variable, request)
         skeleton = _skeleton(origin.source, request) if origin.source is not None and base is None else None
@@ -240,8 +240,10 @@ class _Request:
     @property
     def kind(self) -> str:
         """The storage format of layers: ``nf4``, ``fp4`` or ``int8``."""
+        from nbpeft.memory.fake_quantized import quantization_of
+
         chosen = DEFAULTS | self.settings
-        return "int8" if chosen["bits"] == 8 else str(chosen["quant_type"])
+        return quantization_of(chosen["bits"], chosen["quant_type"])
 
     @property
     def double(self) -> bool:

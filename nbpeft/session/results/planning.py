@@ -24,44 +24,44 @@ class PlanSettings:
 
     Attributes:
         batch_size: number of sequences per step.
-        sequence_length: number of tokens per sequence.
+        max_length: number of tokens per sequence.
         rank: rank of the adapter, or None if it has no single one.
         dtype: dtype of weights and activations, e.g. ``bfloat16``.
         quantization: ``nf4``, ``fp4``, ``int8`` or None.
         gradient_checkpointing: whether layers are recomputed in the backward pass.
-        optimizer: name of the optimizer.
+        optim: name of the optimizer.
         training: a training step if True; else reading a prompt.
         device: name of the device that it should fit, possibly ``this-machine``; empty for the planner's default.
         packing: whether a sequence has several rows.
         adapters: number of adapters that are trained side by side.
         processes: number of processes that train together.
-        sharded: whether the model is sharded over the processes.
+        fsdp: whether the model is sharded over the processes.
     """
 
     batch_size: int
-    sequence_length: int
+    max_length: int
     rank: int | None
     dtype: str
     quantization: str | None = None
     gradient_checkpointing: bool = False
-    optimizer: str = "adamw"
+    optim: str = "adamw"
     training: bool = True
     device: str = ""
     packing: bool = False
     adapters: int = 1
     processes: int = 1
-    sharded: bool = False
+    fsdp: bool = False
 
     def __str__(self) -> str:
-        words = [f"batch {self.batch_size}", f"length {self.sequence_length}"]
+        words = [f"batch {self.batch_size}", f"length {self.max_length}"]
         words += [f"rank {self.rank}"] if self.rank is not None else []
         words.append(self.dtype if self.quantization is None else f"{self.quantization} + {self.dtype}")
         words += ["packed"] if self.packing else []
         if self.training:
             words += ["gradient checkpointing"] if self.gradient_checkpointing else []
-            words.append(self.optimizer)
+            words.append(self.optim)
             words += [f"{self.adapters} adapters side by side"] if self.adapters > 1 else []
-            words += [f"one of {self.processes} {'sharded ' if self.sharded else ''}processes"] * (self.processes > 1)
+            words += [f"one of {self.processes} {'sharded ' if self.fsdp else ''}processes"] * (self.processes > 1)
         else:
             words.append("inference")
         return ", ".join(words)

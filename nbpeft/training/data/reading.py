@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError
-from nbpeft.names import LOSS_WEIGHTS
+from nbpeft.names import LOSS_WEIGHTS, MAX_LENGTH
 from nbpeft.training.data.classes import Classes, names_of
 from nbpeft.training.data.forms import (
     AS_CHAT,
@@ -35,7 +35,6 @@ from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
 from nbpeft.training.data.sources import first_row, is_stream, open_data
 from nbpeft.training.data.verdicts import LABEL, are_verdicts, is_good, labels_in
 
-DEFAULT_MAX_LENGTH = 1024
 MASKS = ("completion_mask", "assistant_masks")
 """Columns of tokenized rows that mark the tokens to train on, with TRL's names."""
 LABELS = ("labels", "label", "label_ids")
@@ -112,7 +111,7 @@ class Reading:
     form: Form | None
     columns: Mapping[str, str] = field(default_factory=dict)
     tokenizer: Any = None
-    limit: int = DEFAULT_MAX_LENGTH
+    limit: int = MAX_LENGTH
     inputs: ModelInputs = field(default_factory=ModelInputs)
     class_names: tuple[str, ...] = ()
     skip_bad: bool | None = None
@@ -394,7 +393,7 @@ def _class_names(rows: Any, columns: Mapping[str, str], name: str = LABEL) -> tu
 
 def default_length(tokenizer: Any) -> int:
     """The default of ``max_length``, in tokens: the tokenizer's limit, at most 1024."""
-    return min(int(getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)), DEFAULT_MAX_LENGTH)
+    return min(int(getattr(tokenizer, "model_max_length", MAX_LENGTH)), MAX_LENGTH)
 
 
 def columns_of(rows: Any) -> tuple[str, ...]:

@@ -37,11 +37,7 @@ _OOM_REMEDY = (
 )
 _FIXED = ("base weights", "adapters")
 _SHOWN_CHANGES = 4
-_NAMES = {
-    "batch_size": "per_device_train_batch_size",
-    "sequence_length": "max_length",
-    "optimizer": "optim",
-}
+_NAMES = {"batch_size": "per_device_train_batch_size"}
 """Setting of a forecast -> name of the training argument."""
 _ESTIMATED = {
     "activations": "activations kept for backward need",
@@ -56,7 +52,7 @@ _MEASURED = {
     "gradients": "gradients took",
 }
 _OPTIMIZER_STEP = "the optimizer's step"
-_SAVES_ACTIVATIONS = ("batch_size", "sequence_length", "gradient_checkpointing")
+_SAVES_ACTIVATIONS = ("batch_size", "max_length", "gradient_checkpointing")
 """The settings whose changes do not help in the optimizer's step, when the activations are already freed."""
 
 
@@ -181,8 +177,7 @@ def _expected(
     if batch is None or not names or names[0] not in configs:
         return None
     kinds = {kind for part in stored_parts(base) if part.name == "quantized layers" for kind in part.kinds}
-    kind = next((name for name in QUANTIZATIONS if any(item.startswith(name) for item in kinds)), None)
-    if kinds and kind is None:
+    if kinds and not any(item.startswith(QUANTIZATIONS) for item in kinds):
         return None
     optim = str(getattr(settings.optim, "value", settings.optim))
     checkpoints = is_checkpointing(base) or bool(settings.gradient_checkpointing)
@@ -191,12 +186,10 @@ def _expected(
             base,
             configs[names[0]],
             batch_size=batch[0],
-            sequence_length=batch[1],
+            max_length=batch[1],
             dtype=main_dtype(base),
-            quantization=kind,
-            double_quant=any("double" in item for item in kinds),
             gradient_checkpointing=checkpoints,
-            optimizer=optim,
+            optim=optim,
             training=training,
             device=_limit(base),
             **costs,

@@ -440,7 +440,7 @@ def test_every_field_has_its_type_and_none_is_refused_in_one_line(method: Method
 @every_sample
 def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
     config = method.config_class(**targets(method) | fields)
-    parts = {part.name: part.byte_count for part in forecast(llama(), config, batch_size=1, sequence_length=8).parts}
+    parts = {part.name: part.byte_count for part in forecast(llama(), config, batch_size=1, max_length=8).parts}
     model, other = get_peft_model(llama(), config), get_peft_model(llama(), config)
     shared = model.manager.shared("default")
     adapters = [layer.adapter("default") for layer in model.manager.layers.values()]

@@ -135,7 +135,7 @@ def test_counts_and_forecasts_are_the_bytes_that_are_stored() -> None:
         dense = mixture("qwen3_moe", "grouped_mm")
         kind = "int8" if settings.get("bits") == 8 else "nf4"
         double = settings.get("double_quant", True)
-        planned = forecast(dense, config, sequence_length=32, quantization=kind, double_quant=double)
+        planned = forecast(dense, config, max_length=32, quantization=kind, double_quant=double)
         model = quantize_model(dense, **settings)
         experts = next(part for part in stored_parts(model) if part.name == "experts")
         sizes = [part.untyped_storage().nbytes() for one in stored(model).values() for part in one.parts.values()]
@@ -143,7 +143,7 @@ def test_counts_and_forecasts_are_the_bytes_that_are_stored() -> None:
         label = "nf4 double" if kind == "nf4" and double else kind
         assert f"{label} " in planned.parts[0].detail
         assert planned.parts[0].byte_count == sum(weights_by_kind(model).values())
-        assert forecast(model, config, sequence_length=32).parts[0] == planned.parts[0]
+        assert forecast(model, config, max_length=32).parts[0] == planned.parts[0]
 
 
 def test_a_step_keeps_no_dequantized_expert() -> None:
@@ -184,7 +184,7 @@ def test_qlora_quantizes_what_transformers_left(tmp_path: Path) -> None:
     how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how, dtype="bfloat16")
     session, config = Session(), LoraConfig(**fields("mixtral"))
-    as_it_is = forecast(base, config, sequence_length=32).parts[0].byte_count
+    as_it_is = forecast(base, config, max_length=32).parts[0].byte_count
     assert as_it_is == sum(weights_by_kind(base).values())
     planned = session.preview_qlora(base, fields("mixtral"))
     done = session.qlora(base, fields("mixtral"))

@@ -106,7 +106,7 @@ def test_previews_and_forecasts_count_experts() -> None:
     assert (row.shapes, row.ranks, row.parameter_count) == (("6 × 48 × 32",), (4,), 2 * 4 * 6 * (48 + 32))
     base = mixture("qwen3_moe", "grouped_mm")
     plain = LoraConfig(r=4, target_modules=["q_proj"])
-    needed = [forecast(base, chosen, sequence_length=32, dtype="bfloat16") for chosen in (plain, config)]
+    needed = [forecast(base, chosen, max_length=32, dtype="bfloat16") for chosen in (plain, config)]
     assert needed[0].peak_bytes < needed[1].peak_bytes
 
 

@@ -83,7 +83,7 @@ def counted(model: Any) -> int:
 
 def test_a_forecast_counts_what_is_shared_once() -> None:
     config = nbpeft.LilyConfig(**FIELDS, **TARGETS["names"])
-    parts = {part.name: part for part in forecast(base(), config, batch_size=1, sequence_length=8).parts}
+    parts = {part.name: part for part in forecast(base(), config, batch_size=1, max_length=8).parts}
     assert parts["adapters"].byte_count == 4 * counted(get_peft_model(base(), config))
 
 

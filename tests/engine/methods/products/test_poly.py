@@ -212,5 +212,5 @@ def test_layers_whose_input_has_other_rows_are_named() -> None:
 def test_a_forecast_knows_the_tasks() -> None:
     config = nbpeft.PolyConfig(**FIELDS, **TARGETS)
     model = get_peft_model(llama(), config)
-    parts = {part.name: part for part in forecast(llama(), config, batch_size=2, sequence_length=8).parts}
+    parts = {part.name: part for part in forecast(llama(), config, batch_size=2, max_length=8).parts}
     assert parts["adapters"].byte_count == 4 * model.get_nb_trainable_parameters()[0]

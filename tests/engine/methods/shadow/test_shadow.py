@@ -531,7 +531,7 @@ def test_a_forecast_is_what_the_allocator_sees() -> None:
     shape = copy.deepcopy(SHAPES["llama"])
     shape.num_hidden_layers = 2
     adapter = nbpeft.ShadowConfig(task_type="CAUSAL_LM")
-    settings: dict[str, Any] = {"batch_size": 2, "sequence_length": 48, "dtype": torch.float32, "quantization": None}
-    foreseen = forecast(shape, adapter, optimizer="adamw", device="cpu", **settings).peak_bytes
+    settings: dict[str, Any] = {"batch_size": 2, "max_length": 48, "dtype": torch.float32, "quantization": None}
+    foreseen = forecast(shape, adapter, optim="adamw", device="cpu", **settings).peak_bytes
     measured = real_peak(architecture_of(shape, adapter), adapter, optimizer=torch.optim.AdamW, **settings)
     assert foreseen == pytest.approx(measured, rel=0.03)

@@ -210,9 +210,7 @@ def test_hot_swapping_and_pools(tmp_path: Path) -> None:
 
 def test_forecast_preview_panel_card_and_script(tmp_path: Path) -> None:
     config = nbpeft.IA3Config(feedforward_modules=["down_proj"], target_modules=["k_proj", "v_proj", "down_proj"])
-    part = next(
-        part for part in forecast(llama(), config, batch_size=1, sequence_length=8).parts if part.name == "adapters"
-    )
+    part = next(part for part in forecast(llama(), config, batch_size=1, max_length=8).parts if part.name == "adapters")
     model = ia3()
     count = sum(vector.numel() for vector in model.manager.parameters("default"))
     assert part.byte_count == 4 * count
