@@ -44,6 +44,15 @@ QUANTIZATIONS = (*QUANT_TYPES, "int8")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
 """Optimizers that memory plans and completion offer; forecasts support more."""
 
+RENAMED = {
+    "batch": "batch_size",
+    "seq": "max_length",
+    "overwrite": "replace",
+    "plan_memory": "plan",
+    "set_scale": "scale",
+}
+"""Former name of an option or of a method of the session -> its name, for messages."""
+
 BATCH_SIZE = 8
 """Default number of rows per step of a training, and so of a plan and a forecast; that of ``TrainingArguments``."""
 

@@ -202,7 +202,7 @@ def in_place_of(folder: Path, *, allowed: bool) -> Iterator[Path]:
         sweep(folder.parent)  # restores a folder that a dead process had moved away
         found = os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()))
         if found and not allowed:
-            raise CheckpointError(f"{shown(folder)} already exists; choose another folder, or replace it (overwrite=…)")
+            raise CheckpointError(f"{shown(folder)} already exists; choose another folder, or replace it (replace=…)")
         if found and (folder.is_symlink() or not folder.is_dir() or any(path.is_dir() for path in folder.iterdir())):
             raise CheckpointError(f"{shown(folder)} is not just a folder of files, and is not replaced")
     if not found:

@@ -143,7 +143,8 @@ def write_model(
         sweep(target, finish=False)  # removes an interrupted copy instead of finishing it
         existing = [path.name for path in target.iterdir() if path.name.endswith(_WEIGHTS)] if target.is_dir() else []
     if existing:
-        raise CheckpointError(f"{shown(target)} already contains weights ({min(existing)}); choose another folder")
+        remedy = "choose another folder, or replace it (replace=…)"
+        raise CheckpointError(f"{shown(target)} already contains weights ({min(existing)}); {remedy}")
     count = len(shards)
     names = (
         [SINGLE] if count == 1 else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]

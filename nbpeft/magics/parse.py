@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from nbpeft.errors import CellError, did_you_mean, near, with_article
 from nbpeft.magics.tokenize import Word, folder, own_names, reference, tokenize
+from nbpeft.names import RENAMED
 from nbpeft.session.fields import meant_field
 from nbpeft.session.handles import is_module
 
@@ -324,7 +325,7 @@ def parse_line(
     return parse_arguments(subcommands[name], f"%lora {name}", words[1:], namespace)
 
 
-_MEANT = {"name": "adapter", "batch": "batch-size", "seq": "max-length"}
+_MEANT = {"name": "adapter"} | {old: new.replace("_", "-") for old, new in RENAMED.items()}
 """Options of other commands, and former ones -> what they are called in this one, if it has no such option."""
 _COUNTS = ("limit", "max-rows", "max_rows", "num-rows", "num_rows")
 """Options of other tools for the number of rows."""

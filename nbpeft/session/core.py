@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from nbpeft.confidential import masked
 from nbpeft.errors import error_as_json
-from nbpeft.names import COMBINATION_TYPES
+from nbpeft.names import COMBINATION_TYPES, RENAMED
 from nbpeft.session.commands import (
     adapters,
     asking,
@@ -96,6 +96,12 @@ class Session:
     def __init__(self) -> None:
         self.context = SessionContext()
 
+    if not TYPE_CHECKING:  # a type checker would accept any name
+
+        def __getattr__(self, name: str) -> Any:
+            renamed = f"; it is called {RENAMED[name]!r} now" if name in RENAMED else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{renamed}")
+
     # Adapters on a model
     add = _command(adapters.add)
     preview = _command(adapters.preview)
@@ -118,7 +124,7 @@ class Session:
     use = _command(switching.use)
     off = _command(switching.off)
     on = _command(switching.on)
-    set_scale = _command(switching.set_scale)
+    scale = _command(switching.scale)
     freeze = _command(switching.freeze)
     unfreeze = _command(switching.unfreeze)
 
@@ -160,7 +166,7 @@ class Session:
     # Memory
     memory = _unlocked(inspecting.memory)
     measure = _unlocked(inspecting.measure)
-    plan_memory = _unlocked(planning.plan_memory)
+    plan = _unlocked(planning.plan)
     memory_planner = _unlocked(planning.memory_planner)
 
     # State

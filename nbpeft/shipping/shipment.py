@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def ship(
     base: str | None = None,
     tokenizer: Any = None,
     calibrate: Rows | None = None,
-    overwrite: bool = False,
+    replace: bool = False,
     dry_run: bool = False,
 ) -> Shipment:
     """Exports an adapter in the format of a serving engine, after checking that the engine can load it.
@@ -98,7 +99,7 @@ def ship(
         tokenizer: saved with a merged model; required for a merged GGUF file.
         calibrate: tokenized rows for ``q4_k_m``, ``q5_k_m`` or ``q6_k``: the model is run on them, and errors in inputs
             that are large there become smaller.
-        overwrite: replace an existing folder of an earlier export.
+        replace: replace an existing folder of an earlier export.
         dry_run: return the plan without writing anything.
 
     Returns:
@@ -125,10 +126,10 @@ def ship(
         )
         if dry_run:
             return planned
-        with in_place_of(planned.folder, allowed=overwrite) as place:
+        with in_place_of(planned.folder, allowed=replace) as place:
             package.write(place)
         note_written_over([planned.folder])
-    return replace(planned, written=True)
+    return dataclasses.replace(planned, written=True)
 
 
 def _plan(

@@ -30,7 +30,7 @@ class PlanPanel(WorkerPanel):
     """
 
     kind: ClassVar[str] = "plan"
-    session_method: ClassVar[str] = "plan_memory"
+    session_method: ClassVar[str] = "plan"
 
     def __init__(self, planner: MemoryPlanner, *, ui: Ui = "auto") -> None:
         super().__init__(ui)

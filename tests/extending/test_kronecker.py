@@ -77,5 +77,5 @@ def test_values_that_the_config_does_not_declare_as_valid_are_refused(
 
 
 def test_a_field_called_size_is_not_taken_for_the_rank() -> None:
-    planned = Session().plan_memory(llama(), {"peft_type": "kronsum", "r": 2, "size": 4}, batch_size=1, max_length=8)
+    planned = Session().plan(llama(), {"peft_type": "kronsum", "r": 2, "size": 4}, batch_size=1, max_length=8)
     assert planned.settings.rank is None and "rank" not in str(planned.settings)

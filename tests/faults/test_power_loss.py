@@ -239,7 +239,7 @@ def file_of(home: Path) -> None:
 
 def shipped(home: Path, rank: int, **options: Any) -> None:
     model = support.adapted(support.base_model(), r=rank)
-    ship(model, to=home / "target", overwrite=True, tokenizer=support.tokenizer(), **options)
+    ship(model, to=home / "target", replace=True, tokenizer=support.tokenizer(), **options)
 
 
 def pushed(home: Path) -> None:

@@ -87,7 +87,7 @@ class Models:
     def ship(self, folder: Path, rank: int) -> None:
         """Writes a merged model with its tokenizer as a GGUF file."""
         options: dict[str, Any] = {"engine": "llama.cpp", "merged": True, "tokenizer": self.tokenizer}
-        ship(self.shipped[rank], to=folder, overwrite=True, **options)
+        ship(self.shipped[rank], to=folder, replace=True, **options)
 
     def shipped_in(self, folder: Path) -> set[int]:
         """The state of the GGUF file in a folder."""

@@ -351,6 +351,14 @@ def test_merging_into_a_copy(notebook: Notebook, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(copy(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=2e-3)
     assert "already contains weights" in notebook.run(f"%lora merge --to {out}").line
+    assert "replace it (--replace)" in notebook.run(f"%lora merge --to {out}").line
+    (out / "mine.txt").write_text("of an earlier export")
+    notebook.do(f"%lora merge --to {out} --replace")
+    assert not (out / "mine.txt").exists()
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(out).eval()
+        assert torch.equal(again(input_ids=ids).logits, copy(input_ids=ids).logits)
+    assert "--replace requires --to DIR" in notebook.run("%lora merge --replace").line
     assert "--dtype requires --to DIR" in notebook.run("%lora merge --dtype float32").line
     assert "--base requires --to DIR" in notebook.run(f"%lora merge --base {out}").line
     assert "dtype is 'int4'" in notebook.run(f"%lora merge --to {tmp_path / 'b'} --dtype int4").line

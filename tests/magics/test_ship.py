@@ -39,8 +39,8 @@ def test_mistakes_are_one_line(adapted: Any, tmp_path: Path) -> None:
     line = adapted.run(f"%lora ship dora --for vllm --to {place}").line
     assert "DoRA on 2 layers" in line and "(--merged)" in line
     adapted.do(f"%lora ship sql --for vllm --to {place}")
-    assert "replace it (--overwrite)" in adapted.run(f"%lora ship sql --for vllm --to {place}").line
-    adapted.do(f"%lora ship sql --for vllm --to {place} --overwrite")
+    assert "replace it (--replace)" in adapted.run(f"%lora ship sql --for vllm --to {place}").line
+    adapted.do(f"%lora ship sql --for vllm --to {place} --replace")
 
 
 def test_completion_and_help(adapted: Notebook) -> None:

@@ -52,7 +52,7 @@ def test_weights_in_eight_bits_stay_whole() -> None:
 
 def test_a_plan_says_for_how_many_processes_it_is() -> None:
     session = Session()
-    plan = session.plan_memory(llama(), batch_size=2, max_length=16, processes=2, fsdp=True, suggest=False)
+    plan = session.plan(llama(), batch_size=2, max_length=16, processes=2, fsdp=True, suggest=False)
     assert str(plan.settings).endswith("adamw, one of 2 sharded processes")
     with pytest.raises(ConfigError, match="processes is 0; expected a whole number of at least 1"):
-        session.plan_memory(llama(), processes=0)
+        session.plan(llama(), processes=0)

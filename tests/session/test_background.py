@@ -210,7 +210,7 @@ def test_what_would_disturb_it_is_refused_at_once(session: Session, model: Any) 
         lambda: session.delete("sql"),
         lambda: session.rename("sql", "b"),
         lambda: session.copy("sql", "b"),
-        lambda: session.set_scale("sql", 2.0),
+        lambda: session.scale("sql", 2.0),
         lambda: session.freeze("sql"),
         lambda: session.merge(),
         lambda: session.unload(),

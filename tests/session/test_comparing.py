@@ -54,7 +54,7 @@ def test_all_adapters_and_the_base_answer_in_one_generation(
 def test_comparing_changes_nothing(session: Session, model: Any) -> None:
     model.train()
     model.get_base_model().model.layers[0].eval()
-    session.set_scale("orders", 0.5)
+    session.scale("orders", 0.5)
     before = everything(model)
     session.compare(PROMPTS, tokenizer=CharTokenizer(), max_new_tokens=3, blends=[{"orders": 1, "pirate": -1}])
     assert same_state(everything(model), before)
@@ -76,7 +76,7 @@ def test_a_blend_answers_what_its_exact_combination_answers(session: Session, mo
 def test_a_blend_counts_scales_and_leaves_zeros_out(session: Session, model: Any) -> None:
     session.use("pirate")
     pirate = logits(model)
-    session.set_scale("orders", 3.0)
+    session.scale("orders", 3.0)
     with blended(model.manager, {"orders": 0.0, "pirate": 1.0}):
         assert torch.equal(logits(model), pirate)
     with blended(model.manager, {"orders": 1.0}):

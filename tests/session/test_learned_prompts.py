@@ -91,5 +91,5 @@ def test_commands_on_weights_refuse_in_one_line() -> None:
     with pytest.raises(MergeError, match="changes no weight"):
         session.merge("soft")
     with pytest.raises(AdapterError, match="it is a prompt, which cannot be scaled"):
-        session.set_scale("soft", 2.0)
+        session.scale("soft", 2.0)
     assert torch.equal(logits(model), before) and "embed_tokens" in str(session.inspect("soft"))

@@ -144,7 +144,7 @@ def test_the_peak_of_a_step_is_forecast_where_sizes_are_given(session: Session, 
     only = [method for method in methods() if method.label == "LoRA"]
     monkeypatch.setattr("nbpeft.model.analysis.method_facts.methods", lambda: only)
     (row,) = session.methods(llama(), {"r": 4}, batch_size=2, max_length=16).rows
-    plan = session.plan_memory(llama(), nbpeft.LoraConfig(r=4), batch_size=2, max_length=16)
+    plan = session.plan(llama(), nbpeft.LoraConfig(r=4), batch_size=2, max_length=16)
     assert row.cost is not None and row.cost.peak_bytes == plan.peak_bytes
 
 

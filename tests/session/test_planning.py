@@ -61,21 +61,21 @@ def test_a_dtype_that_the_processor_is_slow_in_is_noted(monkeypatch: pytest.Monk
     pretend_cpu(monkeypatch)
     settings: dict[str, Any] = {"batch_size": 1, "max_length": 16, "suggest": False}
     session = Session()
-    slow = session.plan_memory(CONFIG, FIELDS, dtype="bfloat16", device="cpu", **settings)
+    slow = session.plan(CONFIG, FIELDS, dtype="bfloat16", device="cpu", **settings)
     assert any(told in note for note in slow.notes) and told in str(slow) and told in slow._repr_html_()
     for found in (
-        session.plan_memory(CONFIG, FIELDS, dtype="float32", device="cpu", **settings),
-        session.plan_memory(CONFIG, FIELDS, dtype="bfloat16", device="16GB", **settings),
+        session.plan(CONFIG, FIELDS, dtype="float32", device="cpu", **settings),
+        session.plan(CONFIG, FIELDS, dtype="bfloat16", device="16GB", **settings),
     ):
         assert told not in str(found)
     pretend_cpu(monkeypatch, onednn=[torch.bfloat16])
-    assert told not in str(session.plan_memory(CONFIG, FIELDS, dtype="bfloat16", device="cpu", **settings))
+    assert told not in str(session.plan(CONFIG, FIELDS, dtype="bfloat16", device="cpu", **settings))
 
 
 def test_changes_are_suggested_only_if_it_does_not_fit() -> None:
     sizes: dict[str, Any] = {"batch_size": 2, "max_length": 32}
-    assert not Session().plan_memory(CONFIG, FIELDS, device="1GB", **sizes).changes
-    assert Session().plan_memory(CONFIG, FIELDS, device="1kB", **sizes).changes
+    assert not Session().plan(CONFIG, FIELDS, device="1GB", **sizes).changes
+    assert Session().plan(CONFIG, FIELDS, device="1kB", **sizes).changes
 
 
 def test_what_exceeds() -> None:
@@ -125,28 +125,28 @@ def test_plans_of_a_session(tmp_path: Any) -> None:
     model = LlamaForCausalLM(CONFIG)
     sizes: dict[str, Any] = {"max_length": 64, "batch_size": 2, "device": "1GB", "suggest": False}
     with pytest.raises(AdapterError):
-        session.plan_memory()
+        session.plan()
     revision = session.state.revision
-    bare = session.plan_memory(model, FIELDS, **sizes)
+    bare = session.plan(model, FIELDS, **sizes)
     assert bare.model_name == "LlamaForCausalLM" and bare.settings.rank == 4 and not bare.notes[1:]
     assert session.state.revision == revision and not session.names
     added = session.add(model, FIELDS, name="sql", variable="model")
-    assert session.plan_memory(**sizes).parts == bare.parts
-    assert session.plan_memory(added.model, **sizes).parts == bare.parts
-    assert session.plan_memory("model", **sizes).model_name == "model"
+    assert session.plan(**sizes).parts == bare.parts
+    assert session.plan(added.model, **sizes).parts == bare.parts
+    assert session.plan("model", **sizes).model_name == "model"
     CONFIG.save_pretrained(tmp_path)
-    assert session.plan_memory(str(tmp_path), FIELDS, **sizes).parts == bare.parts
+    assert session.plan(str(tmp_path), FIELDS, **sizes).parts == bare.parts
     with pytest.raises(ConfigError, match="batch_size is 0"):
-        session.plan_memory(model, FIELDS, batch_size=0)
+        session.plan(model, FIELDS, batch_size=0)
 
 
 @pytest.mark.slow
 def test_a_plan_counts_what_the_trainer_computes() -> None:
     session, model = Session(), LlamaForCausalLM(CONFIG)
     sizes: dict[str, Any] = {"max_length": 64, "batch_size": 8}
-    usual = session.plan_memory(model, FIELDS, suggest=False, **sizes)
-    assert session.plan_memory(model, FIELDS, suggest=False, trainer_class=Trainer, **sizes).parts == usual.parts
-    other = session.plan_memory(model, FIELDS, suggest=False, trainer_class=transformers.Trainer, **sizes)
+    usual = session.plan(model, FIELDS, suggest=False, **sizes)
+    assert session.plan(model, FIELDS, suggest=False, trainer_class=Trainer, **sizes).parts == usual.parts
+    other = session.plan(model, FIELDS, suggest=False, trainer_class=transformers.Trainer, **sizes)
     whole = forecast(model, build_config(FIELDS), loss_chunk_size=0, recompute=False, **sizes)
     assert other.parts == whole.parts and other.peak_bytes > usual.peak_bytes
     assert "complete logits are counted" in str(other.notes) and "logits" not in str(usual.notes)
@@ -156,7 +156,7 @@ def test_a_model_is_planned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cpu(monkeypatch, onednn=[torch.bfloat16])
     model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    found = Session().plan_memory(model, FIELDS, suggest=False)
+    found = Session().plan(model, FIELDS, suggest=False)
     assert found.settings.dtype == "bfloat16" and found.settings.gradient_checkpointing
     assert found.settings.max_length == 512
     assert found.notes == ("batch 8 and length 512 are assumed, as in training",)
@@ -168,7 +168,7 @@ def test_a_quantized_model_is_planned_as_it_is() -> None:
 
     model = LlamaForCausalLM(copy.deepcopy(CONFIG)).to(torch.bfloat16)
     quantize_model(model, bits=4)
-    found = Session().plan_memory(model, FIELDS, suggest=False, max_length=64)
+    found = Session().plan(model, FIELDS, suggest=False, max_length=64)
     assert found.settings.quantization == "nf4"
 
 
@@ -178,7 +178,7 @@ def test_a_planner_answers_for_other_settings() -> None:
     planner = Session().memory_planner(config, FIELDS, batch_size=2, max_length=48, device="20MB")
     settings = dataclasses.replace(planner.settings, batch_size=3, max_length=80, rank=2)
     found = planner.plan(settings)
-    plan = Session().plan_memory(config, FIELDS | {"r": 2}, batch_size=3, max_length=80, device="20MB")
+    plan = Session().plan(config, FIELDS | {"r": 2}, batch_size=3, max_length=80, device="20MB")
     assert found.parts == plan.parts and found.changes == plan.changes
     assert found.settings == settings and found.adapter == "LoRA r=2"
     assert found.notes == ("allow 0.5 to 1 GB more for the CUDA context and fragmentation",)
@@ -186,7 +186,7 @@ def test_a_planner_answers_for_other_settings() -> None:
 
 def test_a_card_without_bfloat16_is_told() -> None:
     def notes(dtype: str, device: str) -> str:
-        return str(Session().plan_memory(CONFIG, FIELDS, dtype=dtype, device=device, suggest=False).notes)
+        return str(Session().plan(CONFIG, FIELDS, dtype=dtype, device=device, suggest=False).notes)
 
     told = "T4 has no bfloat16: load the model in float16, which takes the same memory"
     assert told in notes("bfloat16", "T4")
@@ -219,7 +219,7 @@ def test_rows_say_how_long_sequences_are(session: Session) -> None:
     rows = [{"input_ids": [1] * length} for length in (30, 40, 20, 50)]
 
     def plan(**settings: Any) -> PlanResult:
-        return session.plan_memory(CONFIG, FIELDS, data=rows, suggest=False, **settings)
+        return session.plan(CONFIG, FIELDS, data=rows, suggest=False, **settings)
 
     def found(**settings: Any) -> PlanSettings:
         return plan(**settings).settings
@@ -231,18 +231,18 @@ def test_rows_say_how_long_sequences_are(session: Session) -> None:
     assert packed.max_length == 70 and packed.packing and ", packed, " in str(packed)
     assert found(packing=True).max_length == 140
     with pytest.raises(ConfigError, match="packing is 1; expected True or False"):
-        session.plan_memory(CONFIG, FIELDS, packing=1)
+        session.plan(CONFIG, FIELDS, packing=1)
 
 
 def test_a_reference_that_no_training_could_have_is_refused_before_anything_is_computed() -> None:
     with pytest.raises(ConfigError, match=r"one of 'base', 'start', not 'strat'\. Did you mean 'start'"):
-        Session().plan_memory(CONFIG, FIELDS, reference="strat")
+        Session().plan(CONFIG, FIELDS, reference="strat")
 
 
 def test_plans_and_forecasts_have_the_defaults_of_a_training() -> None:
     trained = build_arguments({}, TrainingArguments, folder="unused", evaluates=False)
     longest = LlamaConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 4096})
-    planned = Session().plan_memory(longest, FIELDS, suggest=False).settings
+    planned = Session().plan(longest, FIELDS, suggest=False).settings
     foreseen = forecast(longest, build_config(FIELDS)).setting
     for setting in (planned, foreseen):
         assert setting.batch_size == trained.per_device_train_batch_size

@@ -38,9 +38,9 @@ def test_a_plan_says_what_share_the_experts_add(model_type: str) -> None:
     session, base = Session(), mixture(model_type, "grouped_mm")
     fields: dict[str, Any] = {"r": 3, "target_modules": "all-linear", "exclude_modules": ["experts", "gate"]}
     sizes: dict[str, Any] = {"batch_size": 1, "max_length": 16, "suggest": False, "dtype": "bfloat16"}
-    plain = session.plan_memory(base, fields, **sizes)
+    plain = session.plan(base, fields, **sizes)
     assert "experts" not in str(plain)
-    planned = session.plan_memory(base, fields | {"target_parameters": experts_of(model_type)}, **sizes)
+    planned = session.plan(base, fields | {"target_parameters": experts_of(model_type)}, **sizes)
     counts = []
     for added in ({}, {"target_parameters": experts_of(model_type)}):
         adapted = get_peft_model(copy.deepcopy(base), LoraConfig(**fields, **added))

@@ -387,8 +387,8 @@ def test_restarting_gives_the_numbers_of_the_first_time(tmp_path: Path, fields: 
     first, after = session.train(model, rows(), **short), weights(model, "sql")
     second = session.train(model, rows(), **short)
     assert second.state.history != first.state.history
-    session.set_scale("sql", 0.5)
-    session.set_scale("sql", 1.0)
+    session.scale("sql", 0.5)
+    session.scale("sql", 1.0)
     third = session.train(model, rows(), restart=True, **short)
     assert third.state.history == first.state.history
     assert "restarts sql from new weights; run sql-2 has the former ones" in third.message
@@ -400,7 +400,7 @@ def test_restarting_keeps_other_adapters_and_what_is_active(tmp_path: Path) -> N
     session, model = adapted_session(tmp_path)
     session.add(model, LORA, name="chat")
     session.use("sql")
-    session.set_scale("sql", 2.0)
+    session.scale("sql", 2.0)
     before = weights(model, "chat")
     session.train(model, rows(), restart=True, **ARGUMENTS | {"max_steps": 2})
     assert model.manager.active == ("sql",) and model.manager.scale("sql") == 2.0

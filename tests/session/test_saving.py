@@ -259,7 +259,7 @@ def test_what_is_written_over_a_copy_otherwise_corrects_the_mark(session: Sessio
     with pytest.raises(CheckpointError, match="already exists"):
         session.ship("c", engine="peft", to=tmp_path / "two")
     assert session.unsaved(two) == ("d",)
-    session.ship("d", engine="peft", to=tmp_path / "two", overwrite=True)
+    session.ship("d", engine="peft", to=tmp_path / "two", replace=True)
     assert session.unsaved(two) == ("c", "d")
 
 

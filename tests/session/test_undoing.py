@@ -69,7 +69,7 @@ TAKING: dict[str, tuple[str, Callable[[Session, Path], object]]] = {
 @pytest.mark.drawn(4)
 @pytest.mark.parametrize("what", TAKING)
 def test_undo_brings_everything_back(session: Session, model: Any, saved: Path, what: str) -> None:
-    session.set_scale("sql", 0.5)
+    session.scale("sql", 0.5)
     before, shown = everything(model), session.state.models[0]
     did, take = TAKING[what]
     take(session, saved)
@@ -242,7 +242,7 @@ class TestUnsavedTraining:
 
 class TestReset:
     def test_draws_new_weights_and_keeps_the_rest(self, session: Session, model: Any) -> None:
-        session.set_scale("chat", 0.5)
+        session.scale("chat", 0.5)
         session.freeze("chat")
         config = model.manager.configs["chat"].to_dict()
         result = session.reset("chat")

@@ -42,7 +42,7 @@ COMMANDS: dict[str, Callable[[Session, Path], object]] = {
     "use": lambda session, folder: session.use("x"),
     "off": lambda session, folder: session.off(),
     "on": lambda session, folder: session.on(),
-    "scale": lambda session, folder: session.set_scale("x", 2.0),
+    "scale": lambda session, folder: session.scale("x", 2.0),
     "freeze": lambda session, folder: session.freeze("x"),
     "unfreeze": lambda session, folder: session.unfreeze("x"),
     "add": lambda session, folder: session.add(None, FIELDS, name="y"),  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ COMMANDS: dict[str, Callable[[Session, Path], object]] = {
     "try_combination": lambda session, folder: session.try_combination({"x": 1.0}, "a", tokenizer=CharTokenizer()),
     "inspect": lambda session, folder: session.inspect("x"),
     "memory": lambda session, folder: session.memory(),
-    "plan_memory": lambda session, folder: session.plan_memory(),
+    "plan": lambda session, folder: session.plan(),
     "export": lambda session, folder: session.export(str(folder / "train.py"), token_rows(4)),
     "track": lambda session, folder: session.track(),
     "this": lambda session, folder: session.model(),
@@ -83,7 +83,7 @@ def test_every_command_asks_which_of_several(session: Session, two: tuple[Any, A
 
 NAMED: dict[str, Callable[[Session, Path], object]] = {
     "use": lambda session, folder: session.use("y"),
-    "scale": lambda session, folder: session.set_scale("y", 2.0),
+    "scale": lambda session, folder: session.scale("y", 2.0),
     "freeze": lambda session, folder: session.freeze("y"),
     "unfreeze": lambda session, folder: session.unfreeze("y"),
     "save": lambda session, folder: session.save(folder / "y", name="y"),

@@ -38,7 +38,7 @@ MISTAKES: dict[str, tuple[Callable[[Session], object], str]] = {
         lambda s: s.compare("Hi", tokenizer=CharTokenizer(), tempratur=1),
         "generate does not accept tempratur",
     ),
-    "plan": (lambda s: s.plan_memory(batch_sise=2), "has no setting 'batch_sise'. Did you mean 'batch_size'"),
+    "plan": (lambda s: s.plan(batch_sise=2), "has no setting 'batch_sise'. Did you mean 'batch_size'"),
 }
 
 
@@ -63,3 +63,10 @@ def test_an_error_of_the_model_is_not_taken_for_one_of_the_options(session: Sess
     next(m for m in two_adapters.modules() if isinstance(m, nn.Embedding)).register_forward_pre_hook(fail)
     with pytest.raises(ValueError, match=r"^the layer failed$"):
         session.compare("Hi", tokenizer=CharTokenizer(), temperature=0.5)
+
+
+@pytest.mark.parametrize(("former", "name"), [("plan_memory", "plan"), ("set_scale", "scale")])
+def test_a_former_method_names_the_new_one(former: str, name: str) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute '{former}'; it is called '{name}' now"):
+        getattr(Session(), former)
+    assert callable(getattr(Session(), name))

@@ -137,7 +137,7 @@ def test_what_a_template_writes_by_itself_is_written_too(tmp_path: Path) -> None
     for system, written_system in (("", "Be kind."), ("Be brief.", "Be brief.")):
         form = PromptFormat(chat=True, system=system, template='{"thinking": false}')
         set_prompt_format(model.manager.configs["sql"], form)
-        ship(model, engine="ollama", tokenizer=made, to=tmp_path / "served", overwrite=True)
+        ship(model, engine="ollama", tokenizer=made, to=tmp_path / "served", replace=True)
         text = (tmp_path / "served" / "Modelfile").read_text()
         assert "assistant\n<think>\n\n</think>\n\n{{ .Response }}" in text
         assert text.endswith(f'SYSTEM """{written_system}"""\n')

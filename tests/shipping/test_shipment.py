@@ -339,14 +339,14 @@ def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
     place = tmp_path / "served"
     ship(adapted(), engine="vllm", to=place)
     before = {path.name: path.read_bytes() for path in place.iterdir()}
-    with pytest.raises(CheckpointError, match=r"already exists; choose another folder, or replace it \(overwrite=…\)"):
+    with pytest.raises(CheckpointError, match=r"already exists; choose another folder, or replace it \(replace=…\)"):
         ship(adapted(r=8), engine="vllm", to=place)
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
-    ship(adapted(r=8), engine="vllm", to=place, overwrite=True)
+    ship(adapted(r=8), engine="vllm", to=place, replace=True)
     assert config_of(place)["r"] == 8 and [path.name for path in tmp_path.iterdir()] == ["served"]
     (place / "sub").mkdir()
     with pytest.raises(CheckpointError, match="not just a folder of files"):
-        ship(adapted(), engine="vllm", to=place, overwrite=True)
+        ship(adapted(), engine="vllm", to=place, replace=True)
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("nbpeft.checkpoint.folder.write_tensors", broken)
     with pytest.raises(CheckpointError, match="no space left"):
-        ship(model, engine="vllm", to=place, overwrite=True)
+        ship(model, engine="vllm", to=place, replace=True)
     with pytest.raises(CheckpointError, match="no space left"):
         ship(model, engine="vllm", to=tmp_path / "new" / "served")
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
@@ -369,16 +369,16 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
 def test_interrupted_anywhere_the_folder_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     place, models = tmp_path / "served", (adapted(r=2), adapted(r=4))
     for model in models:
-        ship(model, engine="vllm", to=place, overwrite=True)
+        ship(model, engine="vllm", to=place, replace=True)
     visits: Counter[tuple[str, int]] = Counter()
     with traced(lambda file, line: visits.update([(file, line)])):
-        ship(models[1], engine="vllm", to=place, overwrite=True)
+        ship(models[1], engine="vllm", to=place, replace=True)
     lines = [spot for spot in visits if spot[0].endswith(("shipment.py", "formats.py", "atomic.py", "staging.py"))]
     assert len(lines) > 100
     for spot in drawn(sorted(lines), quick=8):
-        ship(models[0], engine="vllm", to=place, overwrite=True)
+        ship(models[0], engine="vllm", to=place, replace=True)
         with contextlib.suppress(KeyboardInterrupt), interrupted_at((*spot, 1)):
-            ship(models[1], engine="vllm", to=place, overwrite=True)
+            ship(models[1], engine="vllm", to=place, replace=True)
         tensors = safetensors.torch.load_file(place / "adapter_model.safetensors")
         assert {min(tensor.shape) for tensor in tensors.values()} == {config_of(place)["r"]}, spot
         assert f"| `r` | `{config_of(place)['r']}` |" in (place / "README.md").read_text()

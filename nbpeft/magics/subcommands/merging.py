@@ -27,6 +27,7 @@ _SAFE = argument("--safe", action="store_true", help="refuse to merge if a merge
     argument(
         "--dtype", metavar="DTYPE", words=DTYPES, help="with --to: data type of the weights (default: the model's)"
     ),
+    argument("--replace", action="store_true", default=None, help="with --to: replace the files in that folder"),
     argument("--base", metavar="DIR", completes="path", help="with --to: add to the original weights in this folder"),
     argument(
         "--calibrate",
@@ -42,7 +43,7 @@ _SAFE = argument("--safe", action="store_true", help="refuse to merge if a merge
 def merge(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Merge adapters into the model, or write a merged copy to disk."""
     keywords: dict[str, Any] = {
-        name: value for name in ("dtype", "base") if (value := getattr(options, name)) is not None
+        name: value for name in ("dtype", "base", "replace") if (value := getattr(options, name)) is not None
     }
     if options.to is None and keywords:
         raise CellError(f"%lora merge: --{next(iter(keywords))} requires --to DIR")

@@ -21,7 +21,7 @@ from nbpeft.session.handles import is_module
 from nbpeft.session.results.planning import PlanResult
 
 _FLAGS = {"inference": ("training", False), "packing": ("packing", True), "generation": ("generation", True)}
-"""Option without a value -> the setting of ``Session.plan_memory`` that it makes."""
+"""Option without a value -> the setting of ``Session.plan`` that it makes."""
 
 SIZES = (
     argument("--batch-size", type=positive, metavar="N", help=f"rows per step (default: {BATCH_SIZE}, as in training)"),
@@ -41,7 +41,7 @@ DRY_RUN_SIZES = tuple(
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that were given, as keywords of ``Session.plan_memory``.
+    """Return the options that were given, as keywords of ``Session.plan``.
 
     Raises:
         CellError: a memory size has no unit, or a data type is unknown.

@@ -56,7 +56,7 @@ session_command(
         completes="data",
         help="for q4_k_m, q5_k_m and q6_k: rows, as for %%lora_train --data; errors that matter there become smaller",
     ),
-    argument("--overwrite", action="store_true", help="replace an earlier export in that folder"),
+    argument("--replace", action="store_true", help="replace an earlier export in that folder"),
     argument("--dry-run", action="store_true", help="only show what would be written"),
     TOKENIZER,
     ON_MODEL,
@@ -74,7 +74,7 @@ def ship(options: argparse.Namespace, notebook: NotebookContext) -> object:
         base=options.base,
         tokenizer=notebook.tokenizer(options.tokenizer) if needs_tokenizer or options.tokenizer else None,
         calibrate=None if options.calibrate is None else notebook.data(options.calibrate, "--calibrate"),
-        overwrite=options.overwrite,
+        replace=options.replace,
         dry_run=options.dry_run,
         model=notebook.chosen(options.model),
     )

@@ -20,6 +20,5 @@ session_command(
     ADAPTER,
     argument("factor", type=float, metavar="FACTOR", help="0 is off, 1 as trained"),
     ON_MODEL,
-    method="set_scale",
     example="%lora scale sql 0.7",
 )

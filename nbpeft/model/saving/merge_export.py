@@ -15,6 +15,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from nbpeft.jsonable import AsDict
 from nbpeft.model.quantization.quantize import dtype_of
 from nbpeft.model.saving.merge_deltas import Deltas, LayerDelta, check_names, check_tied, deltas_in, deltas_of
 from nbpeft.model.saving.merge_weights import FolderWeights, LiveWeights, Weights, meta_model
+from nbpeft.model.saving.saved_places import note_written_over
 from nbpeft.names import DTYPES
 
 SHARD_BYTES = 5_000_000_000
@@ -152,6 +154,7 @@ def merge_to_folder(
     max_shard_bytes: int = SHARD_BYTES,
     measure_errors: bool = True,
     safe: bool = False,
+    replace: bool = False,
 ) -> MergedFolder:
     """Writes the base model with adapters merged into its weights to a folder. The model itself is not changed.
 
@@ -168,6 +171,7 @@ def merge_to_folder(
         max_shard_bytes: largest size of a file in bytes; ignored for a base from files, whose sharding is preserved.
         measure_errors: measure the merge errors.
         safe: raise an error for a weight that is not finite.
+        replace: replace a folder of files by the merged model, once that is complete.
 
     Returns:
         The written folder.
@@ -197,7 +201,11 @@ def merge_to_folder(
     target = Path(os.path.expanduser(os.fspath(folder)))
     with checkpoint.disk_errors(target), checkpoint.scratch_folder() as scratch:
         extra = _other_files(plan, tokenizer, scratch, stored)
-        paths = checkpoint.write_model(folder, shards, merger.tensor, files=extra)
+        with checkpoint.in_place_of(target, allowed=True) if replace else nullcontext(target) as place:
+            paths = checkpoint.write_model(place, shards, merger.tensor, files=extra)
+    if replace:
+        note_written_over([target])
+    paths = [target / path.name for path in paths]
     errors = merger.merge_errors if measure_errors else None
     sizes = tuple(sum(spec.byte_count for spec in shard) for shard in shards)
     return MergedFolder(target, deltas.names, tuple(paths), sum(sizes), sizes, stored, errors)

@@ -238,7 +238,7 @@ def preview(
         config: config of the new adapter, or its fields.
         name: name of the new adapter.
         variable: name for a model that the session does not know yet.
-        **settings: settings of the memory forecast, as for ``plan_memory``.
+        **settings: settings of the memory forecast, as for ``plan``.
 
     Raises:
         ConfigError: a field is unknown or invalid.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
-from nbpeft.session.commands.planning import plan_memory
+from nbpeft.session.commands import planning
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.methods import OF_COSTS, MethodCost, MethodRow, MethodsResult, check_sort, sorted_rows
 
@@ -37,7 +37,7 @@ def methods(
         variable: name for a model that the session does not know yet.
         sort: ``group`` (the most used methods first, then by family), ``name``, ``parameters``, ``memory`` (to train)
             or ``peak``.
-        **settings: settings of a memory forecast, as for ``plan_memory``; with any of them, the peak memory of a
+        **settings: settings of a memory forecast, as for ``Session.plan``; with any of them, the peak memory of a
             training step is listed.
 
     Raises:
@@ -97,7 +97,7 @@ def _cost(
             warnings.simplefilter("ignore")
             config = listed_config(method, fields)
             made = plan(base, config)
-            peak = plan_memory(ctx, base, config, suggest=False, **settings).peak_bytes if settings else None
+            peak = planning.plan(ctx, base, config, suggest=False, **settings).peak_bytes if settings else None
             trained, byte_count = made.parameter_count, made.byte_count + made.frozen_byte_count
             return MethodCost(trained, byte_count, trained * _TRAINING_BYTES, peak)
     except NbpeftError as error:

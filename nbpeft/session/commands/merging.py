@@ -46,7 +46,7 @@ def merge(
         tokenizer: tokenizer for ``calibrate``, by default the one last used with the model; with ``to`` it is saved
             with the copy.
         columns: columns of ``calibrate``, as for ``train``.
-        **copying: with ``to``: ``base``, ``dtype`` and ``max_shard_bytes`` of ``nbpeft.merge_to_folder``.
+        **copying: with ``to``: ``base``, ``dtype``, ``max_shard_bytes`` and ``replace`` of ``nbpeft.merge_to_folder``.
 
     Raises:
         MergeError: the adapters cannot be merged, or are already merged.

@@ -46,7 +46,7 @@ _NO_BFLOAT16_NOTE = (
 _CUDA_NOTE = "allow 0.5 to 1 GB more for the CUDA context and fragmentation"
 
 
-def plan_memory(
+def plan(
     ctx: SessionContext, /, model: ModelLike = None, config: ConfigLike | None = None, **settings: Any
 ) -> PlanResult:
     """Forecast the memory of a run, by part, and whether a device has enough; nothing is loaded or changed.
@@ -77,7 +77,7 @@ def plan_memory(
     for name in settings:
         if name not in _SETTINGS:
             known = (*_SETTINGS, "suggest")
-            raise ConfigError(f"plan_memory has no setting {name!r}.{did_you_mean(name, known)}", field=name)
+            raise ConfigError(f"plan has no setting {name!r}.{did_you_mean(name, known)}", field=name)
     return memory_planner(ctx, model, config, **settings).plan(suggest=suggest)
 
 
@@ -97,10 +97,10 @@ def memory_planner(
     quant_type: str = "nf4",
     **settings: Any,
 ) -> MemoryPlanner:
-    """Return a planner for repeated forecasts with changing settings; see ``plan_memory`` for the arguments."""
+    """Return a planner for repeated forecasts with changing settings; see ``plan`` for the arguments."""
     tracked = None
     if model is None or (isinstance(model, str) and model in ctx.models.names):
-        tracked = ctx.models.get(model, command="plan_memory")
+        tracked = ctx.models.get(model, command="plan")
     elif not isinstance(model, str):
         tracked = ctx.models.find(uncompiled(model))
     if tracked is not None:
@@ -144,7 +144,7 @@ def _check_reference(reference: Any, adapters: Iterable[str]) -> None:
 
 
 def _planned(tracked: TrackedModel | None, config: ConfigLike | None, changes: Mapping[str, Any]) -> AdapterConfig:
-    """Return the config of the adapter to plan for; see ``plan_memory``."""
+    """Return the config of the adapter to plan for; see ``plan``."""
     if config is None and tracked is not None and tracked.manager.names:
         manager = tracked.manager
         name = (manager.active or manager.names)[0]
@@ -168,7 +168,7 @@ class MemoryPlanner:
         source: a model, a config, a folder or a hub id.
         adapter: config of the trained adapter.
         name: display name of the model.
-        batch_size: see ``Session.plan_memory``, also for the further arguments.
+        batch_size: see ``Session.plan``, also for the further arguments.
         quantization: format of the linear layers; None for that of the model.
         **others: further fields of ``nbpeft.memory.estimate.Setting``.
         sequences_per_row: number of sequences of each row of the data.

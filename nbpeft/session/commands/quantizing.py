@@ -172,7 +172,7 @@ def preview_qlora(
         config: config of the new adapter, or its fields.
         name: name of the new adapter.
         variable: name for the model.
-        batch_size: setting of the memory forecast, like the next two; see ``plan_memory``.
+        batch_size: setting of the memory forecast, like the next two; see ``plan``.
         max_length: number of tokens per row.
         device: the device that it should fit.
         **how: quantization, preparation and loading, as for ``qlora``.

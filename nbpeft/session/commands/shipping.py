@@ -45,7 +45,7 @@ def ship(
     base: str | None = None,
     tokenizer: Any = None,
     calibrate: Any = None,
-    overwrite: bool = False,
+    replace: bool = False,
     dry_run: bool = False,
     model: ModelLike = None,
 ) -> ShipResult:
@@ -62,7 +62,7 @@ def ship(
         tokenizer: tokenizer to save with a merged model; None for the one last used with the model.
         calibrate: rows in any form that ``train`` accepts, for whole models in ``q4_k_m``, ``q5_k_m`` or ``q6_k``: the
             model is run on the first 256, and errors in inputs that are large there become smaller.
-        overwrite: replace a folder that has an earlier shipment.
+        replace: replace a folder that has an earlier shipment.
         dry_run: report what would be written, and write nothing.
         model: an adapted model.
 
@@ -91,7 +91,7 @@ def ship(
             base=base,
             tokenizer=given,
             calibrate=None if rows is None else _Calibration(ctx, manager.model, rows, notes),
-            overwrite=overwrite,
+            replace=replace,
             dry_run=dry_run,
         )
         return ShipResult(tracked.name, done, notes=(*done.notes, *notes))

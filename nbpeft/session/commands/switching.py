@@ -46,12 +46,12 @@ def on(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
         return ctx.result(tracked, f"adapters of {tracked.name} are on: {', '.join(tracked.manager.active)}", notes)
 
 
-def set_scale(ctx: SessionContext, name: str, scale: float, *, model: ModelLike = None) -> CommandResult:
+def scale(ctx: SessionContext, name: str, factor: float, *, model: ModelLike = None) -> CommandResult:
     """Set the factor on an adapter's delta; 1 is the trained strength.
 
     Args:
         name: name of the adapter.
-        scale: the factor.
+        factor: the factor.
         model: an adapted model.
 
     Raises:
@@ -59,8 +59,8 @@ def set_scale(ctx: SessionContext, name: str, scale: float, *, model: ModelLike 
     """
     tracked = ctx.models.get(model, command="scale", adapters=(name,))
     with ctx.command(f"scaling {name!r}") as notes:
-        tracked.manager.set_scale(name, scale)
-        return ctx.result(tracked, f"{name!r} is scaled by {scale:g}", notes)
+        tracked.manager.set_scale(name, factor)
+        return ctx.result(tracked, f"{name!r} is scaled by {factor:g}", notes)
 
 
 def freeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:

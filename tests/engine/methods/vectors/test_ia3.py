@@ -127,9 +127,9 @@ def test_beside_low_rank_rows_switches_and_scales() -> None:
         torch.testing.assert_close(mixed[row], alone[name][row])
     session = Session()
     session.watch(model, name="model")
-    session.set_scale("ia3", 0.0)
+    session.scale("ia3", 0.0)
     torch.testing.assert_close(logits(model, ids), alone["__base__"])
-    session.set_scale("ia3", 1.0)
+    session.scale("ia3", 1.0)
     torch.testing.assert_close(logits(model, ids), alone["ia3"])
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
     with pytest.warns(UserWarning, match="a scale of 2 has no effect on adapter 'ia3'"):
