@@ -6,7 +6,8 @@ the type checker, the import contracts and the tests. Needs nothing but Python.
 Of the slow tests (notebooks, browsers, kernels, compiled models, a real model, two processes) it
 runs a slice, a few of each kind; ``--all`` runs them all, and ``--long`` fuzzes for hours besides.
 ``--stack`` runs the quick tests with the lowest, Colab's or the newest packages (``tests/stacks``),
-and ``--all`` a notebook with each of them.
+and ``--all`` a notebook with each of them. ``--kernels`` runs the tests as on a processor with an older
+instruction set, and ``--all`` the numeric ones with the oldest.
 
 The Python that starts it is the one that the tests run in: each has an environment of its own. ``--all`` runs some
 folders of the quick tests with each other Python whose environment is there.
@@ -38,6 +39,17 @@ SLOW = "slow or browser or long"
 STACKS = ("lowest", "colab", "newest")
 PYTHON_SLICE = ("tests/examples", "tests/faults", "tests/magics/test_complete.py", "tests/test_nothing_evaluated.py")
 """Quick tests of what a Python changes: docstrings, the errors of ``pathlib``, the compiler."""
+# What tells torch, oneDNN and MKL which instructions of an x86 processor they may use.
+KERNELS = {
+    "sse": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+}
+NUMERIC = ("tests/engine/methods", "tests/losses", "tests/model/test_oracle.py", "tests/test_matrix.py")
 
 
 @dataclass
@@ -80,6 +92,7 @@ def main() -> int:
     """Sets up, runs the parts, and ends with the times and the counts."""
     environment.require_python()
     arguments, pytest_arguments = parse()
+    os.environ.update(KERNELS.get(arguments.kernels, {}))
     try:
         python = environment.ensure("test")
         needs_browser = arguments.only in (None, "slow") and not arguments.no_browser and arguments.stack is None
@@ -108,13 +121,25 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.set_defaults(tier="quick")
     parser.add_argument("--only", choices=("lint", "unit", "slow"), help="only this part")
     parser.add_argument("--stack", choices=STACKS, help="the quick tests with other versions: what differs")
+    parser.add_argument("--kernels", choices=KERNELS, help="the tests as on a processor that has no newer instructions")
     parser.add_argument("--no-browser", action="store_true", help="leave out the tests that drive a browser")
     parser.add_argument("-k", metavar="EXPRESSION", help="only the tests that match it, as in pytest")
     arguments, rest = parser.parse_known_args()
     absent = [path for path in rest if looks_like_a_path(path) and not path_of(path).exists()]
     if absent:
         parser.error(f"there is no {absent[0]}")
+    if arguments.kernels is not None and not has_instructions(arguments.kernels):
+        parser.error(f"this processor has no {arguments.kernels}")
     return arguments, [*(["-k", arguments.k] if arguments.k else []), *rest]
+
+
+def has_instructions(kernels: str) -> bool:
+    """Whether this processor has the instructions of a set, as far as the system says which it has."""
+    flags = {"sse": "sse4_1", "avx2": "avx2", "avx512": "avx512f"}
+    try:
+        return flags[kernels] in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
 
 
 def looks_like_a_path(argument: str) -> bool:
@@ -170,7 +195,8 @@ def test_parts(arguments: argparse.Namespace, pytest_arguments: list[str], brows
     shared["TORCHINDUCTOR_CACHE_DIR"] = str(environment.ARTIFACTS / f"inductor-{instructions}")
     tier = "" if arguments.tier == "quick" else f"--{arguments.tier} "
     marks = slow_marks(arguments, pytest_arguments)
-    return [
+    oldest = {**shared, **KERNELS["sse"], "TORCHINDUCTOR_CACHE_DIR": str(environment.ARTIFACTS / "inductor-default")}
+    parts = [
         Part(
             "quick tests",
             ["-m", "pytest", "-m", f"not ({SLOW})", *workers(quick_workers, "worksteal"), *pytest_arguments],
@@ -189,6 +215,18 @@ def test_parts(arguments: argparse.Namespace, pytest_arguments: list[str], brows
             f"python3 tests/run.py {tier}--only slow --lf runs only those that failed",
             environment.ARTIFACTS / "tests-slow.xml",
             {**shared, **threads(cores // slow_workers), **({"CHROMIUM": browser} if browser else {})},
+        ),
+    ]
+    if arguments.tier == "quick" or pytest_arguments or arguments.kernels or not has_instructions("sse"):
+        return parts
+    return [
+        *parts,
+        Part(
+            "oldest kernels",
+            ["-m", "pytest", "-m", f"not ({SLOW})", *workers(quick_workers, "worksteal"), *NUMERIC],
+            "python3 tests/run.py --kernels sse --only unit --lf runs only those that failed",
+            environment.ARTIFACTS / "tests-oldest-kernels.xml",
+            {**oldest, "NBPEFT_TESTS": "quick", **threads(1)},
         ),
     ]
 

@@ -281,7 +281,8 @@ def test_options_choose_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("-k", "merge", monkeypatch=monkeypatch) == ["quick tests", "slow tests"]
     assert chosen("--only", "unit", "-x", monkeypatch=monkeypatch) == ["quick tests"]
     stacks = ["stack lowest", "stack colab", "stack newest"]
-    assert chosen("--all", monkeypatch=monkeypatch) == [*lint, "quick tests", "slow tests", *stacks]
+    assert chosen("--all", monkeypatch=monkeypatch) == [*lint, "quick tests", "slow tests", "oldest kernels", *stacks]
+    assert chosen("--all", "--kernels", "sse", monkeypatch=monkeypatch) == [*lint, "quick tests", "slow tests", *stacks]
     assert chosen("--all", "tests/magics", monkeypatch=monkeypatch) == ["quick tests", "slow tests"]
 
 

@@ -18,6 +18,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree import model_tree
 from nbpeft.errors import ConfigError, HotSwapError, UnknownAdapterError
+from tests.closeness import assert_close, differ, is_close
 
 TARGETS = ["embed", "conv", "grouped", "first", "turned"]
 
@@ -109,10 +110,10 @@ def test_equals_loading_the_adapter(variant: str, rank: int, prepared: bool) -> 
     before = model(IDS)
     if prepared:
         prepare_for_hotswap(manager, 8)
-        torch.testing.assert_close(model(IDS), before, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(before, expected, atol=1e-2)
+        assert_close(model(IDS), before)
+    assert differ(before, expected)
     result = swap(manager, "default", new, weights, grow=not prepared)
-    torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+    assert_close(model(IDS), expected)
     assert (result.layers, result.zeroed) == (len(weights.adapters), ())
 
 
@@ -131,7 +132,7 @@ def test_the_config_follows_and_what_is_saved_loads_equal(variant: str) -> None:
     for path, named in weights.adapters.items():
         assert saved.adapters[path].keys() == named.keys()
         assert all(torch.equal(saved.adapters[path][key], tensor) for key, tensor in named.items())
-    torch.testing.assert_close(fresh(saved_config, saved)(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    assert_close(fresh(saved_config, saved)(IDS), model(IDS))
 
 
 def test_merging_after_a_swap_keeps_the_output() -> None:
@@ -142,7 +143,7 @@ def test_merging_after_a_swap_keeps_the_output() -> None:
     swap(manager, "default", config_of(2, **options), trained(config_of(2, **options)))
     before = model(IDS)
     manager.merge()
-    torch.testing.assert_close(model(IDS), before, rtol=1e-4, atol=1e-4)
+    assert_close(model(IDS), before)
 
 
 def test_a_scaling_that_was_changed_is_that_of_the_config_after_a_swap() -> None:
@@ -187,10 +188,10 @@ def test_layers_the_new_adapter_lacks_add_nothing(variant: str) -> None:
     result = swap(manager, "default", new, weights)
     assert set(result.zeroed) == set(options.get("target_modules", TARGETS)) - {"first", "embed"}
     expected = fresh(new, weights)(IDS)
-    torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+    assert_close(model(IDS), expected)
     kept: Any = manager.configs["default"]
     again = fresh(kept, manager.weights("default"))
-    torch.testing.assert_close(again(IDS), expected, rtol=1e-5, atol=1e-5)
+    assert_close(again(IDS), expected)
 
 
 def test_a_module_the_new_adapter_did_not_train_goes_back_to_the_base() -> None:
@@ -200,7 +201,7 @@ def test_a_module_the_new_adapter_did_not_train_goes_back_to_the_base() -> None:
     weights = trained(new)
     result = swap(manager_of(model), "default", new, weights)
     assert result.reset == ("head",)
-    torch.testing.assert_close(model(IDS), fresh(new, weights)(IDS), rtol=1e-5, atol=1e-5)
+    assert_close(model(IDS), fresh(new, weights)(IDS))
 
 
 def test_other_adapters_stay_bit_equal() -> None:
@@ -349,7 +350,7 @@ def test_a_refused_adapter_leaves_the_old_one_bit_equal(
     with pytest.raises(HotSwapError, match="'default' is unchanged"):
         swap(manager, "default", new, weights.copied(), grow=True, validate=validate, consume=consume)
     if not options.get("bias"):
-        torch.testing.assert_close(seen[0], fresh(new, weights)(IDS), rtol=1e-5, atol=1e-5)
+        assert_close(seen[0], fresh(new, weights)(IDS))
     assert_untouched(model, before)
     assert torch.equal(model(IDS), output)
     assert manager.configs["default"] is kept and manager.weights("default").adapters.keys() == weights.adapters.keys()
@@ -411,7 +412,7 @@ def test_validation_sees_the_new_adapter_alone_and_others_wait() -> None:
         thread.start()
         thread.join(0.2)
         assert not elsewhere
-        return torch.allclose(model(IDS), expected, atol=1e-5)
+        return is_close(model(IDS), expected)
 
     swap(manager, "default", new, weights, validate=validate)
     thread.join()
@@ -435,7 +436,7 @@ def test_a_swap_waits_for_a_running_call() -> None:
         assert not done.wait(0.2)
         assert torch.equal(model(IDS), before)
     thread.join()
-    assert done.is_set() and not torch.allclose(model(IDS), before)
+    assert done.is_set() and differ(model(IDS), before)
 
 
 def test_subscribers_hear_of_a_swap() -> None:

@@ -9,6 +9,7 @@ A training that cannot learn looks like one that learns slowly. The checks are:
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -57,6 +58,15 @@ class LearningCheck:
         # The hooks are on the parameters, which outlive the run. At exit they need not be removed.
         weakref.finalize(self, _remove, self._hooks).atexit = False
         self._gradients_checked = False
+        self._peaks: list[Tensor] = []
+
+    @property
+    def saw_explosion(self) -> bool:
+        """Whether weights had exploded before the run, or did in its first steps and are not just NaN as the loss is.
+
+        Whether a loss computed from such weights is NaN, infinite or a large number depends on roundings.
+        """
+        return any(float(peak) > _MOST for peak in self._peaks)
 
     def before(self) -> str:
         """The message before the first step, or the empty string."""
@@ -64,6 +74,7 @@ class LearningCheck:
         if model is None:
             return ""
         if self._exploded():
+            self._peaks.append(torch.tensor(math.inf))
             self.close()
             return (
                 f"Weights of {self._subject} had exploded before this run, probably in one with too high a learning "
@@ -88,6 +99,7 @@ class LearningCheck:
         if self._are_replaced(model):  # by FSDP2, or by loading an adapter of another rank from a checkpoint
             self.close()
             return message
+        self._note_peak()
         # A user's loop may report a step before its backward pass: then there are no gradients yet at step 1.
         if not self._gradients_checked and (self._largest or steps > 1 or last):
             if self._was_skipped() and steps < PATIENCE and not last:
@@ -167,6 +179,14 @@ class LearningCheck:
         watched = list(self._parameters.values())
         return len(watched) < len(self._paths) or not all(id(parameter) in present for parameter in watched)
 
+    def _note_peak(self) -> None:
+        """Notes the largest value of this step, without waiting for the device."""
+        peaks = [_peak(_sample(parameter)) for parameter in self._parameters.values()]
+        if peaks:
+            self._peaks.append(
+                torch.stack([peak.to(peaks[0].device) for peak in peaks]).nan_to_num(0.0, math.inf).amax()
+            )
+
     def _exploded(self) -> bool:
         """Whether trained parameters have extreme values or NaN."""
         return have_exploded(self._parameters.values())
@@ -187,11 +207,14 @@ class LearningCheck:
 
 def have_exploded(parameters: Iterable[Tensor]) -> bool:
     """Whether parameters have extreme values or NaN; only up to 64 elements of each parameter are checked."""
+    peaks = _peaks(parameters)
+    return bool(peaks.numel()) and not float(peaks.amax()) <= _MOST
+
+
+def _peaks(parameters: Iterable[Tensor]) -> Tensor:
+    """The largest absolute value of a sample of each parameter, of shape (parameters,)."""
     peaks = [_peak(_sample(parameter)) for parameter in parameters]
-    if not peaks:
-        return False
-    peak = float(torch.stack([value.to(peaks[0].device) for value in peaks]).amax())
-    return not peak <= _MOST
+    return torch.stack([peak.to(peaks[0].device) for peak in peaks]) if peaks else torch.empty(0)
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:

@@ -433,7 +433,6 @@ class Run:
                     if status == "finished" and self.steps_done and not self._resumed:
                         self._warn(self._check.after_step(self.steps_done, last=True))
                     self._check.close()
-                    self._check = None
                 self._status = status
                 if status == "stopped":
                     self._notes = self._stop_notes()
@@ -606,11 +605,12 @@ class Run:
     def _collect(self) -> None:
         for step, byte_count in self._memory.take_readings():
             self._record.trace("memory", byte_count, step)
-        first_nan = self._record.collect()
+        first_nan, rise = self._record.collect(), self._record.rise
+        if (first_nan is not None or rise is not None) and self._check is not None and self._check.saw_explosion:
+            return  # the weights explain the loss
         if first_nan is not None and not self._divergence_noted and not any("NaN" in note for note in self._notes):
             words = f"The loss is NaN since step {first_nan}: try a lower learning rate, or check the labels."
             self._warn(words, error=True)
-        rise = self._record.rise
         if rise is not None and not self._rise_noted and not self.learns_from_rewards:
             self._rise_noted = True
             before, (step, value) = rise

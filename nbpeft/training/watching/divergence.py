@@ -134,8 +134,7 @@ class DivergenceStop(TrainerCallback):
         """Why the training diverges, or the empty string; the result is the same in all processes."""
         total = 0.0 if self._losses is None else float(self._losses)
         if any_process(not math.isfinite(total), args.device):
-            kind = "infinite" if math.isinf(total) else "NaN"
-            return f"the loss is {kind}: try a lower learning rate, or check the labels"
+            return "the loss is NaN or infinite: try a lower learning rate, or check the labels"
         exploded = weights and self._watches_weights and have_exploded(self._parameters())
         if weights and any_process(exploded, args.device):
             return f"weights of {self._run.adapter or 'the model'} have exploded: {TOO_HIGH}"

@@ -16,6 +16,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import nbpeft
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.errors import AdapterError
+from tests.closeness import assert_close
 from tests.tiny_models import VOCABULARY, adapted, llama, logits, randomize, same_state, state
 
 PROMPTS: dict[str, dict[str, Any]] = {
@@ -51,8 +52,8 @@ def test_embeddings_under_a_prompt_are_resized_as_in_peft(name: str, size: int, 
         assert type(resized) is nn.Embedding and resized.num_embeddings == len(resized.weight) == size
         assert one.get_base_model().config.vocab_size == size
     after, kept = output(model), min(size, VOCABULARY)
-    assert torch.equal(after[..., :kept], before[..., :kept])
-    torch.testing.assert_close(after, output(oracle))
+    assert_close(after[..., :kept], before[..., :kept])
+    assert_close(after, output(oracle))
     assert model.manager.names == ("default",) and not model.manager.layers["model.embed_tokens"].weight.requires_grad
 
 
@@ -115,7 +116,7 @@ def test_embeddings_without_adapters_are_resized_as_they_are() -> None:
     model = adapted()
     expected = logits(model)
     model.resize_token_embeddings(VOCABULARY + 4)
-    assert torch.equal(logits(model)[..., :VOCABULARY], expected)
+    assert_close(logits(model)[..., :VOCABULARY], expected)
 
 
 @pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -183,7 +184,7 @@ def test_the_base_resizes_and_ties_its_embeddings_by_its_own_commands(name: str,
         assert resized is one.get_input_embeddings() and type(resized) is nn.Embedding
         assert (one.lm_head.weight is resized.weight) == tied
     assert same_state(*({key: value.clone() for key, value in one.state_dict().items()} for one in bases))
-    assert torch.equal(output(model)[..., :VOCABULARY], before)
+    assert_close(output(model)[..., :VOCABULARY], before)
     assert model.word_embeddings is base.get_input_embeddings()
     with torch.no_grad():
         assert base(input_ids=IDS + VOCABULARY - 4).logits.shape[-1] == VOCABULARY + 4

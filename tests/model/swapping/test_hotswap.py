@@ -34,6 +34,7 @@ from nbpeft.model import (
     prepare_model_for_compiled_hotswap,
 )
 from nbpeft.peft_api.names import value
+from tests.closeness import assert_close
 from tests.tiny_models import adapted, classifier, config, llama, logits, same_state, state, tokens
 
 
@@ -67,13 +68,11 @@ def test_equals_loading_and_saves_what_it_holds(case: str, tmp_path: Path) -> No
     model = adapted(**{key: value for key, value in changes.items() if key not in ("r", "rank_pattern")})
     expected = logits(PeftModel.from_pretrained(llama(), source))
     hotswap_adapter(model, source, "default")
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits(model), expected)
     model.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(
-        logits(PeftModel.from_pretrained(llama(), tmp_path / "again")), expected, rtol=1e-5, atol=1e-5
-    )
+    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "again")), expected)
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "again")
-    torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-4)
+    assert_close(logits(theirs), expected)
 
 
 def test_equals_peft(tmp_path: Path) -> None:
@@ -82,7 +81,7 @@ def test_equals_peft(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(llama(), first)
     peft_hotswap_adapter(oracle, str(second), "default", torch_device="cpu")
     hotswap_adapter(model, second, "default")
-    torch.testing.assert_close(logits(model), logits(oracle), rtol=1e-5, atol=1e-5)
+    assert_close(logits(model), logits(oracle))
 
 
 def test_a_trained_head_is_swapped(tmp_path: Path) -> None:
@@ -90,7 +89,7 @@ def test_a_trained_head_is_swapped(tmp_path: Path) -> None:
     model = adapted(classifier(), task_type="SEQ_CLS")
     hotswap_adapter(model, source, "default")
     expected = logits(PeftModel.from_pretrained(classifier(), source))
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits(model), expected)
 
 
 def test_a_file_without_the_trained_head_resets_it_and_leaves_the_base_as_it_is(tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_state_dicts_in_the_keys_of_files_and_of_peft_models(tmp_path: Path) -> 
     for name, tensors in (("default", in_file), ("other", in_model)):
         model = adapted(name=name, use_dora=True, target_modules=["q_proj", "embed_tokens"])
         hotswap_adapter_from_state_dict(model, tensors, name, donor.peft_config["default"])
-        torch.testing.assert_close(logits(model), logits(donor), rtol=1e-5, atol=1e-5)
+        assert_close(logits(model), logits(donor))
 
 
 def test_tensors_of_the_slot_itself_are_read_before_they_are_overwritten() -> None:
@@ -168,7 +167,7 @@ def test_validation_puts_the_old_adapter_back(tmp_path: Path) -> None:
 
     def worse(candidate: nn.Module) -> bool:
         assert candidate is model
-        torch.testing.assert_close(logits(candidate), expected, rtol=1e-5, atol=1e-5)
+        assert_close(logits(candidate), expected)
         return False
 
     with pytest.raises(HotSwapError, match="did not pass its validation; 'default' is unchanged") as refused:
@@ -176,7 +175,7 @@ def test_validation_puts_the_old_adapter_back(tmp_path: Path) -> None:
     assert refused.value.details == {"name": "default"}
     assert same_state(before, state(model)) and torch.equal(logits(model), output)
     hotswap_adapter(model, source, "default", validate=lambda candidate: True)
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits(model), expected)
 
 
 @pytest.mark.parametrize("verdict", ["vector", "lines"])
@@ -235,7 +234,7 @@ def test_compiled_models_need_room_and_then_never_compile_again(tmp_path: Path) 
             source = saved(tmp_path / str(rank), rank, r=rank, lora_alpha=rank * 3)
             hotswap_adapter(compiled, source, "default")
             expected = logits(PeftModel.from_pretrained(llama(), source))
-            torch.testing.assert_close(logits(compiled), expected, rtol=1e-4, atol=1e-4)
+            assert_close(logits(compiled), expected)
     torch._dynamo.reset()
 
 
@@ -245,9 +244,9 @@ def test_configs_handed_to_prepare_get_the_rank_and_keep_the_scaling(tmp_path: P
     before = logits(model)
     prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
     assert vars(model.peft_config["default"])["r"] == 8
-    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    assert_close(logits(model), before)
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), before, rtol=1e-5, atol=1e-5)
+    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), before)
     loose = config(r=4, lora_alpha=6)
     prepare_model_for_compiled_hotswap(adapted(), target_rank=8, config=loose)
     assert (loose.r, loose.scaling_at("x")) == (8, 1.5)
@@ -271,7 +270,7 @@ def test_embeddings_that_the_file_brings_along(tmp_path: Path) -> None:
     donor.save_pretrained(source, save_embedding_layers=True)
     model = adapted(target_modules=["embed_tokens"])
     hotswap_adapter(model, source, "default")
-    torch.testing.assert_close(logits(model), logits(donor), rtol=1e-5, atol=1e-5)
+    assert_close(logits(model), logits(donor))
     with torch.no_grad():
         base: Any = donor.get_base_model()
         base.get_input_embeddings().weight.add_(1.0)
@@ -322,7 +321,7 @@ def test_a_file_that_lacks_a_tensor_may_be_taken(in_memory: bool, tmp_path: Path
             found = swapped(nbpeft, swap, **options)
         x = torch.ones(1, 4)
         layer = found.base_model.model[1]
-        torch.testing.assert_close(layer(x), layer.base_layer(x))
+        assert_close(layer(x), layer.base_layer(x))
         assert not torch.equal(found.base_model.model[0](x), found.base_model.model[0].base_layer(x))
 
 

@@ -114,7 +114,7 @@ def test_a_loss_that_one_process_loses_ends_all(tmp_path: Path) -> None:
     assert (result.status, result.steps) == ("stopped", 7) and result.kept_step <= 5
     words = f"the weights of step {result.kept_step}" if result.kept_step else "the initial weights"
     assert result.message.endswith(
-        "stopped at step 7: the loss is NaN: try a lower learning rate, or check the labels · "
+        "stopped at step 7: the loss is NaN or infinite: try a lower learning rate, or check the labels · "
         f"{words}, the last good ones, were restored"
     )
     assert all(bool(value.isfinite().all()) for value in weights(model).values())

@@ -89,10 +89,10 @@ def trained(**more: Any) -> tuple[Any, Kept, Any]:
 
 
 @pytest.mark.parametrize("batches", [1, 2])
-@pytest.mark.parametrize(("kind", "word"), [(Breaks, "NaN"), (Infinite, "infinite")])
-def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_weights(kind: Any, word: str, batches: int) -> None:
+@pytest.mark.parametrize("kind", [Breaks, Infinite])  # which of the two it is may be a matter of roundings
+def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_weights(kind: Any, batches: int) -> None:
     model, kept, result = trained(trainer_class=kind, gradient_accumulation_steps=batches)
-    reason = f"stopped at step 6: the loss is {word}: try a lower learning rate, or check the labels"
+    reason = "stopped at step 6: the loss is NaN or infinite: try a lower learning rate, or check the labels"
     back = "the weights of step 4, the last good ones, were restored"
     assert (result.status, result.steps, result.kept_step) == ("stopped", 6, 4)
     assert result.message == f"{reason} · {back}" and result.state.errors == (reason, back)

@@ -22,6 +22,7 @@ import nbpeft
 from nbpeft.errors import AdapterError, ConfigError, MergeError, NbpeftError
 from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
+from tests.closeness import assert_close
 from tests.memory.measured_peak import SHAPES, real_peak
 from tests.tiny_models import LLAMA, classifier, gpt2, llama, logits, randomize, same_state, state, tokens
 
@@ -110,11 +111,11 @@ def test_start_training_and_files_are_those_of_peft(case: str, tmp_path: Path) -
     saved, those = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
     assert saved.keys() == those.keys() == nbpeft.get_peft_model_state_dict(ours).keys()
     for key, value in those.items():
-        torch.testing.assert_close(saved[key], value, atol=1e-5, rtol=1e-4)
+        assert_close(saved[key], value)
     expected = logits(ours.eval())
     for library, who in ((nbpeft, "theirs"), (peft, "ours"), (nbpeft, "ours")):
         again = library.PeftModel.from_pretrained(base(), tmp_path / who).eval()  # type: ignore[attr-defined]
-        torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=1e-4)
+        assert_close(logits(again), expected)
 
 
 @pytest.mark.parametrize("case", ["llama", "classifier"])
@@ -129,8 +130,8 @@ def test_gradients_and_the_loss_of_the_network_are_those_of_peft(case: str) -> N
         found.append({name: one.grad for name, one in shadow.named_parameters()})
     assert found[0].keys() == found[1].keys() and all(one is not None for one in found[0].values())
     for name, gradient in found[1].items():
-        torch.testing.assert_close(found[0][name], gradient)
-    torch.testing.assert_close(outputs[0].shadow_loss, outputs[1].shadow_loss)
+        assert_close(found[0][name], gradient)
+    assert_close(outputs[0].shadow_loss, outputs[1].shadow_loss)
     assert not outputs[0].shadow_loss.requires_grad
 
 
@@ -141,12 +142,12 @@ def test_the_loss_of_a_call_without_gradient_is_that_of_the_model() -> None:
     learned = model(input_ids=tokens(), labels=tokens())
     own = model.base_model.last_shadow_loss
     assert own is learned.shadow_loss and torch.equal(own, measured.shadow_loss)
-    torch.testing.assert_close(learned.loss.detach(), measured.loss + 2.0 * own)
+    assert_close(learned.loss.detach(), measured.loss + 2.0 * own)
     as_tuple = model(input_ids=tokens(), labels=tokens(), return_dict=False)
-    torch.testing.assert_close(as_tuple[0], learned.loss)
+    assert_close(as_tuple[0], learned.loss)
     # Of batches whose gradients are accumulated each counts for its share of the tokens.
     half = model(input_ids=tokens(), labels=tokens(), num_items_in_batch=torch.tensor(32))
-    torch.testing.assert_close(half.loss, learned.loss / 2)
+    assert_close(half.loss, learned.loss / 2)
     model(input_ids=tokens())
     assert model.base_model.last_shadow_loss is None
 
@@ -175,10 +176,10 @@ def test_a_cache_keeps_what_the_network_computes() -> None:
     assert first.base.get_seq_length() == first.shadow.get_seq_length() == 6
     again = copy.deepcopy(first)
     whole = logits(model, ids)
-    torch.testing.assert_close(model(input_ids=ids[:, 6:], past_key_values=first).logits, whole[:, 6:])
+    assert_close(model(input_ids=ids[:, 6:], past_key_values=first).logits, whole[:, 6:])
     again.reorder_cache(torch.tensor([1, 0]))
     again.crop(-1)
-    torch.testing.assert_close(model(input_ids=ids.flip(0)[:, 5:], past_key_values=again).logits, whole.flip(0)[:, 5:])
+    assert_close(model(input_ids=ids.flip(0)[:, 5:], past_key_values=again).logits, whole.flip(0)[:, 5:])
     with model.disable_adapter():
         plain = model(input_ids=ids, use_cache=True).past_key_values
     refused(lambda: model(input_ids=ids[:, :1], past_key_values=plain), "tokens that the active adapter has not seen")
@@ -281,7 +282,7 @@ def test_the_network_is_taken_out_as_a_model() -> None:
         shared = network.backbone is model.base_model.shadow_backbone["default"]
         assert shared is not copies
         output = network(input_ids=ids, labels=ids)
-        torch.testing.assert_close(output.loss, model(input_ids=ids, labels=ids).shadow_loss)
+        assert_close(output.loss, model(input_ids=ids, labels=ids).shadow_loss)
         cached, plain = (network.generate(input_ids=ids, **GENERATE, use_cache=use) for use in (True, False))
         assert torch.equal(cached, plain)
     sharing = shadowed()
@@ -295,7 +296,7 @@ def test_the_network_is_taken_out_as_a_model() -> None:
         out = one.base_model.unload_shadow().eval()
         assert not out.can_generate() and out(input_ids=ids, labels=CLASSES).logits.shape == (2, 3)
     ours, theirs = (one.base_model.unload_shadow().eval()(input_ids=ids).logits for one in classes)
-    torch.testing.assert_close(ours, theirs)
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -434,11 +435,11 @@ def test_on_a_diffusion_transformer_it_is_that_of_peft(fields: dict[str, Any], t
         trained = [one.grad for one in tuned.parameters() if one.requires_grad]
         given.append((loss, torch.stack([one.norm() for one in trained if one is not None]).norm()))
         tuned.save_pretrained(tmp_path / library.__name__)
-    torch.testing.assert_close(given[0], given[1])
+    assert_close(given[0], given[1])
     saved, those = (load_file(tmp_path / who.__name__ / "adapter_model.safetensors") for who in (nbpeft, peft))
     assert saved.keys() == those.keys() and all(torch.equal(value, those[key]) for key, value in saved.items())
     again = nbpeft.PeftModel.from_pretrained(Denoiser(), tmp_path / "peft")
-    assert torch.allclose(again(hidden_states=LATENTS).square().mean(), given[1][0])
+    assert_close(again(hidden_states=LATENTS).square().mean(), given[1][0])
 
 
 def test_on_a_diffusion_transformer_it_is_trained_with_checkpointing_switched_and_taken_off() -> None:
@@ -517,7 +518,7 @@ def test_it_is_shipped_as_a_folder_of_peft_alone(config: Any, tmp_path: Path) ->
         assert not (tmp_path / engine).exists()
     nbpeft.ship(model, engine="peft", to=tmp_path / "peft")
     again = peft.PeftModel.from_pretrained(wide(), tmp_path / "peft").eval()
-    torch.testing.assert_close(logits(again), logits(model.eval()), atol=1e-5, rtol=1e-4)
+    assert_close(logits(again), logits(model.eval()))
 
 
 def test_one_config_serves_several_models() -> None:
