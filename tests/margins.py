@@ -110,11 +110,11 @@ def main() -> int:
             text=True,
         )
         print(f"{name}: {(done.stdout.splitlines() or [done.stderr])[-1]}", flush=True)
-        for line in table.read_text(encoding="utf-8").splitlines()[1:]:
-            share, place, test = line.split("\t")
+        for row in table.read_text(encoding="utf-8").splitlines()[1:]:
+            used, place, test = row.split("\t")
             key = (place, test.partition("[")[0])
-            if float(share) > max(ALLOWED, found.get(key, 0.0)):
-                found[key] = float(share)
+            if float(used) > max(ALLOWED, found.get(key, 0.0)):
+                found[key] = float(used)
     for (place, test), share in sorted(found.items(), key=lambda item: -item[1]):
         print(f"{share:8.3f}  {place}  {test.rpartition('::')[2]}")
     print(f"{len(found)} places use more than {ALLOWED} of their bound")
