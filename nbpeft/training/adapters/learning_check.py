@@ -61,7 +61,7 @@ class LearningCheck:
         self._peaks: list[Tensor] = []
 
     @property
-    def saw_explosion(self) -> bool:
+    def has_exploded(self) -> bool:
         """Whether weights had exploded before the run, or did in its first steps and are not just NaN as the loss is.
 
         Whether a loss computed from such weights is NaN, infinite or a large number depends on roundings.

@@ -606,7 +606,7 @@ class Run:
         for step, byte_count in self._memory.take_readings():
             self._record.trace("memory", byte_count, step)
         first_nan, rise = self._record.collect(), self._record.rise
-        if (first_nan is not None or rise is not None) and self._check is not None and self._check.saw_explosion:
+        if (first_nan is not None or rise is not None) and self._check is not None and self._check.has_exploded:
             return  # the weights explain the loss
         if first_nan is not None and not self._divergence_noted and not any("NaN" in note for note in self._notes):
             words = f"The loss is NaN since step {first_nan}: try a lower learning rate, or check the labels."
