@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,25 @@ def test_the_plugin_writes_a_table(tmp_path: Path) -> None:
     share, place, test = row.split("\t")
     assert heading == "share\tplace\ttest" and float(share) == 0.25
     assert place.endswith("test_one.py:5 close") and test.endswith("::test_near")
+
+
+RAW = re.compile(r"torch\.testing\.assert_close|torch\.allclose|\b[ar]tol=")
+# Files that have both: most of the others are approximations (quantized weights, half precision) of unstated size.
+MIXED = {
+    "engine/backends/test_bnb8bit.py",
+    "engine/kernels/test_recomputed.py",
+    "engine/layer_kinds/test_attention.py",
+    "engine/methods/entries/test_waveft.py",
+    "engine/methods/lora/initialization/test_inits.py",
+    "engine/methods/lora/initialization/test_loftq.py",
+    "engine/methods/lora/test_autograd.py",
+    "model/handle/test_prompts.py",
+}
+
+
+def test_a_file_that_asks_for_closeness_here_sets_no_bounds_of_its_own() -> None:
+    tests = ROOT / "tests"
+    texts = {path.relative_to(tests).as_posix(): path.read_text(encoding="utf-8") for path in tests.rglob("test_*.py")}
+    using = {name for name, text in texts.items() if "from tests.closeness import" in text}
+    assert len(using) > 20
+    assert {name for name in using - {"test_closeness.py"} if RAW.search(texts[name])} == MIXED

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.backends.bnb4bit import Bnb4bit
+from tests.closeness import assert_close
 from tests.engine.backends.support import backend_name, check_grid_of_larger_weight, error, evaluate
 from tests.pretend_cpu import pretend_repacking, repack, repacked_product
 
@@ -137,7 +138,7 @@ def test_odd_sizes(shape, double, quant_type):
     layer, weight = quantized(*shape, double=double, quant_type=quant_type)
     reference = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     found = backend.dequantize(layer)
-    assert torch.allclose(found, reference, atol=1e-6)
+    assert_close(found, reference)
     snapshot = backend.snapshot(layer)
     backend.store(layer, weight * 2)
     assert error(backend.dequantize(layer), weight * 2) < 0.2
@@ -145,7 +146,7 @@ def test_odd_sizes(shape, double, quant_type):
     assert torch.equal(backend.dequantize(layer), found)
     x = inputs(layer).requires_grad_()
     layer.train()(x).sum().backward()
-    assert torch.allclose(x.grad, found.sum(0).expand_as(x), atol=1e-4)
+    assert_close(x.grad, found.sum(0).expand_as(x))
 
 
 @pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
@@ -343,9 +344,9 @@ def test_embedding():
     assert backend_name(layer) == "bnb4bit"
     weight = backend.dequantize(layer)
     tokens = torch.tensor([0, 3, 19])
-    assert torch.allclose(layer(tokens), weight[tokens])
+    assert_close(layer(tokens), weight[tokens])
     backend.store(layer, dense.weight * 2)
-    assert torch.allclose(layer(tokens), backend.dequantize(layer)[tokens])
+    assert_close(layer(tokens), backend.dequantize(layer)[tokens])
 
 
 @pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)

@@ -16,6 +16,7 @@ from nbpeft.engine.contract.registry import resolve_backend
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import MergeError
+from tests.closeness import assert_close
 
 
 def library(name: str) -> Any:
@@ -253,7 +254,7 @@ def test_a_compressed_layer_is_read_through_its_own_forward():
     layer = Packed()
     backend: Any = resolve_backend(layer)
     assert backend.name == "compressed-tensors"
-    assert torch.allclose(backend.dequantize(layer), layer.weight_packed * layer.weight_scale)
+    assert_close(backend.dequantize(layer), layer.weight_packed * layer.weight_scale)
     assert backend.byte_count(layer) == 8 * 16 + 8 * 4
     with pytest.raises(MergeError, match="decompressed"):
         backend.store(layer, torch.zeros(8, 16))

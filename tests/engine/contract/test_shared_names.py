@@ -14,6 +14,7 @@ from torch import nn
 
 import nbpeft
 from nbpeft.engine.contract.shared_state import state_of_all
+from tests.closeness import assert_close
 
 
 class Net(nn.Module):
@@ -60,7 +61,7 @@ def test_names_and_state_dicts_are_pefts(name: str) -> None:
     others = model_of(nbpeft, name, 1), model_of(peft, name, 1)
     for other, given in zip(others, (theirs, ours), strict=True):
         other.load_state_dict(given.state_dict())
-        torch.testing.assert_close(other.state_dict(), dict(given.state_dict()))
+        assert_close(other.state_dict(), dict(given.state_dict()))
 
 
 def test_one_of_the_copies_in_a_state_dict_is_enough() -> None:
@@ -72,7 +73,7 @@ def test_one_of_the_copies_in_a_state_dict_is_enough() -> None:
     assert "base_model.model.second.vblora_vector_bank.default" not in dict(model.named_parameters())
     missing = model.load_state_dict(changed, strict=False).missing_keys
     assert set(missing) == {f"base_model.{path}vblora_vector_bank.default" for path in ("", "model.first.")}
-    torch.testing.assert_close(model.base_model.vblora_vector_bank["default"], tensors[kept] + 1)
+    assert_close(model.base_model.vblora_vector_bank["default"], tensors[kept] + 1)
 
 
 def test_safetensors_saves_and_loads_whole_models(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_safetensors_saves_and_loads_whole_models(tmp_path: Path) -> None:
     save_model(model, str(tmp_path / "model.safetensors"))
     missing, unexpected = load_model(other, tmp_path / "model.safetensors")
     assert not missing and not unexpected
-    torch.testing.assert_close(other.state_dict(), dict(model.state_dict()))
+    assert_close(other.state_dict(), dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -97,7 +98,7 @@ def test_whole_state_dicts_of_former_versions_load_strictly(name: str) -> None:
             former[f"base_model.model.first.adapter_parts.{adapter}.shared.{key}"] = tensors[0]
         former |= {f"base_model.model.first.{key}.{adapter}": value for key, value in one._buffers.items()}
     model.load_state_dict(former)
-    torch.testing.assert_close(model.state_dict(), dict(given.state_dict()))
+    assert_close(model.state_dict(), dict(given.state_dict()))
 
 
 def test_former_names_load_and_wrong_shapes_are_reported() -> None:
@@ -107,7 +108,7 @@ def test_former_names_load_and_wrong_shapes_are_reported() -> None:
     former = {key: value for key, value in tensors.items() if "bank.default" not in key}
     former["base_model.model.first.adapter_parts.default.shared.vblora_vector_bank"] = tensors[bank] + 2
     model.load_state_dict(former, strict=False)
-    torch.testing.assert_close(model.get_parameter(bank).detach(), tensors[bank] + 2)
+    assert_close(model.get_parameter(bank).detach(), tensors[bank] + 2)
     wrong = {**tensors, "base_model.model.second.vblora_vector_bank.default": torch.zeros(1)}
     with pytest.raises(RuntimeError, match=r"second\.vblora_vector_bank"):
         model.load_state_dict(wrong)

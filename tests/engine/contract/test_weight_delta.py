@@ -10,6 +10,7 @@ from torch import nn
 
 import nbpeft
 from nbpeft.model import get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import randomize
 
 
@@ -27,7 +28,7 @@ def test_rows_that_are_left_keep_the_mean_if_they_are_rescaled(rescaled: bool) -
         found = adapter.delta_in_training(base)(*parameters)
         left = found.abs().amax(1) > 0
         factor = len(left) / int(left.sum()) if rescaled else 1.0
-        torch.testing.assert_close(found, whole * left[:, None] * factor)
+        assert_close(found, whole * left[:, None] * factor)
 
 
 @pytest.mark.parametrize("config", [nbpeft.LoHaConfig, nbpeft.LoKrConfig, nbpeft.HRAConfig])
@@ -36,7 +37,7 @@ def test_transforms_of_torch_see_through_the_product(config: Any) -> None:
     model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 8)), config(r=2, target_modules=["0"])).eval()
     randomize(model)
     x = torch.randn(3, 6)
-    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    assert_close(torch.func.vmap(model)(x), model(x))
     value, tangent, *_ = torch.func.jvp(model, (x,), (x,))
-    torch.testing.assert_close(value, model(x))
-    torch.testing.assert_close(tangent, model(x) - model(torch.zeros_like(x)))
+    assert_close(value, model(x))
+    assert_close(tangent, model(x) - model(torch.zeros_like(x)))

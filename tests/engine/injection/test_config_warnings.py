@@ -20,6 +20,7 @@ from nbpeft.engine.injection.config_warnings import warn_about_config
 from nbpeft.engine.injection.plan import plan
 from nbpeft.errors import PeftWarning, TargetError
 from nbpeft.model import LoraConfig, get_peft_model
+from tests.closeness import assert_close
 
 
 class Model(nn.Module):
@@ -132,7 +133,7 @@ def test_a_head_of_another_name_is_told_and_goes_as_in_peft(task: str, tmp_path:
     theirs.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="no module .* neither trained nor saved unless modules_to_save names it"):
         ours = nbpeft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert torch.allclose(ours.base_model(x), theirs.base_model(x))
+    assert_close(ours.base_model(x), theirs.base_model(x))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         named = {"target_modules": ["first"], "task_type": "SEQ_CLS", "modules_to_save": ["classification_head"]}

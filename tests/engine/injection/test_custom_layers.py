@@ -19,6 +19,7 @@ from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, LayerKindError, MergeError, NotSupportedError, UnknownAdapterError
 from nbpeft.model import LoraConfig, LoraLayer, get_peft_model
 from nbpeft.peft_layers.lora_layers import Linear
+from tests.closeness import assert_close, differ
 
 
 def lstm_class(library: Any) -> type[Any]:
@@ -104,7 +105,7 @@ def test_the_same_class_computes_and_trains_as_in_peft() -> None:
             optimizer.zero_grad()
             model(BATCH).square().mean().backward()
             optimizer.step()
-    torch.testing.assert_close(output(ours), output(theirs))
+    assert_close(output(ours), output(theirs))
     assert not torch.equal(output(ours), output(adapted(random=False)))
 
 
@@ -127,7 +128,7 @@ def test_several_adapters_switch_delete_and_rename() -> None:
     theirs.load_state_dict(ours.state_dict())
     for model in (ours, theirs):
         model.set_adapter("b")
-    torch.testing.assert_close(output(ours), output(theirs))
+    assert_close(output(ours), output(theirs))
     lstm = ours.base_model.model.lstm
     assert [*lstm.lora_A] == ["a", "b"] and lstm.r == {"a": 3, "b": 2}
     assert lstm.lora_A["b"].weight.requires_grad and not lstm.lora_A["a"].weight.requires_grad
@@ -145,10 +146,10 @@ def test_blocks_without_adapters_are_the_base_model() -> None:
     torch.manual_seed(0)
     base, before = Net().eval(), output(model)
     with model.disable_adapter():
-        torch.testing.assert_close(output(model), output(base))
-    assert torch.equal(output(model), before) and not torch.allclose(before, output(base))
+        assert_close(output(model), output(base))
+    assert torch.equal(output(model), before) and differ(before, output(base))
     model.base_model.disable_adapter_layers()
-    torch.testing.assert_close(output(model), output(base))
+    assert_close(output(model), output(base))
 
 
 def test_what_is_saved_loads_here_and_in_peft(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_what_is_saved_loads_here_and_in_peft(tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = library.PeftModel.from_pretrained(Net(), tmp_path, config=config(library)).eval()
-        torch.testing.assert_close(output(loaded), output(model))
+        assert_close(output(loaded), output(model))
 
 
 def test_a_class_that_merges_does_so_and_gives_the_frozen_weight_back() -> None:
@@ -174,14 +175,14 @@ def test_a_class_that_merges_does_so_and_gives_the_frozen_weight_back() -> None:
     frozen, before = lin.base_layer.weight.clone(), output(model)
     model.merge_adapter(safe_merge=True)
     assert lin.merged and lin.merged_adapters == ["default"] and not torch.equal(lin.base_layer.weight, frozen)
-    torch.testing.assert_close(output(model), before)
+    assert_close(output(model), before)
     with pytest.warns(UserWarning, match="merged: unmerging before"), model.disable_adapter():
         assert torch.equal(lin.base_layer.weight, frozen) and not lin.merged
     assert lin.merged
     model.unmerge_adapter()
     assert torch.equal(lin.base_layer.weight, frozen) and torch.equal(output(model), before)
-    torch.testing.assert_close(lin.get_delta_weight("default"), lin.custom.get_delta_weight("default"))
-    torch.testing.assert_close(model.merge_and_unload()(BATCH), before)
+    assert_close(lin.get_delta_weight("default"), lin.custom.get_delta_weight("default"))
+    assert_close(model.merge_and_unload()(BATCH), before)
 
 
 def test_one_that_cannot_merge_refuses_and_changes_nothing() -> None:

@@ -32,6 +32,7 @@ from nbpeft import (
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import ConfigError, LayerKindError, MergeError, TargetError
+from tests.closeness import assert_close
 from tests.tiny_models import same_state, state
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 32}
@@ -104,7 +105,7 @@ def used(model: Any, x: torch.Tensor) -> torch.Tensor:
     output: torch.Tensor = model(x)
     output.sum().backward()
     model.merge_adapter()
-    assert torch.allclose(model(x), output, atol=1e-6)
+    assert_close(model(x), output)
     model.unmerge_adapter()
     return output.detach()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.kernels.quantized_matrices import Form, QuantizedMatrices, _grouped
 from nbpeft.errors import ConfigError
+from tests.closeness import assert_close
 from tests.tiny_models import mixture, tokens
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -75,7 +76,7 @@ def test_mixtures_compute_what_their_dequantized_experts_give(model_type: str, w
     for kind, double in (("nf4", True), ("int8", False)):
         model = quantized(mixture(model_type, way), kind, double)
         for found, expected in zip(called(model), called(dequantized(model)), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            assert_close(found, expected)
 
 
 @pytest.mark.parametrize("way", ["eager", "grouped_mm", "batched_mm"])
@@ -145,7 +146,7 @@ def test_other_forms_of_a_grouped_product_are_left_to_torch() -> None:
     x, ends = torch.randn(4, 16), torch.tensor([1, 4], dtype=torch.int32)
     found = _grouped(None, x, weight, ends)
     wanted = [x[:1] @ weight.dequantize()[0], x[1:] @ weight.dequantize()[1]]
-    torch.testing.assert_close(found, torch.cat(wanted))
+    assert_close(found, torch.cat(wanted))
     others: list[tuple[Any, ...]] = [(x, weight), (x, weight, ends, torch.ones(8)), (x[None], weight, ends)]
     for arguments in (*others, (x, weight[0], ends), (x, weight.dequantize(), ends)):
         assert _grouped(None, *arguments) is NotImplemented

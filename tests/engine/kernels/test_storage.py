@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.kernels.storage import ReadOnlyWeight
+from tests.closeness import assert_close
 
 
 class ByProducts(ReadOnlyWeight):
@@ -23,5 +24,5 @@ def test_reading_a_weight_leaves_the_bias_where_it_is(place: str) -> None:
         del layer._parameters["bias"]
         layer.register_buffer("bias", torch.ones(2))
     bias = layer.bias
-    torch.testing.assert_close(ByProducts().dequantize(layer), layer.weight.detach())
+    assert_close(ByProducts().dequantize(layer), layer.weight.detach())
     assert layer.bias is bias

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import nbpeft
 from nbpeft.errors import AdapterError, ConfigError, TargetError
+from tests.closeness import assert_close
 from tests.tiny_models import same_state, state
 
 EMBED = 16
@@ -102,10 +103,10 @@ def test_every_way_to_call_it_gives_what_peft_gives(options: dict[str, Any], cal
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             found, expected = ours(rows(), **call), theirs(rows(), **call)
-            assert torch.allclose(found, expected, atol=1e-5, equal_nan=True)
+            assert_close(found, expected, equal_nan=True)
             assert not torch.allclose(found, model(rows(), **call), atol=1e-3, equal_nan=True)
             with ours.disable_adapter():
-                assert torch.allclose(ours(rows(), **call), model(rows(), **call), atol=1e-5, equal_nan=True)
+                assert_close(ours(rows(), **call), model(rows(), **call), equal_nan=True)
 
 
 def test_files_go_both_ways(tmp_path: Path) -> None:
@@ -329,7 +330,7 @@ def test_separate_projections_are_adapted_as_parameters_as_in_peft(tmp_path: Pat
     found = {name: parameter.grad for name, parameter in ours.named_parameters() if "lora" in name}
     assert found.keys() == wanted.keys() and len(found) == 6
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient)
+        assert_close(found[name], gradient)
     assert close(ours.merge_and_unload().attn(*inputs)[0], outputs[0])
 
 

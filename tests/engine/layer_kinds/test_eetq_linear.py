@@ -14,6 +14,7 @@ from nbpeft.engine.injection.plan import plan
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import MergeError
+from tests.closeness import assert_close
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_an_adapter_on_it_runs_trains_and_refuses_to_merge(layer: Any) -> None:
     manager.activate("one")
     output = model(x)
     lora_A, lora_B = (dict(model.named_parameters())[f"0.lora_{name}.one.weight"] for name in "AB")
-    assert torch.allclose(output, before + x @ lora_A.T @ lora_B.T * 4.0, atol=1e-4)
+    assert_close(output, before + x @ lora_A.T @ lora_B.T * 4.0)
     output.sum().backward()
     assert lora_A.grad is not None and lora_B.grad is not None and layer.weight_scales.grad is None
     with pytest.raises(MergeError, match="GPU kernel"):

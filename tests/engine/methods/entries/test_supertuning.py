@@ -14,6 +14,7 @@ from torch import nn
 import nbpeft
 from nbpeft.errors import ConfigError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close, differ
 from tests.tiny_models import llama, logits, randomize
 
 FIELDS: dict[str, Any] = {"sparsity": 0.95, "target_modules": ["q_proj", "down_proj"]}
@@ -32,7 +33,7 @@ def test_new_adapters_are_those_of_peft(top: bool, start: bool) -> None:
     ours, theirs = (module.get_peft_model_state_dict(model) for module, model in zip((nbpeft, peft), made, strict=True))
     assert ours.keys() == theirs.keys() and len(ours) == 16
     for key, value in theirs.items():
-        torch.testing.assert_close(ours[key], value)
+        assert_close(ours[key], value)
     layers = [model.base_model.model.model.layers[0].self_attn.q_proj for model in made]
     assert [one.supertuning_rank["default"] for one in layers] == [2, 2]
     assert [one.supertuning_lora_alpha["default"] for one in layers] == [4, 4]
@@ -67,7 +68,7 @@ def test_an_adapter_of_each_kind_side_by_side() -> None:
     model.set_adapter(["default", "small"])
     both = logits(model)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), both, atol=1e-5, rtol=1e-5)
+    assert_close(logits(model), both)
     model.unmerge_adapter()
     assert torch.equal(logits(model), both)
 
@@ -77,7 +78,7 @@ def test_factors_alone_have_dropout() -> None:
     randomize(model)
     still = logits(model)
     assert torch.equal(logits(model), still)
-    assert not torch.allclose(logits(model.train()), still, atol=1e-4)
+    assert differ(logits(model.train()), still)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -92,7 +93,7 @@ def test_hooks_on_the_base_layer_run() -> None:
     alone, calls = logits(model), []
     layer: Any = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.base_layer.register_forward_hook(lambda *given: calls.append(given))
-    torch.testing.assert_close(logits(model), alone, atol=1e-6, rtol=1e-5)
+    assert_close(logits(model), alone)
     assert len(calls) == 1
 
 

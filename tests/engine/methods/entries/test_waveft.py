@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
-import torch
 from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
 from peft.tuners.waveft.wavelet import Wavelet
 from torch import nn
@@ -17,6 +16,7 @@ import nbpeft
 from nbpeft.engine.methods.entries.waveft import scaling_filter
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import gpt2, llama, logits, randomize
 
 NAMES = [
@@ -75,7 +75,7 @@ def test_layers_of_odd_sizes_change_as_in_peft(name: str, shape: tuple[int, int]
     nbpeft_state = nbpeft.get_peft_model_state_dict(ours)
     peft.set_peft_model_state_dict(theirs, nbpeft_state)
     found, expected = (model.base_model.model[0].get_delta_weight("default") for model in (ours, theirs))
-    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
+    assert_close(found, expected.detach())
 
 
 def test_coefficients_are_shared_out_as_in_peft(tmp_path: Path) -> None:
@@ -93,9 +93,9 @@ def test_coefficients_are_shared_out_as_in_peft(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama(), tmp_path)
     assert again.peft_config["default"].proportional_parameters
-    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
+    assert_close(logits(again), logits(model))
     oracle = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
-    torch.testing.assert_close(logits(oracle), logits(model), atol=1e-5, rtol=1e-5)
+    assert_close(logits(oracle), logits(model))
     model.set_adapter("small")
     assert [tuple(p.shape) for p in model.parameters() if p.requires_grad] == [(30,), (30,)]
 
@@ -110,16 +110,14 @@ def test_coefficients_that_are_shared_out_are_swapped(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / f"x{scaling:g}")
         expected[f"x{scaling:g}"] = logits(model)
     nbpeft.hotswap_adapter(model, tmp_path / "x2", "default")
-    torch.testing.assert_close(logits(model), expected["x2"], atol=1e-6, rtol=0)
+    assert_close(logits(model), expected["x2"])
     model.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(
-        logits(PeftModel.from_pretrained(llama(), tmp_path / "again")), expected["x2"], atol=1e-6, rtol=0
-    )
+    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "again")), expected["x2"])
     room = sum(parameter.nbytes for parameter in model.manager.parameters("default"))
     pool = nbpeft.AdapterPool(llama(), room / 10**6, adapters={name: tmp_path / name for name in expected})
     for name in (*expected, *expected):
         pool.set_adapter(name)
-        torch.testing.assert_close(logits(pool.model.eval()), expected[name], atol=1e-6, rtol=0)
+        assert_close(logits(pool.model.eval()), expected[name])
     assert pool.statistics.swaps == 3
     pool.close()
 
@@ -132,7 +130,7 @@ def test_a_transposed_layer_merges_with_a_long_filter() -> None:
     assert [tuple(p.shape) for p in model.parameters() if p.requires_grad] == [(9,), (15,)]
     before = logits(model)
     assert (before - logits(gpt2())).abs().max() > 1e-3
-    torch.testing.assert_close(logits(model.merge_and_unload()), before, atol=1e-5, rtol=1e-5)
+    assert_close(logits(model.merge_and_unload()), before)
 
 
 @pytest.mark.parametrize("name", ["db39", "sym1", "coif6", "haar", "db0", "db1 "])

@@ -15,6 +15,7 @@ from nbpeft.engine.kernels.numerics import add_delta, onednn_multiplies
 from nbpeft.engine.layer_kinds.linear import Linear
 from nbpeft.engine.methods.lora.autograd import Dropout, KeepMask, _pieces, adapted_linear, seeded_dropout
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from tests.closeness import assert_close
 
 NONE = Dropout(0.0, False)
 LAYER = torch.nn.Linear(1, 1)
@@ -61,7 +62,7 @@ def test_gradients_are_those_of_the_plain_composition(base_dtype: torch.dtype) -
         results.append(torch.autograd.grad(function().square().sum(), (x, lora_A, lora_B)))
     for own, composed in zip(*results, strict=True):
         assert own.dtype == composed.dtype
-        assert torch.allclose(own, composed, rtol=1e-5, atol=1e-5)
+        assert_close(own, composed)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5])
@@ -97,7 +98,7 @@ def test_added_onto_an_output_is_the_sum(probability: float, dtype: torch.dtype,
         results.append([total, *torch.autograd.grad(total.float().square().sum(), (x, lora_A, lora_B, onto))])
     for whole_part, part in zip(*results, strict=True):
         assert whole_part.dtype == part.dtype
-        assert torch.allclose(whole_part, part, rtol=1e-5, atol=1e-5)
+        assert_close(whole_part, part)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5])
@@ -235,7 +236,7 @@ def test_with_the_frozen_layer_it_is_the_same(probability: float, biased: bool) 
     assert torch.equal(whole, apart) and whole._base is None
     gradients = (torch.autograd.grad(one.square().sum(), (x, lora_A, lora_B)) for one in (whole, apart))
     for found, wanted in zip(*gradients, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-4)
+        assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3])

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from tests.closeness import assert_close, differ, is_close
 from tests.test_matrix import CASES, Net, error_of, make, make_plain, randomise
 from tests.tiny_models import same_state, state
 
@@ -47,7 +48,7 @@ def test_starts_at_the_base_and_leaves_its_weights_alone(kind: str, init: str) -
     randomise(base)
     with model.disable_adapter():
         assert torch.equal(model(x), expected)
-    assert not torch.allclose(model(x), expected, atol=1e-3)
+    assert differ(model(x), expected)
     assert model.unload() is base
     if not case.quantized:
         assert same_state(before, state(base))
@@ -68,7 +69,7 @@ def test_merges_unmerges_saves_and_copies(kind: str, init: str, tmp_path: Any) -
     assert torch.equal(model(x), expected)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(model.unload(), tmp_path)
-    assert torch.allclose(again(x), expected, atol=1e-5, rtol=0)
+    assert_close(again(x), expected)
 
 
 @in_base
@@ -88,9 +89,9 @@ def test_adapters_add_up_in_any_order(init: str, other: Any) -> None:
     model.set_adapter(["other", "default"])
     # The layer is linear, what follows it is not: compare before the tanh.
     together = torch.atanh(model(x))
-    assert torch.allclose(together, torch.atanh(first) + torch.atanh(second) - torch.atanh(plain), atol=1e-4)
+    assert_close(together, torch.atanh(first) + torch.atanh(second) - torch.atanh(plain))
     model.delete_adapter("other")
-    assert torch.allclose(model(x), first, atol=1e-6)
+    assert_close(model(x), first)
 
 
 @pytest.mark.parametrize("init", ["olora", "pissa"])
@@ -102,7 +103,7 @@ def test_equal_to_peft_from_the_start_through_a_step(init: str, dora: bool) -> N
     own, given = get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
     assert own.keys() == given.keys()
     for key, value in given.items():
-        assert torch.allclose(own[key], value, atol=1e-5), key
+        assert_close(own[key], value, message=key)
     set_peft_model_state_dict(ours, given)
     x = CASES["linear"].batch()
     gradients = []
@@ -111,7 +112,7 @@ def test_equal_to_peft_from_the_start_through_a_step(init: str, dora: bool) -> N
         gradients.append({p.shape: p.grad for p in model.parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
     for shape, gradient in gradients[1].items():
-        assert torch.allclose(gradients[0][shape], gradient, atol=1e-5), shape
+        assert_close(gradients[0][shape], gradient, message=shape)
 
 
 @pytest.mark.parametrize("init", ["olora", "pissa"])
@@ -121,7 +122,7 @@ def test_dropout_spares_what_stays_in_the_base(init: str) -> None:
     theirs = peft.get_peft_model(make(CASES["linear"]), peft.LoraConfig(**config)).train()
     x = CASES["linear"].batch()
     with torch.no_grad():
-        assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+        assert_close(ours(x), theirs(x))
 
 
 def test_a_transposed_weight_is_decomposed_the_right_way_round() -> None:
@@ -132,7 +133,7 @@ def test_a_transposed_weight_is_decomposed_the_right_way_round() -> None:
     turned = get_peft_model(base, LoraConfig(**settings(init_lora_weights="olora")))
     straight = get_peft_model(Net(linear, nn.Tanh()), LoraConfig(**settings(init_lora_weights="olora")))
     own, other = get_peft_model_state_dict(turned), get_peft_model_state_dict(straight)
-    assert all(torch.allclose(own[key], other[key], atol=1e-6) for key in other)
+    assert all(is_close(own[key], other[key]) for key in other)
 
 
 def test_a_randomized_start_is_found_again_whatever_the_generator_gives() -> None:

@@ -17,6 +17,7 @@ import nbpeft
 from nbpeft import LoftQConfig, LoraConfig, PeftModel, get_peft_model
 from nbpeft.engine.methods.lora.initialization.loftq import loftq_start, nearest_product, normal_float, quantize
 from nbpeft.errors import AdapterError, ConfigError
+from tests.closeness import assert_close
 from tests.tiny_models import same_state, state
 
 
@@ -53,9 +54,9 @@ def error(model: nn.Module, base: bool = False) -> float:
 def test_the_numbers_are_those_of_bitsandbytes() -> None:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     codes, constants = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
-    assert torch.allclose(torch.tensor(normal_float(4)), constants.code, atol=1e-6)
+    assert_close(torch.tensor(normal_float(4)), constants.code)
     expected = bnb.functional.dequantize_4bit(codes, constants)
-    assert torch.allclose(quantize(weight, 4).dequantize(), expected, atol=1e-6)
+    assert_close(quantize(weight, 4).dequantize(), expected)
     rows, largest, _ = bnb.functional.int8_vectorwise_quant(weight.half())
     expected = bnb.functional.int8_vectorwise_dequant(rows, largest)
     assert torch.allclose(quantize(weight.half(), 8).dequantize(), expected, atol=2e-3)
@@ -66,8 +67,8 @@ def test_the_nearest_product_is_that_of_a_singular_value_decomposition(shape: tu
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     lora_A, lora_B = nearest_product(matrix, 5)
     theirs = loftq_utils._low_rank_decomposition(matrix, 5)
-    assert torch.allclose(lora_B @ lora_A, theirs["L"] @ theirs["R"], atol=1e-4)
-    assert torch.allclose(lora_A.norm(dim=1), theirs["R"].norm(dim=1), atol=1e-4)
+    assert_close(lora_B @ lora_A, theirs["L"] @ theirs["R"])
+    assert_close(lora_A.norm(dim=1), theirs["R"].norm(dim=1))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -90,7 +91,7 @@ def test_an_adapter_makes_up_for_the_quantized_base(bits: int, more: dict[str, A
     assert error(model) < 0.8 * error(model, base=True)
     weight = Tiny().turn.weight
     stored = base.turn.base_layer.weight
-    assert torch.allclose(stored, quantize(weight, bits).dequantize(), atol=1e-6)
+    assert_close(stored, quantize(weight, bits).dequantize())
     model.merge_adapter()
     merged = error(model)
     model.unmerge_adapter()
@@ -101,9 +102,9 @@ def test_it_comes_back_on_the_original_base_and_on_the_quantized_one(tmp_path: P
     model = get_peft_model(Tiny(), config(4, 2))
     expected = model(IDS)
     model.save_pretrained(tmp_path)
-    assert torch.allclose(PeftModel.from_pretrained(Tiny(), tmp_path)(IDS), expected, atol=1e-5)
+    assert_close(PeftModel.from_pretrained(Tiny(), tmp_path)(IDS), expected)
     quantized = copy.deepcopy(model).unload()
-    assert torch.allclose(PeftModel.from_pretrained(quantized, tmp_path)(IDS), expected, atol=1e-5)
+    assert_close(PeftModel.from_pretrained(quantized, tmp_path)(IDS), expected)
 
 
 def test_what_fails_leaves_the_weights_as_they_were() -> None:
