@@ -7,6 +7,7 @@ Door, what other rooms import:
     build.py           Builds all parts of an adapter before any of them touches the model
     injection_plan.py  The plan of a change: which modules get adapters and copies, and what that costs
     plan.py            Plans what applying a config will change in a model
+    redirects.py       Where a function from outside may send a target elsewhere, or leave it out
     replication.py     Repeats layers of a transformer, each time with separate adapters (``layer_replication``)
 
 Inside:

@@ -58,6 +58,7 @@ from nbpeft.engine.injection.config_warnings import (
 from nbpeft.engine.injection.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
 from nbpeft.engine.injection.injection_checks import bypassed, check_called, check_copy, check_shaped, check_shapes
 from nbpeft.engine.injection.injection_plan import Extent, InjectionPlan, Target
+from nbpeft.engine.injection.redirects import redirected
 from nbpeft.engine.injection.replication import pending_replication, replicated
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.tree.fused_layers import fused_layers, with_parameters
@@ -113,11 +114,11 @@ def plan(
     copies = _copies(sites, resolved, guessed_heads(config), matcher, strict=not allow_missing)
     tied = _tied_modules(model, config, sites)
     copies |= _tied_copies(copies, tied, sites)
-    targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
+    targets, excluded = _match(model, sites, matcher, resolved, tuple(copies), replacing)
     targets = _add_tied(targets, tied, sites, matcher, resolved)
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     if resolved.fill_in_layers(features):
-        targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
+        targets, excluded = _match(model, sites, matcher, resolved, tuple(copies), replacing)
     _set_layout(resolved, targets)
     if method.shares.tied is not None:
         ties = method.shares.tied(resolved, features)
@@ -415,7 +416,12 @@ def _tie_refusal(sites: Sequence[Site], matcher: Matcher, config: AdapterConfig)
 
 
 def _match(
-    model: nn.Module, sites: list[Site], matcher: Matcher, config: AdapterConfig, copies: tuple[str, ...]
+    model: nn.Module,
+    sites: list[Site],
+    matcher: Matcher,
+    config: AdapterConfig,
+    copies: tuple[str, ...],
+    name: str | None,
 ) -> tuple[list[Target], list[str]]:
     method = method_of(config)
     targets: list[Target] = []
@@ -433,6 +439,11 @@ def _match(
         if isinstance(site.wrapper, ModulesToSaveWrapper):
             raise TargetError(f"{path} is trained as a whole by another adapter (modules_to_save); exclude it")
         check_called(model, path)
+        if (chosen := redirected(model, config, name, site, sites)) is None:
+            excluded.append(path)
+            continue
+        site, path = chosen, chosen.path
+        seen.add(id(site.module))
         kind = composite_kind(site.module)
         if kind is not None and custom_part(site.module, site.wrapper, config, path) is None:
             targets += _composite_targets(site, sites, kind, config, method)

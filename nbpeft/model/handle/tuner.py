@@ -60,6 +60,8 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
 
     prefix: str = ""
     """Prefix of the parameter names of the first adapter's method."""
+    tuned_type: str = ""
+    """``peft_type`` of the first adapter's method."""
     uses_shared_state: bool = False
     """Whether the method's layers share tensors."""
     tuner_layer_cls: type[Any] = AdaptedLayer
@@ -141,6 +143,21 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
         """Adapter name -> an adapter, for those whose layers share tensors."""
         layers = self.manager.layers.values()
         return {name: one for layer in layers for name, one in layer.adapters.items() if state_of_all(one) is not None}
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Passes on the module to adapt, for a function that a script puts in this one's place; see ``TunerType``."""
+        if "passed_on" not in self.__dict__:
+            raise AdapterError("_create_and_replace is called by nbpeft alone: add an adapter with add_adapter()")
+        self.__dict__["passed_on"].append(target)
 
     @property
     def is_live(self) -> bool:
@@ -413,6 +430,7 @@ def tuner_class(method: Method) -> type[BaseTuner]:
         layer = method.peft.layer.rpartition(".")[2]
         own: dict[str, Any] = {
             "prefix": method.prefix,
+            "tuned_type": method.peft_type,
             "uses_shared_state": method.shares.state is not None and not issubclass(method.shares.state, Together),
             "target_module_mapping": default_targets_of(method.peft_type),
             "tuner_layer_cls": layer_type(method.peft_type, layer or name.replace("Model", "Layer")),
