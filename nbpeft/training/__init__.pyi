@@ -17,6 +17,7 @@ from .monitor.result import TrainResult as TrainResult
 from .monitor.run import Run as Run
 from .monitor.run import track as track
 from .script import export_script as export_script
+from .script import unfinished_run as unfinished_run
 from .sweep.result import SweepResult as SweepResult
 from .transformers.trainer import Trainer as Trainer
 from .transformers.trainer import adapter_trainer as adapter_trainer

@@ -21,10 +21,11 @@ import torch
 import transformers
 from datasets import ClassLabel, Dataset, Features, List, Value
 from packaging.requirements import Requirement
+from safetensors.torch import load_file
 
 import nbpeft
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
-from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from nbpeft.model import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.training import export_script, prepare_model_for_kbit_training, train
 from nbpeft.training.data.reading import reading
@@ -357,6 +358,50 @@ def test_it_trains_the_same(folder: Path, processes: int) -> None:
     train(here.train(), rows, **ARGUMENTS | whole)  # launch/test_launch: what the notebook's two processes learn, too
     expected = {name: part for name, part in here.named_parameters() if "lora" in name}
     assert all(torch.allclose(part, trained.get_parameter(name), atol=1e-5) for name, part in expected.items())
+
+
+KILLED = """
+import os, runpy, signal, sys
+import nbpeft.training
+
+on_step_end = nbpeft.training.RunCallback.on_step_end
+
+def kill(self, args, state, control, **kwargs):
+    on_step_end(self, args, state, control, **kwargs)
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+nbpeft.training.RunCallback.on_step_end = kill
+from nbpeft.training.monitor import run_checkpointer
+run_checkpointer._pause_after = lambda seconds: 0.0
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def test_a_script_that_was_killed_continues_when_it_is_started_again(folder: Path) -> None:
+    rows, arguments = token_rows(12), ARGUMENTS | {"max_steps": 5}
+    script = export_script(loaded(folder), folder / "train.py", rows, **arguments).script
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def run(*command: str) -> Any:
+        options: dict[str, Any] = {"env": environment, "cwd": folder, "capture_output": True, "text": True}
+        return subprocess.run([sys.executable, *command, str(script)], timeout=300, **options)
+
+    assert run("-c", KILLED).returncode == -9
+    kept = max(int(path.name.partition("-")[2]) for path in (folder / "train_runs" / "sql-1").glob("checkpoint-*"))
+    assert kept == 2
+    again = run()
+    assert again.returncode == 0 and "sql finished" in again.stdout, again.stderr[-3000:]
+    facts = json.loads((folder / "train_runs" / "sql-1" / "run.json").read_text())
+    assert (facts["status"], facts["step"], facts["resumed"]) == ("finished", 5, [kept])
+    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    transformers.set_seed(ARGUMENTS["seed"])
+    whole = get_peft_model(base, LoraConfig(**constants(script)["CONFIG"]), adapter_name="sql")
+    train(whole.train(), rows, **arguments)
+    found = load_file(folder / "train_output" / "sql" / "adapter_model.safetensors")
+    expected = get_peft_model_state_dict(whole, adapter_name="sql")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], part) for name, part in expected.items())
 
 
 RUN = """

@@ -64,7 +64,8 @@ One process, in an environment of its own:   uv run SCRIPT
 One process, in this environment:            python SCRIPT
 All GPUs of a machine:                       accelerate launch SCRIPT
 
-The batch size counts for each process. The adapter is saved in the output_dir of ARGUMENTS.
+The batch size counts for each process. The adapter is saved in the output_dir of ARGUMENTS. States are saved in RUNS,
+about once a minute; a script that was killed continues from the last one when it is started again.
 """
 
 import os
@@ -188,6 +189,7 @@ def export_script(
         "DATA": rows.train.text,
         "EVAL_DATA": rows.evaluation.text if isinstance(rows.evaluation, Source) else rows.evaluation,
         "CONFIG": _fields(config, written) | _targets(model, config),
+        "RUNS": f"{target.stem}_runs",
         "ARGUMENTS": {
             "output_dir": f"{target.stem}_output",
             **{name: value for name, value in arguments.items() if rows.as_they_are or name not in _READING_OPTIONS},
@@ -287,7 +289,7 @@ def _body(constants: Mapping[str, Any], config_class: str, load: str, rows: _Row
     data = [rows.train.expression("DATA")]
     if "EVAL_DATA" in constants:
         data.append(rows.evaluation.expression("EVAL_DATA") if isinstance(rows.evaluation, Source) else "EVAL_DATA")
-    options = ["**ARGUMENTS"]
+    options = ["**nbpeft.training.unfinished_run(RUNS)", "**ARGUMENTS"]
     if rows.tokenizer is not None:
         name = "TOKENIZER" if "TOKENIZER" in constants else "BASE"
         loaded = f"transformers.AutoTokenizer.from_pretrained({rows.tokenizer.expression(name)})"

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.adapter import Adapter
@@ -68,6 +70,7 @@ class ObjectiveTrainer(Trainer):
         self._compared: tuple[Tensor, Tensor] | None = None
         self._known = KnownLogProbs()  # those of the reference
         self._evaluates = False
+        self._without_dropout: dict[nn.Module, list[RemovableHandle]] = {}  # checkpointed blocks, and hooks on them
         self._counted = True  # whether rows of an evaluation are no copies, which fill up the last batch
         self.owner = ""  # the adapter that learns, if several do side by side
         self.rows_owner = ""  # the same, if each has rows of its own
@@ -239,7 +242,8 @@ class ObjectiveTrainer(Trainer):
         """Switches off dropout, if the objective does, until the Trainer switches to training mode in the next step.
 
         So it is off in backward too, where layers are computed again. Layers with gradient checkpointing, and adapters
-        without dropout, stay in training mode, which they need for other things.
+        without dropout, stay in training mode, which they need for other things; the forward of a checkpointed block,
+        which may apply dropout itself, is computed out of training mode.
         """
         model: Any = self.model
         if not getattr(self.objective, "disable_dropout", False):
@@ -249,6 +253,18 @@ class ObjectiveTrainer(Trainer):
             kept = isinstance(module, Adapter) and not getattr(module, "dropout", 0)
             if not (kept or (checkpoints and getattr(module, "gradient_checkpointing", False))):
                 module.training = False
+            elif isinstance(module, GradientCheckpointingLayer) and module not in self._without_dropout:
+                self._without_dropout[module] = _computed_in_eval(module)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; see ``transformers.Trainer``."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for hooks in self._without_dropout.values():
+                for hook in hooks:
+                    hook.remove()
+            self._without_dropout = {}
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -313,6 +329,20 @@ class ObjectiveTrainer(Trainer):
             self.reference.read(Path(checkpoint))
             model: Any = self.model
             self._known.read(Path(checkpoint), model)
+
+
+def _computed_in_eval(block: nn.Module) -> list[RemovableHandle]:
+    """Makes a checkpointed block compute its forward out of training mode, which it needs to be checkpointed."""
+    modes: list[bool] = []
+
+    def begin(module: nn.Module, args: Any) -> None:
+        modes.append(module.training)
+        module.training = False
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        module.training = modes.pop()
+
+    return [block.register_forward_pre_hook(begin), block.register_forward_hook(end, always_call=True)]
 
 
 def _halves(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import Accelerator
 from datasets import Dataset
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback, TrainingArguments
@@ -642,3 +643,22 @@ def test_a_metric_that_is_not_measured_is_one_line_with_the_nearest_one() -> Non
         "metric_for_best_model='rewards/margin' is not measured: the evaluations have loss, rewards/accuracies, "
         "rewards/margins. Did you mean 'rewards/margins'"
     )
+
+
+@pytest.mark.parametrize("kind", ["OPT", "Falcon"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_of_blocks_is_off_with_gradient_checkpointing_too(kind: str, checkpointing: bool) -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fields = {
+        "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.3},
+        "Falcon": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **fields[kind], pad_token_id=0)
+    base = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model = nbpeft.get_peft_model(base, nbpeft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.3))
+    options = FIELDS | {"learning_rate": 0.0, "gradient_checkpointing": checkpointing}
+    with pytest.warns(UserWarning, match="No weight of"):
+        result = nbpeft.train(model, ROWS, objective="dpo", reference="base", **options)
+    assert losses(result) == pytest.approx([math.log(2)] * 3, abs=1e-6)
+    assert not any(module._forward_pre_hooks for module in base.modules() if "DecoderLayer" in type(module).__name__)
