@@ -51,6 +51,8 @@ class Trainer(transformers.Trainer):
     The loss of a step is the mean over its labels, however many batches and processes they are divided among: each
     batch counts by its labels, whether or not the model's loss takes ``num_items_in_batch``.
 
+    The losses of a base in float16 are scaled before backward, where small gradients would be rounded to 0.
+
     ``loss_weights`` in a batch, in the shape of its labels, are factors on the loss of each label: a loss is the sum of
     weighted losses divided by the sum of the weights.
 
@@ -77,8 +79,55 @@ class Trainer(transformers.Trainer):
         self._noted = False
         self._labels: Any = None
         super().__init__(*args, **kwargs)
+        self._scales_losses = self.accelerator.scaler is None and self._needs_scaled_losses()
+        if self._scales_losses:
+            self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
+            note(
+                self, "the base computes in float16: losses are scaled, and steps whose gradients overflow are skipped"
+            )
         if self.label_smoother is not None:
             self.label_smoother = _ChunkedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
+
+    def _needs_scaled_losses(self) -> bool:
+        """Whether the base computes in float16 and the trained parameters are in float32."""
+        base = base_model_of(self.model)
+        frozen = (part.dtype for part in base.parameters() if not part.requires_grad and part.is_floating_point())
+        computed = (getattr(module, "compute_dtype", None) for module in base.modules())  # of quantized layers
+        if torch.float16 not in {*frozen, *computed} or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        if any(part.dtype == torch.float16 for part in base.parameters() if part.requires_grad):
+            raise TrainingError(
+                "float16 parameters cannot be trained, their gradients overflow and vanish: add the adapter with "
+                "autocast_adapter_dtype=True, or load the base in bfloat16 or float32"
+            )
+        if hasattr(self, "group"):
+            raise TrainingError(
+                "adapters of a base in float16 are not trained side by side, because one gradient scaler would skip "
+                "the steps of all: load the base in bfloat16 or float32"
+            )
+        return True
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clips the gradients, which are no longer scaled; see ``transformers.Trainer``."""
+        self._unscale()
+        clip: Any = super()._clip_grad_norm
+        return clip(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradients; see ``transformers.Trainer``."""
+        if grad_norm is None:
+            self._unscale()
+        norm: Any = super()._get_grad_norm
+        return norm(model, grad_norm=grad_norm)
+
+    def _unscale(self) -> None:
+        """Divides the gradients by the factor on the losses; accelerate does this only for mixed precision."""
+        optimizer: Any = self.optimizer
+        scaler: Any = self.accelerator.scaler
+        if self._scales_losses:
+            if self.state.global_step == 0:
+                note(self, "the base is in float16: losses are scaled, and steps whose gradients overflow are skipped")
+            scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
 
     def _set_signature_columns_if_needed(self) -> None:
         """Adds the columns that adapters take to those of the model's signature, which the Trainer does not drop."""
