@@ -23,12 +23,19 @@ def outside(model: nn.Module) -> dict[str, nn.Module | None]:
 def is_changed(module: nn.Module) -> bool:
     """Whether a module computes other than its class: it has hooks, or its ``forward`` was replaced."""
     own = module.__dict__
-    return any(own.get(name) for name in _HOOKS) or "forward" in own
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a call of a module runs only what its class defines: no hooks, neither its own nor global ones."""
-    return not (any(_GLOBAL_HOOKS) or is_changed(module))
+    before, after, backward_before, backward_after = _GLOBAL_HOOKS
+    return not (before or after or backward_before or backward_after or is_changed(module))
 
 
 def called_modules(model: nn.Module) -> list[nn.Module]:

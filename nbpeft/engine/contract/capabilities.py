@@ -40,10 +40,9 @@ from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.base import Shape as Shape
 
 
-class TransformsInput(ABC):
+class TransformsInput:
     """Changes the input of the base call instead of adding to its output, if it is the only active adapter there."""
 
-    @abstractmethod
     def transform_input(self, x: Tensor, base: BaseLayer) -> Tensor:
         """Computes the input to call the frozen layer with.
 
@@ -54,12 +53,12 @@ class TransformsInput(ABC):
         Returns:
             A tensor with the shape and dtype of ``x``.
         """
+        raise NotImplementedError
 
 
-class ReplacesCall(ABC):
+class ReplacesCall:
     """Computes the layer's output without the base call, if it is the only active adapter and there are no hooks."""
 
-    @abstractmethod
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
         """Computes the output of the adapted layer.
 
@@ -70,15 +69,15 @@ class ReplacesCall(ABC):
         Returns:
             The output, (…, out), bias included, in the layer's dtype; None if the base layer must be called instead.
         """
+        raise NotImplementedError
 
 
-class TransformsOutput(ABC):
+class TransformsOutput:
     """Changes the output of the base call, if it is the only active adapter there.
 
     With ``TransformsInput`` in the same class, that is the call with the changed input.
     """
 
-    @abstractmethod
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
         """Computes the output of the adapted layer.
 
@@ -89,6 +88,7 @@ class TransformsOutput(ABC):
         Returns:
             A tensor with the shape and dtype of ``output``.
         """
+        raise NotImplementedError
 
 
 class FusesAdd:

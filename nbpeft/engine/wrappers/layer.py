@@ -182,24 +182,25 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
         Returns:
             The sum, in the dtype of the base layer's output.
         """
-        if "_hf_hook" in self._modules["base_layer"].__dict__ and (parts := self.offloaded_parts()):
+        base_layer = self._modules["base_layer"]
+        if "_hf_hook" in base_layer.__dict__ and (parts := self.offloaded_parts()):
             with all_onloaded(parts):
                 return self.forward(x, *args, **kwargs)
         active = self.active_state.current()
         if self.merged_names:
-            return self.base_layer(x, *args, **kwargs)
-        if self.is_quantization_aware(active.call_names):
+            return base_layer(x, *args, **kwargs)
+        if self.backend.name != "dense" and self.is_quantization_aware(active.call_names):
             return self._rounded(x, active, args, kwargs)
         alone = self._alone(active)
         if isinstance(alone, TransformsInput):
             base = self.base_in(active, active.names[0])
-            transformed: Tensor = self.base_layer(alone.transform_input(x, base), *args, **kwargs)
+            transformed: Tensor = base_layer(alone.transform_input(x, base), *args, **kwargs)
             return alone.transform_output(transformed, base) if isinstance(alone, TransformsOutput) else transformed
-        if isinstance(alone, ReplacesCall) and not (args or kwargs) and is_plain(self.base_layer):
+        if isinstance(alone, ReplacesCall) and not (args or kwargs) and is_plain(base_layer):
             replaced = alone.output(x, self.base_in(active, active.names[0]))
             if replaced is not None:
                 return replaced
-        output: Tensor = self.base_layer(x, *args, **kwargs)
+        output: Tensor = base_layer(x, *args, **kwargs)
         if x.device != output.device:  # accelerate moves inputs inside the call of a layer on another device
             x = x.to(output.device)
         if active.rows is not None:

@@ -34,6 +34,8 @@ _ONES = 0x0101010101010101
 """The lowest bit of each byte of an int64."""
 _WORD = 64
 """Bits of an int64, in each of which a mask of as many elements is saved."""
+_LEAST_LEAN = 1 << 15
+"""For smaller inputs a call of a custom function takes longer than what it saves."""
 _LEAST_WIDE, _TOKENS_TO_RANK = 1 << 17, 4
 """Making pieces of the factors is worth it for inputs of at least so many elements, and so many tokens to a rank."""
 _EXACT = (torch.float32, torch.float64)
@@ -373,6 +375,16 @@ def _dropped_input(x: Tensor, mask: Tensor | None, dtype: torch.dtype, buffer: T
     return dropped.to(dtype) if part is None else part.copy_(dropped)
 
 
+def _is_small(x: Tensor) -> bool:
+    """Whether what ordinary operations save for backward is less than a call of a custom function costs."""
+    return x.numel() < _LEAST_LEAN and x.device.type == "cpu"
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def low_rank_linear(x: Tensor, factors: Factors, probability: float, onto: Tensor | None = None) -> Tensor:
     """``scaling * B(A(dropout(x)))`` for a linear layer, added to ``onto`` if that is given.
 
@@ -388,12 +400,19 @@ def low_rank_linear(x: Tensor, factors: Factors, probability: float, onto: Tenso
     """
     lora_A, lora_B, scaling = factors
     dtype = compute_dtype(x, lora_A)
+    if _is_small(x) or (x.dtype == lora_A.dtype == dtype and not (probability or _records(x, lora_A, lora_B, onto))):
+        cast = x.to(dtype)
+        hidden = F.linear(F.dropout(cast, probability) if probability else cast, lora_A.to(dtype))
+        delta = F.linear(hidden * scaling, lora_B.to(dtype))
+        return delta if onto is None else (onto + delta.to(onto.device)).to(onto.dtype)
     if onto is not None and (onto.device != x.device or torch.promote_types(onto.dtype, dtype) != dtype):
         return add_delta(onto, low_rank_linear(x, factors, probability).to(onto.device))
     return _LowRank.apply(x, lora_A, lora_B, onto, None, scaling, probability, dtype)  # type: ignore[no-untyped-call]
 
 
-def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout) -> Tensor | None:
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, probability: float
+) -> Tensor | None:
     """``W x + b + scaling * B(A(dropout(x)))`` in one function, whose backward needs no buffer for each summand.
 
     Args:
@@ -401,7 +420,7 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Fact
         weight: W of a frozen layer, (out, in).
         bias: the layer's bias, (out,), or None.
         factors: A, B and their scaling.
-        dropout: dropout of the input.
+        probability: probability of dropout of the input.
 
     Returns:
         (..., out), with the same bits as the layer plus ``low_rank_linear``; None if that is not guaranteed: for
@@ -409,14 +428,24 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Fact
         and for a layer that is trained.
     """
     lora_A, lora_B, scaling = factors
-    layer = [x, weight, *([] if bias is None else [bias])]
-    alike = all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in layer)
-    alike = alike and all(factor.dtype == lora_A.dtype and factor.device == x.device for factor in (lora_A, lora_B))
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    probability = dropout.active_probability
-    if not alike or trained or probability >= 1.0 or composes() or torch.is_autocast_enabled(x.device.type):
+    dtype, device = lora_A.dtype, x.device
+    alike = x.dtype == weight.dtype and dtype == lora_B.dtype
+    alike = alike and device == weight.device == lora_A.device == lora_B.device
+    trained = weight.requires_grad
+    if bias is not None:
+        alike = alike and bias.dtype == x.dtype and bias.device == device
+        trained = trained or bias.requires_grad
+    if not alike or trained or probability >= 1.0 or torch.is_autocast_enabled(device.type):
         return None
-    dtype = lora_A.dtype
-    if not ((x.dtype == dtype and dtype in _EXACT) or _takes_pieces(x, lora_A, dtype)):
+    if x.dtype == dtype and dtype in _EXACT:
+        if _is_small(x):
+            hidden = F.linear(F.dropout(x, probability) if probability else x, lora_A) * scaling
+            return F.linear(x, weight, bias) + F.linear(hidden, lora_B)
+        # Of two passes with one mask, as in activation checkpointing, the first may record nothing.
+        if not probability and not _records(x, lora_A, lora_B):
+            output, hidden = F.linear(x, weight, bias), _as_rows(F.linear(x, lora_A) * scaling)
+            output.view(hidden.shape[0], output.shape[-1]).addmm_(hidden, lora_B.T)
+            return output
+    elif not _takes_pieces(x, lora_A, dtype):
         return None
     return _LowRank.apply(x, lora_A, lora_B, None, (weight, bias), scaling, probability, dtype)  # type: ignore[no-untyped-call]

@@ -34,7 +34,7 @@ from nbpeft.engine.contract.method_records import OwnKinds, SharedTensors
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import composes
 from nbpeft.engine.methods.lora.attention import AttentionLoRA
-from nbpeft.engine.methods.lora.autograd import Dropout, adapted_linear
+from nbpeft.engine.methods.lora.autograd import adapted_linear
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.parameters import ParameterLoRA
@@ -87,12 +87,15 @@ class LoRA(LowRankProduct, ReplacesCall):
         layer = base.module
         if composes():  # first, so that the compiler adds no guards for the checks below
             return None
-        if type(layer) is not nn.Linear or base.backend.name != "dense" or type(layer.weight) not in _PLAIN:
+        if type(layer) is not nn.Linear or base.backend.name != "dense":
             return None
-        if self.observed is not None or self.output_bias is not None or self.initial is not None:
+        weight = layer.weight
+        if type(weight) not in _PLAIN or self.observed is not None or self._buffers:
             return None
-        dropout = Dropout(self.dropout, self.training)
-        return adapted_linear(x, layer.weight, layer.bias, (*self.trained_factors, self.scaling), dropout)
+        if self.output_bias is not None:
+            return None
+        probability = self.dropout if self.training else 0.0
+        return adapted_linear(x, weight, layer.bias, (*self.trained_factors, self.scaling), probability)
 
 
 class TiedLoRA(TiedProduct, LoRA):

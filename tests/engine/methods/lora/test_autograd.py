@@ -13,12 +13,19 @@ from torch.utils.checkpoint import checkpoint
 
 from nbpeft.engine.kernels.numerics import add_delta, onednn_multiplies
 from nbpeft.engine.layer_kinds.linear import Linear
+from nbpeft.engine.methods.lora import autograd
 from nbpeft.engine.methods.lora.autograd import Dropout, KeepMask, _pieces, adapted_linear, seeded_dropout
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from tests.closeness import assert_close
 
 NONE = Dropout(0.0, False)
 LAYER = torch.nn.Linear(1, 1)
+
+
+@pytest.fixture(autouse=True)
+def small_inputs_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computes the small inputs of these tests by the functions that are for large ones."""
+    monkeypatch.setattr(autograd, "_LEAST_LEAN", 0)
 
 
 def factors(rank: int = 3, inputs: int = 8, outputs: int = 6, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -220,7 +227,7 @@ def with_layer(
 ) -> Tensor:
     """The layer and the product in one function, the mask drawn from a seed."""
     torch.manual_seed(3)
-    output = adapted_linear(x, weight, bias, (lora_A, lora_B, 1.7), Dropout(drop, True))
+    output = adapted_linear(x, weight, bias, (lora_A, lora_B, 1.7), drop)
     assert output is not None
     return output
 
@@ -240,6 +247,42 @@ def test_with_the_frozen_layer_it_is_the_same(probability: float, biased: bool) 
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_ordinary_operations_on_small_inputs_are_the_same(
+    probability: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, lora_A, lora_B = factors(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    x = x.detach().to(dtype).requires_grad_()
+    weight, results = torch.randn(6, 8, dtype=dtype), []
+    for least in (0, 1 << 15):
+        monkeypatch.setattr(autograd, "_LEAST_LEAN", least)
+        torch.manual_seed(3)
+        if dtype == torch.float64:
+            output = with_layer(x, weight, None, lora_A, lora_B, drop=probability)
+        else:
+            output = low_rank_linear(x, lora_A, lora_B, 1.7, Dropout(probability, True), F.linear(x, weight))
+        assert ("_LowRank" in type(output.grad_fn).__name__) == (least == 0)
+        results.append([output, *torch.autograd.grad(output.to(lora_A.dtype).square().sum(), (x, lora_A, lora_B))])
+    for small, lean in zip(*results, strict=True):
+        assert small.dtype == lean.dtype
+        torch.testing.assert_close(small, lean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_no_function_is_called(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, lora_A, lora_B = (value.detach().to(dtype) for value in factors(dtype=torch.float32))
+    weight, bias = torch.randn(6, 8, dtype=dtype), torch.randn(6, dtype=dtype)
+    learned = [lora_A.clone().requires_grad_(), lora_B]
+    wanted = low_rank_linear(x, *learned, 1.7, NONE, F.linear(x, weight, bias)).detach()
+    monkeypatch.setattr(autograd, "_LowRank", None)
+    found = low_rank_linear(x, lora_A, lora_B, 1.7, NONE, F.linear(x, weight, bias))
+    torch.testing.assert_close(found, wanted)
+    if dtype == torch.float32:
+        with torch.no_grad():
+            assert torch.equal(with_layer(x, weight, bias, *learned), wanted)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
 def test_gradcheck_with_the_frozen_layer(probability: float) -> None:
     weight, bias = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
 
@@ -253,15 +296,14 @@ def test_gradcheck_with_the_frozen_layer(probability: float) -> None:
 def test_other_dtypes_trained_layers_and_autocast_take_the_layer_by_itself() -> None:
     x, lora_A, lora_B = factors(dtype=torch.float32)
     weight = torch.randn(6, 8)
-    assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), NONE) is not None
-    assert adapted_linear(x.bfloat16(), weight.bfloat16(), None, (lora_A, lora_B, 1.0), NONE) is None
-    assert adapted_linear(x, weight.clone().requires_grad_(), None, (lora_A, lora_B, 1.0), NONE) is None
-    assert adapted_linear(x, weight, torch.zeros(6, requires_grad=True), (lora_A, lora_B, 1.0), NONE) is None
-    assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), Dropout(1.0, True)) is None
-    assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), Dropout(1.0, False)) is not None
-    assert adapted_linear(x, weight.double(), None, (lora_A, lora_B, 1.0), NONE) is None
+    assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), 0.0) is not None
+    assert adapted_linear(x.bfloat16(), weight.bfloat16(), None, (lora_A, lora_B, 1.0), 0.0) is None
+    assert adapted_linear(x, weight.clone().requires_grad_(), None, (lora_A, lora_B, 1.0), 0.0) is None
+    assert adapted_linear(x, weight, torch.zeros(6, requires_grad=True), (lora_A, lora_B, 1.0), 0.0) is None
+    assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), 1.0) is None
+    assert adapted_linear(x, weight.double(), None, (lora_A, lora_B, 1.0), 0.0) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), NONE) is None
+        assert adapted_linear(x, weight, None, (lora_A, lora_B, 1.0), 0.0) is None
 
 
 ON_MANY_TOKENS = (512, 256)
@@ -300,7 +342,7 @@ def test_a_bfloat16_layer_is_added_to_from_pieces(probability: float) -> None:
     """Only one element in hundreds, whose sum is almost between two values, is rounded to the other one."""
     x, weight, bias, lora_A, lora_B, dropout = in_bfloat16(probability)
     torch.manual_seed(3)
-    whole = adapted_linear(x, weight, bias, (lora_A, lora_B, 2.0), dropout)
+    whole = adapted_linear(x, weight, bias, (lora_A, lora_B, 2.0), dropout.active_probability)
     assert whole is not None and whole.dtype == torch.bfloat16 and whole._base is None
     torch.manual_seed(3)
     frozen = F.linear(x, weight, bias)
@@ -325,7 +367,7 @@ def test_a_bfloat16_layer_is_added_to_from_pieces(probability: float) -> None:
 @with_onednn
 def test_an_adapter_of_zeros_changes_no_bit_in_bfloat16() -> None:
     x, weight, bias, lora_A, lora_B, dropout = in_bfloat16()
-    output = adapted_linear(x, weight, bias, (lora_A, torch.zeros_like(lora_B), 2.0), dropout)
+    output = adapted_linear(x, weight, bias, (lora_A, torch.zeros_like(lora_B), 2.0), dropout.active_probability)
     assert output is not None and torch.equal(output, F.linear(x, weight, bias))
 
 
@@ -333,10 +375,12 @@ def test_an_adapter_of_zeros_changes_no_bit_in_bfloat16() -> None:
 def test_pieces_are_for_many_tokens_and_where_bfloat16_is_multiplied_fast() -> None:
     x, weight, _, lora_A, lora_B, dropout = in_bfloat16()
     factors = (lora_A, lora_B, 2.0)
-    assert adapted_linear(x, weight, None, factors, dropout) is not None
-    assert adapted_linear(x[1:], weight, None, factors, dropout) is None
-    assert adapted_linear(x, weight, None, (lora_A.bfloat16(), lora_B.bfloat16(), 2.0), dropout) is None
-    assert adapted_linear(x, weight, None, (lora_A, lora_B.bfloat16(), 2.0), dropout) is None
-    assert adapted_linear(x.half(), weight.half(), None, factors, dropout) is None
+    assert adapted_linear(x, weight, None, factors, dropout.active_probability) is not None
+    assert adapted_linear(x[1:], weight, None, factors, dropout.active_probability) is None
+    assert (
+        adapted_linear(x, weight, None, (lora_A.bfloat16(), lora_B.bfloat16(), 2.0), dropout.active_probability) is None
+    )
+    assert adapted_linear(x, weight, None, (lora_A, lora_B.bfloat16(), 2.0), dropout.active_probability) is None
+    assert adapted_linear(x.half(), weight.half(), None, factors, dropout.active_probability) is None
     with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
-        assert adapted_linear(x, weight, None, factors, dropout) is None
+        assert adapted_linear(x, weight, None, factors, dropout.active_probability) is None

@@ -55,7 +55,7 @@ def test_all_ways_to_compute_the_product_agree() -> None:
     wanted = (lora_B @ (lora_A @ x.T)).T * 1.7
     merged = torch.zeros(6, 8, dtype=torch.float64)
     add_product_(merged, lora_A, lora_B, 1.7)
-    whole = adapted_linear(x, layer.weight, layer.bias, factors, none)
+    whole = adapted_linear(x, layer.weight, layer.bias, factors, 0.0)
     assert whole is not None
     index = torch.zeros(5, dtype=torch.long)
     found = {
