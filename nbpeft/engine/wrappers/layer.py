@@ -182,7 +182,7 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
         Returns:
             The sum, in the dtype of the base layer's output.
         """
-        base_layer = self._modules["base_layer"]
+        base_layer: Any = self._modules["base_layer"]
         if "_hf_hook" in base_layer.__dict__ and (parts := self.offloaded_parts()):
             with all_onloaded(parts):
                 return self.forward(x, *args, **kwargs)
