@@ -1,6 +1,6 @@
 """nbpeft: parameter-efficient fine-tuning in Jupyter.
 
-In a notebook ``%load_ext nbpeft`` adds ``%%lora``, ``%lora`` and ``%%lora_train``. In Python the
+In a notebook ``%load_ext nbpeft`` adds ``%%lora``, ``%%qlora``, ``%%lora_train`` and ``%lora``. In Python the
 public names, listed in ``__init__.pyi``, include those of PEFT and the config class of every
 registered method; PEFT's import paths work too (``nbpeft.tuners.lora``). Heavy packages are imported
 only when a name needs them, and importing nbpeft changes nothing in other libraries.
