@@ -48,6 +48,12 @@ _STATE_BYTES: dict[str, StateBytes] = {
     "adafactor": _factored,
     "lion": _states(1),
     "lion_8bit": _eight_bit(1),
+    "ademamix": _states(3, step=4),
+    "ademamix_8bit": _eight_bit(3),
+    "rmsprop_8bit": _eight_bit(1),
+    "grokadamw": _states(3, step=4),
+    "schedule_free_sgd": _states(1),
+    "lomo": _states(0),
 }
 _ALIASES = {
     "adamw_torch": "adamw",
@@ -55,6 +61,16 @@ _ALIASES = {
     "adamw_hf": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
     "lion_32bit": "lion",
+    **dict.fromkeys(("adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision", "stable_adamw"), "adamw"),
+    **dict.fromkeys(("schedule_free_adamw", "schedule_free_radam"), "adamw"),
+    # At most: 4 bits take half of 8, and GaLore and Apollo keep the states of projected gradients.
+    **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit", "galore_adamw_8bit"), "adamw_8bit"),
+    **dict.fromkeys(("galore_adamw", "apollo_adamw"), "adamw"),
+    "galore_adafactor": "adafactor",
+    "adalomo": "adafactor",
+    "rmsprop_bnb": "rmsprop",
+    "rmsprop_bnb_32bit": "rmsprop",
+    "rmsprop_bnb_8bit": "rmsprop_8bit",
 }
 
 
@@ -69,6 +85,7 @@ def kind_of(optimizer: str) -> tuple[str, bool]:
     name = optimizer.lower() if isinstance(optimizer, str) else repr(optimizer)
     paged = name.startswith("paged_")
     name = name.removeprefix("paged_").removesuffix("_32bit") if paged else name
+    name = name.removesuffix("_layerwise")
     name = _ALIASES.get(name, name)
     if name not in _STATE_BYTES:
         raise ConfigError(

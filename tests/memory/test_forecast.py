@@ -503,3 +503,14 @@ def test_inits_that_need_data_or_a_quantizer_are_estimated_without(init: str) ->
     assert found == before * (2 if config.initialised_from_data else 1)
     # Nothing of the forecast is left in a cache.
     assert type(loftq.quantize(torch.ones(1, 64), 4).dequantize()) is torch.Tensor
+
+
+def test_each_optimizer_of_transformers_has_a_size() -> None:
+    from transformers.training_args import OptimizerNames
+
+    from nbpeft.memory.optimizers import state_bytes
+
+    sizes = {item.value: state_bytes(item.value, [((512, 64), 4)]) for item in OptimizerNames}
+    whole = 512 * 64 * 4
+    assert sizes["adamw_torch_8bit"] < whole < sizes["adamw_torch"] == sizes["galore_adamw_layerwise"] < 2 * whole + 9
+    assert sizes["lomo"] == 0 and 3 * whole <= sizes["paged_ademamix_32bit"] < 3 * whole + 9

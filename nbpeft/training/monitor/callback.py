@@ -36,11 +36,15 @@ class RunCallback(TrainerCallback):
     def __init__(self, run: Run) -> None:
         self.run = run
         self.batch_shape: tuple[int, int] | None = None
+        self.device = torch.device("cpu")
 
     def count_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Counts the input tokens of a batch, without waiting for the device."""
+        """Counts the input tokens of a batch, and of those of other processes, without waiting for the device."""
         self.batch_shape = shape_of(inputs)
         tokens = count_tokens(inputs)
+        if tokens is not None and is_distributed():
+            tokens = torch.as_tensor(tokens, device=self.device)
+            distributed.all_reduce(tokens)
         if tokens is not None:
             self.run.record(0, tokens=tokens)
 
@@ -52,6 +56,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts the run with the total number of steps and, if resumed, the steps done before."""
+        self.device = args.device
         total = state.max_steps if state.max_steps > 0 else None
         self.run.begin(total_steps=total, step=state.global_step, earlier=state.log_history)
 
