@@ -105,10 +105,33 @@ def test_the_list_of_an_adapted_model_changes_nothing(session: Session, two_adap
     by_size = session.methods(sort="parameters").rows
     counts = [row.cost.parameter_count for row in by_size if row.cost is not None and not row.cost.refusal]
     assert counts == sorted(counts) and len(counts) > 8
-    c3a = next(row for row in result.rows if row.label == "C3A")
-    assert c3a.cost is not None and "must divide its 32 inputs" in c3a.cost.refusal
+    mixed = next(row for row in result.rows if row.label == "X-LoRA")
+    assert mixed.cost is not None and "adapters must map the name of each LoRA" in mixed.cost.refusal
     html = result._repr_html_()
     assert "https://arxiv.org/abs/2106.09685" in html and "not with these defaults" in html and "Peak" not in html
+
+
+def test_defaults_that_divide_nothing_are_replaced_and_named(session: Session) -> None:
+    model = llama(hidden_size=48)
+    rows = {row.label: row for row in session.methods(model, variable="model").rows}
+    for label, settings in {"C3A": "block_size=24", "VB-LoRA": "vector_length=24"}.items():
+        cost = rows[label].cost
+        assert cost is not None and not cost.refusal and cost.parameter_count and cost.settings == settings
+    assert "here with block_size=24" in str(session.methods(model, variable="model"))
+    given = {row.label: row.cost for row in session.methods(model, {"block_size": 7}, variable="model").rows}["C3A"]
+    assert given is not None and "block_size = 7 must divide" in given.refusal
+
+
+def test_methods_for_other_layers_keep_their_targets_and_warn(session: Session) -> None:
+    plain, everywhere = (
+        {row.label: row.cost for row in session.methods(llama(), fields, variable="model").rows}
+        for fields in ({}, {"target_modules": "all-linear"})
+    )
+    for label in ("LN tuning", "trainable tokens"):
+        assert everywhere[label] == plain[label] and plain[label] is not None
+    assert everywhere["LoRA"] != plain["LoRA"]
+    with pytest.warns(UserWarning, match="makes LN tuning train linear layers, which it is not meant for"):
+        get_peft_model(llama(), nbpeft.LNTuningConfig(target_modules="all-linear"))
 
 
 def test_without_a_model_there_are_no_costs(session: Session) -> None:

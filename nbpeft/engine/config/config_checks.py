@@ -236,14 +236,17 @@ def check_divides(name: str, size: int, path: str, features: tuple[int, int]) ->
         features: (in, out) of the layer.
 
     Raises:
-        ConfigError: it does not divide one of them.
+        ConfigError: it does not divide one of them; ``details["valid"]`` is the next smaller number that does.
     """
     inputs, outputs = features
     if inputs % size or outputs % size:
         common = math.gcd(inputs, outputs)
         valid = next(smaller for smaller in range(min(size, common), 0, -1) if common % smaller == 0)
         raise ConfigError(
-            f"{path}: {name} = {size} must divide its {inputs} inputs and {outputs} outputs, as {valid} does", path=path
+            f"{path}: {name} = {size} must divide its {inputs} inputs and {outputs} outputs, as {valid} does",
+            path=path,
+            field=name,
+            valid=valid,
         )
 
 

@@ -180,8 +180,11 @@ class OwnKinds:
         classes: name of a layer kind -> adapter class for that kind, if it is not the registered one. Bare parameters
             (``target_parameters``) and ``Composite`` kinds are supported only if they have an entry here.
         quantized: whether it supports layers with a quantized weight.
+        linear: whether it is meant for linear layers. If not, lists leave ``target_modules="all-linear"`` out, and an
+            adapter with it is added with a warning.
     """
 
     only: tuple[LayerKind, ...] = ()
     classes: Mapping[str, type[Adapter]] = field(default_factory=dict)
     quantized: bool = True
+    linear: bool = True

@@ -35,7 +35,7 @@ from nbpeft.engine.contract.registration import (
     check_peft_type,
     check_values,
 )
-from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
+from nbpeft.errors import ConfigError, UnknownMethodError, did_you_mean, in_one_line, shortened
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
 """Also the module with the names that a package needs to define a method."""
@@ -142,8 +142,8 @@ def register(
 
     Raises:
         UnknownMethodError: another class has this label.
-        ConfigError: ``Method`` has no such attribute, a value is invalid, or the class is written for the contract of
-            nbpeft 0.2.
+        ConfigError: ``Method`` has no such attribute, a value is invalid, the class is written for the contract of
+            nbpeft 0.2, or an earlier method with this config class leaves it no config.
     """
     type_in_files = peft_type or getattr(config_class, "method_type", "")
     check_fields(label, fields, _FIELDS)
@@ -161,13 +161,25 @@ def register(
             raise UnknownMethodError(
                 f"the method name {label!r} is taken by {clash.adapter_class.__module__}", label=label
             )
-        if clash is not None:
-            _methods.remove(clash)
+        changed = [method if m is clash else m for m in _methods] if clash is not None else [*_methods, method]
+        _check_reachable([m for m in changed if m.config_class is config_class])
         PeftType.add(type_in_files)
-        _methods.append(method)
+        _methods[:] = changed
         return cls
 
     return decorate
+
+
+def _check_reachable(sharing: Sequence[Method]) -> None:
+    """Refuses a method that no config selects, because an earlier one with this config class takes all configs."""
+    for number, method in enumerate(sharing[:-1]):
+        if method.applies is Method.applies:
+            hidden = sharing[number + 1]
+            raise ConfigError(
+                f"{hidden.label}: every {method.config_class.__name__} is one of {method.label}, so this method is "
+                f"never reached: give it a config class of its own, or {method.label} an applies=…",
+                field="applies",
+            )
 
 
 def register_layer_kind(cls: KindClass) -> KindClass:

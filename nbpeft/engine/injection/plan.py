@@ -76,7 +76,7 @@ from nbpeft.engine.tree.parameter_targets import no_parameter, parameter_sites
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper, only_holds
 from nbpeft.engine.wrappers.parameter_layer import AdaptedParameter
-from nbpeft.errors import ConfigError, LayerKindError, TargetError
+from nbpeft.errors import ConfigError, LayerKindError, PeftWarning, TargetError
 
 _LARGEST = 10**8
 """Adapters with at most this many values are never refused as too large; tiny test models may have large ranks."""
@@ -302,6 +302,13 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     if chosen or method.shares.tied is not None:  # these depend on the names in target_modules, as in PEFT
         paths = (path for path, _ in bare_modules(model, repeat=True) if path)
         resolved.target_modules = condensed_if_many(resolved.target_modules, paths)  # type: ignore[attr-defined]
+    if is_all_linear(targets) and not method.kinds.linear:
+        warnings.warn(
+            f"target_modules='all-linear' makes {method.label} train linear layers, which it is not meant for: leave "
+            "target_modules out for its own layers",
+            PeftWarning,
+            stacklevel=4,
+        )
     if is_all_linear(targets) and not getattr(config, "target_parameters", None):
         warn_of_experts(model, config, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
     return resolved

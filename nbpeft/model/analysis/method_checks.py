@@ -17,18 +17,34 @@ from torch import Tensor, nn
 
 from nbpeft.engine.changes.random_numbers import drawing_from
 from nbpeft.engine.config.adapter_names import BASE_NAME
-from nbpeft.engine.contract.adapter import AdapterConfig
+from nbpeft.engine.contract.adapter import AdapterConfig, Rescales
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.wrappers.wrapper import Wrapper
-from nbpeft.errors import ConfigError, MergeError, NbpeftError, did_you_mean, few, in_one_line, shortened, with_article
+from nbpeft.errors import (
+    ConfigError,
+    HotSwapError,
+    MergeError,
+    MissingPackageError,
+    NbpeftError,
+    did_you_mean,
+    few,
+    in_one_line,
+    shortened,
+    with_article,
+)
 from nbpeft.jsonable import as_json
 from nbpeft.model.analysis.method_report import MethodCheck, MethodReport, Status
 from nbpeft.model.analysis.method_trials import Trial, randomize, small_trials, trials_on
 from nbpeft.model.handle.peft_model import PeftModel
 from nbpeft.model.handle.tasks import get_peft_model
+from nbpeft.model.swapping.hotswap import hotswap_adapter
 
 _LONGEST_REASON = 200
+_NOTHING = 1e-3
+"""Share of an adapter's effect below which a factor on it, at least one half of it, counts as not used."""
+_DRAWS = 12
+"""Seeds with which a dropout is tried: a method may drop its whole delta with a probability of one half."""
 
 
 class _Failure(Exception):
@@ -50,7 +66,7 @@ def check_method(
     inputs: Any = None,
     skip: Collection[str] | Mapping[str, str] = (),
 ) -> MethodReport:
-    """Checks that a method works as nbpeft's own do: gradients, merging, files, several adapters, copies and dtypes.
+    """Checks that a method works as nbpeft's own do: gradients, merging, files, several adapters, copies, quantization.
 
     ::
 
@@ -68,8 +84,8 @@ def check_method(
             kind, called ``target``, to which the config's targets are set.
         inputs: with ``model``: a batch as a tensor, or as keyword arguments of a call; None for random token ids.
         skip: names of checks to leave out, or name -> reason. The checks are ``injection``, ``config``, ``rollback``,
-            ``identity``, ``gradients``, ``merge``, ``unmerge``, ``save``, ``copy``, ``unload``, ``adapters``, ``rows``,
-            ``bfloat16``, ``deepcopy`` and ``pickle``.
+            ``identity``, ``gradients``, ``scale``, ``dropout``, ``merge``, ``unmerge``, ``save``, ``swap``, ``copy``,
+            ``unload``, ``adapters``, ``rows``, ``bfloat16``, ``quantized``, ``deepcopy`` and ``pickle``.
 
     Returns:
         The report.
@@ -265,6 +281,63 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any())
 
 
+def _scale(trial: Trial) -> None:
+    """The strength of an adapter, and the factor of a ``Rescales`` adapter, act on the output and on what is merged."""
+    model, base = _same_each_time(trial), trial.output(trial.plain())
+    trained = trial.output(model)
+    model.manager.set_scale("default", 0.0)
+    _check_near(trial.output(model), base, trial, "with a scale of 0")
+    model.manager.set_scale("default", 1.0)
+    _check_equal(trial.output(model), trained, "with a scale of 1 again the output is not bit-equal")
+    for factor in (0.5, 2.0):
+        scaled = _same_each_time(trial)
+        adapters = [layer.adapter("default") for layer in scaled.manager.layers.values()]
+        own = [adapter for adapter in adapters if isinstance(adapter, Rescales)]
+        for adapter in own:
+            adapter.rescale(factor * adapter.trained_scaling)
+        found = trial.output(scaled)
+        if own and float((found - trained).abs().max()) <= _NOTHING * float((trained - base).abs().max()):
+            _fail(f"scaling times {factor:g} does not change the output: forward does not use self.scaling")
+        if not own:
+            scaled.manager.set_scale("default", factor)
+            found = trial.output(scaled)
+        with suppress(MergeError):
+            scaled.merge_adapter()
+            _check_near(trial.output(scaled), found, trial, f"merged, with the scaling times {factor:g}")
+
+
+def _dropout(trial: Trial) -> None:
+    """In training each dropout of the config changes the output; otherwise it changes nothing."""
+    values = {name: getattr(trial.config, name) for name in trial.config.__dataclass_fields__ if "dropout" in name}
+    fields = [name for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    if not fields:
+        raise _NotPromised("the config has no field with dropout in its name")
+    if any(layer.base.kind.takes_ids for layer in trial.fresh().manager.layers.values()):
+        raise _NotPromised("the layer's input is ids, to which no dropout applies")
+    for name in fields:
+        plain = _same_each_time(trial.with_fields(**dict.fromkeys(fields, 0.0)))
+        model = _same_each_time(trial.with_fields(**{**dict.fromkeys(fields, 0.0), name: 0.5}))
+        for (own, found), expected in zip(_parameters(model).items(), _parameters(plain).values(), strict=True):
+            _check_equal(found, expected, f"{name} changes how {own} starts")
+        expected = trial.output(plain)
+        _check_equal(trial.output(model), expected, f"{name} = 0.5 changes the output outside of training")
+        plain.train()
+        model.train()
+        if all(torch.equal(_drawn(trial, model, seed), _drawn(trial, plain, seed)) for seed in range(_DRAWS)):
+            _fail(f"{name} = 0.5 does not change the output in training")
+
+
+def _same_each_time(trial: Trial) -> PeftModel:
+    """A copy of the model with an adapter that has the same parameters in each of these copies."""
+    with drawing_from(2):
+        return trial.randomized()
+
+
+def _drawn(trial: Trial, model: PeftModel, seed: int) -> Tensor:
+    with drawing_from(seed):
+        return trial.output(model)
+
+
 def _merge(trial: Trial) -> None:
     """The merged model computes what the adapter computed; where merging is refused, the weights are as they were."""
     model = trial.randomized()
@@ -299,6 +372,19 @@ def _save(trial: Trial) -> None:
         again = PeftModel.from_pretrained(trial.plain(), folder).eval()
     _check_same_state(_parameters(again), _parameters(model), "the loaded adapter")
     _check_near(trial.output(again), trial.output(model), trial, "the loaded adapter")
+
+
+def _swap(trial: Trial) -> None:
+    """A saved adapter takes the place of a loaded one, in the same memory, and computes as where it was saved."""
+    model, other = trial.randomized(), trial.randomized()
+    places = [parameter.data_ptr() for parameter in model.manager.parameters("default")]
+    with tempfile.TemporaryDirectory() as folder:
+        other.save_pretrained(folder)
+        hotswap_adapter(model, folder, "default")
+    _check_same_state(_parameters(model), _parameters(other), "the adapter after a swap")
+    _check_near(trial.output(model.eval()), trial.output(other), trial, "the adapter after a swap")
+    if places != [parameter.data_ptr() for parameter in model.manager.parameters("default")]:
+        _fail("a swap moves the parameters, which a compiled model would not notice")
 
 
 def _copy(trial: Trial) -> None:
@@ -384,6 +470,26 @@ def _bfloat16(trial: Trial) -> None:
             _fail("a gradient is missing or not finite")
 
 
+def _quantized(trial: Trial) -> None:
+    """On a base in 4 bits it computes what it computes on the weights that these stand for, and it learns."""
+    try:
+        quantized, twin = trial.in_four_bits()
+    except MissingPackageError as missing:
+        raise _NotPromised(f"not run: {missing}") from missing
+    if quantized is None:
+        raise _NotPromised("the model has no linear layer that could be quantized")
+    model = get_peft_model(quantized, trial.own_config()).eval()
+    randomize(model, "default")
+    found = trial.output(model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        dense = PeftModel.from_pretrained(twin, folder).eval()
+    _check_near(found, trial.output(dense), trial, "on a base in 4 bits, compared with its dequantized weights")
+    torch.autograd.backward(trial.call(model.train()).float().square().sum())
+    if not all(_has_gradient(parameter) for parameter in model.parameters() if parameter.requires_grad):
+        _fail("on a base in 4 bits a gradient is missing or not finite")
+
+
 def _deepcopy(trial: Trial) -> None:
     """A deep copy computes the same, and is independent."""
     model = trial.randomized()
@@ -424,14 +530,18 @@ _CHECKS = (
     _Check("rollback", _rollback),
     _Check("identity", _identity),
     _Check("gradients", _gradients),
+    _Check("scale", _scale, (NbpeftError,)),
+    _Check("dropout", _dropout, (ConfigError,)),
     _Check("merge", _merge, (MergeError,)),
     _Check("unmerge", _unmerge, (MergeError,)),
     _Check("save", _save),
+    _Check("swap", _swap, (HotSwapError,)),
     _Check("copy", _copy),
     _Check("unload", _unload),
     _Check("adapters", _adapters, (NbpeftError,)),
     _Check("rows", _rows, (NbpeftError,)),
     _Check("bfloat16", _bfloat16, (ConfigError,)),
+    _Check("quantized", _quantized, (NbpeftError,)),
     _Check("deepcopy", _deepcopy),
     _Check("pickle", _pickle),
 )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.changes.random_numbers import drawing_from
+from nbpeft.engine.config.targets import is_all_linear
 from nbpeft.engine.contract.adapter import AdapterConfig, ServesRows, TransformsInput, TransformsOutput, swap_refusal
 from nbpeft.engine.contract.registry import Method, methods
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -58,6 +59,8 @@ class MethodFacts:
 def listed_config(method: Method, fields: Mapping[str, Any]) -> AdapterConfig:
     """Returns the config with which a method is listed: its defaults and those of the given fields that it has.
 
+    A method that is not meant for linear layers keeps its default targets if ``target_modules`` is "all-linear".
+
     Args:
         method: the method.
         fields: values of config fields; fields that the method does not have are ignored.
@@ -66,8 +69,10 @@ def listed_config(method: Method, fields: Mapping[str, Any]) -> AdapterConfig:
         ConfigError: a value is invalid for the method.
     """
     known = method.config_class.__dataclass_fields__
-    targets = () if not method.transforms_calls else ("target_modules",)  # target_modules would mean layers
-    own = {name: value for name, value in fields.items() if name in known and name not in targets}
+    other_layers = is_all_linear(fields.get("target_modules")) and not method.kinds.linear
+    # target_modules would mean layers
+    left_out = ("target_modules",) if method.transforms_calls or other_layers else ()
+    own = {name: value for name, value in fields.items() if name in known and name not in left_out}
     return method.config_class(**{**method.listing.listed_with, **own})
 
 

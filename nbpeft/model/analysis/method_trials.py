@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft._util.optional import needs
 from nbpeft.engine.contract.adapter import AdapterConfig
-from nbpeft.engine.contract.registry import method_of
+from nbpeft.engine.contract.registry import method_of, resolve_backend
 from nbpeft.engine.tree.model_tree import embedding_of, is_quantized, manager_of
 from nbpeft.errors import AdapterError, ConfigError, in_one_line, with_article
 from nbpeft.model.handle.peft_model import PeftModel
@@ -67,6 +68,10 @@ class Trial:
         """Returns a copy of the config, which adding an adapter may complete."""
         return self.config.copy()
 
+    def with_fields(self, **fields: Any) -> Trial:
+        """Returns this trial with other values of some fields of the config."""
+        return dataclasses.replace(self, config=self.config.copy(**fields))
+
     def fresh(self) -> PeftModel:
         """Returns a copy of the model with a new adapter."""
         return get_peft_model(self.plain(), self.own_config()).eval()
@@ -119,6 +124,30 @@ class Trial:
         args = tuple(_cast(value, dtype) for value in self.args)
         kwargs = {name: _cast(value, dtype) for name, value in self.kwargs.items()}
         return dataclasses.replace(self, base=copy.deepcopy(self.base).to(dtype), args=args, kwargs=kwargs)
+
+    def in_four_bits(self) -> tuple[nn.Module | None, nn.Module]:
+        """Returns a copy of the model with nf4 weights in its linear layers, and one with these weights dequantized.
+
+        The first is None if the model has no linear layer of torch apart from its head.
+
+        Raises:
+            MissingPackageError: bitsandbytes is not installed.
+        """
+        with needs("bitsandbytes", "checking a quantized base"):
+            bitsandbytes: Any = importlib.import_module("bitsandbytes")
+        quantized, dense = self.plain(), self.plain()
+        head = getattr(quantized, "get_output_embeddings", lambda: None)()
+        layers = [(path, one) for path, one in quantized.named_modules() if type(one) is nn.Linear and one is not head]
+        for path, layer in layers:
+            stored = bitsandbytes.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=layer.bias is not None, quant_type="nf4"
+            )
+            stored.load_state_dict(layer.state_dict())
+            quantized.set_submodule(path, stored.to(layer.weight.device))  # which quantizes
+            backend = resolve_backend(stored)
+            assert backend is not None
+            dense.get_submodule(path).get_parameter("weight").data.copy_(backend.dequantize(stored))
+        return quantized if layers else None, dense
 
 
 @torch.no_grad()

@@ -88,17 +88,24 @@ def _written(method: Method) -> str:
 def _cost(
     ctx: SessionContext, method: Method, base: Any, fields: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> MethodCost:
-    """Return the cost of a method, or why it cannot be used on the model."""
+    """Return the cost of a method, with defaults that divide the model's sizes, or why it cannot be used on it."""
     from nbpeft.engine.injection.plan import plan
     from nbpeft.model.analysis.method_facts import listed_config
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = listed_config(method, fields)
-            made = plan(base, config)
-            peak = planning.plan(ctx, base, config, suggest=False, **settings).peak_bytes if settings else None
+    adjusted: dict[str, Any] = {}
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                config = listed_config(method, {**fields, **adjusted})
+                made = plan(base, config)
+                peak = planning.plan(ctx, base, config, suggest=False, **settings).peak_bytes if settings else None
+        except NbpeftError as error:
+            field, valid = error.details.get("field"), error.details.get("valid")
+            if not isinstance(field, str) or valid is None or field in fields:
+                return MethodCost(refusal=str(error))
+            adjusted[field] = valid  # a smaller one each time
+        else:
             trained, byte_count = made.parameter_count, made.byte_count + made.frozen_byte_count
-            return MethodCost(trained, byte_count, trained * _TRAINING_BYTES, peak)
-    except NbpeftError as error:
-        return MethodCost(refusal=str(error))
+            changed = ", ".join(f"{name}={value}" for name, value in adjusted.items())
+            return MethodCost(trained, byte_count, trained * _TRAINING_BYTES, peak, settings=changed)

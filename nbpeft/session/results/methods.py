@@ -39,6 +39,7 @@ class MethodCost:
         training_bytes: size of gradients and AdamW's two moments in bytes.
         peak_bytes: peak memory of a training step in bytes; None if it was not requested.
         refusal: why the method cannot be used on the model with these settings; empty if it can.
+        settings: fields whose defaults do not divide the sizes of the model's layers, with the values used instead.
     """
 
     parameter_count: int = 0
@@ -46,6 +47,7 @@ class MethodCost:
     training_bytes: int = 0
     peak_bytes: int | None = None
     refusal: str = ""
+    settings: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,14 +181,17 @@ def _figures(row: MethodRow, titles: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _why(row: MethodRow) -> str:
-    """Returns when to choose the method, or why it cannot be used on the model."""
-    return f"not with these defaults: {row.cost.refusal}" if row.cost is not None and row.cost.refusal else row.when
+    """Returns when to choose the method, with which settings on the model, and what it needs before it can be used."""
+    if row.cost is None:
+        return row.when
+    needed = row.cost.refusal and f"not with these defaults: {row.cost.refusal}"
+    return "; ".join(filter(None, (row.when, row.cost.settings and f"here with {row.cost.settings}", needed)))
 
 
 def _reason(row: MethodRow) -> Cell:
     paper = Text(_short_reference(row.paper), "dim", row.paper, "names", _address(row.paper)) if row.paper else ""
     refused = row.cost is not None and row.cost.refusal
-    first = Text(_why(row), "warning") if refused else Text(row.when)
+    first = Text(_why(row), "warning" if refused else "")
     return (first, paper) if paper else first
 
 

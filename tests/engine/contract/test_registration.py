@@ -135,7 +135,10 @@ def test_an_adapter_with_room_may_compute_its_size() -> None:
         def size_of(cls, shapes: Any) -> int | None:
             return int(shapes["one_w"][1])
 
-    register(OneConfig, peft_type="SIZED", label="Sized")(Sized)
+    @dataclass
+    class SizedConfig(MethodConfig): ...
+
+    register(SizedConfig, peft_type="SIZED", label="Sized")(Sized)
 
 
 def test_a_config_derived_from_another_method_may_have_its_peft_type() -> None:
@@ -174,3 +177,24 @@ def test_a_member_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     model = nbpeft.get_peft_model(nn.Sequential(nn.Linear(2, 3)), OneConfig(target_modules=["0"]))
     with pytest.raises(NotImplementedError, match="One does not implement delta_weight"):
         model(torch.ones(1, 2))
+
+
+class Other(One): ...
+
+
+def test_a_method_that_no_config_would_select_is_refused() -> None:
+    before = registry.methods()
+    with pytest.raises(ConfigError, match="Other: every OneConfig is one of One, so this method is never reached"):
+        register(OneConfig, peft_type="ONE", label="Other")(Other)
+    assert registry.methods() == before
+    larger = register(OneConfig, peft_type="ONE", label="Larger", applies=lambda config: config.one > 5)
+    with pytest.raises(ConfigError, match="Larger: every OneConfig is one of One"):
+        larger(Other)
+
+
+def test_methods_of_one_config_class_keep_their_order_when_a_cell_is_run_again() -> None:
+    registry._methods[:] = [method for method in registry._methods if method.label != "One"]
+    for _ in range(2):
+        register(OneConfig, peft_type="ONE", label="Larger", applies=lambda config: config.one > 5)(Other)
+        register(OneConfig, peft_type="ONE", label="One")(One)
+        assert [registry.method_of(OneConfig(one=one)).label for one in (1, 6)] == ["One", "Larger"]

@@ -116,7 +116,9 @@ class LNTuningConfig(LayersConfig):
     default_targets=lambda model_type: _TARGETS.get(model_type or ""),
     sample_configs={"norms": {}},
     files=FileFormat(keys={name: f"{COPIES}.{own}" for name, own in OWN.items()}),
-    kinds=OwnKinds(only=(Norm(), Embedding(), TransformersConv1D(), Conv1d(), Conv2d(), Conv3d(), Linear())),
+    kinds=OwnKinds(
+        only=(Norm(), Embedding(), TransformersConv1D(), Conv1d(), Conv2d(), Conv3d(), Linear()), linear=False
+    ),
 )
 class LNTuning(Adapter, ReplacesCall):
     """The copies of one layer's weight and bias, shaped as the layer stores them: (features,) for a norm."""

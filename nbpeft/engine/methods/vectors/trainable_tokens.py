@@ -175,7 +175,7 @@ _REQUESTED = replace(_NAMES, container="token_adapter")
     sample_configs={"tokens": {"token_indices": [0, 2, 5]}},
     shares=SharedTensors(companion=_Companion()),
     files=FileFormat(prefix="trainable_tokens_"),
-    kinds=OwnKinds(quantized=False),
+    kinds=OwnKinds(quantized=False, linear=False),
 )
 class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd, MergesInPlace, HotSwaps):
     """Trained rows of one embedding or of the head that shares its weight.
