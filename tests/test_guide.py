@@ -17,6 +17,7 @@ import pytest
 
 import nbpeft
 from nbpeft.magics.lora import CELLS, SUBCOMMANDS
+from nbpeft.session.fields import _QUANTIZATION, Field
 from tests.benchmarks.harness import rows as benchmarks
 from tests.published import FENCE, HEADING, LINK, anchors, broken_links, prose_of, text_of
 from tests.test_readme import SECTIONS as AS_PRINTED
@@ -51,7 +52,7 @@ FORMER_README = {
     "Before or after, never between": "files-and-security.md#a-command-works-completely-or-not-at-all",
     "Folders of strangers": "files-and-security.md#folders-of-strangers",
     "What works on what: weights": "methods.md#kinds-of-weights",
-    "QLoRA as measured": "methods.md#quantized-models-qlora",
+    "QLoRA as measured": "quantization.md#merging",
     "What it costs": "costs.md#what-it-costs",
     "A training as a whole": "costs.md#a-training-as-a-whole",
     "The misses": "costs.md#the-targets-that-were-missed",
@@ -69,6 +70,9 @@ FORMER_README = {
     "Licence": "README.md#licence",
 }
 """Headings, and paragraphs with a title, of the README when it had everything -> where they are now."""
+
+FORECASTS = ("quantization", "Memory")
+"""The page and the section with a snippet whose output is the table beneath it."""
 
 NOT_RUN = "<!-- not run:"
 """Begins the line above a snippet that is compiled only, and says why."""
@@ -174,6 +178,15 @@ def test_every_default_that_differs_in_a_notebook_is_in_the_table() -> None:
     assert listed == {"learning_rate", "eval_strategy", *NOTEBOOK_DEFAULTS}
 
 
+def test_every_field_of_a_quantized_model_is_in_its_table() -> None:
+    def row(field: Field) -> str:
+        default = f"`{field.default}`" if field.default else ""
+        return f"| `{field.name}` | {default} | {', '.join(f'`{value!r}`' for value in field.choices)} | {field.help} |"
+
+    section = text_of(GUIDE / "quantization.md").partition("\n## Fields\n")[2].partition("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("| `")] == [row(field) for field in _QUANTIZATION]
+
+
 # --- Snippets ----------------------------------------------------------------------------------------
 
 
@@ -212,7 +225,7 @@ SECTIONS = [
     pytest.param(page, section, marks=[pytest.mark.slice] if page == README else [])
     for page in WITH_SNIPPETS
     for section in dict.fromkeys(snippet.section for snippet in snippets(page))
-    if page != README or section not in AS_PRINTED
+    if (page != README or section not in AS_PRINTED) and (page.stem, section) != FORECASTS
 ]
 
 
@@ -277,3 +290,13 @@ def test_snippets_run(page: Path, section: str, tmp_path: Path, monkeypatch: pyt
                 notebook.do(made_cheap(snippet.code))
     finally:
         notebook.close()
+
+
+@pytest.mark.slow
+def test_the_forecasts_of_quantized_models_are_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    page, section = GUIDE / f"{FORECASTS[0]}.md", FORECASTS[1]
+    (snippet,) = (snippet for snippet in snippets(page) if snippet.section == section)
+    exec(snippet.code, variables())
+    printed = [f"| {line} |" for line in capsys.readouterr().out.splitlines()]
+    table = text_of(page).partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    assert printed == [line for line in table.splitlines() if line.startswith("| ")][1:]
