@@ -42,7 +42,8 @@ NEEDED = ("nbpeft/__init__.py", "nbpeft/__init__.pyi", "nbpeft/py.typed", "nbpef
 UPLOAD = "python -m pip install twine && python -m twine upload"
 _TOP_OF_SDIST = {"nbpeft", "notebooks", "tests", "pyproject.toml", "README.md", "LICENSE", "PKG-INFO", ".gitignore"}
 _NOT_PUBLISHED = re.compile(r"\.(pyc|part|log)$|(^|/)(__pycache__|artifacts|nbpeft_runs|\.ipynb_checkpoints)/")
-_CHANGES_OF = re.compile(r"^## (Since )?(\S+)$", re.MULTILINE)
+_UNRELEASED = "Unreleased"
+_CHANGES_OF = re.compile(r"^## (\S+)$", re.MULTILINE)
 
 
 @dataclass
@@ -169,10 +170,10 @@ def check_version(report: Report) -> None:
         Version(version)
     except InvalidVersion:
         report.check("version", f"{version!r} is no version as PEP 440 has it")
-    since, latest = newest_changes((HERE / "guide" / "changes.md").read_text(encoding="utf-8"))
+    unreleased, latest = newest_changes((HERE / "guide" / "changes.md").read_text(encoding="utf-8"))
     report.check("changes", "" if latest == version else f"the page's newest version is {latest}, not {version}")
-    unreleased = f"the changes since {latest} need a version: set __version__ and name the section in changes.md"
-    report.to_do("version", unreleased if since else "", version)
+    to_name = f"the changes since {latest} need a version: set __version__ and name the section in changes.md"
+    report.to_do("version", to_name if unreleased else "", version)
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     report.to_do("checkout", "commit the changed files" if changed else "")
 
@@ -185,9 +186,9 @@ def own_version() -> str:
 
 
 def newest_changes(page: str) -> tuple[bool, str]:
-    """Whether the first section of the changes has no version yet, and the newest version there is."""
-    first = _CHANGES_OF.search(page)
-    return (bool(first[1]), first[2]) if first else (False, "")
+    """Whether there are changes without a version, and the newest version there is."""
+    titles = _CHANGES_OF.findall(page)
+    return _UNRELEASED in titles, next((title for title in titles if title != _UNRELEASED), "")
 
 
 def contents(file: Path) -> dict[str, bytes]:

@@ -97,7 +97,7 @@ def test_metadata_that_is_not_the_project_s_is_named(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("page", "newest"),
     [
-        ("# Changes\n\n## Since 0.2.0\n\n- x\n\n## 0.2.0\n", (True, "0.2.0")),
+        ("# Changes\n\n## Unreleased\n\n### Added\n\n- x\n\n## 0.2.0\n", (True, "0.2.0")),
         ("# Changes\n\n## 0.3.0\n\n## 0.2.0\n", (False, "0.3.0")),
         ("# Changes\n", (False, "")),
     ],
