@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,10 +170,14 @@ def test_every_command_is_in_the_table() -> None:
     assert not [name for name in CELLS if f"%%{name}" not in table]
 
 
+def section_of(page: str, heading: str) -> str:
+    return text_of(GUIDE / page).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
 def test_every_default_that_differs_in_a_notebook_is_in_the_table() -> None:
     from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS
 
-    section = text_of(GUIDE / "training.md").partition("\n## Defaults\n")[2].partition("\n## ")[0]
+    section = section_of("training.md", "Defaults")
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     listed = {name for row in rows for name in _CODE_SPAN.findall(row.split(" | ")[0])}
     assert listed == {"learning_rate", "eval_strategy", *NOTEBOOK_DEFAULTS}
@@ -183,8 +188,36 @@ def test_every_field_of_a_quantized_model_is_in_its_table() -> None:
         default = f"`{field.default}`" if field.default else ""
         return f"| `{field.name}` | {default} | {', '.join(f'`{value!r}`' for value in field.choices)} | {field.help} |"
 
-    section = text_of(GUIDE / "quantization.md").partition("\n## Fields\n")[2].partition("\n## ")[0]
+    section = section_of("quantization.md", "Fields")
     assert [line for line in section.splitlines() if line.startswith("| `")] == [row(field) for field in _QUANTIZATION]
+
+
+def test_the_defaults_to_start_with_are_those_of_the_code() -> None:
+    from nbpeft.session.fields import fields
+
+    known = {**fields("config"), **fields("training")}
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section_of("hyperparameters.md", "What to start with"), re.M)
+    assert len(rows) >= 10
+    assert [(name, float_or_text(value)) for name, value in rows] == [
+        (name, float_or_text(known[name].default.strip("'"))) for name, _ in rows
+    ]
+
+
+def float_or_text(value: str) -> float | str:
+    return float(value) if re.fullmatch(r"[\d.]+", value) else value
+
+
+def test_the_table_of_learning_rates_follows_the_rule() -> None:
+    from torch import nn
+
+    from nbpeft.training.loop.learning_rate import _of_lora
+
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d.e-]+) \|", section_of("hyperparameters.md", "Learning rate"), re.M)
+    assert len(rows) >= 7
+    for width, rate in rows:
+        model = nn.Module()
+        model.config = SimpleNamespace(hidden_size=int(width.replace(",", "")))
+        assert f"{_of_lora(model)[0]:.1e}" == f"{float(rate):.1e}"
 
 
 # --- Snippets ----------------------------------------------------------------------------------------
@@ -298,5 +331,5 @@ def test_the_forecasts_of_quantized_models_are_as_printed(capsys: pytest.Capture
     (snippet,) = (snippet for snippet in snippets(page) if snippet.section == section)
     exec(snippet.code, variables())
     printed = [f"| {line} |" for line in capsys.readouterr().out.splitlines()]
-    table = text_of(page).partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    table = section_of(page.name, section)
     assert printed == [line for line in table.splitlines() if line.startswith("| ")][1:]
