@@ -35,6 +35,16 @@ def test_shipped_notebooks_hold_results_and_no_widget_state(name: str) -> None:
     assert not re.search(r"/(root|work|tmp|home)/", text)
 
 
+def test_the_index_has_all_notebooks_the_gallery_first_and_the_appendix_last() -> None:
+    page = (NOTEBOOKS / "guide" / "index.md").read_text(encoding="utf-8").partition("## Notebooks\n")[2]
+    listed = re.findall(r"^\| \[\w+\]\(\.\./([\w/]+\.ipynb)\)", page, re.M)
+    appendix = "06_hot_swapping.ipynb"
+    assert sorted(listed) == sorted(NAMES) and listed[-1] == appendix
+    gallery = sum(name.startswith("gallery/") for name in NAMES)
+    assert all(name.startswith("gallery/") for name in listed[:gallery])
+    assert committed(appendix).cells[0].source.startswith("# Appendix:")
+
+
 def committed(name: str) -> Any:
     return nbformat.read(NOTEBOOKS / name, 4)
 
