@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from nbpeft.engine.config.default_targets import default_targets_of
@@ -19,6 +19,7 @@ from nbpeft.model.handle.tuner import BaseTuner as BaseTuner
 from nbpeft.model.handle.tuner import tuner_class
 from nbpeft.peft_layers.classes import class_with_title, layer_type
 from nbpeft.peft_layers.lora_layers import Linear
+from nbpeft.peft_layers.single_layers import lora_layer, lora_parameter
 
 IA3Model = tuner_class(methods_of_type("IA3")[0])
 TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
@@ -66,7 +67,11 @@ def layer_class(title: str) -> type[Any]:
     """
     if title == Linear.title:
         return Linear
-    return class_with_title(title, **_names_in_layers(title.partition(".")[0].upper()))
+    attributes: dict[str, Any] = dict(_names_in_layers(title.partition(".")[0].upper()))
+    if title.startswith("lora."):
+        attributes["__doc__"] = f"Adapted layers that PEFT calls {title}; calling it adapts a single layer."
+        attributes["_build"] = partial(lora_parameter if title == "lora.ParamWrapper" else lora_layer, title)
+    return class_with_title(title, **attributes)
 
 
 def of_method(package: str, name: str) -> Any:

@@ -8,6 +8,7 @@ Door, what other rooms import:
     classes.py         PEFT's layer classes, for ``isinstance`` checks of adapted layers
     lora_layers.py     Base classes of custom LoRA layers: PEFT's ``LoraLayer`` and ``lora.Linear``
     shared_tensors.py  Tensors that the layers of an adapter share, under PEFT's names
+    single_layers.py   Single adapted layers without a model, as PEFT's layer classes create them
 
 Inside:
 

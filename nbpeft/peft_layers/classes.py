@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from inspect import Signature, signature
 from typing import Any, NoReturn
 
 from nbpeft.engine.wrappers.block import AdaptedBlock
@@ -28,6 +30,21 @@ class LayerType(type):
         if "title" in own:
             return bool(layer.adapted_as == own["title"])
         return "peft_type" in own and any(method.peft_type == own["peft_type"] for method in layer._methods())
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Creates an instance, or the engine's layer if the class has a ``_build`` of its own that returns one."""
+        build = vars(cls).get("_build")
+        built = None if build is None else build(*args, **kwargs)
+        return super().__call__(*args, **kwargs) if built is None else built
+
+    @property
+    def __signature__(cls) -> Signature:
+        """The arguments of the class, which ``inspect`` would otherwise take from ``__call__``."""
+        build = vars(cls).get("_build")
+        if isinstance(build, partial):
+            return signature(build)
+        own = signature(cls.__init__)  # type: ignore[misc]
+        return own.replace(parameters=[*own.parameters.values()][1:])
 
     def __setattr__(cls, name: str, value: object) -> None:
         before = vars(cls).get(name)

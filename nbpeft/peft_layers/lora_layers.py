@@ -29,6 +29,7 @@ from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import ConfigError, MergeError, PeftWarning, UnknownAdapterError
 from nbpeft.peft_layers.classes import LayerType, refuse_pickle_of_peft
 from nbpeft.peft_layers.replaced import own_forward
+from nbpeft.peft_layers.single_layers import lora_layer
 
 
 class LoraLayer(metaclass=LayerType):
@@ -318,6 +319,13 @@ class Linear(nn.Module, LoraLayer):
 
     title = "lora.Linear"
 
+    @staticmethod
+    def _build(base_layer: nn.Module, adapter_name: str, config: LoraConfig, *args: Any, **kwargs: Any) -> Any:
+        """Returns the engine's layer for settings that this class does not compute, else None."""
+        if not _requested(config) or config.custom_layer_class(base_layer) is not None:
+            return None
+        return lora_layer(Linear.title, base_layer, adapter_name, config, *args, **kwargs)
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -424,13 +432,17 @@ class Linear(nn.Module, LoraLayer):
         return f"lora.{type(self).__name__}"
 
 
-def _check_plain(config: LoraConfig, layer_class: str) -> None:
-    """Raises ConfigError for settings that a custom layer class would have to implement itself."""
+def _requested(config: LoraConfig) -> str:
+    """The first setting that a custom layer class would have to implement itself; empty if there is none."""
     requested = {
         "use_dora=True": config.use_dora,
         f"init_lora_weights={config.init_lora_weights!r}": config.init_name not in ("default", "random", "gaussian"),
         config.variant: bool(config.variant),
     }
-    unsupported = next((field for field, is_requested in requested.items() if is_requested), None)
-    if unsupported is not None:
+    return next((field for field, is_requested in requested.items() if is_requested), "")
+
+
+def _check_plain(config: LoraConfig, layer_class: str) -> None:
+    """Raises ConfigError for settings that a custom layer class would have to implement itself."""
+    if unsupported := _requested(config):
         raise ConfigError(f"{unsupported} is not supported by custom layer classes ({layer_class}): leave it out")

@@ -62,6 +62,9 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.tuners.*: no dispatch_*",
         "peft.tuners.lora.bnb: no VARIANT_KWARG_KEYS",
         "peft.tuners.lora.dora: *",
+        "peft.tuners.lora*: Embedding: no parameter init_lora_weights",  # PEFT's does not read it
+        "peft.tuners.lora*: ParamWrapper: no parameter is_target_conv_1d_layer",  # PEFT's only refuses it
+        "peft.tuners.lora*: TorchaoLoraLinear: no parameter get_apply_tensor_subclass",
         "peft.tuners.lora.layer: no Lora*",
         "peft.tuners.lora.te: TeLinear refuses",
         "peft.tuners.lora.layer: LoraVariant refuses",
