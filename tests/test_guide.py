@@ -78,6 +78,7 @@ FORECASTS = ("quantization", "Memory")
 NOT_RUN = "<!-- not run:"
 """Begins the line above a snippet that is compiled only, and says why."""
 _CODE_SPAN = re.compile(r"`([^`\n]+)`")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -134,6 +135,10 @@ def wrong_names(text: str) -> Iterator[str]:
             known = found[2] in {"lora", *CELLS}
             if not known or (not found[1] and found[3] and found[3] not in {*SUBCOMMANDS, "help"}):
                 yield code
+            elif command := CELLS.get(found[2]) if found[1] else SUBCOMMANDS.get(found[3] or ""):
+                flags = {flag for argument in command.arguments for flag in argument.flags}
+                if set(_OPTION.findall(code)) - flags:
+                    yield code
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -143,9 +148,26 @@ def test_what_a_page_names_is_there(page: Path) -> None:
 
 def test_a_wrong_name_is_found() -> None:
     wrong = ["tests/no.py", "python -m tests.no", "python -m tests.benchmarks --only step no", "nbpeft.no(x)"]
-    wrong += ["nbpeft.session.no", "%%lora_no model", "%lora no a"]
-    right = ["tests/run.py", "python -m tests.gpu", "nbpeft.train(model)", "%%lora_train model", "%lora use a", "%lora"]
+    wrong += ["nbpeft.session.no", "%%lora_no model", "%lora no a", "%lora use a --no", "%%lora_train m --no"]
+    right = [
+        "tests/run.py",
+        "python -m tests.gpu",
+        "nbpeft.train(model)",
+        "%%lora_train model",
+        "%lora use a",
+        "%lora",
+        "%lora merge --to d",
+    ]
     assert list(wrong_names(" ".join(f"`{code}`" for code in [*right, *wrong]))) == wrong
+
+
+def test_messages_that_troubleshooting_quotes_exist() -> None:
+    sources = "".join(text_of(path) for path in (ROOT / "nbpeft").rglob("*.py"))
+    written = re.sub(r'"\s*f?"', "", sources)
+    text = " ".join(_CODE_SPAN.sub("", text_of(GUIDE / "troubleshooting.md")).split())
+    quoted = [message for message in re.findall(r'"([^"|]+)"', text) if " " in message]
+    assert len(quoted) >= 6
+    assert not [message for message in quoted if message not in written]
 
 
 def test_every_method_is_in_the_readme_and_in_the_table() -> None:
@@ -215,7 +237,7 @@ def test_the_table_of_learning_rates_follows_the_rule() -> None:
     rows = re.findall(r"^\| ([\d,]+) \| ([\d.e-]+) \|", section_of("hyperparameters.md", "Learning rate"), re.M)
     assert len(rows) >= 7
     for width, rate in rows:
-        model = nn.Module()
+        model: Any = nn.Module()
         model.config = SimpleNamespace(hidden_size=int(width.replace(",", "")))
         assert f"{_of_lora(model)[0]:.1e}" == f"{float(rate):.1e}"
 
