@@ -110,6 +110,16 @@ def test_every_page_is_in_the_index() -> None:
     assert in_gallery <= set(LINK.findall(text_of(GUIDE / "gallery.md")))
 
 
+@pytest.mark.parametrize(
+    "page",
+    ["data", "choosing-a-method", "quantization", "preferences", "memory", "serving", "limits", "troubleshooting"],
+)
+def test_the_table_of_the_readme_leads_to_a_page_in_one_click(page: str) -> None:
+    """The questions that a newcomer asks first."""
+    table = text_of(README).partition("\n## Where to read on\n")[2].partition("\n## ")[0]
+    assert f"](notebooks/guide/{page}.md)" in table
+
+
 def test_the_readme_links_into_what_the_source_distribution_holds() -> None:
     """It is the description of the package too, and is read there beside these files."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
