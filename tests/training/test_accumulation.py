@@ -13,7 +13,7 @@ from transformers import BertConfig
 
 import nbpeft
 from nbpeft.training import Collator, Trainer
-from tests.tiny_models import llama
+from tests.tiny_models import gpt2, llama
 from tests.training.objectives.trl_run import filled
 
 VOCABULARY = 50
@@ -57,6 +57,7 @@ NUMBERS = rows_of(lambda number, ids: 0.3 * number - 1.0)
 SEVERAL = rows_of(lambda number, ids: [float(number % 2), float(number % 3 == 0), 1.0])
 TAGS = rows_of(lambda number, ids: [token % 3 if place % 3 else -100 for place, token in enumerate(ids)])
 TEXTS = rows_of(lambda number, ids: [token if place > number % 3 else -100 for place, token in enumerate(ids)])
+WHOLE = rows_of(lambda number, ids: ids)
 WEIGHTED = [{**row, "loss_weights": [0.5 + number % 2] * len(row["labels"])} for number, row in enumerate(TEXTS)]
 MODELS: dict[str, tuple[Callable[[], Any], list[dict[str, Any]]]] = {
     "sequences": (lambda: bert("ForSequenceClassification", 3), CLASSES),
@@ -68,13 +69,15 @@ MODELS: dict[str, tuple[Callable[[], Any], list[dict[str, Any]]]] = {
     "tokens of a decoder": (lambda: decoder("ForTokenClassification", 3), TAGS),
     "masked language model": (lambda: bert("ForMaskedLM", 2), TEXTS),
     "causal language model": (lambda: decoder("ForCausalLM", 2), TEXTS),
+    "all tokens": (lambda: decoder("ForCausalLM", 2), WHOLE),
+    "all tokens, without a named loss": (lambda: gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), WHOLE),
     "weighted": (lambda: decoder("ForCausalLM", 2), WEIGHTED),
 }
 
 
 def adapted(case: str) -> tuple[Any, list[dict[str, Any]]]:
     base, rows = MODELS[case][0](), MODELS[case][1]
-    targets = ["query", "value"] if isinstance(base.config, BertConfig) else ["q_proj", "v_proj"]
+    targets = {"bert": ["query", "value"], "gpt2": ["c_attn"]}.get(base.config.model_type, ["q_proj", "v_proj"])
     return filled(nbpeft.get_peft_model(base, nbpeft.LoraConfig(r=4, target_modules=targets))).train(), rows
 
 

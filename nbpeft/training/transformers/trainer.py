@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
 
 from nbpeft.engine.calls.model_properties import has_encoder
@@ -186,7 +187,10 @@ class Trainer(transformers.Trainer):
             rows = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
             return torch.tensor(float(rows))
         base: Any = base_model_of(self.model)
-        shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss and not has_encoder(base)
+        loss = LOSS_MAPPING.get(getattr(base, "loss_type", ""))
+        if loss is None and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # such as GPT-2
+            loss = ForCausalLMLoss
+        shifts = loss is ForCausalLMLoss and not has_encoder(base)
         if shifts and "shift_labels" not in with_weights:
             labels = labels[..., 1:]
         if isinstance(labels, WeightedLabels):

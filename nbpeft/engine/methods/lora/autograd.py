@@ -376,8 +376,11 @@ def _dropped_input(x: Tensor, mask: Tensor | None, dtype: torch.dtype, buffer: T
 
 
 def _is_small(x: Tensor) -> bool:
-    """Whether what ordinary operations save for backward is less than a call of a custom function costs."""
-    return x.numel() < _LEAST_LEAN and x.device.type == "cpu"
+    """Whether what ordinary operations save for backward is less than a call of a custom function costs.
+
+    It is not for an input that can be recomputed, of which the custom function saves nothing.
+    """
+    return x.numel() < _LEAST_LEAN and x.device.type == "cpu" and origin_of(x) is None
 
 
 def _records(*tensors: Tensor | None) -> bool:
