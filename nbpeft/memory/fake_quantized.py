@@ -203,4 +203,6 @@ def quantization_of(bits: int, quant_type: str = "nf4") -> str:
     if quant_type not in QUANT_TYPES:
         near = did_you_mean(str(quant_type), QUANT_TYPES)
         raise ConfigError(f"quant_type is {quant_type!r}; expected 'nf4' or 'fp4'.{near}", field="quant_type")
+    if bits == 8 and quant_type != QUANT_TYPES[0]:
+        raise ConfigError(f"quant_type={quant_type!r} is for 4 bits; leave it out with bits=8", field="quant_type")
     return "int8" if bits == 8 else quant_type

@@ -276,6 +276,8 @@ def test_parameters_are_counted_alike_whatever_they_are_stored_in(storage: str) 
     [
         ({"bits": 3}, "bits is 3; expected 4 or 8"),
         ({"quant_type": "nf5"}, "quant_type is 'nf5'; expected 'nf4' or 'fp4'. Did you mean 'nf4'"),
+        ({"quant_type": "fp4", "bits": 8}, "quant_type='fp4' is for 4 bits; leave it out with bits=8"),
+        ({"quant_storage": "bfloat16", "bits": 8}, "quant_storage is for 4 bits; leave it out with bits=8"),
         ({"compute_dtype": "bfloat"}, "compute_dtype is 'bfloat'; .*Did you mean 'bfloat16'"),
         ({"compute_dtype": torch.int8}, "compute_dtype is torch.int8"),
         ({"quant_storage": "int4"}, "quant_storage is 'int4'"),

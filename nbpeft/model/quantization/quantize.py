@@ -412,6 +412,8 @@ def quantization(
         raise ConfigError(f"double_quant is {double_quant!r}; expected True or False", field="double_quant")
     skipped = None if skip_modules is None else list(skip_modules)
     if bits == 8:
+        if quant_storage is not None:
+            raise ConfigError("quant_storage is for 4 bits; leave it out with bits=8", field="quant_storage")
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     storage = torch.uint8 if quant_storage is None else dtype_of(quant_storage, "quant_storage", _STORAGES)
     computes = usual_dtype() if compute_dtype is None else dtype_of(compute_dtype, "compute_dtype", DTYPES)
