@@ -75,6 +75,7 @@ from .errors import ConfigTypeError as ConfigTypeError
 from .errors import ConversionError as ConversionError
 from .errors import CorruptCheckpointError as CorruptCheckpointError
 from .errors import HotSwapError as HotSwapError
+from .errors import Interrupted as Interrupted
 from .errors import LayerKindError as LayerKindError
 from .errors import MergeError as MergeError
 from .errors import MethodCheckError as MethodCheckError
@@ -88,6 +89,7 @@ from .errors import PeftWarning as PeftWarning
 from .errors import StaleModelError as StaleModelError
 from .errors import TargetError as TargetError
 from .errors import TrainingError as TrainingError
+from .errors import TrainingInterrupted as TrainingInterrupted
 from .errors import UnknownAdapterError as UnknownAdapterError
 from .errors import UnknownMethodError as UnknownMethodError
 from .errors import UntypedConfigError as UntypedConfigError

@@ -28,9 +28,10 @@
     ├── MissingPackageError       an optional dependency is not installed
     └── CellError                 a magic's line or cell cannot be parsed
 
-and TrainingInterrupted, a KeyboardInterrupt.
+    Interrupted                   a KeyboardInterrupt: Ctrl-C or the kernel's stop button ended a command
+    └── TrainingInterrupted       the same for a training, after it was ended cleanly
 
-The classes also derive from the built-in error that PEFT raises in the same situation, so that
+The classes of errors also derive from the built-in error that PEFT raises in the same situation, so that
 ``except ValueError`` in existing code continues to work. The message is one line; the values it
 mentions are in ``details``. For programs, each class has a ``code``, its name in words
 (``UnknownAdapterError`` has ``unknown-adapter``), and each error ``to_dict()``.

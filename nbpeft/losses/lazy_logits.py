@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from nbpeft.errors import TrainingError
 from nbpeft.losses.cross_entropy import Head, chunked_cross_entropy
 from nbpeft.losses.weighted_labels import WeightedLabels
 
@@ -41,10 +42,6 @@ _POINTWISE = frozenset(
 """Names of pointwise functions: each logit's result depends on no other logit."""
 _RESHAPING = frozenset(("view", "reshape", "flatten"))
 _CROSS_ENTROPY = inspect.signature(F.cross_entropy)
-
-
-class LogitsError(RuntimeError):
-    """An operation used lazy logits in a way that would lose their gradient."""
 
 
 @dataclass
@@ -141,7 +138,7 @@ class LazyLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         # Below autograd: reached only by functions that __torch_function__ did not see, e.g. of C++ code.
-        raise LogitsError(f"{func} takes logits where their gradient would be lost")
+        raise TrainingError(f"{func} takes logits where their gradient would be lost")
 
     def with_data(self, name: str) -> Tensor:
         """Returns the logits with their data, which is computed once.
