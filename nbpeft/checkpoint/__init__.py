@@ -93,6 +93,7 @@ from nbpeft.checkpoint.weights_format import PREFIX as PREFIX
 from nbpeft.checkpoint.weights_format import SHARED_PREFIX as SHARED_PREFIX
 from nbpeft.checkpoint.weights_format import Expected as Expected
 from nbpeft.checkpoint.weights_format import Loaded as Loaded
+from nbpeft.checkpoint.weights_format import Places as Places
 from nbpeft.checkpoint.weights_format import adapted_paths as adapted_paths
 from nbpeft.checkpoint.weights_format import from_file as from_file
 from nbpeft.checkpoint.weights_format import remapped as remapped

@@ -124,7 +124,7 @@ def to_file(weights: AdapterWeights, *, peft_type: str) -> dict[str, Tensor]:
         weights: the tensors of one adapter.
         peft_type: the ``peft_type`` of its config; determines the names of parameters.
     """
-    names_in_file, places = file_keys(peft_type), _Places(weights.adapters, weights.copies, weights.parameters)
+    names_in_file, places = file_keys(peft_type), Places(weights.adapters, weights.copies, weights.parameters)
     tensors: dict[str, Tensor] = {}
     of_calls = transforms_calls(peft_type)
     prefix = SHARED_PREFIX if of_calls else PREFIX
@@ -192,7 +192,7 @@ def from_file(
     if any(tensor.is_meta for tensor in fitting.values()):
         _checked(fitting, expected, slots, ignore_mismatched=False)
     _warn_of_not_finite(fitting)
-    places = _Places(expected.adapters, expected.copies, expected.parameters)
+    places = Places(expected.adapters, expected.copies, expected.parameters)
     optional = {*(places.of(name) for name in expected.optional), *expected.recomputable}
     missing = [_full_key(name) for name in slots if name not in found and name not in optional]
     return Loaded(_sorted_in(fitting, slots), missing, unexpected, [_full_key(name) for name, _, _ in mismatched])
@@ -309,7 +309,7 @@ def _kind_of(tensor: Tensor, *, unread: bool) -> str:
 
 def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
     """Returns key without prefix -> the slot of its tensor and the expected shape."""
-    names_in_file, places = file_keys(peft_type), _Places(expected.adapters, expected.copies, expected.parameters)
+    names_in_file, places = file_keys(peft_type), Places(expected.adapters, expected.copies, expected.parameters)
     slots: dict[str, tuple[Slot, Shape]] = {}
     of_calls = transforms_calls(peft_type)
     for path, parameters in expected.adapters.items():
@@ -340,7 +340,7 @@ def _sorted_in(found: Mapping[str, Tensor], slots: Mapping[str, tuple[Slot, Shap
     return weights
 
 
-class _Places:
+class Places:
     """Converts names of the bare model to names in the adapted model, which has wrapper modules in between.
 
     Args:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.config.config_checks import check_choice
-from nbpeft.engine.config.module_paths import wrapper_places
 from nbpeft.engine.contract.adapter import (
     ADAPTER_PARTS,
     Adapter,
@@ -393,7 +392,7 @@ def _picked(
     Tensors of the adapter that it lacks are left out with a warning, as in PEFT.
     """
     given = _StateDict(state_dict)
-    places = wrapper_places(weights.parameters)
+    places = checkpoint.Places(weights.adapters, weights.copies, weights.parameters)
     adapters = {path: manager.layers[path].adapter(name) for path in weights.adapters}
     own_names = {
         path: adapter.paths_by_name_in_files() if isinstance(adapter, ModelAdapter) else {}
@@ -402,7 +401,7 @@ def _picked(
     own = {
         id(adapter): given.present(
             {
-                k: _listed_as(manager.layers[path], places.get(path, path), adapter, own_names[path].get(k, k), name)
+                k: _listed_as(manager.layers[path], places.of_adapter(path), adapter, own_names[path].get(k, k), name)
                 for k in weights.adapters[path]
             }
         )

@@ -225,3 +225,14 @@ def test_what_to_do_with_embeddings_is_one_of_three(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             save(save_embedding_layers="x")
     assert not (tmp_path / "x").exists()
+
+
+def test_layers_inside_an_adapted_module_are_found_in_a_state_dict() -> None:
+    for library in (peft, nbpeft):
+        model = library.get_peft_model(
+            nn.TransformerEncoderLayer(8, 2, batch_first=True), library.LoraConfig(r=2, target_modules=["self_attn"])
+        )
+        whole = library.get_peft_model_state_dict(model)
+        gathered = library.get_peft_model_state_dict(model, state_dict=shifted(model))
+        assert len(whole) == 4 and set(gathered) == set(whole)  # in_proj, and out_proj inside it
+        assert all(torch.equal(gathered[key], tensor.detach() + 1) for key, tensor in whole.items())
