@@ -206,6 +206,24 @@ def section_of(page: str, heading: str) -> str:
     return text_of(GUIDE / page).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
+@pytest.mark.parametrize("page", ["commands", "AGENTS"])
+def test_the_session_has_a_method_for_each_command(page: str) -> None:
+    """The page names the commands whose method is called otherwise; all others have one of their own name."""
+    from nbpeft.session import Session
+
+    text = " ".join(text_of(GUIDE / f"{page}.md").split())
+    renamed = dict(re.findall(r"`%%?(?:lora )?(\w+)(?: [A-Z]+)?` is `(\w+)`", text))
+    assert {"lora": "add", "lora_train": "train", "continue": "go_on"}.items() <= renamed.items()
+    assert not [method for method in renamed.values() if not hasattr(Session, method)]
+    named = (
+        {*SUBCOMMANDS, *CELLS}
+        if page == "commands"
+        else set(re.findall(r"^\d\. `%lora (\w+)", text_of(GUIDE / f"{page}.md"), re.MULTILINE))
+    )
+    assert len(named) >= 3
+    assert {name for name in named - renamed.keys() if not hasattr(Session, name)} <= {"panel"}
+
+
 def test_every_default_that_differs_in_a_notebook_is_in_the_table() -> None:
     from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS
 

@@ -1,6 +1,7 @@
 """What a training minimizes: one file per objective, which names its rows, its fields, its loss and its curves.
 
-Another package adds an objective like a method: it derives a class from :class:`Objective` and calls ``register``.
+Other code adds an objective by deriving a class from :class:`Objective` and calling ``register``; unlike methods,
+objectives have no entry point, so that its module has to be imported first.
 These files import torch only when a loss is computed, because completion lists their fields.
 
 Door, what other rooms import:
