@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nbpeft.errors import TrainingError
+from nbpeft.training.data.anchors import (
+    Extent,
+    KnownTurns,
+    Message,
+    marked_copies,
+    new_mark,
+    places_of_contents,
+    printed,
+)
 from nbpeft.training.data.encoding import Span
 from nbpeft.training.data.forms import Chat
 from nbpeft.training.data.options import REASONING_KEYS, has_reasoning, reasoning_end, text_of, with_text
 from nbpeft.training.data.row import is_nothing
 
-Message = Mapping[str, Any]
 Part = tuple[int, str]
 """The index of a message and one of its keys; -1 and ``tools`` for the tools of a chat."""
 
 _TOOLS: Part = (-1, "tools")
+_LONG = 8
+"""The number of messages from which the parts of a chat are searched together instead of one by one."""
 _SURE = 16
 """The length, in characters, from which a text that occurs in a rendered chat is not there by coincidence."""
 _DEPTH = 3
@@ -75,11 +85,12 @@ class ChatRenderer:
             return RenderedChat("", missing=f"no turn of the assistant (roles: {', '.join(roles) or 'none'})")
         chat = replace(chat, messages=tuple(self._flat(message) for message in chat.messages))
         text = self._text(chat.messages, chat.variables)
-        hidden = self._hidden(chat, text)
+        places = self._places(chat, text)
+        hidden = self._hidden(chat, text, places)
         names = tuple(dict.fromkeys(_name(chat, part) for part in sorted(hidden)))
         if any(chat.weights[turn] and _says_nothing(chat.messages[turn], turn, hidden) for turn in turns):
             return RenderedChat(text, (), names, "a turn of the assistant is empty")
-        spans = self._spans(chat, text, turns)
+        spans = self._spans(chat, text, turns, places)
         learned = tuple(span for span in spans if span.weight)
         return RenderedChat(text, learned, names, "" if learned else "the weights of its turns are 0")
 
@@ -118,7 +129,7 @@ class ChatRenderer:
             return self._text(messages, chat.variables, prompt=True), ""
         through = replace(chat, messages=messages[: number + 1], weights=(1.0,) * (number + 1))
         text = self._text(through.messages, chat.variables)
-        (span,) = self._spans(through, text, [number])
+        (span,) = self._spans(through, text, [number], {})
         before = self._text(messages[:number], chat.variables, prompt=True) if number else ""
         return before, text[span.first : span.last]
 
@@ -128,11 +139,23 @@ class ChatRenderer:
 
     # The spans of the assistant's turns
 
-    def _spans(self, chat: Chat, text: str, turns: Sequence[int]) -> Iterator[Span]:
+    def _places(self, chat: Chat, text: str) -> dict[int, Extent]:
+        """The places of the contents of a long chat in its text."""
+        if len(chat.messages) < _LONG:
+            return {}
+        return places_of_contents(chat.messages, text, lambda messages: self._text(messages, chat.variables))
+
+    def _spans(self, chat: Chat, text: str, turns: Sequence[int], places: Mapping[int, Extent]) -> Iterator[Span]:
+        known = KnownTurns(chat.messages, text, places)
         for number in turns:
-            span = self._span(chat, text, number)
+            span = known.find(number)
             if span is None:
-                raise TrainingError(f"The chat template does not show turn {number} of the assistant as it is written.")
+                span = self._span(chat, text, number)
+                if span is None:
+                    raise TrainingError(
+                        f"The chat template does not show turn {number} of the assistant as it is written."
+                    )
+                known.add(number, span)
             first, last = span
             if chat.masks and has_reasoning(chat.messages[number]):
                 first = self._answer_start(chat, text, number, first)
@@ -150,7 +173,7 @@ class ChatRenderer:
         Raises:
             TrainingError: the template does not print the reasoning before the rest.
         """
-        mark, message = _new_mark(text), chat.messages[number]
+        mark, message = new_mark(text), chat.messages[number]
         content, place = text_of(message), reasoning_end(message)
 
         def around(changed: Message) -> tuple[str, str, str]:
@@ -215,7 +238,7 @@ class ChatRenderer:
 
     def _content_start(self, chat: Chat, text: str, number: int, default: int) -> int:
         """The position from which the text changes if the content of a turn changes."""
-        mark = _new_mark(text)
+        mark = new_mark(text)
         messages = list(chat.messages)
         messages[number] = {**messages[number], "content": mark}
         try:
@@ -262,11 +285,11 @@ class ChatRenderer:
         Returns:
             The rest of the text and the rest of the beginning; None if no position is valid.
         """
-        mark = _new_mark(text + beginning)
+        mark = new_mark(text + beginning)
         count = number + 1 if prompt_for is None else prompt_for
         message = chat.messages[number]
         keys = sorted((key for key in message if key != "role"), key=lambda key: key != "content")
-        for marked in _marked({key: message[key] for key in keys}, mark):
+        for marked in marked_copies({key: message[key] for key in keys}, mark):
             messages = [*chat.messages[:number], {"role": message["role"], **marked}, *chat.messages[number + 1 :]]
             rest = self._after(mark, text, messages, chat.variables)
             if rest is None:
@@ -294,7 +317,7 @@ class ChatRenderer:
 
     # Parts that the template does not print
 
-    def _hidden(self, chat: Chat, text: str) -> frozenset[Part]:
+    def _hidden(self, chat: Chat, text: str, places: Mapping[int, Extent]) -> frozenset[Part]:
         """The parts of a chat that do not affect its text."""
         parts = _parts(chat)
         roles = tuple(message["role"] for message in chat.messages)
@@ -307,7 +330,7 @@ class ChatRenderer:
         if known is None:
             if len(self._left_out) == _MOST_SHAPES:
                 self._left_out.clear()
-            known = frozenset(part for part in parts if self._is_hidden(chat, text, part))
+            known = frozenset(self._search(chat, text, self._doubtful(chat, text, parts, places)))
             self._left_out[shape] = known
             return known
         doubtful = {  # a text that occurs although the cache says that it is not printed, or the reverse
@@ -317,16 +340,39 @@ class ChatRenderer:
         }
         return known - doubtful | {part for part in doubtful if self._is_hidden(chat, text, part)}
 
-    def _is_hidden(self, chat: Chat, text: str, part: Part) -> bool:
-        """Whether the text of a chat is the same without one of its parts."""
-        number, key = part
+    def _doubtful(self, chat: Chat, text: str, parts: Iterable[Part], places: Mapping[int, Extent]) -> list[Part]:
+        """The parts that may not be printed: those of a short chat, and those of a long one without a mark in it."""
+        left = [part for part in parts if part[1] != "content" or part[0] not in places]
+        if len(chat.messages) < _LONG:
+            return left
+        keys: dict[str, set[int]] = {}
+        for number, key in left:
+            if number >= 0 and not _is_blank_text(chat.messages[number][key]):
+                keys.setdefault(key, set()).add(number)
+        shown = printed(chat.messages, keys, text, lambda messages: self._text(messages, chat.variables))
+        return [part for part in left if part not in shown]
+
+    def _search(self, chat: Chat, text: str, parts: Sequence[Part]) -> Iterator[Part]:
+        """The parts that are not printed, searched in halves if there are many."""
+        if len(chat.messages) < _LONG or len(parts) == 1:
+            yield from (part for part in parts if self._is_hidden(chat, text, part))
+        elif parts and self._is_hidden(chat, text, *parts):
+            yield from parts
+        elif parts:
+            middle = len(parts) // 2
+            yield from self._search(chat, text, parts[:middle])
+            yield from self._search(chat, text, parts[middle:])
+
+    def _is_hidden(self, chat: Chat, text: str, *parts: Part) -> bool:
+        """Whether the text of a chat is the same without some of its parts."""
         messages = list(chat.messages)
-        if part != _TOOLS:
-            rest = {name: value for name, value in messages[number].items() if name != key}
-            messages[number] = {**rest, "content": ""} if key == "content" else rest
+        for number, key in parts:
+            if (number, key) != _TOOLS:
+                rest = {name: value for name, value in messages[number].items() if name != key}
+                messages[number] = {**rest, "content": ""} if key == "content" else rest
         try:
-            return self._text(messages, chat.template if part == _TOOLS else chat.variables) == text
-        except Exception:  # a template that requires the part
+            return self._text(messages, chat.template if _TOOLS in parts else chat.variables) == text
+        except Exception:  # a template that requires a part
             return False
 
     # Content of several parts
@@ -361,33 +407,19 @@ def _says_nothing(message: Message, number: int, hidden: frozenset[Part]) -> boo
     return all((number, key) in hidden or (key == "content" and _is_blank(message[key])) for key in printed)
 
 
+def _is_blank_text(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
 def _is_blank(content: Any) -> bool:
     texts = [content] if isinstance(content, str) else [part["text"] for part in content]
     return not any(text.strip() for text in texts)
-
-
-def _new_mark(text: str) -> str:
-    """A mark that does not occur in a text. Its control character is one that JSON does not escape."""
-    return next(mark for number in itertools.count() if (mark := f"\x7f{number}\x7f") not in text)
 
 
 def _agreement(first: str, other: str) -> int:
     """The length of the common prefix of two texts, in characters."""
     pairs = enumerate(zip(first, other, strict=False))
     return next((place for place, (left, right) in pairs if left != right), min(len(first), len(other)))
-
-
-def _marked(value: Any, mark: str) -> Iterator[Any]:
-    """Copies of a value, each with a mark after one of its texts."""
-    if isinstance(value, str):
-        end = len(value.rstrip())  # templates may strip
-        yield value[:end] + mark + value[end:]
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from ({**value, key: marked} for marked in _marked(item, mark))
-    elif isinstance(value, (list, tuple)):
-        for place, item in enumerate(value):
-            yield from ([*value[:place], marked, *value[place + 1 :]] for marked in _marked(item, mark))
 
 
 def _parts(chat: Chat) -> dict[Part, Any]:
