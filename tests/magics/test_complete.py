@@ -143,7 +143,7 @@ def test_a_line_magic_further_down_a_cell() -> None:
         ("%%qlora x\ncompute_dtype = '", {"bfloat16'"}, set()),
         ("%lora add model r=8 init_lora_weights=", {"init_lora_weights=olora"}, set()),
         ("%lora add model target_modules=q_proj,", {"target_modules=q_proj,v_proj"}, {"target_modules=q_proj,q_proj"}),
-        ("%lora plan model target_modules=q_proj,", {"q_proj,v_proj"}, set()),
+        ("%lora plan model target_modules=q_proj,", {"target_modules=q_proj,v_proj"}, {"target_modules=q_proj,q_proj"}),
     ],
 )
 def test_the_values_of_a_field_and_nothing_else(

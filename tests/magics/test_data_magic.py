@@ -125,7 +125,7 @@ def test_what_is_not_used_is_named_in_the_spelling_of_cells(ready: Notebook) -> 
     shown = ready.do("%lora data labelled --tokenizer tok")
     assert shown.notes[0] == "columns not used: 'id', 'label'" and "columns not used: " in shown._repr_html_()
     assert "--columns prompt=text completion=label trains it to answer with the label" in shown.notes[1]
-    told = ready.do("%%lora_train model --data labelled --tokenizer tok\nmax_steps = 1").message
+    told = ready.do("%%lora_train model --data labelled --tokenizer tok\nmax_steps = 1\nlearning_rate = 1e-3").message
     assert told == "columns not used: 'id', 'label' (%lora data labelled --tokenizer tok shows them)"
     ready["odd"] = [{"ID": "a", "Ticket Text": "b"}]
     assert (

@@ -44,7 +44,10 @@ def asked(kernel: Any, cell: str) -> str:
         ("%%lora model\nlora_al|pha = 3", ["lora_alpha: float = 8", "lora_alpha / r"]),
         ("%%lora model\nr = 8\ninit_lora_weights = 'ol|", ["init_lora_weights: bool | str = True", "'olora'"]),
         ("%%lora model\ntarget_modules = [\n  'q_|", ["target_modules", "'all-linear'", "names of the model's layers"]),
-        ("%%lora_train model --data x\nlearning_rate|", ["learning_rate: float = 0.0002"]),
+        (
+            "%%lora_train model --data x\nlearning_rate|",
+            ["learning_rate", "By default it follows from method, model and objective"],
+        ),
         ("%%lora_train model --data x\nlr_scheduler_type|", ["'cosine'", "'linear'"]),
         ("%%lora_train model --da|ta x", ["--data", "training rows"]),
         ("%%qlora x\nquant_type| = 'nf4'", ["quant_type: str = 'nf4'", "'fp4'"]),

@@ -293,7 +293,7 @@ def test_a_chat_trains(tokenizer):
     chat = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes and no"}]
     result = train(model, [{"messages": chat}] * 8, tokenizer=tokenizer, max_steps=20, learning_rate=3e-2)
     assert result.state.history[-1][1] < result.state.history[0][1] - 0.2
-    cut = train(model, [{"messages": chat}] * 8, tokenizer=tokenizer, max_steps=2, max_length=12)
+    cut = train(model, [{"messages": chat}] * 8, tokenizer=tokenizer, max_steps=2, max_length=12, learning_rate=1e-3)
     assert cut.message == "8 of 8 rows were truncated to the maximum length"
 
 

@@ -276,6 +276,7 @@ def test_a_plain_model_is_watched_too():
 def test_a_run_resumed_after_its_end_does_no_step_and_does_not_warn(tmp_path):
     model = trainable()
     settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    settings["learning_rate"] = 1e-3
     train(model, token_rows(), **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -208,7 +208,8 @@ def test_a_preview_shows_the_label_of_each_row() -> None:
 
 def test_a_language_model_names_a_label_that_it_does_not_use() -> None:
     rows = [{"text": "ab", "label": 1}] * 2
-    assert train(trainable(), rows, tokenizer=CHARACTERS, max_steps=1).message == "columns not used: 'label'"
+    result = train(trainable(), rows, tokenizer=CHARACTERS, max_steps=1, learning_rate=1e-3)
+    assert result.message == "columns not used: 'label'"
     shown = nbpeft.session().data(rows, CHARACTERS)
     assert shown.notes[0] == "columns not used: 'label'"
     assert "columns={'prompt': 'text', 'completion': 'label'} trains it to answer with the label" in shown.notes[1]
@@ -232,7 +233,7 @@ def test_a_subclass_of_a_classifier_is_one_whatever_its_name() -> None:
     rows = [{"text": "bad", "label": 1}, {"text": "good", "label": 2}]
     model = of_class(OwnName, loss_type="ForSequenceClassification")
     assert [row["labels"] for row in training_rows(TrainRequest(model, rows, tokenizer=CHARACTERS)).train] == [1, 2]
-    assert train(model, rows, tokenizer=CHARACTERS, max_steps=1).message == ""
+    assert train(model, rows, tokenizer=CHARACTERS, max_steps=1, learning_rate=1e-3).message == ""
 
 
 def test_a_class_that_transformers_has_no_loss_for_is_refused() -> None:
@@ -248,4 +249,4 @@ def test_other_heads_take_tokenised_rows_alone() -> None:
         with pytest.raises(TrainingError, match=f"needs tokenized rows with {needed}; found"):
             training_rows(TrainRequest(model, [rows], tokenizer=CHARACTERS))
     assert len(first_rows(model, [{"text": "bad"}], rows=1, tokenizer=CHARACTERS, loss=False).rows) == 1
-    assert train(model, [{**ids, **labels}] * 2, max_steps=1).message == ""
+    assert train(model, [{**ids, **labels}] * 2, max_steps=1, learning_rate=1e-3).message == ""

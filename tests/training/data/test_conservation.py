@@ -187,7 +187,7 @@ def test_notes_are_the_same_whatever_rows_come_in(tokenizer: Any, container: str
     rows = [{"messages": [USER, {**REPLY, "name": "Ann"}], "id": number, "odd": None} for number in range(4)]
     given = CONTAINERS[container](rows, tmp_path)
     notes = "columns not used: 'id'; not printed by the chat template, so not trained on: 'name'"
-    result = train(model(False), given, tokenizer=tokenizer, max_steps=1)
+    result = train(model(False), given, tokenizer=tokenizer, max_steps=1, learning_rate=1e-3)
     assert result.message == result.state.message == notes
     shown = nbpeft.session().data(CONTAINERS[container](rows, tmp_path), tokenizer)
     assert "3 of 4 rows are equal to earlier ones" in shown.notes[-1]
@@ -234,7 +234,7 @@ def test_what_is_read_and_empty_is_named(tokenizer: Any) -> None:
 
 def test_a_stream_names_what_comes_later_when_it_comes(tokenizer: Any) -> None:
     rows = Rows([{"text": "the cat"}] * 8 + [{"text": "the cat", "late": 1}] * 8)
-    arguments: dict[str, Any] = {"tokenizer": tokenizer, "per_device_train_batch_size": 2}
+    arguments: dict[str, Any] = {"tokenizer": tokenizer, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     assert "not used" not in train(model(False), rows, max_steps=1, **arguments).message
     assert train(model(False), rows, max_steps=8, **arguments).message == "columns not used: 'late'"
     rows = Rows(
@@ -247,7 +247,7 @@ def test_a_stream_names_what_comes_later_when_it_comes(tokenizer: Any) -> None:
 
 def test_rows_to_evaluate_on_are_held_to_the_same(tokenizer: Any) -> None:
     rows = [{"text": "the cat", "id": 1}, {"text": None}]
-    result = train(model(False), [{"text": "a cat"}], rows, tokenizer=tokenizer, max_steps=1)
+    result = train(model(False), [{"text": "a cat"}], rows, tokenizer=tokenizer, max_steps=1, learning_rate=1e-3)
     assert result.message == (
         "evaluation rows: 1 row left out: row 1: the text is empty; columns not used: 'id' (1 of 2 rows)"
     )

@@ -263,7 +263,7 @@ def test_labels_of_tokenized_rows_are_checked(row: Any, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         train(tagger(), [{**ids, **row}], max_steps=1)
     rows = [{**ids, "labels": [IGNORED, 1, IGNORED]}] * 2
-    assert train(tagger(), rows, max_steps=1).message == ""
+    assert train(tagger(), rows, max_steps=1, learning_rate=1e-3).message == ""
 
 
 def test_models_and_rows_that_do_not_fit_are_refused_with_the_model_that_does() -> None:

@@ -86,8 +86,8 @@ def test_an_adapter_with_a_higher_loss_and_a_better_score_is_the_best() -> None:
     seen = {"answers": 0}
 
     def slowest(answer: str, row: Any) -> float:  # the answers of the first adapter, then those of the second
-        seen["answers"] += 1
-        return float(seen["answers"] % 2)
+        seen["answers"] += 1  # before them, it is tried on the reference
+        return float(seen["answers"] % 2 == 0)
 
     result = swept(model(), score=ROWS[:1], metric=slowest, every=6)
     assert result.best == "a-lr1e-4"

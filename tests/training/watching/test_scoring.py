@@ -76,7 +76,7 @@ def test_rows_to_evaluate_that_are_also_trained_on_are_counted() -> None:
 
 
 def test_patience_goes_by_the_score_and_keeps_the_best_state() -> None:
-    seen = iter([0.2, 0.9, 0.5, 0.5, 0.5, 0.5])
+    seen = iter([0.0, 0.2, 0.9, 0.5, 0.5, 0.5, 0.5])  # first it is tried on the reference
     values: dict[int, float] = {}
 
     def own(answer: str, row: Any) -> float:
@@ -130,6 +130,8 @@ def test_evaluations_that_are_due_at_the_same_step_are_made() -> None:
 
 def test_a_metric_that_fails_ends_the_scores_and_not_the_run() -> None:
     def own(answer: str, row: Any) -> float:
+        if answer == row["completion"]:  # as it is when it is tried before the training
+            return 1.0
         raise KeyError("target")
 
     result = trained(score=HELD_OUT, metric=own, every=1)
@@ -140,7 +142,7 @@ def test_a_metric_that_fails_ends_the_scores_and_not_the_run() -> None:
 def test_an_interruption_of_the_scores_is_one_of_the_training() -> None:
     def own(answer: str, row: Any) -> float:
         calls.append(1)
-        if len(calls) > len(HELD_OUT):
+        if len(calls) > 1 + len(HELD_OUT):  # the first call is on a reference
             raise KeyboardInterrupt
         return 0.5
 
@@ -250,7 +252,7 @@ def test_the_number_of_scored_rows_is_an_option_that_a_run_keeps() -> None:
         return 1.0
 
     result = trained(score=ROWS, metric=own, max_score_rows=2, every=3)
-    assert len(asked) == 4 and len(set(asked)) == 2
+    assert len(asked) == 1 + 4 and len(set(asked)) == 2  # the first call is on a reference
     assert "rows to score: 2 of 8 are scored, sampled at random (max_score_rows)" in result.message
     request = TrainRequest.of(model(), ROWS, score=ROWS, max_score_rows=2)
     assert to_take_over(to_keep(request.kept())[0])[0]["max_score_rows"] == 2
