@@ -32,7 +32,7 @@ def test_scores_are_shown_and_stay_without_a_kernel(open_notebook: Opener, pictu
         "from tests.scoring.samples import orders\norders()",
     )
     page.run_all()
-    page.wait_for("95 % t intervals", cell=1)
+    page.wait_for("95 % bootstrap intervals", cell=1)
     assert "so far" not in page.output_text(1)
     expect(page.button("Next", cell=1)).to_be_visible()
     page.save()

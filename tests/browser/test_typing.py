@@ -22,7 +22,7 @@ DEVICE = "%lora plan model --device "
 SCHEDULER = "%%lora_train model --data rows\nlr_scheduler_type = '"
 FIELD = "%%lora model --name sql\nlora_alpha = 16"
 VERB = "%lora compare"
-OPTION = "%lora plan model gradient_checkpointing=True"
+OPTION = "%lora plan model --packing"
 
 
 def at_the_end(page: NotebookPage, cell: int) -> None:
@@ -78,7 +78,7 @@ def test_tab_offers_values(open_notebook: Opener, pictures: Path, app: str) -> N
 def test_shift_tab_explains(open_notebook: Opener, pictures: Path, app: str) -> None:
     page = open_notebook(MODEL, FIELD, VERB, OPTION)
     page.run_cell(0)
-    for cell, words in ((1, "lora_alpha: "), (2, "--max-new-tokens"), (3, "gradient_checkpointing=True")):
+    for cell, words in ((1, "lora_alpha: "), (2, "--max-new-tokens"), (3, "--packing")):
         shown = tooltip(page, cell)
         expect(shown).to_contain_text(words)
         page.page.screenshot(path=pictures / f"tooltip-{cell}-{app}.png")

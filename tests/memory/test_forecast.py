@@ -230,7 +230,15 @@ def test_a_model_far_larger_than_this_machine():
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, tie_word_embeddings=False,
     )  # fmt: skip
-    found = forecast(config, lora(r=16), dtype="bfloat16", quantization="nf4", gradient_checkpointing=True)
+    found = forecast(
+        config,
+        lora(r=16),
+        batch_size=1,
+        max_length=512,
+        dtype="bfloat16",
+        quantization="nf4",
+        gradient_checkpointing=True,
+    )
     weights = parts(found)["base weights"]
     linear = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     assert 0 < weights - linear * 0.5158 - 2 * 2 * 128256 * 8192 < 1e8
