@@ -151,8 +151,10 @@ def head(title: str, aside: blocks.Span | tuple[blocks.Span, ...] = "", *, below
 @to_html.register
 def _(block: blocks.Card) -> str:
     body = "".join(to_html(part) for part in block.blocks if part is not None)
+    # The classes keep MathJax, in its third and second version, from typesetting what a row has between two dollar signs.
     return (
-        f'<div style="border:1px solid {palette.BORDER};border-radius:6px;padding:10px 14px;'
+        '<div class="mathjax_ignore tex2jax_ignore" '
+        f'style="border:1px solid {palette.BORDER};border-radius:6px;padding:10px 14px;'
         f"max-width:{palette.WIDTH}px;box-sizing:border-box;"
         f'overflow-wrap:break-word;color:{palette.TEXT};{palette.FONT}">'
         f"{head(block.title, blocks.dim(block.aside) if isinstance(block.aside, str) else block.aside)}{body}</div>"

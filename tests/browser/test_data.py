@@ -74,3 +74,20 @@ def test_a_notebook_that_is_not_trusted_shows_it_too(open_notebook: Opener, pict
     marked = page.output(0).locator("span", has_text="a<b").first
     assert marked.evaluate("span => getComputedStyle(span).backgroundColor") == "rgba(84, 162, 75, 0.3)"
     page.screenshot(pictures / f"data-{app}-untrusted.png")
+
+
+def test_text_between_dollar_signs_is_no_mathematics(open_notebook: Opener, pictures: Path, app: str) -> None:
+    money = "I paid $35 and was charged $70."
+    control = "from IPython.display import HTML\nHTML('<p>$x^2$</p>')"
+    page = open_notebook(SETUP, f"rows[0]['instruction'] = {money!r}\n%lora data rows --rows 1", control)
+    page.run_all()
+    page.wait_for("training data", cell=1)
+    expect(page.output(2).locator("mjx-container")).to_have_count(1)  # mathematics of others is typeset
+    for again in (False, True):
+        if again:
+            page.save()
+            page.reopen()
+            expect(page.output(2).locator("mjx-container")).to_have_count(1)
+        expect(page.output(1).get_by_text(money).first).to_be_visible()
+        expect(page.output(1).locator("mjx-container")).to_have_count(0)
+    page.screenshot(pictures / f"data-{app}-money.png")
