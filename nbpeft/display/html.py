@@ -151,7 +151,7 @@ def head(title: str, aside: blocks.Span | tuple[blocks.Span, ...] = "", *, below
 @to_html.register
 def _(block: blocks.Card) -> str:
     body = "".join(to_html(part) for part in block.blocks if part is not None)
-    # The classes keep MathJax, in its third and second version, from typesetting what a row has between two dollar signs.
+    # MathJax (its third and second version) leaves such elements alone: rows have prices between dollar signs.
     return (
         '<div class="mathjax_ignore tex2jax_ignore" '
         f'style="border:1px solid {palette.BORDER};border-radius:6px;padding:10px 14px;'

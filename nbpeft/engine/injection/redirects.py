@@ -8,6 +8,7 @@ from torch import nn
 
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.tree.model_tree import Site
+from nbpeft.errors import NotSupportedError
 
 Redirect = Callable[[nn.Module, AdapterConfig, str | None, Site], nn.Module | None]
 """(model, config, name of the adapter, target) -> the module to adapt; None leaves the target out."""
@@ -36,5 +37,10 @@ def redirected(
         if module is None:
             return None
         if module is not site.module and module is not site.wrapper:
-            site = next(other for other in sites if module in (other.module, other.wrapper))
+            found = next((other for other in sites if module is other.module or module is other.wrapper), None)
+            if found is None:
+                raise NotSupportedError(
+                    f"{site.path}: a {type(module).__name__} outside of the model cannot be adapted"
+                )
+            site = found
     return site

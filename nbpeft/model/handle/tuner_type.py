@@ -45,6 +45,11 @@ class TunerType(type):
             is_own = value is getattr(cls.__mro__[1], PUTS, None)
             set_redirect(cls, None if is_own else functools.partial(_redirect, cls))
 
+    def __delattr__(cls, name: str) -> None:
+        super().__delattr__(name)
+        if name == PUTS:
+            set_redirect(cls, None)
+
 
 def _redirect(cls: Any, model: nn.Module, config: Any, name: str | None, site: Site) -> nn.Module | None:
     """Returns the module that a class's ``_create_and_replace`` passes on; None if it passes none on.
@@ -64,7 +69,8 @@ def _redirect(cls: Any, model: nn.Module, config: Any, name: str | None, site: S
     if site.parent._modules.get(site.attribute) is not present:
         site.parent._modules[site.attribute] = present
         raise NotSupportedError(_reason(cls, PUTS), name=PUTS)
-    return tuner.passed_on[0] if tuner.passed_on else None
+    passed = tuner.passed_on[0] if tuner.passed_on else None
+    return site.module if passed is present else passed
 
 
 def check_overrides(cls: type) -> None:

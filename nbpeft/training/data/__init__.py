@@ -47,7 +47,6 @@ Files:
     tokenized.py     Tokenizes rows of any form: all at once, or one by one as a stream yields them
     unused.py        Parts of rows that are not trained on: counted while the rows are read, and reported before the
                      first step
-    verdicts.py      Labels that mark a completion as good or bad, as in rows for preference tuning (KTO)
 """
 
 from __future__ import annotations

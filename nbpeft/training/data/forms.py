@@ -13,6 +13,7 @@ from nbpeft.names import JUDGED, PAIRS, PROMPTS, SCORED_PAIRS
 from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.row import (
     KNOWN_ROLES,
+    LABEL,
     SHAREGPT_ROLES,
     WEIGHT,
     Messages,
@@ -20,7 +21,6 @@ from nbpeft.training.data.row import (
     listed,
     nearest_role,
 )
-from nbpeft.training.data.verdicts import LABEL
 
 TOKENISED = "input_ids"
 TEMPLATE = "chat_template_kwargs"

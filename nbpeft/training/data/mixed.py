@@ -13,7 +13,7 @@ from nbpeft.display.numbers import count
 from nbpeft.errors import ConfigError, NbpeftError, few
 from nbpeft.training.data.classes import names_of
 from nbpeft.training.data.forms import form_of, keys_of
-from nbpeft.training.data.verdicts import labels_in
+from nbpeft.training.data.row import labels_in
 
 
 class MixedRows(list[Any]):

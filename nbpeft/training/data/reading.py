@@ -31,9 +31,8 @@ from nbpeft.training.data.forms import (
     row_of,
 )
 from nbpeft.training.data.options import RowOptions
-from nbpeft.training.data.row import WEIGHT, Row, is_nothing, listed
+from nbpeft.training.data.row import LABEL, WEIGHT, Row, are_verdicts, is_good, is_nothing, labels_in, listed
 from nbpeft.training.data.sources import first_row, is_stream, open_data
-from nbpeft.training.data.verdicts import LABEL, are_verdicts, is_good, labels_in
 
 MASKS = ("completion_mask", "assistant_masks")
 """Columns of tokenized rows that mark the tokens to train on, with TRL's names."""

@@ -19,10 +19,9 @@ from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.memory.architecture import silenced
 from nbpeft.training.data.forms import TAGGED, row_of
 from nbpeft.training.data.reading import Reading, default_length
-from nbpeft.training.data.row import is_empty_cell
+from nbpeft.training.data.row import LABEL, is_empty_cell
 from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.data.sources import place_in
-from nbpeft.training.data.verdicts import LABEL
 
 _COMPARED = 500
 """Number of rows on which two tokenizers are compared."""

@@ -13,6 +13,7 @@ from nbpeft.training import RunControl, train
 from nbpeft.training.watching.generation import PromptBatch
 from nbpeft.training.watching.sampling import MAX_NEW_TOKENS
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close
 from tests.training.support import token_rows, trainable, weights
 
 SETTINGS: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.05}
@@ -29,8 +30,10 @@ def losses(**more: Any) -> tuple[list[float], dict[str, torch.Tensor], Any]:
 def test_losses_are_the_same_with_and_without_samples():
     plain, plain_weights, _ = losses()
     sampled, sampled_weights, result = losses(sample=PROMPT, every=2, activation_checkpointing=True)
-    assert plain == sampled
-    assert all(torch.equal(value, sampled_weights[name]) for name, value in plain_weights.items())
+    # Up to rounding: where a tensor lies in memory decides how a kernel adds, and answers take memory in between.
+    assert_close(sampled, plain)
+    for name, value in plain_weights.items():
+        assert_close(sampled_weights[name], value)
     assert [sample.step for sample in result.state.samples] == [2, 4, 6]
 
 
