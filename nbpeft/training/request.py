@@ -51,7 +51,7 @@ class TrainRequest:
         objective: its name as given; an :class:`Objective` during training.
         rewards: reward functions, as given; a :class:`Rewards` during training.
         objective_reason: why the objective was chosen, if it was not given.
-        rate_reason: the default learning rate, and what it follows from; empty if one was given.
+        rate_reason: the default learning rate, and what it follows from, or why a given one is unused; else empty.
         first_random: random state, or seed, from which the adapters of a sweep get initial weights; None for copies of
             the adapter from which it starts.
     """

@@ -46,7 +46,7 @@ def asked(kernel: Any, cell: str) -> str:
         ("%%lora model\ntarget_modules = [\n  'q_|", ["target_modules", "'all-linear'", "names of the model's layers"]),
         (
             "%%lora_train model --data x\nlearning_rate|",
-            ["learning_rate", "By default it follows from method, model and objective"],
+            ["learning_rate: float", "By default it follows from method, model and objective"],
         ),
         ("%%lora_train model --data x\nlr_scheduler_type|", ["'cosine'", "'linear'"]),
         ("%%lora_train model --da|ta x", ["--data", "training rows"]),

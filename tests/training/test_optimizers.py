@@ -58,6 +58,8 @@ def test_it_goes_into_a_training():
     model = trainable()
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
     assert train(model, token_rows(), optimizers=(optimizer, None), max_steps=3).message == ""
+    unused = train(model, token_rows(), optimizers=(optimizer, None), max_steps=4, learning_rate=0.5)
+    assert unused.message == "learning_rate is not used: the optimizer has its own"
 
 
 def test_nothing_to_train():

@@ -37,8 +37,11 @@ def with_learning_rate(request: TrainRequest, objective: Objective) -> TrainRequ
     names = members if named else trained_names(model) if request.adapter is None else (request.adapter,)
     given = {name for name in names if named and "learning_rate" in members[name]}
     factors = {name: getattr(configs.get(name), "rate_factor", 1.0) for name in names if name not in given}
-    optimizer, *_ = request.arguments.get("optimizers") or (None,)  # which has a rate of its own
-    if "learning_rate" in request.arguments or optimizer is not None or not factors:
+    is_given = "learning_rate" in request.arguments
+    optimizer, *_ = request.arguments.get("optimizers") or (None,)
+    if optimizer is not None:
+        return replace(request, rate_reason="learning_rate is not used: the optimizer has its own" if is_given else "")
+    if is_given or not factors:
         return request
     usual, at = _of_lora(model)
     rates = {name: float(f"{factor * objective.rate_factor * usual:.1e}") for name, factor in factors.items()}
