@@ -24,6 +24,7 @@ from nbpeft.memory import measure
 from nbpeft.model.saving.merge_export import merge_to_folder
 from nbpeft.model.swapping.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from nbpeft.training import track
+from tests.closeness import assert_close
 from tests.pretend_gpu import pretended, waits
 from tests.tiny_models import llama
 
@@ -77,7 +78,7 @@ def pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[An
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours.detach().cpu(), theirs.detach(), rtol=1e-5, atol=1e-5)
+    assert_close(ours.detach().cpu(), theirs.detach(), depth=12)  # four layers, and their gradients
 
 
 def step(model: Any, ids: Tensor) -> list[Tensor]:
@@ -277,7 +278,8 @@ scenario(exchanged, "pool and hot-swap")
 def main() -> None:
     failures = {}
     torch.set_num_threads(1)
-    autograd._seeded = lambda device: True  # a CPU draws other dropout masks than a GPU: here it draws those of one
+    # A CPU draws other dropout masks than a GPU, and none for inputs that are small: here it computes as one.
+    autograd._seeded, autograd._is_small = (lambda device: True), (lambda x: False)
     for name, work in scenarios.items():
         warnings.simplefilter("ignore")
         try:

@@ -135,8 +135,10 @@ def pretended() -> Iterator[None]:
 
     replaced: Any = torch
     replaced.tensor, replaced.Generator = tensor, on_cpu
+    emptied, replaced.accelerator.empty_cache = torch.accelerator.empty_cache, lambda: None  # it has no allocator
     try:
         with _Mode():
             yield
     finally:
         replaced.tensor, replaced.Generator = made, generator
+        replaced.accelerator.empty_cache = emptied

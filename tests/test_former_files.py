@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nbpeft.model import PeftModel, get_peft_model_state_dict
 from nbpeft.runs.store import RunStore
 from tests.magics.notebook import Notebook
-from tests.runs.killed import rows, session_in
+from tests.runs.killed import session_in
 from tests.tiny_models import llama, logits
 
 FORMER = Path(__file__).parent / "former"
@@ -78,14 +78,6 @@ def test_runs_are_listed_and_their_adapters_load(runs: Path) -> None:
     assert "sql-1" in listed and "lora_alpha" in listed
     model = PeftModel.from_pretrained(llama(), runs / "sql-1" / "checkpoint-4" / "sql", "sql")
     assert list(model.peft_config) == ["sql"]
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_is_resumed(runs: Path) -> None:
-    result = session_in(runs).resume("orders-1", model=llama(), variable="model", data=rows())
-    state = result.training.state
-    assert (result.step, state.first_step, state.step, state.status) == (2, 2, 5, "finished")
-    assert [step for step, _ in state.history] == [1, 2, 3, 4, 5]
 
 
 def test_a_notebook_runs_again_and_its_saved_panel_needs_nothing_of_nbpeft(

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.real_model]
 
 
 ANSWER = """question = tokenizer("Order: Oslo needs 31 lamps.\\nCode:", return_tensors="pt")
-print(repr(tokenizer.decode(model.generate(**question, max_new_tokens=12, do_sample=False)[0])))"""
+print(model(**question).logits[0, -1].topk(4).values.tolist())"""
 
 
 def with_panel(folder: Path) -> tuple[Path, dict[str, int]]:

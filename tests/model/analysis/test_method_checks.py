@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -93,10 +94,10 @@ class AlwaysDrops(Pair):
 class KeepsAProduct(Pair):
     """Computes its product once, so that it stays with the parameters of before a swap."""
 
-    products: ClassVar[dict[int, Tensor]] = {}
+    products: ClassVar[WeakKeyDictionary[nn.Module, Tensor]] = WeakKeyDictionary()
 
     def forward(self, x: Tensor, base_output: Tensor, base: Any) -> Tensor:
-        kept = self.products.setdefault(self.pair_a.data_ptr(), self.delta_weight(x, base).detach())
+        kept = self.products.setdefault(self, self.delta_weight(x, base).detach())
         return x.to(kept.dtype) @ kept.T
 
 
