@@ -124,7 +124,7 @@ def pretended() -> Iterator[None]:
     """The device is there while the block runs."""
     if not hasattr(torch, NAME):
         backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Library())
-    made, generator = torch.tensor, torch.Generator
+    made, generator, empty_cache = torch.tensor, torch.Generator, torch.accelerator.empty_cache
 
     def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         found = made(*args, **kwargs)
@@ -135,10 +135,10 @@ def pretended() -> Iterator[None]:
 
     replaced: Any = torch
     replaced.tensor, replaced.Generator = tensor, on_cpu
-    emptied, replaced.accelerator.empty_cache = torch.accelerator.empty_cache, lambda: None  # it has no allocator
+    replaced.accelerator.empty_cache = lambda: None  # the device has no allocator to empty
     try:
         with _Mode():
             yield
     finally:
         replaced.tensor, replaced.Generator = made, generator
-        replaced.accelerator.empty_cache = emptied
+        replaced.accelerator.empty_cache = empty_cache

@@ -14,6 +14,7 @@ from tests.notebooks.support import NOTEBOOKS, shortened
 pytestmark = [pytest.mark.browser, pytest.mark.real_model]
 
 
+# Numbers, since after a short training the text may still be the base model's.
 ANSWER = """question = tokenizer("Order: Oslo needs 31 lamps.\\nCode:", return_tensors="pt")
 print(model(**question).logits[0, -1].topk(4).values.tolist())"""
 
