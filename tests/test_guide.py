@@ -20,7 +20,7 @@ import nbpeft
 from nbpeft.magics.lora import CELLS, SUBCOMMANDS
 from nbpeft.session.fields import _QUANTIZATION, Field
 from tests.benchmarks.harness import rows as benchmarks
-from tests.published import FENCE, HEADING, LINK, anchors, broken_links, prose_of, text_of
+from tests.published import FENCE, HEADING, LINK, broken_links, prose_of, text_of
 from tests.test_readme import SECTIONS as AS_PRINTED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,47 +30,6 @@ PAGES = [README, *sorted(GUIDE.glob("*.md"))]
 NOTEBOOKS = [*sorted(GUIDE.parent.glob("*.ipynb")), *sorted(GUIDE.parent.glob("gallery/*.ipynb"))]
 MOST_README_LINES = 200
 MOST_PAGE_LINES = 300
-
-FORMER_README = {
-    "nbpeft": "README.md#nbpeft",
-    "Two commands": "README.md#two-commands",
-    "Install": "install.md#install",
-    "Five lines": "README.md#quickstart-with-your-model",
-    "Five lines: the table of commands": "commands.md#commands",
-    "Nothing is lost": "commands.md#nothing-is-lost",
-    "In a script": "training.md#in-python",
-    "In a script: loops of your own": "training.md#in-a-loop-of-your-own",
-    "In a script: several values of a field": "training.md#several-values-side-by-side",
-    "In a script: the loss in chunks": "training.md#what-a-training-keeps-in-memory",
-    "In a script: Trainers": "training.md#with-a-trainer",
-    "On another machine": "several-cards.md#export-a-training-as-a-script",
-    "On several cards": "several-cards.md#several-processes-from-a-notebook",
-    "By the name `peft`": "coming-from-peft.md#by-the-name-peft",
-    "Serving what you trained": "serving.md#serving-what-you-trained",
-    "What works on what": "methods.md#methods",
-    "Every field of LoraConfig": "methods.md#every-field-of-loraconfig",
-    "Layers": "methods.md#layers",
-    "Before or after, never between": "files-and-security.md#a-command-works-completely-or-not-at-all",
-    "Folders of strangers": "files-and-security.md#folders-of-strangers",
-    "What works on what: weights": "methods.md#kinds-of-weights",
-    "QLoRA as measured": "quantization.md#merging",
-    "What it costs": "costs.md#what-it-costs",
-    "A training as a whole": "costs.md#a-training-as-a-whole",
-    "The misses": "costs.md#the-targets-that-were-missed",
-    "How it grows with the number of adapters and of modules": "costs.md#growth-with-adapters-and-modules",
-    "Will it fit?": "memory.md#will-it-fit",
-    "Forecast against measurement": "costs.md#forecast-and-measurement",
-    "Where PEFT goes wrong": "coming-from-peft.md#where-peft-goes-wrong-without-an-error",
-    "Notebooks": "index.md#notebooks",
-    "Limits": "limits.md#limits",
-    "Limits: what differs from PEFT": "coming-from-peft.md#what-differs-from-peft",
-    "Changes": "changes.md#changes",
-    "How it is made": "how-it-is-made.md#how-it-is-made",
-    "A new method or quantization": "writing-a-method.md#writing-a-method",
-    "Tests": "how-it-is-made.md#tests",
-    "Licence": "README.md#licence",
-}
-"""Headings, and paragraphs with a title, of the README when it had everything -> where they are now."""
 
 FORECASTS = ("quantization", "Memory")
 """The page and the section with a snippet whose output is the table beneath it."""
@@ -84,12 +43,6 @@ _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_is_short(page: Path) -> None:
     assert len(text_of(page).splitlines()) <= (MOST_README_LINES if page == README else MOST_PAGE_LINES)
-
-
-@pytest.mark.parametrize("heading", FORMER_README)
-def test_what_the_readme_had_has_a_place(heading: str) -> None:
-    page, _, anchor = FORMER_README[heading].partition("#")
-    assert anchor in anchors(README if page == README.name else GUIDE / page)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
