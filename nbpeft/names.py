@@ -45,13 +45,22 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "li
 """Optimizers that memory plans and completion offer; forecasts support more."""
 
 RENAMED = {
-    "batch": "batch_size",
-    "seq": "max_length",
-    "overwrite": "replace",
+    "base": ("include_base",),
+    "batch": ("batch_size",),
+    "batches": ("data",),
+    "only": ("held_out",),
+    "overwrite": ("replace",),
+    "rows": ("data",),
+    "safe": ("safe_merge",),
+    "seq": ("max_length",),
+}
+"""Former name of an argument or an option -> the names that it has now in one function or another, for messages."""
+
+RENAMED_FUNCTIONS = {
     "plan_memory": "plan",
     "set_scale": "scale",
 }
-"""Former name of an option or of a method of the session -> its name, for messages."""
+"""Former name of a function or of a method of the session -> its name, for messages."""
 
 BATCH_SIZE = 8
 """Default number of rows per step of a training, and so of a plan and a forecast; that of ``TrainingArguments``."""

@@ -88,8 +88,8 @@ def _with_options(said: str, names: Mapping[str, str]) -> str:
         name, value = found["given"], found["value"]
         if name is None:
             return names.get(found["alone"] or found["first"], found[0])
-        if value == "False" and f"no_{name}" in names:
-            return names[f"no_{name}"]
+        if value == "False" and names[name].startswith("--no-"):
+            return names[name]
         if value in ("…", "...", "True"):
             return names[name]
         return f"{names[name]} {quoted(value.strip(chr(39)))}"

@@ -325,7 +325,7 @@ def parse_line(
     return parse_arguments(subcommands[name], f"%lora {name}", words[1:], namespace)
 
 
-_MEANT = {"name": "adapter"} | {old: new.replace("_", "-") for old, new in RENAMED.items()}
+_MEANT = {"name": "adapter"} | {old: new[0].replace("_", "-") for old, new in RENAMED.items()}
 """Options of other commands, and former ones -> what they are called in this one, if it has no such option."""
 _COUNTS = ("limit", "max-rows", "max_rows", "num-rows", "num_rows")
 """Options of other tools for the number of rows."""

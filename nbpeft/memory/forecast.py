@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nbpeft._util.device_names import DEVICES, named, nearest
+from nbpeft._util.former_names import refusing_former_names
 from nbpeft.display.blocks import Block, Card, Table
 from nbpeft.display.shown import Shown
 from nbpeft.engine.contract.adapter import AdapterConfig
@@ -78,6 +79,7 @@ class Forecast(Shown):
         return Card(str(self), (Table(("Part", "Size", ""), rows, right=(1,)),))
 
 
+@refusing_former_names
 def forecast(
     model_or_config: Any,
     adapter_config: AdapterConfig | None = None,

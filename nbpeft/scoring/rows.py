@@ -128,7 +128,7 @@ def read_rows(
     usual_variables: Mapping[str, Any] | None = None,
     reasoning: str = "keep",
     classes: Classes | None = None,
-    only: Sequence[int] | HeldOut | None = None,
+    held_out: Sequence[int] | HeldOut | None = None,
 ) -> ScoredRows:
     """Reads rows as training does, and finds the reference of each.
 
@@ -145,7 +145,7 @@ def read_rows(
         usual_variables: those that are used by default, as far as the chat template has them.
         reasoning: ``drop`` removes the reasoning of the assistant from conversations, ``keep`` does not.
         classes: the classes of a classifier, if a training has named them; by default as in its config.
-        only: the numbers of the rows to score; None for all.
+        held_out: the numbers of the rows to score; None for all.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -161,7 +161,7 @@ def read_rows(
     values = list(itertools.islice(iter(opened), _STREAMED)) if is_stream(opened) else list(opened)
     if not values:
         raise TrainingError("The stream has no rows.")
-    wanted = range(len(values)) if only is None else _wanted(only, values, stream=is_stream(opened))
+    wanted = range(len(values)) if held_out is None else _wanted(held_out, values, stream=is_stream(opened))
     known = replace(reader.inputs, classes=inputs.classes)  # a trained head has its order of classes already
     reader = replace(reader, rows=values, skip_bad=skip_bad, inputs=known)
     variables = _variables(reader, chat_template_kwargs, usual_variables or {})
@@ -175,8 +175,8 @@ def read_rows(
     _check_tokens(model, rows, inputs)
     _check_metrics(metrics, rows)
     notes = []
-    if only is not None:
-        which = ", those that were held out from the training" if isinstance(only, HeldOut) else ""
+    if held_out is not None:
+        which = ", those that were held out from the training" if isinstance(held_out, HeldOut) else ""
         notes.append(f"{count(len(wanted))} of {plural(len(values), 'row')}{which}")
     elif is_stream(opened) and len(values) == _STREAMED:
         notes.append(f"these are the first {count(_STREAMED)} rows of a stream")
@@ -206,32 +206,32 @@ def _read(
     return rows, left_out
 
 
-def _wanted(only: Sequence[int] | HeldOut, values: Sequence[Any], *, stream: bool) -> set[int]:
+def _wanted(held_out: Sequence[int] | HeldOut, values: Sequence[Any], *, stream: bool) -> set[int]:
     """The numbers of the rows to score."""
     if stream:
-        raise ConfigError("only needs all rows, and these are a stream", field="only")
-    held_out = only if isinstance(only, HeldOut) else None
-    if held_out is not None and held_out.total != len(values):
+        raise ConfigError("held_out needs all rows, and these are a stream", field="held_out")
+    if isinstance(held_out, HeldOut) and held_out.total != len(values):
         raise ConfigError(
             f"the adapter was trained on {plural(held_out.total, 'row')}, and these are {count(len(values))}: its "
             "held-out rows are not known among them",
             field="held_out",
         )
-    numbers = _listed(only)
+    numbers = _listed(held_out)
     wrong = [number for number in numbers if not _is_number(number, len(values))]
     if wrong or not numbers:
         given = f"row {wrong[0]!r:.40}" if wrong else "no row"
-        raise ConfigError(f"only has {given}; the rows are 0 to {count(len(values) - 1)}", field="only")
+        raise ConfigError(f"held_out has {given}; the rows are 0 to {count(len(values) - 1)}", field="held_out")
     return {int(number) for number in numbers}
 
 
-def _listed(only: Any) -> list[Any]:
-    if isinstance(only, HeldOut):
-        return list(only.numbers)
-    try:
-        return list(only.tolist() if hasattr(only, "tolist") else only)  # arrays and tensors have no truth value
+def _listed(held_out: Any) -> list[Any]:
+    if isinstance(held_out, HeldOut):
+        return list(held_out.numbers)
+    try:  # arrays and tensors have no truth value
+        return list(held_out.tolist() if hasattr(held_out, "tolist") else held_out)
     except TypeError:
-        raise ConfigError(f"only must be numbers of rows in a list, not {with_article(only)}", field="only") from None
+        wrong = f"held_out must be numbers of rows in a list, not {with_article(held_out)}"
+        raise ConfigError(wrong, field="held_out") from None
 
 
 def _is_number(number: Any, total: int) -> bool:

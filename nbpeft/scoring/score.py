@@ -1,4 +1,4 @@
-"""``score(model, rows)``: rows are read, answered and compared with their references."""
+"""``score(model, data)``: rows are read, answered and compared with their references."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft._util.former_names import refusing_former_names
 from nbpeft.checkpoint import PromptFormat, common_format, prompt_format
 from nbpeft.display.numbers import plural
 from nbpeft.engine.tree.model_tree import manager_of
@@ -40,15 +41,16 @@ _ROWS_TOGETHER = (
 _GENERAL = Path(__file__).with_name("general_text.txt")
 
 
+@refusing_former_names
 def score(
     model: nn.Module,
-    rows: Any = None,
+    data: Any = None,
     *,
     metric: Any = None,
     tokenizer: Any = None,
     adapters: str | Sequence[str] | None = None,
-    base: bool = True,
-    only: Sequence[int] | HeldOut | None = None,
+    include_base: bool = True,
+    held_out: Sequence[int] | HeldOut | None = None,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -90,15 +92,15 @@ def score(
 
     Args:
         model: a model of transformers, with or without adapters.
-        rows: rows in every form that ``train`` takes, or where they are. The reference is the completion, or the last
+        data: rows in every form that ``train`` takes, or where they are. The reference is the completion, or the last
             turn of the assistant. ``choice`` needs ``choices``, and ``answer`` or a completion; ``regex`` takes a
             ``pattern`` of each row. With ``general`` they may be left out: the loss on the general text is then the
             score.
         metric: a metric, or several in a list; by default ``exact``, and ``accuracy`` for a classifier of texts.
         tokenizer: the tokenizer of the model; not needed for rows that are tokenized.
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
-        base: whether to score the base model, too.
-        only: numbers of the rows to score, 0 for the first, e.g. the ``held_out`` of a training's result; None for all.
+        include_base: whether to score the base model, too.
+        held_out: numbers of the rows to score, 0 for the first: the ``held_out`` of a training's result; None for all.
         max_new_tokens: limit of an answer; by default the longest reference, or 256 for metrics for which the
             reference may come later in the answer.
         batch_size: rows that are answered together by the base and all adapters; at least 8 by default.
@@ -138,12 +140,12 @@ def score(
         TrainingError: the rows cannot be read, or a metric fails on all rows of the first batch.
         AdapterError: there is no such adapter, or nothing to score.
     """
-    for argument, value in (("base", base), ("general", general), ("progress", progress)):
+    for argument, value in (("include_base", include_base), ("general", general), ("progress", progress)):
         check_bool(argument, value)
-    if rows is None:
-        if not general or only is not None:
-            raise ConfigError("rows are missing: pass rows with references, or general=True for a general text")
-        rows, general, metric = _general_rows(), False, "loss" if metric in (None, "exact", ["exact"]) else metric
+    if data is None:
+        if not general or held_out is not None:
+            raise ConfigError("data is missing: pass rows with references, or general=True for a general text")
+        data, general, metric = _general_rows(), False, "loss" if metric in (None, "exact", ["exact"]) else metric
     compared = AnswerSettings(strip, casefold, pattern, tolerance)
     settings = ScoreSettings(max_new_tokens, batch_size, seed, temperature, top_p)
     metrics = metrics_of(usual_metric(model) if metric is None else metric, compared)
@@ -152,14 +154,14 @@ def score(
         raise ConfigError(f"{given} is for metrics of answers: nothing is generated here", field=given)
     if max_new_tokens is not None and not any(item.needs == "answers" for item in metrics):
         raise ConfigError("max_new_tokens is for metrics of answers: nothing is generated here")
-    found, column_notes = columns_of(model, adapters, base, others=bool(folders))
+    found, column_notes = columns_of(model, adapters, include_base, others=bool(folders))
     found += folder_columns(folders, [column.title for column in found])
     reading: dict[str, Any] = {"separator": separator, "skip_bad": skip_bad, "max_length": max_length}
     form, form_notes = _trained_form(model, found, given_variables=bool(chat_template_kwargs))
     reading["usual_variables"] = chat_template_kwargs or form.variables
     reading["reasoning"] = "keep" if form.learns_reasoning else "drop"
-    own: dict[str, Any] = {"only": only, "columns": columns, "chat_template_kwargs": chat_template_kwargs}
-    read = read_rows(model, rows, metrics, tokenizer, **own, **reading)
+    own: dict[str, Any] = {"held_out": held_out, "columns": columns, "chat_template_kwargs": chat_template_kwargs}
+    read = read_rows(model, data, metrics, tokenizer, **own, **reading)
     state = Scoring(name, found, metrics, read, settings, [*column_notes, *form_notes, *read.notes])
     further = _elsewhere(model, state, also, general, tokenizer, reading)
     state.limit = limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)

@@ -84,14 +84,14 @@ class ScoreSettings:
 
 
 def columns_of(
-    model: nn.Module, adapters: Any, base: bool, *, others: bool = False
+    model: nn.Module, adapters: Any, include_base: bool, *, others: bool = False
 ) -> tuple[tuple[Column, ...], tuple[str, ...]]:
     """The columns that are scored.
 
     Args:
         model: the model, adapted or bare.
         adapters: names of adapters, ``a+b`` for the sum of two; ``base`` for the base model; None for all adapters.
-        base: whether the base model is scored.
+        include_base: whether the base model is scored.
         others: whether there are other columns than those of the model.
 
     Returns:
@@ -107,9 +107,9 @@ def columns_of(
     if manager is None:
         if given:
             raise AdapterError(f"the model has no adapters, so that {given[0]!r:.60} cannot be scored")
-        if not base and not others:
-            raise AdapterError("nothing to score: the model has no adapters, and base=False")
-        return (Column(BASE, as_it_is=True),) if base else (), ()
+        if not include_base and not others:
+            raise AdapterError("nothing to score: the model has no adapters, and include_base=False")
+        return (Column(BASE, as_it_is=True),) if include_base else (), ()
     if manager.merged:
         merged = "+".join(manager.merged)
         if given is not None and given != [merged]:
@@ -119,12 +119,12 @@ def columns_of(
     names = list(manager.names) if given is None else list(dict.fromkeys(given))
     if BASE in names and BASE not in manager.names:
         names.remove(BASE)
-        base = True
+        include_base = True
     found = [_column(manager, name) for name in names]
-    if base:
+    if include_base:
         found.insert(0, Column(BASE if BASE not in manager.names else f"({BASE})", row=BASE_NAME))
     if not found and not others:
-        raise AdapterError("nothing to score: no adapters, and base=False")
+        raise AdapterError("nothing to score: no adapters, and include_base=False")
     return tuple(found), ()
 
 

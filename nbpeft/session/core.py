@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from nbpeft._util.former_names import former_function, refusing_former_names
 from nbpeft.confidential import masked
 from nbpeft.errors import error_as_json
-from nbpeft.names import COMBINATION_TYPES, RENAMED
+from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.commands import (
     adapters,
     asking,
@@ -68,7 +69,7 @@ def _command(
         with self.context.deciding(), self.context.models.deciding():
             return function(self.context, *args, **kwargs)
 
-    return method
+    return refusing_former_names(method)
 
 
 def _unlocked(
@@ -80,7 +81,7 @@ def _unlocked(
     def method(self: Session, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         return function(self.context, *args, **kwargs)
 
-    return method
+    return refusing_former_names(method)
 
 
 class Session:
@@ -99,8 +100,8 @@ class Session:
     if not TYPE_CHECKING:  # a type checker would accept any name
 
         def __getattr__(self, name: str) -> Any:
-            renamed = f"; it is called {RENAMED[name]!r} now" if name in RENAMED else ""
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{renamed}")
+            message = f"{type(self).__name__!r} object has no attribute {name!r}{former_function(name)}"
+            raise AttributeError(message)
 
     # Adapters on a model
     add = _command(adapters.add)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft._util.former_names import refusing_former_names
 from nbpeft.checkpoint import NewFile, in_place_of
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import manager_of
@@ -69,6 +70,7 @@ class Shipment(AsDict):
         return sum(size for _, size in self.files)
 
 
+@refusing_former_names
 def ship(
     model: nn.Module,
     adapter: str | None = None,

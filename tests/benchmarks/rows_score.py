@@ -42,7 +42,7 @@ def _seconds(batch_size: int, tokens: int) -> Callable[[str, Size], Measure]:
             else:
                 score(model, rows, adapters=[], **given)
                 for adapter in _ADAPTERS:
-                    score(model, rows, adapters=adapter, base=False, **given)
+                    score(model, rows, adapters=adapter, include_base=False, **given)
             return time.process_time() - start
 
         return once

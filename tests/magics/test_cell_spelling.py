@@ -71,7 +71,7 @@ def test_messages(said: object, in_a_cell: object) -> None:
             "answers cut at 4 tokens (max_new_tokens): base 2",
             "answers cut at 4 tokens (--max-new-tokens): base 2",
         ),
-        ("score", "no adapters, and base=False", "no adapters, and --no-base"),
+        ("score", "no adapters, and include_base=False", "no adapters, and --no-base"),
         ("score", "general=True for a general text", "--general for a general text"),
         ("data", "preference tuning (objective='dpo')", "preference tuning (--objective dpo)"),
         ("ship", "give its name, e.g. base='gemma2:2b' (base=…)", "give its name, e.g. --base gemma2:2b (--base)"),

@@ -272,7 +272,7 @@ def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with torch.no_grad():
         model.manager.parameters("default")[0].fill_(float("nan"))
     with pytest.raises(MergeError, match="not finite"):
-        merge_to_folder(model, "default", tmp_path / "out", safe=True)
+        merge_to_folder(model, "default", tmp_path / "out", safe_merge=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -55,8 +55,8 @@ TOKENIZER = CharTokenizer()
 LIMIT = 12
 
 
-def scored(model: Any, rows: Any = ROWS, **options: Any) -> Any:
-    return score(model, rows, **{"tokenizer": TOKENIZER, "progress": False} | options)
+def scored(model: Any, data: Any = ROWS, **options: Any) -> Any:
+    return score(model, data, **{"tokenizer": TOKENIZER, "progress": False} | options)
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +146,11 @@ def test_a_merged_adapter_is_scored_alone() -> None:
 
 
 def test_the_base_may_be_named_like_an_adapter() -> None:
-    assert scored(adapted(), ROWS[:2], adapters=["sql", "base"], base=False, max_new_tokens=1).columns == (
+    assert scored(adapted(), ROWS[:2], adapters=["sql", "base"], include_base=False, max_new_tokens=1).columns == (
         "base",
         "sql",
     )
-    assert scored(adapted(), ROWS[:2], adapters="base", base=False, max_new_tokens=1).columns == ("base",)
+    assert scored(adapted(), ROWS[:2], adapters="base", include_base=False, max_new_tokens=1).columns == ("base",)
 
 
 def test_a_model_without_adapters_is_scored() -> None:
@@ -174,7 +174,7 @@ def loss_alone(model: Any, row: dict[str, str]) -> tuple[float, int]:
 
 def test_losses_equal_a_loop(many: Any) -> None:
     names = ("sql", "ia3", "prompt", "prefix")
-    result = scored(many, metric=["loss", "perplexity"], adapters=names, base=False, tokenizer=TOKENIZER)
+    result = scored(many, metric=["loss", "perplexity"], adapters=names, include_base=False, tokenizer=TOKENIZER)
     for name in names:
         many.set_adapter(name)
         found = [loss_alone(many, row) for row in ROWS]
@@ -191,7 +191,7 @@ def test_choices_equal_a_loop() -> None:
     model, options = adapted(), ["a", "bb", "c c c", "dd"]
     rows: list[Any] = [{"question": f"{number}?", "options": options, "key": number % 4} for number in range(8)]
     columns = {"prompt": "question", "choices": "options", "answer": "key"}
-    result = scored(model, rows, metric=["choice", "choice_norm"], adapters="sql", base=False, columns=columns)
+    result = scored(model, rows, metric=["choice", "choice_norm"], adapters="sql", include_base=False, columns=columns)
     model.set_adapter("sql")
     for item, row in zip(result.items, rows, strict=True):
         prompt = TOKENIZER(row["question"])["input_ids"]
@@ -246,7 +246,7 @@ def test_choices_equal_acc_and_acc_norm_of_lm_eval() -> None:
         for prompt, choices, gold in docs
     ]
     model = adapted()
-    result = scored(model, rows, metric=["choice", "choice_norm"], adapters="sql", base=False)
+    result = scored(model, rows, metric=["choice", "choice_norm"], adapters="sql", include_base=False)
     model.set_adapter("sql")
     acc, acc_norm = [], []
     for prompt, choices, gold in docs:
@@ -335,7 +335,7 @@ def test_every_form_of_rows_has_the_same_reference() -> None:
         {"instruction": "2+2", "output": " 4"},
         {"input_ids": [*text, *answer], "labels": [-100] * len(text) + answer},
     ):
-        result = scored(model, [row], tokenizer=tokenizer, max_new_tokens=2, adapters="sql", base=False)
+        result = scored(model, [row], tokenizer=tokenizer, max_new_tokens=2, adapters="sql", include_base=False)
         assert result.items[0].reference == " 4", row
         assert result.items[0].prompt.endswith("2+2") or "input_ids" in row
 
@@ -454,7 +454,7 @@ def test_answers_that_can_no_longer_become_right_are_cut_without_a_note(monkeypa
     monkeypatch.setattr("nbpeft.scoring.answers._MARGIN", 0)
     rows = [{"prompt": "0 is", "completion": "zz"}]
     for options, noted in (({}, False), ({"max_new_tokens": 2}, True), ({"metric": ["exact", "contains"]}, True)):
-        result = scored(adapted(), rows, adapters="sql", base=False, **options)
+        result = scored(adapted(), rows, adapters="sql", include_base=False, **options)
         assert result.items[0].cut == {"sql"} and "zz" not in result.items[0].answers["sql"]
         assert any(note.startswith("answers cut at") for note in result.notes) is noted, options
 
@@ -502,15 +502,15 @@ def test_a_stop_keeps_what_is_scored(how: str) -> None:
 
 @pytest.mark.parametrize("only", [[0, 3], (3, 0), range(0, 4, 3), np.array([0, 3]), torch.tensor([3, 0]), iter([0, 3])])
 def test_rows_are_picked_by_their_numbers(only: Any) -> None:
-    assert [item.number for item in scored(adapted(), metric="loss", only=only).items] == [0, 3]
+    assert [item.number for item in scored(adapted(), metric="loss", held_out=only).items] == [0, 3]
 
 
 @pytest.mark.parametrize(
     "only", [3, True, float("nan"), "0", [], [None], [-1], [len(ROWS)], [True], [1.5], torch.tensor(0), np.array([[0]])]
 )
 def test_rows_that_are_no_numbers_of_rows_are_refused_in_one_line(only: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^only (must be numbers of rows|has (no )?row)"):
-        scored(adapted(), metric="loss", only=only)
+    with pytest.raises(ConfigError, match=r"^held_out (must be numbers of rows|has (no )?row)"):
+        scored(adapted(), metric="loss", held_out=only)
 
 
 def test_a_metric_that_fails_on_some_rows_names_the_first() -> None:
@@ -544,7 +544,7 @@ def test_a_metric_that_fails_on_all_rows_ends_it_at_once() -> None:
     rows = [{"prompt": row["prompt"]} for row in ROWS]  # nothing to try it on
     calls.clear()
     with pytest.raises(TrainingError, match=r"fails at row .*: KeyError: 'target'.*all rows of the first batch"):
-        scored(model, rows=rows, metric=own, max_new_tokens=2, batch_size=2)
+        scored(model, data=rows, metric=own, max_new_tokens=2, batch_size=2)
     assert len(calls) == 2 * 3
     assert same_state(before[0], everything(model)[0]) and before[1:] == everything(model)[1:]
 
@@ -556,9 +556,9 @@ def test_a_metric_that_fails_on_all_rows_ends_it_at_once() -> None:
         ({"skip_bad": "yes"}, ConfigError, "skip_bad must be True or False, not 'yes'"),
         ({"strip": "no"}, ConfigError, "strip must be True or False"),
         ({"casefold": 1}, ConfigError, "casefold must be True or False"),
-        ({"base": "sql"}, ConfigError, "base must be True or False, not 'sql'"),
+        ({"include_base": "sql"}, ConfigError, "include_base must be True or False, not 'sql'"),
         ({"general": "no"}, ConfigError, "general must be True or False"),
-        ({"rows": None}, ConfigError, "rows are missing"),
+        ({"data": None}, ConfigError, "data is missing"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens must be"),
         ({"seed": -1}, ConfigError, "seed must be"),
         ({"temperature": -1}, ConfigError, "temperature must be"),
@@ -569,7 +569,7 @@ def test_a_metric_that_fails_on_all_rows_ends_it_at_once() -> None:
         ({"tokenizer": None}, ConfigError, "a tokenizer is needed to score answers"),
         ({"adapters": "sqll"}, AdapterError, "sqll"),
         ({"adapters": "sql+chatt"}, AdapterError, "chatt"),
-        ({"adapters": [], "base": False}, AdapterError, "nothing to score"),
+        ({"adapters": [], "include_base": False}, AdapterError, "nothing to score"),
         ({"adapters": 3}, AdapterError, "adapters must be names"),
         ({"columns": {"choices": "opts"}}, ConfigError, "the rows have no 'opts' for choices"),
         ({"columns": {"promt": "x"}}, TrainingError, "promt"),
@@ -579,7 +579,7 @@ def test_wrong_arguments_are_refused_before_anything_is_answered(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        scored(adapted(), **{"rows": ROWS} | options)
+        scored(adapted(), **{"data": ROWS} | options)
 
 
 @pytest.mark.parametrize("metric", ["exact", "loss"])
@@ -754,7 +754,7 @@ def test_rows_come_from_every_source_of_training(source: str, tmp_path: Path) ->
     else:
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
-    result = scored(adapted(), rows, max_new_tokens=2, adapters="sql", base=False)
+    result = scored(adapted(), rows, max_new_tokens=2, adapters="sql", include_base=False)
     assert [item.reference for item in result.items] == [row["completion"] for row in ROWS[:3]]
 
 

@@ -83,7 +83,7 @@ def scored(session: Session, rows: Any = ROWS, **options: Any) -> Any:
 def test_the_rows_that_were_held_out_are_scored_alone(session: Session) -> None:
     result = learn(session, ROWS, 0.3)
     assert len(result.held_out) == 4
-    found = scored(session, ROWS, adapters="sql", base=False)
+    found = scored(session, ROWS, adapters="sql", include_base=False)
     assert tuple(item.number for item in found.items) == result.held_out
     assert found.scores["sql"].value == pytest.approx(result.eval_loss, rel=1e-4)
     assert found.notes[0] == "4 of 12 rows, those that were held out from the training"

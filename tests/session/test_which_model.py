@@ -119,7 +119,7 @@ def test_the_only_model_with_an_adapter_of_that_name_is_meant(
 def test_a_plus_in_a_name_is_no_sum(session: Session, two: tuple[Any, Any]) -> None:
     session.copy("x", "a+b", model="first")
     rows = [{"prompt": "a", "completion": "b"}]
-    result = session.score(rows, adapters="a+b", base=False, metric="loss", tokenizer=CharTokenizer())
+    result = session.score(rows, adapters="a+b", include_base=False, metric="loss", tokenizer=CharTokenizer())
     assert result.columns == ("a+b",)
 
 

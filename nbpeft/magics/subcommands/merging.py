@@ -57,7 +57,9 @@ def merge(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if options.to is not None or options.calibrate is not None:
         keywords["tokenizer"] = notebook.tokenizer(options.tokenizer)
     model = notebook.chosen(options.model)
-    return notebook.session.merge(options.names or None, model=model, safe=options.safe, to=options.to, **keywords)
+    return notebook.session.merge(
+        options.names or None, model=model, safe_merge=options.safe, to=options.to, **keywords
+    )
 
 
 session_command("unmerge", "Restore the base weights, bit for bit.", ON_MODEL)
@@ -77,7 +79,7 @@ def unload(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if chosen in notebook.session.past_names:
         return notebook.session.discard(chosen)
     handle = notebook.session.model(chosen, command="unload")
-    result = notebook.session.unload(merge=options.merge, model=handle, safe=options.safe)
+    result = notebook.session.unload(merge=options.merge, model=handle, safe_merge=options.safe)
     notebook.replace(handle, result.base)
     result.release()
     notebook.forget(handle)

@@ -69,7 +69,7 @@ from nbpeft.names import METRICS
         completes="path",
         help="folders of saved adapters to score too; runs/*/adapter matches several. They do not stay on the model",
     ),
-    argument("--no-base", action="store_true", help="leave the base model out"),
+    argument("--no-base", dest="include_base", action="store_false", help="leave the base model out"),
     argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
     answer_limit(
         None,
@@ -116,7 +116,7 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
             rows,
             metric=metrics,
             adapters=options.names or None,
-            base=not options.no_base,
+            include_base=options.include_base,
             held_out=options.held_out,
             strip=options.strip,
             casefold=options.casefold,

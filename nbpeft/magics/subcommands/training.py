@@ -173,7 +173,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         action="store_true",
         help="start from the adapter's initial weights; in a sweep its adapters do, and this adapter is not changed",
     ),
-    argument("--no-keep", action="store_true", help="store no run folder on disk"),
+    argument("--no-keep", dest="keep", action="store_false", help="store no run folder on disk"),
     REPLACE,
     TRACK,
     argument(
@@ -224,7 +224,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
             tokenizer=tokenizer,
             adapter=options.adapter,
             background=options.background,
-            keep=not options.no_keep,
+            keep=options.keep,
             restart=options.restart,
             source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
             data_hint=f"{_data_command(options, arguments, data)} shows them",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft._util.former_names import refusing_former_names
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.kernels.rounding import HasGrid, round_with_feedback, share_lost
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -55,14 +56,15 @@ class CalibratedMerge(AsDict):
         )
 
 
+@refusing_former_names
 def merge_calibrated(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    data: Iterable[Mapping[str, Tensor]],
     adapter_names: str | Sequence[str] | None = None,
     *,
     safe_merge: bool = False,
 ) -> CalibratedMerge:
-    """Merges adapters into a model with quantized weights, and preserves their effect on data like the given batches.
+    """Merges adapters into a model with quantized weights, and preserves their effect on data like the given.
 
     ``merge_adapter`` rounds each merged value to the nearest quantization level. That is often the level it had before,
     so that the update is lost. Here rounding errors in the columns of a weight compensate each other for the inputs
@@ -73,7 +75,7 @@ def merge_calibrated(
 
     Args:
         model: an adapted model with linear layers in 4 or 8 bits.
-        batches: keyword arguments of the model's forward, one mapping per batch; some hundred rows of the training
+        data: keyword arguments of the model's forward, one mapping per batch; some hundred rows of the training
             data. They are stored in a list, because layers whose inputs do not fit into 1 GiB need another pass.
         adapter_names: adapters to merge; None for the active ones.
         safe_merge: raise an error if a merged weight would not be finite.
@@ -100,7 +102,7 @@ def merge_calibrated(
     layers = {path: layer for path, layer in manager.layers.items() if path in deltas and _has_known_grid(layer)}
     if not layers:
         raise MergeError(_NO_GRID)
-    rows, rounded, lost = list(batches), {}, {}
+    rows, rounded, lost = list(data), {}, {}
     for group in _groups(layers):
         for path, gram in _grams(manager, names, group, rows).items():
             check_interrupt()

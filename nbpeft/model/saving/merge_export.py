@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
+from nbpeft._util.former_names import refusing_former_names
 from nbpeft.checkpoint import NewFile, TensorSpec
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import rounds
@@ -143,6 +144,7 @@ class MergedFolder(AsDict):
         return line if self.errors is None else f"{line}; {self.errors}"
 
 
+@refusing_former_names
 def merge_to_folder(
     model: nn.Module | str | os.PathLike[str],
     adapter: str | os.PathLike[str] | Sequence[str] | None,
@@ -153,7 +155,7 @@ def merge_to_folder(
     tokenizer: Any = None,
     max_shard_bytes: int = SHARD_BYTES,
     measure_errors: bool = True,
-    safe: bool = False,
+    safe_merge: bool = False,
     replace: bool = False,
 ) -> MergedFolder:
     """Writes the base model with adapters merged into its weights to a folder. The model itself is not changed.
@@ -170,7 +172,7 @@ def merge_to_folder(
         tokenizer: tokenizer to save; by default the files of the base's folder are copied, if it has any.
         max_shard_bytes: largest size of a file in bytes; ignored for a base from files, whose sharding is preserved.
         measure_errors: measure the merge errors.
-        safe: raise an error for a weight that is not finite.
+        safe_merge: raise an error for a weight that is not finite.
         replace: replace a folder of files by the merged model, once that is complete.
 
     Returns:
@@ -195,7 +197,7 @@ def merge_to_folder(
             stacklevel=2,
         )
     wanted = wanted or plan.dtype
-    merger = _Merger(deltas, weights, wanted, measure_errors, safe)
+    merger = _Merger(deltas, weights, wanted, measure_errors, safe_merge)
     shards = weights.shards([merger.spec(spec) for spec in weights.specs], max_shard_bytes)
     stored = merger.dtype_name
     target = Path(os.path.expanduser(os.fspath(folder)))

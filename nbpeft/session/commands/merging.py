@@ -26,7 +26,7 @@ def merge(
     names: str | Sequence[str] | None = None,
     *,
     model: ModelLike = None,
-    safe: bool = False,
+    safe_merge: bool = False,
     to: str | os.PathLike[str] | None = None,
     calibrate: Any = None,
     tokenizer: Any = None,
@@ -38,7 +38,7 @@ def merge(
     Args:
         names: names of the adapters; None for the active ones.
         model: an adapted model.
-        safe: raise an error if a merged weight would not be finite.
+        safe_merge: raise an error if a merged weight would not be finite.
         to: write a merged full-precision copy into this folder instead of changing the model.
         calibrate: rows of the training data, in any form that ``train`` accepts, of which the first 128 are used: 4-bit
             and 8-bit weights are rounded so that the adapters' effect on these rows is preserved, see
@@ -69,13 +69,13 @@ def merge(
     with ctx.command("merging", slow=True) as notes:
         if folder is not None:
             how = copying | ({} if tokenizer is None else {"tokenizer": tokenizer})
-            written = merge_to_folder(manager.model, chosen, folder, safe=safe, **how)
+            written = merge_to_folder(manager.model, chosen, folder, safe_merge=safe_merge, **how)
             return MergedCopy(tracked.name, written, notes=tuple(notes))
         if calibrate is not None:
-            notes = _merge_calibrated(ctx, manager, chosen, calibrate, tokenizer, columns, safe=safe)
+            notes = _merge_calibrated(ctx, manager, chosen, calibrate, tokenizer, columns, safe_merge=safe_merge)
         else:
             note = _requantizing_note(manager, chosen)
-            manager.merge(chosen, safe=safe)
+            manager.merge(chosen, safe=safe_merge)
             notes += [note] if note else []
         return ctx.result(tracked, f"merged {', '.join(map(repr, manager.merged))} into {tracked.name}", notes)
 
@@ -95,7 +95,9 @@ def unmerge(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
         return ctx.result(tracked, f"unmerged {', '.join(map(repr, merged))}: the base weights are back", notes)
 
 
-def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None, safe: bool = False) -> UnloadResult:
+def unload(
+    ctx: SessionContext, *, merge: bool = False, model: ModelLike = None, safe_merge: bool = False
+) -> UnloadResult:
     """Unload all adapters and remove the model from the session; its PeftModels are unusable afterwards.
 
     ``undo`` restores adapters that were trained and not saved, unless some were merged.
@@ -103,14 +105,14 @@ def unload(ctx: SessionContext, *, merge: bool = False, model: ModelLike = None,
     Args:
         merge: merge the active adapters into the base weights first.
         model: an adapted model.
-        safe: with ``merge``, raise an error if a merged weight would not be finite.
+        safe_merge: with ``merge``, raise an error if a merged weight would not be finite.
     """
     tracked = ctx.models.get(model, command="unload")
     with ctx.command("unloading", slow=True) as notes:
         names = tracked.manager.names
         past = ctx.variables.unsaved_of(tracked)
         with HeldInterrupts():
-            base = tracked.manager.unload(merge=merge, safe=safe)
+            base = tracked.manager.unload(merge=merge, safe=safe_merge)
             ctx.models.remove(tracked)
             if past.adapters and not merge:
                 notes += [older.dropped_words for older in ctx.history.add_model(past)]
@@ -143,7 +145,7 @@ def _merge_calibrated(
     tokenizer: Any,
     columns: Mapping[str, str] | None,
     *,
-    safe: bool,
+    safe_merge: bool,
 ) -> list[str]:
     """Merge, and return notes about unused parts of the rows and the remaining error."""
     from nbpeft.model import merge_calibrated
@@ -151,5 +153,5 @@ def _merge_calibrated(
 
     reader = ctx.tokenizers.get(manager.model) if tokenizer is None else tokenizer
     first = first_rows(manager.model, rows, rows=_CALIBRATION_ROWS, tokenizer=reader, columns=columns, loss=False)
-    left = merge_calibrated(manager.model, first.batches(labels=False), names, safe_merge=safe)
+    left = merge_calibrated(manager.model, first.batches(labels=False), names, safe_merge=safe_merge)
     return [*first.notes(loss=False), str(left)]

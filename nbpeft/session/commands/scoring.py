@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 def score(
     ctx: SessionContext,
     /,
-    rows: Any = None,
+    data: Any = None,
     *,
     metric: Any = None,
     adapters: Any = None,
-    base: bool = True,
+    include_base: bool = True,
     held_out: bool = False,
     tokenizer: Any = None,
     on_progress: Callable[[ScoreResult], object] | None = None,
@@ -40,12 +40,12 @@ def score(
     steps. After an interruption the result has the status ``stopped`` and the items so far.
 
     Args:
-        rows: rows in every form that ``train`` takes, or where they are; None with ``general``.
+        data: rows in every form that ``train`` takes, or where they are; None with ``general``.
         metric: name of a metric, a function ``(answer, row) -> bool | float``, or several in a list; None for
             ``exact``, and ``accuracy`` for a classifier of texts.
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
-        base: whether to score the base model, too.
-        held_out: score only the rows of ``rows`` that were held out from the trainings of all these adapters.
+        include_base: whether to score the base model, too.
+        held_out: score only the rows of ``data`` that were held out from the trainings of all these adapters.
         tokenizer: the model's tokenizer; the last one given if None.
         on_progress: called with the result so far, several times per second.
         on_control: called with the control on which a stop can be requested from any thread.
@@ -71,14 +71,14 @@ def score(
         if on_control is not None:
             on_control(control)
         if held_out:
-            options["only"] = _held_out(tracked, names)
+            options["held_out"] = _held_out(tracked, names)
         result = score_rows(
             tracked.model,
-            rows,
+            data,
             metric=metric,
             tokenizer=chosen,
             adapters=names,
-            base=base,
+            include_base=include_base,
             on_progress=on_progress,
             should_stop=control.wait_or_stop,
             progress=False,

@@ -52,7 +52,7 @@ def test_the_scores_are_those_of_the_model_at_that_time_and_change_nothing() -> 
     assert result.state.series["learning rate"] == expected.state.series["learning rate"]
     curve = dict(result.state.metric_history["exact"])
     assert list(curve) == [2, 4, 6]
-    after = score(watched, HELD_OUT, metric=["loss", "exact"], tokenizer=TOKENIZER, base=False, progress=False)
+    after = score(watched, HELD_OUT, metric=["loss", "exact"], tokenizer=TOKENIZER, include_base=False, progress=False)
     assert result.state.metrics["exact"] == curve[6] == after.by("exact").scores["default"].value
     losses = dict(result.state.eval_history)
     assert list(losses) == [2, 4, 6]
