@@ -187,8 +187,7 @@ from .scoring.score import score as score
 from .session import Session as Session
 from .session import get_session as get_session
 from .session import runs_folder as runs_folder
-from .session import session as session
-from .session import track as track
+from .session import start_run as start_run
 from .shipping import Shipment as Shipment
 from .shipping import ship as ship
 from .state import AdapterState as AdapterState

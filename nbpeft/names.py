@@ -45,9 +45,11 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "li
 """Optimizers that memory plans and completion offer; forecasts support more."""
 
 RENAMED = {
+    "as_name": ("name",),
     "base": ("include_base",),
     "batch": ("batch_size",),
     "batches": ("data",),
+    "go_on": ("follow_up",),
     "only": ("held_out",),
     "overwrite": ("replace",),
     "rows": ("data",),
@@ -59,6 +61,8 @@ RENAMED = {
 RENAMED_FUNCTIONS = {
     "plan_memory": "plan",
     "set_scale": "scale",
+    "track": "start_run",
+    "watch": "register",
 }
 """Former name of a function or of a method of the session -> its name, for messages."""
 

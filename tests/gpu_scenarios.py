@@ -23,7 +23,7 @@ from nbpeft.engine.methods.lora import autograd
 from nbpeft.memory import measure
 from nbpeft.model.saving.merge_export import merge_to_folder
 from nbpeft.model.swapping.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from nbpeft.training import track
+from nbpeft.training import start_run
 from tests.closeness import assert_close
 from tests.pretend_gpu import pretended, waits
 from tests.tiny_models import llama
@@ -217,7 +217,7 @@ def moved_while_watched() -> None:
     """A run begins before the Trainer brings the model to the GPU, where weights are looked at again."""
     for rate, message in ((0.1, ""), (0.0, "No weight of adapter 'default' has changed in 3 steps")):
         model = adapted_llama()
-        with track(model, total_steps=3) as run:
+        with start_run(model, total_steps=3) as run:
             # Parameters of this device cannot be moved as CUDA's are; what was noted of them can.
             check: Any = run._check
             check._before = {name: sample.cpu() for name, sample in check._before.items()}

@@ -312,13 +312,13 @@ STEPS: tuple[dict[str, tuple[str, set[str]]], ...] = (
     {
         "the package": ("import nbpeft\ndir(nbpeft)", set()),
         "the examples": ("import nbpeft.examples as e\ne.prompted(e.records(4, 4)[1], e.dates()[0])", set()),
-        "the session": ("import nbpeft.session\nnbpeft.session().state\nnbpeft.NbpeftError", set()),
+        "the session": ("import nbpeft.session\nnbpeft.get_session().state\nnbpeft.NbpeftError", set()),
         "the extension and its completion": (COMPLETE, {"IPython", "numpy"}),
     },
     {
         "the engine": ("import nbpeft.engine.runtime.manager", {"torch", "numpy"}),
         "the backends, asked about a layer": (MATCH, {"torch", "numpy"}),
-        "tracking a loop": ("from nbpeft.training import RunControl, track", {"torch", "numpy", "safetensors"}),
+        "tracking a loop": ("from nbpeft.training import RunControl, start_run", {"torch", "numpy", "safetensors"}),
     },
 )
 

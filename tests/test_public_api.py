@@ -136,16 +136,16 @@ def test_errors_can_be_pickled() -> None:
     assert str(error) == "wrong"
 
 
-def test_there_is_one_session_under_both_spellings() -> None:
+def test_there_is_one_session() -> None:
     code = (
         "import nbpeft\n"
         "first = nbpeft.get_session()\n"
-        "assert first is nbpeft.session()\n"
-        "from nbpeft.session import Session, session\n"
-        "from nbpeft import get_session, session as third\n"
+        "assert first is nbpeft.get_session()\n"
+        "from nbpeft.session import Session, get_session as second\n"
+        "from nbpeft import get_session\n"
         "import nbpeft.session\n"
         "assert isinstance(first, Session)\n"
-        "assert first is session() is third() is nbpeft.session() is get_session() is nbpeft.get_session()\n"
+        "assert first is second() is get_session() is nbpeft.get_session()\n"
         "print('same')"
     )
     assert python(code) == "same"

@@ -157,7 +157,7 @@ class NotebookContext:
         if model is None and len(names) > 1:
             raise which_model(names, command)
         chosen = model if is_module(model) else self.session.model(model, command=command)
-        return self.session.watch(chosen, name=name)
+        return self.session.register(chosen, name=name)
 
     def chosen(self, name: str | None) -> Any:
         """Return the model of a command as the session takes it.

@@ -12,7 +12,7 @@ from nbpeft.engine.tree.model_tree import manager_of
 class AdamssAsaCallback(TrainerCallback):
     """Reports optimizer steps to the adapters of a model, for Trainers that nbpeft does not patch.
 
-    ``nbpeft.Trainer``, ``nbpeft.train`` and ``track()`` report the steps themselves; a second report has no effect.
+    ``nbpeft.Trainer``, ``nbpeft.train`` and ``start_run()`` report the steps themselves; a second report has no effect.
     """
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

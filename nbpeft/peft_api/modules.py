@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nbpeft._util.former_names import former_function
 from nbpeft.names import PEFT_VERSION
 
 _PACKAGE = __name__.partition(".")[0]
@@ -135,7 +136,7 @@ def attribute(module: str, name: str) -> Any:
     try:
         return value(place, name)
     except KeyError:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{former_function(name)}") from None
 
 
 def add_import_paths() -> None:

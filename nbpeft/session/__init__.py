@@ -42,8 +42,6 @@ Files:
 from __future__ import annotations
 
 import os
-import sys
-import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +95,7 @@ __all__ = [
     "close_session",
     "get_session",
     "runs_folder",
-    "session",
-    "track",
+    "start_run",
 ]
 
 _session: Session | None = None
@@ -112,13 +109,9 @@ def get_session() -> Session:
     return _session
 
 
-session = get_session
-"""Former name of ``get_session``."""
-
-
-def track(model: Any = None, total_steps: int | None = None, **options: Any) -> Run:
-    """Create a run for a custom training loop, through the session; see ``Session.track``."""
-    return get_session().track(model, total_steps, **options)
+def start_run(model: Any = None, total_steps: int | None = None, **options: Any) -> Run:
+    """Create a run for a custom training loop, through the session; see ``Session.start_run``."""
+    return get_session().start_run(model, total_steps, **options)
 
 
 def runs_folder(folder: str | os.PathLike[str] | None = None) -> Path | None:
@@ -132,13 +125,3 @@ def close_session() -> None:
     if _session is not None:
         _session.close()
     _session = None
-
-
-class _CallableModule(types.ModuleType):
-    """Supports the former spelling ``nbpeft.session()``, because the import system binds that name to this package."""
-
-    def __call__(self) -> Session:
-        return get_session()
-
-
-sys.modules[__name__].__class__ = _CallableModule

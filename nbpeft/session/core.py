@@ -146,7 +146,7 @@ class Session:
     # Training
     data = _unlocked(data.data)
     train = _unlocked(training.train)
-    track = _unlocked(training.track)
+    start_run = _unlocked(training.start_run)
     result = _unlocked(training.result)
     stop = _unlocked(running.stop)
     clone = _unlocked(running.clone)
@@ -258,8 +258,8 @@ class Session:
         base: nn.Module = self.context.models.get(model).manager.model
         return base
 
-    def watch(self, model: nn.Module, *, name: str | None = None) -> str:
-        """Track a model that was adapted without the session, and return its name.
+    def register(self, model: nn.Module, *, name: str | None = None) -> str:
+        """Register a model that was adapted without the session, and return its name.
 
         Args:
             model: the adapted model.

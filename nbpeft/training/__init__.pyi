@@ -15,7 +15,7 @@ from .monitor.callback import RunCallback as RunCallback
 from .monitor.control import RunControl as RunControl
 from .monitor.result import TrainResult as TrainResult
 from .monitor.run import Run as Run
-from .monitor.run import track as track
+from .monitor.run import start_run as start_run
 from .script import export_script as export_script
 from .script import unfinished_run as unfinished_run
 from .sweep.result import SweepResult as SweepResult

@@ -124,7 +124,7 @@ class BlendPanel(AnswerPanel):
         options: dict[str, Any] = {"rank": parts.rank} if parts.type == EXACT else {"density": parts.density}
         self._halt()
         self._worker.wait(5.0)
-        combined = self._session.combine(weights, as_name=name, type=parts.type, seed=SEED, model=self._name, **options)
+        combined = self._session.combine(weights, name=name, type=parts.type, seed=SEED, model=self._name, **options)
         return str(combined)
 
 

@@ -17,7 +17,7 @@ from nbpeft.session import Session
 
 def methods() -> Iterator[tuple[str, Callable[..., Any]]]:
     for name, method in inspect.getmembers(Session, inspect.isfunction):
-        if not name.startswith("_"):
+        if hasattr(method, "__wrapped__"):
             yield f"Session.{name}", method
 
 

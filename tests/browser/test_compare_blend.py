@@ -29,7 +29,7 @@ from nbpeft.widgets import BlendPanel, ComparePanel
 from tests.widgets.answering import ANSWERS, BLENDED, AnsweringSession
 ANSWERS['strict'] = BLENDED
 session = AnsweringSession(pause=0.05)
-session.combine({'orders': 1}, as_name='strict', type='exact', seed=0, model='model')
+session.combine({'orders': 1}, name='strict', type='exact', seed=0, model='model')
 asked = 'Order: Ana from Lima needs 12 chairs.'
 """
 

@@ -44,11 +44,11 @@ learning_rate = 1e-3
 logging_steps = 1
 """
 LOOP = """\
-from nbpeft import track
+from nbpeft import start_run
 
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 batch = torch.tensor([row["input_ids"] for row in rows])
-with track(model, total_steps=5000) as run:
+with start_run(model, total_steps=5000) as run:
     for step in range(5000):
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -164,7 +164,7 @@ slow = [Slow()]
 SLOW_TRAIN = f"{TRAIN}callbacks = slow\n"
 QUEUED = "print('QUEUED CELL RAN')"
 LAST = """\
-result = nbpeft.session().last_result
+result = nbpeft.get_session().last_result
 print("last", result.status, result.steps, result.state.status)
 """
 

@@ -34,7 +34,7 @@ learning_rate = sweep(1e-4, 1e-3, 1e-2)
 
 
 AFTER = """\
-{member.name: (member.status, member.step < 20000) for member in nbpeft.session().last_result.state.members}
+{member.name: (member.status, member.step < 20000) for member in nbpeft.get_session().last_result.state.members}
 """
 
 

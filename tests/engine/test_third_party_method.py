@@ -139,7 +139,7 @@ with model.use("twin"), torch.no_grad():
 model.set_adapter("default")
 model.train()
 optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-with nbpeft.track(model, total_steps=2) as run:
+with nbpeft.start_run(model, total_steps=2) as run:
     for _ in range(2):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

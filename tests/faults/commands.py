@@ -172,7 +172,7 @@ def undoable(take: Callable[[Session], object], first: Callable[[str], Stage] = 
 def session_of(stage: Stage) -> Session:
     """A session that knows the model and what became of its adapters before."""
     session = Session()
-    session.watch(stage.model, name="model")
+    session.register(stage.model, name="model")
     manager = stage.model.manager
     with manager.transaction(quiet=True) as change:
         for past in stage.past:
@@ -351,7 +351,7 @@ COMMANDS: dict[str, Command] = {
     "session keep weights": Command(adapted, lambda s: session_of(s).add("model", config(2, lora_alpha=9), name="a")),
     "session load": Command(adapted, lambda s: session_of(s).load(saved()["b"], name="a", replace=True)),
     "session swap": Command(adapted, lambda s: session_of(s).swap(saved()["b2"], into="b", replace=True)),
-    "session combine": Command(adapted, lambda s: session_of(s).combine({"b": 1.0}, as_name="a", replace=True)),
+    "session combine": Command(adapted, lambda s: session_of(s).combine({"b": 1.0}, name="a", replace=True)),
     "undo delete": Command(undoable(lambda session: session.delete("a")), lambda s: session_of(s).undo()),
     "undo delete copies": Command(undoable(lambda session: session.delete("whole")), lambda s: session_of(s).undo()),
     "undo reconfigure": Command(

@@ -80,7 +80,7 @@ def test_a_run_interrupted_as_it_ends_has_ended() -> None:
 def test_a_session_has_no_run_after_an_interruption_before_it_ends() -> None:
     session, code = Session(), Run.__exit__.__code__
     model = trainable()
-    session.watch(model, name="model")
+    session.register(model, name="model")
     line = min(line for _, _, line in code.co_lines() if line is not None and line > code.co_firstlineno)
     options: dict[str, Any] = {"max_steps": 1, "keep": False}
     with pytest.raises(KeyboardInterrupt), interrupted_at((code.co_filename, line, 1)):

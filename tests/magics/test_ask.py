@@ -75,11 +75,11 @@ def test_a_seed_repeats_an_answer_and_the_notebooks_numbers_go_on(ready: Noteboo
 
 def test_a_conversation_goes_on_or_begins_anew(ready: Notebook) -> None:
     first = ready.do('%lora ask "Hi" --max-new-tokens 4')
-    assert ready.do('%lora ask "Why" --continue --max-new-tokens 4').turns == (("Hi", first.text),)
+    assert ready.do('%lora ask "Why" --follow-up --max-new-tokens 4').turns == (("Hi", first.text),)
     assert ready.do('%lora ask "Hi" --new --max-new-tokens 4').turns == ()
-    refused = ready.run('%lora ask "Hi" --continue --tokenizer plain')
+    refused = ready.run('%lora ask "Hi" --follow-up --tokenizer plain')
     assert refused.line == "a conversation needs the chat template, which is not applied here: start a new one"
-    assert ready.run('%lora ask "Hi" --continue --new').line == "--continue and --new exclude each other"
+    assert ready.run('%lora ask "Hi" --follow-up --new').line == "--follow-up and --new exclude each other"
 
 
 def test_mistakes_are_one_line(ready: Notebook) -> None:

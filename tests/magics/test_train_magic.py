@@ -186,7 +186,7 @@ def test_tracking_a_loop(ready: Notebook) -> None:
     ready.do(
         "import torch, nbpeft\n"
         "optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)\n"
-        "with nbpeft.track(model, total_steps=2) as run:\n"
+        "with nbpeft.start_run(model, total_steps=2) as run:\n"
         "    for row in rows[:2]:\n"
         "        ids = torch.tensor([row['input_ids']])\n"
         "        loss = model(input_ids=ids, labels=ids).loss\n"
@@ -308,7 +308,7 @@ def test_an_interrupted_command_is_one_line(ready: Notebook, monkeypatch: pytest
 def test_an_interruption_of_the_session_is_one_line_too(ready: Notebook) -> None:
     ready["callbacks"] = [At(1, interrupt)]
     outcome = ready.run(
-        "import nbpeft\nresult = nbpeft.session().train(model, rows, max_steps=3, callbacks=callbacks)\nafter = 1"
+        "import nbpeft\nresult = nbpeft.get_session().train(model, rows, max_steps=3, callbacks=callbacks)\nafter = 1"
     )
     assert isinstance(outcome.error, KeyboardInterrupt)
     assert "Traceback" not in outcome.printed + outcome.complained

@@ -67,7 +67,7 @@ def test_a_seed_repeats_an_answer(session: Session, model: Any) -> None:
 def test_a_conversation_goes_on(session: Session, model: Any) -> None:
     chatting = CharTokenizer("yes")
     first = ask(session, "Hi", tokenizer=chatting)
-    second = ask(session, "Why", tokenizer=chatting, go_on=True)
+    second = ask(session, "Why", tokenizer=chatting, follow_up=True)
     assert second.turns == (("Hi", first.text),)
     whole = [
         {"role": "user", "content": "Hi"},
@@ -75,12 +75,12 @@ def test_a_conversation_goes_on(session: Session, model: Any) -> None:
         {"role": "user", "content": "Why"},
     ]
     assert second.text == session.ask(whole, max_new_tokens=10).text
-    assert ask(session, "Hi", tokenizer=chatting).text == first.text, "without go_on it begins anew"
-    assert ask(session, "And", tokenizer=chatting, go_on=True).turns == (("Hi", first.text),)
+    assert ask(session, "Hi", tokenizer=chatting).text == first.text, "without follow_up it begins anew"
+    assert ask(session, "And", tokenizer=chatting, follow_up=True).turns == (("Hi", first.text),)
     with pytest.raises(AdapterError, match="no conversation with base to continue yet"):
-        ask(session, "Hi", tokenizer=chatting, adapter="base", go_on=True)
+        ask(session, "Hi", tokenizer=chatting, adapter="base", follow_up=True)
     with pytest.raises(AdapterError, match="needs the chat template, which is not applied here: start a new one"):
-        ask(session, "Hi", go_on=True)
+        ask(session, "Hi", follow_up=True)
 
 
 def test_each_column_of_a_comparison_goes_on_with_its_own_conversation(session: Session, model: Any) -> None:
@@ -93,7 +93,7 @@ def test_each_column_of_a_comparison_goes_on_with_its_own_conversation(session: 
         assert column.turns == (("Hi", before.answers[0].text),)
     for name in ("base", "orders", "pirate"):
         ask(session, "Hi", tokenizer=chatting, adapter=name)
-        assert second.answers[name] == (ask(session, "Why", tokenizer=chatting, adapter=name, go_on=True).text,)
+        assert second.answers[name] == (ask(session, "Why", tokenizer=chatting, adapter=name, follow_up=True).text,)
     third = session.compare("So", adapters=["orders"], max_new_tokens=10, after=second)
     assert [len(column.turns) for column in third.columns] == [2, 2]
     assert third._repr_html_().count("Why") == 1

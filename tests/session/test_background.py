@@ -216,7 +216,7 @@ def test_what_would_disturb_it_is_refused_at_once(session: Session, model: Any) 
         lambda: session.unload(),
         lambda: session.add(model, {"r": 2, "target_modules": ["q_proj"]}, name="b"),
         lambda: session.train(model, ROWS, max_steps=1),
-        lambda: session.track(model),
+        lambda: session.start_run(model),
         lambda: session.try_combination({"sql": 0.5}, "Ana", tokenizer=CharTokenizer()),
         lambda: session.swap("somewhere"),
         lambda: model.set_adapter("sql"),

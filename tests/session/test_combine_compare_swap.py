@@ -40,7 +40,7 @@ def model(two_adapters: Any) -> Any:
 
 
 def test_exact_is_the_weighted_sum_and_loses_nothing(session: Session, model: Any) -> None:
-    result = session.combine({"orders": 0.7, "pirate": 0.3}, as_name="both")
+    result = session.combine({"orders": 0.7, "pirate": 0.3}, name="both")
     assert (result.kind, result.rank, result.remade) == ("exact", 6, False)
     assert result.relative_error < 1e-4 and result.energy_kept > 0.9999
     assert "nothing lost" in str(result) and "0.7 × orders + 0.3 × pirate" in str(result)
@@ -53,7 +53,7 @@ def test_exact_is_the_weighted_sum_and_loses_nothing(session: Session, model: An
 
 
 def test_what_is_lost_is_told_by_layer_and_in_total(session: Session, model: Any) -> None:
-    result = session.combine({"orders": 1.0, "pirate": -0.5}, as_name="cut", rank=2)
+    result = session.combine({"orders": 1.0, "pirate": -0.5}, name="cut", rank=2)
     assert {layer.rank for layer in result.layers} == {2}
     assert 0 < result.relative_error < 1 and 0 < result.energy_kept < 1
     assert result.worst.relative_error == max(layer.relative_error for layer in result.layers)
@@ -77,39 +77,39 @@ def test_what_is_lost_is_told_by_layer_and_in_total(session: Session, model: Any
 
 
 def test_ties_and_dare_go_by_their_names(session: Session, model: Any) -> None:
-    ties = session.combine({"orders": 1, "pirate": 1}, as_name="t", type="ties_svd", density=0.5, rank=3)
+    ties = session.combine({"orders": 1, "pirate": 1}, name="t", type="ties_svd", density=0.5, rank=3)
     assert ties.kind == "ties_svd" and ties.relative_error > 0.01
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = session.combine({"orders": 1, "pirate": 1}, as_name="d", type="dare_linear_svd", density=0.5, seed=7)
+    first = session.combine({"orders": 1, "pirate": 1}, name="d", type="dare_linear_svd", density=0.5, seed=7)
     assert torch.equal(torch.rand(3), expected)
-    second = session.combine({"orders": 1, "pirate": 1}, as_name="e", type="dare_linear_svd", density=0.5, seed=7)
+    second = session.combine({"orders": 1, "pirate": 1}, name="e", type="dare_linear_svd", density=0.5, seed=7)
     assert [layer.relative_error for layer in first.layers] == [layer.relative_error for layer in second.layers]
 
 
 def test_linear_says_that_it_is_not_the_sum(session: Session, model: Any) -> None:
     session.copy("orders", "twin")
     randomize(model, "twin", 9)
-    result = session.combine({"orders": 0.5, "twin": 0.5}, as_name="mean", type="linear")
+    result = session.combine({"orders": 0.5, "twin": 0.5}, name="mean", type="linear")
     assert any("exact" in note for note in result.notes)
 
 
 def test_again_remakes_the_combination_but_nothing_else(session: Session, model: Any) -> None:
-    session.combine({"orders": 0.7, "pirate": 0.3}, as_name="both")
+    session.combine({"orders": 0.7, "pirate": 0.3}, name="both")
     session.use(["both", "orders"])
-    again = session.combine({"orders": 0.2, "pirate": 0.3}, as_name="both")
+    again = session.combine({"orders": 0.2, "pirate": 0.3}, name="both")
     assert again.remade and "remade" in str(again)
     assert model.manager.names == ("pirate", "orders", "both")
     assert model.manager.active == ("both", "orders")
     session.unfreeze("both")
     with pytest.raises(AdapterExistsError, match=r"\(replace=…\)"):
-        session.combine({"orders": 0.7}, as_name="both")
-    assert session.combine({"orders": 0.7}, as_name="both", replace=True).remade
+        session.combine({"orders": 0.7}, name="both")
+    assert session.combine({"orders": 0.7}, name="both", replace=True).remade
     with pytest.raises(AdapterExistsError, match="one of the combined adapters"):
-        session.combine({"orders": 0.7}, as_name="orders", replace=True)
+        session.combine({"orders": 0.7}, name="orders", replace=True)
     with pytest.raises(AdapterExistsError, match="already"):
-        session.combine({"orders": 0.7}, as_name="pirate")
+        session.combine({"orders": 0.7}, name="pirate")
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_again_remakes_the_combination_but_nothing_else(session: Session, model:
         ({"weights": {}}, AdapterError, "name at least one"),
         ({"weights": {"order": 1}}, UnknownAdapterError, "Did you mean 'orders'"),
         ({"weights": {"orders": float("inf")}}, AdapterError, "finite"),
-        ({"as_name": "a.b"}, NbpeftError, "a.b"),
+        ({"name": "a.b"}, NbpeftError, "a.b"),
     ],
 )
 def test_a_combination_that_fails_leaves_all_as_it_was(
     session: Session, model: Any, options: dict[str, Any], error: type[NbpeftError], words: str
 ) -> None:
     before = everything(model)
-    given: dict[str, Any] = {"weights": {"orders": 1, "pirate": 1}, "as_name": "new", **options}
+    given: dict[str, Any] = {"weights": {"orders": 1, "pirate": 1}, "name": "new", **options}
     with pytest.raises(error, match=re.escape(words)) as raised:
         session.combine(given.pop("weights"), **given)
     assert "\n" not in str(raised.value)
@@ -157,25 +157,25 @@ def test_the_types_and_their_options_are_the_methods_own(
     changed = dataclasses.replace(method_of(model.manager.configs["orders"]), combine=Mean())
     monkeypatch.setattr("nbpeft.model.combine.combining.method_of", lambda config: changed)
     weights = {"orders": 1, "pirate": 1}
-    assert session.combine(weights, as_name="sum", type="mean").rank == 6
-    assert session.combine(weights, as_name="cut", type="mean_cut", rank=2).rank == 2
+    assert session.combine(weights, name="sum", type="mean").rank == 6
+    assert session.combine(weights, name="cut", type="mean_cut", rank=2).rank == 2
     with pytest.raises(ConfigError, match="rank has no effect for type 'mean'; mean_cut uses it"):
-        session.combine(weights, as_name="new", type="mean", rank=2)
+        session.combine(weights, name="new", type="mean", rank=2)
     with pytest.raises(ConfigError, match=r"density has no effect for type 'mean'$"):
-        session.combine(weights, as_name="new", type="mean", density=0.5)
+        session.combine(weights, name="new", type="mean", density=0.5)
     with pytest.raises(ConfigError, match="choose from mean, mean_cut"):
-        session.combine(weights, as_name="new", type="ties", density=0.5)
+        session.combine(weights, name="new", type="ties", density=0.5)
 
 
 def test_without_a_rank_none_is_shown(session: Session, model: Any) -> None:
     for name in ("one", "two"):
         session.add(model, {"peft_type": "ia3"}, name=name)
         randomize(model, name, len(name))
-    made = session.combine({"one": 1, "two": 0.5}, as_name="both", type="linear")
+    made = session.combine({"one": 1, "two": 0.5}, name="both", type="linear")
     assert made.rank is None and made.relative_error > 0.01
     assert "rank" not in str(made).lower() and "rank" not in made._repr_html_().lower()
     assert "rank" not in str(model.add_weighted_adapter(["one", "two"], [1.0, 0.5], "again"))
-    assert ">Rank<" in session.combine({"orders": 1, "pirate": 1}, as_name="cut", rank=2)._repr_html_()
+    assert ">Rank<" in session.combine({"orders": 1, "pirate": 1}, name="cut", rank=2)._repr_html_()
 
 
 def test_a_combination_can_be_tried_without_a_trace(session: Session, model: Any) -> None:
@@ -188,13 +188,13 @@ def test_a_combination_can_be_tried_without_a_trace(session: Session, model: Any
     assert same_state(everything(model), before)
     assert set(names) == {("pirate", "orders")}
     assert list(tried.answers) == ["base", "dare_ties_svd: orders + pirate (1 / 0.5)"]
-    session.combine(weights, as_name="kept", **options)
+    session.combine(weights, name="kept", **options)
     kept = session.compare("Hi", adapters=["kept"], max_new_tokens=8)
     assert kept.columns[1].answers == tried.columns[1].answers
 
 
 def test_results_are_plain_data(session: Session, model: Any) -> None:
-    combined = session.combine({"orders": 1}, as_name="c")
+    combined = session.combine({"orders": 1}, name="c")
     compared = session.compare("Hi", tokenizer=CharTokenizer(), max_new_tokens=1)
     assert (
         json.loads(json.dumps(dataclasses.asdict(combined)))["combined"]["combination_type"] == combined.kind == "exact"

@@ -65,7 +65,7 @@ def test_a_blend_answers_what_its_exact_combination_answers(session: Session, mo
     blend = session.compare(PROMPTS, adapters=[], blends=[weights], tokenizer=CharTokenizer(), max_new_tokens=10)
     assert list(blend.answers) == ["base", "orders + pirate (0.7 / -0.4)"]
     assert blend.passes == 2
-    session.combine(weights, as_name="both")
+    session.combine(weights, name="both")
     assert blend.columns[1].answers == session.compare(PROMPTS, adapters=["both"], max_new_tokens=10).columns[1].answers
     with blended(model.manager, weights):
         mixed = logits(model)

@@ -29,7 +29,7 @@ def test_a_lora_is_made_beside_it_and_says_what_it_keeps(session: Session, rotat
     assert str(result).startswith("converted 'a' (OFT) to 'a_lora' on model: LoRA, rank 8, 4 layers, keeps ")
     assert result.worst.path in str(result) and result.worst.energy_kept <= result.median < 1
     assert "closest to a" in result._repr_html_() and result.worst.path in result._repr_html_()
-    whole = session.convert("a", 1.0, as_name="b")
+    whole = session.convert("a", 1.0, name="b")
     assert str(whole).endswith("nothing of the change lost") and whole.adapter.summary["r"].endswith("*")
     session.use("b")
     assert (logits(rotated) - expected).abs().max() < 1e-4
@@ -51,7 +51,7 @@ def test_what_fails_leaves_everything_as_it_was(session: Session, rotated: Any) 
         with pytest.raises(error):
             session.convert(name, rank)
     with pytest.raises(AdapterExistsError):
-        session.convert("a", 4, as_name="a", replace=True)
+        session.convert("a", 4, name="a", replace=True)
     assert same_state(everything(rotated), before)
 
 

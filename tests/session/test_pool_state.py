@@ -17,7 +17,7 @@ from tests.model.pool_support import make_folders, pool_of
 def test_adapters_that_wait_in_the_pool_are_counted(session: Session, tmp_path: Path) -> None:
     folders = make_folders(tmp_path)
     pool = pool_of(folders, room=2)
-    session.watch(pool.model, name="model")
+    session.register(pool.model, name="model")
     pool.load("a")
     session.use("b", model="model")
     state = session.state.model("model")
@@ -36,8 +36,8 @@ def test_adapters_that_wait_in_the_pool_are_counted(session: Session, tmp_path: 
 
 def test_a_pool_adapter_can_be_named_where_one_on_the_model_can(session: Session, tmp_path: Path) -> None:
     pool = pool_of(make_folders(tmp_path), room=2)
-    session.watch(pool.model, name="model")
-    made = session.combine({"a": 0.5, "b": -1.0}, as_name="mix", model="model")
+    session.register(pool.model, name="model")
+    made = session.combine({"a": 0.5, "b": -1.0}, name="mix", model="model")
     assert made.adapter.name == "mix" and made.relative_error < 1e-4
     compared = session.compare("ab", adapters=["c"], blends=[{"d": 0.5}], tokenizer=CharTokenizer(), max_new_tokens=2)
     assert [column.title for column in compared.columns] == ["base", "c", "d (0.5)"]

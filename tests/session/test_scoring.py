@@ -20,7 +20,7 @@ def model() -> Any:
 @pytest.fixture
 def session(model: Any) -> Session:
     session = Session()
-    session.watch(model, name="model")
+    session.register(model, name="model")
     return session
 
 

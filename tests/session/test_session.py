@@ -212,7 +212,7 @@ def test_another_thread_is_told_what_runs(session: Session, model: Any) -> None:
 
 
 def test_a_running_loop_keeps_other_threads_out(session: Session, model: Any) -> None:
-    with session.track(model, 2) as run:
+    with session.start_run(model, 2) as run:
         error = in_thread(lambda: session.use("sql"))
         assert isinstance(error, BusyError)
         assert "training sql" in str(error)
@@ -224,7 +224,7 @@ def test_a_running_loop_keeps_other_threads_out(session: Session, model: Any) ->
 
 
 def test_a_loop_that_was_dropped_keeps_nobody_out(session: Session, model: Any) -> None:
-    run = session.track(model, 2)
+    run = session.start_run(model, 2)
     run.begin()
     assert isinstance(in_thread(lambda: session.use("sql")), BusyError)
     session.context.runs.clear()
@@ -304,7 +304,7 @@ def test_a_handle_that_was_taken_over_is_replaced(session: Session, model: Any) 
     base = model.get_base_model()
     with pytest.warns(UserWarning, match="already carries"):
         other = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]), "chat")
-    session.watch(other, name="model")
+    session.register(other, name="model")
     assert session.model("model") is other
     assert len(session.state.models) == 1
 

@@ -38,7 +38,7 @@ class Ask(TrainerCallback):
 @pytest.mark.parametrize("background", [False, True])
 def test_one_of_a_sweep_is_stopped(background: bool) -> None:
     session, model = Session(), adapted(name="sql")
-    session.watch(model, name="model")
+    session.register(model, name="model")
     result = session.train(
         model,
         ROWS,
@@ -82,7 +82,7 @@ class AskForAClone(TrainerCallback):
 @pytest.mark.parametrize("background", [False, True])
 def test_one_of_a_sweep_goes_on_as_two(background: bool) -> None:
     session, model = Session(), adapted(name="sql")
-    session.watch(model, name="model")
+    session.register(model, name="model")
     ask = AskForAClone(session)
     given: dict[str, Any] = {"learning_rate": sweep(0.01, 0.05), "max_steps": 4, "keep": False, "callbacks": [ask]}
     result = session.train(model, ROWS, background=background, **given)
@@ -117,7 +117,7 @@ def test_a_run_goes_on_with_its_clones(tmp_path: Path, stop: int) -> None:
     for step in (0, stop):
         session, model = Session(), adapted(name="sql")
         session.context.runs_dir = str(tmp_path / f"{step}")
-        session.watch(model, name="model")
+        session.register(model, name="model")
         given: dict[str, Any] = {"callbacks": [AskForAClone(session), StopAt(session, step)]}
         result = session.train(model, ROWS, learning_rate=sweep(0.01, 0.05), max_steps=4, **given)
         if step:
@@ -136,7 +136,7 @@ def test_a_resumed_sweep_has_the_losses_of_each_adapter_from_its_first_step(tmp_
     for stop in (0, 3):
         session, model = Session(), adapted(name="sql")
         session.context.runs_dir = str(tmp_path / f"{stop}")
-        session.watch(model, name="model")
+        session.register(model, name="model")
         given: dict[str, Any] = {"callbacks": [Ask(session, "sql-lr1e-2"), StopAt(session, stop)]}
         result = session.train(model, ROWS, learning_rate=sweep(0.01, 0.05), max_steps=4, **given)
         if stop:
@@ -153,7 +153,7 @@ def test_a_resumed_sweep_knows_from_which_adapter_it_started(tmp_path: Path) -> 
     for step in (2, 0):
         session, model = Session(), adapted(name="sql")
         session.context.runs_dir = str(tmp_path)
-        session.watch(model, name="model")
+        session.register(model, name="model")
         if step:
             session.train(model, ROWS, learning_rate=sweep(0.01, 0.05), max_steps=4, callbacks=[StopAt(session, step)])
     session.delete("sql")
@@ -184,7 +184,7 @@ def test_a_failed_sweep_of_configs_leaves_a_bare_model_bare() -> None:
 
 def test_steps_are_counted_for_each_and_the_next_training_is_of_the_best() -> None:
     session, model = Session(), adapted(name="sql")
-    session.watch(model, name="model")
+    session.register(model, name="model")
     session.add(model, CONFIG | {"r": sweep(2, 4)}, name="codes")
     result = session.train(model, ROWS, max_steps=2, keep=False)
     tracked = session.context.models.get("model")

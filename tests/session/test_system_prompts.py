@@ -88,7 +88,7 @@ def test_the_form_of_the_rows_is_saved_loaded_and_carried_along(session: Session
     assert other.state.models[0].adapters[0].system == "Be  brief |x|"
     other.rename("again", "renamed")
     other.copy("renamed", "twin")
-    other.combine({"renamed": 1.0, "twin": 1.0}, as_name="sum")
+    other.combine({"renamed": 1.0, "twin": 1.0}, name="sum")
     other.delete("renamed")
     other.undo()
     for name in ("renamed", "twin", "sum"):
@@ -139,12 +139,12 @@ def test_conversations_are_asked_and_continued(session: Session, model: Any) -> 
     assert first.prompt == "c" and first.system == "Be brief"
     assert session.compare(talk, adapters=["orders"], **FEW).answers["orders"] == (first.text,)
     assert session.compare([talk, talk], adapters=["orders"], **FEW).answers["orders"] == (first.text,) * 2
-    second = session.ask("d", go_on=True, **FEW)
+    second = session.ask("d", follow_up=True, **FEW)
     whole = [*talk, {"role": "assistant", "content": first.text}, {"role": "user", "content": "d"}]
     assert second.text == session.ask(whole, **FEW).text
     own = [{"role": "system", "content": "Sing"}, *talk]
     assert session.ask(own, **FEW).system == "Sing"
-    assert session.ask("d", go_on=True, **FEW).system == "Sing"
+    assert session.ask("d", follow_up=True, **FEW).system == "Sing"
     compared = session.compare(own, adapters=["orders"], **FEW)
     assert systems(session.compare("d", adapters=["orders"], after=compared, **FEW)) == {
         "base": "Sing",
@@ -192,7 +192,7 @@ def test_an_adapter_that_a_pool_has_not_loaded_is_asked_as_it_was_trained(
     session.save(tmp_path / "b", name="pirate")
     other = Session()
     pool = AdapterPool(llama(), 100, adapters={"brief": tmp_path / "a", "pirate": tmp_path / "b"})
-    other.watch(pool.model, name="model")
+    other.register(pool.model, name="model")
     assert pool.resident == ()
     assert other.ask("Hi", adapter="brief", **FEW).system == "Be brief"
     pool.unregister("brief")

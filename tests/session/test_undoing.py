@@ -61,7 +61,7 @@ TAKING: dict[str, tuple[str, Callable[[Session, Path], object]]] = {
     "swap": ("swapped", lambda session, folder: session.swap(folder, into="sql", replace=True)),
     "combine": (
         "combined again",
-        lambda session, folder: session.combine({"chat": 0.5}, as_name="sql", replace=True),
+        lambda session, folder: session.combine({"chat": 0.5}, name="sql", replace=True),
     ),
 }
 
@@ -109,7 +109,7 @@ def test_undoing_draws_no_random_numbers(session: Session, model: Any) -> None:
 def test_undo_brings_back_what_acted_whatever_was_written_into_the_config(session: Session) -> None:
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
     adapted = get_peft_model(llama(), config).eval()
-    session.watch(adapted, name="edited")
+    session.register(adapted, name="edited")
     wanted = logits(adapted)
     config.lora_alpha = 64
     assert torch.equal(logits(adapted), wanted)
@@ -131,12 +131,12 @@ def test_undo_goes_further_back_each_time(session: Session, model: Any) -> None:
 
 
 def test_a_combination_is_one_again(session: Session, model: Any) -> None:
-    session.combine({"chat": 0.5}, as_name="half")
+    session.combine({"chat": 0.5}, name="half")
     session.delete("half")
     session.undo()
-    assert session.combine({"chat": 0.7}, as_name="half").remade, "it need not be told to replace it"
+    assert session.combine({"chat": 0.7}, name="half").remade, "it need not be told to replace it"
     session.undo()
-    assert session.combine({"chat": 0.7}, as_name="half").remade
+    assert session.combine({"chat": 0.7}, name="half").remade
 
 
 class TestWhatIsNotGivenUp:
@@ -178,16 +178,16 @@ class TestWhatIsNotGivenUp:
     def test_by_combining(self, session: Session, model: Any) -> None:
         words = r"model has an adapter 'sql' already, which was trained and is not saved; choose another name"
         with pytest.raises(AdapterExistsError, match=words):
-            session.combine({"chat": 1.0}, as_name="sql")
-        session.combine({"chat": 1.0}, as_name="half")
-        assert session.combine({"chat": 0.5}, as_name="half").notes == (
+            session.combine({"chat": 1.0}, name="sql")
+        session.combine({"chat": 1.0}, name="half")
+        assert session.combine({"chat": 0.5}, name="half").notes == (
             "it replaces the previous combination; session.undo() restores that",
         )
         session.unfreeze("half")
         session.train(model, token_rows(4), adapter="half", max_steps=1)
         session.freeze("half")
         with pytest.raises(AdapterExistsError, match="which was trained and is not saved"):
-            session.combine({"chat": 1.0}, as_name="half")
+            session.combine({"chat": 1.0}, name="half")
 
 
 class TestUnsavedTraining:
@@ -211,7 +211,7 @@ class TestUnsavedTraining:
         session.subscribe(lambda state: states.append(state.models[0].adapters[1].unsaved))
         optimizer = torch.optim.SGD(model.manager.parameters("sql"), lr=0.1)
         ids = torch.arange(8)[None]
-        with session.track(model, total_steps=2) as run:
+        with session.start_run(model, total_steps=2) as run:
             for _ in range(2):
                 loss = model(input_ids=ids, labels=ids).loss
                 loss.backward()
@@ -275,7 +275,7 @@ class TestReset:
         with pytest.raises(MergeError, match="'sql' merged: unmerge before 'sql' is replaced"):
             session.reset("sql")
         session.unmerge()
-        with session.track(model, total_steps=2) as run:
+        with session.start_run(model, total_steps=2) as run:
             for command in (session.undo, lambda: session.reset("chat")):
                 with pytest.raises(BusyError, match="while model is training sql; stop it first"):
                     command()
@@ -345,7 +345,7 @@ def test_no_adapter_is_called_base(session: Session, model: Any, saved: Path, ho
         "load": lambda: session.load(saved, name="base"),
         "rename": lambda: session.rename("chat", "base"),
         "copy": lambda: session.copy("chat", "base"),
-        "combine": lambda: session.combine({"chat": 1.0}, as_name="base"),
+        "combine": lambda: session.combine({"chat": 1.0}, name="base"),
     }
     with pytest.raises(AdapterError, match="'base' cannot name an adapter: it means the base model in panels"):
         commands[how]()

@@ -34,7 +34,7 @@ COMMANDS: dict[str, Callable[[Session, Path], object]] = {
     "unload": lambda session, folder: session.unload(),
     "delete": lambda session, folder: session.delete("x"),
     "rename": lambda session, folder: session.rename("x", "y"),
-    "combine": lambda session, folder: session.combine({"x": 1.0}, as_name="y"),
+    "combine": lambda session, folder: session.combine({"x": 1.0}, name="y"),
     "swap": lambda session, folder: session.swap(folder / "x"),
     "train": lambda session, folder: session.train(None, token_rows(4), max_steps=1),
     "undo": lambda session, folder: session.undo(),
@@ -55,7 +55,7 @@ COMMANDS: dict[str, Callable[[Session, Path], object]] = {
     "memory": lambda session, folder: session.memory(),
     "plan": lambda session, folder: session.plan(),
     "export": lambda session, folder: session.export(str(folder / "train.py"), token_rows(4)),
-    "track": lambda session, folder: session.track(),
+    "start_run": lambda session, folder: session.start_run(),
     "this": lambda session, folder: session.model(),
 }
 
@@ -92,8 +92,8 @@ NAMED: dict[str, Callable[[Session, Path], object]] = {
     "copy": lambda session, folder: session.copy("y", "z"),
     "reset": lambda session, folder: session.reset("y"),
     "merge": lambda session, folder: session.merge("y"),
-    "combine": lambda session, folder: session.combine({"x": 1.0, "y": 1.0}, as_name="z"),
-    "convert": lambda session, folder: session.convert("y", 1, as_name="z"),
+    "combine": lambda session, folder: session.combine({"x": 1.0, "y": 1.0}, name="z"),
+    "convert": lambda session, folder: session.convert("y", 1, name="z"),
     "inspect": lambda session, folder: session.inspect("y"),
     "ship": lambda session, folder: session.ship("y", engine="peft", to=folder / "y"),
     "ask": lambda session, folder: session.ask("a", adapter=["y"], max_new_tokens=1, tokenizer=CharTokenizer()),

@@ -29,9 +29,9 @@ MISTAKES: dict[str, tuple[Callable[[Session], object], str]] = {
     "merge": (lambda s: s.merge(3), "expected the name of an adapter or a list"),  # type: ignore[arg-type]
     "merge-none": (lambda s: s.merge([]), "nothing to merge into .*: no adapter is named"),
     "merge-to": (lambda s: s.merge("orders", to=3), "merge needs a folder, not 3"),  # type: ignore[arg-type]
-    "combine": (lambda s: s.combine(["orders"], as_name="c"), "weights must map adapters to numbers"),  # type: ignore[arg-type]
-    "combine-type": (lambda s: s.combine({"orders": 1}, as_name="c", type=None), "type None is unknown"),  # type: ignore[arg-type]
-    "combine-seed": (lambda s: s.combine({"orders": 1}, as_name="c", seed="x"), "seed is 'x'"),  # type: ignore[arg-type]
+    "combine": (lambda s: s.combine(["orders"], name="c"), "weights must map adapters to numbers"),  # type: ignore[arg-type]
+    "combine-type": (lambda s: s.combine({"orders": 1}, name="c", type=None), "type None is unknown"),  # type: ignore[arg-type]
+    "combine-seed": (lambda s: s.combine({"orders": 1}, name="c", seed="x"), "seed is 'x'"),  # type: ignore[arg-type]
     "swap": (lambda s: s.swap(None), "swap needs a folder, not None"),  # type: ignore[arg-type]
     "compare": (lambda s: s.compare(3, tokenizer=CharTokenizer()), "expected a prompt, which is a text or"),  # type: ignore[arg-type]
     "compare-option": (

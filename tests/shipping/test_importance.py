@@ -78,7 +78,7 @@ def test_inputs_and_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("stored_as", ["q4_k_m", "q6_k"])
 def test_a_calibrated_file_has_less_error_where_inputs_are_large(stored_as: str, tmp_path: Path) -> None:
     session, model = Session(), adapted(base_model(**SIZES))
-    session.watch(model, name="model")
+    session.register(model, name="model")
     options: dict[str, Any] = {"engine": "llama.cpp", "merged": True, "tokenizer": tokenizer()}
     for name, more in (("exact", {"quantize": "f32"}), ("plain", {}), ("calibrated", {"calibrate": ROWS})):
         session.ship("sql", to=tmp_path / name, **options | {"quantize": stored_as} | more)
@@ -110,7 +110,7 @@ def test_what_cannot_be_calibrated_is_one_line_before_anything_is_read(tmp_path:
     with pytest.raises(AssertionError, match="read"):
         ship(model, to=tmp_path / "c", calibrate=rows, **options)
     session = Session()
-    session.watch(model, name="model")
+    session.register(model, name="model")
     with pytest.raises(TrainingError):
         session.ship("sql", to=tmp_path / "d", calibrate=[{"nothing": 1}], **options)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from nbpeft.memory import forecast
 from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.state import MemoryPart, MemoryState, TrainState
 from nbpeft.sweeps import sweep
-from nbpeft.training import track, train
+from nbpeft.training import start_run, train
 from nbpeft.training.monitor import failures
 from nbpeft.training.monitor.failures import free_memory
 from tests.model.allocations import Allocations
@@ -185,7 +185,7 @@ def test_a_model_that_cannot_be_foreseen_is_measured() -> None:
 
 def test_a_loop_of_ones_own_is_told_what_had_grown(model: Any) -> None:
     batch = torch.randint(90, (16, LENGTH))
-    run = track(model, total_steps=2)
+    run = start_run(model, total_steps=2)
     with (
         Allocations((needed(model, 16) + needed(model, 8)) // 2),
         pytest.raises(RuntimeError, match="memory"),

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from nbpeft.training import Run, RunCallback, Trainer, track
+from nbpeft.training import Run, RunCallback, Trainer, start_run
 from nbpeft.training.disk.checkpoints import resume_point
 from tests.tiny_models import VOCABULARY
 from tests.training.support import trainable, weights
@@ -28,7 +28,7 @@ def own_loop(rank: int, world: int) -> dict[str, Any]:
     model = trainable(lora_dropout=0.0)
     wrapped = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD(model.manager.parameters("default"), lr=0.5)
-    with track(model, total_steps=6) as run:
+    with start_run(model, total_steps=6) as run:
         for batch in batches():
             shard = batch.chunk(world)[rank]
             loss = wrapped(input_ids=shard, labels=shard).loss

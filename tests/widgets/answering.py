@@ -93,14 +93,14 @@ class AnsweringSession(FakeSession):
         return self._stream(prompt, texts, max_new_tokens, on_text, should_stop)
 
     def combine(
-        self, weights: Mapping[str, float], *, as_name: str, type: str, seed: int, model: str, **options: Any
+        self, weights: Mapping[str, float], *, name: str, type: str, seed: int, model: str, **options: Any
     ) -> str:
-        self._take("combine", dict(weights), as_name, type, options)
+        self._take("combine", dict(weights), name, type, options)
         adapters = self.models[model].adapters
-        if as_name in [item.name for item in adapters]:
-            raise AdapterExistsError(f"{model} has an adapter {as_name!r} already")
-        self.change(model, adapters=(*adapters, adapter(as_name, trainable=False)))
-        return f"made {as_name!r}"
+        if name in [item.name for item in adapters]:
+            raise AdapterExistsError(f"{model} has an adapter {name!r} already")
+        self.change(model, adapters=(*adapters, adapter(name, trainable=False)))
+        return f"made {name!r}"
 
     def _stream(
         self,

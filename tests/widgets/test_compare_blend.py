@@ -181,7 +181,7 @@ def test_no_prompt_is_said_and_asks_nothing(compare: ComparePanel, session: Answ
 
 
 def test_new_adapters_become_columns(compare: ComparePanel, session: AnsweringSession) -> None:
-    session.combine({"orders": 1}, as_name="new", type="exact", seed=0, model="model")
+    session.combine({"orders": 1}, name="new", type="exact", seed=0, model="model")
     assert "new" in labels(compare)
     session.delete("pirate", model="model")
     assert "pirate" not in labels(compare)

@@ -92,7 +92,7 @@ class Allocator(Together, LearnsWithHooks, HasTrainingState):
 def update_and_allocate(manager: Any, global_step: int) -> None:
     """Updates the importance scores of the active adapters, and prunes them at the steps of their schedules.
 
-    The Trainer, ``nbpeft.train`` and ``track()`` call it; a custom training loop calls it in each step, between
+    The Trainer, ``nbpeft.train`` and ``start_run()`` call it; a custom training loop calls it in each step, between
     ``optimizer.step()`` and ``zero_grad()``.
 
     Args:

@@ -14,7 +14,7 @@ from nbpeft.engine.contract.adapter import AdapterWeights
 class LearnsWithHooks:
     """Hooks into each training step; for an ``Adapter`` or a ``SharedState``.
 
-    The Trainer, ``nbpeft.train`` and ``track()`` call the hooks of the active adapters. A custom training loop
+    The Trainer, ``nbpeft.train`` and ``start_run()`` call the hooks of the active adapters. A custom training loop
     calls ``model.base_model.manager.after_backward(step)`` between the optimizer's step and ``zero_grad()``.
     The extra loss is included in the loss that the model returns and, in a Trainer, in that of its
     ``compute_loss``; to any other loss add ``model.base_model.manager.extra_loss()``.

@@ -59,7 +59,7 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     ),
     *SAMPLING,
     answer_limit(256, "maximum length of the answer in tokens (default: 256)"),
-    argument("--continue", dest="go_on", action="store_true", help="continue the last conversation with this adapter"),
+    argument("--follow-up", action="store_true", help="continue the last conversation with this adapter"),
     argument("--new", action="store_true", help="start a new conversation, which is the default"),
     RAW,
     CHAT,
@@ -69,8 +69,8 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
 )
 def ask(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Answer a prompt; the answer appears while it is generated."""
-    if options.go_on and options.new:
-        raise CellError("--continue and --new exclude each other")
+    if options.follow_up and options.new:
+        raise CellError("--follow-up and --new exclude each other")
     model = notebook.chosen(options.model)
     from nbpeft.widgets import LiveAnswers
 
@@ -79,7 +79,7 @@ def ask(options: argparse.Namespace, notebook: NotebookContext) -> object:
             notebook.prompt(options.prompt),
             system=notebook.prompt(options.system, "--system"),
             adapter=None if options.adapter is None else options.adapter.split(","),
-            go_on=options.go_on,
+            follow_up=options.follow_up,
             max_new_tokens=options.max_new_tokens,
             **sampling_of(options),
             tokenizer=notebook.tokenizer(options.tokenizer),

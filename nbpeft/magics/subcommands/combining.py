@@ -59,7 +59,7 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
     try:
         return notebook.session.combine(
             _weights(options.weights, "%lora combine"),
-            as_name=options.as_name,
+            name=options.as_name,
             type=options.type,
             rank=options.rank,
             density=options.density,

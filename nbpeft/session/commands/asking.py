@@ -29,7 +29,7 @@ def ask(
     prompt: Prompt,
     *,
     adapter: str | Sequence[str] | None = None,
-    go_on: bool = False,
+    follow_up: bool = False,
     temperature: float | None = None,
     top_p: float | None = None,
     max_new_tokens: int = 256,
@@ -50,7 +50,7 @@ def ask(
     Args:
         prompt: a text, or a conversation in the format of chat templates.
         adapter: name of an adapter, several names for the sum of their deltas, or ``base``; None for the active ones.
-        go_on: continue the last conversation with that adapter instead of starting a new one.
+        follow_up: continue the last conversation with that adapter instead of starting a new one.
         temperature: sampling temperature; 0, the default, is greedy.
         top_p: sample from the most likely tokens whose probabilities sum up to this value.
         max_new_tokens: maximal number of new tokens.
@@ -82,7 +82,7 @@ def ask(
     turns: tuple[Turn, ...] = ()
     answering = manager.active if names is None else names
     batch = prompt_batch(ctx, tracked, [prompt], tokenizer, chat, system, answering)
-    if go_on:
+    if follow_up:
         turns, earlier = _earlier(conversations, title, batch)
         batch = prompt_batch(ctx, tracked, [prompt], tokenizer, chat, system, answering, earlier)
 

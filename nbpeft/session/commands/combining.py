@@ -29,7 +29,7 @@ def combine(
     ctx: SessionContext,
     weights: Mapping[str, float],
     *,
-    as_name: str,
+    name: str,
     type: str = "exact",
     rank: int | None = None,
     density: float | None = None,
@@ -46,7 +46,7 @@ def combine(
 
     Args:
         weights: adapter name -> weight; negative ones subtract.
-        as_name: name of the new adapter.
+        name: name of the new adapter.
         type: ``exact`` (the default) is the exact weighted sum of the deltas, with a truncated SVD if ``rank`` is
             given. The others have PEFT's names; ``linear`` and types that are based on it mix the factors of
             different adapters, which differs from the sum. The available types depend on the method.
@@ -66,19 +66,19 @@ def combine(
     """
     settings = combination_settings(type, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp)
     weights = weights_of(weights)
-    adapter_name(as_name)
+    adapter_name(name)
     tracked = ctx.models.get(model, command="combine", adapters=weights)
     tracked.manager.require_available(*weights)
     with ctx.command(f"combining {', '.join(weights)}", slow=True) as notes, seeded(seed):
-        remade = _may_replace(ctx, tracked, as_name, weights, replace)
-        combined = make_combination(ctx, tracked, weights, as_name, settings, replaces=remade)
-        tracked.combinations[as_name] = weakref.ref(tracked.manager.configs[as_name])
+        remade = _may_replace(ctx, tracked, name, weights, replace)
+        combined = make_combination(ctx, tracked, weights, name, settings, replaces=remade)
+        tracked.combinations[name] = weakref.ref(tracked.manager.configs[name])
         if type == "linear" and combined.relative_error > _LINEAR_NOTE:
             notes.append("linear mixes the factors of one adapter with another's; type exact keeps the true sum")
         if remade:
             notes.append("it replaces the previous combination; session.undo() restores that")
-        state, pairs = tracked.state(), tuple((name, float(weight)) for name, weight in weights.items())
-        made = adapter_in(state, as_name)
+        state, pairs = tracked.state(), tuple((part, float(weight)) for part, weight in weights.items())
+        made = adapter_in(state, name)
         return CombineResult(tracked.name, pairs, made, combined, state, remade, notes=tuple(notes))
 
 

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 def convert(
     ctx: SessionContext,
-    name: str,
+    adapter: str,
     rank: int | float,
     *,
-    as_name: str | None = None,
+    name: str | None = None,
     replace: bool = False,
     model: ModelLike = None,
 ) -> ConvertResult:
     """Add the best LoRA approximation of an adapter of any method as a new adapter, which is frozen and inactive.
 
     Args:
-        name: name of the adapter, which is not changed.
+        adapter: name of the adapter, which is not changed.
         rank: rank of the LoRA; a float is the share of the squared norm of the change to preserve per layer.
-        as_name: name of the LoRA; by default the adapter's name followed by ``_lora``.
+        name: name of the LoRA; by default the adapter's followed by ``_lora``.
         replace: replace an existing adapter with that name.
         model: an adapted model.
 
@@ -43,18 +43,18 @@ def convert(
     from nbpeft.engine.contract.registry import method_of
     from nbpeft.model.combine.conversion import converted
 
-    tracked = ctx.models.get(model, command="convert", adapters=(name,))
+    tracked = ctx.models.get(model, command="convert", adapters=(adapter,))
     manager = tracked.manager
-    manager.require_available(name)
-    made_name = adapter_name(f"{name}_lora" if as_name is None else as_name)
+    manager.require_available(adapter)
+    made_name = adapter_name(f"{adapter}_lora" if name is None else name)
     exists = made_name in manager.configs
-    if exists and (not replace or made_name == name):
+    if exists and (not replace or made_name == adapter):
         raise AdapterExistsError(
             f"{tracked.name} has an adapter {made_name!r} already{unsaved_words(manager, made_name)}; choose another "
-            f"name{'' if made_name == name else ', or replace it (replace=…)'}"
+            f"name{'' if made_name == adapter else ', or replace it (replace=…)'}"
         )
-    with ctx.command(f"converting {name!r}", slow=True) as notes, manager.ensure_loaded((name,)):
-        made = converted(manager, name, rank)
+    with ctx.command(f"converting {adapter!r}", slow=True) as notes, manager.ensure_loaded((adapter,)):
+        made = converted(manager, adapter, rank)
         config: Any = made.plan.config
         if isinstance(rank, float):  # the patterns have each layer's rank; this one is displayed
             largest = max(config.rank_pattern.values())
@@ -68,6 +68,6 @@ def convert(
         put = manager.prepare(made_name, plan, weights, trainable=False, half=half, replace=exists)
         with Undoable(ctx, tracked, made_name, "converted again").change() if exists else manager.transaction():
             put()
-        state, method = tracked.state(), method_of(manager.configs[name]).title(manager.configs[name])
+        state, method = tracked.state(), method_of(manager.configs[adapter]).title(manager.configs[adapter])
         lora = adapter_in(state, made_name)
-        return ConvertResult(tracked.name, name, method, lora, made.layers, state, notes=tuple(notes))
+        return ConvertResult(tracked.name, adapter, method, lora, made.layers, state, notes=tuple(notes))

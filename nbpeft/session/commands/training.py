@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 _ENDED = ("finished", "stopped", "failed")
 
 
-def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | None = None, **options: Any) -> Run:
+def start_run(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | None = None, **options: Any) -> Run:
     """Create a run for a custom training loop, displayed live by front ends.
 
     ::
 
-        with session.track(model, total_steps=100) as run:
+        with session.start_run(model, total_steps=100) as run:
             for batch in loader:
                 ...
                 run.step(loss)
@@ -46,7 +46,7 @@ def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | No
         **options: further arguments of ``Run``.
     """
     ctx.refuse_another_training()
-    tracked = ctx.find(model, command="track")
+    tracked = ctx.find(model, command="start_run")
     return _run(ctx, tracked, model if tracked is None else tracked.model, total_steps, **options)
 
 

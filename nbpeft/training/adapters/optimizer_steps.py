@@ -3,7 +3,7 @@
     loss.backward() -> optimizer.step() -> manager.after_backward(step) -> optimizer.zero_grad()
 
 At this point the gradients still exist and the weights are updated: what such a method prunes stays
-pruned. torch calls the hook after every optimizer step, of a Trainer as well as of a loop in ``track()``.
+pruned. torch calls the hook after every optimizer step, of a Trainer as well as of a loop in ``start_run()``.
 """
 
 from __future__ import annotations

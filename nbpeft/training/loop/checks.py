@@ -114,7 +114,7 @@ def _takes_labels(model: nn.Module, trainer_class: Any, options: Mapping[str, An
         return
     raise TrainingError(
         f"a Trainer cannot train a {type(base).__name__}, whose forward takes no labels and returns no loss: write the "
-        "loop yourself and show it with nbpeft.track(model), or pass a trainer_class with a compute_loss of its own"
+        "loop yourself and show it with nbpeft.start_run(model), or pass a trainer_class with a compute_loss of its own"
     )
 
 

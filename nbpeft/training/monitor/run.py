@@ -58,7 +58,7 @@ class Run:
 
     Feed it from your own loop::
 
-        with track(model, total_steps=len(loader)) as run:
+        with start_run(model, total_steps=len(loader)) as run:
             for batch in loader:
                 loss = model(**batch).loss
                 loss.backward()
@@ -224,7 +224,7 @@ class Run:
             StopRun: Stop was requested; the ``with`` block of the run handles it.
         """
         if not self.entered:
-            raise TrainingError("run.step(loss=…) is only possible inside the block `with track(model) as run:`.")
+            raise TrainingError("run.step(loss=…) is only possible inside the block `with start_run(model) as run:`.")
         self.record(
             self._record.step + 1,
             loss=loss,
@@ -743,7 +743,7 @@ def _start(step: int, run_name: str) -> str:
     return f"the weights after step {step:,} of {f'run {run_name}' if run_name else 'a run that was not saved'}"
 
 
-def track(
+def start_run(
     model: nn.Module,
     total_steps: int | None = None,
     *,

@@ -126,7 +126,7 @@ def test_intruders_are_counted_where_they_are_asked_for() -> None:
     assert [change.intruders for change in found] == counts and sum(counts) > 0
     assert all(change.intruders is None for change in inspect_adapter(ours.manager, "default"))
     session = Session()
-    session.watch(ours, name="model")
+    session.register(ours, name="model")
     shown = str(session.inspect(intruders=True))
     having = sum(count > 0 for count in counts)
     assert f"{sum(counts)} intruder dimensions among the strongest of each layer in {having} of 4 layers" in shown

@@ -12,7 +12,7 @@ import transformers
 import nbpeft
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.state import TrainState
-from nbpeft.training import track, train
+from nbpeft.training import start_run, train
 from nbpeft.training.adapters.learning_check import frozen_head, why_no_gradient
 from nbpeft.training.loop.train import _error_to_raise
 from tests.tiny_models import llama
@@ -25,7 +25,7 @@ def loop(model, steps=3, rate=1e-2, labels=TOKENS, parameters=None, before_step=
     chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(chosen if parameters is None else parameters, lr=rate)
     model.train()
-    with track(model, total_steps=total) as run:
+    with start_run(model, total_steps=total) as run:
         for _ in range(steps):
             before_step()
             loss = model(input_ids=TOKENS, labels=labels).loss
@@ -48,7 +48,7 @@ def test_a_healthy_run_says_nothing_and_leaves_no_hooks():
 def test_a_step_reported_before_its_backward_is_no_false_alarm():
     model = trainable()
     optimizer = torch.optim.SGD([part for part in model.parameters() if part.requires_grad], lr=1e-2)
-    with warnings.catch_warnings(), track(model) as run:
+    with warnings.catch_warnings(), start_run(model) as run:
         warnings.simplefilter("error")
         for _ in range(4):
             loss = model(input_ids=TOKENS, labels=TOKENS).loss
@@ -62,7 +62,7 @@ def test_a_step_reported_before_its_backward_is_no_false_alarm():
 def test_everything_frozen():
     model = trainable()
     model.manager.freeze("default")
-    with pytest.warns(UserWarning, match="Nothing is trainable: adapter 'default' is frozen"), track(model):
+    with pytest.warns(UserWarning, match="Nothing is trainable: adapter 'default' is frozen"), start_run(model):
         pass
 
 
@@ -104,7 +104,7 @@ def test_reentrant_checkpointing_alone_fails_with_the_remedy_in_the_state():
     with (
         pytest.warns(UserWarning, match="None of the inputs have requires_grad"),
         pytest.raises(RuntimeError, match="does not require grad"),
-        track(model, publish=states.append),
+        start_run(model, publish=states.append),
     ):
         model.train()
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
@@ -132,7 +132,7 @@ def scaled_loop(scale, steps):
     model = trainable().train()
     optimizer = torch.optim.SGD([part for part in model.parameters() if part.requires_grad], lr=1e-5)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    with track(model) as run:
+    with start_run(model) as run:
         for _ in range(steps):
             loss = model(input_ids=TOKENS, labels=TOKENS).loss * 10
             scaler.scale(loss).backward()
@@ -160,7 +160,7 @@ def test_a_head_in_float16_under_a_scaler_is_told_with_the_remedy():
     model = trainable(llama(dtype=torch.float16), modules_to_save=["lm_head"]).train()
     optimizer = torch.optim.SGD(model.manager.parameters("default"), lr=1e-5)
     scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ValueError, match="unscale FP16") as caught, track(model) as run:
+    with pytest.raises(ValueError, match="unscale FP16") as caught, start_run(model) as run:
         scaler.scale(model(input_ids=TOKENS, labels=TOKENS).loss).backward()
         scaler.step(optimizer)
     assert "cast_mixed_precision_params(model, torch.float16)" in run.state.message
@@ -173,7 +173,7 @@ def test_zero_gradients():
     model = trainable()
     with (
         pytest.warns(UserWarning, match="All first gradients of adapter 'default' are zero"),
-        track(model, total_steps=1) as run,
+        start_run(model, total_steps=1) as run,
     ):
         (model(input_ids=TOKENS, labels=TOKENS).loss * 0).backward()
         run.step(1.0)
@@ -207,7 +207,7 @@ def test_a_new_head_that_stays_frozen_is_named():
     note = frozen_head(classifier())
     assert note.startswith("The head 'score' is newly initialized") and "modules_to_save=['score']" in note
     model = classifier()
-    with pytest.warns(UserWarning, match="The head 'score'"), track(model):
+    with pytest.warns(UserWarning, match="The head 'score'"), start_run(model):
         pass
 
 
@@ -236,7 +236,7 @@ def test_a_head_loaded_from_another_class_is_found(tmp_path):
 
 def test_a_run_that_is_never_ended_keeps_nothing_alive():
     model = trainable()
-    run = track(model, 3)
+    run = start_run(model, 3)
     run.begin()
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     parameters = model.manager.parameters("default")
@@ -253,7 +253,7 @@ def test_a_run_that_is_never_ended_keeps_nothing_alive():
 
 def test_a_run_that_goes_on_does_not_keep_its_model():
     model = trainable()
-    run = track(model, 3)
+    run = start_run(model, 3)
     run.begin()
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     held = [weakref.ref(each) for each in (model, model.get_base_model(), model.manager)]
@@ -267,7 +267,7 @@ def test_a_run_that_goes_on_does_not_keep_its_model():
 
 def test_a_plain_model_is_watched_too():
     layer = torch.nn.Linear(2, 2)
-    with pytest.warns(UserWarning, match="No weight of the model has changed in 10 steps"), track(layer) as run:
+    with pytest.warns(UserWarning, match="No weight of the model has changed in 10 steps"), start_run(layer) as run:
         for _ in range(12):
             layer(torch.ones(1, 2)).sum().backward()
             run.step(1.0)

@@ -13,7 +13,7 @@ import transformers
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.training import Collator, track, train
+from nbpeft.training import Collator, start_run, train
 from nbpeft.training.adapters.optimizer_steps import watch_steps
 from tests.training.support import token_rows, trainable
 
@@ -38,7 +38,7 @@ def test_in_a_loop_of_ones_own(calls: Calls) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     before = len(_global_optimizer_post_hooks)
-    with track(model, total_steps=2) as run:
+    with start_run(model, total_steps=2) as run:
         for _ in range(2):
             ids = torch.arange(8)[None]
             loss = model(input_ids=ids, labels=ids).loss

@@ -200,7 +200,7 @@ def test_a_preview_shows_the_label_of_each_row() -> None:
     found = summarize([*ROWS[:3], {"text": "a", "label": None}], CHARACTERS, inputs=model_inputs(model))
     assert (found.form, found.row_count, found.has_labels) == ("text and label", 3, True)
     assert [row.label for row in found.rows] == ["0 (neg)", "1 (pos)", "2 (odd)", ""]
-    shown = nbpeft.session().data(ROWS[:3], CHARACTERS, model=model)
+    shown = nbpeft.get_session().data(ROWS[:3], CHARACTERS, model=model)
     assert "learned" not in str(shown) and "label 1 (pos)" in str(shown.view())
     plain = summarize([{"text": "a", "label": 1}], CHARACTERS, inputs=ModelInputs(classes=Classes(3)))
     assert plain.rows[0].label == "1"
@@ -210,7 +210,7 @@ def test_a_language_model_names_a_label_that_it_does_not_use() -> None:
     rows = [{"text": "ab", "label": 1}] * 2
     result = train(trainable(), rows, tokenizer=CHARACTERS, max_steps=1, learning_rate=1e-3)
     assert result.message == "columns not used: 'label'"
-    shown = nbpeft.session().data(rows, CHARACTERS)
+    shown = nbpeft.get_session().data(rows, CHARACTERS)
     assert shown.notes[0] == "columns not used: 'label'"
     assert "columns={'prompt': 'text', 'completion': 'label'} trains it to answer with the label" in shown.notes[1]
 

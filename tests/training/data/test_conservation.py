@@ -189,7 +189,7 @@ def test_notes_are_the_same_whatever_rows_come_in(tokenizer: Any, container: str
     notes = "columns not used: 'id'; not printed by the chat template, so not trained on: 'name'"
     result = train(model(False), given, tokenizer=tokenizer, max_steps=1, learning_rate=1e-3)
     assert result.message == result.state.message == notes
-    shown = nbpeft.session().data(CONTAINERS[container](rows, tmp_path), tokenizer)
+    shown = nbpeft.get_session().data(CONTAINERS[container](rows, tmp_path), tokenizer)
     assert "3 of 4 rows are equal to earlier ones" in shown.notes[-1]
     assert list(shown.notes[:-1]) == notes.split("; ") and "note: columns not used: 'id'" in str(shown)
 

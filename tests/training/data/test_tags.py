@@ -302,7 +302,7 @@ def test_a_preview_shows_the_tags_of_learned_words() -> None:
     assert [span.text for span in row.target] == ["a: 0 (B-PER), c: 1 (I-PER), d: 2 (O)"]
     assert row.target_title == "tags"
     assert next(span.text.strip() for span in row.spans if span.learned) == "a"
-    assert "3 learned" in str(nbpeft.session().data(ROWS[:1], TOKENIZER, model=tagger()).view())
+    assert "3 learned" in str(nbpeft.get_session().data(ROWS[:1], TOKENIZER, model=tagger()).view())
 
 
 def test_without_a_loss_words_or_text_are_read() -> None:

@@ -275,7 +275,7 @@ def test_what_the_first_step_has_changed_before_it_ended_is_not_called_unchanged
             raise error
 
     session, model = Session(), trainable()
-    session.watch(model, name="model")
+    session.register(model, name="model")
     before = weights(model)
     with pytest.raises((TrainingInterrupted, error)) as caught:
         session.train(model, token_rows(), callbacks=[Failing()], keep=False, **QUICK)

@@ -23,7 +23,7 @@ from nbpeft.training.adapters.learning_check import LearningCheck
 from nbpeft.training.monitor import memory_meter
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.record import Record
-from nbpeft.training.monitor.run import Run, track
+from nbpeft.training.monitor.run import Run, start_run
 from tests.tiny_models import llama
 from tests.training.support import Clock, trainable
 from tests.waiting import PATIENCE
@@ -48,7 +48,7 @@ class Loop:
 def test_a_loop_from_start_to_end():
     loop = Loop()
     states: list[TrainState] = []
-    with track(loop.model, total_steps=5, publish=states.append) as run:
+    with start_run(loop.model, total_steps=5, publish=states.append) as run:
         for step in range(5):
             run.step(loop.one(), learning_rate=0.1, tokens=6, epoch=(step + 1) / 5)
     state = run.state
@@ -64,7 +64,7 @@ def test_a_loop_from_start_to_end():
 def test_publishing_is_throttled_and_the_last_state_always_arrives():
     loop, clock = Loop(), Clock()
     states: list[TrainState] = []
-    with track(loop.model, 100, publish=states.append, clock=clock) as run:
+    with start_run(loop.model, 100, publish=states.append, clock=clock) as run:
         for _ in range(100):
             clock.advance(0.01)
             run.step(loop.one())
@@ -74,7 +74,7 @@ def test_publishing_is_throttled_and_the_last_state_always_arrives():
 
 def test_pace_and_time_left():
     loop, clock = Loop(), Clock()
-    with track(loop.model, 100, clock=clock) as run:
+    with start_run(loop.model, 100, clock=clock) as run:
         for _ in range(50):
             clock.advance(2.0)
             run.step(loop.one(), tokens=torch.tensor(10))
@@ -88,7 +88,7 @@ def test_pace_and_time_left():
 def test_the_speed_has_no_spike_at_the_first_step():
     """A Trainer counts the tokens of a batch before its step, which takes seconds: they are no speed yet."""
     loop, clock, seen = Loop(), Clock(), []
-    with track(loop.model, 100, clock=clock, publish=lambda state: seen.append(state.tokens_per_second)) as run:
+    with start_run(loop.model, 100, clock=clock, publish=lambda state: seen.append(state.tokens_per_second)) as run:
         for step in range(1, 6):
             clock.advance(0.3)
             run.record(0, tokens=torch.tensor(20))
@@ -110,7 +110,7 @@ def test_losses_stay_tensors_until_they_are_published(monkeypatch):
         return to_list(self)
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
-    with track(loop.model, 50, clock=clock) as run:
+    with start_run(loop.model, 50, clock=clock) as run:
         for _ in range(50):
             run.step(loop.one())
         assert transfers == []
@@ -120,7 +120,7 @@ def test_losses_stay_tensors_until_they_are_published(monkeypatch):
 
 def test_stop_from_another_thread_ends_the_block():
     loop, after = Loop(), []
-    with track(loop.model, 10_000) as run:
+    with start_run(loop.model, 10_000) as run:
         threading.Timer(0.1, run.control.request_stop, ["had enough"]).start()
         for _ in range(10_000):
             run.step(loop.one())
@@ -134,7 +134,7 @@ def test_stop_from_another_thread_ends_the_block():
 
 def test_stop_is_not_swallowed_by_the_loops_own_handler():
     loop = Loop()
-    with track(loop.model, 10) as run:
+    with start_run(loop.model, 10) as run:
         run.control.request_stop()
         for _ in range(10):
             try:
@@ -146,7 +146,7 @@ def test_stop_is_not_swallowed_by_the_loops_own_handler():
 
 def test_stop_asked_for_in_the_last_step_is_a_finished_run():
     loop = Loop()
-    with pytest.MonkeyPatch.context(), track(loop.model, 2) as run:
+    with pytest.MonkeyPatch.context(), start_run(loop.model, 2) as run:
         run.step(loop.one())
         run.record(2, loss=loop.one())
         run.control.request_stop()
@@ -166,7 +166,7 @@ def test_pause_and_resume_do_not_count_as_time():
             control.pause()
 
     control.deliver_clicks = poll
-    with track(loop.model, 10, control=control, publish=states.append, clock=clock) as run:
+    with start_run(loop.model, 10, control=control, publish=states.append, clock=clock) as run:
         for _ in range(10):
             clock.advance(1.0)
             run.step(loop.one())
@@ -176,7 +176,7 @@ def test_pause_and_resume_do_not_count_as_time():
 
 def test_status_says_stopping_before_the_step_ends():
     loop = Loop()
-    with track(loop.model, 10) as run:
+    with start_run(loop.model, 10) as run:
         seen = [run.state.status]
         run.control.pause()
         seen.append(run.state.status)
@@ -188,7 +188,7 @@ def test_status_says_stopping_before_the_step_ends():
 def test_keyboard_interrupt_ends_the_block():
     """In order, and then it goes on as an interruption: what comes after the block does not run."""
     loop = Loop()
-    with pytest.raises(TrainingInterrupted, match="stopped at step 1"), track(loop.model, 10) as run:
+    with pytest.raises(TrainingInterrupted, match="stopped at step 1"), start_run(loop.model, 10) as run:
         run.step(loop.one())
         raise KeyboardInterrupt
     assert run.state.status == "stopped" and run.interrupted
@@ -203,7 +203,7 @@ def test_a_second_interruption_waits_until_the_end_is_published():
             signal.raise_signal(signal.SIGINT)
         states.append(state.status)
 
-    with pytest.raises(KeyboardInterrupt), track(loop.model, 10, publish=publish) as run:
+    with pytest.raises(KeyboardInterrupt), start_run(loop.model, 10, publish=publish) as run:
         run.step(loop.one())
         raise KeyboardInterrupt
     assert states[-1] == run.state.status == "stopped"
@@ -217,7 +217,7 @@ def test_real_errors_pass_and_let_go_of_tensors():
         kept.append(weakref.ref(activations))
         raise ValueError("bad row\nsecond line")
 
-    with pytest.raises(ValueError, match="bad row") as caught, track(loop.model, 10) as run:
+    with pytest.raises(ValueError, match="bad row") as caught, start_run(loop.model, 10) as run:
         run.step(loop.one())
         fails()
     assert run.state.status == "failed"
@@ -233,7 +233,7 @@ def test_a_run_that_cannot_begin_has_ended(error, status, monkeypatch):
 
     monkeypatch.setattr(LearningCheck, "before", failing)
     loop, states = Loop(), list[TrainState]()
-    with pytest.raises((MemoryError, TrainingInterrupted)), track(loop.model, 3, publish=states.append):
+    with pytest.raises((MemoryError, TrainingInterrupted)), start_run(loop.model, 3, publish=states.append):
         pytest.fail("the block runs")
     assert states[-1].status == status
     assert not any(parameter._post_accumulate_grad_hooks for parameter in loop.model.parameters())
@@ -241,8 +241,8 @@ def test_a_run_that_cannot_begin_has_ended(error, status, monkeypatch):
 
 def test_another_runs_stop_passes_through():
     loop = Loop()
-    with track(loop.model, 10) as outer:
-        with track(loop.model, 10) as inner:
+    with start_run(loop.model, 10) as outer:
+        with start_run(loop.model, 10) as inner:
             outer.control.request_stop()
             outer.step(loop.one())
         pytest.fail("the outer block had to end")
@@ -251,7 +251,7 @@ def test_another_runs_stop_passes_through():
 
 def test_a_run_begins_once():
     loop = Loop()
-    with track(loop.model, 3) as run:
+    with start_run(loop.model, 3) as run:
         run.begin(total_steps=4)
         assert [len(parameter._post_accumulate_grad_hooks) for parameter in loop.model.parameters()] == [1, 1]
     assert run.state.total_steps == 4
@@ -259,8 +259,8 @@ def test_a_run_begins_once():
 
 def test_step_outside_the_block_is_an_error():
     loop = Loop()
-    with pytest.raises(TrainingError, match="with track"):
-        track(loop.model, 10).step(1.0)
+    with pytest.raises(TrainingError, match="with start_run"):
+        start_run(loop.model, 10).step(1.0)
 
 
 def test_a_failing_display_warns_once_and_training_goes_on():
@@ -269,7 +269,10 @@ def test_a_failing_display_warns_once_and_training_goes_on():
     def publish(state):
         raise RuntimeError("no front end")
 
-    with pytest.warns(UserWarning, match="display of this run") as caught, track(loop.model, 3, publish=publish) as run:
+    with (
+        pytest.warns(UserWarning, match="display of this run") as caught,
+        start_run(loop.model, 3, publish=publish) as run,
+    ):
         for _ in range(3):
             run.step(loop.one())
     assert run.state.status == "finished"
@@ -278,7 +281,7 @@ def test_a_failing_display_warns_once_and_training_goes_on():
 
 def test_evaluation_and_nan():
     loop = Loop()
-    with pytest.warns(UserWarning, match="NaN since step 2"), track(loop.model) as run:
+    with pytest.warns(UserWarning, match="NaN since step 2"), start_run(loop.model) as run:
         run.step(loop.one())
         run.evaluated(torch.tensor(0.5))
         run.step(float("nan"))
@@ -292,7 +295,7 @@ def test_evaluation_and_nan():
 
 def test_the_run_does_not_keep_the_model():
     loop = Loop()
-    with track(loop.model, 1) as run:
+    with start_run(loop.model, 1) as run:
         run.step(loop.one())
     model = weakref.ref(loop.model)
     del loop
@@ -311,7 +314,7 @@ def test_a_run_that_is_dropped_before_its_end_no_longer_watches(monkeypatch):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
 
-    run = track(model, 3)
+    run = start_run(model, 3)
     run.begin()
     step()
     assert seen == [0]
@@ -331,7 +334,7 @@ def test_many_threads_may_ask_for_the_state():
         except Exception as error:
             errors.append(error)
 
-    with track(loop.model, 300) as run:
+    with start_run(loop.model, 300) as run:
         threads = [threading.Thread(target=ask, args=(run,)) for _ in range(3)]
         for thread in threads:
             thread.start()
@@ -356,7 +359,7 @@ def test_memory_is_measured_now_and_then(measuring_takes_no_time):
         count.append(1)
         return MemoryState("cpu", (), None, None)
 
-    with track(loop.model, 100, clock=clock, memory=measure) as run:
+    with start_run(loop.model, 100, clock=clock, memory=measure) as run:
         for _ in range(100):
             clock.advance(0.1)
             run.step(loop.one())
@@ -371,7 +374,7 @@ def test_the_last_state_has_the_last_measurement_of_memory():
     def measure():
         return MemoryState("cpu", (MemoryPart("base weights", next(sizes)),), None, None)
 
-    with track(loop.model, 10, clock=clock, memory=measure, publish=states.append) as run:
+    with start_run(loop.model, 10, clock=clock, memory=measure, publish=states.append) as run:
         for _ in range(10):
             clock.advance(0.1)
             run.step(loop.one())
@@ -386,7 +389,7 @@ def test_a_tick_measures_memory_while_a_step_takes_long(measuring_takes_no_time)
         count.append(1)
         return MemoryState("cpu", (), None, len(count))
 
-    with track(nn.Linear(3, 1), 10, clock=clock, memory=measure) as run:
+    with start_run(nn.Linear(3, 1), 10, clock=clock, memory=measure) as run:
         before = len(count)
         clock.advance(20.0)
         state = run.tick()
@@ -398,7 +401,7 @@ def test_a_tick_measures_memory_while_a_step_takes_long(measuring_takes_no_time)
 def test_a_tick_moves_the_clock_and_nothing_else():
     loop, clock = Loop(), Clock()
     states: list[TrainState] = []
-    with track(loop.model, 10, clock=clock, publish=states.append) as run:
+    with start_run(loop.model, 10, clock=clock, publish=states.append) as run:
         for _ in range(2):
             clock.advance(20.0)
             run.step(loop.one())
@@ -416,7 +419,7 @@ def test_a_tick_moves_the_clock_and_nothing_else():
 
 def test_a_tick_waits_for_no_device(monkeypatch):
     loop = Loop()
-    with track(loop.model, 10) as run:
+    with start_run(loop.model, 10) as run:
         run.step(loop.one())
         run._published_at = float("inf")  # nothing is published, so that the loss stays a tensor
         run.step(loop.one())
@@ -440,7 +443,7 @@ def test_what_is_on_a_device_is_not_on_the_host(name):
 def test_a_tick_knows_a_step_that_came_too_soon_to_be_published():
     loop, clock = Loop(), Clock()
     states: list[TrainState] = []
-    with track(loop.model, 10, clock=clock, publish=states.append) as run:
+    with start_run(loop.model, 10, clock=clock, publish=states.append) as run:
         clock.advance(0.01)
         loss = loop.one()
         run.step(loss)
@@ -456,7 +459,7 @@ def test_a_run_is_saved_when_a_person_asks_and_goes_on(tmp_path, monkeypatch):
     model = trainable(name="sql")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     ids = torch.tensor([[1, 2, 3, 4]])
-    with track(model, 3) as run:
+    with start_run(model, 3) as run:
         for step in range(3):
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
@@ -474,7 +477,7 @@ def test_a_run_is_saved_when_a_person_asks_and_goes_on(tmp_path, monkeypatch):
 
 def test_a_run_that_cannot_be_saved_says_why_and_goes_on(tmp_path):
     loop = Loop()
-    with track(loop.model, 1) as run:
+    with start_run(loop.model, 1) as run:
         run.control.request_save()
         run.step(loop.one())
     assert run.state.message == "not saved: the model has no adapters" and run.state.status == "finished"
@@ -483,7 +486,7 @@ def test_a_run_that_cannot_be_saved_says_why_and_goes_on(tmp_path):
 def test_what_became_of_a_save_is_shown_at_once():
     loop = Loop()
     states: list[TrainState] = []
-    with track(loop.model, 3, publish=states.append, clock=Clock()) as run:
+    with start_run(loop.model, 3, publish=states.append, clock=Clock()) as run:
         run.step(loop.one())
         run.control.request_save()
         run.step(loop.one())  # at the same time as the last display
@@ -492,7 +495,7 @@ def test_what_became_of_a_save_is_shown_at_once():
 
 def test_an_answer_that_is_sampled_is_shown_at_once():
     states: list[TrainState] = []
-    with track(Loop().model, 3, publish=states.append, clock=Clock()) as run:
+    with start_run(Loop().model, 3, publish=states.append, clock=Clock()) as run:
         run.sampled([Sample(0, "Oslo?", "a city")])
         assert [sample.answer for sample in states[-1].samples] == ["a city"]
 
@@ -512,7 +515,7 @@ def test_an_answer_that_is_sampled_is_shown_at_once():
 )
 def test_a_loss_that_rises_far_is_told(losses: list[float], told: bool) -> None:
     """One outlier, or a rise as in a noisy training, is none."""
-    run = track(nn.Linear(1, 1))
+    run = start_run(nn.Linear(1, 1))
     run.shown = "card"
     with run:
         for loss in losses:
@@ -523,7 +526,7 @@ def test_a_loss_that_rises_far_is_told(losses: list[float], told: bool) -> None:
 
 def test_where_other_processes_stopped_is_told_in_their_words():
     loop = Loop()
-    run = track(loop.model, total_steps=5)
+    run = start_run(loop.model, total_steps=5)
     run.mirrors = True
     with run:
         run.step(loop.one())

@@ -138,7 +138,7 @@ def test_the_last_adapter_to_stop_ends_the_sweep() -> None:
 def test_a_resumed_sweep_has_its_curves_and_its_best_weights(tmp_path: Path) -> None:
     session, target, runs = Session(), trainable(name="a"), []
     session.context.runs_dir = str(tmp_path)
-    session.watch(target, name="model")
+    session.register(target, name="model")
     session.on_run(lambda run, name: runs.append(run))
     given: dict[str, Any] = {"score": token_rows(8, 5), "metric": "loss", "every": 1, "patience": 4}
     stopping = AfterEvaluations(target, runs, stop_at=6)
@@ -188,7 +188,7 @@ def test_a_resumed_sweep_knows_the_best_evaluation_of_an_adapter_that_stopped_ea
 
 def test_the_model_card_of_an_adapter_has_its_own_scores() -> None:
     session, target = Session(), model()
-    session.watch(target, name="model")
+    session.register(target, name="model")
     given = {"score": ROWS[:2], "metric": ["startswith", "loss"], "every": 2, "keep": False, "max_steps": 2}
     result = session.train(target, ROWS, learning_rate=sweep(*RATES.values()), **SETTINGS | given)
     for member in result.members:

@@ -178,7 +178,7 @@ def test_an_interrupted_training_is_resumed_with_the_same_bits(step: int, inside
     train(whole, ROWS, **given)
     session, model = Session(), two(**config)
     session.context.runs_dir = str(tmp_path)
-    session.watch(model, name="model")
+    session.register(model, name="model")
 
     def interrupt() -> None:
         raise KeyboardInterrupt

@@ -172,7 +172,7 @@ def test_a_stop_during_the_scores_ends_the_training_without_them() -> None:
 
 def test_a_training_in_the_background_is_scored() -> None:
     session, target = Session(), model()
-    session.watch(target, name="model")
+    session.register(target, name="model")
     options = {"score": HELD_OUT, "metric": "exact", "every": 2, "keep": False}
     session.train(target, ROWS, **SETTINGS | options, max_steps=4, background=True)
     result = session.result(wait=True)
@@ -265,7 +265,7 @@ def test_a_run_keeps_its_scores_and_needs_the_rows_again(last: int, tmp_path: Pa
     session = Session()
     session.context.runs_dir = str(tmp_path)
     target = model()
-    session.watch(target, name="model")
+    session.register(target, name="model")
     given = {"score": HELD_OUT, "metric": ["exact", "perplexity"], "every": 2}
     runs: list[Any] = []
     session.on_run(lambda run, name: runs.append(run))

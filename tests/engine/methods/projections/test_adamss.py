@@ -254,7 +254,7 @@ def test_a_trainer_with_peft_s_callback_or_a_run_drops_them(tmp_path: Path, trac
     arguments = TrainingArguments(str(tmp_path), max_steps=10, per_device_train_batch_size=1, **options)
     callbacks = [] if tracks else [import_module("nbpeft.tuners.adamss.asa_callback").AdamssAsaCallback()]
     trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), callbacks=callbacks)
-    with nbpeft.track(model) if tracks else contextlib.nullcontext():
+    with nbpeft.start_run(model) if tracks else contextlib.nullcontext():
         trainer.train()
     assert len(gone(model)) == 2 * (12 - 3)
 

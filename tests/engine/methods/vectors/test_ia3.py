@@ -126,7 +126,7 @@ def test_beside_low_rank_rows_switches_and_scales() -> None:
     for row, name in enumerate(("lora", "ia3", "__base__")):
         torch.testing.assert_close(mixed[row], alone[name][row])
     session = Session()
-    session.watch(model, name="model")
+    session.register(model, name="model")
     session.scale("ia3", 0.0)
     torch.testing.assert_close(logits(model, ids), alone["__base__"])
     session.scale("ia3", 1.0)

@@ -150,7 +150,7 @@ def test_a_run_and_a_trainer_call_it_themselves(tmp_path: Path) -> None:
         disable_tqdm=True,
     )
     trainer = Trainer(model=by_trainer, args=arguments, train_dataset=Dataset.from_list(rows))
-    with nbpeft.track(by_trainer):
+    with nbpeft.start_run(by_trainer):
         trainer.train()
     pattern = pattern_of(by_trainer)
     assert len(pattern) == 4 and sum(map(sum, pattern.values())) == 2 * len(pattern)
