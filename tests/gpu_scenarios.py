@@ -181,7 +181,7 @@ def merged_into_files(**config: Any) -> None:
         merge_to_folder(adapted_llama(**config), None, folder / "live")
         ours, live = (type(llama()).from_pretrained(folder / name) for name in ("ours", "live"))
     for mine, other in zip(ours.parameters(), live.parameters(), strict=True):
-        torch.testing.assert_close(mine, other)
+        assert_close(mine, other)
 
 
 def exchanged() -> None:

@@ -18,6 +18,7 @@ from nbpeft.engine.contract.adapter import AdapterWeights
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.model import LoraConfig
+from tests.closeness import assert_close
 
 IDS = torch.tensor([[1, 4, 9, 2], [0, 10, 3, 5]])
 PATHS = ("embed", "first", "turned")
@@ -240,7 +241,7 @@ def after_swap(slot: Tracked, new: Tracked, now: AdapterWeights) -> Tracked:
         if slot.dora:
             parts[path].magnitude = now.adapters[path]["lora_magnitude_vector"].detach().clone()
             norm = canonical(path).norm(dim=1)
-            torch.testing.assert_close(parts[path].magnitude, norm, rtol=1e-9, atol=1e-9)
+            assert_close(parts[path].magnitude, norm)
     base = {key: BASE[f"head.{key}"] for key in ("weight", "bias")}
     head = None if slot.head is None else new.head or base
     return Tracked({path: parts[path] for path in slot.parts}, head, slot.dora, slot.scale, slot.frozen)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft.model import PeftModel, get_peft_model_state_dict
 from nbpeft.runs.store import RunStore
+from tests.closeness import assert_close, differ
 from tests.magics.notebook import Notebook
 from tests.runs.killed import session_in
 from tests.tiny_models import llama, logits
@@ -50,7 +51,7 @@ def test_adapter_folders_load_with_the_tensors_they_have(name: str) -> None:
     fields = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
     config = model.peft_config["default"].to_dict()
     assert all(config[key] == fields[key] for key in ("peft_type", "r", "lora_alpha", "use_dora") if key in fields)
-    assert not torch.allclose(logits(model)[:, -1], logits(llama())[:, -1])
+    assert differ(logits(model)[:, -1], logits(llama())[:, -1])
 
 
 @pytest.mark.parametrize("file", ["kohya/default.safetensors", "diffusers/pytorch_lora_weights.safetensors"])
@@ -62,7 +63,7 @@ def test_lora_files_of_image_models_load(file: str) -> None:
     down = next(tensor for key, tensor in saved.items() if "down" in key or "lora_A" in key)
     up = next(tensor for key, tensor in saved.items() if "up" in key or "lora_B" in key)
     alpha = next((float(tensor) for key, tensor in saved.items() if key.endswith("alpha")), 2.0)
-    torch.testing.assert_close(change, up @ down * alpha / 2)
+    assert_close(change, up @ down * alpha / 2)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import nbpeft
 from nbpeft.errors import CheckpointError, ConfigError, HotSwapError, MergeError
 from nbpeft.model.saving.merge_export import merge_to_folder
 from nbpeft.training.watching import generation
+from tests.closeness import assert_close
 from tests.tiny_models import adapted, llama, randomize, same_state
 
 BOTH = ["q_proj", "v_proj"]
@@ -51,11 +52,11 @@ def base(*, offloaded: bool = True) -> Any:
 def test_adapters_act_where_the_layer_computes(name: str, tmp_path: Path) -> None:
     ours, theirs = (adapted(base(offloaded=offloaded), **CONFIGS[name]) for offloaded in (True, False))
     assert {parameter.device.type for parameter in ours.manager.parameters("default")} == {"cpu"}
-    torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+    assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
     ours.save_pretrained(tmp_path, save_embedding_layers=False)
     ours.load_adapter(tmp_path, "again")
     ours.set_adapter("again")
-    torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+    assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
 
 
 def test_merging_is_refused_where_it_would_be_lost() -> None:
@@ -118,14 +119,14 @@ def test_adapters_of_every_method_are_loaded_for_their_calls(name: str, tmp_path
     accelerate.cpu_offload(whole, execution_device=torch.device("cpu"), offload_buffers=True)
     assert all(parameter.is_meta for parameter in whole.parameters())
     for _ in range(2):
-        torch.testing.assert_close(whole(input_ids=IDS).logits, expected)
+        assert_close(whole(input_ids=IDS).logits, expected)
     assert same_state(nbpeft.get_peft_model_state_dict(whole), saved)
     inner = "base_model." if config.is_prompt_learning else "base_model.model."
     devices = {f"{inner}{path}": "cpu" for path in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
     devices |= {f"{inner}model.layers.0": "disk", f"{inner}model.layers.1": "cpu", "prompt_encoder": "cpu"}
     accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert any(parameter.is_meta for parameter in model.parameters())
-    torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+    assert_close(model(input_ids=IDS).logits, expected)
     assert same_state(nbpeft.get_peft_model_state_dict(model), saved)
 
 
@@ -176,7 +177,7 @@ def test_an_offloaded_adapter_is_replaced_by_loading_and_not_by_hot_swapping(ran
             change()
         assert torch.equal(model(input_ids=IDS).logits, before) and model.peft_config["default"].r == 4
     model.load_adapter(tmp_path, "default")
-    torch.testing.assert_close(model(input_ids=IDS).logits, other.eval()(input_ids=IDS).logits)
+    assert_close(model(input_ids=IDS).logits, other.eval()(input_ids=IDS).logits)
 
 
 def test_embeddings_in_a_file_that_are_those_of_an_offloaded_base_are_left_out(tmp_path: Path) -> None:
@@ -229,4 +230,4 @@ def test_offloaded_adapters_are_combined(config: Any, settings: dict[str, Any], 
         assert offloaded == any(parameter.is_meta for parameter in model.manager.parameters("default"))
         model.set_adapter("both")
         outputs.append(model(input_ids=IDS).logits)
-    torch.testing.assert_close(*outputs)
+    assert_close(*outputs)

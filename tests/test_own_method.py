@@ -17,6 +17,7 @@ from nbpeft.engine.contract import registry
 from nbpeft.engine.contract.adapter import configure, keep_settings
 from nbpeft.errors import ConfigError, UnknownMethodError
 from nbpeft.methods import Adapter, MethodConfig, SharedState, SharedTensors, register
+from tests.closeness import assert_close
 from tests.tiny_models import llama, logits, tokens
 
 
@@ -70,7 +71,7 @@ def test_it_trains_is_saved_loaded_and_merged(tmp_path: Path) -> None:
     loaded = nbpeft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
     wanted = logits(model)
     assert torch.equal(logits(loaded), wanted)
-    assert torch.allclose(logits(loaded.merge_and_unload()), wanted, atol=1e-5)
+    assert_close(logits(loaded.merge_and_unload()), wanted)
 
 
 @dataclass
@@ -117,7 +118,7 @@ def test_what_is_added_to_the_output_follows_from_the_weight(layer: Any, x: torc
     learned.square().sum().backward()
     assert not torch.equal(learned, before) and all(parameter.grad is not None for parameter in parameters[:1])
     merged = model.merge_and_unload()
-    assert torch.allclose(merged(x), learned, atol=1e-5)
+    assert_close(merged(x), learned)
 
 
 @pytest.mark.usefixtures("registered")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nbpeft._util import former_modules
+from tests.closeness import assert_close
 
 FORMER = Path(__file__).parents[1] / "former"
 
@@ -19,7 +20,7 @@ FORMER = Path(__file__).parents[1] / "former"
 def test_pickled_models_of_then_answer_as_then(file: str) -> None:
     """Adapted ``nn.Sequential`` models with the inputs and outputs they had, pickled by nbpeft 0.2.0."""
     for name, (model, inputs, outputs) in torch.load(FORMER / file, weights_only=False).items():
-        torch.testing.assert_close(model(inputs), outputs, msg=name)
+        assert_close(model(inputs), outputs, message=name)
 
 
 def test_every_former_name_leads_to_a_module() -> None:

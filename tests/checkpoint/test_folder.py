@@ -34,6 +34,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from tests.checkpoint.peft_files import saved_by_peft, shapes_of
+from tests.closeness import assert_close
 from tests.tiny_models import gpt2, llama, logits
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -81,7 +82,7 @@ def test_peft_saves_we_load_and_back(case: str, tmp_path: Path) -> None:
     ours = build()
     base = logits(ours)
     manager = loaded_by_us(ours, tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-6)
+    assert_close(logits(ours), logits(theirs))
     assert (logits(ours) - base).abs().max() > 1e-3, "the adapter does something"
 
     config = config_to_save(manager.configs["default"], ours)

@@ -16,6 +16,7 @@ import torch
 from nbpeft.checkpoint import GGUF_TYPES, GgufTensor, file_type, read_gguf, write_gguf
 from nbpeft.checkpoint.atomic import disk_errors
 from nbpeft.errors import CheckpointError
+from tests.closeness import assert_approximates
 
 
 def nothing(writer: Any) -> None:
@@ -39,8 +40,9 @@ def test_sizes_are_known_before_and_values_come_back(stored_as: str, columns: in
     assert [tensor.n_bytes for tensor in found] == [tensor.byte_count for tensor in tensors]
     wanted = stored_as.upper() if columns == 256 or not stored_as.endswith("_k") else TYPES[stored_as]
     assert {tensor.tensor_type.name for tensor in found} == {wanted if columns != 40 or wanted[0] != "Q" else "F16"}
-    near = 0.3 if stored_as.endswith("_k") else 0.03
-    assert all(torch.allclose(value, values[name], atol=near) for name, value in read_gguf(tmp_path / "x.gguf").items())
+    # Half a step, of 16 or more between the least and the largest value of a block, or of 255; the step is in float16.
+    step = 1 / 8 if stored_as.endswith("_k") else 1 / 127
+    assert_approximates(read_gguf(tmp_path / "x.gguf"), values, step / 2 + 2**-11)
 
 
 def test_file_types_are_named_after_their_storage_type() -> None:

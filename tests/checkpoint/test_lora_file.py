@@ -16,6 +16,7 @@ from nbpeft.checkpoint import lora_file
 from nbpeft.errors import AdapterError, CheckpointError, NbpeftError
 from nbpeft.model.saving.saved_places import owner_of
 from nbpeft.shipping import ship
+from tests.closeness import assert_close
 from tests.tiny_models import llama, randomize
 
 
@@ -72,7 +73,7 @@ def test_a_file_is_written_and_read_back(spelling: str, fields: dict[str, Any], 
     for source in (path, path.parent):
         loaded = PeftModel.from_pretrained(unet(), source).eval()
         assert owner_of(loaded.manager, "default", source) is None  # as an adapter it is not saved there yet
-        assert torch.allclose(loaded(PICTURE), model(PICTURE), atol=1e-5)
+        assert_close(loaded(PICTURE), model(PICTURE))
 
 
 FACTORS = {"down": torch.randn(2, 8), "up": torch.randn(8, 2)}
@@ -96,7 +97,7 @@ def test_what_others_write_is_read(spelling: str, alpha: float | None, tmp_path:
     model = PeftModel.from_pretrained(unet(), tmp_path / "style.safetensors")
     layer = model.manager.layers["mid_block.attn1.to_q"]
     expected = FACTORS["up"] @ FACTORS["down"] * ((alpha or 2.0) / 2)
-    assert torch.allclose(layer.get_delta_weight("default"), expected, atol=1e-6)
+    assert_close(layer.get_delta_weight("default"), expected)
 
 
 ALPHAS: dict[str, tuple[Tensor, float | str]] = {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import replicate
 
 from nbpeft import AdamssConfig, GloraConfig, LoraConfig, OSFConfig, PeanutConfig, PsoftConfig, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import experts_of, llama, mixture, randomize
 
 IDS = torch.arange(12).view(2, 6)
@@ -60,11 +61,11 @@ def test_a_replica_computes_with_its_own_tensors(name: str, monkeypatch: pytest.
     spoil(model)
     output = replica(input_ids=IDS).logits
     expected = wanted(input_ids=IDS).logits
-    torch.testing.assert_close(output, expected)
+    assert_close(output, expected)
     output.square().sum().backward()
     expected.square().sum().backward()
     for ours, theirs in zip(model.manager.parameters("default"), wanted.manager.parameters("default"), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+        assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize(
@@ -84,4 +85,4 @@ def test_a_replica_has_the_parameters_in_lists_and_groups(config: Any, monkeypat
     expected = model(input_ids=IDS).logits
     replica = replica_of(model, monkeypatch)
     spoil(model)
-    torch.testing.assert_close(replica(input_ids=IDS).logits, expected)
+    assert_close(replica(input_ids=IDS).logits, expected)

@@ -59,13 +59,17 @@ def manager_of(model: nn.Module) -> AdapterManager:
 
 
 def trained(config: LoraConfig, seed: int = 1) -> AdapterWeights:
-    """Weights of an adapter as training would leave them: nothing at zero, magnitudes moved."""
+    """Weights of an adapter as training would leave them: nothing at zero, magnitudes moved, outputs near one."""
     weights = manager_of(fresh(config)).weights("default")
     generator = torch.Generator().manual_seed(seed)
     for named in (*weights.adapters.values(), *weights.copies.values(), weights.base):
         for key, tensor in named.items():
             noise = torch.randn(tensor.shape, generator=generator)
-            named[key] = tensor.detach() * (1 + 0.3 * noise) if key == "lora_magnitude_vector" else 0.5 * noise
+            named[key] = (
+                tensor.detach() * (1 + 0.3 * noise)
+                if key == "lora_magnitude_vector"
+                else noise / noise[0].numel() ** 0.5
+            )
     return weights
 
 

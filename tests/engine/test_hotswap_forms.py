@@ -11,6 +11,7 @@ import torch
 import nbpeft
 from nbpeft.errors import HotSwapError
 from nbpeft.model import PeftModel, get_peft_model, hotswap_adapter
+from tests.closeness import assert_close
 from tests.tiny_models import llama, logits, randomize, same_state, state
 
 DRAWN: dict[str, Any] = {"r": 4, "save_projection": False}
@@ -73,7 +74,7 @@ def test_an_adapter_of_another_form_is_refused(case: str, tmp_path: Path) -> Non
         if field != "target_modules"
     )
     again = PeftModel.from_pretrained(llama(), tmp_path)
-    torch.testing.assert_close(logits(again), logits(other), atol=1e-6, rtol=0)
+    assert_close(logits(again), logits(other))
 
 
 def test_what_layers_share_is_not_taken_from_tensors_without_it() -> None:

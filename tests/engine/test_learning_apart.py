@@ -6,6 +6,7 @@ import torch
 
 from nbpeft.engine.changes.active_state import RowAssignment
 from nbpeft.model.handle.serving import serving_rows
+from tests.closeness import assert_close
 from tests.tiny_models import adapted, logits, tokens
 
 
@@ -47,5 +48,5 @@ def test_a_mixed_batch_gives_each_adapter_its_gradient() -> None:
             with model.manager.use(name):
                 alone = model(input_ids=batch[places]).logits
                 alone.square().sum().backward()
-            torch.testing.assert_close(mixed[places], alone)
-            torch.testing.assert_close(found[name], [part.grad for part in model.manager.parameters(name)])
+            assert_close(mixed[places], alone)
+            assert_close(found[name], [part.grad for part in model.manager.parameters(name)])

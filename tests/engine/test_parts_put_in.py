@@ -18,6 +18,7 @@ from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.contract.registry import methods
 from nbpeft.engine.views.part_modules import ParameterMapping, ShownParts
 from nbpeft.errors import AdapterError, MergeError
+from tests.closeness import assert_close, differ
 from tests.engine.views.test_part_modules import IDS, pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be merged")
@@ -38,9 +39,9 @@ def both(name: str = "linear") -> tuple[Any, Any]:
 
 def equal(ours: Any, theirs: Any, before: Tensor | None = None) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(ours(IDS), theirs(IDS))
+        assert_close(ours(IDS), theirs(IDS))
         if before is not None:
-            assert not torch.allclose(ours(IDS), before, atol=1e-3)
+            assert differ(ours(IDS), before)
 
 
 WAYS: dict[str, Callable[[Any, str, nn.Module], Any]] = {
@@ -183,7 +184,7 @@ def test_a_module_of_ones_own_is_called(put: Callable[[Any], None]) -> None:
     equal(copy.deepcopy(ours), theirs)
     names = ["default", "other"]
     with torch.no_grad():
-        torch.testing.assert_close(ours(IDS, adapter_names=names), theirs(IDS, adapter_names=names))
+        assert_close(ours(IDS, adapter_names=names), theirs(IDS, adapter_names=names))
     for model in (ours, theirs):
         model.base_model.model.first.lora_A["default"] = linear(4, 6).requires_grad_()
         nn.init.ones_(model.base_model.model.first.lora_A["default"].weight)
@@ -303,4 +304,4 @@ def test_what_is_written_acts_with_every_method_or_is_refused(sample: str) -> No
                 part["default"] = Halved()
             continue
         with torch.no_grad():
-            torch.testing.assert_close(new(x), other(x))
+            assert_close(new(x), other(x))

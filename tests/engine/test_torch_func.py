@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import nbpeft
+from tests.closeness import assert_close
 
 
 class Net(nn.Module):
@@ -94,7 +95,7 @@ def test_derivatives_equal_those_of_peft(targets: list[str], config: dict[str, A
     for kind, expected in theirs.items():
         assert any(value.abs().max() > 1e-3 for value in expected), kind
         for one, other in zip(ours[kind], expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=kind)
+            assert_close(one, other, message=kind)
 
 
 def test_dropout_in_a_transform_asks_for_randomness_as_torch_does(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_second_derivatives_equal_those_of_peft(kind: str, dtype: torch.dtype, t
         found.append(torch.autograd.grad(sum(value.square().sum() for value in first), trained))
     assert max(float(value.abs().max()) for value in found[0]) > 0.1
     for one, other in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(one, other, rtol=0.02 if dtype == torch.bfloat16 else 1e-4, atol=0.02)
+        assert_close(one, other, depth=6)  # forwards, backwards, and both again
 
 
 def test_the_second_derivative_of_a_convolution_with_dropout_is_right() -> None:

@@ -13,6 +13,7 @@ import torch
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.session import Session
+from tests.closeness import assert_close
 from tests.tiny_models import llama, logits, randomize
 
 MOST_LINES = 60
@@ -46,7 +47,7 @@ def test_adapters_of_another_rank_fit_into_a_padded_slot_and_files_have_no_paddi
     nbpeft.hotswap_adapter(grown, str(tmp_path / "three"), "default")
     before = logits(model)
     nbpeft.prepare_model_for_compiled_hotswap(model, target_rank=4)
-    assert torch.allclose(logits(model), before, atol=1e-6)
+    assert_close(logits(model), before)
     assert {parameter.shape[0] for parameter in model.manager.parameters("default")} == {4}
     for name in ("three", "one"):
         nbpeft.hotswap_adapter(model, str(tmp_path / name), "default")
@@ -54,7 +55,7 @@ def test_adapters_of_another_rank_fit_into_a_padded_slot_and_files_have_no_paddi
         expected, again = (
             nbpeft.PeftModel.from_pretrained(llama(), str(tmp_path / folder)).eval() for folder in (name, "again")
         )
-        assert torch.allclose(logits(model), logits(expected), atol=1e-5)
+        assert_close(logits(model), logits(expected))
         assert torch.equal(logits(again), logits(expected))
         assert name == "one" or torch.equal(logits(grown), logits(expected))
 

@@ -15,6 +15,7 @@ import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.memory import forecast
 from nbpeft.session import Session
+from tests.closeness import assert_close, differ
 from tests.magics.notebook import Notebook
 from tests.tiny_models import llama, logits, tokens
 
@@ -71,7 +72,7 @@ def test_it_trains_is_saved_loaded_scaled_and_merged(more: Any, tmp_path: Path) 
     layer.set_scale("default", 0.5)
     assert layer.adapter("default").scaling == 2.0 and not torch.equal(logits(model), learned)
     layer.unscale_layer()
-    assert torch.allclose(logits(loaded.merge_and_unload()), learned, atol=1e-5)
+    assert_close(logits(loaded.merge_and_unload()), learned)
 
 
 def test_another_takes_its_slot(more: Any, tmp_path: Path) -> None:
@@ -87,7 +88,8 @@ def test_rows_of_a_batch_may_use_it(more: Any) -> None:
     model.add_adapter("lora", nbpeft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     with torch.no_grad():
         mixed = model(input_ids=tokens(), adapter_names=["lora", "default"]).logits
-    assert torch.allclose(mixed[1], alone[1], atol=1e-5) and not torch.allclose(mixed[0], alone[0])
+    assert_close(mixed[1], alone[1])
+    assert differ(mixed[0], alone[0])
 
 
 def test_what_it_costs_is_known_before(more: Any) -> None:

@@ -22,6 +22,7 @@ from nbpeft.shipping import ship
 from nbpeft.shipping.formats import GGUF_MODEL
 from nbpeft.training import Collator, Trainer, export_script
 from nbpeft.training.disk.checkpoints import flaw_of
+from tests.closeness import is_close
 from tests.shipping import support
 from tests.tiny_models import llama
 from tests.training.support import token_rows
@@ -178,7 +179,7 @@ def writers(models: Models) -> dict[str, Writer]:
             found = LlamaForCausalLM.from_pretrained(folder).state_dict()
         except (OSError, ValueError):
             return set()
-        assert all(torch.allclose(value, models.merged[name], atol=1e-6) for name, value in found.items())
+        assert all(is_close(value, models.merged[name]) for name, value in found.items())
         return {NEW}
 
     def merge(folder: Path, rank: int, **options: Any) -> None:

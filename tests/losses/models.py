@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from nbpeft.losses import chunked_head, without_logits
+from tests.closeness import DEPTH, assert_close
 
 VOCABULARY = 97
 _SHARED: dict[str, Any] = {
@@ -106,8 +107,8 @@ def check_chunked(model: nn.Module, batch: dict[str, Any], chunk_size: int) -> N
     assert head.chunked
     assert not head.needed_by
     assert loss.dtype == whole.dtype
-    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert_close(loss, whole, equal_nan=True)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=2e-6 * max(largest, 1))
+        assert_close(gradients[name], gradient, depth=3 * DEPTH, scale=max(largest, 1.0), message=name)

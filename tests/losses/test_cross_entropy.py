@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from nbpeft.losses.cross_entropy import chunked_cross_entropy
+from tests.closeness import assert_close
 from tests.model.allocations import Allocations
 
 CLASSES, FEATURES, TOKENS = 31, 7, 12
@@ -48,9 +49,9 @@ def test_it_is_torchs_cross_entropy(reduction, smoothing, learned):
             hidden,
             *layer.parameters(),
         )
-        torch.testing.assert_close(loss, whole, equal_nan=True, rtol=1e-6, atol=1e-6)
+        assert_close(loss, whole, equal_nan=True)
         for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+            assert_close(one, other)
 
 
 @pytest.mark.parametrize("trains_head", [False, True])
@@ -71,8 +72,8 @@ def test_each_row_can_have_a_loss_with_a_factor_of_its_own(learned, weighted, tr
             lambda size=chunk_size: chunked_cross_entropy(layer, hidden, targets, chunk_size=size, **options) @ factors,
             *watched,
         )
-        torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert_close(loss, whole)
+        assert_close(found, expected)
 
 
 def test_each_row_has_a_factor_behind_a_head_that_keeps_its_output():
@@ -88,7 +89,7 @@ def test_each_row_has_a_factor_behind_a_head_that_keeps_its_output():
     found = gradients(
         lambda: chunked_cross_entropy(kept, hidden, targets, reduction="none", chunk_size=4) @ factors, *watched
     )
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+    assert_close(found, whole)
 
 
 def test_another_index_is_ignored_and_a_head_may_be_half_frozen():
@@ -100,8 +101,8 @@ def test_another_index_is_ignored_and_a_head_may_be_half_frozen():
     loss, found = gradients(
         lambda: chunked_cross_entropy(layer, hidden, targets, ignore_index=3, chunk_size=3), hidden, layer.bias
     )
-    torch.testing.assert_close(loss, whole)
-    torch.testing.assert_close(found, expected)
+    assert_close(loss, whole)
+    assert_close(found, expected)
     assert layer.weight.grad is None
 
 
@@ -142,8 +143,8 @@ def test_a_head_may_end_in_a_function_of_its_own():
     loss, found = gradients(
         lambda: chunked_cross_entropy(doubled, hidden, targets, chunk_size=5), hidden, *layer.parameters()
     )
-    torch.testing.assert_close(loss, whole)
-    torch.testing.assert_close(found, expected)
+    assert_close(loss, whole)
+    assert_close(found, expected)
 
 
 def test_in_double_precision_gradients_are_exact():
@@ -191,7 +192,7 @@ def test_a_head_that_returns_its_input_keeps_it(made, mode, learns, dtype):
         loss = chunked_cross_entropy(made, given, targets, chunk_size=5)
         expected = F.cross_entropy(made(before).float(), targets)
     assert torch.equal(hidden, before)
-    torch.testing.assert_close(loss, expected)
+    assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -203,7 +204,7 @@ def test_a_head_that_returns_its_own_tensor_keeps_it(place, mode, trained):
     with mode():
         loss = chunked_cross_entropy(lambda rows: own[place], torch.zeros(4, FEATURES), targets, chunk_size=4)
     assert torch.equal(own, before)
-    torch.testing.assert_close(loss, F.cross_entropy(before, targets), check_stride=False)
+    assert_close(loss, F.cross_entropy(before, targets))
 
 
 def test_a_head_that_returns_a_part_of_an_inference_tensor_keeps_it():
@@ -213,7 +214,7 @@ def test_a_head_that_returns_a_part_of_an_inference_tensor_keeps_it():
         before = own.clone()
         loss = chunked_cross_entropy(lambda rows: own[:4], torch.zeros(4, FEATURES), targets, chunk_size=4)
         assert torch.equal(own, before)
-        torch.testing.assert_close(loss, F.cross_entropy(before[:4], targets))
+        assert_close(loss, F.cross_entropy(before[:4], targets))
 
 
 def test_nothing_is_computed_for_backward_without_gradients():

@@ -13,6 +13,7 @@ import nbpeft
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.losses import LazyLogits, chunked_head, chunked_loss, without_logits
 from nbpeft.model import LoraConfig, get_peft_model
+from tests.closeness import assert_close
 from tests.losses.models import batch_of, check_chunked, loss_and_gradients, model_of
 from tests.tiny_models import adapted, classifier, gpt2, llama, tokens
 
@@ -63,9 +64,9 @@ def test_rows_with_adapters_of_their_own_and_switched_off_adapters():
     model.add_adapter("other", LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
     given = batch() | {"adapter_names": ["default", "other", "__base__"]}
     with torch.no_grad():
-        torch.testing.assert_close(chunked_loss(model, loss_chunk_size=4, **given), model(**given).loss)
+        assert_close(chunked_loss(model, loss_chunk_size=4, **given), model(**given).loss)
         with model.disable_adapter():
-            torch.testing.assert_close(chunked_loss(model, loss_chunk_size=4, **batch()), model(**batch()).loss)
+            assert_close(chunked_loss(model, loss_chunk_size=4, **batch()), model(**batch()).loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,9 +75,9 @@ def test_under_autocast_the_head_computes_as_it_would(dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole, expected = loss_and_gradients(model, lambda: model(**batch()).loss)
         loss, found = loss_and_gradients(model, lambda: chunked_loss(model, loss_chunk_size=5, **batch()))
-    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=1e-6)
+    assert_close(loss, whole)
     assert found.keys() == expected.keys()
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=2e-3)
+    assert_close(found, expected, dtype=torch.bfloat16)
 
 
 def test_logits_have_data_once_they_are_needed():
@@ -116,9 +117,9 @@ def test_whatever_is_done_with_logits_gives_what_it_would(use):
     _, expected = loss_and_gradients(model, lambda: use(model(input_ids=ids).logits).square().sum())
     result = use(model(input_ids=ids).logits)
     with chunked_head(model, 4):
-        torch.testing.assert_close(use(model(input_ids=ids).logits) * 1, result)
+        assert_close(use(model(input_ids=ids).logits) * 1, result)
         _, found = loss_and_gradients(model, lambda: (use(model(input_ids=ids).logits) * 1).square().sum())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_close(found, expected)
 
 
 def test_a_loss_of_ones_own_in_the_forward_is_chunked_too():
@@ -168,7 +169,7 @@ def test_threads_that_only_call_the_model_get_logits_with_data():
         found = other.submit(lambda: model(**batch()).logits).result()
         assert isinstance(model(**batch()).logits, LazyLogits)
     assert type(found) is torch.Tensor
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
 
 
 def test_blocks_of_two_threads_may_end_in_any_order():
@@ -201,8 +202,8 @@ def test_the_public_function_adds_up_over_batches():
 
     whole, expected = loss_and_gradients(model, lambda: total(lambda **part: model(**part).loss))
     loss, found = loss_and_gradients(model, lambda: total(lambda **part: nbpeft.chunked_loss(model, **part)))
-    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert_close(loss, whole)
+    assert_close(found, expected)
 
 
 def test_tokens_without_a_batch_are_computed_in_chunks_too():
@@ -210,4 +211,4 @@ def test_tokens_without_a_batch_are_computed_in_chunks_too():
     with chunked_head(model, chunk_size=2):
         found, alone = model.lm_head(hidden), model.lm_head(hidden[0])
     assert isinstance(found, LazyLogits) and not isinstance(alone, LazyLogits)
-    torch.testing.assert_close(torch.stack([alone, found[1]]), model.lm_head(hidden[:2]))
+    assert_close(torch.stack([alone, found[1]]), model.lm_head(hidden[:2]))

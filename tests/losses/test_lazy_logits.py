@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nbpeft.losses import LazyLogits
 from nbpeft.losses.lazy_logits import ChunkedHead
+from tests.closeness import assert_close
 
 SIZE = 7
 ALL = slice(None)
@@ -32,7 +33,7 @@ def both(**parts: Any) -> tuple[LazyLogits, Tensor, ChunkedHead]:
 def check(found: Tensor, expected: Tensor, settings: ChunkedHead, *, lazy: bool) -> None:
     assert isinstance(found, LazyLogits) == lazy and (settings.needed_by == "") == lazy
     assert found.shape == expected.shape
-    torch.testing.assert_close(found.sum(-1), expected.sum(-1))  # which needs the data
+    assert_close(found.sum(-1), expected.sum(-1))  # which needs the data
 
 
 SELECTIONS: list[tuple[Any, bool]] = [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.closeness import assert_close
 from tests.losses.two_processes import ADAPTERS, WRAPPINGS
 
 ROOT = Path(__file__).parents[2]
@@ -26,5 +27,5 @@ def test_sharded_and_replicated_models_learn_the_same_in_chunks(tmp_path: Path) 
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert len(found) == len(ADAPTERS) * len(WRAPPINGS)
         for name, (whole, chunked) in found.items():
-            assert chunked == pytest.approx(whole, rel=1e-5), name
+            assert_close(chunked, whole, message=name)
             assert whole[0] != whole[-1]

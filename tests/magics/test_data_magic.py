@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nbpeft.display.blocks import Tokens
 from nbpeft.display.next_steps import next_steps
 from nbpeft.session import DataResult
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close
 from tests.magics.notebook import Notebook
 
 PAIRS = [{"prompt": f"{number} and {number} is ", "completion": str(2 * number)} for number in range(8)]
@@ -144,7 +146,8 @@ def test_preferences_are_shown_as_they_are_trained_on_and_the_cell_says_how(read
     assert "33.3 % of them learned, 16.7 % compared" in str(shown)
     cell = "%%lora_train model --data pairs --tokenizer tok --objective dpo --reference base\nmax_steps = 1\nbeta = 0.3"
     result = ready.do(cell)
-    assert (result.objective, result.reference, result.loss) == ("dpo", "base", pytest.approx(0.6931, abs=1e-3))
+    assert (result.objective, result.reference) == ("dpo", "base")
+    assert_close(result.loss, math.log(2))
     assert "objective: dpo (beta=0.3); reference: base" in result.message
     plan = ready.do("%lora plan model --data pairs --tokenizer tok --batch-size 2")
     assert plan.settings.batch_size == 4 and any("counted as two sequences" in note for note in plan.notes)

@@ -19,6 +19,7 @@ from nbpeft import (
 )
 from nbpeft.model import get_peft_model_state_dict
 from nbpeft.training.loop.rows import first_rows
+from tests.closeness import assert_close
 from tests.magics.notebook import Notebook
 from tests.tiny_models import VOCABULARY, llama, same_state, state
 
@@ -88,7 +89,7 @@ def test_an_adapter_starts_as_if_peft_s_function_was_called(ready: Notebook, ini
     found = get_peft_model_state_dict(model, adapter_name="sql")
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
-        assert torch.allclose(found[key], value, atol=1e-5), key
+        assert_close(found[key], value, message=key)
     assert model.active_adapters == ["sql"] and not model.get_base_model().training
     assert "already; nothing changed" in str(ready.do(cell(init, "--init-data rows")))
     assert same_state(state(model.unload()), state(llama()))
@@ -137,7 +138,7 @@ def test_values_of_a_sweep_each_start_from_the_rows(ready: Notebook) -> None:
         tensors = get_peft_model_state_dict(ready["model"], adapter_name=name)
         for key, value in tensors.items():
             if "lora_A" in key:  # directions are at right angles
-                assert torch.allclose(value @ value.T, torch.eye(len(value)), atol=1e-4), key
+                assert_close(value @ value.T, torch.eye(len(value)), message=key)
 
 
 @pytest.mark.drawn(8)

@@ -15,6 +15,7 @@ from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.model import PeftModel
 from nbpeft.session import Result
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close
 from tests.magics.notebook import Notebook
 from tests.magics.test_cells import fingerprint
 from tests.tiny_models import classifier, logits
@@ -87,7 +88,7 @@ def test_scale(trained: Notebook) -> None:
     trained.do("%lora scale sql 0")
     scaled = logits(trained["model"])
     trained.do("%lora off")
-    assert torch.allclose(scaled, logits(trained["model"]))
+    assert_close(scaled, logits(trained["model"]))
     assert "×\u00a00" in str(trained.do("%lora on")) or "×\u00a00" in str(trained.do("%lora"))
 
 
@@ -95,7 +96,7 @@ def test_merge_and_unmerge(trained: Notebook) -> None:
     model, before = trained["model"], logits(trained["model"])
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert "merged 'sql'" in str(trained.do("%lora merge"))
-    assert torch.allclose(logits(model), before, atol=1e-5)
+    assert_close(logits(model), before)
     assert "merged" in str(trained.do("%lora"))
     trained.do("%lora unmerge")
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
@@ -144,7 +145,7 @@ def test_unload_gives_the_base_back(trained: Notebook) -> None:
 def test_unload_with_merge_keeps_what_was_learned(trained: Notebook) -> None:
     before = logits(trained["model"])
     trained.do("%lora unload --merge")
-    assert torch.allclose(logits(trained["model"]), before, atol=1e-5)
+    assert_close(logits(trained["model"]), before)
 
 
 def test_a_round_trip_through_a_folder(trained: Notebook, tmp_path: Path) -> None:

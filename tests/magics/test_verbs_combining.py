@@ -13,6 +13,7 @@ from nbpeft.session import get_session
 from nbpeft.session.results.comparing import CompareResult
 from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close, differ
 from tests.magics.notebook import Notebook
 from tests.magics.test_verbs import train_a_little
 from tests.tiny_models import logits
@@ -55,7 +56,7 @@ def test_combine_makes_the_exact_sum(trained: Notebook) -> None:
     trained.do("%lora use sql chat")
     expected = logits(trained["model"])
     trained.do("%lora use both")
-    assert torch.allclose(logits(trained["model"]), expected, atol=1e-5)
+    assert_close(logits(trained["model"]), expected)
 
 
 def test_combine_takes_types_and_ranks(trained: Notebook) -> None:
@@ -167,7 +168,7 @@ def test_swap_puts_another_in_place(trained: Notebook, saved: Path) -> None:
     model = trained["model"]
     before = logits(model)
     result = trained.do(f'%lora swap {saved} --into sql --check "Hi" --tokens 5')
-    assert not torch.allclose(logits(model), before)
+    assert differ(logits(model), before)
     assert model.manager.names == ("chat", "sql")
     assert str(result).startswith(f"swapped 'sql' on model for {saved}: LoRA r=4")
     assert result.before != result.after
@@ -192,7 +193,7 @@ def test_swap_asks_the_function(trained: Notebook, saved: Path) -> None:
     assert "'number' is not a function" in trained.run(f"%lora swap {saved} --validate number").line
     trained.do("def check(model):\n    return True")
     trained.do(f"%lora swap {saved} --validate check")
-    assert not torch.allclose(logits(trained["model"]), before)
+    assert differ(logits(trained["model"]), before)
 
 
 def test_swap_keeps_what_is_compiled(trained: Notebook, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.names import LOSS_CHUNK_SIZE
+from tests.closeness import assert_approximates
 from tests.effort import effort
 from tests.memory.measured_peak import SHAPES, real_peak
 
@@ -115,7 +116,7 @@ def check_copies_of_the_head(batch_size: int) -> None:
         on_cpu = forecast(config, adapter, dtype=dtype, device="cpu", **settings).peak_bytes
         elsewhere = forecast(config, adapter, dtype=dtype, device="16GB", **settings).peak_bytes
         measured = real_peak(architecture_of(config, adapter), adapter, optimizer=None, dtype=dtype, **settings)
-        assert on_cpu == pytest.approx(measured, rel=0.03)
+        assert_approximates(on_cpu, measured, 0.03)
         assert copied / 2 < on_cpu - elsewhere <= copied if copied else on_cpu == elsewhere
 
 

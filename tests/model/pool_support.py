@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nbpeft.model import PeftModel
 from nbpeft.model.swapping.pool import AdapterPool
+from tests.closeness import assert_close
 from tests.tiny_models import adapted, llama, logits, randomize
 
 BYTES = 2 * (4 * 32 + 32 * 4 + 4 * 32 + 16 * 4) * 4
@@ -42,7 +42,7 @@ def pool_of(folders: dict[str, Path], room: float = 2, host: float = 100, **opti
 
 
 def near(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_close(found, expected)
 
 
 def device_bytes(pool: AdapterPool) -> int:

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 import nbpeft
+from tests.closeness import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:target_modules='all-linear' includes the experts")
 
@@ -184,14 +185,14 @@ def test_an_architecture_runs(architecture: Architecture, tmp_path: Path) -> Non
     before = logits_of(base, batch)
     task = None if architecture.name == "ViTForImageClassification" else architecture.task
     model = nbpeft.get_peft_model(copy.deepcopy(base), architecture.config(task_type=task)).eval()
-    torch.testing.assert_close(logits_of(model, batch), before)
+    assert_close(logits_of(model, batch), before)
     first, last = trained(model, batch)
     assert last < first
     after = logits_of(model, batch)
     model.save_pretrained(tmp_path / "adapter")
     loaded = nbpeft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-    torch.testing.assert_close(logits_of(loaded, batch), after)
-    torch.testing.assert_close(logits_of(loaded.merge_and_unload(), batch), after)
+    assert_close(logits_of(loaded, batch), after)
+    assert_close(logits_of(loaded.merge_and_unload(), batch), after)
 
 
 @pytest.mark.drawn(4)

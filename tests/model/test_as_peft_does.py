@@ -35,6 +35,7 @@ from nbpeft.model import (
     set_peft_model_state_dict,
 )
 from nbpeft.model.from_data.observing import evaluated
+from tests.closeness import assert_close
 from tests.tiny_models import adapted, llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -164,8 +165,8 @@ def test_biases_in_a_state_dict_are_written_whatever_the_config_has(bias: str) -
     peft.set_peft_model_state_dict(theirs, tensors)
     result = set_peft_model_state_dict(ours, tensors)
     assert not result.unexpected_keys and not result.missing_keys
-    assert torch.allclose(logits(ours.eval()), logits(theirs.eval()), atol=1e-5)
-    assert torch.allclose(logits(ours), logits(trained_one.eval()), atol=1e-5)
+    assert_close(logits(ours.eval()), logits(theirs.eval()))
+    assert_close(logits(ours), logits(trained_one.eval()))
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -301,7 +302,7 @@ def test_many_paths_are_names_in_the_chosen_layers(
     theirs.save_pretrained(tmp_path / "theirs")
     again = PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
     assert torch.equal(logits(again), logits(ours))
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path / "theirs").eval()), logits(theirs))
+    assert_close(logits(PeftModel.from_pretrained(base(), tmp_path / "theirs").eval()), logits(theirs))
     names = set(theirs.base_model.targeted_module_names)
     assert len(names) == adapted_layers
     assert set(ours.manager.layers) == set(again.manager.layers) == names
@@ -613,10 +614,10 @@ def test_modules_whose_names_end_with_a_saved_one_are_loaded_from_its_files(
     theirs.save_pretrained(str(tmp_path / "theirs"))
     ours = nbpeft.PeftModel.from_pretrained(make(), tmp_path / "theirs").eval()
     ids = torch.arange(8)[None]
-    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")).eval()
-    torch.testing.assert_close(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    assert_close(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("path", ["classifier", "head.classifier"])

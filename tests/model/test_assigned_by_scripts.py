@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import nbpeft
+from tests.closeness import assert_close, assert_same, differ
 from tests.model.test_scripts_of_others import LIBRARIES, lora, prompted
 from tests.tiny_models import llama, logits, tokens
 
@@ -32,7 +33,7 @@ def test_peft_config_can_be_assigned(library: Any, place: str, tmp_path: Path) -
     assert model.peft_config["default"] is config and model.base_model.peft_config["default"] is config
     model.save_pretrained(tmp_path)
     assert library.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == str(tmp_path / "base")
-    torch.testing.assert_close(logits(model), before)
+    assert_close(logits(model), before)
 
 
 @LIBRARIES
@@ -90,7 +91,7 @@ def test_the_rank_allocator_has_what_scripts_read_and_call() -> None:
     for name in ("exp_avg_ipt", "exp_avg_unc"):
         averages = getattr(own, name)
         assert averages.keys() == getattr(other, name).keys()
-        torch.testing.assert_close(dict(averages), {key: getattr(other, name)[key] for key in averages})
+        assert_close(dict(averages), {key: getattr(other, name)[key] for key in averages})
     left = own.mask_to_budget(ours.base_model.model, 7)
     assert left == other.mask_to_budget(theirs.base_model.model, 7) and sum(map(sum, left.values())) == 7
     assert own.update_and_allocate(ours, 3) == other.update_and_allocate(theirs.base_model.model, 3)
@@ -98,7 +99,7 @@ def test_the_rank_allocator_has_what_scripts_read_and_call() -> None:
     fewer = {name: [flag and place < 3 for place, flag in enumerate(flags)] for name, flags in left.items()}
     own.mask_using_rank_pattern(ours, fewer)
     other.mask_using_rank_pattern(theirs.base_model.model, fewer)
-    torch.testing.assert_close(logits(ours.eval()), logits(theirs.eval()))
+    assert_close(logits(ours.eval()), logits(theirs.eval()))
     own.set_total_step(20)
     assert ours.peft_config["default"].total_step == 20 and own.peft_config is ours.peft_config["default"]
     own.reset_ipt()
@@ -132,7 +133,7 @@ def test_an_encoder_can_be_assigned(library: Any, assign: str) -> None:
     assert any(parameter is other.embedding.weight for parameter in model.parameters())
     same = prompted(peft, "PromptTuningConfig")
     same.prompt_encoder["default"].embedding.weight.data.fill_(0.25)
-    torch.testing.assert_close(logits(model), logits(same))
+    assert_close(logits(model), logits(same))
     backward(model)
     assert other.embedding.weight.grad is not None
 
@@ -144,7 +145,7 @@ def test_a_prompt_that_a_script_makes_starts_as_peft_s() -> None:
         model = library.get_peft_model(llama(), library.PromptTuningConfig(**settings))
         torch.manual_seed(5)
         rows.append(library.PromptEmbedding(model.peft_config["default"], model.word_embeddings).embedding.weight)
-    torch.testing.assert_close(*(row.detach() for row in rows))
+    assert_close(*(row.detach() for row in rows))
     with pytest.raises(nbpeft.ConfigError, match="word_embeddings must be an embedding, not a Linear"):
         nbpeft.PromptEmbedding(model.peft_config["default"], nn.Linear(2, 2))
 
@@ -168,7 +169,7 @@ def test_so_do_the_other_kinds_and_they_can_be_called(package: str, kind: str, f
         ids = torch.arange(3).expand(2, -1)
         of_tasks = () if kind == "CPT" else (torch.tensor([1, 0]),)
         found.append({"drawn": torch.rand(1), "called": encoder(ids, *of_tasks), **encoder.state_dict()})
-    torch.testing.assert_close(*found)
+    assert_close(*found)
 
 
 def test_an_encoder_that_would_not_be_called_is_refused() -> None:
@@ -186,7 +187,7 @@ def test_an_encoder_that_would_not_be_called_is_refused() -> None:
         model.prompt_encoder["other"] = longer.prompt_encoder["default"]
     with pytest.raises(nbpeft.AdapterError, match=r"delete_adapter\('default'\)"):
         del model.prompt_encoder["default"]
-    torch.testing.assert_close(logits(model), before)
+    assert_close(logits(model), before)
 
 
 # Layers and tuners
@@ -213,13 +214,13 @@ def test_emptying_merged_adapters_keeps_the_merged_weight(library: Any, how: str
     for layer in same.modules():
         if hasattr(layer, "set_scale"):
             layer.set_scale("default", 2)
-    torch.testing.assert_close(doubled, logits(same))
+    assert_close(doubled, logits(same))
     with model.disable_adapter():
-        torch.testing.assert_close(logits(model), logits(lora(peft)))
+        assert_close(logits(model), logits(lora(peft)))
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), doubled)
+    assert_close(logits(model), doubled)
     model.unmerge_adapter()
-    torch.testing.assert_close(logits(model), doubled)
+    assert_close(logits(model), doubled)
 
 
 def test_merged_adapters_are_not_changed_otherwise() -> None:
@@ -236,7 +237,7 @@ def test_merged_adapters_are_not_changed_otherwise() -> None:
         layer.merged_adapters = ["other"]
     layer.merged_adapters = ["default", "other"]
     layer.unmerge()
-    torch.testing.assert_close(logits(model), logits(lora(peft)))
+    assert_close(logits(model), logits(lora(peft)))
 
 
 @LIBRARIES
@@ -246,9 +247,9 @@ def test_injecting_into_a_tuner_activates_nothing(library: Any) -> None:
     model.base_model.peft_config["other"] = library.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
     model.base_model.inject_adapter(model.base_model.model, "other")
     assert model.base_model.active_adapters == ["default"] and [*model.peft_config] == ["default", "other"]
-    torch.testing.assert_close(logits(model.eval()), before)
+    assert_close(logits(model.eval()), before)
     model.set_adapter("other")
-    assert not torch.allclose(logits(model), before)
+    assert differ(logits(model), before)
 
 
 def test_a_part_that_a_script_takes_out_is_refused_with_the_way_to_rename() -> None:
@@ -264,7 +265,7 @@ def test_a_config_is_not_taken_away_from_its_adapter() -> None:
         with pytest.raises(nbpeft.AdapterError, match=r"model\.manager\.rename\('default', new\) renames it"):
             take("default")
     assert model.active_adapters == ["default"]
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    assert_same(logits(model), before)
     model.peft_config["other"] = nbpeft.LoraConfig(r=2)  # of no adapter yet
     assert model.peft_config.pop("other").r == 2 and [*model.peft_config] == ["default"]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from nbpeft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError, CorruptCheckpointError
 from nbpeft.model import AdapterPool, hotswap_adapter, load_peft_weights, merge_to_folder, set_peft_model_state_dict
+from tests.closeness import assert_close
 from tests.tiny_models import VOCABULARY, adapted, llama, logits, same_state, state
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -191,7 +192,7 @@ def test_a_file_may_hold_half_and_double_numbers(tmp_path: Path) -> None:
     merge_to_folder(tmp_path / "base", folder, tmp_path / "out")
     merged = type(llama()).from_pretrained(tmp_path / "out").eval()
     expected = PeftModel.from_pretrained(llama(), folder).eval()
-    torch.testing.assert_close(logits(merged), logits(expected))
+    assert_close(logits(merged), logits(expected))
 
 
 def test_counters_of_whole_modules_stay_whole_numbers(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from nbpeft.errors import AdapterError, CheckpointError, CheckpointNotFoundError
 from nbpeft.model import PeftModel
 from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.model.saving.merge_export import merge_errors, merge_to_folder
+from tests.closeness import assert_close
 from tests.model.allocations import Allocations, bytes_of
 from tests.tiny_models import adapted, gpt2, llama, logits, same_state, state
 
@@ -58,7 +59,7 @@ def test_a_live_model(variant: str, tied: bool, tmp_path: Path) -> None:
     before, wanted = state(model), logits(model)
     done = merge_to_folder(model, "default", tmp_path / "out")
     assert same_state(state(model), before)
-    assert torch.allclose(logits(reloaded(tmp_path / "out")), wanted, atol=1e-5)
+    assert_close(logits(reloaded(tmp_path / "out")), wanted)
     assert done.dtype == "float32" and done.names == ("default",) and len(done.shard_bytes) == 1
 
 
@@ -72,7 +73,7 @@ def test_a_base_on_disk_is_never_loaded(variant: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     done = merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     monkeypatch.undo()
-    assert torch.allclose(logits(reloaded(tmp_path / "out")), logits(model), atol=1e-5)
+    assert_close(logits(reloaded(tmp_path / "out")), logits(model))
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= files
     assert len(done.shard_bytes) == len(list((tmp_path / "base").glob("model-*.safetensors"))) > 1
@@ -111,10 +112,10 @@ def test_the_errors_are_those_that_merging_makes() -> None:
     add_to_(layer.adapter("default"), exact, layer.base, 1.0)
     model.merge_adapter()
     error = float((layer.base.weight() - exact).norm() / exact.norm())
-    assert told.layers[3].requantized == pytest.approx(error, rel=1e-4)
+    assert_close(told.layers[3].requantized, error)
     assert told.worst() in told.layers
     delta = layer.adapter("default").delta_weight(exact, layer.base)
-    assert told.layers[3].delta_norm == pytest.approx(float(delta.norm()), rel=1e-4)
+    assert_close(told.layers[3].delta_norm, float(delta.norm()))
     assert told.of_delta(told.full_precision) > told.full_precision
 
 
@@ -166,7 +167,7 @@ def test_deltas_on_the_original_weights(tmp_path: Path) -> None:
         exact = dense.get_submodule(path).weight + layer.adapter("default").delta_weight(
             dense.get_submodule(path).weight, layer.base
         )
-        assert torch.allclose(merged.get_submodule(path).weight, exact, atol=1e-6)
+        assert_close(merged.get_submodule(path).weight, exact)
     assert done.errors is not None and 0.01 < done.errors.full_precision < 0.2, "not what it was trained on"
 
 
@@ -178,7 +179,7 @@ def test_several_adapters_scales_and_dtype(tmp_path: Path) -> None:
     model.manager.set_scale("b", 0.5)
     wanted = logits(model)
     merge_to_folder(model, ["a", "b"], tmp_path / "out")
-    assert torch.allclose(logits(reloaded(tmp_path / "out")), wanted, atol=1e-5)
+    assert_close(logits(reloaded(tmp_path / "out")), wanted)
     done = merge_to_folder(model, ["a", "b"], tmp_path / "half", dtype="bf16")
     half = reloaded(tmp_path / "half")
     assert half.dtype == torch.bfloat16 and done.byte_count * 2 == bytes_of(llama(attention_bias=True).parameters())
@@ -191,7 +192,7 @@ def test_a_model_that_was_cast_is_written_as_it_is(changes: dict[str, Any], tmp_
     model = loud(adapted(base.float(), **changes))
     wanted = logits(model)
     assert merge_to_folder(model, None, tmp_path / "out").dtype == "float32"
-    assert torch.allclose(logits(reloaded(tmp_path / "out")), wanted, atol=1e-5)
+    assert_close(logits(reloaded(tmp_path / "out")), wanted)
 
 
 @pytest.mark.parametrize("changes", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
@@ -236,7 +237,7 @@ def test_trained_biases_go_along(tmp_path: Path) -> None:
     merge_to_folder(model, "default", tmp_path / "live")
     merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "files")
     for folder in ("live", "files"):
-        assert torch.allclose(logits(reloaded(tmp_path / folder)), logits(model), atol=1e-5)
+        assert_close(logits(reloaded(tmp_path / folder)), logits(model))
 
 
 @pytest.mark.parametrize("live", [True, False])

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from nbpeft import PeftModel
 from nbpeft.errors import MergeError, NbpeftError
 from nbpeft.model import merge_to_folder
+from tests.closeness import assert_close
 from tests.fuzz.starts import METHODS, base_model, write_method_starts
 
 
@@ -51,4 +52,4 @@ def test_every_method_is_merged_from_folder_to_folder(label: str, tmp_path: Path
             continue
         found = AutoModelForCausalLM.from_pretrained(out)
         for (name, value), (_, other) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
-            assert torch.allclose(other, value, rtol=1e-5, atol=1e-6), name
+            assert_close(other, value, message=name)

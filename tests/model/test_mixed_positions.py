@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import gpt2, randomize
 
 NAMES = ["a", "__base__", "b", "a"]
@@ -40,7 +41,7 @@ def test_each_row_has_its_own_positions(fields: dict[str, Any]) -> None:
     for row, name in enumerate(NAMES):
         with model.disable_adapter() if name == "__base__" else model.use(name):
             alone = model(tokens[row : row + 1]).logits
-        assert torch.allclose(mixed[row], alone[0], atol=1e-6)
+        assert_close(mixed[row], alone[0])
     assert (mixed - gpt2()(tokens).logits)[[0, 2, 3]].abs().amax((1, 2)).min() > 1e-3
     beams = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
     assert model.generate(input_ids=tokens, adapter_names=NAMES, **beams).shape[0] == 4

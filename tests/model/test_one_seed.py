@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 import nbpeft
 from nbpeft.engine.changes.random_numbers import Advance
 from nbpeft.engine.contract.registry import Method, methods
+from tests.closeness import assert_close
 from tests.engine.contract.test_initial_draws import samples
 from tests.tiny_models import llama, tokens
 
@@ -56,7 +57,7 @@ def trained(library: Any, config: str, fields: dict[str, Any], *, steps: int = 5
 
 def check_alike(config: str, fields: dict[str, Any], **call: Any) -> None:
     (losses, state), (wanted, state_of_peft) = (trained(one, config, fields, **call) for one in (nbpeft, peft))
-    assert losses == pytest.approx(wanted, abs=1e-5)
+    assert_close(losses, wanted)
     assert torch.equal(state, state_of_peft)
 
 
@@ -136,7 +137,7 @@ def test_adapters_of_every_kind_of_layer_start_as_peft_s(method: Method) -> None
             continue
         tensors, state = started(nbpeft, config, layer, fields)
         assert [*tensors] == [*wanted] and torch.equal(state, state_of_peft), (layer, fields)
-        torch.testing.assert_close(tensors, wanted, msg=f"{layer} {fields}")
+        assert_close(tensors, wanted, message=f"{layer} {fields}")
 
 
 def test_losses_of_hira_with_narrow_factors() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import nbpeft.model as nbpeft
+from tests.closeness import assert_close
 from tests.pretend_cpu import pretend_repacking
 from tests.tiny_models import classifier, gpt2, llama, logits, tokens
 
@@ -71,10 +72,10 @@ def both_ways(base: nn.Module, tmp_path: Path, changes: dict[str, Any], *, train
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = nbpeft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").train(train)
-    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5, rtol=0)
+    assert_close(logits(ours), logits(theirs))
     ours.save_pretrained(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").train(train)
-    assert torch.allclose(logits(back), logits(theirs), atol=1e-6, rtol=0)
+    assert_close(logits(back), logits(theirs))
 
 
 @pytest.mark.drawn(9)
@@ -101,7 +102,7 @@ def test_twenty_steps_give_the_same_losses(variant: str, tmp_path: Path) -> None
     peft.get_peft_model(llama(), peft.LoraConfig(**settings(**VARIANTS[variant]))).save_pretrained(tmp_path)
     theirs = losses(peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True))
     ours = losses(nbpeft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True))
-    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert_close(ours, theirs)
     assert abs(ours[0] - ours[-1]) > 1e-3
 
 
@@ -114,7 +115,7 @@ def test_merged_weights_are_the_same(variant: str, tmp_path: Path) -> None:
     ours = nbpeft.PeftModel.from_pretrained(llama(), tmp_path).merge_and_unload().state_dict()
     assert merged.keys() == ours.keys()
     for name, value in ours.items():
-        assert torch.allclose(value, merged[name], atol=1e-6), name
+        assert_close(value, merged[name], message=name)
 
 
 @pytest.fixture(params=["nf4", "int8"])
@@ -140,7 +141,7 @@ def test_quantized_twenty_steps_and_outputs(quantized: Any, variant: str, tmp_pa
     peft.get_peft_model(quantized(), peft.LoraConfig(**settings(**VARIANTS[variant]))).save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(quantized(), tmp_path, is_trainable=True)
     ours = nbpeft.PeftModel.from_pretrained(quantized(), tmp_path, is_trainable=True)
-    assert torch.allclose(logits(ours.train()), logits(theirs.train()), atol=1e-4)
+    assert_close(logits(ours.train()), logits(theirs.train()))
     own = losses(ours)
     try:
         expected = losses(theirs)
@@ -148,7 +149,7 @@ def test_quantized_twenty_steps_and_outputs(quantized: Any, variant: str, tmp_pa
         # peft's dequantization empties the state that bitsandbytes' 8-bit CPU kernel needs for a second forward.
         assert variant == "dora" and own[-1] != own[0]
         return
-    assert own == pytest.approx(expected, abs=1e-4)
+    assert_close(own, expected)
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora")

@@ -23,6 +23,7 @@ from nbpeft.model.quantization.quantize import (
 )
 from nbpeft.model.quantization.weight_storage import stored_parts
 from nbpeft.session.snapshot import Snapshots
+from tests.closeness import assert_close
 from tests.pretend_cpu import pretend_cpu, pretend_repacking
 from tests.tiny_models import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
 
@@ -363,10 +364,10 @@ def test_an_adapter_goes_to_peft_on_the_same_quantized_base_and_back(bits: int, 
     wanted = logits(ours)
     ours.save_pretrained(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
-    assert torch.allclose(logits(theirs), wanted, atol=1e-5)
+    assert_close(logits(theirs), wanted)
     theirs.save_pretrained(str(tmp_path / "theirs"))
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
-    assert torch.allclose(logits(again), wanted, atol=1e-6)
+    assert_close(logits(again), wanted)
 
 
 def test_the_progress_bar_of_gguf_files_obeys() -> None:

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from transformers import GenerationConfig
 
 import nbpeft
+from tests.closeness import assert_close, assert_same, differ
 from tests.tiny_models import llama, logits, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -57,7 +58,7 @@ def test_a_file_may_have_the_names_of_the_trained_parameters(library: Any, saved
     assert any(".lora_A.default." in name for name in trained)
     model.peft_config["default"].save_pretrained(str(tmp_path))
     (torch.save if saved.endswith(".bin") else save_file)(trained, tmp_path / saved)
-    torch.testing.assert_close(logits(library.PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+    assert_close(logits(library.PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
 
 
 def test_those_names_are_read_into_an_adapter_of_that_name_alone(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_hooks_and_a_forward_of_the_tuner_run(library: Any) -> None:
     model, seen = lora(library), []
     before = logits(model)
     hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(type(module).__name__))
-    torch.testing.assert_close(logits(model), before)
+    assert_close(logits(model), before)
     assert seen == ["LoraModel"]
     hook.remove()
     model.train()
@@ -139,7 +140,7 @@ def test_hooks_and_a_forward_of_the_tuner_run(library: Any) -> None:
     model = lora(library)
     inner = model.base_model.forward
     model.base_model.forward = lambda *args, **kwargs: (seen.append("mine"), inner(*args, **kwargs))[1]
-    torch.testing.assert_close(logits(model), before)
+    assert_close(logits(model), before)
     assert seen[-1] == "mine"
 
 
@@ -179,14 +180,14 @@ def by_hand(model: Any, ids: torch.Tensor, prompts: torch.Tensor) -> torch.Tenso
 def test_a_prompt_that_the_script_puts_in_is_not_put_in_twice(library: Any, kind: str) -> None:
     model, ids = prompted(library, kind), tokens()
     wanted = logits(model)[:, -1]
-    assert not torch.allclose(wanted, logits(llama())[:, -1])
-    torch.testing.assert_close(by_hand(model, ids, model.get_prompt(batch_size=2)), wanted)
+    assert differ(wanted, logits(llama())[:, -1])
+    assert_close(by_hand(model, ids, model.get_prompt(batch_size=2)), wanted)
     encoder, virtual = model.prompt_encoder["default"], model.prompt_tokens["default"]
-    torch.testing.assert_close(by_hand(model, ids, encoder(virtual.unsqueeze(0).expand(2, -1))), wanted)
-    torch.testing.assert_close(logits(model)[:, -1], wanted)  # and the model's own call puts it in again
+    assert_close(by_hand(model, ids, encoder(virtual.unsqueeze(0).expand(2, -1))), wanted)
+    assert_close(logits(model)[:, -1], wanted)  # and the model's own call puts it in again
     with torch.no_grad():
         embedded = model.word_embeddings(ids)
-        torch.testing.assert_close(model(inputs_embeds=embedded).logits[:, -1], wanted)
+        assert_close(model(inputs_embeds=embedded).logits[:, -1], wanted)
 
 
 @LIBRARIES
@@ -200,7 +201,7 @@ def test_a_forward_of_the_script_puts_it_in(library: Any) -> None:
     model = prompted(library, "PromptTuningConfig", own)
     doubled = prompted(library, "PromptTuningConfig")
     doubled.prompt_encoder["default"].embedding.weight.data *= 2
-    torch.testing.assert_close(logits(model)[:, -1], logits(doubled)[:, -1])
+    assert_close(logits(model)[:, -1], logits(doubled)[:, -1])
 
 
 def test_so_it_is_in_each_step_of_a_generation() -> None:
@@ -225,7 +226,7 @@ def test_a_prefix_in_a_cache_is_not_put_in_twice() -> None:
     mask = torch.ones(2, 3 + ids.shape[1], dtype=torch.long)
     with torch.no_grad():
         found = model.base_model(input_ids=ids, past_key_values=model.get_prompt(2), attention_mask=mask).logits
-    torch.testing.assert_close(found[:, -1], wanted)
+    assert_close(found[:, -1], wanted)
 
 
 @pytest.mark.parametrize("place", ["subclass", "class", "instance"])
@@ -249,7 +250,7 @@ def test_a_get_prompt_of_the_script_is_used(
         model.get_prompt = lambda *args, **kwargs: get_prompt(model, *args, **kwargs)
     same = prompted(peft, "PromptTuningConfig")
     same.prompt_encoder["default"].embedding.weight.data.fill_(0.25)
-    torch.testing.assert_close(logits(model)[:, -1], logits(same)[:, -1])
+    assert_close(logits(model)[:, -1], logits(same)[:, -1])
     settings: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
     chosen = model.generate(input_ids=tokens(), **settings)[:, -1]
     assert torch.equal(chosen, logits(same)[:, -1].argmax(-1))
@@ -260,7 +261,7 @@ def test_hooks_on_the_rows_of_a_prompt_run(library: Any) -> None:
     model, none = prompted(library, "PromptTuningConfig"), prompted(library, "PromptTuningConfig")
     model.prompt_encoder["default"].embedding.register_forward_hook(lambda module, args, output: output * 0)
     none.prompt_encoder["default"].embedding.weight.data.zero_()
-    torch.testing.assert_close(logits(model), logits(none))
+    assert_close(logits(model), logits(none))
 
 
 def test_an_encoder_that_needs_more_than_ids_says_so() -> None:
@@ -286,8 +287,8 @@ def test_the_rank_of_a_layer_may_be_set_with_factors_of_that_rank(library: Any, 
     for name, parameter in same.named_parameters():
         if "lora_" in name:
             parameter.data.fill_(0.1)
-    torch.testing.assert_close(logits(model), logits(same))
-    torch.testing.assert_close(logits(model.merge_and_unload()), logits(same))
+    assert_close(logits(model), logits(same))
+    assert_close(logits(model.merge_and_unload()), logits(same))
 
 
 def test_a_rank_alone_is_told() -> None:
@@ -305,10 +306,10 @@ def test_active_adapter_can_be_assigned_and_switches_no_layer(library: Any) -> N
     model.base_model.set_adapter(["default", "other"])
     model.active_adapter = "other"
     both = logits(model)
-    assert not torch.allclose(before, both)
+    assert differ(before, both)
     model.base_model.set_adapter("default")
     model.active_adapter = "other"
-    torch.testing.assert_close(logits(model), before)
+    assert_close(logits(model), before)
 
 
 def test_that_is_told_and_a_prompt_is_switched() -> None:
@@ -366,7 +367,7 @@ def test_a_class_of_the_script_loads_as_in_peft(library: Any, task: str | None, 
     assert made.calls == 1
     made.save_pretrained(tmp_path)
     loaded = Own.from_pretrained(llama(), tmp_path)
-    torch.testing.assert_close(logits(loaded), wanted)
+    assert_close(logits(loaded), wanted)
     assert type(loaded) is (Own if task is None else base) and not loaded.training
     assert task is not None or loaded.calls == 1
 
@@ -376,7 +377,7 @@ def test_a_get_prompt_that_cannot_be_used_is_told() -> None:
     before, own = logits(model), model.get_prompt
     model.get_prompt = lambda batch_size, **kwargs: own(batch_size)
     with pytest.warns(nbpeft.PeftWarning, match=r"get_prompt\(\) of a script is not used for a prefix"):
-        torch.testing.assert_close(logits(model), before)
+        assert_close(logits(model), before)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +397,7 @@ def test_a_factor_is_not_computed_from_others_and_stays(change: Any) -> None:
     with pytest.raises(nbpeft.AdapterError, match="weight of an adapter cannot be computed from other"):
         change(factor)
     assert type(factor) is kind and factor.weight is weight
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    assert_same(logits(model), before)
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert factor.weight.grad is not None
 
@@ -411,7 +412,7 @@ def test_a_config_class_of_the_script_is_that_of_its_method(library: Any, tmp_pa
     assert type(model.base_model).__name__ == "LoraModel" and model.peft_config["default"].further == 5
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))["further"] == 5
-    torch.testing.assert_close(logits(library.PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+    assert_close(logits(library.PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
 
 
 def test_a_model_whose_prompt_was_requested_is_freed() -> None:

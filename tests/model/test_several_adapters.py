@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nbpeft.errors import AdapterError, LayerKindError, MergeError
 from nbpeft.model import LoraConfig, get_peft_model
+from tests.closeness import differ
 from tests.tiny_models import adapted, classifier, config, logits, state, tokens
 
 
@@ -68,7 +69,7 @@ def test_disabled_adapters_serve_no_row() -> None:
         with pytest.raises(AdapterError, match="3 names for 2 rows"):
             model(input_ids=tokens(), adapter_names=["one", "two", "one"])
     with torch.no_grad():
-        assert not torch.allclose(model(input_ids=tokens(), adapter_names=["one", "two"]).logits, expected)
+        assert differ(model(input_ids=tokens(), adapter_names=["one", "two"]).logits, expected)
 
 
 def trainable(model: nn.Module) -> set[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.model import PeftModel, hotswap_adapter
+from tests.closeness import assert_close, is_close
 from tests.effort import effort
 from tests.model.pool_support import save
 from tests.tiny_models import adapted, llama, tokens
@@ -84,7 +85,7 @@ def run_against(
 
 def which(found: Tensor, known: dict[str, Tensor]) -> str:
     """The one adapter that an answer is of."""
-    matching = [name for name, scores in known.items() if torch.allclose(found, scores, rtol=1e-4, atol=1e-4)]
+    matching = [name for name, scores in known.items() if is_close(found, scores)]
     assert len(matching) == 1, f"the answer is that of {matching or 'no single adapter'}"
     return matching[0]
 
@@ -161,7 +162,7 @@ def test_rows_of_a_mixed_batch_keep_their_adapters(tmp_path: Path) -> None:
             refused += 1
             return
         for row, name in enumerate(names):
-            torch.testing.assert_close(found[:, row], known[name][:, row], rtol=1e-4, atol=1e-4)
+            assert_close(found[:, row], known[name][:, row])
 
     run_against(work, generate, 2)
 

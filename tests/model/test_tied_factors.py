@@ -28,6 +28,7 @@ from nbpeft.engine.injection.plan import plan
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError, HotSwapError, MergeError
 from nbpeft.memory import forecast
 from nbpeft.model import AdapterPool, merge_to_folder, reduce_intruder_dimension
+from tests.closeness import assert_approximates, assert_close, differ
 from tests.tiny_models import LLAMA, VOCABULARY, config, gpt2, llama, logits, randomize, same_state, state, tokens
 
 EMBED, HEAD, QUERY = "model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj"
@@ -104,10 +105,10 @@ def both_ways(make: Callable[[], Any], folder: Path, targets: Any) -> Any:
     """A model whose adapter gives the same in PEFT, which reads its file, and whose file is read here."""
     ours = tied(make(), target_modules=targets)
     expected = answers(ours)
-    assert not torch.allclose(expected, answers(make()), atol=1e-3)
+    assert differ(expected, answers(make()))
     ours.save_pretrained(folder / "ours")
     theirs = peft.PeftModel.from_pretrained(make(), folder / "ours").eval()
-    torch.testing.assert_close(answers(theirs), expected, atol=1e-5, rtol=1e-4)
+    assert_close(answers(theirs), expected)
     theirs.save_pretrained(folder / "theirs")
     back = nbpeft.PeftModel.from_pretrained(make(), folder / "theirs").eval()
     assert torch.equal(answers(back), expected)
@@ -137,11 +138,11 @@ def test_other_models_compute_as_in_peft(make: Callable[[], Any], tmp_path: Path
     ours, _, _ = both_ways(make, tmp_path, ["embed_tokens"])
     before, expected = state(ours), answers(ours)
     ours.merge_adapter()
-    torch.testing.assert_close(answers(ours), expected, atol=1e-4, rtol=1e-4)
+    assert_close(answers(ours), expected)
     ours.unmerge_adapter()
     assert same_state(state(ours), before)
     merged = ours.merge_and_unload()
-    torch.testing.assert_close(answers(merged), expected, atol=1e-4, rtol=1e-4)
+    assert_close(answers(merged), expected)
     assert one_weight(merged) and merged.config.tie_word_embeddings
 
 
@@ -175,7 +176,7 @@ def test_one_pair_is_counted_saved_and_trained() -> None:
     assert head.lora_B["default"].weight.data_ptr() == table.lora_embedding_A["default"].data_ptr()
     assert head.r == table.r == {"default": RANK} and head.adapter_layer_names == table.adapter_layer_names
     x = torch.randn(3, WIDTH)
-    torch.testing.assert_close(
+    assert_close(
         head.lora_B["default"](head.lora_A["default"](x)) * head.scaling["default"],
         x @ head.get_delta_weight("default").T,
     )
@@ -233,7 +234,7 @@ def started(library: Any) -> Any:
 def test_it_learns_from_all_uses_as_in_peft() -> None:
     ours, peers = trained_like(started(peft), torch.optim.SGD, lr=0.05, momentum=0.5)
     assert ours[0] - ours[-1] > 0.1
-    torch.testing.assert_close(ours, peers, atol=1e-5, rtol=1e-5)
+    assert_close(ours, peers)
 
 
 def test_adam_takes_one_step_where_peft_takes_two() -> None:
@@ -243,7 +244,7 @@ def test_adam_takes_one_step_where_peft_takes_two() -> None:
     reference = Reference(tied_llama(), table.lora_embedding_A["default"], table.lora_embedding_B["default"])
     expected = train(reference, torch.optim.AdamW(reference.parameters(), lr=0.01))
     ours, peers = trained_like(theirs, torch.optim.AdamW, lr=0.01)
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert_close(ours, expected)
     assert (peers - expected).abs().max() > 1e-2
 
 
@@ -256,7 +257,7 @@ def test_an_encoder_a_decoder_and_a_head_teach_one_pair() -> None:
     for model in (ours, reference):
         model.eval()(**batch()).loss.backward()
     gradients = [parameter.grad for parameter in ours.manager.parameters("default")]
-    torch.testing.assert_close(gradients, [parameter.grad for parameter in reference.parameters()])
+    assert_close(gradients, [parameter.grad for parameter in reference.parameters()])
 
 
 def test_a_new_one_starts_at_the_base_model_as_in_peft() -> None:
@@ -268,7 +269,7 @@ def test_a_new_one_starts_at_the_base_model_as_in_peft() -> None:
         starts[library] = made.get_input_embeddings().lora_embedding_B["default"].detach()
     ours, theirs = starts[nbpeft], starts[peft]
     assert ours.abs().max() <= 1 / WIDTH**0.5 and theirs.abs().max() <= 1 / WIDTH**0.5
-    torch.testing.assert_close(ours.std(), theirs.std(), atol=0.01, rtol=0.0)
+    assert_approximates(ours.std(), theirs.std(), 0.1)
 
 
 @pytest.mark.parametrize("init", [False, "gaussian"])
@@ -279,7 +280,7 @@ def test_other_inits_start_as_in_peft(init: bool | str) -> None:
         made = library.get_peft_model(tied_llama(), library.LoraConfig(**settings(r=64, init_lora_weights=init)))
         table = made.get_input_embeddings()
         stds.append([float(table.lora_embedding_A["default"].std()), float(table.lora_embedding_B["default"].std())])
-    assert stds[0] == pytest.approx(stds[1], rel=0.1)
+    assert_approximates(stds[0], stds[1], 0.1)
 
 
 def test_a_merged_model_stays_tied_where_pefts_is_another_one(tmp_path: Path) -> None:
@@ -287,18 +288,18 @@ def test_a_merged_model_stays_tied_where_pefts_is_another_one(tmp_path: Path) ->
     before, expected = state(ours), logits(ours)
     ours.merge_adapter()
     assert one_weight(ours.get_base_model())
-    torch.testing.assert_close(logits(ours), expected, atol=1e-4, rtol=1e-4)
+    assert_close(logits(ours), expected)
     ours.unmerge_adapter()
     assert same_state(state(ours), before) and torch.equal(logits(ours), expected)
     with ours.disable_adapter():
         assert torch.equal(logits(ours), logits(tied_llama()))
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(tied_llama(), tmp_path).eval()
-    assert not torch.allclose(logits(theirs.merge_and_unload()), expected, atol=1e-2)  # it adds the delta twice
+    assert differ(logits(theirs.merge_and_unload()), expected)  # it adds the delta twice
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merged = ours.merge_and_unload()
-    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    assert_close(logits(merged), expected)
     assert one_weight(merged) and merged.config.tie_word_embeddings
     merged.save_pretrained(tmp_path / "merged")
     again = type(merged).from_pretrained(tmp_path / "merged").eval()
@@ -316,7 +317,7 @@ def test_merging_into_folders_keeps_one_weight(tmp_path: Path) -> None:
     assert live.errors is not None and live.errors.full_precision < 1e-6
     for folder in ("live", "files", "beside"):
         again = type(tied_llama()).from_pretrained(tmp_path / folder).eval()
-        torch.testing.assert_close(logits(again), expected, atol=1e-4, rtol=1e-4)
+        assert_close(logits(again), expected)
         assert one_weight(again) and again.config.tie_word_embeddings
         assert f"{HEAD}.weight" not in load_file(tmp_path / folder / "model.safetensors")
 
@@ -341,14 +342,14 @@ def test_it_lives_beside_adapters_of_one_end() -> None:
         expected = logits(ours)
         ours.merge_adapter()
         assert one_weight(ours.get_base_model()) == stays
-        torch.testing.assert_close(logits(ours), expected, atol=1e-4, rtol=1e-4)
+        assert_close(logits(ours), expected)
         ours.unmerge_adapter()
         assert same_state(state(ours), before)
     ours.set_adapter("default")
     with torch.no_grad():
         mixed = ours(input_ids=tokens(), adapter_names=["default", "head"]).logits
-    torch.testing.assert_close(mixed[0], alone["default"][0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(mixed[1], alone["head"][1], atol=1e-5, rtol=1e-4)
+    assert_close(mixed[0], alone["default"][0])
+    assert_close(mixed[1], alone["head"][1])
     for name in ("head", "table", "twin"):
         ours.delete_adapter(name)
     assert torch.equal(logits(ours), alone["default"])
@@ -379,7 +380,7 @@ def test_other_strengths_on_the_layers_part_them_when_merged() -> None:
     ours.get_output_embeddings().scaling["default"] = 0.5
     expected = logits(ours)
     ours.merge_adapter()
-    torch.testing.assert_close(logits(ours), expected, atol=1e-4, rtol=1e-4)
+    assert_close(logits(ours), expected)
     assert not one_weight(ours.get_base_model())
 
 
@@ -417,7 +418,7 @@ def test_a_file_whose_pairs_differ_is_read_as_it_is(make: Callable[[], Any], tmp
     theirs.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="although its config has ensure_weight_tying: they are loaded untied"):
         ours = nbpeft.PeftModel.from_pretrained(make(), tmp_path).eval()
-    torch.testing.assert_close(answers(ours), answers(theirs), atol=1e-5, rtol=1e-4)
+    assert_close(answers(ours), answers(theirs))
     assert ours.get_nb_trainable_parameters()[0] == 0 and not ours.peft_config["default"].ensure_weight_tying
     ours.save_pretrained(tmp_path / "again")
     again = nbpeft.PeftModel.from_pretrained(make(), tmp_path / "again").eval()
@@ -446,7 +447,7 @@ def test_one_copy_of_each_tensor_in_a_file_is_enough(make: Any, lacks: list[str]
     assert torch.equal(answers(loaded), answers(ours))
     if make is tied_llama:
         theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
-        torch.testing.assert_close(answers(theirs), answers(ours), atol=1e-5, rtol=1e-4)
+        assert_close(answers(theirs), answers(ours))
 
 
 def test_tensors_that_differ_do_not_go_into_one_pair() -> None:
@@ -470,10 +471,10 @@ def test_layers_merge_one_by_one(ends: tuple[str, ...], changes: dict[str, Any])
     layers = [getattr(ours, f"get_{end}_embeddings")() for end in ends]
     for layer in layers:
         layer.merge()
-        torch.testing.assert_close(logits(ours), expected, atol=1e-4, rtol=1e-4)
+        assert_close(logits(ours), expected)
     for layer in reversed(layers):
         layer.unmerge()
-        torch.testing.assert_close(logits(ours), expected, atol=1e-4, rtol=1e-4)
+        assert_close(logits(ours), expected)
     assert same_state(state(ours), before) and one_weight(ours.get_base_model())
 
 
@@ -482,7 +483,7 @@ def test_a_hook_on_a_factor_of_the_head_runs() -> None:
     expected, seen = logits(ours), []
     factor = ours.get_output_embeddings().lora_A["default"]
     handle = factor.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    torch.testing.assert_close(logits(ours), expected)
+    assert_close(logits(ours), expected)
     assert seen == [(*tokens().shape, RANK)]
     handle.remove()
 
@@ -498,7 +499,7 @@ def test_combinations_are_factors_apart(kind: str) -> None:
     ours.manager.set_scale("twin", 1.0)
     ours.add_weighted_adapter(["default", "twin"], [1.0, -2.0], "sum", combination_type=kind)
     ours.set_adapter("sum")
-    torch.testing.assert_close(logits(ours), expected, atol=1e-3, rtol=1e-3)
+    assert_close(logits(ours), expected)
     assert not ours.peft_config["sum"].ensure_weight_tying
 
 
@@ -507,7 +508,7 @@ def test_it_is_converted_to_factors_apart() -> None:
     made, tensors = nbpeft.convert_to_lora(ours, RANK)
     other = nbpeft.get_peft_model(tied_llama(), made).eval()
     nbpeft.set_peft_model_state_dict(other, tensors)
-    torch.testing.assert_close(logits(other), logits(ours), atol=1e-4, rtol=1e-4)
+    assert_close(logits(other), logits(ours))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -536,7 +537,7 @@ def test_patterns_that_name_both_ends_work(tmp_path: Path) -> None:
     ours = tied(**patterns)
     expected = logits(ours)
     assert ours.get_nb_trainable_parameters()[0] == 2 * (VOCABULARY + WIDTH)
-    torch.testing.assert_close(logits(ours.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
+    assert_close(logits(ours.merge_and_unload()), expected)
 
 
 def test_one_pair_is_neither_swapped_pooled_nor_remade(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import nbpeft
+from tests.closeness import assert_close, is_close
 from tests.tiny_models import llama, logits, randomize, same_state, state
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
@@ -89,18 +90,18 @@ def test_a_row_of_the_table_holds(name: str, tmp_path: Path) -> None:
     expected = logits(ours)
     ours.save_pretrained(tmp_path / "adapter")
     loaded = nbpeft.PeftModel.from_pretrained(model(), str(tmp_path / "adapter")).eval()
-    assert torch.allclose(logits(loaded), expected, atol=1e-5)
+    assert_close(logits(loaded), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         merged = ours.merge_and_unload()
         first, second = both_ends(merged)
         assert (first is second) == row.tied == merged.config.tie_word_embeddings
-        assert torch.allclose(logits(merged), expected, atol=1e-4)
+        assert_close(logits(merged), expected)
         merged.save_pretrained(tmp_path / "merged")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     first, second = both_ends(again)
     assert (first.data_ptr() == second.data_ptr()) == row.tied
-    assert torch.allclose(logits(again), expected, atol=1e-4)
+    assert_close(logits(again), expected)
 
 
 @pytest.mark.drawn(8)
@@ -112,12 +113,12 @@ def test_peft_reads_the_files_and_merges_what_it_can(name: str, tmp_path: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.PeftModel.from_pretrained(model(), str(tmp_path)).eval()
-        assert torch.allclose(logits(theirs), logits(ours), atol=1e-5)
+        assert_close(logits(theirs), logits(ours))
         theirs.save_pretrained(tmp_path / "theirs")
         back = nbpeft.PeftModel.from_pretrained(model(), str(tmp_path / "theirs")).eval()
-        assert torch.allclose(logits(back), logits(ours), atol=1e-5)
+        assert_close(logits(back), logits(ours))
         merged = logits(theirs.merge_and_unload())
-    assert torch.allclose(merged, logits(ours), atol=1e-4) == row.as_peft
+    assert is_close(merged, logits(ours)) == row.as_peft
 
 
 def test_an_ensured_copy_is_one_tensor_that_trains_once() -> None:

@@ -23,6 +23,7 @@ from nbpeft.model import (
     hotswap_adapter,
     merge_to_folder,
 )
+from tests.closeness import assert_close, differ
 from tests.tiny_models import VOCABULARY, adapted, config, llama, logits, same_state, state, tokens
 
 IDS = [5, 3, VOCABULARY - 1]
@@ -77,12 +78,12 @@ def test_files_go_both_ways_with_equal_outputs(tmp_path: Path, tied: bool, indic
     expected = logits(theirs, batch())
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     ours = PeftModel.from_pretrained(llama(tie_word_embeddings=tied), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours, batch()), expected, atol=1e-6, rtol=1e-5)
+    assert_close(logits(ours, batch()), expected)
     in_peft = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
     assert get_peft_model_state_dict(ours, save_embedding_layers=False).keys() == in_peft.keys()
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=tied), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(again, batch()), expected, atol=1e-6, rtol=1e-5)
+    assert_close(logits(again, batch()), expected)
     assert ours.get_nb_trainable_parameters()[1] == theirs.get_nb_trainable_parameters()[1]
 
 
@@ -92,7 +93,7 @@ def test_only_the_rows_train_and_they_train_as_in_peft(tied: bool) -> None:
     changes = settings(trainable_token_indices={"embed_tokens": IDS}, init_lora_weights=True)
     ours = get_peft_model(copy.deepcopy(base), LoraConfig(**changes))
     theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**changes))
-    torch.testing.assert_close(logits(ours.eval(), batch()), logits(base, batch()), atol=1e-6, rtol=1e-5)
+    assert_close(logits(ours.eval(), batch()), logits(base, batch()))
     found = []
     for model in (ours, theirs):
         wanted = [p for name, p in model.named_parameters() if "trainable_tokens_delta" in name]
@@ -103,7 +104,7 @@ def test_only_the_rows_train_and_they_train_as_in_peft(tied: bool) -> None:
             model.zero_grad()
         (parameter,) = wanted
         found.append(parameter.detach())
-    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    assert_close(found[0], found[1])
     own = dict(base.named_parameters())
     for name, parameter in ours.get_base_model().named_parameters():
         key = name.replace(".base_layer", "")
@@ -115,14 +116,14 @@ def test_merging_is_exact_and_goes_back(tied: bool) -> None:
     model = rows(tied=tied)
     before, expected = state(model), logits(model, batch())
     model.merge_adapter()
-    torch.testing.assert_close(logits(model, batch()), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(model, batch()), expected)
     model.unmerge_adapter()
     assert same_state(state(model), before)
     with model.disable_adapter():
         assert torch.equal(logits(model, batch()), logits(llama(tie_word_embeddings=tied), batch()))
     wanted = dict(get_peft_model_state_dict(model))[ROWS].clone()
     bare: Any = model.merge_and_unload()
-    torch.testing.assert_close(logits(bare, batch()), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(bare, batch()), expected)
     assert torch.equal(bare.model.embed_tokens.weight[IDS], wanted)
     assert (bare.lm_head.weight is bare.model.embed_tokens.weight) == tied
 
@@ -137,11 +138,11 @@ def test_tied_rows_merge_once_beside_others(scale: float) -> None:
     model.manager.set_scale("default", scale)
     before, expected = state(model), logits(model, batch())
     model.base_model.set_adapter(["more", "table", "default"])
-    torch.testing.assert_close(logits(model, batch()), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(model, batch()), expected)
     model.base_model.set_adapter(["default", "more"])
     expected = logits(model, batch())
     model.merge_adapter()
-    torch.testing.assert_close(logits(model, batch()), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(model, batch()), expected)
     model.unmerge_adapter()
     assert same_state(state(model), before)
 
@@ -156,7 +157,7 @@ def test_merged_into_a_folder(tmp_path: Path, tied: bool) -> None:
     merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "files")
     for folder in ("live", "files"):
         again = type(llama()).from_pretrained(tmp_path / folder).eval()
-        torch.testing.assert_close(logits(again, batch()), expected, atol=1e-5, rtol=1e-4)
+        assert_close(logits(again, batch()), expected)
         assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied == again.config.tie_word_embeddings
 
 
@@ -166,9 +167,9 @@ def test_rows_serve_their_part_of_a_mixed_batch(tied: bool) -> None:
     model.add_adapter("plain", config())
     with torch.no_grad():
         mixed = model(input_ids=batch(), adapter_names=["default", "plain"]).logits
-    torch.testing.assert_close(mixed[0], logits(model, batch())[0], atol=1e-5, rtol=1e-4)
+    assert_close(mixed[0], logits(model, batch())[0])
     model.set_adapter("plain")
-    torch.testing.assert_close(mixed[1], logits(model, batch())[1], atol=1e-5, rtol=1e-4)
+    assert_close(mixed[1], logits(model, batch())[1])
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -179,11 +180,11 @@ def test_copies_have_rows_of_their_own(tied: bool) -> None:
         assert torch.equal(logits(twin, batch()), expected)
         with torch.no_grad():
             get_peft_model_state_dict(twin)[ROWS].zero_()
-        assert not torch.allclose(logits(twin, batch()), expected) and torch.equal(logits(model, batch()), expected)
+        assert differ(logits(twin, batch()), expected) and torch.equal(logits(model, batch()), expected)
     model.manager.copy("default", "twin")
     model.manager.rename("default", "old")
     model.set_adapter("twin")
-    torch.testing.assert_close(logits(model, batch()), expected)
+    assert_close(logits(model, batch()), expected)
     model.delete_adapter("old")
     assert torch.equal(logits(model, batch()), expected)
     bare: Any = model.unload()
@@ -231,7 +232,7 @@ def test_rows_of_their_own_make_two_weights_of_a_tied_one(named: dict[str, list[
     move(model)
     before, expected = state(model), logits(model, batch())
     model.merge_adapter()
-    torch.testing.assert_close(logits(model, batch()), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(model, batch()), expected)
     model.unmerge_adapter()
     assert same_state(state(model), before) and base.lm_head.weight is base.model.embed_tokens.weight
     merge_to_folder(model, None, tmp_path)
@@ -239,7 +240,7 @@ def test_rows_of_their_own_make_two_weights_of_a_tied_one(named: dict[str, list[
     with pytest.warns(UserWarning, match="no longer share a weight"):
         merged = model.merge_and_unload()
     for bare in (merged, again):
-        torch.testing.assert_close(logits(bare, batch()), expected, atol=1e-5, rtol=1e-4)
+        assert_close(logits(bare, batch()), expected)
         assert bare.lm_head.weight is not bare.model.embed_tokens.weight and not bare.config.tie_word_embeddings
 
 
@@ -249,7 +250,7 @@ def test_a_head_alone_trains_rows_of_its_own_as_in_peft(tmp_path: Path) -> None:
     move(theirs)
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     ours = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
-    torch.testing.assert_close(logits(ours, batch()), logits(theirs, batch()), atol=1e-6, rtol=1e-5)
+    assert_close(logits(ours, batch()), logits(theirs, batch()))
 
 
 def test_tied_rows_are_not_combined_with_others_of_the_same_tokens() -> None:
@@ -265,7 +266,7 @@ def test_tied_rows_are_not_combined_with_others_of_the_same_tokens() -> None:
     model.base_model.set_adapter(["default", "other"])
     expected = logits(model, batch())
     model.set_adapter("sum")
-    torch.testing.assert_close(logits(model, batch()), expected)
+    assert_close(logits(model, batch()), expected)
 
 
 def test_a_tied_head_shows_the_rows_of_the_embedding_as_in_peft() -> None:
@@ -333,10 +334,10 @@ def test_rows_are_combined_by_their_changes(kind: str, tied: bool, tmp_path: Pat
     ours = logits(model, batch())
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     theirs = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=tied), tmp_path / "sum")
-    torch.testing.assert_close(logits(theirs, batch()), ours)
+    assert_close(logits(theirs, batch()), ours)
     merged = model.merge_and_unload()
-    torch.testing.assert_close(merged.get_input_embeddings().weight, expected)
-    torch.testing.assert_close(logits(merged, batch()), ours)
+    assert_close(merged.get_input_embeddings().weight, expected)
+    assert_close(logits(merged, batch()), ours)
 
 
 def test_rows_and_factors_of_one_embedding_make_no_adapter() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 import nbpeft
 from nbpeft.engine.contract.registry import methods
 from tests import tiny_models
+from tests.closeness import assert_close
 
 peft = pytest.importorskip("peft")
 
@@ -246,7 +247,7 @@ def test_tensors_are_combined_as_by_peft(name: str, settings: tuple[Any, ...]) -
     for function in both("utils.merge_utils", name):
         torch.manual_seed(1)
         results.append(function([tensor.clone() for tensor in tensors], weights, *settings))
-    torch.testing.assert_close(*results)
+    assert_close(*results)
 
 
 def test_the_mappings_are_those_of_the_methods() -> None:

@@ -18,6 +18,7 @@ from nbpeft.engine.hotswap import prepare_for_hotswap
 from nbpeft.errors import AdapterError, BaseMismatchError, MergeError, UnknownAdapterError
 from nbpeft.model import LoraConfig, LoraLayer, ModulesToSaveWrapper, get_peft_model
 from nbpeft.peft_layers.shared_tensors import shared_by_name
+from tests.closeness import assert_close, differ
 
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "2"], "init_lora_weights": False}
 
@@ -68,12 +69,12 @@ def test_scalings_that_are_written_act() -> None:
     for model in (ours, theirs):
         for layer in layers(model).values():
             layer.scaling["default"] = 0.5
-    assert not torch.allclose(output(ours), before)
-    torch.testing.assert_close(output(ours), output(theirs))
+    assert differ(output(ours), before)
+    assert_close(output(ours), output(theirs))
     for model in (ours, theirs):
         for layer in layers(model).values():
             layer.scaling = {"default": 2.0}
-    torch.testing.assert_close(output(ours), before)
+    assert_close(output(ours), before)
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"0": 3}}])
@@ -92,7 +93,7 @@ def test_layers_scale_and_unscale_as_in_peft(changes: dict[str, Any]) -> None:
             scale_everywhere(model, *step)
         for path, layer in layers(ours).items():
             assert layer.scaling["default"] == pytest.approx(layers(theirs)[path].scaling["default"]), step
-        torch.testing.assert_close(output(ours), output(theirs))
+        assert_close(output(ours), output(theirs))
 
 
 def test_layers_with_trained_token_rows_have_nothing_to_scale() -> None:
@@ -177,12 +178,12 @@ def test_delta_weights(use_dora: bool) -> None:
     before = layer.base_layer.weight.detach().clone()
     delta = layer.get_delta_weight("default")
     ours.merge_adapter()
-    torch.testing.assert_close(layer.base_layer.weight - before, delta)
+    assert_close(layer.base_layer.weight - before, delta)
     assert layer.merged_adapters == ["default"]
     if use_dora:
         assert layer.lora_magnitude_vector["default"].weight.shape == (8,)
     else:
-        torch.testing.assert_close(delta, other.get_delta_weight("default").detach())
+        assert_close(delta, other.get_delta_weight("default").detach())
     with pytest.raises(UnknownAdapterError, match="Did you mean 'default'"):
         layer.get_delta_weight("defualt")
 
@@ -251,7 +252,7 @@ def test_base_weights_are_written_as_in_peft() -> None:
         layer = layers(model)["inner.0"]
         layer.set_base_weight(new.reshape(layer.get_base_weight().shape))
     assert torch.equal(layers(ours)["inner.0"].get_base_weight(), layers(theirs)["inner.0"].get_base_weight())
-    assert torch.allclose(output(ours), output(theirs))
+    assert_close(output(ours), output(theirs))
 
 
 def test_base_weights_that_cannot_be_written_stay() -> None:
@@ -316,8 +317,8 @@ def test_attributes_by_adapter_are_compared_and_joined_as_dictionaries(library: 
     config = library.LoraConfig(r=2, lora_alpha=4, target_modules=["0"])
     layer = library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).base_model.model[0]
     scaling = layer.scaling
-    differ = scaling != {"default": 2.0}
-    assert not differ and scaling != {"default": 1.0} and scaling != {}
+    other = scaling != {"default": 2.0}
+    assert not other and scaling != {"default": 1.0} and scaling != {}
     assert scaling | {"a": 1.0} == {"default": 2.0, "a": 1.0} == {"a": 1.0} | scaling
     assert list(reversed(scaling)) == ["default"]
     scaling |= {"default": 3.0}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import nbpeft
 from nbpeft.engine.wrappers.layer import AdaptedLayer
+from tests.closeness import assert_close
 from tests.tiny_models import llama, logits
 
 LIBRARIES = pytest.mark.parametrize("library", [peft, nbpeft], ids=["peft", "nbpeft"])
@@ -49,12 +50,12 @@ def test_a_forward_on_the_class_is_called(library: Any, forward: Any) -> None:
         return forward(self, x, *args, **kwargs)
 
     linear_of(library).forward = without_scale
-    torch.testing.assert_close(logits(model), before)
+    assert_close(logits(model), before)
     assert calls == [None] * 4
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert layer(torch.ones(1, 32), scale=0.5).shape == (1, 32) and calls[-1] == 0.5
     linear_of(library).forward = forward
-    torch.testing.assert_close(logits(model), before)
+    assert_close(logits(model), before)
     assert len(calls) == 5
 
 
@@ -75,7 +76,7 @@ def test_it_computes_with_the_layer_as_peft_shows_it(library: Any, forward: Any)
     for layer in model.modules():
         if isinstance(layer, linear_of(library)):
             layer.scaling["default"] /= 2
-    torch.testing.assert_close(found, logits(model))
+    assert_close(found, logits(model))
 
 
 @LIBRARIES

@@ -15,6 +15,7 @@ import pytest
 from jupyter_client.manager import KernelManager
 
 from nbpeft.runs.store import RunStore
+from tests.closeness import assert_close
 from tests.effort import effort
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -126,4 +127,4 @@ def test_a_kernel_that_is_killed_again_and_again_goes_on_each_time(tmp_path: Pat
         straight.run(train)
     through, ended = losses(RunStore(tmp_path / "whole" / "runs"), "sql-1"), losses(store, "sql-1")
     assert through.keys() == ended.keys()
-    assert max(abs(value - ended[at]) for at, value in through.items()) <= 1e-6
+    assert_close(ended, through)

@@ -48,6 +48,7 @@ from nbpeft.scoring.settings import Column, ScoreSettings
 from nbpeft.training.data.encoding import decoded
 from nbpeft.training.watching.generation import PromptBatch
 from tests.char_tokenizer import END, CharTokenizer
+from tests.closeness import assert_approximates, assert_close
 from tests.scoring.support import ROWS, adapted, alone, byte_tokenizer, everything
 from tests.tiny_models import LLAMA, classifier, llama, randomize, same_state
 
@@ -122,7 +123,8 @@ def test_samples_have_the_distribution_of_the_logits() -> None:
     logits = torch.tensor([[1.0, 0.0, -1.0, 3.0]]).expand(4000, 4)
     choosing = _Choosing(ScoreSettings(temperature=2.0), range(4000))
     drawn = choosing(torch.zeros(4000, 1), logits).argmax(-1).bincount(minlength=4) / 4000
-    assert torch.allclose(drawn, (logits[0] / 2).softmax(-1), atol=0.03)
+    # Four standard deviations of a share in 4000 draws.
+    assert_approximates(drawn, (logits[0] / 2).softmax(-1), 0.03, scale=1.0)
     kept = _Choosing(ScoreSettings(temperature=2.0, top_p=0.7), range(4000))(torch.zeros(4000, 1), logits)
     assert kept.isfinite().any(0).tolist() == [True, False, False, True]
 
@@ -179,10 +181,10 @@ def test_losses_equal_a_loop(many: Any) -> None:
         many.set_adapter(name)
         found = [loss_alone(many, row) for row in ROWS]
         means = [item.values["loss"][name] for item in result.items]
-        assert means == pytest.approx([total / count for total, count in found], abs=1e-5)
+        assert_close(means, [total / count for total, count in found])
         mean = sum(total for total, _ in found) / sum(count for _, count in found)
-        assert result.scores[name].value == pytest.approx(mean, abs=1e-5)
-        assert result.by("perplexity").scores[name].value == pytest.approx(math.exp(mean), rel=1e-5)
+        assert_close(result.scores[name].value, mean)
+        assert_close(result.by("perplexity").scores[name].value, math.exp(mean))
     many.set_adapter("sql")
     assert not result.facts.greater_is_better
 
@@ -225,7 +227,7 @@ def test_choices_have_the_likelihoods_of_a_loop(monkeypatch: pytest.MonkeyPatch)
             for place, row in enumerate(rows):
                 totals = [found[place, column][number][0] for number in range(3)]
                 expected = [option_loss(model, row["prompt"], option) for option in options]
-                assert totals == pytest.approx(expected, abs=1e-5)
+                assert_close(totals, expected)
 
 
 def option_loss(model: Any, prompt: str, option: str) -> float:
@@ -599,9 +601,8 @@ def test_rows_are_computed_in_parts_where_memory_is_short(metric: str, monkeypat
     options = {"max_new_tokens": 3} if metric == "exact" else {}
     found = scored(model, metric=metric, **options)
     assert max(sizes) > 7 and min(sizes) < 7
-    assert [item.values[metric] for item in found.items] == [
-        pytest.approx(item.values[metric], abs=1e-6) for item in expected.items
-    ]
+    values, wanted = ([item.values[metric] for item in one.items] for one in (found, expected))
+    assert_close(values, wanted)
     most[0] = 1
     with pytest.raises(AdapterError, match="out of memory with one row: score fewer adapters"):
         scored(model, metric=metric, **options)
@@ -730,9 +731,7 @@ def test_an_encoder_decoder_answers_as_alone(kind: str) -> None:
         answer = [token for n, token in enumerate(tokens) if not set(tokens[: n + 1]) & set(ends)]
         assert item.answers["sql"] == TOKENIZER.decode(answer)
         with torch.no_grad():
-            assert item.values["loss"]["sql"] == pytest.approx(
-                float(model(input_ids=ids, labels=labels).loss), abs=1e-5
-            )
+            assert_close(item.values["loss"]["sql"], float(model(input_ids=ids, labels=labels).loss))
 
 
 def test_a_method_that_needs_its_batch_alone_gets_it() -> None:

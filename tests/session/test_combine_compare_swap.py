@@ -27,6 +27,7 @@ from nbpeft.errors import (
 from nbpeft.model.handle.serving import blended
 from nbpeft.session import Session
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close
 from tests.session.support import alone, everything
 from tests.tiny_models import llama, logits, randomize, same_state
 
@@ -49,7 +50,7 @@ def test_exact_is_the_weighted_sum_and_loses_nothing(session: Session, model: An
     with blended(model.manager, {"orders": 0.7, "pirate": 0.3}):
         mixed = logits(model)
     session.use("both")
-    assert torch.allclose(logits(model), mixed, atol=1e-5)
+    assert_close(logits(model), mixed)
 
 
 def test_what_is_lost_is_told_by_layer_and_in_total(session: Session, model: Any) -> None:
@@ -70,7 +71,7 @@ def test_what_is_lost_is_told_by_layer_and_in_total(session: Session, model: Any
     for layer in result.layers:
         true = (delta("orders", layer.path) - 0.5 * delta("pirate", layer.path)).double()
         error = (true - delta("cut", layer.path).double()).norm() / true.norm()
-        assert layer.relative_error == pytest.approx(float(error), abs=1e-4)
+        assert_close(layer.relative_error, float(error), scale=1.0)
     html = result._repr_html_()
     assert "layer by layer" in html and result.worst.path in html
     assert f"worst: {result.worst.path}" in str(result)
@@ -229,7 +230,7 @@ def test_a_swap_gives_what_loading_gives(session: Session, model: Any, saved: Pa
     assert result.after == alone(model, "Hi", "orders", 6)
     assert "before" in str(result) and "Hi" in result._repr_html_()
     session.use("orders")
-    assert torch.allclose(logits(model), fresh, atol=1e-6)
+    assert_close(logits(model), fresh)
 
 
 def test_the_active_adapter_is_swapped_where_none_is_named(session: Session, model: Any, saved: Path) -> None:

@@ -17,6 +17,7 @@ from nbpeft.session import Session
 from nbpeft.session.results.comparing import Answer, Column, CompareResult
 from nbpeft.training.watching.generation import PromptBatch
 from tests.char_tokenizer import END, CharTokenizer
+from tests.closeness import assert_close
 from tests.session.support import alone, everything
 from tests.tiny_models import llama, logits, same_state
 
@@ -70,7 +71,7 @@ def test_a_blend_answers_what_its_exact_combination_answers(session: Session, mo
     with blended(model.manager, weights):
         mixed = logits(model)
     session.use("both")
-    assert torch.allclose(logits(model), mixed, atol=1e-5)
+    assert_close(logits(model), mixed)
 
 
 def test_a_blend_counts_scales_and_leaves_zeros_out(session: Session, model: Any) -> None:

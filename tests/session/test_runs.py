@@ -28,6 +28,7 @@ from nbpeft.errors import (
 )
 from nbpeft.runs.store import RunStore
 from nbpeft.training.monitor import run_checkpointer
+from tests.closeness import is_close
 from tests.faults.killing import die
 from tests.runs.killed import ARGUMENTS, LORA, adapted_session, rows, session_in, train_and_die, unbroken, when_noted
 from tests.session.support import everything
@@ -76,7 +77,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     through, ended = straight[0].state, result.training.state
     assert ended.history == through.history and ended.eval_history == through.eval_history
     after = weights(result.model, "sql")
-    assert all((value - after[name]).abs().max() <= 1e-6 for name, value in straight[1].items())
+    assert all(is_close(after[name], value) for name, value in straight[1].items())
     (record,) = session_in(tmp_path).runs().records
     assert (record.status, record.step, record.best_loss) == ("finished", 14, min(v for _, v in through.eval_history))
 
@@ -480,7 +481,7 @@ def test_what_a_file_may_not_decide_is_named_and_not_done(broken: Path, straight
     assert "not restored from the folder of the run: 'output_dir', 'push_to_hub', " in told and "and 2 more" in told
     assert not target.exists() and result.training.output_dir is None
     after = weights(result.model, "sql")
-    assert all((value - after[name]).abs().max() <= 1e-6 for name, value in straight[1].items())
+    assert all(is_close(after[name], value) for name, value in straight[1].items())
 
 
 def test_what_a_file_may_not_decide_can_be_given_again(broken: Path, tmp_path: Path) -> None:

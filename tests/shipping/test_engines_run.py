@@ -14,6 +14,7 @@ import torch
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from nbpeft.shipping import ship
 from tests.clients.packages import DIFFUSERS, LLAMA_CPP, installed
+from tests.closeness import assert_close
 from tests.shipping.support import FAMILIES, adapted, base_model, ids, tokenizer
 from tests.tiny_models import logits, randomize
 
@@ -111,6 +112,6 @@ def test_diffusers_draws_as_the_model(engine: str, beside: Callable[..., Any], t
     loader, plain = library.loaders.StableDiffusionLoraLoaderMixin, unet()
     tensors, alphas, *_ = loader.lora_state_dict(str(done.folder / done.files[0][0]), unet_config=plain.config)
     loader.load_lora_into_unet(tensors, alphas, plain, adapter_name="style")
-    assert torch.allclose(drawn(plain), drawn(model), atol=1e-5)
+    assert_close(drawn(plain), drawn(model))
     plain.save_lora_adapter(str(tmp_path / "theirs"), adapter_name="style")
-    assert torch.allclose(drawn(PeftModel.from_pretrained(unet(), tmp_path / "theirs").eval()), drawn(model), atol=1e-5)
+    assert_close(drawn(PeftModel.from_pretrained(unet(), tmp_path / "theirs").eval()), drawn(model))

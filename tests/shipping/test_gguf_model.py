@@ -17,6 +17,7 @@ from nbpeft.errors import AdapterError, ConfigError, MissingPackageError
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.shipping import ship
 from nbpeft.shipping.gguf_model import GgufModel
+from tests.closeness import assert_close
 from tests.shipping.support import FAMILIES, SIZES, adapted, base_model, ids, keys, tokenizer
 from tests.tiny_models import logits
 
@@ -56,7 +57,7 @@ def test_an_adapters_products_are_those_of_the_model(family: str, fields: dict[s
         where = next(
             path for path in model.manager.layers if path.startswith("model.layers.1.") and path.endswith(target)
         )
-        assert torch.allclose(product, merged_weight(model, where), atol=1e-5)
+        assert_close(product, merged_weight(model, where))
 
 
 @pytest.mark.parametrize("stored_as", ["f32", "f16", "bf16", "q8_0"])
@@ -85,22 +86,22 @@ def test_an_embedding_is_looked_up_by_row(tmp_path: Path) -> None:
     tensors = read_gguf(tmp_path / "served" / "adapter.gguf")
     down, up = tensors["token_embd.weight.lora_a"], tensors["token_embd.weight.lora_b"]
     assert down.shape == (300, 4) and up.shape == (64, 4)
-    assert torch.allclose(8 / 4 * down @ up.T, merged_weight(model, "model.embed_tokens"), atol=1e-5)
+    assert_close(8 / 4 * down @ up.T, merged_weight(model, "model.embed_tokens"))
 
 
 @pytest.mark.drawn(4)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("stored_as", "atol"), [("f32", 1e-4), ("f16", 2e-2)])
-def test_transformers_loads_a_merged_file(family: str, stored_as: str, atol: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stored_as", "dtype"), [("f32", torch.float32), ("f16", torch.float16)])
+def test_transformers_loads_a_merged_file(family: str, stored_as: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = adapted(base_model(family), use_dora=True)
     done = ship(
         model, engine="llama.cpp", merged=True, quantize=stored_as, tokenizer=tokenizer(), to=tmp_path / "served"
     )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "served", gguf_file="model.gguf").eval()
     if family == "Llama3":  # which transformers does not read from these files; llama.cpp does
-        assert torch.allclose(read_gguf(tmp_path / "served" / "model.gguf")["rope_freqs.weight"], _factors(model))
+        assert_close(read_gguf(tmp_path / "served" / "model.gguf")["rope_freqs.weight"], _factors(model))
         loaded.model.rotary_emb = model.get_base_model().model.rotary_emb
-    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=atol)
+    assert_close(logits(loaded, ids()), logits(model, ids()), dtype=dtype)
     assert done.merged and done.stored_as == stored_as
 
 
@@ -147,7 +148,7 @@ def test_of_some_classes_only_adapters_are_written(family: str, tmp_path: Path) 
     assert keys(path)["general.architecture"] == family.lower()
     tensors = read_gguf(path)
     product = 2 * tensors["blk.0.attn_output.weight.lora_b"] @ tensors["blk.0.attn_output.weight.lora_a"]
-    assert torch.allclose(product, merged_weight(model, "model.layers.0.self_attn.o_proj"), atol=1e-5)
+    assert_close(product, merged_weight(model, "model.layers.0.self_attn.o_proj"))
     with pytest.raises(AdapterError, match=rf"a {family}ForCausalLM \(known: Llama, Mistral, Qwen2, Qwen3"):
         ship(model, engine="llama.cpp", merged=True, tokenizer=tokenizer(), to=tmp_path / "other")
 

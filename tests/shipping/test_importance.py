@@ -14,6 +14,7 @@ from nbpeft.errors import AdapterError, CheckpointError, ConfigError, TrainingEr
 from nbpeft.session import Session
 from nbpeft.shipping import ship
 from nbpeft.shipping.importance import mean_squares
+from tests.closeness import assert_close
 from tests.shipping.support import adapted, base_model, tokenizer
 from tests.tiny_models import same_state, state
 
@@ -46,7 +47,7 @@ def test_the_mean_squares_are_those_of_the_adapted_models_inputs() -> None:
         for row in Tokenized.rows:
             model(input_ids=row[None])
     for path, parts in seen.items():
-        assert torch.allclose(found[f"{path}.weight"], torch.cat(parts).square().mean(0), atol=1e-6)
+        assert_close(found[f"{path}.weight"], torch.cat(parts).square().mean(0))
     assert len(found) == 2 * 7 and "lm_head.weight" not in found
     for fields in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}):
         assert mean_squares(adapted(base_model(**SIZES), **fields).manager, "sql", Tokenized()).keys() == found.keys()

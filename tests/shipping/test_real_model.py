@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nbpeft.checkpoint import read_gguf
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.shipping import ship
+from tests.closeness import assert_close
 from tests.smollm2 import load, source
 from tests.tiny_models import logits, randomize
 
@@ -41,14 +42,14 @@ def test_the_real_model_is_shipped(tmp_path: Path) -> None:
     for name in ("blk.0.attn_q.weight", "blk.7.attn_k.weight", "blk.29.ffn_down.weight"):
         down, up = pairs[f"{name}.lora_a"], pairs[f"{name}.lora_b"]
         weight = torch.from_numpy(original[name].copy()) + alpha / down.shape[0] * up @ down
-        assert torch.allclose(weight, whole[name], atol=1e-5)
+        assert_close(weight, whole[name])
     template = (merged.folder / "Modelfile").read_text()
     assert "<|im_start|>assistant\n{{ .Response }}<|im_end|>" in template
 
     loaded = AutoModelForCausalLM.from_pretrained(merged.folder, gguf_file="model.gguf").eval()
-    assert torch.allclose(logits(loaded, prompt), expected, atol=1e-3)
+    assert_close(logits(loaded, prompt), expected)
     again = peft.PeftModel.from_pretrained(model.unload(), served.folder).eval()
-    assert torch.allclose(logits(again, prompt), expected, atol=1e-3)
+    assert_close(logits(again, prompt), expected)
     text = "¿Dos sillas, 24 € each?"
     known = AutoTokenizer.from_pretrained(merged.folder, gguf_file="model.gguf")
     assert known(text)["input_ids"] == tokenizer(text)["input_ids"]

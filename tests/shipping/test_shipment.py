@@ -28,6 +28,7 @@ from nbpeft.model import (
 from nbpeft.names import SERVING_ENGINES, STORED_TYPES
 from nbpeft.session.results.training import ExportResult
 from nbpeft.shipping import ENGINES, ship
+from tests.closeness import assert_close
 from tests.effort import drawn
 from tests.faults.harness import traced
 from tests.faults.test_interrupts import interrupted_at
@@ -58,7 +59,7 @@ def test_a_folder_gives_the_same_answers_in_peft(engine: str, fields: dict[str, 
     done = ship(model, engine=engine, to=tmp_path / "served")
     assert done.written and done.verdict.as_adapter
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
-    assert torch.allclose(logits(loaded, ids()), expected, atol=1e-5)
+    assert_close(logits(loaded, ids()), expected)
     size = sum(
         t.nbytes for t in safetensors.torch.load_file(tmp_path / "served" / "adapter_model.safetensors").values()
     )
@@ -70,7 +71,7 @@ def test_transformers_loads_the_folder(tmp_path: Path) -> None:
     ship(model, engine="transformers", to=tmp_path / "served")
     base = base_model()
     base.load_adapter(str(tmp_path / "served"))
-    assert torch.allclose(logits(base.eval(), ids()), logits(model, ids()), atol=1e-5)
+    assert_close(logits(base.eval(), ids()), logits(model, ids()))
 
 
 def test_vllm_reads_one_rank_and_one_alpha(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_an_adapter_that_started_in_the_weights_becomes_plain(init: str, tmp_pat
     assert done.byte_count == sum(tensor.nbytes for tensor in tensors.values())
     assert "plain LoRA of rank 8" in " ".join(done.notes)
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
-    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-4)
+    assert_close(logits(loaded, ids()), logits(model, ids()))
 
 
 def test_padding_for_hot_swapping_is_not_shipped(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_padding_for_hot_swapping_is_not_shipped(tmp_path: Path) -> None:
     assert config_of(tmp_path / "served")["r"] == 4
     assert done.byte_count == ship(adapted(), engine="llama.cpp", dry_run=True).byte_count
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
-    assert torch.allclose(logits(loaded, ids()), expected, atol=1e-5)
+    assert_close(logits(loaded, ids()), expected)
 
 
 @pytest.mark.parametrize("quantized", ["nf4", "int8"])
@@ -133,7 +134,7 @@ def test_a_scale_is_part_of_what_is_written(tmp_path: Path) -> None:
     model.manager.set_scale("sql", 0.5)
     done = ship(model, engine="vllm", to=tmp_path / "served")
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
-    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-5)
+    assert_close(logits(loaded, ids()), logits(model, ids()))
     assert "its scale of 0.5 is included" in " ".join(done.notes)
 
 
@@ -197,7 +198,7 @@ def test_a_merged_model_is_loaded_by_transformers(engine: str, tmp_path: Path) -
     model = adapted(use_dora=True)
     done = ship(model, engine=engine, merged=True, quantize="f32", tokenizer=tokenizer(), to=tmp_path / "served")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "served").eval()
-    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-5)
+    assert_close(logits(loaded, ids()), logits(model, ids()))
     assert (tmp_path / "served" / "tokenizer.json").is_file()
     assert done.byte_count == sum(t.nbytes for t in loaded.state_dict().values())
 
@@ -259,7 +260,7 @@ def test_methods_that_add_a_product_of_two_matrices_become_plain(name: str, tmp_
         t.nbytes for t in safetensors.torch.load_file(tmp_path / "served" / "adapter_model.safetensors").values()
     )
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
-    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-5)
+    assert_close(logits(loaded, ids()), logits(model, ids()))
 
 
 PROMPTS: dict[str, Any] = {
@@ -279,7 +280,7 @@ def test_a_prompt_goes_to_peft_alone(name: str, tmp_path: Path) -> None:
             ship(model, engine=engine, merged=True, to=tmp_path / "refused")
     ship(model, engine="peft", to=tmp_path / "served")
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
-    assert torch.allclose(loaded(ids()).logits, model.eval()(ids()).logits, atol=1e-5)
+    assert_close(loaded(ids()).logits, model.eval()(ids()).logits)
     assert not (tmp_path / "refused").exists()
 
 
@@ -292,7 +293,7 @@ def test_what_a_lora_can_stand_for_ships_once_it_is_converted(tmp_path: Path) ->
     nbpeft.save_as_lora(tmp_path / "lora", model, 64, "sql")
     ship(PeftModel.from_pretrained(base_model(), tmp_path / "lora"), engine="vllm", to=tmp_path / "served")
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
-    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-4)
+    assert_close(logits(loaded, ids()), logits(model, ids()))
 
 
 def test_other_methods_and_other_programs(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import BertConfig
 
 import nbpeft
 from nbpeft.training import Collator, Trainer
+from tests.closeness import assert_close
 from tests.tiny_models import gpt2, llama
 from tests.training.objectives.trl_run import filled
 
@@ -106,8 +107,8 @@ def learned(model: Any) -> list[torch.Tensor]:
 def check(found: list[tuple[list[list[float]], list[torch.Tensor]]]) -> None:
     assert len(found[0][0]) == 2 and found[0][0][0][1] > 0
     for values, weights in found[1:]:
-        torch.testing.assert_close(values, found[0][0], rtol=2e-5, atol=2e-6)
-        torch.testing.assert_close(weights, found[0][1], rtol=2e-5, atol=2e-6)
+        assert_close(values, found[0][0])
+        assert_close(weights, found[0][1])
 
 
 def trained(case: str, size: int, count: int, folder: Path, **fields: Any) -> Any:
@@ -141,11 +142,11 @@ def test_a_training_and_a_sweep_learn_the_same_from_a_batch_that_is_divided(case
         members = {"default": {"learning_rate": 0.1}, "b": {"learning_rate": 0.2}}
         several = nbpeft.train(swept, rows, members=members, **settings(*split))
         own = several.state.members[0].history
-        assert [loss for _, loss in own] == pytest.approx(alone, rel=1e-6)
+        assert_close([loss for _, loss in own], alone)
         found.append((alone, learned(model)))
     for values, weights in found[1:]:
-        torch.testing.assert_close(values, found[0][0], rtol=2e-5, atol=2e-6)
-        torch.testing.assert_close(weights, found[0][1], rtol=2e-5, atol=2e-6)
+        assert_close(values, found[0][0])
+        assert_close(weights, found[0][1])
 
 
 def test_a_batch_without_labels_is_no_part_of_a_step(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.losses import lazy_logits
 from nbpeft.training import Collator, Trainer, train
+from tests.closeness import DEPTH, assert_close
 from tests.tiny_models import classifier, llama
 from tests.training.support import token_rows, trainable, weights
 
@@ -49,17 +50,17 @@ def test_what_is_learned_is_the_same(arguments, chunked):
     count = len(chunked)
     whole, expected = trained(loss_chunk_size=0, **arguments)
     assert len(chunked) == count
-    tolerance = 1e-2 if "bf16" in arguments else 1e-5
-    assert result.train_loss == pytest.approx(whole.train_loss, rel=tolerance)
+    dtype = torch.bfloat16 if "bf16" in arguments else torch.float32
+    assert_close(result.train_loss, whole.train_loss, dtype=dtype)
     # Adam's steps are of one size, however small a gradient is: what it was rounded to shows in the weight.
-    torch.testing.assert_close(learned, expected, rtol=10 * tolerance, atol=10 * tolerance)
+    assert_close(learned, expected, depth=3 * 3 * DEPTH, dtype=dtype)  # three steps
 
 
 def test_evaluations_are_in_chunks_where_nobody_needs_logits(chunked):
     result, _ = trained(evaluation=token_rows(6, seed=1), eval_strategy="steps", eval_steps=3, loss_chunk_size=5)
     assert len(chunked) == 4
     whole, _ = trained(evaluation=token_rows(6, seed=1), eval_strategy="steps", eval_steps=3, loss_chunk_size=0)
-    assert result.eval_loss == pytest.approx(whole.eval_loss, rel=1e-6)
+    assert_close(result.eval_loss, whole.eval_loss)
 
 
 def test_metrics_get_the_logits_that_they_would(chunked):
@@ -78,7 +79,7 @@ def test_metrics_get_the_logits_that_they_would(chunked):
             loss_chunk_size=size,
         )
     assert len(chunked) == 3
-    np.testing.assert_allclose(seen[0], seen[1], rtol=1e-4, atol=1e-5)
+    assert_close(torch.from_numpy(seen[0]), torch.from_numpy(seen[1]))
 
 
 def test_outputs_have_their_logits(chunked, tmp_path):
@@ -89,7 +90,7 @@ def test_outputs_have_their_logits(chunked, tmp_path):
     loss, outputs = trainer.compute_loss(model, copy.copy(batch), return_outputs=True)
     assert not chunked
     assert torch.equal(outputs.logits, model(**batch).logits)
-    torch.testing.assert_close(trainer.compute_loss(model, batch), loss)
+    assert_close(trainer.compute_loss(model, batch), loss)
     assert len(chunked) == 1
 
 
@@ -101,7 +102,7 @@ def test_a_loss_function_of_ones_own_is_served(chunked):
     _, learned = trained(compute_loss_func=own)
     assert len(chunked) == 3
     _, expected = trained(compute_loss_func=own, loss_chunk_size=0)
-    torch.testing.assert_close(learned, expected, rtol=1e-5, atol=1e-5)
+    assert_close(learned, expected)
 
 
 def test_a_model_that_needs_its_logits_is_trained_from_them_with_one_note(chunked):

@@ -12,6 +12,7 @@ import nbpeft
 from nbpeft.engine.contract.registry import methods
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.training import Collator, Trainer, TrainResult
+from tests.closeness import assert_close
 from tests.tiny_models import llama, randomize, tokens
 from tests.training.transformers.test_trainer import arguments
 
@@ -56,7 +57,7 @@ def test_a_training_with_chunks_is_one_without(name: str, tmp_path: Path) -> Non
     model, result = trained(name, tmp_path / "chunks")
     assert result.steps == 4 and not torch.equal(parameters(model), start)
     whole, _ = trained(name, tmp_path / "whole", loss_chunk_size=0)
-    torch.testing.assert_close(parameters(model), parameters(whole), atol=1e-5, rtol=1e-4)
+    assert_close(parameters(model), parameters(whole))
     if "prefix" in name:
         with pytest.raises(AdapterError, match="does not work with gradient checkpointing"):
             trained(name, tmp_path / "checkpointed", gradient_checkpointing=True)
@@ -89,4 +90,4 @@ def test_prompts_of_a_sweep_learn_as_alone(name: str, tmp_path: Path) -> None:
     model, _ = trained(name, tmp_path / "sweep", learning_rate=nbpeft.sweep(1e-2, 1e-1), **constant)
     for rate, adapter in ((1e-2, "default-lr1e-2"), (1e-1, "default-lr1e-1")):
         single, _ = trained(name, tmp_path / adapter, learning_rate=rate, **constant)
-        torch.testing.assert_close(parameters(model, adapter), parameters(single), atol=1e-6, rtol=1e-5)
+        assert_close(parameters(model, adapter), parameters(single))

@@ -17,6 +17,7 @@ from nbpeft.sweeps import sweep
 from nbpeft.training import start_run, train
 from nbpeft.training.monitor import failures
 from nbpeft.training.monitor.failures import free_memory
+from tests.closeness import assert_approximates
 from tests.model.allocations import Allocations
 from tests.tiny_models import llama
 from tests.training.support import trainable, weights
@@ -91,7 +92,7 @@ def test_what_is_promised_is_true(model: Any) -> None:
         with Allocations() as counted:
             train(model, rows(), **{"per_device_train_batch_size": 16, **QUICK, **changes})
         peaks[name] = counted.peak
-    assert peaks["now"] - peaks["half"] == pytest.approx(promised["batch_size 16 -> 8"], rel=0.15)
+    assert_approximates(peaks["now"] - peaks["half"], promised["batch_size 16 -> 8"], 0.15)
 
 
 @pytest.mark.slow

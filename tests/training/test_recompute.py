@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from nbpeft.errors import ConfigError, TrainingInterrupted
 from nbpeft.memory.saved import SavedTensors
 from nbpeft.training import Collator, Trainer, train
+from tests.closeness import assert_close
 from tests.training.support import token_rows, trainable, weights
 
 QUICK: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
@@ -51,7 +52,7 @@ def test_it_learns_the_same_and_keeps_less(dropout: float) -> None:
         kept.append(saved.peak)
     assert kept[1] < 0.8 * kept[0]
     for name, weight in learned[0].items():
-        torch.testing.assert_close(learned[1][name], weight, rtol=1e-3, atol=1e-6)
+        assert_close(learned[1][name], weight)
 
 
 def attributes(model: nn.Module) -> dict[str, set[str]]:
@@ -83,7 +84,7 @@ def test_samples_and_evaluations_are_those_of_the_model() -> None:
         train(trainable(), token_rows(), token_rows(4, seed=1), recompute=recompute, **QUICK).eval_loss
         for recompute in (False, True)
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_close(losses[0], losses[1])
 
 
 def test_the_trainer_itself_takes_it(tmp_path: Any) -> None:

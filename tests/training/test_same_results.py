@@ -17,6 +17,7 @@ from nbpeft import (
     sweep,
     train,
 )
+from tests.closeness import assert_close, is_close
 from tests.tiny_models import config, gpt2, llama, logits, randomize, tokens
 from tests.training.support import token_rows
 
@@ -62,7 +63,7 @@ def weights(model: Any, name: str) -> list[Tensor]:
 
 
 def close(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.allclose(one, two, rtol=1e-4, atol=1e-5) for one, two in zip(first, second, strict=True))
+    return all(is_close(one, two) for one, two in zip(first, second, strict=True))
 
 
 @pytest.mark.drawn(3)
@@ -83,7 +84,7 @@ def test_an_optimization_changes_no_result(base: str, changes: str) -> None:
             all(map(torch.equal, weights(fast, "a"), learned)) if name in BITS else close(weights(fast, "a"), learned)
         )
         assert same, name
-        assert [loss for _, loss in result.state.history] == pytest.approx([loss for _, loss in losses], rel=1e-5), name
+        assert_close([loss for _, loss in result.state.history], [loss for _, loss in losses], message=name)
     together = model_of(base, settings)
     train(together, rows, **GIVEN | SLOWEST | {"learning_rate": sweep(0.5, 0.1)})
     assert close(weights(together, "a-lr5e-1"), learned)
@@ -96,11 +97,11 @@ def _check_served(model: Any, alone: Any) -> None:
     ids, model = tokens(3), model.eval()
     with torch.no_grad():
         mixed = model(input_ids=ids, adapter_names=["a-lr5e-1", "a-lr1e-1", "__base__"]).logits
-        torch.testing.assert_close(mixed[:1], logits(alone.eval(), ids[:1]), rtol=1e-3, atol=1e-4)
+        assert_close(mixed[:1], logits(alone.eval(), ids[:1]))
         with model.disable_adapter():
-            torch.testing.assert_close(mixed[2:], logits(model, ids[2:]), rtol=1e-4, atol=1e-5)
+            assert_close(mixed[2:], logits(model, ids[2:]))
         model.set_adapter("a-lr1e-1")
-        torch.testing.assert_close(mixed[1:2], logits(model, ids[1:2]), rtol=1e-4, atol=1e-5)
+        assert_close(mixed[1:2], logits(model, ids[1:2]))
 
 
 def _check_swapped(base: str, settings: dict[str, Any], trained: Any) -> None:
@@ -113,4 +114,4 @@ def _check_swapped(base: str, settings: dict[str, Any], trained: Any) -> None:
     hotswap_adapter_from_state_dict(
         trained, get_peft_model_state_dict(low, adapter_name="a"), "a", low.peft_config["a"]
     )
-    torch.testing.assert_close(logits(trained.eval(), tokens(2)), logits(low.eval(), tokens(2)), rtol=1e-4, atol=1e-5)
+    assert_close(logits(trained.eval(), tokens(2)), logits(low.eval(), tokens(2)))

@@ -32,6 +32,7 @@ from nbpeft.training.data.reading import reading
 from nbpeft.training.loop.rows import model_inputs
 from nbpeft.training.script.sources import short_targets, text_rows
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close, is_close
 from tests.tiny_models import llama
 from tests.training.data.test_tags import TOKENIZER as TAGGER_TOKENIZER
 from tests.training.data.test_tags import tagger
@@ -357,7 +358,7 @@ def test_it_trains_the_same(folder: Path, processes: int) -> None:
     whole = {"per_device_train_batch_size": ARGUMENTS["per_device_train_batch_size"] * processes}
     train(here.train(), rows, **ARGUMENTS | whole)  # launch/test_launch: what the notebook's two processes learn, too
     expected = {name: part for name, part in here.named_parameters() if "lora" in name}
-    assert all(torch.allclose(part, trained.get_parameter(name), atol=1e-5) for name, part in expected.items())
+    assert all(is_close(part, trained.get_parameter(name)) for name, part in expected.items())
 
 
 KILLED = """
@@ -444,7 +445,7 @@ def test_fresh_processes_have_the_losses_of_the_cells(folder: Path) -> None:
     found = json.loads(done.stdout.partition("LOSSES")[2])
     for losses, wanted in zip(found, expected, strict=True):
         assert len(wanted) == 3
-        torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted), rtol=1e-6, atol=1e-6)
+        assert_close(torch.tensor(losses), torch.tensor(wanted))
 
 
 def test_targets_are_condensed_only_if_they_are_whole_paths_of_an_adapted_model() -> None:

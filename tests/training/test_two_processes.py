@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.closeness import assert_close
 from tests.training.two_processes import own_loop, sharded_loop
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +29,12 @@ def test_two_processes_train_one_adapter_and_stop_together(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert first["loop"] == pytest.approx(second["loop"], abs=1e-9)
-    assert first["loop"] == pytest.approx(own_loop(0, 1), abs=1e-5)
+    assert_close(first["loop"], second["loop"])
+    assert_close(first["loop"], own_loop(0, 1))
     for sharded, use_dora in zip(first["sharded"], (False, True), strict=True):
-        assert sharded == pytest.approx(sharded_loop(use_dora), abs=1e-5)
+        assert_close(sharded, sharded_loop(use_dora))
     assert first["trainer"]["steps"] == second["trainer"]["steps"] == 5
-    assert first["trainer"]["weights"] == pytest.approx(second["trainer"]["weights"], abs=1e-9)
+    assert_close(first["trainer"]["weights"], second["trainer"]["weights"])
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -17,6 +17,7 @@ import nbpeft
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import StaleModelError
+from tests.closeness import assert_close
 from tests.tiny_models import classifier, llama
 
 IDS = torch.arange(6)[None] + 3
@@ -68,7 +69,8 @@ def test_both_are_what_they_are_in_peft(kind: str, base: Any, tmp_path: Path) ->
     theirs, ours = (used(library, kind, base(), tmp_path / library.__name__) for library in (peft, nbpeft))
     for mine, its in zip(ours, theirs, strict=True):
         first, second = (found if isinstance(found[0], list) else [found] for found in (mine, its))
-        assert first == [pytest.approx(second[0], abs=1e-5), *second[1:]]
+        assert_close(first[0], second[0])
+        assert first[1:] == second[1:]
 
 
 def prompted(base: Any, **fields: Any) -> Any:
@@ -85,12 +87,13 @@ def test_they_share_every_tensor_and_what_is_done_to_it() -> None:
     other.to(torch.float64)
     assert {value.dtype for value in (*one.parameters(), *other.parameters())} == {torch.float32, torch.float64}
     assert one.get_base_model().model.layers[0] is other.get_base_model().model.layers[0]
-    assert numbers(one.to(torch.float64)) == pytest.approx(expected, abs=1e-5)
+    assert_close(numbers(one.to(torch.float64)), expected)
     assert manager_of(base) is one.manager and manager_of(other.get_base_model()) is other.manager
     assert numbers(copy.deepcopy(other)) == numbers(other)
     with other.disable_adapter():
         bare = numbers(other)
-    assert bare == numbers(other.unload()) and numbers(one) == pytest.approx(expected, abs=1e-5)
+    assert bare == numbers(other.unload())
+    assert_close(numbers(one), expected)
 
 
 def test_a_prompt_goes_over_adapters_of_another_handle_which_lives_on() -> None:

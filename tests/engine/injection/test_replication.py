@@ -26,6 +26,7 @@ from transformers import (
 
 import nbpeft
 from nbpeft.errors import ConfigError, TargetError
+from tests.closeness import assert_close, differ
 from tests.tiny_models import llama, same_state, state, tokens
 
 SMALL: dict[str, Any] = {
@@ -63,10 +64,6 @@ def output(model: Any) -> Tensor:
     return found
 
 
-def close(first: Tensor, second: Tensor) -> bool:
-    return bool((first - second).abs().max() <= 1e-5)
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_outputs_and_files_are_those_of_peft(kind: str, tmp_path: Path) -> None:
     theirs = peft.get_peft_model(base(kind), peft.LoraConfig(**fields(kind))).eval()
@@ -76,15 +73,16 @@ def test_outputs_and_files_are_those_of_peft(kind: str, tmp_path: Path) -> None:
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     nbpeft.set_peft_model_state_dict(ours, expected)
-    assert close(output(ours), output(theirs)) and not close(output(ours), output(base(kind)))
+    assert_close(output(ours), output(theirs))
+    assert differ(output(ours), output(base(kind)))
     theirs.save_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for source in ("theirs", "ours"):
             loaded = nbpeft.PeftModel.from_pretrained(base(kind), str(tmp_path / source)).eval()
-            assert close(output(loaded), output(theirs))
-    assert close(output(peft.PeftModel.from_pretrained(base(kind), str(tmp_path / "ours")).eval()), output(ours))
+            assert_close(output(loaded), output(theirs))
+    assert_close(output(peft.PeftModel.from_pretrained(base(kind), str(tmp_path / "ours")).eval()), output(ours))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -92,9 +90,10 @@ def test_unloading_puts_the_layers_back_and_merging_keeps_them(kind: str) -> Non
     ours = adapted(kind)
     before, expected = state(ours), output(ours)
     merged = copy.deepcopy(ours).merge_and_unload()
-    assert merged.config.num_hidden_layers == 4 and close(output(merged), expected)
+    assert merged.config.num_hidden_layers == 4
+    assert_close(output(merged), expected)
     ours.merge_adapter()
-    assert close(output(ours), expected)
+    assert_close(output(ours), expected)
     ours.unmerge_adapter()
     assert same_state(before, state(ours))
     plain = ours.unload()
@@ -161,7 +160,8 @@ def test_several_adapters_share_the_replicas() -> None:
     expected = output(ours)
     ours.add_adapter("same", nbpeft.LoraConfig(**fields("llama", r=2)))
     ours.add_adapter("plain", nbpeft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
-    assert ours.config.num_hidden_layers == 4 and close(output(ours), expected)
+    assert ours.config.num_hidden_layers == 4
+    assert_close(output(ours), expected)
     with pytest.raises(ConfigError, match=r"replicated as \[\(0, 2\), \(1, 3\)\] for its adapters"):
         ours.add_adapter("other", nbpeft.LoraConfig(**fields("llama", layer_replication=[[0, 3], [0, 3]])))
     for name in ("default", "same"):

@@ -37,6 +37,7 @@ from nbpeft.memory import forecast
 from nbpeft.model import PeftModel, get_peft_model, hotswap_adapter
 from nbpeft.peft_api import mappings
 from nbpeft.session import Session
+from tests.closeness import assert_close
 from tests.fuzz import mutations
 from tests.fuzz.mutations import mutated
 from tests.tiny_models import gpt2, llama, logits, randomize, same_state, state, tokens
@@ -263,10 +264,10 @@ def test_its_status_and_its_names_are_those_of_peft(method: Method, tmp_path: Pa
 def test_files_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = pair(method, fields, tmp_path / "ours")
     assert (logits(ours) - logits(llama())).abs().max() > 1e-3
-    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=1e-4)
+    assert_close(logits(theirs), logits(ours))
     theirs.save_pretrained(tmp_path / "theirs")
     again = PeftModel.from_pretrained(llama(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(again), logits(ours), atol=1e-6, rtol=0)
+    assert_close(logits(again), logits(ours))
     if not merges(ours):
         with pytest.raises(MergeError):
             ours.merge_and_unload()
@@ -276,9 +277,9 @@ def test_files_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Pa
     expected = logits(ours)
     merged = logits(ours.merge_and_unload())
     if method.calls.arguments:  # which peft does not merge
-        torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-3)
+        assert_close(merged, expected)
         return
-    torch.testing.assert_close(logits(theirs.merge_and_unload()), merged, atol=1e-4, rtol=1e-3)
+    assert_close(logits(theirs.merge_and_unload()), merged)
 
 
 SHARED = {
@@ -297,13 +298,13 @@ def test_what_layers_share_has_the_names_of_peft(method: Method, tmp_path: Path)
         layers = [model.base_model.model.model.layers[0].self_attn.v_proj for model in (ours, theirs)]
         for found, wanted in ((getattr(ours, name), getattr(theirs, name)), (getattr(one, name) for one in layers)):
             assert list(found) == list(wanted) == ["default"] and "other" not in found
-            torch.testing.assert_close(found["default"].detach(), wanted["default"].detach())
-            torch.testing.assert_close(found.default.detach(), wanted.default.detach())
+            assert_close(found["default"].detach(), wanted["default"].detach())
+            assert_close(found.default.detach(), wanted.default.detach())
         assert getattr(ours, name)["default"] is getattr(layers[0], name)["default"]
         with torch.no_grad():
             for model in (ours, theirs):
                 getattr(model, name)["default"] += 1.0
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=1e-3)
+    assert_close(logits(ours), logits(theirs))
     with pytest.raises(AttributeError):
         ours.vera_C  # noqa: B018
 
@@ -326,8 +327,8 @@ def trained(model: Any, steps: int = 8) -> list[float]:
 @every_sample
 def test_eight_steps_of_training_are_those_of_peft(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = pair(method, TRAINED.get(method.peft_type, {}) | fields, tmp_path)
-    assert trained(ours) == pytest.approx(trained(theirs), abs=1e-3)
-    torch.testing.assert_close(logits(ours.eval()), logits(theirs.eval()), atol=1e-3, rtol=1e-3)
+    assert_close(trained(ours), trained(theirs))
+    assert_close(logits(ours.eval()), logits(theirs.eval()))
 
 
 @pytest.mark.drawn(30)
@@ -341,13 +342,12 @@ def test_in_half_precision_it_runs_trains_and_merges(method: Method, fields: dic
     half = get_peft_model(llama(dtype=dtype), config, autocast_adapter_dtype=False).eval()
     for model in (wide, half):
         randomize(model, scale=0.1)
-    near = {"atol": 0.1, "rtol": 0.05}
-    torch.testing.assert_close(logits(half).float(), logits(wide), **near)
+    assert_close(logits(half).float(), logits(wide), dtype=dtype)
     half.train()(input_ids=tokens(), labels=tokens()).loss.backward()
     gradients = [one.grad for one in half.parameters() if one.requires_grad and one.grad is not None]
     assert gradients and all(one.isfinite().all() for one in gradients)
     if merges(half):
-        torch.testing.assert_close(logits(half.eval().merge_and_unload()).float(), logits(wide), **near)
+        assert_close(logits(half.eval().merge_and_unload()).float(), logits(wide), dtype=dtype)
 
 
 def saved_bytes(model: Any) -> int:
@@ -467,6 +467,6 @@ def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[
             hotswap_adapter(model, tmp_path, "default")
     else:
         hotswap_adapter(model, tmp_path, "default")
-        torch.testing.assert_close(logits(model.eval()), logits(other.eval()), atol=1e-6, rtol=0)
+        assert_close(logits(model.eval()), logits(other.eval()))
     with pytest.raises(NbpeftError, match="cannot be combined"):
         model.add_weighted_adapter(["default", "default"], [1.0, 1.0], "both")

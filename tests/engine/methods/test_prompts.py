@@ -41,6 +41,7 @@ from nbpeft.engine.runtime.snapshots import restore, snapshot
 from nbpeft.errors import AdapterError, ConfigError, MergeError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model
 from nbpeft.model.handle.serving import blended
+from tests.closeness import assert_close
 from tests.fuzz import mutations
 from tests.fuzz.mutations import mutated
 from tests.tiny_models import LLAMA, classifier, config, gpt2, llama, logits, randomize, same_state, state, tokens
@@ -148,20 +149,20 @@ def test_forward_counts_and_files_are_those_of_peft(
     ids = tokens()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, **tasks(method)}
     expected, found = theirs(**inputs), ours(**inputs)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
-    assert float(found.loss) == pytest.approx(float(expected.loss), abs=1e-5)
+    assert_close(found.logits, expected.logits)
+    assert_close(float(found.loss), float(expected.loss))
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     saved, theirs_saved = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
     assert theirs_saved.keys() <= saved.keys()
     for key, value in theirs_saved.items():
-        torch.testing.assert_close(saved[key], value, atol=1e-6, rtol=1e-5)
+        assert_close(saved[key], value)
     read = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-    torch.testing.assert_close(read(**inputs).logits, expected.logits, atol=1e-5, rtol=1e-5)
+    assert_close(read(**inputs).logits, expected.logits)
     for folder in ("ours", "theirs"):
         for trainable in (False, True):
             again = PeftModel.from_pretrained(base(), tmp_path / folder, is_trainable=trainable).eval()
-            torch.testing.assert_close(again(**inputs).logits, expected.logits, atol=1e-5, rtol=1e-5)
+            assert_close(again(**inputs).logits, expected.logits)
             assert any(parameter.requires_grad for parameter in again.parameters()) == trainable
 
 
@@ -182,7 +183,8 @@ def trained(model: Any, more: dict[str, Tensor], steps: int = 8) -> list[float]:
 def test_eight_steps_of_training_are_those_of_peft(method: Method, fields: dict[str, Any]) -> None:
     ours, theirs = pair(method, fields)
     expected = trained(theirs, tasks(method))
-    assert trained(ours, tasks(method)) == pytest.approx(expected, abs=1e-3) and expected[-1] < expected[0] - 1e-3
+    assert_close(trained(ours, tasks(method)), expected)
+    assert expected[-1] < expected[0] - 1e-3
     assert all(p.grad is None for p in ours.get_base_model().parameters() if not p.requires_grad)
 
 
@@ -194,8 +196,8 @@ def test_encoder_decoder_models_are_as_in_peft(method: Method, fields: dict[str,
     ids, labels = tokens(), tokens(2, 6, seed=5)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **tasks(method)}
     expected, found = theirs(**inputs), ours(**inputs)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
-    assert float(found.loss) == pytest.approx(float(expected.loss), abs=1e-5)
+    assert_close(found.logits, expected.logits)
+    assert_close(float(found.loss), float(expected.loss))
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     randomize(ours, scale=0.5)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | tasks(method)
@@ -246,13 +248,13 @@ def test_other_tasks_are_as_in_peft(task: str, kind: str, tmp_path: Path) -> Non
     expected, found = theirs(**inputs), ours(**inputs)
     for key in ("logits", "start_logits", "last_hidden_state", "loss"):
         if getattr(expected, key, None) is not None:
-            torch.testing.assert_close(getattr(found, key), getattr(expected, key), atol=1e-5, rtol=1e-5)
+            assert_close(getattr(found, key), getattr(expected, key))
     theirs.save_pretrained(tmp_path / "theirs")
     again = PeftModel.from_pretrained(base(), tmp_path / "theirs").eval()
-    torch.testing.assert_close(again(**inputs)[-1 if "hidden" in task else 0], found[0], atol=1e-5, rtol=1e-5)
+    assert_close(again(**inputs)[-1 if "hidden" in task else 0], found[0])
     ours.save_pretrained(tmp_path / "ours")
     read = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-    torch.testing.assert_close(read(**inputs)[0], found[0], atol=1e-5, rtol=1e-5)
+    assert_close(read(**inputs)[0], found[0])
 
 
 @pytest.mark.parametrize("base", [of_llama(LlamaForTokenClassification), bert_tokens], ids=["llama", "bert"])
@@ -263,7 +265,7 @@ def test_labels_of_tokens_are_ignored_for_the_prompt(base: Callable[[], Any]) ->
     found = model(input_ids=ids, labels=labels)
     assert found.logits.shape[1] == 13
     expected = torch.nn.functional.cross_entropy(found.logits[:, 4:].reshape(-1, 3), labels.reshape(-1))
-    torch.testing.assert_close(found.loss, expected)
+    assert_close(found.loss, expected)
 
 
 def test_labels_of_a_classifier_with_a_name_of_its_own_are_as_they_are() -> None:
@@ -271,7 +273,7 @@ def test_labels_of_a_classifier_with_a_name_of_its_own_are_as_they_are() -> None
     base.__class__ = type("OwnName", (type(base),), {})
     labels = torch.eye(3)[:2]
     found = prompted(base=base, task_type="SEQ_CLS")(input_ids=tokens(length=3), labels=labels)
-    torch.testing.assert_close(found.loss, torch.nn.functional.binary_cross_entropy_with_logits(found.logits, labels))
+    assert_close(found.loss, torch.nn.functional.binary_cross_entropy_with_logits(found.logits, labels))
 
 
 @pytest.mark.parametrize("base", [classifier, of_llama(LlamaModel)], ids=["classifier", "features"])
@@ -287,10 +289,10 @@ def test_a_prefix_of_other_models(base: Callable[[], Any], projected: bool, tmp_
     cache = model.get_prompt(2)
     with model.disable_adapter():
         expected = model(input_ids=ids, attention_mask=torch.ones(2, 13), **cached(model, cache))[0]
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base(), tmp_path).eval()
-    torch.testing.assert_close(again(input_ids=ids)[0], found)
+    assert_close(again(input_ids=ids)[0], found)
 
 
 # In generate
@@ -368,7 +370,7 @@ def test_each_row_of_a_mixed_batch_is_as_alone() -> None:
         one = ids[row : row + 1]
         with model.disable_adapter() if name == "__base__" else model.use(name):
             alone = model(input_ids=one).logits[0, -9:]
-            torch.testing.assert_close(found[row, -9:], alone, atol=1e-5, rtol=1e-4)
+            assert_close(found[row, -9:], alone)
             assert torch.equal(made[row], greedy(model, one)[0]), name
             assert torch.equal(beams[row], model.generate(input_ids=one, **GENERATE | {"num_beams": 2})[0]), name
 
@@ -386,7 +388,7 @@ def test_two_prompts_and_a_lora_act_together() -> None:
         cache = model.get_prompt(2)
     with model.use("lora"):
         expected = model(inputs_embeds=whole, **cached(model, cache)).logits
-    torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=1e-4)
+    assert_close(found.logits, expected)
     assert torch.equal(model.generate(input_ids=ids, **GENERATE), greedy(model, ids))
 
 
@@ -397,7 +399,7 @@ def test_rows_of_several_tasks() -> None:
     found = model(input_ids=ids, task_ids=kinds).logits
     for row, kind in enumerate(kinds):
         alone = model(input_ids=ids[row : row + 1], task_ids=kind.unsqueeze(0)).logits
-        torch.testing.assert_close(found[row], alone[0], atol=1e-5, rtol=1e-4)
+        assert_close(found[row], alone[0])
     with pytest.raises(AdapterError, match="task_ids cannot be None"):
         model(input_ids=ids)
     with pytest.raises(AdapterError, match="from 0 to 2"):
@@ -414,8 +416,8 @@ def test_positions_that_are_given_move() -> None:
     model, ids = prompted(), tokens()
     positions = torch.arange(9).expand(2, 9)
     expected = model(input_ids=ids).logits
-    torch.testing.assert_close(model(input_ids=ids, position_ids=positions).logits, expected)
-    torch.testing.assert_close(model.base_model(ids, None, positions).logits, expected)  # by place, without the handle
+    assert_close(model(input_ids=ids, position_ids=positions).logits, expected)
+    assert_close(model.base_model(ids, None, positions).logits, expected)  # by place, without the handle
     later = model(input_ids=ids, position_ids=positions + 3).logits
     assert (later - expected).abs().max() > 1e-4
 
@@ -487,7 +489,7 @@ def test_gradient_checkpointing() -> None:
             model.gradient_checkpointing_enable()
         model.train()(input_ids=ids, labels=ids).loss.backward()
         grads.append(model.prompt_encoder["default"].embedding.weight.grad)
-    torch.testing.assert_close(*grads)
+    assert_close(*grads)
     with pytest.raises(ConfigError, match="does not work with gradient checkpointing"):
         prompted("prefix", model.unload(), peft_type="PREFIX_TUNING")
     model = prompted(peft_type="PREFIX_TUNING")
@@ -525,7 +527,7 @@ def test_training_goes_on_from_a_file(method: Method, fields: dict[str, Any], tm
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     assert again.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
-    assert trained(again, tasks(method), 2) == pytest.approx(trained(model, tasks(method), 2), abs=1e-5)
+    assert_close(trained(again, tasks(method), 2), trained(model, tasks(method), 2))
 
 
 def test_threads_have_their_own_prompts() -> None:
@@ -580,7 +582,7 @@ def test_a_multitask_prompt_starts_from_a_file(init: str, tmp_path: Path) -> Non
     start = {"prompt_tuning_init": init, "prompt_tuning_init_task": 1, "num_ranks": 2, "num_virtual_tokens": 4}
     ours, theirs = pair(method, start, prompt_tuning_init_state_dict_path=str(source))
     inputs = {"input_ids": tokens(), "task_ids": torch.zeros(2, dtype=torch.long)}
-    torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits, atol=1e-5, rtol=1e-5)
+    assert_close(ours(**inputs).logits, theirs(**inputs).logits)
     with pytest.raises(ConfigError, match="needs to be specified with prompt_tuning_init"):
         method.config_class(**start)
     with pytest.raises(NbpeftError, match="there is no file"):
@@ -647,7 +649,7 @@ def test_a_prompt_starts_as_a_text(text: str, tmp_path: Path) -> None:
     method = next(one for one in METHODS if one.peft_type == "PROMPT_TUNING")
     ours, theirs = pair(method, start)
     rows = ours.prompt_encoder["default"].embedding.weight
-    torch.testing.assert_close(rows, theirs.prompt_encoder["default"].embedding.weight)
+    assert_close(rows, theirs.prompt_encoder["default"].embedding.weight)
     assert torch.equal(rows[:3], ours.word_embeddings(torch.tensor([1, 2, 3])))
     ours.save_pretrained(tmp_path / "saved")
     shutil.rmtree(tmp_path / "tokenizer")  # loading needs none
@@ -682,7 +684,7 @@ def test_a_prefix_passes_over_layers_that_share_a_cache(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
     found = logits(ours.eval())
     assert (found - logits(base())).abs().max() > 1e-4
-    torch.testing.assert_close(found, logits(theirs), atol=1e-5, rtol=1e-4)
+    assert_close(found, logits(theirs))
 
 
 def listed(model: Any) -> list[tuple[str, bool]]:

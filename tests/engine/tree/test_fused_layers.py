@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import nbpeft
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.errors import ConfigError, TargetError
+from tests.closeness import assert_close, differ, is_close
 from tests.former_adapters import LAYERS, by_hand, file_of_then
 from tests.tiny_models import adapted, logits, mixture, same_state, state, tokens
 
@@ -52,7 +53,7 @@ def test_targets_of_then_are_the_parameters_that_peft_takes(model_type: str, tar
     theirs, ours = both(mixture(model_type), target_modules=targets)
     assert shapes(ours) == shapes(theirs)
     nbpeft.set_peft_model_state_dict(ours, dict(peft.get_peft_model_state_dict(theirs)))
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+    assert_close(logits(ours), logits(theirs))
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])
@@ -75,7 +76,7 @@ def test_names_that_layers_still_have_mean_these_as_in_files_of_peft(fields: dic
     assert not any(".experts." in name for name in shapes(theirs))
     theirs.save_pretrained(tmp_path)
     ours = PeftModel.from_pretrained(mixture("qwen2_moe"), tmp_path).eval()
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+    assert_close(logits(ours), logits(theirs))
     assert not any(".experts." in path for path in ours.manager.layers)
     alone = get_peft_model(mixture("deepseek_v3"), LoraConfig(r=2, target_modules=["q_a_proj", "up_proj"], **fields))
     assert {path.rpartition(".")[2] for path in alone.manager.layers} == {"q_a_proj", "up_proj"}
@@ -238,15 +239,15 @@ def test_files_of_transformers_4_act_as_they_did(model_type: str, use_rslora: bo
     tensors = file_of_then(tmp_path / "then", model_type, use_rslora=use_rslora)
     ours = PeftModel.from_pretrained(mixture(model_type), tmp_path / "then").eval()
     wanted = logits(by_hand(model_type, tensors, 6 / (2**0.5 if use_rslora else 2)))
-    assert not torch.allclose(wanted, logits(mixture(model_type)), atol=1e-2)
-    torch.testing.assert_close(logits(ours), wanted, rtol=1e-4, atol=1e-4)
+    assert differ(wanted, logits(mixture(model_type)))
+    assert_close(logits(ours), wanted)
     theirs = peft.PeftModel.from_pretrained(mixture(model_type), tmp_path / "then").eval()
     # PEFT scales the joined layers by alpha / sqrt(2 r) times two there, which is sqrt(2) times what was trained.
-    assert torch.allclose(logits(theirs), wanted, rtol=1e-4, atol=1e-4) is not use_rslora
+    assert is_close(logits(theirs), wanted) is not use_rslora
     ours.save_pretrained(tmp_path / "now")
     again = peft.PeftModel.from_pretrained(mixture(model_type), tmp_path / "now").eval()
-    torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits(ours.merge_and_unload()), wanted, rtol=1e-4, atol=1e-4)
+    assert_close(logits(again), wanted)
+    assert_close(logits(ours.merge_and_unload()), wanted)
 
 
 def test_a_file_that_lacks_an_expert_is_told_and_not_joined(tmp_path: Path) -> None:

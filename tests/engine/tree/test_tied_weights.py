@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import nbpeft
 from nbpeft.errors import MergeError
+from tests.closeness import assert_close
 from tests.tiny_models import adapted, config, llama, logits, randomize, same_state, state
 
 ONE_END = [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
@@ -24,7 +25,7 @@ def test_merging_parts_the_weight_and_unmerging_joins_it(targets: list[str]) -> 
     before, expected = state(model), logits(model)
     shared = model.get_base_model().get_input_embeddings().weight
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(model), expected)
     model.unmerge_adapter()
     assert same_state(state(model), before)
     assert model.get_base_model().get_input_embeddings().weight is shared
@@ -37,10 +38,10 @@ def test_a_merged_model_is_saved_as_two_weights(targets: list[str], tmp_path: Pa
     expected = logits(model)
     with pytest.warns(UserWarning, match="no longer share a weight: set config.tie_word_embeddings=False"):
         bare: Any = model.merge_and_unload()
-    torch.testing.assert_close(logits(bare), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(bare), expected)
     bare.save_pretrained(tmp_path)
     again = type(bare).from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(again), expected)
 
 
 def test_adapters_elsewhere_leave_the_weight_shared() -> None:
@@ -60,7 +61,7 @@ def test_a_second_adapter_is_merged_into_the_weight_of_its_own() -> None:
     model.set_adapter("default")
     model.merge_adapter(["default"])
     model.merge_adapter(["head"])
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(model), expected)
     model.unmerge_adapter()
     assert same_state(state(model), before)
 
@@ -82,13 +83,13 @@ def test_an_adapter_of_biases_leaves_the_weight_shared() -> None:
     before, expected = state(model), logits(model)
     model.merge_adapter()
     assert one_weight(model.get_base_model())
-    torch.testing.assert_close(logits(model), expected)
+    assert_close(logits(model), expected)
     model.unmerge_adapter()
     assert same_state(state(model), before)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bare: Any = model.merge_and_unload()
-    torch.testing.assert_close(logits(bare), expected)
+    assert_close(logits(bare), expected)
     assert one_weight(bare) and bare.config.tie_word_embeddings
 
 
@@ -104,7 +105,7 @@ def test_an_adapter_of_biases_beside_one_of_the_weight_parts_nothing(names: list
     before, expected = state(model), logits(model)
     model.manager.merge(names)
     assert one_weight(model.base_model.model)
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(model), expected)
     model.manager.unmerge()
     assert same_state(state(model), before)
 
@@ -137,5 +138,5 @@ def test_layers_merged_one_by_one_come_back_in_any_order(order: tuple[str, ...],
     layers = [getattr(model, f"get_{end}_embeddings")() for end in order]
     for command in (*(layer.merge for layer in layers), *(layer.unmerge for layer in layers)):
         command()
-        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+        assert_close(logits(model), expected)
     assert same_state(state(model), before) and one_weight(model.get_base_model())

@@ -21,6 +21,7 @@ from nbpeft.engine.views.part_names import shown_name
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import StaleModelError
 from nbpeft.model import LoraConfig, LoraLayer, LoraModel, PeftModel, get_peft_model, inject_adapter_in_model
+from tests.closeness import assert_close
 
 
 class Net(nn.Module):
@@ -66,7 +67,7 @@ def test_parameters_and_state_dicts_have_pefts_names(name: str) -> None:
     assert ours.state_dict().keys() == expected.keys()
     ours.load_state_dict(expected)
     with torch.no_grad():
-        torch.testing.assert_close(ours(IDS), theirs(IDS))
+        assert_close(ours(IDS), theirs(IDS))
     with pytest.raises(RuntimeError, match="Unexpected key"):
         ours.load_state_dict({**expected, "base_model.model.first.lora_A.third.weight": torch.zeros(4, 6)})
     del expected["base_model.model.first.lora_A.default.weight"]
@@ -100,8 +101,8 @@ def test_factors_compute_as_pefts(name: str) -> None:
             continue
         x = torch.randn(2, 6, 5) if path == "conv" else torch.randn(3, 6)
         hidden = layer.lora_A["default"](layer.lora_dropout["default"](x))
-        torch.testing.assert_close(hidden, other.lora_A["default"](x))
-        torch.testing.assert_close(layer.lora_B["default"](hidden), other.lora_B["default"](hidden))
+        assert_close(hidden, other.lora_A["default"](x))
+        assert_close(layer.lora_B["default"](hidden), other.lora_B["default"](hidden))
         for factor in ("lora_A", "lora_B"):
             mine, its = getattr(layer, factor)["default"], getattr(other, factor)["default"]
             features = ("in_channels", "out_channels") if path == "conv" else ("in_features", "out_features")
@@ -126,7 +127,7 @@ def test_what_is_written_acts() -> None:
     assert layer.adapter("default").dropout == 0.75
     assert isinstance(layer.scaling, dict)
     layer.scaling["default"] = 0.0
-    torch.testing.assert_close(ours(IDS), frozen)
+    assert_close(ours(IDS), frozen)
 
 
 def test_functional_calls_replace_parameters_for_their_time() -> None:
@@ -134,9 +135,9 @@ def test_functional_calls_replace_parameters_for_their_time() -> None:
     before = ours(IDS)
     zeros = {name: torch.zeros_like(value) for name, value in ours.named_parameters() if "lora_" in name}
     alone = torch.func.functional_call(ours, zeros, (IDS,))
-    torch.testing.assert_close(ours(IDS), before)
+    assert_close(ours(IDS), before)
     with ours.disable_adapter():
-        torch.testing.assert_close(alone, ours(IDS))
+        assert_close(alone, ours(IDS))
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -306,7 +307,7 @@ def test_a_layer_can_be_switched_by_itself() -> None:
         if step == "set_adapter":
             for layer in layers:
                 layer.enable_adapters(True)
-        torch.testing.assert_close(ours(IDS), theirs(IDS))
+        assert_close(ours(IDS), theirs(IDS))
         grads = [{n: p.requires_grad for n, p in model.named_parameters()} for model in (ours, theirs)]
         assert grads[0] == grads[1]
     assert layers[0].active_adapters == ["other"] and ours.active_adapters == ["default"]
@@ -325,8 +326,8 @@ def test_switching_every_layer_alike_switches_the_model() -> None:
         pass
     assert ours.active_adapters == ["other"]
     theirs.set_adapter("other")
-    torch.testing.assert_close(switched, theirs(IDS))
-    torch.testing.assert_close(ours(IDS), switched)
+    assert_close(switched, theirs(IDS))
+    assert_close(ours(IDS), switched)
 
 
 def test_layers_that_differ_are_told_of_and_enabled() -> None:
@@ -345,8 +346,8 @@ def test_a_layer_merges_and_unmerges_by_itself() -> None:
     for one in (layer, other):
         one.merge(safe_merge=True, adapter_names=["default"])
         assert one.merged is True and one.merged_adapters == ["default"]
-    torch.testing.assert_close(layer.get_base_weight(), other.get_base_weight())
-    torch.testing.assert_close(ours(IDS), theirs(IDS))
+    assert_close(layer.get_base_weight(), other.get_base_weight())
+    assert_close(ours(IDS), theirs(IDS))
     with pytest.warns(UserWarning, match="already merged, nothing to do"):
         layer.merge()
     layer.unmerge()
@@ -367,7 +368,7 @@ def test_layers_that_are_not_merged_call_the_selected_adapters() -> None:
     for layer in layers:
         layer.merge(adapter_names=["other"])
     assert ours.active_adapters == ["default"] and not torch.equal(ours(IDS), before)
-    torch.testing.assert_close(ours(IDS), theirs(IDS))
+    assert_close(ours(IDS), theirs(IDS))
     layers[0].unmerge()
     assert torch.equal(ours(IDS), before)
 
@@ -433,7 +434,7 @@ def test_adapters_are_built_without_data_and_filled_in(inject: bool) -> None:
         tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
     result = nbpeft.set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
     assert not result.unexpected_keys and not any(parameter.is_meta for parameter in model.parameters())
-    torch.testing.assert_close(model.eval()(IDS), ours(IDS))
+    assert_close(model.eval()(IDS), ours(IDS))
 
 
 def test_a_config_given_for_loading_stays_the_models(tmp_path: Any) -> None:
@@ -474,13 +475,13 @@ def test_hooks_on_factors_run_and_change_nothing(name: str) -> None:
     for model in (ours, theirs):
         for mapping in (model.first.lora_A, model.first.lora_B, model.first.lora_dropout):
             mapping["default"].register_forward_hook(lambda _, given, out, to=runs[model]: to.append(out.detach()))
-    torch.testing.assert_close(ours(IDS), expected)
+    assert_close(ours(IDS), expected)
     theirs(IDS)
     assert len(runs[ours]) == len(runs[theirs]) == 3
     for mine, other in zip(runs[ours], runs[theirs], strict=True):
-        torch.testing.assert_close(mine, other)
+        assert_close(mine, other)
     twin = copy.deepcopy(ours)
-    torch.testing.assert_close(twin(IDS), expected)
+    assert_close(twin(IDS), expected)
     assert twin.first.adapters["default"].observed["lora_A"] is twin.first.lora_A["default"]
 
 
@@ -501,7 +502,7 @@ def test_hooks_see_gradients_and_mixed_batches() -> None:
     seen: list[str] = []
     ours.first.lora_B["default"].register_full_backward_hook(lambda *_: seen.append("backward"))
     ours.first.lora_A["default"].register_forward_pre_hook(lambda *_: seen.append("forward"))
-    torch.testing.assert_close(ours(IDS, adapter_names=["default", "other"]), before)
+    assert_close(ours(IDS, adapter_names=["default", "other"]), before)
     ours(IDS).sum().backward()
     assert seen == ["forward", "forward", "backward"]
 
@@ -528,7 +529,7 @@ def test_factors_are_reset_as_in_peft(name: str, layer: str) -> None:
         assert found[0] == found[1]
         assert all(found[0].values()) is not init
     models[0].load_state_dict(models[1].state_dict())
-    torch.testing.assert_close(models[0](IDS), models[1](IDS))
+    assert_close(models[0](IDS), models[1](IDS))
     kept[0].reset_lora_parameters("nobody", True)
 
 
@@ -551,7 +552,7 @@ def test_token_rows_tell_their_tokens_and_frozen_rows() -> None:
     with torch.no_grad():
         mine.trainable_tokens_delta["default"].add_(1.0)
     assert dict(mine.token_indices) == dict(other.token_indices) == {"default": [7, 3]}
-    torch.testing.assert_close(mine.trainable_tokens_original["default"], other.trainable_tokens_original["default"])
+    assert_close(mine.trainable_tokens_original["default"], other.trainable_tokens_original["default"])
     with pytest.raises(AttributeError, match="no attribute"):
         _ = mine.nothing
 
@@ -572,7 +573,7 @@ def test_hooks_may_change_the_dtype_of_a_factor_for_a_call() -> None:
     factor = ours.first.lora_A["default"]
     factor.register_forward_pre_hook(lambda module, _: module.to(torch.float64) and None)
     factor.register_forward_hook(lambda module, _, out: module.to(torch.float32) and out)
-    torch.testing.assert_close(ours(IDS), expected)
+    assert_close(ours(IDS), expected)
 
 
 def test_parameters_stay_the_adapters_where_deepspeed_takes_modules_over() -> None:
@@ -655,7 +656,7 @@ def test_buffers_of_adapters_are_listed_by_pefts_names() -> None:
     ours, theirs = made(nbpeft), made(peft)
     assert [name for name, _ in ours.named_buffers()] == [name for name, _ in theirs.named_buffers()]
     ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(ours(IDS), theirs(IDS))
+    assert_close(ours(IDS), theirs(IDS))
     layer = ours.base_model.model.first
     norms = layer.get_submodule("delora_w_norm")
     assert len(norms) == 2 and norms["default"] is layer.adapter("default")._buffers["delora_w_norm"]

@@ -12,6 +12,7 @@ from torch import nn
 import nbpeft
 from nbpeft.engine.wrappers.block import AdaptedBlock
 from nbpeft.errors import AdapterError, ConfigError, NbpeftError, TargetError
+from tests.closeness import assert_close, differ
 from tests.tiny_models import gpt2, llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -68,7 +69,7 @@ def test_a_module_put_into_a_block_computes_in_it() -> None:
     doubled.weight.data = 2 * block_of(model).shadow_up["default"].weight.detach()
     block_of(model).shadow_up["default"] = doubled
     changed = logits(model)
-    assert not torch.allclose(changed, before)
+    assert differ(changed, before)
     calls: list[int] = []
     block_of(model, 1).shadow_dropout["default"].register_forward_hook(lambda *given: calls.append(1))
     assert torch.equal(logits(model), changed) and calls == [1]
@@ -77,7 +78,7 @@ def test_a_module_put_into_a_block_computes_in_it() -> None:
     with pytest.raises(AdapterError, match=r"delete_adapter\(\) removes the adapter"):
         del block_of(model).shadow_up["default"]
     model.load_state_dict(shadowed(peft).state_dict())
-    assert torch.allclose(logits(model), before, atol=1e-6)
+    assert_close(logits(model), before)
 
 
 def test_blocks_are_wrapped_as_long_as_an_adapter_is_there() -> None:
@@ -98,7 +99,7 @@ def test_layers_inside_a_block_have_their_paths() -> None:
     model.add_adapter("lora", nbpeft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     assert model.manager.layers.keys() >= {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}
     model.base_model.set_adapter(["default", "lora"])
-    assert not torch.allclose(logits(model), alone)
+    assert differ(logits(model), alone)
     name = "base_model.model.model.layers.1.base_layer.self_attn.q_proj.lora_A.lora.weight"
     assert name in model.state_dict() and nbpeft.get_base_model_state_dict(model).keys() == llama().state_dict().keys()
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations import moe  # noqa: F401 - registers its fallback
 
 from nbpeft.engine.wrappers.factored_weight import FactoredWeight, Product, grouped_product
+from tests.closeness import assert_close, is_close
 
 EXPERTS, ROWS, COLUMNS, RANK = 5, 8, 12, 2
 OFFS = torch.tensor([3, 3, 7, 7, 9], dtype=torch.int32)
@@ -47,8 +48,7 @@ def same(weight: FactoredWeight, compute: Callable[[Any], Tensor], monkeypatch: 
         found = compute(weight)
     gradients = torch.autograd.grad(found.square().sum(), leaves)
     pairs = zip((expected, *wanted), (found, *gradients), strict=True)
-    tolerance = 1e-10 if expected.dtype == torch.float64 else 1e-3
-    return all(torch.allclose(one, other, atol=tolerance, rtol=tolerance) for one, other in pairs)
+    return all(is_close(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5, dtype=torch.float64)], ids=["number", "tensor"])
@@ -99,7 +99,7 @@ def test_a_single_matrix_is_multiplied_by_way_of_its_factors(monkeypatch: pytest
 )
 def test_anything_else_is_done_with_the_sum(compute: Callable[[Any], Tensor]) -> None:
     weight = factored()
-    assert torch.allclose(compute(weight), compute(weight.summed()))
+    assert_close(compute(weight), compute(weight.summed()))
 
 
 def test_empty_groups_take_no_part_and_rows_behind_the_last_are_zero() -> None:
@@ -108,7 +108,8 @@ def test_empty_groups_take_no_part_and_rows_behind_the_last_are_zero() -> None:
         left[1] = right[3] = float("nan")
     tensors = [tensor.requires_grad_() for tensor in (x, left, right)]
     found = grouped_product(*tensors, OFFS)
-    assert torch.allclose(found[3:7], x[3:7] @ left[2] @ right[2]) and not found[9:].any()
+    assert_close(found[3:7], x[3:7] @ left[2] @ right[2])
+    assert not found[9:].any()
     gradients = torch.autograd.grad(found.sum(), tensors)
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
     assert not gradients[1][1].any() and not gradients[2][3].any() and gradients[1][0].any()
@@ -117,7 +118,7 @@ def test_empty_groups_take_no_part_and_rows_behind_the_last_are_zero() -> None:
 def test_transforms_of_torch_see_through_grouped_products() -> None:
     x, left, right = drawn(11, ROWS), drawn(EXPERTS, ROWS, RANK, seed=1), drawn(EXPERTS, RANK, COLUMNS, seed=2)
     pushed = torch.func.jvp(lambda value: grouped_product(value, left, right, OFFS), (x,), (torch.ones_like(x),))[1]
-    assert torch.allclose(pushed, grouped_product(torch.ones_like(x), left, right, OFFS))
+    assert_close(pushed, grouped_product(torch.ones_like(x), left, right, OFFS))
 
 
 def test_half_precision_sums_in_the_dtype_of_the_weight() -> None:

@@ -16,6 +16,7 @@ from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model import LoraConfig, get_peft_model, inject_adapter_in_model
 from nbpeft.model.quantization.quantize import quantize_model
+from tests.closeness import assert_close
 from tests.tiny_models import llama as tiny_llama
 from tests.tiny_models import randomize, tokens
 
@@ -113,7 +114,7 @@ def test_gradients_are_those_of_the_straight_through_estimator(kind: str, more: 
     product = adapter.lora_B @ adapter.lora_A * adapter.scaling
     (F.linear(x, Reference.apply(product, merged)) * weight).sum().backward()
     for mine, tensor in zip(given, (x, adapter.lora_A, adapter.lora_B), strict=True):
-        assert torch.allclose(mine, tensor.grad, rtol=1e-4, atol=1e-4)
+        assert_close(mine, tensor.grad)
 
 
 def test_biases_of_adapters_and_several_adapters() -> None:

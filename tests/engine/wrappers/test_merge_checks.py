@@ -20,6 +20,7 @@ from nbpeft import LoraConfig, get_peft_model
 from nbpeft.engine.wrappers import merge_checks
 from nbpeft.errors import MergeError
 from nbpeft.model import PeftModel
+from tests.closeness import assert_close, differ
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -41,7 +42,7 @@ def check(layer: nn.Module, refused: str | None) -> None:
     before = model(x)
     if refused is None:
         model.merge_adapter()
-        assert torch.allclose(model(x), before, atol=1e-5)
+        assert_close(model(x), before)
         model.unmerge_adapter()
     else:
         for merge in (model.merge_adapter, model.merge_and_unload):
@@ -82,7 +83,7 @@ def test_peft_merges_there_and_loses_the_adapter() -> None:
     x = torch.randn(3, 6)
     before = model(x)
     model.merge_adapter()
-    assert not torch.allclose(model(x), before, atol=1e-2)
+    assert differ(model(x), before)
 
 
 def test_after_the_parametrization_is_removed_it_can_be_merged() -> None:
@@ -93,7 +94,7 @@ def test_after_the_parametrization_is_removed_it_can_be_merged() -> None:
         model.merge_adapter()
     parametrize.remove_parametrizations(layer, "weight")
     merged = model.merge_and_unload()
-    assert torch.allclose(merged(x), before, atol=1e-5)
+    assert_close(merged(x), before)
 
 
 class Same(nn.Module):
@@ -188,7 +189,7 @@ def test_hooks_on_the_adapted_layer_see_the_same_output_either_way() -> None:
     model.base_model.model[0].register_forward_hook(doubles)
     before = model(x)
     model.merge_adapter()
-    assert torch.allclose(model(x), before, atol=1e-5)
+    assert_close(model(x), before)
 
 
 def test_hooks_that_only_place_tensors_are_no_reason() -> None:
@@ -380,7 +381,7 @@ def test_merging_a_model_completes_what_was_merged_on_one_layer() -> None:
 
     model, before = merged_on_one()
     base = model.merge_and_unload()
-    assert torch.allclose(base(x), before, atol=1e-5)
+    assert_close(base(x), before)
     model, before = merged_on_one()
     model.merge_adapter()
     assert all(layer.merged for layer in model.manager.layers.values())

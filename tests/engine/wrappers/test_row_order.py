@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.errors import AdapterError
+from tests.closeness import assert_close, differ
 from tests.tiny_models import MIXTURES, VOCABULARY, mixture, randomize, tokens
 
 NAMES = ["a", "b"]
@@ -41,8 +42,8 @@ def served(model: PeftModel, *args: Any, **inputs: Any) -> None:
         with model.use(name):
             expected.append(first(model(*args, **inputs)))
     for row, whole in enumerate(expected):
-        torch.testing.assert_close(mixed[row], whole[row], atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(expected[0], expected[1], atol=1e-4)
+        assert_close(mixed[row], whole[row])
+    assert differ(expected[0], expected[1])
 
 
 def refused(model: PeftModel, *args: Any, **inputs: Any) -> None:
@@ -107,7 +108,7 @@ def test_one_adapter_for_all_rows_is_served_by_experts() -> None:
     with torch.no_grad():
         mixed = model(ids, adapter_names=["b", "b", "b"])
         with model.use("b"):
-            torch.testing.assert_close(mixed, model(ids))
+            assert_close(mixed, model(ids))
 
 
 def test_what_routes_no_tokens_is_served_beside_experts() -> None:

@@ -22,6 +22,7 @@ from nbpeft.errors import AdapterError, AdapterExistsError, MergeError, UnknownA
 from nbpeft.model import get_peft_model_state_dict
 from nbpeft.model.analysis.inspection import inspect_adapter
 from nbpeft.session import Session
+from tests.closeness import DEPTH, assert_close
 from tests.tiny_models import adapted, gpt2, llama, logits, same_state, state
 
 
@@ -58,14 +59,16 @@ def test_the_new_adapter_is_that_of_peft(fields: dict[str, Any], how: dict[str, 
     of_peft(theirs, logging_sink=others.append, **how)
     assert lines == [line.removeprefix("base_model.model.") for line in others]
     assert ours.active_adapters == ["intruder_reduced"]
-    assert torch.allclose(logits(ours), logits(theirs), atol=1e-4)
+    assert_close(logits(ours), logits(theirs))
     wanted = peft.get_peft_model_state_dict(theirs, adapter_name="intruder_reduced")
     found = get_peft_model_state_dict(ours, adapter_name="intruder_reduced")
     assert found.keys() == wanted.keys()
     for key in wanted:
         if "lora_A" in key:  # each with the signs of its own decomposition
             other = key.replace("lora_A", "lora_B")
-            assert torch.allclose(found[other] @ found[key], wanted[other] @ wanted[key], atol=1e-4), key
+            assert_close(
+                found[other] @ found[key], wanted[other] @ wanted[key], depth=2 * DEPTH, message=key
+            )  # two decompositions
     after = state(ours)
     assert same_state({name: after[name] for name in before}, before)
 

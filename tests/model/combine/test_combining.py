@@ -15,6 +15,7 @@ import nbpeft
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, UnknownAdapterError
 from nbpeft.model import Combined, PeftModel, get_peft_model
 from nbpeft.names import COMBINATION_TYPES
+from tests.closeness import assert_close
 from tests.tiny_models import adapted, classifier, config, gpt2, llama, logits, randomize, tokens
 
 PEFT_TYPES = [name for name in COMBINATION_TYPES if name != "exact"]
@@ -56,7 +57,7 @@ def test_equals_peft_under_the_same_seed(kind: str, base: str, tmp_path: Path) -
         torch.manual_seed(3)
         each.add_weighted_adapter(["one", "two"], [0.7, -0.4], "mix", combination_type=kind, **options)
         each.set_adapter("mix")
-    torch.testing.assert_close(logits(model), logits(oracle), rtol=1e-4, atol=1e-4)
+    assert_close(logits(model), logits(oracle))
 
 
 def test_the_result_is_frozen_inactive_and_saved_as_peft_reads_it(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_the_result_is_frozen_inactive_and_saved_as_peft_reads_it(tmp_path: Path
     model.set_adapter("mix")
     model.save_pretrained(tmp_path / "saved", selected_adapters=["mix"])
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "saved" / "mix")
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+    assert_close(logits(theirs), logits(model))
 
 
 @torch.no_grad()
@@ -99,13 +100,14 @@ def test_exact_is_the_adapters_acting_together(use_dora: bool, use_rslora: bool,
     weights = {"one": 0.6, "two": -0.5, "three": 1.3}
     expected = weighted(model, weights)
     result = model.add_weighted_adapter(list(weights), list(weights.values()), "mix", combination_type="exact")
-    assert result.relative_error < 1e-5 and result.energy_kept == pytest.approx(1, abs=1e-6)
+    assert result.relative_error < 1e-5
+    assert_close(result.energy_kept, 1)
     assert result.rank == 12 and "nothing lost" in str(result)
     model.set_adapter("mix")
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert_close(logits(model), expected)
     model.save_pretrained(tmp_path, selected_adapters=["mix"])
     restored = PeftModel.from_pretrained(llama(), tmp_path / "mix")
-    torch.testing.assert_close(logits(restored), logits(model), rtol=1e-5, atol=1e-5)
+    assert_close(logits(restored), logits(model))
 
 
 def test_a_truncated_sum_says_what_it_lost() -> None:
@@ -114,7 +116,7 @@ def test_a_truncated_sum_says_what_it_lost() -> None:
     result = model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "mix", combination_type="exact", svd_rank=2)
     assert result.rank == 2 and 0 < result.worst.relative_error < 1
     for layer in result.layers:
-        assert layer.energy_kept == pytest.approx(1 - layer.relative_error**2, abs=1e-5)
+        assert_close(layer.energy_kept, 1 - layer.relative_error**2)
     assert result.layers[0].path == "model.layers.0.self_attn.q_proj"
     assert not any(isinstance(value, Tensor | nn.Module) for value in vars(result).values())
 
@@ -138,7 +140,7 @@ def test_losses_count_what_dora_makes_of_the_factors(kinds: tuple[bool, bool], k
         true = layer.get_delta_weight("default") + 0.5 * layer.get_delta_weight("two")
         missed += float((layer.get_delta_weight("mix") - true).norm() ** 2)
         whole += float(true.norm() ** 2)
-    assert combined.relative_error == pytest.approx((missed / whole) ** 0.5, abs=1e-5)
+    assert_close(combined.relative_error, (missed / whole) ** 0.5, scale=1.0)
     assert ("nothing lost" in str(combined)) == (kind == "exact")
 
 
@@ -150,10 +152,10 @@ def test_10_rslora_is_not_scaled_twice() -> None:
     for kind in ("cat", "exact"):
         model.add_weighted_adapter(["one", "two"], [0.5, 0.5], kind, combination_type=kind)
         with model.use(kind):
-            torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+            assert_close(logits(model), expected)
     model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "full", combination_type="svd", svd_rank=16)
     with model.use("full"):
-        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+        assert_close(logits(model), expected)
 
 
 @pytest.mark.parametrize("kind", ["linear", "svd", "cat", "exact", "ties"])
@@ -170,7 +172,7 @@ def test_11_a_combination_with_rank_patterns_loads_again(kind: str, tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         restored = PeftModel.from_pretrained(llama(), tmp_path / "mix")
-    torch.testing.assert_close(logits(restored), logits(model), rtol=1e-5, atol=1e-5)
+    assert_close(logits(restored), logits(model))
 
 
 @pytest.mark.drawn(8)
@@ -186,10 +188,10 @@ def test_22_one_adapter_at_full_weight_stays_itself(fields: str, kind: str, tmp_
     expected = weighted(model, {"one": 1.0})
     model.add_weighted_adapter(["one"], [1.0], "same", combination_type=kind)
     model.set_adapter("same")
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert_close(logits(model), expected)
     model.save_pretrained(tmp_path, selected_adapters=["same"])
     restored = PeftModel.from_pretrained(llama(), tmp_path / "same")
-    torch.testing.assert_close(logits(restored), expected, rtol=1e-4, atol=1e-4)
+    assert_close(logits(restored), expected)
 
 
 @pytest.mark.parametrize(("first", "kind"), [("biased", "exact"), ("dora", "exact"), ("dora", "linear")])
@@ -227,7 +229,7 @@ def test_the_one_trained_head_goes_along() -> None:
     expected = logits(model)
     model.add_weighted_adapter(["one", "two"], [1.0, 0.0], "mix", combination_type="exact")
     model.set_adapter("mix")
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits(model), expected)
 
 
 def test_what_is_refused_changes_nothing() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import nbpeft.model as nbpeft
 from nbpeft.errors import AdapterError, CheckpointNotFoundError, HotSwapError, MergeError
 from nbpeft.model.saving.merge_export import merge_to_folder
+from tests.closeness import assert_close, is_close
 from tests.model.test_oracle import settings
 from tests.tiny_models import llama, logits
 
@@ -42,8 +43,8 @@ def test_saved_as_plain_lora_it_adds_the_same_anywhere(changes: dict[str, Any], 
     model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=tmp_path / "never read")
     config = nbpeft.PeftConfig.from_pretrained(str(tmp_path))
     assert config.init_lora_weights is True and config.r == 8
-    assert torch.allclose(logits(nbpeft.PeftModel.from_pretrained(llama(), tmp_path)), expected, atol=1e-5)
-    assert torch.allclose(logits(peft.PeftModel.from_pretrained(llama(), tmp_path)), expected, atol=1e-5)
+    assert_close(logits(nbpeft.PeftModel.from_pretrained(llama(), tmp_path)), expected)
+    assert_close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path)), expected)
     assert torch.equal(logits(model), expected)
 
 
@@ -60,7 +61,7 @@ def test_peft_converts_to_the_same_file(tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "ours", path_initial_model_for_weight_conversion=tmp_path / "start")
     given, own = (peft.load_peft_weights(str(tmp_path / name), device="cpu") for name in ("theirs", "ours"))
     assert given.keys() == own.keys()
-    assert all(torch.allclose(given[key], own[key], atol=1e-5) for key in given)
+    assert all(is_close(given[key], own[key]) for key in given)
 
 
 @pytest.mark.filterwarnings("ignore:Using Rank-Stabilized")
@@ -87,7 +88,7 @@ def test_its_exact_combination_is_the_sum_of_the_deltas() -> None:
     model.add_weighted_adapter(["default", "plain"], [0.7, 1.0], "both", combination_type="cat")
     assert model.peft_config["both"].init_lora_weights is True
     model.set_adapter("both")
-    assert torch.allclose(logits(model), expected, atol=1e-4)
+    assert_close(logits(model), expected)
 
 
 def test_it_serves_its_rows_of_a_mixed_batch() -> None:
@@ -97,7 +98,8 @@ def test_it_serves_its_rows_of_a_mixed_batch() -> None:
     with model.disable_adapter():
         plain = model(input_ids=batch).logits
     mixed = model(input_ids=batch, adapter_names=["default", "__base__"]).logits
-    assert torch.allclose(mixed[0], alone[0], atol=1e-5) and torch.allclose(mixed[1], plain[1], atol=1e-5)
+    assert_close(mixed[0], alone[0])
+    assert_close(mixed[1], plain[1])
 
 
 def test_a_copy_and_a_full_precision_folder_of_it(tmp_path: Path) -> None:
@@ -105,9 +107,9 @@ def test_a_copy_and_a_full_precision_folder_of_it(tmp_path: Path) -> None:
     expected = logits(model)
     model.base_model.manager.copy("default", "twin")
     model.set_adapter("twin")
-    assert torch.allclose(logits(model), expected, atol=1e-6)
+    assert_close(logits(model), expected)
     merge_to_folder(model, "default", tmp_path / "merged")
-    assert torch.allclose(logits(type(llama()).from_pretrained(tmp_path / "merged").eval()), expected, atol=1e-4)
+    assert_close(logits(type(llama()).from_pretrained(tmp_path / "merged").eval()), expected)
 
 
 def test_where_its_start_is_not_known_it_is_refused(tmp_path: Path) -> None:

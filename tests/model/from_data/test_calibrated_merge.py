@@ -14,6 +14,7 @@ from nbpeft.engine.backends.bnb4bit import Bnb4bit
 from nbpeft.errors import BusyError, ConfigError, MergeError
 from nbpeft.model import merge_calibrated
 from nbpeft.model.quantization.quantize import quantize_model
+from tests.closeness import assert_close
 from tests.tiny_models import adapted, gpt2, llama, randomize, tokens
 
 pytest.importorskip("bitsandbytes")
@@ -96,7 +97,7 @@ def test_other_layers_are_merged_as_ever() -> None:
     wanted = dense.base.weight() + dense.get_delta_weight("default")
     done = merge_calibrated(model, batches())
     assert "lm_head" not in done.lost
-    assert torch.allclose(dense.base.weight(), wanted, atol=1e-6)
+    assert_close(dense.base.weight(), wanted)
 
 
 def test_dora_and_layers_in_place_of_conv1d() -> None:

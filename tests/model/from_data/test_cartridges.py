@@ -16,6 +16,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 import nbpeft
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close, differ
 from tests.tiny_models import adapted, gpt2, llama, randomize, same_state, state, tokens
 
 TEXT = "a b c d e f g h a b"
@@ -44,9 +45,9 @@ def test_a_cartridge_of_a_text_is_the_text_in_front_of_the_input() -> None:
     model = with_cartridge(llama())
     ids, question = tokenizer()(TEXT, return_tensors="pt")["input_ids"], tokens(1)
     expected = logits(llama(), torch.cat([ids, question], 1))[:, 10:]
-    assert not torch.allclose(logits(model, question), expected, atol=1e-3)
+    assert differ(logits(model, question), expected)
     written = nbpeft.initialize_kv_prefix_from_text(model, tokenizer(), text=TEXT)
-    torch.testing.assert_close(logits(model, question), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(model, question), expected)
     assert torch.equal(written, model.get_prompt_embedding_to_save("default"))
     assert [tuple(one.shape) for one in model.parameters() if one.requires_grad] == [(9, 64)]
 
@@ -58,20 +59,20 @@ def test_what_a_text_gives_is_what_peft_takes(base: Any, template: str | None) -
     arguments: dict[str, Any] = {"text": TEXT, "max_length": 6}
     found = nbpeft.initialize_kv_prefix_from_text(models[0], tokenizer(template), **arguments)
     expected = theirs.initialize_kv_prefix_from_text(models[1], tokenizer(template), **arguments)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(*(logits(model.eval(), tokens()) for model in models), atol=1e-5, rtol=1e-5)
+    assert_close(found, expected)
+    assert_close(*(logits(model.eval(), tokens()) for model in models))
     if template:
         plain = nbpeft.initialize_kv_prefix_from_text(
             models[0], tokenizer(template), **arguments, use_chat_template=False
         )
-        assert not torch.allclose(plain, found, atol=1e-3)
+        assert differ(plain, found)
 
 
 def test_prefix_tuning_starts_as_a_cache_too() -> None:
     cache = llama()(input_ids=tokens(1), use_cache=True).past_key_values
     model = get_peft_model(llama(), nbpeft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
     rows = nbpeft.initialize_kv_prefix_from_past_key_values(model, adapter_name="default", past_key_values=cache)
-    torch.testing.assert_close(rows, theirs.prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=5))
+    assert_close(rows, theirs.prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=5))
     assert torch.equal(model.prompt_encoder["default"].embedding.weight, rows)
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     assert torch.equal(nbpeft.prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=5), rows)
@@ -93,11 +94,11 @@ def test_dropout_and_windows_do_not_change_what_a_text_gives() -> None:
     expected = nbpeft.prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=3)
     model = with_cartridge(windowed(), count=3).train()
     found = nbpeft.initialize_kv_prefix_from_text(model, tokenizer(), text=TEXT)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert_close(found, expected)
     assert model.training and all(module.training for module in model.modules())
     of_peft = with_cartridge(windowed(), peft, count=3).eval()
     wrong = theirs.initialize_kv_prefix_from_text(of_peft, tokenizer(), text=TEXT)
-    assert not torch.allclose(wrong, expected, atol=1e-3)
+    assert differ(wrong, expected)
 
 
 def saved(folder: Path, module: Any = nbpeft, **fields: Any) -> Tensor:
@@ -119,8 +120,8 @@ def test_cartridges_are_put_together_as_by_peft(safe: bool, tmp_path: Path) -> N
     found: list[Any] = [PeftModel.from_pretrained(llama(), folder) for folder in (ours, by_peft)]
     found += [peft.PeftModel.from_pretrained(llama(), ours)]
     for model in found:
-        torch.testing.assert_close(model.get_prompt_embedding_to_save("default"), rows)
-        torch.testing.assert_close(logits(model.eval(), tokens()), logits(found[0].eval(), tokens()))
+        assert_close(model.get_prompt_embedding_to_save("default"), rows)
+        assert_close(logits(model.eval(), tokens()), logits(found[0].eval(), tokens()))
 
 
 def test_what_cannot_be_put_together_is_refused_and_nothing_written(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from nbpeft import CordaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_mo
 from nbpeft.engine.methods.lora.initialization.decompositions import randomized_svd
 from nbpeft.errors import CheckpointError, ConfigError
 from nbpeft.model import get_peft_model_state_dict
+from tests.closeness import assert_approximates, assert_close, is_close
 from tests.tiny_models import same_state, state
 
 TARGETS = ["one", "two"]
@@ -108,11 +109,11 @@ def test_factors_and_outputs_are_those_of_peft(
     own, expected = get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
     assert own.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.allclose(own[key], value, atol=1e-4), key
-    assert torch.allclose(ours(data()), Net()(data()), atol=1e-5)
+        assert_close(own[key], value, message=key)
+    assert_close(ours(data()), Net()(data()))
     for model in (ours, theirs):
         train(model)
-    assert torch.allclose(ours(data()), theirs(data()), atol=1e-4)
+    assert_close(ours(data()), theirs(data()))
     with ours.disable_adapter():
         assert torch.equal(ours(data()), Net()(data()))
     assert same_state(state(ours.unload()), state(Net()))
@@ -127,7 +128,7 @@ def test_the_directions_of_a_gradient_are_those_that_peft_draws() -> None:
         models.append(library.get_peft_model(base, given))
     own, expected = get_peft_model_state_dict(models[0]), peft.get_peft_model_state_dict(models[1])
     for key, value in expected.items():
-        assert torch.allclose(own[key].abs(), value.abs(), atol=1e-2, rtol=0.05), key
+        assert_approximates(own[key].abs(), value.abs(), 0.05, message=key)
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
@@ -142,8 +143,8 @@ def test_it_is_saved_as_plain_lora_for_any_copy_of_the_base(init: str, more: dic
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = PeftModel.from_pretrained(Net(), tmp_path)
-    assert torch.allclose(again(data()), expected, atol=1e-5)
-    assert torch.allclose(peft.PeftModel.from_pretrained(Net(), tmp_path)(data()), expected, atol=1e-5)
+    assert_close(again(data()), expected)
+    assert_close(peft.PeftModel.from_pretrained(Net(), tmp_path)(data()), expected)
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
@@ -158,7 +159,7 @@ def test_set_to_true_by_hand_it_is_saved_for_the_rest_of_the_base(init: str, tmp
     residual = model.unload()
     for library in (nbpeft, peft):
         again = library.PeftModel.from_pretrained(copy.deepcopy(residual), tmp_path)
-        assert torch.allclose(again(data()), expected, atol=1e-5)
+        assert_close(again(data()), expected)
     with pytest.warns(UserWarning, match="a base model changed by its init"):
         PeftModel.from_pretrained(Net(), tmp_path)
 
@@ -170,13 +171,13 @@ def test_it_is_merged_copied_and_put_back_with_its_start(init: str) -> None:
     expected = model(data())
     assert torch.equal(copy.deepcopy(model)(data()), expected)
     model.merge_adapter()
-    assert torch.allclose(model(data()), expected, atol=1e-5)
+    assert_close(model(data()), expected)
     model.unmerge_adapter()
     manager = model.manager
     taken, weights = manager.configs["default"].copy(), manager.weights("default")
     manager.remove("default")
     manager.add("default", taken, weights)
-    assert torch.allclose(model(data()), expected, atol=1e-6)
+    assert_close(model(data()), expected)
 
 
 def test_other_layers_of_a_lora_ga_adapter_start_as_usual(tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ def test_other_layers_of_a_lora_ga_adapter_start_as_usual(tmp_path: Path) -> Non
     train(model)
     expected = model(data())
     model.save_pretrained(tmp_path)
-    assert torch.allclose(PeftModel.from_pretrained(Mixed(), tmp_path)(data()), expected, atol=1e-5)
+    assert_close(PeftModel.from_pretrained(Mixed(), tmp_path)(data()), expected)
 
 
 @pytest.mark.parametrize("library", [nbpeft, peft])
@@ -206,13 +207,13 @@ def test_files_of_what_data_gave_are_those_of_peft(library: Any, tmp_path: Path)
         other = config("corda", **{name: place})
         preprocess_corda(again, other)
         found = get_peft_model_state_dict(get_peft_model(again, other))
-        assert all(torch.allclose(found[key], value, atol=1e-4) for key, value in expected.items()), name
+        assert all(is_close(found[key], value) for key, value in expected.items()), name
     base, given, cache = Net(), config("lora_ga", library), str(tmp_path / "g" / "gradients.pt")
     run = peft_loraga.preprocess_loraga if library is peft else preprocess_loraga
     run(base, given, lambda: base(data()).square().mean().backward(), cache_file=cache)
     again = Net()
     preprocess_loraga(again, config("lora_ga"), pytest.fail, cache_file=cache)
-    assert torch.allclose(again.one._peft_loraga_grad, base.one._peft_loraga_grad)  # type: ignore[arg-type]
+    assert_close(again.one._peft_loraga_grad, base.one._peft_loraga_grad)  # type: ignore[arg-type]
     wider = config("lora_ga", target_modules=["one"])
     with pytest.raises(CheckpointError, match=r"was made for another model or config: it lacks 'one\.eigens"):
         preprocess_corda(again, config("corda", cache_file=cache, target_modules=["one"]))
@@ -235,7 +236,7 @@ def test_batches_of_any_size_give_the_covariance_of_their_rows() -> None:
     flat, base, given = Net(), Net(), config("corda", prune_temporary_fields=False)
     preprocess_corda(flat, given, run_model=lambda: flat(data()))
     preprocess_corda(base, given, run_model=lambda: base(data().view(4, 16, 24)))
-    assert torch.allclose(base.one.covariance_matrix, flat.one.covariance_matrix, atol=1e-4)  # type: ignore[arg-type]
+    assert_close(base.one.covariance_matrix, flat.one.covariance_matrix)  # type: ignore[arg-type]
     assert base.one.sample_count == 1
 
 
@@ -295,11 +296,11 @@ def test_a_file_of_it_brings_its_own_start(init: str, tmp_path: Path) -> None:
     before = copy.deepcopy(get_peft_model_state_dict(other))
     tensors = nbpeft.load_peft_weights(str(tmp_path))
     nbpeft.set_peft_model_state_dict(other, tensors)
-    assert torch.allclose(other(data()), expected, atol=1e-5)
+    assert_close(other(data()), expected)
     manager = other.manager
     taken, weights = manager.configs["default"].copy(), manager.weights("default")
     manager.remove("default")
     manager.add("default", taken, weights)
-    assert torch.allclose(other(data()), expected, atol=1e-5)
+    assert_close(other(data()), expected)
     nbpeft.set_peft_model_state_dict(other, before)  # parameters alone: the start stays
     assert all(torch.equal(value, before[key]) for key, value in get_peft_model_state_dict(other).items())

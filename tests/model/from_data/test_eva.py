@@ -19,6 +19,7 @@ from nbpeft import EvaConfig, LoraConfig, PeftModel, get_eva_state_dict, get_pef
 from nbpeft.engine.methods.lora.initialization.incremental_pca import IncrementalPCA
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model import get_peft_model_state_dict
+from tests.closeness import assert_close, differ, is_close
 from tests.tiny_models import same_state, state
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
@@ -66,12 +67,12 @@ def test_directions_ranks_and_scalings_are_those_of_peft(more: dict[str, Any]) -
     expected = peft_eva.get_eva_state_dict(theirs, batches(), show_progress_bar=False)
     assert {name: value.shape for name, value in found.items()} == {k: v.shape for k, v in expected.items()}
     for name, value in expected.items():
-        assert torch.allclose(found[name].double(), value.double(), atol=1e-4), name
+        assert_close(found[name].double(), value.double(), dtype=torch.float32, message=name)
     initialize_lora_eva_weights(ours, eva_state_dict=found)
     peft.initialize_lora_eva_weights(theirs, eva_state_dict=dict(expected))
     own, given = get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
     assert own.keys() == given.keys()
-    assert all(torch.allclose(own[key], value, atol=1e-4) for key, value in given.items())
+    assert all(is_close(own[key], value) for key, value in given.items())
     mine, other = ours.peft_config["default"], theirs.peft_config["default"]
     assert (mine.rank_pattern, mine.alpha_pattern) == (other.rank_pattern, other.alpha_pattern)
     ids = batches(1)[0]["input_ids"]
@@ -79,7 +80,7 @@ def test_directions_ranks_and_scalings_are_those_of_peft(more: dict[str, Any]) -
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.fill_(0.01)
-    assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
+    assert_close(ours(ids).logits, theirs(ids).logits)
 
 
 def test_whitened_directions_are_divided_once_for_each_layer() -> None:
@@ -89,10 +90,10 @@ def test_whitened_directions_are_divided_once_for_each_layer() -> None:
     theirs = peft_eva.get_eva_state_dict(adapted(peft, rho=1.0, whiten=True), batches(), show_progress_bar=False)
     names = [f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in ("q", "k")]
     first, second = (white[name] for name in names)
-    assert torch.equal(first, second) and not torch.allclose(first, plain[names[0]])
-    assert not torch.allclose(theirs[names[1]].double(), second.double(), atol=1e-3)
+    assert torch.equal(first, second) and differ(first, plain[names[0]])
+    assert differ(theirs[names[1]].double(), second.double())
     alone = "base_model.model.model.layers.0.self_attn.o_proj"
-    assert torch.allclose(theirs[alone].double(), white[alone].double(), atol=1e-4)
+    assert_close(theirs[alone].double(), white[alone].double(), dtype=torch.float32)
 
 
 def test_a_model_without_adapters_gives_the_same_directions() -> None:
@@ -116,7 +117,7 @@ def test_it_starts_at_the_base_trains_saves_and_loads(tmp_path: Path) -> None:
     model = adapted(use_dora=True)
     initialize_lora_eva_weights(model, batches(), show_progress_bar=False)
     ids = batches(1)[0]["input_ids"]
-    assert torch.allclose(model(ids).logits, base()(ids).logits, atol=1e-5)
+    assert_close(model(ids).logits, base()(ids).logits)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1.0)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -126,8 +127,8 @@ def test_it_starts_at_the_base_trains_saves_and_loads(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = PeftModel.from_pretrained(base(), tmp_path)
-    assert torch.allclose(again(ids).logits, expected, atol=1e-6)
-    assert torch.allclose(peft.PeftModel.from_pretrained(base(), tmp_path)(ids).logits, expected, atol=1e-5)
+    assert_close(again(ids).logits, expected)
+    assert_close(peft.PeftModel.from_pretrained(base(), tmp_path)(ids).logits, expected)
 
 
 def test_a_layer_without_ranks_loses_its_adapter() -> None:
@@ -181,7 +182,7 @@ def test_adapters_without_values_start_as_in_peft(half: bool) -> None:
     assert ours.keys() == theirs.keys() and torch.equal(ours_random, random)
     assert all(value.dtype == theirs[key].dtype for key, value in ours.items())
     for key, value in ours.items():
-        torch.testing.assert_close(value.abs(), theirs[key].abs(), rtol=2e-2, atol=2e-2 if half else 1e-4)
+        assert_close(value.abs(), theirs[key].abs(), message=key)
 
 
 def test_components_of_batches_are_those_of_all_rows() -> None:
@@ -190,8 +191,8 @@ def test_components_of_batches_are_those_of_all_rows() -> None:
 
     ours, theirs = IncrementalPCA(3, batch_size=20).fit(rows), Theirs(3, batch_size=20).fit(rows)
     for name in ("components_", "singular_values_", "explained_variance_ratio_", "mean_", "var_", "noise_variance_"):
-        assert torch.allclose(getattr(ours, name), getattr(theirs, name), atol=1e-8), name
-    assert torch.allclose(ours.transform(rows), theirs.transform(rows), atol=1e-8)
+        assert_close(getattr(ours, name), getattr(theirs, name), message=name)
+    assert_close(ours.transform(rows), theirs.transform(rows))
     whole = torch.linalg.svd(rows - rows.mean(0))[2][:3]
     assert (ours.components_ @ whole.T).abs().diagonal().min() > 0.95
     for settings in ((10, 3, 2), (10, 5, 3), (4, 5, 1), (12, 4, 1)):
@@ -204,4 +205,4 @@ def test_components_of_batches_are_those_of_all_rows() -> None:
     for given, q in ((None, 4), (3, 3)):
         made, known = (kind(2, lowrank=True, lowrank_q=given, lowrank_seed=1) for kind in (IncrementalPCA, Theirs))
         assert made.lowrank_q == known.lowrank_q == q
-        assert torch.allclose(made.fit(rows).components_, known.fit(rows).components_, atol=1e-6)
+        assert_close(made.fit(rows).components_, known.fit(rows).components_)

@@ -31,6 +31,7 @@ from nbpeft.model import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from tests.closeness import assert_close, differ
 from tests.tiny_models import VOCABULARY, adapted, config, llama, logits, same_state, state, tokens
 
 
@@ -85,7 +86,7 @@ def test_activity_and_trainability() -> None:
     model.set_adapter(["default", "other"], inference_mode=True)
     assert not any(p.requires_grad for p in model.parameters())
     both, base = logits(model), logits(llama())
-    assert not torch.allclose(both, first) and not torch.allclose(both, second)
+    assert differ(both, first) and differ(both, second)
     model.base_model.disable_adapter_layers()
     assert torch.equal(logits(model), base)
     model.base_model.enable_adapter_layers()
@@ -150,10 +151,10 @@ def test_merge_unmerge_unload() -> None:
     model = adapted(base, use_dora=True)
     expected = logits(model)
     model.merge_adapter()
-    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert_close(logits(model), expected)
     with pytest.warns(UserWarning, match="merged: unmerging"), model.disable_adapter():
         assert torch.equal(logits(model), logits(llama()))
-    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert_close(logits(model), expected)
     model.unmerge_adapter()
     assert torch.equal(logits(model), expected)
     plain = model.unload()
@@ -182,7 +183,7 @@ def test_merge_of_several_adapters_is_their_sum() -> None:
     expected = logits(model)
     model.set_adapter("default")
     merged = model.merge_and_unload(adapter_names=["default", "other"])
-    assert torch.allclose(logits(merged), expected, atol=1e-5)
+    assert_close(logits(merged), expected)
 
 
 def test_renaming_copying_scaling_freezing() -> None:
@@ -336,7 +337,7 @@ def test_mixed_batches_give_each_row_its_own_adapter() -> None:
     for row, name in enumerate(names):
         one = ids[row : row + 1]
         with model.disable_adapter() if name == "__base__" else model.use(name):
-            assert torch.allclose(logits(model, one)[0], mixed[row], atol=1e-5), name
+            assert_close(logits(model, one)[0], mixed[row], message=name)
             alone = model.generate(input_ids=one, attention_mask=torch.ones_like(one), max_new_tokens=4, num_beams=2)
         width = min(alone.shape[1], generated.shape[1])
         assert torch.equal(alone[0, :width], generated[row, :width]), name
@@ -389,7 +390,7 @@ def test_compiled_whole_in_one_graph() -> None:
         )
         compiled = torch.compile(model, fullgraph=True)
         x = torch.randn(8, 16)
-        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+        assert_close(compiled(x), model(x))
         compiled(x).sum().backward()
         assert all(p.grad is not None for p in model.manager.parameters("default"))
 

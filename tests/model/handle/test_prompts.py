@@ -205,4 +205,4 @@ def test_get_prompt_has_the_tokens_of_encoder_and_decoder_as_in_peft(name: str, 
         model = library.get_peft_model(base, getattr(library, name)(**settings))
         found.append(model.get_prompt(2, **tasks))
     assert found[1].shape[1] == PROMPTS[name]["num_virtual_tokens"] * (parts or 2)
-    torch.testing.assert_close(found[1], found[0])
+    assert_close(found[1], found[0])

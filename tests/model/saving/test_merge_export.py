@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from nbpeft.model.saving.merge_export import LayerError, MergeErrors, merge_to_folder
+from tests.closeness import assert_close
 from tests.tiny_models import adapted, llama
 
 
@@ -36,8 +37,7 @@ def test_a_saved_adapter_is_merged_into_the_files_of_its_base(tmp_path: Path) ->
     merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     wanted = model.merge_and_unload().state_dict()
     found = load_file(tmp_path / "merged" / "model.safetensors")
-    assert found.keys() == wanted.keys()
-    assert all(tensor.allclose(wanted[name], atol=1e-6) for name, tensor in found.items())
+    assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nbpeft import LoraConfig, PeftModel, get_peft_model
 from nbpeft.checkpoint import card, fingerprint
 from nbpeft.errors import PeftWarning
+from tests.closeness import assert_close
 
 
 class Scaled(Tensor):
@@ -95,7 +96,7 @@ def test_an_adapter_that_trains_is_saved_whatever_the_class_of_the_base_weights(
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(PeftModel.from_pretrained(a_base(kind), tmp_path)(x), model(x))
+    assert_close(PeftModel.from_pretrained(a_base(kind), tmp_path)(x), model(x))
     assert fingerprint(a_base(kind)).shapes == {"16 x 16": 1, "16 x 8": 1}
 
 
@@ -118,7 +119,7 @@ def test_trained_weights_of_another_class_are_saved(tmp_path: Path) -> None:
     model(x).square().mean().backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(x), model(x))
+    assert_close(PeftModel.from_pretrained(base(), tmp_path)(x), model(x))
 
 
 def test_a_card_that_fails_does_not_stop_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.model import PeftModel, hotswap_adapter, prepare_model_for_compiled_hotswap
+from tests.closeness import assert_close
 from tests.effort import TIER
 from tests.model.pool_support import save
 from tests.tiny_models import adapted, classifier, gpt2, llama, tokens
@@ -76,7 +77,7 @@ def test_files_of_all_ranks(variant: str, tmp_path: Path) -> None:
                 hotswap_adapter(compiled, source, "default")
                 ids = tokens(*shapes[turn % 3], seed=turn)
                 expected = scores(PeftModel.from_pretrained(make(), source), ids)
-                torch.testing.assert_close(scores(compiled, ids), expected, rtol=1e-3, atol=1e-3)
+                assert_close(scores(compiled, ids), expected)
     assert compiled_since() == 0
 
 
@@ -97,7 +98,7 @@ def test_fifty_swaps_after_one_warm_up(tmp_path: Path) -> None:
             for source in sources:
                 hotswap_adapter(compiled, source, "default")
                 expected = scores(PeftModel.from_pretrained(llama(), source), ids)
-                torch.testing.assert_close(scores(compiled, ids), expected, rtol=1e-3, atol=1e-3)
+                assert_close(scores(compiled, ids), expected)
     assert compiled_since() == 0
 
 
@@ -117,7 +118,7 @@ def test_marked_dynamic_dimensions(tmp_path: Path) -> None:
             hotswap_adapter(compiled, source, "default")
             expected = scores(PeftModel.from_pretrained(llama(), source), ids)
             with torch._dynamo.config.patch(error_on_recompile=turn > 0):
-                torch.testing.assert_close(scores(compiled, marked), expected, rtol=1e-3, atol=1e-3)
+                assert_close(scores(compiled, marked), expected)
             if turn == 0:
                 assert compiled_since() >= 1
     assert compiled_since() == 0
@@ -145,5 +146,5 @@ def test_other_adapters_and_refused_swaps_leave_the_graph_alone(tmp_path: Path) 
             assert torch.equal(scores(compiled, ids), before)
             hotswap_adapter(compiled, fewer, "default")
             expected = scores(PeftModel.from_pretrained(llama(), fewer), ids)
-            torch.testing.assert_close(scores(compiled, ids), expected, rtol=1e-3, atol=1e-3)
+            assert_close(scores(compiled, ids), expected)
     assert compiled_since() == 0

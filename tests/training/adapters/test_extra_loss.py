@@ -32,6 +32,7 @@ from nbpeft.engine.contract.loss_terms import LossTerm, share_of_batch
 from nbpeft.engine.methods.lora.variants.kasa import KaSA
 from nbpeft.errors import TrainingError
 from nbpeft.training import Collator, Trainer
+from tests.closeness import assert_close
 from tests.tiny_models import llama, tokens
 from tests.training.support import token_rows
 
@@ -176,7 +177,7 @@ def test_evaluation_and_the_trainer_itself_are_as_without(tmp_path: Path) -> Non
     rows = token_rows(4)
     result = train(model, rows, rows, trainer_class=Noting, max_steps=1, learning_rate=1e-6)
     assert seen == [None]
-    assert result.loss == pytest.approx(result.eval_loss + model._get_kasa_loss().item(), rel=1e-4)
+    assert_close(result.loss, result.eval_loss + model._get_kasa_loss().item())
 
 
 @pytest.mark.parametrize("batches", [1, 4])
@@ -205,7 +206,8 @@ def test_equal_to_the_trainer_of_pefts_example(batches: int, tmp_path: Path) -> 
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         logged.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(logged[0]) == 3 and logged[0] == pytest.approx(logged[1], rel=1e-5)
+    assert len(logged[0]) == 3
+    assert_close(logged[0], logged[1])
 
 
 @pytest.mark.parametrize("batches", [1, 4])
@@ -220,7 +222,7 @@ def test_adalora_is_peft_with_its_term_once(batches: int, tmp_path: Path) -> Non
         train(model, token_rows(), trainer_class=transformers.Trainer, learning_rate=1e-2, **settings).state.history
         for model in (ours, theirs)
     ]
-    assert [loss for _, loss in losses[0]] == pytest.approx([loss for _, loss in losses[1]], rel=1e-4)
+    assert_close([loss for _, loss in losses[0]], [loss for _, loss in losses[1]])
 
 
 def test_the_mixin_of_monteclora_adds_it_once() -> None:
@@ -249,7 +251,7 @@ def test_a_sweep_of_cpt_learns_as_each_alone(batches: int) -> None:
     result = train(made(), token_rows(), learning_rate=sweep(0.01, 0.05), **settings)
     for member, rate in zip(result.members, (0.01, 0.05), strict=True):
         alone = train(made(), token_rows(), learning_rate=rate, **settings)
-        assert member.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert_close(member.loss, alone.loss)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +346,7 @@ def test_a_tuner_of_adalora_gives_the_loss_of_peft() -> None:
         losses.append(model(input_ids=tokens(), labels=tokens()).loss)
         bare = model.model(input_ids=tokens(), labels=tokens()).loss
         assert losses[-1] > bare + 0.1
-    torch.testing.assert_close(*losses)
+    assert_close(*losses)
 
 
 def test_added_in_place_it_is_there_once(probe: Tensor) -> None:
@@ -363,7 +365,7 @@ def test_what_peft_adds_can_be_looked_at_and_is_whole() -> None:
     term: Any = model._get_kasa_loss()
     bare = model.eval()(input_ids=batch, labels=batch).loss
     assert isinstance(term, LossTerm) and term.item() > 0.1
-    torch.testing.assert_close(whole, bare + term.item())
+    assert_close(whole, bare + term.item())
     total = whole + term
     assert torch.equal(total, whole) and type(total) is Tensor
     assert type(bare + term) is Tensor and (bare + term).item() == pytest.approx(whole.item())

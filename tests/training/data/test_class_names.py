@@ -18,6 +18,7 @@ from nbpeft.training import summarize, train
 from nbpeft.training.loop.rows import model_inputs, training_rows
 from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close
 from tests.tiny_models import classifier
 from tests.training.data.test_classes import ROWS as TEXTS
 from tests.training.data.test_tags import ROWS as WORDS
@@ -182,4 +183,4 @@ def test_several_labels_and_regressions_are_learned_saved_and_loaded(
     assert result.eval_loss < 0.1 and result.state.metrics == metrics
     again = nbpeft.PeftModel.from_pretrained(classifier(**changes), tmp_path)
     ids = torch.tensor([CHARACTERS(row["text"])["input_ids"] for row in rows])
-    torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
+    assert_close(again.eval()(ids).logits, model.eval()(ids).logits)

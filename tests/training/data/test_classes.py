@@ -20,6 +20,7 @@ from nbpeft.training.loop.packing import longest_sequence
 from nbpeft.training.loop.rows import first_rows, model_inputs, training_rows
 from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_same
 from tests.tiny_models import LLAMA, VOCABULARY, classifier
 from tests.training.support import trainable, weights
 
@@ -135,7 +136,7 @@ def test_another_label_is_refused_in_one_line(row: Any, message: str) -> None:
         with pytest.raises(TrainingError) as failure:
             train(model, *given, tokenizer=CHARACTERS, max_steps=1)
         assert message in str(failure.value) and "\n" not in str(failure.value)
-    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+    assert_same(weights(model), before)
 
 
 @pytest.mark.parametrize("columns", ["text", "prompt completion", "messages"])

@@ -19,6 +19,7 @@ from nbpeft.training.disk.kept_arguments import to_keep, to_take_over
 from nbpeft.training.request import TrainRequest
 from nbpeft.training.watching.scoring import scorer_of
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close, is_close
 from tests.tiny_models import llama
 from tests.training.data.test_chats import CALLS, THINKING
 from tests.training.support import trainable
@@ -272,12 +273,10 @@ def test_a_sweep_reads_rows_like_a_training_and_a_resumed_run_takes_the_options_
     result = train(trainable(), rows, learning_rate=sweep(1e-2, 3e-2), **fields)
     for member, rate in zip(result.members, (1e-2, 3e-2), strict=True):
         alone = train(trainable(), rows, learning_rate=rate, **fields)
-        assert [loss for _, loss in member.history] == pytest.approx(
-            [loss for _, loss in alone.state.history], abs=1e-5
-        )
+        assert_close([loss for _, loss in member.history], [loss for _, loss in alone.state.history])
         assert "no row has reasoning to mask" in alone.message
     whole = train(trainable(), rows, learning_rate=1e-2, **fields | {"learn": "all"})
-    assert whole.state.history[0][1] != pytest.approx(result.members[0].history[0][1], abs=1e-4)
+    assert not is_close(whole.state.history[0][1], result.members[0].history[0][1])
     request = TrainRequest(trainable(), rows, 0.5, eval_by="user", chat_template_kwargs={"loud": True}, **how)
     taken, rest = to_take_over(to_keep(request.kept())[0])
     assert taken == {**how, "eval_data": 0.5, "eval_by": "user", "chat_template_kwargs": {"loud": True}} and not rest

@@ -14,6 +14,7 @@ from nbpeft.training import prepare_data, train
 from nbpeft.training.loop.rows import first_rows, training_rows
 from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close, assert_same, is_close
 from tests.tiny_models import classifier, llama
 from tests.training.support import trainable, weights
 from tests.training.test_data import Slow
@@ -46,9 +47,9 @@ def learned(model: Any, rows: Any, **arguments: Any) -> tuple[Any, dict[str, tor
 def test_a_row_that_counts_twice_is_learned_as_if_it_were_there_twice(arguments: Any) -> None:
     found = learned(trainable(), [ONCE, {**TWICE, "weight": 2}], **arguments)
     expected = learned(trainable(), [ONCE, TWICE, TWICE], **arguments)
-    assert found[0].train_loss == pytest.approx(expected[0].train_loss, rel=1e-5)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
-    assert found[0].train_loss != pytest.approx(learned(trainable(), [ONCE, TWICE])[0].train_loss, rel=1e-5)
+    assert_close(found[0].train_loss, expected[0].train_loss)
+    assert_close(found[1], expected[1])
+    assert not is_close(found[0].train_loss, learned(trainable(), [ONCE, TWICE])[0].train_loss)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +64,8 @@ def test_a_row_that_counts_twice_is_learned_as_if_it_were_there_twice(arguments:
 def test_weights_are_over_all_rows_of_a_step(arguments: Any) -> None:
     rows = [{**ONCE, "weight": 0.5}, {**TWICE, "weight": 3}]
     found, expected = learned(trainable(), rows, **arguments), learned(trainable(), rows)
-    assert found[0].train_loss == pytest.approx(expected[0].train_loss, rel=1e-5)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
+    assert_close(found[0].train_loss, expected[0].train_loss)
+    assert_close(found[1], expected[1])
 
 
 def test_adapters_side_by_side_count_alike() -> None:
@@ -75,14 +76,14 @@ def test_adapters_side_by_side_count_alike() -> None:
         alone = trainable(name="a")
         learned(alone, rows, learning_rate=rate)
         for one, other in zip(model.manager.parameters(name), alone.manager.parameters("a"), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+            assert_close(one, other)
 
 
 def test_weights_count_in_evaluations() -> None:
     rows, arguments = [ONCE, TWICE], {"eval_strategy": "steps", "eval_steps": 2}
     found = learned(trainable(), rows, eval_data=[ONCE, {**TWICE, "weight": 2}], **arguments)[0]
     expected = learned(trainable(), rows, eval_data=[ONCE, TWICE, TWICE], **arguments)[0]
-    assert found.eval_loss == pytest.approx(expected.eval_loss, rel=1e-5)
+    assert_close(found.eval_loss, expected.eval_loss)
 
 
 def test_rows_of_a_stream_count_by_their_weights() -> None:
@@ -91,7 +92,7 @@ def test_rows_of_a_stream_count_by_their_weights() -> None:
     stream = datasets.Dataset.from_list([{**ONCE, "weight": 1.0}, {**TWICE, "weight": 2.0}]).to_iterable_dataset()
     found = learned(trainable(), stream, max_steps=1, per_device_train_batch_size=2)
     expected = learned(trainable(), [ONCE, TWICE, TWICE], max_steps=1)
-    assert found[0].train_loss == pytest.approx(expected[0].train_loss, rel=1e-5)
+    assert_close(found[0].train_loss, expected[0].train_loss)
 
 
 def test_a_class_counts_by_the_weight_of_its_row() -> None:
@@ -99,7 +100,7 @@ def test_a_class_counts_by_the_weight_of_its_row() -> None:
     made = lambda: trainable(classifier(), task_type="SEQ_CLS")  # noqa: E731
     found = learned(made(), [rows[0], {**rows[1], "weight": 2}])
     expected = learned(made(), [rows[0], rows[1], rows[1]])
-    assert found[0].train_loss == pytest.approx(expected[0].train_loss, rel=1e-5)
+    assert_close(found[0].train_loss, expected[0].train_loss)
 
 
 @pytest.mark.parametrize("weight", [0, 0.0, False, "0", torch.tensor(0)])
@@ -179,7 +180,7 @@ def test_a_loss_that_takes_no_weights_is_refused_before_a_step(problem: str) -> 
     before = weights(model)
     with pytest.raises(TrainingError, match=r"weight.*(does not use them|takes none|does not take|does not support)"):
         learned(model, rows, **({"torch_compile": True} if problem == "compiled" else {}))
-    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+    assert_same(weights(model), before)
 
 
 def test_tokenised_rows_have_masks_and_weights_as_trl_has_them() -> None:
@@ -203,7 +204,7 @@ def test_rows_to_start_from_count_by_their_weights() -> None:
     model = trainable()
     [batch] = first_rows(model, [ONCE, {**TWICE, "weight": 2}], rows=8, tokenizer=CHARACTERS).batches()
     expected = train_loss(model, [ONCE, TWICE, TWICE])
-    torch.testing.assert_close(model(**batch).loss, expected)
+    assert_close(model(**batch).loss, expected)
 
 
 def train_loss(model: Any, rows: Any) -> Any:

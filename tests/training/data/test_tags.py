@@ -20,6 +20,7 @@ from nbpeft.training.data.tags import space_token, with_spaces
 from nbpeft.training.loop.rows import first_rows, model_inputs, training_rows
 from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close, assert_same
 from tests.tiny_models import llama
 from tests.training.data.test_classes import named as text_classifier
 from tests.training.support import trainable, weights
@@ -142,8 +143,8 @@ def test_losses_and_metrics_are_those_of_transformers() -> None:
     )
     trainer.train()
     expected = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert [loss for _, loss in result.state.history] == pytest.approx(expected, abs=1e-6)
-    assert result.eval_loss == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-6)
+    assert_close([loss for _, loss in result.state.history], expected)
+    assert_close(result.eval_loss, trainer.evaluate()["eval_loss"])
     assert result.objective == "classify" and result.state.metrics.keys() == {"accuracy", "f1", "entity_f1"}
 
 
@@ -245,7 +246,7 @@ def test_another_row_is_refused_in_one_line(row: Any, message: str) -> None:
         train(model, [ROWS[0], row], tokenizer=TOKENIZER, max_steps=1)
     for part in message.split(" .* "):
         assert part in str(failure.value) and "\n" not in str(failure.value)
-    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+    assert_same(weights(model), before)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from nbpeft.errors import TrainingError, TrainingInterrupted
 from nbpeft.runs.record import RunRecord
 from nbpeft.runs.store import RunStore
 from nbpeft.training.launch.job import JOB
+from tests.closeness import assert_close
 from tests.faults.killing import die, forked
 from tests.runs.killed import ARGUMENTS, adapted_session, rows
 from tests.tiny_models import same_state
@@ -56,7 +57,7 @@ def test_a_run_goes_on_after_a_kill_of_a_process_and_of_the_one_that_waits(tmp_p
         [entry["loss"] for entry in RunStore(at).find("sql-1").entries() if "loss" in entry]
         for at in (place, tmp_path / "whole")
     ]
-    assert logged[0] == pytest.approx(logged[1], abs=1e-4)
+    assert_close(logged[0], logged[1])
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from nbpeft.model.quantization.quantize import quantize_model
 from nbpeft.runs.folder import RunFolder
 from nbpeft.training import RunControl, train
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close
 from tests.runs.killed import session_in
 from tests.tiny_models import VOCABULARY, llama, same_state
 from tests.training.launch.callbacks import BreaksInTheSecond, FailsInTheSecond, HoldsAShareOfTheCodes, of_the_row
@@ -37,7 +38,7 @@ def rows(count: int = 16) -> list[dict[str, Any]]:
 def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=0)
+        assert_close(found[name], tensor)
 
 
 @pytest.mark.slow
@@ -60,8 +61,9 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
     result = train(apart, weighted, rows(4), run_dir=tmp_path, control=control, publish=publish, **TWO, **ARGUMENTS)
     assert (result.status, result.steps, result.token_count) == ("finished", 24, expected.token_count)
     for (step, mine), (other, theirs) in zip(result.state.history, expected.state.history, strict=True):
-        assert step == other and mine == pytest.approx(theirs, abs=1e-4)
-    assert result.eval_loss == pytest.approx(expected.eval_loss, abs=1e-4)
+        assert step == other
+        assert_close(mine, theirs)
+    assert_close(result.eval_loss, expected.eval_loss)
     close(weights(apart), weights(alone))
     assert seen[-1] == "finished" and "paused" in seen
     (folder,) = tmp_path.glob("default-*")
@@ -90,12 +92,12 @@ def test_two_processes_score_what_one_does(options: dict[str, Any]) -> None:
     expected = train(alone, rows(), **ONE, **given)
     result = train(apart, rows(), callbacks=[HoldsAShareOfTheCodes(codes)], **TWO, **options, **given)
     losses = [[loss for _, loss in training.state.history] for training in (result, expected)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert_close(losses[0], losses[1])
     close(weights(apart), weights(alone))
     curve = dict(result.state.metric_history["of_the_row"])
     assert list(curve) == [4, 8] and "no scores" not in result.message
     assert curve == pytest.approx(dict(expected.state.metric_history["of_the_row"]))
-    assert dict(result.state.eval_history) == pytest.approx(dict(expected.state.eval_history), abs=1e-4)
+    assert_close(dict(result.state.eval_history), dict(expected.state.eval_history))
     assert result.best_step == expected.best_step
 
 
@@ -190,7 +192,8 @@ def test_two_processes_learn_what_one_does_on_a_base_in_four_bits() -> None:
         assert all(torch.equal(part, before[name]) for name, part in base.items())
         found.append((weights(model), [loss for _, loss in result.state.history]))
     close(found[1][0], found[0][0])
-    assert found[1][1] == pytest.approx(found[0][1], abs=1e-4) and found[0][1][-1] < found[0][1][0]
+    assert_close(found[1][1], found[0][1])
+    assert found[0][1][-1] < found[0][1][0]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from nbpeft.training.data.packing import best_fit
 from nbpeft.training.loop.packing import check_packing, pack
 from nbpeft.training.monitor.callback import count_tokens
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import DEPTH, assert_close
 from tests.tiny_models import LLAMA, VOCABULARY, classifier, llama
 from tests.training.support import token_rows, trainable, weights
 
@@ -80,7 +81,7 @@ def in_order(rows: PackedRows) -> list[int]:
     return [number for index in range(len(rows)) for number in rows.rows_of(index)]
 
 
-def assert_learns_the_same(model: nn.Module, rows: PackedRows, collator: PackedCollator, within: float = 1e-6) -> None:
+def assert_learns_the_same(model: nn.Module, rows: PackedRows, collator: PackedCollator) -> None:
     """Losses of each token, and gradients of all parameters, packed and one row at a time."""
     packed = losses(model, collator([rows[index] for index in range(len(rows))]))
     packed.sum().backward()  # type: ignore[no-untyped-call]
@@ -88,12 +89,12 @@ def assert_learns_the_same(model: nn.Module, rows: PackedRows, collator: PackedC
     model.zero_grad()
     alone = [losses(model, dict(collator.plain([rows.row(number)]))) for number in in_order(rows)]
     torch.cat(alone).sum().backward()  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(packed, torch.cat(alone), rtol=within, atol=within)
+    assert_close(packed, torch.cat(alone))
     assert gradients
     for name, gradient in gradients.items():
         found = model.get_parameter(name).grad
         assert found is not None
-        torch.testing.assert_close(gradient, found, rtol=1e-4, atol=1e-5)
+        assert_close(gradient, found)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 12, 100])
@@ -224,7 +225,7 @@ def test_a_kernel_of_variable_length_is_given_the_borders(variable_length: str) 
     packed = losses(model, batch)
     model.config._attn_implementation = "sdpa"
     alone = torch.cat([losses(model, dict(Collator()([rows.row(number)]))) for number in in_order(rows)])
-    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
+    assert_close(packed, alone)
 
 
 def test_chats_are_packed_with_their_masks() -> None:
@@ -248,7 +249,7 @@ def test_a_packed_training_ends_where_one_of_all_rows_at_once_ends() -> None:
     result = train(packed, rows, packing=True, max_length=24, per_device_train_batch_size=12, **given)
     train(whole, rows, per_device_train_batch_size=12, **given)
     for name, part in weights(whole).items():
-        torch.testing.assert_close(weights(packed)[name], part, rtol=1e-4, atol=1e-5)
+        assert_close(weights(packed)[name], part, depth=3 * 3 * DEPTH)  # three steps
     assert "12 rows packed in 4 sequences of 24 tokens" in result.message
     assert result.token_count == 3 * sum(len(row["input_ids"]) for row in rows)
 
@@ -261,7 +262,7 @@ def test_rows_to_evaluate_on_are_not_packed() -> None:
     )
     plain = train(trainable(), rows, rows[:5], max_steps=1, learning_rate=1e-7)
     packed = train(model, rows, rows[:5], max_steps=1, learning_rate=1e-7, packing=True)
-    assert plain.eval_loss == pytest.approx(packed.eval_loss or 0, abs=1e-5)
+    assert_close(plain.eval_loss, packed.eval_loss or 0)
     assert (False, False) in seen and (True, True) in seen and (True, False) not in seen
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from nbpeft.errors import ConfigError
 from nbpeft.training import prepare_model_for_kbit_training, train
 from nbpeft.training.loop.prepare import is_quantized, prepare_model
+from tests.closeness import assert_close
 from tests.tiny_models import checkpoints_activations, llama
 from tests.training.support import token_rows, trainable
 
@@ -66,7 +67,7 @@ def test_norms_in_float32_hand_on_the_dtype_they_were_given():
     tokens = torch.tensor([[1, 2, 3, 4]])
     out, reference = model(tokens, output_hidden_states=True), plain(tokens, output_hidden_states=True)
     assert {state.dtype for state in out.hidden_states} == {torch.bfloat16} and out.logits.dtype == torch.bfloat16
-    torch.testing.assert_close(out.logits, reference.logits, rtol=0.05, atol=0.02)
+    assert_close(out.logits, reference.logits)
     assert torch.equal(twin(tokens).logits, out.logits)
 
 
@@ -77,7 +78,7 @@ def test_peft_behaviour_is_an_option_and_says_what_it_costs():
     peft.prepare_model_for_kbit_training(oracle, use_gradient_checkpointing=False)
     assert dtypes(model) == dtypes(oracle)
     tokens = torch.tensor([[1, 2, 3, 4]])
-    torch.testing.assert_close(model(tokens).logits, oracle(tokens).logits)
+    assert_close(model(tokens).logits, oracle(tokens).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -88,7 +89,7 @@ def test_a_model_that_is_not_quantized_is_float32_afterwards_as_with_peft(dtype)
     peft.prepare_model_for_kbit_training(oracle)
     assert dtypes(model) == dtypes(oracle) and set(dtypes(model).values()) == {torch.float32}
     tokens = torch.tensor([[1, 2, 3, 4]])
-    torch.testing.assert_close(model(tokens).logits, oracle(tokens).logits)
+    assert_close(model(tokens).logits, oracle(tokens).logits)
     kept = prepare_model_for_kbit_training(llama(dtype=dtype), upcast="norms")
     assert set(dtypes(kept).values()) == {dtype, torch.float32}
 

@@ -28,6 +28,7 @@ from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, objective_named, register
 from nbpeft.training.objectives.reference import OfAnAdapter, OfTheStart
 from nbpeft.training.transformers import objective_trainer
+from tests.closeness import assert_close, is_close
 from tests.tiny_models import same_state
 from tests.training.objectives.trl_run import ROWS, filled
 from tests.training.support import trainable, weights
@@ -80,14 +81,15 @@ def test_the_first_loss_is_that_of_log_probabilities_of_plain_forwards(loss_type
     fields = {"loss_type": "sigmoid" if loss_type == "smoothed" else loss_type, "beta": beta}
     fields |= {"label_smoothing": 0.2} if loss_type in ("smoothed", "robust") else {}
     result = nbpeft.train(model, [row], objective="dpo", reference="base", **FIELDS | {"max_steps": 1}, **fields)
-    assert losses(result) == pytest.approx([float(expected)], abs=1e-5)
+    assert_close(losses(result), [float(expected)])
     chosen = result.state.series["rewards/chosen"][0][1]
-    assert chosen == pytest.approx(beta * float(ratios[0]), abs=1e-5)
+    assert_close(chosen, beta * float(ratios[0]))
 
 
 def test_a_fresh_adapter_starts_at_ln_2_against_the_base_which_the_result_says() -> None:
     result = nbpeft.train(new(lora_dropout=0.5), ROWS, **FIELDS)
-    assert losses(result)[0] == pytest.approx(LN2, abs=1e-6) and losses(result)[-1] < LN2
+    assert_close(losses(result)[0], LN2)
+    assert losses(result)[-1] < LN2
     assert (result.objective, result.reference) == ("dpo", "base")
     told = "objective: dpo, because the rows have chosen and rejected; reference: base (the model without adapters)"
     assert told in result.message
@@ -100,7 +102,7 @@ def test_a_fresh_adapter_starts_at_ln_2_against_the_base_which_the_result_says()
 @pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.5}, {"use_dora": True}], ids=str)
 def test_a_trained_adapter_starts_at_ln_2_against_itself(config: dict[str, Any]) -> None:
     result = nbpeft.train(filled(new(**config)), ROWS, **FIELDS)
-    assert losses(result)[0] == pytest.approx(LN2, abs=1e-6)
+    assert_close(losses(result)[0], LN2)
     assert result.reference == "start" and "reference: start (the adapter's weights at the beginning)" in result.message
 
 
@@ -117,7 +119,7 @@ def test_another_adapter_is_the_reference_and_stays_as_it_is() -> None:
     result = nbpeft.train(model, ROWS[:1], reference="other", **FIELDS | {"max_steps": 1})
     ours, theirs = named["default"], named["other"]
     margin = 0.1 * (ours[0] - ours[1] - theirs[0] + theirs[1])
-    assert losses(result) == pytest.approx([float(F.softplus(-margin))], abs=1e-5)
+    assert_close(losses(result), [float(F.softplus(-margin))])
     assert same_state(weights(model, "other"), before) and result.reference == "other"
 
 
@@ -143,7 +145,7 @@ def test_accumulated_batches_have_the_losses_and_weights_of_whole_ones() -> None
     usual = FIELDS | {"train_sampling_strategy": "sequential"}
     one = nbpeft.train(whole, ROWS, per_device_train_batch_size=4, **usual)
     two = nbpeft.train(parts, ROWS, per_device_train_batch_size=2, gradient_accumulation_steps=2, **usual)
-    assert losses(two) == pytest.approx(losses(one), abs=1e-6)
+    assert_close(losses(two), losses(one))
 
 
 def test_dropout_is_off_in_layers_that_are_computed_again() -> None:
@@ -152,7 +154,7 @@ def test_dropout_is_off_in_layers_that_are_computed_again() -> None:
         model = filled(new(lora_dropout=0.5))
         nbpeft.train(model, ROWS, **FIELDS, **config)
         found.append(weights(model))
-    assert all(torch.allclose(part, found[0][name], atol=1e-5) for other in found for name, part in other.items())
+    assert all(is_close(part, found[0][name]) for other in found for name, part in other.items())
 
 
 def test_dropout_is_on_where_the_cell_says_so() -> None:
@@ -160,7 +162,8 @@ def test_dropout_is_on_where_the_cell_says_so() -> None:
         losses(nbpeft.train(filled(new(lora_dropout=0.5)), ROWS, disable_dropout=off, **FIELDS))[0]
         for off in (False, True)
     ]
-    assert abs(first[0] - LN2) > 1e-3 and first[1] == pytest.approx(LN2, abs=1e-6)
+    assert abs(first[0] - LN2) > 1e-3
+    assert_close(first[1], LN2)
 
 
 def test_tokenised_rows_with_both_completions_are_taken_as_they_are() -> None:
@@ -189,7 +192,7 @@ def test_a_stream_of_preferences_is_trained_on() -> None:
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
     result = nbpeft.train(new(), stream, **FIELDS)
     assert (result.objective, result.reference, result.steps) == ("dpo", "base", 3)
-    assert losses(result)[0] == pytest.approx(LN2, abs=1e-6)
+    assert_close(losses(result)[0], LN2)
 
 
 @pytest.mark.parametrize("method", ["PromptTuningConfig", "IA3Config", "AdaLoraConfig", "VeraConfig"])
@@ -203,7 +206,7 @@ def test_adapters_of_other_methods_start_at_ln_2_too(method: str) -> None:
     torch.manual_seed(1)
     model = nbpeft.get_peft_model(tiny_base(), getattr(nbpeft, method)(task_type="CAUSAL_LM", **more)).train()
     result = nbpeft.train(model, ROWS, **FIELDS)
-    assert losses(result)[0] == pytest.approx(LN2, abs=1e-5)
+    assert_close(losses(result)[0], LN2)
     assert result.reference == ("start" if method == "PromptTuningConfig" else "base")
 
 
@@ -219,8 +222,8 @@ def test_gradients_are_those_of_logits_as_a_whole() -> None:
         values = log_probs(model, batch, chunk_size=chunk_size)
         (values * torch.tensor([0.3, -2.0])).sum().backward()
         found.append((values, {name: part.grad for name, part in model.named_parameters() if part.requires_grad}))
-    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
-    assert all(torch.allclose(part, found[1][1][name], atol=1e-5) for name, part in found[0][1].items())
+    assert_close(found[0][0], found[1][0])
+    assert all(is_close(part, found[1][1][name]) for name, part in found[0][1].items())
 
 
 def test_evaluation_has_the_rewards_and_patience_ends_the_training() -> None:
@@ -285,9 +288,7 @@ def test_the_adapters_of_a_sweep_have_the_curves_that_each_has_alone() -> None:
     for name in ("rewards/margins", "rewards/accuracies", "logps/chosen"):
         assert name not in result.state.series
         for adapter, own in alone.items():
-            assert dict(result.state.series[f"{name}/{adapter}"]) == pytest.approx(
-                dict(own.state.series[name]), abs=1e-5
-            )
+            assert_close(dict(result.state.series[f"{name}/{adapter}"]), dict(own.state.series[name]))
 
 
 def test_the_adapters_of_a_sweep_have_the_losses_that_each_has_alone() -> None:
@@ -296,7 +297,7 @@ def test_the_adapters_of_a_sweep_have_the_losses_that_each_has_alone() -> None:
     assert (result.objective, result.reference) == ("dpo", "base")
     for member, rate in zip(result.members, (1e-2, 3e-2), strict=True):
         alone = nbpeft.train(new(), ROWS, **FIELDS | {"learning_rate": rate})
-        assert [value for _, value in member.history] == pytest.approx(losses(alone), abs=1e-6)
+        assert_close([value for _, value in member.history], losses(alone))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,7 @@ def test_the_reference_of_a_row_is_computed_in_one_epoch(
     monkeypatch.setattr(KnownLogProbs, "of", lambda *args: None)
     expected = nbpeft.train(again, ROWS, reference=reference, **fields)
     assert len(computed) == steps + 3 * steps
-    assert losses(result) == pytest.approx(losses(expected), abs=1e-6)
+    assert_close(losses(result), losses(expected))
     assert losses(result)[:steps] == losses(expected)[:steps]
 
 
@@ -442,7 +443,7 @@ def test_the_adapters_of_a_sweep_start_at_ln_2_against_the_one_they_start_from()
         nbpeft.train(model, ROWS, **FIELDS | {"learning_rate": sweep(1e-2, 3e-2)})
     assert tuple(model.peft_config) == ("default",)
     result = nbpeft.train(model, ROWS, reference="default", **FIELDS | {"learning_rate": sweep(1e-2, 3e-2)})
-    assert [member.history[0][1] for member in result.members] == pytest.approx([LN2, LN2], abs=1e-6)
+    assert_close([member.history[0][1] for member in result.members], [LN2, LN2])
 
 
 @pytest.mark.parametrize(
@@ -464,7 +465,7 @@ def test_two_processes_have_the_losses_of_one(options: dict[str, Any]) -> None:
     usual = FIELDS | {"max_steps": 6, "train_sampling_strategy": "random"}  # rows change between the processes
     alone = nbpeft.train(one, ROWS, per_device_train_batch_size=4, reference=options["reference"], **usual)
     both = nbpeft.train(two, ROWS, per_device_train_batch_size=2, processes=2, **usual, **options)
-    assert losses(both) == pytest.approx(losses(alone), abs=1e-5)
+    assert_close(losses(both), losses(alone))
     assert (both.objective, both.reference) == ("dpo", options["reference"])
 
 
@@ -622,7 +623,8 @@ def test_each_evaluation_row_counts_the_same() -> None:
         nbpeft.train(filled(new()), ROWS[:6], ROWS[6:9], per_device_eval_batch_size=size, **fields).state.metrics
         for size in (2, 3)
     ]
-    assert len(metrics[0]) == 2 and metrics[0] == pytest.approx(metrics[1], abs=1e-5)
+    assert len(metrics[0]) == 2
+    assert_close(metrics[0], metrics[1])
 
 
 def test_the_adapters_of_a_sweep_are_compared_by_a_metric_of_the_objective() -> None:
@@ -660,5 +662,5 @@ def test_dropout_of_blocks_is_off_with_gradient_checkpointing_too(kind: str, che
     options = FIELDS | {"learning_rate": 0.0, "gradient_checkpointing": checkpointing}
     with pytest.warns(UserWarning, match="No weight of"):
         result = nbpeft.train(model, ROWS, objective="dpo", reference="base", **options)
-    assert losses(result) == pytest.approx([math.log(2)] * 3, abs=1e-6)
+    assert_close(losses(result), [math.log(2)] * 3)
     assert not any(module._forward_pre_hooks for module in base.modules() if "DecoderLayer" in type(module).__name__)

@@ -16,6 +16,7 @@ from nbpeft.sweeps import sweep
 from nbpeft.training.data import Collator
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator
 from nbpeft.training.objectives.known import KnownLogProbs
+from tests.closeness import assert_close
 from tests.tiny_models import same_state
 from tests.training.objectives.test_dpo import FIELDS, TOKENIZER, losses, new, plain_log_prob
 from tests.training.objectives.trl_run import base_and_rows, filled
@@ -45,10 +46,10 @@ def test_the_first_loss_is_that_of_log_probabilities_of_plain_forwards(beta: flo
     ]
     fields = FIELDS | {"max_steps": 1, "train_sampling_strategy": "sequential", "beta": beta, **weight}
     result = nbpeft.train(model, THREE, reference="base", **fields)
-    assert losses(result) == pytest.approx([float(sum(expected) / 3)], abs=1e-5)
-    assert result.state.series["kl"][0][1] == pytest.approx(float(kl), abs=1e-5)
+    assert_close(losses(result), [float(sum(expected) / 3)])
+    assert_close(result.state.series["kl"][0][1], float(kl))
     good = torch.stack([ratio for ratio, row in zip(found, THREE, strict=True) if row["label"]])
-    assert result.state.series["rewards/chosen"][0][1] == pytest.approx(beta * float(good.mean()), abs=1e-5)
+    assert_close(result.state.series["rewards/chosen"][0][1], beta * float(good.mean()))
 
 
 def test_the_objective_follows_from_the_labels_which_the_result_says() -> None:
@@ -91,7 +92,7 @@ def test_curves_are_means_over_the_batches_that_have_a_value() -> None:
     whole = nbpeft.train(new(), rows, **fields | {"max_steps": 1, "per_device_train_batch_size": 4})
     for name in ("logps/chosen", "logps/rejected"):
         values = [run.state.series[name][0][1] for run in (parts, whole)]
-        assert values[0] == pytest.approx(values[1], abs=1e-5)
+        assert_close(values[0], values[1])
 
 
 def test_a_last_batch_of_one_row_is_told() -> None:
@@ -139,7 +140,7 @@ def test_the_adapters_of_a_sweep_have_the_losses_that_each_has_alone() -> None:
     result = nbpeft.train(new(), ROWS, **FIELDS | {"learning_rate": sweep(1e-2, 3e-2)})
     for member, rate in zip(result.members, (1e-2, 3e-2), strict=True):
         alone = nbpeft.train(new(), ROWS, **FIELDS | {"learning_rate": rate})
-        assert [value for _, value in member.history] == pytest.approx(losses(alone), abs=1e-6)
+        assert_close([value for _, value in member.history], losses(alone))
 
 
 @pytest.mark.slow
@@ -150,7 +151,7 @@ def test_two_processes_have_one_kl() -> None:
     parts = [ROWS[0:2], ROWS[2:4]]
     others = [{**row, "completion": part[place - 1]["completion"]} for part in parts for place, row in enumerate(part)]
     expected = ratios(model, others).mean().clamp(min=0)
-    assert result.state.series["kl"][0][1] == pytest.approx(float(expected), abs=1e-5)
+    assert_close(result.state.series["kl"][0][1], float(expected))
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -199,4 +200,4 @@ def test_the_reference_of_a_completion_is_computed_in_one_epoch_and_that_of_the_
     result = nbpeft.train(model, ROWS[:6], reference="base", **fields)
     assert len(computed) == 2 * 2 + 2 * 1  # a step of the first epoch computes both halves
     monkeypatch.setattr(KnownLogProbs, "of", lambda *args: None)
-    assert losses(nbpeft.train(plain, ROWS[:6], reference="base", **fields)) == pytest.approx(losses(result), abs=1e-6)
+    assert_close(losses(nbpeft.train(plain, ROWS[:6], reference="base", **fields)), losses(result))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import nbpeft
 from nbpeft.errors import ConfigError, NbpeftError
+from tests.closeness import assert_close
 from tests.training.objectives.test_dpo import FIELDS, TOKENIZER, losses, new
 from tests.training.objectives.trl_run import ROWS, filled
 
@@ -48,7 +49,7 @@ def test_the_first_loss_is_that_of_log_probabilities_of_plain_forwards(objective
     model = filled(new())
     wanted = expected(model, objective, **fields)
     result = nbpeft.train(model, TWO, objective=objective, **FIELDS | {"max_steps": 1}, **fields)
-    assert losses(result) == pytest.approx([wanted], abs=1e-5)
+    assert_close(losses(result), [wanted])
     assert (result.objective, result.reference) == (objective, None)
     assert f"objective: {objective} (" in result.message and "reference" not in result.message
 

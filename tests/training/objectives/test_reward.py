@@ -12,6 +12,7 @@ from transformers import LlamaForSequenceClassification
 import nbpeft
 from nbpeft.errors import NbpeftError
 from nbpeft.session import Session
+from tests.closeness import assert_close
 from tests.tiny_models import same_state
 from tests.training.objectives.test_dpo import FIELDS, TOKENIZER, losses, new
 from tests.training.objectives.trl_run import ROWS, filled
@@ -41,7 +42,7 @@ def test_the_first_loss_is_that_of_the_rewards_of_plain_forwards(margin: float |
         pairs = [[reward(model, row, name) for name in ("chosen", "rejected")] for row in rows]
     expected = [F.softplus((margin or 0.0) - one + other) + 0.1 * (one + other) ** 2 for one, other in pairs]
     result = nbpeft.train(model, rows, center_rewards_coefficient=0.1, **FIELDS | {"max_steps": 1})
-    assert losses(result) == pytest.approx([float(sum(expected) / 3)], abs=1e-5)
+    assert_close(losses(result), [float(sum(expected) / 3)])
     assert (result.objective, result.reference) == ("reward", None)
     told = (
         "objective: reward (center_rewards_coefficient=0.1), because the rows have chosen and rejected, and the model"

@@ -19,6 +19,7 @@ from nbpeft.runs.folder import RunFolder
 from nbpeft.session import Session
 from nbpeft.session.commands.pushing import card_facts
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close
 from tests.runs.killed import ARGUMENTS, adapted_session, rows, session_in, when_noted
 from tests.tiny_models import llama, same_state, state
 from tests.training.support import token_rows, trainable
@@ -72,7 +73,7 @@ def test_each_adapter_has_its_scores_and_the_best_one_is_active() -> None:
     for member in result.members:
         assert [step for step, _ in member.metric_history["startswith"]] == [3, 6]
         assert member.metrics["startswith"] == pytest.approx(after.by("startswith").scores[member.name].value)
-        assert member.eval_loss == pytest.approx(after.by("loss").scores[member.name].value, abs=1e-6)
+        assert_close(member.eval_loss, after.by("loss").scores[member.name].value)
         assert (member.metric, member.score) == ("startswith", -member.metrics["startswith"])
     best = min(result.members, key=lambda member: (-member.metrics["startswith"], member.eval_loss))
     assert result.best == best.name and watched.active_adapters == [best.name]

@@ -15,6 +15,7 @@ from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.model import LoraConfig
 from nbpeft.training import Collator, Run, RunCallback, Trainer, adapter_trainer
 from nbpeft.training.transformers.trainer_patch import load_adapters
+from tests.closeness import assert_close
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable, weights
 
@@ -61,7 +62,7 @@ def test_same_losses_as_with_peft(tmp_path):
     oracle = trainer_for(theirs, tmp_path / "theirs", trainer_class=transformers.Trainer, gradient_accumulation_steps=2)
     trainer.train()
     oracle.train()
-    assert losses(trainer) == pytest.approx(losses(oracle), rel=1e-5)
+    assert_close(losses(trainer), losses(oracle))
     assert trainer.model_accepts_loss_kwargs == oracle.model_accepts_loss_kwargs
     assert trainer._loss_shifts_labels == oracle._loss_shifts_labels
     assert trainer.label_names == oracle.label_names == ["labels"]
@@ -76,7 +77,7 @@ def test_label_smoothing_shifts_labels_as_with_peft(tmp_path):
     oracle = trainer_for(theirs, tmp_path, trainer_class=transformers.Trainer, label_smoothing_factor=0.1)
     trainer.train()
     oracle.train()
-    assert losses(trainer) == pytest.approx(losses(oracle), rel=1e-5)
+    assert_close(losses(trainer), losses(oracle))
 
 
 def test_a_checkpoint_holds_the_adapter_only_and_peft_reads_it(tmp_path):
@@ -97,7 +98,7 @@ def test_a_checkpoint_holds_the_adapter_only_and_peft_reads_it(tmp_path):
     assert (tmp_path / "checkpoint-3" / "adapter_config.json").is_file()
     theirs = peft.PeftModel.from_pretrained(llama(), folder)
     tokens = torch.tensor([token_rows()[0]["input_ids"]])
-    torch.testing.assert_close(model.eval()(input_ids=tokens).logits, theirs.eval()(input_ids=tokens).logits)
+    assert_close(model.eval()(input_ids=tokens).logits, theirs.eval()(input_ids=tokens).logits)
 
 
 def test_other_adapters_lie_in_subfolders(tmp_path):

@@ -24,6 +24,7 @@ from transformers.trainer import _is_peft_model
 import nbpeft
 from nbpeft.training import Collator
 from nbpeft.training.transformers.trainer_patch import patch_when_used
+from tests.closeness import assert_close
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable, weights
 
@@ -66,7 +67,7 @@ def test_checkpoints_hold_adapters_where_weights_are_tied(cls: Any, tmp_path: Pa
     assert "model.safetensors" not in files
     loaded = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path / "checkpoint-4")
     ids = torch.arange(10)[None]
-    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+    assert_close(loaded(ids).logits, model.eval()(ids).logits)
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:

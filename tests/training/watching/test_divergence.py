@@ -23,6 +23,7 @@ from nbpeft.training import Run, Trainer, train
 from nbpeft.training.monitor import run_checkpointer
 from nbpeft.training.watching import divergence
 from nbpeft.training.watching.divergence import DivergenceStop, Seldom
+from tests.closeness import is_close
 from tests.tiny_models import llama, same_state
 from tests.training.support import Clock, token_rows, trainable, weights
 
@@ -252,7 +253,7 @@ def test_an_adapter_of_a_sweep_diverges_alone(clipping: float) -> None:
     alone = trainable(name="a")
     train(alone, ROWS, **settings)
     pairs = zip(model.manager.parameters(good.name), alone.manager.parameters("a"), strict=True)
-    assert all(torch.allclose(*pair, atol=1e-6) for pair in pairs)
+    assert all(is_close(*pair) for pair in pairs)
 
 
 def test_a_sweep_of_which_all_diverge_is_stopped() -> None:

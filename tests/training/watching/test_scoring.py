@@ -24,6 +24,7 @@ from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.request import TrainRequest
 from tests.char_tokenizer import CharTokenizer
+from tests.closeness import assert_close
 from tests.tiny_models import llama, same_state, state
 
 TOKENIZER = CharTokenizer()
@@ -56,7 +57,7 @@ def test_the_scores_are_those_of_the_model_at_that_time_and_change_nothing() -> 
     assert result.state.metrics["exact"] == curve[6] == after.by("exact").scores["default"].value
     losses = dict(result.state.eval_history)
     assert list(losses) == [2, 4, 6]
-    assert losses[6] == pytest.approx(after.scores["default"].value, abs=1e-6)
+    assert_close(losses[6], after.scores["default"].value)
 
 
 @pytest.mark.parametrize("metric", ["exact", "loss", "choice"])

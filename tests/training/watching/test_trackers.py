@@ -19,6 +19,7 @@ import pytest
 from nbpeft.errors import CheckpointError, ConfigError
 from nbpeft.training import train
 from nbpeft.training.watching import trackers
+from tests.closeness import assert_close
 from tests.training.support import token_rows, trainable
 from tests.waiting import PATIENCE
 
@@ -71,7 +72,7 @@ def wandb_records(data: bytes, block: int = 32_768) -> Iterator[bytes]:
 
 
 def losses(result: Any) -> list[Any]:
-    return [pytest.approx(value, rel=1e-6) for _, value in result.state.history]
+    return [pytest.approx(value) for _, value in result.state.history]
 
 
 def test_tensorboard(tracked: Any) -> None:
@@ -82,7 +83,7 @@ def test_tensorboard(tracked: Any) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
     assert [event.value for event in events.Scalars("train/loss")] == losses(result)
-    assert events.Scalars("eval/loss")[-1].value == pytest.approx(result.eval_loss, rel=1e-6)
+    assert_close(events.Scalars("eval/loss")[-1].value, result.eval_loss)
     assert "train/learning_rate" in events.Tags()["scalars"]
     place = Path(result.state.folder, "tensorboard")
     assert f"TensorBoard: tensorboard --logdir {place}" in result.state.message

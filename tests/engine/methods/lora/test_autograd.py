@@ -16,7 +16,7 @@ from nbpeft.engine.layer_kinds.linear import Linear
 from nbpeft.engine.methods.lora import autograd
 from nbpeft.engine.methods.lora.autograd import Dropout, KeepMask, _pieces, adapted_linear, seeded_dropout
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
-from tests.closeness import assert_close
+from tests.closeness import assert_approximates, assert_close
 
 NONE = Dropout(0.0, False)
 LAYER = torch.nn.Linear(1, 1)
@@ -156,7 +156,7 @@ def test_autocast_computes_in_its_dtype_in_both_directions() -> None:
         own = low_rank_linear(x, lora_A, lora_B, 2.0, NONE)
         composed = plain(x, lora_A, lora_B, 2.0)
     assert own.dtype == composed.dtype == torch.bfloat16
-    assert torch.allclose(own, composed, rtol=2e-2, atol=5e-2)
+    assert_close(own, composed, depth=2)
     gradients = torch.autograd.grad(own.float().sum(), (x, lora_A, lora_B))
     assert [gradient.dtype for gradient in gradients] == [torch.float32] * 3
 
@@ -169,7 +169,7 @@ def test_the_mask_keeps_the_right_share_everywhere(probability: float) -> None:
     assert abs(float(mask.mean()) - (1 - probability)) < 5 * (probability * (1 - probability) / mask.numel()) ** 0.5
     for lane in range(4):
         assert abs(float(mask.view(-1)[lane::4].mean()) - (1 - probability)) < 0.01
-    assert keep.scale == pytest.approx(1 / (1 - probability), rel=1e-4)
+    assert_approximates(1 / keep.scale, 1 - probability, 2**-17, scale=1.0)  # a lane has 16 bits
 
 
 class Pretended(str):

@@ -20,6 +20,7 @@ from nbpeft.engine.methods.lora.low_rank import (
 )
 from nbpeft.engine.methods.lora.multi_adapter import FactorBank, FactorGroups
 from nbpeft.errors import LayerKindError
+from tests.closeness import assert_close
 
 
 def test_each_kind_has_its_product() -> None:
@@ -69,4 +70,4 @@ def test_all_ways_to_compute_the_product_agree() -> None:
         "merged": x @ merged.float().T,
     }
     for way, product in found.items():
-        assert torch.allclose(product, wanted, atol=1e-5), way
+        assert_close(product, wanted, message=way)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.methods.lora.multi_adapter import FactorBank, FactorGroups, Factors, factor_rows
+from tests.closeness import assert_close
 from tests.tiny_models import adapted
 
 WAYS = [FactorBank, FactorGroups]
@@ -35,7 +36,7 @@ def test_each_row_has_its_own_factors(way: type, shape: tuple[int, ...], index: 
     places = torch.tensor(index)
     served = way(factors)
     for _ in range(2):
-        assert torch.allclose(served.delta(x, places), expected(x, factors, places), atol=1e-5)
+        assert_close(served.delta(x, places), expected(x, factors, places))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -44,7 +45,7 @@ def test_another_assignment_is_taken_up(way: type) -> None:
     factors: list[Factors | None] = [pair(2, 1.0), pair(3, 1.0)]
     served = way(factors)
     for index in (torch.tensor([0, 1, 0, 1]), torch.tensor([1, 1, -1, 0])):
-        assert torch.allclose(served.delta(x, index), expected(x, factors, index), atol=1e-5)
+        assert_close(served.delta(x, index), expected(x, factors, index))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -62,7 +63,7 @@ def test_the_scale_of_an_adapter_multiplies_its_scaling() -> None:
     mixed = adapter.mixed([adapter, None, adapter], [0.5, 1.0, 2.0], base, {})
     change = x @ (3.0 * adapter.lora_B @ adapter.lora_A).T
     wanted = torch.tensor([2.0, 0.5, 0.0])[:, None] * change
-    torch.testing.assert_close(mixed(x, torch.tensor([2, 0, 1])), wanted)
+    assert_close(mixed(x, torch.tensor([2, 0, 1])), wanted)
 
 
 def test_on_a_cpu_nothing_is_copied() -> None:

@@ -17,6 +17,7 @@ from nbpeft.model.saving.merge_export import merge_to_folder
 from nbpeft.model.swapping.pool import AdapterPool
 from nbpeft.session.preview import preview_of
 from nbpeft.shipping.facts import facts_of
+from tests.closeness import assert_approximates, assert_close, differ, is_close
 from tests.tiny_models import experts_of, logits, mixture, randomize, tokens
 
 
@@ -32,13 +33,13 @@ def test_factors_of_an_expert_lie_in_a_and_b_as_in_peft() -> None:
     delta = experts.get_delta_weight("default")
     for expert in range(4):
         expected = second[:, expert::4] @ first[4 * expert : 4 * expert + 4] * experts.scaling["default"]
-        assert torch.allclose(delta[expert], expected, atol=1e-6)
+        assert_close(delta[expert], expected)
 
 
 def test_gaussian_starts_draw_a_with_the_rank_and_change_nothing() -> None:
     model = adapted(r=4, init_lora_weights="gaussian")
     experts = model.get_base_model().model.layers[0].mlp.experts
-    assert float(experts.lora_A["default"].weight.detach().std()) == pytest.approx(0.25, rel=0.15)
+    assert_approximates(experts.lora_A["default"].weight.std(), torch.tensor(0.25), 0.15)
     assert torch.equal(logits(model), logits(mixture("qwen3_moe")))
 
 
@@ -46,13 +47,13 @@ def test_slots_are_padded_and_saved_without_padding(tmp_path: Path) -> None:
     small, large = adapted(r=2, rank_pattern={"experts.down_proj": 1}), adapted(r=4)
     expected = logits(small)
     prepare_model_for_compiled_hotswap(small, target_rank=4)
-    assert torch.allclose(logits(small), expected, atol=1e-5)
+    assert_close(logits(small), expected)
     small.save_pretrained(str(tmp_path / "small"))
     again = PeftModel.from_pretrained(mixture("qwen3_moe"), str(tmp_path / "small")).eval()
     assert torch.equal(logits(again), expected)
     large.save_pretrained(str(tmp_path / "large"))
     hotswap_adapter(small, str(tmp_path / "large"), "default")
-    assert torch.allclose(logits(small), logits(large), atol=1e-5)
+    assert_close(logits(small), logits(large))
 
 
 @pytest.mark.parametrize("way", ["eager", "grouped_mm"])
@@ -74,10 +75,10 @@ def test_checkpointed_layers_give_the_same_gradients(way: str) -> None:
 def test_compiled_models_compute_experts_as_they_are() -> None:
     model = adapted()
     expected = logits(model)
-    assert torch.allclose(logits(torch.compile(model, backend="eager")), expected, atol=1e-6)
+    assert_close(logits(torch.compile(model, backend="eager")), expected)
     with model.disable_adapter():
         plain = logits(model)
-    assert not torch.allclose(plain, expected, atol=1e-3)
+    assert differ(plain, expected)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
@@ -85,7 +86,8 @@ def test_merged_folders_hold_the_changed_experts(model_type: str, tmp_path: Path
     model = adapted(model_type)
     merged = merge_to_folder(model, None, tmp_path)
     again = type(model.get_base_model()).from_pretrained(str(tmp_path)).eval()
-    assert torch.allclose(logits(again), logits(model), atol=1e-5) and merged.errors is not None
+    assert_close(logits(again), logits(model))
+    assert merged.errors is not None
     assert {layer.path.rpartition(".")[2] for layer in merged.errors.layers} == {"gate_up_proj", "down_proj"}
 
 
@@ -186,8 +188,8 @@ def test_dropout_acts_on_what_goes_into_each_expert(model_type: str, way: str, m
         for name, factor in other.named_parameters():
             if "lora_A" in name:
                 factor.mul_(mask(factor.shape[1]))
-    assert torch.allclose(found, logits(other), atol=1e-5)
-    assert not torch.allclose(found, logits(model.eval()), atol=1e-3)
+    assert_close(found, logits(other))
+    assert differ(found, logits(model.eval()))
 
 
 def test_dropout_is_drawn_again_alike_where_layers_are_computed_again() -> None:
@@ -203,4 +205,4 @@ def test_dropout_is_drawn_again_alike_where_layers_are_computed_again() -> None:
     model.get_base_model().gradient_checkpointing_enable()
     model.enable_input_require_grads()
     checkpointed = gradients()
-    assert all(map(torch.equal, expected, again)) and all(map(torch.allclose, expected, checkpointed))
+    assert all(map(torch.equal, expected, again)) and all(map(is_close, expected, checkpointed))

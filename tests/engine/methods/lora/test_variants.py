@@ -27,6 +27,7 @@ from nbpeft.model import (
     hotswap_adapter_from_state_dict,
     set_peft_model_state_dict,
 )
+from tests.closeness import assert_approximates, assert_close, differ
 from tests.test_matrix import Net
 from tests.tiny_models import llama, logits, same_state, state, tokens
 
@@ -94,13 +95,13 @@ def train(model: Any, steps: int = 8) -> list[float]:
 @each
 def test_equal_to_peft_in_calls_training_and_files(case: str, tmp_path: Path) -> None:
     theirs, ours = from_one_file(case, tmp_path / "theirs")
-    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
+    assert_close(logits(ours), logits(theirs))
     assert trained(ours).keys() == trained(theirs).keys()
-    assert train(ours) == pytest.approx(train(theirs), abs=1e-3)
-    assert torch.allclose(logits(ours), logits(theirs), atol=1e-3)
+    assert_close(train(ours), train(theirs))
+    assert_close(logits(ours), logits(theirs))
     ours.save_pretrained(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
-    assert torch.allclose(logits(back), logits(ours), atol=1e-5)
+    assert_close(logits(back), logits(ours))
     written, given = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
     changed = {name for name in given if written[name] != given[name]} - {"peft_version", "target_modules"}
     assert changed <= {"inference_mode"}
@@ -112,8 +113,8 @@ def test_equal_to_peft_merged_and_unmerged(case: str, tmp_path: Path) -> None:
     before, expected = state(ours), logits(ours)
     ours.merge_adapter()
     theirs.merge_adapter()
-    assert torch.allclose(logits(ours), expected, atol=1e-5)
-    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
+    assert_close(logits(ours), expected)
+    assert_close(logits(ours), logits(theirs))
     ours.unmerge_adapter()
     assert same_state(before, state(ours))
     assert torch.equal(logits(ours), expected)
@@ -125,7 +126,7 @@ def test_equal_to_peft_at_the_start(case: str) -> None:
     before = state(base)
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(**settings(case))).eval()
     ours = get_peft_model(base, LoraConfig(**settings(case))).eval()
-    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
+    assert_close(logits(ours), logits(theirs))
     assert method_of(ours.peft_config["default"]).label == case.split()[0]
     own, given = get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
     assert {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in given.items()}
@@ -197,7 +198,7 @@ def test_mica_is_a_lora_for_those_that_serve_it() -> None:
     assert method_of(model.peft_config["plain"]).label == "LoRA"
     expected = logits(model)
     model.set_adapter("plain")
-    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert_close(logits(model), expected)
 
 
 # BD-LoRA
@@ -210,7 +211,7 @@ def test_bdlora_has_the_modules_that_peft_has() -> None:
         layers = [model.get_submodule(f"base_model.model.model.layers.0.{name}") for model in (ours, theirs)]
         found, expected = (layer.lora_A["default"] for layer in layers)
         expected.weight.data.copy_(found.weight)
-        assert torch.allclose(found(x[:, : found.in_features]), expected(x[:, : found.in_features]), atol=1e-6)
+        assert_close(found(x[:, : found.in_features]), expected(x[:, : found.in_features]))
         assert (found.in_features, found.out_features) == (expected.in_features, expected.out_features)
     down = ours.get_submodule("base_model.model.model.layers.0.mlp.down_proj").lora_A["default"]
     assert down.nblocks == 2 and down.weight_as_blockdiagonal_matrix().shape == (4, 64)
@@ -225,7 +226,8 @@ def test_bdlora_with_hooks_gives_the_same() -> None:
     for name, module in model.named_modules():
         if name.endswith("lora_A.default"):
             module.register_forward_hook(lambda *given: calls.append(given))
-    assert torch.allclose(logits(model), expected, atol=1e-6) and len(calls) == 6
+    assert_close(logits(model), expected)
+    assert len(calls) == 6
 
 
 def test_bdlora_draws_its_blocks_as_peft_does() -> None:
@@ -234,7 +236,7 @@ def test_bdlora_draws_its_blocks_as_peft_does() -> None:
     model = get_peft_model(nn.ModuleDict({"target": nn.Linear(256, 8)}), config)
     tensors = {key.split(".")[-2]: value for key, value in get_peft_model_state_dict(model).items()}
     assert tensors["lora_A"].shape == (64, 64) and not tensors["lora_B"].any()
-    assert float(tensors["lora_A"].std()) == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+    assert_approximates(tensors["lora_A"].std(), torch.tensor((2 / 64) ** 0.5), 0.05)
 
 
 @pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
@@ -246,11 +248,11 @@ def test_computed_factors_are_combined_and_converted_as_plain_ones(case: str) ->
     model.add_weighted_adapter(["default"], [1.0], "plain", combination_type="linear")
     assert method_of(model.peft_config["plain"]).label == "LoRA"
     model.set_adapter("plain")
-    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert_close(logits(model), expected)
     config, tensors = convert_to_lora(adapted_like(model), rank=8)
     plain = get_peft_model(llama(), config).eval()
     set_peft_model_state_dict(plain, tensors)
-    assert torch.allclose(logits(plain), expected, atol=1e-4)
+    assert_close(logits(plain), expected)
 
 
 def adapted_like(model: PeftModel) -> PeftModel:
@@ -323,15 +325,15 @@ def test_qalora_is_equal_to_peft_on_gptq_layers(gptq: Callable[[], nn.Module], t
     ours = PeftModel.from_pretrained(gptq(), tmp_path / "theirs", is_trainable=True)
     x = torch.randn(2, 16)
     with torch.no_grad():
-        assert torch.allclose(ours(x), theirs(x), atol=1e-5)
-    assert torch.allclose(steps(ours), steps(theirs), atol=1e-3)
+        assert_close(ours(x), theirs(x))
+    assert_close(steps(ours), steps(theirs))
     ours.save_pretrained(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(gptq(), tmp_path / "ours")
     layer: Any = back.get_submodule("base_model.model.target")
     assert layer.lora_A["default"].weight.shape == (4, 4) and layer.qalora_group_size["default"] == 4
     assert ours.get_submodule("base_model.model.target").qalora_group_size["default"] == 4
     with torch.no_grad():
-        assert torch.allclose(back(x), ours(x), atol=1e-5)
+        assert_close(back(x), ours(x))
     with pytest.raises(MergeError, match="gptq") as failure:
         ours.merge_adapter()
     assert "\n" not in str(failure.value)
@@ -350,7 +352,7 @@ def test_qalora_takes_another_rank_in_place() -> None:
     move(larger)
     config, tensors = larger.peft_config["default"], get_peft_model_state_dict(larger)
     hotswap_adapter_from_state_dict(model, tensors, "default", config)
-    assert torch.allclose(logits(model), logits(larger), atol=1e-6)
+    assert_close(logits(model), logits(larger))
 
 
 # KaSA
@@ -361,21 +363,21 @@ def test_kasa_adds_to_the_loss_once_and_only_in_training(tmp_path: Path) -> None
     batch = tokens(2, 7)
     theirs.eval()
     expected = theirs(input_ids=batch, labels=batch).loss
-    assert torch.allclose(ours.eval()(input_ids=batch, labels=batch).loss, expected, atol=1e-5)
-    assert torch.allclose(ours._get_kasa_loss(), theirs._get_kasa_loss(), rtol=1e-5)
-    assert torch.allclose(ours._get_kasa_loss("default"), theirs._get_kasa_loss(["default"]), rtol=1e-5)
+    assert_close(ours.eval()(input_ids=batch, labels=batch).loss, expected)
+    assert_close(ours._get_kasa_loss(), theirs._get_kasa_loss())
+    assert_close(ours._get_kasa_loss("default"), theirs._get_kasa_loss(["default"]))
     ours.train()(input_ids=batch)
     found = ours(input_ids=batch, labels=batch).loss
-    assert torch.allclose(found, expected + theirs._get_kasa_loss(), atol=1e-5)
+    assert_close(found, expected + theirs._get_kasa_loss())
     assert torch.equal(found + ours._get_kasa_loss(), found)
-    assert torch.allclose(expected + ours._get_kasa_loss(), found, atol=1e-5)
+    assert_close(expected + ours._get_kasa_loss(), found)
 
 
 def test_kasa_leaves_the_base_as_it_is() -> None:
     base = llama()
     plain, before = logits(base), state(base)
     model = get_peft_model(base, LoraConfig(**settings("KaSA"))).eval()
-    assert not torch.allclose(logits(model), plain, atol=1e-3)
+    assert differ(logits(model), plain)
     with model.disable_adapter():
         assert torch.equal(logits(model), plain)
     layer: Any = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
@@ -393,7 +395,7 @@ def test_kasa_is_saved_as_a_lora_of_twice_the_rank(tmp_path: Path) -> None:
     config = LoraConfig.from_pretrained(str(tmp_path))
     assert (config.r, config.kasa_config) == (8, None)
     back = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
-    assert torch.allclose(logits(back), logits(model), atol=1e-5)
+    assert_close(logits(back), logits(model))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model, merge_to_folder
+from tests.closeness import assert_close, differ
 from tests.tiny_models import llama, logits, randomize
 
 FORMS = [
@@ -46,14 +47,12 @@ def test_every_form_is_that_of_peft(forms: tuple[str, str, str], tmp_path: Path)
     expected = logits(model)
     model.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(biased(), tmp_path, is_trainable=True).eval()
-    torch.testing.assert_close(logits(theirs), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(theirs), expected)
     assert model.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     theirs.save_pretrained(tmp_path / "theirs")
-    torch.testing.assert_close(
-        logits(PeftModel.from_pretrained(biased(), tmp_path / "theirs")), expected, atol=1e-6, rtol=0
-    )
+    assert_close(logits(PeftModel.from_pretrained(biased(), tmp_path / "theirs")), expected)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(model), expected)
     model.unmerge_adapter()
     assert torch.equal(logits(model), expected)
 
@@ -77,7 +76,7 @@ def test_a_random_start_is_that_of_peft(form: str) -> None:
         torch.manual_seed(3)
         made: Any = library
         models.append(make(biased(), made.GloraConfig(**fields)).eval())
-    torch.testing.assert_close(logits(models[0]), logits(models[1]), atol=1e-5, rtol=1e-5)
+    assert_close(logits(models[0]), logits(models[1]))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -93,7 +92,7 @@ def test_changes_of_biases_are_merged_from_folder_to_folder(config: Any, tmp_pat
     found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
     before = dict(biased().named_parameters())
     for name, value in wanted.named_parameters():
-        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
+        assert_close(found[name], value)
     assert not torch.equal(found["model.decoder.layers.0.fc1.bias"], before["model.decoder.layers.0.fc1.bias"])
 
 
@@ -110,17 +109,17 @@ def test_layers_without_a_bias_may_have_nothing_where_others_have(tmp_path: Path
     model: Any = get_peft_model(llama(), config).eval()
     randomize(model, scale=0.3)
     expected = logits(model)
-    assert not torch.allclose(expected, logits(llama()), atol=1e-3)
+    assert differ(expected, logits(llama()))
     model.save_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "adapter")), expected)
+    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "adapter")), expected)
     llama().save_pretrained(tmp_path / "base")
     merge_to_folder(model, "default", tmp_path / "live")
     merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "folders")
     for folder in ("live", "folders"):
         found = AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
-        torch.testing.assert_close(logits(found), expected, atol=1e-5, rtol=1e-5)
+        assert_close(logits(found), expected)
     assert nbpeft.merge_errors(model)
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(model.merge_and_unload()), expected)
 
 
 def test_what_would_train_nothing_is_refused_unless_biases_learn() -> None:

@@ -18,6 +18,7 @@ from nbpeft.engine.runtime.snapshots import keeps_weights, restore, snapshot
 from nbpeft.errors import CheckpointError, ConfigError
 from nbpeft.memory import forecast
 from nbpeft.model import AdapterPool, PeftModel, get_peft_model
+from tests.closeness import assert_close, differ
 from tests.tiny_models import llama, logits, randomize, tokens
 
 FIELDS: dict[str, Any] = {"r": 3, "stride_A": 3, "num_B": 3, "task_type": "CAUSAL_LM"}
@@ -135,7 +136,7 @@ def test_what_is_shared_stays_shared(way: str, tmp_path: Path) -> None:
     model = made()
     expected, shared = logits(model), groups(model)
     twin = WAYS[way](model, tmp_path).eval()
-    torch.testing.assert_close(logits(twin), expected, atol=1e-6, rtol=0)
+    assert_close(logits(twin), expected)
     assert groups(twin) == shared
     loss = twin.train()(input_ids=tokens(), labels=tokens()).loss
     loss.backward()
@@ -163,7 +164,7 @@ def test_a_pool_serves_groupings_of_the_same_shapes(tmp_path: Path) -> None:
     pool = AdapterPool(base(), room / 1e6, adapters={name: tmp_path / name for name in expected})
     for name in ("one", "two", "one"):
         pool.set_adapter(name)
-        torch.testing.assert_close(logits(pool.model.eval()), expected[name], atol=1e-6, rtol=0)
+        assert_close(logits(pool.model.eval()), expected[name])
     assert pool.statistics.evictions >= 1
 
 
@@ -211,10 +212,10 @@ def test_the_start_and_the_scaling_are_those_of_the_config() -> None:
     model = get_peft_model(base(), nbpeft.LilyConfig(**FIELDS, **TARGETS["names"])).eval()
     assert torch.equal(logits(model), logits(base()))
     drawn = get_peft_model(base(), nbpeft.LilyConfig(**FIELDS, **TARGETS["names"], init_weights=False)).eval()
-    assert not torch.allclose(logits(drawn), logits(base()), atol=1e-3)
+    assert differ(logits(drawn), logits(base()))
     once, twice = made(), made(scaling=2.0)
     once.manager.set_scale("default", 2.0)
-    torch.testing.assert_close(logits(once), logits(twice), atol=1e-6, rtol=0)
+    assert_close(logits(once), logits(twice))
 
 
 def test_a_row_depends_on_those_beside_it_as_in_peft(tmp_path: Path) -> None:
@@ -225,8 +226,8 @@ def test_a_row_depends_on_those_beside_it_as_in_peft(tmp_path: Path) -> None:
     with torch.no_grad():
         together, alone = model(input_ids=ids).logits[:1], model(input_ids=ids[:1]).logits
         assert (together - alone).abs().max() > 1e-4
-        torch.testing.assert_close(together, theirs(input_ids=ids).logits[:1], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(alone, theirs(input_ids=ids[:1]).logits, atol=1e-5, rtol=1e-4)
+        assert_close(together, theirs(input_ids=ids).logits[:1])
+        assert_close(alone, theirs(input_ids=ids[:1]).logits)
 
 
 @pytest.mark.parametrize(

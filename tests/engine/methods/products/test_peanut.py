@@ -14,6 +14,7 @@ from torch import nn
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import gpt2, llama, logits, randomize
 
 FIELDS: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", "down_proj"]}
@@ -28,7 +29,7 @@ def test_outputs_and_parameters_are_those_of_peft(depth: int, activation: str, t
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).eval()
     expected = logits(theirs)
-    torch.testing.assert_close(logits(ours), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(ours), expected)
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     layer: Any = ours.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.depth["default"] == depth and layer.act_fn["default"] == activation and layer.r["default"] == 3
@@ -50,7 +51,7 @@ def test_a_transposed_layer_merges_as_it_computes() -> None:
     randomize(model, scale=0.3)
     before = logits(model)
     assert (before - logits(gpt2())).abs().max() > 1e-3
-    torch.testing.assert_close(logits(model.merge_and_unload()), before, atol=1e-5, rtol=1e-5)
+    assert_close(logits(model.merge_and_unload()), before)
 
 
 def test_gradients_are_those_of_the_written_out_formula() -> None:
@@ -67,7 +68,7 @@ def test_gradients_are_those_of_the_written_out_formula() -> None:
     rows = (second @ copies["peanut_decoders.0"].T).tanh() + first
     (layer(x) + x @ rows @ copies["peanut_B"].T).square().sum().backward()
     for name, tensor in held.items():
-        torch.testing.assert_close(tensor.grad, copies[name].grad)
+        assert_close(tensor.grad, copies[name].grad)
 
 
 @pytest.mark.parametrize(
@@ -97,4 +98,4 @@ def test_networks_that_0_2_pickled_load() -> None:
     assert list(twin._parameters) == list(adapter._parameters) and twin.depth == 2
     weight = model.base_model.model[0].base_layer.weight
     base = model.base_model.model[0].base
-    torch.testing.assert_close(twin.delta_weight(weight, base), adapter.delta_weight(weight, base))
+    assert_close(twin.delta_weight(weight, base), adapter.delta_weight(weight, base))

@@ -15,6 +15,7 @@ import nbpeft
 from nbpeft.errors import AdapterError, ConfigError, ConversionError, MergeError
 from nbpeft.memory import forecast
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close, assert_same, differ
 from tests.tiny_models import llama, logits, randomize, tokens
 
 FIELDS: dict[str, Any] = {"r": 3, "n_tasks": 3, "n_skills": 4, "n_splits": 2}
@@ -58,7 +59,7 @@ def test_a_seeded_start_is_that_of_peft(init_weights: bool) -> None:
     ours, theirs = ({name: one for name, one in model.named_parameters() if one.requires_grad} for model in models)
     assert ours.keys() == theirs.keys() and len(ours) == 3 * 2 * 3
     for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, atol=0, rtol=0)
+        assert_same(ours[name], expected)
     assert models[0].get_nb_trainable_parameters() == models[1].get_nb_trainable_parameters()
 
 
@@ -66,13 +67,13 @@ def test_each_task_gives_what_it_gives_in_peft(tmp_path: Path) -> None:
     ours, theirs = both(tmp_path)
     labels = tokens(3, 4, seed=1)
     found, expected = (model(**batch(), labels=labels).logits for model in (ours, theirs))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert_close(found, expected)
     other = ours(input_ids=batch()["input_ids"], task_ids=torch.tensor([2, 0, 1]), labels=labels).logits
     assert (other - found).abs().amax((1, 2)).min() > 1e-3
     written = [model.generate(**batch(), max_new_tokens=5, do_sample=False) for model in (ours, theirs)]
     assert torch.equal(*written)
     with ours.disable_adapter(), theirs.disable_adapter():
-        torch.testing.assert_close(*(model(**batch(), labels=labels).logits for model in (ours, theirs)))
+        assert_close(*(model(**batch(), labels=labels).logits for model in (ours, theirs)))
 
 
 def test_training_draws_as_peft_does(tmp_path: Path) -> None:
@@ -88,7 +89,8 @@ def test_training_draws_as_peft_does(tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             losses[-1].append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][-1] < losses[0][0]
+    assert_close(losses[0], losses[1])
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_beams_are_of_the_task_of_their_row(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_a_row_is_served_as_if_it_were_alone() -> None:
     for row, name in enumerate(names):
         one = {key: value[row : row + 1] for key, value in rows.items()}
         with model.disable_adapter() if name == "__base__" else model.use(name):
-            torch.testing.assert_close(found[row], model(**one).logits[0], atol=1e-5, rtol=1e-4)
+            assert_close(found[row], model(**one).logits[0])
     model.base_model.set_adapter(["default", "other"])
     assert (model(**rows).logits - found).abs().amax((1, 2)).min() > 1e-4
 
@@ -152,16 +154,16 @@ def test_one_task_needs_no_number() -> None:
     model.eval()
     assert torch.equal(model(input_ids=tokens()).logits, logits(model))
     given = torch.zeros(2, dtype=torch.long)
-    torch.testing.assert_close(model(input_ids=tokens(), task_ids=given).logits, logits(model))
+    assert_close(model(input_ids=tokens(), task_ids=given).logits, logits(model))
     config, state = nbpeft.convert_to_lora(model, 2)  # no less than the mixture
     lora = get_peft_model(llama(), config).eval()
     nbpeft.set_peft_model_state_dict(lora, state)
-    torch.testing.assert_close(logits(lora), logits(model), atol=1e-5, rtol=1e-4)
+    assert_close(logits(lora), logits(model))
     drawn = []
     for tasks in ({}, {"task_ids": given}):
         torch.manual_seed(0)
         drawn.append(model.train()(input_ids=tokens(), **tasks).logits)
-    assert torch.equal(*drawn) and not torch.allclose(drawn[0], logits(model.eval()), atol=1e-3)
+    assert torch.equal(*drawn) and differ(drawn[0], logits(model.eval()))
 
 
 def test_the_router_is_the_module_that_peft_has(tmp_path: Path) -> None:
@@ -171,8 +173,8 @@ def test_the_router_is_the_module_that_peft_has(tmp_path: Path) -> None:
         for model in (ours, theirs)
     ]
     ids = torch.tensor([2, 0])
-    torch.testing.assert_close(routers[0](ids, None), routers[1](ids, None))
-    torch.testing.assert_close(routers[0].module_logits, routers[1].module_logits)
+    assert_close(routers[0](ids, None), routers[1](ids, None))
+    assert_close(routers[0].module_logits, routers[1].module_logits)
     with torch.no_grad():
         routers[0].module_logits.zero_()
     assert torch.equal(routers[0](ids, None), torch.full((2, 2, 4), 0.25))
@@ -191,7 +193,7 @@ def test_checkpointing_computes_the_same_call_again(reentrant: bool) -> None:
         found.append([one.grad for one in model.parameters() if one.grad is not None])
     assert len(found[0]) == len(found[1]) == 18
     for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+        assert_close(ours, expected)
 
 
 def test_layers_whose_input_has_other_rows_are_named() -> None:

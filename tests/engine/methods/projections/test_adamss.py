@@ -19,6 +19,7 @@ from nbpeft.engine.methods.projections import adamss
 from nbpeft.engine.methods.projections.decomposition import main_directions, row_clusters
 from nbpeft.errors import BaseMismatchError, ConfigError
 from nbpeft.model import PeftModel, get_peft_model, merge_to_folder
+from tests.closeness import assert_close, differ
 from tests.tiny_models import llama, logits, randomize, tokens
 
 FIELDS: dict[str, Any] = {"r": 8, "num_subspaces": 3, "subspace_rank": 2, "target_modules": ["q_proj", "down_proj"]}
@@ -74,7 +75,7 @@ def test_directions_are_those_of_the_randomized_svd(rows: int, columns: int) -> 
     torch.manual_seed(5)
     left, _, right = torch.svd_lowrank(matrix, q=4, niter=2)
     found = main_directions(matrix, 4, 5)
-    torch.testing.assert_close(found, (left, right.T), atol=1e-5, rtol=0)
+    assert_close(found, (left, right.T))
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,8 @@ def test_start_is_that_of_peft(changes: dict[str, Any]) -> None:
     clusters = {key for key in found if key.endswith("adamss_clusters")}
     assert found.keys() - clusters == expected.keys() and len(clusters) == 4
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key].detach(), tensor, atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+        assert_close(found[key].detach(), tensor)
+    assert_close(logits(ours), logits(theirs))
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     names = [[name for name, one in model.named_parameters() if one.requires_grad] for model in (ours, theirs)]
     assert names[0] == names[1]
@@ -153,12 +154,12 @@ def without_clusters(folder: Path) -> None:
 def test_a_file_holds_its_clusters_and_one_of_peft_is_refused_elsewhere(tmp_path: Path) -> None:
     delta = first_layer(saved(tmp_path)).get_delta_weight("default")
     elsewhere = first_layer(PeftModel.from_pretrained(other_base(), tmp_path))
-    torch.testing.assert_close(elsewhere.get_delta_weight("default"), delta)
+    assert_close(elsewhere.get_delta_weight("default"), delta)
     theirs = first_layer(peft.PeftModel.from_pretrained(other_base(), tmp_path))
-    assert not torch.allclose(theirs.get_delta_weight("default"), delta, atol=1e-3)  # silently another adapter
+    assert differ(theirs.get_delta_weight("default"), delta)  # silently another adapter
     without_clusters(tmp_path)
     again = first_layer(PeftModel.from_pretrained(llama(), tmp_path))
-    torch.testing.assert_close(again.get_delta_weight("default"), delta)
+    assert_close(again.get_delta_weight("default"), delta)
     base = other_base()
     with pytest.raises(ConfigError, match=r"q_proj: the subspaces of the file have \[21, 9, 2\] outputs, those"):
         PeftModel.from_pretrained(base, tmp_path)
@@ -222,7 +223,7 @@ def test_training_drops_the_subspaces_that_it_drops_in_peft(tmp_path: Path, monk
     left = train(ours)
     assert left == train(theirs) and sorted(set(left)) == [3, 6, 9, 12]
     assert gone(ours) == gone(theirs)
-    torch.testing.assert_close(logits(ours.eval()), logits(theirs.eval()), atol=1e-3, rtol=1e-3)
+    assert_close(logits(ours.eval()), logits(theirs.eval()))
 
 
 def test_what_is_gone_stays_gone_and_a_second_call_does_nothing(tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_importance_of_one_layer_is_that_of_peft(tmp_path: Path) -> None:
             layer.update_importance("default", 0.7, uncertainty_beta=0.8)
     for name in ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B"):
         found, expected = (getattr(first_layer(model), name)["default"] for model in (ours, theirs))
-        torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-3)
+        assert_close(found, expected)
     first_layer(ours).reset_importance("default")
     assert first_layer(ours).exp_avg_ipt_A["default"] == [None] * 3
 

@@ -13,6 +13,7 @@ from torch import nn
 import nbpeft
 from nbpeft.errors import ConfigError, HotSwapError
 from nbpeft.model import PeftModel, convert_to_lora, get_peft_model, hotswap_adapter
+from tests.closeness import assert_close
 from tests.tiny_models import gpt2, llama, logits, randomize
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "r": 3}
@@ -38,8 +39,8 @@ def test_start_is_that_of_peft(way: str, fields: dict[str, Any]) -> None:
     expected, found = peft.get_peft_model_state_dict(theirs), nbpeft.get_peft_model_state_dict(ours)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key].detach(), tensor, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+        assert_close(found[key].detach(), tensor)
+    assert_close(logits(ours), logits(theirs))
 
 
 @every_way
@@ -50,13 +51,13 @@ def test_para_goes_both_ways_and_merges(way: str, tmp_path: Path) -> None:
     assert (expected - logits(gpt2())).abs().max() > 1e-3
     model.save_pretrained(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(theirs), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(theirs), expected)
     theirs.save_pretrained(tmp_path / "theirs")
     again = PeftModel.from_pretrained(gpt2(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(again), expected, atol=1e-6, rtol=0)
+    assert_close(logits(again), expected)
     _, tensors = convert_to_lora(again, 2)
     assert len(tensors) == 4
-    torch.testing.assert_close(logits(again.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(again.merge_and_unload()), expected)
 
 
 @every_way
@@ -78,7 +79,7 @@ def test_a_layer_that_the_next_adapter_lacks_is_left_as_it_is(way: str, tmp_path
     model = get_peft_model(llama(), nbpeft.DeftConfig(**fields)).eval()
     randomize(model, scale=0.3)
     hotswap_adapter(model, str(tmp_path), "default")
-    torch.testing.assert_close(logits(model), logits(part), atol=1e-5, rtol=1e-5)
+    assert_close(logits(model), logits(part))
     if way == "qr":
         model = get_peft_model(llama(), nbpeft.DeftConfig(**fields, para=True))
         model.save_pretrained(tmp_path / "para")

@@ -16,6 +16,7 @@ import nbpeft
 from nbpeft.engine.methods.projections.frod import block_of, role_of
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import gpt2, llama, logits, logits_of_each, randomize
 
 FIELDS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"], "sparse_rate": 0.05}
@@ -58,8 +59,8 @@ def test_a_new_adapter_is_that_of_peft(make: Any, fields: dict[str, Any]) -> Non
     assert list(found) == list(expected)
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype
-        torch.testing.assert_close(found[key].detach(), tensor.detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+        assert_close(found[key].detach(), tensor.detach())
+    assert_close(logits(ours), logits(theirs))
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
 
@@ -67,14 +68,14 @@ def test_what_a_layer_has_is_that_of_peft() -> None:
     layers = [model.base_model.model.model.layers[1].self_attn.v_proj for model in both(llama, **FIELDS)]
     for name in ("frod_V", "frod_U", "frod_s_indices", "frod_s_size", "frod_lambda_l", "frod_lambda_s_values"):
         found, wanted = (getattr(layer, name)["default"] for layer in layers)
-        torch.testing.assert_close(found.detach(), wanted.detach(), atol=1e-5, rtol=1e-5)
+        assert_close(found.detach(), wanted.detach())
     assert layers[0].r["default"] == layers[1].r["default"]
     models = both(llama, **FIELDS)
     for name in ("frod_V", "frod_s_indices", "frod_s_size"):
         found, wanted = (getattr(model.base_model, name) for model in models)
         assert sorted(found) == sorted(wanted)
-        torch.testing.assert_close(found["mlp_down_proj"]["default"], wanted["mlp_down_proj"]["default"])
-    torch.testing.assert_close(layers[0].get_delta_weight("default"), torch.zeros(16, 32), atol=1e-6, rtol=0)
+        assert_close(found["mlp_down_proj"]["default"], wanted["mlp_down_proj"]["default"])
+    assert_close(layers[0].get_delta_weight("default"), torch.zeros(16, 32))
 
 
 @pytest.mark.parametrize(
@@ -110,12 +111,12 @@ def test_directions_of_another_machine_are_followed_and_not_in_peft(tmp_path: Pa
         tensors[key] *= sign[rows] * sign[columns]  # the same adapter, in the other signs
     save_file(tensors, file)
     again = PeftModel.from_pretrained(llama(), tmp_path)
-    torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(again), expected)
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
     assert (logits(theirs) - expected).abs().max() > 1e-2
     nbpeft.set_peft_model_state_dict(model, tensors)
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
+    assert_close(logits(model), expected)
+    assert_close(
         layer.frod_U["default"] * sign,
         both(llama, **FIELDS)[0].base_model.model.model.layers[0].mlp.down_proj.frod_U["default"],
     )
@@ -153,11 +154,11 @@ def test_deleting_and_reloading_beside_another_keeps_both(saved: bool, tmp_path:
     assert any("frod_V" in key for key in load_file(tmp_path / "adapter_model.safetensors")) == saved
     model.delete_adapter("default")
     model.load_adapter(str(tmp_path), "default")
-    torch.testing.assert_close(logits_of_each(model), expected, atol=1e-6, rtol=0)
+    assert_close(logits_of_each(model), expected)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(llama()))
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), expected["other"], atol=1e-5, rtol=1e-5)
+    assert_close(logits(model), expected["other"])
     assert torch.equal(logits(model.unload()), logits(llama()))
 
 

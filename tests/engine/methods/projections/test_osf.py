@@ -14,6 +14,7 @@ from torch import nn
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import convert_to_lora, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import gpt2, llama, logits, logits_of_each, randomize, tokens
 
 FIELDS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
@@ -42,18 +43,18 @@ def test_a_new_adapter_is_that_of_peft(fields: dict[str, Any]) -> None:
     expected, found = peft.get_peft_model_state_dict(theirs), nbpeft.get_peft_model_state_dict(ours)
     assert list(found) == list(expected)
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key].detach(), tensor.detach(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+        assert_close(found[key].detach(), tensor.detach())
+    assert_close(logits(ours), logits(theirs))
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     layers = [model.base_model.model.model.layers[1].mlp.down_proj for model in models]
     assert layers[0].effective_rank["default"] == layers[1].effective_rank["default"]
     for key, tensor in layers[1].osf_svd_params["default"].items():
-        torch.testing.assert_close(layers[0].osf_svd_params["default"][key].detach(), tensor.detach())
+        assert_close(layers[0].osf_svd_params["default"][key].detach(), tensor.detach())
     for name in ("_osf_U_low_init", "_osf_S_low_init", "_osf_V_low_init", "_osf_U_high", "_osf_V_high"):
         wanted = getattr(layers[1], name)
         assert ("default" in getattr(layers[0], name)) == ("default" in wanted)
         if "default" in wanted:
-            torch.testing.assert_close(getattr(layers[0], name)["default"], wanted["default"])
+            assert_close(getattr(layers[0], name)["default"], wanted["default"])
 
 
 @pytest.mark.parametrize("shape", [(12, 6), (6, 12), (8, 8)])
@@ -67,7 +68,11 @@ def test_gradients_are_those_of_peft_and_leave_what_is_kept(shape: tuple[int, in
     layer = ours.base_model.model[0]
     left, _, right = torch.linalg.svd(layer.base_layer.weight, full_matrices=False)
     found = {name: tensor.grad for name, tensor in layer.osf_svd_params["default"].items()}
-    assert (left[:, :3].T @ found["U_low"]).abs().max() < 1e-4 and (found["V_low"] @ right[:3].T).abs().max() < 1e-4
+    for part, kept in (
+        (left[:, :3].T @ found["U_low"], found["U_low"]),
+        (found["V_low"] @ right[:3].T, found["V_low"]),
+    ):
+        assert_close(part, torch.zeros_like(part), scale=float(kept.abs().max()))
     theirs: Any = peft.get_peft_model(
         nn.Sequential(layer.base_layer), peft.OSFConfig(target_modules=["0"], effective_rank=3)
     )
@@ -75,7 +80,7 @@ def test_gradients_are_those_of_peft_and_leave_what_is_kept(shape: tuple[int, in
     peft.set_peft_model_state_dict(theirs, {key: tensor.detach() for key, tensor in own.items()})
     theirs(x).square().sum().backward()
     for name, tensor in theirs.base_model.model[0].osf_svd_params["default"].items():
-        torch.testing.assert_close(found[name], tensor.grad, atol=1e-4, rtol=1e-4)
+        assert_close(found[name], tensor.grad)
     parameters = {name: tensor.detach() for name, tensor in ours.named_parameters() if tensor.requires_grad}
 
     def loss(given: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -83,7 +88,7 @@ def test_gradients_are_those_of_peft_and_leave_what_is_kept(shape: tuple[int, in
         return output.square().sum()
 
     for name, gradient in torch.func.grad(loss)(parameters).items():
-        torch.testing.assert_close(gradient, ours.get_parameter(name).grad, atol=1e-4, rtol=1e-4)
+        assert_close(gradient, ours.get_parameter(name).grad)
 
 
 def test_a_trained_adapter_has_no_part_in_what_is_kept() -> None:
@@ -100,7 +105,8 @@ def test_a_trained_adapter_has_no_part_in_what_is_kept() -> None:
         left, _, right = torch.linalg.svd(layer.base_layer.weight, full_matrices=False)
         delta = layer.get_delta_weight("default")
         assert delta.abs().max() > 1e-4
-        assert max((left[:, :16].T @ delta).abs().max(), (delta @ right[:16].T).abs().max()) < 1e-5
+        for part in (left[:, :16].T @ delta, delta @ right[:16].T):
+            assert_close(part, torch.zeros_like(part), scale=float(layer.base_layer.weight.abs().max()))
 
 
 def test_two_active_adapters_add_up_and_do_not_in_peft(tmp_path: Path) -> None:
@@ -112,17 +118,17 @@ def test_two_active_adapters_add_up_and_do_not_in_peft(tmp_path: Path) -> None:
     theirs: Any = peft.PeftModel.from_pretrained(llama(), tmp_path)
     theirs.load_adapter(str(tmp_path / "other"), "other")
     theirs.base_model.set_adapter(["default", "other"])
-    torch.testing.assert_close(logits(theirs), expected["default"], atol=1e-5, rtol=1e-5)
+    assert_close(logits(theirs), expected["default"])
     model.set_adapter(["default", "other"])
     both = logits(model)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), both, atol=1e-4, rtol=1e-4)
+    assert_close(logits(model), both)
     model.unmerge_adapter()
     assert torch.equal(logits(model), both)
     model.delete_adapter("default")
     model.load_adapter(str(tmp_path), "default")
     model.set_adapter("default")
-    torch.testing.assert_close(logits(model), expected["default"], atol=1e-6, rtol=0)
+    assert_close(logits(model), expected["default"])
     base, own = model.unload().state_dict(), llama().state_dict()
     assert base.keys() == own.keys() and all(torch.equal(base[key], own[key]) for key in own)
 
@@ -139,7 +145,7 @@ def test_without_names_all_linear_layers_of_an_unknown_model_are_adapted() -> No
     }
     assert names == {"base_model.model.0.osf_svd_params", "base_model.model.2.osf_svd_params"}
     model = get_peft_model(gpt2(), nbpeft.OSFConfig())  # whose layers peft leaves out
-    torch.testing.assert_close(logits(model.eval()), logits(gpt2()), atol=1e-6, rtol=0)
+    assert_close(logits(model.eval()), logits(gpt2()))
 
 
 def test_whole_state_dicts_of_both_are_read() -> None:
@@ -151,7 +157,7 @@ def test_whole_state_dicts_of_both_are_read() -> None:
                 parameter += torch.randn_like(parameter) * 0.3
         again = get_peft_model(llama(), nbpeft.OSFConfig(**FIELDS))
         assert not nbpeft.set_peft_model_state_dict(again, source.state_dict()).missing_keys
-        torch.testing.assert_close(logits(again.eval()), logits(source.eval()), atol=1e-5, rtol=1e-5)
+        assert_close(logits(again.eval()), logits(source.eval()))
 
 
 def test_as_a_lora_it_is_the_same() -> None:
@@ -162,7 +168,7 @@ def test_as_a_lora_it_is_the_same() -> None:
     nbpeft.set_peft_model_state_dict(lora, tensors)
     expected = model.base_model.model.model.layers[0].mlp.up_proj.get_delta_weight("default")  # type: ignore[union-attr]
     found = lora.base_model.model.model.layers[0].mlp.up_proj.get_delta_weight("default")  # type: ignore[union-attr]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("top_k", [3, 99])
@@ -181,10 +187,10 @@ def test_the_functions_beside_it_are_those_of_peft(top_k: int) -> None:
     wanted.project_gradient_to_orthogonal_space(theirs)
     for key, part in theirs.items():
         if key != "rank_high":
-            torch.testing.assert_close(ours[key].detach(), part.detach())
+            assert_close(ours[key].detach(), part.detach())
             assert type(ours[key]) is type(part)
         if key.endswith("_low"):
-            torch.testing.assert_close(ours[key].grad, part.grad)
+            assert_close(ours[key].grad, part.grad)
 
 
 @pytest.mark.parametrize("fields", [{"effective_rank": 0}, {"effective_rank": -0.5}, {"effective_rank": float("nan")}])

@@ -19,6 +19,7 @@ from nbpeft.engine.contract.registry import methods
 from nbpeft.engine.methods.projections import pvera
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import llama, logits, randomize, tokens
 
 FIELDS: dict[str, Any] = {"r": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -59,7 +60,7 @@ def test_it_draws_as_peft_does(fields: dict[str, Any], sampled: bool, tmp_path: 
         found.append([*evaluated, loss.detach(), *(own[name] for name in sorted(own))])
     assert len(found[0]) == len(found[1]) == 3 + 12
     for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+        assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("seed", [None, 5])
@@ -76,7 +77,7 @@ def test_what_checkpointing_computes_again_has_the_same_numbers(seed: int | None
         found.append(gradients(model))
     for other in found[1:]:
         for name, expected in found[0].items():
-            torch.testing.assert_close(other[name], expected, atol=1e-6, rtol=1e-5)
+            assert_close(other[name], expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -91,9 +92,9 @@ def test_many_calls_wait_for_their_backward_or_are_refused(reentrant: bool, monk
         assert x.grad is not None
         return x.grad
 
-    torch.testing.assert_close(wait_for(40), wait_for(40, again=False))
+    assert_close(wait_for(40), wait_for(40, again=False))
     monkeypatch.setattr(pvera, "_CALLS", 3)
-    torch.testing.assert_close(wait_for(3), wait_for(3, again=False))
+    assert_close(wait_for(3), wait_for(3, again=False))
     with pytest.raises(TrainingError, match=r"a layer's last 3 calls, .* call backward\(\) sooner"):
         wait_for(4)
     wait_for(4, again=False)
@@ -111,12 +112,12 @@ def test_a_copy_goes_on_where_the_adapter_is() -> None:
 def test_the_mean_is_merged_and_converted() -> None:
     model = made(sample_at_inference=True, generator_seed=1)
     mean = made()
-    torch.testing.assert_close(logits(model.merge_and_unload()), logits(mean), atol=1e-5, rtol=1e-4)
+    assert_close(logits(model.merge_and_unload()), logits(mean))
     expected = logits(mean)
     config, state = nbpeft.convert_to_lora(mean, rank=6)
     lora = get_peft_model(llama(), config)
     nbpeft.set_peft_model_state_dict(lora, state)
-    torch.testing.assert_close(logits(lora.eval()), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(lora.eval()), expected)
 
 
 def test_defaults_and_refusals() -> None:

@@ -12,6 +12,7 @@ import torch
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import llama, logits, logits_of_each, randomize
 
 FIELDS: dict[str, Any] = {"r": 2, "u": 4, "target_modules": ["q_proj", "embed_tokens"]}
@@ -30,8 +31,8 @@ def test_start_and_groups_are_those_of_peft(tying: float) -> None:
     found = nbpeft.get_peft_model_state_dict(ours)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key].detach(), tensor, atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+        assert_close(found[key].detach(), tensor)
+    assert_close(logits(ours), logits(theirs))
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
 
@@ -54,7 +55,7 @@ def test_projections_of_a_second_adapter_are_its_own(tmp_path: Path) -> None:
     expected = logits(model.eval())
     model.save_pretrained(tmp_path, selected_adapters=["second"])
     again = PeftModel.from_pretrained(llama(), tmp_path / "second")
-    torch.testing.assert_close(logits(again), expected, atol=1e-6, rtol=0)
+    assert_close(logits(again), expected)
     layer = again.base_model.model.model.layers[1].self_attn.q_proj
     alone = peft.get_peft_model(llama(), peft.TinyLoraConfig(**FIELDS)).base_model.model.model.layers[1].self_attn
     assert torch.equal(layer.tinylora_P["default"], alone.q_proj.tinylora_P["default"])
@@ -68,7 +69,7 @@ def test_deleting_and_reloading_beside_another_keeps_both(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     model.delete_adapter("default")
     model.load_adapter(str(tmp_path), "default")
-    torch.testing.assert_close(logits_of_each(model), expected, atol=1e-6, rtol=0)
+    assert_close(logits_of_each(model), expected)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(llama()))
     model.unload()

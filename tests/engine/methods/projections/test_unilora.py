@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import llama, logits, randomize
 
 FIELDS: dict[str, Any] = {"r": 3, "theta_d_length": 50, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -29,8 +30,8 @@ def test_start_and_draws_are_those_of_peft(length: int) -> None:
     for path in ours.manager.layers:
         found, expected = (model.get_submodule(f"base_model.model.{path}") for model in (ours, theirs))
         for name in NAMES:
-            torch.testing.assert_close(getattr(found, name)["default"], getattr(expected, name)["default"])
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+            assert_close(getattr(found, name)["default"], getattr(expected, name)["default"])
+    assert_close(logits(ours), logits(theirs))
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     assert ours.manager.shared("default").drawn is None  # as large as all factors
 
@@ -44,9 +45,9 @@ def test_two_adapters_keep_their_own_draws(tmp_path: Path) -> None:
         expected = logits(model.eval())
         model.save_pretrained(tmp_path, selected_adapters=[name])
         folder = tmp_path if name == "default" else tmp_path / name
-        torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), folder)), expected, atol=1e-6, rtol=0)
+        assert_close(logits(PeftModel.from_pretrained(llama(), folder)), expected)
         theirs = peft.PeftModel.from_pretrained(llama(), folder).eval()
-        torch.testing.assert_close(logits(theirs), expected, atol=1e-5, rtol=1e-5)
+        assert_close(logits(theirs), expected)
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == {"base_model.unilora_theta_d"}
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import peft
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import nbpeft
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError, UnknownAdapterError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import llama, logits, randomize
 
 FIELDS: dict[str, Any] = {
@@ -35,19 +35,19 @@ def test_small_files_go_both_ways(tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
     assert (logits(ours) - logits(llama())).abs().max() > 1e-3
-    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=1e-4)
+    assert_close(logits(theirs), logits(ours))
     theirs.save_pretrained(tmp_path / "theirs")
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
     assert {key: (one.shape, one.dtype) for key, one in files[0].items()} == {
         key: (one.shape, one.dtype) for key, one in files[1].items()
     }
     again = PeftModel.from_pretrained(llama(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(again), logits(ours), atol=1e-5, rtol=1e-4)
+    assert_close(logits(again), logits(ours))
     state = nbpeft.get_peft_model_state_dict(ours)
     assert any(key.endswith("_topk_indices") for key in state)
     fresh = get_peft_model(llama(), nbpeft.VBLoRAConfig(**FIELDS)).eval()
     nbpeft.set_peft_model_state_dict(fresh, state)
-    torch.testing.assert_close(logits(fresh), logits(ours), atol=1e-5, rtol=1e-4)
+    assert_close(logits(fresh), logits(ours))
 
 
 def test_one_from_a_small_file_cannot_be_trained_further(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import llama, logits, randomize
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "boft_block_size": 4}
@@ -33,12 +34,12 @@ def test_several_factors_are_those_of_peft(factors: int, tmp_path: Path, monkeyp
     ours.save_pretrained(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
     assert (logits(ours) - logits(llama())).abs().max() > 1e-2
-    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=1e-4)
+    assert_close(logits(theirs), logits(ours))
     theirs.save_pretrained(tmp_path / "theirs")
     again = PeftModel.from_pretrained(llama(), tmp_path / "theirs").eval()
-    torch.testing.assert_close(logits(again), logits(ours), atol=1e-6, rtol=0)
+    assert_close(logits(again), logits(ours))
     merged = logits(ours.merge_and_unload())
-    torch.testing.assert_close(logits(theirs.merge_and_unload()), merged, atol=1e-4, rtol=1e-3)
+    assert_close(logits(theirs.merge_and_unload()), merged)
 
 
 def test_dropout_leaves_some_blocks_of_one_factor_as_they_are() -> None:
@@ -52,7 +53,7 @@ def test_dropout_leaves_some_blocks_of_one_factor_as_they_are() -> None:
         for name, parameter in everything.named_parameters():
             if "boft_s" in name:
                 parameter.fill_(1)
-    torch.testing.assert_close(logits(everything), logits(llama()), atol=1e-5, rtol=1e-4)
+    assert_close(logits(everything), logits(llama()))
 
 
 @pytest.mark.parametrize(

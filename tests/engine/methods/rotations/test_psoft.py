@@ -13,6 +13,7 @@ import torch
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close, is_close
 from tests.tiny_models import gpt2, llama, logits, randomize
 
 FIELDS: dict[str, Any] = {"r": 4, "psoft_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
@@ -33,7 +34,7 @@ def test_outputs_and_steps_are_those_of_peft(way: dict[str, Any], tmp_path: Path
     randomize(model, scale=0.2)
     model.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
-    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
+    assert_close(logits(model), logits(theirs))
     for one in (model, theirs):
         logits_of_one = one(torch.arange(10)[None]).logits
         logits_of_one.square().sum().backward()
@@ -45,7 +46,7 @@ def test_outputs_and_steps_are_those_of_peft(way: dict[str, Any], tmp_path: Path
             assert way["num_cayley_neumann_terms"] == 1 and None in expected.values()
             continue
         near = [other for other in expected.values() if other is not None and other.shape == own.shape]
-        assert any(torch.allclose(own, other, atol=1e-3, rtol=1e-3) for other in near)
+        assert any(is_close(own, other) for other in near)
 
 
 def test_a_random_start_is_that_of_peft() -> None:
@@ -55,12 +56,12 @@ def test_a_random_start_is_that_of_peft() -> None:
         torch.manual_seed(3)
         config: Any = library.PsoftConfig(**fields)
         models.append(make(llama(), config))
-    torch.testing.assert_close(logits(models[0].eval()), logits(models[1].eval()), atol=1e-5, rtol=1e-5)
+    assert_close(logits(models[0].eval()), logits(models[1].eval()))
 
 
 def test_the_names_of_the_core_are_there() -> None:
     model: Any = get_peft_model(gpt2(), nbpeft.PsoftConfig(r=3)).eval()
-    torch.testing.assert_close(logits(model), logits(gpt2()), atol=1e-6, rtol=0)
+    assert_close(logits(model), logits(gpt2()))
     layer = model.base_model.model.transformer.h[0].attn.c_attn
     assert (
         layer.r["default"] == 3 and layer.scaling["default"] == 32 / 3 and layer.psoft_R["default"].weight.shape == (3,)
@@ -79,7 +80,7 @@ def test_whole_state_dicts_of_both_are_read() -> None:
         given = {key: tensor.clone() for key, tensor in source.state_dict().items()}
         again = get_peft_model(llama(), nbpeft.PsoftConfig(**FIELDS))
         assert not nbpeft.set_peft_model_state_dict(again, given).missing_keys
-        torch.testing.assert_close(logits(again.eval()), logits(source.eval()), atol=1e-5, rtol=1e-5)
+        assert_close(logits(again.eval()), logits(source.eval()))
 
 
 def test_a_step_through_a_second_adapter_and_back(tmp_path: Path) -> None:
@@ -89,12 +90,12 @@ def test_a_step_through_a_second_adapter_and_back(tmp_path: Path) -> None:
     model.set_adapter("other")
     expected = logits(model.eval())
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(model), expected)
     model.unmerge_adapter()
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path, selected_adapters=["other"])
     again = PeftModel.from_pretrained(llama(), tmp_path / "other")
-    torch.testing.assert_close(logits(again), expected, atol=1e-6, rtol=0)
+    assert_close(logits(again), expected)
 
 
 @pytest.mark.parametrize(

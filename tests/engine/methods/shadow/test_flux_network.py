@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nbpeft
 from nbpeft.errors import ConfigError, NotSupportedError
+from tests.closeness import assert_close, differ
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FIELDS: dict[str, Any] = {
@@ -186,19 +187,19 @@ def test_on_flux_2_it_is_that_of_peft(case: str, checkpointing: bool, tmp_path: 
         found.append((made, drawn, loss, gradients, [name for name, _ in listed[0]], listed[1]))
     (ours, drawn, loss, gradients, modules, parameters), (theirs, *others) = found
     assert torch.equal(drawn, others[0]) and modules == others[3] and parameters == others[4]
-    torch.testing.assert_close(loss, others[1])
+    assert_close(loss, others[1])
     assert gradients.keys() == others[2].keys() and any("shadow_backbone" in name for name in gradients)
     for name, value in others[2].items():
-        torch.testing.assert_close(gradients[name], value)
+        assert_close(gradients[name], value)
     state, other = ours.state_dict(), theirs.state_dict()
     assert [*state] == [*other] and all(torch.equal(value, other[name]) for name, value in state.items())
     assert "base_model.shadow_backbone.default.model.single_transformer_blocks.0.attn.to_out.weight" in state
     saved, those = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("nbpeft", "peft"))
     assert saved.keys() == those.keys() and all(torch.equal(value, those[key]) for key, value in saved.items())
     wanted = result(theirs)
-    assert not torch.allclose(wanted, model()(**inputs()))
+    assert differ(wanted, model()(**inputs()))
     for library, who in ((nbpeft, "peft"), (peft, "nbpeft"), (nbpeft, "nbpeft")):
-        torch.testing.assert_close(result(library.PeftModel.from_pretrained(model(), tmp_path / who)), wanted)
+        assert_close(result(library.PeftModel.from_pretrained(model(), tmp_path / who)), wanted)
 
 
 @pytest.mark.parametrize("case", ["whole-width", "narrow"])
@@ -212,7 +213,7 @@ def test_it_is_copied_pickled_and_taken_off(case: str) -> None:
         assert case == "narrow" or own.shared_module is twin.get_base_model().x_embedder
     shared = network.model.x_embedder
     assert (getattr(shared, "weight", None) is made.get_base_model().x_embedder.weight) is (case == "whole-width")
-    torch.testing.assert_close(shared(torch.ones(1, 4)).shape[-1], network.config.num_attention_heads * 8)
+    assert_close(shared(torch.ones(1, 4)).shape[-1], network.config.num_attention_heads * 8)
     with pytest.raises(NotSupportedError, match="not supported for Diffusers models"):
         made.base_model.unload_shadow()
     unloaded = made.unload()

@@ -22,7 +22,7 @@ import nbpeft
 from nbpeft.errors import AdapterError, ConfigError, MergeError, NbpeftError
 from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
-from tests.closeness import assert_close
+from tests.closeness import assert_approximates, assert_close
 from tests.memory.measured_peak import SHAPES, real_peak
 from tests.tiny_models import LLAMA, classifier, gpt2, llama, logits, randomize, same_state, state, tokens
 
@@ -105,7 +105,8 @@ def test_start_training_and_files_are_those_of_peft(case: str, tmp_path: Path) -
     assert case == "head-too" or torch.equal(logits(ours), logits(base()))
     labels = CLASSES if case == "classifier" else tokens()
     (found, generator), (wanted, other) = steps(ours, labels), steps(theirs, labels)
-    assert found == pytest.approx(wanted, abs=1e-5) and torch.equal(generator, other) and wanted[-1] < wanted[0]
+    assert_close(found, wanted)
+    assert torch.equal(generator, other) and wanted[-1] < wanted[0]
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     saved, those = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
@@ -323,7 +324,7 @@ def test_a_saved_network_is_read_and_its_embedding_stays(projected: bool, tmp_pa
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     loss, wanted = (one(input_ids=tokens(), labels=tokens()).loss for one in made)
     loss.backward()
-    assert float(loss) == pytest.approx(float(wanted), abs=1e-5)
+    assert_close(float(loss), float(wanted))
     own = ours.base_model.shadow_backbone["default"]
     assert torch.equal(own.layers[0].mlp.up_proj.weight, network.layers[0].mlp.up_proj.weight)
     assert own.embed_tokens.weight.grad is None and own.norm.weight.grad is not None
@@ -535,4 +536,4 @@ def test_a_forecast_is_what_the_allocator_sees() -> None:
     settings: dict[str, Any] = {"batch_size": 2, "max_length": 48, "dtype": torch.float32, "quantization": None}
     foreseen = forecast(shape, adapter, optim="adamw", device="cpu", **settings).peak_bytes
     measured = real_peak(architecture_of(shape, adapter), adapter, optimizer=torch.optim.AdamW, **settings)
-    assert foreseen == pytest.approx(measured, rel=0.03)
+    assert_approximates(foreseen, measured, 0.03)

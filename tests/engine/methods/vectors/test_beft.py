@@ -18,6 +18,7 @@ from nbpeft.engine.config.targets import usual_model_types
 from nbpeft.engine.contract.registry import methods
 from nbpeft.errors import MergeError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close, differ
 from tests.tiny_models import llama, logits, randomize
 
 
@@ -40,7 +41,7 @@ def test_merged_biases_are_those_of_peft(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     theirs: Any = peft.PeftModel.from_pretrained(opt(), tmp_path).merge_and_unload()
     ours = model.merge_and_unload()
-    torch.testing.assert_close(logits(ours), expected, atol=1e-6, rtol=0)
+    assert_close(logits(ours), expected)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
     changed = [name for name, tensor in opt().state_dict().items() if not torch.equal(tensor, ours.state_dict()[name])]
@@ -52,7 +53,7 @@ def test_without_a_bias_in_the_base_it_learns_and_is_not_merged() -> None:
         model = get_peft_model(llama(), nbpeft.BeftConfig(target_modules=["v_proj", "down_proj"]))
     randomize(model, scale=0.5)
     expected = logits(model.eval())
-    assert not torch.allclose(expected, logits(llama()), atol=1e-3)
+    assert differ(expected, logits(llama()))
     with pytest.raises(MergeError, match="adds a bias, but the base layer has no bias"):
         model.merge_adapter()
     config, tensors = nbpeft.convert_to_lora(model, rank=1)
@@ -61,7 +62,7 @@ def test_without_a_bias_in_the_base_it_learns_and_is_not_merged() -> None:
         warnings.simplefilter("ignore")
         lora = get_peft_model(llama(), config)
     nbpeft.set_peft_model_state_dict(lora, tensors)
-    torch.testing.assert_close(logits(lora.eval()), expected, atol=1e-6, rtol=0)
+    assert_close(logits(lora.eval()), expected)
 
 
 def quantized(kind: str) -> nn.Module:
@@ -94,6 +95,6 @@ def test_a_quantized_weight_is_not_rounded_again(kind: str) -> None:
             warnings.simplefilter("error")
             model.merge_adapter()
         assert all(torch.equal(*pair) for pair in zip(before, stored(model), strict=True))
-        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=0)
+        assert_close(layer(x), expected)
         model.unmerge_adapter()
         assert torch.equal(layer.base_layer.bias, bias)

@@ -15,6 +15,7 @@ from nbpeft.errors import AdapterError, ConfigError, HotSwapError
 from nbpeft.memory import forecast
 from nbpeft.model import AdapterPool, PeftModel, get_peft_model, hotswap_adapter
 from nbpeft.session import Session
+from tests.closeness import assert_close
 from tests.tiny_models import adapted, gpt2, llama, logits, tokens
 
 
@@ -44,7 +45,7 @@ def test_defaults_are_those_of_peft_and_files_go_both_ways(build: Any, tmp_path:
     assert mine == {key: tuple(value.shape) for key, value in peft.get_peft_model_state_dict(theirs).items()}
     ours.save_pretrained(tmp_path / "ours")
     loaded = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(loaded), logits(ours))
+    assert_close(logits(loaded), logits(ours))
     loaded.save_pretrained(tmp_path / "theirs")
     again = PeftModel.from_pretrained(build(), tmp_path / "theirs")
     assert torch.equal(logits(again), logits(ours))
@@ -70,7 +71,7 @@ def test_feed_forward_layers_are_among_the_targets_and_folders_load_again(
     assert sum(vector.shape[0] == 1 for vector in vectors) == inputs
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
-    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path).eval()), logits(model))
+    assert_close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path).eval()), logits(model))
 
 
 def test_it_starts_at_the_base_trains_and_merges() -> None:
@@ -85,10 +86,10 @@ def test_it_starts_at_the_base_trains_and_merges() -> None:
     draw(model.eval(), "default", 1)
     expected = logits(model)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), expected)
+    assert_close(logits(model), expected)
     model.unmerge_adapter()
     assert torch.equal(logits(model), expected)
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected)
+    assert_close(logits(model.merge_and_unload()), expected)
 
 
 def test_alone_it_costs_no_second_product() -> None:
@@ -124,17 +125,17 @@ def test_beside_low_rank_rows_switches_and_scales() -> None:
     with torch.no_grad():
         mixed = model(input_ids=ids, adapter_names=["lora", "ia3", "__base__"]).logits
     for row, name in enumerate(("lora", "ia3", "__base__")):
-        torch.testing.assert_close(mixed[row], alone[name][row])
+        assert_close(mixed[row], alone[name][row])
     session = Session()
     session.register(model, name="model")
     session.scale("ia3", 0.0)
-    torch.testing.assert_close(logits(model, ids), alone["__base__"])
+    assert_close(logits(model, ids), alone["__base__"])
     session.scale("ia3", 1.0)
-    torch.testing.assert_close(logits(model, ids), alone["ia3"])
+    assert_close(logits(model, ids), alone["ia3"])
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
     with pytest.warns(UserWarning, match="a scale of 2 has no effect on adapter 'ia3'"):
         layer.scale_layer(2.0)  # as diffusers' loop over layers does
-    torch.testing.assert_close(logits(model, ids), alone["ia3"])
+    assert_close(logits(model, ids), alone["ia3"])
     assert not isinstance(layer, nbpeft.LoraLayer)
     assert isinstance(model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj"), nbpeft.LoraLayer)
 
@@ -147,10 +148,10 @@ def test_combining_its_own_kind_and_no_other() -> None:
     model.add_weighted_adapter(["a", "b"], [0.7, 0.5], "exact", combination_type="exact")
     first, second = (model.manager.weights(name).adapters for name in ("a", "b"))
     for path, made in model.manager.weights("peft").adapters.items():
-        torch.testing.assert_close(made["ia3_l"], 0.7 * first[path]["ia3_l"] + 0.3 * second[path]["ia3_l"])
+        assert_close(made["ia3_l"], 0.7 * first[path]["ia3_l"] + 0.3 * second[path]["ia3_l"])
     for path, made in model.manager.weights("exact").adapters.items():
         wanted = 1 + 0.7 * (first[path]["ia3_l"] - 1) + 0.5 * (second[path]["ia3_l"] - 1)
-        torch.testing.assert_close(made["ia3_l"], wanted)
+        assert_close(made["ia3_l"], wanted)
     with pytest.raises(ConfigError, match=r".IA.³ has no combination_type 'svd'; choose from exact, linear"):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type="svd")
     model.add_adapter("lora", nbpeft.LoraConfig(target_modules=["q_proj"]))
@@ -186,7 +187,7 @@ def test_two_merged_at_once_are_their_sum_with_the_bias_too() -> None:
     model.set_adapter(["a", "b"])
     before = logits(model)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+    assert_close(logits(model), before)
     model.unmerge_adapter()
     assert torch.equal(logits(model), before)
 
@@ -205,7 +206,7 @@ def test_hot_swapping_and_pools(tmp_path: Path) -> None:
     pool = AdapterPool(llama(), 1.4 * size, adapters=folders)
     for name in ("a", "b", "a"):
         pool.set_adapter(name)
-        torch.testing.assert_close(logits(pool.model), expected[name])
+        assert_close(logits(pool.model), expected[name])
 
 
 def test_forecast_preview_panel_card_and_script(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import nbpeft
 from nbpeft.errors import TargetError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import gpt2, llama, logits, randomize, tokens
 
 
@@ -38,18 +39,18 @@ def test_other_layers_are_trained_as_a_whole_as_in_peft(make: Any, target_module
     assert {name for name, one in ours.named_parameters() if one.requires_grad} == {
         name for name, one in theirs.named_parameters() if one.requires_grad
     }
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-4)
+    assert_close(logits(ours), logits(theirs))
     for model in (ours, theirs):
         model(input_ids=tokens(), labels=tokens()).loss.backward()
     gradients = {name: one.grad for name, one in theirs.named_parameters() if one.requires_grad}
     for name, one in ours.named_parameters():
         if one.requires_grad:
-            torch.testing.assert_close(one.grad, gradients[name], atol=1e-5, rtol=1e-4)
+            assert_close(one.grad, gradients[name])
     theirs.save_pretrained(tmp_path / "theirs")
     again = PeftModel.from_pretrained(make(), tmp_path / "theirs").eval()
     assert torch.equal(logits(again), logits(ours))
     expected = logits(ours)
-    torch.testing.assert_close(logits(ours.merge_and_unload()), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(ours.merge_and_unload()), expected)
 
 
 def test_a_quantized_layer_is_refused() -> None:
@@ -74,5 +75,5 @@ def test_the_norm_runs_once_and_its_own_weight_stays() -> None:
     model.set_adapter(["default", "lora"])  # now as a difference that is added
     both = logits(model)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), both, atol=1e-5, rtol=1e-4)
+    assert_close(logits(model), both)
     assert not torch.equal(both, changed)

@@ -13,6 +13,7 @@ import nbpeft
 from nbpeft.engine.methods.vectors.trainable_tokens import _REQUESTED
 from nbpeft.errors import ConfigError
 from nbpeft.model import get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import llama, randomize
 
 
@@ -51,13 +52,13 @@ def test_trained_rows_replace_those_of_the_table_where_they_are_looked_up_and_me
     layer = next(iter(model.manager.layers.values()))
     adapter, table = layer.adapter("default"), base.weight.clone()
     table[[5, 2]] = adapter.rows
-    torch.testing.assert_close(model(ids), F.embedding(ids, table) * 3.5)
+    assert_close(model(ids), F.embedding(ids, table) * 3.5)
     change = (table - base.weight).T
-    torch.testing.assert_close(adapter.delta_weight(base.weight.T.clone(), layer.base), change)
+    assert_close(adapter.delta_weight(base.weight.T.clone(), layer.base), change)
     for share in (1.0, 0.25):
         merged = base.weight.T.clone()
         adapter.add_to_(merged, layer.base, share)
-        torch.testing.assert_close(merged, base.weight.T + change * share)
+        assert_close(merged, base.weight.T + change * share)
 
 
 @pytest.mark.parametrize("companion", [False, True])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model
+from tests.closeness import assert_close
 from tests.tiny_models import llama, logits, randomize, tokens
 
 FIELDS: dict[str, Any] = {
@@ -65,12 +66,12 @@ def pattern_of(model: Any) -> dict[str, list[bool]]:
 
 def test_training_takes_the_ranks_that_peft_takes_and_files_go_both_ways(tmp_path: Path) -> None:
     ours, theirs = pair(tmp_path / "start")
-    assert train(ours) == pytest.approx(train(theirs), abs=1e-3)
+    assert_close(train(ours), train(theirs))
     pattern = pattern_of(ours)
     assert pattern == pattern_of(theirs)
     assert sum(map(sum, pattern.values())) == 2 * len(pattern) and len({sum(left) for left in pattern.values()}) > 1
     expected = logits(ours.eval())
-    torch.testing.assert_close(logits(theirs.eval()), expected, atol=1e-3, rtol=1e-3)
+    assert_close(logits(theirs.eval()), expected)
 
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
@@ -79,17 +80,17 @@ def test_training_takes_the_ranks_that_peft_takes_and_files_go_both_ways(tmp_pat
     configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")]
     assert configs[0]["rank_pattern"] == configs[1]["rank_pattern"]
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits(loaded), expected)
     again = PeftModel.from_pretrained(llama(), tmp_path / "ours", is_trainable=True).eval()
-    torch.testing.assert_close(logits(again), expected, atol=1e-6, rtol=0)
+    assert_close(logits(again), expected)
     back = PeftModel.from_pretrained(llama(), tmp_path / "theirs").eval()
-    torch.testing.assert_close(logits(back), logits(theirs), atol=1e-5, rtol=1e-4)
+    assert_close(logits(back), logits(theirs))
 
     train(again)  # goes on with the ranks that are left
     again.save_pretrained(tmp_path / "again")
     assert all(len(left) == 6 for left in pattern_of(again).values())
     reloaded = PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
-    torch.testing.assert_close(logits(reloaded), logits(again.eval()), atol=1e-6, rtol=0)
+    assert_close(logits(reloaded), logits(again.eval()))
 
 
 def test_a_second_call_after_one_step_does_nothing(tmp_path: Path) -> None:

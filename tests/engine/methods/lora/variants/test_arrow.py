@@ -17,6 +17,7 @@ import nbpeft
 from nbpeft.engine.methods.lora.variants import arrow
 from nbpeft.errors import ConfigError, MergeError, NbpeftError
 from nbpeft.model import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
+from tests.closeness import assert_close, differ, is_close
 from tests.tiny_models import llama, logits, same_state, state, tokens
 
 TARGETS = ["q_proj", "down_proj"]
@@ -54,16 +55,12 @@ def both(experts: list[str], **settings: Any) -> tuple[PeftModel, Any]:
     return ours(experts, **settings), peft.create_arrow_model(llama(), experts[:3], config, experts[3:]).eval()
 
 
-def close(first: Tensor, second: Tensor, atol: float = 1e-5) -> bool:
-    return torch.allclose(first, second, atol=atol, rtol=0)
-
-
 @pytest.mark.parametrize("use_gks", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_gives_what_peft_gives(experts: list[str], top_k: int, use_gks: bool) -> None:
     mine, theirs = both(experts, top_k=top_k, use_gks=use_gks, router_temperature=0.6)
-    assert close(logits(mine), logits(theirs))
-    assert not close(logits(mine), logits(llama()), atol=0.1)
+    assert_close(logits(mine), logits(theirs))
+    assert differ(logits(mine), logits(llama()))
     ids = tokens(2, 5)
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(mine.generate(input_ids=ids, **options), theirs.generate(input_ids=ids, **options))
@@ -77,7 +74,8 @@ def test_adapters_added_later_are_routed_over_as_in_peft(experts: list[str], use
         model.add_adapter("late", config(r=3, lora_alpha=12, target_modules=TARGETS))
         draw(model, "late", 17)
         model.set_adapter("arrow_router")
-    assert close(logits(mine), logits(theirs)) and not close(logits(mine), before[0], atol=1e-3)
+    assert_close(logits(mine), logits(theirs))
+    assert differ(logits(mine), before[0])
 
 
 def learned(model: Any, steps: int, **options: Any) -> tuple[dict[str, Tensor], list[float]]:
@@ -101,8 +99,9 @@ def learned(model: Any, steps: int, **options: Any) -> tuple[dict[str, Tensor], 
 def test_adapters_learn_through_it_as_in_peft(experts: list[str], use_gks: bool) -> None:
     mine, theirs = (learned(model, 8) for model in both(experts, top_k=2, use_gks=use_gks))
     assert mine[0].keys() == theirs[0].keys() and len(mine[0]) == 24
-    assert all(close(mine[0][key], theirs[0][key]) for key in mine[0])
-    assert mine[1] == pytest.approx(theirs[1], abs=1e-3) and mine[1][-1] < mine[1][0]
+    assert all(is_close(mine[0][key], theirs[0][key]) for key in mine[0])
+    assert_close(mine[1], theirs[1])
+    assert mine[1][-1] < mine[1][0]
 
 
 def test_prototypes_are_exact_where_the_first_direction_is_hardly_ahead() -> None:
@@ -112,7 +111,7 @@ def test_prototypes_are_exact_where_the_first_direction_is_hardly_ahead() -> Non
     values[:4] = torch.tensor([1.0, 0.99, 0.98, 0.97])
     lora_A, lora_B = right[:4], left[:, :4] * values[:4]
     found = arrow.prototype(lora_A, lora_B)
-    assert close((found @ right[0]).abs(), torch.ones(()), atol=1e-6)
+    assert_close((found @ right[0]).abs(), torch.ones(()), depth=1)
     config: Any = peft.tuners.lora.ArrowConfig(rng_seed=0)
     config.task_adapter_names = []
     layer: Any = peft.tuners.lora.arrow.ArrowLoraLinearLayer(20, config)
@@ -127,7 +126,7 @@ def test_general_knowledge_is_subtracted_without_changing_the_adapters(experts: 
         logits(model)
         model.set_adapter("task_0")
     assert torch.equal(logits(mine), logits(alone))
-    assert not close(logits(theirs), logits(alone), atol=1e-3)
+    assert differ(logits(theirs), logits(alone))
 
 
 def test_prototypes_are_kept_until_a_factor_changes(experts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +177,7 @@ def test_routers_are_read_from_files_of_both(experts: list[str], library: Any, t
     model = ours(experts, use_gks=True)
     with warnings.catch_warnings(action="error"):
         model.load_adapter(str(tmp_path / "arrow_router"), "router")
-    assert not close(logits(model), logits(mine))
+    assert differ(logits(model), logits(mine))
     model.set_adapter("router")
     assert torch.equal(logits(model), logits(mine))
     with pytest.raises(ConfigError, match=r"Arrow has no adapter|'task_0', which is not on the layer|needs general"):
@@ -194,7 +193,7 @@ def test_rows_and_scopes(experts: list[str]) -> None:
         alone = logits(model, ids)
     with model.disable_adapter():
         expected = [routed[0], alone[1], logits(model, ids)[2]]
-    assert close(found, torch.stack(expected))
+    assert_close(found, torch.stack(expected))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin, ids), routed)
 
@@ -212,7 +211,7 @@ def test_the_bias_of_an_adapter_is_added_as_well(tmp_path: Path) -> None:
         for layer in alone.manager.layers.values():
             layer.adapter("default").get_parameter("lora_B_bias").fill_(0.3)
     alone.save_pretrained(folder)
-    assert close(logits(create_arrow_model(llama(), [folder], ArrowConfig())), logits(alone))
+    assert_close(logits(create_arrow_model(llama(), [folder], ArrowConfig())), logits(alone))
 
 
 def test_what_fails_leaves_the_model_as_it_was(experts: list[str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nbpeft.engine.methods.lora.variants.velora import DIRECTION
 from nbpeft.errors import ConfigError, HotSwapError
 from nbpeft.model import LoraConfig, PeftModel, VeloraConfig, get_peft_model, hotswap_adapter
+from tests.closeness import assert_close, is_close
 from tests.tiny_models import llama, logits, randomize, tokens
 
 TARGETS = ["q_proj", "down_proj"]
@@ -53,14 +54,14 @@ def directions(model: Any) -> list[Tensor]:
 @every_setting
 def test_learns_as_in_peft(settings: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = both(settings, tmp_path)
-    torch.testing.assert_close(logits(ours.eval()), logits(theirs.eval()), atol=1e-5, rtol=0)
+    assert_close(logits(ours.eval()), logits(theirs.eval()))
     found, expected = gradients(ours), gradients(theirs)
     assert found.keys() == expected.keys() and len(found) == 8
     for name in found:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(directions(ours), directions(theirs))
+        assert_close(found[name], expected[name])
+    assert_close(directions(ours), directions(theirs))
     layers = [model.base_model.model.model.layers[1].mlp.down_proj for model in (ours, theirs)]
-    torch.testing.assert_close(*(getattr(layer, DIRECTION)["default"] for layer in layers))
+    assert_close(*(getattr(layer, DIRECTION)["default"] for layer in layers))
     losses: list[list[float]] = [[], []]
     for model, record in zip((ours, theirs), losses, strict=True):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
@@ -70,8 +71,9 @@ def test_learns_as_in_peft(settings: dict[str, Any], tmp_path: Path) -> None:
             loss.backward()
             optimizer.step()
             record.append(float(loss.detach()))
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and losses[0][-1] < losses[0][0]
-    torch.testing.assert_close(logits(ours.eval()), logits(theirs.eval()), atol=1e-3, rtol=1e-3)
+    assert_close(losses[0], losses[1])
+    assert losses[0][-1] < losses[0][0]
+    assert_close(logits(ours.eval()), logits(theirs.eval()))
 
 
 @every_setting
@@ -84,10 +86,10 @@ def test_files_go_both_ways(settings: dict[str, Any], tmp_path: Path) -> None:
     mine, other = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs"))
     assert mine.keys() == other.keys() and len(mine) == 12
     for name in mine:
-        torch.testing.assert_close(mine[name], other[name])
+        assert_close(mine[name], other[name])
     again = PeftModel.from_pretrained(llama(), tmp_path / "theirs")
     assert torch.equal(logits(again), logits(ours.eval()))
-    torch.testing.assert_close(directions(again), directions(ours))
+    assert_close(directions(again), directions(ours))
     config = again.peft_config["default"]
     assert config.velora_config == VeloraConfig(**settings)
     assert vars(peft.PeftConfig.from_pretrained(tmp_path / "ours").velora_config) == vars(config.velora_config)
@@ -104,7 +106,7 @@ def test_all_but_the_gradient_of_A_is_that_of_LoRA(changes: dict[str, Any]) -> N
         output.square().mean().backward()
         exact = [p.grad for name, p in model.named_parameters() if p.grad is not None and "lora_A" not in name]
         learned.append((output, inputs.grad, exact))
-    torch.testing.assert_close(learned[0], learned[1], atol=1e-6, rtol=1e-4)
+    assert_close(learned[0], learned[1])
 
 
 def test_it_is_exact_where_a_piece_is_one_feature() -> None:
@@ -112,7 +114,7 @@ def test_it_is_exact_where_a_piece_is_one_feature() -> None:
         gradients(velora({"num_groups": 64}, target_modules=["down_proj"])),
         gradients(velora({}, target_modules=["down_proj"])),
     )
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    assert_close(found, expected)
 
 
 def test_checkpointing_and_functional_calls_give_the_same_gradients() -> None:
@@ -127,7 +129,7 @@ def test_checkpointing_and_functional_calls_give_the_same_gradients() -> None:
         given = {"input_ids": tokens(), "labels": tokens()}
         return torch.func.functional_call(model, parameters, (), given).loss  # type: ignore[no-any-return]
 
-    torch.testing.assert_close(torch.func.grad(loss)(own), plain, atol=1e-6, rtol=1e-4)
+    assert_close(torch.func.grad(loss)(own), plain)
 
 
 def kept_bytes(model: Any) -> int:
@@ -169,12 +171,12 @@ def test_the_direction_of_the_first_batch_stays(tmp_path: Path) -> None:
     gradients(model)
     first = copy.deepcopy(directions(model))
     model.train()(input_ids=tokens(seed=8))
-    torch.testing.assert_close(directions(model), first)
+    assert_close(directions(model), first)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).train()
     again(input_ids=tokens(seed=8))
-    torch.testing.assert_close(directions(again), first)
-    assert all(torch.allclose(one.norm(), torch.ones(())) for one in first)
+    assert_close(directions(again), first)
+    assert all(is_close(one.norm(), torch.ones(())) for one in first)
 
 
 def test_what_does_not_go_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from nbpeft.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from nbpeft.memory import forecast
 from nbpeft.model import PeftModel, get_peft_model
 from nbpeft.training import train
+from tests.closeness import assert_close, assert_same
 from tests.tiny_models import gpt2, llama, logits, randomize, same_state, state, tokens
 
 GENERATE: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -98,17 +99,18 @@ def test_start_calls_steps_and_files_are_those_of_peft(name: str, adapters: dict
     start, expected = classifier_of(ours), classifier_of(theirs)
     assert start.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(start[key], value, atol=0, rtol=0)
+        assert_same(start[key], value)
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     assert (logits(ours) - logits(llama())).abs().max() > 0.01
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(ours.get_latest_scalings(), theirs.get_latest_scalings(), atol=1e-5, rtol=1e-4)
+    assert_close(logits(ours), logits(theirs))
+    assert_close(ours.get_latest_scalings(), theirs.get_latest_scalings())
     assert torch.equal(*(model.generate(input_ids=tokens(), **GENERATE) for model in (ours, theirs)))
     losses = steps(ours), steps(theirs)
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][-1] < losses[0][0]
+    assert_close(losses[0], losses[1])
+    assert losses[0][-1] < losses[0][0]
     ours.eval().save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(llama(use_cache=False), tmp_path).eval()
-    torch.testing.assert_close(logits(loaded), logits(ours), atol=1e-5, rtol=1e-4)
+    assert_close(logits(loaded), logits(ours))
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(ours))
 
 
@@ -132,7 +134,7 @@ def test_embeddings_are_weighed_as_in_peft(tmp_path: Path) -> None:
         ours, theirs = both(own)
         ours.internal_xlora_classifier.layers[0].weight.data.normal_()
         theirs.internal_xlora_classifier.layers[0].weight.data.copy_(ours.internal_xlora_classifier.layers[0].weight)
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-4)
+    assert_close(logits(ours), logits(theirs))
     assert (logits(ours) - logits(llama())).abs().max() > 0.01
 
 
@@ -159,7 +161,7 @@ def test_what_is_logged_and_set_is_as_in_peft(adapters: dict[str, str]) -> None:
     assert len(log) == len(expected) == GENERATE["max_new_tokens"] and buckets.keys() == theirs.keys()
     assert [places for places, _ in buckets.values()] == [places for places, _ in theirs.values()]
     for found, one in zip(log, expected, strict=True):
-        torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-4)
+        assert_close(found, one)
 
 
 def test_settings_are_saved_and_refused_where_impossible(adapters: dict[str, str], tmp_path: Path) -> None:
@@ -202,10 +204,10 @@ def test_a_cache_is_handed_on_from_call_to_call(adapters: dict[str, str]) -> Non
     other = model(input_ids=ids[:, 5:7], past_key_values=first.past_key_values)
     last = model(input_ids=ids[:, 7:], past_key_values=copy.deepcopy(other.past_key_values))
     found = torch.cat([one.logits for one in (first, other, last)], 1)
-    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+    assert_close(found, whole)
     other.past_key_values.crop(-2)
     again = model(input_ids=ids[:, 5:], past_key_values=other.past_key_values)
-    torch.testing.assert_close(again.logits, whole[:, 5:], atol=1e-5, rtol=1e-4)
+    assert_close(again.logits, whole[:, 5:])
 
 
 def test_a_cache_without_the_first_pass_is_refused(adapters: dict[str, str]) -> None:
@@ -235,7 +237,7 @@ def test_each_row_of_a_mixed_batch_is_as_alone(adapters: dict[str, str]) -> None
     for row, name in enumerate(names):
         one = ids[row : row + 1]
         with model.disable_adapter() if name == "__base__" else model.use(name):
-            torch.testing.assert_close(found[row], logits(model, one)[0], atol=1e-5, rtol=1e-4)
+            assert_close(found[row], logits(model, one)[0])
             assert torch.equal(beams[row], model.generate(input_ids=one, **GENERATE, num_beams=2)[0]), name
     model.base_model.set_adapter(["default", "plain"])
     assert (logits(model, ids) - found).abs().amax((1, 2)).min() > 1e-3
@@ -255,7 +257,7 @@ def test_two_that_begin_at_other_layers_share_a_first_pass(adapters: dict[str, s
         model.get_base_model().model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         found.append(logits(model.eval()))
         assert len(calls) == 2
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+    assert_close(*found)
 
 
 def test_the_base_model_called_by_itself_acts_likewise(adapters: dict[str, str]) -> None:
@@ -283,7 +285,7 @@ def test_checkpointing_computes_with_the_weights_of_the_call(whole: bool, adapte
         gradients.append([one.grad for one in model.parameters() if one.requires_grad])
     for found, expected in zip(*gradients, strict=True):
         assert found is not None and expected is not None
-        torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-5)
+        assert_close(found, expected)
     assert min(one.abs().max() for one in gradients[0] if one is not None) > 0
 
 
@@ -332,7 +334,7 @@ def test_a_folder_holds_the_adapters_and_needs_no_other(tmp_path: Path) -> None:
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "moved")), expected)
     alone = peft.PeftModel.from_pretrained(llama(), tmp_path / "moved" / "1").eval()
     found = logits(PeftModel.from_pretrained(llama(), tmp_path / "moved" / "1"))
-    torch.testing.assert_close(found, logits(alone), atol=1e-5, rtol=1e-4)
+    assert_close(found, logits(alone))
 
 
 def test_other_places_of_the_adapters_can_be_given(adapters: dict[str, str], tmp_path: Path) -> None:
@@ -364,7 +366,7 @@ def test_a_file_of_peft_is_read_and_what_it_lacks_is_told(adapters: dict[str, st
     equal = {name for name in expected if torch.equal(own[name], expected[name])}
     assert {name.split(".")[1] for name in expected.keys() - equal} == {"0", "2"}
     loaded.internal_xlora_classifier.load_state_dict(theirs.internal_xlora_classifier.state_dict())
-    torch.testing.assert_close(logits(loaded), logits(theirs), atol=1e-5, rtol=1e-4)
+    assert_close(logits(loaded), logits(theirs))
 
 
 def test_a_failed_start_leaves_the_model_as_it_was(adapters: dict[str, str]) -> None:
@@ -410,7 +412,7 @@ def test_a_bias_is_weighed_with_its_adapter(tmp_path: Path) -> None:
         model.internal_xlora_classifier.layers[0].bias.data.copy_(torch.tensor([40.0, -40.0]))
     assert (logits(ours) - logits(theirs)).abs().max() > 0.01
     alone = PeftModel.from_pretrained(llama(), tmp_path / "expert0")
-    torch.testing.assert_close(logits(ours), logits(alone), atol=1e-5, rtol=1e-4)
+    assert_close(logits(ours), logits(alone))
 
 
 @torch.no_grad()
@@ -422,7 +424,7 @@ def test_an_adapter_whose_steps_are_modules_is_weighed_likewise(adapters: dict[s
         expert.bind(observed=None)
         plain = xlora._weighed(expert, x, output, layer.base, given)
         expert.bind(observed={})
-        torch.testing.assert_close(xlora._weighed(expert, x, output, layer.base, given), plain)
+        assert_close(xlora._weighed(expert, x, output, layer.base, given), plain)
 
 
 def test_names_in_a_file_are_those_of_peft() -> None:
@@ -543,7 +545,7 @@ def test_one_adapter_on_gpt2_acts_as_alone(tmp_path: Path) -> None:
     alone = get_peft_model(gpt2(), nbpeft.LoraConfig(r=2, **targets)).eval()
     alone.save_pretrained(tmp_path)
     model = get_peft_model(gpt2(), nbpeft.XLoraConfig(adapters={"0": str(tmp_path)}, task_type="CAUSAL_LM")).eval()
-    torch.testing.assert_close(logits(model), logits(alone), atol=1e-5, rtol=1e-4)
+    assert_close(logits(model), logits(alone))
     assert torch.equal(*(one.generate(input_ids=tokens(), **GENERATE) for one in (model, alone)))
 
 
