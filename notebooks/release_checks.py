@@ -276,7 +276,7 @@ def wrong_metadata(told: Message) -> Iterator[str]:
     expected = {
         "Name": "nbpeft",
         "Version": own_version(),
-        "License-Expression": "Apache-2.0",
+        "License-Expression": "Apache-2.0 AND BSD-2-Clause",
         "License-File": "LICENSE",
         "Requires-Python": ">=3.11",
         "Description-Content-Type": "text/markdown",

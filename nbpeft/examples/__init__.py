@@ -2,8 +2,8 @@
 
     small_model, small_model_path     SmolLM2-135M-Instruct, from a package or the Hub
     order_codes, dates, filters, records     tasks: (training rows, held-out rows)
-    code_table          all codes of order_codes as a text
-    prompted            the same rows with solved examples, or a text, before each prompt
+    pronunciations      a task on public data: how English words sound, with the metrics word_right and symbols_right
+    prompted            the same rows with solved examples before each prompt
     Scores              a chart of scores of ``nbpeft.score``
     Times               a chart of durations
     Costs, Trained      a chart of the scores and costs of several trainings
@@ -20,8 +20,9 @@ Importing this imports neither torch nor transformers.
 
 from nbpeft.examples.base_model import HUB_NAME, small_model, small_model_path
 from nbpeft.examples.costs import Costs, Trained
+from nbpeft.examples.pronunciations import pronunciations, symbols_right, word_right
 from nbpeft.examples.scores import Scores
-from nbpeft.examples.tasks import Row, code_table, dates, filters, order_codes, prompted, records
+from nbpeft.examples.tasks import Row, dates, filters, order_codes, prompted, records
 from nbpeft.examples.times import Times
 
 __all__ = [
@@ -31,12 +32,14 @@ __all__ = [
     "Scores",
     "Times",
     "Trained",
-    "code_table",
     "dates",
     "filters",
     "order_codes",
     "prompted",
+    "pronunciations",
     "records",
     "small_model",
     "small_model_path",
+    "symbols_right",
+    "word_right",
 ]

@@ -204,13 +204,6 @@ def order_codes(rng: random.Random, new: bool) -> Row:
     return _row(f"Order: {order}\nCode:", f"{_ITEMS[name]}-{count}-{_CITIES[place]}")
 
 
-def code_table() -> str:
-    """All codes of ``order_codes``, as a text to put before a prompt: ``lamps = NP35``, and so on."""
-    lines = [f"{name} = {code}" for name, code in _ITEMS.items()]
-    lines += ["", "Codes of cities:", *(f"{name} = {code}" for name, code in _CITIES.items())]
-    return "\n".join(["Codes of items:", *lines, "", ""])
-
-
 @_task
 def dates(rng: random.Random, new: bool) -> Row:
     """Sentences with a date, and the date in ISO 8601: ``We met on 3 May 1987.`` becomes ``1987-05-03``.
@@ -253,21 +246,20 @@ def records(rng: random.Random, new: bool) -> Row:
     return _row(f"Order: {text[0].upper()}{text[1:]}\nRecord:", record)
 
 
-def prompted(rows: Sequence[Row], examples: Sequence[Row], shots: int = 3, *, before: str = "") -> list[Row]:
+def prompted(rows: Sequence[Row], examples: Sequence[Row], shots: int = 3) -> list[Row]:
     """The same rows with solved examples before each prompt.
 
     Args:
         rows: rows to answer.
         examples: rows from which to take the examples, e.g. the training rows.
         shots: number of examples: the first ones, the same for all rows.
-        before: a text before the examples, e.g. ``code_table()``.
 
     Raises:
         ConfigError: there are not enough examples.
     """
     if not 0 <= shots <= len(examples):
         raise ConfigError(f"shots={shots}: there are {len(examples)} examples", field="shots")
-    before += "".join(f"{row['prompt']}{row['completion']}\n\n" for row in examples[:shots])
+    before = "".join(f"{row['prompt']}{row['completion']}\n\n" for row in examples[:shots])
     return [{**row, "prompt": before + row["prompt"]} for row in rows]
 
 

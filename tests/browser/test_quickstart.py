@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.real_model]
 
 
 # Numbers, since after a short training the text may still be the base model's.
-ANSWER = """question = tokenizer("Order: Oslo needs 31 lamps.\\nCode:", return_tensors="pt")
+ANSWER = """question = tokenizer("s h e l t e r =", return_tensors="pt")
 print(model(**question).logits[0, -1].topk(4).values.tolist())"""
 
 
@@ -25,7 +25,7 @@ def with_panel(folder: Path) -> tuple[Path, dict[str, int]]:
     Cells that score other prompts and a second model are left out: ``tests/notebooks`` runs them.
     """
     notebook = shortened(nbformat.read(NOTEBOOKS / "01_lora_finetuning.ipynb", 4), steps=12, rows=2)
-    notebook.cells = [cell for cell in notebook.cells if not re.search(r"\b(scores|fresh)\b", cell.source)]
+    notebook.cells = [cell for cell in notebook.cells if not re.search(r"\b(results|fresh)\b", cell.source)]
     for cell in notebook.cells:
         cell.get("outputs", []).clear()
     added = ("%lora panel adapters model", ANSWER, "STEPS = 5000")
@@ -50,12 +50,12 @@ def test_quickstart(open_notebook: Opener, pictures: Path, app: str, tmp_path: P
 
     page.click("base", cell=cells["panel"])
     base = answer()
-    page.click("codes", cell=cells["panel"])
-    codes = answer()
-    assert base != codes
+    page.click("sounds", cell=cells["panel"])
+    sounds = answer()
+    assert base != sounds
     page.click("base", cell=cells["panel"])
     assert answer() == base
-    page.click("codes", cell=cells["panel"])
+    page.click("sounds", cell=cells["panel"])
     page.screenshot(pictures / f"quickstart-{app}.png")
     for name in ("panel", "train"):
         page.output(cells[name]).screenshot(path=pictures / f"quickstart-{name}-{app}.png")

@@ -86,12 +86,6 @@ def test_prompted() -> None:
         assert row["prompt"].count("Order:") == 4
         assert all(example["prompt"] + example["completion"] in row["prompt"] for example in train[:3])
     assert examples.prompted(held_out, train, 0) == held_out
-    table = examples.code_table()
-    with_table = examples.prompted(held_out, train, 3, before=table)
-    assert [row["prompt"] for row in with_table] == [table + row["prompt"] for row in rows]
-    for row in train:
-        item, _, city = row["completion"].strip().split("-")
-        assert f"= {item}\n" in table and f"= {city}\n" in table, "every code is in the table"
     with pytest.raises(ConfigError, match="shots=11: there are 10 examples"):
         examples.prompted(held_out, train, 11)
 

@@ -78,10 +78,8 @@ def best_prompted(found: Mapping[str, str]) -> float:
 
 def shortened(notebook: Any, *, steps: int, rows: int) -> Any:
     """The notebook with fewer steps of training and fewer held-out rows, which one line of it says."""
-    (line,) = (
-        found for cell in notebook.cells for found in re.findall(r"^STEPS, TEST_ORDERS = .*$", cell.source, re.M)
-    )
-    return replaced(notebook, {line: f"STEPS, TEST_ORDERS = {steps}, {rows}"})
+    (line,) = (found for cell in notebook.cells for found in re.findall(r"^STEPS, TEST_\w+ = .*$", cell.source, re.M))
+    return replaced(notebook, {line: re.sub(r"= .*", f"= {steps}, {rows}", line)})
 
 
 def replaced(notebook: Any, texts: Mapping[str, str]) -> Any:
