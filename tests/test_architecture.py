@@ -243,7 +243,7 @@ RULES = {
         html, ("nbpeft/session/x.py", "'<div>'"), {"nbpeft/session/x.py: <div"}, where=("nbpeft",)
     ),
     "headless layers spell no magic": Rule(
-        cell_spelling, ("nbpeft/model/x.py", "'use %lora on'"), {"nbpeft/model/x.py: %lora"}, where=("nbpeft",)
+        cell_spelling, ("nbpeft/model/x.py", "'%lora use base'"), {"nbpeft/model/x.py: %lora"}, where=("nbpeft",)
     ),
     "a method's tensors are named in methods alone": Rule(
         method_tensors,

@@ -139,7 +139,7 @@ CAUSES: dict[str, Callable[[], Any]] = {
     "path-type": lambda: nbpeft.PeftModel.from_pretrained(llama(), None),  # type: ignore[arg-type]
     "training": lambda: nbpeft.train(llama(), ROWS),
     "not-supported": _patched,
-    "cell": lambda: parse_arguments(SUBCOMMANDS["off"], "%lora off", tokenize("x"), {}),
+    "cell": lambda: parse_arguments(SUBCOMMANDS["undo"], "%lora undo", tokenize("x"), {}),
 }
 """Code -> a call that ends with this error."""
 

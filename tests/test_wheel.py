@@ -101,7 +101,7 @@ cells = [
 for cell in cells:
     shell.run_cell(cell).raise_error()
 print("page", "describe()" in str(shell.run_cell("%lora help --agent").result))
-print("steps", shell.run_cell("%lora result").result.steps)
+print("steps", shell.run_cell("%lora watch --wait").result.steps)
 """
 
 

@@ -21,7 +21,7 @@ class _Step:
 
 
 _SAVE = _Step("Save", "%lora save adapters/{name} --name {name}{model}")
-_PANEL = _Step("Compare", "%lora panel compare{target}", of_answers=True, for_each=False)
+_PANEL = _Step("Compare", "%lora compare --panel{model}", of_answers=True, for_each=False)
 _SCORE = "{score}"
 _THEN = (
     _Step(_SCORE, "%lora score {name} --data {rows}{model}"),
@@ -76,7 +76,6 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         "model": "" if alone else f" --model {model_name}",
         "score": _score_label(train.rows),
         "engine": "ollama" if generates else "transformers",
-        "target": "" if alone else f" {model_name}",
     }
     unsaved = {item.name for item in found if item.unsaved}
     steps = _STEPS if len(names) == 1 else _STEPS_OF_SEVERAL

@@ -43,7 +43,7 @@ _STATUS_TONES: dict[str, Tone] = {
     "stopping": "warning",
 }
 _WORDS = {"pausing": "pausing after this step", "stopping": "stopping after this step"}
-_MORE = "%lora traceback shows where it failed."
+_MORE = "%lora doctor --traceback shows where it failed."
 REWARD = "reward"
 """The curve of the mean reward of a training that learns from rewards."""
 _LONGEST_ANSWER = 400

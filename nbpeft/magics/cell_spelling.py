@@ -22,14 +22,16 @@ _PHRASES = {
     "session.merge(to=…)": "%lora merge --to DIR",
     "session.merge(calibrate=…)": "%lora merge --calibrate ROWS",
     "with members={": "with the line members = {",
-    "model.enable_adapter_layers()": "%lora on",
+    "model.enable_adapter_layers()": "%lora use NAME",
+    "session.result()": "%lora watch --wait",
     "give stop='half' to": "give --stop half to",
     "save_as_lora(DIR, model, rank=64)": "%lora convert NAME --rank 64",
 }
 _ROW_OPTIONS = {"data": "--data", "eval_data": "--eval"}
 _ROWS = re.compile(r"(?<![\w.'\"-])((?:eval_)?data)=\{([^{}…]+: …(?:, [^{}…]+: …)*)\}")
-_CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
+_CALL = re.compile(r"session\.(\w+)\((.*?)\)")
 _UNFREEZE = re.compile(r"model\.set_requires_grad\((.*?)\)")
+_LIST = re.compile(r"\[('[^']*'(?:, '[^']*')*)\]")
 _COLUMNS = re.compile(r"columns=(\{['\"][^{}]*\})")
 _NEVER = "(?!)"
 _GIVEN = r"(?<![\w=])'[^']*'|(?<![\w=])\"[^\"]*\"|%lora \w+ \w+|(?<![\w-])--[\w-]+ \w+"
@@ -42,8 +44,9 @@ _MODEL = re.compile(r"\bmodel='([^']+)'")
 
 
 def _as_command(call: re.Match[str]) -> str:
-    """``session.unfreeze('sql', model='a')`` as ``%lora unfreeze sql --model a``."""
-    return f"%lora {call[1]} {call[2]}".replace("', model='", " --model ").replace("', '", " ").rstrip()
+    """``session.freeze('sql', off=True, model='a')`` as ``%lora freeze sql --off --model a``."""
+    words = _LIST.sub(r"\1", call[2]).replace(", off=True", " --off").replace(", model=", " --model ")
+    return f"%lora {call[1]} {words.replace(', ', ' ').replace(chr(39), '')}".rstrip()
 
 
 def _as_option(columns: re.Match[str]) -> str:
@@ -117,7 +120,7 @@ def in_cell_spelling(said: Any, names: Mapping[str, str] | None = None) -> Any:
     if isinstance(said, str):
         for phrase, cell in _PHRASES.items():
             said = said.replace(phrase, cell)
-        said = _UNFREEZE.sub(r"session.unfreeze(\1)", said)
+        said = _UNFREEZE.sub(r"session.freeze(\1, off=True)", said)
         said = _CALL.sub(_as_command, said)
         said = _ROWS.sub(_with_rows, _COLUMNS.sub(_as_option, said))
         said = _MODEL.sub(_with_model, said)

@@ -16,14 +16,14 @@ FOR_AGENTS = "--agent"
 _AGENTS = "AGENTS.md"
 _CELLS = "Set up and train"
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Which adapters are active": ("use", "off", "on", "scale", "freeze", "unfreeze"),
+    "Which adapters are active": ("use", "scale", "freeze"),
     "Adapters of a model": ("add", "load", "save", "push", "ship", "rename", "copy", "delete", "reset", "undo"),
     "Base weights": ("merge", "unmerge", "unload"),
     "Plan and look at data": ("methods", "plan", "data"),
     "See and compare": ("ask", "compare", "score", "panel", "inspect", "memory"),
     "Several adapters": ("combine", "convert", "swap"),
-    "Trainings": ("watch", "pause", "continue", "stop", "clone", "result", "runs", "resume", "export"),
-    "When something fails": ("doctor", "traceback"),
+    "Trainings": ("watch", "pause", "resume", "stop", "clone", "runs", "export"),
+    "When something fails": ("doctor",),
 }
 _WIDTH = 88
 """The width of plain text, in characters: JupyterLab's tooltip shows about 90."""

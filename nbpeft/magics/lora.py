@@ -177,9 +177,7 @@ class NbpeftMagics(magic.Magics):
         except Exception as error:
             if name != "lora_train":  # in any other command an unexpected exception is a bug of nbpeft
                 raise
-            message = (
-                f"training failed: {type(error).__name__}: {in_one_line(error):.300} (%lora traceback shows where)"
-            )
+            message = f"training failed: {type(error).__name__}: {in_one_line(error):.300} (%lora doctor --traceback)"
             self._keep_traceback(error)
         finally:
             self.session.context.spelled = str

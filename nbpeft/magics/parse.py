@@ -336,20 +336,31 @@ _SYNONYMS = {
     "show": "",
     "remove": "delete",
     "rm": "delete",
-    "activate": "use",
     "set": "use",
-    "enable": "on",
-    "disable": "off",
+    "activate": "use",
+    "enable": "use",
+    "disable": "use base",
     "generate": "ask",
     "eval": "score",
     "evaluate": "score",
     "upload": "push",
 }
 """Words that other tools use for a command; empty for the magic alone."""
+_FORMER = {
+    "result": "watch --wait",
+    "on": "use NAME",
+    "off": "use base",
+    "unfreeze": "freeze NAME --off",
+    "continue": "resume",
+    "traceback": "doctor --traceback",
+}
+"""Former command -> the one that does it."""
 
 
 def _command_hint(name: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
     """The hint at the command that an unknown word probably means, with a leading space; empty if none is close."""
+    if name in _FORMER:
+        return f" It is called '%lora {_FORMER[name]}' now"
     if name in _SYNONYMS:
         return f" Did you mean {f'%lora {_SYNONYMS[name]}'.strip()!r}?"
     forms = {word: word for word in subcommands}

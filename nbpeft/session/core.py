@@ -123,11 +123,8 @@ class Session:
 
     # Which of them are active, and how strongly
     use = _command(switching.use)
-    off = _command(switching.off)
-    on = _command(switching.on)
     scale = _command(switching.scale)
     freeze = _command(switching.freeze)
-    unfreeze = _command(switching.unfreeze)
 
     # Base weights
     merge = _command(merging.merge)
@@ -151,15 +148,15 @@ class Session:
     stop = _unlocked(running.stop)
     clone = _unlocked(running.clone)
     pause = _unlocked(running.pause)
-    go_on = _unlocked(running.go_on)
     control = _unlocked(training.control)
+    paused_training = _unlocked(running.paused_training)
     export = _command(training.export)
 
     # Runs on disk
     runs = _unlocked(run_commands.runs)
     runs_folder = _unlocked(run_commands.runs_folder)
     find_run = _unlocked(run_commands.find_run)
-    resume = _command(run_commands.resume)
+    resume = _unlocked(run_commands.resume)
     kept_run = _unlocked(run_commands.kept_run)
     rename_run = _unlocked(run_commands.rename_run)
     delete_run = _unlocked(run_commands.delete_run)

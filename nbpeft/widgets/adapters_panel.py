@@ -102,7 +102,7 @@ class AdaptersPanel(SessionPanel):
         if what == "use":
             return _notes(session.use(arguments[0], model=model))
         if what == "off":
-            return _notes(session.off(model=model))
+            return _notes(session.use(BASE, model=model))
         if what == "delete":
             deleted = session.delete(arguments[0], model=model)
             self._offer("undo")

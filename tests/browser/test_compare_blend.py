@@ -177,7 +177,7 @@ def test_the_system_prompt_of_the_training_rows_is_in_the_panels(
     open_notebook: Opener, pictures: Path, app: str
 ) -> None:
     page = open_notebook(
-        MODEL, TRAINED, "%lora panel compare", "%lora panel blend", '%lora ask "Bob" --max-new-tokens 9'
+        MODEL, TRAINED, "%lora compare --panel", "%lora panel blend", '%lora ask "Bob" --max-new-tokens 9'
     )
     page.run_all()
     page.wait_for("greedy", cell=4)

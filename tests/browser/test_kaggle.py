@@ -36,7 +36,7 @@ max_steps = 3
 per_device_train_batch_size = 2
 learning_rate = 1e-2
 logging_steps = 1""",
-    """result = %lora result
+    """result = %lora watch --wait
 print("losses:", len(result.state.history), "changed:", bool(model.manager.parameters("orders")[1].abs().sum() > 0))""",
     "%lora panel",
     "%lora runs",

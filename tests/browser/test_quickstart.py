@@ -28,7 +28,7 @@ def with_panel(folder: Path) -> tuple[Path, dict[str, int]]:
     notebook.cells = [cell for cell in notebook.cells if not re.search(r"\b(results|fresh)\b", cell.source)]
     for cell in notebook.cells:
         cell.get("outputs", []).clear()
-    added = ("%lora panel adapters model", ANSWER, "STEPS = 5000")
+    added = ("%lora panel", ANSWER, "STEPS = 5000")
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in added]
     codes = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     beginnings = {"train": "%%lora_train", "panel": "%lora panel", "answer": ANSWER, "longer": "STEPS ="}

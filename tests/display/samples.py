@@ -122,7 +122,7 @@ def _of_adapters(word: str) -> dict[str, Shown]:
         "load": LoadResult(ModelRef(Thing()), word, f"adapters/{word}", idle, state),
         "save": SaveResult(word, (saved,)),
         "export": ExportResult("train.py", word, (("train.jsonl", 200),), notes=notes),
-        "unload": UnloadResult(ModelRef(Thing()), word, (word, "pirate"), True, notes=notes),
+        "unload": UnloadResult(ModelRef(Thing()), word, (word, "pirate"), (word,), notes=notes),
         "status": StatusReport(SessionState((state, model("second", ADAPTERS[1:], memory=MEMORY)), word)),
         "status of nothing": StatusReport(SessionState()),
         "memory": MemoryReport(dataclasses.replace(MEMORY, device=word, peak=600_000_000)),

@@ -323,7 +323,7 @@ class TestWhatFollowsATraining:
             text = read(training_card(ended(), next_steps=steps)).text
             assert words in text and ("Save %lora save adapters/orders --name orders" in text) is unsaved
             assert 'Ask %lora ask "your prompt" --adapter orders' in text
-            assert "Compare %lora panel compare" in text and "Ship %lora ship orders --for ollama" in text
+            assert "Compare %lora compare --panel" in text and "Ship %lora ship orders --for ollama" in text
             assert "Resume" not in text and "--model" not in text
 
     def test_a_classifier_is_scored_and_not_asked(self) -> None:
@@ -358,7 +358,7 @@ class TestWhatFollowsATraining:
         assert dict(steps.commands) == {
             "Save": "%lora save adapters/orders --name orders --model model",
             "Ask": "%lora ask \"Say 'hi'\\n\\\\o/\" --adapter orders --model model",
-            "Compare": "%lora panel compare model",
+            "Compare": "%lora compare --panel --model model",
             "Score": "%lora score orders --data ROWS --model model",
             "Ship": "%lora ship orders --for ollama --model model",
         }
@@ -382,7 +382,7 @@ class TestWhatFollowsATraining:
             ("Save", "%lora save adapters/sql --name sql"),
             ("Save", "%lora save adapters/pirate --name pirate"),
             ("Ask each", '%lora compare "your prompt" --adapters sql pirate'),
-            ("Compare", "%lora panel compare"),
+            ("Compare", "%lora compare --panel"),
             ("Score", "%lora score sql --data ROWS"),
             ("Score", "%lora score pirate --data ROWS"),
             ("Ship", "%lora ship sql --for ollama"),

@@ -87,7 +87,7 @@ RIGHT = (
     "%lora copy a nope --model model",
     "%lora freeze a --model model",
     "%lora use b --model model",
-    "%lora off --model model",
+    "%lora use base --model model",
     "%lora scale a 0.5 --model model",
     "%lora inspect a --model model",
     "%lora memory --model model",

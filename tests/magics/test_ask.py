@@ -88,13 +88,15 @@ def test_mistakes_are_one_line(ready: Notebook) -> None:
     assert ready.run('%lora ask "Hi" --top-p 2').line == "--top-p must be above 0 and at most 1, not 2.0"
     assert ready.run("%lora ask").line.startswith("%lora ask needs PROMPT")
     assert ready.run("%lora stop").line == "no training is running: there is nothing to stop"
-    assert ready.run("%lora result").line == "model was not trained in this session"
+    assert ready.run("%lora watch --wait").line.startswith("no training ran in this session, and ")
 
 
 def test_other_cells_run_while_it_trains(ready: Notebook, gate: Gate) -> None:
     run = ready.do(TRAIN)
     assert isinstance(run, BackgroundRun) and gate.began.wait(60)
-    assert str(run) == ("started training sql in the background; %lora stop stops it, %lora result shows how it ended")
+    assert str(run) == (
+        "started training sql in the background; %lora stop stops it, %lora watch --wait shows how it ended"
+    )
     for command in ("use chat", "delete chat", "merge", "unload", "copy sql x", "load somewhere"):
         assert ready.run(f"%lora {command}").line.startswith(("busy: training sql", "there is no folder"))
     assert ready.run("%lora_train model --data rows max_steps=1").line.startswith("busy: training sql")
@@ -104,13 +106,15 @@ def test_other_cells_run_while_it_trains(ready: Notebook, gate: Gate) -> None:
     assert ready.do('%lora ask "Hi" --max-new-tokens 3').status == "finished"
     assert run.state is not None and run.state.step == 1
     assert "answered" in str(ready.do('%lora compare "Hi" --max-new-tokens 3'))
-    assert ready.run("%lora result").line == "training sql is still running: it has no result yet"
-    ready.do("%lora continue")
-    result = ready.do("%lora result --wait")
+    assert ready.run("%lora watch --wait").line.startswith("training sql is paused: resume or stop it before waiting")
+    refused = ready.run("%lora resume --data rows").line
+    assert refused == "training sql is paused and continues as it is: leave out --data"
+    assert str(ready.do("%lora resume")) == "training sql continues (step 1 of 4)"
+    result = ready.do("%lora watch --wait")
     assert (result.status, result.steps) == ("finished", 4)
-    assert ready.do("%lora result") == result == run.result
+    assert ready.do("%lora watch --wait") == result == run.result
     object.__setattr__(run.result, "shown", "card")  # as in a notebook, where no cell but that of the training has it
-    assert "sql finished" in ready.do("%lora result")._repr_html_() and ready.do("%lora result").shown == ""
+    assert "sql finished" in ready.do("%lora watch --wait")._repr_html_() and ready.do("%lora watch --wait").shown == ""
     ready.do("%lora use chat")
 
 
@@ -121,7 +125,7 @@ def test_a_running_training_is_named_and_shown_again(ready: Notebook, gate: Gate
     assert "training sql running: step 0" in str(status) and "(%lora watch shows its card)" in str(status)
     assert "training sql running: step 0" in status._repr_html_()
     name = Path(run.state.folder).name
-    for line in ("%lora watch", f"%lora watch {name}", "%lora panel training", f"%lora panel training {name}"):
+    for line in ("%lora watch", f"%lora watch {name}"):
         shown = ready.run(line)
         assert shown.error is None and shown.value is None and "training sql running: step 0" in shown.everything
     assert ready.run("%lora watch nosuch").line.startswith("no run is called 'nosuch'")

@@ -22,15 +22,18 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
     ("said", "in_a_cell"),
     [
         ("'a' is not active; session.use('a') switches to it", "'a' is not active; %lora use a switches to it"),
-        ("they are off; session.on() enables them again", "they are off; %lora on enables them again"),
-        ("session.unfreeze('a', model='b') makes it trainable", "%lora unfreeze a --model b makes it trainable"),
+        ("session.use(['a', 'b']) goes back", "%lora use a b goes back"),
+        (
+            "session.freeze('a', off=True, model='b') makes it trainable",
+            "%lora freeze a --off --model b makes it trainable",
+        ),
         ("say which one is meant: model='a' or model='b'", "say which one is meant: --model a or --model b"),
         ("choose another name, or replace it (replace=…)", "choose another name, or replace it (--replace)"),
         ("rows (init_data=…)", "rows (--init-data)"),
         ("rename it (session.rename('a', 'NEW'))", "rename it (%lora rename a NEW)"),
-        ("model.set_requires_grad('a') makes it trainable", "%lora unfreeze a makes it trainable"),
+        ("model.set_requires_grad('a') makes it trainable", "%lora freeze a --off makes it trainable"),
         ("error 0.1; session.merge(to=…) keeps full precision", "error 0.1; %lora merge --to DIR keeps full precision"),
-        ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora on)."),
+        ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora use NAME)."),
         ("convert it to LoRA: save_as_lora(DIR, model, rank=64)", "convert it to LoRA: %lora convert NAME --rank 64"),
         (("add one with session.add(model, config)",), ("add one with a cell that begins with %%lora MODEL",)),
         ("pass data={'sql': …, 'chat': …}", "pass --data sql=ROWS chat=ROWS"),
@@ -107,8 +110,9 @@ def test_what_messages_name_is_there_in_cells() -> None:
     calls = {name for text in messages for name in re.findall(r"session\.(\w+)\(", text)}
     arguments = {name for text in messages for name in re.findall(r"(?<!\w)\((\w+)=…\)", text)}
     flags = {flag for command in SUBCOMMANDS.values() for item in command.arguments for flag in item.flags}
-    assert {"undo", "on", "merge"} <= calls
-    assert all(hasattr(Session, name) and name in SUBCOMMANDS for name in calls)
+    assert {"undo", "use", "merge"} <= calls
+    assert all(hasattr(Session, name) for name in calls)
+    assert {in_cell_spelling(f"session.{name}()").split()[1] for name in calls} <= set(SUBCOMMANDS)
     assert {"replace", "name"} <= arguments
     assert {f"--{name.replace('_', '-')}" for name in arguments} <= flags
 

@@ -141,7 +141,7 @@ def test_a_model_adapted_in_python_is_known(notebook: Notebook) -> None:
         "model = get_peft_model(model, LoraConfig(r=2, target_modules=['q_proj']), 'mine')"
     )
     assert "mine" in str(notebook.do("%lora"))
-    notebook.do("%lora off --model model")
+    notebook.do("%lora use base --model model")
     assert not notebook["model"].manager.enabled
 
 
@@ -161,7 +161,7 @@ def test_two_models_are_told_apart(notebook: Notebook) -> None:
     notebook.do("%lora add second --name b target_modules=q_proj")
     assert notebook.session.names == ("model", "second")
     notebook.do("%lora use a --model model")
-    notebook.do("%lora off --model model")
+    notebook.do("%lora use base --model model")
     assert not notebook["model"].manager.enabled
     assert notebook["second"].manager.enabled
     assert "'a' not found" in notebook.run("%lora use a --model second").line

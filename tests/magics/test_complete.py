@@ -26,10 +26,10 @@ def words(before: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("before", "expected"),
     [
-        ("u", ("undo", "unfreeze", "unmerge", "unload", "use")),
-        ("use ", ("sql", "chat", "support")),
+        ("u", ("undo", "unmerge", "unload", "use")),
+        ("use ", ("base", "sql", "chat", "support")),
         ("use s", ("sql", "support")),
-        ("use sql ", ("chat", "support")),
+        ("use sql ", ("base", "chat", "support")),
         ("use sql --m", ("--model",)),
         ("use sql # ", ()),
         ("use #", ()),
@@ -43,7 +43,6 @@ def words(before: str) -> tuple[str, ...]:
         ("add model r=", ()),
         ("save --name s", ("sql", "support")),
         ("nonsense ", ()),
-        ("off ", ()),
     ],
 )
 def test_what_may_come_next(before: str, expected: tuple[str, ...]) -> None:

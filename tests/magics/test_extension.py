@@ -122,10 +122,10 @@ def test_a_variable_as_a_whole_argument(notebook: Notebook) -> None:
 
 class TestCompletion:
     def test_verbs_come_first_and_alone(self, bare: Notebook) -> None:
-        assert sorted(bare.complete("%lora un")) == ["undo", "unfreeze", "unload", "unmerge"]
+        assert sorted(bare.complete("%lora un")) == ["undo", "unload", "unmerge"]
 
     def test_adapters(self, adapted: Notebook) -> None:
-        assert adapted.complete("%lora use ") == ["chat", "sql"]
+        assert adapted.complete("%lora use ") == ["base", "chat", "sql"]
         assert adapted.complete("x = 1\n%lora use s") == ["sql"]
 
     def test_models(self, adapted: Notebook) -> None:

@@ -13,11 +13,10 @@ from tests.tiny_models import llama
 
 VERBS = {
     "use": "use sql",
-    "off": "off",
-    "on": "on",
+    "base": "use base",
     "scale": "scale sql 2",
     "freeze": "freeze sql",
-    "unfreeze": "unfreeze sql",
+    "train": "freeze sql --off",
     "load": "load {folder}/sql --name new",
     "save": "save {folder}/again",
     "copy": "copy sql new",
@@ -36,11 +35,10 @@ VERBS = {
 }
 POSITIONAL = {
     "%lora plan": "%lora plan",
-    "%lora panel": "%lora panel adapters",
-    "%lora panel compare": "%lora panel compare",
-    "%lora panel blend": "%lora panel blend",
-    "%lora panel plan": "%lora plan",
-    "%lora compare --panel": "%lora panel compare",
+    "%lora panel": "%lora panel adapters --model",
+    "%lora panel blend": "%lora panel blend --model",
+    "%lora plan --panel": "%lora plan",
+    "%lora compare --panel": "%lora compare --panel --model",
 }
 
 
@@ -136,7 +134,8 @@ def test_unloaded_adapters_come_back(trained: Notebook, tmp_path: Path) -> None:
 
 
 def test_adapters_that_are_merged_for_good_are_named(trained: Notebook) -> None:
-    said = str(trained.do("%lora unload --merge"))
+    trained.do("%lora merge")
+    said = str(trained.do("%lora unload"))
     assert "trained and not saved: 'sql'" in said and "undo" not in said
 
 

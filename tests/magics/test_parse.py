@@ -18,7 +18,7 @@ def parsed(line: str, **namespace: Any) -> Request:
 
 
 def test_the_verbs_of_the_design_are_there() -> None:
-    wanted = ["add", "use", "off", "on", "load", "save", "delete", "merge", "unmerge", "unload", "panel", "doctor"]
+    wanted = ["add", "use", "load", "save", "delete", "merge", "unmerge", "unload", "panel", "doctor"]
     assert set(wanted) <= set(SUBCOMMANDS)
 
 
@@ -132,7 +132,7 @@ def test_help_can_be_asked_for_without_arguments() -> None:
         ("load {folder} --name {model}", "{model} is an object, not text, a number or a path"),
         ("load {runs[0]}/x", "{runs[0]}/x is an expression; only a variable, as in {name}, is replaced"),
         ("load 'a", "a quote is not closed"),
-        ("off now", "unexpected argument 'now'"),
+        ("undo now", "unexpected argument 'now'"),
         ("use a --model", "%lora use: --model: expected one argument"),
     ],
 )

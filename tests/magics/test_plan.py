@@ -209,19 +209,16 @@ def test_a_dry_run_of_what_cannot_be_forecast_says_why(bare: Notebook) -> None:
     assert "no forecast of memory" in preview._repr_html_()
 
 
-def test_the_panel_from_both_commands(notebook: Notebook, folder: str) -> None:
+def test_the_panel(notebook: Notebook, folder: str) -> None:
     panel = notebook.do("%lora plan model --batch-size 2 --max-length 32 --panel")
     assert isinstance(panel, PlanPanel) and panel.result.settings.max_length == 32
-    other = notebook.do("%lora panel plan model")
-    assert isinstance(other, PlanPanel)
-    assert "peak" in repr(other)
+    assert "peak" in repr(panel)
 
 
 def test_completion(notebook: Notebook) -> None:
     assert "plan" in notebook.complete("%lora pl")
     assert "model" in notebook.complete("%lora plan mo")
     assert "quant_type=nf4" in notebook.complete("%lora plan model quant_type=")
-    assert "plan" in notebook.complete("%lora panel ")
 
 
 @pytest.mark.drawn(2)

@@ -211,17 +211,17 @@ class TestAModelThatStaysAlive:
         trained.do("m2 = model")
         trained["model"] = llama()
         assert "'model' holds another model now; the model with 'sql' is 'm2'" in trained.run("%lora").everything
-        line = trained.run("%lora off").line
+        line = trained.run("%lora use base").line
         assert line == "'model' holds another object now, which has no adapters; say which one is meant: --model m2"
         assert trained["m2"].manager.enabled
-        trained.do("%lora off --model m2")
+        trained.do("%lora use base --model m2")
         assert not trained["m2"].manager.enabled and same(old, weights(trained, "m2"))
 
     def test_another_adapted_model_is_acted_on(self, trained: Notebook) -> None:
         trained["other"] = llama()
         trained.do(ADD.format("other", "x"))
         trained.do("m2, model = model, other\ndel other")
-        trained.do("%lora off --model model")
+        trained.do("%lora use base --model model")
         assert trained["m2"].manager.enabled and not trained["model"].manager.enabled
 
     def test_variables_that_change_places(self, trained: Notebook) -> None:
@@ -255,7 +255,7 @@ class TestAModelThatStaysAlive:
             "'model' holds another object now, which has no adapters; say which one is meant: "
             '--model "model (before)"'
         )
-        trained.do('%lora off --model "model (before)"')
+        trained.do('%lora use base --model "model (before)"')
         assert not old.manager.enabled
         trained.do("%lora undo")
         assert same(weights(trained), [one.detach() for one in old.manager.parameters("sql")])
@@ -268,7 +268,7 @@ class TestAModelThatStaysAlive:
         trained.do("kept = [model]\nmodel = None")
         assert "'model' holds something else now" in trained.run("%lora").everything
         trained.do("again = kept[0]")
-        trained.do("%lora off --model again")
+        trained.do("%lora use base --model again")
         assert trained.session.names == ("again",) and not trained["again"].manager.enabled
 
     def test_a_wrapper_around_it_is_the_model(self, trained: Notebook) -> None:
@@ -280,7 +280,7 @@ class TestAModelThatStaysAlive:
         trained.do("kept = [model]\ndel model")
         assert "gone" not in trained.run("%lora").everything
         assert trained.session.names == ("model",)
-        trained.do("%lora off")
+        trained.do("%lora use base")
         del trained.shell.user_ns["kept"]
         assert "the model 'model' is gone" in trained.run("%lora").everything
 
@@ -304,7 +304,7 @@ class TestAModelThatStaysAlive:
         trained.do('%lora stop "model (before)"')
         result = run.wait(60)
         assert result.status == "stopped"
-        assert str(trained.do('%lora result "model (before)"')) == str(result)
+        assert str(trained.do("%lora watch --wait")) == str(result)
         trained.do("%lora undo")
         assert "sql" in trained["model"].manager.unsaved
 
@@ -323,7 +323,7 @@ def test_python_is_told_in_notes(trained: Notebook) -> None:
     trained["other"] = llama()
     trained.do(ADD.format("other", "x"))
     trained["model"] = llama()
-    notes = trained.session.off(model="other").notes
+    notes = trained.session.use("base", model="other").notes
     assert [note for note in notes if note.startswith("'model' holds another model now; 'sql'")]
 
 

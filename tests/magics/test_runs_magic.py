@@ -91,7 +91,7 @@ def test_the_card_of_a_run_is_shown_without_its_kernel(
     bare.do(f'%lora save "{tmp_path / "saved"}" --name sql')
     bare.do("%unload_ext nbpeft")
     bare.do("%load_ext nbpeft")
-    ended = bare.do("%lora panel training sql-2")
+    ended = bare.do("%lora watch sql-2")
     assert ended.train.history == trained.state.history and ended.train.eval_loss == trained.eval_loss
     page = ended._repr_html_()
     assert "✓ saved" in page and f"%lora load {tmp_path / 'saved'} --name sql" in page

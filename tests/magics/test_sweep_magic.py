@@ -222,7 +222,7 @@ def test_an_adapter_is_cloned_while_a_sweep_runs_in_the_background(ready: Notebo
     assert "sql-lr1e-2 is cloned after this step as slow" in str(ready.do(clone))
     cloned.set()
     ready.session.context.background[ready.session.context.models.get("model")].join(60)
-    assert [member.name for member in ready.do("%lora result").members] == ["sql-lr1e-2", "sql-lr5e-2", "slow"]
+    assert [member.name for member in ready.do("%lora watch --wait").members] == ["sql-lr1e-2", "sql-lr5e-2", "slow"]
 
 
 @pytest.mark.slow

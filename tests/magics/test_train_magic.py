@@ -339,7 +339,7 @@ def test_a_run_that_fails_is_one_line_with_its_traceback_folded(
     outcome = ready.run(f"%%lora_train {cell}")
     assert words in outcome.line
     assert len(outcome.line) < 500
-    folded = str(ready.do("%lora traceback"))
+    folded = str(ready.do("%lora doctor --traceback"))
     assert folded.startswith("Traceback (most recent call last)") and words.partition(":")[0] in folded
 
 
@@ -353,13 +353,13 @@ def test_a_kept_traceback_keeps_no_tensor_alive(ready: Notebook) -> None:
 
     ready["callbacks"] = [At(1, big)]
     assert "ValueError: lost" in ready.run(f"{CELL}\ncallbacks = callbacks").line
-    assert "in big" in str(ready.do("%lora traceback"))
+    assert "in big" in str(ready.do("%lora doctor --traceback"))
     assert alive[0]() is None
 
 
 def test_before_any_failure_there_is_no_traceback(ready: Notebook) -> None:
     ready.session.context.last_traceback = ""
-    assert str(ready.do("%lora traceback")) == "no command has failed yet"
+    assert str(ready.do("%lora doctor --traceback")) == "no command has failed yet"
 
 
 def test_a_warning_is_said_once(ready: Notebook) -> None:

@@ -49,7 +49,7 @@ def test_a_classifier_has_no_panel_of_answers(bare: Notebook) -> None:
     bare.do("%lora add clf r=2 target_modules=q_proj")
     bare["tokenizer"] = CharTokenizer()
     scored = "it has no generate() (%lora score --data ROWS scores a classifier)"
-    for command, subject in (("panel compare", "clf is a"), ('ask "Hi"', "a"), ('compare "Hi"', "a")):
+    for command, subject in (("compare --panel", "clf is a"), ('ask "Hi"', "a"), ('compare "Hi"', "a")):
         line = bare.run(f"%lora {command}").line
         assert line.startswith(f"{subject} LlamaForSequenceClassification") and line.endswith(scored)
 
@@ -60,7 +60,7 @@ def test_use_takes_several(trained: Notebook) -> None:
 
 
 def test_use_ends_off(trained: Notebook) -> None:
-    trained.do("%lora off")
+    trained.do("%lora use base")
     trained.do("%lora use chat")
     assert trained["model"].manager.enabled
 
@@ -74,22 +74,22 @@ def test_inspect_shows_where_an_adapter_changed_the_model(trained: Notebook) -> 
 def test_off_and_on(trained: Notebook) -> None:
     model = trained["model"]
     before = logits(model)
-    trained.do("%lora off")
+    trained.do("%lora use base")
     assert "off: only the base model is active" in str(trained.do("%lora"))
     with model.disable_adapter():
         base = logits(model)
     assert torch.equal(logits(model), base)
     assert not torch.equal(base, before)
-    trained.do("%lora on")
+    trained.do("%lora use sql")
     assert torch.equal(logits(model), before)
 
 
 def test_scale(trained: Notebook) -> None:
     trained.do("%lora scale sql 0")
     scaled = logits(trained["model"])
-    trained.do("%lora off")
+    trained.do("%lora use base")
     assert_close(scaled, logits(trained["model"]))
-    assert "×\u00a00" in str(trained.do("%lora on")) or "×\u00a00" in str(trained.do("%lora"))
+    assert "×\u00a00" in str(trained.do("%lora use sql")) or "×\u00a00" in str(trained.do("%lora"))
 
 
 def test_merge_and_unmerge(trained: Notebook) -> None:
@@ -124,14 +124,14 @@ def test_freeze_and_unfreeze(adapted: Notebook) -> None:
     model = adapted["model"]
     adapted.do("%lora freeze sql")
     assert not any(p.requires_grad for p in model.parameters())
-    adapted.do("%lora unfreeze sql")
+    adapted.do("%lora freeze sql --off")
     assert sum(p.requires_grad for p in model.parameters()) == 8
 
 
 def test_unload_gives_the_base_back(trained: Notebook) -> None:
     model = trained["model"]
     base = model.get_base_model()
-    trained.do("%lora off")
+    trained.do("%lora use base")
     before = logits(model)
     result = trained.do("%lora unload")
     assert trained["model"] is base
@@ -142,9 +142,11 @@ def test_unload_gives_the_base_back(trained: Notebook) -> None:
     assert "no adapted model yet" in str(trained.do("%lora"))
 
 
-def test_unload_with_merge_keeps_what_was_learned(trained: Notebook) -> None:
+def test_unloading_a_merged_adapter_keeps_what_was_learned(trained: Notebook) -> None:
     before = logits(trained["model"])
-    trained.do("%lora unload --merge")
+    trained.do("%lora merge")
+    said = str(trained.do("%lora unload"))
+    assert said.startswith("unloaded: 'chat', 'sql'; model is the base model again, with 'sql' merged into its weights")
     assert_close(logits(trained["model"]), before)
 
 
@@ -229,8 +231,18 @@ def test_results_can_be_kept_and_silenced(adapted: Notebook) -> None:
 
 
 def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: Path) -> None:
-    lines = ["use sql", "off", "on", "scale sql 1", "merge", "unmerge", "copy sql b", "rename b c", "delete c"]
-    lines += ["freeze sql", "unfreeze sql", f"save {tmp_path}/a", "unload"]
+    lines = [
+        "use sql",
+        "use base",
+        "use sql",
+        "scale sql 1",
+        "merge",
+        "unmerge",
+        "copy sql b",
+        "rename b c",
+        "delete c",
+    ]
+    lines += ["freeze sql", "freeze sql --off", f"save {tmp_path}/a", "unload"]
     for line in lines:
         result = trained.do(f"%lora {line}")
         assert "\n" not in str(result)
@@ -250,7 +262,6 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         ("delete nope", "'nope' not found"),
         ("use sql,chat", ". Write several names separately, without commas."),
         ("use sql,chta", "Adapter 'sql,chta' not found; the model has: "),
-        ("continue", "there is nothing to continue; %lora resume continues one that was stopped"),
         ("rename sql chat", "Adapter with name 'chat' already exists"),
         ("rename sql a.b", "a.b"),
         ("copy sql chat", "Adapter with name 'chat' already exists"),
@@ -266,7 +277,7 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         ("freeze nope", "'nope' not found"),
         (
             "panel nope",
-            "no panel 'nope'. Did you mean 'compare'? It has: adapters, compare, blend, plan, training; models: model",
+            "no panel 'nope'. It has: adapters, blend",
         ),
         ("model --name sql", "'model', which is a variable; to adapt it: a cell that begins with %%lora model, or"),
         ("add model --name ''", "'' cannot name an adapter"),
@@ -285,7 +296,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(trained: Notebook, tmp_path: 
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
-@pytest.mark.parametrize("line", ["use a", "off", "merge", "unload", "panel", "save x", "memory"])
+@pytest.mark.parametrize("line", ["use a", "use base", "merge", "unload", "panel", "save x", "memory"])
 def test_without_an_adapted_model(notebook: Notebook, line: str) -> None:
     assert "no model carries adapters yet" in notebook.run(f"%lora {line}").line
     if line != "panel":
@@ -302,7 +313,7 @@ def test_nothing_to_undo_after_adapters_that_were_not_trained(notebook: Notebook
 
 def test_a_bare_model_beside_an_adapted_one(adapted: Notebook) -> None:
     adapted["second"] = torch.nn.Linear(2, 2)
-    line = adapted.run("%lora off --model second").line
+    line = adapted.run("%lora use base --model second").line
     assert "this model carries no adapters yet; add one with a cell that begins with %%lora" in line
 
 
@@ -341,21 +352,21 @@ class TestWhichModel:
         two.do("%lora unmerge")
 
     @pytest.mark.drawn(3)
-    @pytest.mark.parametrize("verb", ["off", "delete q", "use q", "save {}", "memory", "inspect", "panel", "plan"])
+    @pytest.mark.parametrize("verb", ["use base", "delete q", "use q", "save {}", "memory", "inspect", "panel", "plan"])
     def test_after_an_unload_the_only_one_left_is_meant_and_named(
         self, two: Notebook, verb: str, tmp_path: Path
     ) -> None:
         two.do("%lora unload --model model")
         told = "this is 'q4', the only model with adapters: 'model' has none any more"
         assert told in two.run(f"%lora {verb.format(tmp_path / 'q')}").everything
-        assert told not in two.run("%lora on").everything
+        assert told not in two.run("%lora use base").everything
 
     def test_after_an_unload_undo_is_for_the_only_one_left(self, two: Notebook) -> None:
         two.do("%lora delete q --model q4")
         two.do("%lora unload --model model")
         assert "'q' is back" in str(two.do("%lora undo"))
 
-    @pytest.mark.parametrize("line", ["merge", "unmerge", "unload", "off"])
+    @pytest.mark.parametrize("line", ["merge", "unmerge", "unload", "use base"])
     def test_of_several_it_is_said(self, two: Notebook, line: str) -> None:
         before = fingerprint(two["model"])
         assert "needs one of them: --model model or --model q4" in two.run(f"%lora {line}").line

@@ -217,13 +217,12 @@ def test_swap_keeps_what_is_compiled(trained: Notebook, saved: Path, monkeypatch
 
 def test_panels_open_by_their_names(trained: Notebook) -> None:
     assert isinstance(trained.do("%lora panel"), AdaptersPanel)
-    assert isinstance(trained.do("%lora panel model"), AdaptersPanel)
-    assert isinstance(trained.do("%lora panel adapters model"), AdaptersPanel)
+    assert isinstance(trained.do("%lora panel adapters --model model"), AdaptersPanel)
     blend = trained.do("%lora panel blend")
     assert isinstance(blend, BlendPanel) and blend.model_name == "model"
     compare = trained.do('%lora compare "Hi" --panel --tokens 7')
     assert isinstance(compare, ComparePanel)
-    assert trained.do("%lora panel compare model").model_name == "model"
+    assert trained.do("%lora compare --panel --model model").model_name == "model"
     for shown in (blend, compare):
         shown.close()
 
@@ -268,8 +267,8 @@ def test_completion(trained: Notebook, tmp_path: Path) -> None:
     (tmp_path / "orders_v2").mkdir()
     (tmp_path / "orders_v2/adapter_config.json").touch()
     assert trained.complete(f"%lora swap {tmp_path}/ord") == [f"{tmp_path}/orders_v2/"]
-    assert trained.complete("%lora panel ") == ["adapters", "compare", "blend", "plan", "training", "model"]
-    assert trained.complete("%lora panel compare m") == ["model"]
+    assert trained.complete("%lora panel ") == ["adapters", "blend"]
+    assert trained.complete("%lora panel blend --model m") == ["model"]
 
 
 def test_the_longest_answer_is_called_as_generate_calls_it(trained: Notebook) -> None:

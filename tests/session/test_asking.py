@@ -38,7 +38,7 @@ def test_the_active_adapter_answers_or_the_one_that_is_named(session: Session, m
     session.use(["orders", "pirate"])
     assert both == dataclasses.replace(ask(session), seconds=both.seconds)
     assert both.adapter == "orders + pirate"
-    session.off()
+    session.use("base")
     assert ask(session).adapter == "base"
     assert ask(session, adapter="orders").text == alone(model, PROMPT, "orders")
     assert not model.manager.enabled

@@ -187,7 +187,7 @@ def test_while_it_is_paused_others_compute(session: Session, model: Any) -> None
     assert answer.status == "finished"
     assert run.state is not None and run.state.step == 1
     assert session.ask("Ana", max_new_tokens=4).text == answer.text
-    session.go_on()
+    session.resume()
     assert run.wait(60).steps == STEPS
 
 
@@ -198,7 +198,7 @@ def test_what_it_has_learned_can_be_shipped_between_steps(session: Session, mode
     assert session.ship(engine="vllm", to=tmp_path / "adapter").written
     assert session.ship(engine="transformers", merged=True, to=tmp_path / "merged").written
     assert run.state is not None and run.state.step == 1
-    session.go_on()
+    session.resume()
     assert run.wait(60).steps == STEPS
 
 
@@ -206,7 +206,7 @@ def test_what_would_disturb_it_is_refused_at_once(session: Session, model: Any) 
     run, gate = begin(session, model)
     refused: list[Callable[[], Any]] = [
         lambda: session.use("sql"),
-        lambda: session.off(),
+        lambda: session.use("base"),
         lambda: session.delete("sql"),
         lambda: session.rename("sql", "b"),
         lambda: session.copy("sql", "b"),
@@ -267,9 +267,9 @@ def test_it_is_stopped_by_word_and_has_a_result(session: Session, model: Any) ->
     assert model.manager.active_state.gate is None
     again, gate = begin(session, model)
     session.pause()
-    with pytest.raises(AdapterError, match="training sql is paused: continue or stop it before waiting"):
+    with pytest.raises(AdapterError, match="training sql is paused: resume or stop it before waiting"):
         session.result(wait=True)
-    session.go_on()
+    session.resume()
     gate.open()
     assert session.result(wait=True).steps == STEPS
     assert again.result is session.result() is session.result(wait=True)

@@ -103,7 +103,7 @@ def test_again_remakes_the_combination_but_nothing_else(session: Session, model:
     assert again.remade and "remade" in str(again)
     assert model.manager.names == ("pirate", "orders", "both")
     assert model.manager.active == ("both", "orders")
-    session.unfreeze("both")
+    session.freeze("both", off=True)
     with pytest.raises(AdapterExistsError, match=r"\(replace=…\)"):
         session.combine({"orders": 0.7}, name="both")
     assert session.combine({"orders": 0.7}, name="both", replace=True).remade

@@ -84,9 +84,9 @@ def test_a_blend_counts_scales_and_leaves_zeros_out(session: Session, model: Any
         tripled = logits(model)
     session.use("orders")
     assert torch.equal(logits(model), tripled)
-    session.off()
+    session.use("base")
     base = logits(model)
-    session.on()
+    session.use("orders")
     with blended(model.manager, {"orders": 0.0}):
         assert torch.equal(logits(model), base)
 
@@ -94,7 +94,7 @@ def test_a_blend_counts_scales_and_leaves_zeros_out(session: Session, model: Any
 def test_adapters_that_are_switched_off_answer_when_they_are_asked(session: Session, model: Any) -> None:
     asked = session.compare(PROMPTS, tokenizer=CharTokenizer(), max_new_tokens=10)
     assert len(set(asked.answers.values())) == 3
-    session.off()
+    session.use("base")
     assert session.compare(PROMPTS, max_new_tokens=10).answers == asked.answers
     assert not model.manager.enabled
 

@@ -425,11 +425,11 @@ def test_an_adapter_that_was_loaded_starts_from_the_seed(tmp_path: Path) -> None
     other = session_in(tmp_path / "runs")
     frozen = other.load(tmp_path / "saved", name="sql", model=llama(), variable="model")
     first = frozen.model
-    assert frozen.notes == ("it is frozen: session.unfreeze('sql') makes it trainable",)
+    assert frozen.notes == ("it is frozen: session.freeze('sql', off=True) makes it trainable",)
     with pytest.raises(TrainingError, match=r"model.set_requires_grad\('sql'\) makes it trainable"):
         other.train(first, rows(), **ARGUMENTS)
     second = other.load(tmp_path / "saved", name="sql", model=llama(), variable="second")
-    assert second.notes == ("it is frozen: session.unfreeze('sql', model='second') makes it trainable",)
+    assert second.notes == ("it is frozen: session.freeze('sql', off=True, model='second') makes it trainable",)
     other = session_in(tmp_path / "runs")
     loaded = other.load(tmp_path / "saved", name="sql", model=llama(), variable="model", trainable=True).model
     histories = [

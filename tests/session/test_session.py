@@ -141,8 +141,8 @@ def test_what_is_merged_acts_alone(session: Session, model: Any) -> None:
 def test_revisions_grow(session: Session, model: Any) -> None:
     revisions: list[int] = []
     session.subscribe(lambda state: revisions.append(state.revision))
-    session.off()
-    session.on()
+    session.use("base")
+    session.use("chat")
     session.use("sql")
     assert revisions == sorted(set(revisions))
     assert len(revisions) == 3
@@ -155,8 +155,8 @@ def test_a_subscriber_that_fails_breaks_nothing(session: Session, model: Any) ->
     session.subscribe(fail)
     seen: list[SessionState] = []
     session.subscribe(seen.append)
-    session.off()
-    session.off()
+    session.use("base")
+    session.use("base")
     assert len(seen) == 2
     notes = session.state.notes
     assert len(notes) == 1
@@ -172,18 +172,18 @@ def test_bound_methods_are_held_weakly(session: Session, model: Any) -> None:
 
     panel = Panel()
     session.subscribe(panel.draw)
-    session.off()
+    session.use("base")
     assert Panel.drawn == 1
     del panel
     gc.collect()
-    session.on()
+    session.use("sql")
     assert Panel.drawn == 1
 
 
 def test_unsubscribing(session: Session, model: Any) -> None:
     seen: list[SessionState] = []
     session.subscribe(seen.append)()
-    session.off()
+    session.use("base")
     assert seen == []
 
 
@@ -201,7 +201,7 @@ def test_another_thread_is_told_what_runs(session: Session, model: Any) -> None:
     try:
         assert inside.wait(PATIENCE)
         with pytest.raises(BusyError, match="busy: merging"):
-            session.off()
+            session.use("base")
         assert session.state.busy == "merging"
         assert session.state.models[0].name == "model"
     finally:
@@ -368,7 +368,7 @@ def test_a_state_without_news_costs_nothing(session: Session) -> None:
 def test_adding_always_makes_the_adapter_the_active_one(session: Session) -> None:
     model = session.add(llama(), {"r": 2}, name="a", variable="model").model
     session.add(model, {"r": 2}, name="b")
-    for before in (lambda: None, lambda: session.use(["a", "b"]), session.off):
+    for before in (lambda: None, lambda: session.use(["a", "b"]), lambda: session.use("base")):
         for name, config in (("b", {"r": 2}), ("a", {"r": 2}), ("a", {"r": 4}), ("a", {"r": 2}), ("c", {"r": 2})):
             before()
             result = session.add(model, config, name=name)

@@ -183,7 +183,7 @@ class TestWhatIsNotGivenUp:
         assert session.combine({"chat": 0.5}, name="half").notes == (
             "it replaces the previous combination; session.undo() restores that",
         )
-        session.unfreeze("half")
+        session.freeze("half", off=True)
         session.train(model, token_rows(4), adapter="half", max_steps=1)
         session.freeze("half")
         with pytest.raises(AdapterExistsError, match="which was trained and is not saved"):

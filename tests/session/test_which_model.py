@@ -40,11 +40,10 @@ COMMANDS: dict[str, Callable[[Session, Path], object]] = {
     "undo": lambda session, folder: session.undo(),
     "reset": lambda session, folder: session.reset("x"),
     "use": lambda session, folder: session.use("x"),
-    "off": lambda session, folder: session.off(),
-    "on": lambda session, folder: session.on(),
+    "use base": lambda session, folder: session.use("base"),
     "scale": lambda session, folder: session.scale("x", 2.0),
     "freeze": lambda session, folder: session.freeze("x"),
-    "unfreeze": lambda session, folder: session.unfreeze("x"),
+    "freeze off": lambda session, folder: session.freeze("x", off=True),
     "add": lambda session, folder: session.add(None, FIELDS, name="y"),  # type: ignore[arg-type]
     "load": lambda session, folder: session.load(folder / "x", name="y"),
     "save": lambda session, folder: session.save(folder / "again"),
@@ -85,7 +84,7 @@ NAMED: dict[str, Callable[[Session, Path], object]] = {
     "use": lambda session, folder: session.use("y"),
     "scale": lambda session, folder: session.scale("y", 2.0),
     "freeze": lambda session, folder: session.freeze("y"),
-    "unfreeze": lambda session, folder: session.unfreeze("y"),
+    "freeze off": lambda session, folder: session.freeze("y", off=True),
     "save": lambda session, folder: session.save(folder / "y", name="y"),
     "delete": lambda session, folder: session.delete(["y"]),
     "rename": lambda session, folder: session.rename("y", "z"),
@@ -140,7 +139,7 @@ def test_adapters_of_several_models_and_of_none(session: Session, two: tuple[Any
 
 def test_one_that_is_named_is_the_one(session: Session, two: tuple[Any, Any]) -> None:
     first, second = two
-    session.off(model="second")
+    session.use("base", model="second")
     assert not second.manager.enabled and first.manager.enabled
     session.use("x", model="first")
     assert session.state.current == "first"
@@ -164,7 +163,7 @@ def test_the_only_one_left_is_meant_and_named_but_not_merged_or_unloaded(session
             command()
     assert left.manager.merged == () and left.manager.alive
     told = "this is 'left', the only model with adapters: 'model' has none any more"
-    assert session.off().notes == (told,) and session.on().notes == ()
+    assert session.use("base").notes == (told,) and session.use("sql").notes == ()
     session.merge()  # said already
     assert session.state.current == "left" and list(left.manager.merged) == ["x"]
     session.unmerge()

@@ -187,7 +187,11 @@ session_command(
 session_command(
     "copy", "Copy an adapter under a new name.", ADAPTER, NEW_NAME, ON_MODEL, example="%lora copy sql sql_backup"
 )
-session_command("freeze", "Exclude an adapter from training.", ADAPTER, ON_MODEL, example="%lora freeze sql")
 session_command(
-    "unfreeze", "Include an adapter in training while it is active.", ADAPTER, ON_MODEL, example="%lora unfreeze sql"
+    "freeze",
+    "Exclude an adapter from training, or with --off include it again.",
+    ADAPTER,
+    argument("--off", action="store_true", help="train it again while it is active"),
+    ON_MODEL,
+    example="%lora freeze sql",
 )

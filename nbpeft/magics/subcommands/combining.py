@@ -108,7 +108,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
             raise CellError("--panel takes a prompt as text; compare a conversation without --panel")
         initial = {"prompt": prompt, "max_new_tokens": options.max_new_tokens, "chat": chat_of(options)}
         initial |= {"system": notebook.prompt(options.system, "--system"), **sampling_of(options)}
-        return show_panel(notebook, "compare", options.model, **initial)
+        return show_panel(notebook, "compare", options.model, "%lora compare --panel --model", **initial)
     model = notebook.chosen(options.model)
     prompts: Any = _prompts(options, notebook)
     blends = [_weights(words, "--blend") for words in options.blend or ()]

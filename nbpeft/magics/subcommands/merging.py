@@ -11,8 +11,6 @@ from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, ON_MODEL, TOKENIZER, session_command, subcommand
 from nbpeft.names import DTYPES
 
-_SAFE = argument("--safe", action="store_true", help="refuse to merge if a merged weight would not be finite")
-
 
 @subcommand(
     "merge",
@@ -20,7 +18,6 @@ _SAFE = argument("--safe", action="store_true", help="refuse to merge if a merge
     argument(
         "names", nargs="*", metavar="NAME", completes="adapter", help="adapters to merge (default: the active ones)"
     ),
-    _SAFE,
     argument(
         "--to", metavar="DIR", completes="path", help="write a merged copy in full precision; the model does not change"
     ),
@@ -57,9 +54,7 @@ def merge(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if options.to is not None or options.calibrate is not None:
         keywords["tokenizer"] = notebook.tokenizer(options.tokenizer)
     model = notebook.chosen(options.model)
-    return notebook.session.merge(
-        options.names or None, model=model, safe_merge=options.safe, to=options.to, **keywords
-    )
+    return notebook.session.merge(options.names or None, model=model, to=options.to, **keywords)
 
 
 session_command("unmerge", "Restore the base weights, bit for bit.", ON_MODEL)
@@ -67,9 +62,7 @@ session_command("unmerge", "Restore the base weights, bit for bit.", ON_MODEL)
 
 @subcommand(
     "unload",
-    "Remove all adapters: the variable refers to the base model again.",
-    argument("--merge", action="store_true", help="merge the active adapters into the base weights first"),
-    _SAFE,
+    "Remove all adapters: the variable refers to the base model again. Merged adapters stay in its weights.",
     ON_MODEL,
     example="%lora unload",
 )
@@ -79,7 +72,7 @@ def unload(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if chosen in notebook.session.past_names:
         return notebook.session.discard(chosen)
     handle = notebook.session.model(chosen, command="unload")
-    result = notebook.session.unload(merge=options.merge, model=handle, safe_merge=options.safe)
+    result = notebook.session.unload(model=handle)
     notebook.replace(handle, result.base)
     result.release()
     notebook.forget(handle)

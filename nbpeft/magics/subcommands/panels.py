@@ -3,86 +3,86 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from dataclasses import replace
 
-from nbpeft.errors import CellError, did_you_mean
+from nbpeft.errors import AdapterError, CellError, did_you_mean, few
 from nbpeft.magics.front_end import front_end_checks
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import ON_MODEL, subcommand
-from nbpeft.magics.subcommands.planning import show_plan_panel
-from nbpeft.magics.tokenize import reference
-from nbpeft.session import MemoryReport, Result
+from nbpeft.session import MemoryReport
+from nbpeft.session.results.base import TracebackResult
+from nbpeft.session.results.kept_runs import RunCard
+from nbpeft.state import ENDED
 
-PANELS = ("adapters", "compare", "blend", "plan", "training")
+PANELS = ("adapters", "blend")
 """The panels of ``%lora panel``; the first one if none is named."""
+_MOVED = {"compare": "compare --panel", "plan": "plan --panel", "training": "watch"}
+"""Panel of another command -> that command."""
 
 
 @subcommand(
     "panel",
-    "Show a panel: the adapters, with buttons to switch, save and delete them; or compare, blend, plan memory, or the "
-    "card of a training.",
-    argument("kind", nargs="?", metavar="PANEL", words=PANELS, completes="model", help=f"one of {', '.join(PANELS)}"),
-    argument(
-        "name",
-        nargs="?",
-        metavar="MODEL",
-        completes="model",
-        help=f"{ON_MODEL.options['help']}; for training, the run, as for watch",
-    ),
-    example="%lora panel compare",
+    "Show a panel: the adapters, with buttons to switch, save and delete them; or blend, with a slider for each "
+    "adapter's weight.",
+    argument("kind", nargs="?", metavar="PANEL", words=PANELS, help=f"one of {', '.join(PANELS)}"),
+    ON_MODEL,
+    example="%lora panel blend",
 )
 def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Show a panel; by default that of the adapters, as in ``%lora panel model``."""
-    kind, variable = options.kind or PANELS[0], options.name
-    if kind == "training":
-        return _show_training(notebook, variable)
-    if kind == "plan":
-        return show_plan_panel(notebook, variable, {})
+    """Show a panel; by default that of the adapters."""
+    kind = options.kind or PANELS[0]
+    if kind in _MOVED:
+        raise CellError(f"%lora panel has no panel {kind!r}; it is called %lora {_MOVED[kind]} now")
     if kind not in PANELS:
-        models = notebook.model_names()
-        is_model = reference(kind) or kind in notebook.namespace or kind in notebook.session.names
-        if variable is not None or not is_model:
-            near = did_you_mean(kind, [*PANELS, *models])
-            also = f"; models: {', '.join(models)}" if models else ""
-            raise CellError(f"%lora panel has no panel {kind!r}.{near} It has: {', '.join(PANELS)}{also}")
-        kind, variable = PANELS[0], kind
-    return show_panel(notebook, kind, variable)
+        hint = (
+            f" A model is named with --model {kind}" if kind in notebook.model_names() else did_you_mean(kind, PANELS)
+        )
+        raise CellError(f"%lora panel has no panel {kind!r}.{hint or f' It has: {few(PANELS, quoted=False)}'}")
+    return show_panel(notebook, kind, options.model, f"%lora panel {kind} --model")
 
 
 @subcommand(
     "watch",
-    "Show the card of a training: live while it runs, else its final state, even after its kernel has ended.",
+    "Show the card of a training: live while it runs, else its final state, even after its kernel has ended. "
+    "With --wait, wait for its end and return its result.",
     argument(
         "run", nargs="?", metavar="RUN", completes="run", help="the run (default: the running one, else the last)"
     ),
+    argument("--wait", action="store_true", help="wait for its end; an interrupt stops only the waiting"),
     example="%lora watch sql-3",
 )
 def watch(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Show the card of a training."""
-    return _show_training(notebook, options.run)
+    """Show the card of a training, or its result in one line once it has ended."""
+    session = notebook.session
+    found = session.find_run(options.run)
+    if not isinstance(found, RunCard):
+        running, model_name = found
+        if options.wait:
+            return replace(session.result(model_name, wait=True), shown="")
+        from nbpeft.widgets import show_run
+
+        show_run(running, session, model_name, ui=notebook.ui)
+        return None
+    if options.wait and found.train.status not in ENDED:
+        raise CellError(f"run {found.train.run_id} is trained by another process, which cannot be waited for here")
+    if options.wait and found.record is None:
+        with suppress(AdapterError):  # a training that failed has no result
+            result = session.result(found.model_name)
+            if result.state.run_id == found.train.run_id:
+                return replace(result, shown="")  # whose card may be all that was shown of it
+    return found
 
 
-def _show_training(notebook: NotebookContext, run: str | None) -> object:
-    """Return the card of a training that has ended; that of a running one is shown live."""
-    found = notebook.session.find_run(run)
-    if isinstance(found, Result):
-        return found
-    from nbpeft.widgets import show_run
-
-    running, model_name = found
-    show_run(running, notebook.session, model_name, ui=notebook.ui)
-    return None
-
-
-def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **content: object) -> object:
-    """Create a panel of a model.
+def show_panel(notebook: NotebookContext, kind: str, variable: str | None, command: str, **content: object) -> object:
+    """Create a panel of a model; the command shows how a model is named, if there are several.
 
     Raises:
         AdapterError: there is no such model.
         CellError: no model is named, and there are several; or it cannot answer prompts.
     """
-    session, name = notebook.session, notebook.adapted_model(variable, f"%lora panel {kind}")
+    session, name = notebook.session, notebook.adapted_model(variable, command)
     state = session.state.model(name)
     if kind == "compare" and state is not None and not state.generates:
         raise CellError(
@@ -123,7 +123,14 @@ def memory(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return MemoryReport(notebook.session.memory(notebook.chosen(options.model)))
 
 
-@subcommand("doctor", "Check the installation: versions, problems, and what to install.")
+@subcommand(
+    "doctor",
+    "Check the installation: versions, problems, and what to install; or show why a command failed.",
+    argument("--traceback", action="store_true", help="show the whole traceback of the last command that failed"),
+    example="%lora doctor",
+)
 def doctor(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Check the installation and the front end."""
+    """Check the installation and the front end, or show the last traceback, which is stored as text."""
+    if options.traceback:
+        return TracebackResult(notebook.session.last_traceback)
     return notebook.session.doctor().with_checks(*front_end_checks(notebook.shell))

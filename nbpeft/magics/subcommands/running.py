@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
@@ -47,22 +46,3 @@ def clone(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 session_command("pause", "Pause a background training after the current step.", _MODEL, example="%lora pause")
-session_command("continue", "Continue a paused training.", _MODEL, method="go_on", example="%lora continue")
-
-
-@subcommand(
-    "result",
-    "Show how the last training of a model ended.",
-    argument(
-        "target",
-        nargs="?",
-        metavar="MODEL",
-        completes="model",
-        help="the model; not needed if only one has adapters",
-    ),
-    argument("--wait", action="store_true", help="wait for a background training; an interrupt stops only the waiting"),
-    example="%lora result --wait",
-)
-def result(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Show a result in one line, also where it was not shown yet because the card of its training was."""
-    return replace(notebook.session.result(notebook.chosen(options.target), wait=options.wait), shown="")

@@ -26,7 +26,14 @@ from nbpeft.magics.subcommands.training import (
 )
 from nbpeft.session.handles import is_handle, uncompiled
 from nbpeft.session.results import Notice
-from nbpeft.session.results.kept_runs import SORTS, RunsComparison, RunsResult, adapters_with_rows, source_of_base
+from nbpeft.session.results.kept_runs import (
+    SORTS,
+    ResumeResult,
+    RunsComparison,
+    RunsResult,
+    adapters_with_rows,
+    source_of_base,
+)
 
 _OPTIONS = {
     "data": ("--data", "ROWS"),
@@ -42,9 +49,11 @@ _OPTIONS = {
 
 @subcommand(
     "resume",
-    "Resume an interrupted training from its last checkpoint. A new kernel needs the model and the rows, in the same "
-    "variables or named here; the adapter and the settings are restored from the run's folder.",
-    argument("run", nargs="?", metavar="RUN", completes="run", help="the run (default: the newest)"),
+    "Continue a paused training, or resume an interrupted one from its last checkpoint. A new kernel needs the model "
+    "and the rows, in the same variables or named here; the adapter and the settings come from the run's folder.",
+    argument(
+        "run", nargs="?", metavar="RUN", completes="run", help="the run (default: the paused one, else the newest)"
+    ),
     argument("--model", "-m", metavar="MODEL", completes="model", help="variable with the model (default: the same)"),
     replace(DATA, options={**DATA.options, "required": False}),
     EVAL,
@@ -70,6 +79,10 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
     A run's folder may come from anyone, so none of its text is evaluated: variables and files are looked up by name.
     """
     session = notebook.session
+    chosen = notebook.chosen(options.model) if options.model in (None, *session.names) else None
+    if session.paused_training(options.run, chosen) is not None:
+        rows = {"data": options.data, "eval_data": options.eval_data, "tokenizer": options.tokenizer}
+        return session.resume(options.run, model=chosen, **rows, **training_arguments(options, notebook))
     record, facts = session.kept_run(options.run)
     target = options.model or record.model
     if not target:
@@ -96,7 +109,8 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
             with suppress(AdapterError):
                 notebook.namespace[target] = session.model(model)
         raise
-    notebook.bind(target, result)
+    if isinstance(result, ResumeResult):
+        notebook.bind(target, result)
     return result
 
 

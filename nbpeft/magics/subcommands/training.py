@@ -30,7 +30,6 @@ from nbpeft.magics.subcommands.scoring import metric_of
 from nbpeft.magics.tokenize import quoted
 from nbpeft.names import METRICS
 from nbpeft.session.fields import objective_names
-from nbpeft.session.results.base import TracebackResult
 from nbpeft.state import NamedRows
 from nbpeft.sweeps import Sweep
 
@@ -302,12 +301,6 @@ def _samples(words: Sequence[str], notebook: NotebookContext) -> Any:
         return counts[0]
     prompts = [notebook.prompt(prompt_text(word), "--sample") for word in words]
     return prompts[0] if len(prompts) == 1 and not isinstance(prompts[0], str) else prompts
-
-
-@subcommand("traceback", "Show the whole traceback of the last command that failed.", example="%lora traceback")
-def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """Show the last traceback, which is stored as text."""
-    return TracebackResult(notebook.session.last_traceback)
 
 
 @subcommand(

@@ -335,7 +335,7 @@ def load(
             state, more = tracked.state(), _notes_of_mode(tracked.manager, chosen)
             if chosen in tracked.manager.frozen:
                 where = f", model={tracked.name!r}" if {*ctx.models.all()} - {tracked} else ""
-                more.append(f"it is frozen: session.unfreeze({chosen!r}{where}) makes it trainable")
+                more.append(f"it is frozen: session.freeze({chosen!r}, off=True{where}) makes it trainable")
             return LoadResult(
                 _reference(tracked), tracked.name, place, adapter_in(state, chosen), state, notes=(*notes, *more)
             )

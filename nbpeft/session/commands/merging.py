@@ -100,7 +100,8 @@ def unload(
 ) -> UnloadResult:
     """Unload all adapters and remove the model from the session; its PeftModels are unusable afterwards.
 
-    ``undo`` restores adapters that were trained and not saved, unless some were merged.
+    Merged adapters stay in the base weights; ``unmerge`` takes them out before. ``undo`` restores adapters that were
+    trained and not saved, unless some were merged.
 
     Args:
         merge: merge the active adapters into the base weights first.
@@ -112,14 +113,15 @@ def unload(
         names = tracked.manager.names
         past = ctx.variables.unsaved_of(tracked)
         with HeldInterrupts():
-            base = tracked.manager.unload(merge=merge, safe=safe_merge)
+            merged = tracked.manager.active if merge else tracked.manager.merged
+            base = tracked.manager.unload(merge=bool(merged), names=merged, safe=safe_merge)
             ctx.models.remove(tracked)
-            if past.adapters and not merge:
+            if past.adapters and not merged:
                 notes += [older.dropped_words for older in ctx.history.add_model(past)]
         if past.adapters:
-            back = "" if merge else f"; session.undo() restores {'it' if len(past.adapters) == 1 else 'them'}"
+            back = "" if merged else f"; session.undo() restores {'it' if len(past.adapters) == 1 else 'them'}"
             notes.append(f"trained and not saved: {past.words}{back}")
-        return UnloadResult(ModelRef(base), tracked.name, names, merge, notes=tuple(notes))
+        return UnloadResult(ModelRef(base), tracked.name, names, merged, notes=tuple(notes))
 
 
 def _requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:

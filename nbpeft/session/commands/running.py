@@ -1,16 +1,18 @@
-"""Trainings in the background, and requests to a running one: stop, pause, continue, clone."""
+"""Trainings in the background, and requests to a running one: stop, pause, resume, clone."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
+from nbpeft.session.handles import is_module, uncompiled
 from nbpeft.session.results.training import RequestResult
 
 if TYPE_CHECKING:
     from nbpeft.session.background import Work
-    from nbpeft.session.context import SessionContext
+    from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
     from nbpeft.training import Run, TrainResult
 
@@ -110,7 +112,7 @@ def clone(
 
 
 def pause(ctx: SessionContext, model: str | None = None) -> RequestResult:
-    """Request a training to wait after the current step; ``go_on`` continues it.
+    """Request a training to wait after the current step; ``resume`` continues it.
 
     Args:
         model: see ``stop``.
@@ -123,18 +125,28 @@ def pause(ctx: SessionContext, model: str | None = None) -> RequestResult:
     return _requested(run, "pauses after the current step")
 
 
-def go_on(ctx: SessionContext, model: str | None = None) -> RequestResult:
-    """Continue a paused training.
-
-    Args:
-        model: see ``stop``.
+def paused_training(ctx: SessionContext, run: str | None, model: ModelLike) -> Run | None:
+    """Return the paused training of a run and a model, where they are named; None if there is none.
 
     Raises:
-        AdapterError: no training is running.
+        AdapterError: there are several.
     """
-    run = _running(ctx, model, "continue")
-    run.control.resume()
-    return _requested(run, "continues")
+    ctx.variables.look()
+    wanted = getattr(ctx.models.find(uncompiled(model)), "name", "") if is_module(model) else model
+    paused = {
+        name: training
+        for name, training in runs_by_name(ctx).items()
+        if training.control.paused and wanted in (None, name) and run in (None, Path(training.folder).name)
+    }
+    if len(paused) > 1:
+        raise AdapterError(f"several trainings are paused; name the model to resume: {', '.join(paused)}")
+    return next(iter(paused.values()), None)
+
+
+def lift_pause(training: Run) -> RequestResult:
+    """Continue a paused training."""
+    training.control.resume()
+    return _requested(training, "continues")
 
 
 def _check_learns(run: Run, adapter: str) -> None:
@@ -155,8 +167,7 @@ def _running(ctx: SessionContext, model: str | None, command: str) -> Run:
     if model is None and runs:
         raise AdapterError(f"several trainings are running; name the model to {command}: {', '.join(runs)}")
     what = "no training is running" if model is None else f"no training of {model!r:.60} is running"
-    ended = "; session.resume() continues one that was stopped" if command == "continue" else ""
-    others = f", but one of {', '.join(runs)}" if runs else f": there is nothing to {command}{ended}"
+    others = f", but one of {', '.join(runs)}" if runs else f": there is nothing to {command}"
     raise AdapterError(what + others)
 
 

@@ -25,7 +25,7 @@ from nbpeft.errors import (
 from nbpeft.names import DEFAULT_ADAPTER
 from nbpeft.session.checks import place_of
 from nbpeft.session.commands.adapters import load
-from nbpeft.session.commands.running import runs_by_name
+from nbpeft.session.commands.running import lift_pause, paused_training, runs_by_name
 from nbpeft.session.commands.training import run_place, train_tracked
 from nbpeft.session.context import is_off
 from nbpeft.session.handles import is_module, rehandle, uncompiled
@@ -39,6 +39,7 @@ from nbpeft.session.results.kept_runs import (
     metric_names,
     sorted_records,
 )
+from nbpeft.session.results.training import RequestResult
 from nbpeft.session.sweeps import restore
 from nbpeft.state import TrainState
 
@@ -302,14 +303,16 @@ def resume(
     tokenizer: Any = None,
     variable: str | None = None,
     **arguments: Any,
-) -> ResumeResult:
-    """Resume an interrupted run from its last checkpoint.
+) -> ResumeResult | RequestResult:
+    """Continue a paused training, or resume an interrupted run from its last checkpoint.
 
-    The adapter's config and weights, the optimizer, the schedule and the random state are restored, so that the loss
-    continues as without the interruption. For a run that had finished, only the adapter is restored.
+    A paused training of this session continues where it waits, and takes no arguments but its run or its model. Of a
+    run that was interrupted, the adapter's config and weights, the optimizer, the schedule and the random state are
+    restored, so that the loss continues as without the interruption. For a run that had finished, only the adapter is
+    restored.
 
     Args:
-        run: name of the run; None for the newest one.
+        run: name of the run; None for a paused training, or else the newest run.
         model: the base model of the run, bare or adapted; by default the session's model with the name that the run's
             model had.
         data: the training data of the run; not needed for a run that had finished.
@@ -322,12 +325,34 @@ def resume(
             foreground. A run that had finished takes none.
 
     Raises:
+        AdapterError: several trainings are paused.
         CheckpointNotFoundError: there is no such run, or it has no checkpoint.
         BaseMismatchError: the model is not that of the run.
         ConfigError: an argument is unknown.
         TrainingError: the data differs from that of the run; an argument of the run has to be given again; arguments
-            are given for a run that had finished, or they leave no step to train.
+            are given for a run that had finished or is paused, or they leave no step to train.
     """
+    paused = paused_training(ctx, run, model)
+    if paused is not None:
+        given = {"data": data, "eval_data": eval_data, "tokenizer": tokenizer, **arguments}
+        for name in (name for name, value in given.items() if value is not None):
+            raise TrainingError(f"training {paused.state.adapter} is paused and continues as it is: leave out {name}=…")
+        return lift_pause(paused)
+    with ctx.deciding(), ctx.models.deciding():
+        return _resume_kept(ctx, run, model, data, eval_data, tokenizer, variable, arguments)
+
+
+def _resume_kept(
+    ctx: SessionContext,
+    run: str | None,
+    model: ModelLike,
+    data: Any,
+    eval_data: Any,
+    tokenizer: Any,
+    variable: str | None,
+    arguments: Mapping[str, Any],
+) -> ResumeResult:
+    """Resume a run from its last checkpoint; see ``resume``."""
     from nbpeft.runs.store import RunPlace
     from nbpeft.training.disk.checkpoints import last_whole
     from nbpeft.training.disk.kept_arguments import to_take_over

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nbpeft.errors import AdapterError, few
+from nbpeft.names import BASE
 from nbpeft.session.checks import names_of
 
 if TYPE_CHECKING:
@@ -13,16 +15,21 @@ if TYPE_CHECKING:
 
 
 def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = None) -> CommandResult:
-    """Switch to one adapter, or to several whose deltas are added.
+    """Switch to one adapter, to several whose deltas are added, or to the base model alone.
 
     Args:
-        names: one name or several.
+        names: one name or several; ``base`` disables all adapters until others are used.
         model: an adapted model.
 
     Raises:
+        AdapterError: ``base`` is named together with adapters.
         UnknownAdapterError: there is no such adapter.
     """
     chosen = names_of(names)
+    if BASE in chosen:
+        if others := [name for name in chosen if name != BASE]:
+            raise AdapterError(f"{BASE} is the model without adapters: use it alone, not with {few(others)}")
+        return _use_base(ctx, model)
     tracked = ctx.models.get(model, command="use", adapters=chosen)
     with ctx.command(f"switching to {', '.join(chosen)}") as notes:
         tracked.manager.activate(list(chosen), enable=True)
@@ -30,20 +37,15 @@ def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = N
         return ctx.result(tracked, f"{tracked.name} uses {', '.join(map(repr, dict.fromkeys(chosen)))}", notes)
 
 
-def off(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
-    """Disable all adapters, until ``on`` or ``use``, so that only the base model computes."""
-    tracked = ctx.models.get(model, command="off")
+def _use_base(ctx: SessionContext, model: ModelLike) -> CommandResult:
+    """Disable all adapters, so that only the base model computes."""
+    tracked = ctx.models.get(model, command="use")
+    selected = tracked.manager.selected
+    again = repr(selected[0] if len(selected) == 1 else list(selected)) if selected else ""
     with ctx.command("switching adapters off") as notes:
         tracked.manager.disable()
-        return ctx.result(tracked, f"adapters of {tracked.name} are off; session.on() enables them again", notes)
-
-
-def on(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
-    """Enable the selected adapters again."""
-    tracked = ctx.models.get(model, command="on")
-    with ctx.command("switching adapters on") as notes:
-        tracked.manager.enable()
-        return ctx.result(tracked, f"adapters of {tracked.name} are on: {', '.join(tracked.manager.active)}", notes)
+        back = f"; session.use({again}) goes back" if selected else ""
+        return ctx.result(tracked, f"{tracked.name} uses the base model alone{back}", notes)
 
 
 def scale(ctx: SessionContext, name: str, factor: float, *, model: ModelLike = None) -> CommandResult:
@@ -63,17 +65,21 @@ def scale(ctx: SessionContext, name: str, factor: float, *, model: ModelLike = N
         return ctx.result(tracked, f"{name!r} is scaled by {factor:g}", notes)
 
 
-def freeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
-    """Exclude an adapter from training."""
+def freeze(ctx: SessionContext, name: str, *, off: bool = False, model: ModelLike = None) -> CommandResult:
+    """Exclude an adapter from training.
+
+    Args:
+        name: name of the adapter.
+        off: allow it to be trained again, while it is active.
+        model: an adapted model.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+    """
     tracked = ctx.models.get(model, command="freeze", adapters=(name,))
-    with ctx.command(f"freezing {name!r}") as notes:
-        tracked.manager.freeze(name)
-        return ctx.result(tracked, f"froze {name!r}", notes)
-
-
-def unfreeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
-    """Allow an adapter to be trained while it is active."""
-    tracked = ctx.models.get(model, command="unfreeze", adapters=(name,))
-    with ctx.command(f"unfreezing {name!r}") as notes:
-        tracked.manager.unfreeze(name)
-        return ctx.result(tracked, f"{name!r} is trained while it is active", notes)
+    with ctx.command(f"{'unfreezing' if off else 'freezing'} {name!r}") as notes:
+        if off:
+            tracked.manager.unfreeze(name)
+        else:
+            tracked.manager.freeze(name)
+        return ctx.result(tracked, f"{name!r} is trained while it is active" if off else f"froze {name!r}", notes)

@@ -290,7 +290,7 @@ def result(ctx: SessionContext, model: ModelLike = None, *, wait: bool = False) 
     tracked = ctx.models.get(model)
     training = ctx.background.get(tracked)
     if training is not None and not training.ended and wait and training.control.paused:
-        raise AdapterError(f"{training.description} is paused: continue or stop it before waiting for its result")
+        raise AdapterError(f"{training.description} is paused: resume or stop it before waiting for its result")
     has_ended = training is not None and training.state is not None and training.state.status in _ENDED
     if training is not None and (wait or has_ended):
         training.join()  # also waits until its thread has stored the result

@@ -187,12 +187,12 @@ class UnloadResult(ModelResult):
     Attributes:
         model_name: the notebook variable of the model.
         names: names of the unloaded adapters.
-        merged: whether their deltas were merged into the base weights.
+        merged: those that are merged into the base weights for good.
     """
 
     model_name: str
     names: tuple[str, ...]
-    merged: bool = False
+    merged: tuple[str, ...] = ()
 
     @property
     def base(self) -> nn.Module:
@@ -205,8 +205,8 @@ class UnloadResult(ModelResult):
         return base
 
     def _what(self) -> str:
-        how = "merged into the base and unloaded" if self.merged else "unloaded"
-        return f"{how}: {few(self.names)}; {self.model_name} is the base model again"
+        merged = f", with {few(self.merged)} merged into its weights" if self.merged else ""
+        return f"unloaded: {few(self.names)}; {self.model_name} is the base model again{merged}"
 
     def view(self) -> Card:
         return card(self._what(), notes(self.notes), aside=self.model_name)
