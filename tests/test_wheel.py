@@ -93,7 +93,7 @@ shell.user_ns["train_rows"] = [dict(input_ids=[1, 2, 3, 4], labels=[1, 2, 3, 4])
 cells = [
     "%load_ext nbpeft",
     "%%lora model --name orders\\nr = 8\\ntarget_modules = ['q_proj', 'v_proj']",
-    "%%lora_train model --data train_rows --eval 0.1\\nmax_steps = 3",
+    "%%lora_train model --data train_rows --eval-data 0.1\\nmax_steps = 3",
     "saved = %lora save adapters/orders --name orders",
     "%lora load adapters/orders --name again",
     "%lora merge again",

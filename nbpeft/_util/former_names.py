@@ -24,8 +24,15 @@ def refusing_former_names(function: _Function) -> _Function:
     return cast(_Function, called)
 
 
-def refuse_former_names(function: Callable[..., Any], keywords: Mapping[str, object]) -> None:
+def refuse_former_names(
+    function: Callable[..., Any], keywords: Mapping[str, object], called: str | None = None
+) -> None:
     """Refuse former names of a function's arguments.
+
+    Args:
+        function: the function.
+        keywords: the keyword arguments that it was given.
+        called: its name for the message, by default its own.
 
     Raises:
         ConfigTypeError: one of the keywords is such a name, and the function has the present one.
@@ -34,7 +41,9 @@ def refuse_former_names(function: Callable[..., Any], keywords: Mapping[str, obj
         known = inspect.signature(function).parameters
         new = next((name for name in RENAMED[old] if name in known), None)
         if new is not None and old not in known:
-            raise ConfigTypeError(f"{function.__name__}() has no argument {old!r}; it is called {new!r} now", name=old)
+            raise ConfigTypeError(
+                f"{called or function.__name__}() has no argument {old!r}; it is called {new!r} now", name=old
+            )
 
 
 def former_function(name: str) -> str:

@@ -1,7 +1,7 @@
 """Rewrites the messages of the session in the notation of cells.
 
 The session names Python calls and arguments, ``session.use('sql')``, ``(name=…)`` and ``eval_data=0.1``. In a cell
-these are ``%lora use sql``, ``(--name)`` and ``--eval 0.1``.
+these are ``%lora use sql``, ``(--name)`` and ``--eval-data 0.1``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PHRASES = {
     "give stop='half' to": "give --stop half to",
     "save_as_lora(DIR, model, rank=64)": "%lora convert NAME --rank 64",
 }
-_ROW_OPTIONS = {"data": "--data", "eval_data": "--eval"}
+_ROW_OPTIONS = {"data": "--data", "eval_data": "--eval-data"}
 _ROWS = re.compile(r"(?<![\w.'\"-])((?:eval_)?data)=\{([^{}…]+: …(?:, [^{}…]+: …)*)\}")
 _CALL = re.compile(r"session\.(\w+)\((.*?)\)")
 _UNFREEZE = re.compile(r"model\.set_requires_grad\((.*?)\)")
@@ -75,7 +75,7 @@ def _with_rows(argument: re.Match[str]) -> str:
 
 
 def option_names(command: Subcommand, others: Iterable[Subcommand]) -> dict[str, str]:
-    """Return the options of a command by the names of the session's arguments: ``eval_data`` -> ``--eval``.
+    """Return the options of a command by the names of the session's arguments: ``eval_data`` -> ``--eval-data``.
 
     Those of other commands are included, except for a command with fields: there, a name may be that of a field.
     """
@@ -85,7 +85,7 @@ def option_names(command: Subcommand, others: Iterable[Subcommand]) -> dict[str,
 
 
 def _with_options(said: str, names: Mapping[str, str]) -> str:
-    """Replace ``eval_data=0.1`` by ``--eval 0.1``, and a name alone where it can only be meant so."""
+    """Replace ``eval_data=0.1`` by ``--eval-data 0.1``, and a name alone where it can only be meant so."""
 
     def spelled(found: re.Match[str]) -> str:
         name, value = found["given"], found["value"]

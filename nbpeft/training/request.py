@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import nn
 from transformers import TrainingArguments
 
+from nbpeft._util.former_names import refuse_former_names
 from nbpeft.errors import check_bool
 from nbpeft.names import DEFAULT_SEED, ROW_OPTIONS
 from nbpeft.runs.store import RunPlace
@@ -49,7 +50,7 @@ class TrainRequest:
         eval_data: the same for evaluation, or how many rows of ``data`` to hold out.
         is_open: whether ``data`` and ``eval_data`` are rows, and not their sources.
         objective: its name as given; an :class:`Objective` during training.
-        rewards: reward functions, as given; a :class:`Rewards` during training.
+        reward: reward functions, as given; a :class:`Rewards` during training.
         objective_reason: why the objective was chosen, if it was not given.
         rate_reason: the default learning rate, and what it follows from, or why a given one is unused; else empty.
         first_random: random state, or seed, from which the adapters of a sweep get initial weights; None for copies of
@@ -90,11 +91,11 @@ class TrainRequest:
     stop: str | None = None
     stop_on_divergence: bool = True
     processes: int | None = None
-    machines: Sequence[str] | None = None
+    hosts: Sequence[str] | None = None
     replace: bool = False
     objective: str | Objective | None = None
     reference: str | None = None
-    rewards: Any = None
+    reward: Any = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     is_open: bool = False
     objective_reason: str = ""
@@ -112,8 +113,9 @@ class TrainRequest:
             **keywords: keyword arguments of ``train``, including those of the arguments class and the Trainer.
 
         Raises:
-            ConfigError: one that must be True or False is something else.
+            ConfigError: one that must be True or False is something else, or one has another name now.
         """
+        refuse_former_names(cls, keywords, "train")
         for item in fields(cls):
             if isinstance(item.default, bool) and item.name in keywords:
                 check_bool(item.name, keywords[item.name])
@@ -199,7 +201,7 @@ class TrainRequest:
             values["score"] = GIVEN_AGAIN
         if isinstance(self.sample, SamplePrompts):
             values["sample"] = self.sample.given
-        values["rewards"] = getattr(self.rewards, "functions", self.rewards)
+        values["reward"] = getattr(self.reward, "functions", self.reward)
         if not is_amount(self.eval_data):
             values["eval_data"] = None
         own = {item.name: item.default for item in fields(self) if item.name not in NOT_KEPT}

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from torch import nn
 
 import nbpeft
 from nbpeft._util.former_names import refusing_former_names
 from nbpeft.errors import ConfigError
 from nbpeft.names import RENAMED, RENAMED_FUNCTIONS
 from nbpeft.session import Session
+from nbpeft.training.request import TrainRequest
 
 
 def methods() -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -53,6 +55,12 @@ def test_a_former_name_of_a_method_is_refused_with_the_present_one(old: str, new
     assert hasattr(Session, new) or hasattr(nbpeft, new)
     with pytest.raises(AttributeError, match=f"'{old}'; it is called '{new}' now$"):
         getattr(Session(), old)
+
+
+@pytest.mark.parametrize(("old", "new"), [("rewards", "reward"), ("machines", "hosts"), ("eval", "eval_data")])
+def test_a_training_refuses_a_former_name_too(old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^train\(\) has no argument '{old}'; it is called '{new}' now$"):
+        TrainRequest.of(nn.Linear(2, 2), [{"text": "a"}], **{old: "b"})
 
 
 def test_a_name_that_a_function_has_is_its_own() -> None:

@@ -73,7 +73,7 @@ def train(library: str, objective: str, *, vocabulary: int, epochs: int, shrink:
             if objective == "sft":
                 names = ("chosen", "rejected")
                 rows = [{"prompt": row["prompt"], "completion": row[name]} for row in rows for name in names]
-            more: dict[str, Any] = {"rewards": [reward]} if objective == "grpo" else {}
+            more: dict[str, Any] = {"reward": [reward]} if objective == "grpo" else {}
             more["train_sampling_strategy"] = "sequential"
             source.train(model, rows, tokenizer=tokenizer, objective=objective, callbacks=[costs], **more, **settings)
     timed = costs.seconds[:-1]

@@ -169,7 +169,7 @@ def chat(system):
     return {'messages': [{'role': role, 'content': text} for role, text in pairs]}
 rows = [chat('Extract the appointment as JSON.')] * 4
 %lora use orders
-%lora_train model --data rows --sample 1 --eval 2 --no-keep max_steps=2
+%lora_train model --data rows --sample 1 --eval-data 2 --no-keep max_steps=2
 """
 
 

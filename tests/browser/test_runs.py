@@ -23,7 +23,7 @@ rows = [{"input_ids": [1 + (step * start) % 7 for step in range(12)]} for start 
 %lora add model --name support_tickets_to_team r=4 target_modules=all-linear
 """
 TRAIN = """\
-%%lora_train model --data rows --eval {held} --restart
+%%lora_train model --data rows --eval-data {held} --restart
 max_steps = {steps}
 eval_steps = 2
 eval_strategy = "steps"

@@ -224,7 +224,7 @@ def test_clicks_show_while_a_step_takes_fifteen_seconds(
 
 
 WHOLE = """\
-%%lora_train model --data rows --eval held_out --tokenizer tok --sample "Oslo needs 31" --every 20 --patience 50
+%%lora_train model --data rows --eval-data held_out --tokenizer tok --sample "Oslo needs 31" --every 20 --patience 50
 max_steps = 80
 per_device_train_batch_size = 4
 learning_rate = 5e-2

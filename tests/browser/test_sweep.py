@@ -25,7 +25,7 @@ rows = [{"input_ids": [1 + (step * start) % 7 for step in range(12)]} for start 
 %lora add model --name codes r=4 target_modules=q_proj,v_proj
 """
 TRAIN = """\
-%%lora_train model --data rows --eval 8
+%%lora_train model --data rows --eval-data 8
 max_steps = 20000
 per_device_train_batch_size = 2
 eval_steps = 20

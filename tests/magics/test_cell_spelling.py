@@ -51,10 +51,10 @@ def test_messages(said: object, in_a_cell: object) -> None:
         (
             "lora_train",
             "stop='half' needs evaluations: pass eval_data=… or score=…",
-            "--stop half needs evaluations: pass --eval or --score",
+            "--stop half needs evaluations: pass --eval-data or --score",
         ),
-        ("lora_train", "eval_data=3 is neither data, nor a share", "--eval 3 is neither data, nor a share"),
-        ("lora_train", "eval_by groups the rows (eval_data=0.1)", "--eval-by groups the rows (--eval 0.1)"),
+        ("lora_train", "eval_data=3 is neither data, nor a share", "--eval-data 3 is neither data, nor a share"),
+        ("lora_train", "eval_by groups the rows (eval_data=0.1)", "--eval-by groups the rows (--eval-data 0.1)"),
         ("use", "model has an adapter 'mail' already", "model has an adapter 'mail' already"),
         ("use", "model has several adapters: name one", "model has several adapters: name one"),
         (

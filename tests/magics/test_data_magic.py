@@ -36,7 +36,7 @@ def ready(adapted: Notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     "data", ["rows", "sums.jsonl", "'sums.jsonl'", "asked --columns prompt=question completion=answer", "rows[:]"]
 )
 def test_a_cell_takes_rows_from_everywhere(ready: Notebook, data: str) -> None:
-    result = ready.do(f"%%lora_train model --data {data} --eval 0.25 --tokenizer tok\nmax_steps = 2")
+    result = ready.do(f"%%lora_train model --data {data} --eval-data 0.25 --tokenizer tok\nmax_steps = 2")
     assert result.steps == 2 and result.eval_loss is not None
     assert "2 of 8 rows held out for evaluation" in result.message
     same = ready.session.train(ready["model"], PAIRS, 0.25, tokenizer=ready["tok"], adapter="chat", max_steps=2)
@@ -69,8 +69,8 @@ def test_fields_and_columns_stand_in_one_line(ready: Notebook) -> None:
         ("sums.jsnl", "there is no file 'sums.jsnl', and no variable 'sums'. Did you mean 'sums.jsonl'?"),
         ("notes.txt", "no variable 'notes'. Files with rows end with .jsonl, .ndjson, .json, .csv"),
         ("user/name:train[:10]", "'user/name' is not a folder here, the hub is offline or cannot be reached"),
-        ("rows --eval 0", "--eval 0 is neither data, nor a share of the rows between 0 and 1 (0.1)"),
-        ("rows --eval 8", "holds out 8 of 8 rows, which leaves nothing to train on"),
+        ("rows --eval-data 0", "--eval-data 0 is neither data, nor a share of the rows between 0 and 1 (0.1)"),
+        ("rows --eval-data 8", "holds out 8 of 8 rows, which leaves nothing to train on"),
         ("rows --tokenizer model", "--tokenizer: 'model' does not hold a tokenizer, but an adapted model."),
         ("rows --tokenizer rows", "does not hold a tokenizer, but a list. Tokenizers here: tok."),
         ("rows --columns prompt", "expected name=column, e.g. prompt=question, not 'prompt'"),
@@ -82,7 +82,7 @@ def test_fields_and_columns_stand_in_one_line(ready: Notebook) -> None:
 )
 @pytest.mark.parametrize("verb", ["%lora_train model --data", "%lora data"])
 def test_a_mistake_is_one_line(ready: Notebook, verb: str, line: str, message: str) -> None:
-    if "--eval" in line and verb == "%lora data":
+    if "--eval-data" in line and verb == "%lora data":
         return
     fields = " max_steps=1" if "train" in verb else ""
     told = ready.run(f"{verb} {line}{fields}").line
@@ -166,13 +166,13 @@ def test_completions_are_scored_by_functions_of_the_notebook(ready: Notebook) ->
     result = ready.do(f"%%lora_train model --data sums --tokenizer tok --reward even --reward short\n{body}")
     assert result.objective == "grpo" and "rewards: even, short" in result.message
     assert "best completion" in ready.do("%lora watch")._repr_html_()
-    assert "rewards: objects of the notebook cannot be written into a script" in ready.run("%lora export t.py").line
+    assert "reward: objects of the notebook cannot be written into a script" in ready.run("%lora export t.py").line
     for option, told in (
         ("--reward evn", "'evn'"),
         ("--reward len", "reward 'len' needs 'obj'"),
         ("--reward sums", "a reward must be a function"),
         ("--objective grpo", "grpo needs --reward: functions"),
-        ("--reward even --objective dpo", "rewards require --objective grpo"),
+        ("--reward even --objective dpo", "reward requires --objective grpo"),
         ("--reward even --columns prompt=total", "reward 'even' needs 'total'"),
     ):
         assert told in ready.run(f"%%lora_train model --data sums --tokenizer tok {option}\nmax_steps = 1").line
@@ -182,7 +182,7 @@ def test_completions_are_scored_by_functions_of_the_notebook(ready: Notebook) ->
 
 @pytest.mark.parametrize("source", ["sums.jsonl", "asked --columns prompt=question completion=answer"])
 def test_a_training_from_a_file_is_exported(ready: Notebook, source: str) -> None:
-    ready.do(f"%%lora_train model --data {source} --eval 0.25 --tokenizer tok\nmax_steps = 1")
+    ready.do(f"%%lora_train model --data {source} --eval-data 0.25 --tokenizer tok\nmax_steps = 1")
     result = ready.do("%lora export train.py --base somewhere")
     assert [count for _, count in result.data] == [6, 2]
     ready["stream"] = __import__("datasets").Dataset.from_list(PAIRS).to_iterable_dataset()
@@ -232,8 +232,8 @@ def test_columns_are_quoted_as_one_likes_and_hints_can_be_pasted(ready: Notebook
     ("line", "label", "rows"),
     [
         ("odd COLUMNS", "Score on its training rows", "odd COLUMNS"),
-        ("odd COLUMNS --eval 0.25", "Score on its held-out rows", "odd COLUMNS --held-out"),
-        ("odd COLUMNS --eval odd[:3] --skip-bad", "Score", "odd[:3] --skip-bad COLUMNS"),
+        ("odd COLUMNS --eval-data 0.25", "Score on its held-out rows", "odd COLUMNS --held-out"),
+        ("odd COLUMNS --eval-data odd[:3] --skip-bad", "Score", "odd[:3] --skip-bad COLUMNS"),
         ("sql=odd[:3] chat=odd COLUMNS", "Score on its training rows", "odd[:3] COLUMNS"),
     ],
 )
@@ -260,9 +260,9 @@ def test_repeated_rows_are_counted_before_a_training_holds_some_out(ready: Noteb
     notes = ready.do(f"%lora data twice {columns}").notes
     hint = "--eval-by question keeps equal rows together"
     assert notes[-1] == f"38 of 40 rows are equal to earlier ones: if rows are held out for evaluation, {hint}"
-    trained = ready.do(f"%lora_train model --data twice {columns} --eval 0.5 max_steps=1 --no-keep").message
+    trained = ready.do(f"%lora_train model --data twice {columns} --eval-data 0.5 max_steps=1 --no-keep").message
     assert "held-out rows are also trained on (38 of 40 rows are repeats): --eval-by question keeps" in trained
-    line = f"%lora_train model --data twice {columns} --eval 0.5 --eval-by question max_steps=1 --no-keep"
+    line = f"%lora_train model --data twice {columns} --eval-data 0.5 --eval-by question max_steps=1 --no-keep"
     assert "also trained on" not in ready.do(line).message
 
 
@@ -318,7 +318,7 @@ def test_options_of_conversations_stand_in_the_line_and_in_the_command_that_show
     assert shown.summary.learned_count == 4 * 3 and "no row has reasoning to drop" in shown.notes
     line = ready.run("%lora data chats --learn lst").line
     assert line.startswith("%lora data: --learn: invalid choice: 'lst'") and line.endswith("). Did you mean 'last'?")
-    line = f"%lora_train model --data chats --eval 0.5 --eval-by user {how} --no-keep max_steps=1"
+    line = f"%lora_train model --data chats --eval-data 0.5 --eval-by user {how} --no-keep max_steps=1"
     message = ready.do(line).message
     assert "2 of 4 rows held out for evaluation, in whole groups by 'user' (2 groups)" in message
     command = message.partition("(%lora data")[2].rpartition(" shows them)")[0]

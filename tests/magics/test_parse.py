@@ -150,7 +150,7 @@ def test_nothing_is_printed_for_a_mistake(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_line_of_a_training_cell() -> None:
-    line = 'model --data ds["train"] --eval ds["test"] --tokenizer tok num_train_epochs=1'
+    line = 'model --data ds["train"] --eval-data ds["test"] --tokenizer tok num_train_epochs=1'
     options = parse_arguments(CELLS["lora_train"], "%%lora_train", tokenize(line), {}).options
     assert (options.target, options.data, options.eval_data) == ("model", 'ds["train"]', 'ds["test"]')
     assert [word.text for word in options.fields] == ["num_train_epochs=1"]

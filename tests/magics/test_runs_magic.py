@@ -19,7 +19,7 @@ from tests.magics.notebook import Notebook
 from tests.runs.killed import when_noted
 from tests.tiny_models import llama
 
-CELL = """%%lora_train model --data rows --eval held --tokenizer tok --max-length 12
+CELL = """%%lora_train model --data rows --eval-data held --tokenizer tok --max-length 12
 max_steps = 6
 per_device_train_batch_size = batch
 learning_rate = 0.05  # high"""
@@ -68,7 +68,7 @@ def test_a_new_kernel_goes_on_where_the_last_was_killed(bare: Notebook, place: P
 
 
 def test_slices_of_lists_are_found_again(bare: Notebook, place: Path) -> None:
-    killed(4, CELL.replace("--data rows --eval held", "--data rows[:-2] --eval rows[6:]"))
+    killed(4, CELL.replace("--data rows --eval-data held", "--data rows[:-2] --eval-data rows[6:]"))
     source = json.loads((place / "sql-1" / "run.json").read_text())["source"]
     assert (source["data"], source["eval_data"]) == ("rows[:-2]", "rows[6:]")
     fresh = prepare(bare, adapter=False)
@@ -110,8 +110,8 @@ def test_without_any_run_there_is_no_card(bare: Notebook) -> None:
     ("change", "told"),
     [
         ("del rows", "values that its folder does not store; pass them again: %lora resume sql-1 --data ROWS"),
-        ("del held", "values that its folder does not store; pass them again: %lora resume sql-1 --eval ROWS"),
-        ("del rows, held", "pass them again: %lora resume sql-1 --data ROWS --eval ROWS"),
+        ("del held", "values that its folder does not store; pass them again: %lora resume sql-1 --eval-data ROWS"),
+        ("del rows, held", "pass them again: %lora resume sql-1 --data ROWS --eval-data ROWS"),
         ("rows = rows[:5]", "run sql-1 was trained with 8 rows, but 5 are given"),
         ("del model", "run sql-1 is of the model 'model' (another one: --model), but no variable is called 'model'."),
         ("model = 3", "run sql-1 is of the model 'model' (another one: --model), but 'model' is an int, not a model."),
@@ -147,7 +147,9 @@ def test_fields_for_a_run_that_had_finished_are_refused(bare: Notebook) -> None:
 
 
 def test_values_of_the_cell_are_kept_and_not_their_expressions(bare: Notebook, place: Path) -> None:
-    cell = CELL.replace("--data rows --eval held", "--data data['train'] --eval 0.25").replace("= batch", "= batch * 1")
+    cell = CELL.replace("--data rows --eval-data held", "--data data['train'] --eval-data 0.25").replace(
+        "= batch", "= batch * 1"
+    )
 
     def act() -> None:
         run_checkpointer.SHORTEST, run_checkpointer.SHARE = 0.0, 1e9
@@ -303,7 +305,7 @@ def test_interrupting_a_resumed_run_leaves_the_adapted_model(bare: Notebook) -> 
 
 
 def test_a_resumed_run_is_scored_on_the_rows_of_its_variable(bare: Notebook) -> None:
-    cell = CELL.replace("--eval held", "--score held --metric f1 --every 2")
+    cell = CELL.replace("--eval-data held", "--score held --metric f1 --every 2")
     killed(4, cell)
     fresh = prepare(bare, adapter=False)
     rows = fresh["held"]

@@ -126,13 +126,13 @@ def test_separator_and_bad_rows_are_as_in_training(ready: Notebook, tmp_path: Pa
     assert "2 rows left out: row 0: bad.jsonl, line 1 is not JSON" in str(result)
     assert "(--skip-bad)" in ready.run("%lora score --data {lines}").line
     assert len(ready.do("%lora score --data {lines} --skip-bad --max-new-tokens 2").items) == len(ROWS)
-    line = f"%%lora_train model --data {{table}} --score {{lines}} --eval {{lines}} {reading} --no-keep"
+    line = f"%%lora_train model --data {{table}} --score {{lines}} --eval-data {{lines}} {reading} --no-keep"
     result = ready.do(f"{line}\nmax_steps = 1")
     assert "rows to score: 2 rows left out" in result.message and "evaluation rows: 2" in result.message
 
 
 def test_the_held_out_rows_of_a_training_are_scored_from_its_card(ready: Notebook) -> None:
-    result = ready.do("%lora_train model --data rows --eval 0.25 --tokenizer tokenizer max_steps=1 --no-keep")
+    result = ready.do("%lora_train model --data rows --eval-data 0.25 --tokenizer tokenizer max_steps=1 --no-keep")
     found = ready.do("%lora score sql --data rows --tokenizer tokenizer --held-out --max-new-tokens 1")
     assert tuple(item.number for item in found.items) == result.held_out and len(found.items) == 3
     assert "--held-out chooses among the rows of --data ROWS" in ready.run("%lora score sql --general --held-out").line

@@ -16,7 +16,7 @@ from nbpeft.training import SweepResult
 from tests.magics.notebook import Notebook
 from tests.runs.killed import when_noted
 
-TRAIN = """%%lora_train model --data rows --eval held_out
+TRAIN = """%%lora_train model --data rows --eval-data held_out
 max_steps = 2
 per_device_train_batch_size = 2
 learning_rate = sweep(0.01, 0.05)"""
@@ -213,7 +213,7 @@ def test_an_adapter_is_cloned_while_a_sweep_runs_in_the_background(ready: Notebo
     clone = "%lora clone sql-lr1e-2 --as slow learning_rate=0.001"
     assert ready.run(clone).line == "no training is running: there is nothing to clone"
     ready["waiting"] = [Wait()]
-    cell = TRAIN.replace("--eval held_out", "--background").replace("max_steps = 2", "max_steps = 3")
+    cell = TRAIN.replace("--eval-data held_out", "--background").replace("max_steps = 2", "max_steps = 3")
     ready.do(f"{cell}\ncallbacks = waiting")
     assert (
         "num_train_epochs cannot be a sweep"
@@ -288,7 +288,9 @@ def test_a_sweep_of_the_bits_of_a_base_is_refused(notebook: Notebook) -> None:
 def test_adapters_are_trained_on_rows_of_their_own(ready: Notebook, tmp_path: Path) -> None:
     before = {name: weights(ready, name) for name in ("sql", "chat")}
     fields = "num_train_epochs = 1\nper_device_train_batch_size = 2"
-    result = ready.do(f"%%lora_train model --data sql=rows chat=rows[:2] --eval sql=held_out chat=held_out\n{fields}")
+    result = ready.do(
+        f"%%lora_train model --data sql=rows chat=rows[:2] --eval-data sql=held_out chat=held_out\n{fields}"
+    )
     assert [(member.name, member.step) for member in result.members] == [("sql", 3), ("chat", 1)]
     assert ready["model"].active_adapters == ["sql"]
     assert not any(same(weights(ready, name), kept) for name, kept in before.items())
@@ -318,16 +320,19 @@ def test_a_run_on_rows_of_each_is_named_by_its_adapters_and_asks_for_the_rows_of
     monkeypatch.setenv("NBPEFT_RUNS", str(tmp_path))
     ready["few"] = ready["rows"][:3]
     end = ready.session.on_run(lambda run, name: when_noted(run, 1, lambda: run.control.request_stop("enough")))
-    ready.do("%%lora_train model --data sql=rows chat=few --eval sql=held_out chat=few\nnum_train_epochs = 4")
+    ready.do("%%lora_train model --data sql=rows chat=few --eval-data sql=held_out chat=few\nnum_train_epochs = 4")
     end()
     del ready.shell.user_ns["few"]
     line = ready.run("%lora resume").line
-    assert "%lora resume sql+chat-1 --data sql=ROWS chat=ROWS --eval sql=ROWS chat=ROWS (not defined here: few)" in line
-    line = ready.run("%lora resume --data rows --eval rows").line
+    assert (
+        "%lora resume sql+chat-1 --data sql=ROWS chat=ROWS --eval-data sql=ROWS chat=ROWS (not defined here: few)"
+        in line
+    )
+    line = ready.run("%lora resume --data rows --eval-data rows").line
     assert line == "run sql+chat-1 trained each adapter on rows of its own: pass --data sql=ROWS chat=ROWS"
-    line = ready.run("%lora resume --data sql=rows --eval sql=rows").line
+    line = ready.run("%lora resume --data sql=rows --eval-data sql=rows").line
     assert line == "--data has rows for 'sql', but the adapters to train are 'sql', 'chat'"
-    resumed = ready.do("%lora resume --data sql=rows chat=rows[:3] --eval sql=held_out chat=rows[:3]")
+    resumed = ready.do("%lora resume --data sql=rows chat=rows[:3] --eval-data sql=held_out chat=rows[:3]")
     assert [member.name for member in resumed.training.members] == ["sql", "chat"]
 
 
@@ -336,15 +341,15 @@ def test_a_run_on_rows_of_each_is_named_by_its_adapters_and_asks_for_the_rows_of
     [
         ("--data rows --stop half", "--stop half has no effect without a sweep: pass --patience to stop early"),
         ("--data sql=rows chat=rows --stop half", "--stop half compares adapters, but each has rows of its own"),
-        ("--data rows --eval 100", "--eval 100 holds out 100 of 6 rows"),
-        ("--data rows --patience 2", "--patience needs evaluation data: pass --eval or --score"),
-        ("--data rows --eval-by x", "give their share or number (--eval 0.1)"),
-        ("--data sql=rows chat=rows --eval sql=rows", "but the evaluation rows are those of 'sql'"),
+        ("--data rows --eval-data 100", "--eval-data 100 holds out 100 of 6 rows"),
+        ("--data rows --patience 2", "--patience needs evaluation data: pass --eval-data or --score"),
+        ("--data rows --eval-by x", "give their share or number (--eval-data 0.1)"),
+        ("--data sql=rows chat=rows --eval-data sql=rows", "but the evaluation rows are those of 'sql'"),
         ("--data chta=rows", "no adapter is called 'chta' (adapters: 'chat', 'sql'). Did you mean 'chat'?"),
         ("--data other=rows", "--data: no adapter is called 'other' (adapters: 'chat', 'sql')"),
         ("--data year=2024/x.jsonl", "there is no file 'year=2024/x.jsonl', and none '2024/x.jsonl' for an adapter"),
         ("--data splits", "data is a DatasetDict: 'sql', 'test' are its splits, not adapters; pass one of them"),
-        ("--data sql=rows chat=rows --eval splits", "--eval is a DatasetDict"),
+        ("--data sql=rows chat=rows --eval-data splits", "--eval-data is a DatasetDict"),
     ],
 )
 def test_mistakes_about_rows_and_evaluations_are_told_in_words_of_cells(
@@ -356,8 +361,8 @@ def test_mistakes_about_rows_and_evaluations_are_told_in_words_of_cells(
 
 
 def test_stop_half_needs_evaluations(ready: Notebook) -> None:
-    line = ready.run(TRAIN.replace("--eval held_out", "--stop half")).line
-    assert "--stop half needs evaluations: pass --eval or --score" in line
+    line = ready.run(TRAIN.replace("--eval-data held_out", "--stop half")).line
+    assert "--stop half needs evaluations: pass --eval-data or --score" in line
 
 
 def test_the_rows_of_one_adapter_are_shown(ready: Notebook) -> None:

@@ -67,6 +67,6 @@ def test_text_stays_text(ready: Notebook) -> None:
 def test_samples_are_conversations_or_rows(ready: Notebook) -> None:
     line = "%lora_train model --data rows --no-keep max_steps=1"
     assert [item.prompt for item in ready.do(f"{line} --sample talk --sample more").state.samples] == ["Hi", "more"]
-    rows = ready.do(f"{line} --sample 2 --eval 2").state.samples
+    rows = ready.do(f"{line} --sample 2 --eval-data 2").state.samples
     assert [item.wanted for item in rows] == ["yes", "yes"]
     assert "takes either a number of rows or prompts, not both" in ready.run(f"{line} --sample 2 --sample talk").line

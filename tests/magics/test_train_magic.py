@@ -19,7 +19,7 @@ from nbpeft.training.request import TrainRequest
 from tests.magics.notebook import Notebook
 from tests.magics.test_cells import fingerprint
 
-CELL = """%%lora_train model --data rows --eval held_out
+CELL = """%%lora_train model --data rows --eval-data held_out
 max_steps = 3
 per_device_train_batch_size = 2
 learning_rate = 0.05"""
@@ -373,7 +373,7 @@ def test_patience_and_samples_by_a_word(ready: Notebook) -> None:
     from tests.char_tokenizer import CharTokenizer
 
     ready["tok"], ready["held_out"] = CharTokenizer(), [{"input_ids": [50, 20, 60, 30, 40]}]
-    line = "%%lora_train model --data rows --eval held_out --tokenizer tok --patience 1"
+    line = "%%lora_train model --data rows --eval-data held_out --tokenizer tok --patience 1"
     result = ready.do(f'{line} --sample "Oslo needs" --sample two --every 2\nmax_steps = 20\nlearning_rate = 1.0')
     assert result.best_step is not None
     assert "stopped early: no improvement in 1 evaluation" in result.message
@@ -381,7 +381,7 @@ def test_patience_and_samples_by_a_word(ready: Notebook) -> None:
     training = ready.session.state.models[0].training
     assert training is not None and training.samples == result.state.samples
     told = ready.run("%%lora_train model --data rows --patience 3\nmax_steps = 1").line
-    assert told.startswith("--patience needs evaluation data: pass --eval")
+    assert told.startswith("--patience needs evaluation data: pass --eval-data")
 
 
 @pytest.mark.slow
@@ -390,7 +390,8 @@ def test_patience_is_exported_and_samples_are_not(ready: Notebook, tmp_path: Pat
 
     ready["tok"] = CharTokenizer()
     ready.do(
-        "%lora_train model --data rows --eval held_out --tokenizer tok --patience 2 --sample a --every 1 max_steps=2"
+        "%lora_train model --data rows --eval-data held_out --tokenizer tok --patience 2 --sample a --every 1 "
+        "max_steps=2"
     )
     ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
     text = (tmp_path / "train.py").read_text()
@@ -421,7 +422,7 @@ def test_processes_and_machines_are_said_in_the_line(ready: Notebook, monkeypatc
         "nbpeft.training.loop.train.train_in_subprocesses", lambda request, *others: given.append(request) or {}
     )
     ready.do("%lora_train model --data rows --processes 2 --hosts 10.0.0.1 10.0.0.2 max_steps=1 fsdp=True")
-    assert (given[0].processes, given[0].machines) == (2, ["10.0.0.1", "10.0.0.2"])
+    assert (given[0].processes, given[0].hosts) == (2, ["10.0.0.1", "10.0.0.2"])
     assert given[0].arguments["fsdp"] is True and given[0].arguments["max_steps"] == 1
     assert given[0].replace is True, "what output_dir holds is checked before the processes start"
     refused = ready.run("%lora_train model --data rows max_steps=1 fsdp=True").line

@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 NOTEBOOK = NOTEBOOKS / "02_your_own_data.ipynb"
 SHORTER = {
     "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 30, 30, 32": "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 24, 2, 12",
-    "-t tokenizer --eval 32": "-t tokenizer --eval 8",
-    "chats.jsonl --eval 32": "chats.jsonl --eval 4",
+    "-t tokenizer --eval-data 32": "-t tokenizer --eval-data 8",
+    "chats.jsonl --eval-data 32": "chats.jsonl --eval-data 4",
     "--adapter {best} --tokens 48": "--adapter {best} --tokens 12",
     "--metric json --tokens 64": "--metric json --tokens 16",
 }

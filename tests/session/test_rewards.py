@@ -28,7 +28,7 @@ def of_words(completions: list[str], prompts: list[str]) -> list[float]:
 
 def test_a_stopped_run_is_resumed_on_a_new_model_to_the_bit(tmp_path: Path) -> None:
     session, model = begun(tmp_path / "whole", trained=True)
-    whole = session.train(model, PROMPTS, rewards=of_words, **FIELDS)
+    whole = session.train(model, PROMPTS, reward=of_words, **FIELDS)
     session, first = begun(tmp_path / "parts", trained=True)
     runs: list[Any] = []
     end = session.on_run(lambda run, name: runs.append(run))
@@ -38,13 +38,13 @@ def test_a_stopped_run_is_resumed_on_a_new_model_to_the_bit(tmp_path: Path) -> N
             runs[0].control.request_stop()
         return of_words(completions, prompts)
 
-    stopped = session.train(first, PROMPTS, rewards=stopping, **FIELDS)
+    stopped = session.train(first, PROMPTS, reward=stopping, **FIELDS)
     end()
     assert stopped.status == "stopped" and stopped.steps == 3  # between two steps that learn the same completions
     given = {"model": tiny_base(), "variable": "model", "data": PROMPTS, "tokenizer": FIELDS["tokenizer"]}
-    with pytest.raises(TrainingError, match="again: rewards=…"):
+    with pytest.raises(TrainingError, match="again: reward=…"):
         session_in(tmp_path / "parts").resume(**given)
-    result = session_in(tmp_path / "parts").resume(**{**given, "model": tiny_base()}, rewards=of_words)
+    result = session_in(tmp_path / "parts").resume(**{**given, "model": tiny_base()}, reward=of_words)
     assert result.training is not None and result.training.objective == "grpo"
     assert result.training.state.history == whole.state.history
     assert result.training.state.series["reward"] == whole.state.series["reward"]
@@ -54,7 +54,7 @@ def test_a_stopped_run_is_resumed_on_a_new_model_to_the_bit(tmp_path: Path) -> N
 
 def test_what_failed_before_its_first_step_is_not_taken_for_an_earlier_run(tmp_path: Path) -> None:
     session, model = begun(tmp_path, trained=True)
-    session.train(model, PROMPTS, rewards=of_words, **(FIELDS | {"max_steps": 1}))
+    session.train(model, PROMPTS, reward=of_words, **(FIELDS | {"max_steps": 1}))
     session.rename("sql", "first")
     session.add(model, {"r": 4, "target_modules": ["q_proj"]}, name="second")
 
@@ -62,7 +62,7 @@ def test_what_failed_before_its_first_step_is_not_taken_for_an_earlier_run(tmp_p
         raise KeyError("weight")
 
     with pytest.raises(TrainingError, match="reward 'wrong' failed"):
-        session.train(model, PROMPTS, rewards=wrong, adapter="second", **FIELDS)
+        session.train(model, PROMPTS, reward=wrong, adapter="second", **FIELDS)
     message = r"second failed before its first step.* The newest run is of 'sql': session\.resume\('sql-1'\)"
     with pytest.raises(CheckpointNotFoundError, match=message):
         session.resume()

@@ -494,7 +494,7 @@ def test_what_a_file_may_not_decide_can_be_given_again(broken: Path, tmp_path: P
     ("arguments", "reported"),
     [
         ({"processes": 256}, "arguments that are not restored from its folder; pass them again: processes=…"),
-        ({"processes": 256, "machines": ["a", "b"]}, "pass them again: processes=…, machines=…"),
+        ({"processes": 256, "hosts": ["a", "b"]}, "pass them again: processes=…, hosts=…"),
         ({"deepspeed": "/etc/passwd"}, "pass them again: deepspeed=…"),
         ({"num_samples": 4}, "pass them again: num_samples=…"),
     ],

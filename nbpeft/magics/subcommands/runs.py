@@ -37,12 +37,12 @@ from nbpeft.session.results.kept_runs import (
 
 _OPTIONS = {
     "data": ("--data", "ROWS"),
-    "eval_data": ("--eval", "ROWS"),
+    "eval_data": ("--eval-data", "ROWS"),
     "score": ("--score", "ROWS"),
     "metric": ("--metric", "METRIC"),
     "tokenizer": ("--tokenizer", "TOKENIZER"),
     "trainer_class": ("--trainer", "CLASS"),
-    "rewards": ("--reward", "FUNCTION"),
+    "reward": ("--reward", "FUNCTION"),
 }
 """Argument of a training -> the option of a line and its placeholder."""
 
@@ -141,7 +141,7 @@ def _missing(facts: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
 def _for_each(words: str, adapters: Sequence[str]) -> str:
     """The options to pass again, with the names of the adapters that had rows of their own."""
     named = " ".join(f"{name}=ROWS" for name in adapters)
-    return re.sub(r"(?<=--data )ROWS|(?<=--eval )ROWS", named, words) if named else words
+    return re.sub(r"(?<=--data )ROWS|(?<=--eval-data )ROWS", named, words) if named else words
 
 
 def _undefined(facts: Mapping[str, Any], missing: Sequence[str], notebook: NotebookContext) -> str:

@@ -47,7 +47,7 @@ from nbpeft.names import METRICS
     argument(
         "--held-out",
         action="store_true",
-        help="only the rows of --data that %%lora_train --eval held out, which the adapters have not learned",
+        help="only the rows of --data that %%lora_train --eval-data held out, which the adapters have not learned",
     ),
     argument(
         "--metric",

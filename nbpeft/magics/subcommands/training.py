@@ -53,17 +53,16 @@ _RESERVED = (
     "variable",
     "run",
     "processes",
-    "machines",
+    "hosts",
 )
 ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
-_NOT_EXPORTED = ("stop", "sample", "every", "score", "metric", "max_score_rows", "processes", "machines")
+_NOT_EXPORTED = ("stop", "sample", "every", "score", "metric", "max_score_rows", "processes", "hosts")
 """Arguments that are not written into an exported script."""
 _EARLY_STOPPING = ("patience", "metric_for_best_model", "greater_is_better")
 """Arguments that are not written into it either if they refer to scores, which a script does not compute."""
 EVAL = argument(
-    *("--eval", "-e"),
-    dest="eval_data",
+    *("--eval-data", "-e"),
     metavar="DATA",
     completes="data",
     help="evaluation rows, as for --data; or how many training rows to hold out: 0.1, or 64",
@@ -71,7 +70,7 @@ EVAL = argument(
 EVAL_BY = argument(
     "--eval-by",
     metavar="COLUMN",
-    help="rows with the same value in this column are all trained on or all held out by --eval",
+    help="rows with the same value in this column are all trained on or all held out by --eval-data",
 )
 SCORE = (
     argument(
@@ -122,7 +121,6 @@ OBJECTIVE = (
 )
 REWARD = argument(
     "--reward",
-    dest="rewards",
     action="append",
     metavar="FUNCTION",
     completes="variable",
@@ -138,7 +136,6 @@ PROCESSES = (
     ),
     argument(
         "--hosts",
-        dest="machines",
         nargs="+",
         metavar="ADDRESS",
         help="run N processes on each of these machines, this one first; all must have this folder at the same path",
@@ -194,7 +191,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
         metavar="PROMPT|N",
         completes="variable",
         help="answer this prompt during training, as for %%lora ask; may be repeated. A number: answer that many "
-        "evaluation rows (without --eval, training rows) and show the wanted answers",
+        "evaluation rows (without --eval-data, training rows) and show the wanted answers",
     ),
     *SCORE,
     argument(
@@ -207,7 +204,7 @@ TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a T
     TRAINER,
     argument("--background", "-b", action="store_true", help="train in the background: the cell returns at once"),
     fields="training",
-    example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\nnum_train_epochs = 1",
+    example="%%lora_train model --data train_ds --eval-data eval_ds --tokenizer tok\nnum_train_epochs = 1",
     cell=True,
 )
 def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
@@ -274,7 +271,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     Raises:
         CellError: a field is given that is an option of the line.
     """
-    names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "machines", "track", "replace")
+    names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "hosts", "track", "replace")
     names += ("stop", "skip_bad", "objective", "reference", "eval_by", "max_score_rows")
     sample = getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
@@ -283,8 +280,8 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     score, metric = getattr(options, "score", None), getattr(options, "metric", None)
     line["score"] = None if score is None else notebook.data(score, "--score")
     line["metric"] = None if metric is None else [metric_of(word, notebook) for word in metric]
-    rewards = getattr(options, "rewards", None)
-    line["rewards"] = None if rewards is None else [notebook.function(word, "--reward") for word in rewards]
+    reward = getattr(options, "reward", None)
+    line["reward"] = None if reward is None else [notebook.function(word, "--reward") for word in reward]
     line["packing"] = getattr(options, "packing", None) or None
     line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
     given = {name: value for name, value in {**line, **chats_of(options)}.items() if value is not None}
@@ -343,7 +340,7 @@ def _training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCo
     if (named := rows_by_adapter(cell.data)) and isinstance(data, dict) and not {*named} & {*adapters}:
         hint = did_you_mean(next(iter(named)), adapters)
         raise CellError(f"--data: no adapter is called {few(named)} (adapters: {few(adapters)}).{hint}")
-    eval_data = None if cell.eval_data is None else notebook.data(cell.eval_data, "--eval")
+    eval_data = None if cell.eval_data is None else notebook.data(cell.eval_data, "--eval-data")
     return data, eval_data, notebook.tokenizer(cell.tokenizer)
 
 

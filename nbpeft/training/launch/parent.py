@@ -196,7 +196,7 @@ def _note_loss(run: Run, place: Any) -> None:
 @contextlib.contextmanager
 def _job_folder(launch: Launch, place: Any) -> Iterator[Path]:
     """A folder for all hosts, removed afterwards: a temporary one, or for several hosts one next to the runs."""
-    if not launch.machines:
+    if not launch.hosts:
         with scratch_folder() as folder:
             yield folder
         return
@@ -215,17 +215,17 @@ def _host_script(folder: Path, launch: Launch, host: int, address: str, port: in
     path = folder / f"host-{host}.sh"
     paths = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     words = [sys.executable, "-m", "nbpeft.training.launch.host", str(folder)]
-    words += [str(number) for number in (launch.processes, len(launch.machines), host)] + [address, str(port)]
+    words += [str(number) for number in (launch.processes, len(launch.hosts), host)] + [address, str(port)]
     lines = ["#!/bin/sh", f"cd {shlex.quote(os.getcwd())} || exit"]
     lines.append(f"PYTHONPATH={shlex.quote(paths)} exec {shlex.join(words)}")
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return f"{launch.machines[host]}: sh {shlex.quote(str(path))}"
+    return f"{launch.hosts[host]}: sh {shlex.quote(str(path))}"
 
 
 def _started(folder: Path, launch: Launch, run: Run, port: int) -> Processes:
     """The processes of this host, as a context manager; reports the commands for the other hosts."""
-    address = (launch.machines or ("127.0.0.1",))[0]
-    scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.machines))]
+    address = (launch.hosts or ("127.0.0.1",))[0]
+    scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.hosts))]
     if scripts:
         run.note("start the other hosts with: " + ", ".join(scripts))
     run.publish(force=True)

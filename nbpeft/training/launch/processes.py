@@ -38,26 +38,26 @@ class Launch:
 
     Attributes:
         processes: number of processes on each host.
-        machines: addresses of the hosts, this one's first; empty if there is only this one.
+        hosts: addresses of the hosts, this one's first; empty if there is only this one.
     """
 
     processes: int
-    machines: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
 
     @property
     def world(self) -> int:
         """The number of processes on all hosts, torch's world size."""
-        return self.processes * max(len(self.machines), 1)
+        return self.processes * max(len(self.hosts), 1)
 
 
-def launch_of(processes: Any, machines: Any = None, *, sharded: bool = False) -> Launch | None:
+def launch_of(processes: Any, hosts: Any = None, *, sharded: bool = False) -> Launch | None:
     """How to launch a training; None if it runs in this process.
 
     A process that was itself started by a launcher launches no others.
 
     Args:
         processes: number of processes on each host, as given; None for one.
-        machines: addresses of the hosts, as given, or None.
+        hosts: addresses of the hosts, as given, or None.
         sharded: whether the model is sharded over the processes.
 
     Raises:
@@ -68,10 +68,10 @@ def launch_of(processes: Any, machines: Any = None, *, sharded: bool = False) ->
         raise ConfigError(
             f"processes must be a whole number from 1 to {MOST}, not {processes!r:.60}", field="processes"
         )
-    names = (machines,) if isinstance(machines, str) else tuple(machines or ())
+    names = (hosts,) if isinstance(hosts, str) else tuple(hosts or ())
     if not all(isinstance(name, str) and name for name in names) or len(names) == 1:
         raise ConfigError(
-            f"machines must be at least two addresses, this machine's first, not {machines!r:.80}", field="machines"
+            f"hosts must be at least two addresses, this machine's first, not {hosts!r:.80}", field="hosts"
         )
     if is_launched() or (count == 1 and not names):
         if sharded and not is_launched():

@@ -45,7 +45,7 @@ def checked(request: TrainRequest) -> tuple[nn.Module, Launch | None, dict[str, 
     check_options(options)
     check_report_to(fields.get("report_to"))
     tracker_names(request.track)
-    launch = launch_of(request.processes, request.machines, sharded=bool(fields.get("fsdp")))
+    launch = launch_of(request.processes, request.hosts, sharded=bool(fields.get("fsdp")))
     if launch is not None and request.members is not None:
         raise ConfigError("A sweep trains in one process: remove processes or the sweep", field="processes")
     _refuse_other_adapters(model, {} if request.replace else fields)

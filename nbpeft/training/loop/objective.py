@@ -62,7 +62,7 @@ _NOT_WITH_GENERATION = {
     "label_smoothing_factor": "completions have no reference token",
     "auto_find_batch_size": "a batch has all completions of a prompt",
     "processes": "it trains in one process",
-    "machines": "it trains in one process",
+    "hosts": "it trains in one process",
     "fsdp": "it trains in one process",
     "deepspeed": "it trains in one process",
 }
@@ -86,9 +86,9 @@ def with_objective(request: TrainRequest) -> TrainRequest:
     given = {name: value for name, value in request.arguments.items() if name in fields}
     own = getattr(request.arguments_class, "__dataclass_fields__", {})  # TRL's SFTConfig has a loss_type, too
     kind = None if request.objective is None else objective_named(request.objective)
-    if kind is not None and not kind.generates and request.rewards is not None:
+    if kind is not None and not kind.generates and request.reward is not None:
         raise ConfigError(
-            f"rewards require objective='grpo', but the objective is {kind.name}: remove rewards", field="rewards"
+            f"reward requires objective='grpo', but the objective is {kind.name}: remove reward", field="reward"
         )
     if kind is not None:
         given = _fields_of(kind, given, fields, own)
@@ -162,10 +162,10 @@ def _with_rewards(request: TrainRequest, objective: Grpo, columns: Sequence[str]
         columns = tuple(dict.fromkeys(str(name) for row in request.data if isinstance(row, Mapping) for name in row))
     own = {(request.columns or {}).get(name, name) for name in (*PROMPTED.needs, *PROMPTED.may)}
     others = [name for name in columns if name not in own]
-    rewards = Rewards.of(request.rewards, objective.reward_weights, others)
+    rewards = Rewards.of(request.reward, objective.reward_weights, others)
     if request.eval_data is not None and request.score is None:  # the loss says nothing: its rewards are relative
         arguments = {"metric_for_best_model": "reward", **arguments}
-    return replace(request, trainer_class=RolloutTrainer, rewards=rewards, arguments=arguments)
+    return replace(request, trainer_class=RolloutTrainer, reward=rewards, arguments=arguments)
 
 
 def _fields_of(
@@ -188,7 +188,7 @@ def _fields_of(
 def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Objective], str]:
     """The objective that follows from the rows, and why."""
     checked_columns(request.columns, columns)
-    if request.rewards is not None:
+    if request.reward is not None:
         return objective_named("grpo"), "rewards are given"
     compared = {*COMPARED.needs} <= {*columns, *(request.columns or ())} or _are_pairs(columns)
     if classes_of(request.model) is not None:
@@ -206,9 +206,9 @@ def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Obje
         return objective_named("kto"), "the rows have labels of good and bad completions"
     if form is PROMPTED:
         raise ConfigError(
-            "the rows have only prompts: pass rewards=…, functions that score the completions of the model "
+            "the rows have only prompts: pass reward=…, functions that score the completions of the model "
             "(objective='grpo'), or rows with completions to learn",
-            field="rewards",
+            field="reward",
         )
     return objective_named("sft"), ""
 
@@ -276,7 +276,7 @@ def _scores(model: nn.Module) -> bool:
 
 
 def _check_arguments(request: TrainRequest, objective: Objective) -> None:
-    own = {name: getattr(request, name) for name in ("packing", "processes", "machines")}
+    own = {name: getattr(request, name) for name in ("packing", "processes", "hosts")}
     given = {**own, **request.arguments}
     for name, reason in (_NOT_WITH_GENERATION if objective.generates else _NOT_WITH_PAIRS).items():
         if given.get(name) not in (None, False, 0):

@@ -89,11 +89,11 @@ def train(
     stop: str | None = None,
     stop_on_divergence: bool = True,
     processes: int | None = None,
-    machines: Sequence[str] | None = None,
+    hosts: Sequence[str] | None = None,
     replace: bool = False,
     objective: str | None = None,
     reference: str | None = None,
-    rewards: Any = None,
+    reward: Any = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -173,16 +173,16 @@ def train(
             host memory of their size. See :mod:`nbpeft.training.watching.divergence`.
         processes: Number of training processes on this machine, one per GPU; see :mod:`nbpeft.training.launch`. Each
             takes ``per_device_train_batch_size`` rows per step. ``fsdp=True`` shards the model over them.
-        machines: Addresses of machines with the same folders, this one's first; ``processes`` is the number on each.
+        hosts: Addresses of machines with the same folders, this one's first; ``processes`` is the number on each.
         replace: Overwrite another adapter in ``output_dir``: one with another name, base model or other tensors.
         objective: ``sft``, ``classify``, ``dpo``, ``orpo``, ``simpo``, ``cpo``, ``kto``, ``reward`` or ``grpo``. By
             default it follows from the rows and the model: ``dpo`` for rows with chosen and rejected, ``reward`` if
             the model is a classifier with one label, ``kto`` for rows with labels of good and bad completions,
-            ``grpo`` with ``rewards``. See :mod:`nbpeft.training.objectives`.
+            ``grpo`` with ``reward``. See :mod:`nbpeft.training.objectives`.
         reference: Reference of ``dpo`` and ``kto``: ``base`` (the model without adapters), ``start`` (the adapter's
             weights at the beginning) or the name of another adapter. By default ``base`` for an adapter that does not
             change the model yet, and ``start`` for others.
-        rewards: For ``grpo``: one or several functions that score completions of the rows' prompts:
+        reward: For ``grpo``: one or several functions that score completions of the rows' prompts:
             ``f(completions, prompts, **columns) -> list[float]``, as for TRL's GRPOTrainer. See
             :mod:`nbpeft.training.rewards`.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and of the objective
@@ -302,8 +302,8 @@ def _note(
         run.note(request.members.start)
     run.note(objective_text(objective, request.objective_reason, request.reference))
     run.note(request.rate_reason)
-    if isinstance(request.rewards, Rewards):
-        run.note(request.rewards.note)
+    if isinstance(request.reward, Rewards):
+        run.note(request.reward.note)
         run.learns_from_rewards = True
     for part in (*rows.train_parts, *rows.evaluation_parts):
         if isinstance(part, StreamedRows):
@@ -467,7 +467,7 @@ def _objective_options(request: TrainRequest, objective: Objective) -> dict[str,
         return {}
     name = request.reference
     found = {"objective": objective, "reference": None if name is None else reference_of(request.model, name)}
-    return {**found, **({"rewards": request.rewards} if objective.generates else {})}
+    return {**found, **({"rewards": request.reward} if objective.generates else {})}
 
 
 def _result(request: TrainRequest, run: Run, metrics: dict[str, float]) -> TrainResult:

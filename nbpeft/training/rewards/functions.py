@@ -57,9 +57,9 @@ class Rewards:
         functions = tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)
         if not functions:
             raise ConfigError(
-                "grpo needs rewards=…: functions f(completions, prompts, **columns) that return a number for each "
+                "grpo needs reward=…: functions f(completions, prompts, **columns) that return a number for each "
                 "completion",
-                field="rewards",
+                field="reward",
             )
         names: list[str] = []
         for function in functions:
@@ -70,7 +70,7 @@ class Rewards:
         clash = [name for name in columns if name in _GIVEN]
         if clash:
             raise ConfigError(
-                f"the column {clash[0]!r} has the name of what reward functions are given: rename it", field="rewards"
+                f"the column {clash[0]!r} has the name of what reward functions are given: rename it", field="reward"
             )
         taken: set[str] = set()
         for name, function in zip(names, functions, strict=True):
@@ -155,14 +155,14 @@ def _check_callable(function: Any) -> None:
         raise ConfigError(
             f"a reward is a function, not a {type(function).__name__}: call the model in a function "
             "f(completions, prompts, **columns)",
-            field="rewards",
+            field="reward",
         )
     if not callable(function) or isinstance(function, type):
         raise ConfigError(
-            f"a reward must be a function f(completions, prompts, **columns), not {function!r:.60}", field="rewards"
+            f"a reward must be a function f(completions, prompts, **columns), not {function!r:.60}", field="reward"
         )
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-        raise ConfigError(f"reward {_name(function)!r} is asynchronous: pass an ordinary function", field="rewards")
+        raise ConfigError(f"reward {_name(function)!r} is asynchronous: pass an ordinary function", field="reward")
 
 
 def _name(function: Any) -> str:
@@ -198,7 +198,7 @@ def _taken(name: str, function: Callable[..., Any], columns: Sequence[str]) -> s
         if item.kind is item.POSITIONAL_ONLY or (item.default is item.empty and item.name not in given):
             raise ConfigError(
                 f"reward {name!r} needs {item.name!r}, and is called with the keywords {few(given, 8, quoted=False)}",
-                field="rewards",
+                field="reward",
             )
     return _accepted(parameters, columns)
 

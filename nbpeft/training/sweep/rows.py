@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _NO_COMMON = {
     "adapter": "data names the adapters to train",
     "processes": "they are trained in one process",
-    "machines": "they are trained in one process",
+    "hosts": "they are trained in one process",
 }
 """Arguments that adapters with rows of their own do not take, with the reason."""
 _CLOSE = 0.8

@@ -50,12 +50,12 @@ GIVEN: dict[str, Any] = {
     "trainer_class": MyTrainer,
     "arguments_class": MyArguments,
     "processes": 2,
-    "machines": ["localhost"],
+    "hosts": ["localhost"],
     "stop": "half",
     "stop_on_divergence": False,
     "objective": "dpo",
     "reference": "base",
-    "rewards": [abs],
+    "reward": [abs],
 }
 """A value that says something for each keyword of ``train``."""
 
@@ -112,7 +112,7 @@ def test_values_that_say_the_same(value: Any, expected: Any) -> None:
         "push_to_hub",
         "hub_model_id",
         "report_to",
-        "machines",
+        "hosts",
         "run_dir",
         "adapter",
         "trainer_class",

@@ -212,7 +212,7 @@ def test_an_error_on_another_host_is_one_line_and_changes_nothing(tmp_path: Path
             model,
             rows(),
             processes=1,
-            machines=["127.0.0.1", "127.0.0.2"],
+            hosts=["127.0.0.1", "127.0.0.2"],
             run_dir=tmp_path,
             publish=start_other,
             callbacks=[FailsInTheSecond()],

@@ -41,8 +41,8 @@ ROWS = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
         (0, None, "processes must be a whole number from 1 to 256, not 0"),
         (True, None, "processes must be a whole number from 1 to 256, not True"),
         ("2", None, "processes must be a whole number from 1 to 256, not '2'"),
-        (2, ["10.0.0.1"], r"machines must be at least two addresses, this machine's first, not \['10.0.0.1'\]"),
-        (2, "10.0.0.1", "machines must be at least two addresses"),
+        (2, ["10.0.0.1"], r"hosts must be at least two addresses, this machine's first, not \['10.0.0.1'\]"),
+        (2, "10.0.0.1", "hosts must be at least two addresses"),
     ],
 )
 def test_impossible_numbers_are_refused(processes: Any, machines: Any, message: str) -> None:

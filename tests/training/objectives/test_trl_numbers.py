@@ -52,7 +52,7 @@ def ours(case: str, batches: int = 1) -> dict[str, list[float]]:
     objective = case.partition("-")[0]
     if objective == "grpo":
         rows = [{"prompt": row["prompt"]} for row in rows]
-        fields |= {**OF_REWARDS, "rewards": [even, short]}
+        fields |= {**OF_REWARDS, "reward": [even, short]}
     nbpeft.train(model, rows, objective=objective, tokenizer=tiny_tokenizer(), callbacks=[keep], **fields)
     return {name: [entry[name] for entry in logged if name in entry] for name in logged[0]}
 

@@ -92,8 +92,8 @@ async def later(completions: Any) -> list[float]:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (None, "grpo needs rewards=…: functions f(completions, prompts, **columns)"),
-        ([], "grpo needs rewards"),
+        (None, "grpo needs reward=…: functions f(completions, prompts, **columns)"),
+        ([], "grpo needs reward"),
         (["length"], "a reward must be a function f(completions, prompts, **columns), not 'length'"),
         ([Completion], "a reward must be a function"),
         ([Judge()], "a reward is a function, not a Judge: call the model in a function"),
@@ -106,7 +106,7 @@ async def later(completions: Any) -> list[float]:
 def test_what_cannot_be_called_is_refused(given: Any, told: str) -> None:
     with pytest.raises(ConfigError) as refused:
         Rewards.of(given, None, ("answer",))
-    assert told in str(refused.value) and refused.value.details["field"] == "rewards"
+    assert told in str(refused.value) and refused.value.details["field"] == "reward"
 
 
 def test_weights_and_names_of_columns_are_checked() -> None:

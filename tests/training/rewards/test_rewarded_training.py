@@ -64,14 +64,14 @@ def curve(result: Any, name: str) -> list[float]:
 def test_what_is_rewarded_becomes_more_likely() -> None:
     fields = FIELDS | {"max_steps": 25, "learning_rate": 5e-2, "per_device_train_batch_size": 16, "num_generations": 8}
     model = trainable(tiny_base(), r=8, target_modules=["down_proj", "lm_head"])
-    result = nbpeft.train(model, PROMPTS, rewards=even, loss_type="dr_grpo", lr_scheduler_type="constant", **fields)
+    result = nbpeft.train(model, PROMPTS, reward=even, loss_type="dr_grpo", lr_scheduler_type="constant", **fields)
     rewards = curve(result, "reward")
     assert sum(rewards[:5]) / 5 < 3 and sum(rewards[-5:]) / 5 > 4
     assert curve(result, "rewards/even/mean") == rewards
 
 
 def test_the_result_and_the_curves_say_what_was_learned() -> None:
-    result = nbpeft.train(new(), PROMPTS, rewards=[even, short], reward_weights=[1.0, 0.5], **FIELDS)
+    result = nbpeft.train(new(), PROMPTS, reward=[even, short], reward_weights=[1.0, 0.5], **FIELDS)
     assert (result.objective, result.reference) == ("grpo", None)
     assert "because rewards are given" in result.message
     assert "rewards: even, short; columns not used" not in result.message and "rewards: even, short" in result.message
@@ -92,7 +92,7 @@ def test_ratios_are_exactly_1_in_the_step_after_generation(
     loss_of = Grpo.loss_of
     monkeypatch.setattr(Grpo, "loss_of", lambda self, batch: seen.append(batch) or loss_of(self, batch))
     fields = FIELDS | {"max_steps": 4, "num_iterations": 2, "disable_dropout": without_dropout}
-    nbpeft.train(new(lora_dropout=0.2), PROMPTS, rewards=even, **fields)
+    nbpeft.train(new(lora_dropout=0.2), PROMPTS, reward=even, **fields)
     same = [torch.equal(batch.log_probs, batch.earlier) for batch in seen]
     assert same == [True, False, True, False]
 
@@ -108,7 +108,7 @@ def test_completions_are_drawn_by_the_adapter_and_have_their_probabilities() -> 
     fields = FIELDS | {"max_steps": 10, "max_completion_length": 1, "per_device_train_batch_size": 16}
     before = weights(model)
     with pytest.warns(UserWarning, match="had all completions of a prompt the same reward"):
-        nbpeft.train(model, PROMPTS[:1], rewards=keep, temperature=0.1, **fields)
+        nbpeft.train(model, PROMPTS[:1], reward=keep, temperature=0.1, **fields)
     assert same_state(before, weights(model))
     ids = TOKENIZER(PROMPTS[0]["prompt"])["input_ids"]
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_prompts_of_different_lengths_are_completed_as_if_alone() -> None:
         return list(range(len(completions)))
 
     rows = [{"prompt": "w3 w4"}, {"prompt": " ".join(f"w{number}" for number in range(20, 34))}]
-    nbpeft.train(model, rows, rewards=keep, top_k=1, **FIELDS | {"max_steps": 1, "per_device_train_batch_size": 8})
+    nbpeft.train(model, rows, reward=keep, top_k=1, **FIELDS | {"max_steps": 1, "per_device_train_batch_size": 8})
     for row in rows:
         ids = torch.tensor([TOKENIZER(row["prompt"])["input_ids"]])
         answer = model.eval().generate(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -146,7 +146,7 @@ def test_the_columns_of_a_row_go_to_the_functions_with_its_completions() -> None
         return [float(abs(len(text) - len(wanted))) for text, wanted in zip(completions, answer, strict=True)]
 
     data = Dataset.from_list([{"question": row["prompt"], "answer": row["answer"]} for row in PROMPTS])
-    nbpeft.train(new(), data, rewards=exact, columns={"prompt": "question"}, **FIELDS)
+    nbpeft.train(new(), data, reward=exact, columns={"prompt": "question"}, **FIELDS)
     assert len(seen) == 12 and set(seen) <= {(row["prompt"], row["answer"]) for row in PROMPTS}
 
 
@@ -158,7 +158,7 @@ def test_columns_that_only_some_rows_have_are_none_in_others() -> None:
         return list(map(float, range(len(completions))))
 
     rows = [{"ask": "w1"}, {"ask": "w2", "topic": 5}, {"ask": "w3", "prompt": "w4"}]
-    nbpeft.train(new(), rows, rewards=keep, columns={"prompt": "ask"}, **FIELDS)
+    nbpeft.train(new(), rows, reward=keep, columns={"prompt": "ask"}, **FIELDS)
     assert seen == {"w1": (None, None), "w2": (5, None), "w3": (None, "w4")}
 
 
@@ -177,7 +177,7 @@ def test_conversations_are_asked_in_the_chat_template() -> None:
         lengths.append(keywords["input_ids"].shape[1])
 
     handle = model.register_forward_pre_hook(measure, with_kwargs=True)
-    nbpeft.train(model, rows, rewards=keep, **FIELDS | {"max_steps": 1, "max_completion_length": 1})
+    nbpeft.train(model, rows, reward=keep, **FIELDS | {"max_steps": 1, "max_completion_length": 1})
     handle.remove()
     assert seen[0][0]["role"] == "assistant" and seen[1] == rows[0]["prompt"]
     assert lengths[-1] == 5  # user mark, two words, assistant mark, and the completion
@@ -203,7 +203,7 @@ def test_a_step_computes_logits_of_completions_only_once_and_in_chunks() -> None
             return inside(hidden)
 
         head.forward = counted
-        return losses(nbpeft.train(model, PROMPTS, rewards=counting, loss_chunk_size=chunk_size, **FIELDS))
+        return losses(nbpeft.train(model, PROMPTS, reward=counting, loss_chunk_size=chunk_size, **FIELDS))
 
     whole = trained(0)
     assert max(size for _, size in sizes) > 8
@@ -233,10 +233,10 @@ def test_a_trained_head_has_the_gradients_of_whole_logits() -> None:
 def test_a_stopped_training_is_resumed_to_the_bit(fields: dict[str, Any], tmp_path: Path) -> None:
     every = FIELDS | {"max_steps": 7, "output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 5}
     through, first = new(lora_dropout=0.1), new(lora_dropout=0.1)
-    whole = nbpeft.train(through, PROMPTS, rewards=even, **every, **fields)
+    whole = nbpeft.train(through, PROMPTS, reward=even, **every, **fields)
     torch.manual_seed(99)  # of a new process
     rest = nbpeft.train(
-        first, PROMPTS, rewards=even, **every, **fields, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5")
+        first, PROMPTS, reward=even, **every, **fields, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5")
     )
     assert losses(rest)[-2:] == losses(whole)[-2:] and len(losses(whole)) == 7
     assert same_state(weights(first), weights(through))
@@ -244,26 +244,26 @@ def test_a_stopped_training_is_resumed_to_the_bit(fields: dict[str, Any], tmp_pa
 
 def test_a_checkpoint_without_the_completions_to_learn_again_is_refused(tmp_path: Path) -> None:
     fields = FIELDS | {"max_steps": 4, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 3}
-    nbpeft.train(new(), PROMPTS, rewards=even, **fields)
+    nbpeft.train(new(), PROMPTS, reward=even, **fields)
     with pytest.raises(CheckpointError, match="written with another num_iterations than 2"):
         again = str(tmp_path / "checkpoint-3")
-        nbpeft.train(new(), PROMPTS, rewards=even, num_iterations=2, resume_from_checkpoint=again, **fields)
+        nbpeft.train(new(), PROMPTS, reward=even, num_iterations=2, resume_from_checkpoint=again, **fields)
 
 
 def test_a_run_on_disk_keeps_completions_and_is_resumed_with_the_functions(tmp_path: Path) -> None:
-    result = nbpeft.train(new(), PROMPTS, rewards=[even], run_dir=tmp_path, **FIELDS)
+    result = nbpeft.train(new(), PROMPTS, reward=[even], run_dir=tmp_path, **FIELDS)
     from nbpeft.runs.store import RunStore
 
     store = RunStore(tmp_path)
     (record,) = store.records()
     folder = store.find(record.name)
-    assert folder.facts()["objects"] == ["rewards"] and folder.facts()["arguments"]["num_generations"] == 4
+    assert folder.facts()["objects"] == ["reward"] and folder.facts()["arguments"]["num_generations"] == 4
     kept = folder.samples(3)
     assert kept == result.state.samples and all(sample.reward is not None for sample in kept)
 
 
 def test_the_best_and_the_worst_completion_of_a_prompt_are_shown() -> None:
-    result = nbpeft.train(new(), PROMPTS, rewards=even, **FIELDS)
+    result = nbpeft.train(new(), PROMPTS, reward=even, **FIELDS)
     pairs = [result.state.samples[place : place + 2] for place in range(0, 6, 2)]
     assert [best.step for best, _ in pairs] == [1, 2, 3]
     for best, worst in pairs:
@@ -274,18 +274,18 @@ def test_the_best_and_the_worst_completion_of_a_prompt_are_shown() -> None:
 def test_an_error_of_a_function_keeps_the_weights_before_its_step() -> None:
     model, calls = new(), [0]
     one = new()
-    nbpeft.train(one, PROMPTS, rewards=even, **FIELDS | {"max_steps": 1, "lr_scheduler_type": "constant"})
+    nbpeft.train(one, PROMPTS, reward=even, **FIELDS | {"max_steps": 1, "lr_scheduler_type": "constant"})
 
     def fails(completions: Any) -> list[float]:
         calls[0] += 1
         return even(completions) if calls[0] == 1 else [1 / 0]
 
     with pytest.raises(TrainingError, match=r"Row \d+: reward 'fails' failed on the completion .* \(ZeroDivisionError"):
-        nbpeft.train(model, PROMPTS, rewards=fails, **FIELDS | {"lr_scheduler_type": "constant"})
+        nbpeft.train(model, PROMPTS, reward=fails, **FIELDS | {"lr_scheduler_type": "constant"})
     assert same_state(weights(model), weights(one))
     before = weights(model := new())
     with pytest.raises(TrainingError, match="returned 0 numbers for 4 completions"):
-        nbpeft.train(model, PROMPTS, rewards=lambda completions: [], **FIELDS)
+        nbpeft.train(model, PROMPTS, reward=lambda completions: [], **FIELDS)
     assert same_state(weights(model), before) and model.training
 
 
@@ -298,7 +298,7 @@ def test_a_model_that_cannot_generate_is_one_line() -> None:
 
     handle = model.get_output_embeddings().register_forward_pre_hook(fails)
     with pytest.raises(TrainingError, match="LlamaForCausalLM cannot generate completions: RuntimeError: no cache"):
-        nbpeft.train(model, PROMPTS, rewards=even, **FIELDS)
+        nbpeft.train(model, PROMPTS, reward=even, **FIELDS)
     handle.remove()
     assert same_state(weights(model), before)
 
@@ -314,11 +314,11 @@ def test_a_model_whose_cache_computes_something_else_is_refused() -> None:
             return args, {**keywords, "input_ids": (ids + 40) % 80}
         return None
 
-    nbpeft.train(model, PROMPTS, rewards=even, **FIELDS | {"max_steps": 1})
+    nbpeft.train(model, PROMPTS, reward=even, **FIELDS | {"max_steps": 1})
     before = weights(model)
     handle = model.get_base_model().register_forward_pre_hook(forgets, with_kwargs=True)
     with pytest.raises(TrainingError, match="LlamaForCausalLM generates other tokens with its cache than without it"):
-        nbpeft.train(model, PROMPTS, rewards=even, **FIELDS)
+        nbpeft.train(model, PROMPTS, reward=even, **FIELDS)
     handle.remove()
     assert same_state(weights(model), before)
 
@@ -340,7 +340,7 @@ def test_stop_and_an_interrupt_end_a_generation() -> None:
             control.request_stop()
 
     handle = model.get_output_embeddings().register_forward_pre_hook(stops)
-    result = nbpeft.train(model, PROMPTS, rewards=even, control=control, **FIELDS | {"max_steps": 9})
+    result = nbpeft.train(model, PROMPTS, reward=even, control=control, **FIELDS | {"max_steps": 9})
     assert result.status == "stopped" and 1 <= result.steps <= 8 and later == []
     handle.remove()
 
@@ -350,13 +350,13 @@ def test_stop_and_an_interrupt_end_a_generation() -> None:
     handle = model.get_output_embeddings().register_forward_pre_hook(interrupts)
     before = weights(model)
     with pytest.raises(nbpeft.errors.TrainingInterrupted):
-        nbpeft.train(model, PROMPTS, rewards=even, **FIELDS)
+        nbpeft.train(model, PROMPTS, reward=even, **FIELDS)
     handle.remove()
     assert same_state(weights(model), before)
 
 
 def test_evaluation_has_the_rewards_by_which_the_best_state_is_found() -> None:
-    result = nbpeft.train(new(), PROMPTS[:8], PROMPTS[8:], rewards=even, eval_steps=1, patience=3, **FIELDS)
+    result = nbpeft.train(new(), PROMPTS[:8], PROMPTS[8:], reward=even, eval_steps=1, patience=3, **FIELDS)
     assert set(result.state.metrics) == {"eval_reward"}
     values = dict(result.state.metric_history["eval_reward"])
     assert result.state.best_step == max(values, key=lambda step: (values[step], -step))
@@ -373,20 +373,20 @@ def test_each_evaluation_row_counts_the_same() -> None:
 
     for size in (8, 2):  # two prompts at a time, and two batches
         learned = [{**row, "points": None} for row in PROMPTS]
-        result = nbpeft.train(new(), learned, rows, rewards=given, per_device_eval_batch_size=size, **fields)
+        result = nbpeft.train(new(), learned, rows, reward=given, per_device_eval_batch_size=size, **fields)
         assert result.state.metrics["eval_reward"] == pytest.approx(3)
 
 
 def test_another_metric_than_the_reward_keeps_its_direction() -> None:
     for given, chosen in (({}, "reward"), ({"metric_for_best_model": "loss"}, "loss")):
-        request = with_objective(TrainRequest.of(new(), PROMPTS, 2, rewards=even, **given, **FIELDS))
+        request = with_objective(TrainRequest.of(new(), PROMPTS, 2, reward=even, **given, **FIELDS))
         assert request.arguments["metric_for_best_model"] == chosen and "greater_is_better" not in request.arguments
 
 
 def test_a_divergence_from_the_reference_is_a_curve() -> None:
-    result = nbpeft.train(new(), PROMPTS, rewards=even, beta=0.1, **FIELDS)
+    result = nbpeft.train(new(), PROMPTS, reward=even, beta=0.1, **FIELDS)
     assert result.reference == "start" and curve(result, "kl")[0] == 0 < curve(result, "kl")[-1]
-    fresh = nbpeft.train(trainable(tiny_base()), PROMPTS, rewards=even, beta=0.1, **FIELDS)
+    fresh = nbpeft.train(trainable(tiny_base()), PROMPTS, reward=even, beta=0.1, **FIELDS)
     assert fresh.reference == "base" and curve(fresh, "kl")[0] == 0
 
 
@@ -404,7 +404,7 @@ def test_cut_completions_are_left_out_where_the_cell_says_so(monkeypatch: pytest
 
     monkeypatch.setattr(rollouts, "generated", kept)
     fields = FIELDS | {"max_completion_length": 40, "max_steps": 2}
-    nbpeft.train(new(), PROMPTS, rewards=even, mask_truncated_completions=True, **fields)
+    nbpeft.train(new(), PROMPTS, reward=even, mask_truncated_completions=True, **fields)
     learned = [bool(row.any()) for batch in seen for row in batch.mask]
     assert learned == ends and set(ends) == {True, False}
 
@@ -415,14 +415,14 @@ def test_a_step_whose_completions_are_all_cut_is_named(monkeypatch: pytest.Monke
     cut = lambda *args: [replace(row, ended=False) for row in made(*args)]  # noqa: E731
     monkeypatch.setattr(rollouts, "generated", cut)
     options = FIELDS | {"max_steps": 1}
-    result = nbpeft.train(new(), PROMPTS, rewards=even, mask_truncated_completions=True, **options)
+    result = nbpeft.train(new(), PROMPTS, reward=even, mask_truncated_completions=True, **options)
     assert "nothing is learned from steps whose completions are all cut" in result.message
-    assert "are all cut" not in nbpeft.train(new(), PROMPTS, rewards=even, **options).message
+    assert "are all cut" not in nbpeft.train(new(), PROMPTS, reward=even, **options).message
 
 
 def test_prompts_that_are_too_long_or_empty_are_left_out_and_named() -> None:
     rows = [*PROMPTS, {"prompt": " "}, {"prompt": "w1 w2 w3 w4 w5"}]
-    result = nbpeft.train(new(), rows, rewards=even, max_length=4, **FIELDS)
+    result = nbpeft.train(new(), rows, reward=even, max_length=4, **FIELDS)
     assert "2 rows left out" in result.message and "the prompt is empty" in result.message
     assert "its prompt has 5 tokens, and at most 4 are read" in result.message
 
@@ -438,13 +438,13 @@ def test_adapters_of_other_methods_learn_from_rewards(method: str) -> None:
     torch.manual_seed(1)
     model = nbpeft.get_peft_model(tiny_base(), getattr(nbpeft, method)(task_type="CAUSAL_LM", **more)).train()
     before = weights(model)
-    result = nbpeft.train(model, PROMPTS, rewards=even, **FIELDS)
+    result = nbpeft.train(model, PROMPTS, reward=even, **FIELDS)
     assert result.steps == 3 and all(map(math.isfinite, losses(result))) and not same_state(weights(model), before)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"rewards": None}, "grpo needs rewards"),
-    ({"objective": "sft"}, "rewards require objective='grpo', but the objective is sft"),
+    ({"reward": None}, "grpo needs reward"),
+    ({"objective": "sft"}, "reward requires objective='grpo', but the objective is sft"),
     ({"num_generations": 3}, "num_generations=3 does not divide the 4 completions of a step"),
     ({"num_generations": 8}, "per_device_train_batch_size=8, or num_generations=4"),
     ({"gradient_accumulation_steps": 2, "num_generations": 5}, "the 8 completions of a step"),
@@ -482,13 +482,13 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(given: dict[
     model = new()
     before, training = weights(model), model.training
     with pytest.raises(NbpeftError) as refused:
-        nbpeft.train(model, PROMPTS, **FIELDS | {"rewards": even, "objective": "grpo"} | given)
+        nbpeft.train(model, PROMPTS, **FIELDS | {"reward": even, "objective": "grpo"} | given)
     assert told in str(refused.value) and "\n" not in str(refused.value)
     assert same_state(weights(model), before) and model.training is training
 
 
 def test_rows_and_models_of_another_kind_are_refused() -> None:
-    grpo = {"objective": "grpo", "rewards": even}
+    grpo = {"objective": "grpo", "reward": even}
     for rows, told in (
         ([{"input_ids": [5, 6]}], "not tokenized rows"),
         ([{"question": "w1"}], "Expected a column prompt; found 'question'. Say which is which: columns={'prompt'"),
@@ -505,5 +505,5 @@ def test_rows_and_models_of_another_kind_are_refused() -> None:
     poly = nbpeft.PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(TrainingError, match="grpo generates completions without task_ids"):
         nbpeft.train(nbpeft.get_peft_model(tiny_base(), poly), PROMPTS, **FIELDS, **grpo)
-    with pytest.raises(ConfigError, match="the rows have only prompts: pass rewards"):
+    with pytest.raises(ConfigError, match="the rows have only prompts: pass reward="):
         nbpeft.train(new(), [{"prompt": "w1"}], tokenizer=TOKENIZER)
