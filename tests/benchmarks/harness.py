@@ -21,7 +21,7 @@ import tests.benchmarks
 OURS = "nbpeft"
 PEFT = "peft"
 Measure = Callable[[], float]
-"""Does the work once and returns what it cost, in seconds or bytes."""
+"""Does the work once and returns what it cost: seconds, bytes or kernels."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Row:
     Attributes:
         name: how ``--only`` calls it.
         title: what is measured, for a person.
-        kind: whether a measure returns seconds or bytes.
+        kind: what a measure returns.
         target: the most that ours / rival may be; or the most that ours may be, if ``absolute``.
         prepare: (library name, size) -> a measure, with all that is not to be counted done.
         floor: size -> a measure of the work without any adapter, which is taken off both sides. What
@@ -96,7 +96,7 @@ class Row:
 
     name: str
     title: str
-    kind: Literal["seconds", "bytes"]
+    kind: Literal["seconds", "bytes", "kernels"]
     target: float
     prepare: Callable[[str, Size], Measure]
     floor: Callable[[Size], Measure] | None = None

@@ -19,6 +19,8 @@ def quantity(value: float, kind: str) -> str:
         return "–"
     if kind == "bytes":
         return f"{value / 1e6:.1f} MB"
+    if kind == "kernels":
+        return f"{value:,.0f}"
     if value >= 1:
         return f"{value:.2f} s"
     return f"{value * 1e3:.1f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} µs"

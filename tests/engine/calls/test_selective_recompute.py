@@ -17,7 +17,7 @@ from transformers.activations import GELUActivation, SiLUActivation
 
 from nbpeft.engine.calls.selective_recompute import selective_recompute
 from nbpeft.engine.kernels.grouped_heads import _SWITCH
-from nbpeft.engine.methods.lora import autograd
+from nbpeft.engine.methods.lora import products
 from nbpeft.engine.tree.model_tree import linear_layers_to_quantize
 from nbpeft.memory.checkpointing import enable_checkpointing
 from nbpeft.memory.saved import SavedTensors
@@ -126,7 +126,7 @@ def test_a_step_is_the_same_and_keeps_less(name: str) -> None:
 
 def test_a_llama_layer_keeps_what_its_matrix_products_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the MLP gate and up; of a norm what goes in; of attention q, k, v and its output."""
-    monkeypatch.setattr(autograd, "_LEAST_LEAN", 0)  # small inputs are kept
+    monkeypatch.setattr(products, "_LEAST_LEAN", 0)  # small inputs are kept
     ranks = 2
     sizes = {layers: [0, 0] for layers in (2, 3)}
     for layers, found in sizes.items():

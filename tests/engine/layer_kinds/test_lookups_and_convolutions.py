@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.registry import resolve_layer_kind
 from nbpeft.engine.injection.plan import plan
-from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.dropout import Dropout
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.errors import ConfigError, MergeError

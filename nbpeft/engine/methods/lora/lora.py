@@ -7,9 +7,10 @@ W and b stay frozen; A starts random and B at zero, so training starts at the ba
 
 ``B A x`` is computed in three places, each for a reason; tests check that they agree:
 
-    one function      ``autograd._LowRank``, which saves only x for backward. ``LoRA.output`` calls it on an ordinary
-                      linear layer, W x included: set a breakpoint for the usual call there. On every other linear
-                      layer, and if W is in half precision, ``LowRank.forward`` calls it for the product alone.
+    one function      ``products``, which stores little for backward on a CPU and starts few kernels on an
+                      accelerator. ``LoRA.output`` calls it on an ordinary linear layer, W x included: set a breakpoint
+                      for the usual call there. On every other linear layer, and on a CPU if W is in half precision,
+                      ``LowRank.forward`` calls it for the product alone.
     plain operations  ``LowRank.down``, then ``up``: for ``torch.compile``, ``torch.func`` and hooks on ``lora_A`` and
                       ``lora_B``, which must see each operation; for convolutions and embeddings, which are no matrix
                       products; and for variants that change the values between the factors (VeLoRA, Arrow, X-LoRA).
@@ -34,11 +35,11 @@ from nbpeft.engine.contract.method_records import OwnKinds, SharedTensors
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import composes
 from nbpeft.engine.methods.lora.attention import AttentionLoRA
-from nbpeft.engine.methods.lora.autograd import adapted_linear
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.parameters import ParameterLoRA
 from nbpeft.engine.methods.lora.plain import LowRankProduct
+from nbpeft.engine.methods.lora.products import adapted_linear
 from nbpeft.engine.methods.lora.tied import TiedProduct, check_tied
 
 _PLAIN = (nn.Parameter, Tensor)

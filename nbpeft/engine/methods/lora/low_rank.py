@@ -26,7 +26,9 @@ from nbpeft.engine.layer_kinds.attention import Attention
 from nbpeft.engine.layer_kinds.convolution import Convolution
 from nbpeft.engine.layer_kinds.embedding import Embedding
 from nbpeft.engine.layer_kinds.parameter import Parameter, ParameterView
-from nbpeft.engine.methods.lora.autograd import Dropout, Factors, KeepMask, low_rank_linear
+from nbpeft.engine.methods.lora.autograd import Factors
+from nbpeft.engine.methods.lora.dropout import Dropout, KeepMask
+from nbpeft.engine.methods.lora.products import low_rank_linear
 from nbpeft.errors import ConfigError, LayerKindError, MergeError
 
 FactorShapes = tuple[tuple[int, ...], tuple[int, ...]]

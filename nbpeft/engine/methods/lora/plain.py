@@ -13,8 +13,8 @@ from nbpeft.engine.contract.adapter import FusesAdd, IsLowRank, LowRankDelta, Me
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, compute_dtype
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
-from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.dropout import Dropout
 from nbpeft.engine.methods.lora.initialization.inits import check_init
 from nbpeft.engine.methods.lora.low_rank import add_product_, low_rank_of
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows

@@ -13,10 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from nbpeft.engine.kernels.numerics import add_delta, onednn_multiplies
 from nbpeft.engine.layer_kinds.linear import Linear
-from nbpeft.engine.methods.lora import autograd
-from nbpeft.engine.methods.lora.autograd import Dropout, KeepMask, _pieces, adapted_linear, seeded_dropout
+from nbpeft.engine.methods.lora import products
+from nbpeft.engine.methods.lora.autograd import _pieces
+from nbpeft.engine.methods.lora.dropout import Dropout
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
-from tests.closeness import assert_approximates, assert_close
+from nbpeft.engine.methods.lora.products import adapted_linear
+from tests.closeness import assert_close
 
 NONE = Dropout(0.0, False)
 LAYER = torch.nn.Linear(1, 1)
@@ -25,7 +27,7 @@ LAYER = torch.nn.Linear(1, 1)
 @pytest.fixture(autouse=True)
 def small_inputs_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computes the small inputs of these tests by the functions that are for large ones."""
-    monkeypatch.setattr(autograd, "_LEAST_LEAN", 0)
+    monkeypatch.setattr(products, "_LEAST_LEAN", 0)
 
 
 def factors(rank: int = 3, inputs: int = 8, outputs: int = 6, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -161,62 +163,6 @@ def test_autocast_computes_in_its_dtype_in_both_directions() -> None:
     assert [gradient.dtype for gradient in gradients] == [torch.float32] * 3
 
 
-@pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.9])
-def test_the_mask_keeps_the_right_share_everywhere(probability: float) -> None:
-    keep = KeepMask(torch.Size([500, 401]), probability, torch.device("cpu"), 7)
-    mask = keep.again().float()
-    assert set(mask.unique().tolist()) == {0.0, 1.0}
-    assert abs(float(mask.mean()) - (1 - probability)) < 5 * (probability * (1 - probability) / mask.numel()) ** 0.5
-    for lane in range(4):
-        assert abs(float(mask.view(-1)[lane::4].mean()) - (1 - probability)) < 0.01
-    assert_approximates(1 / keep.scale, 1 - probability, 2**-17, scale=1.0)  # a lane has 16 bits
-
-
-class Pretended(str):
-    """The name of a device that says that it is another."""
-
-    type = "mps"
-
-
-def test_so_it_does_where_64_bits_cannot_be_drawn() -> None:
-    device: Any = Pretended("cpu")
-    keep = KeepMask(torch.Size([101, 40]), 0.3, device, 7)
-    assert abs(float(keep.again().float().mean()) - 0.7) < 0.03 and torch.equal(keep.again(), keep.again())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_the_cpu_a_seed_drops_what_it_drops_in_torch(dtype: torch.dtype) -> None:
-    x, dropout = torch.randn(30, 7).to(dtype).requires_grad_(), Dropout(0.3, True)
-    found = []
-    for drop in (lambda: seeded_dropout(x, dropout), lambda: F.dropout(x, 0.3)):
-        torch.manual_seed(1)
-        dropped = drop()
-        state = torch.get_rng_state()
-        found.append((dropped, *torch.autograd.grad(dropped.sum(), x), state))
-    for own, wanted in zip(*found, strict=True):
-        assert torch.equal(own, wanted)
-
-
-@pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (2, 1, 0)])
-def test_so_it_does_in_the_memory_order_of_a_dense_input(order: tuple[int, ...]) -> None:
-    x, found = torch.randn(5, 6, 7).permute(order).requires_grad_(), list[Tensor]()
-    for drop in (lambda: seeded_dropout(x, Dropout(0.3, True)), lambda: F.dropout(x, 0.3)):
-        torch.manual_seed(1)
-        dropped = drop()
-        found += [dropped, *torch.autograd.grad(dropped.square().sum(), x)]
-    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
-
-
-def test_different_calls_draw_different_masks_and_a_seed_the_same() -> None:
-    x = torch.ones(50, 40)
-    dropout = Dropout(0.5, True)
-    torch.manual_seed(1)
-    first, second = seeded_dropout(x, dropout), seeded_dropout(x, dropout)
-    torch.manual_seed(1)
-    assert torch.equal(first, seeded_dropout(x, dropout)) and not torch.equal(first, second)
-    assert seeded_dropout(x, Dropout(0.5, False)) is x
-
-
 def test_everything_dropped_gives_zero() -> None:
     x, lora_A, lora_B = factors(dtype=torch.float32)
     assert not low_rank_linear(x, lora_A, lora_B, 2.0, Dropout(1.0, True)).any()
@@ -255,13 +201,13 @@ def test_ordinary_operations_on_small_inputs_are_the_same(
     x = x.detach().to(dtype).requires_grad_()
     weight, results = torch.randn(6, 8, dtype=dtype), []
     for least in (0, 1 << 15):
-        monkeypatch.setattr(autograd, "_LEAST_LEAN", least)
+        monkeypatch.setattr(products, "_LEAST_LEAN", least)
         torch.manual_seed(3)
         if dtype == torch.float64:
             output = with_layer(x, weight, None, lora_A, lora_B, drop=probability)
         else:
             output = low_rank_linear(x, lora_A, lora_B, 1.7, Dropout(probability, True), F.linear(x, weight))
-        assert ("_LowRank" in type(output.grad_fn).__name__) == (least == 0)
+        assert ("LeanProduct" in type(output.grad_fn).__name__) == (least == 0)
         results.append([output, *torch.autograd.grad(output.to(lora_A.dtype).square().sum(), (x, lora_A, lora_B))])
     for small, lean in zip(*results, strict=True):
         assert small.dtype == lean.dtype
@@ -274,7 +220,7 @@ def test_without_gradients_no_function_is_called(dtype: torch.dtype, monkeypatch
     weight, bias = torch.randn(6, 8, dtype=dtype), torch.randn(6, dtype=dtype)
     learned = [lora_A.clone().requires_grad_(), lora_B]
     wanted = low_rank_linear(x, *learned, 1.7, NONE, F.linear(x, weight, bias)).detach()
-    monkeypatch.setattr(autograd, "_LowRank", None)
+    monkeypatch.setattr(products, "LeanProduct", None)
     found = low_rank_linear(x, lora_A, lora_B, 1.7, NONE, F.linear(x, weight, bias))
     assert_close(found, wanted, depth=2)
     if dtype == torch.float32:

@@ -9,7 +9,7 @@ from torch import nn
 from nbpeft.engine.contract.registry import layer_kinds
 from nbpeft.engine.layer_kinds.convolution import Convolution
 from nbpeft.engine.layer_kinds.linear import Linear
-from nbpeft.engine.methods.lora.autograd import Dropout, adapted_linear
+from nbpeft.engine.methods.lora.dropout import Dropout
 from nbpeft.engine.methods.lora.low_rank import (
     LowRank,
     LowRankConvolution,
@@ -19,6 +19,7 @@ from nbpeft.engine.methods.lora.low_rank import (
     low_rank_of,
 )
 from nbpeft.engine.methods.lora.multi_adapter import FactorBank, FactorGroups
+from nbpeft.engine.methods.lora.products import adapted_linear
 from nbpeft.errors import LayerKindError
 from tests.closeness import assert_close
 

@@ -23,8 +23,8 @@ from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import stamp
 from nbpeft.engine.methods.lora.adapter import MAGNITUDE, LowRankAdapter
-from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.dropout import Dropout, lean_dropout
 from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.initialization.inits import check_init
 
@@ -149,7 +149,7 @@ class DoRA(LowRankAdapter):
         scale = kind.per_channel(module, magnitude.view(-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny))
         dropout, whole = Dropout(self.dropout, self.training and x.is_floating_point()), x
         if dropout.is_active:
-            x = seeded_dropout(x.to(factors[0].dtype), dropout)
+            x = lean_dropout(x.to(factors[0].dtype), dropout)
             plain = kind.apply(module, x, base.weight().to(x.dtype))
         else:
             bias = base.bias

@@ -34,7 +34,6 @@ from nbpeft.engine.contract.registry import register
 from nbpeft.engine.contract.shared_state import Together
 from nbpeft.engine.contract.training_hooks import LearnsWithHooks
 from nbpeft.engine.kernels.numerics import composes, without_autocast
-from nbpeft.engine.methods.lora.autograd import draw_seed
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, FILES, listing
 from nbpeft.engine.methods.lora.initialization.inits import Factors
@@ -48,6 +47,11 @@ _KEYS = {STD: f"{_PLACE}std_prior", PRIOR: f"{_PLACE}expert_weights_prior"}
 _LEAST_VARIANCE = 1e-3
 _LEAST = 1e-6
 """Lower bound of concentrations and of the variances of the weights' logits, and added to these; as in PEFT."""
+
+
+def _draw_seed() -> int:
+    """A seed from the CPU generator."""
+    return int(torch.randint(1 << 62, (), dtype=torch.long))
 
 
 def normals(seed: int, count: int, shape: tuple[int, ...], device: torch.device) -> Iterator[Tensor]:
@@ -220,11 +224,11 @@ class MonteCLoRA(LowRankProduct):
         """N, (r, in), in the dtype of A; zero in rows of padding."""
         std: Tensor = self.tensor(STD)
         prior: Tensor = self.tensor(PRIOR)
-        self.bind(drawn=_draws(draw_seed(), len(std), len(prior), lora_A.device))
+        self.bind(drawn=_draws(_draw_seed(), len(std), len(prior), lora_A.device))
         with without_autocast(lora_A.device.type):
             variances, weights = self._posterior()
             shape = len(std), lora_A.shape[1]
-            noise = _weighted_normals(weights, draw_seed(), shape) * variances.sqrt().unsqueeze(1)
+            noise = _weighted_normals(weights, _draw_seed(), shape) * variances.sqrt().unsqueeze(1)
             padding = len(lora_A) - len(std)
             noise = F.pad(noise, (0, 0, 0, padding)) if padding else noise
             return (noise * self.settings.sample_scaler).to(lora_A.dtype)

@@ -23,8 +23,8 @@ from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import compute_dtype
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
-from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.dropout import Dropout, lean_dropout
 from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.initialization.inits import Factors, init_whole_factors
 from nbpeft.engine.methods.lora.low_rank import FactorShapes
@@ -96,7 +96,7 @@ class QALoRA(LowRankProduct):
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
         """``s * B A p(dropout(x))``, p the means of the groups."""
         lora_A, lora_B = self.trained_factors
-        x = seeded_dropout(x.to(compute_dtype(x, lora_A)), Dropout(self.dropout, self.training))
+        x = lean_dropout(x.to(compute_dtype(x, lora_A)), Dropout(self.dropout, self.training))
         means = x.reshape(*x.shape[:-1], -1, self.group_size).mean(-1)
         scaling, onto = self.scaling * lora_A.shape[1], base_output if fused else None
         return self.low_rank.forward(base.module, means, (lora_A, lora_B, scaling), _NOT_DROPPED, onto)

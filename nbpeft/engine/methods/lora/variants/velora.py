@@ -27,8 +27,8 @@ from nbpeft.engine.contract.initial_draws import Always, drawn, normal_, skip
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import add_delta, compute_dtype
-from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.dropout import Dropout, lean_dropout
 from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.variant_configs import VeloraConfig
@@ -127,7 +127,7 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
             return super().forward(x, base_output, base, fused)
         lora_A, lora_B = self.trained_factors
         x = x.to(compute_dtype(x, lora_A))
-        dropped = seeded_dropout(x, Dropout(self.dropout, True))
+        dropped = lean_dropout(x, Dropout(self.dropout, True))
         hidden = self._hidden(dropped, lora_A.to(x.dtype)) * self.scaling
         bias = self.output_bias
         delta = self.low_rank.up(base.module, hidden, lora_B.to(x.dtype), None)

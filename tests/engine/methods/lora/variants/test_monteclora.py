@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributions import Dirichlet, kl_divergence
 
-from nbpeft.engine.methods.lora.autograd import draw_seed
 from nbpeft.engine.methods.lora.variants import monteclora
 from nbpeft.errors import ConfigError, HotSwapError
 from nbpeft.model import (
@@ -48,9 +47,9 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def get(self: Any) -> dict[str, Tensor]:
         sampler = self.model
-        wishart, dirichlet = monteclora._draws(draw_seed(), sampler.out_features, sampler.num_samples, CPU)
+        wishart, dirichlet = monteclora._draws(monteclora._draw_seed(), sampler.out_features, sampler.num_samples, CPU)
         shape = sampler.out_features, sampler.in_features
-        samples = [drawn.T for drawn in monteclora.normals(draw_seed(), sampler.num_samples, shape, CPU)]
+        samples = [drawn.T for drawn in monteclora.normals(monteclora._draw_seed(), sampler.num_samples, shape, CPU)]
         return {"z_mvn": torch.stack(samples), "z_wishart": torch.diag(wishart), "z_dirichlet": dirichlet}
 
     def divergence(self: Any, concentration: Tensor) -> Tensor:
