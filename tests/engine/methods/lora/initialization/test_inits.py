@@ -44,7 +44,7 @@ def test_starts_at_the_base_and_leaves_its_weights_alone(kind: str, init: str) -
     x, before = case.batch(), state(plain)
     expected = plain(x)
     base, model = started(kind, init)
-    assert_close(model(x), expected, depth=2)
+    assert_close(model(x), expected, depth=2, dtype=case.dtype)
     randomise(base)
     with model.disable_adapter():
         assert torch.equal(model(x), expected)
