@@ -221,12 +221,12 @@ def check_combined(sources: list[tuple[Tracked, float]], kind: str, result: Trac
         if wanted.norm() < 1e-9 + 1e-6 * got.norm():  # what cancels out has no error to tell
             continue
         lost = float((got - wanted).norm() / wanted.norm())
-        assert abs(lost - layer.relative_error) < 1e-5 * max(1.0, lost), (layer, lost)
+        assert_close(layer.relative_error, lost, scale=max(1.0, lost), message=layer)
         if kind == "cat":
             assert lost < 1e-6
         elif kind in ("exact", "svd"):
             tail = torch.linalg.svdvals(wanted)[layer.rank :]
-            assert abs(lost - float(tail.norm() / wanted.norm())) < 1e-5
+            assert_close(lost, float(tail.norm() / wanted.norm()), scale=1.0)
 
 
 def after_swap(slot: Tracked, new: Tracked, now: AdapterWeights) -> Tracked:

@@ -15,7 +15,7 @@ from nbpeft.checkpoint import read_gguf
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.shipping import ship
 from tests.closeness import assert_close
-from tests.smollm2 import load, source
+from tests.smollm2 import SUMS, load, source
 from tests.tiny_models import logits, randomize
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
@@ -47,9 +47,9 @@ def test_the_real_model_is_shipped(tmp_path: Path) -> None:
     assert "<|im_start|>assistant\n{{ .Response }}<|im_end|>" in template
 
     loaded = AutoModelForCausalLM.from_pretrained(merged.folder, gguf_file="model.gguf").eval()
-    assert_close(logits(loaded, prompt), expected)
+    assert_close(logits(loaded, prompt), expected, **SUMS)
     again = peft.PeftModel.from_pretrained(model.unload(), served.folder).eval()
-    assert_close(logits(again, prompt), expected)
+    assert_close(logits(again, prompt), expected, **SUMS)
     text = "¿Dos sillas, 24 € each?"
     known = AutoTokenizer.from_pretrained(merged.folder, gguf_file="model.gguf")
     assert known(text)["input_ids"] == tokenizer(text)["input_ids"]
