@@ -15,7 +15,7 @@ from tests.notebooks.support import execute
 from tests.published import FENCE, text_of
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-SECTIONS = ("Quickstart with your model", "With your CSV")
+SECTIONS = ("Quickstart with your model", "With your CSV", "In 4 bits")
 pytestmark = [pytest.mark.slow, pytest.mark.slice, pytest.mark.real_model, pytest.mark.timeout(1200)]
 
 
@@ -64,5 +64,5 @@ def test_each_cell_shows_what_is_printed_beneath_it(tmp_path: Path) -> None:
         for line in filter(None, map(str.strip, expected.splitlines())):
             pattern = ".*".join(map(re.escape, re.sub(r"\s+", " ", line).split("…")))
             assert re.search(pattern, found), f"{code}\nshows\n{found}\nand not\n{line}"
-    assert sum(bool(expected) for _, expected in printed) == 3
+    assert sum(bool(expected) for _, expected in printed) == 4
     assert (tmp_path / "adapters" / "orders" / "adapter_model.safetensors").is_file()
