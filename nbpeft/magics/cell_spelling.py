@@ -25,7 +25,7 @@ _PHRASES = {
     "model.enable_adapter_layers()": "%lora use NAME",
     "session.result()": "%lora watch --wait",
     "give stop='half' to": "give --stop half to",
-    "save_as_lora(DIR, model, rank=64)": "%lora convert NAME --rank 64",
+    "save_as_lora(DIR, model, rank=64)": "%lora convert NAME --r 64",
 }
 _ROW_OPTIONS = {"data": "--data", "eval_data": "--eval-data"}
 _ROWS = re.compile(r"(?<![\w.'\"-])((?:eval_)?data)=\{([^{}…]+: …(?:, [^{}…]+: …)*)\}")

@@ -97,7 +97,7 @@ class BlendPanel(AnswerPanel):
         known = self._base is not None and self._base[0] == key
         command: Callable[..., CompareResult]
         if parts.type == EXACT:
-            command = functools.partial(self._session.compare, prompt, adapters=[], blends=[weights])
+            command = functools.partial(self._session.compare, prompt, adapters=[], blend=[weights])
         else:
             command = functools.partial(
                 self._session.try_combination, weights, prompt, type=parts.type, density=parts.density, seed=SEED
@@ -121,7 +121,7 @@ class BlendPanel(AnswerPanel):
         if not name:
             raise NbpeftError("Give the new adapter a name.")
         _require(weights)
-        options: dict[str, Any] = {"rank": parts.rank} if parts.type == EXACT else {"density": parts.density}
+        options: dict[str, Any] = {"r": parts.rank} if parts.type == EXACT else {"density": parts.density}
         self._halt()
         self._worker.wait(5.0)
         combined = self._session.combine(weights, name=name, type=parts.type, seed=SEED, model=self._name, **options)

@@ -92,7 +92,7 @@ RIGHT = (
     "%lora inspect a --model model",
     "%lora memory --model model",
     "%lora combine a=0.7 b=0.3 --as nope --model model",
-    "%lora convert a --rank 1 --as nope --model model",
+    "%lora convert a --r 1 --as nope --model model",
     "%lora swap $folder --into b --model model",
     "%lora merge a --model model",
     "%lora unload --model model",

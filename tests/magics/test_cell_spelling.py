@@ -34,7 +34,7 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
         ("model.set_requires_grad('a') makes it trainable", "%lora freeze a --off makes it trainable"),
         ("error 0.1; session.merge(to=…) keeps full precision", "error 0.1; %lora merge --to DIR keeps full precision"),
         ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora use NAME)."),
-        ("convert it to LoRA: save_as_lora(DIR, model, rank=64)", "convert it to LoRA: %lora convert NAME --rank 64"),
+        ("convert it to LoRA: save_as_lora(DIR, model, rank=64)", "convert it to LoRA: %lora convert NAME --r 64"),
         (("add one with session.add(model, config)",), ("add one with a cell that begins with %%lora MODEL",)),
         ("pass data={'sql': …, 'chat': …}", "pass --data sql=ROWS chat=ROWS"),
         ("then run.step(loss=…), (r=8)", "then run.step(loss=…), (r=8)"),

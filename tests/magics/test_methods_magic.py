@@ -13,19 +13,19 @@ from tests.tiny_models import randomize
 def test_convert_makes_a_lora(notebook: Notebook) -> None:
     notebook.do("%lora add model --method hra --name a r=2 target_modules=q_proj,v_proj")
     randomize(notebook["model"], "a")
-    done = notebook.do("%lora convert a --rank 2")
+    done = notebook.do("%lora convert a --r 2")
     assert "converted 'a' (HRA) to 'a_lora' on model: LoRA, rank 2, 4 layers, nothing of the change lost" in str(done)
-    assert "LoRA, rank" in str(notebook.do("%lora convert a --rank 0.6 --as b"))
+    assert "LoRA, rank" in str(notebook.do("%lora convert a --r 0.6 --as b"))
     assert notebook["model"].manager.names == ("a", "a_lora", "b")
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("convert a", "%lora convert needs --rank, e.g. %lora convert orders --rank 16"),
-        ("convert a --rank much", "expected a rank such as 16 or a share such as 0.9, not 'much'"),
-        ("convert chat --rank 2 --as sql", "has an adapter 'sql' already; choose another name, or replace it"),
-        ("convert nobody --rank 2", "'nobody'"),
+        ("convert a", "%lora convert needs --r, e.g. %lora convert orders --r 16"),
+        ("convert a --r much", "expected a rank such as 16 or a share such as 0.9, not 'much'"),
+        ("convert chat --r 2 --as sql", "has an adapter 'sql' already; choose another name, or replace it"),
+        ("convert nobody --r 2", "'nobody'"),
     ],
 )
 def test_mistakes_are_one_line(adapted: Notebook, line: str, words: str) -> None:

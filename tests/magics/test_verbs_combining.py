@@ -60,7 +60,7 @@ def test_combine_makes_the_exact_sum(trained: Notebook) -> None:
 
 
 def test_combine_takes_types_and_ranks(trained: Notebook) -> None:
-    cut = trained.do("%lora combine sql chat --as cut --rank 2")
+    cut = trained.do("%lora combine sql chat --as cut --r 2")
     assert cut.weights == (("sql", 1.0), ("chat", 1.0)) and cut.rank == 2 and cut.relative_error > 0
     ties = trained.do("%lora combine sql=1 chat=1 --as t --type ties_svd --density 0.5 --sign frequency")
     assert ties.kind == "ties_svd"
@@ -94,7 +94,7 @@ def test_the_types_are_those_of_the_method(trained: Notebook) -> None:
         ("combine sql=1 chat=1 --as c --type tie", "type 'tie' is unknown"),
         ("combine sql=1 chat=1 --as c --type ties", "--type ties needs --density SHARE, e.g. --density 0.5"),
         ("combine sql=1 chat=1 --as c --type linear", "needs equal ranks"),
-        ("combine sql=1 --as c --rank big", "--rank: expected a whole number of at least 1, not 'big'"),
+        ("combine sql=1 --as c --r big", "--r: expected a whole number of at least 1, not 'big'"),
         ("combine sql=1 --as chat", "has an adapter 'chat' already"),
         ("compare", 'needs a prompt in quotes: %lora compare "…"'),
         ("compare Ana needs chairs", "unexpected argument 'needs'"),

@@ -86,9 +86,9 @@ def test_a_conversation_goes_on(session: Session, model: Any) -> None:
 def test_each_column_of_a_comparison_goes_on_with_its_own_conversation(session: Session, model: Any) -> None:
     chatting = CharTokenizer("yes")
     blends = [{"orders": 0.5, "pirate": 0.5}]
-    first = session.compare("Hi", tokenizer=chatting, max_new_tokens=10, blends=blends)
+    first = session.compare("Hi", tokenizer=chatting, max_new_tokens=10, blend=blends)
     assert first.chat and len(set(first.answers.values())) > 2
-    second = session.compare("Why", max_new_tokens=10, blends=blends, after=first)
+    second = session.compare("Why", max_new_tokens=10, blend=blends, after=first)
     for column, before in zip(second.columns, first.columns, strict=True):
         assert column.turns == (("Hi", before.answers[0].text),)
     for name in ("base", "orders", "pirate"):

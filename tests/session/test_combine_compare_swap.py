@@ -54,7 +54,7 @@ def test_exact_is_the_weighted_sum_and_loses_nothing(session: Session, model: An
 
 
 def test_what_is_lost_is_told_by_layer_and_in_total(session: Session, model: Any) -> None:
-    result = session.combine({"orders": 1.0, "pirate": -0.5}, name="cut", rank=2)
+    result = session.combine({"orders": 1.0, "pirate": -0.5}, name="cut", r=2)
     assert {layer.rank for layer in result.layers} == {2}
     assert 0 < result.relative_error < 1 and 0 < result.energy_kept < 1
     assert result.worst.relative_error == max(layer.relative_error for layer in result.layers)
@@ -78,7 +78,7 @@ def test_what_is_lost_is_told_by_layer_and_in_total(session: Session, model: Any
 
 
 def test_ties_and_dare_go_by_their_names(session: Session, model: Any) -> None:
-    ties = session.combine({"orders": 1, "pirate": 1}, name="t", type="ties_svd", density=0.5, rank=3)
+    ties = session.combine({"orders": 1, "pirate": 1}, name="t", type="ties_svd", density=0.5, r=3)
     assert ties.kind == "ties_svd" and ties.relative_error > 0.01
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -119,9 +119,9 @@ def test_again_remakes_the_combination_but_nothing_else(session: Session, model:
         ({"type": "exakt"}, ConfigError, "Did you mean 'exact'"),
         ({"type": "ties"}, ConfigError, "needs density"),
         ({"type": "linear"}, ConfigError, "needs equal ranks"),
-        ({"type": "ties", "density": 0.5, "rank": 4}, ConfigError, "ties_svd uses it"),
+        ({"type": "ties", "density": 0.5, "r": 4}, ConfigError, "ties_svd uses it"),
         ({"density": 0.5}, ConfigError, "density has no effect for type 'exact'"),
-        ({"rank": 0}, ConfigError, "positive"),
+        ({"r": 0}, ConfigError, "positive"),
         ({"weights": {}}, AdapterError, "name at least one"),
         ({"weights": {"order": 1}}, UnknownAdapterError, "Did you mean 'orders'"),
         ({"weights": {"orders": float("inf")}}, AdapterError, "finite"),
@@ -159,9 +159,9 @@ def test_the_types_and_their_options_are_the_methods_own(
     monkeypatch.setattr("nbpeft.model.combine.combining.method_of", lambda config: changed)
     weights = {"orders": 1, "pirate": 1}
     assert session.combine(weights, name="sum", type="mean").rank == 6
-    assert session.combine(weights, name="cut", type="mean_cut", rank=2).rank == 2
-    with pytest.raises(ConfigError, match="rank has no effect for type 'mean'; mean_cut uses it"):
-        session.combine(weights, name="new", type="mean", rank=2)
+    assert session.combine(weights, name="cut", type="mean_cut", r=2).rank == 2
+    with pytest.raises(ConfigError, match="r has no effect for type 'mean'; mean_cut uses it"):
+        session.combine(weights, name="new", type="mean", r=2)
     with pytest.raises(ConfigError, match=r"density has no effect for type 'mean'$"):
         session.combine(weights, name="new", type="mean", density=0.5)
     with pytest.raises(ConfigError, match="choose from mean, mean_cut"):
@@ -176,7 +176,7 @@ def test_without_a_rank_none_is_shown(session: Session, model: Any) -> None:
     assert made.rank is None and made.relative_error > 0.01
     assert "rank" not in str(made).lower() and "rank" not in made._repr_html_().lower()
     assert "rank" not in str(model.add_weighted_adapter(["one", "two"], [1.0, 0.5], "again"))
-    assert ">Rank<" in session.combine({"orders": 1, "pirate": 1}, name="cut", rank=2)._repr_html_()
+    assert ">Rank<" in session.combine({"orders": 1, "pirate": 1}, name="cut", r=2)._repr_html_()
 
 
 def test_a_combination_can_be_tried_without_a_trace(session: Session, model: Any) -> None:

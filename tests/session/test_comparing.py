@@ -57,13 +57,13 @@ def test_comparing_changes_nothing(session: Session, model: Any) -> None:
     model.get_base_model().model.layers[0].eval()
     session.scale("orders", 0.5)
     before = everything(model)
-    session.compare(PROMPTS, tokenizer=CharTokenizer(), max_new_tokens=3, blends=[{"orders": 1, "pirate": -1}])
+    session.compare(PROMPTS, tokenizer=CharTokenizer(), max_new_tokens=3, blend=[{"orders": 1, "pirate": -1}])
     assert same_state(everything(model), before)
 
 
 def test_a_blend_answers_what_its_exact_combination_answers(session: Session, model: Any) -> None:
     weights = {"orders": 0.7, "pirate": -0.4}
-    blend = session.compare(PROMPTS, adapters=[], blends=[weights], tokenizer=CharTokenizer(), max_new_tokens=10)
+    blend = session.compare(PROMPTS, adapters=[], blend=[weights], tokenizer=CharTokenizer(), max_new_tokens=10)
     assert list(blend.answers) == ["base", "orders + pirate (0.7 / -0.4)"]
     assert blend.passes == 2
     session.combine(weights, name="both")
@@ -189,14 +189,14 @@ def test_the_tokenizer_is_remembered_with_the_model(session: Session, model: Any
     ("options", "error", "words"),
     [
         ({"adapters": ["order"]}, UnknownAdapterError, "Did you mean 'orders'"),
-        ({"blends": [{"pirat": 1}]}, UnknownAdapterError, "Did you mean 'pirate'"),
+        ({"blend": [{"pirat": 1}]}, UnknownAdapterError, "Did you mean 'pirate'"),
         ({"adapters": [], "include_base": False}, AdapterError, "nothing to compare"),
         ({"prompts": []}, AdapterError, "no prompt"),
         ({"prompts": "  "}, AdapterError, "a prompt is empty"),
         ({"max_new_tokens": 0}, AdapterError, "at least 1"),
         ({"tokenizer": "gpt2"}, AdapterError, "expected a tokenizer"),
         ({"prompts": "\x7f\x85"}, AdapterError, "does not belong to this model"),
-        ({"blends": [{"orders": float("nan")}]}, AdapterError, "finite"),
+        ({"blend": [{"orders": float("nan")}]}, AdapterError, "finite"),
     ],
 )
 def test_mistakes_in_comparing(

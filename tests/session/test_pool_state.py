@@ -39,7 +39,7 @@ def test_a_pool_adapter_can_be_named_where_one_on_the_model_can(session: Session
     session.register(pool.model, name="model")
     made = session.combine({"a": 0.5, "b": -1.0}, name="mix", model="model")
     assert made.adapter.name == "mix" and made.relative_error < 1e-4
-    compared = session.compare("ab", adapters=["c"], blends=[{"d": 0.5}], tokenizer=CharTokenizer(), max_new_tokens=2)
+    compared = session.compare("ab", adapters=["c"], blend=[{"d": 0.5}], tokenizer=CharTokenizer(), max_new_tokens=2)
     assert [column.title for column in compared.columns] == ["base", "c", "d (0.5)"]
     with pytest.raises(UnknownAdapterError, match="Adapter 'nowhere' not found"):
         session.use("nowhere", model="model")

@@ -48,7 +48,7 @@ def test_the_system_prompt_of_the_rows_is_the_default_and_shown(session: Session
     without = session.ask("Hi", system="", **FEW)
     assert without.system == "" and "system prompt" not in str(without)
     assert session.ask("Hi", system="Sing", **FEW).system == "Sing"
-    both = session.compare("Hi", blends=[{"orders": 0.5}], **FEW)
+    both = session.compare("Hi", blend=[{"orders": 0.5}], **FEW)
     assert set(systems(both).values()) == {"Be brief"} and str(both).count("system prompt: Be brief") == 1
     assert session.try_combination({"orders": 1.0}, "Hi", **FEW).columns[-1].system == "Be brief"
 

@@ -49,7 +49,7 @@ class AnsweringSession(FakeSession):
         model: str,
         adapters: Sequence[str],
         include_base: bool = True,
-        blends: Sequence[Mapping[str, float]] = (),
+        blend: Sequence[Mapping[str, float]] = (),
         max_new_tokens: int,
         chat: bool | None = None,
         system: str | None = None,
@@ -62,10 +62,10 @@ class AnsweringSession(FakeSession):
         self.chats.append(chat)
         self.systems.append(system)
         self.sampling = sampling
-        self._take("compare", prompt, tuple(adapters), include_base, *(dict(weights) for weights in blends))
+        self._take("compare", prompt, tuple(adapters), include_base, *(dict(weights) for weights in blend))
         texts = {BASE: ANSWERS[BASE]} if include_base else {}
         texts |= {name: ANSWERS.get(name, f"I am {name}") for name in adapters}
-        texts |= {blend_title(tuple(weights.items())): BLENDED for weights in blends}
+        texts |= {blend_title(tuple(weights.items())): BLENDED for weights in blend}
         return self._stream(prompt, texts, max_new_tokens, on_text, should_stop, after, conversing=self.conversing)
 
     def try_combination(

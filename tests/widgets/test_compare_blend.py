@@ -252,7 +252,7 @@ def test_a_blend_is_saved_as_an_adapter(blend: BlendPanel, session: AnsweringSes
     name, rank = parts(blend, ipywidgets.Text)
     name.value, rank.value = " both ", "8"
     button(blend, "Save as adapter").click()
-    assert session.commands[-1] == ("combine", {"orders": 1.0, "pirate": 0.5}, "both", "exact", {"rank": 8})
+    assert session.commands[-1] == ("combine", {"orders": 1.0, "pirate": 0.5}, "both", "exact", {"r": 8})
     assert "made &#x27;both&#x27;" in text(blend)
     assert [part.value for part in parts(blend, ipywidgets.FloatSlider)] == [1.0, 0.5, 0.0, 0.0]
     button(blend, "Save as adapter").click()

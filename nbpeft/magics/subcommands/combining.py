@@ -21,7 +21,7 @@ from nbpeft.session.handles import is_module
 @subcommand(
     "combine",
     "Combine adapters into a new one by a weighted sum, and report the approximation error. "
-    "The default, exact, is the true sum of the adapters' deltas (reduced to --rank by a truncated SVD). "
+    "The default, exact, is the true sum of the adapters' deltas (reduced to rank --r by a truncated SVD). "
     "The other types are PEFT's: linear mixes one adapter's A with the other's B and can be far from the sum.",
     argument(
         "weights",
@@ -30,7 +30,7 @@ from nbpeft.session.handles import is_module
         completes="weight",
         help="NAME alone has weight 1; a negative weight subtracts",
     ),
-    argument("--as", dest="as_name", required=True, metavar="NAME", help="name of the new adapter"),
+    argument("--as", dest="name", required=True, metavar="NAME", help="name of the new adapter"),
     argument(
         "--type",
         default="exact",
@@ -38,7 +38,7 @@ from nbpeft.session.handles import is_module
         completes="combination",
         help=f"for LoRA one of {', '.join(COMBINATION_TYPES)}; other methods have their own",
     ),
-    argument("--rank", type=positive, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
+    argument("--r", type=positive, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
     argument(
         "--density", type=float, metavar="SHARE", help="share of entries that ties, dare and prune keep, e.g. 0.5"
     ),
@@ -59,9 +59,9 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
     try:
         return notebook.session.combine(
             _weights(options.weights, "%lora combine"),
-            name=options.as_name,
+            name=options.name,
             type=options.type,
-            rank=options.rank,
+            r=options.r,
             density=options.density,
             majority_sign=options.sign,
             seed=options.seed,
@@ -118,7 +118,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
         return notebook.session.compare(
             prompts,
             adapters=options.adapters,
-            blends=blends,
+            blend=blends,
             include_base=options.include_base,
             max_new_tokens=options.max_new_tokens,
             **sampling_of(options),

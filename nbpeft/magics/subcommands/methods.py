@@ -6,7 +6,7 @@ import argparse
 
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import ADAPTER, ON_MODEL, session_command, subcommand
+from nbpeft.magics.registry import ON_MODEL, session_command, subcommand
 from nbpeft.magics.subcommands.planning import SIZES, settings_of
 from nbpeft.session.results.methods import SORTS
 
@@ -48,16 +48,16 @@ def _rank_or_share(text: str) -> int | float:
 session_command(
     "convert",
     "Convert an adapter of any method to the closest LoRA, and report how much of its change is preserved.",
-    ADAPTER,
+    argument("adapter", metavar="NAME", completes="adapter", help="the adapter"),
     argument(
-        "--rank",
+        "--r",
         required=True,
         type=_rank_or_share,
         metavar="R",
         help="rank of the LoRA; or the share of the change to preserve in each layer, e.g. 0.9",
     ),
-    argument("--as", dest="new", metavar="NEW", help="name of the LoRA (default: NAME_lora)"),
+    argument("--as", dest="name", metavar="NEW", help="name of the LoRA (default: NAME_lora)"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),
     ON_MODEL,
-    example="%lora convert orders --rank 16",
+    example="%lora convert orders --r 16",
 )

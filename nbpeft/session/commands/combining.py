@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
 
-_OPTIONS = {"svd_rank": "rank", "svd_clamp": "clamp", "density": "density"}
+_OPTIONS = {"svd_rank": "r", "svd_clamp": "clamp", "density": "density"}
 """Setting of the engine -> name of the session's option."""
 _LINEAR_NOTE = 0.05
 """Relative error above which a note explains the inaccuracy of ``linear``."""
@@ -31,7 +31,7 @@ def combine(
     *,
     name: str,
     type: str = "exact",
-    rank: int | None = None,
+    r: int | None = None,
     density: float | None = None,
     majority_sign: str = "total",
     clamp: float | None = None,
@@ -47,10 +47,10 @@ def combine(
     Args:
         weights: adapter name -> weight; negative ones subtract.
         name: name of the new adapter.
-        type: ``exact`` (the default) is the exact weighted sum of the deltas, with a truncated SVD if ``rank`` is
+        type: ``exact`` (the default) is the exact weighted sum of the deltas, with a truncated SVD if ``r`` is
             given. The others have PEFT's names; ``linear`` and types that are based on it mix the factors of
             different adapters, which differs from the sum. The available types depend on the method.
-        rank: rank of the result, for ``exact``, ``svd`` and the types that end in ``_svd``.
+        r: rank of the result, for ``exact``, ``svd`` and the types that end in ``_svd``.
         density: share of the entries that TIES, DARE and magnitude pruning preserve, from 0 to 1.
         majority_sign: how TIES elects a sign: ``total`` or ``frequency``.
         clamp: quantile in (0, 1] at which entries are clamped, for types with an SVD.
@@ -64,7 +64,7 @@ def combine(
         AdapterError: the adapters cannot be combined.
         ConfigError: an option is invalid or has no effect for this type.
     """
-    settings = combination_settings(type, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp)
+    settings = combination_settings(type, r=r, density=density, majority_sign=majority_sign, clamp=clamp)
     weights = weights_of(weights)
     adapter_name(name)
     tracked = ctx.models.get(model, command="combine", adapters=weights)
@@ -85,7 +85,7 @@ def combine(
 def combination_settings(
     type: str,
     *,
-    rank: int | None = None,
+    r: int | None = None,
     density: float | None = None,
     majority_sign: str = "total",
     clamp: float | None = None,
@@ -93,7 +93,7 @@ def combination_settings(
     """Return the options of ``combine`` under the engine's names; see ``combine``."""
     return {
         "combination_type": type,
-        "svd_rank": rank,
+        "svd_rank": r,
         "svd_clamp": clamp,
         "density": density,
         "majority_sign_method": majority_sign,

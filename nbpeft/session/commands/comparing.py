@@ -43,7 +43,7 @@ def compare(
     prompts: str | Sequence[Prompt],
     *,
     adapters: Sequence[str] | None = None,
-    blends: Sequence[Mapping[str, float]] = (),
+    blend: Sequence[Mapping[str, float]] = (),
     include_base: bool = True,
     max_new_tokens: int = 64,
     tokenizer: Any = None,
@@ -66,7 +66,7 @@ def compare(
     Args:
         prompts: one or several; texts, or conversations in the format of chat templates.
         adapters: names of the adapters; None for all.
-        blends: adapter name -> weight, for exact weighted sums that are compared too, each in its own generation.
+        blend: adapter name -> weight, for exact weighted sums that are compared too, each in its own generation.
         include_base: whether to include the base model.
         max_new_tokens: maximal number of new tokens per answer.
         tokenizer: the model's tokenizer; the last one given if None.
@@ -92,7 +92,7 @@ def compare(
     sampling = Sampling(temperature, top_p, seed)
     request = GenerationRequest(None, max_new_tokens, sampling.options | generation, None, should_stop)
     named = None if adapters is None else tuple(dict.fromkeys(names_of(adapters)))
-    blends = [weights_of(weights) for weights in blends]
+    blends = [weights_of(weights) for weights in blend]
     tracked = ctx.find_adapted(model, command="compare", adapters=[*(named or ()), *itertools.chain(*blends)])
     manager = tracked.manager
     manager.refuse_merged("comparing")
@@ -121,7 +121,7 @@ def try_combination(
     prompts: str | Sequence[Prompt],
     *,
     type: str = "exact",
-    rank: int | None = None,
+    r: int | None = None,
     density: float | None = None,
     seed: int | None = None,
     include_base: bool = True,
@@ -139,7 +139,7 @@ def try_combination(
         weights: adapter name -> weight.
         prompts: one or several.
         type: how to combine; see ``combine``.
-        rank: see ``combine``.
+        r: see ``combine``.
         density: see ``combine``.
         seed: see ``combine``.
         include_base: whether to include the base model.
@@ -151,7 +151,7 @@ def try_combination(
         should_stop: called after each token; True ends the generation early.
         model: an adapted model.
     """
-    settings = combination_settings(type, rank=rank, density=density)
+    settings = combination_settings(type, r=r, density=density)
     weights = weights_of(weights)
     tracked = ctx.models.get(model, command="try_combination", adapters=weights)
     tracked.manager.active_state.refuse_changes()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def convert(
     ctx: SessionContext,
     adapter: str,
-    rank: int | float,
+    r: int | float,
     *,
     name: str | None = None,
     replace: bool = False,
@@ -28,7 +28,7 @@ def convert(
 
     Args:
         adapter: name of the adapter, which is not changed.
-        rank: rank of the LoRA; a float is the share of the squared norm of the change to preserve per layer.
+        r: rank of the LoRA; a float is the share of the squared norm of the change to preserve per layer.
         name: name of the LoRA; by default the adapter's followed by ``_lora``.
         replace: replace an existing adapter with that name.
         model: an adapted model.
@@ -54,9 +54,9 @@ def convert(
             f"name{'' if made_name == adapter else ', or replace it (replace=…)'}"
         )
     with ctx.command(f"converting {adapter!r}", slow=True) as notes, manager.ensure_loaded((adapter,)):
-        made = converted(manager, adapter, rank)
+        made = converted(manager, adapter, r)
         config: Any = made.plan.config
-        if isinstance(rank, float):  # the patterns have each layer's rank; this one is displayed
+        if isinstance(r, float):  # the patterns have each layer's rank; this one is displayed
             largest = max(config.rank_pattern.values())
             config = config.copy(r=largest, lora_alpha=largest)
         copies = {
