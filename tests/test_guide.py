@@ -166,7 +166,7 @@ def test_the_session_has_a_method_for_each_command(page: str) -> None:
 
     text = " ".join(text_of(GUIDE / f"{page}.md").split())
     renamed = dict(re.findall(r"`%%?(?:lora )?(\w+)(?: [A-Z]+)?` is `(\w+)`", text))
-    assert {"lora": "add", "lora_train": "train", "continue": "go_on"}.items() <= renamed.items()
+    assert {"lora": "add", "lora_train": "train"}.items() <= renamed.items()
     assert not [method for method in renamed.values() if not hasattr(Session, method)]
     named = (
         {*SUBCOMMANDS, *CELLS}
