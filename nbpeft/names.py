@@ -50,6 +50,7 @@ RENAMED = {
     "batch": ("batch_size",),
     "batches": ("data",),
     "blends": ("blend",),
+    "check": ("check_prompt",),
     "eval": ("eval_data",),
     "go_on": ("follow_up",),
     "machines": ("hosts",),
@@ -60,6 +61,7 @@ RENAMED = {
     "rows": ("data",),
     "safe": ("safe_merge",),
     "seq": ("max_length",),
+    "trainer": ("trainer_class",),
 }
 """Former name of an argument or an option -> the names that it has now in one function or another, for messages."""
 

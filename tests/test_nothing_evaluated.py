@@ -142,7 +142,7 @@ def test_code_in_the_folder_of_a_run_does_not_run(stopped: Notebook, place: Path
     facts = json.loads(path.read_text())
     source = facts["source"]
     changes: dict[str, dict[str, Any]] = {
-        "line": {"source": source | {"line": f"model --data {code.replace(' ', '')} --trainer {code}"}},
+        "line": {"source": source | {"line": f"model --data {code.replace(' ', '')} --trainer-class {code}"}},
         "cell": {"source": source | {"cell": f"max_steps = {code}"}},
         "data": {"source": source | {"data": code}},
         "eval_data": {"source": source | {"eval_data": code}},

@@ -103,7 +103,7 @@ RIGHT = (
 LINES_A_STATE = 25
 """Lines after which another number of models carries adapters."""
 OTHER_LINES = ("import os", "f(1)", "r += 1", "r: int", "a.b = 1", "# r = 1", "  r = 1", ";", "}")
-SLOW = ("plan", "doctor", "export", "compare", "--dry-run", "--check")
+SLOW = ("plan", "doctor", "export", "compare", "--dry-run", "--check-prompt")
 """What takes a second or more when it is carried out; drawn less often."""
 
 

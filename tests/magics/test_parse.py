@@ -78,7 +78,7 @@ def test_a_weight_may_be_a_variable() -> None:
 
 def test_line_breaks_of_a_prompt_in_quotes_and_in_a_variable() -> None:
     assert parsed(r'compare "one\n\ttwo \\n"').options.prompt == "one\n\ttwo \\n"
-    assert parsed(r'swap a --check "one\ntwo"').options.check == "one\ntwo"
+    assert parsed(r'swap a --check-prompt "one\ntwo"').options.check_prompt == "one\ntwo"
     assert parsed("compare $text", text=r"print('\n')").options.prompt == r"print('\n')"
     assert parsed(r"load C:\new --name x").options.path == r"C:\new"
 

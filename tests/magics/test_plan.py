@@ -65,7 +65,7 @@ def test_it_is_the_forecast_of_the_python_form(bare: Notebook, folder: str) -> N
 @pytest.mark.slow
 def test_a_plan_for_a_trainer_of_another_library_or_other_chunks(adapted: Notebook) -> None:
     adapted["Other"] = Trainer
-    by_class = adapted.do("%lora plan model --max-length 64 --trainer Other")
+    by_class = adapted.do("%lora plan model --max-length 64 --trainer-class Other")
     by_fields = adapted.do("%lora plan model --max-length 64 loss_chunk_size=0 recompute=False")
     assert by_class.parts == by_fields.parts != adapted.do("%lora plan model --max-length 64").parts
 

@@ -176,12 +176,12 @@ def test_objects_are_named_and_given_again(bare: Notebook, place: Path) -> None:
         "        super().__init__(*args, **more)\n        self.made.append(1)\nown = [TrainerCallback()]"
     )
     bare.session.on_run(lambda run, name: run.control.request_stop())
-    bare.do(CELL.replace("--max-length", "--trainer Mine --patience 3 --max-length") + "\ncallbacks = own")
+    bare.do(CELL.replace("--max-length", "--trainer-class Mine --patience 3 --max-length") + "\ncallbacks = own")
     facts = json.loads((place / "sql-1" / "run.json").read_text())
     assert facts["objects"] == ["callbacks", "trainer_class"] and facts["arguments"]["patience"] == 3
     told = "run sql-1 used values that its folder does not store; pass them again: %lora resume sql-1 "
-    assert bare.run("%lora resume").line == f"{told}callbacks={{callbacks}} --trainer CLASS"
-    bare.do("%lora resume sql-1 --trainer Mine callbacks={own}")
+    assert bare.run("%lora resume").line == f"{told}callbacks={{callbacks}} --trainer-class CLASS"
+    bare.do("%lora resume sql-1 --trainer-class Mine callbacks={own}")
     assert bare["Mine"].made == [1, 1]
 
 

@@ -137,7 +137,7 @@ def test_stop_from_elsewhere(ready: Notebook) -> None:
         ),
         ("%%lora_train model --data rows --track trackio\ntrack = 'wandb'", "track is an option of the magic's line"),
         (
-            "%lora_train model --data rows --trainer Kind trainer_class={Kind}",
+            "%lora_train model --data rows --trainer-class Kind trainer_class={Kind}",
             "trainer_class is an option of the magic's",
         ),
         ("%lora clone sql name=y", "name is an option of the magic's line"),

@@ -167,7 +167,7 @@ def test_without_a_tokenizer_it_says_how_to_give_one(trained: Notebook) -> None:
 def test_swap_puts_another_in_place(trained: Notebook, saved: Path) -> None:
     model = trained["model"]
     before = logits(model)
-    result = trained.do(f'%lora swap {saved} --into sql --check "Hi" --tokens 5')
+    result = trained.do(f'%lora swap {saved} --into sql --check-prompt "Hi" --tokens 5')
     assert differ(logits(model), before)
     assert model.manager.names == ("chat", "sql")
     assert str(result).startswith(f"swapped 'sql' on model for {saved}: LoRA r=4")
@@ -177,8 +177,8 @@ def test_swap_puts_another_in_place(trained: Notebook, saved: Path) -> None:
 def test_swap_can_leave_the_template_aside(trained: Notebook, saved: Path) -> None:
     trained["tok"] = CharTokenizer("template")
     trained.do(f"%lora swap {saved} --into sql")
-    chat = trained.do(f'%lora swap {saved} --into sql --check "Hi" --tokens 6').after
-    raw = trained.do(f'%lora swap {saved} --into sql --check "Hi" --tokens 6 --raw').after
+    chat = trained.do(f'%lora swap {saved} --into sql --check-prompt "Hi" --tokens 6').after
+    raw = trained.do(f'%lora swap {saved} --into sql --check-prompt "Hi" --tokens 6 --raw').after
     wanted = get_session().compare("Hi", adapters=["sql"], max_new_tokens=6, tokenizer=CharTokenizer(), chat=False)
     assert (raw,) == wanted.answers["sql"]
     assert raw != chat

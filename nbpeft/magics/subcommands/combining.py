@@ -136,7 +136,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
     argument("path", metavar="PATH", completes="saved", help="a folder, or a repository on the Hub"),
     argument("--into", "-i", metavar="NAME", completes="adapter", help="adapter to replace (default: the active one)"),
     argument(
-        "--check",
+        "--check-prompt",
         type=prompt_text,
         metavar="PROMPT",
         help="answer this prompt before and after; logits that are not finite undo the swap",
@@ -147,13 +147,13 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
         completes="variable",
         help="called with the model; False or an exception undoes the swap",
     ),
-    answer_limit(32, "maximum length of the answer to --check in tokens (default: 32)"),
+    answer_limit(32, "maximum length of the answer to --check-prompt in tokens (default: 32)"),
     argument("--replace", action="store_true", help="replace an adapter even if its training is not saved"),
     RAW,
     CHAT,
     TOKENIZER,
     ON_MODEL,
-    example='%lora swap adapters/orders_v2 --into orders --check "Order: Ana from Lima needs 12 chairs."',
+    example='%lora swap adapters/orders_v2 --into orders --check-prompt "Order: Ana from Lima needs 12 chairs."',
 )
 def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Swap an adapter in place."""
@@ -164,9 +164,9 @@ def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
         options.path,
         into=options.into,
         validate=validate,
-        check_prompt=notebook.prompt(options.check, "--check"),
+        check_prompt=notebook.prompt(options.check_prompt, "--check-prompt"),
         max_new_tokens=options.max_new_tokens,
-        tokenizer=None if options.check is None else notebook.tokenizer(options.tokenizer),
+        tokenizer=None if options.check_prompt is None else notebook.tokenizer(options.tokenizer),
         chat=chat_of(options),
         replace=options.replace,
         model=_compiled(notebook.chosen(options.model), notebook, options.into),

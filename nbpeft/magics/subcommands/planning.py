@@ -96,7 +96,7 @@ def refuse_sizes(sizes: Mapping[str, Any]) -> None:
     argument("--packing", action="store_true", help="several rows in each sequence, as with %%lora_train --packing"),
     argument("--reference", metavar="NAME", words=(BASE, START), help="start counts a copy of the trained weights"),
     argument("--generation", action="store_true", help="completions are generated before each step, as by grpo"),
-    argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library"),
+    argument("--trainer-class", metavar="CLASS", completes="variable", help="a Trainer class of another library"),
     METHOD,
     argument("--panel", action="store_true", help="show a panel with sliders"),
     fields="plan",
@@ -106,8 +106,8 @@ def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Plan memory, or show the panel for it."""
     settings, changes = settings_of(options), fields_of(options)
     settings |= {name: changes.pop(name) for name in PLAN_FIELDS if name in changes}
-    if options.trainer is not None:
-        settings["trainer_class"] = notebook.value(options.trainer, "--trainer")
+    if options.trainer_class is not None:
+        settings["trainer_class"] = notebook.value(options.trainer_class, "--trainer-class")
     settings["changes"] = changes
     if options.data is not None:
         settings |= {"data": notebook.data(options.data, "--data"), "tokenizer": notebook.tokenizer(options.tokenizer)}

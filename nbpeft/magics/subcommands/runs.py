@@ -41,7 +41,7 @@ _OPTIONS = {
     "score": ("--score", "ROWS"),
     "metric": ("--metric", "METRIC"),
     "tokenizer": ("--tokenizer", "TOKENIZER"),
-    "trainer_class": ("--trainer", "CLASS"),
+    "trainer_class": ("--trainer-class", "CLASS"),
     "reward": ("--reward", "FUNCTION"),
 }
 """Argument of a training -> the option of a line and its placeholder."""

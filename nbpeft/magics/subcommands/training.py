@@ -142,7 +142,9 @@ PROCESSES = (
     ),
 )
 REPLACE = argument("--replace", action="store_true", help="overwrite another adapter in output_dir")
-TRAINER = argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use")
+TRAINER = argument(
+    "--trainer-class", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"
+)
 
 
 @subcommand(
@@ -240,7 +242,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         eval_data=options.eval_data,
         tokenizer=options.tokenizer,
         arguments={name: value for name, value in written.items() if name not in left_out},
-        left_out=(*left_out, *(["--trainer"] if options.trainer is not None else [])),
+        left_out=(*left_out, *(["--trainer-class"] if options.trainer_class is not None else [])),
         notes=("the script does not stop early: patience monitors scores in the cell",) if stops_by_scores else (),
     )
     return result
@@ -283,7 +285,9 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     reward = getattr(options, "reward", None)
     line["reward"] = None if reward is None else [notebook.function(word, "--reward") for word in reward]
     line["packing"] = getattr(options, "packing", None) or None
-    line["trainer_class"] = None if options.trainer is None else notebook.value(options.trainer, "--trainer")
+    line["trainer_class"] = (
+        None if options.trainer_class is None else notebook.value(options.trainer_class, "--trainer-class")
+    )
     given = {name: value for name, value in {**line, **chats_of(options)}.items() if value is not None}
     refuse_fields(options, (*_RESERVED, *given))
     return {**options.fields, **given}
