@@ -66,9 +66,13 @@ RENAMED = {
 """Former name of an argument or an option -> the names that it has now in one function or another, for messages."""
 
 RENAMED_FUNCTIONS = {
+    "go_on": "resume",
+    "off": "use",
+    "on": "use",
     "plan_memory": "plan",
     "set_scale": "scale",
     "track": "start_run",
+    "unfreeze": "freeze",
     "watch": "register",
 }
 """Former name of a function or of a method of the session -> its name, for messages."""

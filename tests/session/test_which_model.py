@@ -163,7 +163,7 @@ def test_the_only_one_left_is_meant_and_named_but_not_merged_or_unloaded(session
             command()
     assert left.manager.merged == () and left.manager.alive
     told = "this is 'left', the only model with adapters: 'model' has none any more"
-    assert session.use("base").notes == (told,) and session.use("sql").notes == ()
+    assert session.use("base").notes == (told,) and session.use("x").notes == ()
     session.merge()  # said already
     assert session.state.current == "left" and list(left.manager.merged) == ["x"]
     session.unmerge()
@@ -190,8 +190,8 @@ def test_what_was_adapted_in_python_takes_no_place(session: Session) -> None:
     newer = Session()
     newer.adopt({"model": model, "other": other})
     assert newer.state.current is None
-    with pytest.raises(AdapterError, match="off needs one of them: model='model' or model='other'"):
-        newer.off()
+    with pytest.raises(AdapterError, match="use needs one of them: model='model' or model='other'"):
+        newer.use("base")
     alone = Session()
     alone.adopt({"other": other})
     assert alone.state.current == "other"
