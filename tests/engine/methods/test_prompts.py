@@ -43,7 +43,6 @@ from nbpeft.model import PeftModel, get_peft_model
 from nbpeft.model.handle.serving import blended
 from tests.closeness import assert_close
 from tests.fuzz import mutations
-from tests.fuzz.mutations import mutated
 from tests.tiny_models import LLAMA, classifier, config, gpt2, llama, logits, randomize, same_state, state, tokens
 
 METHODS = [method for method in methods() if issubclass(method.config_class, PromptLearningConfig)]
@@ -596,13 +595,12 @@ def test_mutated_folders(
 ) -> None:
     """Each is right or refused in one line, and the model stays as it was."""
     monkeypatch.setattr(mutations, "FIELDS", tuple(one.name for one in dataclasses.fields(method.config_class)))
-    start = get_peft_model(llama(), made(method, fields))
-    start.save_pretrained(tmp_path / "start")
+    get_peft_model(llama(), made(method, fields)).save_pretrained(tmp_path / "start")
     model = get_peft_model(llama(), nbpeft.LoraConfig(r=2, target_modules=["q_proj"]))
     before, right = state(model), 0
     for seed in range(50):
-        draw, folder = random.Random(seed), tmp_path / f"f{seed}"
-        done = mutated(tmp_path / "start", folder, draw)
+        folder = tmp_path / f"f{seed}"
+        done = mutations.mutated(tmp_path / "start", folder, random.Random(seed))
         try:
             model.load_adapter(str(folder), "new")
             model.set_adapter("new")

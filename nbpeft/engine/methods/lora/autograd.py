@@ -31,8 +31,30 @@ Factors = tuple[Tensor, Tensor, float | Tensor]
 """A (r, in), B (out, r) and the scaling: a number, or a 0-d tensor if hot-swapping may change it."""
 
 
-class LeanProduct(torch.autograd.Function):
+def lean_product(
+    x: Tensor,
+    factors: Factors,
+    onto: Tensor | None,
+    frozen: tuple[Tensor, Tensor | None] | None,
+    probability: float,
+    dtype: torch.dtype,
+) -> Tensor:
     """``scaling * B(A(dropout(x)))``, added to ``onto`` or to the output of a frozen linear layer.
+
+    Args:
+        x: (..., in), any floating dtype.
+        factors: A, B and their scaling.
+        onto: (..., out), a tensor to add the product to.
+        frozen: weight and bias of a frozen layer, in the dtype of ``x``.
+        probability: probability of dropout of the input, below 1.
+        dtype: in which the product is computed.
+    """
+    lora_A, lora_B, scaling = factors
+    return _LowRank.apply(x, lora_A, lora_B, onto, frozen, scaling, probability, dtype)  # type: ignore[no-untyped-call]
+
+
+class _LowRank(torch.autograd.Function):
+    """See ``lean_product``.
 
     Saves x or its origin, A, B and the thin product A x. ``frozen`` is the layer's weight and bias, in the dtype of
     ``x``. Forward and backward use one wide buffer each, and the adapter's gradient is accumulated into the frozen

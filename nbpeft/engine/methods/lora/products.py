@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nbpeft.engine.kernels.numerics import add_delta, compute_dtype
 from nbpeft.engine.kernels.recomputed import origin_of
-from nbpeft.engine.methods.lora.autograd import Factors, LeanProduct, as_rows, takes_pieces
+from nbpeft.engine.methods.lora.autograd import Factors, as_rows, lean_product, takes_pieces
 from nbpeft.engine.methods.lora.launches import in_few_launches
 
 _LEAST_LEAN = 1 << 15
@@ -64,7 +64,7 @@ def low_rank_linear(x: Tensor, factors: Factors, probability: float, onto: Tenso
         return delta if onto is None else (onto + delta.to(onto.device)).to(onto.dtype)
     if onto is not None and (onto.device != x.device or torch.promote_types(onto.dtype, dtype) != dtype):
         return add_delta(onto, low_rank_linear(x, factors, probability).to(onto.device))
-    return LeanProduct.apply(x, lora_A, lora_B, onto, None, scaling, probability, dtype)  # type: ignore[no-untyped-call]
+    return lean_product(x, factors, onto, None, probability, dtype)
 
 
 def adapted_linear(
@@ -85,16 +85,21 @@ def adapted_linear(
         and factors in float32 on many tokens in bfloat16.
     """
     lora_A, lora_B, scaling = factors
-    device, in_launches = x.device, launches_count(x.device)
-    parts = (weight,) if bias is None else (weight, bias)
-    if any(part.requires_grad for part in parts) or probability >= 1.0:
+    device = x.device
+    together = device == weight.device == lora_A.device == lora_B.device
+    alike = x.dtype == weight.dtype and lora_A.dtype == lora_B.dtype
+    trained = weight.requires_grad
+    if bias is not None:
+        together = together and bias.device == device
+        alike = alike and bias.dtype == x.dtype
+        trained = trained or bias.requires_grad
+    if not together or trained or probability >= 1.0:
         return None
-    if any(part.device != device for part in (*parts, lora_A, lora_B)):
-        return None
-    casts = torch.is_autocast_enabled(device.type)
-    if casts and (not in_launches or torch.float64 in (x.dtype, weight.dtype)):  # autocast leaves float64 alone
-        return None
-    if not casts and (lora_A.dtype != lora_B.dtype or any(part.dtype != x.dtype for part in parts)):
+    in_launches = launches_count(device)
+    if torch.is_autocast_enabled(device.type):
+        if not in_launches or torch.float64 in (x.dtype, weight.dtype):  # which autocast leaves alone
+            return None
+    elif not alike:
         return None
     dtype = compute_dtype(x, lora_A)
     if in_launches:
@@ -110,4 +115,4 @@ def adapted_linear(
             return output
     elif not takes_pieces(x, lora_A, dtype):
         return None
-    return LeanProduct.apply(x, lora_A, lora_B, None, (weight, bias), scaling, probability, dtype)  # type: ignore[no-untyped-call]
+    return lean_product(x, factors, None, (weight, bias), probability, dtype)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nbpeft.engine.kernels.numerics import add_delta, onednn_multiplies
 from nbpeft.engine.layer_kinds.linear import Linear
-from nbpeft.engine.methods.lora import products
+from nbpeft.engine.methods.lora import autograd, products
 from nbpeft.engine.methods.lora.autograd import _pieces
 from nbpeft.engine.methods.lora.dropout import Dropout
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
@@ -207,7 +207,7 @@ def test_ordinary_operations_on_small_inputs_are_the_same(
             output = with_layer(x, weight, None, lora_A, lora_B, drop=probability)
         else:
             output = low_rank_linear(x, lora_A, lora_B, 1.7, Dropout(probability, True), F.linear(x, weight))
-        assert ("LeanProduct" in type(output.grad_fn).__name__) == (least == 0)
+        assert ("_LowRank" in type(output.grad_fn).__name__) == (least == 0)
         results.append([output, *torch.autograd.grad(output.to(lora_A.dtype).square().sum(), (x, lora_A, lora_B))])
     for small, lean in zip(*results, strict=True):
         assert small.dtype == lean.dtype
@@ -220,7 +220,7 @@ def test_without_gradients_no_function_is_called(dtype: torch.dtype, monkeypatch
     weight, bias = torch.randn(6, 8, dtype=dtype), torch.randn(6, dtype=dtype)
     learned = [lora_A.clone().requires_grad_(), lora_B]
     wanted = low_rank_linear(x, *learned, 1.7, NONE, F.linear(x, weight, bias)).detach()
-    monkeypatch.setattr(products, "LeanProduct", None)
+    monkeypatch.setattr(autograd, "_LowRank", None)
     found = low_rank_linear(x, lora_A, lora_B, 1.7, NONE, F.linear(x, weight, bias))
     assert_close(found, wanted, depth=2)
     if dtype == torch.float32:
