@@ -112,6 +112,7 @@ BANNED_NAMES = {
 STANDING_PARTS: set[str] = set()
 STANDING_NAMES: set[str] = {
     "host",
+    "hosts",  # the machines of a training, as torchrun and DeepSpeed call them
     "resident",
 }
 
