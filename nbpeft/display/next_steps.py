@@ -121,7 +121,7 @@ def _score_label(rows: NamedRows) -> str:
 
 def _rows_of(adapter: str, rows: NamedRows) -> str:
     text = rows.of(adapter)
-    return f"{text} --held-out" if text and rows.held_out and rows.numbered else text or "ROWS"
+    return f"{text} --held-out" if text and rows.held_out and rows.numbered else text or "DATA"
 
 
 def _escaped(prompt: str) -> str:

@@ -18,13 +18,13 @@ from nbpeft.magics.tokenize import quoted
 _PHRASES = {
     "session.add(model, config)": "a cell that begins with %%lora MODEL",
     "session.train trains": "%%lora_train trains",
-    "session.score(data=…)": "%lora score --data ROWS",
+    "session.score(data=…)": "%lora score --data DATA",
     "session.merge(to=…)": "%lora merge --to DIR",
-    "session.merge(calibrate=…)": "%lora merge --calibrate ROWS",
+    "session.merge(calibrate=…)": "%lora merge --calibrate DATA",
     "with members={": "with the line members = {",
     "model.enable_adapter_layers()": "%lora use NAME",
     "session.result()": "%lora watch --wait",
-    "give stop='half' to": "give --stop half to",
+    "stop='half'": "--halving",
     "save_as_lora(DIR, model, rank=64)": "%lora convert NAME --r 64",
 }
 _ROW_OPTIONS = {"data": "--data", "eval_data": "--eval-data"}
@@ -69,9 +69,9 @@ def _with_option(argument: re.Match[str]) -> str:
 
 
 def _with_rows(argument: re.Match[str]) -> str:
-    """``data={'a': …, 'b': …}`` as ``--data a=ROWS b=ROWS``."""
+    """``data={'a': …, 'b': …}`` as ``--data a=DATA b=DATA``."""
     names = [part.rpartition(": ")[0].strip("'") for part in argument[2].split(", ")]
-    return " ".join([_ROW_OPTIONS[argument[1]], *(f"{name}=ROWS" for name in names)])
+    return " ".join([_ROW_OPTIONS[argument[1]], *(f"{name}=DATA" for name in names)])
 
 
 def option_names(command: Subcommand, others: Iterable[Subcommand]) -> dict[str, str]:

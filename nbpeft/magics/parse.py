@@ -69,7 +69,7 @@ class Argument:
     @property
     def takes_value(self) -> bool:
         """Whether a value follows it."""
-        return self.options.get("action") not in ("store_true", "store_false")
+        return self.options.get("action") not in ("store_true", "store_false", "store_const")
 
     @property
     def many(self) -> bool:
@@ -220,6 +220,7 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
         name = word.text.partition("=")[0].lstrip("-")
         if name in command.refused and (word.text.startswith("-") or _is_field(word)):
             raise CellError(f"{prog} takes no {name}: {command.refused[name]}")
+        _refuse_former(command, prog, word)
     words = _rows_joined(command, words)
     own_pairs = _own_pairs(command, words)
     fields = [word for word in words if command.fields and _is_field(word) and word not in own_pairs]
@@ -227,6 +228,21 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
     options = LineParser(command, prog).read(_mixtures_joined(rest))
     options.fields = fields
     return Request(command, options)
+
+
+def _refuse_former(command: Subcommand, prog: str, word: Word) -> None:
+    """Refuse the former name of an option of this command, with its present one."""
+    flag = word.text.partition("=")[0]
+    known = {flag for item in command.arguments for flag in item.flags}
+    if word.quoted or not flag.startswith("--") or flag in known:
+        return
+    present = FORMER_OPTIONS.get(flag[2:])
+    if f"--{present}" in known:
+        raise CellError(f"{prog} has no option {flag}. It is called '--{present}' now")
+    if flag[2:] in _PYTHON_ALONE.get(command.name, ()):
+        raise CellError(
+            f"{prog} has no option {flag}: it is an argument of get_session().{command.name} in Python alone"
+        )
 
 
 def is_mixture(text: str) -> bool:
@@ -325,7 +341,20 @@ def parse_line(
     return parse_arguments(subcommands[name], f"%lora {name}", words[1:], namespace)
 
 
-_MEANT = {"name": "adapter"} | {old: new[0].replace("_", "-") for old, new in RENAMED.items()}
+FORMER_OPTIONS = {old: new[0].replace("_", "-") for old, new in RENAMED.items()} | {
+    "adapters": "num-adapters",
+    "as": "name",
+    "continue": "follow-up",
+    "frozen": "no-trainable",
+    "raw": "no-chat",
+    "stop": "halving",
+    "tokens": "max-new-tokens",
+    "train": "trainable",
+}
+"""Former name of an option -> its name."""
+_PYTHON_ALONE = {"combine": ("density", "seed", "sign"), "merge": ("safe",), "unload": ("merge", "safe")}
+"""Command -> its former options that are arguments of the session's method alone."""
+_MEANT = {"name": "adapter"} | FORMER_OPTIONS
 """Options of other commands, and former ones -> what they are called in this one, if it has no such option."""
 _COUNTS = ("limit", "max-rows", "max_rows", "num-rows", "num_rows")
 """Options of other tools for the number of rows."""
@@ -346,7 +375,7 @@ _SYNONYMS = {
     "upload": "push",
 }
 """Words that other tools use for a command; empty for the magic alone."""
-_FORMER = {
+FORMER_COMMANDS = {
     "result": "watch --wait",
     "on": "use NAME",
     "off": "use base",
@@ -359,8 +388,8 @@ _FORMER = {
 
 def _command_hint(name: str, subcommands: Iterable[str], cells: Iterable[str]) -> str:
     """The hint at the command that an unknown word probably means, with a leading space; empty if none is close."""
-    if name in _FORMER:
-        return f" It is called '%lora {_FORMER[name]}' now"
+    if name in FORMER_COMMANDS:
+        return f" It is called '%lora {FORMER_COMMANDS[name]}' now"
     if name in _SYNONYMS:
         return f" Did you mean {f'%lora {_SYNONYMS[name]}'.strip()!r}?"
     forms = {word: word for word in subcommands}

@@ -121,7 +121,7 @@ def chats_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def answer_limit(usual: int | None, words: str) -> Argument:
     """The option ``--max-new-tokens``."""
-    return argument("--max-new-tokens", "--tokens", type=positive, default=usual, metavar="N", help=words)
+    return argument("--max-new-tokens", type=positive, default=usual, metavar="N", help=words)
 
 
 def separator_of(options: argparse.Namespace) -> str | None:

@@ -359,7 +359,7 @@ class TestWhatFollowsATraining:
             "Save": "%lora save adapters/orders --name orders --model model",
             "Ask": "%lora ask \"Say 'hi'\\n\\\\o/\" --adapter orders --model model",
             "Compare": "%lora compare --panel --model model",
-            "Score": "%lora score orders --data ROWS --model model",
+            "Score": "%lora score orders --data DATA --model model",
             "Ship": "%lora ship orders --for ollama --model model",
         }
 
@@ -383,8 +383,8 @@ class TestWhatFollowsATraining:
             ("Save", "%lora save adapters/pirate --name pirate"),
             ("Ask each", '%lora compare "your prompt" --adapters sql pirate'),
             ("Compare", "%lora compare --panel"),
-            ("Score", "%lora score sql --data ROWS"),
-            ("Score", "%lora score pirate --data ROWS"),
+            ("Score", "%lora score sql --data DATA"),
+            ("Score", "%lora score pirate --data DATA"),
             ("Ship", "%lora ship sql --for ollama"),
             ("Ship", "%lora ship pirate --for ollama"),
         )

@@ -36,7 +36,7 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
         ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora use NAME)."),
         ("convert it to LoRA: save_as_lora(DIR, model, rank=64)", "convert it to LoRA: %lora convert NAME --r 64"),
         (("add one with session.add(model, config)",), ("add one with a cell that begins with %%lora MODEL",)),
-        ("pass data={'sql': …, 'chat': …}", "pass --data sql=ROWS chat=ROWS"),
+        ("pass data={'sql': …, 'chat': …}", "pass --data sql=DATA chat=DATA"),
         ("then run.step(loss=…), (r=8)", "then run.step(loss=…), (r=8)"),
         (None, None),
     ],
@@ -51,7 +51,7 @@ def test_messages(said: object, in_a_cell: object) -> None:
         (
             "lora_train",
             "stop='half' needs evaluations: pass eval_data=… or score=…",
-            "--stop half needs evaluations: pass --eval-data or --score",
+            "--halving needs evaluations: pass --eval-data or --score",
         ),
         ("lora_train", "eval_data=3 is neither data, nor a share", "--eval-data 3 is neither data, nor a share"),
         ("lora_train", "eval_by groups the rows (eval_data=0.1)", "--eval-by groups the rows (--eval-data 0.1)"),

@@ -130,7 +130,7 @@ def test_a_missing_target_can_be_allowed(notebook: Notebook) -> None:
 
 
 def test_a_frozen_adapter_acts_and_does_not_train(notebook: Notebook) -> None:
-    notebook.do("%lora add model --frozen target_modules=q_proj")
+    notebook.do("%lora add model --no-trainable target_modules=q_proj")
     assert notebook["model"].active_adapters == ["default"]
     assert not any(p.requires_grad for p in notebook["model"].parameters())
 

@@ -34,8 +34,8 @@ def words(before: str) -> tuple[str, ...]:
         ("use sql # ", ()),
         ("use #", ()),
         ("use sql --model ", ("model", "other")),
-        ("combine sql=1 chat --as c --type ", ("exact", "mean")),
-        ("combine sql=1 --as c --type ", ("exact",)),
+        ("combine sql=1 chat --name c --type ", ("exact", "mean")),
+        ("combine sql=1 --name c --type ", ("exact",)),
         ("delete sql ", ("chat", "support")),
         ("add ", ("model", "other")),
         ("add model r", ("r=", "rank_pattern=")),
@@ -98,7 +98,7 @@ def test_the_lines_of_a_cell() -> None:
     cell = "%%lora model --n\nr"
     first = COMPLETION.suggest(cell, 0, 16)
     assert first is not None
-    assert first.words == ("--name",)
+    assert first.words == ("--name", "--no-trainable")
     second = COMPLETION.suggest(cell, 1, 1)
     assert second is not None
     assert second.words == ("r = ", "rank_pattern = ")

@@ -94,7 +94,7 @@ def test_help_is_the_docstring(bare: Notebook, magic: str, option: str) -> None:
 def test_help_by_its_name(bare: Notebook, line: str) -> None:
     text = repr(bare.do(line))
     assert re.search(r"%%lora_train model --data .*\n.*num_train_epochs = 1\n +Train the active adapters", text)
-    assert re.search(r"%lora combine .*--as both\n? +Combine adapters into [^.]*\s+error\.\n", text)
+    assert re.search(r"%lora combine .*--name both\n? +Combine adapters into [^.]*\s+error\.\n", text)
     assert max(len(part) for part in text.split("\n") if part.startswith(" " * 8)) <= 88
     assert "%%qlora" in text
     assert repr(bare.do(f"{line} use")).startswith("%lora use\nActivate one adapter")

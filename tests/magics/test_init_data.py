@@ -204,4 +204,4 @@ def test_qlora_says_what_to_do(bare: Notebook) -> None:
 def test_completion_and_help_know_it(ready: Notebook) -> None:
     assert "--init-data" in ready.complete("%%lora model --init")
     assert "rows" in ready.complete("%%lora model --init-data ro")
-    assert "--init-data ROWS" in str(ready.do("%lora help add"))
+    assert "--init-data DATA" in str(ready.do("%lora help add"))

@@ -15,7 +15,7 @@ def test_convert_makes_a_lora(notebook: Notebook) -> None:
     randomize(notebook["model"], "a")
     done = notebook.do("%lora convert a --r 2")
     assert "converted 'a' (HRA) to 'a_lora' on model: LoRA, rank 2, 4 layers, nothing of the change lost" in str(done)
-    assert "LoRA, rank" in str(notebook.do("%lora convert a --r 0.6 --as b"))
+    assert "LoRA, rank" in str(notebook.do("%lora convert a --r 0.6 --name b"))
     assert notebook["model"].manager.names == ("a", "a_lora", "b")
 
 
@@ -24,7 +24,7 @@ def test_convert_makes_a_lora(notebook: Notebook) -> None:
     [
         ("convert a", "%lora convert needs --r, e.g. %lora convert orders --r 16"),
         ("convert a --r much", "expected a rank such as 16 or a share such as 0.9, not 'much'"),
-        ("convert chat --r 2 --as sql", "has an adapter 'sql' already; choose another name, or replace it"),
+        ("convert chat --r 2 --name sql", "has an adapter 'sql' already; choose another name, or replace it"),
         ("convert nobody --r 2", "'nobody'"),
     ],
 )

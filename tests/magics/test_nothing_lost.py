@@ -24,7 +24,7 @@ VERBS = {
     "delete": "delete sql",
     "reset": "reset sql",
     "undo": "undo",
-    "combine": "combine sql=1 --as new",
+    "combine": "combine sql=1 --name new",
     "compare": 'compare "a"',
     "swap": "swap {folder}/sql --into sql",
     "inspect": "inspect sql",
@@ -180,7 +180,7 @@ def test_unsaved_training_is_not_replaced_unless_told(trained: Notebook, tmp_pat
     trained.do("%lora add model --name chat r=2 target_modules=q_proj")
     trained.do(f"%lora save {tmp_path}/chat --name chat")
     before = weights(trained)
-    for cell in (f"swap {tmp_path}/chat --into sql", f"load {tmp_path}/chat --name sql", "combine chat=1 --as sql"):
+    for cell in (f"swap {tmp_path}/chat --into sql", f"load {tmp_path}/chat --name sql", "combine chat=1 --name sql"):
         line = trained.run(f"%lora {cell}").line
         assert "was trained and is not saved" in line and "--replace" in line
         assert all(map(torch.equal, before, weights(trained)))
@@ -191,7 +191,7 @@ def test_unsaved_training_is_not_replaced_unless_told(trained: Notebook, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "verb", ["add model --name base", "rename sql base", "copy sql base", "combine sql=1 --as base"]
+    "verb", ["add model --name base", "rename sql base", "copy sql base", "combine sql=1 --name base"]
 )
 def test_no_adapter_is_called_base(trained: Notebook, verb: str) -> None:
     line = trained.run(f"%lora {verb}").line

@@ -47,16 +47,7 @@ ANOTHER_WORD = {
     "--inference": ("training", "a switch names what is not the default"),
 }
 """Option -> the keyword that is called otherwise, and why."""
-NOT_YET = {
-    "--adapters": "num_adapters",
-    "--as": "name",
-    "--frozen": "trainable",
-    "--halving": "stop",
-    "--num-adapters": "adapters",
-    "--raw": "chat",
-    "--sign": "majority_sign",
-    "--train": "trainable",
-}
+NOT_YET = {"--halving": "stop", "--num-adapters": "adapters"}
 """Options and keywords of which one is still to be renamed."""
 
 

@@ -69,11 +69,11 @@ def test_a_variable_in_braces_may_be_a_part_of_a_word() -> None:
 
 
 def test_a_weight_may_be_a_variable() -> None:
-    line = "combine orders={weight} dates=$weight sql=1 --as both"
+    line = "combine orders={weight} dates=$weight sql=1 --name both"
     assert parsed(line, weight=0.7).options.weights == ["orders=0.7", "dates=0.7", "sql=1"]
     assert parsed("ask a={b", b=1).options.prompt == "a={b"
     with pytest.raises(CellError, match=r"name 'wieght' is not defined\. Did you mean 'weight'"):
-        parsed("combine orders={wieght} --as both", weight=0.7)
+        parsed("combine orders={wieght} --name both", weight=0.7)
 
 
 def test_line_breaks_of_a_prompt_in_quotes_and_in_a_variable() -> None:

@@ -73,7 +73,7 @@ def test_slices_of_lists_are_found_again(bare: Notebook, place: Path) -> None:
     assert (source["data"], source["eval_data"]) == ("rows[:-2]", "rows[6:]")
     fresh = prepare(bare, adapter=False)
     del fresh.shell.user_ns["rows"]
-    assert "pass them again: %lora resume sql-1 --data ROWS" in fresh.run("%lora resume").line
+    assert "pass them again: %lora resume sql-1 --data DATA" in fresh.run("%lora resume").line
     result = prepare(fresh, adapter=False).do("%lora resume")
     assert (result.step, result.training.steps) == (3, 6)
 
@@ -109,9 +109,9 @@ def test_without_any_run_there_is_no_card(bare: Notebook) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("del rows", "values that its folder does not store; pass them again: %lora resume sql-1 --data ROWS"),
-        ("del held", "values that its folder does not store; pass them again: %lora resume sql-1 --eval-data ROWS"),
-        ("del rows, held", "pass them again: %lora resume sql-1 --data ROWS --eval-data ROWS"),
+        ("del rows", "values that its folder does not store; pass them again: %lora resume sql-1 --data DATA"),
+        ("del held", "values that its folder does not store; pass them again: %lora resume sql-1 --eval-data DATA"),
+        ("del rows, held", "pass them again: %lora resume sql-1 --data DATA --eval-data DATA"),
         ("rows = rows[:5]", "run sql-1 was trained with 8 rows, but 5 are given"),
         ("del model", "run sql-1 is of the model 'model' (another one: --model), but no variable is called 'model'."),
         ("model = 3", "run sql-1 is of the model 'model' (another one: --model), but 'model' is an int, not a model."),
@@ -165,7 +165,7 @@ def test_values_of_the_cell_are_kept_and_not_their_expressions(bare: Notebook, p
     assert "data" not in facts["source"], "an expression names nothing"
     fresh = prepare(bare, adapter=False)
     del fresh.shell.user_ns["batch"]
-    assert fresh.run("%lora resume").line.endswith("pass them again: %lora resume sql-1 --data ROWS")
+    assert fresh.run("%lora resume").line.endswith("pass them again: %lora resume sql-1 --data DATA")
     assert fresh.do("%lora resume --data rows[:]").training.steps == 6
 
 
@@ -198,7 +198,7 @@ def test_a_run_of_a_script_says_how_it_goes_on(bare: Notebook) -> None:
     bare.session.train(bare["model"], bare["rows"], tokenizer=bare["tok"], max_steps=4)
     told = bare.run("%lora resume").line
     assert (
-        told == "run sql-1 used values that its folder does not store; pass them again: %lora resume sql-1 --data ROWS"
+        told == "run sql-1 used values that its folder does not store; pass them again: %lora resume sql-1 --data DATA"
     )
     assert bare.do("%lora resume --data rows").training.steps > 0
 
@@ -311,7 +311,7 @@ def test_a_resumed_run_is_scored_on_the_rows_of_its_variable(bare: Notebook) -> 
     rows = fresh["held"]
     fresh.do("del held")
     assert fresh.run("%lora resume").line.endswith(
-        "pass them again: %lora resume sql-1 --score ROWS (not defined here: held)"
+        "pass them again: %lora resume sql-1 --score DATA (not defined here: held)"
     )
     fresh["held"] = rows
     result = fresh.do("%lora resume")

@@ -135,4 +135,4 @@ def test_the_held_out_rows_of_a_training_are_scored_from_its_card(ready: Noteboo
     result = ready.do("%lora_train model --data rows --eval-data 0.25 --tokenizer tokenizer max_steps=1 --no-keep")
     found = ready.do("%lora score sql --data rows --tokenizer tokenizer --held-out --max-new-tokens 1")
     assert tuple(item.number for item in found.items) == result.held_out and len(found.items) == 3
-    assert "--held-out chooses among the rows of --data ROWS" in ready.run("%lora score sql --general --held-out").line
+    assert "--held-out chooses among the rows of --data DATA" in ready.run("%lora score sql --general --held-out").line

@@ -49,10 +49,10 @@ def test_a_training_cell_trains_an_adapter_for_each_value(ready: Notebook) -> No
 
 
 def test_a_cell_stops_the_worse_half(ready: Notebook) -> None:
-    result = ready.do(TRAIN.replace("held_out", "held_out --stop half").replace("max_steps = 2", "max_steps = 4"))
+    result = ready.do(TRAIN.replace("held_out", "held_out --halving").replace("max_steps = 2", "max_steps = 4"))
     assert sorted(member.step for member in result.members) == [2, 4]
     line = ready.run("%lora add model --name codes r=sweep(2,4,stop='half')").line
-    assert "r: adapters are only added here; give --stop half to their training" in line
+    assert "r: adapters are only added here; give --halving to their training" in line
 
 
 def test_the_cell_run_again_gives_the_same_comparison(ready: Notebook, tmp_path: Path, monkeypatch: Any) -> None:
@@ -151,7 +151,7 @@ def test_restart_begins_with_the_initial_weights_of_an_adapter_that_stays_as_it_
 
 def test_restart_of_a_loaded_adapter_says_that_its_initial_weights_are_unknown(ready: Notebook, tmp_path: Path) -> None:
     ready.do(f"%lora save {tmp_path}")
-    ready.do(f"%lora load {tmp_path}/sql --name loaded --train")
+    ready.do(f"%lora load {tmp_path}/sql --name loaded --trainable")
     ready.do("%lora use loaded")
     result = ready.do(TRAIN.replace("held_out", "held_out --restart"))
     assert "each adapter starts from new weights: the initial ones of 'loaded' are unknown" in str(result)
@@ -210,7 +210,7 @@ def test_an_adapter_is_cloned_while_a_sweep_runs_in_the_background(ready: Notebo
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             assert state.global_step != 1 or cloned.wait(60)
 
-    clone = "%lora clone sql-lr1e-2 --as slow learning_rate=0.001"
+    clone = "%lora clone sql-lr1e-2 --name slow learning_rate=0.001"
     assert ready.run(clone).line == "no training is running: there is nothing to clone"
     ready["waiting"] = [Wait()]
     cell = TRAIN.replace("--eval-data held_out", "--background").replace("max_steps = 2", "max_steps = 3")
@@ -325,11 +325,11 @@ def test_a_run_on_rows_of_each_is_named_by_its_adapters_and_asks_for_the_rows_of
     del ready.shell.user_ns["few"]
     line = ready.run("%lora resume").line
     assert (
-        "%lora resume sql+chat-1 --data sql=ROWS chat=ROWS --eval-data sql=ROWS chat=ROWS (not defined here: few)"
+        "%lora resume sql+chat-1 --data sql=DATA chat=DATA --eval-data sql=DATA chat=DATA (not defined here: few)"
         in line
     )
     line = ready.run("%lora resume --data rows --eval-data rows").line
-    assert line == "run sql+chat-1 trained each adapter on rows of its own: pass --data sql=ROWS chat=ROWS"
+    assert line == "run sql+chat-1 trained each adapter on rows of its own: pass --data sql=DATA chat=DATA"
     line = ready.run("%lora resume --data sql=rows --eval-data sql=rows").line
     assert line == "--data has rows for 'sql', but the adapters to train are 'sql', 'chat'"
     resumed = ready.do("%lora resume --data sql=rows chat=rows[:3] --eval-data sql=held_out chat=rows[:3]")
@@ -339,8 +339,8 @@ def test_a_run_on_rows_of_each_is_named_by_its_adapters_and_asks_for_the_rows_of
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--data rows --stop half", "--stop half has no effect without a sweep: pass --patience to stop early"),
-        ("--data sql=rows chat=rows --stop half", "--stop half compares adapters, but each has rows of its own"),
+        ("--data rows --halving", "--halving has no effect without a sweep: pass --patience to stop early"),
+        ("--data sql=rows chat=rows --halving", "--halving compares adapters, but each has rows of its own"),
         ("--data rows --eval-data 100", "--eval-data 100 holds out 100 of 6 rows"),
         ("--data rows --patience 2", "--patience needs evaluation data: pass --eval-data or --score"),
         ("--data rows --eval-by x", "give their share or number (--eval-data 0.1)"),
@@ -361,8 +361,8 @@ def test_mistakes_about_rows_and_evaluations_are_told_in_words_of_cells(
 
 
 def test_stop_half_needs_evaluations(ready: Notebook) -> None:
-    line = ready.run(TRAIN.replace("--eval-data held_out", "--stop half")).line
-    assert "--stop half needs evaluations: pass --eval-data or --score" in line
+    line = ready.run(TRAIN.replace("--eval-data held_out", "--halving")).line
+    assert "--halving needs evaluations: pass --eval-data or --score" in line
 
 
 def test_the_rows_of_one_adapter_are_shown(ready: Notebook) -> None:

@@ -39,7 +39,7 @@ def test_the_system_prompt_is_an_option(ready: Notebook) -> None:
     assert ready.do(f"%lora ask Hi --system text {SHORT}").system == "Hello"
     compared = ready.do(f'%lora compare "Hi" --system Sing {SHORT}')
     assert {column.system for column in compared.columns} == {"Sing"}
-    assert "not applied here (--chat)" in ready.run(f'%lora ask "Hi" --system Sing --raw {SHORT}').line
+    assert "not applied here (--chat)" in ready.run(f'%lora ask "Hi" --system Sing --no-chat {SHORT}').line
 
 
 @pytest.mark.parametrize("word", ["talk", "{talk}", "$talk", 'rows[0]["messages"][:-1]', "rows[0]['messages'][:2]"])

@@ -48,7 +48,7 @@ def test_a_classifier_has_no_panel_of_answers(bare: Notebook) -> None:
     bare["clf"] = classifier()
     bare.do("%lora add clf r=2 target_modules=q_proj")
     bare["tokenizer"] = CharTokenizer()
-    scored = "it has no generate() (%lora score --data ROWS scores a classifier)"
+    scored = "it has no generate() (%lora score --data DATA scores a classifier)"
     for command, subject in (("compare --panel", "clf is a"), ('ask "Hi"', "a"), ('compare "Hi"', "a")):
         line = bare.run(f"%lora {command}").line
         assert line.startswith(f"{subject} LlamaForSequenceClassification") and line.endswith(scored)
@@ -166,7 +166,7 @@ def test_a_round_trip_through_a_folder(trained: Notebook, tmp_path: Path) -> Non
 def test_loading_to_train_on(trained: Notebook, tmp_path: Path) -> None:
     trained.do(f"%lora save {tmp_path}/sql --name sql")
     trained.do("%lora unload")
-    trained.do(f"%lora load {tmp_path}/sql --name more --train")
+    trained.do(f"%lora load {tmp_path}/sql --name more --trainable")
     assert sum(p.requires_grad for p in trained["model"].parameters()) == 8
 
 
@@ -267,8 +267,8 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         ("copy sql chat", "Adapter with name 'chat' already exists"),
         ("scale nope 1", "'nope' not found"),
         ("merge nope", "'nope' not found"),
-        ("merge sql --columns prompt=a", "--columns requires --calibrate ROWS"),
-        ("merge sql --tokenizer t", "--tokenizer requires --to DIR or --calibrate ROWS"),
+        ("merge sql --columns prompt=a", "--columns requires --calibrate DATA"),
+        ("merge sql --tokenizer t", "--tokenizer requires --to DIR or --calibrate DATA"),
         ("merge sql --calibrate rowss", "rowss"),
         ("load /no/such/folder", "/no/such/folder"),
         ("save {folder} --name nope", "'nope' not found"),
@@ -411,7 +411,7 @@ def test_a_line_that_is_not_python_is_carried_out_without_a_traceback(
         "%lora use " + "x" * 9000,
         "%lora " + "x" * 9000,
         "%lora scale sql " + "9" * 9000,
-        "%lora compare hi --tokens " + "9" * 9000,
+        "%lora compare hi --max-new-tokens " + "9" * 9000,
         "%lora use sql --" + "x" * 9000,
         "%lora use sql --model " + "x" * 9000,
         "%lora save " + "x" * 9000,

@@ -47,7 +47,7 @@ def saved(trained: Notebook, tmp_path: Path) -> Path:
 
 
 def test_combine_makes_the_exact_sum(trained: Notebook) -> None:
-    result = trained.do("%lora combine sql=0.7 chat=-0.3 --as both")
+    result = trained.do("%lora combine sql=0.7 chat=-0.3 --name both")
     assert str(result).startswith(
         "made 'both' = 0.7 × sql - 0.3 × chat on model: exact, rank 6, 4 layers, nothing lost"
     )
@@ -60,13 +60,10 @@ def test_combine_makes_the_exact_sum(trained: Notebook) -> None:
 
 
 def test_combine_takes_types_and_ranks(trained: Notebook) -> None:
-    cut = trained.do("%lora combine sql chat --as cut --r 2")
+    cut = trained.do("%lora combine sql chat --name cut --r 2")
     assert cut.weights == (("sql", 1.0), ("chat", 1.0)) and cut.rank == 2 and cut.relative_error > 0
-    ties = trained.do("%lora combine sql=1 chat=1 --as t --type ties_svd --density 0.5 --sign frequency")
-    assert ties.kind == "ties_svd"
-    dare = "%lora combine sql=1 chat=1 --as d --type dare_linear_svd --density 0.5 --seed 4"
-    assert trained.do(dare).relative_error == trained.do(dare).relative_error
-    assert trained.do("%lora combine sql=2 --as chat --replace").remade
+    assert trained.do("%lora combine sql=1 chat=1 --name s --type svd").kind == "svd"
+    assert trained.do("%lora combine sql=2 --name chat --replace").remade
 
 
 def test_the_types_are_those_of_the_method(trained: Notebook) -> None:
@@ -75,8 +72,8 @@ def test_the_types_are_those_of_the_method(trained: Notebook) -> None:
     types = get_session().combination_types
     assert types(["one", "two"]) == ("exact", "linear")
     assert types([]) == types(["sql"]) == COMBINATION_TYPES
-    assert "choose from exact, linear" in trained.run("%lora combine one two --as c --type ties --density 0.5").line
-    made = trained.do("%lora combine one two --as c")
+    assert "choose from exact, linear" in trained.run("%lora combine one two --name c --type ties").line
+    made = trained.do("%lora combine one two --name c")
     assert made.rank is None and all(layer.rank is None for layer in made.layers)
 
 
@@ -85,26 +82,29 @@ def test_the_types_are_those_of_the_method(trained: Notebook) -> None:
     ("line", "words"),
     [
         ("combine sql=0.7", "%lora combine needs --as, e.g. %lora combine"),
-        ("combine --as c", "NAME=WEIGHT"),
-        ("combine sql=x --as c", "'sql=x' is not name=weight, e.g. sql=0.7"),
-        ("combine =1 --as c", "'=1' is not name=weight"),
-        ("combine sql=nan --as c", "not name=weight"),
-        ("combine sql=1 sql=2 --as c", "'sql' is given twice"),
-        ("combine sqll=1 --as c", "Did you mean 'sql'?"),
-        ("combine sql=1 chat=1 --as c --type tie", "type 'tie' is unknown"),
-        ("combine sql=1 chat=1 --as c --type ties", "--type ties needs --density SHARE, e.g. --density 0.5"),
-        ("combine sql=1 chat=1 --as c --type linear", "needs equal ranks"),
-        ("combine sql=1 --as c --r big", "--r: expected a whole number of at least 1, not 'big'"),
-        ("combine sql=1 --as chat", "has an adapter 'chat' already"),
+        ("combine --name c", "NAME=WEIGHT"),
+        ("combine sql=x --name c", "'sql=x' is not name=weight, e.g. sql=0.7"),
+        ("combine =1 --name c", "'=1' is not name=weight"),
+        ("combine sql=nan --name c", "not name=weight"),
+        ("combine sql=1 sql=2 --name c", "'sql' is given twice"),
+        ("combine sqll=1 --name c", "Did you mean 'sql'?"),
+        ("combine sql=1 chat=1 --name c --type tie", "type 'tie' is unknown"),
+        (
+            "combine sql=1 chat=1 --name c --type ties",
+            "type ties needs a density, which is set in Python: nbpeft.get_session().combine(",
+        ),
+        ("combine sql=1 chat=1 --name c --type linear", "needs equal ranks"),
+        ("combine sql=1 --name c --r big", "--r: expected a whole number of at least 1, not 'big'"),
+        ("combine sql=1 --name chat", "has an adapter 'chat' already"),
         ("compare", 'needs a prompt in quotes: %lora compare "…"'),
         ("compare Ana needs chairs", "unexpected argument 'needs'"),
         ('compare "Hi" --adapters sq', "Did you mean 'sql'?"),
         ('compare "Hi" --blend sql=', "'sql=' is not name=weight"),
         ('compare "Hi" --prompts tok', "needs a prompt"),
         ("compare --prompts model_", "model_"),
-        ('compare "Hi" --tokens 0', "at least 1"),
+        ('compare "Hi" --max-new-tokens 0', "at least 1"),
         ('compare "Hi" --tokenizer model', "'model' does not hold a tokenizer"),
-        ('compare "Hi" --token 3', "no option --token. Did you mean '--tokens'"),
+        ('compare "Hi" --token 3', "no option --token. Did you mean '--tokenizer'"),
         ("swap nowhere --into sql", "nowhere"),
         ("swap nowhere --into sq", "Did you mean 'sql'?"),
         ("swap nowhere --validate tok_", "tok_"),
@@ -124,7 +124,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(trained: Notebook, line: str,
 
 
 def test_compare_finds_the_tokenizer(trained: Notebook) -> None:
-    result = trained.do('%lora compare "Ana needs 12 chairs" --tokens 4')
+    result = trained.do('%lora compare "Ana needs 12 chairs" --max-new-tokens 4')
     assert isinstance(result, CompareResult)
     assert list(result.answers) == ["base", "chat", "sql"]
     assert result.prompts == ("Ana needs 12 chairs",)
@@ -135,10 +135,8 @@ def test_compare_finds_the_tokenizer(trained: Notebook) -> None:
 
 def test_compare_takes_columns_blends_and_several_prompts(trained: Notebook) -> None:
     trained["questions"] = ["Hi", "Who?"]
-    line = (
-        "%lora compare --prompts questions --adapters sql --blend sql=0.5 chat=0.5 --blend chat=2 --no-base --tokens 2"
-    )
-    result = trained.do(line)
+    blends = "--blend sql=0.5 chat=0.5 --blend chat=2"
+    result = trained.do(f"%lora compare --prompts questions --adapters sql {blends} --no-base --max-new-tokens 2")
     assert list(result.answers) == ["sql", "sql + chat (0.5 / 0.5)", "chat (2)"]
     assert result.prompts == ("Hi", "Who?") and result.passes == 3
     assert trained["model"].manager.active == ("sql",)
@@ -146,19 +144,19 @@ def test_compare_takes_columns_blends_and_several_prompts(trained: Notebook) -> 
 
 def test_raw_leaves_the_template_aside(trained: Notebook) -> None:
     trained["tok"] = CharTokenizer("template")
-    chat = trained.do('%lora compare "Hi" --tokens 6').answers
-    raw = trained.do('%lora compare "Hi" --tokens 6 --raw').answers
+    chat = trained.do('%lora compare "Hi" --max-new-tokens 6').answers
+    raw = trained.do('%lora compare "Hi" --max-new-tokens 6 --no-chat').answers
     assert raw == get_session().compare("Hi", max_new_tokens=6, tokenizer=CharTokenizer()).answers
     assert raw != chat
-    assert trained.do('%lora compare "Hi" --tokens 6 --chat').answers == chat
-    assert "exclude each other" in trained.run('%lora compare "Hi" --raw --chat').line
+    assert trained.do('%lora compare "Hi" --max-new-tokens 6 --chat').answers == chat
+    assert "exclude each other" in trained.run('%lora compare "Hi" --no-chat --chat').line
 
 
 def test_without_a_tokenizer_it_says_how_to_give_one(trained: Notebook) -> None:
     del trained.shell.user_ns["tok"]
     assert "--tokenizer" in trained.run('%lora compare "Hi"').line
     trained["mine"] = CharTokenizer()
-    assert trained.do('%lora compare "Hi" --tokenizer mine --tokens 1').status == "finished"
+    assert trained.do('%lora compare "Hi" --tokenizer mine --max-new-tokens 1').status == "finished"
 
 
 # Swap
@@ -167,7 +165,7 @@ def test_without_a_tokenizer_it_says_how_to_give_one(trained: Notebook) -> None:
 def test_swap_puts_another_in_place(trained: Notebook, saved: Path) -> None:
     model = trained["model"]
     before = logits(model)
-    result = trained.do(f'%lora swap {saved} --into sql --check-prompt "Hi" --tokens 5')
+    result = trained.do(f'%lora swap {saved} --into sql --check-prompt "Hi" --max-new-tokens 5')
     assert differ(logits(model), before)
     assert model.manager.names == ("chat", "sql")
     assert str(result).startswith(f"swapped 'sql' on model for {saved}: LoRA r=4")
@@ -177,8 +175,8 @@ def test_swap_puts_another_in_place(trained: Notebook, saved: Path) -> None:
 def test_swap_can_leave_the_template_aside(trained: Notebook, saved: Path) -> None:
     trained["tok"] = CharTokenizer("template")
     trained.do(f"%lora swap {saved} --into sql")
-    chat = trained.do(f'%lora swap {saved} --into sql --check-prompt "Hi" --tokens 6').after
-    raw = trained.do(f'%lora swap {saved} --into sql --check-prompt "Hi" --tokens 6 --raw').after
+    chat = trained.do(f'%lora swap {saved} --into sql --check-prompt "Hi" --max-new-tokens 6').after
+    raw = trained.do(f'%lora swap {saved} --into sql --check-prompt "Hi" --max-new-tokens 6 --no-chat').after
     wanted = get_session().compare("Hi", adapters=["sql"], max_new_tokens=6, tokenizer=CharTokenizer(), chat=False)
     assert (raw,) == wanted.answers["sql"]
     assert raw != chat
@@ -220,7 +218,7 @@ def test_panels_open_by_their_names(trained: Notebook) -> None:
     assert isinstance(trained.do("%lora panel adapters --model model"), AdaptersPanel)
     blend = trained.do("%lora panel blend")
     assert isinstance(blend, BlendPanel) and blend.model_name == "model"
-    compare = trained.do('%lora compare "Hi" --panel --tokens 7')
+    compare = trained.do('%lora compare "Hi" --panel --max-new-tokens 7')
     assert isinstance(compare, ComparePanel)
     assert trained.do("%lora compare --panel --model model").model_name == "model"
     for shown in (blend, compare):
@@ -229,7 +227,7 @@ def test_panels_open_by_their_names(trained: Notebook) -> None:
 
 def test_a_panel_answers_with_the_tokenizer_of_the_notebook(trained: Notebook) -> None:
     del trained.shell.user_ns["tok"]
-    panel = trained.do('%lora compare "Hi" --panel --tokens 3')
+    panel = trained.do('%lora compare "Hi" --panel --max-new-tokens 3')
     try:
         panel._ui = "widgets"
         assert panel.widget is not None
@@ -257,10 +255,9 @@ def test_completion(trained: Notebook, tmp_path: Path) -> None:
     assert trained.complete("%lora combine sql=0.7 ") == ["chat="]
     assert trained.complete("%lora combine sql=0.7 --ty") == ["--type"]
     assert trained.complete("%lora combine sql=0.7 --type ti") == ["ties", "ties_svd"]
-    assert trained.complete("%lora combine sql=0.7 --sign ") == ["total", "frequency"]
     assert trained.complete('%lora compare "Hi" --adapters ') == ["chat", "sql"]
     assert trained.complete('%lora compare "Hi" --adapters sql ') == ["chat"]
-    assert trained.complete('%lora compare "Hi" --adapters sql --tok') == ["--tokens", "--tokenizer"]
+    assert trained.complete('%lora compare "Hi" --adapters sql --tok') == ["--tokenizer"]
     assert trained.complete('%lora compare "Hi" --blend sql=1 c') == ["chat="]
     assert trained.complete('%lora compare "Hi" --tokenizer t') == ["tok"]
     assert trained.complete("%lora swap x --into s") == ["sql"]
@@ -272,9 +269,8 @@ def test_completion(trained: Notebook, tmp_path: Path) -> None:
 
 
 def test_the_longest_answer_is_called_as_generate_calls_it(trained: Notebook) -> None:
-    new, old = (trained.do(f'%lora compare "Hi" {word} 3') for word in ("--max-new-tokens", "--tokens"))
-    assert new.answers == old.answers
-    assert max(answer.token_count for column in new.columns for answer in column.answers) == 3
+    result = trained.do('%lora compare "Hi" --max-new-tokens 3')
+    assert max(answer.token_count for column in result.columns for answer in column.answers) == 3
 
 
 # Delete

@@ -15,8 +15,8 @@ SHORTER = {
     "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 30, 30, 32": "TICKET_STEPS, CHAT_STEPS, TEST_ROWS = 24, 2, 12",
     "-t tokenizer --eval-data 32": "-t tokenizer --eval-data 8",
     "chats.jsonl --eval-data 32": "chats.jsonl --eval-data 4",
-    "--adapter {best} --tokens 48": "--adapter {best} --tokens 12",
-    "--metric json --tokens 64": "--metric json --tokens 16",
+    "--adapter {best} --max-new-tokens 48": "--adapter {best} --max-new-tokens 12",
+    "--metric json --max-new-tokens 64": "--metric json --max-new-tokens 16",
 }
 """The tickets are learned, the chats are not: an adapter on those is only trained, chosen and scored."""
 

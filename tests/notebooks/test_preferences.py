@@ -15,7 +15,7 @@ SHORTER = {
     "STEPS, PREFERENCE_STEPS, TEST_ORDERS = 24, 10, 48": "STEPS, PREFERENCE_STEPS, TEST_ORDERS = 2, 1, 2",
     "for _ in range(64)]": "for _ in range(8)]",
     "return says_no_day(answer, row) and repeats(answer, row)": "return answer == row.setdefault('first', answer)",
-    "--tokens 20 --general": "--tokens 20 --also asked",
+    "--max-new-tokens 20 --general": "--max-new-tokens 20 --also asked",
 }
 """After two steps no answer is good, so the first one to each order counts as good."""
 

@@ -142,7 +142,7 @@ def test_revisions_grow(session: Session, model: Any) -> None:
     revisions: list[int] = []
     session.subscribe(lambda state: revisions.append(state.revision))
     session.use("base")
-    session.use("chat")
+    session.use("sql")
     session.use("sql")
     assert revisions == sorted(set(revisions))
     assert len(revisions) == 3

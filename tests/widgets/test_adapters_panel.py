@@ -60,7 +60,7 @@ def test_a_click_asks_the_session_and_the_state_moves_the_mark(panel: AdaptersPa
     assert session.commands == [("use", "sql")]
     assert marked(panel) == ["sql"]
     button(panel, "base").click()
-    assert session.commands[-1] == ("off",)
+    assert session.commands[-1] == ("use", "base")
     assert marked(panel) == ["base"]
 
 

@@ -49,10 +49,10 @@ _ARGUMENTS = (
     ),
     *DRY_RUN_SIZES[2:],
     ALLOW_MISSING,
-    argument("--frozen", action="store_true", help="apply it frozen, without training it"),
+    argument("--no-trainable", dest="trainable", action="store_false", help="apply it frozen, without training it"),
     argument(
         "--init-data",
-        metavar="ROWS",
+        metavar="DATA",
         completes="data",
         help="rows for initialization, as for %%lora_train --data, if init_lora_weights is 'eva', 'corda' or 'lora_ga'",
     ),
@@ -89,7 +89,7 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
         name=options.name,
         variable=variable,
         allow_missing=options.allow_missing,
-        trainable=not options.frozen,
+        trainable=options.trainable,
         max_length=length,
         **_rows_to_start_from(options, notebook),
     )
@@ -115,7 +115,7 @@ def _rows_to_start_from(options: argparse.Namespace, notebook: NotebookContext) 
     argument("--name", "-n", metavar="NAME", help="name of the adapter (default: the last part of PATH)"),
     argument("--revision", metavar="REVISION", help="a branch, tag or commit on the Hub (default: main)"),
     argument("--subfolder", metavar="DIR", help="folder of the adapter in PATH"),
-    argument("--train", action="store_true", help="load it to train it further; otherwise it is frozen"),
+    argument("--trainable", action="store_true", help="load it to train it further; otherwise it is frozen"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),
     ON_MODEL,
     example="%lora load adapters/sql --name sql",
@@ -126,7 +126,7 @@ def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if model is None and not notebook.session.names:
         variable = notebook.only_model("%lora load")
         model = notebook.module(variable)
-    keywords = {"trainable": options.train, "replace": options.replace}
+    keywords = {"trainable": options.trainable, "replace": options.replace}
     keywords |= {"revision": options.revision, "subfolder": options.subfolder}
     result = notebook.session.load(options.path, name=options.name, model=model, variable=variable, **keywords)
     notebook.bind(variable, result)

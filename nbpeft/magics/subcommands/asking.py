@@ -13,7 +13,9 @@ from nbpeft.magics.registry import ON_MODEL, TOKENIZER, answer_limit, subcommand
 from nbpeft.session.results.comparing import BASE
 
 PROMPT_HELP = r"in quotes, \n is a line break; or a variable or expression with a text or a list of messages"
-RAW = argument("--raw", action="store_true", help="send the prompt as it is, without the tokenizer's chat template")
+NO_CHAT = argument(
+    "--no-chat", action="store_true", help="send the prompt as it is, without the tokenizer's chat template"
+)
 CHAT = argument("--chat", action="store_true", help="apply the chat template to the prompt (default: as in training)")
 SYSTEM = argument(
     "--system",
@@ -34,9 +36,9 @@ def chat_of(options: argparse.Namespace) -> bool | None:
     Raises:
         CellError: both options are given.
     """
-    if options.raw and options.chat:
-        raise CellError("--raw and --chat exclude each other")
-    return True if options.chat else False if options.raw else None
+    if options.no_chat and options.chat:
+        raise CellError("--no-chat and --chat exclude each other")
+    return True if options.chat else False if options.no_chat else None
 
 
 def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     answer_limit(256, "maximum length of the answer in tokens (default: 256)"),
     argument("--follow-up", action="store_true", help="continue the last conversation with this adapter"),
     argument("--new", action="store_true", help="start a new conversation, which is the default"),
-    RAW,
+    NO_CHAT,
     CHAT,
     TOKENIZER,
     ON_MODEL,

@@ -12,9 +12,8 @@ from nbpeft.errors import CellError, ConfigError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import ON_MODEL, TOKENIZER, answer_limit, subcommand
-from nbpeft.magics.subcommands.asking import CHAT, PROMPT_HELP, RAW, SAMPLING, SYSTEM, chat_of, sampling_of
+from nbpeft.magics.subcommands.asking import CHAT, NO_CHAT, PROMPT_HELP, SAMPLING, SYSTEM, chat_of, sampling_of
 from nbpeft.magics.subcommands.panels import show_panel
-from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.handles import is_module
 
 
@@ -30,29 +29,19 @@ from nbpeft.session.handles import is_module
         completes="weight",
         help="NAME alone has weight 1; a negative weight subtracts",
     ),
-    argument("--as", dest="name", required=True, metavar="NAME", help="name of the new adapter"),
+    argument("--name", required=True, metavar="NAME", help="name of the new adapter"),
     argument(
         "--type",
         default="exact",
         metavar="TYPE",
         completes="combination",
-        help=f"for LoRA one of {', '.join(COMBINATION_TYPES)}; other methods have their own",
+        help="for LoRA exact, linear, cat or svd; other methods have their own. Types with a density (ties, dare, "
+        "magnitude_prune) are for get_session().combine",
     ),
     argument("--r", type=positive, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
-    argument(
-        "--density", type=float, metavar="SHARE", help="share of entries that ties, dare and prune keep, e.g. 0.5"
-    ),
-    argument(
-        "--sign",
-        metavar="METHOD",
-        default="total",
-        choices=("total", "frequency"),
-        help="sign election of ties: total (by magnitude) or frequency",
-    ),
-    argument("--seed", type=int, metavar="N", help="seed of the entries that dare drops"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),
     ON_MODEL,
-    example="%lora combine orders=0.7 pirate=0.3 --as both",
+    example="%lora combine orders=0.7 pirate=0.3 --name both",
 )
 def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Combine adapters."""
@@ -62,17 +51,14 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
             name=options.name,
             type=options.type,
             r=options.r,
-            density=options.density,
-            majority_sign=options.sign,
-            seed=options.seed,
             replace=options.replace,
             model=notebook.chosen(options.model),
         )
     except ConfigError as error:
         if error.details.get("missing") != "density":
             raise
-        needs = f"--type {options.type} needs --density SHARE, e.g. --density 0.5"
-        raise CellError(f"%lora combine: {needs}") from None
+        way = f"nbpeft.get_session().combine({{…}}, name={options.name!r}, type={options.type!r}, density=0.5)"
+        raise CellError(f"%lora combine: type {options.type} needs a density, which is set in Python: {way}") from None
 
 
 @subcommand(
@@ -93,7 +79,7 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
     SYSTEM,
     *SAMPLING,
     argument("--no-base", dest="include_base", action="store_false", help="leave the base model out"),
-    RAW,
+    NO_CHAT,
     CHAT,
     argument("--panel", action="store_true", help="show a panel with a box for the prompt"),
     TOKENIZER,
@@ -149,7 +135,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
     ),
     answer_limit(32, "maximum length of the answer to --check-prompt in tokens (default: 32)"),
     argument("--replace", action="store_true", help="replace an adapter even if its training is not saved"),
-    RAW,
+    NO_CHAT,
     CHAT,
     TOKENIZER,
     ON_MODEL,

@@ -28,7 +28,7 @@ from nbpeft.names import DTYPES
     argument("--base", metavar="DIR", completes="path", help="with --to: add to the original weights in this folder"),
     argument(
         "--calibrate",
-        metavar="ROWS",
+        metavar="DATA",
         completes="variable",
         help="rows like those of the training: 4-bit and 8-bit weights are rounded to preserve the outputs on them",
     ),
@@ -45,9 +45,9 @@ def merge(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if options.to is None and keywords:
         raise CellError(f"%lora merge: --{next(iter(keywords))} requires --to DIR")
     if options.to is None and options.calibrate is None and options.tokenizer is not None:
-        raise CellError("%lora merge: --tokenizer requires --to DIR or --calibrate ROWS")
+        raise CellError("%lora merge: --tokenizer requires --to DIR or --calibrate DATA")
     if options.columns is not None and options.calibrate is None:
-        raise CellError("%lora merge: --columns requires --calibrate ROWS")
+        raise CellError("%lora merge: --columns requires --calibrate DATA")
     if options.calibrate is not None:
         keywords["calibrate"] = notebook.data(options.calibrate, "--calibrate")
         keywords["columns"] = options.columns

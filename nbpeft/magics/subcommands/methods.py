@@ -56,7 +56,7 @@ session_command(
         metavar="R",
         help="rank of the LoRA; or the share of the change to preserve in each layer, e.g. 0.9",
     ),
-    argument("--as", dest="name", metavar="NEW", help="name of the LoRA (default: NAME_lora)"),
+    argument("--name", metavar="NAME", help="name of the LoRA (default: NAME_lora)"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),
     ON_MODEL,
     example="%lora convert orders --r 16",

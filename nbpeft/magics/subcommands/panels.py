@@ -87,7 +87,7 @@ def show_panel(notebook: NotebookContext, kind: str, variable: str | None, comma
     if kind == "compare" and state is not None and not state.generates:
         raise CellError(
             f"{name} is a {state.class_name}, which cannot answer prompts: it has no generate() "
-            "(%lora score --data ROWS scores a classifier)"
+            "(%lora score --data DATA scores a classifier)"
         )
     from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
 

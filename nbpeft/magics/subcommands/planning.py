@@ -47,8 +47,10 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         CellError: a memory size has no unit, or a data type is unknown.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
-    names = ("batch_size", "max_length", "device", "adapters", "processes", "reference")
+    names = ("batch_size", "max_length", "device", "processes", "reference")
     settings: dict[str, Any] = {name: given[name] for name in names if name in given}
+    if "num_adapters" in given:
+        settings["adapters"] = given["num_adapters"]
     device = str(given.get("device", ""))
     if re.fullmatch(r"[\d.]+", device) and named(device) is None:  # it would count as bytes
         raise CellError(f"--device {device} has no unit. Did you mean '{device}GB'?")
@@ -82,7 +84,12 @@ def refuse_sizes(sizes: Mapping[str, Any]) -> None:
     ),
     *SIZES,
     argument("--dtype", metavar="DTYPE", words=tuple(SHORT_DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
-    argument("--adapters", type=positive, metavar="N", help="number of adapters trained side by side (default: 1)"),
+    argument(
+        "--num-adapters",
+        type=positive,
+        metavar="N",
+        help="number of adapters trained side by side (default: 1)",
+    ),
     argument("--processes", type=positive, metavar="N", help="memory of each of N processes, which have own batches"),
     argument("--inference", action="store_true", help="forecast a forward pass over such a prompt, not a training"),
     argument(

@@ -31,18 +31,18 @@ session_command(
 @subcommand(
     "clone",
     "Fork an adapter of a sweep after the current step: the copy is trained too, with other settings.",
-    argument("name", metavar="NAME", completes="adapter", help="the adapter, which continues unchanged"),
-    argument("--as", dest="as_name", metavar="NEW", help="name of the copy (default: derived from its new settings)"),
+    argument("adapter", metavar="NAME", completes="adapter", help="the adapter, which continues unchanged"),
+    argument("--name", metavar="NAME", help="name of the copy (default: derived from its new settings)"),
     argument(
         "--model", "-m", metavar="MODEL", completes="model", help="the model; not needed if only one training runs"
     ),
     fields="training",
-    example="%lora clone sql-lr3e-4 --as sql-slow learning_rate=1e-4",
+    example="%lora clone sql-lr3e-4 --name sql-slow learning_rate=1e-4",
 )
 def clone(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Clone one adapter of a sweep."""
     refuse_fields(options, ("name", "model"))
-    return notebook.session.clone(options.name, options.as_name, model=options.model, **options.fields)
+    return notebook.session.clone(options.adapter, options.name, model=options.model, **options.fields)
 
 
 session_command("pause", "Pause a background training after the current step.", _MODEL, example="%lora pause")

@@ -36,9 +36,9 @@ from nbpeft.session.results.kept_runs import (
 )
 
 _OPTIONS = {
-    "data": ("--data", "ROWS"),
-    "eval_data": ("--eval-data", "ROWS"),
-    "score": ("--score", "ROWS"),
+    "data": ("--data", "DATA"),
+    "eval_data": ("--eval-data", "DATA"),
+    "score": ("--score", "DATA"),
     "metric": ("--metric", "METRIC"),
     "tokenizer": ("--tokenizer", "TOKENIZER"),
     "trainer_class": ("--trainer-class", "CLASS"),
@@ -140,8 +140,8 @@ def _missing(facts: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
 
 def _for_each(words: str, adapters: Sequence[str]) -> str:
     """The options to pass again, with the names of the adapters that had rows of their own."""
-    named = " ".join(f"{name}=ROWS" for name in adapters)
-    return re.sub(r"(?<=--data )ROWS|(?<=--eval-data )ROWS", named, words) if named else words
+    named = " ".join(f"{name}=DATA" for name in adapters)
+    return re.sub(r"(?<=--data )DATA|(?<=--eval-data )DATA", named, words) if named else words
 
 
 def _undefined(facts: Mapping[str, Any], missing: Sequence[str], notebook: NotebookContext) -> str:

@@ -103,9 +103,9 @@ def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
         if (value := getattr(options, name)) is not None:
             given[name] = value
     if options.data is None and not options.general:
-        raise CellError("%lora score needs --data ROWS, or --general for the loss on a general text")
+        raise CellError("%lora score needs --data DATA, or --general for the loss on a general text")
     if options.data is None and options.held_out:
-        raise CellError("--held-out chooses among the rows of --data ROWS: give those of the training")
+        raise CellError("--held-out chooses among the rows of --data DATA: give those of the training")
     rows = None if options.data is None else notebook.data(options.data, "--data")
     model = notebook.chosen(options.model)
     metrics = None if options.metric is None else [metric_of(word, notebook) for word in options.metric]

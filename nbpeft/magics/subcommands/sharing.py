@@ -52,7 +52,7 @@ session_command(
     ),
     argument(
         "--calibrate",
-        metavar="ROWS",
+        metavar="DATA",
         completes="data",
         help="for q4_k_m, q5_k_m and q6_k: rows, as for %%lora_train --data; errors that matter there become smaller",
     ),

@@ -181,10 +181,10 @@ TRAINER = argument(
         help="early stopping: end after N evaluations, or scores, without improvement, and restore the best weights",
     ),
     argument(
-        "--stop",
-        choices=("half",),
-        words=("half",),
-        metavar="half",
+        "--halving",
+        dest="stop",
+        action="store_const",
+        const="half",
         help="in a sweep: stop the worse half of the adapters each time the number of steps has doubled",
     ),
     argument(
@@ -363,7 +363,7 @@ def _rows_to_score(options: argparse.Namespace, data: object, eval_data: object)
 def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], data: object) -> str:
     """The command that shows the rows of a training."""
     mixed = isinstance(data, Mixture)
-    words = [f"%lora data {'ROWS' if isinstance(data, Mapping) else quoted(options.data)}"]
+    words = [f"%lora data {'DATA' if isinstance(data, Mapping) else quoted(options.data)}"]
     words += [*_reading_words(options), *_columns_words(options)]
     words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
     words += [f"--seed {arguments['seed']}"] if mixed and isinstance(arguments.get("seed"), int) else []
