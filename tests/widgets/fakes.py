@@ -163,16 +163,11 @@ class FakeSession:
     def use(self, names: str | Sequence[str], *, model: str) -> Any:
         chosen = (names,) if isinstance(names, str) else tuple(names)
         self._take("use", *chosen)
-        for name in chosen:
+        enabled = chosen != ("base",)
+        for name in chosen if enabled else ():
             self._require(name, model)
         adapters = [dataclasses.replace(item, active=item.name in chosen) for item in self.models[model].adapters]
-        self.change(model, adapters=tuple(adapters), active=chosen, enabled=True)
-        return SimpleNamespace(notes=())
-
-    def off(self, *, model: str) -> Any:
-        self._take("off")
-        adapters = tuple(dataclasses.replace(item, active=False) for item in self.models[model].adapters)
-        self.change(model, adapters=adapters, active=(), enabled=False)
+        self.change(model, adapters=tuple(adapters), active=chosen if enabled else (), enabled=enabled)
         return SimpleNamespace(notes=())
 
     def notices(self) -> tuple[str, ...]:
