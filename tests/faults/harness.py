@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dis import get_instructions
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -43,12 +45,24 @@ class FailingAt(TorchDispatchMode):
         return result
 
 
+@cache
+def _block_ends(code: CodeType) -> frozenset[int]:
+    """Where a function calls ``__exit__(None, None, None)`` of a ``with`` block."""
+    steps = [step for step in get_instructions(code) if step.opname != "CACHE"]
+    nones = [step.opname == "LOAD_CONST" and step.argval is None for step in steps]
+    return frozenset(step.offset for n, step in enumerate(steps) if all(nones[n : n + 3]) and n + 3 < len(steps))
+
+
 @contextmanager
 def traced(visit: Callable[[str, int], None], only: tuple[str, int] | None = None) -> Iterator[None]:
-    """Calls back at every line of the package that runs in the block, or of the function around one line."""
+    """Calls back at every line of the package that runs in the block, or of the function around one line.
+
+    The end of a ``with`` block is no such line: CPython runs no signal handler between the last statement and
+    ``__exit__``, so an interrupt there would leave a context entered that no real one leaves.
+    """
 
     def local(frame: FrameType, event: str, argument: object) -> Any:
-        if event == "line":
+        if event == "line" and frame.f_lasti not in _block_ends(frame.f_code):
             visit(frame.f_code.co_filename, frame.f_lineno)
         return local
 
