@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from nbpeft._util.former_names import former_function, refusing_former_names
+from nbpeft._util.former_names import former_function, refuse_former_names
 from nbpeft.confidential import masked
 from nbpeft.errors import error_as_json
 from nbpeft.names import COMBINATION_TYPES
@@ -66,10 +66,11 @@ def _command(
 
     @functools.wraps(function)
     def method(self: Session, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        refuse_former_names(function, kwargs)
         with self.context.deciding(), self.context.models.deciding():
             return function(self.context, *args, **kwargs)
 
-    return refusing_former_names(method)
+    return method
 
 
 def _unlocked(
@@ -79,9 +80,10 @@ def _unlocked(
 
     @functools.wraps(function)
     def method(self: Session, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        refuse_former_names(function, kwargs)
         return function(self.context, *args, **kwargs)
 
-    return refusing_former_names(method)
+    return method
 
 
 class Session:

@@ -18,7 +18,7 @@ from nbpeft.training.request import TrainRequest
 
 
 def methods() -> Iterator[tuple[str, Callable[..., Any]]]:
-    for name, method in inspect.getmembers(Session, inspect.isfunction):
+    for name, method in inspect.getmembers(Session(), inspect.ismethod):
         if hasattr(method, "__wrapped__"):
             yield f"Session.{name}", method
 

@@ -39,7 +39,7 @@ with torch.no_grad():
     with again.disable_adapter():
         base = again(tokens).logits
 print("loaded:", torch.equal(trained, loaded), "- changed:", not torch.equal(trained, base))""",
-    "%lora panel",
+    "%lora panel --model model",
 )
 
 
