@@ -34,6 +34,9 @@ SAFETY = 8
 TERMS = 64
 DEPTH = 16
 SMALLEST_SUM = torch.finfo(torch.float32).eps  # of what is added in float32, whatever the result's dtype
+# For ``assert_approximates``: a rounding turns a singular vector by itself over the gap to the next singular value,
+# and a random weight has gaps of a thousandth.
+SINGULAR_VECTORS = 0.01
 
 # Set by ``tests.margins``: called with the share of the bound that each comparison used.
 record: Callable[[str, float], None] | None = None

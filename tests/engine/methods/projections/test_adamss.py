@@ -19,7 +19,7 @@ from nbpeft.engine.methods.projections import adamss
 from nbpeft.engine.methods.projections.decomposition import main_directions, row_clusters
 from nbpeft.errors import BaseMismatchError, ConfigError
 from nbpeft.model import PeftModel, get_peft_model, merge_to_folder
-from tests.closeness import assert_close, differ
+from tests.closeness import SINGULAR_VECTORS, assert_approximates, assert_close, differ
 from tests.tiny_models import llama, logits, randomize, tokens
 
 FIELDS: dict[str, Any] = {"r": 8, "num_subspaces": 3, "subspace_rank": 2, "target_modules": ["q_proj", "down_proj"]}
@@ -72,10 +72,10 @@ def test_clusters_of_equal_rows_are_as_many_as_there_are_different_ones() -> Non
 @pytest.mark.parametrize(("rows", "columns"), [(20, 12), (9, 30), (15, 15)])
 def test_directions_are_those_of_the_randomized_svd(rows: int, columns: int) -> None:
     matrix = drawn(rows, columns)
-    torch.manual_seed(5)
+    torch.default_generator.manual_seed(5)  # not another seed of ``tests.margins``
     left, _, right = torch.svd_lowrank(matrix, q=4, niter=2)
     found = main_directions(matrix, 4, 5)
-    assert_close(found, (left, right.T))
+    assert_approximates(found, (left, right.T), SINGULAR_VECTORS)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_start_is_that_of_peft(changes: dict[str, Any]) -> None:
     clusters = {key for key in found if key.endswith("adamss_clusters")}
     assert found.keys() - clusters == expected.keys() and len(clusters) == 4
     for key, tensor in expected.items():
-        assert_close(found[key].detach(), tensor)
+        assert_approximates(found[key].detach(), tensor, SINGULAR_VECTORS)
     assert_close(logits(ours), logits(theirs))
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     names = [[name for name, one in model.named_parameters() if one.requires_grad] for model in (ours, theirs)]
@@ -272,7 +272,7 @@ def test_importance_of_one_layer_is_that_of_peft(tmp_path: Path) -> None:
             layer.update_importance("default", 0.7, uncertainty_beta=0.8)
     for name in ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B"):
         found, expected = (getattr(first_layer(model), name)["default"] for model in (ours, theirs))
-        assert_close(found, expected)
+        assert_approximates(found, expected, SINGULAR_VECTORS)
     first_layer(ours).reset_importance("default")
     assert first_layer(ours).exp_avg_ipt_A["default"] == [None] * 3
 
