@@ -75,7 +75,12 @@ TRAINING_FIELDS = words(
     "logging_steps compute_metrics optimizers adapter data epochs"
 )
 QUANTIZATION_FIELDS = words("bits quant_type double_quant compute_dtype upcast gguf_file model_class dtype")
-FIELDS = {"config": CONFIG_FIELDS, "training": TRAINING_FIELDS, "qlora": (*QUANTIZATION_FIELDS, *CONFIG_FIELDS)}
+FIELDS = {
+    "config": CONFIG_FIELDS,
+    "training": TRAINING_FIELDS,
+    "qlora": (*QUANTIZATION_FIELDS, *CONFIG_FIELDS),
+    "plan": (*QUANTIZATION_FIELDS, *CONFIG_FIELDS, *TRAINING_FIELDS),
+}
 NEEDED = {"config": "target_modules = ['q_proj']", "qlora": "target_modules = ['q_proj']", "training": "max_steps = 1"}
 LINES = {"lora": "model --name c", "qlora": "second --name c", "lora_train": "model --data rows --adapter b"}
 """Lines of cells without a mistake."""

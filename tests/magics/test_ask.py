@@ -88,7 +88,6 @@ def test_mistakes_are_one_line(ready: Notebook) -> None:
     assert ready.run('%lora ask "Hi" --top-p 2').line == "--top-p must be above 0 and at most 1, not 2.0"
     assert ready.run("%lora ask").line.startswith("%lora ask needs PROMPT")
     assert ready.run("%lora stop").line == "no training is running: there is nothing to stop"
-    assert ready.run("%lora watch --wait").line.startswith("no training ran in this session, and ")
 
 
 def test_other_cells_run_while_it_trains(ready: Notebook, gate: Gate) -> None:

@@ -81,7 +81,7 @@ def test_the_types_are_those_of_the_method(trained: Notebook) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("combine sql=0.7", "%lora combine needs --as, e.g. %lora combine"),
+        ("combine sql=0.7", "%lora combine needs --name, e.g. %lora combine"),
         ("combine --name c", "NAME=WEIGHT"),
         ("combine sql=x --name c", "'sql=x' is not name=weight, e.g. sql=0.7"),
         ("combine =1 --name c", "'=1' is not name=weight"),
@@ -108,8 +108,9 @@ def test_the_types_are_those_of_the_method(trained: Notebook) -> None:
         ("swap nowhere --into sql", "nowhere"),
         ("swap nowhere --into sq", "Did you mean 'sql'?"),
         ("swap nowhere --validate tok_", "tok_"),
-        ("panel compar model", "Did you mean 'compare'?"),
-        ("panel blend nomodel", "no variable is called 'nomodel'"),
+        ("panel adaptrs", "Did you mean 'adapters'?"),
+        ("panel blend --model nomodel", "no variable is called 'nomodel'"),
+        ("panel blend nomodel", "unexpected argument 'nomodel'"),
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(trained: Notebook, line: str, words: str) -> None:
