@@ -45,6 +45,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "li
 """Optimizers that memory plans and completion offer; forecasts support more."""
 
 RENAMED = {
+    "adapters": ("num_adapters",),
     "as_name": ("name",),
     "base": ("include_base",),
     "batch": ("batch_size",),
@@ -61,6 +62,7 @@ RENAMED = {
     "rows": ("data",),
     "safe": ("safe_merge",),
     "seq": ("max_length",),
+    "stop": ("halving",),
     "trainer": ("trainer_class",),
 }
 """Former name of an argument or an option -> the names that it has now in one function or another, for messages."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, check_bool
 from nbpeft.names import BOOKKEEPING_FIELDS
 
 MOST = 16
@@ -60,27 +60,26 @@ _SEPARATOR = re.compile(r"(?<!\de)-")
 
 @dataclass(frozen=True)
 class Sweep:
-    """Several values of one field, and how adapters are stopped; created by ``sweep``."""
+    """Several values of one field, and whether adapters are halved in training; created by ``sweep``."""
 
     values: tuple[Any, ...]
-    stop: str | None = None
+    halving: bool = False
 
     def __repr__(self) -> str:
-        stop = () if self.stop is None else (f"stop={self.stop!r}",)
-        return f"sweep({', '.join((*map(repr, self.values), *stop))})"
+        return f"sweep({', '.join((*map(repr, self.values), *(['halving=True'] if self.halving else [])))})"
 
 
-def sweep(*values: Any, stop: str | None = None) -> Sweep:
+def sweep(*values: Any, halving: bool = False) -> Sweep:
     """Returns several values for a field of a training or of an adapter's config, to be trained side by side.
 
     Args:
         *values: two or more distinct values. Several fields with a sweep give every combination.
-        stop: ``"half"`` for successive halving in a training, as its argument ``stop``.
+        halving: successive halving in a training, as its argument ``halving``.
 
     Raises:
-        ConfigError: there are fewer than two values, two are equal, or ``stop`` is unknown.
+        ConfigError: there are fewer than two values, two are equal, or ``halving`` is no truth value.
     """
-    check_stop(stop)
+    check_bool("halving", halving)
     if len(values) == 1 and isinstance(values[0], list | tuple | range):
         shown = ", ".join(map(repr, values[0][:3]))
         raise ConfigError(f"sweep takes the values one by one: sweep({shown}), not {values[0]!r:.60}")
@@ -89,17 +88,7 @@ def sweep(*values: Any, stop: str | None = None) -> Sweep:
     for first, second in itertools.combinations(values, 2):
         if type(first) is type(second) and first == second:
             raise ConfigError(f"the sweep has {first!r:.60} twice")
-    return Sweep(values, stop)
-
-
-def check_stop(stop: object) -> None:
-    """Refuses an unknown way to stop the adapters of a sweep.
-
-    Raises:
-        ConfigError: ``stop`` is neither None nor ``"half"``.
-    """
-    if stop not in (None, "half"):
-        raise ConfigError(f"stop must be 'half', which halves the adapters of a sweep, not {stop!r:.60}", field="stop")
+    return Sweep(values, halving)
 
 
 def halvings(count: int) -> int:

@@ -24,7 +24,7 @@ _PHRASES = {
     "with members={": "with the line members = {",
     "model.enable_adapter_layers()": "%lora use NAME",
     "session.result()": "%lora watch --wait",
-    "stop='half'": "--halving",
+    "halving=True": "--halving",
     "save_as_lora(DIR, model, rank=64)": "%lora convert NAME --r 64",
 }
 _ROW_OPTIONS = {"data": "--data", "eval_data": "--eval-data"}

@@ -47,7 +47,7 @@ class NbpeftMagics(magic.Magics):
         help="How panels are shown: widgets, html, text, or whatever works (auto).",
     ).tag(config=True)
 
-    runs_dir: Any = Unicode(
+    runs_folder: Any = Unicode(
         None,
         allow_none=True,
         help="Folder for training runs; '' stores none. By default nbpeft_runs, or the folder that NBPEFT_RUNS names.",
@@ -58,8 +58,8 @@ class NbpeftMagics(magic.Magics):
     def __init__(self, shell: Any, **options: Any) -> None:
         super().__init__(shell, **options)
         self.session: Session = get_session()
-        if self.runs_dir is not None:  # else it may have been set in Python
-            self.session.context.runs_dir = self.runs_dir
+        if self.runs_folder is not None:  # else it may have been set in Python
+            self.session.context.chosen_runs_folder = self.runs_folder
         self._trained: dict[str, Any] = {}
         self._options: dict[str, str] = {}
         self._unsubscribe: Callable[[], None] = self.session.on_run(self._run_starts)
@@ -69,10 +69,10 @@ class NbpeftMagics(magic.Magics):
         self.session.end_trainings()
         self._unsubscribe()
 
-    @observe("runs_dir")
+    @observe("runs_folder")
     def _move_runs(self, change: Any) -> None:
         if hasattr(self, "session"):
-            self.session.context.runs_dir = change["new"]
+            self.session.context.chosen_runs_folder = change["new"]
 
     @property
     def notebook(self) -> NotebookContext:

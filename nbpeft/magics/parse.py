@@ -342,12 +342,10 @@ def parse_line(
 
 
 FORMER_OPTIONS = {old: new[0].replace("_", "-") for old, new in RENAMED.items()} | {
-    "adapters": "num-adapters",
     "as": "name",
     "continue": "follow-up",
     "frozen": "no-trainable",
     "raw": "no-chat",
-    "stop": "halving",
     "tokens": "max-new-tokens",
     "train": "trainable",
 }

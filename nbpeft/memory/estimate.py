@@ -69,7 +69,7 @@ class Setting:
     loss_chunk_size: int = LOSS_CHUNK_SIZE
     recompute: bool = True
     packing: bool = False
-    adapters: int = 1
+    num_adapters: int = 1
     quantized_experts: bool = True
     processes: int = 1
     fsdp: bool = False
@@ -84,12 +84,12 @@ class Setting:
         The loss is computed for one adapter after the other, so a chunk contains only tokens of one of them.
         """
         chunk = min(self.loss_chunk_size, self.batch_size * self.max_length)
-        return replace(self, adapters=1, batch_size=self.batch_size * self.together, loss_chunk_size=chunk)
+        return replace(self, num_adapters=1, batch_size=self.batch_size * self.together, loss_chunk_size=chunk)
 
     @property
     def together(self) -> int:
         """Number of adapters that one pass over the model trains."""
-        return members_together(self.adapters, self.batch_size * self.max_length, on_cpu=self.on_cpu)
+        return members_together(self.num_adapters, self.batch_size * self.max_length, on_cpu=self.on_cpu)
 
     def key(self, *, step: bool) -> str:
         """Return a key that is equal for settings with the same weights or, with ``step``, with the same step."""
@@ -177,18 +177,21 @@ def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     weights, step = weights_of(setting), _peak_of(setting.one_pass)
     base = sum(weights.kinds.values())
     kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in weights.kinds.items())
-    parts = [MemoryPart("base weights", base, kinds), MemoryPart("adapters", weights.adapter_bytes * setting.adapters)]
+    parts = [
+        MemoryPart("base weights", base, kinds),
+        MemoryPart("adapters", weights.adapter_bytes * setting.num_adapters),
+    ]
     if not setting.training:
         return (*parts, MemoryPart("KV cache", step.result), MemoryPart("temporary", step.total - step.result))
-    states = state_bytes(setting.optim, weights.trained) * setting.adapters
+    states = state_bytes(setting.optim, weights.trained) * setting.num_adapters
     paged = "paged: may go to the host" if kind_of(setting.optim)[1] else setting.optim
     parts.append(MemoryPart("optimizer", states, paged))
     sizes = weights.trained_sizes
     if setting.reference == START:
         parts.append(MemoryPart("reference", sum(sizes), "the trained weights at the beginning"))
-    gradients, largest = sum(sizes) * setting.adapters, max(sizes, default=0)
-    full_passes = setting.adapters // setting.together  # a last pass with fewer adapters has a lower peak
-    earlier = gradients * (full_passes - 1) * setting.together // setting.adapters  # gradients of earlier passes
+    gradients, largest = sum(sizes) * setting.num_adapters, max(sizes, default=0)
+    full_passes = setting.num_adapters // setting.together  # a last pass with fewer adapters has a lower peak
+    earlier = gradients * (full_passes - 1) * setting.together // setting.num_adapters  # gradients of earlier passes
     if gradients + 2 * largest > step.total + earlier:
         return (*parts, MemoryPart("gradients", gradients), MemoryPart("temporary", 2 * largest, "optimizer step"))
     if setting.generation:  # before forward and backward, which need more unless layers are computed again

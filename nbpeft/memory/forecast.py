@@ -93,7 +93,7 @@ def forecast(
     optim: str = "adamw",
     training: bool = True,
     packing: bool = False,
-    adapters: int = 1,
+    num_adapters: int = 1,
     device: int | str | torch.device | None = None,
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
     recompute: bool = True,
@@ -129,7 +129,7 @@ def forecast(
         optim: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a value of ``TrainingArguments.optim``.
         training: whether to forecast forward, backward and optimizer step; False for the prefill of a KV cache.
         packing: whether each sequence contains several rows, for which some attention implementations need a mask.
-        adapters: number of adapters that are trained side by side, each with its own batch of ``batch_size``.
+        num_adapters: number of adapters that are trained side by side, each with its own batch of ``batch_size``.
         device: the device it should fit: a number of bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine.
             If it is a CPU, or by default if the model is on a CPU, the copies that CPU kernels make are included.
         loss_chunk_size: tokens whose logits are in memory at once, as in ``nbpeft.Trainer`` and
@@ -168,7 +168,7 @@ def forecast(
         optim=optim,
         training=training,
         packing=packing,
-        adapters=adapters,
+        num_adapters=num_adapters,
         on_cpu=is_cpu(there := placed_on(model_or_config) if device is None else device),
         bfloat16=has_bfloat16(there),
         loss_chunk_size=loss_chunk_size,
@@ -198,7 +198,7 @@ def setting_of(
     setting = Setting(
         architecture, adapter_config, dtype=_dtype(dtype, architecture.config), quantization=quantization, **fields
     )
-    for name in ("batch_size", "max_length", "adapters", "processes"):
+    for name in ("batch_size", "max_length", "num_adapters", "processes"):
         if type(value := getattr(setting, name)) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
     for name in ("gradient_checkpointing", "training", "double_quant", "recompute", "packing", "fsdp", "generation"):

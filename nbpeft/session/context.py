@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     """(prompt, answer) of each turn of a conversation, and all its messages."""
 
 _MOST_NOTES = 20
-_RUNS_DIR = "nbpeft_runs"
+_RUNS_FOLDER = "nbpeft_runs"
 _OFF = ("", "0", "off", "no", "none")
 """Values of the runs folder that disable saving runs."""
 _FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
@@ -67,7 +67,7 @@ class SessionContext:
         notes: errors outside of commands, e.g. in a subscriber.
         changed: whether there are changes that were not published yet.
         spelled: writes notes of a training in the notation of the command that starts it; set while a command runs.
-        runs_dir: folder for runs; None for ``NBPEFT_RUNS``, or else ``nbpeft_runs`` in ``home``.
+        chosen_runs_folder: folder for runs as given; None for ``NBPEFT_RUNS``, or else ``nbpeft_runs`` in ``home``.
         home: working directory when the session was created.
     """
 
@@ -89,7 +89,7 @@ class SessionContext:
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
         self.changed = False
         self.spelled: Callable[[str], str] = str
-        self.runs_dir: str | None = None
+        self.chosen_runs_folder: str | None = None
         self.home = _working_directory()
         self._published_busy = False
         self._revision = 0
@@ -202,7 +202,9 @@ class SessionContext:
     @property
     def runs_folder(self) -> Path | None:
         """Folder for runs; None if saving them is disabled."""
-        chosen = os.environ.get("NBPEFT_RUNS", _RUNS_DIR) if self.runs_dir is None else self.runs_dir
+        chosen = (
+            os.environ.get("NBPEFT_RUNS", _RUNS_FOLDER) if self.chosen_runs_folder is None else self.chosen_runs_folder
+        )
         return None if is_off(chosen) else Path(self.home, os.path.expanduser(chosen))
 
     def has_run(self, name: str) -> bool:

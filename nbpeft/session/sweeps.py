@@ -24,11 +24,11 @@ def configs_of(config: Mapping[str, Any], stem: str) -> dict[str, dict[str, Any]
     """Returns the name of each adapter of a sweep, and its fields.
 
     Raises:
-        ConfigError: a sweep says how the adapters are stopped.
+        ConfigError: a sweep asks for halving.
     """
     fields = swept(config)
-    if stopped := next((name for name, values in fields.items() if values.stop), None):
-        raise ConfigError(f"{stopped}: adapters are only added here; give stop='half' to their training", field=stopped)
+    if halved := next((name for name, values in fields.items() if values.halving), None):
+        raise ConfigError(f"{halved}: adapters are only added here; give halving=True to their training", field=halved)
     combined = list(combinations(fields))
     return {name: {**config, **values} for name, values in zip(names_of(stem, combined), combined, strict=True)}
 

@@ -88,7 +88,7 @@ class TrainRequest:
     run_dir: RunPlace | str | os.PathLike[str] | None = None
     track: str | Sequence[str] | None = None
     members: Any = None
-    stop: str | None = None
+    halving: bool = False
     stop_on_divergence: bool = True
     processes: int | None = None
     hosts: Sequence[str] | None = None

@@ -72,7 +72,7 @@ def stopped_when_it_hangs() -> Iterator[None]:
 def check(store: RunStore, count: int = 1) -> dict[str, str]:
     """Does all that reads or clears run folders; returns the status of each strange one."""
     session = Session()
-    session.context.runs_dir = str(store.place)
+    session.context.chosen_runs_folder = str(store.place)
     found = session.runs()
     statuses = {record.name: record.status for record in found.records}
     assert statuses.pop("own-1") == "finished"

@@ -50,7 +50,7 @@ def test_messages(said: object, in_a_cell: object) -> None:
     [
         (
             "lora_train",
-            "stop='half' needs evaluations: pass eval_data=… or score=…",
+            "halving=True needs evaluations: pass eval_data=… or score=…",
             "--halving needs evaluations: pass --eval-data or --score",
         ),
         ("lora_train", "eval_data=3 is neither data, nor a share", "--eval-data 3 is neither data, nor a share"),

@@ -47,8 +47,6 @@ ANOTHER_WORD = {
     "--inference": ("training", "a switch names what is not the default"),
 }
 """Option -> the keyword that is called otherwise, and why."""
-NOT_YET = {"--halving": "stop", "--num-adapters": "adapters"}
-"""Options and keywords of which one is still to be renamed."""
 
 
 def options() -> Iterator[Any]:
@@ -76,7 +74,7 @@ def test_an_option_is_called_as_the_keyword(name: str, item: Argument) -> None:
     if flag in ANOTHER_WORD:
         word = ANOTHER_WORD[flag][0]
     elif word not in known:
-        word = "variable" if (name, flag) == ("qlora", "--as") else NOT_YET.get(flag, word.removeprefix("no_"))
+        word = "variable" if (name, flag) == ("qlora", "--as") else word.removeprefix("no_")
     assert word in known, f"{name}: no keyword is called as {flag}"
 
 

@@ -101,7 +101,7 @@ def test_onto_a_bare_model_it_is_active(trained: Notebook, tmp_path: Path) -> No
 
 
 def test_the_run_that_has_it_is_named(notebook: Notebook, tmp_path: Path) -> None:
-    notebook.session.context.runs_dir = str(tmp_path)
+    notebook.session.context.chosen_runs_folder = str(tmp_path)
     notebook.do(ADD.format("model", "sql"))
     notebook["rows"] = [{"input_ids": [1, 2, 3, 4]}] * 4
     notebook.do(TRAIN.format("model"))

@@ -234,9 +234,9 @@ def test_where_and_whether_runs_are_kept(bare: Notebook, place: Path, tmp_path: 
     prepare(bare)
     bare.do(CELL.replace("--max-length", "--no-keep --max-length"))
     assert not place.exists()
-    bare.do(f"%config NbpeftMagics.runs_dir = '{tmp_path}/mine'")
+    bare.do(f"%config NbpeftMagics.runs_folder = '{tmp_path}/mine'")
     assert bare.do(CELL).state.folder == f"{tmp_path}/mine/sql-1"
-    bare.do("%config NbpeftMagics.runs_dir = ''")
+    bare.do("%config NbpeftMagics.runs_folder = ''")
     assert bare.do(CELL).state.folder == ""
     assert "is disabled" in bare.run("%lora runs").line
 

@@ -51,7 +51,7 @@ def test_a_training_cell_trains_an_adapter_for_each_value(ready: Notebook) -> No
 def test_a_cell_stops_the_worse_half(ready: Notebook) -> None:
     result = ready.do(TRAIN.replace("held_out", "held_out --halving").replace("max_steps = 2", "max_steps = 4"))
     assert sorted(member.step for member in result.members) == [2, 4]
-    line = ready.run("%lora add model --name codes r=sweep(2,4,stop='half')").line
+    line = ready.run("%lora add model --name codes r=sweep(2,4,halving=True)").line
     assert "r: adapters are only added here; give --halving to their training" in line
 
 

@@ -47,7 +47,7 @@ def test_the_forecast_of_a_sweep_knows_its_passes(rows: int, tokens: int, adapte
     data = [{"input_ids": torch.randint(0, 60, (tokens,)).tolist()} for _ in range(3 * rows)]
     step, sizes = SecondStep(), {"per_device_train_batch_size": rows, "max_steps": 2}
     train(model, data, learning_rate=sweep(*RATES[:adapters]), callbacks=[step], **sizes)
-    sizes = {"batch_size": rows, "max_length": tokens, "adapters": adapters}
+    sizes = {"batch_size": rows, "max_length": tokens, "num_adapters": adapters}
     found = forecast(model.get_base_model(), config, device="cpu", **sizes)
     parts = {part.name: part.byte_count for part in found.parts}
     before = sum(parts[name] for name in ("base weights", "adapters", "optimizer"))

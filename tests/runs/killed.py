@@ -28,7 +28,7 @@ LORA: dict[str, Any] = {"r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj"
 
 def session_in(place: Path) -> Session:
     session = Session()
-    session.context.runs_dir = str(place)
+    session.context.chosen_runs_folder = str(place)
     return session
 
 

@@ -442,7 +442,7 @@ def test_the_place_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NBPEFT_RUNS")
     session, model = adapted_session(tmp_path / "set")
-    session.context.runs_dir = None
+    session.context.chosen_runs_folder = None
     quick = ARGUMENTS | {"max_steps": 1}
     monkeypatch.chdir("/")  # the folder of the notebook stays where it was
     assert session.train(model, rows(), **quick).state.folder == str(tmp_path / "nbpeft_runs/sql-1")

@@ -116,7 +116,7 @@ def test_a_run_goes_on_with_its_clones(tmp_path: Path, stop: int) -> None:
     found = []
     for step in (0, stop):
         session, model = Session(), adapted(name="sql")
-        session.context.runs_dir = str(tmp_path / f"{step}")
+        session.context.chosen_runs_folder = str(tmp_path / f"{step}")
         session.register(model, name="model")
         given: dict[str, Any] = {"callbacks": [AskForAClone(session), StopAt(session, step)]}
         result = session.train(model, ROWS, learning_rate=sweep(0.01, 0.05), max_steps=4, **given)
@@ -135,7 +135,7 @@ def test_a_resumed_sweep_has_the_losses_of_each_adapter_from_its_first_step(tmp_
     found = []
     for stop in (0, 3):
         session, model = Session(), adapted(name="sql")
-        session.context.runs_dir = str(tmp_path / f"{stop}")
+        session.context.chosen_runs_folder = str(tmp_path / f"{stop}")
         session.register(model, name="model")
         given: dict[str, Any] = {"callbacks": [Ask(session, "sql-lr1e-2"), StopAt(session, stop)]}
         result = session.train(model, ROWS, learning_rate=sweep(0.01, 0.05), max_steps=4, **given)
@@ -152,7 +152,7 @@ def test_a_resumed_sweep_knows_from_which_adapter_it_started(tmp_path: Path) -> 
     """That one does not come back: a sweep that is repeated says how to go on, and makes no names of its own."""
     for step in (2, 0):
         session, model = Session(), adapted(name="sql")
-        session.context.runs_dir = str(tmp_path)
+        session.context.chosen_runs_folder = str(tmp_path)
         session.register(model, name="model")
         if step:
             session.train(model, ROWS, learning_rate=sweep(0.01, 0.05), max_steps=4, callbacks=[StopAt(session, step)])

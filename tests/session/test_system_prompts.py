@@ -98,7 +98,7 @@ def test_the_form_of_the_rows_is_saved_loaded_and_carried_along(session: Session
 
 
 def test_the_record_of_a_run_has_the_system_prompt(session: Session, model: Any, tmp_path: Path) -> None:
-    session.context.runs_dir = str(tmp_path)
+    session.context.chosen_runs_folder = str(tmp_path)
     session.train(None, [chat()] * 2, tokenizer=CHAT, max_steps=1)
     (run,) = session.runs().records
     assert run.settings["system prompt"] == "Be brief"

@@ -368,7 +368,7 @@ def test_configs_of_peft_are_the_same_object_again(session: Session, model: Any)
 
 
 def test_undo_says_how_a_training_is_undone(session: Session, tmp_path: Path) -> None:
-    session.context.runs_dir = str(tmp_path)
+    session.context.chosen_runs_folder = str(tmp_path)
     model = session.add(llama(), FIELDS, name="chat", variable="model").model
     steps: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.1}
     session.train(model, token_rows(4), **steps)

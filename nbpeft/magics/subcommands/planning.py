@@ -47,10 +47,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         CellError: a memory size has no unit, or a data type is unknown.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
-    names = ("batch_size", "max_length", "device", "processes", "reference")
+    names = ("batch_size", "max_length", "num_adapters", "device", "processes", "reference")
     settings: dict[str, Any] = {name: given[name] for name in names if name in given}
-    if "num_adapters" in given:
-        settings["adapters"] = given["num_adapters"]
     device = str(given.get("device", ""))
     if re.fullmatch(r"[\d.]+", device) and named(device) is None:  # it would count as bytes
         raise CellError(f"--device {device} has no unit. Did you mean '{device}GB'?")

@@ -57,7 +57,7 @@ _RESERVED = (
 )
 ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
-_NOT_EXPORTED = ("stop", "sample", "every", "score", "metric", "max_score_rows", "processes", "hosts")
+_NOT_EXPORTED = ("halving", "sample", "every", "score", "metric", "max_score_rows", "processes", "hosts")
 """Arguments that are not written into an exported script."""
 _EARLY_STOPPING = ("patience", "metric_for_best_model", "greater_is_better")
 """Arguments that are not written into it either if they refer to scores, which a script does not compute."""
@@ -182,9 +182,7 @@ TRAINER = argument(
     ),
     argument(
         "--halving",
-        dest="stop",
-        action="store_const",
-        const="half",
+        action="store_true",
         help="in a sweep: stop the worse half of the adapters each time the number of steps has doubled",
     ),
     argument(
@@ -274,7 +272,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         CellError: a field is given that is an option of the line.
     """
     names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "hosts", "track", "replace")
-    names += ("stop", "skip_bad", "objective", "reference", "eval_by", "max_score_rows")
+    names += ("halving", "skip_bad", "objective", "reference", "eval_by", "max_score_rows")
     sample = getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["sample"] = _samples(sample, notebook) if sample else None

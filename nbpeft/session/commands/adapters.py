@@ -254,7 +254,7 @@ def preview(
     with ctx.command("planning") as notes:
         if count > 1:
             notes.append(f"{count} adapters, to be trained side by side; this is the largest")
-            settings = {"adapters": count, **settings}
+            settings = {"num_adapters": count, **settings}
         tracked = ctx.find(model, variable, command="preview")
         base = tracked.manager.model if tracked is not None else uncompiled(model)
         title = tracked.name if tracked is not None else variable or "model"

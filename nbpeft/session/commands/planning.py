@@ -28,13 +28,13 @@ USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_t
 """Fields of the default adapter."""
 _SETTINGS = (
     *("batch_size", "max_length", "dtype", "bits", "quant_type", "double_quant", "gradient_checkpointing"),
-    *("optim", "training", "packing", "adapters", "device", "variable", "changes"),
+    *("optim", "training", "packing", "num_adapters", "device", "variable", "changes"),
     *("processes", "fsdp", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
     *("reference", "generation"),
 )
 _CHOSEN = ("batch_size", "max_length", "quantization", "gradient_checkpointing", "optim", "training")
 """Settings that a panel can change, and that planner and forecast name alike."""
-_FIXED = ("packing", "adapters", "processes", "fsdp")
+_FIXED = ("packing", "num_adapters", "processes", "fsdp")
 _WHOLE_NOTE = "complete logits are counted; nbpeft's own Trainer computes them in chunks"
 _PAIRS_NOTE = (
     "each row is counted as two sequences, chosen and rejected; for an adapter that is trained already, "
@@ -58,7 +58,7 @@ def plan(
             on all linear layers.
         **settings: ``batch_size``, ``max_length`` and ``gradient_checkpointing`` (by default as in a training; see
             ``nbpeft.forecast``), ``dtype``, ``bits``, ``quant_type`` and ``double_quant`` (as for ``qlora``; by default
-            those of the model), ``optim``, ``training``, ``packing``, ``adapters`` (number of adapters trained side by
+            those of the model), ``optim``, ``training``, ``packing``, ``num_adapters`` (number trained side by
             side; a sweep in ``changes`` sets it too), ``reference`` (``"start"`` counts a copy of the trained weights),
             ``generation`` (completions are generated before each step, as by ``grpo``), ``processes`` and ``fsdp``
             (memory of one of several processes, with DDP or with FSDP2), ``loss_chunk_size`` and ``recompute`` (as in
@@ -129,7 +129,7 @@ def memory_planner(
 
         settings["quantization"] = quantization_of(bits, quant_type)
     chosen, count = largest_of(changes)
-    settings = {"adapters": count, **settings} if count > 1 else settings
+    settings = {"num_adapters": count, **settings} if count > 1 else settings
     planned = _planned(tracked, config, chosen)
     settings |= {"sequences_per_row": per_row, "length_of": length_of}
     return MemoryPlanner(source, planned, name=variable or name, **settings)

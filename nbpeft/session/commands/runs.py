@@ -76,7 +76,7 @@ def runs_folder(ctx: SessionContext, /, folder: str | os.PathLike[str] | None = 
     text = os.fspath(folder) if folder == "" else place_of(folder, "runs_folder")
     if not is_off(text):
         _check_writable(Path(ctx.home, os.path.expanduser(text)))
-    ctx.runs_dir = text
+    ctx.chosen_runs_folder = text
     return ctx.runs_folder
 
 
@@ -547,5 +547,5 @@ def _record(store: RunStore, name: str) -> RunRecord:
 def _store(ctx: SessionContext) -> RunStore:
     place = run_place(ctx)
     if place is None:
-        raise CheckpointNotFoundError("saving runs is disabled (NBPEFT_RUNS, runs_dir or runs_folder)")
+        raise CheckpointNotFoundError("saving runs is disabled (NBPEFT_RUNS or runs_folder)")
     return place.store

@@ -33,7 +33,7 @@ class PlanSettings:
         training: a training step if True; else reading a prompt.
         device: name of the device that it should fit, possibly ``this-machine``; empty for the planner's default.
         packing: whether a sequence has several rows.
-        adapters: number of adapters that are trained side by side.
+        num_adapters: number of adapters that are trained side by side.
         processes: number of processes that train together.
         fsdp: whether the model is sharded over the processes.
     """
@@ -48,7 +48,7 @@ class PlanSettings:
     training: bool = True
     device: str = ""
     packing: bool = False
-    adapters: int = 1
+    num_adapters: int = 1
     processes: int = 1
     fsdp: bool = False
 
@@ -60,7 +60,7 @@ class PlanSettings:
         if self.training:
             words += ["gradient checkpointing"] if self.gradient_checkpointing else []
             words.append(self.optim)
-            words += [f"{self.adapters} adapters side by side"] if self.adapters > 1 else []
+            words += [f"{self.num_adapters} adapters side by side"] if self.num_adapters > 1 else []
             words += [f"one of {self.processes} {'sharded ' if self.fsdp else ''}processes"] * (self.processes > 1)
         else:
             words.append("inference")

@@ -60,7 +60,7 @@ def inner_callbacks(
     found: list[TrainerCallback] = [*checks]
     if isinstance(group, SideBySide):
         found += [SideBySideCallback(group, run, stop_on_divergence=guarded)]
-        found += [SweepEvaluations(group, run, model, patience, halves=request.stop is not None)]
+        found += [SweepEvaluations(group, run, model, patience, halves=request.halving)]
     else:
         found += [DivergenceStop(run, model)] if guarded else []
         found += [] if patience is None else [EarlyStop(run, model, patience)]

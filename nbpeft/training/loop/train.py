@@ -86,7 +86,7 @@ def train(
     run_dir: RunPlace | str | os.PathLike[str] | None = None,
     track: str | Sequence[str] | None = None,
     members: Mapping[str, Mapping[str, Any]] | SideBySide | None = None,
-    stop: str | None = None,
+    halving: bool = False,
     stop_on_divergence: bool = True,
     processes: int | None = None,
     hosts: Sequence[str] | None = None,
@@ -166,8 +166,8 @@ def train(
         track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them, to which the metrics are logged.
         members: Adapters of the model to train side by side, each with its own fields:
             ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. A sweep creates its members itself.
-        stop: ``"half"`` for successive halving of a sweep: each time the number of steps has doubled, the worse half of
-            the adapters by evaluation loss or score is stopped, until one remains in the second half of the steps.
+        halving: Successive halving of a sweep: each time the number of steps has doubled, the worse half of the
+            adapters by evaluation loss or score is stopped, until one remains in the second half of the steps.
         stop_on_divergence: Stop if the loss is NaN or infinite or the weights explode, and restore the last good
             weights; in a sweep only that adapter stops. Copying the trainable weights takes about 1 % of the time, and
             host memory of their size. See :mod:`nbpeft.training.watching.divergence`.

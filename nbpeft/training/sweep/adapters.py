@@ -49,8 +49,8 @@ def side_by_side(train: Callable[[TrainRequest], TrainResult], request: TrainReq
 def _request_of_group(request: TrainRequest, group: SideBySide) -> TrainRequest:
     """Returns the request for training all members together, and sets the arguments of each member."""
     common = {name: value for name, value in request.arguments.items() if not isinstance(value, Sweep)}
-    stop = request.stop or next((sweep.stop for sweep in swept(request.given).values() if sweep.stop), None)
-    request = dataclasses.replace(request, members=group, adapter=None, stop=stop, arguments=common)
+    halving = request.halving or any(sweep.halving for sweep in swept(request.given).values())
+    request = dataclasses.replace(request, members=group, adapter=None, halving=halving, arguments=common)
     trainer_class, kind = request.trainer_class, request.arguments_class
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
         return request  # the training refuses it later

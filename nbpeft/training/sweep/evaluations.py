@@ -12,7 +12,7 @@ from transformers.training_args import TrainingArguments
 
 from nbpeft.checkpoint.tensor_file import storable, write_tensors
 from nbpeft.errors import ConfigError
-from nbpeft.sweeps import check_stop, halvings, remaining
+from nbpeft.sweeps import halvings, remaining
 from nbpeft.training.adapters.method_state import read_state
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.sweep.members import Evaluation, Member, SideBySide
@@ -150,16 +150,15 @@ def check_halving(request: Any, fields: dict[str, Any], *, evaluates: bool, scor
     Raises:
         ConfigError: there is no sweep, nothing is evaluated, or each adapter has its own rows.
     """
-    check_stop(request.stop)
-    if request.stop is None:
+    if not request.halving:
         return
     members = request.members
     if not isinstance(members, SideBySide):
-        raise ConfigError("stop='half' has no effect without a sweep: pass patience=… to stop early", field="stop")
+        raise ConfigError("halving=True has no effect without a sweep: pass patience=… to stop early", field="halving")
     if request.own_rows:
-        raise ConfigError("stop='half' compares adapters, but each has rows of its own: remove it", field="stop")
+        raise ConfigError("halving=True compares adapters, but each has rows of its own: remove it", field="halving")
     if not scores and (not evaluates or never_evaluates(fields)):
-        raise ConfigError("stop='half' needs evaluations: pass eval_data=… or score=…", field="stop")
+        raise ConfigError("halving=True needs evaluations: pass eval_data=… or score=…", field="halving")
     if not scores:
         evaluate_usually(fields, 0.5 ** halvings(len(members.members)))
 

@@ -138,7 +138,7 @@ def test_the_last_adapter_to_stop_ends_the_sweep() -> None:
 
 def test_a_resumed_sweep_has_its_curves_and_its_best_weights(tmp_path: Path) -> None:
     session, target, runs = Session(), trainable(name="a"), []
-    session.context.runs_dir = str(tmp_path)
+    session.context.chosen_runs_folder = str(tmp_path)
     session.register(target, name="model")
     session.on_run(lambda run, name: runs.append(run))
     given: dict[str, Any] = {"score": token_rows(8, 5), "metric": "loss", "every": 1, "patience": 4}
@@ -209,7 +209,7 @@ def test_the_worse_half_is_stopped_and_the_others_learn_the_same(measured: Any, 
     given = {"max_steps": 8, "per_device_train_batch_size": 4, **measured}
     given |= {"every": 2} if "score" in measured else {}
     halved, whole = trainable(name="a", lora_dropout=0.3), trainable(name="a", lora_dropout=0.3)
-    result = train(halved, token_rows(16), learning_rate=sweep(*HALVED.values(), stop="half"), **given)
+    result = train(halved, token_rows(16), learning_rate=sweep(*HALVED.values(), halving=True), **given)
     given |= {} if "score" in measured else {"eval_strategy": "steps", "eval_steps": 2}
     full = train(whole, token_rows(16), learning_rate=sweep(*HALVED.values()), **given)
     losses = {member.name: dict(member.eval_history) for member in full.members}
@@ -240,7 +240,7 @@ def test_evaluations_do_not_change_what_an_adapter_learns_alone(monkeypatch: Any
 
 def test_none_is_stopped_by_an_evaluation_at_the_end() -> None:
     given = {"max_steps": 2, "eval_data": token_rows(5, 5), "eval_strategy": "steps", "eval_steps": 2}
-    result = train(trainable(name="a"), token_rows(4), learning_rate=sweep(*RATES.values(), stop="half"), **given)
+    result = train(trainable(name="a"), token_rows(4), learning_rate=sweep(*RATES.values(), halving=True), **given)
     assert [(member.status, member.step) for member in result.members] == [("finished", 2)] * len(RATES)
     assert "stopped" not in result.message
 
@@ -248,14 +248,13 @@ def test_none_is_stopped_by_an_evaluation_at_the_end() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"learning_rate": sweep(0.1, 0.2), "stop": "half"}, "stop='half' needs evaluations"),
-        ({"learning_rate": sweep(0.1, 0.2, stop="half"), "eval_strategy": "no"}, "stop='half' needs evaluations"),
-        ({"stop": "half", "eval_data": 2}, "stop='half' has no effect without a sweep"),
-        ({"learning_rate": sweep(0.1, 0.2), "stop": "third", "eval_data": 2}, "stop must be 'half'"),
+        ({"learning_rate": sweep(0.1, 0.2), "halving": True}, "halving=True needs evaluations"),
+        ({"learning_rate": sweep(0.1, 0.2, halving=True), "eval_strategy": "no"}, "halving=True needs evaluations"),
+        ({"halving": True, "eval_data": 2}, "halving=True has no effect without a sweep"),
     ],
 )
 def test_halving_needs_a_sweep_and_evaluations(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         train(trainable(name="a"), token_rows(8), max_steps=1, **arguments)
-    with pytest.raises(ConfigError, match="stop must be 'half'"):
-        sweep(1, 2, stop="third")
+    with pytest.raises(ConfigError, match="halving must be True or False"):
+        sweep(1, 2, halving="third")  # type: ignore[arg-type]

@@ -177,7 +177,7 @@ def test_an_interrupted_training_is_resumed_with_the_same_bits(step: int, inside
     whole = two(**config)
     train(whole, ROWS, **given)
     session, model = Session(), two(**config)
-    session.context.runs_dir = str(tmp_path)
+    session.context.chosen_runs_folder = str(tmp_path)
     session.register(model, name="model")
 
     def interrupt() -> None:
@@ -213,7 +213,7 @@ def test_an_interrupted_training_is_resumed_with_the_same_bits(step: int, inside
         (ROWS, {"adapter": "a"}, "adapter cannot be combined with rows for each adapter"),
         (ROWS, {"processes": 2}, "processes cannot be combined with rows for each adapter"),
         (ROWS, {"learning_rate": sweep(0.1, 0.2)}, "learning_rate is a sweep, but data has rows for each adapter"),
-        (ROWS, {"stop": "half", "eval_data": 2}, "stop='half' compares adapters, but each has rows of its own"),
+        (ROWS, {"halving": True, "eval_data": 2}, "halving=True compares adapters, but each has rows of its own"),
         (ROWS, {"sample": "x"}, "sample needs a tokenizer|sample cannot be combined with several adapters"),
         (ROWS, {"dataloader_drop_last": True, "per_device_train_batch_size": 9}, "the rows of 'a' do not fill a batch"),
         ({"a": ROWS["a"], "b": []}, {}, "no rows"),

@@ -265,7 +265,7 @@ def test_a_sweep_of_which_all_diverge_is_stopped() -> None:
 
 def test_in_the_background_too() -> None:
     session = Session()
-    session.context.runs_dir = "off"
+    session.context.chosen_runs_folder = "off"
     torch.manual_seed(0)
     model = session.add(llama(), {"r": 4}, name="a", variable="m").model
     session.train(model, ROWS, background=True, trainer_class=Breaks, **SETTINGS)

@@ -264,7 +264,7 @@ def test_a_run_keeps_its_scores_and_needs_the_rows_again(last: int, tmp_path: Pa
     """If it is stopped before scores that are due, they come first when it is resumed."""
     whole = trained(score=HELD_OUT, metric="perplexity", every=2, max_steps=8)
     session = Session()
-    session.context.runs_dir = str(tmp_path)
+    session.context.chosen_runs_folder = str(tmp_path)
     target = model()
     session.register(target, name="model")
     given = {"score": HELD_OUT, "metric": ["exact", "perplexity"], "every": 2}
