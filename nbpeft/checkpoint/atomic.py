@@ -92,7 +92,7 @@ def replace_files(
 
 
 def _replace_files(folder: Path, files: Sequence[NewFile], byte_count: int, finish_others: bool) -> dict[Path, int]:
-    new = not os.path.lexists(folder)
+    new = not inside.is_there(folder)
     home = folder.parent if new else folder
     made: list[Path] = []
     staging: Staging | None = None
@@ -143,7 +143,7 @@ def _move_folder(staging: Path, folder: Path) -> None:
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir():
             raise _FolderAppeared from None
-        if not staging.exists():
+        if not inside.is_there(staging):
             os.replace(folder, staging)
         raise
 
@@ -200,7 +200,7 @@ def in_place_of(folder: Path, *, allowed: bool) -> Iterator[Path]:
     """
     with disk_errors(folder):
         sweep(folder.parent)  # restores a folder that a dead process had moved away
-        found = os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()))
+        found = inside.is_there(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()))
         if found and not allowed:
             raise CheckpointError(f"{shown(folder)} already exists; choose another folder, or replace it (replace=…)")
         if found and (folder.is_symlink() or not folder.is_dir() or any(path.is_dir() for path in folder.iterdir())):
@@ -253,15 +253,15 @@ def put_folder(staging: Staging, home: Path, name: str) -> None:
     flush_tree(written)
     written.lstat()  # fails if nothing was written, before anything is moved
     try:
-        if os.path.lexists(home / name):
+        if inside.is_there(home / name):
             aside.parent.mkdir()
             os.replace(home / name, aside)
         os.replace(written, home / name)
         flush_folder(home)
     except BaseException:
-        if not written.exists():
+        if not inside.is_there(written):
             os.replace(home / name, written)
-        if aside.exists():
+        if inside.is_there(aside):
             os.replace(aside, home / name)
         raise
 

@@ -304,7 +304,7 @@ class FolderStore:
 
     def tensors(self, path: str) -> dict[str, Tensor]:
         """See ``ConfigStore``."""
-        if not Path(path).is_file():
+        if not inside.leads_to_file(Path(path)):
             raise CheckpointNotFoundError(f"there is no file {path!r}")
         return read_tensors(Path(path))[0]
 
@@ -346,7 +346,7 @@ class FolderStore:
 
 def _check_read_first(folder: Path) -> None:
     """Refuses to save a ``.bin`` next to a safetensors file: the latter would be loaded instead."""
-    if (folder / WEIGHTS_NAME).exists():
+    if inside.leads_to_file(folder / WEIGHTS_NAME):
         raise CheckpointError(
             f"{folder} has {WEIGHTS_NAME}, which is read before {LEGACY_WEIGHTS_NAME}: remove it or take another folder"
         )
@@ -414,7 +414,7 @@ def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
         return text
     if metadata is None:
         weights = path.parent / WEIGHTS_NAME
-        metadata = read_metadata(weights) if weights.is_file() else {}
+        metadata = read_metadata(weights) if inside.leads_to_file(weights) else {}
     wanted = metadata.get(_CONFIG_DIGEST)
     if wanted is None or wanted == _digest(text):
         return text

@@ -168,7 +168,7 @@ def leads_to_folder(path: Path) -> bool:
     """Returns whether a path is a folder or a link to one.
 
     Raises:
-        OSError: it cannot be determined, which ``os.path.isdir`` takes for no.
+        CheckpointError: it cannot be determined, which ``os.path.isdir`` takes for no.
     """
     return stat.S_ISDIR(_mode(path))
 
@@ -177,16 +177,28 @@ def leads_to_file(path: Path) -> bool:
     """Returns whether a path is a regular file or a link to one.
 
     Raises:
-        OSError: it cannot be determined, which ``Path.is_file`` takes for no since Python 3.14.
+        CheckpointError: it cannot be determined, which ``Path.is_file`` takes for no since Python 3.14.
     """
     return stat.S_ISREG(_mode(path))
 
 
-def _mode(path: Path) -> int:
+def is_there(path: Path) -> bool:
+    """Returns whether a path is anything, a link that leads nowhere included.
+
+    Raises:
+        CheckpointError: it cannot be determined, which ``os.path.lexists`` takes for no.
+    """
+    return _mode(path, follow_symlinks=False) != 0
+
+
+def _mode(path: Path, *, follow_symlinks: bool = True) -> int:
     """The mode of the file or folder that a path leads to, or 0 if there is none."""
     mode = 0
-    with _if_there():
-        mode = os.stat(path).st_mode
+    try:
+        with _if_there():
+            mode = os.stat(path, follow_symlinks=follow_symlinks).st_mode
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror}", path=str(path)) from error
     return mode
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of
 from nbpeft.checkpoint.folder import Checkpoint
-from nbpeft.checkpoint.inside import expanded
+from nbpeft.checkpoint.inside import expanded, leads_to_file, leads_to_folder
 from nbpeft.checkpoint.source import CONFIG_NAME
 from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, TensorFile, UnreadTensors, storable, write_tensors
 from nbpeft.checkpoint.weights_format import PREFIX
@@ -87,13 +87,13 @@ def lora_file(source: str | os.PathLike[str]) -> Path | None:
     """
     path = Path(expanded(source))
     try:
-        if path.is_dir() and not (path / CONFIG_NAME).is_file():
+        if leads_to_folder(path) and not leads_to_file(path / CONFIG_NAME):
             found = sorted(path.glob("*.safetensors"))
             path = found[0] if len(found) == 1 else path
-        if path.suffix != ".safetensors" or path.name == WEIGHTS_NAME or (path.parent / CONFIG_NAME).is_file():
+        if path.suffix != ".safetensors" or path.name == WEIGHTS_NAME or leads_to_file(path.parent / CONFIG_NAME):
             return None
-        return path if path.is_file() else None
-    except (OSError, ValueError):  # the reader of the checkpoint reports what is wrong with the path
+        return path if leads_to_file(path) else None
+    except (CheckpointError, OSError):  # the reader of the checkpoint reports what is wrong with the path
         return None
 
 

@@ -99,7 +99,7 @@ def local_folder(name: str) -> Path:
         CheckpointNotFoundError: the name is not a folder, and no such model is cached.
     """
     folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
+    if inside.leads_to_folder(folder):
         return folder
     hub: Any = importlib.import_module("huggingface_hub")
     try:
@@ -141,7 +141,8 @@ def write_model(
     target = Path(inside.expanded(folder))
     with disk_errors(target):
         sweep(target, finish=False)  # removes an interrupted copy instead of finishing it
-        existing = [path.name for path in target.iterdir() if path.name.endswith(_WEIGHTS)] if target.is_dir() else []
+        there = target.iterdir() if inside.leads_to_folder(target) else ()
+        existing = [path.name for path in there if path.name.endswith(_WEIGHTS)]
     if existing:
         remedy = "choose another folder, or replace it (replace=…)"
         raise CheckpointError(f"{shown(target)} already contains weights ({min(existing)}); {remedy}")
@@ -183,7 +184,7 @@ def in_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
-    if index.is_file():
+    if inside.leads_to_file(index):
         try:
             names = set(json.loads(inside.read_file(index, LONGEST_HEADER))["weight_map"].values())
             if not all(name == os.path.basename(name) for name in names):
@@ -191,11 +192,11 @@ def _weight_files(folder: Path) -> list[Path]:
             paths = [folder / name for name in sorted(names)]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise CorruptCheckpointError(f"{index} is not an index of weights") from None
-        missing = next((path for path in paths if not path.is_file()), None)
+        missing = next((path for path in paths if not inside.leads_to_file(path)), None)
         if missing is not None:
             raise CheckpointNotFoundError(f"{missing} is listed in {INDEX}, but does not exist")
         return paths
-    if (folder / SINGLE).is_file():
+    if inside.leads_to_file(folder / SINGLE):
         return [folder / SINGLE]
     raise CheckpointNotFoundError(f"{folder} contains neither {SINGLE} nor {INDEX}", source=str(folder))
 

@@ -38,10 +38,10 @@ def other_adapter(
         A noun phrase for a message, or the empty string if there is no different adapter.
     """
     config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    if not weights.is_file():
-        if (folder / LEGACY_WEIGHTS_NAME).is_file():
+    if not inside.leads_to_file(weights):
+        if inside.leads_to_file(folder / LEGACY_WEIGHTS_NAME):
             return f"an adapter in {LEGACY_WEIGHTS_NAME}"
-        return "the config of an adapter" if config.is_file() else ""
+        return "the config of an adapter" if inside.leads_to_file(config) else ""
     try:
         file = TensorFile(weights)
     except (CheckpointError, OSError):

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from nbpeft._util.hub_access import hub_options
 from nbpeft.checkpoint.hub_token import TOKENS_PAGE
-from nbpeft.checkpoint.inside import expanded
+from nbpeft.checkpoint.inside import expanded, is_there, leads_to_file, leads_to_folder
 from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.checkpoint.tensor_file import (
     LEGACY_WEIGHTS_NAME,
@@ -85,10 +85,10 @@ class Source:
         Raises:
             CheckpointNotFoundError: there is no such file.
         """
-        if _is_file(self.folder / CONFIG_NAME):
+        if leads_to_file(self.folder / CONFIG_NAME):
             return self.folder / CONFIG_NAME
         if self._is_local():
-            raise self._absent(CONFIG_NAME)
+            raise self._not_found(CONFIG_NAME)
         return download(self.name, CONFIG_NAME, self.subfolder, self.options)
 
     def tensor_file(self, config_file: Path) -> TensorFile:
@@ -102,7 +102,7 @@ class Source:
             CorruptCheckpointError: the file is truncated, altered or of another format.
         """
         path = config_file.parent / WEIGHTS_NAME
-        if config_file.parent != self.folder and not _is_file(path) and not self.options.get("force_download"):
+        if config_file.parent != self.folder and not leads_to_file(path) and not self.options.get("force_download"):
             options = {**self.options, **commit_of(config_file)}
             found = start_of_large_file(self.name, WEIGHTS_NAME, self.subfolder, options)
             if found is not None:
@@ -120,10 +120,10 @@ class Source:
         """
         local = config_file.parent == self.folder
         for name in (WEIGHTS_NAME, LEGACY_WEIGHTS_NAME):
-            if (local or not self.options.get("force_download")) and _is_file(config_file.parent / name):
+            if (local or not self.options.get("force_download")) and leads_to_file(config_file.parent / name):
                 return config_file.parent / name
         if local:
-            raise self._absent(f"{WEIGHTS_NAME} or {LEGACY_WEIGHTS_NAME}")
+            raise self._not_found(f"{WEIGHTS_NAME} or {LEGACY_WEIGHTS_NAME}")
         options = {**self.options, **commit_of(config_file)}
         try:
             return download(self.name, WEIGHTS_NAME, self.subfolder, options)
@@ -143,36 +143,18 @@ class Source:
             or self.name.count("/") != 1
         )
 
-    def _absent(self, what: str) -> CheckpointError:
-        try:
-            return self._not_found(what)
-        except OSError as error:
-            return _unreadable(self.folder, error)
-
     def _not_found(self, what: str) -> CheckpointNotFoundError:
         folder = self.folder
-        if not folder.exists():
+        if not is_there(folder):
             bare = ", and an id on the hub reads user/name" if os.sep not in self.name and "/" not in self.name else ""
             return CheckpointNotFoundError(
                 f"there is no folder {folder}{bare}.{_near_folder(folder)}", path=str(folder)
             )
-        if not folder.is_dir():
+        if not leads_to_folder(folder):
             return CheckpointNotFoundError(f"{folder} is a file, not a folder with {what}", path=str(folder))
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
         hint = f" There are adapters in its subfolders {few(inside)}." if inside else ""
         return CheckpointNotFoundError(f"there is no {what} in {folder}.{hint}", path=str(folder), subfolders=inside)
-
-
-def _is_file(path: Path) -> bool:
-    """Returns whether a path is a file."""
-    try:
-        return path.is_file()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{shown(str(path), 200)} cannot be read: {error.strerror}", path=str(path))
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -421,7 +403,7 @@ def _or_near(message: str, name: str) -> str:
 def _near_folder(place: Path) -> str:
     """A hint at a folder with a similar name beside a place, or in a folder like its own; empty if there is none."""
     found = _folders_like(place)
-    if not found and not place.parent.exists():
+    if not found and not os.path.exists(place.parent):
         found = [like for parent in _folders_like(place.parent) for like in _folders_like(parent / place.name)]
     return f" Did you mean {' or '.join(repr(str(folder)) for folder in found)}?" if found else ""
 
@@ -429,7 +411,7 @@ def _near_folder(place: Path) -> str:
 def _folders_like(place: Path) -> list[Path]:
     """The folders beside a place with the same name or a similar one."""
     try:
-        siblings = [item.name for item in place.parent.iterdir() if item.is_dir()]
+        siblings = [item.name for item in place.parent.iterdir() if os.path.isdir(item)]
     except OSError:
         return []
     return [place.parent / name for name in near(place.name, siblings)]

@@ -374,7 +374,7 @@ def make_folder(folder: Path, made: list[Path]) -> None:
             path.mkdir()
             made.append(path)
         flush_folder(path.parent)
-    if not folder.is_dir():
+    if not stat.S_ISDIR(os.stat(folder).st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 

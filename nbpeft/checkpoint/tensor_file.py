@@ -456,7 +456,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     """Returns the memory-mapped tensors of a ``.bin``; their data is read on first use."""
     try:
         mapped = _check_archive(path)
-        tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        tensors = unpickled(path, mmap=mapped)
     except CheckpointError:
         raise
     except Exception as error:  # unpickling an untrusted file can raise anything
@@ -466,6 +466,30 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     ):
         raise CorruptCheckpointError(f"{path} does not contain a dictionary of tensors", path=str(path))
     return tensors
+
+
+def unpickled(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
+    """Reads a file of ``torch.save`` that may come from anyone: tensors and plain values are read, nothing else.
+
+    Of a file that it refuses, torch keeps the sparse tensors, holds them against the next file, and refuses that too
+    (always since 2.15, before only with ``torch.sparse.check_sparse_tensor_invariants``): here they are dropped.
+
+    Args:
+        path: the file.
+        mmap: whether the tensors' data is read on first use.
+
+    Returns:
+        The content, on the CPU.
+
+    Raises:
+        Exception: of any kind; the file contains something else, or cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
+        raise
 
 
 def _check_archive(path: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nbpeft.checkpoint.atomic import disk_errors
-from nbpeft.checkpoint.inside import shown
+from nbpeft.checkpoint.inside import is_there, shown
 from nbpeft.checkpoint.source import CONFIG_NAME
 from nbpeft.checkpoint.staging import discard, flush_folder, make_folder, sweep
 from nbpeft.checkpoint.tensor_file import weights_mark
@@ -37,9 +37,17 @@ class RunStore:
 
     place: Path
 
-    def records(self) -> list[RunRecord]:
-        """Returns the runs, the newest first and unreadable ones last; folders that are not runs are skipped."""
-        found = [folder.record() for folder in self._folders()]
+    def records(self, unseen: dict[str, OSError] | None = None) -> list[RunRecord]:
+        """Returns the runs, the newest first and unreadable ones last; folders that are not runs are skipped.
+
+        Args:
+            unseen: takes, by name, the error of each folder of which cannot be said whether it is a run; without it,
+                these are skipped, and a folder of runs that cannot be read is empty.
+
+        Raises:
+            CheckpointError: with ``unseen``, the folder of the runs cannot be read.
+        """
+        found = [folder.record() for folder in self._folders(unseen)]
         return sorted(found, key=lambda record: (-record.started, record.name))
 
     def create(self, adapter: str) -> RunFolder:
@@ -99,7 +107,7 @@ class RunStore:
             raise CheckpointError(
                 f"{new!r:.60} cannot be the name of a run: use letters, digits, and inside the name _ . + -"
             )
-        if os.path.lexists(self.place / new):
+        if is_there(self.place / new):
             raise CheckpointError(f"a run called {new!r} already exists")
         with disk_errors(self.place), _locked(folder):
             os.rename(folder.path, self.place / new)
@@ -222,7 +230,7 @@ def _is_still_saved(record: RunRecord, adapter: str) -> bool:
     place, file = record.saved.get(adapter), record.saved_files.get(adapter)
     if not place or not file:
         return False
-    return Path(place, CONFIG_NAME).is_file() and _weights_file(place) == file
+    return os.path.isfile(os.path.join(place, CONFIG_NAME)) and _weights_file(place) == file
 
 
 def _weights_file(folder: str | os.PathLike[str]) -> str:

@@ -216,3 +216,16 @@ def test_tensors_begin_where_those_of_torch_do(tmp_path):
     safetensors.torch.save_file(saved, tmp_path / "a.safetensors")
     read = TensorFile(tmp_path / "a.safetensors").read(saved)
     assert all(torch.equal(read[key], saved[key]) and not read[key].data_ptr() % 64 for key in saved)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_file_that_is_refused_leaves_nothing_behind(checked: bool, tmp_path: Path) -> None:
+    """Torch keeps its sparse tensors for a check, which the next file that is loaded would not pass."""
+    wrong = torch.sparse_coo_tensor(torch.tensor([[212]]), torch.ones(1), (16,), check_invariants=False)
+    torch.save({"a": wrong, "b": Path}, tmp_path / "x.bin")
+    torch.save({"a": torch.ones(2)}, tmp_path / "y.bin")
+    with torch.sparse.check_sparse_tensor_invariants(checked):
+        with pytest.raises(CorruptCheckpointError, match="more than tensors, and was not opened"):
+            read_tensors(tmp_path / "x.bin")
+        assert read_tensors(tmp_path / "y.bin")[0]["a"].equal(torch.ones(2))
+        assert torch.load(tmp_path / "y.bin")["a"].equal(torch.ones(2))

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,18 @@ import pytest
 
 import nbpeft
 from nbpeft.errors import NbpeftError
+from nbpeft.session import Session
+from nbpeft.training.data.files import read_file
 from nbpeft.training.disk.checkpoints import _checked, last_whole
 from tests.char_tokenizer import CharTokenizer
+from tests.effort import drawn as drawn_of
 from tests.faults.killing import drawn
 from tests.fuzz.corpus import READS
 from tests.runs.killed import LORA, adapted_session, rows, session_in, when_noted
 from tests.tiny_models import llama, same_state, state
 
 CALLS = ("open", "stat", "lstat", "listdir", "scandir", "fstat", "read", "preadv")
+DENIED = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 CODES = (errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE)
 
 
@@ -102,8 +106,42 @@ def refused(act: Callable[[], object], number: int, code: int, root: Path) -> bo
     return False
 
 
+@contextmanager
+def seen(root: Path) -> Iterator[set[Path]]:
+    """Gives the paths below a folder whose status is asked for in the block, and that are there."""
+    asked: set[Path] = set()
+
+    def noted(original: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(path, *args, **kwargs)
+        if isinstance(path, str | os.PathLike) and Path(path).is_relative_to(root):
+            asked.add(Path(path))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("stat", "lstat"):
+            patch.setattr(os, name, partial(noted, getattr(os, name)))
+        yield asked
+
+
+@contextmanager
+def unseen(path: Path, calls: Sequence[str], as_in_3_14: bool) -> Iterator[None]:
+    """Lets calls of ``os`` fail for one path; ``Path.exists`` and others then say no, as since Python 3.14."""
+
+    def failing(original: Any, asked: Any = ".", *args: Any, **kwargs: Any) -> Any:
+        if isinstance(asked, str | os.PathLike) and Path(asked) == path:
+            raise PermissionError(DENIED.errno, DENIED.strerror, os.fspath(asked))
+        return original(asked, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in calls:
+            patch.setattr(os, name, partial(failing, getattr(os, name)))
+        for name in ("is_file", "is_dir", "exists") if as_in_3_14 else ():
+            patch.setattr(Path, name, getattr(os.path, name.replace("_", "")))
+        yield
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -170,21 +208,64 @@ def test_a_state_that_cannot_be_read_is_not_passed_over(name: str, stopped: Path
 @pytest.mark.parametrize("as_in_3_14", [False, True])
 def test_a_state_that_cannot_be_seen_is_not_passed_over(call: str, path: str, as_in_3_14: bool, stopped: Path) -> None:
     """Neither is it for ``Path.glob``, ``os.path.isdir`` and, since Python 3.14, ``Path.is_file``: they see nothing."""
-    place, error = stopped / "sql-1", (errno.EACCES, os.strerror(errno.EACCES))
-
-    def failing(original: Any, asked: Any = ".", *args: Any, **kwargs: Any) -> Any:
-        if isinstance(asked, str | os.PathLike) and Path(asked) == place / path:
-            raise PermissionError(*error, os.fspath(asked))
-        return original(asked, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in (call, "scandir") if call == "listdir" else (call,):  # Path.iterdir: either, by Python's version
-            patch.setattr(os, name, partial(failing, getattr(os, name)))
-        for name in ("is_file", "is_dir", "exists") if as_in_3_14 else ():
-            patch.setattr(Path, name, getattr(os.path, name.replace("_", "")))
-        with pytest.raises(NbpeftError, match=f"{Path(path or place).name} cannot be read: {error[1]}"):
-            last_whole(place)
+    place = stopped / "sql-1"
+    calls, said = (
+        [call, *["scandir"] * (call == "listdir")],
+        f"{Path(path or place).name} cannot be read: {DENIED.strerror}",
+    )
+    with unseen(place / path, calls, as_in_3_14), pytest.raises(NbpeftError, match=said):
+        last_whole(place)
     assert last_whole(place).name == "checkpoint-3"
+
+
+ACTS: dict[str, Callable[[Path], Any]] = {
+    "load": lambda home: state(nbpeft.PeftModel.from_pretrained(llama(), home / "saved")),
+    "save beside": lambda home: Session().save(home / "saved", model=adapted(r=2)),
+    "save again": lambda home: bool(Session().save(home / "saved", model=adapted())),
+    "merge": lambda home: Session().merge(to=home / "merged", model=adapted()),
+    "resume": lambda home: session_in(home).resume("sql-1", model=llama(), variable="model", data=rows()).step,
+    "continue a script": lambda home: nbpeft.training.unfinished_run(home)["resume_from_checkpoint"],
+    "read rows": lambda home: read_file(home / "rows.jsonl"),
+}
+
+
+def adapted(**fields: Any) -> Any:
+    return nbpeft.get_peft_model(llama(), nbpeft.LoraConfig(target_modules=["q_proj"], **fields), "sql")
+
+
+def outcome(act: Callable[[Path], Any], home: Path) -> Any:
+    """The value of an act, or the error that refuses it in one line: ``DENIED`` if it says so."""
+    try:
+        return act(home)
+    except NbpeftError as error:
+        assert "\n" not in str(error)
+        return DENIED if DENIED.strerror in str(error) else type(error)
+
+
+@pytest.mark.parametrize("name", ACTS)
+@pytest.mark.parametrize("as_in_3_14", [False, True])
+def test_a_place_that_cannot_be_seen_is_not_taken_for_absent(
+    name: str, as_in_3_14: bool, stopped: Path, tmp_path: Path
+) -> None:
+    """The command is refused in one line that says so, or does the same as ever."""
+    kept, home = tmp_path / "kept", tmp_path / "home"
+    shutil.copytree(stopped, kept)
+    Session().save(kept / "saved", model=adapted())
+    Session().merge(to=kept / "merged", model=adapted())
+    (kept / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    shutil.copytree(kept, home)
+    with seen(home) as asked:
+        usual = outcome(ACTS[name], home)
+    assert usual is not DENIED and asked
+    before, after = contents(kept), contents(home)
+    for path in drawn_of(sorted(asked), quick=6):
+        shutil.rmtree(home)
+        shutil.copytree(kept, home)
+        with unseen(path, ("stat", "lstat"), as_in_3_14):
+            found = outcome(ACTS[name], home)
+        assert found is DENIED or same_state(found, usual), path
+        if name != "resume":  # which notes the time
+            assert contents(home) == before if found is DENIED else contents(home).keys() == after.keys(), path
 
 
 def test_a_named_state_is_resumed_from_where_its_siblings_cannot_be_seen(stopped: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.checkpoint import NewFile, replace_files
+from nbpeft.checkpoint.tensor_file import unpickled
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.registry import backend_named, layer_kind_named
 from nbpeft.engine.injection.plan import plan
@@ -277,7 +278,7 @@ def _read(place: str | None, names: Iterable[str]) -> dict[str, Tensor]:
     """Reads the named tensors from a cache file, ours or PEFT's, to the CPU."""
     assert place is not None
     try:
-        cache = torch.load(place, map_location="cpu", weights_only=True)
+        cache = unpickled(place)
     except Exception as error:
         raise CheckpointError(f"{place} cannot be read: {in_one_line(error)}") from None
     missing = [name for name in names if not (isinstance(cache, dict) and isinstance(cache.get(name), Tensor))]

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
+from nbpeft.checkpoint import inside
 from nbpeft.engine.config.config_checks import check_choice
 from nbpeft.engine.contract.adapter import (
     ADAPTER_PARTS,
@@ -185,9 +186,9 @@ def refuse_other_adapters(manager: AdapterManager, folder: str | os.PathLike[str
     home = Path(os.path.expanduser(folder))
     targets = {name: home if name == DEFAULT_ADAPTER else home / name for name in manager.names}
     with manager.active_state.hold():
-        base = _fingerprint(manager) if any(target.is_dir() for target in targets.values()) else None
+        base = _fingerprint(manager) if any(map(inside.leads_to_folder, targets.values())) else None
         for name, target in targets.items():
-            if target.is_dir():
+            if inside.leads_to_folder(target):
                 with manager.reading():
                     weights, config = _saved_weights(manager, name, "auto", None), manager.configs[name]
                 if _loses_start(manager, name):

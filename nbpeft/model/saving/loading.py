@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from nbpeft import checkpoint
+from nbpeft.checkpoint import inside
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.config.targets import with_target
@@ -195,7 +196,7 @@ def _part_in(folder: Path, part: str) -> str | None:
 
     PEFT writes whole models into such subfolders, under other keys; these are not adapters.
     """
-    if not (folder / part / checkpoint.CONFIG_NAME).is_file():
+    if not inside.leads_to_file(folder / part / checkpoint.CONFIG_NAME):
         return None
     keys = checkpoint.read_checkpoint(folder / part).unread.header
     return str(folder / part) if all(key.startswith(checkpoint.PREFIX) for key in keys) else None

@@ -82,10 +82,12 @@ def runs_folder(ctx: SessionContext, /, folder: str | os.PathLike[str] | None = 
 
 def _check_writable(path: Path) -> None:
     """Refuse a folder for runs that is a file, cannot be written, or is below a folder that does not exist."""
-    there = path if os.path.lexists(path) else path.parent
-    if not os.path.lexists(there):
+    from nbpeft.checkpoint.inside import is_there, leads_to_folder
+
+    there = path if is_there(path) else path.parent
+    if not is_there(there):
         raise CheckpointError(f"there is no folder {there} for {path.name!r}: mount or create it first", path=str(path))
-    if not there.is_dir():
+    if not leads_to_folder(there):
         raise CheckpointError(f"{there} is not a folder, so runs cannot be saved in {path}", path=str(path))
     if not os.access(there, os.W_OK | os.X_OK):
         raise CheckpointError(f"{there} cannot be written, so runs cannot be saved in {path}", path=str(path))
@@ -281,10 +283,12 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
 
 def _refuse_another(ctx: SessionContext, newest: RunRecord) -> None:
     """Refuses to resume a run that is not named, if a model's last training was of another adapter and is not kept."""
+    from nbpeft.checkpoint.inside import is_there
+
     for train in (tracked.training for tracked in ctx.models.all()):
         if train is None or train.status not in ("failed", "stopped") or train.step > train.first_step:
             continue
-        kept = bool(train.folder) and Path(train.folder).exists()
+        kept = bool(train.folder) and is_there(Path(train.folder))
         if not kept and {*train.adapter.split(", ")}.isdisjoint(newest.adapters):
             raise CheckpointNotFoundError(
                 f"the training of {train.adapter} {train.status} before its first step, and nothing of it is kept: "

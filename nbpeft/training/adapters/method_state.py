@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.tensor_file import TensorFile, storable, write_tensors
 from nbpeft.engine.runtime.method_hooks import has_training_state, in_training, set_training_state, training_state
 from nbpeft.engine.tree.model_tree import manager_of
@@ -76,7 +77,7 @@ def read_method_state(model: nn.Module, folder: Path) -> bool:
     file = folder / _FILE
     if not keeps_method_state(model):
         return True
-    if not file.is_file():
+    if not inside.leads_to_file(file):
         return False
     set_training_state(manager_of(model), read_state(file, model)[0])
     return True

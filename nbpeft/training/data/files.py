@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nbpeft._util.optional import needs
+from nbpeft.checkpoint import inside
 from nbpeft.errors import TrainingError, did_you_mean, in_one_line
 from nbpeft.training.data.bad_rows import SKIP, Unreadable
 
@@ -51,7 +52,7 @@ def read_file(path: str | os.PathLike[str], separator: str | None = None, *, ski
         refuse_separator(place, separator)
         reader = functools.partial(_table, separators=(separator,))
     try:
-        if not place.is_file():
+        if not inside.leads_to_file(place):
             raise TrainingError(f"There is no file {str(place)!r:.200}.{_nearest(place)}", path=str(place))
         rows = reader(place)
     except UnicodeDecodeError:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nbpeft.checkpoint.tensor_file import unpickled
 from nbpeft.errors import shortened
 
 STATE = "trainer_state.json"
@@ -79,7 +80,7 @@ def archive_damage(file: Path) -> str | None:
         return None
     try:
         with safe_globals():  # type: ignore[no-untyped-call]
-            check(torch.load(file, map_location="cpu", weights_only=True))
+            check(unpickled(file))
     except Exception:  # torch, pickle, numpy and random each have their own errors
         return f"{file.name} is damaged: {remedy}"
     return None

@@ -185,10 +185,12 @@ def flaw_of(folder: Path, *, strict: bool = False) -> str | None:
         return _flaw_of(folder, strict=strict)
     except OSError as error:
         return _unreadable(error)
+    except CheckpointError as error:
+        return error.message
 
 
 def _flaw_of(folder: Path, *, strict: bool) -> str | None:
-    """Like ``flaw_of``; raises OSError if a file cannot be read, which says nothing about its content."""
+    """Like ``flaw_of``; raises an error if a file cannot be read, which says nothing about its content."""
     odd = inside.first_not_plain(folder) if strict else None
     if odd is not None:
         return odd
@@ -294,15 +296,13 @@ def last_whole(home: Path, *, strict: bool = False) -> Path:
 
 
 def _checked(folder: Path) -> Path:
-    with read_errors(folder):
-        is_there = inside.leads_to_folder(folder)
-    if not is_there:
+    if not inside.leads_to_folder(folder):
         raise CheckpointNotFoundError(f"there is no folder {shown(folder)} to resume from", folder=str(folder))
     flaw = flaw_of(folder)
     if flaw is None:
         return folder
     other = None
-    with contextlib.suppress(OSError):  # a hint alone
+    with contextlib.suppress(OSError, CheckpointError):  # a hint alone
         siblings = (other for other in _checkpoints(folder.parent) if other.name != folder.name)
         other = next((other for other in siblings if flaw_of(other) is None), None)
     hint = f"; {shown(other)} is complete" if other is not None else ""
@@ -314,6 +314,7 @@ def _checkpoints(home: Path) -> list[Path]:
 
     Raises:
         OSError: they cannot be listed.
+        CheckpointError: it is not seen whether one is a folder.
     """
     names = os.listdir(home) if inside.leads_to_folder(home) else []
     steps = {int(match[1]): home / name for name in names if (match := _NAME.fullmatch(name))}
@@ -351,7 +352,7 @@ def _redirected(trainer: Any, place: Path, pushes: list[str]) -> Iterator[None]:
 def _set_best(trainer: Any, home: Path) -> None:
     """Sets the path of the best checkpoint, which the Trainer would look for in the redirected folder."""
     best = home / f"{_PREFIX}-{trainer.state.best_global_step}"
-    if trainer.state.best_global_step and best.is_dir():
+    if trainer.state.best_global_step and inside.leads_to_folder(best):
         trainer.state.best_model_checkpoint = str(best)
 
 
@@ -371,7 +372,7 @@ def _rotate(trainer: Any, home: Path) -> None:
     limit = trainer.args.save_total_limit
     if limit is None or limit <= 0:
         return
-    with contextlib.suppress(OSError):  # what cannot be removed now is removed another time
+    with contextlib.suppress(OSError, CheckpointError):  # what cannot be removed now is removed another time
         ordered = sorted(reversed(_checkpoints(home)), key=lambda folder: folder.stat().st_mtime_ns)
         to_keep = {*ordered[-1:], Path(trainer.state.best_model_checkpoint or home)}
         surplus = [folder for folder in ordered if folder not in to_keep][: max(len(ordered) - limit, 0)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nbpeft.checkpoint import inside
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import TrainingError
 from nbpeft.training.adapters.adapted_model import trained_names
@@ -45,6 +46,6 @@ def save_adapters(model: Any, folder: str, step: int, *, together: bool, write: 
 def _free(folder: Path, name: str) -> Path:
     """A path in the folder that does not exist yet: an earlier run may have been saved at the same step."""
     place, number = folder / name, 2
-    while place.exists():
+    while inside.is_there(place):
         place, number = folder / f"{name}-{number}", number + 1
     return place

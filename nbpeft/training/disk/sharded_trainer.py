@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from nbpeft.checkpoint import inside
+from nbpeft.checkpoint.tensor_file import unpickled
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.model.saving import files
 from nbpeft.model.saving.sharded import gathered_state, is_sharded, note_fingerprint, noted_fingerprint, state_like
@@ -85,7 +87,7 @@ def load_optimizer(original: Callable[..., Any], trainer: Any, checkpoint: str |
         original(trainer, checkpoint)
         return
     with read_errors(Path(checkpoint)):
-        if not is_sharded(trainer.model) or not (Path(checkpoint) / _OPTIMIZER).is_file():
+        if not is_sharded(trainer.model) or not inside.leads_to_file(Path(checkpoint) / _OPTIMIZER):
             original(trainer, checkpoint)
         else:
             _load_sharded(trainer, checkpoint)
@@ -95,6 +97,6 @@ def load_optimizer(original: Callable[..., Any], trainer: Any, checkpoint: str |
 
 
 def _load_sharded(trainer: Any, checkpoint: str) -> None:
-    state = torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True)
+    state = unpickled(Path(checkpoint) / _OPTIMIZER)
     trainer.optimizer.load_state_dict(state_like(trainer.optimizer, state))
-    trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+    trainer.lr_scheduler.load_state_dict(unpickled(Path(checkpoint) / _SCHEDULER))

@@ -248,7 +248,7 @@ class RunCheckpointer(TrainerCallback):
         if self._run.folder and is_main_process():
             for name in trained_names(self._model):
                 place = Path(folder, name)
-                place = place if place.is_dir() else Path(folder)
+                place = place if os.path.isdir(place) else Path(folder)
                 self._place.store.mark_saved(os.path.basename(self._run.folder), name, place)
 
     def _drop_diverged(self) -> None:
@@ -438,7 +438,7 @@ class RunCheckpointer(TrainerCallback):
             if folder is not None:
                 with suppress(OSError):  # the folder is empty if not even its settings could be written
                     folder.path.rmdir()
-                if folder.path.is_dir():
+                if os.path.isdir(folder.path):
                     self._unkept = folder
                 else:
                     folder.close()

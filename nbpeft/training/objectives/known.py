@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nbpeft.checkpoint import fingerprint
+from nbpeft.checkpoint import fingerprint, inside
 from nbpeft.checkpoint.tensor_file import write_tensors
 from nbpeft.engine.runtime.manager import require_manager
 from nbpeft.errors import CheckpointError
@@ -75,7 +75,7 @@ class KnownLogProbs:
         """
         self._values = {}
         file = folder / _FILE
-        if not file.is_file():
+        if not inside.leads_to_file(file):
             return
         tensors, metadata = read_state(file, model)
         if any(metadata.get(name) != value for name, value in _base_of(model).items()):

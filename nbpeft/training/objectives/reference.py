@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.tensor_file import storable, write_tensors
 from nbpeft.engine.changes.active_state import NO_ADAPTERS
 from nbpeft.engine.contract.adapter import Rescales
@@ -80,7 +81,7 @@ class OfTheBase(Reference):
         Raises:
             CheckpointError: it was written with another one.
         """
-        if (folder / _FILE).is_file():
+        if inside.leads_to_file(folder / _FILE):
             raise CheckpointError(f"the training of {folder} had another reference than {self.name!r}")
 
 
@@ -175,7 +176,7 @@ class OfTheStart(Reference):
 
 def _read(folder: Path, model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     file = folder / _FILE
-    if not file.is_file():
+    if not inside.leads_to_file(file):
         raise CheckpointError(f"{folder} has no {_FILE}: its training had another reference than {name!r}")
     tensors, metadata = read_state(file, model)
     if metadata.get("reference") != name:

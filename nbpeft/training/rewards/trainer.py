@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.tensor_file import storable, write_tensors
 from nbpeft.engine.changes.random_numbers import drawing_from
 from nbpeft.errors import CheckpointError, ConfigError
@@ -238,7 +239,7 @@ class RolloutTrainer(ObjectiveTrainer):
         """The Trainer's method; also reads completions that further steps learn."""
         super()._load_optimizer_and_scheduler(checkpoint)
         file = Path(checkpoint or "") / _FILE
-        if checkpoint is None or not file.is_file():
+        if checkpoint is None or not inside.leads_to_file(file):
             return
         model: Any = self.model
         tensors, _ = read_state(file, model)

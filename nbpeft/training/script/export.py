@@ -17,6 +17,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from torch import nn
 
+from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.inside import shown
 from nbpeft.confidential import LOG_IN, without_secrets
@@ -330,10 +331,10 @@ def _script(constants: Mapping[str, Any], body: str, dependencies: Sequence[str]
 
 def _refuse_other(path: Path) -> None:
     """Refuses to overwrite a file that is not an unchanged exported script."""
-    if not os.path.lexists(path):
+    if not inside.is_there(path):
         return
     with disk_errors(path):
-        found = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+        found = path.read_bytes().decode("utf-8", "replace") if inside.leads_to_file(path) else ""
     text, mark, digest = found.rpartition(_MARK)
     if not mark or digest.strip() != _digest(text):
         why = "was edited since its export" if mark else "exists already and is not an exported script"

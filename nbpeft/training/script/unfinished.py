@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
+from nbpeft.errors import CheckpointError
 from nbpeft.runs.record import CRASHED
 from nbpeft.runs.store import RunPlace
 from nbpeft.training.disk.checkpoints import last_whole
@@ -28,7 +29,10 @@ def unfinished_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the last run cannot be read, or none of its checkpoints is complete.
     """
     place = RunPlace.of(folder)
-    records = place.store.records() if place.store.place.is_dir() else []
+    unseen: dict[str, OSError] = {}
+    records = place.store.records(unseen)
+    for name, error in unseen.items():  # it may be the last run, beside which another would begin
+        raise CheckpointError(f"run {name!r} cannot be read: {error.strerror}", name=name)
     last = records[0] if records else None
     if last is None or last.status not in (CRASHED, "stopped", "failed") or not last.kept_steps:
         return {"run_dir": place}

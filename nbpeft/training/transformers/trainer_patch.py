@@ -42,6 +42,7 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft.checkpoint import inside
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
 from nbpeft.engine.runtime.adapter_tensors import is_half
 from nbpeft.engine.tree.model_tree import unwrapped
@@ -313,7 +314,7 @@ def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:
     places = [folder if name == DEFAULT_ADAPTER else folder / name]
     if len(names) == 1:
         places.append(folder)
-    return next((place for place in places if any((place / file).is_file() for file in _WEIGHT_FILES)), None)
+    return next((place for place in places if any(inside.leads_to_file(place / file) for file in _WEIGHT_FILES)), None)
 
 
 # Patching the libraries. The code of the first four functions is assigned to functions of the libraries, and so runs

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from nbpeft.checkpoint import inside
 from nbpeft.display.numbers import plural
 from nbpeft.errors import ConfigError
 from nbpeft.training.adapters.snapshot import Snapshot
@@ -152,7 +153,7 @@ def kept_file(args: TrainingArguments) -> Path | None:
     """The file with the best weights in the checkpoint from which a run resumes; None if there is none."""
     folder = args.resume_from_checkpoint
     file = Path(folder, KEPT) if isinstance(folder, str | os.PathLike) else None
-    return file if file is not None and file.is_file() else None
+    return file if file is not None and inside.leads_to_file(file) else None
 
 
 def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool, scores: bool = False) -> None:
