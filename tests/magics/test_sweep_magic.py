@@ -190,7 +190,7 @@ def test_a_dry_run_and_a_plan_count_all(ready: Notebook) -> None:
     assert "2 adapters side by side" in str(preview.memory.settings)
     plans = [
         ready.do(f"%lora plan model --batch-size 2 --max-length 16 {more}")
-        for more in ("", "--adapters 3", "r=sweep(2,4)")
+        for more in ("", "--num-adapters 3", "r=sweep(2,4)")
     ]
     one, three, two = ({part.name: part.byte_count for part in plan.parts} for plan in plans)
     assert three["adapters"] == 3 * one["adapters"]
