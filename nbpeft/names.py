@@ -55,6 +55,7 @@ RENAMED = {
     "eval": ("eval_data",),
     "go_on": ("follow_up",),
     "machines": ("hosts",),
+    "name": ("adapter",),
     "only": ("held_out",),
     "overwrite": ("replace",),
     "rank": ("r",),

@@ -94,7 +94,7 @@ cells = [
     "%load_ext nbpeft",
     "%%lora model --name orders\\nr = 8\\ntarget_modules = ['q_proj', 'v_proj']",
     "%%lora_train model --data train_rows --eval-data 0.1\\nmax_steps = 3",
-    "saved = %lora save adapters/orders --name orders",
+    "saved = %lora save adapters/orders --adapter orders",
     "%lora load adapters/orders --name again",
     "%lora merge again",
 ]

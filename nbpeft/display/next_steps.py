@@ -20,7 +20,7 @@ class _Step:
     for_each: bool = True
 
 
-_SAVE = _Step("Save", "%lora save adapters/{name} --name {name}{model}")
+_SAVE = _Step("Save", "%lora save adapters/{name} --adapter {name}{model}")
 _PANEL = _Step("Compare", "%lora compare --panel{model}", of_answers=True, for_each=False)
 _SCORE = "{score}"
 _THEN = (

@@ -180,7 +180,7 @@ class LineParser(argparse.ArgumentParser):
             # Without the dashes, which would make all options look similar.
             known = [flag[2:] for item in self.command.arguments for flag in item.flags if flag.startswith("--")]
             word = first.split("=")[0].lstrip("-")
-            meant = [_MEANT[word]] if _MEANT.get(word) in known else near(word, known)
+            meant = [FORMER_OPTIONS[word]] if FORMER_OPTIONS.get(word) in known else near(word, known)
             named_field = meant_field(self.command.fields, word)
             close = " or ".join(f"'--{name}'" for name in meant)
             hint = f" Did you mean {close}?" if close else ""
@@ -352,8 +352,6 @@ FORMER_OPTIONS = {old: new[0].replace("_", "-") for old, new in RENAMED.items()}
 """Former name of an option -> its name."""
 _PYTHON_ALONE = {"combine": ("density", "seed", "sign"), "merge": ("safe",), "unload": ("merge", "safe")}
 """Command -> its former options that are arguments of the session's method alone."""
-_MEANT = {"name": "adapter"} | FORMER_OPTIONS
-"""Options of other commands, and former ones -> what they are called in this one, if it has no such option."""
 _COUNTS = ("limit", "max-rows", "max_rows", "num-rows", "num_rows")
 """Options of other tools for the number of rows."""
 _SYNONYMS = {

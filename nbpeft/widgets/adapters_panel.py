@@ -122,7 +122,7 @@ class AdaptersPanel(SessionPanel):
     def _save(self, name: str, folder: str, *, replace: bool) -> str:
         """Saves an adapter; if the folder already has another one, a button offers to replace it."""
         try:
-            return str(self._session.save(folder, name=name, model=self._name, replace=replace))
+            return str(self._session.save(folder, adapter=name, model=self._name, replace=replace))
         except AdapterExistsError as error:
             self._offer("replace", name, folder)
             raise NbpeftError(error.message.removesuffix(" (replace=…)")) from None

@@ -24,7 +24,7 @@ def methods() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def functions() -> Iterator[tuple[str, Callable[..., Any]]]:
-    for name in ("forecast", "merge_calibrated", "merge_to_folder", "score", "ship"):
+    for name in ("forecast", "score", "ship"):
         yield name, getattr(nbpeft, name)
 
 

@@ -53,7 +53,7 @@ def test_the_cells_of_a_notebook(colab: Notebook, tmp_path: Path) -> None:
     run(TRAIN)
     run("%lora panel")
     run("%lora use base\n%lora use orders")
-    run(f"%lora save {tmp_path} --name orders")
+    run(f"%lora save {tmp_path} --adapter orders")
     run("import nbpeft.examples as examples\nexamples.Scores('t', {'base model': 0.0, 'adapter': 1.0})")
     said = run("print('TRAINED', model.active_adapters, float(model.manager.parameters('orders')[1].abs().sum()) > 0)")
     assert "TRAINED ['orders'] True" in said

@@ -17,7 +17,7 @@ from tests.browser.test_background import MODEL, TRAIN
 
 pytestmark = pytest.mark.browser
 
-SAVE = "%lora save adapters/sql --name sql"
+SAVE = "%lora save adapters/sql --adapter sql"
 LEFT = "node => Math.round(node.getBoundingClientRect().left)"
 STEPS = re.compile(r"^[1-9][\d,]* / 20,000$")
 

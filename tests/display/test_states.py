@@ -321,7 +321,7 @@ class TestWhatFollowsATraining:
             steps = following(ended(), model(adapters=(adapter("orders", active=True, unsaved=unsaved),)))
             assert steps is not None and steps.saved is not unsaved
             text = read(training_card(ended(), next_steps=steps)).text
-            assert words in text and ("Save %lora save adapters/orders --name orders" in text) is unsaved
+            assert words in text and ("Save %lora save adapters/orders --adapter orders" in text) is unsaved
             assert 'Ask %lora ask "your prompt" --adapter orders' in text
             assert "Compare %lora compare --panel" in text and "Ship %lora ship orders --for ollama" in text
             assert "Resume" not in text and "--model" not in text
@@ -356,7 +356,7 @@ class TestWhatFollowsATraining:
         steps = following(ended(samples=(Sample(3, 'Say "hi"\n\\o/', ""),)), trained, model("other"))
         assert steps is not None
         assert dict(steps.commands) == {
-            "Save": "%lora save adapters/orders --name orders --model model",
+            "Save": "%lora save adapters/orders --adapter orders --model model",
             "Ask": "%lora ask \"Say 'hi'\\n\\\\o/\" --adapter orders --model model",
             "Compare": "%lora compare --panel --model model",
             "Score": "%lora score orders --data DATA --model model",
@@ -377,10 +377,10 @@ class TestWhatFollowsATraining:
         swept = following(ended(adapter="sql, pirate", members=members), trained)
         several = following(ended(adapter="sql, pirate"), trained)
         assert swept is not None and several is not None
-        assert dict(swept.commands)["Save"] == "%lora save adapters/pirate --name pirate"
+        assert dict(swept.commands)["Save"] == "%lora save adapters/pirate --adapter pirate"
         assert several.commands == (
-            ("Save", "%lora save adapters/sql --name sql"),
-            ("Save", "%lora save adapters/pirate --name pirate"),
+            ("Save", "%lora save adapters/sql --adapter sql"),
+            ("Save", "%lora save adapters/pirate --adapter pirate"),
             ("Ask each", '%lora compare "your prompt" --adapters sql pirate'),
             ("Compare", "%lora compare --panel"),
             ("Score", "%lora score sql --data DATA"),

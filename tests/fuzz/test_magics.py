@@ -280,7 +280,7 @@ def wrong_with(outcome: Outcome, bench: Bench, before: list[Any]) -> str:
 def bench(bare: Notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.chdir(tmp_path)
     made = Bench(bare, tmp_path / "saved")
-    made.notebook.do("%lora save $folder --name a --model model")
+    made.notebook.do("%lora save $folder --adapter a --model model")
     made.set_up()
     yield made
 

@@ -133,8 +133,8 @@ def test_a_running_training_is_named_and_shown_again(ready: Notebook, gate: Gate
     assert "training sql" not in str(ready.do("%lora"))
     ended = ready.do("%lora watch")
     assert str(ended).startswith("training sql finished: step 4/4") and "not saved" in ended._repr_html_()
-    assert "%lora save adapters/sql --name sql --model model" not in ended._repr_html_()
-    assert "%lora save adapters/sql --name sql" in ended._repr_html_()
+    assert "%lora save adapters/sql --adapter sql --model model" not in ended._repr_html_()
+    assert "%lora save adapters/sql --adapter sql" in ended._repr_html_()
 
 
 def test_unloading_the_extension_ends_it(ready: Notebook, gate: Gate) -> None:

@@ -65,7 +65,7 @@ def test_a_network_beside_the_model_is_made_in_a_cell(adapted: Notebook) -> None
 @pytest.mark.slow
 def test_a_mixture_of_saved_adapters_is_made_in_a_cell(adapted: Notebook, tmp_path: Path) -> None:
     for name in ("sql", "chat"):
-        adapted.do(f"%lora save {tmp_path / name} --name {name}")
+        adapted.do(f"%lora save {tmp_path / name} --adapter {name}")
     adapted["saved"] = {name: str(tmp_path / name) for name in ("sql", "chat")}
     listed = str(adapted.do("%lora methods"))
     assert "adapters must map the name of each LoRA to its folder or hub id" in listed

@@ -71,7 +71,7 @@ def revisions(notebook: Notebook) -> list[tuple[Any, ...]]:
 @pytest.mark.drawn(6)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_asks_which_of_several_models(two: Notebook, verb: str, tmp_path: Path) -> None:
-    two.do(f"%lora save {tmp_path}/sql --name sql --model other")
+    two.do(f"%lora save {tmp_path}/sql --adapter sql --model other")
     before, files = revisions(two), sorted(tmp_path.rglob("*"))
     outcome = two.run("%lora " + VERBS[verb].format(folder=tmp_path))
     assert (
@@ -115,7 +115,7 @@ def test_unsaved_training_is_marked_where_adapters_are_listed(trained: Notebook,
     assert "not saved" in trained.do("%lora")._repr_html_()
     trained.do("%lora add model --name chat r=2 target_modules=q_proj")
     assert "inactive, not saved" in str(trained.do("%lora")), "an adapter that is not active is not called frozen"
-    trained.do(f"%lora save {tmp_path} --name sql")
+    trained.do(f"%lora save {tmp_path} --adapter sql")
     assert "not saved" not in str(trained.do("%lora"))
     trained.do("%lora freeze sql")
     assert "inactive, frozen" in str(trained.do("%lora"))
@@ -132,7 +132,7 @@ def test_unloaded_adapters_come_back(trained: Notebook, tmp_path: Path) -> None:
     restored = str(trained.do("%lora undo"))
     assert restored.startswith("'sql' is on model, as on the model before; its training is not saved")
     assert [torch.equal(*pair) for pair in zip(weights(trained), before, strict=True)] == [True] * len(before)
-    trained.do(f"%lora save {tmp_path} --name sql")
+    trained.do(f"%lora save {tmp_path} --adapter sql")
     assert "not saved" not in str(trained.do("%lora unload"))
 
 
@@ -181,7 +181,7 @@ def test_an_adapter_starts_anew_and_comes_back(trained: Notebook) -> None:
 
 def test_unsaved_training_is_not_replaced_unless_told(trained: Notebook, tmp_path: Path) -> None:
     trained.do("%lora add model --name chat r=2 target_modules=q_proj")
-    trained.do(f"%lora save {tmp_path}/chat --name chat")
+    trained.do(f"%lora save {tmp_path}/chat --adapter chat")
     before = weights(trained)
     for cell in (f"swap {tmp_path}/chat --into sql", f"load {tmp_path}/chat --name sql", "combine chat=1 --name sql"):
         line = trained.run(f"%lora {cell}").line

@@ -10,7 +10,7 @@ from tests.checkpoint.loopback import TOKEN, Hub
 
 
 def test_push_and_load(hub: Hub, adapted: Any) -> None:
-    outcome = adapted.run("%lora push me/sql --name sql --private --message 'By the test'")
+    outcome = adapted.run("%lora push me/sql --adapter sql --private --message 'By the test'")
     assert outcome.error is None
     assert outcome.value.commit_url.startswith(f"{hub.endpoint}/me/sql/commit/")
     assert hub.commits == [("me/sql", "main", "By the test")] and hub.private == {"me/sql"}
@@ -26,11 +26,11 @@ def test_push_and_load(hub: Hub, adapted: Any) -> None:
 
 def test_mistakes_are_one_line(hub: Hub, adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "say which one to push (--name): chat, sql" in adapted.run("%lora push me/sql").line
-    assert "push needs a repository as user/name" in adapted.run("%lora push a/b/c --name sql").line
+    assert "push needs a repository as user/name" in adapted.run("%lora push a/b/c --adapter sql").line
     assert "USER/NAME" in adapted.run("%lora push").line
     monkeypatch.delenv("HF_TOKEN")
-    assert "needs an access token with write access" in adapted.run("%lora push me/sql --name sql").line
+    assert "needs an access token with write access" in adapted.run("%lora push me/sql --adapter sql").line
     monkeypatch.setenv("HF_TOKEN", "hf_" + "w" * 30)
-    line = adapted.run("%lora push me/sql --name sql").line
+    line = adapted.run("%lora push me/sql --adapter sql").line
     assert "does not accept this access token" in line and "hf_w" not in line
     assert hub.commits == []

@@ -88,7 +88,7 @@ def test_the_card_of_a_run_is_shown_without_its_kernel(
     assert "Resume</span>" in page and "%lora resume sql-1" in page and "4 / 6" in page
     assert len(crashed.train.history) == 4 and crashed.train.series["learning rate"]
     trained = prepare(bare).do(CELL)
-    bare.do(f'%lora save "{tmp_path / "saved"}" --name sql')
+    bare.do(f'%lora save "{tmp_path / "saved"}" --adapter sql')
     bare.do("%unload_ext nbpeft")
     bare.do("%load_ext nbpeft")
     ended = bare.do("%lora watch sql-2")

@@ -52,7 +52,7 @@ def test_completion_and_help(adapted: Notebook) -> None:
 
 
 def test_revisions_and_folders_of_a_repository(hub: Hub, adapted: Any) -> None:
-    adapted.do("%lora push me/sql --name sql --revision v1")
+    adapted.do("%lora push me/sql --adapter sql --revision v1")
     adapted.do("%lora load me/sql@v1 --name one")
     adapted.do(f"%lora load me/sql --revision {COMMIT} --name two")
     assert any("/resolve/v1/adapter_config.json" in request for request in hub.asked)
@@ -67,7 +67,7 @@ def test_revisions_and_folders_of_a_repository(hub: Hub, adapted: Any) -> None:
 
 
 def test_a_private_repository_needs_the_token(hub: Hub, adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted.do("%lora push me/sql --name sql --private")
+    adapted.do("%lora push me/sql --adapter sql --private")
     hub.accepted = {"hf_" + "y" * 30}
     line = adapted.run("%lora load me/sql --name one").line
     assert "me/sql" in line and "hf_x" not in line

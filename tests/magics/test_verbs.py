@@ -152,7 +152,7 @@ def test_unloading_a_merged_adapter_keeps_what_was_learned(trained: Notebook) ->
 
 def test_a_round_trip_through_a_folder(trained: Notebook, tmp_path: Path) -> None:
     before = logits(trained["model"])
-    saved = trained.do(f"%lora save {tmp_path}/sql --name sql")
+    saved = trained.do(f"%lora save {tmp_path}/sql --adapter sql")
     assert {path.name for path in (tmp_path / "sql").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     assert saved.saved[0].byte_count == sum(path.stat().st_size for path in (tmp_path / "sql").iterdir())
     trained.do("%lora unload")
@@ -164,7 +164,7 @@ def test_a_round_trip_through_a_folder(trained: Notebook, tmp_path: Path) -> Non
 
 
 def test_loading_to_train_on(trained: Notebook, tmp_path: Path) -> None:
-    trained.do(f"%lora save {tmp_path}/sql --name sql")
+    trained.do(f"%lora save {tmp_path}/sql --adapter sql")
     trained.do("%lora unload")
     trained.do(f"%lora load {tmp_path}/sql --name more --trainable")
     assert sum(p.requires_grad for p in trained["model"].parameters()) == 8
@@ -287,7 +287,7 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
 )
 def test_a_mistake_is_one_line_and_changes_nothing(trained: Notebook, tmp_path: Path, line: str, message: str) -> None:
     trained["folder"] = tmp_path / "sql"
-    trained.session.save(tmp_path / "sql", name="sql")
+    trained.session.save(tmp_path / "sql", adapter="sql")
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     before, state = fingerprint(trained["model"]), trained.session.state.models
     assert message in trained.run(f"%lora {line}").line
@@ -374,7 +374,7 @@ class TestWhichModel:
         two.do(f"%lora {line} --model model")
 
     def test_swapping(self, two: Notebook, tmp_path: Path) -> None:
-        two.do(f"%lora save {tmp_path} --name sql --model model")
+        two.do(f"%lora save {tmp_path} --adapter sql --model model")
         assert "swap needs one of them" in two.run(f"%lora swap {tmp_path}").line
         assert "on model" in str(two.do(f"%lora swap {tmp_path} --into sql"))
 
@@ -452,7 +452,7 @@ class TestDamagedCheckpoints:
 
     @pytest.fixture
     def saved(self, trained: Notebook, tmp_path: Path) -> Path:
-        trained.do(f"%lora save {tmp_path}/good --name sql")
+        trained.do(f"%lora save {tmp_path}/good --adapter sql")
         return tmp_path / "good"
 
     @staticmethod
@@ -517,5 +517,5 @@ def test_a_full_disk(trained: Notebook, tmp_path: Path, monkeypatch: pytest.Monk
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
-    assert "no space left" in trained.run(f"%lora save {tmp_path}/x --name sql").line
+    assert "no space left" in trained.run(f"%lora save {tmp_path}/x --adapter sql").line
     assert list(tmp_path.iterdir()) == []

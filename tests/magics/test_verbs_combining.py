@@ -37,7 +37,7 @@ def saved(trained: Notebook, tmp_path: Path) -> Path:
         for parameter in trained["model"].manager.parameters("other"):
             parameter.neg_()
             parameter[0] += 0.5
-    trained.do(f"%lora save {tmp_path}/new --name other")
+    trained.do(f"%lora save {tmp_path}/new --adapter other")
     trained.do("%lora delete other")
     trained.do("%lora use sql")
     return tmp_path / "new"

@@ -295,7 +295,7 @@ def test_a_cell_run_again_after_a_swap_reconfigures(session: Session, model: Any
 def test_an_impossible_length_is_told_before_anything_happens(
     session: Session, model: Any, tmp_path: Path, tokens: Any
 ) -> None:
-    session.save(tmp_path, name="orders")
+    session.save(tmp_path, adapter="orders")
     before = everything(model)
     settings: dict[str, Any] = {"tokenizer": CharTokenizer(), "max_new_tokens": tokens}
     for ask in (

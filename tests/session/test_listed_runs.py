@@ -97,7 +97,7 @@ def test_scores_are_those_of_the_best_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["swap", "reset", "load"])
 def test_weights_that_replace_those_of_a_training_are_not_told_as_its_own(change: str, tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
-    session.save(tmp_path / "saved", name="sql")
+    session.save(tmp_path / "saved", adapter="sql")
     train = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state
 
     def told() -> bool | None:

@@ -134,9 +134,9 @@ def test_an_adapter_that_was_never_trained(hub: Hub, session: Session, two_adapt
     with pytest.raises(AdapterError, match=r"several adapters; say which one to push .*: pirate, orders"):
         session.push("me/orders")
     with pytest.raises(UnknownAdapterError):
-        session.push("me/orders", name="order")
+        session.push("me/orders", adapter="order")
     assert hub.asked == []
-    session.push("me/orders", name="orders")
+    session.push("me/orders", adapter="orders")
     card = hub.files["me/orders"]["README.md"].decode()
     assert "## Training" not in card and "| `r` | `2` |" in card
     assert hub.files["me/orders"].keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -240,9 +240,9 @@ def test_another_adapter_in_the_repository_is_not_replaced_unasked(hub: Hub, ses
     session.add(trained, {"r": 8, "target_modules": ["q_proj"]}, name="wide")
     files, commits = dict(hub.files["me/orders"]), list(hub.commits)
     with pytest.raises(AdapterExistsError, match=r"me/orders holds an adapter with another r: .* \(replace=…\)"):
-        session.push("me/orders", name="wide")
+        session.push("me/orders", adapter="wide")
     assert hub.files["me/orders"] == files and hub.commits == commits
-    session.push("me/orders", name="wide", replace=True)
+    session.push("me/orders", adapter="wide", replace=True)
     assert b'"r": 8' in hub.files["me/orders"]["adapter_config.json"]
 
 

@@ -598,11 +598,11 @@ def test_a_resumed_run_is_saved_nowhere(broken: Path) -> None:
 def test_a_state_stays_when_another_adapter_is_saved_over_the_copy(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path / "runs")
     session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
-    session.save(tmp_path / "out", name="sql")
+    session.save(tmp_path / "out", adapter="sql")
     session.add(model, LORA, name="other")
     session.use("other")
     session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
-    session.save(tmp_path / "out", name="other", replace=True)
+    session.save(tmp_path / "out", adapter="other", replace=True)
     store = RunStore(tmp_path / "runs")
     kept = {record.name: record.kept_steps for record in store.records()}
     assert len(kept) == 2 and kept["sql-1"] == (1,)

@@ -42,7 +42,7 @@ def two(session: Session, tmp_path: Path) -> Any:
     session.add(model, FIELDS, name="d")
     learn(session, "c", 1)
     learn(session, "d", 2)
-    session.save(tmp_path / "one", name="c")
+    session.save(tmp_path / "one", adapter="c")
     assert session.unsaved(model) == ("d",)
     return model
 
@@ -51,18 +51,18 @@ def test_a_new_head_that_is_not_in_the_folder_is_named(session: Session, tmp_pat
     base = classifier()
     base.config.architectures = ["LlamaForCausalLM"]
     model = session.add(base, FIELDS, name="team", variable="clf").model
-    assert session.save(tmp_path / "new", name="team").notes == ()
+    assert session.save(tmp_path / "new", adapter="team").notes == ()
     rows = [{"input_ids": [1, 2, 3], "labels": label} for label in (0, 1)]
     with pytest.warns(UserWarning, match="The head 'score'"):
         session.train(model, rows, max_steps=1, keep=False)
-    (note,) = session.save(tmp_path / "trained", name="team").notes
+    (note,) = session.save(tmp_path / "trained", adapter="team").notes
     assert "The head 'score' is newly initialized" in note and "is not saved with the adapter" in note
     session.add(model, FIELDS | {"modules_to_save": ["score"]}, name="whole")
     session.train(model, rows, adapter="whole", max_steps=1, keep=False)
     for active in ("whole", "team"):
         session.use(active)
-        assert session.save(tmp_path / "whole", name="whole").notes == ()
-        assert len(session.save(tmp_path / "trained", name="team").notes) == 1
+        assert session.save(tmp_path / "whole", adapter="whole").notes == ()
+        assert len(session.save(tmp_path / "trained", adapter="team").notes) == 1
 
 
 def refused(session: Session, folder: Path, told: str, **options: Any) -> None:
@@ -73,34 +73,34 @@ def refused(session: Session, folder: Path, told: str, **options: Any) -> None:
 
 
 def test_the_only_copy_of_another_adapter_is_not_replaced_unasked(session: Session, two: Any, tmp_path: Path) -> None:
-    refused(session, tmp_path / "one", "one holds another adapter, 'c': choose another folder for 'd'", name="d")
+    refused(session, tmp_path / "one", "one holds another adapter, 'c': choose another folder for 'd'", adapter="d")
     assert session.unsaved(two) == ("d",)
-    session.save(tmp_path / "one", name="d", replace=True)
+    session.save(tmp_path / "one", adapter="d", replace=True)
     assert session.unsaved(two) == ("c",), "its only copy was replaced"
-    session.save(tmp_path / "two", name="c")
-    session.save(tmp_path / "one", name="d")
+    session.save(tmp_path / "two", adapter="c")
+    session.save(tmp_path / "one", adapter="d")
     assert session.unsaved(two) == ()
 
 
 def test_one_that_has_another_copy_stays_saved(session: Session, two: Any, tmp_path: Path) -> None:
-    session.save(tmp_path / "two", name="c")
-    session.save(tmp_path / "one", name="d", replace=True)
+    session.save(tmp_path / "two", adapter="c")
+    session.save(tmp_path / "one", adapter="d", replace=True)
     assert session.unsaved(two) == ()
-    session.save(tmp_path / "two", name="d", replace=True)
+    session.save(tmp_path / "two", adapter="d", replace=True)
     assert session.unsaved(two) == ("c",)
 
 
 def test_a_copy_from_before_a_training_is_none(session: Session, two: Any, tmp_path: Path) -> None:
     learn(session, "c", 3)
-    session.save(tmp_path / "two", name="c")
-    session.save(tmp_path / "two", name="d", replace=True)
+    session.save(tmp_path / "two", adapter="c")
+    session.save(tmp_path / "two", adapter="d", replace=True)
     assert session.unsaved(two) == ("c",), "what one has is older"
 
 
 def test_a_copy_that_was_removed_is_none(session: Session, two: Any, tmp_path: Path) -> None:
-    session.save(tmp_path / "two", name="c")
+    session.save(tmp_path / "two", adapter="c")
     shutil.rmtree(tmp_path / "two")
-    session.save(tmp_path / "one", name="d", replace=True)
+    session.save(tmp_path / "one", adapter="d", replace=True)
     assert session.unsaved(two) == ("c",)
 
 
@@ -120,7 +120,7 @@ def test_the_same_adapter_is_saved_to_its_folder_again(
         name = session.load(tmp_path / "one", name="again").adapter.name
     elif how == "a new kernel":
         forget(monkeypatch)
-    session.save(tmp_path / "one", name=name)
+    session.save(tmp_path / "one", adapter=name)
     assert torch.equal(*(load_file(tmp_path / "one" / "adapter_model.safetensors")[key] for key in (KEY, KEY)))
 
 
@@ -166,7 +166,7 @@ def test_a_file_that_was_replaced_by_others_is_looked_at(session: Session, two: 
     weights = tmp_path / "one" / "adapter_model.safetensors"
     tensors = {key: tensor.repeat(2, 1) for key, tensor in load_file(weights).items()}
     save_file(tensors, weights)
-    refused(session, tmp_path / "one", "an adapter with other tensors", name="c")
+    refused(session, tmp_path / "one", "an adapter with other tensors", adapter="c")
 
 
 @pytest.mark.parametrize("broken", ["weights", "config alone", "pickled"])
@@ -178,7 +178,7 @@ def test_what_cannot_be_read_is_another_adapter(session: Session, two: Any, tmp_
         weights.unlink()
     if broken == "pickled":
         (tmp_path / "one" / "adapter_model.bin").write_bytes(b"x")
-    refused(session, tmp_path / "one", "one holds (an|the config of an) adapter", name="d")
+    refused(session, tmp_path / "one", "one holds (an|the config of an) adapter", adapter="d")
 
 
 def test_several_are_saved_together_or_not_at_all(session: Session, two: Any, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_an_older_file_says_no_name(
     forget(monkeypatch)
     weights = tmp_path / "one" / "adapter_model.safetensors"
     save_file(load_file(weights), weights)
-    session.save(tmp_path / "one", name="d")
+    session.save(tmp_path / "one", adapter="d")
     assert session.unsaved(two) == ()
 
 
@@ -207,9 +207,9 @@ def test_save_pretrained_replaces_as_in_peft_and_marks_are_right(session: Sessio
     second.save_pretrained(str(tmp_path / "all"))
     assert session.unsaved(two) == (), "c is in one as well"
     second.save_pretrained(str(tmp_path / "third"))
-    session.save(tmp_path / "third" / "c", name="c", replace=True)
+    session.save(tmp_path / "third" / "c", adapter="c", replace=True)
     assert second.manager.unsaved == set(), "it is in all as well"
-    session.save(tmp_path / "all" / "c", name="c", replace=True)
+    session.save(tmp_path / "all" / "c", adapter="c", replace=True)
     assert second.manager.unsaved == {"c"}
 
 
@@ -217,11 +217,11 @@ def test_a_loaded_adapter_whose_file_is_replaced_is_not_saved(session: Session, 
     reader = Session()
     loaded = reader.load(tmp_path / "one", name="l", model=llama(), variable="reader")
     assert reader.unsaved(loaded.model) == ()
-    session.save(tmp_path / "two", name="c")
-    session.save(tmp_path / "one", name="d", replace=True)
+    session.save(tmp_path / "two", adapter="c")
+    session.save(tmp_path / "one", adapter="d", replace=True)
     assert reader.unsaved(loaded.model) == ("l",) and session.unsaved(two) == (), "c is in two as well"
     again = reader.load(tmp_path / "one", name="m", model=loaded.model)
-    session.save(tmp_path / "one", name="c", replace=True)
+    session.save(tmp_path / "one", adapter="c", replace=True)
     assert reader.unsaved(again.model) == ("l", "m") and session.unsaved(two) == ("d",)
 
 
@@ -235,7 +235,7 @@ def test_a_failed_write_changes_no_mark(
 
     monkeypatch.setattr("nbpeft.checkpoint.folder.write_tensors", fail)
     with pytest.raises(CheckpointError, match="no space left"):
-        session.save(tmp_path / "one", name="d", replace=True)
+        session.save(tmp_path / "one", adapter="d", replace=True)
     assert session.unsaved(two) == ("d",) and contents(tmp_path / "one") == before
 
 
@@ -255,7 +255,7 @@ def test_what_is_written_over_a_copy_otherwise_corrects_the_mark(session: Sessio
     with pytest.warns(UserWarning, match="already a LoRA adapter"):
         nbpeft.save_as_lora(tmp_path / "one", two, rank=2, adapter_name="c")
     assert session.unsaved(two) == ("c", "d")
-    session.save(tmp_path / "two", name="c")
+    session.save(tmp_path / "two", adapter="c")
     with pytest.raises(CheckpointError, match="already exists"):
         session.ship("c", engine="peft", to=tmp_path / "two")
     assert session.unsaved(two) == ("d",)
@@ -276,7 +276,7 @@ def test_followers_are_told_when_other_threads_can_save(session: Session, two: A
 
     follower = Follower()
     manager.subscribe(follower.changed)
-    session.save(tmp_path / "one", name="d", replace=True)
+    session.save(tmp_path / "one", adapter="d", replace=True)
     assert seen and not any(waits for waits, _ in seen)
     assert all(unsaved == {"c"} for _, unsaved in seen), "d is saved, and c has no copy any more"
 
@@ -293,7 +293,7 @@ def test_marks_and_places_are_read_together(session: Session, two: Any, tmp_path
 def test_its_readme_says_what_it_was_trained_on(session: Session, tmp_path: Path) -> None:
     model = session.add(llama(), FIELDS, name="c", variable="model").model
     session.train(model, token_rows(4), max_steps=2, per_device_train_batch_size=2, eval_data=token_rows(2))
-    session.save(tmp_path / "one", name="c")
+    session.save(tmp_path / "one", adapter="c")
     text = (tmp_path / "one" / "README.md").read_text()
     assert "A LoRA adapter for a LlamaForCausalLM with" in text and "# c" in text
     assert "| data | 4 rows" in text and "evaluation loss" in text and "| `max_steps` | `2` |" in text

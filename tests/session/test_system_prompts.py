@@ -80,7 +80,7 @@ def test_each_adapter_is_compared_with_its_own_system_prompt(session: Session, m
 
 def test_the_form_of_the_rows_is_saved_loaded_and_carried_along(session: Session, model: Any, tmp_path: Path) -> None:
     train(session, [chat("Be  brief |x|")] * 2)
-    session.save(tmp_path / "a", name="orders")
+    session.save(tmp_path / "a", adapter="orders")
     assert "Trained with the chat template and the system prompt" in (tmp_path / "a" / "README.md").read_text()
     other = Session()
     loaded = other.load(tmp_path / "a", name="again", model=llama(), variable="model").model
@@ -109,7 +109,7 @@ def test_the_record_of_a_run_has_the_system_prompt(session: Session, model: Any,
 
 def test_plain_rows_are_asked_plainly_after_loading_too(session: Session, model: Any, tmp_path: Path) -> None:
     train(session, [{"prompt": "Hi", "completion": " you"}] * 2)
-    session.save(tmp_path, name="orders")
+    session.save(tmp_path, adapter="orders")
     other = Session()
     kept = other.load(tmp_path, name="again", model=llama(), variable="model").model
     assert prompt_format(kept.manager.configs["again"]) == PromptFormat(chat=False)
@@ -187,9 +187,9 @@ def test_an_adapter_that_a_pool_has_not_loaded_is_asked_as_it_was_trained(
     session: Session, model: Any, tmp_path: Path
 ) -> None:
     train(session, [chat()] * 2)
-    session.save(tmp_path / "a", name="orders")
+    session.save(tmp_path / "a", adapter="orders")
     train(session, [chat("Ahoy")] * 2, adapter="pirate")
-    session.save(tmp_path / "b", name="pirate")
+    session.save(tmp_path / "b", adapter="pirate")
     other = Session()
     pool = AdapterPool(llama(), 100, adapters={"brief": tmp_path / "a", "pirate": tmp_path / "b"})
     other.register(pool.model, name="model")
@@ -248,7 +248,7 @@ def test_the_variables_of_the_template_are_kept_with_the_adapter(
     assert asked and set(asked) == {True}
     session.score(rows, tokenizer=watched, max_new_tokens=2, chat_template_kwargs={"loud": False})
     assert asked[-1] is False
-    session.save(tmp_path / "a", name="orders")
+    session.save(tmp_path / "a", adapter="orders")
     assert 'Trained with the chat template with `{"loud": true}`' in (tmp_path / "a" / "README.md").read_text()
     other = Session()
     loaded = other.load(tmp_path / "a", name="again", model=llama(), variable="model").model

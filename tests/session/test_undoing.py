@@ -35,7 +35,7 @@ def model(session: Session) -> Any:
 @pytest.fixture
 def saved(session: Session, model: Any, tmp_path: Path) -> Path:
     """A folder with an adapter like ``chat``."""
-    session.save(tmp_path / "chat", name="chat")
+    session.save(tmp_path / "chat", adapter="chat")
     return tmp_path / "chat"
 
 
@@ -164,7 +164,7 @@ class TestWhatIsNotGivenUp:
         with pytest.raises(AdapterError, match=words):
             session.swap(saved, into="sql")
         assert same(everything(model), before)
-        session.save(saved.parent / "sql", name="sql")
+        session.save(saved.parent / "sql", adapter="sql")
         session.swap(saved, into="sql")
 
     def test_by_loading(self, session: Session, model: Any, saved: Path) -> None:
@@ -193,7 +193,7 @@ class TestWhatIsNotGivenUp:
 class TestUnsavedTraining:
     def test_is_marked_until_it_is_saved(self, session: Session, model: Any, tmp_path: Path) -> None:
         assert [item.unsaved for item in session.state.models[0].adapters] == [False, True]
-        session.save(tmp_path / "sql", name="sql")
+        session.save(tmp_path / "sql", adapter="sql")
         assert not state_of(session, "sql").unsaved
         session.train(model, token_rows(4), max_steps=1)
         assert state_of(session, "sql").unsaved
@@ -201,12 +201,12 @@ class TestUnsavedTraining:
         assert not state_of(session, "sql").unsaved, "it was saved at the end of the training"
 
     def test_is_not_saved_by_checkpoints_that_go(self, session: Session, model: Any, tmp_path: Path) -> None:
-        session.save(tmp_path / "sql", name="sql")
+        session.save(tmp_path / "sql", adapter="sql")
         session.train(model, token_rows(4), token_rows(4), max_steps=1, eval_steps=1, load_best_model_at_end=True)
         assert state_of(session, "sql").unsaved
 
     def test_is_seen_in_a_loop_of_ones_own(self, session: Session, model: Any, tmp_path: Path) -> None:
-        session.save(tmp_path / "sql", name="sql")
+        session.save(tmp_path / "sql", adapter="sql")
         states: list[bool] = []
         session.subscribe(lambda state: states.append(state.models[0].adapters[1].unsaved))
         optimizer = torch.optim.SGD(model.manager.parameters("sql"), lr=0.1)
@@ -353,7 +353,7 @@ def test_no_adapter_is_called_base(session: Session, model: Any, saved: Path, ho
 
 
 def test_a_folder_called_base_needs_another_name(session: Session, model: Any, tmp_path: Path) -> None:
-    session.save(tmp_path / "base", name="chat")
+    session.save(tmp_path / "base", adapter="chat")
     with pytest.raises(AdapterError, match=r"take another name; give the adapter a name \(name=…\)"):
         session.load(tmp_path / "base")
     assert session.load(tmp_path / "base", name="loaded").adapter.name == "loaded"

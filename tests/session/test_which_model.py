@@ -69,7 +69,7 @@ def state_of(*models: Any) -> list[Any]:
 @pytest.mark.drawn(12)
 @pytest.mark.parametrize("what", COMMANDS)
 def test_every_command_asks_which_of_several(session: Session, two: tuple[Any, Any], tmp_path: Path, what: str) -> None:
-    session.save(tmp_path / "x", name="x", model="first")
+    session.save(tmp_path / "x", adapter="x", model="first")
     before, files = state_of(*two), sorted(tmp_path.rglob("*"))
     command = what.partition(" ")[0]
     words = f"several models carry adapters; {command} needs one of them: model='first' or model='second'"
@@ -85,7 +85,7 @@ NAMED: dict[str, Callable[[Session, Path], object]] = {
     "scale": lambda session, folder: session.scale("y", 2.0),
     "freeze": lambda session, folder: session.freeze("y"),
     "freeze off": lambda session, folder: session.freeze("y", off=True),
-    "save": lambda session, folder: session.save(folder / "y", name="y"),
+    "save": lambda session, folder: session.save(folder / "y", adapter="y"),
     "delete": lambda session, folder: session.delete(["y"]),
     "rename": lambda session, folder: session.rename("y", "z"),
     "copy": lambda session, folder: session.copy("y", "z"),
@@ -245,7 +245,7 @@ def test_a_folder_whose_name_cannot_be_an_adapters(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = session.add(llama(), FIELDS, name="x", variable="model").model
-    session.save(tmp_path / "taken", name="x")
+    session.save(tmp_path / "taken", adapter="x")
 
     def refuse(name: object) -> None:
         if name == "taken":

@@ -31,7 +31,7 @@ learning_rate = 1e-2
 logging_steps = 1
 report_to = []""",
     "%lora score --data rows --metric loss --tokenizer tokenizer",
-    "%lora save saved --name orders",
+    "%lora save saved --adapter orders",
     """tokens = torch.arange(1, 9)[None]
 again = nbpeft.PeftModel.from_pretrained(llama(), "saved")
 with torch.no_grad():

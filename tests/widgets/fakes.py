@@ -174,10 +174,10 @@ class FakeSession:
         """There are none."""
         return ()
 
-    def save(self, folder: str, *, name: str, model: str, replace: bool) -> str:
-        self._take("replace" if replace else "save", name, folder)
-        self._require(name, model)
-        return f"saved {name!r} to {folder}, 19.5 MB"
+    def save(self, folder: str, *, adapter: str, model: str, replace: bool) -> str:
+        self._take("replace" if replace else "save", adapter, folder)
+        self._require(adapter, model)
+        return f"saved {adapter!r} to {folder}, 19.5 MB"
 
     def delete(self, name: str, *, model: str) -> str:
         self._take("delete", name)

@@ -199,7 +199,7 @@ class TestAFinishedCard:
         simulate(session, steps=3, seconds=0)
         cards = [lambda: outputs[0].last["text/html"]] + [lambda: card_of(outputs[1])] * (ui == "widgets")
         for card in cards:
-            assert "not saved" in card() and "%lora save adapters/orders --name orders" in card()
+            assert "not saved" in card() and "%lora save adapters/orders --adapter orders" in card()
         session.change("model", adapters=(adapter("orders", active=True),))
         wait_until(lambda: all("not saved" not in card() and "✓ saved" in card() for card in cards))
         session.delete("orders", model="model")

@@ -137,17 +137,17 @@ def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
     "save",
     "Save adapters in PEFT's format.",
     argument("folder", metavar="DIR", completes="path", help="the folder, created if needed"),
-    argument("--name", "-n", metavar="NAME", completes="adapter", help="only this adapter (default: all)"),
+    argument("--adapter", "-a", metavar="NAME", completes="adapter", help="only this adapter (default: all)"),
     argument("--replace", action="store_true", help="overwrite another adapter in that folder"),
     ON_MODEL,
-    example="%lora save adapters/sql --name sql",
+    example="%lora save adapters/sql --adapter sql",
 )
 def save(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Save one adapter or all."""
     if not options.folder.strip():
         raise CellError("%lora save needs a folder")
     model = notebook.chosen(options.model)
-    return notebook.session.save(options.folder, name=options.name, model=model, replace=options.replace)
+    return notebook.session.save(options.folder, adapter=options.adapter, model=model, replace=options.replace)
 
 
 session_command(

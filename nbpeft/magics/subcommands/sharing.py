@@ -14,7 +14,7 @@ session_command(
     "Upload an adapter to the Hub, with a model card. The access token comes from HF_TOKEN, a login, or a secret of "
     "Colab or Kaggle.",
     argument("repo", metavar="USER/NAME", help="the repository, created if needed"),
-    argument("--name", "-n", metavar="NAME", completes="adapter", help="the adapter, if there are several"),
+    argument("--adapter", "-a", metavar="NAME", completes="adapter", help="the adapter, if there are several"),
     argument("--private", action="store_true", default=None, help="make a new repository private"),
     argument("--message", metavar="TEXT", help="message of the commit (default: Upload adapter)"),
     argument("--revision", metavar="BRANCH", help="a branch, created if needed (default: main)"),

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft._util.former_names import refusing_former_names
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.kernels.rounding import HasGrid, round_with_feedback, share_lost
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -56,7 +55,6 @@ class CalibratedMerge(AsDict):
         )
 
 
-@refusing_former_names
 def merge_calibrated(
     model: nn.Module,
     data: Iterable[Mapping[str, Tensor]],

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft._util.former_names import refusing_former_names
 from nbpeft.checkpoint import NewFile, TensorSpec
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.contract.adapter import rounds
@@ -144,7 +143,6 @@ class MergedFolder(AsDict):
         return line if self.errors is None else f"{line}; {self.errors}"
 
 
-@refusing_former_names
 def merge_to_folder(
     model: nn.Module | str | os.PathLike[str],
     adapter: str | os.PathLike[str] | Sequence[str] | None,

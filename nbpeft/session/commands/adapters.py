@@ -381,7 +381,7 @@ def save(
     ctx: SessionContext,
     folder: str | os.PathLike[str],
     *,
-    name: str | None = None,
+    adapter: str | None = None,
     model: ModelLike = None,
     replace: bool = False,
 ) -> SaveResult:
@@ -389,7 +389,7 @@ def save(
 
     Args:
         folder: folder for one adapter; several adapters are saved in subfolders with their names.
-        name: name of the adapter; None for all of the model's adapters.
+        adapter: its name; None for all of the model's adapters.
         model: an adapted model.
         replace: overwrite another adapter in a folder: one with another name, base model or other tensors. If that was
             the only copy of an adapter of this process, that adapter is marked as not saved.
@@ -402,8 +402,8 @@ def save(
     from nbpeft.model.saving import files
 
     place = place_of(folder, "save")
-    tracked = ctx.models.get(model, command="save", adapters=(name,))
-    names = (name,) if name is not None else tracked.manager.names
+    tracked = ctx.models.get(model, command="save", adapters=(adapter,))
+    names = (adapter,) if adapter is not None else tracked.manager.names
     tracked.manager.require(*names)
     if not names:
         raise AdapterError(f"{tracked.name} has no adapter to save")
@@ -414,17 +414,17 @@ def save(
         )
         saved = tuple(
             SavedAdapter(
-                adapter,
+                name,
                 str(Path(made.paths[0]).parent) if made.paths else place,
                 tuple(sorted(Path(path).name for path in made.paths)),
                 made.byte_count,
             )
-            for adapter, made in written.items()
+            for name, made in written.items()
         )
-        for adapter in saved:
-            _note_with_run(ctx, tracked, adapter)
-            if tracked.steps_of((adapter.name,))[0]:
-                notes += _note_on_head(tracked, adapter.name)
+        for one in saved:
+            _note_with_run(ctx, tracked, one)
+            if tracked.steps_of((one.name,))[0]:
+                notes += _note_on_head(tracked, one.name)
         return SaveResult(tracked.name, saved, notes=tuple(notes))
 
 

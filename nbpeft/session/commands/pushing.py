@@ -22,7 +22,7 @@ def push(
     ctx: SessionContext,
     repo: str,
     *,
-    name: str | None = None,
+    adapter: str | None = None,
     model: ModelLike = None,
     private: bool | None = None,
     message: str | None = None,
@@ -38,7 +38,7 @@ def push(
 
     Args:
         repo: ``user/name``; created if it does not exist.
-        name: name of the adapter; None if the model has only one.
+        adapter: its name; None if the model has only one.
         model: an adapted model.
         private: whether a new repository is private; None for the account's default, usually public.
         message: commit message.
@@ -57,8 +57,8 @@ def push(
 
     if not isinstance(repo, str) or not _REPO.fullmatch(repo):
         raise AdapterError(f"push needs a repository as user/name, not {repo!r:.60}")
-    tracked = ctx.models.get(model, command="push", adapters=(name,))
-    chosen = _adapter(tracked, name)
+    tracked = ctx.models.get(model, command="push", adapters=(adapter,))
+    chosen = _adapter(tracked, adapter)
     token = find_token(token)
     options: dict[str, Any] = {"revision": revision, "commit_message": message}
     with ctx.command(f"uploading {chosen!r} to {repo}", slow=True) as notes:
