@@ -14,7 +14,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from tests.closeness import assert_close
 
 
 class Without:
@@ -66,7 +65,9 @@ def use() -> None:
         loaded = PeftModel.from_pretrained(tiny_model(), folder)
         assert torch.equal(loaded(input_ids=ids).logits, expected)
         merged = loaded.merge_and_unload()
-        assert_close(merged(input_ids=ids).logits, expected)
+        # The bound of ``tests.closeness``, which is not there: 64 terms, 16 products one after another.
+        bound = 8 * torch.finfo(torch.float32).eps * (64 * 16) ** 0.5 * float(expected.abs().max())
+        assert float((merged(input_ids=ids).logits - expected).abs().max()) <= bound
 
 
 if __name__ == "__main__":

@@ -408,8 +408,8 @@ def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
     text = _text(path)
     if metadata is not None and metadata.get(_CONFIG_DIGEST) in (None, _digest(text)):
         return text
-    inside = os.path.join(path.parent.name, CONFIG_NAME)
-    waiting = [*staged(path.parent, CONFIG_NAME), *staged(path.parent.parent, inside)]
+    below = os.path.join(path.parent.name, CONFIG_NAME)
+    waiting = [*staged(path.parent, CONFIG_NAME), *staged(path.parent.parent, below)]
     if not waiting:
         return text
     if metadata is None:

@@ -84,7 +84,7 @@ def test_files_of_all_ranks(variant: str, tmp_path: Path) -> None:
 def test_fifty_swaps_after_one_warm_up(tmp_path: Path) -> None:
     """Fixed shapes, fifty different adapters from files."""
     sources = [
-        save(tmp_path / str(turn), turn, r=RANKS[turn % 7], lora_alpha=2 + turn, target_modules="all-linear")
+        save(tmp_path / str(turn), turn, r=RANKS[turn % 7], lora_alpha=2 + turn % 8, target_modules="all-linear")
         for turn in range(50)
     ]
     model = adapted(r=4, target_modules="all-linear")
