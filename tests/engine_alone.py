@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 
-
 class Without:
     """A finder of modules that finds what another one does, but for some packages."""
 
