@@ -40,6 +40,7 @@ class RowScorer(Scorer):
         metric: as for ``score``, None for the usual one; the first of several decides which state is the best.
         max_rows: the greatest number of rows; of more than that, a random sample is scored, the same one each time.
             None for ``MOST_ANSWERS`` if answers are generated, and for all rows otherwise.
+        max_new_tokens: as for ``score``.
         classes: the classes of a classifier, if its training rows name them; by default as in its config.
         tokenizer: the tokenizer of the model.
         columns: as for ``score``.
@@ -61,6 +62,7 @@ class RowScorer(Scorer):
         metric: Any,
         *,
         max_rows: int | None = None,
+        max_new_tokens: int | None = None,
         classes: Classes | None = None,
         tokenizer: Any = None,
         columns: Mapping[str, str] | None = None,
@@ -78,6 +80,9 @@ class RowScorer(Scorer):
             raise ConfigError(
                 f"max_score_rows must be a whole number of at least 1, not {max_rows!r:.40}", field="max_score_rows"
             )
+        self._settings = ScoreSettings(max_new_tokens)
+        if max_new_tokens is not None and not self._generates:
+            raise ConfigError("max_new_tokens is for metrics of answers: nothing is generated here")
         self._read = self._sampled(read_rows(model, rows, self._metrics, tokenizer, **reading), max_rows)
         self.name = self._metrics[0].name
         self.metrics = {item.name: item.greater_is_better for item in self._metrics}
@@ -87,13 +92,17 @@ class RowScorer(Scorer):
 
     def _sampled(self, read: ScoredRows, max_rows: int | None) -> ScoredRows:
         """The rows that are scored each time."""
-        generates = any(metric.needs == "answers" for metric in self._metrics)
-        most = max_rows or (MOST_ANSWERS if generates else len(read.rows))
+        most = max_rows or (MOST_ANSWERS if self._generates else len(read.rows))
         if len(read.rows) <= most:
             return read
         chosen = sorted(random.Random(DEFAULT_SEED).sample(range(len(read.rows)), most))
         note = f"{count(most)} of {count(len(read.rows))} are scored, sampled at random (max_score_rows)"
         return replace(read, rows=tuple(read.rows[place] for place in chosen), notes=(*read.notes, note))
+
+    @property
+    def _generates(self) -> bool:
+        """Whether answers are generated."""
+        return any(metric.needs == "answers" for metric in self._metrics)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_metrics"}
@@ -132,8 +141,8 @@ class RowScorer(Scorer):
     ) -> ScoreResult | None:
         """The scores of this process's rows; None if it was stopped."""
         rows = self._read.rows if is_sharded(model) else tuple(own_share(self._read.rows))
-        state = Scoring("", columns, self._metrics, replace(self._read, rows=rows), ScoreSettings(), [])
-        limit = default_limit(self._read.rows, self._metrics, stripped=False)
+        state = Scoring("", columns, self._metrics, replace(self._read, rows=rows), self._settings, [])
+        limit = self._settings.max_new_tokens or default_limit(self._read.rows, self._metrics, stripped=False)
         state.run(model, self._tokenizer, limit, should_stop, lambda: None)
         if state.is_complete:
             return replace(state.result("finished"), notes=tuple(state.failures()))

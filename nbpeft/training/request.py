@@ -79,6 +79,7 @@ class TrainRequest:
     score: Any = None
     metric: Any = None
     max_score_rows: int | None = None
+    max_new_tokens: int | None = None
     packing: bool = False
     control: RunControl | None = None
     publish: Callable[[TrainState], None] | None = None

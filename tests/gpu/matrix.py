@@ -63,7 +63,9 @@ def check_pair(kind: str, sample: str, device: torch.device) -> None:
         twin.merge_adapter()
         error = (twin(there) - plain).abs()
         limit = case.rounded or tolerance * max(float(plain.abs().max()), 1.0)
-        assert float(error.mean() if case.quantized else error.max()) <= limit, f"merged differs by {float(error.max()):.2g}, {limit:.2g} is allowed"
+        assert float(error.mean() if case.quantized else error.max()) <= limit, (
+            f"merged differs by {float(error.max()):.2g}, {limit:.2g} is allowed"
+        )
         twin.unmerge_adapter()
         after = stored_in(twin)
     assert all(torch.equal(mine, other) for mine, other in zip(after, before, strict=True)), "unmerged is not as before"

@@ -57,7 +57,17 @@ _RESERVED = (
 )
 ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
-_NOT_EXPORTED = ("halving", "sample", "every", "score", "metric", "max_score_rows", "processes", "hosts")
+_NOT_EXPORTED = (
+    "halving",
+    "sample",
+    "every",
+    "score",
+    "metric",
+    "max_score_rows",
+    "max_new_tokens",
+    "processes",
+    "hosts",
+)
 """Arguments that are not written into an exported script."""
 _EARLY_STOPPING = ("patience", "metric_for_best_model", "greater_is_better")
 """Arguments that are not written into it either if they refer to scores, which a script does not compute."""
@@ -92,6 +102,12 @@ SCORE = (
         type=positive,
         metavar="N",
         help="score at most N of the rows each time (default: 200 if answers are generated, else all)",
+    ),
+    argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="maximum length of a scored answer in tokens (default: as for %%lora score)",
     ),
 )
 TRACK = argument(
@@ -272,7 +288,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         CellError: a field is given that is an option of the line.
     """
     names: tuple[str, ...] = ("columns", "max_length", "patience", "every", "processes", "hosts", "track", "replace")
-    names += ("halving", "skip_bad", "objective", "reference", "eval_by", "max_score_rows")
+    names += ("halving", "skip_bad", "objective", "reference", "eval_by", "max_score_rows", "max_new_tokens")
     sample = getattr(options, "sample", None)
     line = {name: getattr(options, name, None) or None for name in names}
     line["sample"] = _samples(sample, notebook) if sample else None

@@ -36,7 +36,7 @@ _TAKEN_OVER = frozenset(
         *("eval_accumulation_steps", "batch_eval_metrics", "prediction_loss_only", "include_for_metrics"),
         *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
         *("max_length", "packing", "columns", "separator", "skip_bad", "members", "patience", "sample", "every"),
-        *("metric", "max_score_rows", "halving", "stop_on_divergence", "objective", "reference"),
+        *("metric", "max_score_rows", "max_new_tokens", "halving", "stop_on_divergence", "objective", "reference"),
         *ROW_OPTIONS,
         "eval_by",
     }

@@ -77,6 +77,7 @@ def train(
     score: Any = None,
     metric: Any = None,
     max_score_rows: int | None = None,
+    max_new_tokens: int | None = None,
     packing: bool = False,
     control: RunControl | None = None,
     publish: Callable[[TrainState], None] | None = None,
@@ -152,6 +153,7 @@ def train(
             ``(answer, row) -> bool | float``, or a list of them, of which the first determines the best state.
         max_score_rows: Maximum number of rows that are scored each time. More rows than that are sampled, the same
             ones each time. The default is 200 for metrics of answers, which are generated, and all rows for others.
+        max_new_tokens: Limit of a scored answer, in tokens (default: as in :func:`nbpeft.score`).
         packing: Pack several rows into each sequence of ``max_length`` tokens, without padding. Each row is learned as
             it would be alone, the batch size counts sequences, and evaluation rows are not packed. Without packing,
             a batch has rows of similar length, in an order drawn with ``seed``, unless ``train_sampling_strategy`` is

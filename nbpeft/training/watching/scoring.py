@@ -176,7 +176,7 @@ def scorer_of(request: Any, fields: dict[str, Any], classes: Any = None) -> Scor
         TrainingError: the rows cannot be read.
     """
     if request.score is None:
-        for name in ("metric", "max_score_rows"):
+        for name in ("metric", "max_score_rows", "max_new_tokens"):
             if getattr(request, name) is not None:
                 raise ConfigError(f"{name} has no effect without score=…", field=name)
         return None
@@ -207,6 +207,7 @@ def _new_scorer(request: Any, classes: Any) -> Scorer:
         request.score,
         request.metric,
         max_rows=request.max_score_rows,
+        max_new_tokens=request.max_new_tokens,
         classes=classes,
         tokenizer=request.tokenizer,
         columns=request.columns,

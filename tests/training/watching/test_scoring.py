@@ -205,6 +205,9 @@ def test_outputs_that_are_not_numbers_are_named_once() -> None:
         ({"metric": "exact"}, ConfigError, "without score=…"),
         ({"max_score_rows": 3}, ConfigError, "max_score_rows has no effect without score=…"),
         ({"score": HELD_OUT, "max_score_rows": 0}, ConfigError, "max_score_rows must be a whole number of at least 1"),
+        ({"max_new_tokens": 3}, ConfigError, "max_new_tokens has no effect without score=…"),
+        ({"score": HELD_OUT, "max_new_tokens": 0}, ConfigError, "max_new_tokens"),
+        ({"score": HELD_OUT, "metric": "loss", "max_new_tokens": 3}, ConfigError, "nothing is generated here"),
         ({"every": 2}, ConfigError, "without sample=… or score=…"),
         ({"score": HELD_OUT, "every": 0}, ConfigError, "every must be a number of steps"),
         ({"score": HELD_OUT, "metric": "exakt"}, ConfigError, "Did you mean 'exact'"),
@@ -257,6 +260,17 @@ def test_the_number_of_scored_rows_is_an_option_that_a_run_keeps() -> None:
     assert "rows to score: 2 of 8 are scored, sampled at random (max_score_rows)" in result.message
     request = TrainRequest.of(model(), ROWS, score=ROWS, max_score_rows=2)
     assert to_take_over(to_keep(request.kept())[0])[0]["max_score_rows"] == 2
+
+
+def test_the_length_of_scored_answers_is_an_option() -> None:
+    lengths: list[int] = []
+
+    def own(answer: str, row: Any) -> float:
+        lengths.append(len(answer))
+        return 1.0
+
+    trained(score=ROWS, metric=own, max_new_tokens=1, every=3)
+    assert set(lengths[1:]) <= {0, 1}, "a character is a token"
 
 
 @pytest.mark.parametrize("last", [4, 5])
