@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -468,10 +470,13 @@ def test_a_method_that_overrides_nothing_has_a_docstring() -> None:
     """An override in the engine or of a result is described by what it overrides, except for what is special."""
     files = [file for room in ("engine", "session/results", "display") for file in (PACKAGE / room).rglob("*.py")]
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
-    classes = {node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    classes: dict[str, list[ast.ClassDef]] = defaultdict(list)
+    for node in itertools.chain.from_iterable(map(ast.walk, trees.values())):
+        if isinstance(node, ast.ClassDef):
+            classes[node.name].append(node)
 
     def overrides(cls: ast.ClassDef, name: str) -> bool:
-        bases = [classes[base.id] for base in cls.bases if isinstance(base, ast.Name) and base.id in classes]
+        bases = [base for written in cls.bases for base in classes.get(ast.unparse(written), ())]
         return any(name in (getattr(part, "name", "") for part in base.body) or overrides(base, name) for base in bases)
 
     own_contract = {PACKAGE / "engine" / "backends", PACKAGE / "engine" / "layer_kinds"}

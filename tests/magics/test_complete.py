@@ -41,7 +41,7 @@ def words(before: str) -> tuple[str, ...]:
         ("add model r", ("r=", "rank_pattern=")),
         ("add model --name sql t", ("target_modules=",)),
         ("add model r=", ()),
-        ("save --name s", ("sql", "support")),
+        ("save --adapter s", ("sql", "support")),
         ("nonsense ", ()),
     ],
 )

@@ -382,7 +382,7 @@ def test_columns_apply_to_the_rows_that_have_them_and_the_card_names_each(ready:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("%%lora_train model --data rows --name chat\nmax_steps = 1", "Did you mean '--adapter'?"),
+        ("%%lora_train model --data rows --name chat\nmax_steps = 1", "It is called '--adapter' now"),
         ("%%lora_train model --data rows --adapter new\nmax_steps = 1", "added first: %%lora model --name new"),
         ("%lora score --data rows --limit 4", "Part of the rows is written with their name: train.csv[:4]"),
         ("%lora score --data rows --max-rows 4", "Part of the rows is written with their name: train.csv[:4]"),

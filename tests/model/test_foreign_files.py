@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -265,11 +266,14 @@ def test_places_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.Mon
             PeftModel.from_pretrained(llama(), place)
         assert len(str(caught.value)) < 400
 
-    def forbidden(self: Path) -> bool:
-        raise PermissionError(13, "Permission denied", str(self))
+    folder, looked = saved(tmp_path / "a"), os.stat
 
-    folder = saved(tmp_path / "a")
-    monkeypatch.setattr(Path, "is_file", forbidden)
+    def forbidden(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("adapter_config.json"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return looked(path, **options)
+
+    monkeypatch.setattr(os, "stat", forbidden)
     with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
         PeftModel.from_pretrained(llama(), folder)
 

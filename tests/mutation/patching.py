@@ -65,8 +65,10 @@ def meaning(code: CodeType, *, inside: bool = True) -> tuple[object, ...]:
         code: which.
         inside: with what is in its functions.
     """
+    first = code.co_firstlineno if "__firstlineno__" in code.co_names else None  # a class says where it begins
     constants = [
         (meaning(each) if inside else CodeType) if isinstance(each, CodeType) else (type(each), repr(each))
         for each in code.co_consts
+        if each != first
     ]
     return code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, tuple(constants)
