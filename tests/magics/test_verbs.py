@@ -271,7 +271,7 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         ("merge sql --tokenizer t", "--tokenizer requires --to DIR or --calibrate DATA"),
         ("merge sql --calibrate rowss", "rowss"),
         ("load /no/such/folder", "/no/such/folder"),
-        ("save {folder} --name nope", "'nope' not found"),
+        ("save {folder} --adapter nope", "'nope' not found"),
         ("save ''", "needs a folder"),
         ("load {folder} --name sql", "has an adapter 'sql' already"),
         ("freeze nope", "'nope' not found"),
