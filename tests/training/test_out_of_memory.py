@@ -101,7 +101,7 @@ def test_what_is_promised_is_true(model: Any) -> None:
     [
         ({"loss_chunk_size": 64, "recompute": False}, {"loss_chunk_size": 64, "recompute": False}),
         ({"trainer_class": transformers.Trainer}, {"loss_chunk_size": 0, "recompute": False}),
-        ({"learning_rate": sweep(0.1, 0.2)}, {"adapters": 2}),
+        ({"learning_rate": sweep(0.1, 0.2)}, {"num_adapters": 2}),
     ],
     ids=["chunks", "of another library", "sweep"],
 )

@@ -101,7 +101,8 @@ def oom_error(
         batch: rows and tokens per row of the batch that failed, or None.
         optimizer: the optimizer, if there is one.
         step: optimizer steps done.
-        costs: how the step was computed, as keywords of ``forecast``: ``loss_chunk_size``, ``recompute``, ``adapters``.
+        costs: how the step was computed, as keywords of ``forecast``: ``loss_chunk_size``, ``recompute`` and
+            ``num_adapters``.
 
     Returns:
         A TrainingError with a one-line message, to raise; its details are ``batch_size``, ``parts`` (bytes),

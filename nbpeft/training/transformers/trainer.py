@@ -367,7 +367,7 @@ def step_settings(trainer: Any) -> dict[str, Any]:
     else:
         settings = {name: getattr(trainer, name) for name in ("loss_chunk_size", "recompute") if hasattr(trainer, name)}
     group = getattr(trainer, "group", None)  # of adapters that learn side by side
-    return settings if group is None else {**settings, "adapters": max(len(group.training), 1)}
+    return settings if group is None else {**settings, "num_adapters": max(len(group.training), 1)}
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
