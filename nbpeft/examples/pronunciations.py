@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from nbpeft.errors import ConfigError
-from nbpeft.examples.tasks import Row
+from nbpeft.examples.tasks import Row, check_number
 
 _FILE = Path(__file__).with_name("pronunciations.txt")
 
@@ -34,10 +34,7 @@ def pronunciations(train: int = 1600, held_out: int = 48, *, seed: int = 0) -> t
     """
     lines = list(_words())
     for name, number in (("train", train), ("held_out", held_out)):
-        if not isinstance(number, int) or not 0 <= number <= len(lines):
-            raise ConfigError(
-                f"{name} must be a number of rows from 0 to {len(lines):,}, not {number!r:.40}", field=name
-            )
+        check_number(name, number, len(lines))
     if train + held_out > len(lines):
         raise ConfigError(f"train + held_out = {train + held_out:,}: there are {len(lines):,} words", field="train")
     random.Random(seed).shuffle(lines)

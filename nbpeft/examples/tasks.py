@@ -270,14 +270,18 @@ def _in_words(number: int) -> str:
     return _TENS[number // 10 - 2] + (f"-{_ONES[number % 10]}" if number % 10 else "")
 
 
+def check_number(name: str, number: object, most: int) -> None:
+    """Refuses an argument ``name`` that is no number of rows from 0 to ``most``."""
+    if not isinstance(number, int) or not 0 <= number <= most:
+        raise ConfigError(f"{name} must be a number of rows from 0 to {most:,}, not {number!r:.40}", field=name)
+
+
 def _row(prompt: str, completion: str) -> Row:
     return {"prompt": prompt, "completion": f" {completion}"}
 
 
 def _distinct(make: Callable[[random.Random, bool], Row], number: int, new: bool, seed: int) -> list[Row]:
-    name, most = ("held_out" if new else "train"), 5000
-    if not isinstance(number, int) or not 0 <= number <= most:
-        raise ConfigError(f"{name} must be a number of rows from 0 to {most:,}, not {number!r:.40}", field=name)
+    check_number("held_out" if new else "train", number, 5000)
     rng = random.Random(f"{seed} {new}")
     rows: dict[str, Row] = {}
     while len(rows) < number:

@@ -14,7 +14,7 @@ from nbpeft.errors import ConfigError
 from nbpeft.model.saving.sharded import is_sharded
 from nbpeft.names import DEFAULT_SEED
 from nbpeft.scoring.answers import default_limit
-from nbpeft.scoring.metrics import AnswerSettings, metrics_of
+from nbpeft.scoring.metrics import AnswerSettings, generates, metrics_of
 from nbpeft.scoring.result import ScoreResult
 from nbpeft.scoring.rows import ScoredRows, read_rows, usual_metric
 from nbpeft.scoring.score import Scoring
@@ -81,8 +81,7 @@ class RowScorer(Scorer):
                 f"max_score_rows must be a whole number of at least 1, not {max_rows!r:.40}", field="max_score_rows"
             )
         self._settings = ScoreSettings(max_new_tokens)
-        if max_new_tokens is not None and not self._generates:
-            raise ConfigError("max_new_tokens is for metrics of answers: nothing is generated here")
+        self._settings.check_for(self._metrics)
         self._read = self._sampled(read_rows(model, rows, self._metrics, tokenizer, **reading), max_rows)
         self.name = self._metrics[0].name
         self.metrics = {item.name: item.greater_is_better for item in self._metrics}
@@ -92,17 +91,12 @@ class RowScorer(Scorer):
 
     def _sampled(self, read: ScoredRows, max_rows: int | None) -> ScoredRows:
         """The rows that are scored each time."""
-        most = max_rows or (MOST_ANSWERS if self._generates else len(read.rows))
+        most = max_rows or (MOST_ANSWERS if generates(self._metrics) else len(read.rows))
         if len(read.rows) <= most:
             return read
         chosen = sorted(random.Random(DEFAULT_SEED).sample(range(len(read.rows)), most))
         note = f"{count(most)} of {count(len(read.rows))} are scored, sampled at random (max_score_rows)"
         return replace(read, rows=tuple(read.rows[place] for place in chosen), notes=(*read.notes, note))
-
-    @property
-    def _generates(self) -> bool:
-        """Whether answers are generated."""
-        return any(metric.needs == "answers" for metric in self._metrics)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_metrics"}

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -101,6 +101,11 @@ def metrics_of(given: Any, settings: AnswerSettings) -> tuple[Metric, ...]:
         raise ConfigError(f"metric: two of them are called {twice!r}", field="metric")
     _check_used(settings, metrics)
     return metrics
+
+
+def generates(metrics: Iterable[Metric]) -> bool:
+    """Whether answers are generated for one of them."""
+    return any(metric.needs == "answers" for metric in metrics)
 
 
 def _metric(given: Any, settings: AnswerSettings) -> Metric:

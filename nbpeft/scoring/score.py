@@ -21,7 +21,7 @@ from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit, only
 from nbpeft.scoring.folders import folder_columns, groups_of, loaded
 from nbpeft.scoring.items import MetricFacts, ScoreItem
 from nbpeft.scoring.likelihoods import Outputs, classes, token_losses
-from nbpeft.scoring.metrics import AnswerSettings, Metric, metrics_of, value_of
+from nbpeft.scoring.metrics import AnswerSettings, Metric, generates, metrics_of, value_of
 from nbpeft.scoring.result import ScoreResult, Status
 from nbpeft.scoring.rows import ScoredRow, ScoredRows, read_rows, usual_metric
 from nbpeft.scoring.settings import Column, ScoreSettings, columns_of
@@ -149,11 +149,7 @@ def score(
     compared = AnswerSettings(strip, casefold, pattern, tolerance)
     settings = ScoreSettings(max_new_tokens, batch_size, seed, temperature, top_p)
     metrics = metrics_of(usual_metric(model) if metric is None else metric, compared)
-    if settings.draws and not any(item.needs == "answers" for item in metrics):
-        given = "top_p" if temperature is None else "temperature"
-        raise ConfigError(f"{given} is for metrics of answers: nothing is generated here", field=given)
-    if max_new_tokens is not None and not any(item.needs == "answers" for item in metrics):
-        raise ConfigError("max_new_tokens is for metrics of answers: nothing is generated here")
+    settings.check_for(metrics)
     found, column_notes = columns_of(model, adapters, include_base, others=bool(folders))
     found += folder_columns(folders, [column.title for column in found])
     reading: dict[str, Any] = {"separator": separator, "skip_bad": skip_bad, "max_length": max_length}
@@ -446,7 +442,7 @@ class Scoring:
             self.settings.seed,
             given if self.settings.draws else {},
             self.done / self.steps if self.steps else 1.0,
-            limit=self.limit if any(metric.needs == "answers" for metric in self.metrics) else None,
+            limit=self.limit if generates(self.metrics) else None,
         )
 
     def _item(self, place: int, row: ScoredRow) -> ScoreItem:

@@ -17,6 +17,7 @@ from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.handle.serving import blended
+from nbpeft.scoring.metrics import Metric, generates
 from nbpeft.training.monitor.failures import free_memory
 
 BASE = "base"
@@ -77,6 +78,17 @@ class ScoreSettings:
     def draws(self) -> bool:
         """Whether tokens are sampled."""
         return bool(self.top_p if self.temperature is None else self.temperature)
+
+    def check_for(self, metrics: Sequence[Metric]) -> None:
+        """Refuses settings of answers where none is generated.
+
+        Raises:
+            ConfigError: one is given, and no metric needs answers.
+        """
+        sampled = ("top_p" if self.temperature is None else "temperature") if self.draws else None
+        given = sampled or ("max_new_tokens" if self.max_new_tokens is not None else None)
+        if given is not None and not generates(metrics):
+            raise ConfigError(f"{given} is for metrics of answers: nothing is generated here", field=given)
 
     def rows_together(self, columns: int) -> int:
         """The number of rows in one generation."""
