@@ -12,7 +12,6 @@ import importlib
 import sys
 from typing import Any
 
-from nbpeft._util.former_modules import add_former_names
 from nbpeft._util.hooks import when_adapted, when_configured, when_engine_imported, when_scored
 from nbpeft._util.lazy import lazy_names
 from nbpeft.peft_api.modules import add_import_paths, attribute
@@ -81,7 +80,6 @@ when_configured(_patch_libraries)
 when_adapted(_patch_libraries)
 when_scored(_new_scorer)
 add_import_paths()
-add_former_names()
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -37,7 +37,6 @@ OWN_PROCESSES = {
 NAMED_MODULES = {
     "__init__.py": "a table of nbpeft's own names",
     "training/__init__.py": "a table of nbpeft's own names",
-    "_util/former_modules.py": "a table of nbpeft's own modules",
     "peft_api/install.py": "statements of nbpeft's own files",
     "peft_api/modules.py": "names that a person imports",
     "peft_api/names.py": "nbpeft's own files",

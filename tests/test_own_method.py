@@ -16,7 +16,7 @@ import nbpeft
 from nbpeft.engine.contract import registry
 from nbpeft.engine.contract.adapter import configure, keep_settings
 from nbpeft.errors import ConfigError, UnknownMethodError
-from nbpeft.methods import Adapter, MethodConfig, SharedState, SharedTensors, register
+from nbpeft.methods import Adapter, MethodConfig, register
 from tests.closeness import assert_close
 from tests.tiny_models import llama, logits, tokens
 
@@ -130,91 +130,31 @@ def test_its_targets_are_checked_as_those_of_other_methods() -> None:
     assert ShiftConfig(target_modules=["q_proj"]).target_modules == {"q_proj"}
 
 
-FORMER = {
-    "peft_container": "token_adapter",
-    "constant_parameters": ("shift_s",),
-    "peft_attributes": {"r": "rank"},
-    "wrapped_parameters": ("shift_s",),
-}
-
-
-@pytest.mark.parametrize("name", FORMER)
-def test_an_attribute_of_the_former_contract_is_refused(name: str) -> None:
-    former = type("Former", (Shift,), {name: FORMER[name]})
-    with pytest.raises(ConfigError, match=rf"Former\.{name} is no longer used.*peft = PeftNames\("):
-        register(ShiftConfig, peft_type="FORMER", label="Former")(former)
-    assert all(method.label != "Former" for method in registry.methods())
-
-
-@pytest.mark.parametrize(
-    ("field", "instead"),
-    [
-        ("pack", "FileFormat(pack"),
-        ("shared", "SharedTensors(state"),
-        ("summary", "listing=Listing(summary"),
-        ("labl", "register() takes"),
-    ],
-)
-def test_a_keyword_that_register_does_not_take_is_refused(field: str, instead: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(instead)):
-        register(ShiftConfig, peft_type="FORMER", label="Former", **{field: None})
+def test_a_keyword_that_register_does_not_take_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"register\(\) takes no filse\. Did you mean 'files'"):
+        register(ShiftConfig, peft_type="OTHER", label="Other", filse=None)
 
 
 @pytest.mark.parametrize(
     ("name", "instead"),
     [
-        ("takes_quantized", "write kinds=OwnKinds(quantized=…)"),
         ("tie_to", "has no effect unless the class derives from nbpeft.engine.contract.capabilities.UsesAnother"),
         (
             "fixed_tensors",
             "has no effect unless the class derives from nbpeft.engine.contract.capabilities.HasFixedTensors",
         ),
         ("swap_refusal", "has no effect unless the class derives from nbpeft.engine.contract.capabilities.HotSwaps"),
-        ("supports_fused_add", "a class that derives from nbpeft.engine.contract.capabilities.FusesAdd, too"),
     ],
 )
-def test_what_adapters_could_override_formerly_is_refused_where_nothing_reads_it(name: str, instead: str) -> None:
-    former = type("Former", (type("Base", (Shift,), {name: None}),), {})
+def test_an_override_that_nothing_reads_is_refused(name: str, instead: str) -> None:
+    derived = type("Derived", (type("Base", (Shift,), {name: None}),), {})
     with pytest.raises(ConfigError, match=rf"Base\.{name} .*{re.escape(instead)}"):
-        register(ShiftConfig, peft_type="FORMER", label="Former")(former)
+        register(ShiftConfig, peft_type="OTHER", label="Other")(derived)
 
 
 def test_a_record_of_another_type_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"Former: files must be a FileFormat, not \{'prefix': 'shift_'\}"):
-        register(ShiftConfig, peft_type="FORMER", label="Former", files={"prefix": "shift_"})(Shift)
-
-
-def test_a_shared_state_of_the_former_contract_is_refused() -> None:
-    class Former(SharedState):
-        @classmethod
-        def create(cls, config: Any, shapes: Any, tensors: Any, device: Any, dtype: Any) -> Any:  # type: ignore[override]
-            return cls()
-
-    with pytest.raises(ConfigError, match=r"Former.create now takes \(config, site, tensors\)"):
-        register(ShiftConfig, peft_type="FORMER", label="Former", shares=SharedTensors(Former))(Shift)
-
-
-def test_functions_of_configs_and_shared_states_that_were_renamed_are_refused() -> None:
-    config = type("FormerConfig", (ShiftConfig,), {"beside": None})
-    state = type("FormerState", (SharedState,), {"settle": None})
-    with pytest.raises(ConfigError, match=r"FormerConfig\.beside is now called reconciled"):
-        register(config, peft_type="FORMER", label="Former")(Shift)
-    with pytest.raises(ConfigError, match=r"FormerState\.settle is now called recompute_derived"):
-        register(ShiftConfig, peft_type="FORMER", label="Former", shares=SharedTensors(state))(Shift)
-
-
-@pytest.mark.parametrize(
-    ("former", "name"),
-    [
-        ("is_prompt_learning", "learns_prompt"),
-        ("is_adaption_prompt", "on_last_layers"),
-        ("beside_embeddings", "inserts_embeddings"),
-    ],
-)
-def test_attributes_of_configs_that_the_engine_no_longer_reads_are_refused(former: str, name: str) -> None:
-    config = type("FormerConfig", (ShiftConfig,), {former: True})
-    with pytest.raises(ConfigError, match=rf"FormerConfig\.{former} is now called {name}"):
-        register(config, peft_type="FORMER", label="Former")(Shift)
+    with pytest.raises(ConfigError, match=r"Other: files must be a FileFormat, not \{'prefix': 'shift_'\}"):
+        register(ShiftConfig, peft_type="OTHER", label="Other", files={"prefix": "shift_"})(Shift)
 
 
 @pytest.mark.usefixtures("registered")

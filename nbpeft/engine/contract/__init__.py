@@ -36,6 +36,5 @@ Inside:
     adapter_config.py   The fields that the config of every method has, and what a config says about its adapters
     adapter_site.py     The layer that an adapter is built for, and how its new parameters are created
     adapter_weights.py  The tensors of one adapter, independent of the model that they are on and of any file format
-    registration.py     Checks what the author of a method passes to ``register``, and refuses what is written for
-                        nbpeft 0.2
+    registration.py     Checks what the author of a method passes to ``register``
 """

@@ -1,9 +1,8 @@
-"""Checks what the author of a method passes to ``register``, and refuses what is written for nbpeft 0.2."""
+"""Checks what the author of a method passes to ``register``."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,56 +22,11 @@ from nbpeft.engine.contract.capabilities import (
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
 _HOME = HotSwaps.__module__
-_ABSENT = object()
-_FIELDS = {
-    **{name: f"files=FileFormat({name}=…)" for name in ("prefix", "pack", "unpack", "derived", "fuse", "parts")},
-    **{name: f"files=FileFormat({name}=…)" for name in ("with_parts", "without_weight")},
-    **{
-        name: f"listing=Listing({name}=…)" for name in ("when", "paper", "variant", "summary", "smaller", "listed_with")
-    },
-    "file_keys": "files=FileFormat(keys=…)",
-    "shared": "shares=SharedTensors(state=…)",
-    **{name: f"shares=SharedTensors({name}=…)" for name in ("tied", "tied_class", "companion")},
-    "call_context": "calls=CallInputs(context=…)",
-    "call_arguments": "calls=CallInputs(arguments=…)",
-    **{name: f"calls=CallInputs({name}=…)" for name in ("token_arguments", "generation")},
-    "layer_kinds": "kinds=OwnKinds(only=…)",
-    "kind_classes": "kinds=OwnKinds(classes=…)",
-    "layer_names": "peft = PeftNames(parameters, others) in the adapter's class",
-    "layer_name": "peft = PeftNames(layer=…) in the adapter's class",
-    **{
-        name: f"peft = PeftNames({name}=…) in the adapter's class"
-        for name in ("layer_prefix", "model_functions", "model_attributes")
-    },
-}
-"""Former keyword of ``register`` -> its replacement."""
-
-_MEMBERS = {
-    "wrapped_parameters": "peft = PeftNames(wrapped=…)",
-    "names_in_modules": "peft = PeftNames(names_in_modules=…)",
-    "parameter_lists": "peft = PeftNames(lists=…)",
-    "peft_modules": "peft = PeftNames(modules=…)",
-    "parts_shown_as": "peft = PeftNames(shown_as=…)",
-    "peft_mappings": "peft = PeftNames(mappings=…)",
-    "peft_attributes": "peft = PeftNames(attributes=…)",
-    "peft_functions": "peft = PeftNames(functions=…)",
-    "layer_names": "peft = PeftNames(mappings=…)",
-    "takes_quantized": "kinds=OwnKinds(quantized=…) in register()",
-    "has_tensors": "files=FileFormat(has_tensors=…) in register()",
-    "constant_parameters": "peft = PeftNames(constants=…)",
-    "peft_container": "peft = PeftNames(container=…)",
-    "supports_fused_add": f"a class that derives from {_HOME}.FusesAdd, too",
-    "is_tied": f"a class that derives from {_HOME}.Untargeted, too",
-    "unconvertible_reason": f"a class that derives from {_HOME}.NotConvertible, too, and its attribute unconvertible",
-}
-"""Former attribute of an adapter class -> its replacement."""
-
 _CAPABILITIES = (
     *(HasFixedTensors, HasInnerAdapters, HotSwaps, MeasuresDelta, MergesInPlace),
     *(QuantizationAware, ShowsModules, StartsInWeight, UsesAnother),
 )
-"""Capabilities whose members any adapter class could override in 0.2; now they only count in classes that derive from
-them."""
+"""Capabilities whose members only count in classes that derive from them."""
 
 
 def check_fields(label: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -84,50 +38,26 @@ def check_fields(label: str, given: Iterable[str], known: Iterable[str]) -> None
         known: the keywords that it takes.
 
     Raises:
-        ConfigError: a keyword is unknown; names its replacement or the nearest known one.
+        ConfigError: a keyword is unknown; names the nearest known one.
     """
     known = list(known)
     for name in given:
-        if name in _FIELDS:
-            raise ConfigError(f"{label}: register() no longer takes {name}: write {_FIELDS[name]}", field=name)
         if name not in known:
             raise ConfigError(f"{label}: register() takes no {name}.{did_you_mean(name, known)}", field=name)
 
 
-def check_classes(label: str, adapter_class: type[Any], config_class: type[Any], state_class: type[Any] | None) -> None:
-    """Refuses an adapter class, a config or a shared state that is written for the former contract.
+def check_classes(label: str, adapter_class: type[Any]) -> None:
+    """Refuses an adapter class that overrides a member of a capability without deriving from the capability.
 
     Args:
         label: label of the method.
         adapter_class: class of its adapters.
-        config_class: class of its configs.
-        state_class: class of the state that their layers share, or None.
 
     Raises:
-        ConfigError: a class uses a former name or signature; names the replacement.
+        ConfigError: the member would have no effect.
     """
     for cls in adapter_class.__mro__:
-        name = next((name for name in _MEMBERS if name in vars(cls)), None)
-        if name is not None:
-            raise ConfigError(f"{label}: {cls.__name__}.{name} is no longer used: write {_MEMBERS[name]}", field=name)
         _check_capabilities(label, adapter_class, cls)
-    for owner, former, name in (
-        (config_class, "beside", "reconciled"),
-        (config_class, "beside_embeddings", "inserts_embeddings"),
-        (config_class, "is_prompt_learning", "learns_prompt"),
-        (config_class, "is_adaption_prompt", "on_last_layers"),
-        (adapter_class, "hold_scaling_as_tensor", "store_scaling_as_tensor"),
-        (state_class, "settle", "recompute_derived"),
-    ):
-        # PEFT's names are attributes of all configs, but the engine does not read them.
-        if owner is not None and getattr(owner, former, _ABSENT) is not getattr(AdapterConfig, former, _ABSENT):
-            raise ConfigError(f"{label}: {owner.__name__}.{former} is now called {name}", field=former)
-    if state_class is not None and "device" in _parameters(state_class.create):
-        raise ConfigError(
-            f"{label}: {state_class.__name__}.create now takes (config, site, tensors); site has shapes, "
-            "device and dtype",
-            field="create",
-        )
 
 
 def _check_capabilities(label: str, adapter_class: type[Any], cls: type[Any]) -> None:
@@ -144,10 +74,6 @@ def _check_capabilities(label: str, adapter_class: type[Any], cls: type[Any]) ->
                 f"{capability.__module__}.{capability.__name__}",
                 field=name,
             )
-
-
-def _parameters(function: Any) -> Mapping[str, Any]:
-    return inspect.signature(function).parameters
 
 
 def check_values(label: str, given: Mapping[str, Any], records: Mapping[str, type[Any]]) -> None:

@@ -142,8 +142,8 @@ def register(
 
     Raises:
         UnknownMethodError: another class has this label.
-        ConfigError: ``Method`` has no such attribute, a value is invalid, the class is written for the contract of
-            nbpeft 0.2, or an earlier method with this config class leaves it no config.
+        ConfigError: ``Method`` has no such attribute, a value or the class is invalid, or an earlier method with this
+            config class leaves it no config.
     """
     type_in_files = peft_type or getattr(config_class, "method_type", "")
     check_fields(label, fields, _FIELDS)
@@ -151,7 +151,7 @@ def register(
 
     def decorate(cls: AdapterClass) -> AdapterClass:
         method = Method(label, type_in_files, config_class, cls, **fields)
-        check_classes(label, cls, config_class, method.shares.state)
+        check_classes(label, cls)
         check_peft_type(
             label, type_in_files, config_class, {m.peft_type: m.config_class for m in _methods if m.label != label}
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -15,9 +13,6 @@ from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.base import BaseLayer, Shape, Shapes
 from nbpeft.engine.contract.bindable import Bindable
 from nbpeft.engine.contract.initial_draws import Fill, drawn
-
-_FORMER = re.compile(r"\.(?P<adapter>[^.]+)\.shared\.(?P<key>.+)$")
-"""End of the name that nbpeft 0.2 gave to a shared tensor in a state dict."""
 
 
 @dataclass(frozen=True)
@@ -248,29 +243,6 @@ def listed_name(key: str, adapter: str) -> str:
     """
     name, _, rest = key.partition(".")
     return ".".join(filter(None, (name, adapter, rest)))
-
-
-def with_copies(state_dict: Mapping[str, Any], names: Callable[[], Iterable[str]]) -> Mapping[str, Any]:
-    """Returns the state dict of a whole model with all copies of shared tensors, of which nbpeft 0.2 listed one.
-
-    Tensors that PEFT keeps on ``base_model`` (``PeftNames.on_model``) get their names there.
-
-    Args:
-        state_dict: the state dict; returned unchanged if it names no tensor as nbpeft 0.2 did.
-        names: returns the present names of the model's tensors.
-    """
-    former = [(key, match) for key in state_dict if (match := _FORMER.search(key)) is not None]
-    if not former:
-        return state_dict
-    whole: Any = copy.copy(state_dict)  # with the attributes that torch adds to it
-    present = [name for name in names() if name not in whole]
-    for key, match in former:
-        name, adapter = match["key"], match["adapter"]
-        whole.update({own: state_dict[key] for own in present if own.endswith(f".{listed_name(name, adapter)}")})
-        on_model = [own for own in present if own.endswith(f".{name}.{adapter}")]
-        if on_model:
-            whole.update(dict.fromkeys(on_model, whole.pop(key)))
-    return whole
 
 
 def add_shared(adapters: Mapping[str, nn.Module], found: dict[str, Any], prefix: str, *, keep_vars: bool) -> None:

@@ -704,8 +704,7 @@ class AdapterManager:
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        former = {"removed": state.pop("moved_away", {}), "_partly_merged": False}  # of nbpeft 0.2
-        self.__dict__.update({**former, **state})
+        self.__dict__.update(state)
         self._transaction = Transaction(self.active_state, self._notify)
         self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
         watch(self)

@@ -11,8 +11,7 @@ Door, what other rooms import:
                          them
     own_modules.py       Modules that adapters own, where PEFT has them on the model or around a block
     part_modules.py      The modules behind the declared names of parameters: ``layer.core["default"].weight``
-    part_names.py        The names of an adapter's parameters below a layer and below the model: those of PEFT, and
-                         those of nbpeft 0.2
+    part_names.py        The names of an adapter's parameters below a layer and below the model, as in PEFT
     shows_adapters.py    Base class of the modules that show adapters as submodules
     shown_modules.py     Which modules a layer shows for its adapters, and under which of the declared names
 """

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.called_modules import is_changed
@@ -377,14 +376,6 @@ class BufferMapping(_FollowsMode):
 
     def _showing(self) -> Iterable[nn.Module]:
         return self.__dict__.get("adapters", {}).values()
-
-    @torch.no_grad()
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in self._non_persistent_buffers_set:  # nbpeft 0.2 listed some of them
-            given, own = state_dict.get(prefix + name), self._buffers[name]
-            if given is not None and own is not None and given.shape == own.shape:
-                own.copy_(state_dict.pop(prefix + name))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getitem__(self, name: str) -> Any:
         return self._buffers[name]

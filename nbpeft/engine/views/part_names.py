@@ -1,4 +1,4 @@
-"""The names of an adapter's parameters below a layer and below the model: those of PEFT, and those of nbpeft 0.2."""
+"""The names of an adapter's parameters below a layer and below the model, as in PEFT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.engine.contract.capabilities import inner_adapters_of
 from nbpeft.engine.contract.model_adapter import HasSideNetwork
-from nbpeft.engine.contract.shared_state import SharedState, listed_name, state_of_all
+from nbpeft.engine.contract.shared_state import SharedState, state_of_all
 
 
 def shown_name(adapter: Adapter, own: str, name: str) -> str:
@@ -50,25 +50,6 @@ def name_on_model(network: HasSideNetwork, own: str, name: str) -> str:
     place = next((place for place in network.places if own.startswith(f"{place}.")), "")
     part, _, rest = own.removeprefix(f"{place}.").partition(".")
     return ".".join(filter(None, (place, part, name, rest)))
-
-
-def former_names(adapter: Adapter, name: str) -> dict[str, str]:
-    """Returns the names below an adapted layer that were others in nbpeft 0.2: former name -> present name.
-
-    Args:
-        adapter: the adapter.
-        name: name of the adapter.
-    """
-    peft, former = adapter.peft, dict[str, str]()
-    for own in adapter._parameters:
-        listed, _, number = own.partition(".")
-        if own in peft.grouped:
-            former[f"{own}.{name}"] = shown_name(adapter, own, name)
-        elif listed in peft.lists and listed in peft.wrapped:
-            former[f"{listed}_{number}.{name}"] = shown_name(adapter, own, name)
-    for state in shared_here({name: adapter}).values():
-        former |= {f"{peft.shown_as}.{name}.shared.{key}": listed_name(key, name) for key in state.state_dict()}
-    return former
 
 
 def shared_here(adapters: Mapping[str, Any]) -> dict[str, SharedState]:

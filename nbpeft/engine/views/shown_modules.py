@@ -141,10 +141,7 @@ def _empty(container: Any) -> None:
 def _kept(shown: Mapping[str, Any], shown_as: str, name: str, adapter: Adapter) -> nn.Module | None:
     """The existing module that shows a part of an adapter."""
     leaves: Any = shown[shown_as]._modules if isinstance(shown.get(shown_as), ShownParts) else None
-    kept: nn.Module | None = None if leaves is None else leaves.of(name, adapter)
-    groups = (place.partition(".")[0] for place in adapter.peft.grouped.values())
-    # nbpeft 0.2 pickled other modules under the names of groups.
-    return None if shown_as in groups and not isinstance(kept, ParameterMapping) else kept
+    return None if leaves is None else leaves.of(name, adapter)
 
 
 def shown_under(shown: Mapping[str, Any], name: str) -> nn.Module | None:

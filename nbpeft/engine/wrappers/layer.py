@@ -33,7 +33,6 @@ from nbpeft.engine.contract.shared_state import add_shared, take_shared
 from nbpeft.engine.kernels.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.views.layer_attributes import attribute_by_name, by_name, function_by_name
 from nbpeft.engine.views.part_modules import AdapterDict, ParameterMapping, ShownParts
-from nbpeft.engine.views.part_names import former_names
 from nbpeft.engine.views.shown_modules import show_adapters, shown_under, unfilled, use_shown
 from nbpeft.engine.views.shows_adapters import ShowsAdapters
 from nbpeft.engine.wrappers.fake_quant import FakeQuantLayer
@@ -583,10 +582,6 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, adapter in self._named().items():
-            for former, shown in former_names(adapter, name).items():
-                if prefix + former in state_dict:
-                    state_dict[prefix + shown] = state_dict.pop(prefix + former)
         elsewhere = {name: adapter for name, adapter in self._named().items() if "shared" not in adapter._modules}
         take_shared(elsewhere, state_dict, prefix, args[2], args[4])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -18,7 +18,6 @@ from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import method_of
-from nbpeft.engine.contract.shared_state import with_copies
 from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.runtime.method_hooks import generation_arguments, learns_with_hooks, prepares_calls, transforms_calls
@@ -187,11 +186,6 @@ class PeftModel(ShowsPrompts, PushesToHub):
     def is_live(self) -> bool:
         """Whether the adapters are on the model and no other PeftModel owns it."""
         return self._tuner.is_live
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state dict in PEFT's layout, or in that of nbpeft 0.2; see ``nn.Module``."""
-        given = with_copies(state_dict, self.state_dict) if strict else state_dict
-        return super().load_state_dict(given, strict, assign)
 
     # Properties
 

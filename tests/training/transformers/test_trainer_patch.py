@@ -337,8 +337,8 @@ asks = (accelerate.utils.is_peft_model, library._is_peft_model)
 def state():
     owners = (library, accelerate.utils.fsdp_utils, integration.PeftAdapterMixin)
     modules = {owner.__name__: dict(vars(owner)) for owner in owners}
-    own = ("PeftModules", "FormerModules")  # which find modules of nbpeft alone
-    finders = [finder for finder in sys.meta_path if type(finder).__name__ not in own]
+    # PeftModules finds modules of nbpeft alone.
+    finders = [finder for finder in sys.meta_path if type(finder).__name__ != "PeftModules"]
     return dict(vars(Trainer)), modules, [ask.__code__ for ask in asks], finders
 def same(one, other):
     pairs = [(one[0], other[0]), *((one[1][name], other[1][name]) for name in one[1])]

@@ -139,13 +139,6 @@ class Peanut(Adapter, ConvertsToLora, Rescales, HotSwaps):
     rank: int = axis_size(LAST, 1)  # Width of the network
     delta_rank = rank
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        former = {f"{name}_{number}": f"{name}.{number}" for name in HIDDEN for number in range(_MOST_LAYERS)}
-        # Only different if pickled by nbpeft 0.2.
-        state["_parameters"] = {former.get(name, name): value for name, value in state["_parameters"].items()}
-        state["_names"] = tuple(former.get(name, name) for name in state["_names"])
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-
     @property
     def depth(self) -> int:
         """Hidden layers on the way down."""

@@ -235,14 +235,6 @@ class ShadowNetwork(ModelAdapter, HasSideNetwork):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "last_state": None}  # which belongs to a call
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "dropout" in state:  # pickled by nbpeft 0.2, whose blocks had no module for it
-            for path in self.places:
-                block: Any = self.get_submodule(path)
-                block.shadow_dropout = nn.Dropout(state["dropout"])
-                self.bind(rank=block.shadow_down.out_features)
-
     @classmethod
     def _repeat_draws(cls, config: Any, site: AdapterSite) -> None:
         repeated(lambda: cls(config))

@@ -226,15 +226,6 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
         if config.companion:
             self.bind(peft=_REQUESTED)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        buffers = state["_buffers"]
-        if "token_indices" in buffers:  # pickled by nbpeft 0.2
-            buffers["tokens"] = buffers.pop("token_indices")
-            state["_non_persistent_buffers_set"].add("tokens")
-        if state.pop("peft_container", ""):
-            state["peft"] = _REQUESTED
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-
     def tie_to(self, source: Adapter) -> None:
         self.bind(source=source)
 
