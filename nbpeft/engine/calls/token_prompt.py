@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 from nbpeft.engine.calls.prompts_by_hand import note_requested
 from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.config.prompt_config import ENCODER_KEY, PROMPT_KEY, InitialisedPromptConfig, PromptLearningConfig
-from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, onloaded
-from nbpeft.engine.contract.initial_draws import repeated
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import method_of, resolve_backend, resolve_layer_kind
 from nbpeft.engine.tree.model_tree import frozen_module
@@ -56,14 +53,6 @@ class TokenPrompt(ModelAdapter):
             with onloaded(base.module):
                 rows = base.module(tokens.to(base.device))
             self.embedding.weight.copy_(rows)
-
-    @classmethod
-    def _repeat_draws(cls, config: PromptLearningConfig, site: AdapterSite) -> None:
-        super()._repeat_draws(config, site)
-        if not isinstance(config, InitialisedPromptConfig) or config.inference_mode:
-            return
-        if config.starts_as("SAMPLE_VOCAB"):
-            repeated(partial(cls.initial_tokens, config, site.base))
 
     @staticmethod
     def initial_tokens(config: InitialisedPromptConfig, base: BaseLayer) -> Tensor | None:

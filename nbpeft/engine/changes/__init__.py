@@ -13,5 +13,4 @@ Door, what other rooms import:
 
 Inside:
 
-    mersenne_twister.py  Advances torch's generator of the CPU by many numbers without computing them
 """

@@ -7,13 +7,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from nbpeft.engine.changes.mersenne_twister import advanced
 
 
 def random_state() -> dict[str, Any]:
@@ -60,50 +57,6 @@ def drawing_from(source: dict[str, Any] | int) -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
-
-
-_FAR = 1 << 23
-"""Words that take longer to draw than to jump over."""
-_IN_BACKGROUND = 50_000
-"""Words that take as long as starting a thread."""
-
-
-def skip_words(count: int, generator: torch.Generator | None = None) -> None:
-    """Advances a generator of the CPU.
-
-    Args:
-        count: number of 32-bit words to skip; a float32 of ``Tensor.uniform_`` takes one.
-        generator: the generator; None for torch's default one.
-    """
-    if count < _FAR:
-        torch.empty(count, dtype=torch.uint8, device="cpu").random_(generator=generator)
-    elif type(torch.empty(0)) is Tensor:  # fake tensors have no numbers
-        chosen = torch.default_generator if generator is None else generator
-        chosen.set_state(advanced(chosen.get_state(), count))
-
-
-class Advance:
-    """Advances torch's default generator of the CPU, at the end; the work is done in another thread until then.
-
-    Args:
-        count: number of 32-bit words to skip.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count, self._before, self._twin = count, torch.get_rng_state(), torch.Generator()
-        self._twin.set_state(self._before)
-        self._thread = Thread(target=skip_words, args=(count, self._twin), daemon=True)
-        if count >= _IN_BACKGROUND:
-            self._thread.start()
-
-    def finish(self) -> None:
-        """Advances the generator. If it was used meanwhile, the words are skipped after what was drawn."""
-        if self._count >= _IN_BACKGROUND:
-            self._thread.join()
-        if self._count >= _IN_BACKGROUND and torch.equal(torch.get_rng_state(), self._before):
-            torch.set_rng_state(self._twin.get_state())
-        else:
-            skip_words(self._count)
 
 
 def drawn_places(size: int, count: int, seed: int) -> Tensor:

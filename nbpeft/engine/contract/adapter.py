@@ -130,17 +130,6 @@ class Adapter(Bindable):
         """
         return {name: site.new(shape) for name, shape in site.shapes.items()}
 
-    @classmethod
-    def _repeat_draws(cls, config: Any, site: AdapterSite) -> None:
-        """Draws what a new adapter draws, for one that is loaded; called where ``Draws`` are recorded.
-
-        Args:
-            config: the method's own config.
-            site: the layer.
-        """
-        own: Any = cls._class_for(config, site)
-        own.initial_tensors(config, site)
-
     def prepare(self, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         """Sets buffers and attributes that are neither in ``from_config`` nor parameters; called after those are set.
 

@@ -85,7 +85,6 @@ class Combination:
         losses: path -> distance to the true weighted delta; None if that needs the frozen weights, so that it is
             measured after the adapter was built.
         finish: (path, new adapter, layer) -> None; called after the adapter was built, to set what needs the layer.
-        has_drawn: whether torch's generator has been advanced by what PEFT draws for the new adapter.
     """
 
     config: Any
@@ -93,7 +92,6 @@ class Combination:
     combination_type: str
     losses: Mapping[str, Loss] | None = None
     finish: Callable[[str, Adapter, BaseLayer], None] = lambda path, adapter, base: None
-    has_drawn: bool = False
 
 
 class Combine(Protocol):

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps, MeasuresDelta, TransformsOutput, Untargeted
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import repeated
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.errors import ConfigError
 
@@ -133,10 +132,6 @@ class ModelAdapter(Adapter, TransformsOutput, Untargeted, MeasuresDelta, HotSwap
             named = made.named_in_files()
             tensors = {name: value.detach().to(site.base.device, site.dtype) for name, value in named.items()}
         return cls.bound(config, tensors)
-
-    @classmethod
-    def _repeat_draws(cls, config: Any, site: AdapterSite) -> None:
-        repeated(lambda: cls(config))
 
     @classmethod
     def bound(cls, config: Any, tensors: Mapping[str, Tensor]) -> Self:

@@ -81,11 +81,6 @@ class SharedState(Bindable):
         return {name: site.new(shape) for name, shape in site.shapes.items()}
 
     @classmethod
-    def _repeat_draws(cls, config: Any, site: SharedSite) -> None:
-        """Draws what a new state draws, for one that is loaded; see ``Adapter._repeat_draws``."""
-        cls.initial_tensors(config, site)
-
-    @classmethod
     def create(cls, config: Any, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Builds the state, before the adapters of the layers; by default all its tensors are parameters.
 

@@ -17,6 +17,4 @@ Inside:
     encoder_fast_paths.py  Disables the fast path of nn.TransformerEncoderLayer, which reads weights of inner layers
                            without calling them
     injection_checks.py    Checks which modules of a model cannot have an adapter, before anything is changed
-    repeated_draws.py      What a new adapter would draw, for one whose values come from a file or later, as PEFT
-                           initializes those too
 """

@@ -22,14 +22,12 @@ from nbpeft.engine.changes.called_modules import called_modules, outside
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedSite, SharedState
 from nbpeft.engine.contract.base import Backend, BaseLayer, Composite, offloading
-from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.model_adapter import ModelAdapter
 from nbpeft.engine.contract.registry import backend_named, backends, layer_kind_named, method_of
 from nbpeft.engine.injection.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.injection.encoder_fast_paths import is_encoder_layer, refresh_fast_paths
 from nbpeft.engine.injection.injection_plan import InjectionPlan, Target
 from nbpeft.engine.injection.plan import make_adapters
-from nbpeft.engine.injection.repeated_draws import record_draws
 from nbpeft.engine.injection.replication import pending_replication, replicate_layers_, undo_replication
 from nbpeft.engine.kernels.storage import StoredWeight, is_packed, loaded
 from nbpeft.engine.tree.model_tree import Site, says_untied, site_at
@@ -58,7 +56,6 @@ class Parts:
         shared: the state that the adapters share, or None.
         model: the base model.
         complete: with ``layer_replication``, a function that replicates the layers and then builds the parts.
-        advance: advances torch's generator as PEFT does by adding the adapter; None if it was advanced by its values.
     """
 
     adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
@@ -66,7 +63,6 @@ class Parts:
     shared: SharedState | None
     model: nn.Module
     complete: Callable[[Transaction], Parts] | None = None
-    advance: Callable[[], None] | None = None
 
 
 def build(
@@ -78,7 +74,7 @@ def build(
     *,
     half: bool = False,
     training: bool | None = None,
-    draws: Draws | None = None,
+    draws: bool = True,
 ) -> Parts:
     """Creates the adapters and copies of a plan.
 
@@ -91,8 +87,7 @@ def build(
         half: use the base's dtype for adapters even if it has half precision; by default they
             are float32 then, which training needs.
         training: mode of new adapters and their wrappers; None for the mode of the replaced adapter or of the layer.
-        draws: if given, adding the parts advances torch's generator by these draws, which are recorded here, and by
-            nothing else. An adapter with weights draws nothing without it.
+        draws: whether initializing new parameters advances torch's generator. An adapter with weights never does.
 
     Returns:
         The new parts.
@@ -115,10 +110,7 @@ def build(
     first = layers[plan.targets[0].path].base if plan.targets else None
     bases = {path: layer.base for path, layer in layers.items()}
     parts = Parts([], [], None, model)
-    if draws is not None:
-        record_draws(plan, bases, draws)
-        parts.advance = draws.start()
-    with torch.random.fork_rng(devices=(), enabled=weights is not None or draws is not None):
+    with torch.random.fork_rng(devices=(), enabled=weights is not None or not draws):
         if first is not None:
             dtype = adapter_dtype(first.backend, first.module, half=half)
             parts.shared = shared_state(plan, weights, bases, first.device, dtype)
@@ -403,9 +395,6 @@ def commit(name: str, parts: Parts, change: Transaction) -> Parts:
         The parts that were added.
     """
     parts = parts.complete(change) if parts.complete is not None else parts
-    if parts.advance is not None:
-        before = torch.get_rng_state()
-        change.on_undo(lambda: torch.set_rng_state(before))
     for sites, layer, adapter in parts.adapters:
         layer.adapters[name] = adapter
         if isinstance(adapter, ChangesBase):
@@ -420,8 +409,6 @@ def commit(name: str, parts: Parts, change: Transaction) -> Parts:
     parents = (site.parent for sites, *_ in (*parts.adapters, *parts.copies) for site in sites)
     if any(is_encoder_layer(parent) for parent in parents):
         refresh_fast_paths(parts.model, change)
-    if parts.advance is not None:
-        parts.advance()
     return parts
 
 

@@ -15,7 +15,6 @@ from nbpeft.engine.changes.transaction import CHANGED_MEANWHILE
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, delta_of
 from nbpeft.engine.contract.combination import Combine, Loss, Member, check_weights
-from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import companions, method_of
 from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -123,8 +122,7 @@ def _combined(
     with manager.transaction():
         if any(manager.configs.get(adapter) is not config for adapter, config in zip(adapters, configs, strict=True)):
             raise BusyError(CHANGED_MEANWHILE)
-        draws = None if combination.has_drawn else Draws(always=False)
-        manager.prepare(name, plan, AdapterWeights(tensors, copies), trainable=False, half=half, draws=draws)()
+        manager.prepare(name, plan, AdapterWeights(tensors, copies), trainable=False, half=half)()
         for path in combination.tensors:
             layer = manager.layers[path]
             combination.finish(path, layer.adapter(name), layer.base)

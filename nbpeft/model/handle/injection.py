@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import manager_of, unwrapped
 from nbpeft.errors import ConfigError, TargetError, few
-from nbpeft.model.handle.state_dicts import draws_of_empty, drop_values
+from nbpeft.model.handle.state_dicts import drop_values
 from nbpeft.model.saving.given_configs import as_given, take_given
 
 
@@ -96,8 +97,8 @@ def inject(
         activate: False leaves the active adapters as they are.
     """
     plan = manager.plan(config) if state_dict is None else _plan_for_keys(manager, config, state_dict)
-    trainable, draws = not config.inference_mode, draws_of_empty(empty)
-    put = manager.prepare(name, plan, trainable=trainable, half=True, replace=replace, training=True, draws=draws)
+    modes: dict[str, Any] = {"trainable": not config.inference_mode, "half": True, "training": True, "draws": not empty}
+    put = manager.prepare(name, plan, replace=replace, **modes)
     put_active(manager, put, name, empty=empty, activate=activate)
 
 

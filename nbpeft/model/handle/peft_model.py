@@ -16,7 +16,6 @@ from nbpeft._util.push_to_hub import PushesToHub
 from nbpeft.engine.calls.prompt_twins import twin_without_prompts
 from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.contract.adapter import TASK_HEADS, AdapterConfig, TaskType
-from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -27,7 +26,7 @@ from nbpeft.errors import ConfigError, UnknownAdapterError, with_article
 from nbpeft.model.handle.injection import put_active, replacing
 from nbpeft.model.handle.prompts import ShowsPrompts, resize_token_embeddings
 from nbpeft.model.handle.serving import OF_CALLS, of_the_model, serving
-from nbpeft.model.handle.state_dicts import draws_of_empty, drop_values
+from nbpeft.model.handle.state_dicts import drop_values
 from nbpeft.model.handle.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from nbpeft.model.handle.tuner import (
     BaseTuner,
@@ -116,7 +115,7 @@ class PeftModel(ShowsPrompts, PushesToHub):
         """Adds an adapter to the base model, and becomes its PeftModel."""
         config = wanted.config if isinstance(wanted, InjectionPlan) else wanted
         options: dict[str, Any] = {"trainable": not config.inference_mode, "replace": name in manager.configs}
-        put = manager.prepare(name, wanted, half=half, training=True, draws=draws_of_empty(empty), **options)
+        put = manager.prepare(name, wanted, half=half, training=True, draws=not empty, **options)
         with manager.transaction() as change:
             put_active(manager, put, name, empty=empty)
             take_given(manager, name, given, change)
@@ -395,8 +394,8 @@ class PeftModel(ShowsPrompts, PushesToHub):
         config = self.completed(peft_config, self.get_base_model())
         with self.manager.transaction() as change:
             modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
-            draws = draws_of_empty(low_cpu_mem_usage)
-            self.manager.prepare(adapter_name, config, half=not autocast_adapter_dtype, draws=draws, **modes)()
+            modes |= {"half": not autocast_adapter_dtype, "draws": not low_cpu_mem_usage}
+            self.manager.prepare(adapter_name, config, **modes)()
             take_given(self.manager, adapter_name, peft_config, change)
             if low_cpu_mem_usage:
                 drop_values(self.manager, adapter_name)
@@ -480,8 +479,7 @@ class PeftModel(ShowsPrompts, PushesToHub):
             config: used instead of the saved config.
             autocast_adapter_dtype: use float32 for the adapter on a half-precision base.
             ephemeral_gpu_offload: accepted for compatibility with PEFT and ignored.
-            low_cpu_mem_usage: advance torch's generator as PEFT does with this value. Nothing else depends on it, as
-                loading never initializes first.
+            low_cpu_mem_usage: accepted for compatibility with PEFT; loading never initializes first.
             key_mapping: regular expression -> replacement, applied to the keys of the file.
             **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``torch_device``, …
 
@@ -501,7 +499,6 @@ class PeftModel(ShowsPrompts, PushesToHub):
             half=not autocast_adapter_dtype,
             config=config,
             key_mapping=key_mapping,
-            draws=Draws(always=low_cpu_mem_usage),
             options=kwargs,
         )
         # transformers or another PeftModel may already have loaded an adapter with this name on the base.
@@ -567,8 +564,6 @@ class PeftModel(ShowsPrompts, PushesToHub):
             trainable=is_trainable,
             half=not autocast_adapter_dtype,
             key_mapping=key_mapping,
-            # PEFT initializes an adapter only if there is none of this name.
-            draws=None if adapter_name in self.manager.configs else Draws(always=low_cpu_mem_usage),
             options={"torch_device": torch_device, **kwargs},
         )
 

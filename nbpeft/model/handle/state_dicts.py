@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import AdapterWeights, StartsInWeight, UsesAnother, source_of
-from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
@@ -200,11 +199,6 @@ def _write(
     if shared is not None and loaded.weights.shared:
         adapted = manager.layers_with(name)
         shared.recompute_derived({path: (layer.adapter(name), layer.base) for path, layer in adapted.items()}, change)
-
-
-def draws_of_empty(empty: bool) -> Draws | None:
-    """What adding an adapter draws if, with ``empty``, its parameters are left on the meta device; None for all."""
-    return Draws(always=True) if empty else None
 
 
 def drop_values(manager: AdapterManager, name: str) -> None:

@@ -24,7 +24,6 @@ from nbpeft.engine.contract.adapter import (
     AdapterWeights,
     HasFixedTensors,
 )
-from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -93,7 +92,6 @@ def read(
     half: bool,
     config: AdapterConfig | None = None,
     key_mapping: Mapping[str, str] | None = None,
-    draws: Draws | None = None,
     options: Mapping[str, Any],
 ) -> Callable[[], LoadResult]:
     """Reads a saved adapter and checks that it fits; changes nothing yet.
@@ -106,7 +104,6 @@ def read(
         half: use a half-precision base's dtype for it.
         config: used instead of the saved config.
         key_mapping: regular expression -> replacement, applied to the keys of the file.
-        draws: advances torch's generator as PEFT does; None for no draws.
         options: PEFT's further keyword arguments: hub options, ``torch_device``, ``ignore_mismatched_sizes``.
 
     Returns:
@@ -140,7 +137,7 @@ def read(
     form = checkpoint.prompt_format(saved.config)
     _warn_of_mismatches(source, loaded, note, checkpoint.other_classes(manager.model, form))
     _check_base_tensors(manager, name, plan, loaded.weights)
-    modes: dict[str, Any] = {"trainable": trainable, "training": trainable, "half": half, "draws": draws}
+    modes: dict[str, Any] = {"trainable": trainable, "training": trainable, "half": half}
     put = manager.prepare(name, plan, loaded.weights, replace=True, **modes)
 
     def load() -> LoadResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import nbpeft
-from nbpeft.engine.contract.initial_draws import Draws, drawn, linear_, skip_linear
+from nbpeft.engine.contract.initial_draws import drawn, linear_, skip_linear
 from nbpeft.engine.contract.registry import methods
 from nbpeft.model import get_peft_model
 from tests.closeness import SINGULAR_VECTORS, assert_approximates, assert_close, assert_same
-from tests.faults.test_interrupts import interrupted_at
 from tests.tiny_models import gpt2, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -194,34 +192,3 @@ def test_no_values_no_draws() -> None:
     with meta:
         made = drawn((3, 4), Tensor.normal_, torch.device("cpu"), torch.float32)
     assert not made.is_meta
-
-
-def test_an_interruption_leaves_no_recording() -> None:
-    """Adapters that are made later would be zeros."""
-
-    def draw() -> Tensor:
-        return drawn((2, 2), Tensor.uniform_, torch.device("cpu"), torch.float32)
-
-    recording: Any = Draws.recording
-    for code in (recording.__wrapped__.__code__, Draws.repeat.__code__):
-        for line in {line for _, _, line in code.co_lines() if line is not None}:
-            with contextlib.suppress(KeyboardInterrupt), interrupted_at((code.co_filename, line, 1)):
-                Draws(always=False).repeat("one", draw)
-            assert draw().any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_draw_that_is_skipped_takes_as_many_numbers_in_each_default_dtype(dtype: torch.dtype) -> None:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        torch.manual_seed(0)
-        nn.init.kaiming_uniform_(torch.empty(3, 5))
-        wanted = torch.get_rng_state()
-        draws = Draws(always=False)
-        draws.add(nn.init.kaiming_uniform_, (3, 5))
-        torch.manual_seed(0)
-        draws.make()
-        assert torch.equal(torch.get_rng_state(), wanted)
-    finally:
-        torch.set_default_dtype(before)

@@ -17,7 +17,7 @@ from torch import Tensor
 from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer
-from nbpeft.engine.contract.initial_draws import Always, normal_
+from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -74,7 +74,7 @@ class FourierFT(Placed):
 
     @classmethod
     def initial_tensors(cls, config: FourierFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        spectrum = site.new(site.shapes[SPECTRUM], Always(normal_))
+        spectrum = site.new(site.shapes[SPECTRUM], normal_)
         return {SPECTRUM: spectrum.zero_() if config.init_weights else spectrum}
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import Always, normal_
+from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -129,7 +129,7 @@ class Shira(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
 
     @classmethod
     def initial_tensors(cls, config: ShiraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        return {WEIGHT: site.new(site.shapes[WEIGHT], None if config.init_weights else Always(normal_))}
+        return {WEIGHT: site.new(site.shapes[WEIGHT], None if config.init_weights else normal_)}
 
     def prepare(self, config: ShiraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         places = _checked(tensors[INDICES], site) if INDICES in tensors else _new_places(config, site)

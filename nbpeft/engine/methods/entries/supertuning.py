@@ -23,7 +23,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, ReplacesCall, Rescales, Shape
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import stored
-from nbpeft.engine.contract.initial_draws import Always, linear_, normal_
+from nbpeft.engine.contract.initial_draws import linear_, normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -203,7 +203,7 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall, HasFixedTensors):
 
 def _new(config: SupertuningConfig, site: AdapterSite) -> dict[str, Tensor]:
     """New entries and factors, drawn in the order in which PEFT draws them."""
-    made = {VALUES: site.new(site.shapes[VALUES], None if config.init_weights else Always(normal_))}
+    made = {VALUES: site.new(site.shapes[VALUES], None if config.init_weights else normal_)}
     if config.r is None:
         return made
     # PEFT draws both factors, and then those that it keeps again.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nbpeft.engine.config.targets import usual_unfused_targets
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.initial_draws import Always, normal_
+from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -251,7 +251,7 @@ class WaveFT(Placed):
 
     @classmethod
     def initial_tensors(cls, config: WaveFTConfig, site: AdapterSite) -> Mapping[str, Tensor]:
-        normal = None if config.init_weights else Always(partial(normal_, std=_DEVIATION))
+        normal = None if config.init_weights else partial(normal_, std=_DEVIATION)
         return {SPECTRUM: site.new(site.shapes[SPECTRUM], normal)}
 
     @classmethod

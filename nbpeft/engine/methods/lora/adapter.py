@@ -34,7 +34,6 @@ from nbpeft.engine.methods.lora.initialization.inits import (
     Factors,
     Start,
     check_init,
-    drawing_start,
     init_factors,
     start_of,
 )
@@ -174,10 +173,6 @@ class LowRankAdapter(
     def drawn_tensors(cls, config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
         """The tensors of a new adapter by name, with factors from ``start_of`` unless they are random."""
         return init_factors(config, site, initial)
-
-    @classmethod
-    def _repeat_draws(cls, config: LoraConfig, site: AdapterSite) -> None:
-        cls.drawn_tensors(config, site, drawing_start(config, site))
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:

@@ -57,12 +57,6 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
             _skip_first(config, site)
         return super().create(config, site, tensors)
 
-    @classmethod
-    def _repeat_draws(cls, config: LoraConfig, site: AdapterSite) -> None:
-        site = replace(site, path=_attention_path(site.path, site.base.kind))
-        _skip_first(config, site)
-        super()._repeat_draws(config, site)
-
     @property
     def _times(self) -> float:
         return _OUT_PROJ_TIMES if self.low_rank.kind.is_linear else 1.0

@@ -74,10 +74,6 @@ class TiedProduct(LowRankProduct, UsesAnother):
         made.bind(_drawn=_drawn(config, site) if tensors is None else {}, _loaded=dict(tensors or {}))
         return made
 
-    @classmethod
-    def _repeat_draws(cls, config: LoraConfig, site: AdapterSite) -> None:
-        _drawn(config, site)
-
     @torch.no_grad()
     def tie_to(self, source: Adapter) -> None:
         """Shares the factors of another adapter; new factors are initialized as for the head, as in PEFT.

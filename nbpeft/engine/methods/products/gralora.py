@@ -20,7 +20,7 @@ from nbpeft.engine.config.layers_config import HasFanInFanOut, TrainsBiases
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import Always, Fill, linear_, skip_linear
+from nbpeft.engine.contract.initial_draws import Fill, linear_, skip_linear
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -119,7 +119,7 @@ class Gralora(WeightDelta, Rescales):
     @classmethod
     def initial_tensors(cls, config: GraloraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         """Factors drawn block by block; those that are multiplied last are zeros."""
-        of_blocks: Fill = Always(linear_)
+        of_blocks: Fill = linear_
         fills: dict[str, Fill | None] = {BLOCKS_A: of_blocks, BLOCKS_B: of_blocks, WHOLE_A: linear_, WHOLE_B: linear_}
         if config.init_weights:
             fills |= {BLOCKS_B: None, WHOLE_B: None}

@@ -21,7 +21,7 @@ from nbpeft.engine.config.module_paths import pattern_table
 from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import Always, linear_, normal_
+from nbpeft.engine.contract.initial_draws import linear_, normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -90,7 +90,7 @@ class Hira(WeightDelta):
     @classmethod
     def initial_tensors(cls, config: HiraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         """Random factors, but for B, or the A of an embedding, at zeros."""
-        drawn = {name: site.new(shape, Always(normal_)) for name, shape in site.shapes.items()}
+        drawn = {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
         name_A, name_B = site.shapes
         if not config.init_weights:
             return drawn

@@ -29,7 +29,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, HotSwaps, LowRankDelta, ShowsModules
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.bindable import axis_size
-from nbpeft.engine.contract.initial_draws import Always, linear_, uniform_
+from nbpeft.engine.contract.initial_draws import linear_, uniform_
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -218,7 +218,7 @@ def _skills(shape: Sequence[int], site: AdapterSite) -> Tensor:
     made = torch.empty(tuple(shape), device=site.base.device, dtype=site.dtype)
     for skill in range(skills):
         for split in range(splits):
-            made[split, skill] = site.new((outputs, inputs), Always(linear_)).T
+            made[split, skill] = site.new((outputs, inputs), linear_).T
     return made
 
 

@@ -40,7 +40,7 @@ from nbpeft.engine.contract.adapter import (
 )
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import Always, normal_, skip
+from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register, resolve_backend
@@ -317,12 +317,6 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
         outputs, inputs = _matrix_shape(module, kind)
         directions = (min(config.r, outputs, inputs), inputs)
         return {DIRECTIONS: (directions, torch.float32), CLUSTERS: ((outputs,), torch.int16)}
-
-    @classmethod
-    def _repeat_draws(cls, config: AdamssConfig, site: AdapterSite) -> None:
-        for outputs, rank in (shape for name, shape in site.shapes.items() if name.startswith(B)):
-            shapes = ([(outputs, outputs)] if config.use_dynamic_rank else []) + [(outputs, rank)]
-            skip(Always(normal_), site.device, *shapes, *([] if config.init_weights else [(outputs, rank)]))
 
     @classmethod
     def create(cls, config: AdamssConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:

@@ -34,7 +34,6 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ReplacesCall, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.bindable import stored
-from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -339,11 +338,6 @@ class Frod(Adapter, ReplacesCall):
         check_linear("FRoD", path, kind)
         size = kind.features(module)[0]
         return {SCALES: (size,), ENTRIES: (config.entry_count(size),)}
-
-    @classmethod
-    def _repeat_draws(cls, config: FrodConfig, site: AdapterSite) -> None:
-        if not config.init_weights:
-            skip(normal_, site.device, site.shapes[ENTRIES], site.shapes[SCALES])
 
     @classmethod
     def create(cls, config: FrodConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:

@@ -26,7 +26,6 @@ from nbpeft.engine.config.patterns import ANYWHERE, check_patterns
 from nbpeft.engine.config.targets import ALL_LINEAR
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import Always, normal_, skip
 from nbpeft.engine.contract.method_records import FileFormat, Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -178,11 +177,6 @@ class Osf(Adapter, ConvertsToLora):
         rows, columns = kind.weight_shape(module)
         rank = min(rows, columns) - config.kept_at(path, (rows, columns))
         return {VALUES: (rank,), LEFT: (rows, rank), RIGHT: (rank, columns)}
-
-    @classmethod
-    def _repeat_draws(cls, config: OSFConfig, site: AdapterSite) -> None:
-        if not config.init_weights:
-            skip(Always(normal_), site.device, *(site.shapes[name] for name in (LEFT, VALUES, RIGHT)))
 
     @classmethod
     def create(cls, config: OSFConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:

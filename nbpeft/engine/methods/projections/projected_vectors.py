@@ -17,7 +17,7 @@ from nbpeft.engine.config.config_checks import check_linear, check_number, check
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HotSwaps
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.initial_draws import Always, normal_
+from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.contract.shared_state import DrawnTensors
 
@@ -109,7 +109,7 @@ class ProjectedVectors(Adapter, HotSwaps):
     def initial_tensors(cls, config: VectorsConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         """b at zeros and d at ``d_initial``, or random; see ``Adapter``."""
         name_b, name_d = cls.names
-        b, d = site.new(site.shapes[name_b]), site.new(site.shapes[name_d], Always(normal_))
+        b, d = site.new(site.shapes[name_b]), site.new(site.shapes[name_d], normal_)
         return (
             {name_b: b, name_d: d.fill_(float(config.d_initial))} if config.init_weights else {name_b: b + 1, name_d: d}
         )

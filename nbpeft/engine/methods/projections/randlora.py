@@ -23,7 +23,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.bindable import axis_size
-from nbpeft.engine.contract.initial_draws import Always, normal_
+from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -163,7 +163,7 @@ class RandLora(Adapter, Rescales):
     @classmethod
     def initial_tensors(cls, config: RandLoraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         """λ at zeros, or random, and γ at one by the larger side."""
-        scales, shape = site.new(site.shapes[LAMBDA], Always(normal_)), site.shapes[GAMMA]
+        scales, shape = site.new(site.shapes[LAMBDA], normal_), site.shapes[GAMMA]
         largest = max(shape) if config.init_weights else max(site.base.in_features, site.base.out_features)
         return {
             LAMBDA: scales.zero_() if config.init_weights else scales,

@@ -24,7 +24,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors, Shape, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import axis_size, stored
-from nbpeft.engine.contract.initial_draws import Always, Fill, normal_, skip, uniform_
+from nbpeft.engine.contract.initial_draws import Fill, normal_, skip, uniform_
 from nbpeft.engine.contract.method_records import Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -99,7 +99,7 @@ class UniVector(SharedState):
     def initial_tensors(cls, config: UniLoraConfig, site: SharedSite) -> Mapping[str, Tensor]:
         bound = config.init_theta_d_bound
         fill: Fill = partial(uniform_, bound=bound) if config.init_weights else normal_
-        return {THETA: site.new(site.shapes[THETA], Always(fill))}
+        return {THETA: site.new(site.shapes[THETA], fill)}
 
     @classmethod
     def create(cls, config: UniLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
@@ -217,20 +217,15 @@ class UniLora(ComputedFactors, HasFixedTensors):
         return 0 if config.save_indices else 2 * config.r * sum(kind.features(module))
 
     @classmethod
-    def _repeat_draws(cls, config: UniLoraConfig, site: AdapterSite) -> None:
-        """PEFT draws indices that are replaced."""
-        shapes = (config.r, site.base.in_features), (site.base.out_features, config.r)
-        skip(Always(lambda one: torch.randint(config.theta_d_length, one.shape)), site.device, *shapes)
-
-    @classmethod
     def create(cls, config: UniLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded indices and scales or draws them."""
         assert isinstance(site.shared, UniVector)
         given = dict(tensors or {})
         if not given.keys() >= set(_BUFFERS):
             indices = site.shared.indices_of(site.path)
-            if tensors is None:
-                cls._repeat_draws(config, site)
+            if tensors is None:  # PEFT draws indices, which it replaces
+                for shape in ((config.r, site.base.in_features), (site.base.out_features, config.r)):
+                    skip(partial(torch.Tensor.random_, to=config.theta_d_length), site.device, shape)
             dtype = site.base.dtype if site.base.dtype.itemsize > 1 else site.dtype
             scales = [site.shared.scales_of(one).to(dtype) for one in indices]
             device = site.shared.theta.device if site.base.device.type == "meta" else site.base.device

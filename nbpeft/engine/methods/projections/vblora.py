@@ -23,7 +23,7 @@ from nbpeft.engine.config.targets import usual_wide_targets
 from nbpeft.engine.contract.adapter import AdapterSite, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import axis_size, stored
-from nbpeft.engine.contract.initial_draws import Always, Fill, drawn, normal_, skip, uniform_
+from nbpeft.engine.contract.initial_draws import Fill, drawn, normal_, uniform_
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -106,7 +106,7 @@ class VectorBank(SharedState):
 
 
 def _bank_fill(config: VBLoRAConfig) -> Fill:
-    return Always(partial(uniform_, bound=config.init_vector_bank_bound))
+    return partial(uniform_, bound=config.init_vector_bank_bound)
 
 
 def _new_logits(config: VBLoRAConfig, site: AdapterSite) -> dict[str, Tensor]:
@@ -248,11 +248,6 @@ class VBLoRA(ComputedFactors):
         assert isinstance(site.shared, VectorBank)
         site.shared.draw_(config)
         return _new_logits(config, site)
-
-    @classmethod
-    def _repeat_draws(cls, config: VBLoRAConfig, site: AdapterSite) -> None:
-        skip(_bank_fill(config), site.device, (config.num_vectors, config.vector_length))
-        _new_logits(config, site)
 
     def prepare(self, config: VBLoRAConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         """Refers to the bank, which the first layer has as a module."""

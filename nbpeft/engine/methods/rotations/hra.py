@@ -22,7 +22,7 @@ from nbpeft.engine.config.targets import usual_targets
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, TransformsInput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import stored
-from nbpeft.engine.contract.initial_draws import Always, linear_
+from nbpeft.engine.contract.initial_draws import linear_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -94,7 +94,7 @@ class HRA(Adapter):
         """Pairs of equal vectors, whose reflections undo each other, or random vectors."""
         features, rank = site.shapes[VECTORS]
         if config.init_weights and rank % 2 == 0:
-            return {VECTORS: site.new((features, rank // 2), Always(linear_)).repeat_interleave(2, dim=1)}
+            return {VECTORS: site.new((features, rank // 2), linear_).repeat_interleave(2, dim=1)}
         return {VECTORS: site.new((features, rank), linear_)}
 
     vectors: Tensor = stored(VECTORS)  # u, (in, r), of any length

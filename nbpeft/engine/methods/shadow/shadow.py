@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from nbpeft.engine.calls.model_properties import cache_argument, fills_cache, take_cache
 from nbpeft.engine.contract.adapter import AdapterSite
 from nbpeft.engine.contract.base import BaseLayer, LayerKind
-from nbpeft.engine.contract.initial_draws import repeated
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing
 from nbpeft.engine.contract.model_adapter import HasSideNetwork, ModelAdapter
 from nbpeft.engine.contract.peft_names import PeftNames
@@ -234,10 +233,6 @@ class ShadowNetwork(ModelAdapter, HasSideNetwork):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "last_state": None}  # which belongs to a call
-
-    @classmethod
-    def _repeat_draws(cls, config: Any, site: AdapterSite) -> None:
-        repeated(lambda: cls(config))
 
     @classmethod
     def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:

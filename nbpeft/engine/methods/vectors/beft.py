@@ -18,7 +18,7 @@ from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.config.layers_config import LayersConfig
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, MergesInPlace, TransformsOutput
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import Always, normal_
+from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -85,7 +85,7 @@ class Beft(Adapter, TransformsOutput, MergesInPlace):
     @classmethod
     def initial_tensors(cls, config: BeftConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         """β at zeros, or random."""
-        bias = site.new(site.shapes[BIAS], Always(normal_))
+        bias = site.new(site.shapes[BIAS], normal_)
         return {BIAS: bias.zero_() if config.init_weights else bias}
 
     @property

@@ -29,7 +29,7 @@ from nbpeft.engine.contract.adapter import (
 )
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.combination import Combination, Member
-from nbpeft.engine.contract.initial_draws import Always, normal_, skip
+from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import Listing
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -226,8 +226,8 @@ class IA3(Adapter):
     def initial_tensors(cls, config: IA3Config, site: AdapterSite) -> Mapping[str, Tensor]:
         shape = site.shapes[VECTOR]
         if not config.init_ia3_weights:
-            return {VECTOR: site.new(shape, Always(normal_))}
-        skip(Always(normal_), site.device, shape)
+            return {VECTOR: site.new(shape, normal_)}
+        skip(normal_, site.device, shape)
         return {VECTOR: torch.ones(shape, device=site.device, dtype=site.dtype)}
 
     @property

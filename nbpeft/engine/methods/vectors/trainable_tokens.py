@@ -39,7 +39,7 @@ from nbpeft.engine.contract.adapter import (
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import parameter_of
 from nbpeft.engine.contract.combination import Member
-from nbpeft.engine.contract.initial_draws import Always, normal_
+from nbpeft.engine.contract.initial_draws import normal_
 from nbpeft.engine.contract.method_records import FileFormat, Listing, OwnKinds, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import Part, register, resolve_backend, resolve_layer_kind
@@ -206,14 +206,9 @@ class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd
     def initial_tensors(cls, config: TokenRows, site: AdapterSite) -> Mapping[str, Tensor]:
         base = site.base
         if not config.init_weights:
-            return {name: site.new(shape, Always(normal_)) for name, shape in site.shapes.items()}
+            return {name: site.new(shape, normal_) for name, shape in site.shapes.items()}
         rows = torch.tensor(config.indices, dtype=torch.long, device=base.device)
         return {name: _table(base.weight(), base)[rows].to(site.dtype) for name in site.shapes}
-
-    @classmethod
-    def _repeat_draws(cls, config: TokenRows, site: AdapterSite) -> None:
-        if not config.init_weights:
-            cls.initial_tensors(config, site)
 
     def prepare(self, config: TokenRows, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         """The tokens, also in their order."""

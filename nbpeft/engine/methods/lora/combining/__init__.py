@@ -6,7 +6,6 @@ sparsify.py   pruning, sign election, weighted sums (TIES, DARE, magnitude pruni
 truncate.py   best rank-k factors of a weighted sum, and the approximation error
 layers.py     combine(): all layers of a model
 config.py     the config of the result
-draws.py      the random draws that PEFT makes before combining
 adapters.py   from adapters on layers to factors and back: the entry point of the engine
 """
 

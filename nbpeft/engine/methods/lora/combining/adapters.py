@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from torch import Tensor
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.combination import Combination, Member
-from nbpeft.engine.contract.initial_draws import Draws
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.combining.config import combined_config
 from nbpeft.engine.methods.lora.combining.factors import Factors
 from nbpeft.engine.methods.lora.combining.layers import CombinedLayer, combine
 from nbpeft.engine.methods.lora.combining.recipe import Recipe, settings_for
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.initialization.inits import drawing_start
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
 from nbpeft.names import COMBINATION_TYPES
@@ -52,8 +51,9 @@ class CombineLowRank:
             path: {name: _factors(name, member) for name, member in members.items()} for path, members in layers.items()
         }
         kinds = {path: next(iter(members.values())).base.kind for path, members in layers.items() if members}
-        with suppress(ConfigError):  # where PEFT could not initialize it
-            _skip_draws(layers, configs, recipe, len(adapters))
+        if recipe.draws:
+            with suppress(ConfigError):  # where PEFT could not initialize it
+                _draw_as_new(layers, configs, recipe)
         combined = combine(factors, adapters, weights, recipe)
         tensors = {path: _tensors(kinds[path], layer) for path, layer in combined.layers.items()}
         # Only ``exact`` uses DoRA's row scales.
@@ -68,7 +68,7 @@ class CombineLowRank:
                 adapter.set_row_scale_(row_scale, base)
 
         config = combined_config(configs, combined)
-        return Combination(config, tensors, combined.recipe.combination_type, losses, finish, has_drawn=True)
+        return Combination(config, tensors, combined.recipe.combination_type, losses, finish)
 
 
 combine_low_rank = CombineLowRank()
@@ -103,21 +103,18 @@ def _factors(name: str, member: Member) -> Factors:
     )
 
 
-def _skip_draws(
-    layers: Mapping[str, Mapping[str, Member]], configs: Sequence[LoraConfig], recipe: Recipe, count: int
-) -> None:
-    """Draws as PEFT does, which initializes the new adapter before combining."""
-    ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
-    rank = sum(ranks) if recipe.combination_type == "cat" and count > 1 else max(ranks)
-    rank = recipe.svd_rank or rank if recipe.combination_type.endswith("svd") else rank
-    new, draws = configs[0].copy(r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}), Draws(always=False)
+def _draw_as_new(layers: Mapping[str, Mapping[str, Member]], configs: Sequence[LoraConfig], recipe: Recipe) -> None:
+    """Draws as PEFT does, which initializes the new adapter before it prunes at random."""
+    rank = recipe.svd_rank if recipe.combination_type.endswith("svd") else None
+    rank = rank or max(max(config.r, *config.rank_pattern.values(), 0) for config in configs)
+    new = configs[0].copy(r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={})
     for path, members in layers.items():
         for member in list(members.values())[:1]:
-            made_by, base = type(member.adapter), member.base
-            shapes = made_by.parameter_shapes(new, path, base.module, base.kind)
-            site = AdapterSite(path, base, shapes, torch.float32)
-            draws.repeat((made_by, base.kind, *shapes.items()), partial(made_by._repeat_draws, new, site))
-    draws.make()
+            adapter, base = member.adapter, member.base
+            if isinstance(adapter, LowRankAdapter):
+                shapes = adapter.parameter_shapes(new, path, base.module, base.kind)
+                site = AdapterSite(path, base, shapes, torch.float32)
+                adapter.drawn_tensors(new, site, drawing_start(new, site))
 
 
 def _is_transposed(base: BaseLayer) -> bool:

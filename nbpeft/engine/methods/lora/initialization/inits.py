@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from nbpeft.engine.config.config_checks import check_linear
 from nbpeft.engine.contract.adapter import AdapterSite, TakenOver
 from nbpeft.engine.contract.base import LayerKind, offloading
-from nbpeft.engine.contract.initial_draws import Always, Fill, linear_, normal_, skip, skip_linear
+from nbpeft.engine.contract.initial_draws import Fill, linear_, normal_, skip, skip_linear
 from nbpeft.engine.kernels.numerics import is_finite, widened
 from nbpeft.engine.kernels.storage import loaded
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -216,7 +216,7 @@ def skip_built(config: LoraConfig, site: AdapterSite) -> None:
     low_rank = low_rank_of(site.base.kind)
     shapes = low_rank.shapes(site.base.module, config.rank_at(site.path))
     if low_rank.zero_init_factor == 0:
-        skip(Always(normal_), site.device, *shapes)
+        skip(normal_, site.device, *shapes)
     else:
         skip_linear(site.device, *shapes, *([(shapes[1][0],)] if config.lora_bias else []))
 
@@ -242,9 +242,7 @@ def _orthogonal(name_A: str, name_B: str, site: AdapterSite) -> dict[str, Tensor
         normal = torch.randn(rank // 2, out_features, device=lora_B.device)
         lora_B.copy_((normal.T @ rows[0][1::2]) / _ORTHOGONAL_SCALE)
 
-    return {
-        name: site.new(site.shapes[name], fill) for name, fill in ((name_A, Always(fill_A)), (name_B, Always(fill_B)))
-    }
+    return {name: site.new(site.shapes[name], fill) for name, fill in ((name_A, fill_A), (name_B, fill_B))}
 
 
 @torch.no_grad()
@@ -302,7 +300,7 @@ def _skip_projection(config: LoraConfig, site: AdapterSite) -> None:
 
 
 def drawing_start(config: LoraConfig, site: AdapterSite) -> Factors | None:
-    """Where draws are recorded, draws what a new adapter draws for its start; factors if those are not random."""
+    """Draws and drops what a new adapter draws for its start; returns factors if those are not random."""
     if not config.initialised_from_weight and config.init_name != "mica":
         return None
     if config.pissa_iterations is not None:

@@ -44,7 +44,7 @@ from nbpeft.engine.contract.adapter import (
 from nbpeft.engine.contract.allocator import Allocator, update_and_allocate
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape, Shapes
 from nbpeft.engine.contract.bindable import axis_size
-from nbpeft.engine.contract.initial_draws import Always, normal_, skip
+from nbpeft.engine.contract.initial_draws import normal_, skip
 from nbpeft.engine.contract.method_records import FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -420,8 +420,8 @@ class AdaLora(Adapter, Rescales, IsLowRank, ShowsModules, HotSwaps):
     @classmethod
     def initial_tensors(cls, config: AdaLoraConfig, site: AdapterSite) -> Mapping[str, Tensor]:
         """Random A and B, and E zero or random, in the order of PEFT's draws."""
-        made = {name: site.new(site.shapes[name], Always(normal_)) for name in (_A, _E, _B)}
-        skip(Always(normal_), site.device, (1,))  # a number for the rank
+        made = {name: site.new(site.shapes[name], normal_) for name in (_A, _E, _B)}
+        skip(normal_, site.device, (1,))  # a number for the rank
         if config.init_lora_weights:
             made[_E].zero_()
             made |= {name: site.new(site.shapes[name], partial(normal_, std=_DEVIATION)) for name in (_A, _B)}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.contract.adapter import AdapterSite, HasFixedTensors
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shape
-from nbpeft.engine.contract.initial_draws import Always, drawn, normal_, skip
+from nbpeft.engine.contract.initial_draws import drawn, normal_
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
 from nbpeft.engine.kernels.numerics import add_delta, compute_dtype
@@ -92,19 +92,12 @@ class VeLoRA(LowRankProduct, HasFixedTensors):
         assert config.velora_config is not None
         return {DIRECTION: ((-(-shapes["lora_A"][1] // config.velora_config.num_groups),), torch.float32)}
 
-    @classmethod
-    def _repeat_draws(cls, config: LoraConfig, site: AdapterSite) -> None:
-        super()._repeat_draws(config, site)
-        if config.velora_config is not None and config.velora_config.init_type == "random":
-            shape, _ = cls.fixed_tensors(config, site.shapes, site.base.module, site.base.kind)[DIRECTION]
-            skip(Always(normal_), site.device, shape)
-
     def prepare(self, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor]) -> None:
         """The direction, which may be loaded; until it is found it is zero."""
         is_random, direction = self.settings.init_type == "random", tensors.get(DIRECTION)
         if direction is None:
             (shape, dtype) = self.fixed_tensors(config, site.shapes, site.base.module, site.base.kind)[DIRECTION]
-            fill = Always(normal_) if is_random else Tensor.zero_
+            fill = normal_ if is_random else Tensor.zero_
             direction = drawn(shape, fill, site.base.device, dtype)
             direction = normalised(direction) if is_random else direction
         self.register_buffer(DIRECTION, direction)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -28,7 +27,6 @@ from nbpeft.engine.calls.first_pass import NeedsFirstPass
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import Adapter, AdapterSite, HasInnerAdapters, HotSwaps, SharedSite, SharedState
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
-from nbpeft.engine.contract.initial_draws import skip_linear
 from nbpeft.engine.contract.method_records import CallInputs, FileFormat, Listing, SharedTensors
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.contract.registry import register
@@ -76,10 +74,6 @@ class XLoraState(SharedState, NeedsFirstPass):
         with torch.device("meta"):
             made = XLoraClassifier(config, len(config.experts), len(features))
         return {f"{CLASSIFIER}.{name}": tuple(one.shape) for name, one in made.named_parameters()}
-
-    @classmethod
-    def _repeat_draws(cls, config: XLoraConfig, site: SharedSite) -> None:
-        skip_linear(site.device, *site.shapes.values())
 
     @classmethod
     def create(cls, config: XLoraConfig, site: SharedSite, tensors: Mapping[str, Tensor] | None) -> Self:
@@ -304,12 +298,6 @@ class XLoraLayer(Adapter, HasInnerAdapters, HotSwaps):
             for number, expert in enumerate(config.experts)
             for name, shape in expert.shapes.get(path, {}).items()
         }
-
-    @classmethod
-    def _repeat_draws(cls, config: XLoraConfig, site: AdapterSite) -> None:
-        for expert in config.experts:
-            if site.path in expert.shapes:
-                LoRA._repeat_draws(expert.config, replace(site, shapes=expert.shapes[site.path], shared=None))
 
     @classmethod
     def create(cls, config: XLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
