@@ -43,6 +43,9 @@ def create_arrow_model(
             the same rank.
         **adapter_kwargs: keyword arguments of ``PeftModel.from_pretrained``.
 
+    Returns:
+        The model with these adapters, of which the router is active.
+
     Raises:
         ConfigError: an argument is missing, or the adapters cannot be combined.
         CheckpointError: an adapter cannot be read or does not fit.

@@ -332,6 +332,9 @@ def load_peft_weights(
         device: device to load the tensors to; by default "cuda" if available, else "cpu".
         key_mapping: regular expression -> replacement, applied to the keys.
         **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token``, …
+
+    Returns:
+        Key -> tensor, in the dtype of the file.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

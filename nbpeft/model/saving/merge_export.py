@@ -223,6 +223,9 @@ def merge_errors(
         adapter: name or names; None for the active ones.
         dtype: dtype of the full-precision copy; by default that of the model.
 
+    Returns:
+        Both errors, as a whole and of each layer.
+
     Raises:
         MergeError: adapters are merged already or cannot be merged.
     """

@@ -159,6 +159,9 @@ def create_lorafa_optimizer(
         weight_decay: As in AdamW.
         use_rslora: Deprecated in PEFT; must agree with the adapters' configs.
 
+    Returns:
+        The optimizer.
+
     Raises:
         ConfigError: ``use_rslora`` contradicts a config.
         TrainingError: there is no trainable B.
@@ -206,6 +209,9 @@ def create_loraplus_optimizer(
         loraplus_lr_ratio: Learning rate of B and of vectors, as a multiple of ``lr``; at least 1.
         **kwargs: For the optimizer, and ``loraplus_weight_decay`` (0.0) and
             ``loraplus_lr_embedding`` (1e-6), the learning rate of adapters on embeddings.
+
+    Returns:
+        An instance of ``optimizer_cls``, with one group of parameters for each learning rate and weight decay.
 
     Raises:
         TrainingError: nothing is trainable.
@@ -317,6 +323,9 @@ def create_riemannian_optimizer(
         lr: Learning rate.
         reg: Added to the diagonal of the matrices that are inverted; see ``RiemannianPreconditioner``.
         **kwargs: For the optimizer.
+
+    Returns:
+        An instance of ``optimizer_cls``, whose ``step`` rescales first.
 
     Raises:
         ConfigError: the optimizer needs a closure, or no pair of factors is trained.
