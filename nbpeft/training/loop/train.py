@@ -192,6 +192,9 @@ def train(
             ``data_collator``, …). With ``output_dir`` the adapter is saved there at the end; without it, nothing is
             saved.
 
+    Returns:
+        The losses, metrics, scores and answers of the run, and its state.
+
     Raises:
         AdapterExistsError: ``output_dir`` contains another adapter, or an adapter of a sweep exists already.
         ConfigError: an argument is unknown or invalid.
