@@ -10,22 +10,25 @@ from typing import Any
 from torch import nn
 
 from nbpeft.display.numbers import count
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.saving.sharded import is_sharded
 from nbpeft.names import DEFAULT_SEED
 from nbpeft.scoring.answers import default_limit
 from nbpeft.scoring.metrics import AnswerSettings, generates, metrics_of
 from nbpeft.scoring.result import ScoreResult
-from nbpeft.scoring.rows import ScoredRows, read_rows, usual_metric
+from nbpeft.scoring.rows import TRIED, ScoredRows, read_rows, usual_metric
 from nbpeft.scoring.score import Scoring
 from nbpeft.scoring.settings import Column, ScoreSettings, adapter_columns
 from nbpeft.training.adapters.adapted_model import active_names
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.disk.agreement import gathered, own_share
+from nbpeft.training.watching.sampling import undisturbed
 from nbpeft.training.watching.scoring import Scorer
 
 MOST_ANSWERS = 200
 """The default number of rows whose answers are generated each time: with ten scores a run, 2,000 answers."""
+_TRIAL_TOKENS = 16
+"""The number of tokens of the first answers on which a metric is tried; if it fails on them, on whole ones."""
 
 
 class RowScorer(Scorer):
@@ -52,7 +55,8 @@ class RowScorer(Scorer):
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
-        TrainingError: the rows cannot be read.
+        TrainingError: the rows cannot be read, or a metric fails on each of the first references; on each of the
+            model's first answers if the rows have no references.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class RowScorer(Scorer):
         self.notes = self._read.notes
         found = (row.prompt_ids or tuple(row.coded.get("input_ids", ())) for row in self._read.rows)
         self.prompts = tuple(filter(None, found))
+        self._try_metrics(model)
 
     def _sampled(self, read: ScoredRows, max_rows: int | None) -> ScoredRows:
         """The rows that are scored each time."""
@@ -97,6 +102,29 @@ class RowScorer(Scorer):
         chosen = sorted(random.Random(DEFAULT_SEED).sample(range(len(read.rows)), most))
         note = f"{count(most)} of {count(len(read.rows))} are scored, sampled at random (max_score_rows)"
         return replace(read, rows=tuple(read.rows[place] for place in chosen), notes=(*read.notes, note))
+
+    def _try_metrics(self, model: nn.Module) -> None:
+        """Tries the metrics of answers on the model's first answers if no row has a reference to try them on."""
+        metrics = tuple(metric for metric in self._metrics if metric.needs == "answers")
+        if not metrics or any(row.reference for row in self._read.rows) or is_sharded(model):
+            return
+        rows = replace(self._read, rows=self._read.rows[:TRIED])
+        for limit in (min(_TRIAL_TOKENS, self._limit), self._limit):
+            state = Scoring("", (Column("model", as_it_is=True),), metrics, rows, ScoreSettings(batch_size=TRIED), [])
+            try:
+                with undisturbed(model):
+                    state.run(model, self._tokenizer, limit, None, lambda: None)
+                break
+            except TrainingError:  # what is cut may not be readable, and longer answers may be
+                if limit == self._limit:
+                    raise
+        if not state.is_complete:
+            raise KeyboardInterrupt  # the generation swallowed it
+
+    @property
+    def _limit(self) -> int:
+        """The greatest number of tokens of an answer."""
+        return self._settings.max_new_tokens or default_limit(self._read.rows, self._metrics, stripped=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_metrics"}
@@ -136,8 +164,7 @@ class RowScorer(Scorer):
         """The scores of this process's rows; None if it was stopped."""
         rows = self._read.rows if is_sharded(model) else tuple(own_share(self._read.rows))
         state = Scoring("", columns, self._metrics, replace(self._read, rows=rows), self._settings, [])
-        limit = self._settings.max_new_tokens or default_limit(self._read.rows, self._metrics, stripped=False)
-        state.run(model, self._tokenizer, limit, should_stop, lambda: None)
+        state.run(model, self._tokenizer, self._limit, should_stop, lambda: None)
         if state.is_complete:
             return replace(state.result("finished"), notes=tuple(state.failures()))
         if not should_stop():

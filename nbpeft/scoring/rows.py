@@ -44,7 +44,7 @@ from nbpeft.training.watching.generation import PromptBatch
 
 _STREAMED = 1000
 """The number of rows of a stream that are read."""
-_TRIED = 8
+TRIED = 8
 """The greatest number of rows on which a metric is tried before anything is computed."""
 CHOICES, ANSWER = "choices", "answer"
 """The columns of a row with its options, and with the right one: its text or its number."""
@@ -313,7 +313,7 @@ def _reader(
 
 def _check_metrics(metrics: Sequence[Metric], rows: Sequence[ScoredRow]) -> None:
     """Raises TrainingError if a metric of answers fails on all of the first right answers, before any is generated."""
-    tried = [row for row in rows if row.reference][:_TRIED]
+    tried = [row for row in rows if row.reference][:TRIED]
     for metric in metrics:
         failures: list[TrainingError] = []
         for row in tried if metric.needs == "answers" else ():

@@ -140,6 +140,32 @@ def test_a_metric_that_fails_ends_the_scores_and_not_the_run() -> None:
     assert "no scores: TrainingError: metric 'own' fails at row" in result.message
 
 
+def test_a_metric_that_fails_on_every_answer_is_found_before_the_training(tmp_path: Path) -> None:
+    def own(answer: str, row: Any) -> float:
+        calls.append(answer)
+        return float(row["target"])
+
+    def long_enough(answer: str, row: Any) -> float:
+        if len(answer) < 20:  # as JSON that is cut cannot be read
+            raise ValueError("too short")
+        return 1.0
+
+    prompts = [{"prompt": row["prompt"]} for row in ROWS * 2]
+    for rows, given in ((prompts, own), (prompts, ["json_valid", own]), (HELD_OUT, ["exact", own])):
+        calls: list[str] = []
+        target = model()
+        before = state(target)
+        with pytest.raises(TrainingError, match=r"'own' fails at row \d+: KeyError: 'target'.*; it fails on") as e:
+            trained(target, score=rows, metric=given, output_dir=str(tmp_path / "out"))
+        assert "\n" not in str(e.value)
+        assert same_state(before, state(target)) and not list(tmp_path.iterdir())
+        assert len(calls) == (3 if rows is HELD_OUT else 16)
+    plain, tried = model(), model()
+    trained(plain)
+    trained(tried, score=prompts, metric=long_enough, every=6)
+    assert same_state(state(plain), state(tried))
+
+
 def test_an_interruption_of_the_scores_is_one_of_the_training() -> None:
     def own(answer: str, row: Any) -> float:
         calls.append(1)
