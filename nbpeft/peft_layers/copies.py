@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from nbpeft.engine.wrappers.extension import add_attributes
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
+from nbpeft.engine.wrappers.wrapper import Wrapper
 from nbpeft.peft_layers.classes import refuse_pickle_of_peft
 from nbpeft.peft_layers.commands import PeftWrapper, one_or_all
 
@@ -22,7 +21,7 @@ class PeftCopies(ModulesToSaveWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "active_state" not in state:
             refuse_pickle_of_peft(self, state)
-        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+        Wrapper.__setstate__(self, state)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes the copy of an adapter active and trainable; the other copies are frozen.

@@ -225,8 +225,9 @@ class LayerCommands:
                 hook_in(manager.model, wrapper, wrapper.adapters._modules.values(), change)
         for name, adapter in sorted(back.items(), key=lambda item: item[1].place):
             adapter.restore(manager, name)
-        merged = {name for wrapper in wrappers if isinstance(wrapper, AdaptedLayer) for name in wrapper.merged_names}
-        manager._merged = tuple(name for name in manager._configs if name in {*manager._merged, *merged})
+        merged = (name for wrapper in wrappers if isinstance(wrapper, AdaptedLayer) for name in wrapper.merged_names)
+        ordered = dict.fromkeys((*manager._merged, *merged))
+        manager._merged = tuple(name for name in ordered if name in manager._configs)
         choice = next((adapter for adapter in back.values() if adapter.selected_after == manager._selected), None)
         if choice is not None:  # the selection has not changed since the removal
             manager._selected = tuple(name for name in choice.selected_before if name in manager._configs)

@@ -263,7 +263,9 @@ class AdapterManager:
             before, tree = self._tree, self._read_tree()
             moved = self.layer_commands.update(before, tree, change)
             present = self._configs if before is None else self._known_tree().names()
-            self.layer_commands.unregister([name for name in self._configs if name not in present], change)
+            lost = [name for name in self._configs if name not in present]
+            if moved or lost:  # otherwise nothing is refreshed: requires_grad may have been set by hand
+                self.layer_commands.unregister(lost, change)
         if moved:
             self.changed()
 
@@ -697,9 +699,8 @@ class AdapterManager:
 
     def __getstate__(self) -> dict[str, Any]:
         # Subscribers and the provider belong to other objects, which are not copied; nor are locks.
-        new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_layers": {}, "provider": None}
-        new["_tree"] = None if self.alive else AdaptedTree()
-        state = {**self.__dict__, **new}
+        tree = None if self.alive else AdaptedTree()
+        state = {**self.__dict__, "_subscribers": Subscribers(), "_slots": {}, "provider": None, "_tree": tree}
         del state["_transaction"], state["layer_commands"]
         return state
 

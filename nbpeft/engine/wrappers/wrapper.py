@@ -23,6 +23,11 @@ class Wrapper(nn.Module):
         """Adapter name -> the adapter's module in this wrapper."""
         raise NotImplementedError
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(self.active_state, LayerState):  # the next command on the model ends it in a copy, too
+            self.active_state.shared.apart.add(self)
+
     def _get_name(self) -> str:
         return type(self).__name__
 
