@@ -44,6 +44,8 @@ _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _HALF = (torch.float16, torch.bfloat16, *_EIGHT_BITS)
 _PREPARED = "_nbpeft_prepared_by"
 """Attribute of a layer that a backend has prepared and must release: the backend's name."""
+_NO_COPIES = "modules_to_save"
+"""Attribute of a module without a trained copy any more: an empty dictionary, which other libraries read there."""
 
 
 @dataclass
@@ -443,7 +445,9 @@ def drop(
     for module in copies:
         module.modules_to_save._modules.pop(name, None)
         if not module.modules_to_save._modules and id(module) not in kept:
-            empty[id(module)] = module.original_module
+            empty[id(module)] = original = module.original_module
+            change.keep_attributes(original, _NO_COPIES)
+            original.__dict__[_NO_COPIES] = nn.ModuleDict()  # not a submodule: the state dict is that of the base
         else:
             left = True
     replace_modules(model, empty, change, merged=None if left else False)
@@ -471,7 +475,7 @@ def replace_modules(
     if merged is not None:
         undo_replication(model, change, keep=merged)
     if release:
-        _release_storage(model, change)
+        _release(model, change)
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction) -> None:
@@ -512,8 +516,10 @@ def prepare_storage(model: nn.Module, change: Transaction) -> None:
                     module.__dict__[_PREPARED] = backend.name
 
 
-def _release_storage(model: nn.Module, change: Transaction) -> None:
+def _release(model: nn.Module, change: Transaction) -> None:
     for module in called_modules(model):
-        if _PREPARED in module.__dict__:
+        if _PREPARED in module.__dict__ or _NO_COPIES in module.__dict__:
             change.keep(module.__dict__)
+            module.__dict__.pop(_NO_COPIES, None)
+        if _PREPARED in module.__dict__:
             backend_named(module.__dict__.pop(_PREPARED)).release(module)

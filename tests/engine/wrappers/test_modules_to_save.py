@@ -150,3 +150,46 @@ def test_transformers_is_told_where_a_file_s_tensors_belong() -> None:
     for name in ("default", "nobody"):
         found, wanted = (one.base_model.model.head.adapter_state_dict_load_map(name) for one in (ours, theirs))
         assert found == wanted and len(found) == (2 if name == "default" else 0)
+
+
+@pytest.mark.parametrize("names", [["default", "other"], ["other", "default"]])
+def test_a_module_answers_after_its_last_copy_was_deleted(names: list[str]) -> None:
+    """The test of deletion in transformers reads ``lm_head.modules_to_save``."""
+    ours, theirs = both()
+    base = Model()
+    base.load_state_dict({key: value for key, value in zip(base.state_dict(), frozen(ours), strict=True)})
+    for name in names:
+        heads = [model.base_model.model.head for model in (ours, theirs)]
+        for model in (ours, theirs):
+            model.delete_adapter(name)
+        now = [model.base_model.model.head.modules_to_save for model in (ours, theirs)]
+        assert list(now[0]) == list(now[1]) and name not in now[0] and len(heads[0].modules_to_save) == len(now[1])
+    model = ours.get_base_model()
+    assert torch.equal(ours(INPUT), base(INPUT))
+    assert list(model.state_dict()) == list(base.state_dict())
+    ours.add_adapter("again", nbpeft.LoraConfig(target_modules=["first"], modules_to_save=["head"], r=2))
+    ours.set_adapter("again")
+    assert list(model.head.modules_to_save) == ["again"] and "head.modules_to_save.again.weight" in model.state_dict()
+    assert torch.equal(ours(INPUT), base(INPUT))
+    ours.delete_adapter("again")
+    ours.add_adapter("on the head", nbpeft.LoraConfig(target_modules=["head"], r=2))
+    assert torch.equal(ours(INPUT), base(INPUT))
+    ours.merge_and_unload()
+    assert not any(hasattr(module, "modules_to_save") for module in model.modules())
+    assert torch.equal(model(INPUT), base(INPUT))
+
+
+def frozen(model: Any) -> list[Tensor]:
+    """The tensors of the base model."""
+    return [value for key, value in model.state_dict().items() if "base_layer" in key or "original_module" in key]
+
+
+def test_a_deletion_that_fails_leaves_the_module_as_it_was() -> None:
+    model, _ = both()
+    model.delete_adapter("other")
+    head = model.base_model.model.head
+    original = head.original_module
+    with pytest.raises(RuntimeError), model.manager.transaction():
+        model.manager.remove("default")
+        raise RuntimeError
+    assert model.base_model.model.head is head and not hasattr(original, "modules_to_save")
