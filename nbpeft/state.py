@@ -314,11 +314,15 @@ class TrainState:
     """The adapters of a sweep; the figures above then refer to all of them."""
     rows: NamedRows = NamedRows()
     """The rows to score it on."""
+    headline: tuple[str, ...] = ("loss",)
+    """The curves by which it is judged, as its objective names them; without ``loss`` where that says nothing."""
 
     @property
-    def rewards(self) -> Curve:
-        """The mean reward over time of a training with reward functions; empty for other trainings."""
-        return self.series.get("reward", ())
+    def figures(self) -> dict[str, float]:
+        """The last value of each curve of the headline, as far as there is one."""
+        last = {name: curve[-1][1] for name, curve in self.series.items() if curve}
+        last |= {} if self.loss is None else {"loss": self.loss}
+        return {name: last[name] for name in self.headline if name in last}
 
     @property
     def best_member(self) -> MemberState | None:

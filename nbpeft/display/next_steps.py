@@ -83,7 +83,7 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
         (step.label.format_map(words), step.command.format_map({**words, "name": name, "rows": rows}))
         for step in steps
         if generates or not step.of_answers
-        if step.label != _SCORE or (scored and not train.rewards)  # rows for reward functions have no references
+        if step.label != _SCORE or (scored and "loss" in train.headline)  # rows for reward functions have no references
         for name in (names if step.for_each else names[:1])
         if name in unsaved or step.label != "Save"
         for rows in [_rows_of(name, train.rows)]

@@ -44,8 +44,6 @@ _STATUS_TONES: dict[str, Tone] = {
 }
 _WORDS = {"pausing": "pausing after this step", "stopping": "stopping after this step"}
 _MORE = "%lora doctor --traceback shows where it failed."
-REWARD = "reward"
-"""The curve of the mean reward of a training that learns from rewards."""
 _LONGEST_ANSWER = 400
 _LONGEST_NAME = 24
 _ICONS: dict[Tone, str] = {"error": "✖", "warning": "⚠\ufe0e", "success": "✓"}  # the selector asks for text, not emoji
@@ -131,14 +129,24 @@ def _subject(train: TrainState) -> str:
 
 
 def _curves(train: TrainState) -> Block:
-    """Returns a chart of the run's loss, of its reward, or of the loss of each adapter of a sweep."""
+    """Returns a chart of the run's loss, of the curve in its place, or of the loss of each adapter of a sweep."""
     live = _is_live(train)
-    if train.rewards:  # the loss of such a training says nothing: it is relative within each step
-        return CurveChart(((REWARD, train.rewards, ()),), legend=False, live=live, metric=REWARD)
+    if (name := _charted(train)) in train.series:
+        return CurveChart(((name, train.series[name], ()),), legend=False, live=live, metric=name)
     if not train.members:
         return LossChart(train)
     curves = tuple((member.name, _smoothed(member.history), member.eval_history) for member in train.members)
     return CurveChart(curves, legend=False, live=live)
+
+
+def _charted(train: TrainState) -> str:
+    """Returns the name of the curve that is drawn large."""
+    return "loss" if "loss" in train.headline else train.headline[0]
+
+
+def headline_words(train: TrainState) -> list[str]:
+    """Returns the figures by which a run is judged, other than its losses, e.g. ``reward 0.412``."""
+    return [f"{name} {numbers.metric(value)}" for name, value in train.figures.items() if name != "loss"]
 
 
 def _scores(train: TrainState) -> Block | None:
@@ -164,7 +172,7 @@ def _smoothed(curve: Curve) -> Curve:
 
 def _figures(train: TrainState) -> Figures:
     total = f" / {train.total_steps:,}" if train.total_steps else ""
-    epoch = f"epoch {train.epoch:.2g}" if train.epoch is not None else ""
+    epoch = f"epoch {train.epoch:,.2f}".rstrip("0").rstrip(".") if train.epoch is not None else ""
     begun = f"continues from step {train.first_step:,}" if train.first_step else ""
     elapsed = Figure("time", numbers.clock(train.elapsed), "", 70)
     if train.remaining is not None and train.status not in ENDED:
@@ -172,10 +180,9 @@ def _figures(train: TrainState) -> Figures:
     memory = train.memory
     used = sum(part.byte_count for part in memory.parts) if memory is not None else None
     peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
-    mean, best = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else "", train.best_member
     figures = (
-        *_reward(train),
-        Figure("loss", numbers.loss(train.loss), mean, 84) if best is None else _loss_of_the_best(best),
+        *_headline(train),
+        *_loss(train),
         *_evaluations(train),
         Figure("step", f"{train.step:,}{total}", " · ".join(filter(None, (epoch, begun))), 84),
         Figure("tokens/s", numbers.rate(train.tokens_per_second), "", 64),
@@ -196,7 +203,8 @@ def _evaluations(train: TrainState) -> Iterator[Figure]:
         if best.metric:  # the last evaluation is that of the adapters that were trained then
             measured, loss, title = best.eval_step, best.eval_loss, "eval loss of the best"
             words = f"at step {measured:,}" if measured else ""
-    yield Figure(title, numbers.loss(loss), words, 84, _perplexity(loss))
+    if "loss" in train.headline:
+        yield Figure(title, numbers.loss(loss), words, 84, _perplexity(loss))
     for name, value in _metrics(train).items():
         where = _value_of_the_best(train, name) or (f"at step {measured:,}" if measured else "")
         yield Figure(f"{name} of the best" if train.members else name, numbers.metric(value), where, 70)
@@ -210,9 +218,14 @@ def _metrics(train: TrainState) -> Mapping[str, float]:
     return train.metrics if best is None or not best.metrics else best.metrics
 
 
-def _loss_of_the_best(best: MemberState) -> Figure:
-    """Returns the loss of the best adapter of a sweep: a mean over good and bad ones says nothing."""
-    return Figure("loss of the best", numbers.loss(best.smoothed_loss), cut(best.name, _LONGEST_NAME), 84, best.name)
+def _loss(train: TrainState) -> Iterator[Figure]:
+    """Yields the loss, if it says something; in a sweep that of the best adapter, not a mean over good and bad ones."""
+    if (best := train.best_member) is not None:
+        name = cut(best.name, _LONGEST_NAME)
+        yield Figure("loss of the best", numbers.loss(best.smoothed_loss), name, 84, best.name)
+    elif "loss" in train.headline:
+        mean = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
+        yield Figure("loss", numbers.loss(train.loss), mean, 84)
 
 
 def _best_words(train: TrainState) -> str:
@@ -288,12 +301,12 @@ def _rewarded(train: TrainState) -> tuple[Block, ...]:
     return tuple(shown)
 
 
-def _reward(train: TrainState) -> tuple[Figure, ...]:
-    """Returns the mean reward of the last step, with that of the first."""
-    if not train.rewards:
-        return ()
-    step, first = train.rewards[0]
-    return (Figure(REWARD, numbers.metric(train.rewards[-1][1]), f"{numbers.metric(first)} at step {step:,}", 84),)
+def _headline(train: TrainState) -> Iterator[Figure]:
+    """Yields the figures by which the run is judged, other than its losses, with the first ones."""
+    for name, last in train.figures.items():
+        if name != "loss":
+            step, first = train.series[name][0]
+            yield Figure(name, numbers.metric(last), f"{numbers.metric(first)} at step {step:,}", 84)
 
 
 def _with_base(sample: Sample, adapter: str) -> Columns:
@@ -321,7 +334,7 @@ def small_curves(train: TrainState) -> tuple[tuple[str, Curve, str, str, str], .
     formats = {"learning rate": numbers.learning_rate, "tokens/s": numbers.rate, "memory": _size}
     order = ("learning rate", "gradient norm", "tokens/s", "memory")
     named = {name: train.series[name] for name in order if name in train.series}
-    named |= {name: curve for name, curve in train.series.items() if name not in (*named, REWARD)}
+    named |= {name: curve for name, curve in train.series.items() if name not in (*named, _charted(train))}
     named |= {name: curve for name, curve in train.metric_history.items() if len(curve) > 1}
     result = []
     for name, curve in named.items():
@@ -405,10 +418,9 @@ def training_text(train: TrainState, *, seen: str = "", brief: bool = False) -> 
     total = f"/{train.total_steps}" if train.total_steps else ""
     status = f"last seen {seen}" if seen and train.status not in ENDED else status_message(train)
     parts = [f"{status}: step {train.step}{total}"]
-    if train.loss is not None:
-        parts.append(f"loss {numbers.loss(train.loss)}")
-    if train.eval_loss is not None:
-        parts.append(f"eval loss {numbers.loss(train.eval_loss)}")
+    parts += headline_words(train)
+    losses = (("loss", train.loss), ("eval loss", train.eval_loss)) if "loss" in train.headline else ()
+    parts += [f"{name} {numbers.loss(value)}" for name, value in losses if value is not None]
     parts += [f"{name} {numbers.metric(value)}" for name, value in _metrics(train).items()]
     if train.tokens_per_second is not None:
         parts.append(f"{numbers.rate(train.tokens_per_second)} tokens/s")

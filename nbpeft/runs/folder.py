@@ -124,7 +124,7 @@ class RunFolder:
             begun = facts.get("status") == "running"  # run.json is as old as the last checkpoint, unlike the curve
             running = begun and self.running
             if begun:
-                facts |= self._last_logged()
+                facts |= self._last_logged(facts.get("headline") or ("loss",))
             kept_steps = self.kept_steps()
         except CheckpointError as error:
             return unreadable(self.name, str(self.path), error.message)
@@ -260,12 +260,12 @@ class RunFolder:
         """
         return _entries(self._content(CURVE) or b"")
 
-    def _last_logged(self) -> dict[str, Any]:
-        """Returns step, loss and seconds of the last entry; reads only the end of the curve."""
+    def _last_logged(self, headline: Iterable[str]) -> dict[str, Any]:
+        """Returns step, loss, seconds and headline of the last entry; reads only the end of the curve."""
         try:
             with open(self._opened(CURVE, os.O_RDONLY), "rb") as file:
                 file.seek(max(file.seek(0, os.SEEK_END) - _END, 0))
-                return last_step(_entries(file.read(_END)))
+                return last_step(_entries(file.read(_END)), headline)
         except OSError:
             return {}
 

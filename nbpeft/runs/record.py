@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -55,6 +55,7 @@ class RunRecord:
         saved_files: adapter -> size and modification time of the weights file in that folder when it was saved.
         kept_steps: steps of the checkpoints in descending order.
         metrics: the last scores and values of ``compute_metrics``, by name; ``with_best_metrics`` has the best step's.
+        headline: the last value of each curve by which it is judged, see ``TrainState``; None before the first one.
     """
 
     name: str
@@ -76,6 +77,7 @@ class RunRecord:
     saved_files: Mapping[str, str] = field(default_factory=dict, hash=False)
     kept_steps: tuple[int, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    headline: Mapping[str, float | None] = field(default_factory=dict, hash=False)
 
     @property
     def at(self) -> str:
@@ -108,6 +110,8 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
     own |= {"kept_steps": tuple(kept_steps), "message": _line(facts.get("message") or "")}
     own |= {"status": CRASHED} if facts["status"] == "running" and not running else {}
     metrics = facts.get("metrics") or {}
+    headline = facts.get("headline") or {"loss": facts.get("loss")}
+    own["headline"] = {name: float(value) if _is_number(value) else None for name, value in headline.items()}
     own["metrics"] = {name: float(value) for name, value in metrics.items() if _is_number(value)}
     return RunRecord(**(known | own))
 
@@ -161,10 +165,16 @@ def checked_entry(given: Any) -> dict[str, Any] | None:
     return {key: value for key, value in given.items() if value is None or _is_plain(value)}
 
 
-def last_step(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns step, loss and seconds of the last log entry with a loss."""
+def last_step(entries: Sequence[Mapping[str, Any]], headline: Iterable[str]) -> dict[str, Any]:
+    """Returns step, loss and seconds of the last log entry with a loss, and the last figures of the headline."""
     last: Mapping[str, Any] = next((entry for entry in reversed(entries) if _is_number(entry.get("loss"))), {})
-    return {name: last[name] for name in ("step", "loss", "seconds") if name in last}
+    found = {name: last[name] for name in ("step", "loss", "seconds") if name in last}
+    return found | {"headline": {name: next(_logged(entries, name), None) for name in headline}} if last else found
+
+
+def _logged(entries: Sequence[Mapping[str, Any]], name: str) -> Iterator[Any]:
+    """Yields the logged values of a name, the last one first."""
+    return (entry[name] for entry in reversed(entries) if _is_number(entry.get(name)))
 
 
 def checked_points(given: Any, until: int) -> Curve:
@@ -253,7 +263,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("loss", "eval_loss", "best_loss"), _NUMBER),
     "seconds": (_is_seconds, "a number of seconds"),
     **dict.fromkeys(("started", "updated"), _TIME),
-    **dict.fromkeys(("settings", "arguments", "data", "metrics"), _MAPPING),
+    **dict.fromkeys(("settings", "arguments", "data", "metrics", "headline"), _MAPPING),
     **dict.fromkeys(("source", "saved", "saved_files"), _TEXTS),
     **dict.fromkeys(("secrets", "objects"), _NAMES),
     "resumed": (_is_list_of(_is_step), "a list of steps"),

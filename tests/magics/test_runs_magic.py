@@ -220,7 +220,7 @@ def test_runs_are_listed_sorted_compared_renamed_and_deleted(bare: Notebook, pla
     bare.do(CELL.replace("0.05", "0.01"))
     assert [record.name for record in bare.do("%lora runs").records] == ["sql-2", "sql-1"]
     assert [record.name for record in bare.do("%lora runs --sort name").records] == ["sql-1", "sql-2"]
-    assert "invalid choice: 'los'" in bare.run("%lora runs --sort los").line
+    assert "invalid choice: 'resul'" in bare.run("%lora runs --sort resul").line
     compared = bare.do("%lora runs sql-1 sql-2")
     assert compared.differing["learning_rate"] == (0.05, 0.01)
     assert "Did you mean 'sql-1'" in bare.run("%lora runs sql-1 sql1").line
@@ -276,7 +276,7 @@ def test_a_tracker_that_is_not_installed_is_one_line(
 
 
 def test_completion_offers_columns_and_runs(bare: Notebook) -> None:
-    assert "loss" in bare.complete("%lora runs --sort l")
+    assert "result" in bare.complete("%lora runs --sort re")
     prepare(bare).do(CELL)
     assert [bare.complete(line) for line in ("%lora resume s", "%lora runs sql", "%lora runs --delete s")] == [
         ["sql-1"]

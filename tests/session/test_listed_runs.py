@@ -26,15 +26,18 @@ def test_listing_sorting_and_comparing(tmp_path: Path) -> None:
         )
     names = [record.name for record in session.runs().records]
     assert names == ["sql-3", "sql-2", "sql-1"]
-    assert [record.name for record in session.runs(sort="loss").records] == [
+    assert [record.name for record in session.runs(sort="result").records] == [
         name for _, name in sorted((record.loss, record.name) for record in session.runs().records)
     ]
     assert [record.step for record in session.runs(sort="steps").records] == [4, 3, 2]
-    with pytest.raises(ConfigError, match=r"cannot be sorted by 'los'. Did you mean 'loss'"):
-        session.runs(sort="los")
+    with pytest.raises(ConfigError, match=r"cannot be sorted by 'resul'. Did you mean 'result'"):
+        session.runs(sort="resul")
     compared = session.runs("sql-1", "sql-3")
     assert compared.differing == {"learning_rate": (0.001, 0.02), "max_steps": (4, 3)}
-    assert [len(curve) for curve in compared.curves] == [4, 3] and all(compared.eval_curves)
+    assert [(len(learned), len(measured) > 0) for learned, measured in compared.curves["loss"]] == [
+        (4, True),
+        (3, True),
+    ]
     page = compared._repr_html_()
     assert page.count("<img") == 1 and "sql-1" in page and "learning_<wbr>rate" in page and "lora_" not in page
     listed = session.runs()

@@ -36,7 +36,7 @@ from nbpeft.session.results.kept_runs import (
     RunsComparison,
     RunsResult,
     adapters_with_rows,
-    metric_names,
+    curve_names,
     sorted_records,
 )
 from nbpeft.session.results.training import RequestResult
@@ -118,17 +118,18 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
         raise _cannot_be_read(found[0][0])
     return RunsComparison(
         records=tuple(record for record, _ in found),
-        curves=tuple(curve_of(logged, "loss") for _, logged in found),
-        eval_curves=tuple(curve_of(logged, "eval_loss") for _, logged in found),
-        metric_curves={
-            name: tuple(curve_of(logged, f"eval_{name}") for _, logged in found)
-            for name in metric_names(record for record, _ in found)
+        curves={
+            name: tuple(
+                (curve_of(logged if name in record.headline else (), name), curve_of(logged, f"eval_{name}"))
+                for record, logged in found
+            )
+            for name in curve_names(record for record, _ in found)
         },
     )
 
 
 def _listed(record: RunRecord) -> tuple[RunRecord, Curve]:
-    """Return a run as the list shows it, and its loss curve, which is empty if it cannot be read."""
+    """Return a run as the list shows it, and the first curve of its headline, which is empty if it cannot be read."""
     from nbpeft.runs.folder import RunFolder
     from nbpeft.runs.record import UNREADABLE, curve_of, with_best_metrics
 
@@ -136,7 +137,7 @@ def _listed(record: RunRecord) -> tuple[RunRecord, Curve]:
         entries = [] if record.status == UNREADABLE else RunFolder(Path(record.path)).entries()
     except CheckpointError:
         entries = []
-    return with_best_metrics(record, entries), curve_of(entries, "loss")
+    return with_best_metrics(record, entries), curve_of(entries, next(iter(record.headline), "loss"))
 
 
 def _with_entries(folder: RunFolder) -> tuple[RunRecord, list[Any]]:
@@ -218,7 +219,7 @@ def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | R
 def _state_of(folder: RunFolder, record: RunRecord) -> TrainState:
     """Return the last state of a run, as far as its folder has it."""
     from nbpeft.runs.record import CRASHED
-    from nbpeft.training.monitor.record import SERIES, Record
+    from nbpeft.training.monitor.record import Record, is_measured
 
     numbers, series, metrics = Record(), folder.series(record.step), folder.facts().get("metrics") or {}
     numbers.resume(record.step, folder.entries())
@@ -242,10 +243,11 @@ def _state_of(folder: RunFolder, record: RunRecord) -> TrainState:
         message=crashed or record.message,
         errors=(crashed,) if crashed else (),
         metrics={name: float(value) for name, value in metrics.items() if isinstance(value, int | float)},
-        series={name: points for name, points in series.items() if name in SERIES},
-        metric_history={name: points for name, points in series.items() if name not in SERIES},
+        series={name: points for name, points in series.items() if not is_measured(name)},
+        metric_history={name: points for name, points in series.items() if is_measured(name)},
         samples=folder.samples(record.step),
         folder=record.path,
+        headline=tuple(record.headline),
     )
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -29,7 +30,7 @@ _KEYS: Mapping[str, Callable[[RunRecord], Any]] = {
     "method": lambda record: _setting(record, METHOD),
     "rows": lambda record: -(record.settings.get(ROWS) or 0),
     "steps": lambda record: -record.step,
-    "loss": lambda record: _last_if_none(record.loss),
+    "result": lambda record: _last_if_none(_judged(record)),
     "eval": lambda record: _last_if_none(record.eval_loss),
     "best": lambda record: _last_if_none(record.best_loss),
     "seconds": lambda record: record.seconds,
@@ -42,8 +43,8 @@ HEAD: tuple[tuple[str, str], ...] = (
     ("Method", "method"),
     ("Rows", "rows"),
     ("Steps", "steps"),
-    ("Loss", "loss"),
-    ("Best eval loss", "best"),
+    ("Result", "result"),
+    ("Best evaluation", "best"),
     ("Curve", ""),
     ("Settings that differ", ""),
 )
@@ -83,7 +84,7 @@ class RunsResult(Result):
     Attributes:
         place: the folder of the runs, relative to the working directory if it is inside.
         records: the runs, in display order.
-        curves: the loss curve of each; empty if they were not read.
+        curves: the first curve of each one's headline; empty if they were not read.
     """
 
     place: str
@@ -127,12 +128,12 @@ class RunsResult(Result):
                 ),
                 Text(record.status, _TONES.get(record.status, ""), tooltip=record.message),
                 Text(_base(record), wrap="names"),
-                _setting(record, METHOD),
+                (_setting(record, METHOD), dim(_objective(record))),
                 f"{record.settings[ROWS]:,}" if isinstance(record.settings.get(ROWS), int) else NONE,
                 (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
-                (loss(record.loss), dim(_objective(record))),
-                (loss(record.best_loss), dim(_where_best(record)), *_metric_lines(record)),
-                _spark(curves.get(record.name, ())),
+                tuple(Text(words, wrap="words") for words in _result_lines(record)),
+                tuple(Text(words, wrap="words") for words in _best_lines(record)),
+                _spark(record, curves.get(record.name, ())),
                 _settings_words(settings, index),
             )
             for index, record in enumerate(readable)
@@ -180,15 +181,11 @@ class RunsComparison(Result):
 
     Attributes:
         records: the runs; a run that cannot be read has only the reason.
-        curves: the loss curve of each.
-        eval_curves: the evaluation loss curve of each.
-        metric_curves: metric -> the curve of each.
+        curves: name of a curve or a metric -> its curve in training and in evaluations, for each run.
     """
 
     records: tuple[RunRecord, ...]
-    curves: tuple[Curve, ...]
-    eval_curves: tuple[Curve, ...]
-    metric_curves: Mapping[str, tuple[Curve, ...]] = field(default_factory=dict, hash=False)
+    curves: Mapping[str, tuple[tuple[Curve, Curve], ...]] = field(default_factory=dict, hash=False)
 
     @property
     def differing(self) -> dict[str, tuple[Any, ...]]:
@@ -213,7 +210,6 @@ class RunsComparison(Result):
 
     def view(self) -> Card:
         names = self._names()
-        labelled = tuple(zip(names, self.curves, self.eval_curves, strict=True))
         width = range(1, 1 + len(names))
         rows: tuple[tuple[Cell, ...], ...] = tuple(
             (name, *(Text(value, wrap="words") for value in values)) for name, *values in self._rows()
@@ -222,11 +218,12 @@ class RunsComparison(Result):
         same = None if self.differing else line(dim("Their settings are the same."))
         other = line(Text(self._about_losses, "warning")) if self._about_losses else None
         why = (line(dim(words)) for words in self._why_unreadable())
-        charts = [CurveChart(labelled)] if names else []
-        for name, curves in self.metric_curves.items():
-            if any(len(curve) > 1 for curve in curves):
-                drawn = tuple(zip(names, curves, [()] * len(names), strict=True))
-                charts.append(CurveChart(drawn, legend=False, metric=name))
+        charts = [
+            CurveChart(tuple(drawn), legend=not place, metric="" if name == "loss" else name)
+            for place, (name, curves) in enumerate(self.curves.items())
+            if (drawn := [(run, *_drawn(*pair)) for run, pair in zip(names, curves, strict=True)])
+            if name == "loss" or any(len(curve) > 1 for _, curve, _ in drawn)
+        ]
         return card(plural(len(names), "run"), other, *charts, table, same, *why)
 
     def _why_unreadable(self) -> list[str]:
@@ -243,9 +240,9 @@ class RunsComparison(Result):
             (BASE, _base),
             *((name, partial(_setting, name=name)) for name in (METHOD, ROWS)),
             ("steps", lambda record: f"{record.step:,}"),
-            ("loss", lambda record: loss(record.loss)),
-            ("eval loss", lambda record: loss(record.eval_loss)),
-            ("best eval loss", lambda record: loss(record.best_loss)),
+            *((name, partial(_figure, name=name)) for name in _headlines(self.records)),
+            ("eval loss", lambda record: loss(record.eval_loss if _tells(record) else None)),
+            ("best eval loss", lambda record: loss(record.best_loss if _tells(record) else None)),
             ("best step", lambda record: NONE if record.best_step is None else f"{record.best_step:,}"),
             *((f"{name} at best step", partial(_metric, name=name)) for name in metric_names(self.records)),
             ("time", lambda record: clock(record.seconds)),
@@ -303,6 +300,17 @@ def _origin(record: RunRecord) -> str:
     return started if record.name.startswith(f"{record.adapter}-") else f"{adapter}, {started}"
 
 
+def curve_names(records: Iterable[RunRecord]) -> tuple[str, ...]:
+    """Returns the names of the curves that show how some runs learned: those of their headlines, then their metrics."""
+    found = [*records]
+    return tuple(_headlines(found) | dict.fromkeys(name.removeprefix("eval_") for name in metric_names(found)))
+
+
+def _headlines(records: Iterable[RunRecord]) -> dict[str, None]:
+    """Returns the names of the curves by which some runs are judged."""
+    return dict.fromkeys(chain(*(record.headline for record in records)))
+
+
 def metric_names(records: Iterable[RunRecord]) -> tuple[str, ...]:
     """Returns the names of the metrics that any of some runs has."""
     return tuple(dict.fromkeys(name for record in records for name in record.metrics))
@@ -312,13 +320,45 @@ def _metric(record: RunRecord, name: str) -> str:
     return metric(record.metrics[name]) if name in record.metrics else NONE
 
 
-def _metric_lines(record: RunRecord) -> tuple[Text, ...]:
-    """Returns the scores of a run at its best step, e.g. ``exact 0.812``, a line for each."""
+def _tells(record: RunRecord) -> bool:
+    """Returns whether the loss of a run says how well it learned."""
+    return "loss" in record.headline
+
+
+def _figure(record: RunRecord, name: str) -> str:
+    """Returns the last value of a curve of a run's headline, as text."""
+    return _number(name, record.headline.get(name))
+
+
+def _number(name: str, value: float | None) -> str:
+    return NONE if value is None else (loss if name == "loss" else metric)(value)
+
+
+def _judged(record: RunRecord) -> float | None:
+    """Returns the first figure of a run's headline, of which the lowest is the best."""
+    name, value = next(iter(record.headline.items()), ("loss", None))
+    return value if name == "loss" or value is None else -value
+
+
+def _result_lines(record: RunRecord) -> list[str]:
+    """Returns the figures by which a run is judged, e.g. ``loss 0.412``, a line for each."""
+    return [f"{name} {_number(name, value)}" for name, value in record.headline.items()]
+
+
+def _best_lines(record: RunRecord) -> list[str]:
+    """Returns the evaluation loss and the scores of a run at its best step, e.g. ``exact 0.812``, a line for each."""
+    losses = [f"loss {loss(record.best_loss)}"] if _tells(record) and record.best_loss is not None else []
+    losses += [where] if losses and (where := _where_best(record)) else []
     words = [f"{name.removeprefix('eval_')} {_metric(record, name)}" for name in record.metrics]
     more = len(words) - _MOST_METRICS
     shown = [*words[:_MOST_METRICS], *([f"and {more} more"] if more > 0 else [])]
-    shown += [f"at step {record.best_step:,}"] if words and record.best_step and not _where_best(record) else []
-    return tuple(Text(line, "dim", wrap="words") for line in shown)
+    shown += [f"at step {record.best_step:,}"] if words and record.best_step and len(losses) < 2 else []
+    return [*losses, *shown] or [NONE]
+
+
+def _drawn(learned: Curve, measured: Curve) -> tuple[Curve, Curve]:
+    """Returns the curves of a chart: that of a metric, which only evaluations have, is a line, too."""
+    return (learned, measured) if learned else (measured, ())
 
 
 def _took(record: RunRecord) -> str:
@@ -361,10 +401,10 @@ def source_of_base(record: RunRecord) -> str:
     return name if "/" in name or "\\" in name else ""
 
 
-def _spark(curve: Curve) -> Spark:
-    """Returns the loss curve as large as a word."""
-    words = f"{loss(curve[0][1])} → {loss(curve[-1][1])}" if curve else ""
-    return Spark(words, points=curve)
+def _spark(record: RunRecord, curve: Curve) -> Spark:
+    """Returns the first curve of the headline, as large as a word."""
+    ends = [_number(next(iter(record.headline)), curve[place][1]) for place in (0, -1)] if curve else []
+    return Spark(" → ".join(ends), points=curve)
 
 
 def _settings_words(settings: Mapping[str, tuple[Any, ...]], index: int) -> Text:

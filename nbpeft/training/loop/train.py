@@ -305,11 +305,11 @@ def _note(
     """Adds notes about objective, rows, slow dtypes and samples to the run; returns the note about rows."""
     if isinstance(request.members, SideBySide):
         run.note(request.members.start)
+    run.headline = objective.headline()
     run.note(objective_text(objective, request.objective_reason, request.reference))
     run.note(request.rate_reason)
     if isinstance(request.reward, Rewards):
         run.note(request.reward.note)
-        run.learns_from_rewards = True
     for part in (*rows.train_parts, *rows.evaluation_parts):
         if isinstance(part, StreamedRows):
             part.report = run.note

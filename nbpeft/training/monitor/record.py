@@ -31,6 +31,11 @@ def is_of_objective(name: str) -> bool:
     return "/" in name or name in OF_REWARDS
 
 
+def is_measured(name: str) -> bool:
+    """Whether a curve is a metric of evaluations, and not a value of the training steps."""
+    return name.startswith("eval_") or ("/" not in name and name not in SERIES)
+
+
 def is_better(score: float | None, best: float | None) -> bool:
     """Whether a score is better than the best one so far; lower is better, and NaN or infinity is never better.
 
@@ -245,8 +250,7 @@ class Record:
     def take_over(self, curves: Mapping[str, Curve]) -> None:
         """Adds curves and metrics that were measured in an earlier process."""
         for name, points in curves.items():
-            measured = name.startswith("eval_") or ("/" not in name and name not in SERIES)
-            histories = self.metric_history if measured else self.series
+            histories = self.metric_history if is_measured(name) else self.series
             for step, value in points:
                 histories.setdefault(name, History(_SMALL)).add(step, value)
 

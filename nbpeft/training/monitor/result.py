@@ -8,6 +8,7 @@ from typing import Literal
 from nbpeft.display import numbers
 from nbpeft.display.blocks import Line, bold, line
 from nbpeft.display.shown import Shown
+from nbpeft.display.training import headline_words
 from nbpeft.state import TrainState
 
 
@@ -77,10 +78,12 @@ class TrainResult(Shown):
         )
         noun = "step" if (self.total_steps or self.steps) == 1 else "steps"
         parts = [f"{self.adapter or 'model'} {self.status}", f"{steps} {noun}", _duration(self.seconds)]
-        if self.loss is not None:
+        parts += headline_words(self.state)
+        tells = "loss" in self.state.headline
+        if tells and self.loss is not None:
             mean = f" (mean {numbers.loss(self.train_loss)})" if self.train_loss is not None else ""
             parts.append(f"loss {numbers.loss(self.loss)}{mean}")
-        if self.eval_loss is not None:
+        if tells and self.eval_loss is not None:
             best = self.best_step
             at = f" (best at step {best:,})" if best is not None and best != self.state.eval_step else ""
             parts.append(f"eval loss {numbers.loss(self.eval_loss)}{at}")

@@ -104,7 +104,7 @@ class Run:
         diverged: Why the training diverged, or the empty string.
         kept_step: The step whose weights were restored after divergence; else None.
         restored_step: The step whose weights were restored at the end because they are the best; else None.
-        learns_from_rewards: Whether gradients may be zero, as where all rewards are equal; set before it begins.
+        headline: The curves by which it is judged, from its objective; set before it begins.
     """
 
     interval = 0.2
@@ -148,7 +148,7 @@ class Run:
         self.mirrors = self._has_weights = False
         self.lost = ""
         self.touched = False
-        self.learns_from_rewards = False
+        self.headline: tuple[str, ...] = ("loss",)
         self._mirrored: TrainState | None = None
         self._display_failed = False
         self._status: TrainStatus = "starting"
@@ -192,7 +192,7 @@ class Run:
             self._stopwatch.start()
             model = self._model()
             if model is not None and not self.mirrors:
-                self._check = LearningCheck(model, self.adapter, rewarded=self.learns_from_rewards)
+                self._check = LearningCheck(model, self.adapter, rewarded="loss" not in self.headline)
                 record = self._record  # not self: the hook must not keep the run alive
                 self._end_watching = watch_steps(model, lambda: record.step)
                 weakref.finalize(self, self._end_watching)
@@ -611,7 +611,7 @@ class Run:
         if first_nan is not None and not self._divergence_noted and not any("NaN" in note for note in self._notes):
             words = f"The loss is NaN since step {first_nan}: try a lower learning rate, or check the labels."
             self._warn(words, error=True)
-        if rise is not None and not self._rise_noted and not self.learns_from_rewards:
+        if rise is not None and not self._rise_noted and "loss" in self.headline:
             self._rise_noted = True
             before, (step, value) = rise
             self._warn(f"The loss rose from {before:.3g} to {value:.3g} by step {step}: is the learning rate too high?")
@@ -724,6 +724,7 @@ class Run:
             folder=self.folder,
             members=self.members(self._status_now()),
             rows=self.rows,
+            headline=self.headline,
         )
 
     def _warn(self, message: str, *, error: bool = False) -> None:

@@ -534,6 +534,7 @@ def _summary(state: TrainState) -> dict[str, Any]:
         "best_loss": best[1],
         "best_step": best[0] if state.best_step is None else state.best_step,
         "metrics": dict(state.metrics),
+        "headline": dict.fromkeys(state.headline) | state.figures,
         "updated": time.time(),
         "message": state.message,
     }

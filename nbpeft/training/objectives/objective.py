@@ -66,7 +66,7 @@ class Objective:
         rate_factor: its default learning rate, relative to that of ``sft``.
         learns_second: whether the second completion of each row has gradients; else the second completions are those
             of all batches whose gradients are accumulated, computed without, and given as one mean of all processes.
-        metrics: names of the metrics that are reported of evaluations.
+        metrics: names of the curves that say whether it learns, the most telling one first, also of evaluations.
     """
 
     name: ClassVar[str]
@@ -127,6 +127,11 @@ class Objective:
         """
         return {}
 
+    @classmethod
+    def headline(cls) -> tuple[str, ...]:
+        """The curves by which a training is judged: its metrics and its loss, unless that is relative within a step."""
+        return cls.metrics if cls.generates else (*cls.metrics, "loss")
+
     @property
     def reference_needed(self) -> bool:
         """Whether its loss, with these fields, compares the trained weights with a reference."""
@@ -149,7 +154,7 @@ class PairObjective(Objective):
 
     rows: ClassVar[str] = PAIRS
     rate_factor: ClassVar[float] = 0.1
-    metrics: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
+    metrics: ClassVar[tuple[str, ...]] = ("rewards/margins", "rewards/accuracies")
 
 
 DROPOUT: Any = dataclasses.field(default=True, metadata={"help": "Switch off dropout in the model and the adapter."})

@@ -332,7 +332,7 @@ def test_a_run_keeps_its_scores_and_needs_the_rows_again(last: int, tmp_path: Pa
     assert f"exact {metric(value)}" in str(session.runs())
     other = session.train(target, ROWS, **SETTINGS, max_steps=2)
     compared = session.runs(Path(result.state.folder).name, Path(other.state.folder).name)
-    assert compared.metric_curves["exact"] == (result.state.metric_history["exact"], ())
+    assert compared.curves["exact"] == (((), result.state.metric_history["exact"]), ((), ()))
     assert re.search(rf"exact at best step +{re.escape(metric(value))} +–", str(compared))
     assert ">exact<" in to_html(compared.view())
     assert session.runs().to_dataframe().set_index("name")["exact"][record.name] == value
