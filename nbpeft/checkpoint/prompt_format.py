@@ -7,17 +7,20 @@ file, which PEFT does not read.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.errors import few
+from nbpeft.names import ROW_CHOICES
 
 _ATTRIBUTE = "_prompt_format"
 _CHAT, _SYSTEM, _TEMPLATE = "nbpeft.prompt.chat", "nbpeft.prompt.system", "nbpeft.prompt.template"
 _CLASSES = "nbpeft.classes"
 _REASONING = "nbpeft.prompt.reasoning"
+_LONG, _MAX_LENGTH = "nbpeft.prompt.long", "nbpeft.prompt.max_length"
 _LONGEST = 100_000
 """Most characters of a system prompt, or of the names of classes, that are read from a file."""
 NOT_FOR_TEMPLATES = frozenset(
@@ -40,6 +43,8 @@ class PromptFormat:
         template: variables passed to the chat template, as JSON; empty if there are none.
         classes: names of a classifier's classes, by number; empty for a language model, or if they have no names.
         learns_reasoning: whether the reasoning of the assistant, if the rows have any, was learned.
+        long: what happened to rows that are too long, see ``ROW_CHOICES``.
+        max_length: the greatest number of tokens of a row, where longer ones were not cut; else None.
     """
 
     chat: bool
@@ -47,6 +52,8 @@ class PromptFormat:
     template: str = ""
     classes: tuple[str, ...] = ()
     learns_reasoning: bool = True
+    long: str = "cut"
+    max_length: int | None = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -62,6 +69,8 @@ class PromptFormat:
             found[_SYSTEM] = self.system
         if self.classes:
             found[_CLASSES] = json.dumps(self.classes)
+        if self.max_length is not None:
+            found |= {_LONG: self.long, _MAX_LENGTH: str(self.max_length)}
         return {name: value for name, value in found.items() if value or name == _SYSTEM}
 
     @classmethod
@@ -76,6 +85,7 @@ class PromptFormat:
             _checked(metadata.get(_TEMPLATE, "")),
             _names(metadata.get(_CLASSES, "")),
             metadata.get(_REASONING) != "false",
+            *_lengths(metadata.get(_LONG, ""), metadata.get(_MAX_LENGTH, "")),
         )
 
 
@@ -113,7 +123,10 @@ def common_format(configs: Iterable[AdapterConfig]) -> PromptFormat | None:
     system, template = (some.pop() if len(some) == 1 else None for some in (systems, templates))
     classes = {form.classes for form in found}
     learned = any(form.learns_reasoning for form in found)
-    return PromptFormat(chats.pop(), system, template or "", classes.pop() if len(classes) == 1 else (), learned)
+    lengths = {(form.long, form.max_length) for form in found}
+    length = lengths.pop() if len(lengths) == 1 else ("cut", None)
+    classes_of_all = classes.pop() if len(classes) == 1 else ()
+    return PromptFormat(chats.pop(), system, template or "", classes_of_all, learned, *length)
 
 
 def are_unnamed(names: Iterable[tuple[str, int]]) -> bool:
@@ -190,6 +203,12 @@ def _names(text: str) -> tuple[str, ...]:
         return ()
     fits = isinstance(found, list) and all(isinstance(name, str) for name in found) and len({*found}) == len(found)
     return tuple(found) if fits else ()
+
+
+def _lengths(long: str, max_length: str) -> tuple[str, int | None]:
+    """What happens to long rows, and their length, in a file's metadata; the usual if they are not valid."""
+    valid = long in ROW_CHOICES["long"] and re.fullmatch("[1-9][0-9]{0,8}", max_length, re.ASCII)
+    return (long, int(max_length)) if valid else ("cut", None)
 
 
 def _checked(text: str) -> str:

@@ -101,6 +101,7 @@ def _row_choice(name: str, words: str) -> Argument:
     return argument(f"--{name}", choices=values, words=values, help=f"{words} (default: {values[0]})")
 
 
+LONG = _row_choice("long", "rows longer than --max-length: cut them, drop them, or split texts into several rows")
 CHATS = (
     _row_choice(
         "learn",
@@ -108,7 +109,7 @@ CHATS = (
     ),
     _row_choice("reasoning", "reasoning of the assistant: keep it, mask it (read, not learned) or drop it"),
     TEMPLATE,
-    _row_choice("long", "rows longer than --max-length: cut them, drop them, or split texts into several rows"),
+    LONG,
 )
 """Options of rows that are texts and conversations."""
 

@@ -52,6 +52,7 @@ class RowScorer(Scorer):
         skip_bad: as for ``score``.
         variables: variables for the chat template, as far as it has them.
         reasoning: ``drop`` removes the reasoning of the assistant from references, ``keep`` does not.
+        long: what happens to rows that are too long, where it has an effect.
 
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
@@ -75,11 +76,13 @@ class RowScorer(Scorer):
         skip_bad: bool = False,
         variables: Mapping[str, Any] | None = None,
         reasoning: str = "keep",
+        long: str = "cut",
     ) -> None:
         self._given, self._tokenizer = usual_metric(model) if metric is None else metric, tokenizer
         self._metrics = metrics_of(self._given, AnswerSettings())
         reading: dict[str, Any] = {"columns": columns, "max_length": max_length, "classes": classes}
         reading |= {"separator": separator, "skip_bad": skip_bad, "usual_variables": variables, "reasoning": reasoning}
+        reading["usual_long"] = long
         if max_rows is not None and (type(max_rows) is not int or max_rows < 1):
             raise ConfigError(
                 f"max_score_rows must be a whole number of at least 1, not {max_rows!r:.40}", field="max_score_rows"

@@ -39,6 +39,7 @@ from nbpeft.training.data.options import REASONING, RowOptions, why_not_used
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import Row, is_nothing
 from nbpeft.training.data.row_coder import coded_rows
+from nbpeft.training.data.tokenized import split_line
 from nbpeft.training.loop.rows import check_reading, classes_of, is_causal, model_inputs
 from nbpeft.training.watching.generation import PromptBatch
 
@@ -66,6 +67,7 @@ class ScoredRow:
         spelled: the reference as the tokenizer decodes its tokens, where that is another text: many put a space before
             every word. Empty otherwise.
         coded: the tokenized row with its labels, for losses and classes.
+        further: the further parts of a row that was split, for losses.
         options: the tokenized row with each option, whose labels are those of the option; with its text.
         right: the number of the right option.
     """
@@ -78,6 +80,7 @@ class ScoredRow:
     reference_count: int = 0
     spelled: str = ""
     coded: Mapping[str, Any] = field(default_factory=dict)
+    further: tuple[Mapping[str, Any], ...] = ()
     options: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     right: int = 0
 
@@ -127,6 +130,8 @@ def read_rows(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     usual_variables: Mapping[str, Any] | None = None,
     reasoning: str = "keep",
+    long: str | None = None,
+    usual_long: str = "cut",
     classes: Classes | None = None,
     held_out: Sequence[int] | HeldOut | None = None,
 ) -> ScoredRows:
@@ -144,6 +149,8 @@ def read_rows(
         chat_template_kwargs: as for ``prepare_data``.
         usual_variables: those that are used by default, as far as the chat template has them.
         reasoning: ``drop`` removes the reasoning of the assistant from conversations, ``keep`` does not.
+        long: what happens to longer rows, as for ``prepare_data``; they are answered whole unless they are dropped.
+        usual_long: the same by default, where it has an effect.
         classes: the classes of a classifier, if a training has named them; by default as in its config.
         held_out: the numbers of the rows to score; None for all.
 
@@ -165,7 +172,8 @@ def read_rows(
     known = replace(reader.inputs, classes=inputs.classes)  # a trained head has its order of classes already
     reader = replace(reader, rows=values, skip_bad=skip_bad, inputs=known)
     variables = _variables(reader, chat_template_kwargs, usual_variables or {})
-    reader = replace(reader, options=RowOptions(reasoning=reasoning, chat_template_kwargs=variables))
+    long = _long(reader, long, usual_long, needs)
+    reader = replace(reader, options=RowOptions(reasoning=reasoning, long=long, chat_template_kwargs=variables))
     reading_rows = _Rows(model, reader, own, metrics)
     rows, left_out = _read(reading_rows, len(values), wanted, skip_bad=skip_bad)
     if not rows:
@@ -245,6 +253,24 @@ def _variables(reader: Reading, given: Mapping[str, Any] | None, usual: Mapping[
         return given
     template = str(getattr(reader.tokenizer, "chat_template", "") or "")
     return {name: value for name, value in usual.items() if not why_not_used({name: value}, template)}
+
+
+def _long(reader: Reading, given: str | None, usual: str, needs: set[Needs]) -> str:
+    """What happens to rows that are too long."""
+    long, why = usual if given is None else RowOptions(long=given).long, ""
+    if reader.form is _PROMPT and long != "cut":
+        why = f"long={long!r} has no effect: prompts are answered whole"
+    elif long == "split" and "tokens" not in needs:
+        why = "long='split' is for loss and perplexity: rows are answered whole"
+    try:
+        if why:
+            raise ConfigError(why, field="long")
+        replace(reader, options=RowOptions(long=long)).check_options()
+    except ConfigError:
+        if given is not None:
+            raise
+        return "cut"
+    return long
 
 
 def is_scored_by_default(model: nn.Module) -> bool:
@@ -357,14 +383,15 @@ class _Rows:
     """Reads one row after the other; counts those that were cut, and those whose reasoning was left out."""
 
     def __init__(self, model: nn.Module, reader: Reading, own: Mapping[str, str], metrics: Sequence[Metric]) -> None:
-        self.cut = self.without_reasoning = 0
+        self.cut = self.without_reasoning = self.split_rows = self.split_parts = 0
         self.ends: set[int] = set()
         self._reader, self._own, self._metrics = reader, own, metrics
         self._needs = {metric.needs for metric in metrics}
         self._tokenizer = reader.tokenizer
         self._renderer = ChatRenderer(reader.tokenizer)
         tokens = self._needs & {"tokens", "classes"} or reader.form is None
-        self._coded = coded_rows(reader) if tokens else None
+        tokens = tokens or reader.options.long == "drop"
+        self._coded = itertools.groupby(coded_rows(reader), lambda row: row.number) if tokens else None
         self._special = frozenset(getattr(self._tokenizer, "all_special_ids", ()))
         self._usual_ends = PromptBatch.of_tokens([], self._tokenizer, base_of(model)).ends
 
@@ -376,10 +403,13 @@ class _Rows:
             _Missing: it cannot be scored.
         """
         given = self._reader.rows[number]
-        coded = None if self._coded is None else next(self._coded)
+        parts = () if self._coded is None else tuple(next(self._coded)[1])
+        coded = parts[0] if parts else None
         row = ScoredRow(number, given)
+        if coded is not None and coded.dropped:
+            raise _Missing(coded.missing)
         if self._needs & {"tokens", "classes"}:
-            row = self._with_tokens(row, coded)
+            row = self._with_tokens(row, parts)
         if self._reader.form is None:
             row = self._of_tokens(row, coded)
         elif self._reader.inputs.classes is None:
@@ -404,6 +434,8 @@ class _Rows:
             yield f"the references are the completions in {chosen!r}"
         if self.cut:
             yield f"{plural(self.cut, 'row')} cut to {self._reader.limit} tokens (max_length)"
+        if self.split_rows:
+            yield split_line(self.split_rows, self.split_parts)
         if self.without_reasoning:
             yield f"the reasoning of {plural(self.without_reasoning, 'row')} is left out: it was not learned"
 
@@ -419,15 +451,17 @@ class _Rows:
         if self._reader.is_bad(row_of(row.given, row.number, self._reader.columns)):
             raise _Missing("its label marks the completion as bad")
 
-    def _with_tokens(self, row: ScoredRow, coded: CodedRow | None) -> ScoredRow:
+    def _with_tokens(self, row: ScoredRow, parts: Sequence[CodedRow]) -> ScoredRow:
         """The row with its tokens and labels; for a classifier with its text and class."""
-        assert coded is not None
+        coded, *further = [part for part in parts if not part.missing] or parts
         if coded.missing:
             raise _Missing(coded.missing)
         self.cut += coded.cut
+        self.split_rows += len(parts) > 1
+        self.split_parts += len(parts) if len(parts) > 1 else 0
         classes = self._reader.inputs.classes
         if classes is None:
-            return replace(row, coded=coded.row)
+            return replace(row, coded=coded.row, further=tuple(part.row for part in further))
         text = self._decoded(coded.whole.input_ids) if self._tokenizer is not None else ""
         name = next((name for name, number in classes.names.items() if number == coded.label), str(coded.label))
         return replace(row, coded=coded.row, prompt=text, reference=name)
@@ -575,5 +609,6 @@ def _check_tokens(model: nn.Module, rows: Sequence[ScoredRow], inputs: ModelInpu
         for tokens in (prompt, *(coded for _, coded in row.options)):
             if tokens:
                 check_row(tokens, row.number, vocabulary=vocabulary, causal=causal)
-        if row.coded:
-            check_row(row.coded, row.number, vocabulary=vocabulary, causal=causal, classes=inputs.classes)
+        for coded in (row.coded, *row.further):
+            if coded:
+                check_row(coded, row.number, vocabulary=vocabulary, causal=causal, classes=inputs.classes)

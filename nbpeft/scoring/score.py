@@ -65,6 +65,7 @@ def score(
     skip_bad: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
+    long: str | None = None,
     also: Any = None,
     general: bool = False,
     folders: Any = None,
@@ -120,6 +121,8 @@ def score(
             with which the scored adapters were trained.
         max_length: number of tokens to which rows are cut for ``loss``, ``perplexity`` and ``accuracy``; by default
             the tokenizer's limit, at most 1024.
+        long: ``cut`` longer rows, ``drop`` them, or ``split`` texts for ``loss`` and ``perplexity``. By default as in
+            the training of the adapters; where that dropped or split rows, also with its ``max_length``.
         also: further rows, of which the loss is measured, to see what an adapter forgot.
         general: the same with a general text of 20 kB that the package has: 23 short paragraphs in English of many
             kinds, written for this purpose, so that no model has learned them; and passages in the public domain that
@@ -157,7 +160,10 @@ def score(
     reading["usual_variables"] = chat_template_kwargs or form.variables
     reading["reasoning"] = "keep" if form.learns_reasoning else "drop"
     own: dict[str, Any] = {"held_out": held_out, "columns": columns, "chat_template_kwargs": chat_template_kwargs}
-    read = read_rows(model, data, metrics, tokenizer, **own, **reading)
+    own |= {"long": long, "usual_long": form.long}
+    if max_length is None and long in (None, form.long):
+        own["max_length"] = form.max_length
+    read = read_rows(model, data, metrics, tokenizer, **{**reading, **own})
     state = Scoring(name, found, metrics, read, settings, [*column_notes, *form_notes, *read.notes])
     further = _elsewhere(model, state, also, general, tokenizer, reading)
     state.limit = limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
@@ -327,7 +333,7 @@ class Scoring:
                 )
                 take: Callable[[Any], None] = self._take_answers
             elif kind == "tokens":
-                batches = token_losses(model, [row.coded for row in rows], columns, size=size, **given)
+                batches = self._losses(model, columns, size, given)
                 take = self._take_losses
             elif kind == "classes":
                 batches = classes(model, [row.coded for row in rows], columns, size=size, **given)
@@ -340,6 +346,22 @@ class Scoring:
                 advanced()
             if self.done < before + len(rows) * len(columns):
                 return
+
+    def _losses(
+        self, model: nn.Module, columns: Sequence[Column], size: int, given: Mapping[str, Any]
+    ) -> Iterable[Outputs]:
+        """The sums of losses and of weights of each row, of one that was split those of all its parts."""
+        parts = [(place, part) for place, row in enumerate(self.read.rows) for part in (row.coded, *row.further)]
+        found: dict[tuple[int, int], list[tuple[float, float]]] = {}
+        for batch in token_losses(model, [part for _, part in parts], columns, size=size, **given):
+            whole: Outputs = []
+            for number, column, sums in batch:
+                place = parts[number][0]
+                of_row = found.setdefault((place, column), [])
+                of_row.append(sums)
+                if len(of_row) == 1 + len(self.read.rows[place].further):
+                    whole.append((place, column, tuple(map(sum, zip(*of_row, strict=True)))))
+            yield whole
 
     def _choices(
         self, model: nn.Module, columns: Sequence[Column], size: int, given: Mapping[str, Any]

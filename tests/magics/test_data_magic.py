@@ -234,6 +234,11 @@ def test_columns_are_quoted_as_one_likes_and_hints_can_be_pasted(ready: Notebook
         ("odd COLUMNS", "Score on its training rows", "odd COLUMNS"),
         ("odd COLUMNS --eval-data 0.25", "Score on its held-out rows", "odd COLUMNS --held-out"),
         ("odd COLUMNS --eval-data odd[:3] --skip-bad", "Score", "odd[:3] --skip-bad COLUMNS"),
+        (
+            "odd COLUMNS --max-length 200 --long drop",
+            "Score on its training rows",
+            "odd --max-length 200 --long drop COLUMNS",
+        ),
         ("sql=odd[:3] chat=odd COLUMNS", "Score on its training rows", "odd[:3] COLUMNS"),
     ],
 )

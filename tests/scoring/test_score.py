@@ -37,6 +37,7 @@ from nbpeft import (
     ShadowConfig,
     get_peft_model,
     score,
+    train,
 )
 from nbpeft.errors import AdapterError, ConfigError, MergeError, TrainingError
 from nbpeft.scoring.answers import GivenAnswer, _answer, _Choosing
@@ -513,6 +514,38 @@ def test_rows_are_picked_by_their_numbers(only: Any) -> None:
 def test_rows_that_are_no_numbers_of_rows_are_refused_in_one_line(only: Any) -> None:
     with pytest.raises(ConfigError, match=r"^held_out (must be numbers of rows|has (no )?row)"):
         scored(adapted(), metric="loss", held_out=only)
+
+
+def test_rows_that_are_too_long_are_read_as_in_the_training_or_as_asked() -> None:
+    tokenizer: Any = CharTokenizer()
+    texts = [{"text": "ab" * length} for length in (2, 3, 12)]
+    whole = scored(adapted(), data=texts, metric="loss", include_base=False, adapters="sql")
+    parts = scored(adapted(), data=texts, metric="loss", include_base=False, adapters="sql", max_length=9, long="split")
+    assert [item.number for item in parts.items] == [0, 1, 2]
+    assert [item.weight for item in parts.items] == [item.weight for item in whole.items]  # each token once
+    assert "split" in " ".join(parts.notes) and len(scored(adapted(), data=texts, metric="loss", long="cut").items) == 3
+    with pytest.raises(ConfigError, match="long='split' is for loss and perplexity"):
+        scored(adapted(), data=texts, metric="json_valid", long="split")
+    with pytest.raises(ConfigError, match="long='drop' has no effect: prompts are answered whole"):
+        scored(adapted(), data=[{"prompt": "a"}], metric="json_valid", long="drop")
+    with pytest.raises(ConfigError, match=r"long must be cut, drop, split, not 'dropp'. Did you mean 'drop'"):
+        scored(adapted(), metric="loss", long="dropp")
+    rows = [{"prompt": "ab", "completion": "cd" * length} for length in (1, 2, 12)]
+    model = adapted()
+    model.set_adapter("sql")
+    settings: dict[str, Any] = {"max_steps": 1, "tokenizer": tokenizer}
+    train(model, rows, **settings, max_length=9, long="drop", learning_rate=1e-3)
+    for metric in ("exact", "loss"):
+        found = scored(model, data=rows, metric=metric, adapters="sql", include_base=False)
+        assert [item.number for item in found.items] == [0, 1]
+        assert "row 2: longer than 9 tokens (long='drop')" in " ".join(found.notes)
+        assert len(scored(model, data=rows, metric=metric, adapters="sql", long="cut").items) == 3
+    assert len(scored(model, data=rows, metric="exact", adapters="chat").items) == 3  # not trained on them
+    assert len(scored(model, data=texts, metric="loss", adapters="sql", general=False).items) == 2
+    watched = train(model, texts, **settings, max_length=9, long="split", score=texts, metric="loss", every=1)
+    split = scored(model, data=texts, metric="loss", adapters="sql", include_base=False)
+    assert watched.state.metrics.get("loss", watched.state.eval_loss) == pytest.approx(split.scores["sql"].value)
+    assert split.items[2].weight == whole.items[2].weight
 
 
 def test_a_metric_that_fails_on_some_rows_names_the_first() -> None:

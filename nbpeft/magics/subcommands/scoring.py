@@ -15,6 +15,7 @@ from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.registry import (
     COLUMNS,
     DATA,
+    LONG,
     MAX_LENGTH,
     ON_MODEL,
     SEPARATOR,
@@ -88,6 +89,7 @@ from nbpeft.names import METRICS
         help="the same on a general text that comes with the package; --data may then be left out",
     ),
     MAX_LENGTH,
+    replace(LONG, options={**LONG.options, "help": "rows longer than --max-length (default: as in the training)"}),
     COLUMNS,
     SEPARATOR,
     SKIP_BAD,
@@ -99,7 +101,7 @@ from nbpeft.names import METRICS
 def score(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Score adapters, and show the scores so far."""
     given: dict[str, Any] = {name: value for name, value in sampling_of(options).items() if value is not None}
-    for name in ("pattern", "tolerance", "batch_size", "max_new_tokens", "max_length", "chat_template_kwargs"):
+    for name in ("pattern", "tolerance", "batch_size", "max_new_tokens", "max_length", "long", "chat_template_kwargs"):
         if (value := getattr(options, name)) is not None:
             given[name] = value
     if options.data is None and not options.general:

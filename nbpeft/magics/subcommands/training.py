@@ -240,7 +240,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
             restart=options.restart,
             source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
             data_hint=f"{_data_command(options, arguments, data)} shows them",
-            named_rows=_rows_to_score(options, data, eval_data),
+            named_rows=_rows_to_score(options, arguments, data, eval_data),
             **arguments,
         )
     for name in ("track", "trainer_class", "replace"):
@@ -362,12 +362,14 @@ def _training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCo
     return data, eval_data, notebook.tokenizer(cell.tokenizer)
 
 
-def _rows_to_score(options: argparse.Namespace, data: object, eval_data: object) -> NamedRows:
+def _rows_to_score(
+    options: argparse.Namespace, arguments: Mapping[str, Any], data: object, eval_data: object
+) -> NamedRows:
     """The rows on which a trained adapter is scored: those to evaluate on, else those of the training."""
     amount = isinstance(eval_data, int | float)
     learned = eval_data is None or amount
     text, rows = (options.data, data) if learned else (options.eval_data, eval_data)
-    how, columns = _reading_words(options), _columns_words(options)
+    how, columns = _reading_words(options, arguments), _columns_words(options)
     if isinstance(rows, Mapping):  # each adapter has its own
         own = tuple((name, " ".join([quoted(part), *how])) for name, part in rows_by_adapter(text).items())
         return NamedRows("", learned, amount, own, " ".join(columns))
@@ -378,17 +380,18 @@ def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], dat
     """The command that shows the rows of a training."""
     mixed = isinstance(data, Mixture)
     words = [f"%lora data {'DATA' if isinstance(data, Mapping) else quoted(options.data)}"]
-    words += [*_reading_words(options), *_columns_words(options)]
-    words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
+    words += [*_reading_words(options, arguments), *_columns_words(options)]
     words += [f"--seed {arguments['seed']}"] if mixed and isinstance(arguments.get("seed"), int) else []
     given = chats_of(options)
-    words += [f"--{name} {value}" for name, value in given.items() if name != "chat_template_kwargs"]
+    words += [f"--{name} {given[name]}" for name in ("learn", "reasoning") if name in given]
     return " ".join(words)
 
 
-def _reading_words(options: argparse.Namespace) -> list[str]:
+def _reading_words(options: argparse.Namespace, arguments: Mapping[str, Any]) -> list[str]:
     """The options for reading rows that training, preview and scores have in common, without the columns."""
     words = [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
+    words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
+    words += [f"--long {options.long}"] if options.long else []
     words += [f"--separator {quoted(options.separator)}"] if options.separator else []
     words += ["--skip-bad"] if options.skip_bad else []
     return words + _pairs("--template", options.chat_template_kwargs)

@@ -27,13 +27,20 @@ class SeenFormats:
     Args:
         options: how the rows are read.
         for_template: the columns with which the chat template is applied to the rows; empty if it cannot be.
+        limit: the greatest number of tokens of a row.
     """
 
-    def __init__(self, options: RowOptions | None = None, for_template: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        options: RowOptions | None = None,
+        for_template: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> None:
         self._for_template = dict(for_template or {})
         options = options or RowOptions()
         self._template = as_text(options.chat_template_kwargs or {})
         self._learns_reasoning = options.reasoning == "keep"
+        self._lengths = ("cut", None) if options.long == "cut" else (options.long, limit)
         self._systems: dict[str | None, int] = {}
         self._joint, self._joined = "", 0
         self._alike: list[int] = []
@@ -52,10 +59,10 @@ class SeenFormats:
         if not self._systems:
             return None
         if next(iter(self._systems)) is None:
-            return PromptFormat(chat=False)
+            return PromptFormat(False, "", "", (), True, *self._lengths)
         systems = [system for system in self._systems if system is not None]
         system = systems[0] if len(systems) == 1 else None
-        return PromptFormat(True, system, self._template, learns_reasoning=self._learns_reasoning)
+        return PromptFormat(True, system, self._template, (), self._learns_reasoning, *self._lengths)
 
     def lines(self) -> tuple[str, ...]:
         """Lines about joints of prompts and completions, about system prompts, and about pairs that are no choice."""

@@ -135,7 +135,7 @@ class _Totals:
     """
 
     def __init__(self, reader: Reading, row_count: int) -> None:
-        self.unused, self.formats = UnusedParts(), SeenFormats(reader.options, reader.for_template)
+        self.unused, self.formats = UnusedParts(), SeenFormats(reader.options, reader.for_template, reader.limit)
         self.shown_rows: list[CodedRow] = []
         self._row_count = row_count
         self.lengths: list[int] = []
@@ -253,7 +253,7 @@ def summarize(
 
 def _for_template(reader: Reading, form: PromptFormat | None) -> dict[str, str]:
     """The columns with which the chat template would be applied to prompts and completions that are plain text."""
-    return reader.for_template if form == PromptFormat(chat=False) else {}
+    return reader.for_template if form is not None and not form.chat else {}
 
 
 def bins_of(lengths: Sequence[int], border: int | None = None) -> tuple[tuple[int, int, int], ...]:

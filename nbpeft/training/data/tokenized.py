@@ -248,7 +248,8 @@ def prepared(rows: Any, tokenizer: Any = None, **options: Any) -> PreparedRows:
         return _tokens(reader)
     if is_stream(reader.rows):
         streamed = StreamedRows(
-            functools.partial(coded_rows, reader), formats=SeenFormats(reader.options, reader.for_template)
+            functools.partial(coded_rows, reader),
+            formats=SeenFormats(reader.options, reader.for_template, reader.limit),
         )
         return PreparedRows(streamed, streamed.notes, reader.inputs.classes)
     tokenized = _in_memory(reader)
@@ -272,7 +273,7 @@ def _in_memory(reader: Reading) -> TokenizedRows:
     """Tokenizes all rows."""
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str]] = []
-    unused, formats, truncated = UnusedParts(), SeenFormats(reader.options, reader.for_template), 0
+    unused, formats, truncated = UnusedParts(), SeenFormats(reader.options, reader.for_template, reader.limit), 0
     numbers: list[int] = []
     split_rows = split_parts = 0
     for coded in coded_rows(reader):

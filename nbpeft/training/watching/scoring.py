@@ -217,5 +217,6 @@ def _new_scorer(request: Any, classes: Any) -> Scorer:
         variables=request.chat_template_kwargs,
         # Reasoning that is not learned is not answered: a reference with it would never be reached.
         reasoning="keep" if request.reasoning == "keep" else "drop",
+        long=request.long,
     )
     return scorer
