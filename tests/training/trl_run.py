@@ -47,7 +47,7 @@ def tiny_tokenizer() -> Any:
     return fast
 
 
-def tiny_base(kind: type[Any] = LlamaForCausalLM) -> Any:
+def tiny_base(kind: type[Any] = LlamaForCausalLM, labels: int = 1) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -60,7 +60,7 @@ def tiny_base(kind: type[Any] = LlamaForCausalLM) -> Any:
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
-        num_labels=1,
+        num_labels=labels,
     )
     return kind(config)
 

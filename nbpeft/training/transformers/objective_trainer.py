@@ -140,12 +140,26 @@ class ObjectiveTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of a step; completions of other rows are those of the row before in the step."""
         samples, count = super().get_batch_samples(*args, **kwargs)
-        collator: Any = self.data_collator
-        if isinstance(collator, ShiftedCollator) and len(samples) > 1 and count is not None:
-            samples = collator.across(samples)
+        several = len(samples) * self.accelerator.num_processes > 1
+        if isinstance(self.data_collator, ShiftedCollator) and several and count is not None:
+            samples = self._paired_in_step(samples, self.data_collator)
             step = SecondsOfStep(tuple(_halves(stacked(sample))[1] for sample in samples))
             samples = [{**sample, _STEP: step} for sample in samples]
         return samples, count
+
+    def _paired_in_step(
+        self, samples: Sequence[dict[str, Tensor]], collator: ShiftedCollator
+    ) -> list[dict[str, Tensor]]:
+        """The batches of a step in this process, with rows paired as if the step had one batch in one process."""
+        processes, batches = self.accelerator.num_processes, list(samples)
+        if processes > 1:
+            from accelerate.utils import gather_object
+
+            found = gather_object([{name: values.cpu() for name, values in sample.items()} for sample in samples])
+            batches = [found[rank * len(samples) + place] for place in range(len(samples)) for rank in range(processes)]
+        own = collator.across(batches)[self.accelerator.process_index :: processes]
+        device = samples[0]["labels"].device
+        return [{name: values.to(device) for name, values in sample.items()} for sample in own]
 
     def add_to_curves(self, curves: Mapping[str, Tensor], weight: float | Tensor | None = None) -> None:
         """Adds values of a batch to the means that are logged next.

@@ -13,80 +13,49 @@ from typing import Any
 import pytest
 import torch
 
-import nbpeft
-from nbpeft.training.rewards import trainer as rollouts
-from nbpeft.training.rewards.rollouts import Completion
 from tests.closeness import assert_close
-from tests.training.objectives.trl_run import (
-    CASES,
-    COPIES,
-    OF_REWARDS,
-    base_and_rows,
-    completions_of,
-    even,
-    filled,
-    short,
-)
-from tests.training.trl_run import tiny_tokenizer
+from tests.training.objectives.nbpeft_run import IN_HALF, IN_TWO_PROCESSES, OBJECTIVES, RECORDED, curves
+from tests.training.objectives.trl_run import CASES
 
 torch.set_num_threads(1)
-RECORDED = Path(__file__).with_name("trl.json")
-"""The results of ``trl_run.py`` with TRL 1.16, transformers 5.24 and torch 2.13."""
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
 
-def ours(case: str, batches: int = 1) -> dict[str, list[float]]:
-    """The curves of nbpeft for the training of a case, with each batch of TRL divided into several."""
-    base, rows, fields = base_and_rows(case)
-    fields["per_device_train_batch_size"] //= batches
-    fields["gradient_accumulation_steps"] = batches * fields.get("gradient_accumulation_steps", 1)
-    task = "SEQ_CLS" if case.startswith("reward") else "CAUSAL_LM"
-    model = filled(nbpeft.get_peft_model(base, nbpeft.LoraConfig(task_type=task, **LORA))).train()
-    logged: list[dict[str, Any]] = []
-
-    class Keep(nbpeft.training.RunCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            logged.extend([logs] if logs and "loss" in logs else [])
-
-    keep = Keep(nbpeft.training.Run(model, None))
-    objective = case.partition("-")[0]
-    if objective == "grpo":
-        rows = [{"prompt": row["prompt"]} for row in rows]
-        fields |= {**OF_REWARDS, "reward": [even, short]}
-    nbpeft.train(model, rows, objective=objective, tokenizer=tiny_tokenizer(), callbacks=[keep], **fields)
-    return {name: [entry[name] for entry in logged if name in entry] for name in logged[0]}
-
-
-def given(model: Any, base: Any, rows: Any, tokenizer: Any, *rest: Any) -> list[Completion]:
-    """The completions that TRL has learned, instead of generated ones."""
-    found = []
-    for place, row in enumerate(rows):
-        tokens = completions_of(row["prompt"], COPIES)[place % COPIES]
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        found.append(Completion(row, tuple(tokens), text, tokens[-1] == tokenizer.eos_token_id))
-    return found
-
-
-@pytest.fixture(autouse=True)
-def learns_given_completions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "generated", given)
-
-
-def same(theirs: dict[str, list[float]], found: dict[str, list[float]]) -> None:
+def same(case: str, theirs: dict[str, list[float]], dtype: torch.dtype = torch.float32, **how: Any) -> None:
     """Rewards, margins and KL are differences of sums of log-probabilities, which a nat is a small size for."""
-    for name, values in theirs.items():
-        assert_close(found[name], values, scale=max(1.0, *map(abs, values)), message=name)
+    for name, found in curves(case, theirs, half=dtype == torch.float16, **how).items():
+        assert_close(found, theirs[name], scale=max(1.0, *map(abs, theirs[name])), dtype=dtype, message=name)
+
+
+def recorded(case: str) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = json.loads(RECORDED.read_text("utf-8"))[case]
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_ten_steps_have_the_recorded_numbers_of_trl(case: str) -> None:
-    same(json.loads(RECORDED.read_text("utf-8"))[case], ours(case))
+    same(case, recorded(case))
 
 
 @pytest.mark.parametrize("batches", [2, 4])
 @pytest.mark.parametrize("case", [case for case in CASES if "accumulated" not in case])
 def test_a_batch_that_is_divided_has_the_numbers_of_the_whole_one(case: str, batches: int) -> None:
-    same(json.loads(RECORDED.read_text("utf-8"))[case], ours(case, batches))
+    same(case, recorded(case), batches=batches)
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_recomputed_activations_have_the_same_numbers(case: str) -> None:
+    same(case, recorded(case), gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("case", IN_HALF)
+def test_a_base_in_float16_has_the_numbers_of_float32_up_to_its_rounding(case: str) -> None:
+    same(case, recorded(case), torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", IN_TWO_PROCESSES)
+def test_two_processes_have_the_numbers_of_one(case: str) -> None:
+    same(case, recorded(case), processes=2)
 
 
 @pytest.mark.slow
@@ -96,4 +65,4 @@ def test_ten_steps_have_the_numbers_of_the_installed_trl(tmp_path: Path) -> None
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     subprocess.run([sys.executable, str(script), str(results)], check=True, env=environment)
     for case, theirs in json.loads(results.read_text("utf-8")).items():
-        same(theirs, ours(case))
+        same(case, theirs)

@@ -1,8 +1,9 @@
-"""Trains a tiny model with a preference Trainer of TRL and PEFT, and writes down its losses and norms of gradients.
+"""Trains a tiny model with Trainers of TRL and PEFT, and writes down its losses and norms of gradients.
 
     python trl_run.py RESULTS.json CASE...
 
-``cases`` and ``filled`` are used by the tests of nbpeft, too, so that both train the same adapter on the same rows.
+Classifiers are trained by transformers' Trainer, as TRL has none. ``CASES`` and ``filled`` are used by the tests of
+nbpeft, too, so that both train the same adapter on the same rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    DataCollatorWithPadding,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from tests.training.trl_run import tiny_base, tiny_tokenizer
 
@@ -38,6 +45,8 @@ FIELDS: dict[str, Any] = {
     "use_cpu": True,
 }
 CASES: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "classify": {},
     "dpo": {},
     "dpo-base": {"reference": "base", "beta": 0.5},
     "dpo-hinge": {"loss_type": "hinge", "beta": 0.5},
@@ -83,7 +92,24 @@ def base_and_rows(case: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]
         ]
     if fields.pop("margin", False):
         rows = [{**row, "margin": 0.1 * number} for number, row in enumerate(ROWS)]
+    if case in ("sft", "classify"):
+        rows = [tokenized(row, number if case == "classify" else None) for number, row in enumerate(ROWS)]
+    if case == "classify":
+        return tiny_base(LlamaForSequenceClassification, 3), rows, fields
     return tiny_base(LlamaForSequenceClassification if case.startswith("reward") else LlamaForCausalLM), rows, fields
+
+
+def tokenized(row: dict[str, Any], number: int | None) -> dict[str, Any]:
+    """A row of tokens, whose completion is learned, or which has one of three classes by its number."""
+    prompt, completion = (tiny_tokenizer()(row[name])["input_ids"] for name in ("prompt", "chosen"))
+    if number is not None:
+        return {"input_ids": [*prompt, *completion], "labels": number % 3}
+    return {"input_ids": [*prompt, *completion, 1], "labels": [*[-100] * len(prompt), *completion, 1]}
+
+
+def task_of(case: str) -> str:
+    """The ``task_type`` of a case's adapter."""
+    return "SEQ_CLS" if case.startswith(("reward", "classify")) else "CAUSAL_LM"
 
 
 def completions_of(prompt: str, count: int) -> list[list[int]]:
@@ -123,13 +149,17 @@ def trained(case: str, folder: str) -> Any:
 
     model, rows, fields = base_and_rows(case)
     base = fields.pop("reference", "start") == "base"
-    task = "SEQ_CLS" if case.startswith("reward") else "CAUSAL_LM"
     if case.startswith("grpo"):
         return _with_rewards(fields, base, folder)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type=task)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type=task_of(case))
     model = filled(peft.get_peft_model(model, config))
-    name, more = case.partition("-")[0], {}
-    if name == "dpo":
+    name, more = case.partition("-")[0], dict[str, Any]()
+    if name == "sft":
+        config_class, trainer_class = trl.SFTConfig, trl.SFTTrainer
+    elif name == "classify":
+        config_class, trainer_class = TrainingArguments, Trainer
+        more = {"data_collator": DataCollatorWithPadding(tiny_tokenizer())}
+    elif name == "dpo":
         config_class, trainer_class, more = trl.DPOConfig, trl.DPOTrainer, {"ref_model": tiny_base() if base else None}
     elif name == "kto":
         config_class, trainer_class, more = trl.KTOConfig, trl.KTOTrainer, {"ref_model": tiny_base() if base else None}
