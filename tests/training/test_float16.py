@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 import nbpeft
 from nbpeft.errors import TrainingError
@@ -50,3 +51,10 @@ def test_adapters_side_by_side_are_refused() -> None:
     model = nbpeft.get_peft_model(llama().half(), nbpeft.LoraConfig(r=2, target_modules=["q_proj"])).train()
     with pytest.raises(TrainingError, match="load the base in bfloat16 or float32"):
         nbpeft.train(model, token_rows(), **OPTIONS | {"learning_rate": nbpeft.sweep(0.1, 0.2)})
+
+
+def test_a_new_head_in_float16_is_refused_by_its_name() -> None:
+    base = tiny_base(LlamaForSequenceClassification, 3).half()
+    model = nbpeft.get_peft_model(base, nbpeft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])).train()
+    with pytest.raises(TrainingError, match=r"'score\.\S*weight': parameters in float16 .* bfloat16 or float32"):
+        nbpeft.train(model, [{"input_ids": [5, 6], "labels": 1}], **OPTIONS)

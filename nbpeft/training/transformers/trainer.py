@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from nbpeft.engine.calls.model_properties import has_encoder
 from nbpeft.engine.calls.selective_recompute import selective_recompute
 from nbpeft.engine.tree.model_tree import base_model_of
-from nbpeft.errors import TrainingError, check_bool
+from nbpeft.errors import TrainingError, check_bool, few
 from nbpeft.losses import (
     ChunkedHead,
     LazyLogits,
@@ -96,10 +96,12 @@ class Trainer(transformers.Trainer):
         computed = (getattr(module, "compute_dtype", None) for module in base.modules())  # of quantized layers
         if torch.float16 not in {*frozen, *computed} or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
-        if any(part.dtype == torch.float16 for part in base.parameters() if part.requires_grad):
+        trained = [name for name, part in base.named_parameters() if part.requires_grad and part.dtype == torch.float16]
+        if trained:
             raise TrainingError(
-                "float16 parameters cannot be trained, their gradients overflow and vanish: add the adapter with "
-                "autocast_adapter_dtype=True, or load the base in bfloat16 or float32"
+                f"{few(trained)}: parameters in float16 cannot be trained, their gradients overflow and vanish; load "
+                "the base in bfloat16 or float32, or, if they are those of an adapter, add it with "
+                "autocast_adapter_dtype=True"
             )
         if hasattr(self, "group"):
             raise TrainingError(
