@@ -31,9 +31,6 @@ _ended = itertools.count(1)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "XDG_STATE_HOME" not in os.environ:  # where the key of this user's staging folders is
-    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="nbpeft-state-")
-    atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 # Where trainings are saved: a folder for each worker, as a worker inherits the environment of the process above it.
 os.environ["NBPEFT_RUNS"] = tempfile.mkdtemp(prefix="nbpeft-runs-")
 atexit.register(shutil.rmtree, os.environ["NBPEFT_RUNS"], ignore_errors=True)

@@ -4,9 +4,9 @@ A process locks its staging folder for as long as it lives. An unlocked one belo
 write in the same folder cleans it up. If the first file had already been renamed into place, the new state counts: the
 sweep renames the remaining files too, or, if the caller asks for it, restores the old ones.
 
-Only staging folders of this user's processes are swept: their names end in a code (HMAC) computed from the parent
-folder and a key in the user's home. A staging folder among somebody else's files (cloned, unpacked) does not have a
-valid name; it is reported and not touched.
+Only staging folders that were created where they are now are swept: their names end in a code computed from the inode
+number of their parent. A staging folder among somebody else's files (cloned, unpacked) does not have a valid name, as
+nobody knows that number before the files are written; it is reported and not touched.
 
 On file systems that cannot lock folders (NFS, Windows), only the age of a staging folder shows that it is abandoned.
 """
@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
-import hmac
 import json
 import os
 import re
@@ -49,7 +47,7 @@ ASIDE = ".aside"
 moved back if no new one has taken its place."""
 
 _MOVES = ".moves"
-_NAME = re.compile(r"\.nbpeft-([0-9a-f]{16})([0-9a-f]{16})?")
+_NAME = re.compile(r"\.nbpeft-([0-9a-f]{16})([0-9a-f]{16})")
 _KEY_BYTES = 32
 _MOST_MOVES = 2**24
 """Largest size in bytes of the log of pending renames."""
@@ -61,7 +59,7 @@ Mark = tuple[int, int]
 
 
 def staging_name(parent: Path) -> str:
-    """Returns a unique name for a staging folder, which only this user's processes can generate.
+    """Returns a unique name for a staging folder, which is valid in its parent alone.
 
     Args:
         parent: the folder in which it will be created.
@@ -74,47 +72,18 @@ def staging_name(parent: Path) -> str:
 
 
 def is_own(parent: Path, name: str) -> bool:
-    """Returns whether a process of this user generated a name with ``staging_name``.
+    """Returns whether a name was generated with ``staging_name`` for this folder.
 
     Args:
         parent: the folder of the entry.
         name: name of the entry.
     """
     found = _NAME.fullmatch(name)
-    return found is not None and hmac.compare_digest(found[2] or "", _code(parent, found[1]))
+    return found is not None and found[2] == _code(parent, found[1])
 
 
 def _code(parent: Path, token: str) -> str:
-    # The inode number is part of the code: in a copy of the folder, which others may have changed, it is not valid.
-    text = f"{token} {os.stat(parent).st_ino}"
-    return hmac.new(_key(), text.encode(), hashlib.sha256).hexdigest()[:16]
-
-
-@functools.cache
-def _key() -> bytes:
-    """Returns a secret key of this user; if the home cannot be written, a key of this process only."""
-    home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "nbpeft"
-    with contextlib.suppress(OSError, RuntimeError):
-        make_folder(home, [])
-        with contextlib.suppress(FileNotFoundError):
-            if (home / "key").stat().st_size != _KEY_BYTES:  # damaged: no process can use it
-                os.unlink(home / "key")
-        if not (home / "key").exists():
-            handle, made = tempfile.mkstemp(dir=home)
-            with open(handle, "wb") as file:
-                file.write(secrets.token_bytes(_KEY_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            # Unlike a rename, a link fails if another process was faster, so that all processes use the same key.
-            with contextlib.suppress(OSError):
-                os.link(made, home / "key")
-            with contextlib.suppress(OSError):
-                os.unlink(made) if (home / "key").exists() else os.replace(made, home / "key")
-            flush_folder(home)
-        key = (home / "key").read_bytes()
-        if len(key) == _KEY_BYTES:
-            return key
-    return secrets.token_bytes(_KEY_BYTES)
+    return hashlib.sha256(f"{token} {os.stat(parent).st_ino}".encode()).hexdigest()[:16]
 
 
 class Staging:
@@ -230,7 +199,7 @@ def sweep(folder: Path, *, finish: bool = True, report: bool = True) -> None:
     Args:
         folder: the folder to clean up.
         finish: finish a write whose first file was already renamed into place; False restores the old files.
-        report: warn about staging folders that no process of this user created.
+        report: warn about staging folders that were not created there.
     """
     try:
         entries = [entry for entry in os.listdir(folder) if _NAME.fullmatch(entry)]
@@ -241,14 +210,14 @@ def sweep(folder: Path, *, finish: bool = True, report: bool = True) -> None:
         with contextlib.suppress(OSError, CheckpointError):
             if not _sweep_one(folder, entry, finish) and report:
                 warnings.warn(
-                    f"{inside.shown(folder / entry)} looks like the remains of an interrupted write, but not one of "
-                    "yours: it was not touched; delete it if you do not need it",
+                    f"{inside.shown(folder / entry)} looks like the remains of an interrupted write into another "
+                    "folder: it was not touched; delete it if you do not need it",
                     stacklevel=2,
                 )
 
 
 def _sweep_one(folder: Path, entry: str, finish: bool) -> bool:
-    """Cleans up one staging folder; returns False if a process of this user did not create it."""
+    """Cleans up one staging folder; returns False if it was not created there."""
     path, found = folder / entry, os.lstat(folder / entry)
     if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
         return True  # its owner's processes sweep it
@@ -267,7 +236,7 @@ def _sweep_one(folder: Path, entry: str, finish: bool) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
-    """Returns whether a live process uses a staging folder, e.g. one whose process could not read the user's key."""
+    """Returns whether a live process uses a staging folder."""
     try:
         lock = lock_folder(path)
     except BlockingIOError:

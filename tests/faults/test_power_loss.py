@@ -213,20 +213,6 @@ def checkpoints_in(home: Path) -> dict[str, Any]:
     return {"last": (place.name, contents(place))}
 
 
-def key_in(home: Path) -> dict[str, Any]:
-    """Whether the key of a process is the one of the next, too."""
-    if not (home / "state").exists():
-        return {"key": True}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(home / "state"))
-        return {"key": True} if staging._key.__wrapped__() == staging._key.__wrapped__() else {}
-
-
-def with_key(home: Path) -> None:
-    (home / "state").mkdir()
-    key_in(home)
-
-
 def nested(home: Path, text: str) -> None:
     """Files in folders that may be new."""
     replace_files(home / "target", [NewFile.of_text(name, text) for name in ("first", "a/third", "a/b/second")])
@@ -254,7 +240,6 @@ def merged(home: Path) -> None:
 
 
 OTHERS: dict[str, Operation] = {
-    "key": Operation(lambda home: None, with_key, key_in),
     "files in folders": Operation(file_of, lambda home: nested(home, "new"), contents, shown=False),
     "files in folders anew": Operation(lambda home: None, lambda home: nested(home, "new"), contents),
     "push": Operation(file_of, pushed, contents),

@@ -63,7 +63,7 @@ class Fork:
         places = self._folder / "tmp" / "of" / "tests"
         places.mkdir(parents=True)
         tempfile.tempdir = None
-        changed = ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", "XDG_STATE_HOME", "NBPEFT_RUNS")
+        changed = ("TMPDIR", "PYTEST_DEBUG_TEMPROOT", "NBPEFT_RUNS")
         os.environ.update(dict.fromkeys(changed, str(places)))
         note = self._folder / "note"
         note.write_bytes(pickle.dumps(work()))
