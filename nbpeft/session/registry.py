@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -70,7 +71,7 @@ class TrackedModel:
         self.held: dict[str, Keeper] = {}
         self.fingerprint: Mapping[str, str] = {}
         self._model = weakref.ref(model)
-        self._manager = weakref.ref(model.manager)
+        self._manager, self._owner = weakref.ref(model.manager), model.manager.owner
         self._snapshots = Snapshots()
         self._meter: Meter | None = None
         self._changed = changed
@@ -185,13 +186,24 @@ class TrackedModel:
     @property
     def alive(self) -> bool:
         """Whether the model still exists and is still adapted."""
-        model = self._model()
+        model = self._handle()
         return model is not None and model.is_live
 
     @property
     def is_gone(self) -> bool:
         """Whether the model was deleted without being unloaded."""
-        return self._model() is None and not self._unloaded
+        return self._handle() is None and not self._unloaded
+
+    def _handle(self) -> PeftModel | None:
+        """The model; if only its base model is left, a new PeftModel, which lives as long as that one does."""
+        model = self._model()
+        if model is None and (left := self._manager()) is not None and left.alive:
+            del left
+            gc.collect()  # layers refer to each other: a model without any other reference is deleted now
+            manager = self._manager()
+            if manager is not None and manager.owner is self._owner and (model := handle_over(manager.model)):
+                self._model, self._owner, manager.kept = weakref.ref(model), manager.owner, model
+        return model
 
     @property
     def was_bound(self) -> bool:
@@ -205,7 +217,7 @@ class TrackedModel:
         Raises:
             AdapterError: it no longer exists.
         """
-        model = self._model()
+        model = self._handle()
         if model is None:
             raise AdapterError(f"the model {self.name!r} is gone: no variable holds it any more")
         return model

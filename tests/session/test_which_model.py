@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -168,6 +169,29 @@ def test_the_only_one_left_is_meant_and_named_but_not_merged_or_unloaded(session
     assert session.state.current == "left" and list(left.manager.merged) == ["x"]
     session.unmerge()
     assert not left.manager.merged
+
+
+def test_adapters_whose_result_is_not_kept_stay_as_long_as_their_model(session: Session) -> None:
+    base = llama()
+    for number in range(3):
+        session.add(base, FIELDS, name=f"a{number}", variable="tiny")
+    (model,) = session.state.models
+    assert (model.name, [item.name for item in model.adapters]) == ("tiny", ["a0", "a1", "a2"])
+    assert session.state.current == "tiny" and session.names == ("tiny",)
+    session.use("a1")
+    handle = session.model("tiny")
+    assert handle is session.model("tiny") and handle.manager.active == ("a1",)
+    copied = copy.deepcopy(base)
+    assert copied is not handle and session.names == ("tiny",)
+    again = get_peft_model(handle.unload(), LoraConfig(target_modules=["q_proj"]))  # the caller's own from now on
+    assert session.names == () and again.manager.alive
+    del again, handle, copied
+    session.add(base, FIELDS, name="b", variable="tiny")
+    assert session.names == ("tiny",)
+    gone = weakref.ref(base)
+    del base
+    gc.collect()
+    assert gone() is None and session.names == ()
 
 
 def test_a_model_alone_need_not_be_named(session: Session) -> None:

@@ -74,6 +74,7 @@ class AdapterManager:
         frozen: adapters that do not train even while they are active.
         unsaved: adapters that were trained since they were added, loaded or saved.
         owner: token of the only handle that may use the manager.
+        kept: the handle, where only the base model refers to it.
         removed: adapters whose layers were all removed from the model by other code.
         provider: loads adapters on demand that are not on the model; None if there is none.
     """
@@ -100,6 +101,7 @@ class AdapterManager:
         self._subscribers = Subscribers()
         self._transaction = Transaction(self.active_state, self._notify)
         self.owner: object | None = None
+        self.kept: object | None = None
         self.provider: AdapterProvider | None = None
         self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
         watch(self)
@@ -698,9 +700,16 @@ class AdapterManager:
             raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
 
     def __getstate__(self) -> dict[str, Any]:
-        # Subscribers and the provider belong to other objects, which are not copied; nor are locks.
+        # Subscribers, the provider and the handle belong to other objects, which are not copied; nor are locks.
         tree = None if self.alive else AdaptedTree()
-        state = {**self.__dict__, "_subscribers": Subscribers(), "_slots": {}, "provider": None, "_tree": tree}
+        state = {
+            **self.__dict__,
+            "_subscribers": Subscribers(),
+            "_slots": {},
+            "provider": None,
+            "kept": None,
+            "_tree": tree,
+        }
         del state["_transaction"], state["layer_commands"]
         return state
 
