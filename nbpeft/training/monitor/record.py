@@ -15,7 +15,10 @@ from nbpeft.state import Curve
 Number = float | Tensor
 OF_REWARDS = ("reward", "reward_std", "frac_reward_zero_std", "kl")
 """The names of an objective's curves that have no slash."""
-SERIES = ("learning rate", "gradient norm", "tokens/s", "memory", *OF_REWARDS)
+GRADIENT_NORM = "gradient norm"
+OF_STEPS = ("learning rate", GRADIENT_NORM, "tokens/s", "memory")
+"""The names of the curves that every run has."""
+SERIES = (*OF_STEPS, *OF_REWARDS)
 """The names of curves in ``TrainState.series``. Those of an objective, such as ``rewards/margins``, are there too; all
 other curves are metrics."""
 _SMALL = 60
@@ -166,7 +169,7 @@ class Record:
         self._was_high = False
         self._loss_total, self._loss_count = 0.0, 0
         self._pending: list[tuple[int, Number]] = []
-        self._pending_norms: list[tuple[int, Number]] = []
+        self._pending_values: list[tuple[str, int, Number]] = []
         self._pending_done: Number = 0
         self._pending_begun: Number = 0
         self._marks: deque[tuple[float, int, float]] = deque(maxlen=60)
@@ -194,6 +197,7 @@ class Record:
         tokens: Number | None,
         epoch: float | None,
         gradient_norm: Number | None = None,
+        metrics: Mapping[str, Number] | None = None,
     ) -> bool:
         """Records what is known about a step.
 
@@ -204,16 +208,16 @@ class Record:
             tokens: input tokens to add to the count, or None.
             epoch: epochs done, or None.
             gradient_norm: the norm of its gradients, or None.
+            metrics: further values of it, by name, or None.
 
         Returns:
             Whether it is a new step.
         """
         advanced, self.step = step > self.step, max(step, self.step)
         if loss is not None:
-            self._pending.append((step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
+            self._pending.append((step, _detached(loss)))
         if tokens is not None:
-            counted = tokens.detach() if isinstance(tokens, Tensor) else tokens
-            self._pending_begun = self._pending_begun + counted
+            self._pending_begun = self._pending_begun + _detached(tokens)
         if advanced:  # the tokens so far are those of steps that are done
             self._pending_done, self._pending_begun = self._pending_done + self._pending_begun, 0
             self.done_tokens, self._begun_tokens = self.done_tokens + self._begun_tokens, 0.0
@@ -221,9 +225,8 @@ class Record:
         if learning_rate is not None:
             self.learning_rate = learning_rate
             self.trace("learning rate", learning_rate, step)
-        if gradient_norm is not None:
-            norm = gradient_norm.detach() if isinstance(gradient_norm, Tensor) else float(gradient_norm)
-            self._pending_norms.append((step, norm))
+        values = {**({} if gradient_norm is None else {GRADIENT_NORM: gradient_norm}), **(metrics or {})}
+        self._pending_values += [(name, step, _detached(value)) for name, value in values.items()]
         return advanced
 
     def add_evaluation(
@@ -280,7 +283,7 @@ class Record:
         values = [
             self._pending_done,
             self._pending_begun,
-            *(value for _, value in (*self._pending, *self._pending_norms)),
+            *(value for *_, value in (*self._pending, *self._pending_values)),
         ]
         return not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
 
@@ -297,10 +300,13 @@ class Record:
                 self._note_rise(step, value)
             if first_nan is None and value != value:
                 first_nan = step
-        norms, self._pending_norms = self._pending_norms, []
-        for (step, _), value in zip(norms, _numbers([norm for _, norm in norms]), strict=True):
-            self.gradient_norm = value
-            self.trace("gradient norm", value, step)
+        values, self._pending_values = self._pending_values, []
+        for (name, step, _), value in zip(values, _numbers([item for *_, item in values]), strict=True):
+            if name == GRADIENT_NORM:
+                self.gradient_norm = value
+                self.trace(name, value, step)
+            else:
+                self.add_evaluation(step, None, {name: value})
         done, begun = _numbers([self._pending_done, self._pending_begun])
         self.done_tokens, self._begun_tokens = self.done_tokens + done, self._begun_tokens + begun
         self._pending_done = self._pending_begun = 0
@@ -346,6 +352,10 @@ class Record:
             last = self._marks[-1]
         seconds, steps, tokens = (end - start for start, end in zip(first, last, strict=True))
         return (seconds / steps if steps else None, tokens / seconds if seconds and tokens else None)
+
+
+def _detached(value: Number) -> Number:
+    return value.detach() if isinstance(value, Tensor) else float(value)
 
 
 def _numbers(values: list[Number]) -> list[float]:

@@ -17,13 +17,14 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft._util.interrupts import HeldInterrupts
-from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
+from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted, with_article
 from nbpeft.memory.processor import slow_dtype, slow_dtype_message
 from nbpeft.state import Curve, MemberState, MemoryState, NamedRows, Sample, TrainState, TrainStatus
 from nbpeft.sweeps import stem_of
@@ -34,7 +35,7 @@ from nbpeft.training.disk.save_now import save_adapters
 from nbpeft.training.monitor.control import RunControl
 from nbpeft.training.monitor.failures import explain_failure
 from nbpeft.training.monitor.memory_meter import MemoryMeter
-from nbpeft.training.monitor.record import Number, Record
+from nbpeft.training.monitor.record import OF_STEPS, Number, Record
 from nbpeft.training.monitor.stopwatch import Stopwatch
 from nbpeft.training.monitor.tracebacks import release_frames
 
@@ -209,6 +210,7 @@ class Run:
         tokens: Number | None = None,
         epoch: float | None = None,
         gradient_norm: Number | None = None,
+        **metrics: Number,
     ) -> None:
         """Records one optimizer step, and carries out Stop and Pause. Call it after the step.
 
@@ -218,13 +220,16 @@ class Run:
             tokens: The number of input tokens of the step, for the speed shown.
             epoch: The number of epochs done, with a fraction.
             gradient_norm: The norm of the gradients, before clipping.
+            **metrics: Metrics of your own, by name, each a number or a tensor with one element, e.g. ``accuracy=0.9``.
 
         Raises:
             TrainingError: the run is not in a ``with`` block.
+            ConfigError: a metric is no number, or has the name of a value that runs have.
             StopRun: Stop was requested; the ``with`` block of the run handles it.
         """
         if not self.entered:
             raise TrainingError("run.step(loss=…) is only possible inside the block `with start_run(model) as run:`.")
+        _check_metrics(metrics)
         self.record(
             self._record.step + 1,
             loss=loss,
@@ -232,6 +237,7 @@ class Run:
             tokens=tokens,
             epoch=epoch,
             gradient_norm=gradient_norm,
+            metrics=metrics,
         )
         if self.wait_or_stop():
             raise StopRun(self)
@@ -289,6 +295,7 @@ class Run:
         tokens: Number | None = None,
         epoch: float | None = None,
         gradient_norm: Number | None = None,
+        metrics: Mapping[str, Number] | None = None,
     ) -> None:
         """Records what is known about a step; never raises and never waits for a device.
 
@@ -301,9 +308,10 @@ class Run:
             tokens: See ``step``; the counts of several calls are added.
             epoch: See ``step``.
             gradient_norm: See ``step``.
+            metrics: Further values of the step, by name.
         """
         with self._lock:
-            advanced = self._record.add(step, loss, learning_rate, tokens, epoch, gradient_norm)
+            advanced = self._record.add(step, loss, learning_rate, tokens, epoch, gradient_norm, metrics)
             if advanced and self._check is not None:
                 last = self.total_steps is not None and self._record.step >= self.total_steps and not self._resumed
                 self._warn(self._check.after_step(self.steps_done, last=last))
@@ -736,6 +744,20 @@ class Run:
         if message and not self._display_failed:
             self._display_failed = True
             warnings.warn(message, stacklevel=3)
+
+
+def _check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Refuses metrics that are no numbers, and names of what runs have anyway."""
+    for name, value in metrics.items():
+        if name == "eval_loss" or name.replace("_", " ") in OF_STEPS:
+            way = "run.evaluated(loss=…) records it" if name == "eval_loss" else "every run has a curve of this name"
+            raise ConfigError(f"a metric cannot be called {name!r}: {way}", field=name)
+        single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+        if not (single or isinstance(value, Real)):
+            raise ConfigError(
+                f"metric {name!r:.60} must be a number or a tensor with one element, not {with_article(value)}",
+                field=name,
+            )
 
 
 def _start(step: int, run_name: str) -> str:

@@ -11,12 +11,15 @@ import weakref
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from nbpeft.display.html import to_html
+from nbpeft.display.training import small_curves, training_card, training_text
 from nbpeft.engine.runtime.manager import AdapterManager
-from nbpeft.errors import TrainingError, TrainingInterrupted
+from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
 from nbpeft.state import MemoryPart, MemoryState, Sample, TrainState
 from nbpeft.training.adapters.learning_check import LearningCheck
@@ -59,6 +62,34 @@ def test_a_loop_from_start_to_end():
     assert state.message == "" and run.token_count == 30 and state.tokens_per_second
     assert states[0].status == "running" and states[-1] == state
     json.dumps(asdict(state))
+
+
+def test_metrics_of_a_loop_of_ones_own_are_kept_drawn_and_listed():
+    loop = Loop()
+    with start_run(loop.model, total_steps=3) as run:
+        for step in range(3):
+            hits = torch.tensor([float(step)], requires_grad=True)
+            run.step(loop.one(), gradient_norm=2.0, accuracy=step / 4, hits=hits, reward=np.float32(step), lost=True)
+    state = run.state
+    assert state.metrics == {"accuracy": 0.5, "hits": 2.0, "reward": 2.0, "lost": 1.0} and state.gradient_norm == 2.0
+    assert state.metric_history["accuracy"] == ((1, 0.0), (2, 0.25), (3, 0.5))
+    assert {name for name, *_ in small_curves(state)} >= {"accuracy", "hits", "reward", "gradient norm"}
+    shown = to_html(training_card(state))
+    assert "accuracy" in shown and "hits" in shown and "accuracy 0.5" in training_text(state)
+    json.dumps(asdict(state))
+
+
+@pytest.mark.parametrize("name", ["eval_loss", "memory", "learning rate", "gradient norm", "tokens/s", "accuracy"])
+def test_metrics_that_are_none_are_refused_in_one_line(name: str):
+    loop = Loop()
+    words = {"eval_loss": "run.evaluated", "accuracy": "must be a number or a tensor with one element, not a Tensor"}
+    with start_run(loop.model, total_steps=3) as run:
+        value = torch.zeros(2) if name == "accuracy" else 1.0
+        with pytest.raises(ConfigError, match=words.get(name, "every run has a curve of this name")):
+            run.step(loop.one(), **{name: value})
+        with pytest.raises(ConfigError, match="metric 'accuracy' must be a number .* not a str"):
+            run.step(loop.one(), accuracy="good")
+    assert run.state.step == 0 and run.state.metrics == {}
 
 
 def test_publishing_is_throttled_and_the_last_state_always_arrives():
