@@ -87,7 +87,7 @@ def test_metrics_that_are_none_are_refused_in_one_line(name: str):
         value = torch.zeros(2) if name == "accuracy" else 1.0
         with pytest.raises(ConfigError, match=words.get(name, "every run has a curve of this name")):
             run.step(loop.one(), **{name: value})
-        with pytest.raises(ConfigError, match="metric 'accuracy' must be a number .* not a str"):
+        with pytest.raises(ConfigError, match=r"metric 'accuracy' must be a number .* not a str"):
             run.step(loop.one(), accuracy="good")
     assert run.state.step == 0 and run.state.metrics == {}
 
