@@ -241,46 +241,6 @@ def test_names_of_parameters_below_a_layer() -> None:
     assert shown_name(adapter, "other", "one") == "other.one"
 
 
-@pytest.mark.parametrize(
-    ("config", "names"),
-    [
-        (nbpeft.GloraConfig(r=2), {"glora_A_Xd.one": "glora_A.one.Xd", "glora_D_X.one": "glora_D.one.X"}),
-        (nbpeft.OSFConfig(effective_rank=2), {"osf_S_low.one": "osf_svd_params.one.S_low"}),
-        (nbpeft.PsoftConfig(r=2), {"psoft_R_vector_b.one": "psoft_R.one.vector_b"}),
-        (
-            LoraConfig(r=2, monteclora_config=nbpeft.MontecloraConfig()),
-            {"lora_monteclora_std_prior.one": "lora_monteclora_sampler.one.std_prior"},
-        ),
-        (nbpeft.PeanutConfig(r=2, depth=2), {"peanut_decoders_1.one": "peanut_decoders.one.1.weight"}),
-    ],
-    ids=["glora", "osf", "psoft", "monteclora", "peanut"],
-)
-def test_state_dicts_with_the_names_of_0_2_are_loaded(config: Any, names: dict[str, str]) -> None:
-    def model() -> Any:
-        return get_peft_model(nn.Sequential(nn.Linear(6, 8)), config.copy(target_modules=["0"]), "one")
-
-    state = {name: torch.full_like(value, 0.25) for name, value in model().state_dict().items()}
-    for former, now in names.items():
-        state[f"base_model.model.0.{former}"] = state.pop(f"base_model.model.0.{now}")
-    loaded = model()
-    loaded.load_state_dict(state)
-    for name, value in loaded.state_dict().items():
-        assert torch.equal(value, torch.full_like(value, 0.25)), name
-    layer = loaded.base_model.model[0]
-    layer.load_state_dict({name.removeprefix("base_model.model.0."): value for name, value in state.items()})
-
-
-def test_modules_that_0_2_pickled_are_made_again() -> None:
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 8)), nbpeft.PsoftConfig(r=2, target_modules=["0"]))
-    names, layer = set(model.state_dict()), model.base_model.model[0]
-    adapter = layer.adapter("default")
-    shown = layer._modules["psoft_R"]._modules
-    dict.__setitem__(shown, "default", nn.Linear(2, 2, bias=False))
-    twin = pickle.loads(pickle.dumps(model))
-    assert set(twin.state_dict()) == names
-    assert twin.base_model.model[0].adapter("default") is not adapter
-
-
 def test_token_rows_hang_where_peft_has_them() -> None:
     settings: dict[str, Any] = {"target_modules": ["first"], "trainable_token_indices": {"table": [1, 2]}}
     ours, theirs = (

@@ -124,33 +124,6 @@ def test_the_modules_of_a_network_are_the_adapter_s_own() -> None:
     assert copy.deepcopy(model).base_model._seed_shadow_state is None
 
 
-def test_a_state_dict_of_0_2_has_frod_s_buffers_below_its_first_layer() -> None:
-    model = made(nbpeft, "frod")
-    former = {}
-    for name, value in model.state_dict().items():
-        _, part, role, *_ = name.split(".")
-        first = "base_model.model.model.layers.0.self_attn.q_proj.adapter_parts.default.shared"
-        former[f"{first}.{part}.{role}" if part.startswith("frod") else name] = value + 1 if part == "frod_V" else value
-    before = model.base_model.frod_V["self_attn_q_proj"]["default"].clone()
-    model.load_state_dict(former)
-    assert torch.equal(model.base_model.frod_V["self_attn_q_proj"]["default"], before + 1)
-
-
-def test_a_model_that_0_2_pickled_computes() -> None:
-    model = made(nbpeft, "shadow").eval()
-    torch.nn.init.ones_(model.base_model.model.model.layers[0].shadow_up["default"].weight)
-    wanted = logits(model)
-    adapter = model.manager.layers["model.embed_tokens"].adapter("default")
-    state = adapter.__getstate__() | {"dropout": 0.2}
-    del state["rank"]
-    for path in adapter.places:
-        del adapter.get_submodule(path)._modules["shadow_dropout"]
-    adapter.__setstate__(state)
-    assert torch.equal(logits(model.eval()), wanted) and dict(model.base_model.model.model.layers[0].shadow_r) == {
-        "default": 8
-    }
-
-
 def test_the_embedding_below_a_network_is_resized_as_in_peft() -> None:
     found = []
     for library in (nbpeft, peft):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +83,3 @@ def test_gradients_are_those_of_the_written_out_formula() -> None:
 def test_impossible_fields_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         nbpeft.PeanutConfig(**fields)
-
-
-def test_networks_that_0_2_pickled_load() -> None:
-    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 5)), nbpeft.PeanutConfig(r=2, depth=2, target_modules=["0"]))
-    adapter = model.base_model.model[0].adapter("default")
-    state, former = dict(adapter.__dict__), re.compile(r"(coders)\.(?=\d)")
-    state["_parameters"] = {former.sub(r"\1_", name): value for name, value in adapter._parameters.items()}
-    state["_names"] = tuple(former.sub(r"\1_", name) for name in adapter._names)
-    assert state["_names"] != adapter._names
-    twin = object.__new__(type(adapter))
-    twin.__setstate__(state)
-    assert list(twin._parameters) == list(adapter._parameters) and twin.depth == 2
-    weight = model.base_model.model[0].base_layer.weight
-    base = model.base_model.model[0].base
-    assert_close(twin.delta_weight(weight, base), adapter.delta_weight(weight, base))

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nbpeft
-from nbpeft.engine.methods.vectors.trainable_tokens import _REQUESTED
 from nbpeft.errors import ConfigError
 from nbpeft.model import get_peft_model
 from tests.closeness import assert_close
@@ -59,15 +58,3 @@ def test_trained_rows_replace_those_of_the_table_where_they_are_looked_up_and_me
         merged = base.weight.T.clone()
         adapter.add_to_(merged, layer.base, share)
         assert_close(merged, base.weight.T + change * share)
-
-
-@pytest.mark.parametrize("companion", [False, True])
-def test_a_pickle_of_0_2_says_whether_its_rows_belong_to_another_adapter(companion: bool) -> None:
-    config = nbpeft.TrainableTokensConfig(token_indices=[5], target_modules=["0"])
-    model: Any = get_peft_model(nn.Sequential(nn.Embedding(7, 4)), config)
-    adapter = next(iter(model.manager.layers.values())).adapter("default")
-    state = adapter.__getstate__()
-    state["peft_container"] = "token_adapter" if companion else ""
-    read: Any = object.__new__(type(adapter))
-    read.__setstate__(state)
-    assert (read.peft is _REQUESTED) == companion and not hasattr(read, "peft_container")
