@@ -24,10 +24,10 @@ def test_10_trains_five_methods_and_ships_one_as_a_lora(tmp_path: Path, shallow:
     memory = {title: number(found[f"memory {title}"]) for title in PARAMETERS}
     assert min(memory, key=memory.__getitem__) == "MiSS" and max(memory, key=memory.__getitem__) == "VeRA"
     assert all(number(found[f"a step {title}"]) > 0 for title in PARAMETERS)
-    assert set(found) == {"score OFT as LoRA", "loss on general text base"} | {
+    assert set(found) == {"symbols right OFT as LoRA", "loss on general text base"} | {
         f"{what} {title}"
-        for what in ("score", "loss on general text", "parameters", "memory", "a step")
+        for what in ("symbols right", "words right", "loss on general text", "parameters", "memory", "a step")
         for title in PARAMETERS
     }
-    config = json.loads((tmp_path / "shipped" / "codes" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "shipped" / "sounds" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 64

@@ -119,8 +119,8 @@ def test_08_ships_the_results_of_a_full_run() -> None:
 def test_10_ships_the_results_of_a_full_run() -> None:
     found = summary(committed("10_choosing_a_method.ipynb"))
     for title in PARAMETERS:
-        assert share(found[f"score {title}"]) > 0.85, title
-    assert share(found["score OFT as LoRA"]) > 0.7  # rank 64 loses a part of a rotation
+        assert percent(found[f"symbols right {title}"]) > 60 and share(found[f"words right {title}"]) > 0.1, title
+    assert percent(found["symbols right OFT as LoRA"]) > 50  # rank 64 loses a part of a rotation
     memory = {title: number(found[f"memory {title}"]) for title in PARAMETERS}
     assert min(memory, key=memory.__getitem__) == "MiSS" and max(memory, key=memory.__getitem__) == "VeRA"
 
