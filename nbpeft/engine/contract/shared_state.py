@@ -225,8 +225,10 @@ def state_of_all(adapter: nn.Module) -> SharedState | None:
     Args:
         adapter: the adapter of a layer.
     """
-    members = (adapter._modules.get("shared"), *vars(adapter).values())
-    return next((state for state in members if isinstance(state, SharedState) and state.in_layers), None)
+    for state in (adapter._modules.get("shared"), *vars(adapter).values()):
+        if isinstance(state, SharedState) and state.in_layers:  # no generator: this runs for all adapters of all layers
+            return state
+    return None
 
 
 def listed_name(key: str, adapter: str) -> str:

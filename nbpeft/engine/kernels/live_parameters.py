@@ -84,4 +84,8 @@ class LiveParameters(MutableMapping[str, Any]):
 
     def copy(self) -> dict[str, Any]:
         """A plain dictionary of the current entries."""
-        return dict(self)
+        return {name: held[own] for name, (owner, own) in self.slots.items() if own in (held := owner._parameters)}
+
+    def items(self) -> Any:
+        """The current entries; torch asks every module for them."""
+        return self.copy().items()

@@ -121,6 +121,16 @@ class _Parts(dict[str, Any]):
         self.clear()
         self.update(leaves)
 
+    def put(self, name: str, slot: Slot, module: nn.Module | None) -> None:
+        """Shows the part of one more adapter; see ``keep``."""
+        self.slots[name] = slot
+        super().__setitem__(name, module)
+
+    def leave(self, name: str) -> None:
+        """No longer shows the part of an adapter."""
+        self.__dict__["slots"].pop(name, None)
+        self.pop(name, None)
+
     def of(self, name: str, adapter: nn.Module) -> Any:
         """The existing module for an adapter's part, under its current or a former name; None if there is none."""
         slots: dict[str, Slot] = self.__dict__.get("slots", {})
@@ -269,6 +279,18 @@ class ParameterMapping(_Shows, nn.ParameterDict):
         self.__dict__["_parameters"] = LiveParameters(slots)
         self.__dict__["_keys"] = dict.fromkeys(slots)
 
+    def put(self, name: str, slot: Slot, _: nn.Module | None = None) -> None:
+        """Shows the parameter of one more adapter."""
+        live: Any = self.__dict__["_parameters"]
+        live.slots[name] = slot
+        self.__dict__["_keys"][name] = None
+
+    def leave(self, name: str) -> None:
+        """No longer shows the parameter of an adapter."""
+        live: Any = self.__dict__["_parameters"]
+        live.slots.pop(name, None)
+        self.__dict__["_keys"].pop(name, None)
+
     def __getitem__(self, key: str) -> Any:
         live: Any = self._parameters
         return live.get_tensor(key)
@@ -373,6 +395,18 @@ class BufferMapping(_FollowsMode):
         hidden = {name for name, adapter in having.items() if own in adapter._non_persistent_buffers_set}
         buffers = _LiveBuffers(having, own)
         self.__dict__.update(adapters=having, _buffers=buffers, _non_persistent_buffers_set=hidden)
+
+    def put(self, name: str, slot: Slot, _: nn.Module | None = None) -> None:
+        """Shows the buffer of one more adapter."""
+        adapter, own = slot
+        self.__dict__["adapters"][name] = adapter
+        if own in adapter._non_persistent_buffers_set:
+            self._non_persistent_buffers_set.add(name)
+
+    def leave(self, name: str) -> None:
+        """No longer shows the buffer of an adapter."""
+        self.__dict__["adapters"].pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
 
     def _showing(self) -> Iterable[nn.Module]:
         return self.__dict__.get("adapters", {}).values()

@@ -31,12 +31,18 @@ from nbpeft.engine.views.part_names import shared_here, shown_name
 
 
 def show_adapters(
-    shown: dict[str, Any], live: Mapping[str, Any], base: BaseLayer, *, parts_apart: bool = False
+    shown: dict[str, Any],
+    before: Mapping[str, Any],
+    live: Mapping[str, Any],
+    base: BaseLayer,
+    *,
+    parts_apart: bool = False,
 ) -> dict[str, Any]:
     """Updates the modules that show a layer's adapters; existing modules of present adapters are kept.
 
     Args:
         shown: the modules by PEFT's name, changed in place.
+        before: the adapters that are shown: adapter name -> adapter.
         live: adapter name -> adapter; another thread may change it during this call.
         base: the layer.
         parts_apart: whether a handle lists the modules that adapters have on the model.
@@ -45,6 +51,8 @@ def show_adapters(
         The adapters that are shown now.
     """
     present = dict(live)  # a copy, because iterating over a model takes no lock
+    if _show_changes(shown, before, present, base, parts_apart=parts_apart):
+        return present
     adapters = {
         inner: one for adapter in present.values() for inner, one in inner_adapters_of(adapter).items()
     } | present
@@ -67,10 +75,8 @@ def show_adapters(
         for own, make in _parts_of(adapter, base, parts_apart=parts_apart):
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or make()
             slots.setdefault(own, {})[name] = (adapter, own)
-        for own in list(adapter._parameters):
-            has_module = own in adapter.peft.grouped or own.partition(".")[0] in adapter.peft.lists
-            if not has_module and own.removesuffix("_bias") not in adapter.peft.wrapped:
-                parameters.setdefault((adapter.peft.container, own), {})[name] = (adapter, own)
+        for own in _without_module(adapter):
+            parameters.setdefault((adapter.peft.container, own), {})[name] = (adapter, own)
     used = {"base_layer", *modules, *buffers, *(container or own for container, own in parameters)}
     for unused in shown.keys() - used:
         _empty(shown.pop(unused))
@@ -84,6 +90,69 @@ def show_adapters(
         _container(shown, own, BufferMapping).show(having, own)
     _sort(shown, adapters, shared)
     return present
+
+
+def _show_changes(
+    shown: dict[str, Any],
+    before: Mapping[str, Any],
+    present: Mapping[str, Any],
+    base: BaseLayer,
+    *,
+    parts_apart: bool,
+) -> bool:
+    """Shows new adapters and hides deleted ones without touching the others.
+
+    Returns:
+        False, and nothing is changed, unless these adapters have the parts of the first one that stays, and the new
+        ones come last. Otherwise the order of the shown modules, or which of them there are, may change.
+    """
+    gone = {name: adapter for name, adapter in before.items() if present.get(name) is not adapter}
+    new = {name: adapter for name, adapter in present.items() if before.get(name) is not adapter}
+    kept = [name for name in before if name not in gone]
+    layout = _layout(before[kept[0]]) if kept else None
+    alike = layout is not None and all(_layout(adapter) == layout for adapter in (*gone.values(), *new.values()))
+    mixed = any(isinstance(module, ShownParts) and module._parameters for module in shown.values())
+    if not alike or mixed or [*kept, *new] != [*present]:
+        return False
+    places: list[tuple[Any, str, Slot, nn.Module | None]] = []
+    for name, adapter in new.items():
+        container = shown[adapter.peft.container]._modules if adapter.peft.container else shown
+        for own, make in _parts_of(adapter, base, parts_apart=parts_apart):
+            places.append((shown[own]._modules, name, (adapter, own), _kept(shown, own, name, adapter) or make()))
+        places += [(container[own], name, (adapter, own), None) for own in _without_module(adapter)]
+        places += [(shown[own], name, (adapter, own), None) for own in adapter._buffers]
+    for mapping in _mappings(shown):
+        for name in gone:
+            mapping.leave(name)
+    for mapping, name, slot, module in places:
+        mapping.put(name, slot, module)
+    return True
+
+
+def _layout(adapter: Adapter) -> tuple[Any, ...] | None:
+    """A key for the modules that show an adapter; None if there are some of inner adapters or of a shared state."""
+    if inner_adapters_of(adapter) or "shared" in adapter._modules:
+        return None
+    return type(adapter), adapter.peft, [*adapter._parameters], [*adapter._buffers], [*adapter._modules]
+
+
+def _mappings(shown: Mapping[str, Any]) -> Iterator[Any]:
+    """The mappings by adapter name among the shown modules."""
+    for module in shown.values():
+        if isinstance(module, Container):
+            yield from _mappings(module._modules)
+        elif isinstance(module, ShownParts):
+            yield module._modules
+        elif isinstance(module, ParameterMapping | BufferMapping):
+            yield module
+
+
+def _without_module(adapter: Adapter) -> Iterator[str]:
+    """The parameters of an adapter that no module shows, but a mapping by adapter name."""
+    for own in list(adapter._parameters):
+        has_module = own in adapter.peft.grouped or own.partition(".")[0] in adapter.peft.lists
+        if not has_module and own.removesuffix("_bias") not in adapter.peft.wrapped:
+            yield own
 
 
 def _sort(shown: dict[str, Any], adapters: Mapping[str, Any], shared: Mapping[str, Any]) -> None:

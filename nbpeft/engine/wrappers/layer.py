@@ -529,9 +529,9 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
     def show_adapters(self) -> None:
         """Updates the submodules that show the adapters after these have changed."""
         adapters = self.adapters._modules
-        if self._shown != adapters:
+        if (before := self._shown) != adapters:
             parts_apart = self.parts_listed_apart
-            self.__dict__["_shown"] = show_adapters(self._modules, adapters, self.base, parts_apart=parts_apart)
+            self.__dict__["_shown"] = show_adapters(self._modules, before, adapters, self.base, parts_apart=parts_apart)
 
     def _shown_where_tied(self, name: str) -> nn.Module | None:
         """The attribute ``name`` of the layer to which the adapters here are tied; None if it has none."""

@@ -16,7 +16,7 @@ from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.adapter_names import names_in
 from nbpeft.engine.config.default_targets import default_targets_of
 from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, Untargeted
-from nbpeft.engine.contract.registry import Method, methods, methods_of_type
+from nbpeft.engine.contract.registry import Method, method_of, methods, methods_of_type
 from nbpeft.engine.contract.shared_state import Together, add_shared, state_of_all, take_shared
 from nbpeft.engine.runtime.adapter_tensors import parameter_paths
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -141,8 +141,10 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
 
     def _shared(self) -> dict[str, Adapter]:
         """Adapter name -> an adapter, for those whose layers share tensors."""
-        layers = self.manager.layers.values()
-        return {name: one for layer in layers for name, one in layer.adapters.items() if state_of_all(one) is not None}
+        configs, layers = self.manager.configs, self.manager.layers.values()
+        sharing = [name for name, config in configs.items() if method_of(config).shares.state is not None]
+        found = {name: layer.adapters[name] for layer in layers for name in sharing if name in layer.adapters}
+        return {name: one for name, one in found.items() if state_of_all(one) is not None}
 
     def _create_and_replace(
         self,
