@@ -524,7 +524,7 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The submodules are made again where their names have changed since the layer was pickled.
-        super().__setstate__({**state, "_shown": {}})  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, "_shown": {}})
 
     def show_adapters(self) -> None:
         """Updates the submodules that show the adapters after these have changed."""
