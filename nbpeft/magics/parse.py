@@ -186,8 +186,8 @@ class LineParser(argparse.ArgumentParser):
             hint = f" Did you mean {close}?" if close else ""
             if word in _COUNTS and any(item.completes == "data" for item in self.command.arguments):
                 hint = " Part of the rows is written with their name: train.csv[:4]"
-            elif word in ("name", "adapter") and self._names_adapters():
-                hint = f" The adapter is named without an option: {self.prog} NAME"
+            elif value := self._given_bare(word):
+                hint = f" {value} is given without an option: {self.prog} {value}"
             elif named_field or (word and self.command.fields and not close):
                 hint = f" A field is set without dashes: {named_field or word:.60}=…"
             raise CellError(f"{self.prog} has no option {first:.60}.{hint or self._usage}")
@@ -201,11 +201,18 @@ class LineParser(argparse.ArgumentParser):
     @property
     def _usage(self) -> str:
         """How the command is used, to follow what was wrong with a line."""
-        return (f" Example: {self._example} (" if self._example else " (") + f"{self.prog} --help explains it)"
+        explained = f"{self.prog} --help explains it"
+        return f" Example: {self._example} ({explained})" if self._example else f" {explained}"
 
-    def _names_adapters(self) -> bool:
-        """Whether positional arguments are the names of adapters."""
-        return any(item.positional and item.completes == "adapter" for item in self.command.arguments)
+    def _given_bare(self, word: str) -> str:
+        """The value that has no option in this command and is meant by a word, in the singular or the plural."""
+        for item in self.command.arguments:
+            value = str(item.options.get("metavar"))
+            if item.positional and word.removesuffix("s") in {
+                name.removesuffix("s") for name in (item.dest, item.completes, value.lower()) if name
+            }:
+                return value
+        return ""
 
 
 def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:

@@ -391,8 +391,8 @@ def test_columns_apply_to_the_rows_that_have_them_and_the_card_names_each(ready:
         ("%%lora_train model --data rows --adapter new\nmax_steps = 1", "added first: %%lora model --name new"),
         ("%lora score --data rows --limit 4", "Part of the rows is written with their name: train.csv[:4]"),
         ("%lora score --data rows --max-rows 4", "Part of the rows is written with their name: train.csv[:4]"),
-        ("%lora use --name chat", "The adapter is named without an option: %lora use NAME"),
-        ("%lora ship --for ollama --adapter chat", "The adapter is named without an option: %lora ship NAME"),
+        ("%lora use --name chat", "NAME is given without an option: %lora use NAME"),
+        ("%lora ship --for ollama --adapter chat", "NAME is given without an option: %lora ship NAME"),
         ("%lora data rows --rows 4:5", "a range of rows is written with their name, as in train.csv[4:5]"),
     ],
 )

@@ -133,6 +133,8 @@ def test_help_can_be_asked_for_without_arguments() -> None:
         ("load {runs[0]}/x", "{runs[0]}/x is an expression; only a variable, as in {name}, is replaced"),
         ("load 'a", "a quote is not closed"),
         ("undo now", "unexpected argument 'now'"),
+        ("score --adapters a b", "has no option --adapters. NAME is given without an option: %lora score NAME"),
+        ("memory --device cpu", "%lora memory has no option --device. %lora memory --help explains it"),
         ("use a --model", "%lora use: --model: expected one argument"),
     ],
 )
@@ -141,6 +143,26 @@ def test_a_mistake_is_one_line(line: str, message: str) -> None:
         parse_line(line, SUBCOMMANDS, {"folder": "x", "model": object()}, cells=CELLS)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name, command in SUBCOMMANDS.items() if command.arguments])
+def test_a_value_that_is_given_with_an_option_is_answered_with_the_line_that_takes_it(name: str) -> None:
+    """Under its name in Python, the kind of its values, and either in the plural."""
+    command = SUBCOMMANDS[name]
+    flags = {flag for item in command.arguments for flag in item.flags}
+    for item in (item for item in command.arguments if item.positional):
+        spellings = {item.dest, item.dest.removesuffix("s") + "s", item.completes} - {""}
+        for option in {f"--{word}" for word in spellings} - flags:
+            needed = " ".join(
+                f"{flag} 1" for other in command.arguments if other.options.get("required") for flag in other.flags[:1]
+            )
+            bare = " ".join(
+                "1" for other in command.arguments if other.positional and other.options.get("nargs") != "?"
+            )
+            with pytest.raises(CellError) as caught:
+                parse_line(f"{name} {bare} {needed} {option} 1", SUBCOMMANDS, {})
+            value = item.options["metavar"]
+            assert str(caught.value).endswith(f" {value} is given without an option: %lora {name} {value}"), option
 
 
 def test_nothing_is_printed_for_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
