@@ -28,6 +28,7 @@ from nbpeft.errors import (
 )
 from nbpeft.runs.store import RunStore
 from nbpeft.training.monitor import run_checkpointer
+from tests.char_tokenizer import CharTokenizer
 from tests.closeness import is_close
 from tests.faults.killing import die
 from tests.runs.killed import ARGUMENTS, LORA, adapted_session, rows, session_in, train_and_die, unbroken, when_noted
@@ -198,6 +199,9 @@ def test_a_run_that_had_finished_gives_its_adapter_back(straight: Any, tmp_path:
     result = session_in(tmp_path).resume(model=llama(), variable="model")
     assert str(result) == "run sql-1 had finished: sql is restored as it was after step 14"
     assert same_state(weights(result.model, "sql"), straight[1])
+    again = session_in(tmp_path).resume(model=llama(), variable="other", data=rows(), tokenizer=CharTokenizer())
+    unused = "not used, because nothing is left to train: data, tokenizer"
+    assert (str(again), again.notes) == (f"{result} · {unused}", (unused,)), "told, as nothing of it has an effect"
     with pytest.raises(AdapterError, match="run sql-1 had finished, and 'sql' is on the model"):
         session_in(tmp_path).resume(model=result.model)
 

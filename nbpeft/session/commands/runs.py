@@ -321,7 +321,7 @@ def resume(
         run: name of the run; None for a paused training, or else the newest run.
         model: the base model of the run, bare or adapted; by default the session's model with the name that the run's
             model had.
-        data: the training data of the run; not needed for a run that had finished.
+        data: the training data of the run; not used for a run that had finished, as the result's ``notes`` say.
         eval_data: its evaluation data, if it had any.
         tokenizer: as for ``train``.
         variable: name for a model that the session does not know yet.
@@ -366,13 +366,15 @@ def _resume_kept(
 
     record, facts = kept_run(ctx, run)
     saved, left_out = to_take_over(facts.get("arguments"))
+    if record.is_complete:
+        _refuse_given(record, arguments)
+        note = _unused_note(data=data, eval_data=eval_data, tokenizer=tokenizer)
+    else:
+        _check_given(record, facts, left_out, data, arguments)
+        note = _not_restored_note(facts, left_out, arguments)
     given = {**saved, **arguments}
     held_out = given.pop("eval_data", None)
     eval_data = held_out if eval_data is None else eval_data
-    if record.is_complete:
-        _refuse_given(record, arguments)
-    else:
-        _check_given(record, facts, left_out, data, arguments)
     target = record.model if model is None else model
     base = uncompiled(target) if is_module(target) else None
     tracked = ctx.find(target, variable) if base is not None or target in ctx.models.names else ctx.models.get(model)
@@ -406,8 +408,7 @@ def _resume_kept(
             result = train_tracked(ctx, tracked, request, replaced=present)
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
-        notes = () if result is None else tuple(filter(None, [_not_restored_note(facts, left_out, arguments)]))
-        return ResumeResult(reference, record.name, step, names, result, notes=notes)
+        return ResumeResult(reference, record.name, step, names, result, notes=(note,) if note else ())
 
 
 def _kept_members(state: Path) -> dict[str, dict[str, Any]]:
@@ -518,6 +519,12 @@ def _not_restored_note(facts: Mapping[str, Any], left_out: Mapping[str, Any], gi
     """Return a note about arguments of the run that the resumed training does not have; empty if there are none."""
     names = [name for name in {**left_out, **dict.fromkeys(facts.get("secrets", ()))} if name not in given]
     return f"not restored from the folder of the run: {few(names, 6)}; pass them again to use them" if names else ""
+
+
+def _unused_note(**given: Any) -> str:
+    """Return a note about what only a training needs, for a run that has none left; empty if nothing was given."""
+    names = [name for name, value in given.items() if value is not None]
+    return f"not used, because nothing is left to train: {few(names, quoted=False)}" if names else ""
 
 
 def _check_base(record: RunRecord, place: Path, base: Any) -> None:

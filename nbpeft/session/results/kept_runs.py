@@ -261,7 +261,7 @@ class ResumeResult(ModelResult):
         step: step of the checkpoint from which it was resumed.
         adapters: the adapters in the checkpoint.
         training: the result of the training; None if nothing was left to train.
-        notes: which of its arguments could not be restored.
+        notes: which of its arguments could not be restored, or were given and are not used.
     """
 
     run: str
@@ -272,8 +272,10 @@ class ResumeResult(ModelResult):
     def __str__(self) -> str:
         if self.training is None:
             adapters = ", ".join(self.adapters)
-            return f"run {self.run} had finished: {adapters} is restored as it was after step {self.step:,}"
-        return " · ".join((f"resumed {self.run} at step {self.step:,}: {self.training}", *self.notes))
+            told = f"run {self.run} had finished: {adapters} is restored as it was after step {self.step:,}"
+        else:
+            told = f"resumed {self.run} at step {self.step:,}: {self.training}"
+        return " · ".join((told, *self.notes))
 
     def view(self) -> Block:
         if self.training is None:
