@@ -46,6 +46,7 @@ class AdapterFacts:
         vocabulary_resized: whether the vocabulary of the base model differs from that of its source folder.
         quantized: whether base weights are quantized.
         base_name: hub id of the base model; empty if it has none.
+        base_is_local: whether it is from a local folder.
         byte_count: size of the adapter's tensors in bytes.
         kept_byte_count: size in bytes of those that are not adapter parameters: trained copies and biases.
         form: the format of the rows that it was trained on; None if it is unknown.
@@ -72,6 +73,7 @@ class AdapterFacts:
     vocabulary_resized: bool
     quantized: bool
     base_name: str
+    base_is_local: bool
     byte_count: int
     kept_byte_count: int
     form: PromptFormat | None
@@ -158,15 +160,21 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
         vocabulary_resized=files.vocabulary_resized(model),
         quantized=is_quantized(model),
         base_name=base_name_of(model),
+        base_is_local=bool(_source_of(model)) and not base_name_of(model),
         byte_count=_bytes(weights.adapters.values()) + kept,
         kept_byte_count=kept,
         form=prompt_format(config),
     )
 
 
+def _source_of(model: Any) -> str:
+    """Returns the hub id or folder that a model was loaded from; empty for a model that was made in memory."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
 def base_name_of(model: Any) -> str:
     """Returns the base model's hub id; empty for a local folder, whose path must not be published."""
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    name = _source_of(model)
     return "" if not name or os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "~", "/")) else name
 
 

@@ -289,9 +289,8 @@ def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:
             ranks = ", ".join(map(str, facts.ranks))
             notes.append(f"its ranks {ranks} are all padded with zeros to {facts.ranks[-1]}")
         if not facts.base_name:
-            notes.append(
-                "the base model is from a local folder, whose path is not saved: load the base, then the adapter"
-            )
+            source = "from a local folder, whose path is not saved" if facts.base_is_local else "made in memory"
+            notes.append(f"the base model is {source}: load the base, then the adapter")
     if facts.scale != 1.0:
         notes.append(f"its scale of {facts.scale:g} is included in the weights")
     return notes

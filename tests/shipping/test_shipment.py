@@ -74,6 +74,17 @@ def test_transformers_loads_the_folder(tmp_path: Path) -> None:
     assert_close(logits(base.eval(), ids()), logits(model, ids()))
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("", "the base model is made in memory: load"), ("folder", "the base model is from a local folder, whose path is")],
+)
+def test_a_base_without_a_hub_id_is_told_for_what_it_is(name: str, told: str, tmp_path: Path) -> None:
+    model = adapted()
+    model.config._name_or_path = str(tmp_path) if name else ""
+    notes = ship(model, engine="peft", dry_run=True).notes
+    assert sum(told in note for note in notes) == sum("base model is" in note for note in notes) == 1
+
+
 def test_vllm_reads_one_rank_and_one_alpha(tmp_path: Path) -> None:
     done = ship(adapted(**UNEVEN), engine="vllm", to=tmp_path / "served")
     config = config_of(tmp_path / "served")
