@@ -68,7 +68,7 @@ from nbpeft.names import METRICS
         nargs="+",
         metavar="DIR",
         completes="path",
-        help="folders of saved adapters to score too; runs/*/adapter matches several. They do not stay on the model",
+        help="folders of saved adapters to score too; adapters/* matches several. They do not stay on the model",
     ),
     argument("--no-base", dest="include_base", action="store_false", help="leave the base model out"),
     argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
