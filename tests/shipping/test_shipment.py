@@ -76,7 +76,7 @@ def test_transformers_loads_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("", "the base model is made in memory: load"), ("folder", "the base model is from a local folder, whose path is")],
+    [("", "the base model is made in memory: load"), ("folder", "the base model is from a local folder, whose path")],
 )
 def test_a_base_without_a_hub_id_is_told_for_what_it_is(name: str, told: str, tmp_path: Path) -> None:
     model = adapted()
