@@ -26,6 +26,7 @@ from nbpeft.scoring.result import ScoreResult, Status
 from nbpeft.scoring.rows import ScoredRow, ScoredRows, read_rows, usual_metric
 from nbpeft.scoring.settings import Column, ScoreSettings, columns_of
 from nbpeft.training.data import HeldOut, separator_for
+from nbpeft.training.data.answers import few_answers, odd_answers
 from nbpeft.training.watching.generation import INTERVAL, evaluating
 
 Report = Callable[[ScoreResult], object]
@@ -164,7 +165,8 @@ def score(
     if max_length is None and long in (None, form.long):
         own["max_length"] = form.max_length
     read = read_rows(model, data, metrics, tokenizer, **{**reading, **own})
-    state = Scoring(name, found, metrics, read, settings, [*column_notes, *form_notes, *read.notes])
+    odd = odd_answers(few_answers(row.reference for row in read.rows))
+    state = Scoring(name, found, metrics, read, settings, [*column_notes, *form_notes, *read.notes, *odd])
     further = _elsewhere(model, state, also, general, tokenizer, reading)
     state.limit = limit = max_new_tokens or default_limit(read.rows, metrics, stripped=strip)
     parts = [state] if further is None else [state, further]

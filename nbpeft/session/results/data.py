@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nbpeft.display.blocks import Block, Card, Figure, Figures, Histogram, Tokens, TokenSpan, card, dim, line, notes
+from nbpeft.display.blocks import (
+    Block,
+    Card,
+    Figure,
+    Figures,
+    Histogram,
+    Text,
+    Tokens,
+    TokenSpan,
+    card,
+    dim,
+    line,
+    notes,
+)
 from nbpeft.display.numbers import count, plural, short_count
 from nbpeft.session.results.base import NotedResult
 from nbpeft.session.results.comparing import system_block, system_line
@@ -39,9 +52,8 @@ class DataResult(NotedResult):
             f"the longest row has {summary.longest}",
         ]
         system = [system_line(self._system)] if self._system else []
-        return "\n".join(
-            [f"{self.name} ({summary.form}): {', '.join(parts)}", *system, *(f"note: {note}" for note in self.notes)]
-        )
+        head = [f"{self.name} ({summary.form}): {', '.join(parts)}", *system, _answer_words(summary)]
+        return "\n".join(filter(None, [*head, *(f"note: {note}" for note in self.notes)]))
 
     def view(self) -> Card:
         system = self._system
@@ -50,6 +62,7 @@ class DataResult(NotedResult):
             self._figures(),
             self._lengths(),
             system_block(system_line(system)) if system else None,
+            self._answers(),
             notes(self.notes),
             self._key(),
             *(part for row in self.summary.rows for part in self._row(row)),
@@ -88,6 +101,10 @@ class DataResult(NotedResult):
         fits = f"all rows are within {label}" if label and not summary.cut_rows else ""
         return chart, line(dim(fits))
 
+    def _answers(self) -> Block | None:
+        words = _answer_words(self.summary)
+        return line(Text(words, wrap="as is")) if words else None
+
     def _row(self, row: RowSummary) -> tuple[Block, ...]:
         parts = [f"row {row.number}", *([row.part] if row.part else []), plural(row.token_count, "token")]
         if row.missing:
@@ -123,7 +140,8 @@ class DataResult(NotedResult):
 
 def notes_of(summary: DataSummary) -> tuple[str, ...]:
     """Returns messages for the user about the rows, one per fact."""
-    from nbpeft.training.data.tokenized import split_line  # here, as it imports torch
+    from nbpeft.training.data.answers import odd_answers  # here, as the package imports torch
+    from nbpeft.training.data.tokenized import split_line
 
     messages = []
     if summary.partial:
@@ -137,7 +155,7 @@ def notes_of(summary: DataSummary) -> tuple[str, ...]:
         messages.append(split_line(summary.split_rows, summary.split_parts))
     if summary.left_out_count:
         messages.append(f"{plural(summary.left_out_count, 'row')} left out: {summary.left_out}")
-    messages += summary.unused
+    messages += [*summary.unused, *odd_answers(summary.answers)]
     if summary.unlabelled:
         names = {"prompt": summary.unlabelled, "completion": "label"}
         messages.append(
@@ -158,6 +176,15 @@ def notes_of(summary: DataSummary) -> tuple[str, ...]:
     if summary.row_count and not summary.learned_count:
         messages.append("no token of these rows is learned")
     return tuple(messages)
+
+
+def _answer_words(summary: DataSummary) -> str:
+    """The distinct answers or labels, if they are few."""
+    from nbpeft.training.data.answers import listed_answers
+
+    what = "label" if summary.has_labels else "answer"
+    listed = listed_answers(summary.answers)
+    return f"{count(len(summary.answers))} different {what}s: {listed}" if len(summary.answers) > 1 else ""
 
 
 def _all_rows(summary: DataSummary) -> int:

@@ -15,6 +15,7 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
+from nbpeft.training.data.answers import AnswerCounts, Answers
 from nbpeft.training.data.bad_rows import named_rows
 from nbpeft.training.data.encoding import CodedRow, decoded
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
@@ -35,6 +36,8 @@ _SHOWN_TOKENS = (40, 400)
 truncation."""
 _ALL_SHOWN_TOKENS = 4000
 _EXTRA = 2
+_LABEL_TOKENS = 24
+"""The greatest number of tokens of an answer that is counted as a label."""
 _HAS_LABEL = (COLUMNS, repr(LABEL))
 
 
@@ -98,6 +101,7 @@ class DataSummary:
         grouping: what keeps equal rows together when rows are held out, as a line.
         for_template: columns with which the chat template would be applied, if the tokenizer has one and it is not.
         compared_count: labels of the rejected completions of these rows.
+        answers: the distinct answers, or labels of a classifier, with their numbers of rows, if they are few.
     """
 
     form: str
@@ -124,6 +128,7 @@ class DataSummary:
     repeated: int = 0
     grouping: str = ""
     compared_count: int = 0
+    answers: Answers = ()
 
 
 class _Totals:
@@ -136,7 +141,9 @@ class _Totals:
 
     def __init__(self, reader: Reading, row_count: int) -> None:
         self.unused, self.formats = UnusedParts(), SeenFormats(reader.options, reader.for_template, reader.limit)
+        self.answers = AnswerCounts()
         self.shown_rows: list[CodedRow] = []
+        self._reader = reader
         self._row_count = row_count
         self.lengths: list[int] = []
         self.kept_lengths: list[int] = []
@@ -162,6 +169,7 @@ class _Totals:
             self.left_out.append((row.number, row.missing))
             return
         self.formats.add(row)
+        self.answers.add(_answer(row, self._reader))
         hashed = hash_of(row.row)
         self.repeated += hashed in self.hashes
         self.hashes.add(hashed)
@@ -246,9 +254,25 @@ def summarize(
         format=formats.format if reader.form not in (None, *FOR_CLASSIFIERS) else None,
         repeated=totals.repeated,
         compared_count=totals.compared,
+        answers=totals.answers.few,
         grouping=grouping(() if streamed else columns_of(reader.rows), reader.columns) if totals.repeated else "",
         for_template=_for_template(reader, formats.format),
     )
+
+
+def _answer(row: CodedRow, reader: Reading) -> str | None:
+    """The answer that a row ends with, or its label; None if it is longer than a label, or a text alone."""
+    classes, labels = reader.inputs.classes, row.whole.labels
+    if classes is not None and row.label is not None:
+        return classes.name(row.label)
+    if row.own_labels or row.rejected is not None or reader.form is TEXT or not hasattr(reader.tokenizer, "decode"):
+        return None
+    learned = [place for place, label in enumerate(labels) if label != IGNORED_LABEL]
+    last = learned[-1] + 1 if learned else 0
+    first = next((place for place in reversed(range(last)) if labels[place] == IGNORED_LABEL), -1) + 1
+    if not 0 < last - first <= _LABEL_TOKENS:
+        return None
+    return decoded(reader.tokenizer, () if row.encoder_decoder else row.whole.input_ids[:first], labels[first:last])
 
 
 def _for_template(reader: Reading, form: PromptFormat | None) -> dict[str, str]:
