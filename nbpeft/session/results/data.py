@@ -45,12 +45,11 @@ class DataResult(NotedResult):
         learned = f"{_percent(summary.learned_count, summary.token_count)} of them learned"
         if summary.compared_count:
             learned += f", {_percent(summary.compared_count, summary.token_count)} compared"
-        parts = [
-            plural(summary.row_count, "row"),
-            plural(summary.token_count, "token"),
-            *([] if summary.has_labels else [learned]),
-            f"the longest row has {summary.longest}",
-        ]
+        parts = [plural(summary.row_count, "row")]
+        if summary.longest:
+            parts.append(plural(summary.token_count, "token"))
+            parts += [] if summary.has_labels else [learned]
+            parts.append(f"the longest row has {summary.longest}")
         system = [system_line(self._system)] if self._system else []
         head = [f"{self.name} ({summary.form}): {', '.join(parts)}", *system, _answer_words(summary)]
         return "\n".join(filter(None, [*head, *(f"note: {note}" for note in self.notes)]))
@@ -78,14 +77,15 @@ class DataResult(NotedResult):
         summary = self.summary
         learned = Figure("learned", _percent(summary.learned_count, summary.token_count), width=56)
         compared = Figure("compared", _percent(summary.compared_count, summary.token_count), width=64)
-        figures = [
-            Figure("rows", count(summary.row_count), width=44),
-            Figure("tokens", short_count(summary.token_count), width=60),
-            *([] if summary.has_labels else [learned]),
-            *([compared] if summary.compared_count else []),
-            Figure("median length", count(summary.median), width=84),
-            Figure("longest row", count(summary.longest), width=72),
-        ]
+        figures = [Figure("rows", count(summary.row_count), width=44)]
+        if summary.longest:
+            figures += [
+                Figure("tokens", short_count(summary.token_count), width=60),
+                *([] if summary.has_labels else [learned]),
+                *([compared] if summary.compared_count else []),
+                Figure("median length", count(summary.median), width=84),
+                Figure("longest row", count(summary.longest), width=72),
+            ]
         if summary.cut_rows:
             figures.append(Figure("rows cut", _percent(summary.cut_rows, _all_rows(summary)), width=52))
         if summary.split_rows:
@@ -96,6 +96,8 @@ class DataResult(NotedResult):
 
     def _lengths(self) -> tuple[Block, ...]:
         summary = self.summary
+        if not summary.longest:
+            return ()
         label = "" if summary.limit is None else f"max_length {count(summary.limit)}"
         chart = Histogram(summary.bins, summary.limit if summary.cut_rows else None, label if summary.cut_rows else "")
         fits = f"all rows are within {label}" if label and not summary.cut_rows else ""
@@ -106,12 +108,13 @@ class DataResult(NotedResult):
         return line(Text(words, wrap="as is")) if words else None
 
     def _row(self, row: RowSummary) -> tuple[Block, ...]:
-        parts = [f"row {row.number}", *([row.part] if row.part else []), plural(row.token_count, "token")]
+        parts = [f"row {row.number}", *([row.part] if row.part else [])]
+        parts += [plural(row.token_count, "token")] if row.token_count or row.missing else []
         if row.missing:
             parts.append(f"left out: {row.missing}")
         elif row.label:
             parts.append(f"label {row.label}")
-        else:
+        elif row.token_count:
             parts.append(f"{count(row.learned_count)} learned")
         if row.cut_count:
             parts.append(f"{plural(row.cut_count, 'token')} cut")
@@ -124,7 +127,8 @@ class DataResult(NotedResult):
         return (Tokens(title, row.spans),)
 
     def _key(self) -> Tokens:
-        spans = [span for row in self.summary.rows for span in (*row.spans, *row.target)]
+        rows = self.summary.rows if self.summary.longest else ()
+        spans = [span for row in rows for span in (*row.spans, *row.target)]
         kinds = (
             TokenSpan("learned", learned=True) if any(span.learned for span in spans) else None,
             TokenSpan("compared", compared=True) if any(span.compared for span in spans) else None,
@@ -173,7 +177,7 @@ def notes_of(summary: DataSummary) -> tuple[str, ...]:
             f"{'is equal to an earlier one' if summary.repeated == 1 else 'are equal to earlier ones'}: if rows are "
             f"held out for evaluation, {summary.grouping}"
         )
-    if summary.row_count and not summary.learned_count:
+    if summary.longest and not summary.learned_count:
         messages.append("no token of these rows is learned")
     return tuple(messages)
 

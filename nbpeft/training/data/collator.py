@@ -12,6 +12,7 @@ from torch import Tensor
 from nbpeft.errors import TrainingError
 from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS
 from nbpeft.training.data.reading import LABELS
+from nbpeft.training.data.row import listed
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Collator:
             if values[0].ndim == 0:
                 batch[key] = torch.stack(values)
                 continue
+            _check_sizes(key, values)
             length = max(len(value) for value in values)
             if self.pad_to_multiple_of and values[0].ndim == 1:
                 length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -85,6 +87,17 @@ def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in row.items()
         if key == label_column or key not in LABELS
     }
+
+
+def _check_sizes(key: str, values: Sequence[Tensor]) -> None:
+    """Refuses values that are not sequences, such as pictures, and differ in size: they are not padded."""
+    shapes = {tuple(value.shape) for value in values}
+    apart = {shape if len(shape) > 2 else shape[1:] for shape in shapes}
+    if len(apart) > 1:
+        raise TrainingError(
+            f"rows of a batch have {key!r} of the shapes {listed(shapes)}; give them one size, or data_collator=…, "
+            "a function from rows to a batch"
+        )
 
 
 def _padded(value: Tensor, length: int, filler: int) -> Tensor:

@@ -81,6 +81,7 @@ class CodedRow:
         part_count: The number of parts into which the row is split.
         prompted: For a row with a prompt alone: the prompt and the other columns, as reward functions get them.
         pieces: The parts into which the row is split, if tokens alone do not say where; empty if they do.
+        inputs: For a row without tokens: the inputs of the model.
     """
 
     number: int
@@ -101,10 +102,13 @@ class CodedRow:
     prompted: Mapping[str, Any] | None = None
     own_labels: bool = False
     pieces: tuple[CodedRow, ...] = ()
+    inputs: Mapping[str, Any] | None = None
 
     @property
     def row(self) -> dict[str, Any]:
         """The truncated row, as the collator takes it."""
+        if self.inputs is not None:
+            return dict(self.inputs)
         if self.prompted is not None:
             return {"input_ids": self.whole.input_ids, **self.prompted}
         ids, labels, weights = self.whole.input_ids[: self.limit], self.whole.labels[: self.limit], self.whole.weights
@@ -152,7 +156,7 @@ class CodedRow:
     @property
     def learned_count(self) -> int:
         """The number of labels that count in the loss."""
-        if self.prompted is not None:
+        if self.prompted is not None or self.inputs is not None:
             return 0
         return (
             1 if self.label is not None else count_learned(self.row["labels"], self.encoder_decoder or self.own_labels)
@@ -161,7 +165,7 @@ class CodedRow:
     @property
     def missing(self) -> str:
         """Why there is nothing to train on; empty if there is something."""
-        if self.reason or self.prompted is not None or self.learned_count:
+        if self.reason or self.prompted is not None or self.inputs is not None or self.learned_count:
             return self.reason or ("" if self.rejected is None else self.rejected.missing)
         return f"nothing to learn within {self.limit} tokens" if self.cut else "nothing to learn"
 

@@ -364,8 +364,9 @@ def form_of(
     kind: str | None = "",
     first: Any = None,
     chat: bool = False,
+    main: str | None = "",
 ) -> Form | None:
-    """The form of rows with these columns; None for tokenized rows.
+    """The form of rows with these columns; None for rows that are inputs of the model already, such as tokens.
 
     Args:
         columns: the columns of the rows.
@@ -374,6 +375,7 @@ def form_of(
         kind: the kind of rows, see ``FORMS_OF``; None for any.
         first: the first row, whose values tell which columns are meant; None if it is unknown.
         chat: whether the tokenizer has a chat template, which a suggested mapping then applies.
+        main: the input that makes rows those of the model; None if rows of any form are taken as they are.
 
     Raises:
         TrainingError: there is no such form; the message names the columns and suggests a mapping.
@@ -387,6 +389,8 @@ def form_of(
             not mapping or not mapping.keys().isdisjoint((*form.needs, *form.may))
         ):
             return form
+    if not kind and (main is None or main in columns) and mapping.keys() <= {"labels", LABEL}:
+        return None
     if kind == PROMPTS:
         raise TrainingError(
             f"Expected a column prompt; found {listed(columns)}.{_hint(columns, PROMPTED.needs)}", columns=columns

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nbpeft.errors import TrainingError
+from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import LOSS_WEIGHTS, MAX_LENGTH
 from nbpeft.training.data.classes import Classes, names_of
 from nbpeft.training.data.forms import (
@@ -19,6 +19,7 @@ from nbpeft.training.data.forms import (
     PAIR,
     TAGGED,
     TEXT,
+    TOKENISED,
     VERDICT,
     Chat,
     Compared,
@@ -59,6 +60,8 @@ class ModelInputs:
         unweighted: why rows cannot have different weights in the loss; empty if they can.
         tokens_only: why it takes no rows of text; empty if it does.
         kind: the kind of rows that the objective of a training takes, see ``FORMS_OF``; None for any.
+        main: its main input, such as ``pixel_values``; rows with it are taken as they are. None if all other rows than
+            texts are, for a collator of the user's.
         labels_needed: whether rows of a classifier of tokens need labels; else it takes rows for language models, too.
     """
 
@@ -69,6 +72,7 @@ class ModelInputs:
     unweighted: str = ""
     tokens_only: str = ""
     kind: str | None = ""
+    main: str | None = TOKENISED
     labels_needed: bool = True
 
     @property
@@ -347,9 +351,14 @@ def reading(
     mapping = checked_columns(columns, available)
     first = None if is_stream(rows) or not len(rows) else first_row(rows)
     chat = has_template(tokenizer) and not inputs.encoder_decoder
-    form = form_of(available, columns or {}, usual=inputs.forms, kind=inputs.kind, first=first, chat=chat)
+    kinds: dict[str, Any] = {"usual": inputs.forms, "kind": inputs.kind, "main": inputs.main}
+    form = form_of(available, columns or {}, first=first, chat=chat, **kinds)
+    if inputs.main is None and TOKENISED not in available:
+        inputs = replace(inputs, columns=None)
     if inputs.tokens_only and (form is not None or {*available, *mapping}.isdisjoint((*LABELS, "start_positions"))):
         raise TrainingError(f"{inputs.tokens_only}; found {listed(available)}.", columns=available)
+    if form is None and max_length is not None and TOKENISED not in (*available, *mapping):
+        raise ConfigError("max_length has no effect: these rows have no tokens to cut", field="max_length")
     common: dict[str, Any] = {"skip_bad": skip_bad, "options": options, "group": group or ""}
     if form is None:
         found = Reading(rows, None, mapping, tokenizer, inputs=inputs, **common)

@@ -306,6 +306,10 @@ class RowCoder:
     def _as_it_is(self, row: Row) -> CodedRow:
         """A row that is tokenized already; missing labels are copied from the ids, as the collator does."""
         values = renamed(row.values, self.columns)
+        if "input_ids" not in values:
+            unused = tuple((COLUMNS, repr(name)) for name in self.reading.extra(row.values))
+            kept = {name: value for name, value in values.items() if (COLUMNS, repr(name)) not in unused}
+            return CodedRow(row.number, Encoded([], []), 0, unused=unused, inputs=kept)
         ids = as_list(values.get("input_ids", ()))
         name = next((name for name in LABELS if values.get(name) is not None), None)
         given_labels = None if name is None else values[name]

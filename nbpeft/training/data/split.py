@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Subset
 
@@ -163,12 +164,23 @@ def groups_of(rows: Any, opened: Any, column: str | None) -> list[Hashable] | No
 
 
 def hash_of(row: Mapping[str, Any]) -> int:
-    """A number that is the same for rows with the same tokens and labels.
+    """A number that is the same for rows with the same tokens and labels, or with the same other inputs.
 
     Args:
-        row: a tokenized row.
+        row: a row as the model takes it.
     """
-    return hash(tuple(_hashable(row.get(name)) for name in _TOKENS))
+    if "input_ids" in row:
+        return hash(tuple(_hashable(row.get(name)) for name in _TOKENS))
+    return hash(tuple((name, content_of(row[name])) for name in sorted(row)))
+
+
+def content_of(value: Any) -> bytes:
+    """The content of a column that is not tokens: an array, or a number."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or a tensor that NumPy cannot take
+        return repr(value).encode()
+    return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
 
 
 def grouping(columns: Sequence[str], mapping: Mapping[str, str] | None) -> str:
@@ -219,7 +231,7 @@ def learned_prompts(train: Any) -> set[tuple[int, ...]]:
 
 
 def _prompt_of(row: Mapping[str, Any]) -> tuple[int, ...]:
-    ids: tuple[int, ...] = _hashable(row["input_ids"])
+    ids: tuple[int, ...] = _hashable(row.get("input_ids", ()))
     labels = _hashable(row.get("labels"))
     if not isinstance(labels, tuple) or len(labels) != len(ids):
         return ids

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from nbpeft._util.mixtures import Mixture
 from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.blocks import TokenSpan
@@ -150,6 +152,7 @@ class _Totals:
         self.left_out: list[tuple[int, str]] = []
         self.hashes: set[int] = set()
         self.repeated = 0
+        self.bare = False
         self.tokens = self.learned = self.compared = 0
         self.cut_rows = self.cut_tokens = self.split_rows = self.split_parts = 0
 
@@ -175,7 +178,8 @@ class _Totals:
         self.hashes.add(hashed)
         self.kept_lengths.append(length)
         self.learned += row.learned_count
-        self.tokens += len(row.row["input_ids"])
+        self.bare |= row.inputs is not None
+        self.tokens += len(row.row.get("input_ids", ()))
         if row.rejected is not None:
             self.compared += row.rejected.learned_count
             self.tokens += len(row.rejected.row["input_ids"])
@@ -232,7 +236,7 @@ def summarize(
     shown = max(least, min(most, _ALL_SHOWN_TOKENS // max(1, len(shown_rows))))
     kept = totals.kept_lengths or lengths
     return DataSummary(
-        form=reader.form.name if reader.form is not None else "tokenized",
+        form=reader.form.name if reader.form is not None else "inputs of the model" if totals.bare else "tokenized",
         row_count=len(lengths) - len(totals.left_out),
         token_count=totals.tokens,
         learned_count=totals.learned,
@@ -340,6 +344,9 @@ def _summary(row: CodedRow, reader: Reading, shown: int) -> RowSummary:
             target_title="rejected",
             compared_count=rejected.learned_count,
         )
+    if row.inputs is not None:
+        text = ", ".join(f"{name}: {_described(value)}" for name, value in row.inputs.items())
+        return RowSummary(row.number, 0, 0, 0, "", (TokenSpan(text),))
     tokenizer, classes = reader.tokenizer, reader.inputs.classes
     learned = [label != IGNORED_LABEL and not row.missing for label in row.whole.labels]
     title = RowSummary.target_title
@@ -364,6 +371,12 @@ def _summary(row: CodedRow, reader: Reading, shown: int) -> RowSummary:
         title,
         part=f"part {row.part + 1} of {row.part_count}" if row.part_count > 1 else "",
     )
+
+
+def _described(value: Any) -> str:
+    """A number or text as it is, and an array by its dtype and shape."""
+    shape = np.shape(value)
+    return f"{np.asarray(value).dtype} {' × '.join(map(str, shape))}" if shape else f"{value}"
 
 
 def _tags(row: CodedRow, reader: Reading, most: int) -> tuple[TokenSpan, ...]:

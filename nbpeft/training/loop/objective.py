@@ -22,7 +22,7 @@ from nbpeft.training.data.reading import are_judged, default_length, has_templat
 from nbpeft.training.data.sources import first_row, is_stream
 from nbpeft.training.loop.grouping import GROUPED
 from nbpeft.training.loop.learning_rate import with_learning_rate
-from nbpeft.training.loop.rows import classes_of, collator_for, is_causal, is_of_texts
+from nbpeft.training.loop.rows import classes_of, collator_for, inputs_of, is_causal, is_of_texts
 from nbpeft.training.objectives.classification import metrics_for
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator, stacked
 from nbpeft.training.objectives.grpo import Grpo
@@ -199,7 +199,8 @@ def _from_rows(request: TrainRequest, columns: Sequence[str]) -> tuple[type[Obje
         return objective_named("dpo"), "the rows have chosen and rejected"
     first = None if is_stream(request.data) else first_row(request.data)
     chat = has_template(request.tokenizer) and is_causal(request.model)
-    form = form_of(columns, request.columns or {}, kind=None, first=first, chat=chat)
+    main = inputs_of(request).main
+    form = form_of(columns, request.columns or {}, kind=None, first=first, chat=chat, main=main)
     if form is COMPARED:
         return objective_named("dpo"), f"the rows have {' and '.join(COMPARED.needs)}"
     if form is PAIR and are_judged(request.data, checked_columns(request.columns, columns)):

@@ -197,6 +197,8 @@ def inputs_of(request: TrainRequest) -> ModelInputs:
         all_columns=request.arguments.get("remove_unused_columns") is False,
         unweighted=why_unweighted(request.trainer_class, own_batches=own_batches),
     )
+    if own_batches:
+        inputs = replace(inputs, main=None, tokens_only="")
     objective = request.objective
     if not isinstance(objective, Objective) or not objective.rows:
         return inputs
@@ -219,19 +221,20 @@ def model_inputs(model: nn.Module, *, all_columns: bool = False, unweighted: str
     base, numbers, classes = base_of(model), call_columns(model), classes_of(model)
     if classes is not None and classes.problem != SINGLE_LABEL:
         unweighted = unweighted or f"the loss of {classes.problem} does not support weights"
-    taken = {*inspect.signature(base.forward).parameters, *numbers}
+    parameters = [*inspect.signature(base.forward).parameters]
     return ModelInputs(
         encoder_decoder=classes is None and is_encoder_decoder(model),
         classes=classes,
         numbers=numbers,
-        columns=None if all_columns else frozenset(taken),
+        columns=None if all_columns else frozenset((*parameters, *numbers)),
         unweighted=unweighted,
         tokens_only=_why_tokens_only(base),
+        main=str(getattr(base, "main_input_name", None) or next(iter(parameters), "")),
     )
 
 
 def _why_tokens_only(base: nn.Module) -> str:
-    """Returns why a model does not accept rows of text; empty if it does."""
+    """Returns why a model accepts only rows that are its inputs; empty if it accepts text."""
     heads = [found for name in class_names(base) if (found := _HEAD.search(name))]
     transformers_model = hasattr(type(base), "_from_config")
     if not (transformers_model and heads) or classes_of(base) is not None:
@@ -241,9 +244,10 @@ def _why_tokens_only(base: nn.Module) -> str:
     if any(found[1].endswith(_LANGUAGE_HEADS) for found in heads):
         return ""
     labels = [name for name in inspect.signature(base.forward).parameters if name in _OWN_LABELS]
+    main = str(getattr(base, "main_input_name", "input_ids"))
     return (
         f"{type(base).__name__} is neither a language model nor a classifier of texts or tokens: it needs "
-        f"tokenized rows with {listed(('input_ids', *labels))}"
+        f"{'tokenized rows' if main == 'input_ids' else 'rows'} with {listed((main, *labels))}"
     )
 
 

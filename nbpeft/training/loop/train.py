@@ -218,6 +218,8 @@ def run_training(request: TrainRequest) -> TrainResult:
     scorer = checked_scorer(request, rows, fields)
     request = replace(request, sample=_sample_prompts(request, rows))
     given = {name: value for name, value in options.items() if value is not None}
+    if "data_collator" in given:  # which takes all columns
+        fields = {"remove_unused_columns": False, **fields}
     objective = request.objective
     assert isinstance(objective, Objective)
     learned, collator, packed = _batches(request, rows, objective, given)

@@ -43,6 +43,7 @@ from nbpeft.runs.store import RunPlace
 from nbpeft.state import ENDED, TrainState, TrainStatus
 from nbpeft.training.adapters.adapted_model import base_of, trained_names
 from nbpeft.training.adapters.method_state import method_state, save_in_training, set_method_state
+from nbpeft.training.data.split import content_of
 from nbpeft.training.disk.agreement import broadcast_from_rank0, is_distributed, is_main_process, save_collectively
 from nbpeft.training.disk.checkpoints import drop_after, put_checkpoint
 from nbpeft.training.disk.kept_arguments import to_keep
@@ -543,6 +544,9 @@ def _summary(state: TrainState) -> dict[str, Any]:
 def _comparable(row: Any) -> Any:
     if isinstance(row, Mapping):
         return {str(name): _comparable(value) for name, value in row.items()}
+    flat = row[:1] and not isinstance(row[0], list | tuple) if isinstance(row, list | tuple) else np.ndim(row) < 2
+    if not flat:  # many numbers, such as a picture
+        return hashlib.sha256(content_of(row)).hexdigest()
     return row.tolist() if isinstance(row, Tensor | np.ndarray) else row
 
 
