@@ -421,11 +421,13 @@ class Card:
         title: title of the card.
         blocks: its content; None is skipped.
         aside: text to the right of the title.
+        wide: whether it takes the whole width of the page, for a table with many columns.
     """
 
     title: str
     blocks: tuple[Block | tuple[Block, ...] | None, ...] = ()
     aside: str | tuple[Span, ...] = ""
+    wide: bool = False
 
 
 Block = (

@@ -155,7 +155,7 @@ def _(block: blocks.Card) -> str:
     return (
         '<div class="mathjax_ignore tex2jax_ignore" '
         f'style="border:1px solid {palette.BORDER};border-radius:6px;padding:10px 14px;'
-        f"max-width:{palette.WIDTH}px;box-sizing:border-box;"
+        f"max-width:{'none' if block.wide else f'{palette.WIDTH}px'};box-sizing:border-box;"
         f'overflow-wrap:break-word;color:{palette.TEXT};{palette.FONT}">'
         f"{head(block.title, blocks.dim(block.aside) if isinstance(block.aside, str) else block.aside)}{body}</div>"
     )
@@ -490,11 +490,13 @@ def _(block: blocks.CurveChart) -> str:
     return f'<div style="margin-top:8px">{shown}</div><div style="{style}">{legend}</div>'
 
 
-def grid_row(cells: Iterable[tuple[blocks.Cell, str]]) -> str:
-    """Returns one row of a panel's table, whose columns the panel's style sheet lays out.
+def grid_row(cells: Iterable[tuple[blocks.Cell, str]], widths: str = "") -> str:
+    """Returns one row of a panel's table.
 
     Args:
         cells: (content, CSS classes) of each cell.
+        widths: the CSS widths of the columns; by default the panel's style sheet lays them out.
     """
     drawn = "".join(f'<div class="{kind}">{_content(item)}</div>' for item, kind in cells)
-    return f'<div class="nbpeft-grid">{drawn}</div>'
+    style = f' style="grid-template-columns:{widths}"' if widths else ""
+    return f'<div class="nbpeft-grid"{style}>{drawn}</div>'

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbpeft.display.blocks import Block, Stack, card, dim, line
+from nbpeft.display.blocks import Block, Stack, dim, line
 from nbpeft.display.html import grid_row, head, span, to_html
 from nbpeft.display.numbers import plural
-from nbpeft.session.results.kept_runs import HEAD, RIGHT, RunsComparison, RunsResult, sorted_records
+from nbpeft.session.results.kept_runs import Column, RunsComparison, RunsResult, sorted_records, why_unreadable
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.lifetime import weakly
 from nbpeft.widgets.panel import Panel
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 MOST = 12
 """Number of runs that are shown at first."""
-_SHOWN = tuple(range(len(HEAD) - 1))
-"""The columns of the panel: settings are shown in the comparison."""
 _HINT = "Select two or more runs to compare them."
 
 
@@ -50,7 +49,7 @@ class RunsPanel(Panel):
         return (id(self._session), self.result.place)
 
     def _build(self) -> _Parts:
-        return _Parts(self._command)
+        return _Parts(self._command, self.result.columns())
 
     def _opened(self) -> None:
         self._draw()
@@ -60,7 +59,7 @@ class RunsPanel(Panel):
 
     def _card(self, hint: str) -> Block:
         listed = self.result.view()
-        listed = card(listed.title, *listed.blocks, line(dim(hint)), aside=listed.aside)
+        listed = replace(listed, blocks=(*listed.blocks, line(dim(hint))))
         return listed if self._comparison is None else Stack((listed, self._comparison.view()))
 
     def _run(self, what: str, *arguments: Any) -> str:
@@ -90,21 +89,26 @@ class RunsPanel(Panel):
 class _Parts:
     """The widgets of the panel."""
 
-    def __init__(self, command: Callable[..., None]) -> None:
+    def __init__(self, command: Callable[..., None], columns: tuple[Column, ...]) -> None:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
 
-        self._command = command
+        self._command, self._widths = command, " ".join(column.width for column in columns)
         self._head = parts.html()
         self._titles = {
-            sort: parts.button(title, f"Sort by {title.lower()}", weakly(command, "sort", sort), "bare")
-            for title, sort in HEAD
-            if sort
+            column.sort: parts.button(
+                column.title.replace("_", "_\u200b"),  # a place where a narrow column breaks it
+                f"Sort by {column.title.lower()}",
+                weakly(command, "sort", column.sort),
+                "bare",
+            )
+            for column in columns
+            if column.sort
         }
         self._rows: dict[str, _Row] = {}
-        cells = [self._titles[sort] if sort else parts.html(span(dim(title))) for title, sort in HEAD[: len(_SHOWN)]]
-        titles = ipywidgets.Box(cells)
+        cells = [self._titles.get(column.sort) or parts.html(span(dim(column.title))) for column in columns]
+        titles = ipywidgets.Box(cells, layout=ipywidgets.Layout(grid_template_columns=self._widths))
         titles.add_class("nbpeft-runs-grid")
         self._table = ipywidgets.VBox([titles])
         self._table.add_class("nbpeft-runs")
@@ -115,6 +119,7 @@ class _Parts:
         foot = ipywidgets.HBox([self._hint, self._more])
         foot.add_class("nbpeft-foot")
         self.root = parts.panel_root(self._head, self._table, foot, self._compared, self.message.box)
+        self.root.add_class("nbpeft-wide")
 
     def draw(
         self, result: RunsResult, sort: str, limit: int, selected: list[str], comparison: RunsComparison | None
@@ -123,16 +128,17 @@ class _Parts:
         from nbpeft.widgets.controls import mark, one_each
 
         count = len(result.records)
-        self._head.value = head(plural(count, "run"), dim(result.place), below=8)
+        self._head.value = head(plural(count, "run"), dim(result.about), below=8)
         for name, title in self._titles.items():
             mark(title, "nbpeft-on", name == sort)
         cells = dict(zip((record.name for record in result.records), result.rows(), strict=True))
         names = [record.name for record in result.records[:limit]]
         self._rows = one_each(self._table, self._rows, names, lambda name: _Row(name, self._command))
         for name in names:
-            self._rows[name].draw(cells[name], on=name in selected)
+            self._rows[name].draw(grid_row(((cell, "") for cell in cells[name]), self._widths), on=name in selected)
         self._more.layout.display = None if count > limit else "none"
-        self._hint.value = span(dim(_HINT if count > 1 else ""))
+        hints = [*why_unreadable(result.records), *([_HINT] if count > 1 and comparison is None else [])]
+        self._hint.value = "".join(to_html(line(dim(words))) for words in hints)
         self._compared.value = "" if comparison is None else f'<div style="margin-top:10px">{_inner(comparison)}</div>'
 
 
@@ -154,12 +160,11 @@ class _Row:
         self.box = ipywidgets.HBox([self._box, self._cells])
         self.box.add_class("nbpeft-row")
 
-    def draw(self, cells: Any, *, on: bool) -> None:
-        """Shows the run as it is now."""
+    def draw(self, cells: str, *, on: bool) -> None:
+        """Shows the run as it is now, with its cells as HTML."""
         from nbpeft.widgets.controls import mark
 
-        kinds = ("nbpeft-number" if column in RIGHT else "" for column in _SHOWN)
-        self._cells.value = grid_row(zip(cells[: len(_SHOWN)], kinds, strict=True))
+        self._cells.value = cells
         mark(self.box, "nbpeft-on", on)
 
     def _toggled(self) -> None:

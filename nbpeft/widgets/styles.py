@@ -84,16 +84,13 @@ PANEL_CSS = f"""
   box-sizing: border-box; }}
 .nbpeft-foot {{ padding-top: 6px; }}
 .nbpeft-runs {{ width: 100%; {SCROLLS} }}
-.nbpeft-runs > .nbpeft-row, .nbpeft-runs-grid {{ min-width: 806px; overflow: visible; }}
-.nbpeft-runs-grid {{ display: grid; padding-left: 22px; align-items: end; border-bottom: 1px solid {BORDER}; }}
-.nbpeft-runs-grid, .nbpeft-runs .nbpeft-grid {{ grid-template-columns: minmax(92px, 1.3fr) 76px minmax(128px, 1.2fr)
-  minmax(76px, .6fr) 56px 76px 64px 116px 100px; }}
-.nbpeft-panel .nbpeft-runs .nbpeft-grid > div:nth-child(3) {{ overflow-wrap: anywhere; }}
-.nbpeft-runs .nbpeft-grid > div {{ overflow: visible; overflow-wrap: normal; }}
+.nbpeft-runs > .nbpeft-row, .nbpeft-runs-grid {{ min-width: min-content; overflow: visible; }}
+.nbpeft-runs-grid {{ display: grid; padding-left: 26px; align-items: end; border-bottom: 1px solid {BORDER}; }}
+.nbpeft-panel.nbpeft-wide {{ max-width: none; }}
+.nbpeft-runs > .nbpeft-row {{ padding-left: 4px; }}
 .nbpeft-runs-grid > * {{ margin: 0 !important; }}
 .nbpeft-panel .nbpeft-runs-grid .jupyter-button {{ padding: 0 8px; text-align: left; white-space: normal; height: auto;
   min-height: 26px; line-height: 16px; }}
-.nbpeft-panel .nbpeft-runs-grid .jupyter-button:nth-child(n+5) {{ text-align: right; }}
 .nbpeft-panel .nbpeft-runs-grid .jupyter-button:hover:enabled {{ color: {TEXT}; }}
 .nbpeft-panel .nbpeft-runs-grid .jupyter-button.nbpeft-on::after {{ content: " ↓"; }}
 .nbpeft-runs .widget-checkbox {{ min-width: 22px; overflow: hidden; }}

@@ -220,7 +220,7 @@ def test_runs_are_listed_sorted_compared_renamed_and_deleted(bare: Notebook, pla
     bare.do(CELL.replace("0.05", "0.01"))
     assert [record.name for record in bare.do("%lora runs").records] == ["sql-2", "sql-1"]
     assert [record.name for record in bare.do("%lora runs --sort name").records] == ["sql-1", "sql-2"]
-    assert "invalid choice: 'resul'" in bare.run("%lora runs --sort resul").line
+    assert "cannot be sorted by 'resul'. Did you mean 'result'" in bare.run("%lora runs --sort resul").line
     compared = bare.do("%lora runs sql-1 sql-2")
     assert compared.differing["learning_rate"] == (0.05, 0.01)
     assert "Did you mean 'sql-1'" in bare.run("%lora runs sql-1 sql1").line

@@ -12,6 +12,7 @@ import pytest
 from nbpeft.display.html import to_html
 from nbpeft.display.training import training_card, training_text
 from nbpeft.session import Session
+from nbpeft.session.results.kept_runs import RunsComparison
 from nbpeft.training.objectives.objective import names, objective_named
 from tests.session.test_preferences import FIELDS, begun
 from tests.session.test_rewards import FIELDS as OF_REWARDS
@@ -48,6 +49,7 @@ def test_every_display_of_a_run_begins_with_them(objective: str, tmp_path: Path)
     assert tuple(state.figures) == JUDGED[objective]
     words = {name: f"{name} {state.figures[name]:.3f}" for name in JUDGED[objective] if name != "loss"}
     listed, compared = session.runs(), session.runs("sql-1", "sql-1")
+    assert isinstance(compared, RunsComparison)
     (record,) = listed.records
     assert listed.curves == (state.series[next(iter(words))],) and dict(record.headline) == pytest.approx(state.figures)
     kept = session.find_run("sql-1")

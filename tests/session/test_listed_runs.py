@@ -13,6 +13,7 @@ import pytest
 import nbpeft
 from nbpeft.display.next_steps import next_steps
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
+from nbpeft.session.results.kept_runs import RunsComparison
 from tests.runs.killed import ARGUMENTS, adapted_session, rows
 from tests.training.support import token_rows
 
@@ -33,6 +34,7 @@ def test_listing_sorting_and_comparing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be sorted by 'resul'. Did you mean 'result'"):
         session.runs(sort="resul")
     compared = session.runs("sql-1", "sql-3")
+    assert isinstance(compared, RunsComparison)
     assert compared.differing == {"learning_rate": (0.001, 0.02), "max_steps": (4, 3)}
     assert [(len(learned), len(measured) > 0) for learned, measured in compared.curves["loss"]] == [
         (4, True),
@@ -43,9 +45,14 @@ def test_listing_sorting_and_comparing(tmp_path: Path) -> None:
     listed = session.runs()
     table = listed._repr_html_()
     assert table.count("<img") == 3 and len(listed.curves) == 3 and all(listed.curves)
-    assert {"Base model", "Method", "Rows"} <= set(re.findall(r">([^<>]+)</th>", table)) and "LoRA" in str(listed)
+    head = ["Run", "Result", "Best evaluation", "Curve", "learning_rate", "max_steps", "Steps", "Status"]
+    assert [title.replace("<wbr>", "") for title in re.findall(r"<th [^>]*>(.*?)</th>", table)] == head
+    assert "all: LlamaForCausalLM, LoRA, 24 rows" in str(listed) and "max-width:none" in table
+    for sort in ("learning_rate", "max_steps"):
+        values = [record.settings[sort] for record in session.runs(sort=sort).records]
+        assert values == sorted(values) and len(values) == 3
     assert "peft_type" not in table + page
-    assert "<table" in table and "<script" not in table and "learning_rate 0.02" in table
+    assert "<table" in table and "<script" not in table and ">0.02<" in table
 
 
 def test_the_step_of_the_best_loss_is_not_that_of_the_best_metric(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def _undefined(facts: Mapping[str, Any], missing: Sequence[str], notebook: Noteb
     "runs",
     "List the training runs on disk, or compare some of them: their curves and the settings that differ.",
     argument("names", nargs="*", metavar="RUN", completes="run", help="runs to compare (default: list all)"),
-    argument("--sort", metavar="COLUMN", default="time", choices=SORTS, words=SORTS, help=f"one of {', '.join(SORTS)}"),
+    argument("--sort", metavar="COLUMN", default="time", words=SORTS, help=f"one of {', '.join(SORTS)}, or a setting"),
     argument("--delete", metavar="NAME", completes="run", help="delete the run with exactly this name"),
     argument("--rename", nargs=2, metavar=("NAME", "NEW"), help="give a run another name"),
     argument(

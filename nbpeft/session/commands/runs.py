@@ -98,8 +98,8 @@ def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult 
 
     Args:
         *names: names of runs to compare; without any, all runs are listed.
-        sort: ``time`` (newest first), ``loss``, ``eval``, ``best``, ``steps``, ``rows``, ``seconds``, ``name``,
-            ``status``, ``base`` or ``method``.
+        sort: ``time`` (newest first), ``result``, ``eval``, ``best``, ``steps``, ``seconds``, ``name``, ``status``, or
+            a setting, such as ``learning_rate``.
 
     Raises:
         CheckpointNotFoundError: there is no such run.

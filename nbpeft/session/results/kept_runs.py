@@ -26,9 +26,6 @@ _KEYS: Mapping[str, Callable[[RunRecord], Any]] = {
     "time": lambda record: -record.started,
     "name": lambda record: record.name,
     "status": lambda record: record.status,
-    "base": lambda record: _setting(record, BASE),
-    "method": lambda record: _setting(record, METHOD),
-    "rows": lambda record: -(record.settings.get(ROWS) or 0),
     "steps": lambda record: -record.step,
     "result": lambda record: _last_if_none(_judged(record)),
     "eval": lambda record: _last_if_none(record.eval_loss),
@@ -36,24 +33,10 @@ _KEYS: Mapping[str, Callable[[RunRecord], Any]] = {
     "seconds": lambda record: record.seconds,
 }
 SORTS = tuple(_KEYS)
-HEAD: tuple[tuple[str, str], ...] = (
-    ("Run", "name"),
-    ("Status", "status"),
-    ("Base model", "base"),
-    ("Method", "method"),
-    ("Rows", "rows"),
-    ("Steps", "steps"),
-    ("Result", "result"),
-    ("Best evaluation", "best"),
-    ("Curve", ""),
-    ("Settings that differ", ""),
-)
-"""The columns of the table, each with its sort order, if it has one."""
-RIGHT = (4, 5, 6, 7)
-"""Columns with figures."""
-_TITLES = tuple(title for title, _ in HEAD)
-_IN_COLUMNS = (BASE, METHOD, ROWS, "peft_type")
-"""Settings that have columns of their own."""
+_MAIN = (BASE, METHOD, "objective", ROWS)
+"""Settings that are listed first if they differ between runs, and named above the runs if they do not."""
+_MOST_COLUMNS = 5
+"""Number of differing settings with columns of their own."""
 _MOST_SETTINGS = 4
 _MOST_METRICS = 2
 _LONGEST_VALUE = 40
@@ -67,14 +50,43 @@ _TONES: Mapping[str, Any] = {
 
 
 def sorted_records(records: tuple[RunRecord, ...], sort: str) -> tuple[RunRecord, ...]:
-    """Sorts runs by time (newest first), or by another column in ascending order.
+    """Sorts runs by time (newest first), or by another column or a setting in ascending order.
 
     Raises:
         ConfigError: there is no such column.
     """
-    if sort not in SORTS:
-        raise ConfigError(f"runs cannot be sorted by {sort!r:.60}.{did_you_mean(sort, SORTS)}", field="sort")
-    return tuple(sorted(records, key=_KEYS[sort]))
+    if sort in SORTS:
+        return tuple(sorted(records, key=_KEYS[sort]))
+    settings = dict.fromkeys(chain(*(record.settings for record in records)))
+    if sort not in settings:
+        raise ConfigError(
+            f"runs cannot be sorted by {sort!r:.60}.{did_you_mean(sort, (*SORTS, *settings))}", field="sort"
+        )
+    return tuple(sorted(records, key=lambda record: _order(record.settings.get(sort))))
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    """Returns the place of a setting in a sorted column: numbers, then text, then runs without it."""
+    if isinstance(value, int | float):
+        return 0, value, ""
+    return 2 if value is None else 1, 0, str(value)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the list of runs.
+
+    Attributes:
+        title: its title.
+        sort: the order of the runs by it; empty if it has none.
+        cell: the content for a run.
+        width: its CSS width in a panel.
+    """
+
+    title: str
+    sort: str
+    cell: Callable[[RunRecord], Cell]
+    width: str = "minmax(64px, 1fr)"
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,14 +108,27 @@ class RunsResult(Result):
 
         if not self.records:
             return f"there is no run in {self.place} yet"
-        rows = [tuple(_flat(cell) for cell in row) for row in (_TITLES, *self.rows())]
-        return f"{plural(len(self.records), 'run')} in {self.place}\n{columns(rows)}"
+        rows = [tuple(_flat(cell) for cell in row) for row in (self._titles(), *self.rows())]
+        listed = f"{plural(len(self.records), 'run')} in {self.about}\n{columns(rows)}"
+        return "\n".join((listed, *why_unreadable(self.records)))
 
     def view(self) -> Card:
         if not self.records:
             return card("Runs", line(dim("There is no run yet: every training adds one.")), aside=self.place)
-        table = Table(_TITLES, tuple(self.rows()), right=RIGHT, prose=(len(HEAD) - 1,))
-        return card(plural(len(self.records), "run"), table, aside=self.place)
+        why = [line(dim(words)) for words in why_unreadable(self.records)]
+        table = Table(self._titles(), tuple(self.rows()))
+        return Card(plural(len(self.records), "run"), (table, *why), self.about, wide=True)
+
+    @property
+    def about(self) -> str:
+        """The folder, and the main settings that all runs have in common."""
+        first, *_ = readable = [record for record in self.records if record.status != UNREADABLE] or self.records
+        common = [name for name in _MAIN if name in first.settings and name not in differing(readable)]
+        words = [f"{_setting(first, name)}{' rows' * (name == ROWS)}" for name in common]
+        return f"{self.place} · all: {', '.join(words)}" if words else self.place
+
+    def _titles(self) -> tuple[str, ...]:
+        return tuple(column.title for column in self.columns())
 
     def to_dataframe(self) -> Any:
         """Returns the runs as a pandas DataFrame with a column for each setting.
@@ -117,29 +142,26 @@ class RunsResult(Result):
 
     def rows(self) -> list[tuple[Cell, ...]]:
         """Returns the cells of each run."""
-        readable = [record for record in self.records if record.status != UNREADABLE]
+        columns = self.columns()
+        return [tuple(column.cell(record) for column in columns) for record in self.records]
+
+    def columns(self) -> tuple[Column, ...]:
+        """Returns the columns: the results first, then the settings that differ."""
         curves = dict(zip((record.name for record in self.records), self.curves, strict=False))
-        settings = {name: values for name, values in differing(readable).items() if name not in _IN_COLUMNS}
-        rows: list[tuple[Cell, ...]] = [
-            (
-                (
-                    Text(record.name, "bold", tooltip=str(from_here(Path(record.path))), wrap="names"),
-                    dim(_origin(record)),
-                ),
-                Text(record.status, _TONES.get(record.status, ""), tooltip=record.message),
-                Text(_base(record), wrap="names"),
-                (_setting(record, METHOD), dim(_objective(record))),
-                f"{record.settings[ROWS]:,}" if isinstance(record.settings.get(ROWS), int) else NONE,
-                (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
-                tuple(Text(words, wrap="words") for words in _result_lines(record)),
-                tuple(Text(words, wrap="words") for words in _best_lines(record)),
-                _spark(record, curves.get(record.name, ())),
-                _settings_words(settings, index),
-            )
-            for index, record in enumerate(readable)
-        ]
-        row_of = dict(zip(map(id, readable), rows, strict=True))
-        return [row_of.get(id(record)) or _unreadable_row(record) for record in self.records]
+        settings = differing([record for record in self.records if record.status != UNREADABLE])
+        names = [name for name in dict.fromkeys((*_MAIN, *settings)) if name in settings and name != "peft_type"]
+        shown, others = names[:_MOST_COLUMNS], names[_MOST_COLUMNS:]
+        more = Column("Other settings", "", partial(_other_settings, names=others), "minmax(110px, 1.5fr)")
+        return (
+            Column("Run", "name", _name, "minmax(88px, 1.4fr)"),
+            Column("Result", "result", _result, "minmax(96px, 1.2fr)"),
+            Column("Best evaluation", "best", _best, "minmax(96px, 1.2fr)"),
+            Column("Curve", "", lambda record: _spark(record, curves.get(record.name, ())), "100px"),
+            *(Column(name, name, partial(_setting, name=name)) for name in shown),
+            *([more] if others else []),
+            Column("Steps", "steps", _steps, "72px"),
+            Column("Status", "status", _status, "80px"),
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -202,7 +224,7 @@ class RunsComparison(Result):
 
         table = columns([("", *self._names()), *self._rows()])
         about_losses = [self._about_losses] if self._about_losses else []
-        return "\n".join((" · ".join(self._names()), table, *about_losses, *self._why_unreadable()))
+        return "\n".join((" · ".join(self._names()), table, *about_losses, *why_unreadable(self.records)))
 
     @property
     def _about_losses(self) -> str:
@@ -217,7 +239,7 @@ class RunsComparison(Result):
         table = Table(("", *names), rows, right=tuple(width))
         same = None if self.differing else line(dim("Their settings are the same."))
         other = line(Text(self._about_losses, "warning")) if self._about_losses else None
-        why = (line(dim(words)) for words in self._why_unreadable())
+        why = (line(dim(words)) for words in why_unreadable(self.records))
         charts = [
             CurveChart(tuple(drawn), legend=not place, metric="" if name == "loss" else name)
             for place, (name, curves) in enumerate(self.curves.items())
@@ -226,19 +248,17 @@ class RunsComparison(Result):
         ]
         return card(plural(len(names), "run"), other, *charts, table, same, *why)
 
-    def _why_unreadable(self) -> list[str]:
-        """Returns a line for each run that cannot be read."""
-        broken = (record for record in self.records if record.status == UNREADABLE)
-        return [f"run {record.name} cannot be read: {record.message}" for record in broken]
-
     def _names(self) -> tuple[str, ...]:
         return tuple(record.name for record in self.records)
 
     def _rows(self) -> list[tuple[str, ...]]:
         cells: list[tuple[str, Callable[[RunRecord], str]]] = [
             ("status", lambda record: record.status),
-            (BASE, _base),
-            *((name, partial(_setting, name=name)) for name in (METHOD, ROWS)),
+            *(
+                (name, partial(_setting, name=name))
+                for name in _MAIN
+                if any(name in one.settings for one in self.records)
+            ),
             ("steps", lambda record: f"{record.step:,}"),
             *((name, partial(_figure, name=name)) for name in _headlines(self.records)),
             ("eval loss", lambda record: loss(record.eval_loss if _tells(record) else None)),
@@ -248,7 +268,7 @@ class RunsComparison(Result):
             ("time", lambda record: clock(record.seconds)),
         ]
         results = [(name, *map(cell, self.records)) for name, cell in cells]
-        others = {name: values for name, values in self.differing.items() if name not in _IN_COLUMNS}
+        others = {name: values for name, values in self.differing.items() if name not in (*_MAIN, "peft_type")}
         return results + [(name, *map(_value_words, values)) for name, values in others.items()]
 
 
@@ -284,10 +304,9 @@ class ResumeResult(ModelResult):
         return Stack((resumed, self.training.view(), *notes(self.notes)))
 
 
-def _unreadable_row(record: RunRecord) -> tuple[Cell, ...]:
-    """Returns the row of a run that cannot be read, with the reason."""
-    name = Text(record.name, "bold", tooltip=str(from_here(Path(record.path))), wrap="names")
-    return name, Text(record.status, _TONES[record.status]), *[""] * (len(HEAD) - 3), Text(record.message, "dim")
+def why_unreadable(records: Iterable[RunRecord]) -> list[str]:
+    """Returns a line for each run that cannot be read."""
+    return [f"run {record.name} cannot be read: {record.message}" for record in records if record.status == UNREADABLE]
 
 
 def _last_if_none(number: float | None) -> float:
@@ -342,12 +361,28 @@ def _judged(record: RunRecord) -> float | None:
     return value if name == "loss" or value is None else -value
 
 
-def _result_lines(record: RunRecord) -> list[str]:
+def _name(record: RunRecord) -> Cell:
+    name = Text(record.name, "bold", tooltip=str(from_here(Path(record.path))), wrap="names")
+    return name if record.status == UNREADABLE else (name, dim(_origin(record)))
+
+
+def _status(record: RunRecord) -> Cell:
+    return Text(record.status, _TONES.get(record.status, ""), tooltip=record.message)
+
+
+def _steps(record: RunRecord) -> Cell:
+    if record.status == UNREADABLE:
+        return NONE
+    total = f" / {record.total_steps:,}" if record.total_steps else ""
+    return f"{record.step:,}{total}", dim(f"in {clock(record.seconds)}")
+
+
+def _result(record: RunRecord) -> Cell:
     """Returns the figures by which a run is judged, e.g. ``loss 0.412``, a line for each."""
-    return [f"{name} {_number(name, value)}" for name, value in record.headline.items()]
+    return _lines([f"{name} {_number(name, value)}" for name, value in record.headline.items()])
 
 
-def _best_lines(record: RunRecord) -> list[str]:
+def _best(record: RunRecord) -> Cell:
     """Returns the evaluation loss and the scores of a run at its best step, e.g. ``exact 0.812``, a line for each."""
     losses = [f"loss {loss(record.best_loss)}"] if _tells(record) and record.best_loss is not None else []
     losses += [where] if losses and (where := _where_best(record)) else []
@@ -355,7 +390,16 @@ def _best_lines(record: RunRecord) -> list[str]:
     more = len(words) - _MOST_METRICS
     shown = [*words[:_MOST_METRICS], *([f"and {more} more"] if more > 0 else [])]
     shown += [f"at step {record.best_step:,}"] if words and record.best_step and len(losses) < 2 else []
-    return [*losses, *shown] or [NONE]
+    return _lines([*losses, *shown])
+
+
+def _lines(words: list[str]) -> Cell:
+    return tuple(Text(each, wrap="words") for each in words) or NONE
+
+
+def _other_settings(record: RunRecord, names: list[str]) -> Cell:
+    words = [f"{name} {_setting(record, name)}" for name in names if record.settings.get(name) is not None]
+    return Text(few(words, _MOST_SETTINGS, quoted=False), "dim", tooltip=", ".join(words))
 
 
 def _drawn(learned: Curve, measured: Curve) -> tuple[Curve, Curve]:
@@ -363,31 +407,18 @@ def _drawn(learned: Curve, measured: Curve) -> tuple[Curve, Curve]:
     return (learned, measured) if learned else (measured, ())
 
 
-def _took(record: RunRecord) -> str:
-    return f"in {clock(record.seconds)}"
-
-
 def _setting(record: RunRecord, name: str) -> str:
-    """Returns a setting as text; a dash for a run that has none, e.g. of an earlier version."""
-    return str(record.settings.get(name) or NONE)
-
-
-def _objective(record: RunRecord) -> str:
-    """Returns what the loss is of; empty for the usual next-token loss."""
-    name = record.settings.get("objective")
-    return name if isinstance(name, str) and name != "sft" else ""
+    """Returns a setting as text; of a base model in a folder the name of the folder; a dash for a run without it."""
+    value = record.settings.get(name)
+    if name == BASE and PurePath(str(value)).is_absolute():
+        return PurePath(str(value)).name
+    return f"{value:,}" if name == ROWS and isinstance(value, int) else _value_words(value)
 
 
 def _where_best(record: RunRecord) -> str:
     """Returns the step of the lowest evaluation loss; empty if there is none, or another metric determines the best."""
     metric = record.settings.get("metric_for_best_model") not in (None, "loss", "eval_loss")
     return "" if metric or record.best_loss is None or record.best_step is None else f"at step {record.best_step:,}"
-
-
-def _base(record: RunRecord) -> str:
-    """Returns the base model's Hub id, or the name of its folder without the path."""
-    name = _setting(record, BASE)
-    return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
 def adapters_with_rows(facts: Mapping[str, Any]) -> tuple[str, ...]:
@@ -407,11 +438,6 @@ def _spark(record: RunRecord, curve: Curve) -> Spark:
     """Returns the first curve of the headline, as large as a word."""
     ends = [_number(next(iter(record.headline)), curve[place][1]) for place in (0, -1)] if curve else []
     return Spark(" → ".join(ends), points=curve)
-
-
-def _settings_words(settings: Mapping[str, tuple[Any, ...]], index: int) -> Text:
-    words = [f"{name} {_value_words(values[index])}" for name, values in settings.items() if values[index] is not None]
-    return Text(few(words, _MOST_SETTINGS, quoted=False), "dim", tooltip=", ".join(words))
 
 
 def _value_words(value: Any) -> str:
