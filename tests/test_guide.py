@@ -34,6 +34,10 @@ MOST_PAGE_LINES = 300
 FORECASTS = ("quantization", "Memory")
 """The page and the section with a snippet whose output is the table beneath it."""
 
+ABOUT_COMMANDS = ["commands", "data", "hyperparameters", "memory", "preferences", "quantization", "rewards", "scoring"]
+ABOUT_COMMANDS += ["serving", "several-cards", "training"]
+"""Pages that name the commands whose options they explain, and no options of other programs."""
+
 NOT_RUN = "<!-- not run:"
 """Begins the line above a snippet that is compiled only, and says why."""
 _CODE_SPAN = re.compile(r"`([^`\n]+)`")
@@ -122,6 +126,26 @@ def test_a_wrong_name_is_found() -> None:
         "%lora merge --to d",
     ]
     assert list(wrong_names(" ".join(f"`{code}`" for code in [*right, *wrong]))) == wrong
+
+
+def options_of_other_commands(text: str) -> Iterator[str]:
+    """Options in backticks that none of the commands has which the text names."""
+    lines = [(line[1], line[2], line[3]) for line in re.finditer(r"%(%?)(q?lora\w*)(?: ([a-z]+)\b(?!=))?", text)]
+    commands = [CELLS.get(word) if cell else SUBCOMMANDS.get(verb or "") for cell, word, verb in lines]
+    known = [{flag for argument in command.arguments for flag in argument.flags} for command in commands if command]
+    for code in _CODE_SPAN.findall(text):
+        if code.startswith("--") and not any(set(_OPTION.findall(code)) <= flags for flags in known):
+            yield code
+
+
+@pytest.mark.parametrize("page", ABOUT_COMMANDS)
+def test_the_options_of_a_page_are_those_of_its_commands(page: str) -> None:
+    assert not list(options_of_other_commands(text_of(GUIDE / f"{page}.md")))
+
+
+def test_an_option_of_another_command_is_found() -> None:
+    text = "`%lora plan model` counts a sweep with `--adapters 4` or `--num-adapters 4`, and `%lora ask` an `--off`"
+    assert list(options_of_other_commands(text)) == ["--adapters 4", "--off"]
 
 
 def test_messages_that_troubleshooting_quotes_exist() -> None:
