@@ -26,11 +26,12 @@ def folder_columns(given: Any, taken: Collection[str]) -> tuple[Column, ...]:
     """The columns of adapters in folders.
 
     Args:
-        given: name -> folder or hub id; or several folders, whose names are the parts in which their paths differ.
+        given: name -> folder or hub id; or several folders, whose names are the parts in which their paths differ,
+            with ``_saved`` if another column has that name.
         taken: the titles of other columns.
 
     Raises:
-        AdapterError: it is neither, or a name is invalid or taken.
+        AdapterError: it is neither, or a name is invalid or, in a mapping, taken.
     """
     if given is None:
         return ()
@@ -38,26 +39,37 @@ def folder_columns(given: Any, taken: Collection[str]) -> tuple[Column, ...]:
         given = [given]
     if not isinstance(given, Mapping | list | tuple) or not all(isinstance(item, str | os.PathLike) for item in given):
         raise AdapterError(f"folders must be folders in a list, or name -> folder, not {given!r:.60}")
-    named = dict(given) if isinstance(given, Mapping) else _named([os.fspath(item) for item in given])
+    named = dict(given) if isinstance(given, Mapping) else _named([os.fspath(item) for item in given], taken)
     for name, folder in named.items():
         check_name(name)
         if name in taken:
-            raise AdapterError(f"{name!r} is the name of another column: give folders as name -> folder", name=name)
+            raise AdapterError(f"{name!r} is the name of another column; choose another name", name=name)
         if not isinstance(folder, str | os.PathLike):
             raise AdapterError(f"folders: {name!r} needs a folder, not {folder!r:.60}", name=name)
     return tuple(Column(name, (name,), row=name, folder=os.fspath(folder)) for name, folder in named.items())
 
 
-def _named(folders: Sequence[str]) -> dict[str, str]:
-    """Names for folders: ``sql-1`` and ``sql-2`` for ``runs/sql-1/adapter`` and ``runs/sql-2/adapter``."""
-    parts = [PurePath(folder).parts or (folder,) for folder in dict.fromkeys(folders)]
+def _named(folders: Sequence[str], taken: Collection[str]) -> dict[str, str]:
+    """Names for folders: ``sql-1`` and ``sql-2`` for ``runs/sql-1/adapter`` and ``runs/sql-2/adapter``.
+
+    A name that another column has is followed by ``_saved``, as the folder may hold the same adapter.
+    """
+    folders = list(dict.fromkeys(folders))
+    names = _parts_that_differ(folders)
+    for place, name in enumerate(names):
+        while names[place] in {*taken, *names[:place], *names[place + 1 :]} and name in taken:
+            names[place] += "_saved"
+    return dict(zip(names, folders, strict=True))
+
+
+def _parts_that_differ(folders: Sequence[str]) -> list[str]:
+    parts = [PurePath(folder).parts or (folder,) for folder in folders]
     if len(parts) == 1:
-        return {parts[0][-1].replace(".", "_"): folders[0]}
+        return [parts[0][-1].replace(".", "_")]
     start = next((n for n, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), 0)
     ends = enumerate(zip(*(reversed(path) for path in parts), strict=False))
     end = next((n for n, same in ends if len(set(same)) > 1), 0)
-    names = ["-".join(path[start : len(path) - end] or path[-1:]).replace(".", "_") for path in parts]
-    return dict(zip(names, dict.fromkeys(folders), strict=True))
+    return ["-".join(path[start : len(path) - end] or path[-1:]).replace(".", "_") for path in parts]
 
 
 def groups_of(columns: Sequence[Column]) -> list[list[int]]:

@@ -734,6 +734,11 @@ def test_a_folder_that_cannot_be_read_leaves_the_others(tmp_path: Path) -> None:
     assert "broken" in str(result) and "broken" in result._repr_html_()
     with pytest.raises(AdapterError, match="is the name of another column"):
         scored(adapted(), folders={"sql": folder})
+    others = saved(tmp_path / "other", "sql", "sql_saved")
+    twice = scored(adapted(), folders=[str(other) for other in others], max_new_tokens=2)
+    assert twice.columns == ("base", "sql", "chat", "sql_saved_saved", "sql_saved"), "the saved version of an adapter"
+    renamed = others[0].rename(tmp_path / "sql")
+    assert scored(adapted(), folders=renamed, max_new_tokens=2).columns == ("base", "sql", "chat", "sql_saved")
     with pytest.raises(AdapterError, match="folders must be folders in a list"):
         scored(adapted(), folders=3)
 
