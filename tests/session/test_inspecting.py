@@ -37,4 +37,6 @@ def test_an_adapter_that_was_not_trained_changes_nothing(session: Session, two_a
                 parameter.zero_()
     result = session.inspect("orders")
     assert str(result) == "orders on model: it changes nothing yet: train it first"
+    session.scale("pirate", 0)
+    assert str(session.inspect("pirate")) == "pirate on model: it changes nothing: its scale is 0", "it was trained"
     assert "<details" not in result._repr_html_()

@@ -40,7 +40,7 @@ def inspect(
         name = candidates[0]
     with ctx.command(f"inspecting {name!r}", slow=True) as notes:
         changes = inspect_adapter(manager, name, intruders=intruders)
-        return InspectResult(tracked.name, name, changes, notes=tuple(notes))
+        return InspectResult(tracked.name, name, changes, scale=manager.scale(name), notes=tuple(notes))
 
 
 def measure(ctx: SessionContext, model: str | None = None) -> MemoryState:

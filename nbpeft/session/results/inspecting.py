@@ -24,12 +24,14 @@ class InspectResult(NotedResult):
         adapter: name of the adapter.
         layers: the change of each layer, in the model's order.
         commands: what to do next, and the command for it.
+        scale: the factor by which its change is multiplied.
     """
 
     model_name: str
     adapter: str
     layers: tuple[LayerChange, ...]
     commands: tuple[tuple[str, str], ...] = ()
+    scale: float = 1.0
 
     @property
     def ranked(self) -> tuple[LayerChange, ...]:
@@ -46,7 +48,7 @@ class InspectResult(NotedResult):
         """The amount of change as text."""
         ranked = self.ranked
         if not ranked or ranked[0].relative == 0:
-            return "it changes nothing yet: train it first"
+            return "it changes nothing yet: train it first" if self.scale else "it changes nothing: its scale is 0"
         return (
             f"median weight change {percent(self.median)} ({plural(len(ranked), 'layer')}, "
             f"{percent(ranked[-1].relative)} to {percent(ranked[0].relative)}){self._intruders}"
