@@ -220,6 +220,11 @@ class MemberState:
     """Step of the weights that were restored at its end: the best ones, or the last good ones; None for its last."""
 
     @property
+    def is_measured(self) -> bool:
+        """Whether it has a loss or a score by which it can be ranked."""
+        return any(value is not None for value in (self.score, self.eval_loss, self.smoothed_loss))
+
+    @property
     def rank(self) -> tuple[bool, int, float, float]:
         """Sort key, the best first: by ``score``, else by evaluation loss, else by smoothed training loss.
 
@@ -326,8 +331,8 @@ class TrainState:
 
     @property
     def best_member(self) -> MemberState | None:
-        """The best adapter of a sweep; None for other trainings, and if each adapter had its own rows."""
-        comparable = (member for member in self.members if member.comparable)
+        """The best adapter of a sweep; None for other trainings, before a loss, and if each has rows of its own."""
+        comparable = (member for member in self.members if member.comparable and member.is_measured)
         return min(comparable, key=lambda member: member.rank, default=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from nbpeft.display.training import training_card
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.session import Session
 from nbpeft.sweeps import sweep
+from nbpeft.training.sweep.result import SweepResult
 from tests.tiny_models import adapted
 from tests.training.support import weights
 
@@ -190,3 +193,15 @@ def test_steps_are_counted_for_each_and_the_next_training_is_of_the_best() -> No
     tracked = session.context.models.get("model")
     assert [tracked.steps_of([member.name])[0] for member in result.state.members] == [2, 2]
     assert session.train(model, ROWS, max_steps=1, keep=False).adapter == result.best
+
+
+def test_a_sweep_that_is_stopped_before_a_loss_names_no_best() -> None:
+    session, model = Session(), adapted(name="sql")
+    session.register(model, name="model")
+    result = session.train(model, ROWS, learning_rate=sweep(0.01, 0.05), max_steps=1, keep=False)
+    assert isinstance(result, SweepResult) and result.best and result.best_fields
+    members = tuple(replace(member, loss=None, smoothed_loss=None, step=0) for member in result.members)
+    stopped = SweepResult.of(replace(result, state=replace(result.state, members=members), best="", best_fields={}), {})
+    assert (stopped.best, stopped.best_fields) == ("", {})
+    for text in (str(stopped), repr(training_card(stopped.state))):
+        assert "best" not in text
