@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from nbpeft import AdapterPool, LoraConfig, PeftModel, get_peft_model
 from nbpeft.checkpoint import fingerprint
-from nbpeft.losses import chunked_loss
 from nbpeft.memory import measure
 from nbpeft.model.saving.merge_export import merge_to_folder
 from nbpeft.model.swapping.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -262,19 +261,6 @@ def prepared() -> None:
     assert not waits, waits
 
 
-def learned_in_chunks() -> None:
-    """The loss of the tokens with labels waits once, for their number."""
-    ids = IDS.to(GPU)
-    model = adapted_llama().train()
-    for ignored in (0, 2):
-        labels = ids.clone()
-        labels[:, :ignored] = -100
-        waits.clear()
-        chunked_loss(model, input_ids=ids, labels=labels).backward()
-        assert waits == ["nonzero.default"], waits
-
-
-scenario(learned_in_chunks, "the loss in chunks")
 scenario(fused, "DoRA after a step of a fused optimizer")
 scenario(prepared, "DoRA prepared for hot-swapping")
 scenario(moved_while_watched, "a model that is moved after its run has begun")

@@ -57,10 +57,9 @@ def chunked_cross_entropy(
     has_grad = torch.is_grad_enabled()
     trained = _trained_tensors(head, hidden) if has_grad else []
     hidden = hidden if has_grad else hidden.detach()
-    size = targets.shape[0]
-    learned = (targets != ignore_index).nonzero().flatten()  # an accelerator is waited for once, for their number
-    rows = learned if len(learned) < size else None
-    if rows is not None:
+    learned, size, rows = targets != ignore_index, targets.shape[0], None
+    if not bool(learned.all()):
+        rows = learned.nonzero().flatten()
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
         weights = None if weights is None else weights.to(rows.device).index_select(0, rows)
     count = targets.shape[0]
