@@ -31,7 +31,7 @@ group ``nbpeft.methods``, which names a module whose import registers them.
 
     MethodConfig, Adapter, register     needed by every method
     AdapterSite, BaseLayer, LayerKind   describe the layer that an adapter is on
-    TransformsInput, TransformsOutput, Rescales, Pads, ServesRows      optional capabilities of adapters
+    TransformsInput, TransformsOutput, Rescales, Paddable, ServesRows      optional capabilities of adapters
     LearnsWithHooks, HasTrainingState   hooks in the training loop, and state to save with a checkpoint
     SharedTensors, SharedState          tensors that the layers of one adapter share
     CallInputs                          inputs that adapters take from calls of the model
@@ -52,7 +52,7 @@ from nbpeft.engine.contract.adapter import (
     Adapter,
     AdapterConfig,
     AdapterSite,
-    Pads,
+    Paddable,
     PeftType,
     Rescales,
     ServesRows,
@@ -78,7 +78,7 @@ __all__ = [
     "Listing",
     "MethodConfig",
     "OwnKinds",
-    "Pads",
+    "Paddable",
     "PeftNames",
     "Rescales",
     "ServesRows",

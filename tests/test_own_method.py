@@ -138,7 +138,7 @@ def test_a_keyword_that_register_does_not_take_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "instead"),
     [
-        ("tie_to", "has no effect unless the class derives from nbpeft.engine.contract.capabilities.UsesAnother"),
+        ("tie_to", "has no effect unless the class derives from nbpeft.engine.contract.capabilities.TiedAdapter"),
         (
             "fixed_tensors",
             "has no effect unless the class derives from nbpeft.engine.contract.capabilities.HasFixedTensors",

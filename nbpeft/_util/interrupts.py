@@ -1,6 +1,6 @@
 """Defers an interruption (Ctrl-C, the kernel's stop button) while a change is incomplete.
 
-    with HeldInterrupts():          # from here on SIGINT is only recorded
+    with DeferredInterrupts():          # from here on SIGINT is only recorded
         ...                         # a short critical section, e.g. a commit
         check_interrupt()           # in a long one: a place where stopping is safe
     # a recorded interruption is delivered here
@@ -31,7 +31,7 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-class HeldInterrupts:
+class DeferredInterrupts:
     """Defers SIGINT in the main thread; does nothing in other threads, where Python never delivers it.
 
     When the outermost block ends, a recorded interruption is passed to the previous signal handler.
@@ -44,11 +44,11 @@ class HeldInterrupts:
             the main thread has such blocks.
     """
 
-    noting: ClassVar[HeldInterrupts | None] = None
+    noting: ClassVar[DeferredInterrupts | None] = None
 
     def __init__(self, *, to_the_end: bool = False) -> None:
         self._to_the_end = to_the_end
-        self._outer: HeldInterrupts | None = None
+        self._outer: DeferredInterrupts | None = None
         self._finishing = 0
         self._previous: Any = None
 
@@ -67,12 +67,12 @@ class HeldInterrupts:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        HeldInterrupts.noting = self
+        DeferredInterrupts.noting = self
 
     def deliver(self) -> None:
         """Passes a recorded interruption to the previous handler, which usually raises KeyboardInterrupt."""
-        if HeldInterrupts.noting is self:
-            HeldInterrupts.noting = None
+        if DeferredInterrupts.noting is self:
+            DeferredInterrupts.noting = None
             self._previous(signal.SIGINT, sys._getframe())
 
     def released(self) -> AbstractContextManager[None]:
@@ -104,14 +104,14 @@ class HeldInterrupts:
 
 
 class _Released:
-    """The context manager of ``HeldInterrupts.released``.
+    """The context manager of ``DeferredInterrupts.released``.
 
     It is not a generator, because the ``finally`` part of a generator also runs when the generator is garbage
     collected. If the interruption came before its block was entered, this could be after the outer block has ended, and
     interruptions would be deferred forever.
     """
 
-    def __init__(self, block: HeldInterrupts) -> None:
+    def __init__(self, block: DeferredInterrupts) -> None:
         self._block = block
 
     def __enter__(self) -> None:
@@ -124,7 +124,7 @@ class _Released:
 def check_interrupt() -> None:
     """Delivers a recorded interruption; called at places inside a long command where it can stop safely."""
     # A class attribute, because this is called thousands of times per command and signal.getsignal takes 10 µs.
-    block = HeldInterrupts.noting
+    block = DeferredInterrupts.noting
     if block is not None and not block._finishing and in_main_thread():
         block.deliver()
 
@@ -192,6 +192,6 @@ class RunningBlock:
         return frame is not None
 
 
-def _holder(handler: Any) -> HeldInterrupts | None:
+def _holder(handler: Any) -> DeferredInterrupts | None:
     owner = getattr(handler, "__self__", None)
-    return owner if isinstance(owner, HeldInterrupts) else None
+    return owner if isinstance(owner, DeferredInterrupts) else None

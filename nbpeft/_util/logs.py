@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 
 LIBRARIES = ("bitsandbytes", "transformers", "accelerate")
 HOLD_SECONDS = 10.0
@@ -72,7 +72,7 @@ class RepeatFilter(logging.Filter):
 
     def _count(self, record: logging.LogRecord) -> None:
         key = (record.name, record.getMessage())
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             if not self._counts:
                 self._since = self._clock()
             self._delayed.setdefault(key, [record])
@@ -83,7 +83,7 @@ class RepeatFilter(logging.Filter):
 
     def flush(self) -> None:
         """Shows every delayed warning with its count, in the order of first occurrence."""
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             delayed, counts = self._delayed, self._counts
             self._delayed, self._counts = {}, {}
             before = set(self._shown_before)
@@ -97,7 +97,7 @@ class RepeatFilter(logging.Filter):
 
     def forget(self) -> None:
         """Forgets which warnings have been shown."""
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             self._shown_before.clear()
 
 
@@ -118,7 +118,7 @@ class _Collapsing:
         self._lock = threading.RLock()
 
     def enter(self, block: _Block) -> None:
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             self._blocks.add(block)
             for handler in _handlers():
                 if handler not in self._handlers:
@@ -127,7 +127,7 @@ class _Collapsing:
 
     def leave(self, block: _Block) -> None:
         """Ends a block; does nothing if an interruption prevented ``enter``."""
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             if block not in self._blocks:
                 return
             self._blocks.remove(block)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.engine.changes.active_state import NO_ADAPTERS, ActiveAdapters, RowAssignment
 from nbpeft.engine.tree.model_tree import base_model_of, embedding_of
 from nbpeft.errors import ConfigError, TrainingError
@@ -105,11 +105,11 @@ def chunked_head(
     lazy = _LazyForward(head, size, found)
     try:
         # An attribute of the instance takes precedence over the method, and `head(…)` still runs the head's hooks.
-        with HeldInterrupts():
+        with DeferredInterrupts():
             head.__dict__["forward"] = lazy
         yield found
     finally:
-        with HeldInterrupts(to_the_end=True):
+        with DeferredInterrupts(to_the_end=True):
             lazy.end()
 
 

@@ -16,7 +16,7 @@ Files:
     optimizers.py      The size of optimizer states
     processor.py       Which half-precision dtypes this machine's CPU has matrix-product instructions for
     saved.py           Counts the tensors that autograd saves for the backward pass
-    shared_out.py      The memory of one of several processes: with DDP it has the whole model, with FSDP2 a shard of
+    per_process.py     The memory of one of several processes: with DDP it has the whole model, with FSDP2 a shard of
                        the weights
     stages.py          Tracks the stages of a step (which layer, forward or backward) and extrapolates the peak to more
                        layers

@@ -32,8 +32,8 @@ from nbpeft.memory.checkpointing import enable_checkpointing
 from nbpeft.memory.fake_quantized import code_bytes, quantized_bytes, replace_by_fakes
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.optimizers import kind_of, state_bytes
+from nbpeft.memory.per_process import for_one_process
 from nbpeft.memory.saved import tensors_in
-from nbpeft.memory.shared_out import for_one_process
 from nbpeft.memory.stages import Peak
 from nbpeft.names import LOSS_CHUNK_SIZE, START
 from nbpeft.state import MemoryPart

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError
@@ -93,7 +93,7 @@ def loaded(model: nn.Module, columns: Sequence[Column]) -> Iterator[nn.Module]:
         yield model
         return
     was_bare = manager_of(model) is None
-    with HeldInterrupts() as interrupts:
+    with DeferredInterrupts() as interrupts:
         pool = AdapterPool(model, _NO_LIMIT, host_limit_mb=0, adapters=folders)
         try:
             with interrupts.released():

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.display.blocks import Line, bold, dim, line
 from nbpeft.jsonable import as_json
 from nbpeft.session.results.base import Result
@@ -88,7 +88,7 @@ class BackgroundTraining:
         """
         context = contextvars.copy_context()  # so that the thread's output appears in the current cell
         thread = threading.Thread(target=context.run, args=(self._work, work), name="nbpeft-training", daemon=True)
-        with HeldInterrupts():
+        with DeferredInterrupts():
             thread.start()
             self._started = True
         with self._condition:

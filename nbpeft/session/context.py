@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.interrupts import HeldInterrupts, RunningBlock
+from nbpeft._util.interrupts import DeferredInterrupts, RunningBlock
 from nbpeft._util.logs import collapsed
 from nbpeft._util.subscribers import Subscribers
 from nbpeft.errors import AdapterError, BusyError, in_one_line
@@ -293,7 +293,7 @@ class _Command:
 
     def _enter(self, notes: list[str], block: RunningBlock) -> None:
         context = self._context
-        with HeldInterrupts() as interrupts, ExitStack() as entered:
+        with DeferredInterrupts() as interrupts, ExitStack() as entered:
             command = context.lock.take(self._description, block)
             entered.callback(context.lock.give_back, command)
             if self._slow:
@@ -309,7 +309,7 @@ class _Command:
 
     def __exit__(self, *error: Any) -> None:
         try:
-            with HeldInterrupts():
+            with DeferredInterrupts():
                 self._entered.__exit__(*error)
         finally:
             self._context.end_command()

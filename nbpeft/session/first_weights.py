@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.session.undoable import Undoable
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def weights_kept_unless(
         done = not also_at_end
     finally:
         if not done and not learned() and before:
-            with HeldInterrupts(to_the_end=True), manager.transaction() as change:
+            with DeferredInterrupts(to_the_end=True), manager.transaction() as change:
                 for adapter in before:
                     restore(manager, adapter)
                 ctx.history.take_back(manager, past, change)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from nbpeft._util.interrupts import HeldInterrupts, RunningBlock
+from nbpeft._util.interrupts import DeferredInterrupts, RunningBlock
 from nbpeft.errors import BusyError
 
 _LOOKING = 1.0
@@ -76,7 +76,7 @@ class CommandLock:
         """
         command = RunningCommand(description, block)
         # An interrupt waits, so that it cannot leave the lock taken by a command that never began.
-        with HeldInterrupts(), self._condition:
+        with DeferredInterrupts(), self._condition:
             self._condition.wait_for(lambda: self._is_free() or bool(self._descriptions()), timeout=_LOOKING)
             if not self._is_free():
                 raise _busy(self.busy or "another command")
@@ -86,7 +86,7 @@ class CommandLock:
 
     def give_back(self, command: RunningCommand) -> None:
         """Release the lock for a command; does nothing if it was already released."""
-        with HeldInterrupts(), self._condition:
+        with DeferredInterrupts(), self._condition:
             self._holding = [other for other in self._holding if other is not command]
             self._condition.notify_all()
 
@@ -94,7 +94,7 @@ class CommandLock:
     def try_lock(self) -> Iterator[bool]:
         """Acquire the lock if it is free for this thread; yields whether it was."""
         look = RunningCommand("", RunningBlock(__name__))
-        with HeldInterrupts(), self._condition:
+        with DeferredInterrupts(), self._condition:
             free = self._is_free()
             if free:
                 self._holding = [*self._holding, look]

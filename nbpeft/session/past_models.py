@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.errors import AdapterError, AdapterExistsError, BaseMismatchError
 from nbpeft.session.handles import is_module, rehandle, uncompiled
 from nbpeft.session.history import PastModel, base_difference
@@ -109,7 +109,7 @@ def _put_onto(base: nn.Module, adapters: Sequence[AdapterSnapshot]) -> Iterator[
 
     present = manager_of(base)
     manager = present or AdapterManager(base)
-    with HeldInterrupts(), manager.transaction():
+    with DeferredInterrupts(), manager.transaction():
         chosen = manager.selected
         for kept in adapters:
             restore(manager, kept)

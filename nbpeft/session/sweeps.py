@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.errors import AdapterError, ConfigError, few
 from nbpeft.session.first_weights import first_random, weights_kept_unless
 from nbpeft.session.history import MOST_BYTES
@@ -167,7 +167,7 @@ def all_or_none(ctx: SessionContext, model: Any) -> Iterator[None]:
     except BaseException:
         current = ctx.models.find(model)
         if current is not None:
-            with HeldInterrupts(to_the_end=True):
+            with DeferredInterrupts(to_the_end=True):
                 restore(current, names, selected, enabled=current.manager.enabled)
         raise
 

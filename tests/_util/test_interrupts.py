@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from nbpeft._util import interrupts
-from nbpeft._util.interrupts import HeldInterrupts, RunningBlock, check_interrupt, released_interrupts
+from nbpeft._util.interrupts import DeferredInterrupts, RunningBlock, check_interrupt, released_interrupts
 from tests.waiting import PATIENCE
 
 
 def held_and_released(seen: list[str]) -> None:
-    with HeldInterrupts():
+    with DeferredInterrupts():
         seen.append("held")
         with released_interrupts():
             seen.append("released")
@@ -71,7 +71,7 @@ def test_the_handler_is_back_wherever_an_interruption_comes() -> None:
 
 def test_one_that_was_noted_comes_when_it_is_let_through() -> None:
     seen: list[str] = []
-    with pytest.raises(KeyboardInterrupt), HeldInterrupts():
+    with pytest.raises(KeyboardInterrupt), DeferredInterrupts():
         signal.raise_signal(signal.SIGINT)
         seen.append("held")
         with released_interrupts():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nbpeft.errors import ConfigError
-from nbpeft.methods import Adapter, Listing, MethodConfig, Pads, Rescales, register
+from nbpeft.methods import Adapter, Listing, MethodConfig, Paddable, Rescales, register
 
 
 @dataclass
@@ -34,7 +34,7 @@ class KronSumConfig(MethodConfig):
     sample_configs={"small": {"r": 2, "size": 4}, "dropout": {"r": 3, "size": 4, "dropout": 0.1}},
     listing=Listing(summary=lambda config: {"r": str(config.r), "size": str(config.size)}),
 )
-class KronSum(Adapter, Rescales, Pads):
+class KronSum(Adapter, Rescales, Paddable):
     from_config = {"scaling": "scaling_at", "dropout": "dropout"}  # noqa: RUF012
     rank_axes = {"kron_A": 0, "kron_B": 0}  # noqa: RUF012
 

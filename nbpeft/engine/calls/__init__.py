@@ -10,7 +10,7 @@ Door, what other rooms import:
     model_calls.py          Inserts prompts into the calls of a model: embeddings, mask, positions, cache and labels
     model_properties.py     Properties of a model on which its calls depend: its arguments, cache, encoder, labels and
                             gradient checkpointing
-    prompts_by_hand.py      Prompts that a script asks for and puts into a call itself are not put in a second time
+    manual_prompts.py       Prompts that a script asks for and puts into a call itself are not put in a second time
     prompt_twins.py         A copy of the module tree for a second prompt: prompts change no weights, so two can be
                             trained on one base
     selective_recompute.py  Recomputes activations and norms of any model in backward instead of storing them

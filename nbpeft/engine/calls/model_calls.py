@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.calls.manual_prompts import given_tokens, is_put_in
 from nbpeft.engine.calls.model_properties import (
     CACHES,
     cache_argument,
@@ -25,7 +26,6 @@ from nbpeft.engine.calls.model_properties import (
     parameters_of,
     part_with_cache,
 )
-from nbpeft.engine.calls.prompts_by_hand import given_tokens, is_put_in
 from nbpeft.engine.changes.active_state import RowAssignment
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.adapter_names import check_scale

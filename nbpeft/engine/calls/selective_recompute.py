@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.engine.contract.base import LayerKind
 from nbpeft.engine.contract.registry import resolve_layer_kind
 from nbpeft.engine.kernels.grouped_heads import grouped_heads
@@ -64,7 +64,7 @@ class selective_recompute:
 
     def __enter__(self) -> Self:
         try:
-            with HeldInterrupts():
+            with DeferredInterrupts():
                 if self._verify:
                     self._opened.enter_context(grouped_heads(self._model))
                 for module, forward in _replacements(self._model, self._verify):
@@ -81,7 +81,7 @@ class selective_recompute:
         self._restore()
 
     def _restore(self) -> None:
-        with HeldInterrupts(to_the_end=True), self._opened:
+        with DeferredInterrupts(to_the_end=True), self._opened:
             while self._changed:
                 self._changed.pop().__dict__.pop(_FORWARD, None)
 

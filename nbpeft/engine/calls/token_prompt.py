@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.prompts_by_hand import note_requested
+from nbpeft.engine.calls.manual_prompts import note_requested
 from nbpeft.engine.changes.called_modules import is_plain
 from nbpeft.engine.config.prompt_config import ENCODER_KEY, PROMPT_KEY, InitialisedPromptConfig, PromptLearningConfig
 from nbpeft.engine.contract.base import BaseLayer, onloaded

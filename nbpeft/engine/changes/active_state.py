@@ -25,7 +25,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nbpeft._util.interrupts import HeldInterrupts, RunningBlock, wait_for
+from nbpeft._util.interrupts import DeferredInterrupts, RunningBlock, wait_for
 from nbpeft.engine.changes.step_gate import StepGate
 from nbpeft.errors import AdapterError, BusyError
 
@@ -446,7 +446,7 @@ class ActiveState:
     def close(self, *, wait: bool = True) -> None:
         """Waits until no call is running, and makes calls of other threads wait until ``open``; may be nested.
 
-        Call it, and ``open``, inside ``HeldInterrupts``, so that an interruption cannot skip ``open``.
+        Call it, and ``open``, inside ``DeferredInterrupts``, so that an interruption cannot skip ``open``.
 
         Args:
             wait: False to raise instead of waiting.
@@ -565,7 +565,7 @@ class Call:
     def __enter__(self) -> Self:
         self._block = RunningBlock(__name__, _ENTERED_BY)
         try:
-            with HeldInterrupts():
+            with DeferredInterrupts():
                 self._state._begin(self)
                 self._outer = self._state._here()
                 self._active = active = self._requested() if callable(self._requested) else self._requested
@@ -584,7 +584,7 @@ class Call:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with HeldInterrupts():
+        with DeferredInterrupts():
             pinned, self._pinned = self._pinned, False
             if pinned:
                 if self._begun is not None and torch.is_grad_enabled():

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from nbpeft._util.interrupts import HeldInterrupts, RunningBlock, wait_for
+from nbpeft._util.interrupts import DeferredInterrupts, RunningBlock, wait_for
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.random_numbers import random_state, set_random_state
 from nbpeft.errors import BusyError
@@ -147,7 +147,7 @@ class StepGate:
                 self._leave(taken)
 
     def _take(self, block: RunningBlock) -> RunningBlock | None:
-        with HeldInterrupts(), self._condition:
+        with DeferredInterrupts(), self._condition:
             self._waiting.append(block)
             try:
                 wait_for(self._condition, until=lambda: self._ended or (self._is_next(block) and not self._is_taken()))
@@ -162,7 +162,7 @@ class StepGate:
         return bool(self._admitted) and self._admitted[0] is block
 
     def _leave(self, block: RunningBlock) -> None:
-        with HeldInterrupts(), self._condition:
+        with DeferredInterrupts(), self._condition:
             if self._taken is block:
                 self._taken = None
             self._condition.notify_all()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft._util.interrupts import HeldInterrupts, check_interrupt
+from nbpeft._util.interrupts import DeferredInterrupts, check_interrupt
 from nbpeft.engine.changes.active_state import ActiveState
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.changes.spill_file import SpillFile
@@ -286,7 +286,7 @@ class Block:
         self._transaction = transaction
         self._quiet = quiet
         self._gate = None if during_calls else transaction.active_state
-        self._held = HeldInterrupts()
+        self._held = DeferredInterrupts()
 
     def __enter__(self) -> Transaction:
         gate = self._transaction.active_state.gate

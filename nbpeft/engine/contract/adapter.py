@@ -26,9 +26,9 @@ from nbpeft.engine.contract.adapter_config import note_use as note_use
 from nbpeft.engine.contract.adapter_config import store_of as store_of
 from nbpeft.engine.contract.adapter_site import AdapterSite as AdapterSite
 from nbpeft.engine.contract.adapter_weights import AdapterWeights as AdapterWeights
+from nbpeft.engine.contract.adapter_weights import InitialComponent as InitialComponent
 from nbpeft.engine.contract.adapter_weights import LowRankDelta as LowRankDelta
 from nbpeft.engine.contract.adapter_weights import ReadsTensors as ReadsTensors
-from nbpeft.engine.contract.adapter_weights import TakenOver as TakenOver
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import Bindable
 from nbpeft.engine.contract.capabilities import ChangesBase as ChangesBase
@@ -41,18 +41,18 @@ from nbpeft.engine.contract.capabilities import IsLowRank as IsLowRank
 from nbpeft.engine.contract.capabilities import MeasuresDelta as MeasuresDelta
 from nbpeft.engine.contract.capabilities import MergesInPlace as MergesInPlace
 from nbpeft.engine.contract.capabilities import NotConvertible as NotConvertible
-from nbpeft.engine.contract.capabilities import Pads as Pads
+from nbpeft.engine.contract.capabilities import Paddable as Paddable
 from nbpeft.engine.contract.capabilities import QuantizationAware as QuantizationAware
 from nbpeft.engine.contract.capabilities import ReplacesCall as ReplacesCall
 from nbpeft.engine.contract.capabilities import Rescales as Rescales
 from nbpeft.engine.contract.capabilities import ServesRows as ServesRows
 from nbpeft.engine.contract.capabilities import Shape as Shape
 from nbpeft.engine.contract.capabilities import ShowsModules as ShowsModules
-from nbpeft.engine.contract.capabilities import StartsInWeight as StartsInWeight
+from nbpeft.engine.contract.capabilities import TiedAdapter as TiedAdapter
 from nbpeft.engine.contract.capabilities import TransformsInput as TransformsInput
 from nbpeft.engine.contract.capabilities import TransformsOutput as TransformsOutput
 from nbpeft.engine.contract.capabilities import Untargeted as Untargeted
-from nbpeft.engine.contract.capabilities import UsesAnother as UsesAnother
+from nbpeft.engine.contract.capabilities import WeightInitialized as WeightInitialized
 from nbpeft.engine.contract.capabilities import inner_adapters_of as inner_adapters_of
 from nbpeft.engine.contract.capabilities import rounds as rounds
 from nbpeft.engine.contract.capabilities import size_of as size_of
@@ -237,7 +237,7 @@ class Adapter(Bindable):
         if isinstance(self, HasFixedTensors):
             own |= {key: value for key, value in self._buffers.items() if key not in self._non_persistent_buffers_set}
         saved = {key: value for key, value in own.items() if value is not None}
-        if not isinstance(self, Pads) or not self.rank_axes:
+        if not isinstance(self, Paddable) or not self.rank_axes:
             return saved
         unpadded = shapes()
         return {key: self.used_part(key, value, unpadded.get(key, value.shape))[0] for key, value in saved.items()}

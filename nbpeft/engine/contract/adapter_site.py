@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.engine.contract.adapter_weights import TakenOver
+from nbpeft.engine.contract.adapter_weights import InitialComponent
 from nbpeft.engine.contract.base import BaseLayer, Shape
 from nbpeft.engine.contract.initial_draws import Fill, drawn, dtype_in_layer
 from nbpeft.engine.contract.shared_state import SharedState
@@ -37,7 +37,7 @@ class AdapterSite:
     dtype: torch.dtype
     shared: SharedState | None = None
     name: str = "default"
-    start: TakenOver | None = None
+    start: InitialComponent | None = None
 
     @cached_property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ ReadsTensors = Callable[[Mapping[str, Mapping[str, tuple[int, ...]]]], Mapping[s
 
 
 @dataclass(frozen=True)
-class TakenOver:
+class InitialComponent:
     """The part of a layer's weight that an adapter is initialized from: ``-scaling * neg_up @ down``.
 
     ``scaling`` is that of the adapter, which subtracts this part from the frozen weight.
@@ -63,7 +63,7 @@ class AdapterWeights:
     base: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     parameters: Collection[str] = ()
-    starts: dict[str, TakenOver] = field(default_factory=dict)
+    starts: dict[str, InitialComponent] = field(default_factory=dict)
 
     @torch.inference_mode(False)
     @torch.no_grad()

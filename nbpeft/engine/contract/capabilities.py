@@ -7,13 +7,13 @@ The engine checks ``isinstance(adapter, Rescales)`` and never which method it ha
     FusesAdd, MergesInPlace             add to the output or to the weight without a second tensor of that size
     Rescales                            have a scaling that can be changed
     ChangesBase                         change the frozen layer when they are added to it
-    Pads                                fit into larger tensors, so that a compiled model is not compiled again
+    Paddable                                fit into larger tensors, so that a compiled model is not compiled again
     ServesRows                          serve a mixed batch in one pass
     ConvertsToLora                      add a product of two thin matrices, so that they can be converted exactly
     IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
     HasFixedTensors                     have buffers that are saved
-    StartsInWeight                      are initialized from a part of the weight
-    UsesAnother                         use the tensors of the adapter on another layer
+    WeightInitialized                      are initialized from a part of the weight
+    TiedAdapter                         use the tensors of the adapter on another layer
     HasInnerAdapters                    consist of several adapters
     Untargeted                          do not change the layer's weight as a whole
     NotConvertible                      change the layer in a way that a LoRA cannot
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter_weights import LowRankDelta, TakenOver
+from nbpeft.engine.contract.adapter_weights import InitialComponent, LowRankDelta
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.base import Shape as Shape
 
@@ -163,7 +163,7 @@ class ChangesBase(ABC):
         """
 
 
-class Pads:
+class Paddable:
     """Its tensors can be larger than it needs, so that adapters of another size (rank) fit into them.
 
     Values of zero along ``rank_axes`` must add nothing.
@@ -200,7 +200,7 @@ class Pads:
         return tensor.narrow(axis, 0, used), [tensor.narrow(axis, used, tensor.shape[axis] - used)]
 
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Pads the parameters to a larger size; nothing is changed yet.
+        """Paddable the parameters to a larger size; nothing is changed yet.
 
         Args:
             size: the new size (rank).
@@ -296,7 +296,7 @@ class HasFixedTensors:
         return 0
 
 
-class StartsInWeight(ABC):
+class WeightInitialized(ABC):
     """May be initialized from a part of the weight, which it subtracts from the layer (PiSSA, OLoRA)."""
 
     loses_start: bool = False
@@ -310,7 +310,7 @@ class StartsInWeight(ABC):
 
     @property
     @abstractmethod
-    def taken_over(self) -> TakenOver | None:
+    def taken_over(self) -> InitialComponent | None:
         """The part of the weight that it is initialized from and subtracts from the layer; None if there is none."""
 
     @abstractmethod
@@ -388,7 +388,7 @@ class HotSwaps:
     @classmethod
     def size_of(cls, shapes: Mapping[str, Shape]) -> int | None:
         """The size (rank) of an adapter with these parameter shapes; None if the method has no such size."""
-        following: Any = super()  # that of ``Pads``, in whichever order a class derives from both
+        following: Any = super()  # that of ``Paddable``, in whichever order a class derives from both
         return following.size_of(shapes) if hasattr(following, "size_of") else None
 
     def configure(self, config: Any, path: str) -> None:
@@ -412,7 +412,7 @@ class HasInnerAdapters:
         return {}
 
 
-class UsesAnother(ABC):
+class TiedAdapter(ABC):
     """Uses the tensors of the adapter on another layer, its ``source``, because the two layers share one weight.
 
     Attributes:
@@ -501,8 +501,8 @@ def warn_not_called(module: nn.Module, stacklevel: int) -> None:
 
 
 def source_of(adapter: nn.Module) -> Any:
-    """The adapter of another layer whose tensors an adapter uses (``UsesAnother``); None if it has its own."""
-    return adapter.source if isinstance(adapter, UsesAnother) else None
+    """The adapter of another layer whose tensors an adapter uses (``TiedAdapter``); None if it has its own."""
+    return adapter.source if isinstance(adapter, TiedAdapter) else None
 
 
 def inner_adapters_of(adapter: nn.Module) -> Mapping[str, Any]:
@@ -516,8 +516,8 @@ def swap_refusal(adapter: nn.Module) -> str:
 
 
 def size_of(adapter_class: type[nn.Module], shapes: Mapping[str, Shape]) -> int | None:
-    """The size (rank) of an adapter with some shapes (``HotSwaps``, ``Pads``); None if it has no such size."""
-    return adapter_class.size_of(shapes) if issubclass(adapter_class, HotSwaps | Pads) else None
+    """The size (rank) of an adapter with some shapes (``HotSwaps``, ``Paddable``); None if it has no such size."""
+    return adapter_class.size_of(shapes) if issubclass(adapter_class, HotSwaps | Paddable) else None
 
 
 def rounds(adapter: nn.Module) -> bool:

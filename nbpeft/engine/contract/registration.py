@@ -13,18 +13,18 @@ from nbpeft.engine.contract.capabilities import (
     HotSwaps,
     MeasuresDelta,
     MergesInPlace,
-    Pads,
+    Paddable,
     QuantizationAware,
     ShowsModules,
-    StartsInWeight,
-    UsesAnother,
+    TiedAdapter,
+    WeightInitialized,
 )
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
 _HOME = HotSwaps.__module__
 _CAPABILITIES = (
     *(HasFixedTensors, HasInnerAdapters, HotSwaps, MeasuresDelta, MergesInPlace),
-    *(QuantizationAware, ShowsModules, StartsInWeight, UsesAnother),
+    *(QuantizationAware, ShowsModules, WeightInitialized, TiedAdapter),
 )
 """Capabilities whose members only count in classes that derive from them."""
 
@@ -65,7 +65,7 @@ def _check_capabilities(label: str, adapter_class: type[Any], cls: type[Any]) ->
     for capability in _CAPABILITIES:
         if issubclass(adapter_class, capability) or cls.__module__ == _HOME:  # a capability itself
             continue
-        taken = vars(Pads) if issubclass(adapter_class, Pads) else {}
+        taken = vars(Paddable) if issubclass(adapter_class, Paddable) else {}
         members = (name for name in vars(capability) if not name.startswith("_") and name not in taken)
         name = next((name for name in members if name in vars(cls)), None)
         if name is not None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.engine.contract.adapter import Adapter, AdapterConfig, PeftType
 from nbpeft.engine.contract.base import Backend, Composite, LayerKind
 from nbpeft.engine.contract.combination import Combine
@@ -364,7 +364,7 @@ def _load_entry_points() -> None:
     if _entry_points_loaded or (names is not None and not hasattr(names, "MethodConfig")):
         return
     failures = []
-    with HeldInterrupts(), _entry_points_lock:
+    with DeferredInterrupts(), _entry_points_lock:
         # The lock is reentrant: a package may use the registry while it is being imported here.
         if _entry_points_loaded or _entry_points_loading:
             return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, Pads, Rescales, keep_settings, source_of
+from nbpeft.engine.contract.adapter import Adapter, Paddable, Rescales, keep_settings, source_of
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import HotSwapError
 
@@ -44,7 +44,7 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None) -> None:
         for adapter in layer.adapters._modules.values()
         if isinstance(adapter, Adapter)
     ]
-    pads = [(path, adapter) for path, _, adapter in slots if isinstance(adapter, Pads)]
+    pads = [(path, adapter) for path, _, adapter in slots if isinstance(adapter, Paddable)]
     tied = next((path for path, adapter in pads if source_of(adapter) is not None), None)
     if tied is not None:
         raise HotSwapError(f"{tied} uses the tensors of another layer (ensure_weight_tying): it cannot be swapped")
@@ -52,9 +52,9 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None) -> None:
         raise HotSwapError("No adapter layers found on the model: load an adapter before preparing for hot-swapping")
     check_data(parameter for _, _, adapter in slots for parameter in adapter.parameters())
     grown: list[tuple[nn.Parameter, Tensor]] = []
-    padded: list[Pads] = []
+    padded: list[Paddable] = []
     for path, layer, adapter in slots:
-        if target_rank is None or not isinstance(adapter, Pads):
+        if target_rank is None or not isinstance(adapter, Paddable):
             continue
         if adapter.room > target_rank:
             raise HotSwapError(

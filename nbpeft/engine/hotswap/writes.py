@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import Adapter, Pads, configure, is_configured, keep_settings, size_of, swap_refusal
+from nbpeft.engine.contract.adapter import (
+    Adapter,
+    Paddable,
+    configure,
+    is_configured,
+    keep_settings,
+    size_of,
+    swap_refusal,
+)
 from nbpeft.engine.contract.base import Shape, Shapes
 from nbpeft.engine.hotswap.padding import check_data, put_larger
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -55,7 +63,7 @@ class Writes:
         self._zeros: list[Tensor] = []
         self._larger: list[tuple[nn.Parameter, Tensor]] = []
         self._adapters: list[tuple[str, Adapter]] = []
-        self._padded: list[Pads] = []
+        self._padded: list[Paddable] = []
         self._reset: list[tuple[Adapter, AdaptedLayer]] = []
 
     def collect_layers(self, slot: Mapping[str, AdaptedLayer], given: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -89,7 +97,7 @@ class Writes:
                 self._reset.append((adapter, layer))
             # Layers without new tensors also get the new size, because saved tensors have to fit the new config.
             self._collect_adapter(path, layer, adapter, shapes, given.get(path, {}))
-            is_padded = isinstance(adapter, Pads) and self._padded[-1:] == [adapter]
+            is_padded = isinstance(adapter, Paddable) and self._padded[-1:] == [adapter]
             if is_padded or not is_configured(adapter, self.config, path):
                 self._adapters.append((path, adapter))
 
@@ -104,7 +112,7 @@ class Writes:
         constants, parameters = adapter.peft.constants, adapter._parameters
         read = {key: value for key, value in parameters.items() if value is not None and key not in constants}
         if read.keys() == shapes.keys() and (
-            isinstance(adapter, Pads) or all(value.shape == shapes[key] for key, value in read.items())
+            isinstance(adapter, Paddable) or all(value.shape == shapes[key] for key, value in read.items())
         ):
             return
         own = {key: tuple(value.shape) for key, value in read.items()}
@@ -148,7 +156,7 @@ class Writes:
     ) -> None:
         larger: dict[nn.Parameter, Tensor] = {}
         parameters: dict[str, Any] = adapter._parameters
-        pads = adapter if isinstance(adapter, Pads) else None
+        pads = adapter if isinstance(adapter, Paddable) else None
         rank = size_of(type(adapter), shapes)
         if pads is not None and rank is not None:
             room = pads.room

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft._util.interrupts import HeldInterrupts, check_interrupt
+from nbpeft._util.interrupts import DeferredInterrupts, check_interrupt
 from nbpeft.engine.calls.first_pass import NeedsFirstPass, put_first_pass
 from nbpeft.engine.calls.inner_calls import put_inner_hooks
 from nbpeft.engine.calls.model_calls import put_hooks, take_hooks
@@ -359,7 +359,7 @@ class CollectionPaused:
         if self._was_enabled:
             # What the program has frozen itself, all that it had, stays frozen; Python 3.12 alone keeps hundreds there.
             if gc.get_count()[0] >= _MANY_OBJECTS > gc.get_freeze_count():
-                with HeldInterrupts():
+                with DeferredInterrupts():
                     gc.freeze()
                     gc.unfreeze()
             gc.enable()

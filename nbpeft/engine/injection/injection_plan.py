@@ -14,7 +14,7 @@ from nbpeft.engine.contract.adapter import (
     Adapter,
     AdapterConfig,
     AdapterWeights,
-    UsesAnother,
+    TiedAdapter,
 )
 from nbpeft.engine.contract.base import Shapes
 from nbpeft.engine.contract.registry import (
@@ -183,7 +183,7 @@ class InjectionPlan:
             target
             for target in self.targets
             if target.tied_to
-            and issubclass(target.adapter_class, UsesAnother)
+            and issubclass(target.adapter_class, TiedAdapter)
             and target.adapter_class.differs(given.get(target.path, {}), given.get(target.tied_to, {}))
         ]
 

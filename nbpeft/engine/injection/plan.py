@@ -34,7 +34,7 @@ from nbpeft.engine.contract.adapter import (
     AdapterConfig,
     HasFixedTensors,
     TaskType,
-    UsesAnother,
+    TiedAdapter,
 )
 from nbpeft.engine.contract.base import Backend, LayerKind, Shape
 from nbpeft.engine.contract.registry import (
@@ -495,7 +495,7 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
         made[target.path] = target, adapter
         for name, owner in target.tied.items():
             adapter._parameters[name] = made[owner][1]._parameters[name]
-        if target.tied_to and isinstance(adapter, UsesAnother):
+        if target.tied_to and isinstance(adapter, TiedAdapter):
             adapter.tie_to(made[target.tied_to][1])
     return list(made.values())
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Pads, SharedState, StartsInWeight
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Paddable, SharedState, WeightInitialized
 from nbpeft.engine.contract.base import Shape, Shapes
 from nbpeft.engine.kernels.storage import is_packed
 from nbpeft.engine.wrappers.layer import AdaptedLayer
@@ -99,7 +99,7 @@ def weights_source(layers: Layers, copies: Copies, name: str, config: AdapterCon
     """
     shapes = {
         # Only padded adapters need their shapes, which are computed now because that needs the layer.
-        path: _shapes(path, layer, name, config)() if isinstance(layer.adapter(name), Pads) else {}
+        path: _shapes(path, layer, name, config)() if isinstance(layer.adapter(name), Paddable) else {}
         for path, layer in layers.items()
         if name in layer.adapters
     }
@@ -122,7 +122,7 @@ def _weights(
             starts={
                 path: start
                 for path, adapter in adapters.items()
-                if isinstance(adapter, StartsInWeight) and (start := adapter.taken_over) is not None
+                if isinstance(adapter, WeightInitialized) and (start := adapter.taken_over) is not None
             },
         )
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from nbpeft._util.interrupts import check_interrupt
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import AdapterConfig, StartsInWeight
+from nbpeft.engine.contract.adapter import AdapterConfig, WeightInitialized
 from nbpeft.engine.contract.model_adapter import HasSideNetwork
 from nbpeft.engine.injection.injection_plan import InjectionPlan
 from nbpeft.engine.tree.tied_weights import layers_to_untie
@@ -223,11 +223,11 @@ def leave_starts(
     Raises:
         MergeError: a weight cannot be written.
     """
-    leaving: dict[str, dict[str, StartsInWeight]] = {}
+    leaving: dict[str, dict[str, WeightInitialized]] = {}
     for path, layer in layers.items():
         others = {name: layer.adapter(name) for name in layer.adapters if name not in merged}
         for name, adapter in others.items():
-            if not isinstance(adapter, StartsInWeight) or adapter.taken_over is None:
+            if not isinstance(adapter, WeightInitialized) or adapter.taken_over is None:
                 continue
             if adapter.leaves_start or not configs[name].initialised_from_weight:
                 leaving.setdefault(path, {})[name] = adapter

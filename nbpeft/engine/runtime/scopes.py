@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.engine.changes.active_state import Scope
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.manager_protocol import Manager
@@ -99,7 +99,7 @@ class AdapterContext(ContextDecorator):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # An interrupt in between would leave other adapters active after the block.
-        with HeldInterrupts(to_the_end=True):
+        with DeferredInterrupts(to_the_end=True):
             scope, self._scope = self._scope, None
             try:
                 if scope is not None:

@@ -18,9 +18,9 @@ from nbpeft.engine.contract.adapter import (
     Adapter,
     FusesAdd,
     ReplacesCall,
-    StartsInWeight,
     TransformsInput,
     TransformsOutput,
+    WeightInitialized,
     add_to_,
     delta_of,
     rounds,
@@ -376,7 +376,7 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
         self._frozen = frozen if keep_frozen else None
 
     @torch.no_grad()
-    def take_out(self, adapters: Sequence[StartsInWeight], change: Transaction, *, untie: bool) -> None:
+    def take_out(self, adapters: Sequence[WeightInitialized], change: Transaction, *, untie: bool) -> None:
         """Subtracts the initial components of adapters from the weight, permanently.
 
         Args:

@@ -17,7 +17,7 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.model_tree import manager_of, unwrapped
 from nbpeft.errors import ConfigError, TargetError, few
 from nbpeft.model.handle.state_dicts import drop_values
-from nbpeft.model.saving.given_configs import as_given, take_given
+from nbpeft.model.saving.user_configs import adopt_config, user_config
 
 
 def inject_adapter_in_model(
@@ -50,9 +50,9 @@ def inject_adapter_in_model(
         )
     manager = manager_of(model) or AdapterManager(unwrapped(model))
     with replacing(manager, adapter_name, "a new one") as replace, manager.transaction() as change:
-        config = as_given(peft_config)
+        config = user_config(peft_config)
         inject(manager, config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict, replace=replace)
-        take_given(manager, adapter_name, peft_config, change)
+        adopt_config(manager, adapter_name, peft_config, change)
     return model
 
 

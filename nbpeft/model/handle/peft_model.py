@@ -38,8 +38,8 @@ from nbpeft.model.handle.tuner import (
 )
 from nbpeft.model.quantization.quantize import clear_gguf_flags
 from nbpeft.model.saving import files, loading
-from nbpeft.model.saving.given_configs import as_given, take_given
 from nbpeft.model.saving.sharded import is_sharded
+from nbpeft.model.saving.user_configs import adopt_config, user_config
 from nbpeft.peft_layers.classes import refuse_pickle_of_peft
 
 _SPECIAL = "special_peft_forward_args"
@@ -118,7 +118,7 @@ class PeftModel(ShowsPrompts, PushesToHub):
         put = manager.prepare(name, wanted, half=half, training=True, draws=not empty, **options)
         with manager.transaction() as change:
             put_active(manager, put, name, empty=empty)
-            take_given(manager, name, given, change)
+            adopt_config(manager, name, given, change)
             self._take(manager.model, manager)
             self.training = self._tuner.training = True  # like the new adapter, in whichever mode the base model is
 
@@ -171,7 +171,7 @@ class PeftModel(ShowsPrompts, PushesToHub):
         """
         if not isinstance(config, AdapterConfig):
             raise ConfigError(f"an adapter needs a config such as LoraConfig, not {with_article(config)}")
-        return files.with_base_name(cls._complete(as_given(config)), model)
+        return files.with_base_name(cls._complete(user_config(config)), model)
 
     @classmethod
     def _complete(cls, config: AdapterConfig) -> AdapterConfig:
@@ -396,7 +396,7 @@ class PeftModel(ShowsPrompts, PushesToHub):
             modes: dict[str, Any] = {"trainable": not config.inference_mode, "training": True}
             modes |= {"half": not autocast_adapter_dtype, "draws": not low_cpu_mem_usage}
             self.manager.prepare(adapter_name, config, **modes)()
-            take_given(self.manager, adapter_name, peft_config, change)
+            adopt_config(self.manager, adapter_name, peft_config, change)
             if low_cpu_mem_usage:
                 drop_values(self.manager, adapter_name)
 

@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.calls.manual_prompts import note_requested, put_in_here
 from nbpeft.engine.calls.model_calls import cache_of, prompt_of
-from nbpeft.engine.calls.prompts_by_hand import note_requested, put_in_here
 from nbpeft.engine.changes.called_modules import outside
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.config.adapter_names import unknown_adapter

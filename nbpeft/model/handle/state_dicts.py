@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.changes.transaction import Transaction
-from nbpeft.engine.contract.adapter import AdapterWeights, StartsInWeight, UsesAnother, source_of
+from nbpeft.engine.contract.adapter import AdapterWeights, TiedAdapter, WeightInitialized, source_of
 from nbpeft.engine.contract.registry import method_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import bare_modules, bare_names, unwrapped
@@ -107,7 +107,7 @@ def set_peft_model_state_dict(
     config = manager.configs[adapter_name]
     packed = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)
     tensors = method_of(config).files.unpack(config, packed)
-    started: Mapping[str, StartsInWeight] = {}
+    started: Mapping[str, WeightInitialized] = {}
     options: dict[str, Any] = {"peft_type": peft_type, "ignore_mismatched": ignore_mismatched_sizes}
     options["conversion"] = checkpoint.key_conversion_of(manager.model)
     try:
@@ -154,18 +154,20 @@ def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, wei
     paths = {id(adapter): path for path, adapter in adapters.items()}
     for path, adapter in adapters.items():
         source = paths.get(id(source_of(adapter)))
-        if source is not None and isinstance(adapter, UsesAnother) and adapter.differs(given[path], given[source]):
+        if source is not None and isinstance(adapter, TiedAdapter) and adapter.differs(given[path], given[source]):
             raise CheckpointError(
                 f"the state dict has different tensors for {path} and {source}, which share one pair in adapter "
                 f"{name!r} (ensure_weight_tying)"
             )
 
 
-def _lost_starts(manager: AdapterManager, name: str) -> dict[str, StartsInWeight]:
-    """Returns path -> adapter whose file has its initial component too; see ``StartsInWeight.loses_start``."""
+def _lost_starts(manager: AdapterManager, name: str) -> dict[str, WeightInitialized]:
+    """Returns path -> adapter whose file has its initial component too; see ``WeightInitialized.loses_start``."""
     found = {path: layer.adapter(name) for path, layer in manager.layers_with(name).items()}
     return {
-        path: adapter for path, adapter in found.items() if isinstance(adapter, StartsInWeight) and adapter.loses_start
+        path: adapter
+        for path, adapter in found.items()
+        if isinstance(adapter, WeightInitialized) and adapter.loses_start
     }
 
 

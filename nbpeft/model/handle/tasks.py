@@ -15,7 +15,7 @@ from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.handle.peft_model import PeftModel
 from nbpeft.model.saving.files import base_name
-from nbpeft.model.saving.given_configs import as_given, take_given
+from nbpeft.model.saving.user_configs import adopt_config, user_config
 
 
 def _forward(*names: str) -> Callable[..., Any]:
@@ -158,7 +158,7 @@ def get_peft_model(
     handle = PeftModel.for_task(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     if config is not peft_config:
         with handle.manager.transaction() as change:
-            take_given(handle.manager, adapter_name, peft_config, change)
+            adopt_config(handle.manager, adapter_name, peft_config, change)
     if names and handle.manager is manager:
         warnings.warn(
             f"You are trying to modify a model that already carries {', '.join(map(repr, names))}: "
@@ -176,14 +176,14 @@ def _of_base(config: AdapterConfig, model: nn.Module, revision: str | None) -> A
             warnings.warn(
                 f"the config's revision {config.revision!r} of the base model is replaced by {revision!r}", stacklevel=3
             )
-        config = as_given(config).copy(revision=revision)
+        config = user_config(config).copy(revision=revision)
     name, base = config.base_model_name_or_path, model.get_base_model() if isinstance(model, PeftModel) else model
     if name is not None and base_name(base) is None:
         warnings.warn(
             f"base_model_name_or_path of the config was renamed from {name!r} to 'None': the base model has no name",
             stacklevel=3,
         )
-        config = as_given(config).copy(base_model_name_or_path=None)
+        config = user_config(config).copy(base_model_name_or_path=None)
     return config
 
 
@@ -203,4 +203,4 @@ def _with_names_in_base(config: AdapterConfig, model: PeftModel) -> AdapterConfi
             bare = type(value)(map(without_prefix, value))
         if bare != value:
             changed[field] = bare
-    return as_given(config).copy(**changed) if changed else config
+    return user_config(config).copy(**changed) if changed else config

@@ -31,7 +31,7 @@ from nbpeft.model.combine.conversion import can_convert
 from nbpeft.model.handle.injection import inject, inject_adapter_in_model
 from nbpeft.model.handle.listed_modules import list_parts
 from nbpeft.model.handle.tuner_type import TunerType, check_overrides
-from nbpeft.model.saving.given_configs import replace_configs
+from nbpeft.model.saving.user_configs import replace_configs
 from nbpeft.peft_layers.classes import layer_type, refuse_pickle_of_peft
 from nbpeft.peft_layers.shared_tensors import shared_by_name
 

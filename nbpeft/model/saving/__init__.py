@@ -3,7 +3,7 @@
 Door, what other rooms import:
 
     files.py          Saving the adapters of a manager, in folders and on the hub
-    given_configs.py  Users' config objects: as in PEFT the adapter's config is the same object, with added values
+    user_configs.py   Users' config objects: as in PEFT the adapter's config is the same object, with added values
     loading.py        Loading adapters onto the model of a manager: files are read and checked before the model changes
     merge_deltas.py   The deltas of adapters for a merge: of adapters on a loaded model, or of a saved adapter
     merge_export.py   Merging into a full-precision copy on disk, shard by shard, and measuring merge errors

@@ -19,10 +19,10 @@ from nbpeft.engine.contract.adapter import (
     Adapter,
     AdapterConfig,
     AdapterWeights,
-    StartsInWeight,
-    TakenOver,
+    InitialComponent,
+    TiedAdapter,
     Untargeted,
-    UsesAnother,
+    WeightInitialized,
     source_of,
 )
 from nbpeft.engine.contract.model_adapter import HasSideNetwork, ModelAdapter
@@ -229,7 +229,7 @@ def _loses_start(manager: AdapterManager, name: str) -> bool:
     if not manager.configs[name].initialised_from_weight:
         return False  # its base does not have the initial component
     adapters = (layer.adapter(name) for layer in manager.layers_with(name).values())
-    return any(isinstance(adapter, StartsInWeight) and adapter.loses_start for adapter in adapters)
+    return any(isinstance(adapter, WeightInitialized) and adapter.loses_start for adapter in adapters)
 
 
 def _without_weight(
@@ -256,7 +256,7 @@ def _without_weight(
         ) from None
 
 
-def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: str) -> dict[str, TakenOver]:
+def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: str) -> dict[str, InitialComponent]:
     """Returns path -> initial factors of an adapter, from the folder to which it was saved after its init."""
     saved = checkpoint.read_checkpoint(str(folder))
     if saved.config.initialised_from_weight:
@@ -272,7 +272,7 @@ def _starts_in(folder: str | os.PathLike[str], manager: AdapterManager, name: st
             raise CheckpointError(
                 f"{folder} is not the initial adapter of {name!r}: {target.path} has another rank there, or no factors"
             )
-        starts[target.path] = TakenOver(tensors[down], -tensors[up], "", (down, up))
+        starts[target.path] = InitialComponent(tensors[down], -tensors[up], "", (down, up))
     return starts
 
 
@@ -417,7 +417,7 @@ def _picked(
     return AdapterWeights(
         {
             path: own[id(adapter)]
-            if not isinstance(adapter, UsesAnother) or adapter.source is None
+            if not isinstance(adapter, TiedAdapter) or adapter.source is None
             else adapter.tied_tensors(weights.adapters[path], own[id(adapter.source)])
             for path, adapter in adapters.items()
         },

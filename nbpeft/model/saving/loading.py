@@ -30,10 +30,10 @@ from nbpeft.engine.runtime.manager import AdapterManager
 from nbpeft.engine.tree.fused_layers import of_former_file
 from nbpeft.engine.tree.model_tree import bare_modules, manager_of
 from nbpeft.errors import ConfigError, few
-from nbpeft.model.saving.given_configs import take_given
 from nbpeft.model.saving.offloaded import embedding_weights, refuse_offloaded
 from nbpeft.model.saving.residuals import START, config_on, kept_start, mark_left
 from nbpeft.model.saving.saved_places import note_place
+from nbpeft.model.saving.user_configs import adopt_config
 
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
 
@@ -147,7 +147,7 @@ def read(
                 mark_left(manager, name)
             change.on_undo(checkpoint.name_classes(manager.model, form))
             if given is not None:
-                take_given(manager, name, given, change, loading=True)
+                adopt_config(manager, name, given, change, loading=True)
             result = load_result(manager, name, [*loaded.missing, *loaded.mismatched], loaded.unexpected)
         if is_folder:
             note_place(manager, name, source)

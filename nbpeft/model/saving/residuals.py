@@ -21,14 +21,14 @@ import torch
 from torch import nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, StartsInWeight, TakenOver
+from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, InitialComponent, WeightInitialized
 from nbpeft.engine.runtime.manager import AdapterManager
 
 START = "nbpeft.start"
 """Metadata key with the init of the adapter."""
 
 
-def starting(manager: AdapterManager, name: str) -> list[StartsInWeight]:
+def starting(manager: AdapterManager, name: str) -> list[WeightInitialized]:
     """Returns an adapter's modules on the layers where its init takes over a part of the weight.
 
     Args:
@@ -36,7 +36,9 @@ def starting(manager: AdapterManager, name: str) -> list[StartsInWeight]:
         name: name of the adapter.
     """
     adapters = [layer.adapter(name) for layer in manager.layers_with(name).values()]
-    return [adapter for adapter in adapters if isinstance(adapter, StartsInWeight) and adapter.taken_over is not None]
+    return [
+        adapter for adapter in adapters if isinstance(adapter, WeightInitialized) and adapter.taken_over is not None
+    ]
 
 
 def left_start(manager: AdapterManager, name: str) -> dict[str, str]:
@@ -64,7 +66,7 @@ def take_out_of_saved(manager: AdapterManager, name: str, weights: AdapterWeight
     for path in weights.starts:
         layer, key = manager.layers[path], f"{path}.weight"
         adapter = layer.adapter(name)
-        if key in weights.base and isinstance(adapter, StartsInWeight):
+        if key in weights.base and isinstance(adapter, WeightInitialized):
             weights.base[key] = weights.base[key].detach().clone()
             adapter.take_out_(layer.kind.canonical(layer.weight_module, weights.base[key]))
 
@@ -82,7 +84,7 @@ def mark_left(manager: AdapterManager, name: str) -> None:
 
 def kept_start(
     manager: AdapterManager, name: str, config: AdapterConfig, saved: checkpoint.Checkpoint, weights: AdapterWeights
-) -> dict[str, TakenOver]:
+) -> dict[str, InitialComponent]:
     """Returns the initial components of an adapter that a loaded file for the residual continues.
 
     Args:

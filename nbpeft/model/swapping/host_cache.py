@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from nbpeft import checkpoint
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.engine.contract.adapter import AdapterConfig, AdapterWeights, Untargeted
 from nbpeft.engine.contract.registry import backend_named, method_of
 from nbpeft.engine.injection.build import adapter_dtype
@@ -163,7 +163,7 @@ class AdapterReader:
             key: value for key, value in vars(config).items() if key not in (*BOOKKEEPING_FIELDS, *config.value_fields)
         }
         key = json.dumps(fields, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             if key not in self._layouts:
                 self._layouts[key] = self._make_layout(name, config)
                 if len(self._layouts) > _MAX_LAYOUTS:
@@ -254,7 +254,7 @@ class HostCache:
     @property
     def names(self) -> tuple[str, ...]:
         """The cached adapters, least recently used first."""
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             return tuple(self._entries)
 
     def get(self, name: str, *, prefetch: bool = False) -> HostAdapter:
@@ -266,7 +266,7 @@ class HostCache:
         """
         own: Future[HostAdapter] = Future()
         try:
-            with HeldInterrupts(), self._lock:
+            with DeferredInterrupts(), self._lock:
                 if name in self._entries:
                     self._entries.move_to_end(name)
                     self.hits += not prefetch
@@ -279,7 +279,7 @@ class HostCache:
         except _ReadAbandoned:
             return self.get(name, prefetch=prefetch)
         except BaseException as error:
-            with HeldInterrupts():
+            with DeferredInterrupts():
                 if self._end_reading(name, own) and not own.done():
                     own.set_exception(error if isinstance(error, Exception) else _ReadAbandoned())
             raise
@@ -294,7 +294,7 @@ class HostCache:
 
     def _end_reading(self, name: str, future: Future[HostAdapter]) -> bool:
         """Ends a read; returns False if the adapter was dropped meanwhile, so that the result must not be cached."""
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             current = self._reading.get(name) is future
             if current:
                 del self._reading[name]
@@ -307,7 +307,7 @@ class HostCache:
             name: name of the adapter.
             adapter: the adapter.
         """
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             self._evict(name)
             if adapter.byte_count > self.limit:
                 return
@@ -318,7 +318,7 @@ class HostCache:
 
     def drop(self, name: str) -> None:
         """Drops an adapter from the cache, even while it is being read."""
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             self._evict(name)
             self._reading.pop(name, None)
 

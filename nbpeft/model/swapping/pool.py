@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.contract.adapter import AdapterConfig
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -158,7 +158,7 @@ class AdapterPool:
     @property
     def resident(self) -> tuple[str, ...]:
         """Adapters on the model, least recently used first."""
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             return self._device.names
 
     @property
@@ -169,7 +169,7 @@ class AdapterPool:
     @property
     def offloaded_count(self) -> int:
         """Number of registered adapters that are not on the model."""
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             return len(self._sources) - len(self._device.names)
 
     def can_provide(self, name: str) -> bool:
@@ -200,7 +200,7 @@ class AdapterPool:
     @property
     def statistics(self) -> PoolStatistics:
         """State and counters of the pool."""
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             return PoolStatistics(
                 registered=len(self._sources),
                 resident=len(self._device.names),
@@ -249,7 +249,7 @@ class AdapterPool:
         unknown = [key for key in hub if key not in HUB_OPTIONS]
         if unknown:
             raise AdapterError(f"unknown option {unknown[0]!r}." + did_you_mean(unknown[0], HUB_OPTIONS))
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             if name in self._sources or name in self.manager.configs:
                 where = "pool" if name in self._sources else "model"
                 raise AdapterExistsError(f"the {where} has an adapter {name!r} already; choose another name")
@@ -314,7 +314,7 @@ class AdapterPool:
         """
         chosen = self._known([names] if isinstance(names, str) else names)
         waiting: list[Future[Any]] = []
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             if self._prefetcher is None:
                 self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="adapter-pool")
             present = {*self._device.names, *self._host.names}
@@ -380,7 +380,7 @@ class AdapterPool:
         read: dict[str, HostAdapter] = {}
         first = True
         while True:
-            with HeldInterrupts(), self._lock:
+            with DeferredInterrupts(), self._lock:
                 missing = self._missing(names)
                 if first:
                     self._hits += len(names) - len(missing)
@@ -395,7 +395,7 @@ class AdapterPool:
             with ExitStack() as transaction:
                 # The transaction is always entered before the lock, to prevent a deadlock.
                 transaction.enter_context(self.manager.transaction())
-                with HeldInterrupts(), self._lock:
+                with DeferredInterrupts(), self._lock:
                     missing = self._missing(names)
                     if any(name not in read for name in missing):
                         continue
@@ -408,13 +408,13 @@ class AdapterPool:
                         if switching:
                             stack.push(transaction.pop_all())
                         return
-            with HeldInterrupts(), self._lock:
+            with DeferredInterrupts(), self._lock:
                 if self._releases == releases:
                     self._lock.wait(_RETRY_SECONDS)
 
     def _notify_waiting(self) -> None:
         """Notifies threads that wait for memory."""
-        with HeldInterrupts(), self._lock:
+        with DeferredInterrupts(), self._lock:
             self._releases += 1
             self._lock.notify_all()
 

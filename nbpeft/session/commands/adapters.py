@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointNotFoundError, UnknownAdapterError, few
 from nbpeft.names import DEFAULT_ADAPTER
 from nbpeft.session.checks import adapter_name, place_of
@@ -97,7 +97,7 @@ def add(
             bare: Any = uncompiled(model)
             manager = manager_of(bare) or AdapterManager(bare)
             planned = manager.plan(completed(made, None, bare), name, allow_missing=allow_missing)
-            with starting_from(ctx, bare, made, rows, notes) as start, HeldInterrupts():
+            with starting_from(ctx, bare, made, rows, notes) as start, DeferredInterrupts():
                 handle = handle_of_plan(manager, planned, made, name)
                 with _unloaded_on_failure(handle):
                     start(handle.manager, name)
@@ -572,7 +572,7 @@ def _unloaded_on_failure(handle: PeftModel) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with HeldInterrupts(to_the_end=True):
+        with DeferredInterrupts(to_the_end=True):
             handle.unload()
         raise
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.errors import AdapterExistsError, ConfigError, did_you_mean
 from nbpeft.session.checks import adapter_name, weights_of
 from nbpeft.session.commands.adapters import adapter_in
@@ -126,7 +126,7 @@ def make_combination(
 
     manager, made = tracked.manager, free_name(name, tracked.manager.names) if replaces else name
     _check_options(manager, weights, settings)
-    with HeldInterrupts():
+    with DeferredInterrupts():
         try:
             combined = combine_adapters(manager, tuple(weights), tuple(weights.values()), made, settings)
             if replaces:
@@ -137,7 +137,7 @@ def make_combination(
                     manager.rename(made, name)
         except BaseException:
             if replaces and made in manager.names:  # also if an interruption came right after its creation
-                with HeldInterrupts(to_the_end=True):
+                with DeferredInterrupts(to_the_end=True):
                     manager.remove(made)
             raise
         return combined

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.errors import AdapterError
 from nbpeft.session.checks import names_of, prompts_of, weights_of
 from nbpeft.session.commands.combining import combination_settings, free_name, make_combination, seeded
@@ -167,7 +167,7 @@ def try_combination(
             request = GenerationRequest(None, max_new_tokens, {}, None, should_stop)
             result = _Answering(tracked, [batch] * len(columns), columns, request, on_text).run()
         finally:
-            with HeldInterrupts(to_the_end=True):
+            with DeferredInterrupts(to_the_end=True):
                 if name in tracked.manager.configs:
                     tracked.manager.remove(name)
         return dataclasses.replace(result, notes=tuple(notes))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.session.checks import names_of, place_of
 from nbpeft.session.results import ModelRef, UnloadResult
@@ -112,7 +112,7 @@ def unload(
     with ctx.command("unloading", slow=True) as notes:
         names = tracked.manager.names
         past = ctx.variables.unsaved_of(tracked)
-        with HeldInterrupts():
+        with DeferredInterrupts():
             merged = tracked.manager.active if merge else tracked.manager.merged
             base = tracked.manager.unload(merge=bool(merged), names=merged, safe=safe_merge)
             ctx.models.remove(tracked)

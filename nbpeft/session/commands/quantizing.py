@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.hub_access import config_errors, hub_options
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft._util.paths import from_here
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
 from nbpeft.names import DTYPES
@@ -362,7 +362,7 @@ def _restored_on_failure(base: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with HeldInterrupts(to_the_end=True):
+        with DeferredInterrupts(to_the_end=True):
             if checkpoints != is_checkpointing(base):
                 (enable_checkpointing if checkpoints else disable_checkpointing)(base)
             for registered, were in hooks:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft._util.paths import from_here
 from nbpeft.errors import (
     AdapterError,
@@ -477,7 +477,7 @@ def _undone_unless_learned(ctx: SessionContext, base: Any) -> Iterator[None]:
         tracked = ctx.models.find(base)
         if tracked is not None and tracked.trained_steps == steps:
             tracked.origins = origins
-            with HeldInterrupts(to_the_end=True):
+            with DeferredInterrupts(to_the_end=True):
                 restore(tracked, names, selected, enabled=enabled)
         raise
 

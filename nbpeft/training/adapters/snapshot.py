@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.checkpoint.tensor_file import storable, write_tensors
 from nbpeft.errors import CorruptCheckpointError
 from nbpeft.training.adapters.adapted_model import trainable
@@ -86,7 +86,7 @@ class Snapshot:
 
     def restore(self, model: nn.Module) -> None:
         """Restores the model; an interrupt is delayed until the end, so that two states are never mixed."""
-        with HeldInterrupts(to_the_end=True):
+        with DeferredInterrupts(to_the_end=True):
             set_method_state(model, self._method)  # first, as it makes parameters pruned since then trainable again
             write_back(self._tensors, dict(trainable(model)))
 
@@ -114,7 +114,7 @@ def write_back(copies: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -
         copies: name -> copy.
         parameters: name -> parameter; those without a copy are not changed.
     """
-    with HeldInterrupts(to_the_end=True), torch.no_grad():
+    with DeferredInterrupts(to_the_end=True), torch.no_grad():
         for name, parameter in parameters.items():
             if name in copies:
                 parameter.copy_(copies[name])

@@ -37,7 +37,7 @@ Files:
     row.py           One row of data, read by the names of its form; errors name the row's number
     row_coder.py     Tokenizes a row of any form: text, chats, pairs, comparisons, classes and tags, or tokens as they
                      are
-    seen_formats.py  How the rows of a training are written: with the chat template or without, and with which system
+    prompt_formats.py  How the rows of a training are written: with the chat template or without, and with which system
                      prompts
     sources.py       The sources of rows: lists, datasets, streams, tables, files and datasets on the Hub
     split.py         Splits evaluation rows off the training rows, and counts those that are on both sides

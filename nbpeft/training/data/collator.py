@@ -17,7 +17,7 @@ from nbpeft.training.data.row import listed
 
 @dataclass
 class Collator:
-    """Pads rows on the right into batches of tensors.
+    """Paddable rows on the right into batches of tensors.
 
     ``labels`` are padded with -100, ``input_ids`` with the padding token, everything else with 0;
     single numbers become a (batch,) tensor, and ``label`` is renamed to ``labels``. If some rows have

@@ -27,9 +27,9 @@ from nbpeft.training.data.forms import (
     check_roles,
 )
 from nbpeft.training.data.options import MASKED_REASONING, why_not_used
+from nbpeft.training.data.prompt_formats import joint_of, system_of
 from nbpeft.training.data.reading import LABELS, MASKS, TOKEN_TYPES, Reading, as_list, renamed
 from nbpeft.training.data.row import Row, is_nothing
-from nbpeft.training.data.seen_formats import joint_of, system_of
 from nbpeft.training.data.sources import is_stream
 from nbpeft.training.data.tags import TaggedTokens, encode_words, space_token, with_spaces
 from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, UNTOKENISED, Unused

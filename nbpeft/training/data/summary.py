@@ -21,10 +21,10 @@ from nbpeft.training.data.answers import AnswerCounts, Answers
 from nbpeft.training.data.bad_rows import named_rows
 from nbpeft.training.data.encoding import CodedRow, decoded
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
+from nbpeft.training.data.prompt_formats import SeenFormats
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import LABEL
 from nbpeft.training.data.row_coder import coded_rows
-from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.split import grouping, hash_of
 from nbpeft.training.data.tokenized import check_columns, lines_of

@@ -17,6 +17,7 @@ from nbpeft.training.data.bad_rows import kind_of, named_rows
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import CodedRow
 from nbpeft.training.data.forms import FOR_CLASSIFIERS, row_of
+from nbpeft.training.data.prompt_formats import SeenFormats
 from nbpeft.training.data.reading import (
     LABELS,
     MASKS,
@@ -28,7 +29,6 @@ from nbpeft.training.data.reading import (
 )
 from nbpeft.training.data.row import WEIGHT
 from nbpeft.training.data.row_coder import coded_rows
-from nbpeft.training.data.seen_formats import SeenFormats
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nbpeft import errors
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.checkpoint import scratch_folder
 from nbpeft.checkpoint.staging import Staging, sweep
 from nbpeft.engine.tree.model_tree import manager_of
@@ -74,7 +74,7 @@ def train_in_subprocesses(request: TrainRequest, run: Run, launch: Launch) -> di
         try:
             with _held_port() as port, _started(folder, launch, run, port) as processes:
                 ended, interrupted = _wait(processes, run)
-                with HeldInterrupts(to_the_end=True):
+                with DeferredInterrupts(to_the_end=True):
                     load_adapters(model, folder / RESULT)
                     read_method_state(model, folder / RESULT)
                     run.received_weights(ended.token_count)

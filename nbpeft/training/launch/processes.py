@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import torch
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.errors import ConfigError, in_one_line
 from nbpeft.training.disk.agreement import is_launched
 from nbpeft.training.launch.job import Ended
@@ -155,7 +155,7 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with HeldInterrupts(to_the_end=True):
+        with DeferredInterrupts(to_the_end=True):
             self.end()
 
     def _start(self, number: int, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:

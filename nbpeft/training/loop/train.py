@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft._util.optional import needs
 from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.checkpoint import PromptFormat, name_classes, prompt_format, scratch_folder, set_prompt_format
@@ -407,7 +407,7 @@ def _activated(model: Any, adapter: str | None) -> Iterator[_Activation]:
     finally:
         activation.end()
         if not activation.learned:
-            with HeldInterrupts(to_the_end=True), manager.transaction():
+            with DeferredInterrupts(to_the_end=True), manager.transaction():
                 if active:
                     manager.activate(active)
                 if merged:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import Tensor, nn
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted, with_article
 from nbpeft.memory.processor import slow_dtype, slow_dtype_message
 from nbpeft.state import Curve, MemberState, MemoryState, NamedRows, Sample, TrainState, TrainStatus
@@ -431,7 +431,7 @@ class Run:
             status: ``"finished"``, ``"stopped"`` or ``"failed"``.
             message: A one-line message that replaces the notes.
         """
-        with HeldInterrupts(to_the_end=True):  # a second interrupt must not leave the run in between
+        with DeferredInterrupts(to_the_end=True):  # a second interrupt must not leave the run in between
             with self._lock:
                 if self._stopwatch.has_stopped:
                     return
@@ -461,7 +461,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        with HeldInterrupts(to_the_end=True):  # one that comes now must not leave a run that never ends
+        with DeferredInterrupts(to_the_end=True):  # one that comes now must not leave a run that never ends
             stopped = self._end(error)
         if self.interrupted:
             raise TrainingInterrupted(f"{self.adapter or 'training'} {self.stop_message()}") from None

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft._util.out_of_memory import is_out_of_memory
 from nbpeft.checkpoint import prompt_format
 from nbpeft.confidential import without_secrets
@@ -208,7 +208,7 @@ class RunCheckpointer(TrainerCallback):
         try:
             if folder is not None if failed_alone else broadcast_from_rank0(folder is not None):
                 with (
-                    HeldInterrupts(to_the_end=True),
+                    DeferredInterrupts(to_the_end=True),
                     self._noting(),
                 ):  # a second interrupt waits for the last checkpoint
                     if folder is not None and not self._run.learned and state.status == "failed":
@@ -226,7 +226,7 @@ class RunCheckpointer(TrainerCallback):
                         self._note_lost_steps()
                         self._write_facts()
         finally:
-            with HeldInterrupts(to_the_end=True):
+            with DeferredInterrupts(to_the_end=True):
                 self._end()
             if folder is not None:
                 folder.close()
@@ -241,7 +241,7 @@ class RunCheckpointer(TrainerCallback):
     def keep_last(self) -> None:
         """Writes a checkpoint of the last step of a run that ends early, unless there is one."""
         if broadcast_from_rank0(self.folder is not None) and self._has_new_state(self._run.state.step):
-            with HeldInterrupts(to_the_end=True), self._noting():
+            with DeferredInterrupts(to_the_end=True), self._noting():
                 self._save_as_the_step_ended()
 
     def mark_saved(self, folder: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.tensor_file import storable, write_tensors
 from nbpeft.engine.changes.active_state import NO_ADAPTERS
@@ -148,12 +148,12 @@ class OfTheStart(Reference):
                 parameter.data, self._copies[name] = self._copies[name], parameter.data
 
         try:
-            with HeldInterrupts(to_the_end=True):
+            with DeferredInterrupts(to_the_end=True):
                 swap([*self._copies])
                 swapped += self._copies
             yield
         finally:
-            with HeldInterrupts(to_the_end=True):
+            with DeferredInterrupts(to_the_end=True):
                 swap(swapped)
 
     def write(self, folder: Path) -> None:

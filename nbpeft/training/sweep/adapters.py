@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.engine.changes.random_numbers import drawing_from
 from nbpeft.engine.config.adapter_names import check_name
 from nbpeft.engine.runtime.manager import AdapterManager
@@ -84,7 +84,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
         raise ConfigError(f"{name} is a sweep, but the adapters to train and their fields are given", field=name)
     if members is not None and request.adapter is not None:
         raise ConfigError("adapter cannot be combined with members, which names the adapters to train", field="adapter")
-    with HeldInterrupts() as interrupts:
+    with DeferredInterrupts() as interrupts:
         selected, enabled = manager.selected, manager.enabled
         group, added = None, list[str]()
         try:
@@ -100,7 +100,7 @@ def _members(request: TrainRequest) -> Iterator[SideBySide]:
                 with interrupts.released():
                     yield group
         finally:
-            with HeldInterrupts(to_the_end=True), manager.transaction():
+            with DeferredInterrupts(to_the_end=True), manager.transaction():
                 if group is not None and group.learned:
                     manager.activate(group.best(selected), enable=True)
                 else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.display import numbers
 from nbpeft.engine.changes.active_state import ActiveAdapters, Call
 from nbpeft.engine.config.adapter_names import check_name
@@ -150,7 +150,7 @@ class Member:
         """Copies its weights to host memory, unless they exploded or the loss of the current step is not finite."""
         self._exploded = self._watches_weights and have_exploded(self.parameters)
         if not self._exploded and (self._loss is None or bool(self._loss.isfinite())):
-            with HeldInterrupts():
+            with DeferredInterrupts():
                 self._good = copied(self.numbered, self._good)
                 self.good_step = step
 
@@ -199,7 +199,7 @@ class Member:
 
     def keep_best(self, best: Evaluation, weights: dict[str, Tensor] | None = None) -> None:
         """Keeps the weights of its best evaluation: those given, or else its current ones."""
-        with HeldInterrupts():
+        with DeferredInterrupts():
             before = {} if self.best is None else self.best.weights
             self.best = replace(best, weights=copied(self.numbered, before) if weights is None else weights)
 

@@ -34,7 +34,7 @@ from nbpeft.training.sweep.loss import NotSplittableError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.sweep.rows import OwnRows, batches_from, steps_of_epoch
 from nbpeft.training.transformers.trainer import has_own_loss
-from nbpeft.training.watching.divergence import Seldom
+from nbpeft.training.watching.divergence import Throttle
 from nbpeft.training.watching.scoring import named_metrics
 
 _GROUP_OPTIONS = ("lr", "betas", "eps")
@@ -352,7 +352,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
 
     def __init__(self, group: SideBySide, run: Run, *, stop_on_divergence: bool) -> None:
         self._group, self._run, self._stops = group, run, stop_on_divergence
-        self._seldom = Seldom()
+        self._seldom = Throttle()
         group.note = run.note
         run.members, run.check_clone = group.states, group.check_clone
 

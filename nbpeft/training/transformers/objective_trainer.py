@@ -22,10 +22,10 @@ from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data.forms import MARGIN
 from nbpeft.training.data.sources import is_stream
 from nbpeft.training.objectives.collator import ShiftedCollator, stacked
-from nbpeft.training.objectives.known import KnownLogProbs, digests_of
 from nbpeft.training.objectives.log_probs import log_probs, log_probs_of, token_counts
 from nbpeft.training.objectives.objective import Completions, Objective
 from nbpeft.training.objectives.reference import Reference
+from nbpeft.training.objectives.reference_cache import KnownLogProbs, digests_of
 from nbpeft.training.transformers.trainer import Trainer, first_rows
 from nbpeft.training.watching.scoring import named_metrics
 

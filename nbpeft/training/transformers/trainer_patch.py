@@ -41,7 +41,7 @@ from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.checkpoint import inside
 from nbpeft.engine.contract.adapter import AdapterConfig, PeftType
 from nbpeft.engine.runtime.adapter_tensors import is_half
@@ -88,7 +88,7 @@ def patch_trainer() -> None:
     call does nothing. :mod:`nbpeft.training.transformers.trainer_patch` lists the changes.
     """
     global _hook, _declined
-    with HeldInterrupts(), _lock:
+    with DeferredInterrupts(), _lock:
         _declined = False
         if _hook is None:
             callbacks = {
@@ -105,7 +105,7 @@ def patch_trainer() -> None:
 def unpatch_trainer() -> None:
     """Restores the original libraries, until ``patch_trainer`` or ``nbpeft.Trainer`` is called."""
     global _hook, _declined
-    with HeldInterrupts(), _lock:
+    with DeferredInterrupts(), _lock:
         _declined = True
         if _hook is not None:
             _hook.remove()
@@ -448,7 +448,7 @@ def _subclasses(trainer_class: type) -> list[type]:
 
 def _init_subclass(cls: type, /, **kwargs: Any) -> None:
     super(sys.modules[_TRANSFORMERS].Trainer, cls).__init_subclass__(**kwargs)
-    with HeldInterrupts(), _lock:
+    with DeferredInterrupts(), _lock:
         _patch_trl(cls)
 
 

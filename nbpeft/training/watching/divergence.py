@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.engine.contract.trained import mark_saved
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.training.adapters.adapted_model import trainable, trained_names
@@ -43,7 +43,7 @@ class KeepsBest(Protocol):
         """The step of the snapshot; None if there is none."""
 
 
-class Seldom:
+class Throttle:
     """Decides when to repeat an action that may take at most ``SHARE`` of the time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -72,7 +72,7 @@ class DivergenceStop(TrainerCallback):
     best: KeepsBest | None = None
 
     def __init__(self, run: Run, model: nn.Module, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._run, self._model, self._seldom = run, model, Seldom(clock)
+        self._run, self._model, self._seldom = run, model, Throttle(clock)
         self._good: Snapshot | None = None
         self._losses: Tensor | None = None
         self._reason_before = ""
@@ -122,7 +122,7 @@ class DivergenceStop(TrainerCallback):
         if self._good is None:
             self._good = Snapshot.of(self._model, step)
         else:
-            with HeldInterrupts():  # an interrupt in between would leave a mix of two steps
+            with DeferredInterrupts():  # an interrupt in between would leave a mix of two steps
                 self._good.renew(self._model, step)
 
     def _copy_if_good(self, args: TrainingArguments, step: int) -> None:

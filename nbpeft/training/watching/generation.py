@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.conversations import system_text
-from nbpeft._util.interrupts import HeldInterrupts
+from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.errors import AdapterError, in_one_line, shown
 from nbpeft.state import Answer
 
@@ -344,7 +344,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     from nbpeft.engine.changes.called_modules import called_modules
     from nbpeft.engine.tree.model_tree import manager_of  # not at the top of the file, as they import torch
 
-    interrupts, manager = HeldInterrupts(), manager_of(model)
+    interrupts, manager = DeferredInterrupts(), manager_of(model)
     with nullcontext() if manager is None else manager.active_state.hold(__name__), interrupts:
         training = [module for module in called_modules(model) if module.training]
         try:

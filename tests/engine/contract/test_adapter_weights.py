@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nbpeft.engine.contract.adapter_weights import AdapterWeights, TakenOver
+from nbpeft.engine.contract.adapter_weights import AdapterWeights, InitialComponent
 
 
 def weights() -> AdapterWeights:
@@ -15,7 +15,7 @@ def weights() -> AdapterWeights:
         base={"a.bias": torch.ones(5)},
         shared={"table": torch.ones(6)},
         parameters=("a",),
-        starts={"a": TakenOver(start, start, "pissa", ("lora_A", "lora_B"))},
+        starts={"a": InitialComponent(start, start, "pissa", ("lora_A", "lora_B"))},
     )
 
 

@@ -16,7 +16,7 @@ import nbpeft
 from nbpeft.engine.contract import registry
 from nbpeft.engine.contract.capabilities import HasFixedTensors, HotSwaps
 from nbpeft.errors import ConfigError
-from nbpeft.methods import Adapter, MethodConfig, Pads, register
+from nbpeft.methods import Adapter, MethodConfig, Paddable, register
 
 
 @dataclass
@@ -101,7 +101,7 @@ def test_a_config_of_an_author_may_be_unlimited() -> None:
         OneConfig(one=None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bases", [(HotSwaps, Pads), (Pads, HotSwaps), (Pads,)])
+@pytest.mark.parametrize("bases", [(HotSwaps, Paddable), (Paddable, HotSwaps), (Paddable,)])
 def test_an_adapter_with_room_has_a_size_and_saves_its_buffers(bases: tuple[type, ...]) -> None:
     @dataclass
     class WideConfig(MethodConfig):
@@ -130,7 +130,7 @@ def test_an_adapter_with_room_has_a_size_and_saves_its_buffers(bases: tuple[type
 
 
 def test_an_adapter_with_room_may_compute_its_size() -> None:
-    class Sized(One, Pads):
+    class Sized(One, Paddable):
         @classmethod
         def size_of(cls, shapes: Any) -> int | None:
             return int(shapes["one_w"][1])

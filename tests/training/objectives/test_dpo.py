@@ -23,10 +23,10 @@ from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingErr
 from nbpeft.sweeps import combinations, sweep
 from nbpeft.training import RunControl
 from nbpeft.training.objectives import objective as registry
-from nbpeft.training.objectives.known import KnownLogProbs, digests_of
 from nbpeft.training.objectives.log_probs import log_probs
 from nbpeft.training.objectives.objective import Objective, objective_named, register
 from nbpeft.training.objectives.reference import OfAnAdapter, OfTheStart
+from nbpeft.training.objectives.reference_cache import KnownLogProbs, digests_of
 from nbpeft.training.transformers import objective_trainer
 from tests.closeness import assert_close, is_close
 from tests.tiny_models import same_state

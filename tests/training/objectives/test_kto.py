@@ -15,7 +15,7 @@ from nbpeft.session import Session
 from nbpeft.sweeps import sweep
 from nbpeft.training.data import Collator
 from nbpeft.training.objectives.collator import PairCollator, ShiftedCollator
-from nbpeft.training.objectives.known import KnownLogProbs
+from nbpeft.training.objectives.reference_cache import KnownLogProbs
 from tests.closeness import assert_close
 from tests.tiny_models import same_state
 from tests.training.objectives.test_dpo import FIELDS, TOKENIZER, losses, new, plain_log_prob

@@ -22,7 +22,7 @@ from nbpeft.session import Session
 from nbpeft.training import Run, Trainer, train
 from nbpeft.training.monitor import run_checkpointer
 from nbpeft.training.watching import divergence
-from nbpeft.training.watching.divergence import DivergenceStop, Seldom
+from nbpeft.training.watching.divergence import DivergenceStop, Throttle
 from tests.closeness import is_close
 from tests.tiny_models import llama, same_state
 from tests.training.support import Clock, token_rows, trainable, weights
@@ -204,7 +204,7 @@ def test_ranks_that_went_since_are_there_again() -> None:
 def test_copies_take_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(divergence, "SHARE", 0.01)
     clock, done = Clock(), []
-    seldom = Seldom(clock)
+    seldom = Throttle(clock)
 
     def copy() -> None:
         clock.advance(0.02)

@@ -14,13 +14,13 @@ from nbpeft.engine.contract.adapter import (
     AdapterSite,
     ChangesBase,
     HotSwaps,
+    InitialComponent,
     MeasuresDelta,
-    Pads,
+    Paddable,
     QuantizationAware,
     Rescales,
     ShowsModules,
-    StartsInWeight,
-    TakenOver,
+    WeightInitialized,
     norm_of_delta,
     source_of,
 )
@@ -107,7 +107,15 @@ def update_layer(
 
 
 class LowRankAdapter(
-    Adapter, Rescales, Pads, ChangesBase, ShowsModules, StartsInWeight, QuantizationAware, MeasuresDelta, HotSwaps
+    Adapter,
+    Rescales,
+    Paddable,
+    ChangesBase,
+    ShowsModules,
+    WeightInitialized,
+    QuantizationAware,
+    MeasuresDelta,
+    HotSwaps,
 ):
     """Two factors A and B whose product, times a scaling, is added to a weight.
 
@@ -229,10 +237,10 @@ class LowRankAdapter(
         return None if init_A is None or neg_init_B is None else (init_A, neg_init_B)
 
     @property
-    def taken_over(self) -> TakenOver | None:
+    def taken_over(self) -> InitialComponent | None:
         if self.initial is None:
             return None
-        return TakenOver(*self.initial, self.started_as, self.factor_names)
+        return InitialComponent(*self.initial, self.started_as, self.factor_names)
 
     def take_out_(self, weight: Tensor) -> None:
         assert self.initial is not None

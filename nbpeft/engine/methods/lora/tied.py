@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.contract.adapter import Adapter, AdapterSite, UsesAnother
+from nbpeft.engine.contract.adapter import Adapter, AdapterSite, TiedAdapter
 from nbpeft.engine.contract.base import BaseLayer, Shape
 from nbpeft.engine.contract.peft_names import PeftNames
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -57,7 +57,7 @@ def check_tied(config: LoraConfig, paths: Sequence[str]) -> None:
         )
 
 
-class TiedProduct(LowRankProduct, UsesAnother):
+class TiedProduct(LowRankProduct, TiedAdapter):
     """A product with the factors of the adapter on another layer, transposed if the layers' weights are.
 
     Attributes:

@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.calls.manual_prompts import note_requested
 from nbpeft.engine.calls.model_properties import has_encoder
-from nbpeft.engine.calls.prompts_by_hand import note_requested
 from nbpeft.engine.calls.token_prompt import TokenPrompt
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, PromptLearningConfig, prompt_listing
 from nbpeft.engine.contract.adapter import TaskType

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.prompts_by_hand import note_requested
+from nbpeft.engine.calls.manual_prompts import note_requested
 from nbpeft.engine.calls.task_ids import TASK_IDS, checked_task_ids
 from nbpeft.engine.calls.token_prompt import TokenPrompt, base_of_embedding
 from nbpeft.engine.config.prompt_config import PROMPT_KEY, InitialisedPromptConfig, prompt_listing

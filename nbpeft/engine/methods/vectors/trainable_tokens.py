@@ -32,8 +32,8 @@ from nbpeft.engine.contract.adapter import (
     MergesInPlace,
     NotConvertible,
     PeftType,
+    TiedAdapter,
     Untargeted,
-    UsesAnother,
     source_of,
 )
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
@@ -177,7 +177,7 @@ _REQUESTED = replace(_NAMES, container="token_adapter")
     files=FileFormat(prefix="trainable_tokens_"),
     kinds=OwnKinds(quantized=False, linear=False),
 )
-class TrainableTokens(Adapter, UsesAnother, Untargeted, NotConvertible, FusesAdd, MergesInPlace, HotSwaps):
+class TrainableTokens(Adapter, TiedAdapter, Untargeted, NotConvertible, FusesAdd, MergesInPlace, HotSwaps):
     """Trained rows of one embedding or of the head that shares its weight.
 
     Attributes:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.config.config_checks import check_linear
-from nbpeft.engine.contract.adapter import AdapterSite, TakenOver
+from nbpeft.engine.contract.adapter import AdapterSite, InitialComponent
 from nbpeft.engine.contract.base import LayerKind, offloading
 from nbpeft.engine.contract.initial_draws import Fill, linear_, normal_, skip, skip_linear
 from nbpeft.engine.kernels.numerics import is_finite, widened
@@ -313,7 +313,7 @@ def _subtracted(factors: Factors, config: LoraConfig, **more: Any) -> Start:
     return Start(factors, is_subtracted=True, init=str(config.init_lora_weights), **more)
 
 
-def _known_start(config: LoraConfig, site: AdapterSite, start: TakenOver) -> Start:
+def _known_start(config: LoraConfig, site: AdapterSite, start: InitialComponent) -> Start:
     """The start of an adapter that is created again, even if its config has changed since."""
     more: dict[str, Any] = {}
     if config.initialised_from_data:

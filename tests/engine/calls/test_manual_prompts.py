@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nbpeft.engine.calls.prompts_by_hand import is_put_in, note_requested, put_in_here
+from nbpeft.engine.calls.manual_prompts import is_put_in, note_requested, put_in_here
 
 
 def test_a_call_of_the_handle_leaves_what_a_script_has_asked_for() -> None:

@@ -33,7 +33,7 @@ _filled: dict[int, _Filled] = {}
 """id of a config object -> its record."""
 
 
-def as_given(config: AdapterConfig) -> AdapterConfig:
+def user_config(config: AdapterConfig) -> AdapterConfig:
     """Returns a config as the user means it: without values that a model has added, but with the user's later changes.
 
     Args:
@@ -48,7 +48,7 @@ def as_given(config: AdapterConfig) -> AdapterConfig:
     return known.given.copy(**{name: value for name, value in changed.items() if not (own and isinstance(value, dict))})
 
 
-def take_given(
+def adopt_config(
     manager: AdapterManager, name: str, given: AdapterConfig, change: Transaction, *, loading: bool = False
 ) -> None:
     """Makes the user's config object the config of an adapter, with the added values; a used object is not changed.
@@ -67,7 +67,7 @@ def take_given(
         if (owner := known.manager()) is not None:
             for other in [other for other, config in owner.configs.items() if config is given]:
                 _put(owner, other, given.copy(), change)
-    key, before, completed = id(given), as_given(given).copy(), manager.configs[name]
+    key, before, completed = id(given), user_config(given).copy(), manager.configs[name]
     change.keep(vars(given))
     filled = completed.copy()
     vars(given).update(vars(completed))  # not copies: adapters share the patterns

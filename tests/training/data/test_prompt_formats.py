@@ -12,8 +12,8 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.names import PAIRS
 from nbpeft.training import prepare_data
 from nbpeft.training.data.forms import Pair
+from nbpeft.training.data.prompt_formats import joint_of
 from nbpeft.training.data.reading import ModelInputs
-from nbpeft.training.data.seen_formats import joint_of
 from nbpeft.training.data.summary import summarize
 from tests.char_tokenizer import CharTokenizer
 
