@@ -17,7 +17,6 @@ from nbpeft.names import IGNORED_LABEL
 from nbpeft.scoring.metrics import Metric, Needs, value_of
 from nbpeft.training.adapters.adapted_model import base_of
 from nbpeft.training.data import HeldOut, is_stream, open_data
-from nbpeft.training.data.bad_rows import named_rows, reason_of
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.checks import check_row
 from nbpeft.training.data.classes import SINGLE_LABEL, Classes
@@ -35,6 +34,7 @@ from nbpeft.training.data.forms import (
     likely_completion,
     row_of,
 )
+from nbpeft.training.data.left_out import named_rows, reason_of
 from nbpeft.training.data.options import REASONING, RowOptions, why_not_used
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import Row, is_nothing
@@ -67,7 +67,7 @@ class ScoredRow:
         spelled: the reference as the tokenizer decodes its tokens, where that is another text: many put a space before
             every word. Empty otherwise.
         coded: the tokenized row with its labels, for losses and classes.
-        further: the further parts of a row that was split, for losses.
+        other_parts: the other parts of a row that was split, for losses.
         options: the tokenized row with each option, whose labels are those of the option; with its text.
         right: the number of the right option.
     """
@@ -80,7 +80,7 @@ class ScoredRow:
     reference_count: int = 0
     spelled: str = ""
     coded: Mapping[str, Any] = field(default_factory=dict)
-    further: tuple[Mapping[str, Any], ...] = ()
+    other_parts: tuple[Mapping[str, Any], ...] = ()
     options: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     right: int = 0
 
@@ -453,7 +453,7 @@ class _Rows:
 
     def _with_tokens(self, row: ScoredRow, parts: Sequence[CodedRow]) -> ScoredRow:
         """The row with its tokens and labels; for a classifier with its text and class."""
-        coded, *further = [part for part in parts if not part.missing] or parts
+        coded, *others = [part for part in parts if not part.missing] or parts
         if coded.missing:
             raise _Missing(coded.missing)
         self.cut += coded.cut
@@ -461,7 +461,7 @@ class _Rows:
         self.split_parts += len(parts) if len(parts) > 1 else 0
         classes = self._reader.inputs.classes
         if classes is None:
-            return replace(row, coded=coded.row, further=tuple(part.row for part in further))
+            return replace(row, coded=coded.row, other_parts=tuple(part.row for part in others))
         text = self._decoded(coded.whole.input_ids) if self._tokenizer is not None else ""
         name = next((name for name, number in classes.names.items() if number == coded.label), str(coded.label))
         return replace(row, coded=coded.row, prompt=text, reference=name)
@@ -609,6 +609,6 @@ def _check_tokens(model: nn.Module, rows: Sequence[ScoredRow], inputs: ModelInpu
         for tokens in (prompt, *(coded for _, coded in row.options)):
             if tokens:
                 check_row(tokens, row.number, vocabulary=vocabulary, causal=causal)
-        for coded in (row.coded, *row.further):
+        for coded in (row.coded, *row.other_parts):
             if coded:
                 check_row(coded, row.number, vocabulary=vocabulary, causal=causal, classes=inputs.classes)

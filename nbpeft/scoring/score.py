@@ -353,7 +353,7 @@ class Scoring:
         self, model: nn.Module, columns: Sequence[Column], size: int, given: Mapping[str, Any]
     ) -> Iterable[Outputs]:
         """The sums of losses and of weights of each row, of one that was split those of all its parts."""
-        parts = [(place, part) for place, row in enumerate(self.read.rows) for part in (row.coded, *row.further)]
+        parts = [(place, part) for place, row in enumerate(self.read.rows) for part in (row.coded, *row.other_parts)]
         found: dict[tuple[int, int], list[tuple[float, float]]] = {}
         for batch in token_losses(model, [part for _, part in parts], columns, size=size, **given):
             whole: Outputs = []
@@ -361,7 +361,7 @@ class Scoring:
                 place = parts[number][0]
                 of_row = found.setdefault((place, column), [])
                 of_row.append(sums)
-                if len(of_row) == 1 + len(self.read.rows[place].further):
+                if len(of_row) == 1 + len(self.read.rows[place].other_parts):
                     whole.append((place, column, tuple(map(sum, zip(*of_row, strict=True)))))
             yield whole
 

@@ -184,14 +184,14 @@ def test_adapters_whose_result_is_not_kept_stay_as_long_as_their_model(session: 
     copied = copy.deepcopy(base)
     assert copied is not handle and session.names == ("tiny",)
     again = get_peft_model(handle.unload(), LoraConfig(target_modules=["q_proj"]))  # the caller's own from now on
-    assert session.names == () and again.manager.alive
+    assert not session.names and again.manager.alive
     del again, handle, copied
     session.add(base, FIELDS, name="b", variable="tiny")
     assert session.names == ("tiny",)
     gone = weakref.ref(base)
     del base
     gc.collect()
-    assert gone() is None and session.names == ()
+    assert gone() is None and not session.names
 
 
 def test_a_model_alone_need_not_be_named(session: Session) -> None:

@@ -17,7 +17,7 @@ or is named in the notes of the training; none is ignored silently.
 
 Files:
 
-    bad_rows.py      Rows that cannot be read: counted by reason, refused in one line, or left out if that was requested
+    answers.py       The distinct answers or labels of rows, where they are few, and those that look like mistakes
     chats.py         Renders chats as text with the assistant's turns marked, and finds the parts that a chat template
                      does not print
     checks.py        Checks that rows fit a model, before a training step fails on them with an error that names no row
@@ -28,25 +28,25 @@ Files:
                      pyarrow
     forms.py         The forms of rows, recognized by their columns, and the example that each row gives
     hub.py           Loads datasets from the Hub and from folders with the ``datasets`` library
+    left_out.py      Rows that cannot be read, and parts of rows that are not trained on: counted by reason, and
+                     reported
     lengths.py       The lengths of rows, and a sampling order in which the rows of a batch have about the same length
     mixed.py         Draws the rows of a mixture
     options.py       How rows are read: which turns of a chat are learned, and what happens to reasoning and to long
                      rows
     packing.py       Packs several rows into one sequence, so that no tokens are spent on padding
+    prompt_formats.py  How the rows of a training are written: with the chat template or without, and with which system
+                     prompts
     reading.py       How the rows of some data are read: their form, their columns, and what their labels mean
     row.py           One row of data, read by the names of its form; errors name the row's number
     row_coder.py     Tokenizes a row of any form: text, chats, pairs, comparisons, classes and tags, or tokens as they
                      are
-    prompt_formats.py  How the rows of a training are written: with the chat template or without, and with which system
-                     prompts
     sources.py       The sources of rows: lists, datasets, streams, tables, files and datasets on the Hub
     split.py         Splits evaluation rows off the training rows, and counts those that are on both sides
     summary.py       Rows as a model reads them, and the lengths of all rows
     tags.py          Tokenizes words with a tag each: the first token of a word has the label of its tag, the others
                      have none
     tokenized.py     Tokenizes rows of any form: all at once, or one by one as a stream yields them
-    unused.py        Parts of rows that are not trained on: counted while the rows are read, and reported before the
-                     first step
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from nbpeft.names import IGNORED_LABEL, LOSS_WEIGHTS, REJECTED
-from nbpeft.training.data.unused import Unused
+from nbpeft.training.data.left_out import Unused
 
 CONTEXT = 8
 """How many tokens before others are read for the space between them, so that the cost does not grow with the row."""

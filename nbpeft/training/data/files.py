@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from nbpeft._util.optional import needs
 from nbpeft.checkpoint import inside
 from nbpeft.errors import TrainingError, did_you_mean, in_one_line
-from nbpeft.training.data.bad_rows import SKIP, Unreadable
+from nbpeft.training.data.left_out import SKIP, Unreadable
 
 Rows = list[Any]
 """Dictionaries, and ``Unreadable`` for lines that cannot be parsed."""

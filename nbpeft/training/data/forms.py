@@ -10,7 +10,7 @@ from typing import Any
 from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError, did_you_mean, near, with_article
 from nbpeft.names import JUDGED, PAIRS, PROMPTS, SCORED_PAIRS
-from nbpeft.training.data.bad_rows import Unreadable
+from nbpeft.training.data.left_out import Unreadable
 from nbpeft.training.data.row import (
     KNOWN_ROLES,
     LABEL,

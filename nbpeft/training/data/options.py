@@ -11,8 +11,8 @@ from nbpeft.checkpoint.prompt_format import NOT_FOR_TEMPLATES
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import ROW_CHOICES
 from nbpeft.training.data.forms import TAGGED, TEXT, Chat, Compared, Example, Form, Pair, Prompted
+from nbpeft.training.data.left_out import MESSAGES, UnusedParts
 from nbpeft.training.data.row import WEIGHT, is_nothing
-from nbpeft.training.data.unused import MESSAGES, UnusedParts
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message in which chat templates expect reasoning."""

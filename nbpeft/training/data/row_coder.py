@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from nbpeft.errors import TrainingError, in_one_line
 from nbpeft.names import DESIRABLE, IGNORED_LABEL, LOSS_WEIGHTS
-from nbpeft.training.data.bad_rows import GIVE_UP, reason_of, refusal
 from nbpeft.training.data.chats import ChatRenderer
 from nbpeft.training.data.encoding import CodedRow, Encoded, Span, encode
 from nbpeft.training.data.forms import (
@@ -26,13 +25,23 @@ from nbpeft.training.data.forms import (
     Tagged,
     check_roles,
 )
+from nbpeft.training.data.left_out import (
+    COLUMNS,
+    EMPTY,
+    GIVE_UP,
+    MESSAGES,
+    UNPRINTED,
+    UNTOKENISED,
+    Unused,
+    reason_of,
+    refusal,
+)
 from nbpeft.training.data.options import MASKED_REASONING, why_not_used
 from nbpeft.training.data.prompt_formats import joint_of, system_of
 from nbpeft.training.data.reading import LABELS, MASKS, TOKEN_TYPES, Reading, as_list, renamed
 from nbpeft.training.data.row import Row, is_nothing
 from nbpeft.training.data.sources import is_stream
 from nbpeft.training.data.tags import TaggedTokens, encode_words, space_token, with_spaces
-from nbpeft.training.data.unused import COLUMNS, EMPTY, MESSAGES, UNPRINTED, UNTOKENISED, Unused
 
 Rendered = TypeVar("Rendered")
 

@@ -13,9 +13,9 @@ from torch.utils.data import IterableDataset
 from nbpeft._util.mixtures import Mixture
 from nbpeft.errors import TrainingError, check_bool, few, with_article
 from nbpeft.names import DEFAULT_SEED
-from nbpeft.training.data.bad_rows import Unreadable
 from nbpeft.training.data.files import SUFFIXES, has_separator, read_file, refuse_separator, suffix_of
 from nbpeft.training.data.hub import DatasetName, load_named, slice_of
+from nbpeft.training.data.left_out import Unreadable
 from nbpeft.training.data.mixed import draw
 
 SOURCES = "a list of rows, a dataset, a DataFrame, a file or the name of a dataset"

@@ -18,9 +18,9 @@ from nbpeft.display.blocks import TokenSpan
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.names import DEFAULT_SEED, IGNORED_LABEL
 from nbpeft.training.data.answers import AnswerCounts, Answers
-from nbpeft.training.data.bad_rows import named_rows
 from nbpeft.training.data.encoding import CodedRow, decoded
 from nbpeft.training.data.forms import COMPARED, FOR_CLASSIFIERS, TEXT
+from nbpeft.training.data.left_out import COLUMNS, UnusedParts, named_rows
 from nbpeft.training.data.prompt_formats import SeenFormats
 from nbpeft.training.data.reading import ModelInputs, Reading, columns_of, reading
 from nbpeft.training.data.row import LABEL
@@ -28,7 +28,6 @@ from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.data.sources import is_stream, open_data
 from nbpeft.training.data.split import grouping, hash_of
 from nbpeft.training.data.tokenized import check_columns, lines_of
-from nbpeft.training.data.unused import COLUMNS, UnusedParts
 
 _STREAMED = 1000
 """The number of rows of a stream that are read."""

@@ -13,10 +13,10 @@ from nbpeft.checkpoint import PromptFormat
 from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError
 from nbpeft.names import LOSS_WEIGHTS, REJECTED
-from nbpeft.training.data.bad_rows import kind_of, named_rows
 from nbpeft.training.data.classes import Classes
 from nbpeft.training.data.encoding import CodedRow
 from nbpeft.training.data.forms import FOR_CLASSIFIERS, row_of
+from nbpeft.training.data.left_out import COLUMNS, UnusedParts, kind_of, line_of, named_rows
 from nbpeft.training.data.prompt_formats import SeenFormats
 from nbpeft.training.data.reading import (
     LABELS,
@@ -30,7 +30,6 @@ from nbpeft.training.data.reading import (
 from nbpeft.training.data.row import WEIGHT
 from nbpeft.training.data.row_coder import coded_rows
 from nbpeft.training.data.sources import is_stream, open_data
-from nbpeft.training.data.unused import COLUMNS, UnusedParts, line_of
 
 _READ_THROUGH = 10_000
 """The greatest number of rows to read for their columns from a dataset of unknown type, where reading may be slow."""

@@ -9,10 +9,10 @@ Door, what other rooms import:
     classification.py  Metrics of evaluations of classifiers: accuracy and F1
     collator.py   Batches of rows with a chosen and a rejected completion
     grpo.py       Group Relative Policy Optimization
-    reference_cache.py  Log-probabilities of the reference that were computed before
     log_probs.py  Log-probabilities of completions, without the logits of all tokens in memory at once
     objective.py  The base class of objectives, and their registry
     reference.py  The reference of an objective: the base, another adapter, or the weights at the beginning
+    reference_cache.py  Log-probabilities of the reference that were computed before
     usual.py   The objectives whose loss is the model's own: ``sft`` and ``classify``
 
 Inside:

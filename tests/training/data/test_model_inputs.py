@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,13 +55,10 @@ def stacked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {name: torch.stack(parts) for name, parts in values.items()}
 
 
-def test_they_have_the_losses_of_transformers_trainer() -> None:
-    model = adapted()
-    trainer = Trainer(
-        model,
-        TrainingArguments(**FIELDS, report_to="none", disable_tqdm=True),
-        train_dataset=pictures(),  # type: ignore[arg-type]
-    )
+def test_they_have_the_losses_of_transformers_trainer(tmp_path: Path) -> None:
+    settings = TrainingArguments(output_dir=str(tmp_path), **FIELDS, report_to="none", disable_tqdm=True)
+    rows: Any = pictures()
+    trainer = Trainer(adapted(), settings, train_dataset=rows)
     trainer.train()
     expected = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert_close(losses(nbpeft.train(adapted(), pictures(), **FIELDS)), expected)

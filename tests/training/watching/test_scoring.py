@@ -331,7 +331,7 @@ def test_a_run_keeps_its_scores_and_needs_the_rows_again(last: int, tmp_path: Pa
     value = result.state.metrics["exact"]
     assert f"exact {metric(value)}" in str(session.runs())
     other = session.train(target, ROWS, **SETTINGS, max_steps=2)
-    compared = session.runs(Path(result.state.folder).name, Path(other.state.folder).name)
+    compared: Any = session.runs(Path(result.state.folder).name, Path(other.state.folder).name)
     assert compared.curves["exact"] == (((), result.state.metric_history["exact"]), ((), ()))
     assert re.search(rf"exact at best step +{re.escape(metric(value))} +–", str(compared))
     assert ">exact<" in to_html(compared.view())
