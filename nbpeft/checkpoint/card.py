@@ -235,7 +235,7 @@ def _training_section(facts: CardFacts) -> str:
 def _plain(text: str) -> str:
     """Returns text escaped for a cell of a Markdown table."""
     words = visible(" ".join(masked(text).split()))
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", words)
+    return re.sub(r"([\\`*_|<>\[\]$&~])", r"\\\1", words)
 
 
 def _with_settings(body: str, config: AdapterConfig) -> str:

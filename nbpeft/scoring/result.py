@@ -134,6 +134,11 @@ class ScoreResult(Shown):
         low, high, interval = interval_of_mean(scaled, weights, self.seed)
         return Score(mean, facts.unscaled(low), facts.unscaled(high), len(scaled), interval)
 
+    def score_words(self, column: str) -> str:
+        """Returns the score of a column with its interval, as text."""
+        value, interval = _figures(self, self.scores[column])
+        return f"{value} ({interval})" if interval else value
+
     @cached_property
     def compared(self) -> frozenset[int]:
         """Numbers of the rows over which means are taken.

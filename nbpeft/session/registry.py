@@ -39,6 +39,7 @@ class TrackedModel:
         trained_steps: adapter name -> its config, the last step of the run that last trained it, and that run's name.
         earlier_steps: the same of the run before that, whose weights it continued from; 0 for new weights.
         unlearned: adapter name -> its config, and which rows of its training's data it has not learned, if known.
+        scored: adapter name -> its config, the step and run that last trained it, and its last score, for its card.
         first_random: adapter name -> its config, and the random state of its initialization.
         sweep: adapters that a cell added for several values, until they are trained.
         origins: (adapter of a sweep, its config, the adapter from which it started); also of those that undo restores.
@@ -61,6 +62,7 @@ class TrackedModel:
         self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
         self.earlier_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
         self.unlearned: dict[str, tuple[AdapterConfig, HeldOut | None]] = {}
+        self.scored: dict[str, tuple[AdapterConfig, tuple[int, str], tuple[tuple[str, str], ...]]] = {}
         self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}
         self.sweep: tuple[str, ...] = ()
         self.origins: list[tuple[str, AdapterConfig, str]] = []
@@ -133,6 +135,11 @@ class TrackedModel:
         found = run.unlearned.get(name) or run.unlearned.get("")
         former, earlier = self.unlearned.get(name, (None, None))
         return found if found is None or former is not config or not run.earlier.get(name) else found.also(earlier)
+
+    def score_of(self, name: str) -> tuple[tuple[str, str], ...]:
+        """Returns the last score of an adapter as rows of text; empty if it was changed since, or not scored."""
+        config, steps, rows = self.scored.get(name, (None, (0, ""), ()))
+        return rows if config is self.manager.configs.get(name) and steps == self.steps_of((name,)) else ()
 
     def last_run(self, name: str) -> str:
         """Returns the run that last trained an adapter; empty if there is none."""

@@ -22,12 +22,14 @@ class TrainingCall:
         data: description of the training data.
         eval_data: description of the evaluation data; empty without evaluation.
         arguments: the arguments that are plain values.
+        columns: which columns of the data are asked and answered; empty if they have the usual names.
     """
 
     run_id: str
     data: str
     eval_data: str
     arguments: Mapping[str, Any] = field(repr=False, hash=False)
+    columns: str = ""
 
 
 def training_call(run_id: str, request: TrainRequest) -> TrainingCall:
@@ -35,7 +37,8 @@ def training_call(run_id: str, request: TrainRequest) -> TrainingCall:
     given = {name: value for name, value in request.given.items() if name != "data_hint"}
     plain = {name: value for name, value in given.items() if isinstance(value, str | int | float | bool)}
     evaluation = _describe_data(request.eval_data) if request.eval_data is not None else ""
-    return TrainingCall(run_id, _describe_data(request.data), evaluation, plain)
+    columns = ", ".join(f"{name} = {column}" for name, column in (request.columns or {}).items())
+    return TrainingCall(run_id, _describe_data(request.data), evaluation, plain, columns)
 
 
 def _describe_data(data: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import types
@@ -43,6 +44,28 @@ def trained(session: Session) -> Any:
         seed=3,
     )
     return model
+
+
+def test_the_saved_card_says_whether_it_helped_and_what_to_ask(session: Session, tmp_path: Path) -> None:
+    tokenizer: Any = CharTokenizer()
+    base = llama()
+    base.config._name_or_path = "/models/SmallModel"
+    model = session.add(base, {"r": 2, "target_modules": ["q_proj"]}, name="team", variable="model").model
+    rows = [{"Frage": f"a | *b* $3 <i> {number}:", "Amt": " b"} for number in range(4)]
+    columns = {"prompt": "Frage", "completion": "Amt"}
+    session.train(model, rows, tokenizer=tokenizer, columns=columns, max_steps=1, learning_rate=1e-2)
+    session.score(rows, metric="exact", columns=columns, tokenizer=tokenizer)
+    session.save(tmp_path / "team")
+    card = (tmp_path / "team" / "README.md").read_text()
+    assert "for SmallModel, a LlamaForCausalLM with" in card and "/models" not in card
+    assert re.search(r"\| exact on 4 rows \| team 0(\.0)? % \(.*\), base 0(\.0)? % \(", card)
+    assert "| columns | prompt = Frage, completion = Amt |" in card
+    assert r"| asked, for example | a \| \*b\* \$3 \<i\> 0: |" in card and "| the right answer | b |" in card
+    published = dict(card_facts(session.context.models.get("model"), "team", "me/x", "x").training)
+    assert "exact on 4 rows" in published and "asked, for example" not in published
+    session.train(model, rows, tokenizer=tokenizer, columns=columns, max_steps=1, learning_rate=1e-2)
+    session.save(tmp_path / "later")
+    assert "exact on" not in (tmp_path / "later" / "README.md").read_text()  # its weights are others now
 
 
 def test_push_and_load_back(hub: Hub, session: Session, trained: Any) -> None:

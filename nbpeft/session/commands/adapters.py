@@ -439,7 +439,7 @@ def _facts(tracked: TrackedModel, name: str) -> CardFacts:
     """Return what the README of a saved adapter says in addition to the config; its loss curve stays in the run."""
     from nbpeft.session.commands.pushing import card_facts
 
-    return dataclasses.replace(card_facts(tracked, name, "path/to/this/folder", name), curve="")
+    return dataclasses.replace(card_facts(tracked, name, "path/to/this/folder", name, example=True), curve="")
 
 
 def _note_with_run(ctx: SessionContext, tracked: TrackedModel, saved: SavedAdapter) -> None:

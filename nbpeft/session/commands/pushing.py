@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.display import numbers
@@ -89,7 +90,7 @@ def _adapter(tracked: TrackedModel, name: str | None) -> str:
     return names[0]
 
 
-def card_facts(tracked: TrackedModel, name: str, source: str, title: str) -> CardFacts:
+def card_facts(tracked: TrackedModel, name: str, source: str, title: str, *, example: bool = False) -> CardFacts:
     """Return information for an adapter's card in addition to its config.
 
     Args:
@@ -97,19 +98,24 @@ def card_facts(tracked: TrackedModel, name: str, source: str, title: str) -> Car
         name: name of the adapter.
         source: repository or folder from which the card's code loads the adapter.
         title: heading of the card.
+        example: whether the card has a row of the data as an example; not for a card that is published.
     """
     from nbpeft.checkpoint import CardFacts
     from nbpeft.display.svg import loss_svg
+    from nbpeft.training.monitor.run_checkpointer import name_of_base
 
     state = tracked.state()
     own = sum(adapter.parameter_count for adapter in state.adapters)
     base = f"a {state.class_name} with {numbers.count(state.parameter_count - own)} parameters"
+    known_as = PurePath(name_of_base(tracked.model)).name
+    base = base if known_as == state.class_name else f"{known_as}, {base}"
+    scores = tracked.score_of(name)[: None if example else 1]
     train, call = tracked.training, tracked.training_call
     if train is None or train.status not in ENDED or name not in re.split(r",\s*", train.adapter):
-        return CardFacts(source, title, base)
+        return CardFacts(source, title, base, scores)
     known = call if call is not None and call.run_id == train.run_id else None
-    rows = [("data", known.data), ("evaluated on", known.eval_data)] if known else []
-    rows += _results(train, name)
+    rows = [("data", known.data), ("columns", known.columns), ("evaluated on", known.eval_data)] if known else []
+    rows += [*_results(train, name), *scores]
     return CardFacts(
         source,
         title,

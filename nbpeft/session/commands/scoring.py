@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import AdapterError
+from nbpeft.display.numbers import plural
+from nbpeft.errors import AdapterError, cut
 from nbpeft.session.checks import names_of
 from nbpeft.session.prompts import chosen_tokenizer
 from nbpeft.session.results.comparing import BASE
@@ -85,7 +86,19 @@ def score(
             name=tracked.name,
             **options,
         )
+    for name in {*result.columns} & {*tracked.manager.configs}:
+        tracked.scored[name] = tracked.manager.configs[name], tracked.steps_of((name,)), _rows_of_card(result, name)
     return dataclasses.replace(result, notes=(*notes, *result.notes))
+
+
+def _rows_of_card(result: ScoreResult, name: str) -> tuple[tuple[str, str], ...]:
+    """What the card of an adapter says about its score: beside the base, and the first item as an example."""
+    others = [BASE] if BASE in result.columns and name != BASE else []
+    scores = (f"{title} {result.score_words(title)}" for title in (name, *others))
+    items = plural(result.scores[name].count, "row")
+    example = next((item for item in result.items if item.prompt), None)
+    asked = [] if example is None else [("asked, for example", example.prompt), ("the right answer", example.reference)]
+    return (f"{result.metric} on {items}", ", ".join(scores)), *((label, cut(text, 300)) for label, text in asked)
 
 
 def _held_out(tracked: TrackedModel, names: list[str] | None) -> HeldOut:

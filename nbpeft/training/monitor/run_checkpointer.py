@@ -370,7 +370,7 @@ class RunCheckpointer(TrainerCallback):
         config = self._model.peft_config[trained_names(self._model)[0]]
         form = prompt_format(config)
         own = {
-            BASE: _name_of_base(self._model),
+            BASE: name_of_base(self._model),
             METHOD: method_of(config).title(config),
             ROWS: self._data.get("rows"),
             "starts from": self._run.starts_from,
@@ -550,7 +550,7 @@ def _comparable(row: Any) -> Any:
     return row.tolist() if isinstance(row, Tensor | np.ndarray) else row
 
 
-def _name_of_base(model: Any) -> str:
+def name_of_base(model: Any) -> str:
     """The Hub id of the base model, or its folder; its class if neither is known."""
     base: Any = base_of(model)
     return str(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__)
