@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbpeft.training.data.options import has_reasoning
+from nbpeft.training.data.options import has_reasoning, with_text
 from nbpeft.training.data.row import is_nothing
 
 Message = Mapping[str, Any]
@@ -57,7 +57,7 @@ def places_of_contents(messages: Sequence[Message], text: str, render: Render) -
         whole = _content(messages[number])
         start = whole.index(said)
         marked = f"{mark}{2 * number}\x7f{said}{mark}{2 * number + 1}\x7f"
-        changed[number] = {**messages[number], "content": whole[:start] + marked + whole[start + len(said) :]}
+        changed[number] = with_text(messages[number], whole[:start] + marked + whole[start + len(said) :])
     found = _marks(changed, mark, text, render)
     return {
         number: (first, last)
@@ -191,6 +191,8 @@ def _form(message: Message) -> Any:
 
 
 def _content(message: Message) -> str:
-    """The content of a message, if it is a text; else the empty string."""
+    """The content of a message, if it is a text, or one part with a text; else the empty string."""
     content = message.get("content")
+    if isinstance(content, list | tuple) and len(content) == 1 and isinstance(content[0], Mapping):
+        content = content[0].get("text")
     return content if isinstance(content, str) else ""

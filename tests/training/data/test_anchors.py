@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,10 @@ __all__ = ["tokenizer", "use"]
 OPENS_THINKING = THINKING.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}")
 TEMPLATES = {"printing": PRINTING, "forgetful": FORGETFUL, "last": ONLY_LAST, "thinking": THINKING}
 TEMPLATES |= {"opening": OPENS_THINKING}
+OF_PARTS = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{% for part in message.content %}{{ part.text }}{% endfor %}"
+    "</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 ANSWERS = ("yes", " padded ", "line\n", "<b>", "<think>\nq\n</think>\n\nyes", "</think>a", "end", "assistant", "")
 
 
@@ -77,6 +82,30 @@ def test_the_rendered_text_grows_with_the_chat(
         lengths.append(sum(sizes) / len(found.text))
     assert counts[0] == counts[1] <= 32
     assert lengths[1] <= lengths[0] * 1.01 + 1
+
+
+def test_a_long_chat_of_parts_is_read_in_linear_time(tokenizer: Any, use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For templates of models that see, which take contents as lists."""
+    use(OF_PARTS)
+    sizes: list[int] = []
+    render = chats.ChatRenderer._text
+
+    def counted(*args: Any, **options: Any) -> str:
+        text = render(*args, **options)
+        sizes.append(len(text))
+        return text
+
+    monkeypatch.setattr(chats.ChatRenderer, "_text", counted)
+    counts = []
+    for turns in (20, 80):
+        sizes.clear()
+        plain = long_chat(turns, calls=False)
+        messages = tuple({**one, "content": [{"type": "text", "text": one["content"]}]} for one in plain.messages)
+        found = chats.ChatRenderer(tokenizer).render(replace(plain, messages=messages))
+        learned = [found.text[span.first : span.last] for span in found.spans]
+        assert learned == [f"It is {number}.</s>\n" for number in range(turns)]
+        counts.append(len(sizes))
+    assert counts[0] == counts[1] <= 32
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
