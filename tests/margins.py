@@ -76,7 +76,10 @@ def pytest_configure(config: pytest.Config) -> None:
     other, plain = config.getoption("--other-seed"), torch.manual_seed
 
     def seeded(seed: int) -> torch.Generator:
-        by_a_test = sys._getframe(1).f_code.co_filename.startswith(f"{ROOT}/tests/")  # seeds of methods are PEFT's
+        file = sys._getframe(1).f_code.co_filename
+        by_a_test = "site-packages" not in file and not file.startswith(
+            f"{ROOT}/nbpeft/"
+        )  # seeds of methods are PEFT's
         return plain(int(seed) + (10_007 * other if by_a_test else 0))
 
     if other:

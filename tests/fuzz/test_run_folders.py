@@ -82,7 +82,7 @@ def check(store: RunStore, count: int = 1) -> dict[str, str]:
         shown.encode()
         assert len(shown) < 400_000 and "\x1b" not in shown
     assert "<script>" not in found._repr_html_()
-    for sort in ("loss", "name", "steps", "seconds", "best"):
+    for sort in ("result", "name", "steps", "seconds", "best"):
         session.runs(sort=sort)
     found.to_dataframe()
     for name in list(statuses)[:: 1 if count == 1 else 3]:

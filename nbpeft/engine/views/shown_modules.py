@@ -114,19 +114,33 @@ def _show_changes(
     mixed = any(isinstance(module, ShownParts) and module._parameters for module in shown.values())
     if not alike or mixed or [*kept, *new] != [*present]:
         return False
-    places: list[tuple[Any, str, Slot, nn.Module | None]] = []
-    for name, adapter in new.items():
-        container = shown[adapter.peft.container]._modules if adapter.peft.container else shown
-        for own, make in _parts_of(adapter, base, parts_apart=parts_apart):
-            places.append((shown[own]._modules, name, (adapter, own), _kept(shown, own, name, adapter) or make()))
-        places += [(container[own], name, (adapter, own), None) for own in _without_module(adapter)]
-        places += [(shown[own], name, (adapter, own), None) for own in adapter._buffers]
+    try:
+        places = [place for name in new for place in _places(shown, name, new[name], base, parts_apart=parts_apart)]
+    except KeyError:  # the adapter that stays was shown elsewhere: an adapter on another layer requests it since then
+        return False
     for mapping in _mappings(shown):
         for name in gone:
             mapping.leave(name)
     for mapping, name, slot, module in places:
         mapping.put(name, slot, module)
     return True
+
+
+def _places(
+    shown: dict[str, Any], name: str, adapter: Adapter, base: BaseLayer, *, parts_apart: bool
+) -> Iterator[tuple[Any, str, Slot, nn.Module | None]]:
+    """Yields where each part of an adapter is shown: the mapping, its name there, the part and its module, if any.
+
+    Raises:
+        KeyError: there is no such mapping.
+    """
+    container = shown[adapter.peft.container]._modules if adapter.peft.container else shown
+    for own, make in _parts_of(adapter, base, parts_apart=parts_apart):
+        yield shown[own]._modules, name, (adapter, own), _kept(shown, own, name, adapter) or make()
+    for own in _without_module(adapter):
+        yield container[own], name, (adapter, own), None
+    for own in adapter._buffers:
+        yield shown[own], name, (adapter, own), None
 
 
 def _layout(adapter: Adapter) -> tuple[Any, ...] | None:

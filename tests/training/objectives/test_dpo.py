@@ -642,8 +642,8 @@ def test_a_metric_that_is_not_measured_is_one_line_with_the_nearest_one() -> Non
     with pytest.raises(ConfigError) as refused:
         nbpeft.train(new(), ROWS, ROWS[:3], **fields, **FIELDS)
     assert str(refused.value).startswith(
-        "metric_for_best_model='rewards/margin' is not measured: the evaluations have loss, rewards/accuracies, "
-        "rewards/margins. Did you mean 'rewards/margins'"
+        "metric_for_best_model='rewards/margin' is not measured: the evaluations have loss, rewards/margins, "
+        "rewards/accuracies. Did you mean 'rewards/margins'"
     )
 
 
