@@ -47,6 +47,13 @@ def shown(cell: Any) -> str:
     return "\n".join(texts)
 
 
+def within_interval(line: str, found: str) -> bool:
+    """Whether a score is in the printed interval: what a training learns differs by a word on another processor."""
+    printed = re.fullmatch(r"(\w+) [\d.]+ % (\d+)–(\d+) %", line)
+    score = printed and re.search(rf"\b{printed[1]} ([\d.]+) % ", found)
+    return bool(printed and score and float(printed[2]) <= float(score[1]) <= float(printed[3]))
+
+
 def test_each_cell_shows_what_is_printed_beneath_it(tmp_path: Path) -> None:
     with (tmp_path / "my.csv").open("w", newline="", encoding="utf-8") as file:
         rows = (
@@ -62,7 +69,8 @@ def test_each_cell_shows_what_is_printed_beneath_it(tmp_path: Path) -> None:
     for cell, (code, expected) in zip(notebook.cells, printed, strict=True):
         found = re.sub(r"\s+", " ", shown(cell))
         for line in filter(None, map(str.strip, expected.splitlines())):
-            pattern = ".*".join(map(re.escape, re.sub(r"\s+", " ", line).split("…")))
-            assert re.search(pattern, found), f"{code}\nshows\n{found}\nand not\n{line}"
+            line = re.sub(r"\s+", " ", line)
+            pattern = ".*".join(map(re.escape, line.split("…")))
+            assert re.search(pattern, found) or within_interval(line, found), f"{code}\nshows\n{found}\nand not\n{line}"
     assert sum(bool(expected) for _, expected in printed) == 4
     assert (tmp_path / "adapters" / "orders" / "adapter_model.safetensors").is_file()
