@@ -525,7 +525,7 @@ def test_a_broken_run_is_named_beside_the_others(broken: Path) -> None:
     assert [record.name for record in found.records] == ["sql-1", "zoo-1"]
     for shown in (str(found), found._repr_html_()):
         assert "unreadable" in shown and "zoo-1/run.json is a link, not a plain file" in shown
-    compared = session.runs("zoo-1", "sql-1")
+    compared: Any = session.runs("zoo-1", "sql-1")
     assert [record.name for record in compared.records] == ["zoo-1", "sql-1"] and not compared.differing
     assert compared.curves["loss"][0] == ((), ()) and compared.curves["loss"][1][0]
     for shown in (str(compared), compared._repr_html_()):
