@@ -348,7 +348,7 @@ class AdapterMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.adapters)
     @rule(room=st.integers(1, 9))
     def prepare(self, room: int) -> None:
-        """Paddable every slot, which changes nothing that can be seen."""
+        """Pads every slot, which changes nothing that can be seen."""
         ranks = [part.lora_A.shape[0] for it in self.adapters.values() for part in it.parts.values()]
         if room >= max(ranks):
             try:

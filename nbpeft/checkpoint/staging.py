@@ -48,7 +48,6 @@ moved back if no new one has taken its place."""
 
 _MOVES = ".moves"
 _NAME = re.compile(r"\.nbpeft-([0-9a-f]{16})([0-9a-f]{16})")
-_KEY_BYTES = 32
 _MOST_MOVES = 2**24
 """Largest size in bytes of the log of pending renames."""
 _STALE_SECONDS = 86_400.0

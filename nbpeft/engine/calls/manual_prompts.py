@@ -38,7 +38,7 @@ def note_requested(state: object = _ANY) -> None:
 
 
 @contextmanager
-def put_in_here(given: Callable[[int], Tensor] | None = None) -> Iterator[None]:
+def inserting_prompts(given: Callable[[int], Tensor] | None = None) -> Iterator[None]:
     """Context manager around a call of a model into which prompts are put, whoever asked for them before.
 
     Args:

@@ -7,12 +7,12 @@ The engine checks ``isinstance(adapter, Rescales)`` and never which method it ha
     FusesAdd, MergesInPlace             add to the output or to the weight without a second tensor of that size
     Rescales                            have a scaling that can be changed
     ChangesBase                         change the frozen layer when they are added to it
-    Paddable                                fit into larger tensors, so that a compiled model is not compiled again
+    Paddable                            fit into larger tensors, so that a compiled model is not compiled again
     ServesRows                          serve a mixed batch in one pass
     ConvertsToLora                      add a product of two thin matrices, so that they can be converted exactly
     IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
     HasFixedTensors                     have buffers that are saved
-    WeightInitialized                      are initialized from a part of the weight
+    WeightInitialized                   are initialized from a part of the weight
     TiedAdapter                         use the tensors of the adapter on another layer
     HasInnerAdapters                    consist of several adapters
     Untargeted                          do not change the layer's weight as a whole
@@ -200,7 +200,7 @@ class Paddable:
         return tensor.narrow(axis, 0, used), [tensor.narrow(axis, used, tensor.shape[axis] - used)]
 
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Paddable the parameters to a larger size; nothing is changed yet.
+        """Pads the parameters to a larger size; nothing is changed yet.
 
         Args:
             size: the new size (rank).

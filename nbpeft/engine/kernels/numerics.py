@@ -53,6 +53,11 @@ def neumann_cayley(skew: Tensor, terms: int) -> Tensor:
 
 
 @torch.no_grad()
+def bytes_of(tensor: Tensor) -> bytes:
+    """The content of a tensor of any dtype, also of those that NumPy lacks, such as bfloat16."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether a floating-point tensor contains neither NaN nor infinity."""
     # A sum is fast, and finite only if all its terms are. It may also overflow, so then look at every number.

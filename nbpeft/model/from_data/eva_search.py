@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.kernels.numerics import bytes_of
 from nbpeft.engine.methods.lora.initialization.incremental_pca import IncrementalPCA
 from nbpeft.errors import ConfigError, few
 from nbpeft.model.from_data.observing import input_hooks
@@ -64,9 +65,8 @@ class EvaSearch:
         groups: dict[bytes, list[str]] = defaultdict(list)
 
         def see(name: str, rows: Tensor) -> None:
-            value = rows.detach().to("cpu").contiguous()
-            content = value.view(-1).view(torch.uint8).numpy().tobytes()
-            groups[hashlib.blake2b(content, person=str(tuple(value.shape)).encode()[:16]).digest()].append(name)
+            shape = str(tuple(rows.shape)).encode()[:16]
+            groups[hashlib.blake2b(bytes_of(rows), person=shape).digest()].append(name)
 
         with self._hooks(self._modules, see):
             yield

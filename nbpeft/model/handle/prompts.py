@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.calls.manual_prompts import note_requested, put_in_here
+from nbpeft.engine.calls.manual_prompts import inserting_prompts, note_requested
 from nbpeft.engine.calls.model_calls import cache_of, prompt_of
 from nbpeft.engine.changes.called_modules import outside
 from nbpeft.engine.changes.transaction import Transaction
@@ -143,8 +143,8 @@ class ShowsPrompts(nn.Module):
         if not self._lists_prompts:
             return nullcontext()
         if "get_prompt" not in self.__dict__ and type(self).get_prompt is ShowsPrompts.get_prompt:
-            return put_in_here()
-        return put_in_here(lambda batch: self.get_prompt(batch_size=batch, task_ids=task_ids))
+            return inserting_prompts()
+        return inserting_prompts(lambda batch: self.get_prompt(batch_size=batch, task_ids=task_ids))
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """Returns the prompt as saved in files, (tokens, features), detached, on the CPU."""

@@ -17,7 +17,7 @@ from nbpeft.training.data.row import listed
 
 @dataclass
 class Collator:
-    """Paddable rows on the right into batches of tensors.
+    """Pads rows on the right into batches of tensors.
 
     ``labels`` are padded with -100, ``input_ids`` with the padding token, everything else with 0;
     single numbers become a (batch,) tensor, and ``label`` is renamed to ``labels``. If some rows have
@@ -48,7 +48,8 @@ class Collator:
             if values[0].ndim == 0:
                 batch[key] = torch.stack(values)
                 continue
-            _check_sizes(key, values)
+            if values[0].ndim > 1:
+                _check_sizes(key, values)
             length = max(len(value) for value in values)
             if self.pad_to_multiple_of and values[0].ndim == 1:
                 length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Subset
 
 from nbpeft.display.numbers import count, plural
+from nbpeft.engine.kernels.numerics import bytes_of
 from nbpeft.errors import ConfigError, TrainingError, did_you_mean
 from nbpeft.names import IGNORED_LABEL, REJECTED
 from nbpeft.training.data.forms import row_of
@@ -175,10 +176,12 @@ def hash_of(row: Mapping[str, Any]) -> int:
 
 
 def content_of(value: Any) -> bytes:
-    """The content of a column that is not tokens: an array, or a number."""
+    """The content of a column that is not tokens: a tensor, an array, or a number."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)} ".encode() + bytes_of(value)
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError):  # no numbers, or a tensor that NumPy cannot take
+    except ValueError:  # lists of several lengths
         return repr(value).encode()
     return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
 

@@ -374,8 +374,9 @@ def _summary(row: CodedRow, reader: Reading, shown: int) -> RowSummary:
 
 def _described(value: Any) -> str:
     """A number or text as it is, and an array by its dtype and shape."""
-    shape = np.shape(value)
-    return f"{np.asarray(value).dtype} {' × '.join(map(str, shape))}" if shape else f"{value}"
+    values = value if hasattr(value, "dtype") else np.asarray(value)
+    dtype = str(values.dtype).removeprefix("torch.")
+    return f"{dtype} {' × '.join(map(str, values.shape))}" if values.shape else f"{value}"
 
 
 def _tags(row: CodedRow, reader: Reading, most: int) -> tuple[TokenSpan, ...]:

@@ -544,8 +544,8 @@ def _summary(state: TrainState) -> dict[str, Any]:
 def _comparable(row: Any) -> Any:
     if isinstance(row, Mapping):
         return {str(name): _comparable(value) for name, value in row.items()}
-    flat = row[:1] and not isinstance(row[0], list | tuple) if isinstance(row, list | tuple) else np.ndim(row) < 2
-    if not flat:  # many numbers, such as a picture
+    nested = isinstance(row, list | tuple) and isinstance(next(iter(row), None), list | tuple)
+    if nested or getattr(row, "ndim", 0) > 1:  # many numbers, such as a picture
         return hashlib.sha256(content_of(row)).hexdigest()
     return row.tolist() if isinstance(row, Tensor | np.ndarray) else row
 

@@ -21,6 +21,7 @@ from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.tensor_file import storable, write_tensors
 from nbpeft.engine.changes.active_state import NO_ADAPTERS
 from nbpeft.engine.contract.adapter import Rescales
+from nbpeft.engine.kernels.numerics import bytes_of
 from nbpeft.engine.runtime.manager import AdapterManager, require_manager
 from nbpeft.engine.tree.model_tree import manager_of
 from nbpeft.errors import CheckpointError, ConfigError, did_you_mean
@@ -119,7 +120,7 @@ class OfAnAdapter(Reference):
     def _digest(self) -> Tensor:
         found = hashlib.sha256()
         for parameter in self._manager.parameters(self.name):
-            found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            found.update(bytes_of(parameter))
         return torch.tensor(list(found.digest()), dtype=torch.uint8)
 
 

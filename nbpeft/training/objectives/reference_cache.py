@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nbpeft.checkpoint import fingerprint, inside
 from nbpeft.checkpoint.tensor_file import write_tensors
+from nbpeft.engine.kernels.numerics import bytes_of
 from nbpeft.engine.runtime.manager import require_manager
 from nbpeft.errors import CheckpointError
 from nbpeft.model.saving.sharded import is_sharded
@@ -107,11 +108,6 @@ def digests_of(batch: Mapping[str, Tensor], owner: str = "") -> list[bytes]:
         digest = hashlib.blake2b(owner.encode(), digest_size=_DIGEST_SIZE)
         for name, values in columns.items():
             part = values[row][kept] if values[row].shape[:1] == kept.shape else values[row]
-            digest.update(f"\0{name} {part.dtype} {tuple(part.shape)}\0".encode() + _bytes_of(part))
+            digest.update(f"\0{name} {part.dtype} {tuple(part.shape)}\0".encode() + bytes_of(part))
         found.append(digest.digest())
     return found
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    # NumPy has no bfloat16, in which DeepSpeed passes the floating-point inputs of a model.
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -352,7 +352,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
 
     def __init__(self, group: SideBySide, run: Run, *, stop_on_divergence: bool) -> None:
         self._group, self._run, self._stops = group, run, stop_on_divergence
-        self._seldom = Throttle()
+        self._throttle = Throttle()
         group.note = run.note
         run.members, run.check_clone = group.states, group.check_clone
 
@@ -375,7 +375,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
             if (status := stopped.get(member.name)) in _ENDS:
                 self._group.stop(member.name, status)
         if self._stops:
-            self._seldom(lambda: self._copy(state.global_step))
+            self._throttle(lambda: self._copy(state.global_step))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -389,8 +389,8 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Copies the weights of the members at intervals."""
-        if self._stops and self._seldom.due:
-            self._seldom(lambda: self._copy(state.global_step))
+        if self._stops and self._throttle.due:
+            self._throttle(lambda: self._copy(state.global_step))
 
     def _copy(self, step: int) -> None:
         for member in self._group.training:

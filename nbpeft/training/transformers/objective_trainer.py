@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from nbpeft.engine.changes.called_modules import called_modules
 from nbpeft.engine.contract.adapter import Adapter
 from nbpeft.memory.checkpointing import is_checkpointing
-from nbpeft.model.from_data.observing import evaluated
+from nbpeft.model.from_data.observing import evaluated, moved
 from nbpeft.model.saving.sharded import is_sharded
 from nbpeft.names import DESIRABLE, IGNORED_LABEL, REJECTED
 from nbpeft.training.adapters.adapted_model import base_of
@@ -155,11 +155,10 @@ class ObjectiveTrainer(Trainer):
         if processes > 1:
             from accelerate.utils import gather_object
 
-            found = gather_object([{name: values.cpu() for name, values in sample.items()} for sample in samples])
+            found = gather_object([moved(sample, torch.device("cpu")) for sample in samples])
             batches = [found[rank * len(samples) + place] for place in range(len(samples)) for rank in range(processes)]
         own = collator.across(batches)[self.accelerator.process_index :: processes]
-        device = samples[0]["labels"].device
-        return [{name: values.to(device) for name, values in sample.items()} for sample in own]
+        return [moved(sample, samples[0]["labels"].device) for sample in own]
 
     def add_to_curves(self, curves: Mapping[str, Tensor], weight: float | Tensor | None = None) -> None:
         """Adds values of a batch to the means that are logged next.

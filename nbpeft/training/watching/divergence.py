@@ -72,7 +72,7 @@ class DivergenceStop(TrainerCallback):
     best: KeepsBest | None = None
 
     def __init__(self, run: Run, model: nn.Module, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._run, self._model, self._seldom = run, model, Throttle(clock)
+        self._run, self._model, self._throttle = run, model, Throttle(clock)
         self._good: Snapshot | None = None
         self._losses: Tensor | None = None
         self._reason_before = ""
@@ -87,7 +87,7 @@ class DivergenceStop(TrainerCallback):
         self._first, self._unsaved = state.global_step, frozenset(() if manager is None else manager.unsaved)
         # If they exploded before the start, the run warns, and continues.
         self._watches_weights = not have_exploded(self._parameters())
-        self._seldom(lambda: self._copy(state.global_step))
+        self._throttle(lambda: self._copy(state.global_step))
 
     def after_batch(self, loss: Tensor) -> None:
         """Adds the loss of a batch to the total, without waiting for the device."""
@@ -98,8 +98,8 @@ class DivergenceStop(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Copies the trainable parameters if a copy is due and their loss is finite."""
-        if self._seldom.due:
-            self._seldom(lambda: self._copy_if_good(args, state.global_step))
+        if self._throttle.due:
+            self._throttle(lambda: self._copy_if_good(args, state.global_step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Checks whether the training diverges, and ends it if so."""

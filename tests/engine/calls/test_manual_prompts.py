@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nbpeft.engine.calls.manual_prompts import is_put_in, note_requested, put_in_here
+from nbpeft.engine.calls.manual_prompts import inserting_prompts, is_put_in, note_requested
 
 
 def test_a_call_of_the_handle_leaves_what_a_script_has_asked_for() -> None:
@@ -17,7 +17,7 @@ def test_a_call_of_the_handle_leaves_what_a_script_has_asked_for() -> None:
 
     def script() -> None:
         note_requested()
-        with put_in_here():
+        with inserting_prompts():
             assert not is_put_in(layer, embedded, None)
         assert is_put_in(layer, embedded, None)
 

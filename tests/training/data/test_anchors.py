@@ -58,21 +58,27 @@ def rendered(tokenizer: Any, chat: Chat) -> chats.RenderedChat | str:
         return str(error)
 
 
-@pytest.mark.parametrize("calls", [False, True])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_rendered_text_grows_with_the_chat(
-    tokenizer: Any, use: Any, monkeypatch: pytest.MonkeyPatch, name: str, calls: bool
-) -> None:
-    use(TEMPLATES[name])
-    sizes: list[int] = []
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The length of each text that a template renders."""
+    found: list[int] = []
     render = chats.ChatRenderer._text
 
     def counted(*args: Any, **options: Any) -> str:
         text = render(*args, **options)
-        sizes.append(len(text))
+        found.append(len(text))
         return text
 
     monkeypatch.setattr(chats.ChatRenderer, "_text", counted)
+    return found
+
+
+@pytest.mark.parametrize("calls", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_rendered_text_grows_with_the_chat(
+    tokenizer: Any, use: Any, sizes: list[int], name: str, calls: bool
+) -> None:
+    use(TEMPLATES[name])
     counts, lengths = [], []
     for turns in (20, 80):
         sizes.clear()
@@ -84,18 +90,9 @@ def test_the_rendered_text_grows_with_the_chat(
     assert lengths[1] <= lengths[0] * 1.01 + 1
 
 
-def test_a_long_chat_of_parts_is_read_in_linear_time(tokenizer: Any, use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_chat_of_parts_is_read_in_linear_time(tokenizer: Any, use: Any, sizes: list[int]) -> None:
     """For templates of models that see, which take contents as lists."""
     use(OF_PARTS)
-    sizes: list[int] = []
-    render = chats.ChatRenderer._text
-
-    def counted(*args: Any, **options: Any) -> str:
-        text = render(*args, **options)
-        sizes.append(len(text))
-        return text
-
-    monkeypatch.setattr(chats.ChatRenderer, "_text", counted)
     counts = []
     for turns in (20, 80):
         sizes.clear()

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 import nbpeft
 from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.training.data.split import hash_of
 from tests.closeness import assert_close
 
 SIZE = 6
@@ -121,6 +122,15 @@ def test_the_preview_names_dtype_and_shape() -> None:
     assert str(result).startswith("data (inputs of the model): 12 rows\nnote: columns not used: 'name'")
     spans = [span.text for row in result.summary.rows for span in row.spans]
     assert spans[1] == "pixel_values: float32 3 × 6 × 6, labels: 1"
+
+
+def test_pictures_in_bfloat16_are_previewed_and_told_apart_by_their_middle() -> None:
+    rows = [{"pixel_values": torch.zeros(3, 64, 64, dtype=torch.bfloat16), "labels": 0} for _ in range(2)]
+    rows[1]["pixel_values"][0, 32, 32] = 1
+    assert hash_of(rows[0]) != hash_of(rows[1])
+    result = nbpeft.get_session().data(rows, model=adapted())
+    assert [span.text for span in result.summary.rows[0].spans] == ["pixel_values: bfloat16 3 × 64 × 64, labels: 0"]
+    assert result.summary.repeated == 0
 
 
 def test_a_run_knows_its_pictures_by_their_content() -> None:

@@ -204,15 +204,15 @@ def test_ranks_that_went_since_are_there_again() -> None:
 def test_copies_take_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(divergence, "SHARE", 0.01)
     clock, done = Clock(), []
-    seldom = Throttle(clock)
+    throttle = Throttle(clock)
 
     def copy() -> None:
         clock.advance(0.02)
         done.append(clock.now)
 
     for _ in range(100):
-        if seldom.due:
-            seldom(copy)
+        if throttle.due:
+            throttle(copy)
         clock.advance(0.1)
     assert len(done) == 5 and 0.02 * len(done) <= 0.01 * clock.now + 0.02
 
