@@ -447,7 +447,7 @@ def test_a_model_without_gradient_checkpointing():
 @pytest.mark.drawn(1)
 @pytest.mark.parametrize("settings", [{}, {"quant_type": "fp4", "double_quant": False}, {"bits": 8}])
 def test_a_quantized_model_and_its_config_are_foreseen_as_they_are_stored(settings):
-    model = quantize_model(LlamaForCausalLM(CONFIG), **settings)
+    model = quantize_model(LlamaForCausalLM(copy.deepcopy(CONFIG)), **settings)  # the model's config becomes quantized
     kind = "int8" if settings.get("bits") == 8 else settings.get("quant_type", "nf4")
     how: dict[str, Any] = {"gradient_checkpointing": False}
     wanted = forecast(CONFIG, lora(), quantization=kind, double_quant=settings.get("double_quant", True), **how)
