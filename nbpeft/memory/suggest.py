@@ -53,12 +53,17 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class _Change:
-    """One field of a setting with another value."""
+    """One field of a setting with another value, and the fields that change with it."""
 
     field: str
     value: Any
     text: str
     cost: str
+    with_it: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return self.with_it | {self.field: self.value}
 
 
 def suggest(
@@ -104,8 +109,9 @@ class _Search:
         """Return the peak with changes in bytes; None if the model does not run with them, or after a stop."""
         if self._stopped():
             return None
+        fields = {name: value for change in changes for name, value in change.fields.items()}
         try:
-            return _peak_bytes(dataclasses.replace(self._setting, **{change.field: change.value for change in changes}))
+            return _peak_bytes(dataclasses.replace(self._setting, **fields))
         except NbpeftError:
             return None
 
@@ -212,7 +218,9 @@ def _switches(setting: Setting) -> Iterator[_Change]:
         yield _Change("dtype", half, f"dtype float32 -> {str(half).removeprefix('torch.')}", "rounds weights")
     for kind, text in (("nf4", "bits=4"), ("int8", "bits=8")):
         if setting.quantization is None and (setting.adapter_config is not None or not setting.training):
-            yield _Change("quantization", kind, text, "rounds weights")
+            # Preparing a quantized model for training switches gradient checkpointing on.
+            prepared = {"gradient_checkpointing": True} if setting.training and setting.architecture.checkpoints else {}
+            yield _Change("quantization", kind, text, "rounds weights", prepared)
     if setting.quantization == "int8":
         yield _Change("quantization", "nf4", "bits 8 -> 4", "rounds weights more")
     if setting.training and kind_of(setting.optim)[0] == "adamw":

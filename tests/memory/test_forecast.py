@@ -200,6 +200,17 @@ def test_from_a_model_with_adapters_and_a_handle():
     assert next(model.parameters()).device.type == "cpu"
 
 
+def test_a_suggested_quantization_brings_its_gradient_checkpointing():
+    how: dict[str, Any] = {"batch_size": 2, "max_length": 128}
+    asked = forecast(CONFIG, lora(), device="4GB", **how)
+    suggested = next(one for one in asked.suggestions if one.change == "bits=4")
+    assert suggested.peak_bytes == forecast(CONFIG, lora(), quantization="nf4", **how).peak_bytes
+    assert (
+        suggested.peak_bytes
+        < forecast(CONFIG, lora(), quantization="nf4", gradient_checkpointing=False, **how).peak_bytes
+    )
+
+
 def test_other_heads_and_encoder_decoders():
     config = copy.deepcopy(CONFIG)
     config.pad_token_id = 0
@@ -292,7 +303,7 @@ def test_changes_together_go_no_further_than_they_must():
     reached: dict[str, Any] = {
         "batch_size": 1 if "batch_size 4 -> 1" in together.change else 4,
         "dtype": "bfloat16" if "bfloat16" in together.change else "float32",
-        "gradient_checkpointing": "gradient_checkpointing" in together.change,
+        "gradient_checkpointing": "gradient_checkpointing" in together.change or "bits=4" in together.change,
         "quantization": "nf4" if "bits=4" in together.change else None,
         "optim": "adamw_8bit" if "adamw_8bit" in together.change else "adamw",
     }
