@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from nbpeft.engine.tree.model_tree import linear_layers_to_quantize
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
@@ -160,6 +168,28 @@ def test_what_a_model_keeps_in_float32_is_not_quantized(bits: int, tmp_path: Pat
     with torch.no_grad():
         outputs = [one(input_ids=tokens(), decoder_input_ids=tokens()).logits for one in (dense, model)]
     assert (outputs[1] - outputs[0]).norm() < 0.3 * outputs[0].norm()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_that_are_never_called_are_not_quantized(bits: int, tmp_path: Path) -> None:
+    dense = MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2)).eval()
+    dense.save_pretrained(tmp_path)
+    loaded = load_quantized(tmp_path, bits=bits, compute_dtype="float32")
+    model = quantize_model(copy.deepcopy(dense), bits=bits)
+    assert quantized_paths(model) == quantized_paths(loaded)
+    assert {path.rpartition(".")[2] for path in quantized_paths(model)} == {"in_proj", "x_proj"}
+    assert torch.equal(logits(model), logits(loaded))
+    assert (logits(model) - logits(dense)).norm() < 0.3 * logits(dense).norm()
+
+
+def test_a_model_whose_layers_cannot_be_quantized_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    config = FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    dense = FalconForCausalLM(config)
+    dense.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    for quantize in (lambda: quantize_model(dense), lambda: load_quantized(tmp_path)):
+        with pytest.raises(ConfigError, match="FalconLinear cannot be quantized; load the model in bfloat16"):
+            quantize()
 
 
 def test_what_is_quantized_and_what_stays() -> None:

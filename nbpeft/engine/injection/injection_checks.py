@@ -1,8 +1,4 @@
-"""Checks which modules of a model cannot have an adapter, before anything is changed.
-
-Mamba's mixers pass the weights of some layers to fused kernels without calling the layers. An
-adapter there would have no effect.
-"""
+"""Checks which modules of a model cannot have an adapter, before anything is changed."""
 
 from __future__ import annotations
 
@@ -14,22 +10,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.tree.model_tree import read_directly
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.errors import ConfigError, LayerKindError, TargetError, shown
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-
-_OUT = ("conv1d", "out_proj")
-_OUT_AND_STEP = (*_OUT, "dt_proj")
-
-_READ_DIRECTLY = {
-    "falcon_h1": _OUT,
-    "falcon_mamba": _OUT_AND_STEP,
-    "mamba": _OUT_AND_STEP,
-    "mamba2": _OUT,
-    "nemotron_h": _OUT,
-}
-"""Model type -> names of layers whose weight is read directly."""
 
 
 def bypassed(model: nn.Module, path: str) -> str:
@@ -42,12 +27,10 @@ def bypassed(model: nn.Module, path: str) -> str:
     Returns:
         Part of a sentence; empty if it would have an effect.
     """
-    config: Any = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    names = _READ_DIRECTLY.get(kind, ()) if isinstance(kind, str) else ()
-    if path.rpartition(".")[2] not in names:
+    if path.rpartition(".")[2] not in read_directly(model):
         return ""
-    return f"the fused kernels of {kind} read its weight without calling it, so an adapter would have no effect"
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    return f"{kind} reads its weight without calling it, so an adapter would have no effect"
 
 
 def check_called(model: nn.Module, path: str) -> None:

@@ -307,11 +307,37 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+_OUT = ("conv1d", "out_proj")
+_OUT_AND_STEP = (*_OUT, "dt_proj")
+_READ_DIRECTLY = {
+    "bamba": _OUT,
+    "falcon_h1": _OUT,
+    "falcon_mamba": _OUT_AND_STEP,
+    "granitemoehybrid": _OUT,
+    "jamba": ("conv1d", "dt_proj"),
+    "mamba": _OUT_AND_STEP,
+    "mamba2": _OUT,
+    "nemotron_h": _OUT,
+    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "zamba2": _OUT,
+}
+"""Model type -> names of layers whose weight is read directly."""
+
+
+def read_directly(model: nn.Module) -> tuple[str, ...]:
+    """Returns the names of layers whose weight the model reads without calling them, as Mamba's fused kernels do.
+
+    An adapter there would have no effect, and packed 4-bit codes would be taken for the weight.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return _READ_DIRECTLY.get(kind, ()) if isinstance(kind, str) else ()
+
+
 def linear_layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
     """Returns path -> linear layer that quantizing the model replaces. Works with meta tensors too.
 
-    Not included are the head, layers with a shared weight, and layers that the model's class keeps in float32 (T5 casts
-    its input to the dtype of such a weight).
+    Not included are the head, layers with a shared weight, layers that the model's class keeps in float32 (T5 casts
+    its input to the dtype of such a weight), and those that are not called (see ``read_directly``).
 
     Args:
         model: a model that is not quantized, with or without adapters.
@@ -376,7 +402,7 @@ def expert_parameters(module: nn.Module) -> list[str]:
 
 def _not_quantized(model: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
     """Names of modules and parameters that are not quantized, as paths or whole segments of paths."""
-    return (*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
+    return (*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ()), *read_directly(model))
 
 
 def _check_names(names: Sequence[str], modules: Mapping[nn.Module, str]) -> None:

@@ -37,6 +37,7 @@ from nbpeft.memory.devices import has_bfloat16
 from nbpeft.memory.fake_quantized import quantization_of
 from nbpeft.memory.processor import has_instructions
 from nbpeft.model.quantization.quantized_experts import (
+    nothing_to_quantize,
     quantize_experts,
     quantized_parameter,
     quantizing_while_reading,
@@ -217,7 +218,7 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, 
     """
     found = linear_layers_to_quantize(model, skip)
     if not found:
-        raise ConfigError(f"{type(model).__name__} has no linear layer to quantize")
+        raise nothing_to_quantize(model)
     return found | experts_to_quantize(model, skip)
 
 
@@ -248,6 +249,8 @@ def _from_pretrained(loader: Any, place: str, options: dict[str, Any]) -> Any:
     options = options | offline
     try:
         return loader.from_pretrained(place, **options)
+    except ConfigError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         failure = in_one_line(error)[:300]
     except (TypeError, AssertionError, RuntimeError) as error:  # the latter two for a device that does not exist

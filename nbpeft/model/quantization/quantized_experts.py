@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.layer_kinds.parameter import ParameterView
-from nbpeft.engine.tree.model_tree import experts_to_quantize, manager_of, quantization_method
+from nbpeft.engine.tree.model_tree import experts_to_quantize, manager_of, quantization_method, read_directly
 from nbpeft.errors import ConfigError
 
 
@@ -74,6 +74,13 @@ def quantizing_while_reading(settings: Any) -> Iterator[None]:
         known[key] = plain
 
 
+def nothing_to_quantize(model: nn.Module) -> ConfigError:
+    """Returns the error for a model without layers that can be quantized, which names the linear layers that it has."""
+    kinds = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"})
+    others = f": {', '.join(kinds)} cannot be quantized; load the model in bfloat16" if kinds else ""
+    return ConfigError(f"{type(model).__name__} has no linear layer to quantize{others}")
+
+
 def _quantizer_with_experts(plain: Any, settings: Any) -> Any:
     """Returns a subclass of one of transformers' quantizers; with other settings it behaves like its base class."""
     wanted = settings.to_dict()
@@ -87,6 +94,14 @@ def _quantizer_with_experts(plain: Any, settings: Any) -> Any:
                 skipped = self.modules_to_not_convert or ()
                 self.paths = frozenset(experts_to_quantize(model, skipped) if ours else ())
             return name in self.paths
+
+        def get_modules_to_not_convert(self, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+            return [*super().get_modules_to_not_convert(model, *args, **kwargs), *read_directly(model)]
+
+        def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
+            super()._process_model_before_weight_loading(model, *args, **kwargs)
+            if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
+                raise nothing_to_quantize(model)
 
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
             return self.is_expert(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)

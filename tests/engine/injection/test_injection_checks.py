@@ -16,6 +16,8 @@ from transformers import (
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    WavLMConfig,
+    WavLMModel,
 )
 
 import nbpeft
@@ -58,7 +60,7 @@ def test_layers_that_peft_refuses_for_fused_kernels_are_refused(make: Any, name:
     model = make()
     before = state(model)
     with pytest.raises(
-        TargetError, match=rf"mixer\.{name} cannot be adapted: .*kernels.*remove '{name}' from"
+        TargetError, match=rf"mixer\.{name} cannot be adapted: .*without calling it.*remove '{name}' from"
     ) as error:
         get_peft_model(model, LoraConfig(target_modules=["in_proj", name]))
     assert "\n" not in str(error.value)
@@ -76,6 +78,24 @@ def test_so_is_the_step_projection_which_is_never_called(make: Any) -> None:
     assert not calls
     with pytest.raises(TargetError, match="dt_proj"):
         get_peft_model(model, LoraConfig(target_modules=["dt_proj"]))
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "out_proj"])
+def test_so_is_the_attention_of_wavlm_where_an_adapter_of_peft_has_no_effect(name: str) -> None:
+    def made() -> Any:
+        sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_conv_pos_embeddings": 16}
+        return WavLMModel(
+            WavLMConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, num_conv_pos_embedding_groups=4)
+        ).eval()
+
+    adapted: Any = peft.get_peft_model(made(), peft.LoraConfig(target_modules=[name], init_lora_weights=False))
+    sound = torch.randn(1, 1600)
+    with torch.no_grad(), adapted.disable_adapter():
+        without = adapted(sound).last_hidden_state
+    with torch.no_grad():
+        assert torch.equal(adapted(sound).last_hidden_state, without)
+    with pytest.raises(TargetError, match=f"{name} cannot be adapted: wavlm reads its weight without calling it"):
+        get_peft_model(made(), LoraConfig(target_modules=[name]))
 
 
 @pytest.mark.parametrize("make", [mamba, falcon_mamba, mamba2])
